@@ -1,0 +1,7 @@
+"""`python -m planner …`: the same as `moejax plan …`."""
+
+import sys
+
+from planner.cli import main
+
+sys.exit(main(sys.argv[1:]))

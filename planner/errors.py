@@ -1,0 +1,44 @@
+"""Everything the planner raises.
+
+PlannerError
+├── InputError        a file, an option or a value the caller gave is wrong   INVALID_ARGUMENT
+│   └── InvalidPlan   a plan contradicts itself                               INVALID_ARGUMENT
+└── NoFeasiblePlan    right input, but the ranks alive cannot hold the model  UNAVAILABLE
+
+`status` is the gRPC status code a server answers with when the error reaches it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlannerError(Exception):
+    """Base of all planner errors."""
+
+    status = "INTERNAL"
+
+
+class InputError(PlannerError, ValueError):
+    """A file, option or value from the caller that cannot be used."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class InvalidPlan(InputError):
+    """A plan whose parts contradict each other."""
+
+
+class NoFeasiblePlan(PlannerError):
+    """The ranks alive cannot hold the model; the text says what is missing."""
+
+    status = "UNAVAILABLE"
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> InputError:
+    """An InputError for `key`, naming the nearest of the `known` keys."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+    return InputError(f"unknown key {key!r} in {where}. {hint}")

@@ -1,0 +1,83 @@
+"""Plans for every loss that was foreseen, ready before it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import comb
+
+from planner.cluster import Cluster
+from planner.errors import NoFeasiblePlan
+from planner.plan import Plan
+from planner.solve import solve
+from planner.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lattice:
+    """The plan for each prepared set of dead ranks, all derived from `plan`.
+
+    `infeasible` has the losses that were tried and cannot be survived, with the reason.
+    """
+
+    plan: Plan
+    plans: Mapping[frozenset[int], Plan]
+    infeasible: Mapping[frozenset[int], str] = field(default_factory=dict)
+
+    def get(self, dead: Collection[int]) -> Plan | None:
+        """The plan for when exactly these ranks of `plan` are dead, or None when it was not prepared."""
+        return self.plans.get(frozenset(dead))
+
+    def coverage(self) -> dict[int, float]:
+        """Share of all losses of 1, 2, ... ranks that have a plan, by number of ranks lost."""
+        n = len(self.plan.ranks)
+        count: dict[int, int] = {}
+        for dead in self.plans:
+            count[len(dead)] = count.get(len(dead), 0) + 1
+        return {size: count[size] / comb(n, size) for size in sorted(count)}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of ranks left for which a program must be compiled, descending."""
+        return tuple(sorted({len(p.ranks) for p in self.plans.values()}, reverse=True))
+
+
+def build_lattice(
+    workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096
+) -> Lattice:
+    """Plans for every loss of up to `depth` ranks and of every host, single losses first, at most `limit`.
+
+    Each is derived from `plan` itself, with weights in place kept, and has the next epoch.
+    """
+    plans: dict[frozenset[int], Plan] = {}
+    infeasible: dict[frozenset[int], str] = {}
+    for dead in losses(plan, depth):
+        if len(plans) + len(infeasible) >= limit:
+            break
+        try:
+            alive = [r for r in plan.rank_ids if r not in dead]
+            plans[dead] = solve(workload, cluster, alive=alive, previous=plan, epoch=plan.epoch + 1)
+        except NoFeasiblePlan as error:
+            infeasible[dead] = str(error)
+    return Lattice(plan=plan, plans=plans, infeasible=infeasible)
+
+
+def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
+    """Sets of dead ranks, each once: single ranks, then whole hosts, then pairs and so on up to `depth`."""
+    seen: set[frozenset[int]] = set()
+    hosts: dict[str, set[int]] = {}
+    for r in plan.ranks:
+        hosts.setdefault(r.host, set()).add(r.id)
+
+    def candidates() -> Iterator[frozenset[int]]:
+        if depth >= 1:
+            yield from (frozenset((r,)) for r in plan.rank_ids)
+            yield from (frozenset(h) for h in hosts.values())
+        for size in range(2, depth + 1):
+            yield from map(frozenset, combinations(plan.rank_ids, size))
+
+    for dead in candidates():
+        if dead not in seen and len(dead) < len(plan.ranks):
+            seen.add(dead)
+            yield dead

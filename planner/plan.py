@@ -1,0 +1,206 @@
+"""The Plan: which ranks are alive, which expert sits in which slot, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from planner.errors import InvalidPlan, unknown_key
+from planner.routing import route
+
+ROLES = ("collocated", "attention", "expert", "standby")
+HOLDS_EXPERTS = ("collocated", "expert")
+SENDS_TOKENS = ("collocated", "attention")
+SOURCES = ("estimate", "aot", "measured")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """A rank alive: its id, the host (and rack) it shares its fate with, and its role."""
+
+    id: int
+    host: str
+    role: str = "collocated"
+    rack: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One predicted or measured number and where it comes from: estimate, aot or measured."""
+
+    name: str
+    value: float
+    unit: str
+    source: str = "estimate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A frozen answer to "who holds what". Slot tables are rank-major over the ranks that hold experts.
+
+    `slots[layer][position * slots_per_rank + s]` is the logical expert in slot `s` of the rank at
+    `position` among `holders`, or -1 when the slot is empty. `shares` has the same shape: how many of
+    the source ranks send an expert's tokens to that slot; empty means evenly.
+    """
+
+    epoch: int
+    ranks: tuple[RankPlace, ...]
+    slots_per_rank: int
+    slots: tuple[tuple[int, ...], ...]
+    experts: int
+    masked: tuple[tuple[int, int], ...] = ()
+    pages_per_rank: int = 0
+    axes: tuple[tuple[str, int], ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
+    cost: tuple[Figure, ...] = ()
+
+    @cached_property
+    def rank_ids(self) -> tuple[int, ...]:
+        """Ids of all ranks, in mesh order (ascending)."""
+        return tuple(r.id for r in self.ranks)
+
+    @cached_property
+    def holders(self) -> tuple[RankPlace, ...]:
+        """The ranks that hold experts, in slot order."""
+        return tuple(r for r in self.ranks if r.role in HOLDS_EXPERTS)
+
+    @cached_property
+    def holder_ids(self) -> tuple[int, ...]:
+        """Ids of the ranks that hold experts, in slot order."""
+        return tuple(r.id for r in self.holders)
+
+    @cached_property
+    def source_ids(self) -> tuple[int, ...]:
+        """Ids of the ranks that send tokens to experts, in mesh order."""
+        return tuple(r.id for r in self.ranks if r.role in SENDS_TOKENS)
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.slots)
+
+    def slot_table(self) -> np.ndarray:
+        """Logical expert of each physical slot, int32 [moe_layers, holders * slots_per_rank]."""
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        width = len(self.holders) * self.slots_per_rank
+        return np.array(self.slots, dtype=np.int32).reshape(len(self.slots), width)
+
+    def slots_of(self, rank_id: int) -> np.ndarray:
+        """The slots of one rank, int32 [moe_layers, slots_per_rank]. KeyError if it holds no experts."""
+        if rank_id not in self.holder_ids:
+            raise KeyError(f"rank {rank_id} holds no experts; ranks that do: {list(self.holder_ids)}")
+        at = self.holder_ids.index(rank_id) * self.slots_per_rank
+        return self._table[:, at : at + self.slots_per_rank].copy()
+
+    def copies(self) -> np.ndarray:
+        """How many slots hold each expert, int32 [moe_layers, experts]."""
+        counts = np.zeros((self.moe_layers, self.experts + 1), np.int32)
+        layer = np.repeat(np.arange(self.moe_layers), self._table.shape[1])
+        np.add.at(counts, (layer, self._table.ravel()), 1)
+        return counts[:, : self.experts]
+
+    def expert_to_slot(self) -> np.ndarray:
+        """Physical slot that each source rank sends an expert's tokens to, int32 [sources, moe_layers, experts].
+
+        A rank's own copy first; the other sources are dealt out over the copies so that every copy
+        serves its share (`shares`, or an even one). -1 where the expert is masked.
+        """
+        shares = np.array(self.shares, np.int64) if self.shares else None
+        owner = np.repeat(np.array(self.holder_ids, np.int64), self.slots_per_rank)
+        return route(self._table, owner, np.array(self.source_ids, np.int64), self.experts, shares)
+
+    def with_epoch(self, epoch: int) -> Plan:
+        """The same plan under another epoch."""
+        return replace(self, epoch=epoch)
+
+    def with_masked(self, pairs: Collection[tuple[int, int]]) -> Plan:
+        """The same plan with these (moe_layer, expert) pairs taken out of every slot and masked."""
+        table = self.slot_table()
+        for layer, expert in pairs:
+            table[layer][table[layer] == expert] = -1
+        masked = tuple(sorted({*self.masked, *((int(a), int(b)) for a, b in pairs)}))
+        return replace(self, slots=as_tuples(table), masked=masked, shares=())
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives back an equal plan."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan written by `to_json`. InvalidPlan when it is none, or contradicts itself."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidPlan(f"not a plan: {error}") from None
+        if not isinstance(data, dict):
+            raise InvalidPlan(f"not a plan: a JSON object is needed, got {type(data).__name__}")
+        for key in data:
+            if key not in cls.__dataclass_fields__:
+                raise unknown_key(key, cls.__dataclass_fields__, "plan")
+        try:
+            plan = cls(
+                epoch=data["epoch"],
+                ranks=tuple(RankPlace(**r) for r in data["ranks"]),
+                slots_per_rank=data["slots_per_rank"],
+                slots=as_tuples(data["slots"]),
+                experts=data["experts"],
+                masked=as_tuples(data.get("masked", ())),
+                pages_per_rank=data.get("pages_per_rank", 0),
+                axes=tuple((str(name), int(size)) for name, size in data.get("axes", ())),
+                shares=as_tuples(data.get("shares", ())),
+                cost=tuple(Figure(**f) for f in data.get("cost", ())),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidPlan(f"not a plan: {type(error).__name__} {error}") from None
+        plan.validate()
+        return plan
+
+    def validate(self) -> None:
+        """Raise InvalidPlan naming both values when the parts of the plan contradict each other."""
+        ids = list(self.rank_ids)
+        if not ids or ids != sorted(set(ids)):
+            raise InvalidPlan(f"rank ids must ascend without repeats and there must be one, got {ids[:20]}")
+        for r in self.ranks:
+            if r.role not in ROLES:
+                raise InvalidPlan(f"rank {r.id} has role {r.role!r}; roles are {', '.join(ROLES)}")
+        if self.slots_per_rank < 1 or self.experts < 1 or self.pages_per_rank < 0 or self.epoch < 0:
+            raise InvalidPlan(
+                f"slots_per_rank {self.slots_per_rank} and experts {self.experts} must be at least 1, "
+                f"pages_per_rank {self.pages_per_rank} and epoch {self.epoch} at least 0"
+            )
+        width = len(self.holders) * self.slots_per_rank
+        for layer, row in enumerate(self.slots):
+            if len(row) != width:
+                raise InvalidPlan(
+                    f"layer {layer} has {len(row)} slots; {len(self.holders)} ranks x {self.slots_per_rank} = {width}"
+                )
+        if self.slots and (self._table.min() < -1 or self._table.max() >= self.experts):
+            bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]
+            raise InvalidPlan(f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty")
+        self._validate_masked()
+        if self.shares and [len(r) for r in self.shares] != [len(r) for r in self.slots]:
+            raise InvalidPlan("shares and slots have different shapes; leave shares out for even ones")
+
+    def _validate_masked(self) -> None:
+        missing = {(int(a), int(b)) for a, b in np.argwhere(self.copies() == 0)}
+        masked = set(self.masked)
+        if missing != masked:
+            lost, extra = sorted(missing - masked), sorted(masked - missing)
+            raise InvalidPlan(
+                f"(layer, expert) without a slot and not masked: {lost[:5]}; masked but in a slot: {extra[:5]}. "
+                f"Give each expert a slot, or list exactly those without one as masked"
+            )
+
+
+def as_tuples(rows: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    """Nested tuples of plain ints from an array or nested lists [A, B]."""
+    if isinstance(rows, np.ndarray):
+        return tuple(map(tuple, rows.tolist()))
+    return tuple(tuple(int(x) for x in row) for row in rows)

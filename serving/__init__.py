@@ -1,0 +1,1 @@
+"""The server: requests in, tokens out, ranks that may die in between."""
