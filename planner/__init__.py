@@ -1,10 +1,10 @@
 """Which rank holds what: arithmetic on arrays. No JAX, no clock, no socket.
 
-    >>> from planner import Cluster, Workload, solve
-    >>> model = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000)
-    >>> plan = solve(model, Cluster.local(4))
-    >>> plan.slots_per_rank
-    3
+>>> from planner import Cluster, Workload, solve
+>>> model = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000)
+>>> plan = solve(model, Cluster.local(4))
+>>> plan.slots_per_rank
+3
 """
 
 from planner.cluster import Cluster, Device, Hardware

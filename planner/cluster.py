@@ -44,7 +44,9 @@ class Hardware:
             if f.name == "name" or (f.name == "memory_bytes" and value is None):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise InputError(f"hardware {self.name!r}: {f.name} is {value!r}, it must be a number above 0")
+                raise InputError(
+                    f"hardware {self.name!r}: {f.name} is {value!r}, it must be a number above 0"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,7 @@ class Cluster:
             raise InputError(f"cluster {self.name!r}: device id {ids[0]} is below 0")
 
     @classmethod
-    def local(
-        cls, n: int, *, memory_bytes: int | None = None, hosts: Sequence[str] | None = None
-    ) -> Cluster:
+    def local(cls, n: int, *, memory_bytes: int | None = None, hosts: Sequence[str] | None = None) -> Cluster:
         """`n` ranks on this machine, ids 0..n-1, or one rank on each of the named `hosts` (length `n`)."""
         names = list(hosts) if hosts is not None else ["localhost"] * n
         if len(names) != n:
@@ -98,7 +98,8 @@ class Cluster:
         unknown = chosen.difference(self.ids)
         if unknown:
             raise InputError(
-                f"ranks {sorted(unknown)} are not in cluster {self.name!r}, which has {len(self.devices)} devices"
+                f"ranks {sorted(unknown)} are not in cluster {self.name!r}, "
+                f"which has {len(self.devices)} devices"
             )
         return tuple(d for d in self.devices if d.id in chosen)
 

@@ -39,17 +39,18 @@ def moves(old: Plan | None, new: Plan) -> tuple[Move, ...]:
             f"and {new.moe_layers} x {new.experts}"
         )
     ids = list(new.holder_ids)
-    before = np.full_like(table, -1)
+    width = max(new.slots_per_rank, old.slots_per_rank if old else 0)
+    before = np.full((*table.shape[:2], width), -1, np.int32)
     if old is not None:
-        shared = min(old.slots_per_rank, new.slots_per_rank)
         held = _by_rank(old)
+        where = {rank: at for at, rank in enumerate(old.holder_ids)}
         for at, rank in enumerate(ids):
-            if rank in old.holder_ids:
-                before[:, at, :shared] = held[:, old.holder_ids.index(rank), :shared]
+            if rank in where:
+                before[:, at, : old.slots_per_rank] = held[:, where[rank]]
     hosts = [r.host for r in new.holders]
     sent = np.zeros(len(ids), np.int64)
     result = []
-    for layer, at, slot in np.argwhere((table != before) & (table >= 0)):
+    for layer, at, slot in np.argwhere((table != before[:, :, : new.slots_per_rank]) & (table >= 0)):
         expert = int(table[layer, at, slot])
         source, peer = _source(before[layer], int(at), expert, hosts, sent)
         result.append(
@@ -72,7 +73,7 @@ def _by_rank(plan: Plan) -> np.ndarray:
 def _source(
     before: np.ndarray, at: int, expert: int, hosts: list[str], sent: np.ndarray
 ) -> tuple[str, int | None]:
-    """Where holder `at` gets `expert` from; `before` is [holders, slots] of one layer, `sent` counts sends."""
+    """Where holder `at` gets `expert` from; `before` [holders, slots] is one layer, `sent` counts sends."""
     having = np.flatnonzero((before == expert).any(axis=1))
     if at in having:
         return "local", None

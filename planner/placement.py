@@ -47,8 +47,8 @@ def _fill_level(weight: np.ndarray, base: int, target: int, cap: int) -> np.ndar
 def place(loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = True) -> np.ndarray:
     """A fresh slot table: copies on different hosts, then on different ranks, then the load even.
 
-    Items (copies, heaviest first) go to hosts and then, inside each host, to ranks: always to the one with the
-    least load for its size that still has a slot and the fewest copies of the same expert.
+    Items (copies, heaviest first) go to hosts and then, inside each host, to ranks: always to the one with
+    the least load for its size that still has a slot and the fewest copies of the same expert.
     """
     layers, experts = loads.shape
     ranks = len(domain)
@@ -70,7 +70,7 @@ def place(loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = 
 
 def _items(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every copy as an item, heaviest first: expert and load, both [layers, items]; -1 pads."""
-    layers, experts = counts.shape
+    layers, _experts = counts.shape
     width = int(counts.sum(axis=1).max())
     item = np.full((layers, width), -1, np.int64)
     weight = np.zeros((layers, width))

@@ -107,7 +107,7 @@ class Plan:
         return counts[:, : self.experts]
 
     def expert_to_slot(self) -> np.ndarray:
-        """Physical slot that each source rank sends an expert's tokens to, int32 [sources, moe_layers, experts].
+        """Physical slot each source rank sends an expert's tokens to, int32 [sources, moe_layers, experts].
 
         A rank's own copy first; the other sources are dealt out over the copies so that every copy
         serves its share (`shares`, or an even one). -1 where the expert is masked.
@@ -179,11 +179,14 @@ class Plan:
         for layer, row in enumerate(self.slots):
             if len(row) != width:
                 raise InvalidPlan(
-                    f"layer {layer} has {len(row)} slots; {len(self.holders)} ranks x {self.slots_per_rank} = {width}"
+                    f"layer {layer} has {len(row)} slots; "
+                    f"{len(self.holders)} ranks x {self.slots_per_rank} = {width}"
                 )
         if self.slots and (self._table.min() < -1 or self._table.max() >= self.experts):
             bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]
-            raise InvalidPlan(f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty")
+            raise InvalidPlan(
+                f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty"
+            )
         self._validate_masked()
         if self.shares and [len(r) for r in self.shares] != [len(r) for r in self.slots]:
             raise InvalidPlan("shares and slots have different shapes; leave shares out for even ones")
@@ -194,8 +197,8 @@ class Plan:
         if missing != masked:
             lost, extra = sorted(missing - masked), sorted(masked - missing)
             raise InvalidPlan(
-                f"(layer, expert) without a slot and not masked: {lost[:5]}; masked but in a slot: {extra[:5]}. "
-                f"Give each expert a slot, or list exactly those without one as masked"
+                f"(layer, expert) without a slot and not masked: {lost[:5]}; "
+                f"masked but in a slot: {extra[:5]}. Give each expert a slot, or list exactly those without one as masked"
             )
 
 

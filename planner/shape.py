@@ -48,8 +48,8 @@ def slots_per_rank(
             raise InputError(f"slots_per_rank is {asked}; it must be at least 1")
         if asked < least:
             raise NoFeasiblePlan(
-                f"{experts} experts do not fit in {asked * ranks} slots ({ranks} ranks alive x {asked} slots). "
-                f"Raise slots_per_rank to {least}, or bring a rank back."
+                f"{experts} experts do not fit in {asked * ranks} slots "
+                f"({ranks} ranks alive x {asked} slots). Raise slots_per_rank to {least}, or bring a rank back."
             )
         chosen = asked
     elif before is not None and before >= least:
@@ -62,8 +62,8 @@ def slots_per_rank(
         chosen = max(chosen, least) if most is None else max(least, min(chosen, most))
     if most is not None and chosen > most:
         raise NoFeasiblePlan(
-            f"{chosen} slots per rank need {workload.rest_bytes + chosen * workload.slot_bytes:,} bytes of weights "
-            f"on each of {ranks} ranks, which have {budget(cluster):,} bytes for weights and cache: room for "
+            f"{chosen} slots per rank need {workload.rest_bytes + chosen * workload.slot_bytes:,} bytes "
+            f"of weights on each of {ranks} ranks, which have {budget(cluster):,} bytes for weights and cache: room for "
             f"{max(0, most)} slots. Add ranks: {_ranks_needed(workload, most)}."
         )
     return chosen

@@ -10,7 +10,8 @@ from planner.cluster import Cluster, Device
 from planner.errors import InputError
 from planner.placement import adopt, fill_new, place
 from planner.plan import Plan, RankPlace, as_tuples
-from planner.shape import cache_pages, slots_per_rank as choose_slots
+from planner.shape import cache_pages
+from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
 
 
@@ -79,9 +80,7 @@ def domain_index(devices: tuple[Device, ...]) -> np.ndarray:
     return np.array([hosts[d.host] for d in devices])
 
 
-def replace_lost(
-    previous: Plan, devices: tuple[Device, ...], slots: int, loads: np.ndarray
-) -> np.ndarray:
+def replace_lost(previous: Plan, devices: tuple[Device, ...], slots: int, loads: np.ndarray) -> np.ndarray:
     """The previous table on the ranks alive, lost experts placed: int32 [layers, ranks, slots]."""
     layers, experts = loads.shape
     if (previous.moe_layers, previous.experts) != (layers, experts):

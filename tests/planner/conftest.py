@@ -1,0 +1,6 @@
+"""Hypothesis settings of the planner's tests: no deadline, the machine may be shared."""
+
+from hypothesis import settings
+
+settings.register_profile("planner", deadline=None, max_examples=60)
+settings.load_profile("planner")

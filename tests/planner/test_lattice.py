@@ -1,0 +1,50 @@
+"""Laws of the lattice: every single loss is prepared, and each plan is for exactly that loss."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from hypothesis import given
+
+from planner import Cluster, Workload, build_lattice, solve
+from tests.planner.strategies import cases
+
+
+@given(cases())
+def test_every_single_loss_and_host_is_prepared_or_its_reason_known(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots, loads=case.loads)
+    lattice = build_lattice(case.workload, case.cluster, plan)
+    if case.ranks == 1:
+        assert not lattice.plans
+        return
+    for rank in plan.rank_ids:
+        after = lattice.get({rank})
+        assert after is not None
+        after.validate()
+        assert after.rank_ids == tuple(r for r in plan.rank_ids if r != rank)
+        assert after.epoch == plan.epoch + 1
+    assert lattice.coverage()[1] == 1.0
+    hosts = {r.host: set() for r in plan.ranks}
+    for r in plan.ranks:
+        hosts[r.host].add(r.id)
+    for dead in hosts.values():
+        assert len(dead) == case.ranks or lattice.get(dead) is not None
+
+
+def test_depth_and_limit_choose_what_is_prepared():
+    workload = Workload(moe_layers=1, experts=8, experts_per_token=2, expert_bytes=1)
+    cluster = Cluster.local(4)
+    plan = solve(workload, cluster)
+    deep = build_lattice(workload, cluster, plan, depth=3)
+    assert deep.coverage() == {1: 1.0, 2: 1.0, 3: 1.0}
+    assert set(deep.plans) == {frozenset(c) for k in (1, 2, 3) for c in combinations(range(4), k)}
+    assert deep.sizes == (3, 2, 1)
+    assert len(build_lattice(workload, cluster, plan, depth=3, limit=5).plans) == 5
+
+
+def test_a_loss_that_memory_cannot_survive_is_kept_with_its_reason():
+    workload = Workload(moe_layers=1, experts=8, experts_per_token=2, expert_bytes=1000)
+    cluster = Cluster.local(2, memory_bytes=5000)
+    lattice = build_lattice(workload, cluster, solve(workload, cluster))
+    assert lattice.get({0}) is None
+    assert "8 slots per rank need 8,000 bytes" in lattice.infeasible[frozenset({0})]
