@@ -1,0 +1,128 @@
+"""A model folder on disk, written whole or not at all, and read with every damage named.
+
+    config.json          the ModelConfig
+    tokenizer.json       Hugging Face tokenizers format
+    chat_template.jinja  how messages become a prompt
+    params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert
+    checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from moejax.config import ModelConfig
+from moejax.manifest import FILE, CheckpointError, Manifest, is_expert, named
+from moejax.params import Params, is_spec, param_specs
+
+PARAMS = "params"
+
+
+def save_model(
+    folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json: str, chat_template: str
+) -> None:
+    """Write a model folder, replacing an older one; a reader sees the old folder, the new one or none.
+
+    `params` has array leaves of the shapes of `param_specs(cfg)`, in the dtype to store.
+    Raises CheckpointError when they are not the tensors of `cfg`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    host = jax.tree.map(np.asarray, params)
+    manifest = Manifest.of(named(host))
+    manifest.check_config(cfg, folder)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_params(draft / PARAMS, host)
+        (draft / FILE).write_text(manifest.to_json())
+        (draft / "tokenizer.json").write_text(tokenizer_json)
+        (draft / "chat_template.jinja").write_text(chat_template)
+        (draft / "config.json").write_text(cfg.to_json() + "\n")
+        draft.chmod(0o755)
+        replace_folder(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np.float32) -> Params:
+    """Read all parameters of a model folder as NumPy arrays of `dtype`, experts in logical order.
+
+    Raises CheckpointError, naming file and tensor, when one is missing, has another shape than the
+    configuration says, is truncated, or holds other numbers than were written.
+    """
+    folder = Path(folder)
+    cfg = cfg or ModelConfig.load(folder)
+    manifest = Manifest.load(folder)
+    manifest.check_config(cfg, folder)
+    specs = param_specs(cfg)
+    stored = {n: np.dtype(jax.numpy.dtype(t.dtype)) for n, t in manifest.tensors.items()}
+    names = iter(named(specs))
+    wanted = jax.tree.map(lambda s: np.empty(s.shape, stored[next(names)]), specs, is_leaf=is_spec)
+    params = read_params(folder / PARAMS, wanted)
+    for name, array in named(params).items():
+        if bad := manifest.damaged(name, array):
+            what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if is_expert(name) else "its numbers"
+            raise CheckpointError(
+                f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. Make the model again."
+            )
+    return jax.tree.map(lambda a: a.astype(dtype, copy=False), params)
+
+
+def write_params(path: Path, params: Any) -> None:
+    """Write a tree of NumPy arrays as an Orbax checkpoint, one chunk per routed expert."""
+    context = ocp.Context()
+    saving = context.array.saving
+    # A file per chunk, stored as it is: an expert is then read in one go, and a copy in tmpfs is a plain copy.
+    saving.use_ocdbt = False
+    saving.use_compression = False
+    saving.scoped_storage_options_creator = _one_chunk_per_expert
+    with context, _quiet():
+        ocp.save(path.absolute(), params)
+
+
+def read_params(path: Path, wanted: Any) -> Any:
+    """Read an Orbax checkpoint into a tree like `wanted` (arrays, whose shape and dtype count).
+
+    Raises CheckpointError with Orbax's own words, which name the file, when it cannot.
+    """
+    try:
+        with _quiet():
+            return ocp.load(path.absolute(), wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put `draft` in the place of `folder`. What was there before is removed."""
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        os.rename(folder, old / "folder")
+        os.rename(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _one_chunk_per_expert(path: Any, value: Any) -> Any:
+    if is_expert(jax.tree_util.keystr(path, simple=True, separator=".")):
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0, 1))
+    return None
+
+
+class _quiet:
+    """Keep Orbax from warning about the layout chosen here on purpose (no OCDBT)."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("absl")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        self.logger.setLevel(self.level)

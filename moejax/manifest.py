@@ -1,0 +1,146 @@
+"""What a checkpoint holds: every tensor's name, shape, dtype and the CRC-32 of each of its chunks.
+
+A tensor is named by the dotted path of its place in `Params`, as Orbax names it
+(`segments.0.2.moe.experts.gate_up`). Expert tensors `[R, E, ...]` have one chunk per expert, all others one
+chunk. Checksums are of the decoded numbers in C order, so they hold for any codec or storage layout.
+"""
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from moejax.config import ConfigError, ModelConfig
+from moejax.params import ParamSpec, is_spec, param_specs
+
+FILE = "checksums.json"
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used: names the file, the tensor and what was expected of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One stored tensor. `crc32[r * E + e]` is expert e of repeat r; a tensor in one chunk has one checksum."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    crc32: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The tensors of a checkpoint by name."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> Self:
+        """Describe the arrays about to be stored."""
+        return cls({name: Tensor(a.shape, a.dtype.name, _checksums(name, a)) for name, a in arrays.items()})
+
+    def to_json(self) -> str:
+        """One line per tensor, so that two manifests can be compared by eye."""
+        rows = (f"  {json.dumps(n)}: {json.dumps(dataclasses.asdict(t))}" for n, t in sorted(self.tensors.items()))
+        return "{\n" + ",\n".join(rows) + "\n}\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `checksums.json` of a model folder. Raises CheckpointError when it is absent or unreadable."""
+        path = Path(folder) / FILE
+        try:
+            values = json.loads(path.read_text())
+            return cls({n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()})
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; write the model again with save_model.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); write the model again.") from error
+
+    def check_config(self, cfg: ModelConfig, folder: Path) -> None:
+        """Raise CheckpointError unless these are the tensors of `cfg`: names the first that is not."""
+        specs = tensor_specs(cfg)
+        for name, spec in specs.items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} of shape {spec.shape} is missing from the checkpoint, "
+                    f"which holds {len(self.tensors)} of the {len(specs)} tensors of {cfg.name}."
+                )
+            if tensor.shape != spec.shape:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} has shape {tensor.shape}, but config.json of {cfg.name} "
+                    f"says {spec.shape}. The two belong to different models."
+                )
+        for name in self.tensors:
+            if name not in specs:
+                raise CheckpointError(f"{folder}: tensor {name} is in the checkpoint but not in {cfg.name}.")
+
+    def damaged(self, name: str, array: np.ndarray) -> list[int]:
+        """Chunks of a tensor whose numbers are not those that were stored; empty when all is well."""
+        found = _checksums(name, array)
+        return [i for i, (a, b) in enumerate(zip(found, self.tensors[name].crc32, strict=True)) if a != b]
+
+
+def content_hash(folder: Path) -> str:
+    """16 hexadecimal digits that stand for the configuration and every parameter of a model folder.
+
+    Raises CheckpointError when a file of the folder is missing.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", FILE):
+        try:
+            digest.update((Path(folder) / name).read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{Path(folder) / name} does not exist; this is no model folder.") from None
+    return digest.hexdigest()[:16]
+
+
+def tensor_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """Every tensor of a model by name."""
+    return named(param_specs(cfg))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a `Params` tree (arrays or ParamSpecs) by tensor name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def is_expert(name: str) -> bool:
+    """True for the tensors of routed experts, whose first two axes are repeat and expert."""
+    return ".moe.experts." in name
+
+
+def expert_place(cfg: ModelConfig, moe_layer: int) -> tuple[int, int, int]:
+    """Where MoE layer number `moe_layer` (only MoE layers count, by depth) is: (segment, position, repeat).
+
+    Raises ConfigError when the model has no such layer.
+    """
+    if not 0 <= moe_layer < cfg.n_moe_layers:
+        raise ConfigError(f"{cfg.name} has {cfg.n_moe_layers} MoE layers; there is no number {moe_layer}.")
+    before = 0
+    for segment, (pattern, repeats) in enumerate(cfg.segments):
+        positions = [i for i, kind in enumerate(pattern) if kind == "moe"]
+        inside = moe_layer - before
+        if inside < repeats * len(positions):
+            repeat, which = divmod(inside, len(positions))
+            return segment, positions[which], repeat
+        before += repeats * len(positions)
+    raise AssertionError("segments and n_moe_layers disagree")
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order (2 GB/s: 0.5 ms for an expert of a megabyte)."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _checksums(name: str, array: np.ndarray) -> tuple[int, ...]:
+    if not is_expert(name):
+        return (checksum(array),)
+    return tuple(checksum(chunk) for row in array for chunk in row)
