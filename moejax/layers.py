@@ -1,54 +1,57 @@
 """The parts of a decoder layer that do not know about meshes, pages or batches.
 
 Rows are independent: the result for a row does not depend, in any bit, on how many rows there are or
-which they are. That is what makes a stream the same alone, in a batch, and after a failure. A plain dot
-does not have this property on XLA:CPU, where the order of summation over the contracted axis changes with
-the number of rows; within 2..32 rows it does not change, so `row_dot` never leaves that range.
+which they are. That makes a stream the same alone, in a batch, and after a failure. Plain dots and sums do
+not have this property on XLA:CPU (docs/decisions/0001), `row_dot` and `ordered_sum` do.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROW_TILE = 32
-"""Most rows a single dot may have for its sums to keep their order (measured, see docs/decisions)."""
+_LANES = 32
+"""Partial sums kept side by side in `ordered_sum`."""
 
 
-def row_dot(x: jax.Array, w: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """`x [T, D] @ w [D, F]` (or `w [F, D]` when transposed), each row summed in the same order for any T."""
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+def row_dot(x_TD: jax.Array, w_FD: jax.Array) -> jax.Array:
+    """`x @ w.T` `[T, F]` for a weight `[out, in]`, each row summed in the same order whatever T is.
 
-    def dot(rows: jax.Array) -> jax.Array:
-        return lax.dot_general(rows, w, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    Weights are stored `[out, in]` for this: with the contracted axis last, XLA:CPU keeps the order for any two
+    rows or more; a single row would take another path and is doubled.
+    """
+    if x_TD.shape[0] == 1:
+        return row_dot(jnp.concatenate([x_TD, x_TD]), w_FD)[:1]
+    return lax.dot_general(x_TD, w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x_TD.dtype)
 
-    T, D = x.shape
-    if T == 1:
-        return dot(jnp.concatenate([x, x]))[:1]
-    lead = T % ROW_TILE
-    if lead == 1:
-        raise ValueError(f"{T} rows leave a single row after tiles of {ROW_TILE}; pad the batch to an even number")
-    parts = [dot(x[:lead])] if lead else []
-    tiles = T // ROW_TILE
-    if tiles == 1:
-        parts.append(dot(x[lead:]))
-    elif tiles:
-        out = lax.map(dot, x[lead:].reshape(tiles, ROW_TILE, D))
-        parts.append(out.reshape(tiles * ROW_TILE, -1))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+def ordered_sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis in an order that depends on its length alone (XLA's own does not: see row_dot)."""
+    size = x.shape[-1]
+    if size > _LANES and size % _LANES == 0:
+        return ordered_sum(functools.reduce(jnp.add, jnp.split(x, size // _LANES, axis=-1)))
+    odd = []
+    while size > 1:
+        if size % 2:
+            odd.append(x[..., size - 1])
+        size //= 2
+        x = x[..., :size] + x[..., size : 2 * size]
+    return functools.reduce(jnp.add, odd, x[..., 0])
 
 
 def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm (arXiv 1910.07467), in float32."""
     x32 = x_TD.astype(jnp.float32)
-    variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    variance = ordered_sum(x32 * x32)[..., None] / x_TD.shape[-1]
     return (x32 * lax.rsqrt(variance + eps)).astype(x_TD.dtype) * scale_D
 
 
-def swiglu(x_TD: jax.Array, gate_up_D2F: jax.Array, down_FD: jax.Array) -> jax.Array:
+def swiglu(x_TD: jax.Array, gate_up_2FD: jax.Array, down_DF: jax.Array) -> jax.Array:
     """SwiGLU feed-forward (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
-    hidden = row_dot(x_TD, gate_up_D2F)
+    hidden = row_dot(x_TD, gate_up_2FD)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return row_dot(jax.nn.silu(gate) * up, down_FD)
+    return row_dot(jax.nn.silu(gate) * up, down_DF)
 
 
 def rope(x_TNH: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:

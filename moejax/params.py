@@ -1,5 +1,7 @@
 """Every parameter once, as data: shape, what its axes mean, how it starts. All else is a map over this.
 
+Weights lie `[out, in]`, as in the checkpoints models are published in; why it matters here: `layers.row_dot`.
+
 Shape suffixes: B batch, T query tokens, S key/value tokens, D model, F feed-forward, V vocabulary,
 N heads, K kv heads, H head size, E logical experts, P physical slots, X experts per token, L layers,
 M cache pages. R stands for the repeats of a segment (the scanned axis).
@@ -17,7 +19,7 @@ from moejax.config import ModelConfig
 
 @struct.dataclass
 class FeedForward:
-    """SwiGLU weights: gate and up side by side `[..., D, 2F]`, down `[..., F, D]`."""
+    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`."""
 
     gate_up: Any
     down: Any
@@ -25,9 +27,9 @@ class FeedForward:
 
 @struct.dataclass
 class MoE:
-    """Router `[R, D, E]` and its bias `[R, E]`, an always-on expert or None, and the routed experts.
+    """Router `[R, E, D]` and its bias `[R, E]`, an always-on expert or None, and the routed experts.
 
-    `experts` leaves are `[R, E, D, 2F]`, `[R, E, F, D]` in a checkpoint, and `[R, S, ...]` in a rank, which
+    `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, S, ...]` in a rank, which
     holds slots.
     """
 
@@ -83,22 +85,22 @@ def param_specs(cfg: ModelConfig) -> Params:
 
     def feed_forward(lead: tuple[int, ...], names: tuple[str, ...], width: int) -> FeedForward:
         return FeedForward(
-            gate_up=ParamSpec((*lead, D, 2 * width), (*names, "model", "ffn"), 0.02),
-            down=ParamSpec((*lead, width, D), (*names, "ffn", "model"), out_std),
+            gate_up=ParamSpec((*lead, 2 * width, D), (*names, "ffn", "model"), 0.02),
+            down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), out_std),
         )
 
     def layer(kind: str, R: int) -> Layer:
         moe = cfg.moe if kind == "moe" else None
         return Layer(
             attention_norm=ParamSpec((R, D), ("layer", "model"), 0),
-            qkv=ParamSpec((R, D, (N + 2 * K) * H), ("layer", "model", "heads"), 0.02),
-            out=ParamSpec((R, N * H, D), ("layer", "heads", "model"), out_std),
+            qkv=ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
+            out=ParamSpec((R, D, N * H), ("layer", "model", "heads"), out_std),
             ffn_norm=ParamSpec((R, D), ("layer", "model"), 0),
             ffn=feed_forward((R,), ("layer",), cfg.d_ff) if moe is None else None,
             moe=None
             if moe is None
             else MoE(
-                router=ParamSpec((R, D, moe.experts), ("layer", "model", "router"), 0.02),
+                router=ParamSpec((R, moe.experts, D), ("layer", "router", "model"), 0.02),
                 bias=ParamSpec((R, moe.experts), ("layer", "router"), 1e-9),
                 shared=feed_forward((R,), ("layer",), moe.d_shared) if moe.d_shared else None,
                 experts=feed_forward((R, moe.experts), ("layer", "expert"), moe.d_expert),

@@ -8,14 +8,14 @@ from moejax.layers import row_dot
 
 
 def route(
-    x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, alive_E: jax.Array, moe: MoEConfig
+    x_TD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, alive_E: jax.Array, moe: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
     """The chosen experts `[T, X]` in router order and their gates `[T, X]`.
 
     `alive_E` is False for masked experts: the next best takes over. Ties go to the lower expert, so that the
     choice is the same wherever it is made.
     """
-    scores_TE = row_dot(x_TD, router_DE).astype(jnp.float32) + bias_E
+    scores_TE = row_dot(x_TD, router_ED).astype(jnp.float32) + bias_E
     scores_TE = jnp.where(alive_E, scores_TE, -jnp.inf)
     best_TX, chosen_TX = jax.lax.top_k(scores_TE, moe.experts_per_token)
     if moe.gate == "softmax":

@@ -1,0 +1,74 @@
+"""Tokens to the ranks that hold their experts, and the answers back.
+
+Each token goes at most once to each rank, with the slots it wants there; each chosen expert's answer comes
+back by itself, so that the source can sum them in router order wherever the experts sit. Buffers are padded to
+the worst case: no token is ever dropped. (`ragged_all_to_all` does not exist on XLA:CPU.)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax.axes import RANKS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Sizes of one exchange: n ranks, S slots on each, X experts per token."""
+
+    ranks: int
+    slots: int
+    experts_per_token: int
+
+    @property
+    def answers(self) -> int:
+        """A, the most answers a token can get from one rank."""
+        return min(self.slots, self.experts_per_token)
+
+
+def place(slot_TX: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
+    """The rank `[T, X]` (-1 for none) of each chosen physical slot (-1 for none), and which of the token's
+    answers from that rank it is `[T, X]`."""
+    rank_TX = jnp.where(slot_TX >= 0, slot_TX // exchange.slots, -1)
+    same_TXX = rank_TX[:, :, None] == rank_TX[:, None, :]
+    earlier = jnp.tril(jnp.ones(same_TXX.shape[1:], bool), -1)
+    return rank_TX, (same_TXX & earlier).sum(-1)
+
+
+def dispatch(
+    x_TD: jax.Array, slot_TX: jax.Array, rank_TX: jax.Array, nth_TX: jax.Array, exchange: Exchange
+) -> tuple[jax.Array, jax.Array]:
+    """What this rank has to answer: rows `[n*T, D]` and the local slots each row wants `[n*T, A]`, -1 for none."""
+    n, A = exchange.ranks, exchange.answers
+    to_n = jnp.arange(n)[:, None, None, None]
+    nth_A = jnp.arange(A)[:, None]
+    here_nTAX = (rank_TX[:, None, :] == to_n) & (nth_TX[:, None, :] == nth_A)
+    wanted_nTA = jnp.where(here_nTAX, slot_TX[:, None, :] % exchange.slots + 1, 0).sum(-1) - 1
+    if n == 1:
+        return x_TD, wanted_nTA[0]
+    T, D = x_TD.shape
+    rows_nTD = jnp.broadcast_to(x_TD, (n, T, D))
+    sent = jnp.concatenate([rows_nTD, wanted_nTA.astype(x_TD.dtype)], axis=-1)
+    got = lax.all_to_all(sent, RANKS, 0, 0, tiled=True).reshape(n * T, D + A)
+    return got[:, :D], got[:, D:].astype(jnp.int32)
+
+
+def combine(
+    answers_rAD: jax.Array, rank_TX: jax.Array, nth_TX: jax.Array, gates_TX: jax.Array, exchange: Exchange
+) -> jax.Array:
+    """The gated sum `[T, D]` of the answers `[n*T, A, D]`, each token's in router order."""
+    T, X = rank_TX.shape
+    n, A = exchange.ranks, exchange.answers
+    D = answers_rAD.shape[-1]
+    back_nTAD = answers_rAD.reshape(n, T, A, D)
+    if n > 1:
+        back_nTAD = lax.all_to_all(back_nTAD, RANKS, 0, 0, tiled=True)
+    token_T1 = jnp.arange(T)[:, None]
+    y_TXD = back_nTAD[jnp.maximum(rank_TX, 0), token_T1, jnp.minimum(nth_TX, A - 1)]
+    gates_TX = jnp.where(rank_TX >= 0, gates_TX, 0.0)
+    total = gates_TX[:, 0, None] * y_TXD[:, 0]
+    for x in range(1, X):
+        total = total + gates_TX[:, x, None] * y_TXD[:, x]
+    return total

@@ -1,0 +1,82 @@
+"""The next token of each segment, chosen on the device.
+
+A row's choice depends on its logits, its parameters and (seed, position) alone, in every bit: sums over the
+vocabulary are made in integers, whose order does not matter, and thresholds by bisection instead of a sort.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax.inputs import StepInputs
+
+_LIMB = 14
+
+
+def _keys(x: jax.Array) -> jax.Array:
+    """Float32 as uint32 of the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest(holds, shape: tuple[int, ...]) -> jax.Array:
+    """The highest uint32 for which `holds` (true below some point, false above it) is still true."""
+
+    def bit(i, found):
+        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
+
+
+def _mass(weights: jax.Array, inside: jax.Array) -> jax.Array:
+    """Sum of weights in [0, 1] over the last axis, exact in two integer limbs and so in any order."""
+    scaled = (weights * (1 << 2 * _LIMB)).astype(jnp.uint32)
+    high = jnp.where(inside, scaled >> _LIMB, 0).sum(-1, dtype=jnp.uint32)
+    low = jnp.where(inside, scaled & ((1 << _LIMB) - 1), 0).sum(-1, dtype=jnp.uint32)
+    return high.astype(jnp.float32) + low.astype(jnp.float32) / (1 << _LIMB)
+
+
+def filter_logits(
+    logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, min_p_Z: jax.Array
+) -> jax.Array:
+    """Logits with -inf for tokens outside of top-k (0: all), then outside the smallest set of mass top-p among
+    the rest (1: all), or less likely than min_p x the likeliest (0: all). Ties at a threshold stay in."""
+    Z, V = logits_ZV.shape
+    keys_ZV = _keys(logits_ZV)
+    k_Z = jnp.where((top_k_Z <= 0) | (top_k_Z > V), V, top_k_Z)
+    at_k = _highest(lambda t: (keys_ZV >= t[:, None]).sum(-1) >= k_Z, (Z,))
+    inside = keys_ZV >= at_k[:, None]
+    weights = jnp.where(inside, jnp.exp(logits_ZV - logits_ZV.max(-1, keepdims=True)), 0.0)
+    goal_Z = top_p_Z * _mass(weights, inside)
+    at_p = _highest(lambda t: _mass(weights, inside & (keys_ZV >= t[:, None])) >= goal_Z, (Z,))
+    at_p = jnp.where(top_p_Z < 1.0, at_p, 0)
+    inside &= (keys_ZV >= at_p[:, None]) & (weights >= min_p_Z[:, None])
+    return jnp.where(inside, logits_ZV, -jnp.inf)
+
+
+def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
+    """Tokens `[Z]` and their log-probabilities `[Z]` under the unfiltered model.
+
+    Temperature 0 is greedy. Otherwise Gumbel-max with a key of (seed, position): the same stream on any rank,
+    in any batch, before and after a failure.
+    """
+    logits_ZV = logits_ZV.astype(jnp.float32)
+    greedy_Z = jnp.argmax(logits_ZV, axis=-1).astype(jnp.int32)
+    warm_Z = inputs.temperature > 0
+
+    def draw() -> jax.Array:
+        scaled = logits_ZV / jnp.where(warm_Z, inputs.temperature, 1.0)[:, None]
+        filters = warm_Z & ((inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0))
+        kept = lax.cond(
+            filters.any(),
+            lambda: filter_logits(scaled, inputs.top_k, inputs.top_p, inputs.min_p),
+            lambda: scaled,
+        )
+        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(inputs.seed, inputs.sample_position)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys)
+        return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+
+    token_Z = jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
+    chosen_Z = jnp.take_along_axis(logits_ZV, token_Z[:, None], axis=1)[:, 0]
+    return token_Z, chosen_Z - jax.nn.logsumexp(logits_ZV, axis=-1)

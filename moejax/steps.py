@@ -1,0 +1,99 @@
+"""Every `jax.jit` of a rank, made at import. What is donated is stated here."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+
+from moejax import model
+from moejax.axes import RANKS
+from moejax.cache import Cache, commit
+from moejax.config import ModelConfig
+from moejax.inputs import Bucket, packed_size, unpack
+from moejax.model import StepOutputs, StepShape
+from moejax.params import FeedForward, Layer, Params, is_spec, param_specs
+
+WHOLE = PartitionSpec()
+SLOTS = PartitionSpec(None, RANKS)
+
+
+@struct.dataclass
+class StepArguments:
+    """What a step reads; none of it is donated. Leaves are arrays, specs or shapes alike."""
+
+    params: Any
+    cache: Any
+    expert_to_slot: Any
+    packed: Any
+
+
+def partition(shape: StepShape) -> StepArguments:
+    """How each argument of a step lies on the mesh."""
+    params = jax.tree.map(lambda _: WHOLE, param_specs(shape.cfg), is_leaf=is_spec)
+    return StepArguments(
+        params=_with_experts(params, lambda _: SLOTS),
+        cache=Cache(k=SLOTS, v=SLOTS),
+        expert_to_slot=PartitionSpec(RANKS),
+        packed=PartitionSpec(RANKS),
+    )
+
+
+def local_shapes(shape: StepShape, entries: int, dtype: Any = jnp.float32) -> StepArguments:
+    """Shapes of one rank's shard of each argument."""
+    cfg = shape.cfg
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), param_specs(cfg), is_leaf=is_spec)
+    slots = lambda s: jax.ShapeDtypeStruct((s.shape[0], shape.slots, *s.shape[2:]), dtype)  # noqa: E731
+    kv = jax.ShapeDtypeStruct((cfg.n_layers, entries, cfg.n_kv_heads * cfg.d_head), dtype)
+    experts = cfg.moe.experts if cfg.moe else 0
+    return StepArguments(
+        params=_with_experts(params, slots),
+        cache=Cache(k=kv, v=kv),
+        expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
+        packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
+    )
+
+
+def _with_experts(params: Params, change) -> Params:
+    def layer(each: Layer) -> Layer:
+        if each.moe is None:
+            return each
+        experts = each.moe.experts
+        changed = FeedForward(gate_up=change(experts.gate_up), down=change(experts.down))
+        return each.replace(moe=each.moe.replace(experts=changed))
+
+    return params.replace(segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "mesh"))
+def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepOutputs:
+    """One step over `mesh`: contains the collectives, reads everything, donates nothing."""
+
+    def local(a: StepArguments) -> StepOutputs:
+        return model.step(a.params, a.cache, a.expert_to_slot[0], unpack(a.packed, shape.bucket), shape)
+
+    outputs = StepOutputs(
+        tokens=PartitionSpec(RANKS),
+        logprobs=PartitionSpec(RANKS),
+        new_kv=PartitionSpec(None, None, RANKS),
+        expert_load=PartitionSpec(RANKS),
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
+
+
+@functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))
+def run_commit(cache: Cache, new_kv: jax.Array, packed: jax.Array, *, bucket: Bucket) -> Cache:
+    """Write a finished step into the cache of this rank alone. Donates the cache; no collective, cannot fail half-way."""
+    return commit(cache, new_kv, unpack(packed, bucket).write)
+
+
+@functools.partial(jax.jit, donate_argnames=("experts",))
+def run_fill(experts: FeedForward, gate_up: jax.Array, down: jax.Array, repeat: jax.Array, slot: jax.Array) -> FeedForward:
+    """Put one expert's weights `[2F, D]`, `[D, F]` into a slot of a segment's leaves. Donates the leaves."""
+    return FeedForward(
+        gate_up=experts.gate_up.at[repeat, slot].set(gate_up), down=experts.down.at[repeat, slot].set(down)
+    )
+
+
