@@ -1,0 +1,167 @@
+"""One step's work, and its form as arrays for a rank's compiled program.
+
+A bucket has B decode segments of one row, then G tiles of 32 rows: R = B + 32 G rows and Z = B + G segments.
+A chunk of a prompt takes consecutive tiles; a step may have chunks of several prompts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+TILE = 32
+"""Rows of one prefill segment."""
+
+DROPPED = 2**30
+"""Cache entry of rows that are padding: beyond every cache, so that the write is dropped."""
+
+
+class Bucket(NamedTuple):
+    """A shape the step program is compiled for: `decode` rows and `tiles` of 32 rows on every rank."""
+
+    decode: int
+    tiles: int
+
+    @property
+    def rows(self) -> int:
+        return self.decode + TILE * self.tiles
+
+    @property
+    def segments(self) -> int:
+        return self.decode + self.tiles
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What one step does for one request: `tokens` at positions from `start` on; `samples` the next one?
+
+    `arrival` tells a request from a later one of the same id; `seed` enters the program modulo 2**32.
+    """
+
+    request_id: str
+    arrival: int
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    samples: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+    @property
+    def tiles(self) -> int:
+        """Prefill tiles it takes; a single token takes a decode row instead."""
+        return 0 if len(self.tokens) == 1 else -(-len(self.tokens) // TILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step: every rank runs the program of `bucket` on its own `work`, which may be empty."""
+
+    step: int
+    epoch: int
+    bucket: Bucket
+    work: Mapping[int, tuple[Work, ...]]
+
+
+def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int, int]]:
+    """(work, its first row, its first segment), decode rows from 0 and chunks from tile 0, in order."""
+    row, tile = 0, 0
+    for item in work:
+        if item.tiles:
+            yield item, bucket.decode + TILE * tile, bucket.decode + tile
+            tile += item.tiles
+        else:
+            yield item, row, row
+            row += 1
+    assert row <= bucket.decode, f"{row} decode rows do not fit in {bucket}"
+    assert tile <= bucket.tiles, f"{tile} tiles do not fit in {bucket}"
+
+
+def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:
+    """The rank's part of a step as the arrays its program takes.
+
+    int32 [R]: `tokens`, `positions` (-1 padding), `write` (flat cache entry, DROPPED for padding).
+    int32 [Z, max_pages]: `page_table`.
+    int32 [Z]: `cached` (tokens of the sequence in the cache before the step), `new_base` (row of its first
+    new token), `sample_row` (row whose logits give the next token), `sample_position` (where that token will
+    stand), `top_k`. float32 [Z]: `temperature`, `top_p`, `min_p`. uint32 [Z]: `seed`.
+    A segment that does not sample is greedy and reads its own first row.
+    """
+    bucket, work = batch.bucket, batch.work[rank]
+    arrays = _padding(bucket, max_pages)
+    tokens, positions, write = arrays["tokens"], arrays["positions"], arrays["write"]
+    decode, sampling = [], []
+    for item, row, segment in segments(bucket, work):
+        arrays["page_table"][segment : segment + max(item.tiles, 1), : len(item.pages)] = item.pages
+        if item.tiles:
+            count, stop = len(item.tokens), segment + item.tiles
+            at = np.arange(item.start, item.start + count)
+            tokens[row : row + count] = item.tokens
+            positions[row : row + count] = at
+            write[row : row + count] = np.array(item.pages)[at // page_size] * page_size + at % page_size
+            arrays["cached"][segment:stop] = item.start
+            arrays["new_base"][segment:stop] = row
+            if item.samples:
+                arrays["sample_row"][stop - 1] = row + count - 1
+        else:
+            page, offset = divmod(item.start, page_size)
+            decode.append((item.tokens[0], item.start, item.pages[page] * page_size + offset))
+        if item.samples:
+            sampling.append((segment + max(item.tiles, 1) - 1, item))
+    if decode:
+        rows = np.array(decode, np.int32)
+        tokens[: len(rows)], positions[: len(rows)], write[: len(rows)] = rows.T
+        arrays["cached"][: len(rows)] = rows[:, 1]
+    if sampling:
+        _set_sampling(arrays, sampling)
+    return arrays
+
+
+def harvest(
+    batch: Batch, rank: int, tokens: np.ndarray, logprobs: np.ndarray
+) -> dict[str, tuple[int, float]]:
+    """{request id: (token, log-probability)} of the segments that sample; `tokens` and `logprobs` are [Z]."""
+    chosen, scores = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist()
+    results = {}
+    for item, _, segment in segments(batch.bucket, batch.work[rank]):
+        if item.samples:
+            last = segment + max(item.tiles, 1) - 1
+            results[item.request_id] = (chosen[last], scores[last])
+    return results
+
+
+def _padding(bucket: Bucket, max_pages: int) -> dict[str, np.ndarray]:
+    """The arrays of a rank that has nothing to do."""
+    rows, count = bucket.rows, bucket.segments
+    first_row = np.arange(count, dtype=np.int32)
+    first_row[bucket.decode :] += (TILE - 1) * np.arange(bucket.tiles, dtype=np.int32)
+    return {
+        "tokens": np.zeros(rows, np.int32),
+        "positions": np.full(rows, -1, np.int32),
+        "page_table": np.zeros((count, max_pages), np.int32),
+        "cached": np.zeros(count, np.int32),
+        "new_base": first_row,
+        "write": np.full(rows, DROPPED, np.int32),
+        "sample_row": first_row.copy(),
+        "temperature": np.zeros(count, np.float32),
+        "top_k": np.zeros(count, np.int32),
+        "top_p": np.ones(count, np.float32),
+        "min_p": np.zeros(count, np.float32),
+        "seed": np.zeros(count, np.uint32),
+        "sample_position": np.zeros(count, np.int32),
+    }
+
+
+def _set_sampling(arrays: dict[str, np.ndarray], sampling: list[tuple[int, Work]]) -> None:
+    at = [segment for segment, _ in sampling]
+    work = [item for _, item in sampling]
+    arrays["temperature"][at] = [item.temperature for item in work]
+    arrays["top_k"][at] = [item.top_k for item in work]
+    arrays["top_p"][at] = [item.top_p for item in work]
+    arrays["min_p"][at] = [item.min_p for item in work]
+    arrays["seed"][at] = [item.seed & 0xFFFFFFFF for item in work]
+    arrays["sample_position"][at] = [item.start + len(item.tokens) for item in work]

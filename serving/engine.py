@@ -1,0 +1,289 @@
+"""What the server knows about every open request, and what can happen to it. Values and pure transitions.
+
+A transition takes a state and returns its successor, with outputs where clients must hear of it. `schedule`
+(serving/scheduler.py) makes a step, `apply` takes its results in. A step that fails in between leaves no
+trace: go on from the state before it or the one `schedule` returned, as suits; `lose` works on either.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+
+from serving.batch import Batch, Bucket
+from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
+from serving.pages import PagePool, check_pages
+from serving.request import Finished, FinishReason, Request, Token
+from serving.sequence import Sequence
+
+Output = tuple[str, Token | Finished | MoejaxError]
+"""What a client hears: a token, or the one end of its stream (Finished, or a typed error)."""
+
+QUEUE_RETRY_S = 1.0
+"""Hint to a client that found the queue full."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What does not change while the server runs. Sizes in tokens, `max_queue` in requests."""
+
+    page_size: int
+    max_context: int
+    max_queue: int
+    buckets: tuple[Bucket, ...]
+    tiles_while_decoding: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buckets", tuple(Bucket(*bucket) for bucket in self.buckets))
+        bounds = {"page_size": 1, "max_context": 2, "max_queue": 1, "tiles_while_decoding": 1}
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if not self.buckets or self.most_decode < 1 or self.most_tiles < 1:
+            raise ValueError(f"buckets {self.buckets} need one with decode rows and one with prefill tiles.")
+        if (self.most_decode, self.most_tiles) not in self.buckets:
+            raise ValueError(
+                f"no bucket covers {self.most_decode} decode rows with {self.most_tiles} tiles. "
+                f"Add ({self.most_decode}, {self.most_tiles}) to the buckets."
+            )
+
+    @property
+    def most_decode(self) -> int:
+        """Decode rows of the largest bucket: the most sequences a rank runs."""
+        return max((bucket.decode for bucket in self.buckets), default=0)
+
+    @property
+    def most_tiles(self) -> int:
+        """Prefill tiles of the largest bucket."""
+        return max((bucket.tiles for bucket in self.buckets), default=0)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence: the width of a page table."""
+        return self.pages_for(self.max_context)
+
+    def pages_for(self, positions: int) -> int:
+        """Pages that hold so many positions."""
+        return -(-positions // self.page_size)
+
+    def pages_needed(self, request: Request) -> int:
+        """Pages of a request that runs to its end. Its last token is never written to the cache."""
+        return self.pages_for(min(len(request.prompt) + request.max_tokens, self.max_context) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """All requests between acceptance and end. `waiting` is in order of arrival; mappings never change."""
+
+    limits: Limits
+    pools: Mapping[int, PagePool]
+    epoch: int = 0
+    waiting: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+    running: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    """Steps made so far."""
+    in_flight: int | None = None
+    """The step whose results are awaited; results of any other are refused."""
+    arrivals: int = 0
+    preemptions: int = 0
+    decode_first: bool = False
+    """After a loss, until one step has gone to the survivors' streams alone."""
+
+    @classmethod
+    def start(cls, limits: Limits, pages: Mapping[int, int], *, epoch: int = 0) -> "EngineState":
+        """No requests, and an empty cache of `pages[rank]` pages on every rank."""
+        return cls(limits, {rank: PagePool.of(count) for rank, count in pages.items()}, epoch)
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The open request of that id."""
+        return self.running.get(request_id) or self.waiting.get(request_id)
+
+
+def submit(state: EngineState, request: Request) -> EngineState:
+    """Accept a request at the end of the queue.
+
+    Raises PromptTooLong, InvalidRequest (empty prompt, max_tokens below 1, id in use, more pages than a rank
+    has) and QueueFull.
+    """
+    _check_request(state, request)
+    if len(state.waiting) >= state.limits.max_queue:
+        raise QueueFull(
+            f"{len(state.waiting)} requests are waiting and the queue holds {state.limits.max_queue}. "
+            "Try again later, or raise max_queue.",
+            retry_after_s=QUEUE_RETRY_S,
+        )
+    waiting = {**state.waiting, request.id: Sequence(request, state.arrivals)}
+    return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1)
+
+
+def cancel(
+    state: EngineState, request_id: str, reason: FinishReason = "cancelled"
+) -> tuple[EngineState, tuple[Output, ...]]:
+    """End a request for a reason the front found: the caller left, a stop string. Unknown ids end nothing."""
+    if state.find(request_id) is None:
+        return state, ()
+    return _without(state, [request_id]), ((request_id, Finished(reason)),)
+
+
+def expire(state: EngineState, now: float) -> tuple[EngineState, tuple[Output, ...]]:
+    """End the requests whose deadline is not after `now`."""
+    late = [
+        sequence.id
+        for sequence in (*state.running.values(), *state.waiting.values())
+        if sequence.request.deadline is not None and sequence.request.deadline <= now
+    ]
+    if not late:
+        return state, ()
+    return _without(state, late), tuple((request_id, Finished("deadline")) for request_id in late)
+
+
+def apply(
+    state: EngineState, batch: Batch, results: Mapping[str, tuple[int, float]]
+) -> tuple[EngineState, tuple[Output, ...]]:
+    """Take in a step: `results` is {request id: (token, log-probability)} of all its work that samples.
+
+    Requests that ended while the step ran are passed over. Raises ValueError when the step is not the one in
+    flight: it is of an old epoch, or its results are in already.
+    """
+    if batch.step != state.in_flight:
+        raise ValueError(f"results of step {batch.step} came, but step {state.in_flight} is in flight.")
+    running, outputs, ended = dict(state.running), [], []
+    for work in (work for part in batch.work.values() for work in part):
+        sequence = running.get(work.request_id)
+        if sequence is None or sequence.arrival != work.arrival:
+            continue
+        reason: FinishReason | None = None
+        generated = sequence.generated
+        if work.samples:
+            token, logprob = results[work.request_id]
+            if token in sequence.request.stop_tokens:
+                reason = "stop"
+            else:
+                outputs.append((work.request_id, Token(len(generated), token, logprob, batch.epoch)))
+                generated = (*generated, token)
+                reason = _reason_of_length(state.limits, sequence.request, len(generated))
+        running[work.request_id] = dataclasses.replace(
+            sequence, generated=generated, computed=work.start + len(work.tokens)
+        )
+        if reason is not None:
+            outputs.append((work.request_id, Finished(reason)))
+            ended.append(work.request_id)
+    state = dataclasses.replace(state, running=running, in_flight=None)
+    return (_without(state, ended) if ended else state), tuple(outputs)
+
+
+def lose(state: EngineState, dead: Collection[int]) -> EngineState:
+    """Ranks died: their requests go to the front of the queue as prompt + tokens so far. None is sent again.
+
+    The step in flight, if any, is forgotten: its results will be refused and its work is scheduled again.
+    """
+    lost = [sequence for sequence in state.running.values() if sequence.rank in dead]
+    return dataclasses.replace(
+        state,
+        pools={rank: pool for rank, pool in state.pools.items() if rank not in dead},
+        running={key: sequence for key, sequence in state.running.items() if sequence.rank not in dead},
+        waiting=requeued(state.waiting, lost),
+        in_flight=None,
+        decode_first=True,
+    )
+
+
+def adopt(
+    state: EngineState, pages: Mapping[int, int], *, epoch: int, fresh: Collection[int] = ()
+) -> tuple[EngineState, tuple[Output, ...]]:
+    """The ranks of a new epoch and their pages. A rank known before keeps its cache and its requests.
+
+    A rank has an empty cache when it is new, in `fresh`, or has another number of pages than before. A
+    request that no rank can hold any more ends with NoCapacity; without any rank all requests wait.
+    """
+    emptied = {rank for rank, pool in state.pools.items() if rank in fresh or pages.get(rank) != pool.total}
+    decode_first = state.decode_first or bool(emptied)
+    state = lose(state, emptied)
+    pools = {rank: state.pools.get(rank) or PagePool.of(count) for rank, count in pages.items()}
+    state = dataclasses.replace(state, pools=pools, epoch=epoch, decode_first=decode_first)
+    most = max(pages.values(), default=None)
+    if most is None:
+        return state, ()
+    outputs: list[Output] = []
+    for sequence in state.waiting.values():
+        need = state.limits.pages_needed(sequence.request)
+        if need > most:
+            message = (
+                f"the request needs {need} pages and the ranks alive have {most} each. "
+                "Bring a rank with more memory back, or ask for fewer tokens."
+            )
+            outputs.append((sequence.id, NoCapacity(message)))
+    return _without(state, [request_id for request_id, _ in outputs]), tuple(outputs)
+
+
+def requeued(waiting: Mapping[str, Sequence], sequences: Iterable[Sequence]) -> dict[str, Sequence]:
+    """The queue with these sequences taken off their ranks. They arrived first: they stand first."""
+    back = [sequence.displaced() for sequence in sequences]
+    merged = sorted((*back, *waiting.values()), key=lambda sequence: sequence.arrival)
+    return {sequence.id: sequence for sequence in merged}
+
+
+def check_integrity(state: EngineState) -> None:
+    """Raise AssertionError unless pages, places and requests are conserved."""
+    both = state.waiting.keys() & state.running.keys()
+    assert not both, f"{both} are waiting and running"
+    arrivals = [sequence.arrival for sequence in state.waiting.values()]
+    assert arrivals == sorted(arrivals), f"the queue is out of order: {arrivals}"
+    everyone = [*state.waiting.items(), *state.running.items()]
+    assert len({sequence.arrival for _, sequence in everyone}) == len(everyone), "two requests, one arrival"
+    for key, sequence in everyone:
+        request = sequence.request
+        assert key == sequence.id
+        assert sequence.arrival < state.arrivals, f"{key} arrived as {sequence.arrival} of {state.arrivals}"
+        assert not request.stop_tokens.intersection(sequence.generated), f"{key} is past its stop token"
+        over = _reason_of_length(state.limits, request, len(sequence.generated))
+        assert over is None, f"{key} has all its tokens and is still open"
+    for sequence in state.waiting.values():
+        assert sequence == sequence.displaced(), f"{sequence.id} waits and holds {sequence.pages}"
+    for sequence in state.running.values():
+        assert sequence.rank in state.pools, f"{sequence.id} runs on rank {sequence.rank}, which is not there"
+        assert sequence.pending >= 1, f"{sequence.id} has nothing to compute"
+        room = len(sequence.pages) * state.limits.page_size
+        assert sequence.computed <= room, f"{sequence.id} has {sequence.computed} entries in room for {room}"
+    for rank, pool in state.pools.items():
+        here = [sequence for sequence in state.running.values() if sequence.rank == rank]
+        most = state.limits.most_decode
+        assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
+        check_pages(pool, [page for sequence in here for page in sequence.pages])
+
+
+def _check_request(state: EngineState, request: Request) -> None:
+    limits, length = state.limits, len(request.prompt)
+    if length == 0:
+        raise InvalidRequest("the prompt has no tokens. Send at least 1.", param="prompt")
+    if length >= limits.max_context:
+        raise PromptTooLong(
+            f"the prompt has {length} tokens and the context holds {limits.max_context}, one of them for the "
+            f"answer. Shorten the prompt to {limits.max_context - 1}.",
+            param="prompt",
+        )
+    if request.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {request.max_tokens}. Ask for at least 1.", param="max_tokens")
+    if state.find(request.id) is not None:
+        raise InvalidRequest(f"request id {request.id!r} is in use. Choose another.", param="request_id")
+    need = limits.pages_needed(request)
+    most = max((pool.total for pool in state.pools.values()), default=need)
+    if need > most:
+        raise InvalidRequest(
+            f"{length} prompt tokens and max_tokens {request.max_tokens} need {need} pages of "
+            f"{limits.page_size} tokens; a rank has {most}. Lower max_tokens or raise pages_per_rank.",
+            param="max_tokens",
+        )
+
+
+def _reason_of_length(limits: Limits, request: Request, generated: int) -> FinishReason | None:
+    full = generated >= request.max_tokens or len(request.prompt) + generated >= limits.max_context
+    return "length" if full else None
+
+
+def _without(state: EngineState, request_ids: Iterable[str]) -> EngineState:
+    """The state after these requests ended: their pages are free again."""
+    waiting, running, pools = dict(state.waiting), dict(state.running), dict(state.pools)
+    for request_id in request_ids:
+        sequence = running.pop(request_id, None) or waiting.pop(request_id)
+        if sequence.rank is not None:
+            pools[sequence.rank] = pools[sequence.rank].release(sequence.pages)
+    return dataclasses.replace(state, waiting=waiting, running=running, pools=pools)
