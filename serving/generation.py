@@ -90,7 +90,8 @@ class Generation:
         if params.max_tokens is not None and params.max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens is {params.max_tokens}, but a prompt of {len(tokens)} tokens leaves {room} of "
-                f"this model's context of {model.max_context}. Ask for at most {room}, or leave max_tokens out.",
+                f"this model's context of {model.max_context}. Ask for at most {room}, or leave "
+                "max_tokens out.",
                 param="max_tokens",
             )
         return Request(

@@ -1,7 +1,7 @@
 """Prometheus metrics: vLLM's names, so that its dashboards and autoscalers work, and moejax's own.
 
-Gauges and counters of the backend are read when Prometheus asks; times of requests and recoveries are observed
-as they happen.
+Gauges and counters of the backend are read when Prometheus asks; times of requests and recoveries are
+observed as they happen.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Text to tokens and back: encoding, chat templates, and text that grows token by token.
 
 Three values carry a stream: `Tokenizer` is shared by all requests, `Detokenizer` turns one request's
-tokens into whole characters, `StopStrings` holds text back while it could still be the beginning of a stop string.
+tokens into whole characters, `StopStrings` holds text back while it could be the beginning of a stop.
 """
 
 import dataclasses

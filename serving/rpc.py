@@ -1,0 +1,230 @@
+"""The gRPC surface: moejax.v1.Inference, moejax.v1.Resilience, grpc.health.v1 and reflection.
+
+A stream is written message by message and each write waits for the client's flow control window, so a
+client that does not read holds up nobody and costs one window. A call that ends, for whatever reason, closes
+its generator, which cancels the request.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from serving import wire
+from serving.closing import Closing
+from serving.errors import Internal, MoejaxError, StartError
+from serving.generation import Generation
+from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
+from serving.status import Backend
+
+log = logging.getLogger(__name__)
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+RESILIENCE = resilience_pb2.DESCRIPTOR.services_by_name["Resilience"].full_name
+LIVENESS = ("", "liveness", RESILIENCE)
+"""Health service names that are SERVING as long as the front answers, also through a recovery."""
+READINESS = ("readiness", INFERENCE)
+"""Health service names that are NOT_SERVING while no request can be served."""
+
+OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the traffic
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_send_message_length", 4 << 20),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+_HEALTH_INTERVAL_S = 0.1
+
+
+class RpcServer:
+    """A running gRPC server. `port` is the one in use, also when 0 was asked for."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, closing: Closing) -> None:
+        self._server = server
+        self._closing = closing
+        self.port = port
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no new calls, end the watches, wait up to `grace_s` for the rest, then cancel it."""
+        self._closing.set()
+        await self._server.stop(grace_s)
+
+
+async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 0) -> RpcServer:
+    """Serve on host:port. Raises StartError when the port cannot be had."""
+    server, closing = grpc.aio.server(options=OPTIONS), Closing()
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(generation), server)
+    backend = generation.backend
+    resilience_pb2_grpc.add_ResilienceServicer_to_server(ResilienceService(backend, closing), server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthService(backend, closing), server)
+    names = (INFERENCE, RESILIENCE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as error:
+        raise StartError(
+            f"gRPC cannot listen on {host}:{port}; another program has the port, or the address is not of this "
+            "machine. Choose another with --grpc-port, or 0 for any free one."
+        ) from error
+    await server.start()
+    return RpcServer(server, bound, closing)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Generating text."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+        """Stream one request; the call's deadline is the request's."""
+        async with _statuses(context):
+            params = wire.sampling_value(request.sampling)
+            accepted = await self._generation.accept(
+                wire.prompt_value(request),
+                params,
+                request_id=request.request_id,
+                timeout_s=context.time_remaining(),
+            )
+            stream = self._generation.stream(accepted, params.stop)
+            async with contextlib.aclosing(stream) as items:
+                async for item in items:
+                    await context.write(wire.response_message(item))
+
+    async def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:
+        """Cancel a request by id."""
+        async with _statuses(context):
+            return inference_pb2.AbortResponse(aborted=self._generation.backend.abort(request.request_id))
+
+    async def GetModelInfo(self, request: Any, context: Any) -> inference_pb2.ModelInfo:
+        """The model being served."""
+        async with _statuses(context):
+            generation = self._generation
+            return wire.model_message(generation.backend.model, generation.tokenizer.has_chat_template)
+
+    async def GetServerInfo(self, request: Any, context: Any) -> inference_pb2.ServerInfo:
+        """Version, age and size of the server."""
+        async with _statuses(context):
+            status = self._generation.backend.status()
+            return inference_pb2.ServerInfo(
+                version=version(),
+                started_at=status.started_at,
+                uptime_s=max(0.0, time.time() - status.started_at),
+                ready=status.ready,
+                chaos=status.chaos,
+                epoch=status.epoch,
+                ranks_alive=sum(r.state == "serving" for r in status.ranks),
+                ranks_total=len(status.ranks),
+            )
+
+
+class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
+    """What the server is made of and what happened to it."""
+
+    def __init__(self, backend: Backend, closing: Closing) -> None:
+        self._backend = backend
+        self._closing = closing
+
+    async def GetStatus(self, request: Any, context: Any) -> resilience_pb2.Status:
+        """The server now."""
+        async with _statuses(context):
+            return wire.status_message(self._backend.status())
+
+    async def Watch(self, request: resilience_pb2.WatchRequest, context: Any) -> None:
+        """Events after a sequence, past ones first."""
+        async with _statuses(context):
+            events = self._closing.until(self._backend.watch(request.after))
+            async with contextlib.aclosing(events) as items:
+                async for event in items:
+                    await context.write(wire.event_message(event))
+
+    async def Kill(self, request: resilience_pb2.KillRequest, context: Any) -> resilience_pb2.KillResponse:
+        """Kill or stop a rank, on a server started for it."""
+        async with _statuses(context):
+            await self._backend.kill(request.rank, request.signal or "SIGKILL")
+            return resilience_pb2.KillResponse()
+
+
+class HealthService(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1 from the backend's status; nothing is kept that could be out of date."""
+
+    def __init__(self, backend: Backend, closing: Closing) -> None:
+        self._backend = backend
+        self._closing = closing
+
+    def _health(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if service in LIVENESS:
+            return health_pb2.HealthCheckResponse.SERVING
+        if service not in READINESS:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        status = self._backend.status()
+        if status.ready and not status.draining:
+            return health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse.NOT_SERVING
+
+    async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
+        """Health of one service; NOT_FOUND when there is none of that name."""
+        health = self._health(request.service)
+        if health == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            known = ", ".join(repr(n) for n in (*LIVENESS, *READINESS))
+            text = f"no service {request.service!r}; known are {known}."
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
+        return health_pb2.HealthCheckResponse(status=health)
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        """Health of one service, now and at every change."""
+        async with (
+            _statuses(context),
+            contextlib.aclosing(self._closing.until(self._changes(request))) as items,
+        ):
+            async for health in items:
+                await context.write(health_pb2.HealthCheckResponse(status=health))
+
+    async def _changes(self, request: Any) -> AsyncIterator[health_pb2.HealthCheckResponse.ServingStatus]:
+        last = None
+        while True:
+            health = self._health(request.service)
+            if health != last:
+                yield health
+            last = health
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+
+def version() -> str:
+    """The installed version of moejax; "source" when it runs from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("moejax")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+@contextlib.asynccontextmanager
+async def _statuses(context: Any) -> AsyncIterator[None]:
+    """End the call with the status of a MoejaxError; a defect of ours is logged and told without its text."""
+    try:
+        yield
+    except MoejaxError as error:
+        await _abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("a gRPC call failed")
+        await _abort(context, Internal("internal error; the server's log has the details."))
+
+
+async def _abort(context: Any, error: MoejaxError) -> None:
+    status = rpc_status.to_status(wire.error_message(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
