@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from planner.errors import InputError
+from planner.errors import InputError, unknown_key
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "clusters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,8 @@ class Hardware:
     """What one device and its surroundings can do. Bytes, bytes/s, flop/s, seconds, hours.
 
     Bandwidths are per device and one direction; `store_bandwidth` is per host. `memory_bytes=None`
-    means that memory is not a limit worth planning for.
+    means that memory is not a limit worth planning for. `efficiency` is the share of peak flops and
+    bandwidth that a well-written step reaches; latencies are seconds for a collective and for a step.
     """
 
     name: str = "cpu"
@@ -34,6 +42,9 @@ class Hardware:
     host_to_device_bandwidth: float = 4e9
     store_bandwidth: float = 2e9
     collective_latency: float = 3e-4
+    step_overhead: float = 1e-3
+    flops_8bit: float | None = None
+    efficiency: float = 0.7
     device_mtbf_hours: float = 50_000.0
     host_mtbf_hours: float = 100_000.0
     repair_hours: float = 24.0
@@ -41,7 +52,7 @@ class Hardware:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "name" or (f.name == "memory_bytes" and value is None):
+            if f.name == "name" or (f.name in ("memory_bytes", "flops_8bit") and value is None):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
                 raise InputError(
@@ -90,6 +101,11 @@ class Cluster:
         """All device ids, ascending."""
         return tuple(d.id for d in self.devices)
 
+    @cached_property
+    def per_host(self) -> int:
+        """Devices of the largest host."""
+        return max((len(ids) for ids in self.domains("host").values()), default=0)
+
     def alive(self, ids: Collection[int] | None) -> tuple[Device, ...]:
         """The devices whose id is in `ids` (all when None), ascending."""
         if ids is None:
@@ -113,3 +129,85 @@ class Cluster:
             if key:
                 groups.setdefault(key, []).append(d.id)
         return {name: tuple(ids) for name, ids in groups.items()}
+
+
+def read_cluster(text: str) -> Cluster:
+    """A cluster from a TOML file, from a preset (`h200`), or from a preset with a size (`h200:40x8`).
+
+    A file has `name`, a `[hardware]` table (the fields of Hardware, or `preset = "h200"` and what differs)
+    and either `[[hosts]]` with `count`, `devices` and `hosts_per_rack`, or `[[devices]]` with `id`, `host`
+    and `rack`.
+    """
+    match = re.fullmatch(r"([\w.-]+?)(?::(\d+)x(\d+))?", text)
+    preset = PRESETS / f"{match[1]}.toml" if match else None
+    if preset is not None and preset.is_file() and not Path(text).is_file():
+        data = _read_toml(preset)
+        if match and match[2]:
+            rack = data.get("hosts", [{}])[0].get("hosts_per_rack", 4)
+            data["hosts"] = [{"count": int(match[2]), "devices": int(match[3]), "hosts_per_rack": rack}]
+            data["name"] = text
+        return cluster_from(data, text)
+    path = Path(text)
+    if not path.is_file():
+        known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
+        raise InputError(
+            f"{text!r} is neither a file nor one of the presets {', '.join(known)} (try h200:40x8)"
+        )
+    return cluster_from(_read_toml(path), str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+
+
+def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
+    """The cluster that the tables of a cluster file describe; `where` names the file in errors."""
+    _known(data, ("name", "hardware", "hosts", "devices"), where)
+    hardware = dict(data.get("hardware", {}))
+    if "preset" in hardware:
+        base = _read_toml(_preset(hardware.pop("preset"), where))["hardware"]
+        hardware = {**base, **hardware}
+    _known(hardware, [f.name for f in fields(Hardware)], f"{where} [hardware]")
+    devices: list[Device] = []
+    for row in data.get("devices", ()):
+        _known(row, ("id", "host", "rack"), f"{where} [[devices]]")
+        devices.append(
+            Device(id=_count(row, "id", where, 0), host=str(row["host"]), rack=str(row.get("rack", "")))
+        )
+    hosts = 0
+    for row in data.get("hosts", ()):
+        _known(row, ("count", "devices", "hosts_per_rack"), f"{where} [[hosts]]")
+        per_rack = _count(row, "hosts_per_rack", where, 1) if "hosts_per_rack" in row else 1
+        for _ in range(_count(row, "count", where, 1)):
+            for _ in range(_count(row, "devices", where, 1)):
+                rack = f"rack{hosts // per_rack}"
+                devices.append(Device(id=len(devices), host=f"host{hosts}", rack=rack))
+            hosts += 1
+    if not devices:
+        raise InputError(f"{where} has no devices: give [[hosts]] or [[devices]]")
+    devices.sort(key=lambda d: d.id)
+    name = str(data.get("name", where))
+    return Cluster(name=name, devices=tuple(devices), hardware=Hardware(**hardware))
+
+
+def _preset(name: str, where: str) -> Path:
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        raise unknown_key(name, [p.stem for p in PRESETS.glob("*.toml")], f"{where} (hardware preset)")
+    return path
+
+
+def _known(table: Mapping[str, Any], keys: Collection[str], where: str) -> None:
+    for key in table:
+        if key not in keys:
+            raise unknown_key(key, keys, where)
+
+
+def _count(row: Mapping[str, Any], key: str, where: str, least: int) -> int:
+    value = row.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{where}: {key} is {value!r}, it must be a whole number of at least {least}")
+    return value

@@ -1,4 +1,4 @@
-"""Experts to slots: how many copies of each, and on which rank each copy sits.
+"""Experts to slots: on which rank each copy sits.
 
 All functions work on every layer at once. `loads` is float [layers, experts], the share of traffic each
 expert takes; `domain` is int [ranks], the index of the host each rank is on; tables are int32
@@ -9,51 +9,37 @@ from __future__ import annotations
 
 import numpy as np
 
+from planner.balance import slot_loads
+from planner.copies import copy_counts
+
 FAR = 1e9  # larger than any sum of loads: orders what must not be before what is merely slow
+FLAT = 5e7  # layers x ranks x copies up to which copies go to ranks directly, not by way of hosts
 
 
-def copy_counts(loads: np.ndarray, slots: int, ranks: int, *, protect: bool = True) -> np.ndarray:
-    """Copies of each expert, int [layers, experts]: at least one each, `slots` in all, at most `ranks` each.
+def place(
+    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = True, parity: int = 0
+) -> np.ndarray:
+    """A fresh slot table: copies on different ranks and on two hosts at least, then the load even.
 
-    Spare slots go one at a time to the expert with the most load per copy. With `protect` and at least
-    two slots for each expert, every expert gets its second copy before any gets a third.
-    """
-    layers, experts = loads.shape
-    target = min(slots, experts * ranks)
-    base = 2 if protect and ranks > 1 and target >= 2 * experts else 1
-    weight = loads + 1e-9 * (1 + loads.mean(axis=1, keepdims=True))
-    turn = (np.arange(experts)[None, :] + np.arange(layers)[:, None] * max(1, target - experts)) % experts
-    weight = weight * (1 + 1e-7 * turn / experts)
-    counts = _fill_level(weight, base, target, ranks)
-    rows = np.arange(layers)
-    for _ in range(int((target - counts.sum(axis=1)).max(initial=0))):
-        short = counts.sum(axis=1) < target
-        need = np.where(counts < ranks, weight / counts, -1.0)
-        counts[rows, need.argmax(axis=1)] += short
-    return counts
+    `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity
+    slots per layer, numbered from `experts` up in the table.
 
-
-def _fill_level(weight: np.ndarray, base: int, target: int, cap: int) -> np.ndarray:
-    """Counts with every weight/count at one level, at most `target` in all: bisection on the level."""
-    low, high = np.zeros((len(weight), 1)), weight.sum(axis=1, keepdims=True) + 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        counts = np.clip(np.ceil(weight / np.maximum(middle, 1e-300)), base, cap)
-        fits = counts.sum(axis=1, keepdims=True) <= target
-        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
-    return np.clip(np.ceil(weight / high), base, cap).astype(np.int64)
-
-
-def place(loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = True) -> np.ndarray:
-    """A fresh slot table: copies on different hosts, then on different ranks, then the load even.
-
-    Items (copies, heaviest first) go to hosts and then, inside each host, to ranks: always to the one with
-    the least load for its size that still has a slot and the fewest copies of the same expert.
+    Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
+    same expert, a second copy to another host than the first. On large clusters they go to hosts first and then, inside each
+    host, to ranks, which takes less time and balances a little less well.
     """
     layers, experts = loads.shape
     ranks = len(domain)
-    counts = copy_counts(loads, ranks * slots, ranks, protect=protect)
+    counts = copy_counts(loads, ranks * slots - parity, ranks, protect=protect)
+    if parity:
+        counts = np.concatenate([counts, np.ones((layers, parity), np.int64)], axis=1)
+        loads = np.concatenate([loads, np.zeros((layers, parity))], axis=1)
+        experts += parity
     item, weight = _items(counts, loads)
+    if layers * ranks * item.shape[1] <= FLAT:
+        room = np.full((layers, ranks), slots)
+        table = _fill(item, _pack(item, weight, room, experts, domain), ranks, slots)
+        return separate(table, slot_loads(table, loads), domain)
     size = np.bincount(domain)
     hosts = _pack(item, weight, np.broadcast_to(size * slots, (layers, len(size))), experts)
     table = np.full((layers, ranks, slots), -1, np.int32)
@@ -65,12 +51,12 @@ def place(loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = 
         filled = _fill(inner, at, int(width), slots).reshape(layers, len(group), int(width), slots)
         for i, host in enumerate(group):
             table[:, domain == host] = filled[:, i]
-    return separate(table)
+    return separate(table, slot_loads(table, loads), domain)
 
 
 def _items(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every copy as an item, heaviest first: expert and load, both [layers, items]; -1 pads."""
-    layers, _experts = counts.shape
+    layers = len(counts)
     width = int(counts.sum(axis=1).max())
     item = np.full((layers, width), -1, np.int64)
     weight = np.zeros((layers, width))
@@ -84,8 +70,13 @@ def _items(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return item, weight
 
 
-def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int) -> np.ndarray:
-    """Bin of each item, int [groups, items], -1 for pads; `room` is the slots of each bin [groups, bins]."""
+def _pack(
+    item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray | None = None
+) -> np.ndarray:
+    """Bin of each item, int [groups, items], -1 for pads; `room` is the slots of each bin [groups, bins].
+
+    Copies of an expert go to different bins and, where `domain` [bins] is given, to two domains at least.
+    """
     groups, bins = room.shape
     at = np.full(item.shape, -1, np.int64)
     if bins == 1:
@@ -94,6 +85,7 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int) 
     left = room.astype(np.int64).copy()
     size = np.maximum(room, 1)
     held = np.zeros((groups, experts, bins), np.int8) if groups * experts * bins <= 2**27 else None
+    hosted = None if domain is None else np.zeros((groups, experts, int(domain.max()) + 1), bool)
     rows = np.arange(groups)
     turn = (np.arange(bins)[None, :] + rows[:, None] * 7) % bins * 1e-9
     for i in range(item.shape[1]):
@@ -103,6 +95,9 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int) 
             key += FAR * held[rows, expert]
         else:
             key += FAR * _near(item, at, i, expert, bins)
+        if hosted is not None:
+            there = hosted[rows, expert]
+            key += FAR / 100 * (there[:, domain] & (there.sum(axis=1) < 2)[:, None])
         best = key.argmin(axis=1)
         live = expert >= 0
         at[:, i] = np.where(live, best, -1)
@@ -110,6 +105,8 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int) 
         left[rows, best] -= live
         if held is not None:
             held[rows[live], expert[live], best[live]] += 1
+        if hosted is not None:
+            hosted[rows[live], expert[live], domain[best[live]]] = True
     return at
 
 
@@ -157,82 +154,64 @@ def _fill(item: np.ndarray, at: np.ndarray, bins: int, slots: int) -> np.ndarray
     return table
 
 
-def separate(table: np.ndarray) -> np.ndarray:
-    """The table with no expert twice on a rank where a swap with another rank can avoid it."""
-    table = table.copy()
+def separate(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """The table with no expert twice on a rank, nor all its copies on one host, where a swap can avoid it.
+
+    `weight` is the load of each slot, float [layers, ranks, slots]; swaps are between slots of like load.
+    """
+    table, weight = table.copy(), weight.copy()
     ordered = np.sort(table, axis=2)
-    double = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
-    for layer, rank in np.argwhere(double.any(axis=2)):
-        _swap_out(table[layer], int(rank))
+    double = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=2)
+    for layer, rank in np.argwhere(double):
+        for slot in range(table.shape[2]):
+            if table[layer, rank, slot] in table[layer, rank, :slot]:
+                _swap_out(table[layer], weight[layer], domain, int(rank), slot)
+    if domain.max() > 0:
+        for layer, rows in enumerate(table):
+            for rank, slot in _sharing_a_host(rows, domain):
+                _swap_out(rows, weight[layer], domain, rank, slot, other_host=True)
     return table
 
 
-def _swap_out(rows: np.ndarray, rank: int) -> None:
-    """Swap second copies on `rank` with a slot of another rank; `rows` is one layer [ranks, slots]."""
-    for slot in range(rows.shape[1]):
-        expert = rows[rank, slot]
-        if expert < 0 or expert not in rows[rank, :slot]:
-            continue
-        free = ~(rows == expert).any(axis=1)
-        fits = free[:, None] & ((rows < 0) | ~np.isin(rows, rows[rank]))
-        if fits.any():
-            other = np.unravel_index(fits.argmax(), rows.shape)
-            rows[rank, slot], rows[other] = rows[other], expert
+def _sharing_a_host(rows: np.ndarray, domain: np.ndarray) -> list[tuple[int, int]]:
+    """One (rank, slot) of each expert of one layer [ranks, slots] with several copies, all on one host."""
+    flat, host = rows.ravel(), np.repeat(domain, rows.shape[1])
+    held = np.flatnonzero(flat >= 0)
+    size = int(flat.max(initial=0)) + 1
+    low, high = np.full(size, np.iinfo(np.int64).max), np.full(size, -1)
+    np.minimum.at(low, flat[held], host[held])
+    np.maximum.at(high, flat[held], host[held])
+    together = np.flatnonzero((low == high) & (np.bincount(flat[held], minlength=size) > 1))
+    slots = [int(np.flatnonzero(flat == expert)[0]) for expert in together]
+    return [divmod(slot, rows.shape[1]) for slot in slots]
 
 
-def adopt(table: np.ndarray, missing: np.ndarray, loads: np.ndarray) -> np.ndarray:
-    """The table with every missing expert in an empty slot or in place of a spare copy; nothing else moves.
+def _swap_out(
+    rows: np.ndarray,
+    weight: np.ndarray,
+    domain: np.ndarray,
+    rank: int,
+    slot: int,
+    *,
+    other_host: bool = False,
+) -> None:
+    """Swap a slot of one layer [ranks, slots] with the slot of nearest weight on a rank without its expert.
 
-    `missing` is bool [layers, experts]. Each goes to the rank that has had to load the fewest so far (over
-    all layers), then to the one with the least load, in place of the copy that matters least.
+    With `other_host` that rank is on another host, and what comes back stays on two hosts if it is on two.
     """
-    table = table.copy()
-    taken = np.zeros(table.shape[1], np.int64)
-    for layer in np.flatnonzero(missing.any(axis=1)):
-        rows = table[layer]
-        counts = np.bincount(rows[rows >= 0], minlength=loads.shape[1])
-        lost = np.flatnonzero(missing[layer])
-        for expert in lost[np.argsort(-loads[layer, lost], kind="stable")]:
-            rank, slot = _spare(rows, counts, taken, loads[layer])
-            if rows[rank, slot] >= 0:
-                counts[rows[rank, slot]] -= 1
-            rows[rank, slot] = expert
-            counts[expert] += 1
-            taken[rank] += 1
-    return table
-
-
-def _spare(rows: np.ndarray, counts: np.ndarray, taken: np.ndarray, load: np.ndarray) -> tuple[int, int]:
-    """The (rank, slot) whose loss hurts least: empty, or one of several copies; `rows` is [ranks, slots]."""
-    each = load / np.maximum(counts, 1)
-    held = np.where(rows >= 0, each[rows], 0.0)
-    spare = (rows < 0) | (counts[rows] > 1)
-    scale = held.sum() + 1.0
-    after = np.where(rows >= 0, load[rows] / np.maximum(counts[rows] - 1, 1), 0.0)
-    key = taken[:, None] + (held.sum(axis=1, keepdims=True) + after) / (4 * scale)
-    key = np.where(spare, key, np.inf)
-    rank, slot = np.unravel_index(int(key.argmin()), rows.shape)
-    return int(rank), int(slot)
-
-
-def fill_new(table: np.ndarray, new: np.ndarray, loads: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """The table with the empty slots of `new` ranks (bool [ranks]) filled with copies; nothing else moves.
-
-    First come experts with a single copy, those on another host before those on this one; then the expert
-    with the most load per copy.
-    """
-    table = table.copy()
-    for layer in range(len(table)):
-        rows = table[layer]
-        for rank, slot in np.argwhere((rows < 0) & new[:, None]):
-            counts = np.bincount(rows[rows >= 0], minlength=loads.shape[1])
-            key = loads[layer] / np.maximum(counts, 1) + 1e-12 / np.maximum(counts, 1)
-            elsewhere = np.zeros(loads.shape[1], bool)
-            away = rows[domain != domain[rank]]
-            elsewhere[away[away >= 0]] = True
-            sole = counts == 1
-            key = key + FAR * sole * (1 + elsewhere)
-            key[rows[rank][rows[rank] >= 0]] = -np.inf
-            if np.isfinite(key.max()):
-                rows[rank, slot] = int(key.argmax())
-    return table
+    expert = rows[rank, slot]
+    free = ~(rows == expert).any(axis=1)
+    clash = np.isin(rows, rows[rank])
+    if other_host:
+        free &= domain != domain[rank]
+        size = int(rows.max()) + 2
+        on_host = np.zeros((size, int(domain.max()) + 1), np.int64)
+        np.add.at(on_host, (rows, domain[:, None]), 1)
+        here = on_host[rows, domain[rank]] > 0
+        clash |= here & (on_host[rows, domain[:, None]] < 2)
+    fits = free[:, None] & ((rows < 0) | ~clash)
+    if fits.any():
+        away = np.where(fits, np.abs(weight - weight[rank, slot]), np.inf)
+        other = np.unravel_index(int(away.argmin()), rows.shape)
+        for array in (rows, weight):
+            array[rank, slot], array[other] = array[other], array[rank, slot]

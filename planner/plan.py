@@ -15,17 +15,20 @@ from planner.routing import route
 ROLES = ("collocated", "attention", "expert", "standby")
 HOLDS_EXPERTS = ("collocated", "expert")
 SENDS_TOKENS = ("collocated", "attention")
-SOURCES = ("estimate", "aot", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """A rank alive: its id, the host (and rack) it shares its fate with, and its role."""
+    """A rank alive: its id, the host and rack it shares its fate with, its role, and its tensor group.
+
+    `group` is the index along the data axis of the ranks that attend together, -1 when it does not attend.
+    """
 
     id: int
     host: str
     role: str = "collocated"
     rack: str = ""
+    group: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,23 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParityGroup:
+    """Physical slot `slot` of MoE layer `layer` holds the XOR of the weights of the experts `members`.
+
+    Any one of them can be made again from the others. The slot counts as empty in the slot table.
+    """
+
+    layer: int
+    slot: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A frozen answer to "who holds what". Slot tables are rank-major over the ranks that hold experts.
 
     `slots[layer][position * slots_per_rank + s]` is the logical expert in slot `s` of the rank at
-    `position` among `holders`, or -1 when the slot is empty. `shares` has the same shape: how many of
-    the source ranks send an expert's tokens to that slot; empty means evenly.
+    `position` among `holders`, or -1 when the slot is empty. `parity` slots hold no expert of their own.
     """
 
     epoch: int
@@ -55,7 +69,7 @@ class Plan:
     masked: tuple[tuple[int, int], ...] = ()
     pages_per_rank: int = 0
     axes: tuple[tuple[str, int], ...] = ()
-    shares: tuple[tuple[int, ...], ...] = ()
+    parity: tuple[ParityGroup, ...] = ()
     cost: tuple[Figure, ...] = ()
 
     @cached_property
@@ -110,11 +124,10 @@ class Plan:
         """Physical slot each source rank sends an expert's tokens to, int32 [sources, moe_layers, experts].
 
         A rank's own copy first; the other sources are dealt out over the copies so that every copy
-        serves its share (`shares`, or an even one). -1 where the expert is masked.
+        serves as many. -1 where the expert is masked.
         """
-        shares = np.array(self.shares, np.int64) if self.shares else None
         owner = np.repeat(np.array(self.holder_ids, np.int64), self.slots_per_rank)
-        return route(self._table, owner, np.array(self.source_ids, np.int64), self.experts, shares)
+        return route(self._table, owner, np.array(self.source_ids, np.int64), self.experts)
 
     def with_epoch(self, epoch: int) -> Plan:
         """The same plan under another epoch."""
@@ -126,7 +139,7 @@ class Plan:
         for layer, expert in pairs:
             table[layer][table[layer] == expert] = -1
         masked = tuple(sorted({*self.masked, *((int(a), int(b)) for a, b in pairs)}))
-        return replace(self, slots=as_tuples(table), masked=masked, shares=())
+        return replace(self, slots=as_tuples(table), masked=masked)
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal plan."""
@@ -154,7 +167,9 @@ class Plan:
                 masked=as_tuples(data.get("masked", ())),
                 pages_per_rank=data.get("pages_per_rank", 0),
                 axes=tuple((str(name), int(size)) for name, size in data.get("axes", ())),
-                shares=as_tuples(data.get("shares", ())),
+                parity=tuple(
+                    ParityGroup(**{**g, "members": tuple(g["members"])}) for g in data.get("parity", ())
+                ),
                 cost=tuple(Figure(**f) for f in data.get("cost", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -188,8 +203,15 @@ class Plan:
                 f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty"
             )
         self._validate_masked()
-        if self.shares and [len(r) for r in self.shares] != [len(r) for r in self.slots]:
-            raise InvalidPlan("shares and slots have different shapes; leave shares out for even ones")
+        for g in self.parity:
+            if not (0 <= g.layer < self.moe_layers and 0 <= g.slot < width):
+                raise InvalidPlan(
+                    f"parity group at layer {g.layer} slot {g.slot}; there are {self.moe_layers} x {width}"
+                )
+            if self._table[g.layer, g.slot] >= 0 or not set(g.members) <= set(range(self.experts)):
+                raise InvalidPlan(
+                    f"parity slot {g.slot} of layer {g.layer} holds an expert, or protects none"
+                )
 
     def _validate_masked(self) -> None:
         missing = {(int(a), int(b)) for a, b in np.argwhere(self.copies() == 0)}
@@ -198,7 +220,7 @@ class Plan:
             lost, extra = sorted(missing - masked), sorted(masked - missing)
             raise InvalidPlan(
                 f"(layer, expert) without a slot and not masked: {lost[:5]}; "
-                f"masked but in a slot: {extra[:5]}. Give each expert a slot, or list exactly those without one as masked"
+                f"masked but in a slot: {extra[:5]}. Give each expert a slot, or mask exactly those without"
             )
 
 

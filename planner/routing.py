@@ -17,14 +17,11 @@ def copy_lists(row: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
     return lists, count
 
 
-def route(
-    table: np.ndarray, owner: np.ndarray, sources: np.ndarray, experts: int, shares: np.ndarray | None
-) -> np.ndarray:
+def route(table: np.ndarray, owner: np.ndarray, sources: np.ndarray, experts: int) -> np.ndarray:
     """Physical slot per source, layer and expert: int32 [sources, layers, experts], -1 where masked.
 
-    `table` is [layers, slots], `owner` the rank id of each slot, `sources` ascending rank ids, and
-    `shares` [layers, slots] the number of sources each slot should serve (None: even). A source's own
-    copy comes first.
+    `table` is [layers, slots], `owner` the rank id of each slot and `sources` ascending rank ids. A
+    source's own copy comes first; the other sources are dealt out over the copies in turn.
     """
     out = np.full((len(sources), len(table), experts), -1, np.int32)
     if not len(sources):
@@ -36,29 +33,9 @@ def route(
         mine = np.flatnonzero((row >= 0) & is_source)[::-1]
         own[position[mine], row[mine]] = mine
         lists, count = copy_lists(row, experts)
-        if shares is None:
-            turns = _even_turns(lists, count, len(sources), layer)
-        else:
-            turns = _shared_turns(lists, count, shares[layer], own)
         away = own < 0
         nth = np.cumsum(away, axis=0) - 1
-        pick = np.take_along_axis(turns.T, np.where(away, nth, 0), axis=0)
+        turn = (nth + np.arange(experts) + layer) % np.maximum(count, 1)
+        pick = lists[np.arange(experts), turn]
         out[:, layer] = np.where(away, pick, own)
     return out
-
-
-def _even_turns(lists: np.ndarray, count: np.ndarray, sources: int, layer: int) -> np.ndarray:
-    """Slot of the i-th source without an own copy, int32 [experts, sources], dealt out in turn."""
-    offset = np.arange(len(lists))[:, None] + layer
-    step = (np.arange(sources)[None, :] + offset) % np.maximum(count, 1)[:, None]
-    return np.take_along_axis(lists, step, axis=1)
-
-
-def _shared_turns(lists: np.ndarray, count: np.ndarray, share: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """As `_even_turns`, by `share` [slots] sources a slot, less the source that is local to it."""
-    local = np.bincount(own[own >= 0], minlength=len(share))
-    wanted = np.where(lists >= 0, np.maximum(share - local, 0)[lists], 0)
-    ends = np.cumsum(wanted, axis=1)
-    turn = np.arange(own.shape[0])
-    at = (turn[None, :, None] >= ends[:, None, :]).sum(axis=2)
-    return np.take_along_axis(lists, np.minimum(at, np.maximum(count, 1)[:, None] - 1), axis=1)

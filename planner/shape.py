@@ -1,14 +1,56 @@
-"""Mesh axes for the ranks alive, and how many slots and cache pages each rank has room for."""
+"""Mesh shapes: which ranks attend, in what tensor groups, which hold experts, and how many slots they have."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
 
-from planner.cluster import Cluster
+from planner.cluster import Cluster, Device
 from planner.errors import InputError, NoFeasiblePlan
 from planner.workload import Workload
 
 MEMORY_SHARE = 0.92  # of device memory that weights and cache may take; the rest is for activations
+ARCHITECTURES = ("collocated", "disaggregated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A mesh before it has a placement.
+
+    `roles` and `groups` have one entry per rank: its role, and the index of its tensor group of `tensor`
+    ranks on one host (-1 outside attention). Dense layers are divided over `dense` ranks.
+    """
+
+    arch: str
+    tensor: int
+    dense: int
+    slots: int
+    roles: tuple[str, ...]
+    groups: tuple[int, ...]
+
+    @property
+    def data(self) -> int:
+        """Tensor groups, each of which attends for requests of its own."""
+        return max(self.groups, default=-1) + 1
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold experts."""
+        return sum(role in ("collocated", "expert") for role in self.roles)
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        """Mesh axes and their sizes."""
+        dense = (("dense", self.dense),) if self.dense != self.tensor else ()
+        return (("data", self.data), ("tensor", self.tensor), *dense, ("expert", self.holders))
+
+    def describe(self) -> str:
+        """One line: architecture, axes, slots and ranks that do something else."""
+        axes = " x ".join(f"{name} {size}" for name, size in self.axes)
+        idle = {role: self.roles.count(role) for role in ("attention", "expert", "standby")}
+        others = "".join(f", {count} {role}" for role, count in idle.items() if count)
+        return f"{self.arch} {axes}, {self.slots} slots{others}"
 
 
 def budget(cluster: Cluster) -> int | None:
@@ -17,12 +59,19 @@ def budget(cluster: Cluster) -> int | None:
     return None if memory is None else int(memory * MEMORY_SHARE)
 
 
-def most_slots(workload: Workload, cluster: Cluster) -> int | None:
-    """Slots per rank that fit next to the other weights and one cache page; None without a limit."""
+def rest_bytes(workload: Workload, tensor: int, dense: int) -> int:
+    """Bytes on one rank of everything but routed experts, with tensor groups and dense groups."""
+    undivided = workload.rest_bytes - workload.dense_bytes
+    return ceil(undivided / tensor) + ceil(workload.dense_bytes / max(tensor, dense))
+
+
+def most_slots(workload: Workload, cluster: Cluster, rest: int | None = None) -> int | None:
+    """Slots per rank that fit next to `rest` bytes of weights and one cache page; None without a limit."""
     room = budget(cluster)
     if room is None:
         return None
-    return (room - workload.rest_bytes - workload.page_bytes) // workload.slot_bytes
+    rest = workload.rest_bytes if rest is None else rest
+    return max(0, (room - rest - workload.page_bytes) // workload.slot_bytes)
 
 
 def slots_per_rank(
@@ -33,13 +82,14 @@ def slots_per_rank(
     asked: int | None,
     before: int | None,
     survive_ranks: int,
+    rest: int | None = None,
 ) -> int:
     """Slots per rank on `ranks` ranks: `asked`, or what the plan `before` had, or enough to lose some.
 
     The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n).
     NoFeasiblePlan when even that does not fit.
     """
-    experts, most = workload.experts, most_slots(workload, cluster)
+    experts, most = workload.experts, most_slots(workload, cluster, rest)
     if ranks < 1:
         raise NoFeasiblePlan(f"0 ranks alive for {experts} experts. Bring a rank back.")
     least = ceil(experts / ranks)
@@ -48,8 +98,8 @@ def slots_per_rank(
             raise InputError(f"slots_per_rank is {asked}; it must be at least 1")
         if asked < least:
             raise NoFeasiblePlan(
-                f"{experts} experts do not fit in {asked * ranks} slots "
-                f"({ranks} ranks alive x {asked} slots). Raise slots_per_rank to {least}, or bring a rank back."
+                f"{experts} experts do not fit in {asked * ranks} slots ({ranks} ranks alive x {asked} slots). "
+                f"Raise slots_per_rank to {least}, or bring a rank back."
             )
         chosen = asked
     elif before is not None and before >= least:
@@ -61,10 +111,11 @@ def slots_per_rank(
         chosen = ceil(experts / spared) if spared >= 1 else least
         chosen = max(chosen, least) if most is None else max(least, min(chosen, most))
     if most is not None and chosen > most:
+        weights = workload.rest_bytes + chosen * workload.slot_bytes
         raise NoFeasiblePlan(
-            f"{chosen} slots per rank need {workload.rest_bytes + chosen * workload.slot_bytes:,} bytes "
-            f"of weights on each of {ranks} ranks, which have {budget(cluster):,} bytes for weights and cache: room for "
-            f"{max(0, most)} slots. Add ranks: {_ranks_needed(workload, most)}."
+            f"{chosen} slots per rank need {weights:,} bytes of weights on each of {ranks} ranks, which have "
+            f"{budget(cluster):,} bytes for weights and cache: room for {most} slots. "
+            f"Add ranks: {_ranks_needed(workload, most)}."
         )
     return chosen
 
@@ -75,9 +126,94 @@ def _ranks_needed(workload: Workload, most: int) -> str:
     return f"{ceil(workload.experts / most)} would do"
 
 
-def cache_pages(workload: Workload, cluster: Cluster, slots: int) -> int:
+def cache_pages(
+    workload: Workload, cluster: Cluster, slots: int, *, tensor: int = 1, rest: int | None = None
+) -> int:
     """Cache pages that fit beside the weights of one rank; 0 when memory or cache size is not given."""
     room = budget(cluster)
     if room is None or not workload.page_bytes:
         return 0
-    return max(0, (room - workload.rest_bytes - slots * workload.slot_bytes) // workload.page_bytes)
+    page = ceil(workload.page_bytes / min(tensor, workload.cache_splits))
+    rest = workload.rest_bytes if rest is None else rest
+    return max(0, (room - rest - slots * workload.slot_bytes) // page)
+
+
+def shapes(
+    workload: Workload,
+    cluster: Cluster,
+    devices: Sequence[Device],
+    *,
+    arch: str = "collocated",
+    lost: int = 1,
+    standby: int = 0,
+    slots: int | None = None,
+) -> Iterator[Shape]:
+    """Shapes worth comparing on these devices, without asking whether they fit.
+
+    `lost` is how many expert ranks may be lost before slots run out. Ranks of a host that fill no tensor
+    group (the seventh of 7 with groups of 2) hold experts only. The last `standby` ranks do nothing.
+    """
+    if arch not in ARCHITECTURES:
+        raise InputError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
+    active = devices[: len(devices) - standby]
+    widest = max((sum(d.host == h for d in active) for h in {d.host for d in active}), default=0)
+    for tensor in (t for t in (1, 2, 4, 8) if t <= widest and workload.heads % t == 0):
+        for dense in _dense_groups(workload, tensor, widest):
+            for attention in _attention_ranks(active, arch):
+                roles, groups = _group(active, attention, tensor, arch)
+                holders = sum(role in ("collocated", "expert") for role in roles)
+                if max(groups, default=-1) < 0 or not holders:
+                    continue
+                for count in _slot_counts(workload, holders, lost, slots):
+                    yield Shape(
+                        arch=arch,
+                        tensor=tensor,
+                        dense=dense,
+                        slots=count,
+                        roles=(*roles, *["standby"] * standby),
+                        groups=(*groups, *[-1] * standby),
+                    )
+
+
+def _dense_groups(workload: Workload, tensor: int, widest: int) -> list[int]:
+    """Sizes of dense FFN groups worth trying: as attention, or wider where there are dense layers."""
+    return [tensor] + [d for d in (4, 8) if workload.dense_bytes and tensor < d <= widest]
+
+
+def _attention_ranks(devices: Sequence[Device], arch: str) -> list[int]:
+    """How many leading ranks attend: all, or several splits at host boundaries when there are hosts."""
+    n = len(devices)
+    if arch == "collocated":
+        return [n]
+    ends = [i for i in range(1, n) if devices[i].host != devices[i - 1].host] or list(range(1, n))
+    wanted = [n * part / 12 for part in (2, 3, 4, 5, 6, 7, 8, 9, 10)]
+    return sorted({min(ends, key=lambda e: abs(e - w)) for w in wanted}) if ends else []
+
+
+def _group(devices: Sequence[Device], attention: int, tensor: int, arch: str) -> tuple[list[str], list[int]]:
+    """Role and tensor group of each device: groups are consecutive ranks of one host."""
+    roles, groups, group = [], [], 0
+    members: dict[str, list[int]] = {}
+    for i, device in enumerate(devices[:attention]):
+        members.setdefault(device.host, []).append(i)
+    index = {}
+    for ranks in members.values():
+        for start in range(0, len(ranks) - tensor + 1, tensor):
+            for i in ranks[start : start + tensor]:
+                index[i] = group
+            group += 1
+    for i in range(len(devices)):
+        attends = i in index
+        groups.append(index.get(i, -1))
+        roles.append("expert" if not attends else "collocated" if arch == "collocated" else "attention")
+    return roles, groups
+
+
+def _slot_counts(workload: Workload, holders: int, lost: int, asked: int | None) -> list[int]:
+    """Slot counts worth trying: enough to lose `lost` ranks, enough for two copies of every expert."""
+    if asked is not None:
+        return [asked]
+    experts = workload.experts
+    enough = ceil(experts / (holders - lost)) if holders > lost else experts
+    twice = ceil(2 * experts / max(1, holders - lost))
+    return sorted({min(experts, s) for s in (enough, enough + 1, twice, twice + 1)})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from planner.cluster import Cluster, Device
-from planner.errors import InputError
-from planner.placement import adopt, fill_new, place
-from planner.plan import Plan, RankPlace, as_tuples
+from planner.adoption import adopt, fill_new
+from planner.balance import peak, swap_down
+from planner.cluster import Cluster
+from planner.errors import InputError, NoFeasiblePlan
+from planner.parity import form_groups, parity_slots
+from planner.placement import place
+from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, ParityGroup, Plan, RankPlace, as_tuples
 from planner.shape import cache_pages
 from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
+
+PROTECTION = ("copies", "parity", "none")
 
 
 def solve(
@@ -26,38 +32,67 @@ def solve(
     loads: np.ndarray | None = None,
     epoch: int = 0,
     pages_per_rank: int | None = None,
+    roles: Mapping[int, str] | None = None,
+    protect: str = "copies",
 ) -> Plan:
     """A plan for the `alive` ranks (ids; all when None), valid and complete: every expert in a slot.
 
     `loads` is the traffic of each expert, float [moe_layers, experts], any scale; None means even.
     With `previous`, weights in place stay: lost experts replace spare copies, ranks that are new get
-    copies, the slot count and the pages per rank stay as long as the experts fit.
+    copies, the slot count and the pages per rank stay as long as the experts fit. `roles` names the roles
+    of ranks that are not collocated (or keep theirs from `previous`). `protect` says how single losses are
+    survived without the store: by second copies, by parity groups, or not.
     Raises NoFeasiblePlan, saying what is missing, when the ranks alive cannot hold the model.
     """
-    devices = cluster.alive(alive)
     traffic = even_or_checked(loads, workload)
     if survive_ranks < 0:
         raise InputError(f"survive_ranks is {survive_ranks}; it must be at least 0")
-    before = None if previous is None else previous.slots_per_rank
+    if protect not in PROTECTION:
+        raise InputError(f"protect is {protect!r}, none of {', '.join(PROTECTION)}")
+    ranks = _places(cluster, alive, previous, roles or {})
+    holders = [r for r in ranks if r.role in HOLDS_EXPERTS]
+    if not any(r.role in SENDS_TOKENS for r in ranks):
+        raise NoFeasiblePlan(f"none of the {len(ranks)} ranks alive attends. Bring an attention rank back.")
     slots = choose_slots(
-        workload, cluster, len(devices), asked=slots_per_rank, before=before, survive_ranks=survive_ranks
+        workload,
+        cluster,
+        len(holders),
+        asked=slots_per_rank,
+        before=previous.slots_per_rank if previous else None,
+        survive_ranks=survive_ranks,
     )
-    domain = domain_index(devices)
+    domain = domain_index(holders)
     if previous is None:
-        table = place(traffic, domain, slots)
+        table, groups = fresh(traffic, domain, slots, protect=protect)
     else:
-        table = replace_lost(previous, devices, slots, traffic)
+        table, groups = inherit(previous, holders, slots, traffic)
     if pages_per_rank is None:
         pages_per_rank = previous.pages_per_rank if previous else cache_pages(workload, cluster, slots)
+    attending = sum(r.role in SENDS_TOKENS for r in ranks)
     return Plan(
         epoch=epoch,
-        ranks=tuple(RankPlace(id=d.id, host=d.host, rack=d.rack) for d in devices),
+        ranks=tuple(ranks),
         slots_per_rank=slots,
         slots=as_tuples(table.reshape(len(table), -1)),
         experts=workload.experts,
         pages_per_rank=pages_per_rank,
-        axes=(("data", len(devices)), ("tensor", 1), ("expert", len(devices))),
+        parity=groups,
+        axes=(("data", attending), ("tensor", 1), ("expert", len(holders))),
     )
+
+
+def _places(
+    cluster: Cluster, alive: Collection[int] | None, previous: Plan | None, roles: Mapping[int, str]
+) -> list[RankPlace]:
+    """The ranks alive with the role asked for, else the one they had, else collocated."""
+    before = {r.id: r.role for r in previous.ranks} if previous else {}
+    places, group = [], 0
+    for d in cluster.alive(alive):
+        role = roles.get(d.id, before.get(d.id, "collocated"))
+        attends = role in SENDS_TOKENS
+        places.append(RankPlace(id=d.id, host=d.host, rack=d.rack, role=role, group=group if attends else -1))
+        group += attends
+    return places
 
 
 def even_or_checked(loads: np.ndarray | None, workload: Workload) -> np.ndarray:
@@ -74,14 +109,35 @@ def even_or_checked(loads: np.ndarray | None, workload: Workload) -> np.ndarray:
     return np.where(total > 0, loads / np.where(total > 0, total, 1), 1.0 / workload.experts)
 
 
-def domain_index(devices: tuple[Device, ...]) -> np.ndarray:
-    """Index of the host of each device, int [ranks], hosts numbered as they appear."""
-    hosts = {h: i for i, h in enumerate(dict.fromkeys(d.host for d in devices))}
-    return np.array([hosts[d.host] for d in devices])
+def domain_index(ranks: Sequence[RankPlace]) -> np.ndarray:
+    """Index of the host of each rank, int [ranks], hosts numbered as they appear."""
+    hosts = {h: i for i, h in enumerate(dict.fromkeys(r.host for r in ranks))}
+    return np.array([hosts[r.host] for r in ranks], np.int64)
 
 
-def replace_lost(previous: Plan, devices: tuple[Device, ...], slots: int, loads: np.ndarray) -> np.ndarray:
-    """The previous table on the ranks alive, lost experts placed: int32 [layers, ranks, slots]."""
+def fresh(
+    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: str = "copies"
+) -> tuple[np.ndarray, tuple[ParityGroup, ...]]:
+    """A placement from nothing: slot table int32 [layers, ranks, slots] and parity groups."""
+    ranks, experts = len(domain), loads.shape[1]
+    hosts = int(domain.max()) + 1
+    apart = domain if hosts > 2 else np.arange(ranks)
+    members = max(1, min(8, (int(apart.max()) + 1) // 2))
+    spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
+    table = place(loads, domain, slots, protect=protect == "copies", parity=spare)
+    table = swap_down(table, loads, domain)
+    if not spare:
+        return table, ()
+    groups = tuple(
+        ParityGroup(layer=a, slot=b, members=c) for a, b, c in form_groups(table, experts, apart, members)
+    )
+    return np.where(table >= experts, -1, table), groups
+
+
+def inherit(
+    previous: Plan, holders: Sequence[RankPlace], slots: int, loads: np.ndarray
+) -> tuple[np.ndarray, tuple[ParityGroup, ...]]:
+    """The previous placement on the ranks alive, lost experts placed, new ranks filled with copies."""
     layers, experts = loads.shape
     if (previous.moe_layers, previous.experts) != (layers, experts):
         raise InputError(
@@ -89,14 +145,27 @@ def replace_lost(previous: Plan, devices: tuple[Device, ...], slots: int, loads:
             f"the model {layers} x {experts}"
         )
     held = previous.slot_table().reshape(layers, len(previous.holders), previous.slots_per_rank)
+    for i, group in enumerate(previous.parity):
+        held[group.layer].reshape(-1)[group.slot] = experts + i
     where = {rank: at for at, rank in enumerate(previous.holder_ids)}
-    table = np.full((layers, len(devices), slots), -1, np.int32)
+    old = [at for at, r in enumerate(holders) if r.id in where]
     shared = min(slots, previous.slots_per_rank)
-    new = np.array([d.id not in where for d in devices])
-    for at, device in enumerate(devices):
-        if device.id in where:
-            table[:, at, :shared] = held[:, where[device.id], :shared]
-    present = np.zeros((layers, experts + 1), bool)
+    table = np.full((layers, len(holders), slots), -1, np.int32)
+    table[:, old, :shared] = held[:, [where[holders[at].id] for at in old], :shared]
+    present = np.zeros((layers, experts + len(previous.parity) + 1), bool)
     present[np.arange(layers)[:, None], table.reshape(layers, -1)] = True
     table = adopt(table, ~present[:, :experts], loads)
-    return fill_new(table, new, loads, domain_index(devices)) if new.any() else table
+    new = np.ones(len(holders), bool)
+    new[old] = False
+    if new.any():
+        table = fill_new(table, new, loads, domain_index(holders))
+    groups = [
+        replace(previous.parity[table[layer, rank, slot] - experts], slot=int(rank * slots + slot))
+        for layer, rank, slot in np.argwhere(table >= experts)
+    ]
+    return np.where(table >= experts, -1, table), tuple(groups)
+
+
+def peak_load(plan: Plan, loads: np.ndarray) -> np.ndarray:
+    """Load of the hottest rank over the mean of a plan, float [moe_layers]."""
+    return peak(plan.slot_table().reshape(plan.moe_layers, len(plan.holders), -1), loads)

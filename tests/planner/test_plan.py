@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from planner import Cluster, InvalidPlan, Plan, Workload, solve
+from planner.plan import ParityGroup
 from tests.planner.strategies import cases
 
 
@@ -77,7 +78,8 @@ def test_slots_of_a_rank_are_its_part_of_the_table():
         (lambda p: replace(p, masked=((0, 1),)), r"masked but in a slot: \[\(0, 1\)\]"),
         (lambda p: replace(p, experts=9), r"without a slot and not masked: \[\(0, 8\), \(1, 8\)\]"),
         (lambda p: replace(p, slots_per_rank=0), "slots_per_rank 0"),
-        (lambda p: replace(p, shares=((1,),)), "different shapes"),
+        (lambda p: replace(p, parity=(ParityGroup(layer=0, slot=12, members=(1,)),)), "layer 0 slot 12"),
+        (lambda p: replace(p, parity=(ParityGroup(layer=0, slot=1, members=(1,)),)), "holds an expert"),
     ],
 )
 def test_a_plan_that_contradicts_itself_is_refused(change, text):

@@ -1,0 +1,128 @@
+"""How hot each rank is, and swaps between ranks that cool the hottest.
+
+Tables are int32 [layers, ranks, slots], -1 for an empty slot and numbers from `experts` up for parity
+slots, which take no traffic; `loads` is float [layers, experts]; `domain` is int [ranks], the host of each
+rank. An expert's traffic is split evenly over its copies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NEAR = 1.00001  # peak over mean at which a layer is balanced enough
+PARTNERS = 160  # coolest ranks that are tried as partners of the hottest
+
+
+def slot_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
+    """Traffic of each slot, float [layers, ranks, slots]."""
+    layers, experts = loads.shape
+    flat = np.where((table < 0) | (table >= experts), experts, table).reshape(layers, -1)
+    row = np.arange(layers)[:, None]
+    index = (row * (experts + 1) + flat).ravel()
+    counts = np.bincount(index, minlength=layers * (experts + 1)).reshape(layers, experts + 1)
+    each = np.zeros((layers, experts + 1))
+    each[:, :experts] = loads / np.maximum(counts[:, :experts], 1)
+    return each[row, flat].reshape(table.shape)
+
+
+def rank_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
+    """Traffic of each rank, float [layers, ranks]."""
+    return slot_loads(table, loads).sum(axis=2)
+
+
+def peak(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
+    """The hottest rank's load over the mean rank's, float [layers]; 1 is perfect balance."""
+    by_rank = rank_loads(table, loads)
+    return by_rank.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1e-300)
+
+
+def swap_down(
+    table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None
+) -> np.ndarray:
+    """The table after swaps that each cool a layer's hottest rank, one swap per layer and round.
+
+    A swap never puts an expert twice on a rank and never brings copies that are on two hosts onto one.
+    Stops when no swap helps, or after `rounds`.
+    """
+    table = table.copy()
+    layers, ranks, slots = table.shape
+    experts = loads.shape[1]
+    if ranks < 2:
+        return table
+    weight = slot_loads(table, loads)
+    on_host = _host_counts(table, domain, max(experts, int(table.max()) + 1))
+    rounds = min(4 * ranks, 500) if rounds is None else rounds
+    live = np.arange(layers)
+    for _ in range(rounds):
+        if not len(live):
+            break
+        done = _swap_once(table, weight, on_host, domain, live)
+        live = live[done]
+    return table
+
+
+def _host_counts(table: np.ndarray, domain: np.ndarray, experts: int) -> np.ndarray:
+    """Copies of each expert on each host, int16 [layers, experts + 1, hosts]; the last row is empty slots."""
+    layers, _, slots = table.shape
+    counts = np.zeros((layers, experts + 1, int(domain.max()) + 1), np.int16)
+    host = np.repeat(domain, slots)[None, :]
+    np.add.at(counts, (np.arange(layers)[:, None], table.reshape(layers, -1), host), 1)
+    return counts
+
+
+def _swap_once(
+    table: np.ndarray, weight: np.ndarray, on_host: np.ndarray, domain: np.ndarray, live: np.ndarray
+) -> np.ndarray:
+    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live], True where done."""
+    row = np.arange(len(live))
+    by_rank = weight[live].sum(axis=2)
+    hot = by_rank.argmax(axis=1)
+    partners = min(PARTNERS, by_rank.shape[1] - 1)
+    cool = np.argpartition(by_rank, partners - 1, axis=1)[:, :partners]
+    top = by_rank[row, hot]
+    gain = weight[live, hot][:, :, None, None] - weight[live[:, None], cool][:, None]
+    after = np.maximum(top[:, None, None, None] - gain, by_rank[row[:, None], cool][:, None, :, None] + gain)
+    legal = (gain > 1e-15) & _legal(table, on_host, domain, live, hot, cool)
+    after = np.where(legal, after, np.inf).reshape(len(live), -1)
+    pick = after.argmin(axis=1)
+    done = after[row, pick] < top * (1 - 1e-9)
+    done &= top > NEAR * by_rank.mean(axis=1)
+    mine, partner, theirs = np.unravel_index(pick, gain.shape[1:])
+    rank = cool[row, partner]
+    a, b = (live[done], hot[done], mine[done]), (live[done], rank[done], theirs[done])
+    here, there = domain[hot[done]], domain[rank[done]]
+    for expert, gone, come in ((table[a], here, there), (table[b], there, here)):
+        np.subtract.at(on_host, (live[done], expert, gone), 1)
+        np.add.at(on_host, (live[done], expert, come), 1)
+    for array in (table, weight):
+        array[a], array[b] = array[b], array[a].copy()
+    return done
+
+
+def _legal(
+    table: np.ndarray,
+    on_host: np.ndarray,
+    domain: np.ndarray,
+    live: np.ndarray,
+    hot: np.ndarray,
+    cool: np.ndarray,
+) -> np.ndarray:
+    """Swaps that keep copies apart: bool [live, slots of the hot rank, cool ranks, slots].
+
+    On the same host only ranks matter; between hosts an expert must stay on two hosts if it is on two.
+    """
+    mine, theirs = table[live, hot], table[live[:, None], cool]
+    here, there = domain[hot], domain[cool]
+    held = (theirs[:, None] == mine[:, :, None, None]).any(axis=3, keepdims=True)
+    holds = (mine[:, :, None, None] == theirs[:, None]).any(axis=1, keepdims=True) & (theirs[:, None] >= 0)
+    same = (there == here[:, None])[:, None, :, None]
+    span = (on_host > 0).sum(axis=2)
+
+    def fewer(expert: np.ndarray, layer: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        change = (on_host[layer, expert, new] == 0).astype(int) - (on_host[layer, expert, old] == 1)
+        return (expert >= 0) & (span[layer, expert] + change < np.minimum(span[layer, expert], 2))
+
+    wide = live[:, None, None]
+    mine_suffers = fewer(mine[:, :, None], wide, here[:, None, None], there[:, None, :])
+    theirs_suffers = fewer(theirs, wide, there[:, :, None], here[:, None, None])
+    return ~held & ~holds & (same | ~(mine_suffers[:, :, :, None] | theirs_suffers[:, None]))

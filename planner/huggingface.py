@@ -1,0 +1,288 @@
+"""Hugging Face `config.json` of a MoE model: parameters, cache bytes and flops, by published architecture.
+
+Each family is a row of `FAMILIES`: which keys hold the numbers and which small parts it has. Shapes follow
+the modelling code of `transformers`; totals are checked against the published ones in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.errors import InputError, unknown_key
+from planner.workload import Workload
+
+BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "mxfp4": 4.25 / 8,
+    "int4": 0.5,
+}
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` spells its sizes. Keys name entries of config.json; flags name small parts."""
+
+    experts: str = "num_local_experts"
+    expert_width: str = "intermediate_size"
+    dense_width: str = "intermediate_size"
+    shared_width: Callable[[Config], int] = lambda c: 0
+    shared_gate: bool = False
+    moe_layers: Callable[[Config], int] = lambda c: c["num_hidden_layers"]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    head_norm: Callable[[Config], int] = lambda c: 0
+    sinks: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    norm_bias: bool = False
+
+
+def _qwen_moe_layers(c: Config) -> int:
+    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
+    return sum(1 for i in range(c["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
+
+
+def _after_dense(c: Config) -> int:
+    return c["num_hidden_layers"] - c.get("first_k_dense_replace", 0)
+
+
+def _head(c: Config) -> int:
+    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+
+
+_DEEPSEEK = {
+    "experts": "n_routed_experts",
+    "expert_width": "moe_intermediate_size",
+    "shared_width": lambda c: c.get("n_shared_experts", 0) * c["moe_intermediate_size"],
+    "moe_layers": _after_dense,
+}
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(),
+    "olmoe": Family(
+        experts="num_experts",
+        head_norm=lambda c: (c["num_attention_heads"] + c["num_key_value_heads"]) * _head(c),
+    ),
+    "qwen2_moe": Family(
+        experts="num_experts",
+        expert_width="moe_intermediate_size",
+        shared_width=lambda c: c["shared_expert_intermediate_size"],
+        shared_gate=True,
+        moe_layers=_qwen_moe_layers,
+        qkv_bias=True,
+    ),
+    "qwen3_moe": Family(
+        experts="num_experts",
+        expert_width="moe_intermediate_size",
+        moe_layers=_qwen_moe_layers,
+        head_norm=lambda c: 2 * _head(c),
+    ),
+    "deepseek_v2": Family(**_DEEPSEEK),
+    "deepseek_v3": Family(**_DEEPSEEK, router_bias=True),
+    "kimi_k2": Family(**_DEEPSEEK, router_bias=True),
+    "glm4_moe": Family(
+        **_DEEPSEEK,
+        router_bias=True,
+        qkv_bias=True,
+        head_norm=lambda c: 2 * _head(c) if c.get("use_qk_norm") else 0,
+    ),
+    "gpt_oss": Family(qkv_bias=True, out_bias=True, sinks=True, router_bias=True, expert_bias=True),
+    "llama4_text": Family(
+        dense_width="intermediate_size_mlp",
+        shared_width=lambda c: c["intermediate_size"],
+        moe_layers=lambda c: c["num_hidden_layers"] // c.get("interleave_moe_layer_step", 1),
+    ),
+    "granitemoe": Family(),
+    "phimoe": Family(qkv_bias=True, out_bias=True, norm_bias=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters by part. `expert` is one routed expert; the others are summed over all layers."""
+
+    expert: int
+    shared: int
+    dense: int
+    attention: int
+    router: int
+    norms: int
+    embedding: int
+    head: int
+    moe_layers: int
+    experts: int
+    experts_per_token: int
+
+    @property
+    def rest(self) -> int:
+        """Everything but the routed experts."""
+        parts = (self.shared, self.dense, self.attention, self.router, self.norms, self.embedding, self.head)
+        return sum(parts)
+
+    @property
+    def total(self) -> int:
+        """All parameters, without multi-token-prediction layers."""
+        return self.rest + self.moe_layers * self.experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token touches, as model cards count them (embeddings included)."""
+        return self.rest + self.moe_layers * self.experts_per_token * self.expert
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The `config.json` at `path` (or in the folder `path`), its text part if it has several."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    return config
+
+
+def parameters(config: Config) -> Parameters:
+    """Parameter counts of the model that `config` describes."""
+    c = _text(config)
+    family = _family(c)
+    d = _int(c, "hidden_size")
+    layers, moe = _int(c, "num_hidden_layers"), family.moe_layers(c)
+    experts, width = _int(c, family.experts), _int(c, family.expert_width)
+    shared = family.shared_width(c)
+    norms = (2 * layers + 1) * d * (2 if family.norm_bias else 1)
+    vocab = _int(c, "vocab_size")
+    head = 0 if c.get("tie_word_embeddings") else vocab * d + (vocab if c.get("lm_head_bias") else 0)
+    return Parameters(
+        expert=3 * d * width + (2 * width + d if family.expert_bias else 0),
+        shared=moe * (3 * d * shared + (d if family.shared_gate else 0)),
+        dense=(layers - moe) * 3 * d * c.get(family.dense_width, 0),
+        attention=layers * _attention(c, family),
+        router=moe * (d * experts + (experts if family.router_bias else 0)),
+        norms=norms,
+        embedding=vocab * d,
+        head=head,
+        moe_layers=moe,
+        experts=experts,
+        experts_per_token=_int(c, "num_experts_per_tok"),
+    )
+
+
+def _attention(c: Config, family: Family) -> int:
+    d, n = _int(c, "hidden_size"), _int(c, "num_attention_heads")
+    if "kv_lora_rank" in c:
+        rank, rope = _int(c, "kv_lora_rank"), _int(c, "qk_rope_head_dim")
+        nope, value = _int(c, "qk_nope_head_dim"), _int(c, "v_head_dim")
+        query = n * (nope + rope)
+        low = c.get("q_lora_rank")
+        queries = d * low + low + low * query if low else d * query
+        return queries + d * (rank + rope) + rank + rank * n * (nope + value) + n * value * d
+    h, k = _head(c), _int(c, "num_key_value_heads")
+    count = d * n * h * 2 + 2 * d * k * h + family.head_norm(c)
+    if family.qkv_bias and c.get("attention_bias", True):
+        count += n * h + 2 * k * h
+    if family.out_bias:
+        count += d
+    return count + (n if family.sinks else 0)
+
+
+def cache_elements(config: Config) -> tuple[int, int]:
+    """Cache values per token in layers that see everything, and per request in layers with a window."""
+    c = _text(config)
+    layers = _int(c, "num_hidden_layers")
+    if "kv_lora_rank" in c:
+        return layers * (c["kv_lora_rank"] + c["qk_rope_head_dim"]), 0
+    each = 2 * _int(c, "num_key_value_heads") * _head(c)
+    windowed = sum(1 for kind in c.get("layer_types") or [] if kind == "sliding_attention")
+    return (layers - windowed) * each, windowed * each * int(c.get("sliding_window") or 0)
+
+
+def workload(config: Config, *, name: str = "model", weights: str | None = None) -> Workload:
+    """The model in numbers. `weights` overrides the format of the weights (a key of `BYTES`).
+
+    Flops are two per parameter and token; attention adds, per layer and token of context, two products
+    with all heads. With fp8 blocks every 128 x 128 weights carry one float32 scale.
+    """
+    c = _text(config)
+    p = parameters(c)
+    base, routed = _formats(c, weights)
+    scale = 1 + 4 / 128**2 / BYTES["fp8"]
+    expert_bytes = p.expert * BYTES[routed] * (scale if routed == "fp8" else 1)
+    low = p.embedding + p.head + p.norms + p.router
+    dense_format = base if routed != "mxfp4" else "bfloat16"
+    rest_bytes = low * 2 + (p.rest - low) * BYTES[dense_format]
+    per_token, per_request = cache_elements(c)
+    heads = c["num_attention_heads"]
+    if "kv_lora_rank" in c:
+        products = heads * (2 * c["kv_lora_rank"] + c["qk_rope_head_dim"])
+    else:
+        products = heads * 2 * _head(c)
+    return Workload(
+        name=name,
+        layers=c["num_hidden_layers"],
+        moe_layers=p.moe_layers,
+        experts=p.experts,
+        experts_per_token=p.experts_per_token,
+        expert_bytes=round(expert_bytes),
+        rest_bytes=round(rest_bytes),
+        dense_bytes=round(p.dense * BYTES[dense_format]),
+        attention_bytes=round(p.attention * BYTES[dense_format]),
+        cache_bytes_per_token=per_token * 2,
+        cache_bytes_per_request=per_request * 2,
+        cache_splits=1 if "kv_lora_rank" in c else c["num_key_value_heads"],
+        heads=heads,
+        hidden_bytes=c["hidden_size"] * 2,
+        expert_flops=2.0 * p.expert,
+        rest_flops=2.0 * (p.rest - p.embedding),
+        context_flops=2.0 * c["num_hidden_layers"] * products,
+        weight_format=routed,
+        total_parameters=p.total,
+        active_parameters=p.active,
+    )
+
+
+def _formats(c: Config, weights: str | None) -> tuple[str, str]:
+    """Format of the weights outside the experts and of the routed experts."""
+    if weights is not None:
+        if weights not in BYTES:
+            raise unknown_key(weights, BYTES, "--weights")
+        return ("bfloat16" if weights in ("mxfp4", "int4") else weights), weights
+    dtype = c.get("torch_dtype") or c.get("dtype") or "bfloat16"
+    method = (c.get("quantization_config") or {}).get("quant_method")
+    if method is None:
+        return dtype, dtype
+    if method not in BYTES:
+        raise InputError(f"quantization {method!r} is not known; pass --weights, one of {', '.join(BYTES)}")
+    return ("bfloat16" if method == "mxfp4" else method), method
+
+
+def _text(config: Config) -> Config:
+    if "text_config" in config:
+        return {**{k: v for k, v in config.items() if k == "torch_dtype"}, **config["text_config"]}
+    return config
+
+
+def _family(c: Config) -> Family:
+    kind = c.get("model_type")
+    if kind not in FAMILIES:
+        raise unknown_key(str(kind), FAMILIES, "config.json (model_type)")
+    return FAMILIES[kind]
+
+
+def _int(c: Config, key: str) -> int:
+    if key not in c:
+        raise InputError(f"config.json of model_type {c.get('model_type')!r} has no {key!r}")
+    value = c[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} is {value!r}, it must be a whole number of at least 1")
+    return value
