@@ -1,0 +1,377 @@
+import dataclasses
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from serving.engine import apply, cancel, check_integrity, expire, lose, submit
+from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
+from serving.request import Finished, Phase, Token
+from serving.scheduler import schedule
+from tests.fakes import FakeServer, alone, next_token, small_limits, small_request
+
+CONTEXT = 96
+
+
+def server(pages=(16, 16), **changes) -> FakeServer:
+    return FakeServer.start(small_limits(**changes), dict(enumerate(pages)))
+
+
+def test_the_fake_model_can_be_worked_out_by_hand():
+    assert next_token((5, 6), seed=3) == 3 + 1 * 5 + 2 * 6
+    assert alone(small_request("a", (5, 6), seed=3, max_tokens=2), CONTEXT) == ([20, 80], "length")
+
+
+def test_a_request_streams_its_tokens_and_then_its_end():
+    s = server()
+    s.submit(small_request("a", (5, 6), seed=3, max_tokens=2))
+    s.drain()
+    assert s.heard["a"] == [Token(0, 20, -20 / 64, 0), Token(1, 80, -80 / 64, 0), Finished("length")]
+
+
+def test_a_stop_token_ends_the_stream_and_is_not_part_of_it():
+    s = server()
+    s.submit(small_request("a", (5, 6), seed=3, max_tokens=9, stop_tokens=frozenset({80})))
+    s.drain()
+    assert s.tokens("a") == [20]
+    assert s.heard["a"][-1] == Finished("stop")
+
+
+def test_a_full_context_ends_the_stream():
+    s = server(max_context=10)
+    s.submit(small_request("a", range(7), max_tokens=50))
+    s.drain()
+    assert len(s.tokens("a")) == 3
+    s.check_streams(all_ended=True)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers():
+    with pytest.raises(PromptTooLong, match="96 tokens and the context holds 96"):
+        server().submit(small_request("a", range(96)))
+
+
+def test_a_request_larger_than_a_rank_is_refused_with_both_numbers():
+    with pytest.raises(InvalidRequest, match="need 7 pages of 8 tokens; a rank has 6"):
+        server((4, 6)).submit(small_request("a", range(40), max_tokens=10))
+
+
+def test_the_largest_request_a_rank_can_hold_is_served():
+    s = server((6,))
+    s.submit(small_request("a", range(40), max_tokens=9))
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+@pytest.mark.parametrize("change", [{"prompt": ()}, {"max_tokens": 0}, {"id": "taken"}])
+def test_what_cannot_be_served_is_refused_and_names_its_field(change):
+    s = server()
+    s.submit(small_request("taken"))
+    with pytest.raises(InvalidRequest) as refusal:
+        s.submit(dataclasses.replace(small_request("a"), **change))
+    assert refusal.value.param
+
+
+def test_the_queue_has_a_bound():
+    s = server(max_queue=2)
+    s.submit(small_request("a"))
+    s.submit(small_request("b"))
+    with pytest.raises(QueueFull, match="2 requests are waiting and the queue holds 2") as refusal:
+        s.submit(small_request("c"))
+    assert refusal.value.retry_after_s
+
+
+def test_a_cancelled_request_ends_once_and_frees_its_pages():
+    s = server()
+    s.submit(small_request("a"))
+    s.step()
+    s.cancel("a")
+    s.cancel("a")
+    assert s.heard["a"][-1:] == [Finished("cancelled")]
+    assert all(pool.used == 0 for pool in s.state.pools.values())
+    s.check_streams(all_ended=True)
+
+
+def test_the_front_can_end_a_request_at_a_stop_string():
+    state = submit(server().state, small_request("a"))
+    assert cancel(state, "a", "stop")[1] == (("a", Finished("stop")),)
+
+
+def test_an_unknown_request_is_not_cancelled():
+    state = server().state
+    assert cancel(state, "a") == (state, ())
+
+
+def test_a_request_ends_at_its_deadline_and_not_before():
+    state = submit(server().state, small_request("a", deadline=5.0))
+    assert expire(state, 4.9) == (state, ())
+    assert expire(state, 5.0)[1] == (("a", Finished("deadline")),)
+
+
+def test_a_step_in_flight_passes_over_what_was_cancelled_meanwhile_even_if_the_id_is_used_again():
+    s = server()
+    s.submit(small_request("a"))
+    batch = s.begin()
+    s.cancel("a")
+    s.submit(small_request("a", (9,)))
+    s.end(batch)
+    assert s.heard["a"] == []
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_results_count_once_and_not_after_a_loss():
+    state, batch = schedule(submit(server().state, small_request("a", (5,))))
+    results = {"a": (1, 0.0)}
+    after, _ = apply(state, batch, results)
+    for refused in (after, lose(state, [1])):
+        with pytest.raises(ValueError, match=f"step {batch.step} came, but step None"):
+            apply(refused, batch, results)
+
+
+def test_requests_of_dead_ranks_go_to_the_front_in_order_of_arrival_with_their_tokens():
+    s = server((16, 16), max_queue=20)
+    for name in "abcdefghij":
+        s.submit(small_request(name, (1, 2, 3), max_tokens=9))
+    for _ in range(4):
+        s.step()
+    assert list(s.state.waiting) == ["i", "j"]
+    lost = [sequence for sequence in s.state.running.values() if sequence.rank == 1]
+    s.lose([1])
+    assert list(s.state.waiting) == [*sorted(sequence.id for sequence in lost), "i", "j"]
+    for sequence in lost:
+        back = s.state.waiting[sequence.id]
+        assert (back.generated, back.phase) == (sequence.generated, Phase.WAITING)
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_after_a_loss_tokens_go_on_from_the_next_index_under_the_new_epoch():
+    s = server((16, 16))
+    s.submit(small_request("a", (5, 6), max_tokens=6))
+    s.step()
+    s.step()
+    s.lose([s.state.running["a"].rank])
+    s.adopt(dict.fromkeys(s.ranks, 16))
+    s.drain()
+    assert [token.epoch for token in s.heard["a"][:-1]] == [0, 0, 1, 1, 1, 1]
+    s.check_streams(all_ended=True)
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_step_lost_in_flight_is_made_again_from_either_state(dropped):
+    s = server((16, 16))
+    s.submit(small_request("a", range(50)))
+    s.submit(small_request("b", range(60)))
+    before = s.state
+    batch = s.begin()
+    s.ranks[0].commit(s.arrays(batch, 0))
+    if dropped:
+        s.state = before
+    s.lose([1])
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_a_survivors_cache_is_kept_when_a_rank_returns():
+    s = server((16, 16))
+    s.submit(small_request("a", range(40)))
+    s.step()
+    kept = s.state.running["a"]
+    assert (kept.rank, kept.computed) == (0, 40)
+    s.lose([1])
+    s.adopt({0: 16, 1: 16})
+    assert s.state.running["a"] == kept
+    assert s.state.pools[1].used == 0
+
+
+@pytest.mark.parametrize("pages", [{1: 16}, {0: 12, 1: 16}])
+def test_a_rank_left_out_or_with_another_cache_loses_its_requests(pages):
+    s = server((16, 16))
+    s.submit(small_request("a", range(40)))
+    s.step()
+    s.adopt(pages)
+    assert s.state.waiting["a"].computed == 0
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_a_restarted_rank_of_the_same_id_has_an_empty_cache():
+    s = server((16, 16))
+    s.submit(small_request("a", range(40)))
+    s.step()
+    s.adopt({0: 16, 1: 16}, fresh=[0])
+    assert list(s.state.waiting) == ["a"]
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_a_request_no_rank_can_hold_any_more_ends_with_both_numbers():
+    s = server((12, 4))
+    s.submit(small_request("a", range(60)))
+    s.lose([0])
+    s.adopt({1: 4})
+    assert isinstance(s.heard["a"][0], NoCapacity)
+    assert "needs 8 pages and the ranks alive have 4" in str(s.heard["a"][0])
+
+
+def test_without_ranks_requests_wait_for_one():
+    s = server((16,))
+    s.submit(small_request("a"))
+    s.step()
+    s.lose([0])
+    s.adopt({})
+    s.submit(small_request("b"))
+    assert s.step() is None
+    s.adopt({7: 16})
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_size": 0}, "page_size is 0"),
+        ({"max_context": 1}, "max_context is 1"),
+        ({"buckets": ((4, 0),)}, "one with prefill tiles"),
+        ({"buckets": ()}, "one with decode rows"),
+        ({"buckets": ((4, 0), (2, 2))}, r"Add \(4, 2\)"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        small_limits(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pages": (0,)}, "twice"),
+        ({"pages": (1, 2)}, "twice"),
+        ({"pages": ()}, "in room for 0"),
+        ({"rank": 5}, "which is not there"),
+        ({"computed": 999}, "nothing to compute"),
+        ({"generated": (1, 2, 3, 4)}, "still open"),
+        ({"arrival": 9}, "arrived as 9 of 2"),
+    ],
+)
+def test_broken_conservation_is_noticed(change, message):
+    s = server((16,))
+    s.submit(small_request("a"))
+    s.submit(small_request("b"))
+    s.step()
+    broken = dataclasses.replace(s.state.running["b"], **change)
+    with pytest.raises(AssertionError, match=message):
+        check_integrity(dataclasses.replace(s.state, running={**s.state.running, "b": broken}))
+
+
+def test_a_state_is_never_changed_by_a_transition():
+    s = server((4, 6))
+    for name in "abc":
+        s.submit(small_request(name, range(10), max_tokens=12))
+    s.step()
+    seen = []
+    for _ in range(12):
+        seen.append((s.state, repr(s.state)))
+        s.step()
+    seen.append((s.state, repr(s.state)))
+    s.lose([0])
+    assert all(repr(state) == text for state, text in seen)
+
+
+class AnySchedule(RuleBasedStateMachine):
+    """Submits, cancels, deadlines, steps, losses and returns in any order."""
+
+    count = 0
+    now = 0.0
+
+    @initialize(pages=st.lists(st.integers(4, 16), min_size=1, max_size=4))
+    def start(self, pages):
+        self.server = FakeServer.start(small_limits(), dict(enumerate(pages)))
+
+    @property
+    def open(self):
+        return [*self.server.state.running, *self.server.state.waiting]
+
+    @rule(
+        length=st.one_of(st.integers(1, 8), st.integers(9, CONTEXT + 1)),
+        first=st.integers(0, 96),
+        max_tokens=st.integers(1, 40),
+        seed=st.integers(0, 2**40),
+        stop=st.frozensets(st.integers(0, 96), max_size=4),
+        patience=st.one_of(st.none(), st.none(), st.integers(1, 3)),
+    )
+    def submit(self, length, first, max_tokens, seed, stop, patience):
+        self.count += 1
+        prompt = tuple((first + 7 * i) % 97 for i in range(length))
+        deadline = None if patience is None else self.now + patience
+        request = small_request(
+            f"r{self.count}",
+            prompt,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_tokens=stop,
+            deadline=deadline,
+        )
+        try:
+            self.server.submit(request)
+        except MoejaxError:
+            assert request.id not in self.open
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.server.cancel(data.draw(st.sampled_from(self.open)))
+
+    @rule()
+    def pass_time(self):
+        self.now += 1
+        self.server.expire(self.now)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count):
+        for _ in range(count):
+            self.server.step()
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def step_during_which_a_request_is_cancelled(self, data):
+        batch = self.server.begin()
+        self.server.cancel(data.draw(st.sampled_from(self.open)))
+        if batch is not None:
+            self.server.end(batch)
+
+    @rule(data=st.data(), in_flight=st.booleans(), dropped=st.booleans(), replanned=st.booleans())
+    def lose(self, data, in_flight, dropped, replanned):
+        before, ranks = self.server.state, sorted(self.server.ranks)
+        dead = data.draw(st.sets(st.sampled_from(ranks))) if ranks else set()
+        batch = self.server.begin() if in_flight else None
+        if batch is not None:
+            for rank in data.draw(st.sets(st.sampled_from(ranks))):
+                self.server.ranks[rank].commit(self.server.arrays(batch, rank))
+            if dropped:
+                self.server.state = before
+        self.server.lose(dead)
+        if replanned:
+            self.server.adopt({rank: pool.total for rank, pool in self.server.state.pools.items()})
+
+    @rule(rank=st.integers(0, 4), pages=st.integers(4, 16), fresh=st.booleans())
+    def return_of_a_rank(self, rank, pages, fresh):
+        alive = {rank: pool.total for rank, pool in self.server.state.pools.items()}
+        self.server.adopt({**alive, rank: pages}, fresh=[rank] if fresh else [])
+
+    @invariant()
+    def streams_are_what_each_request_gives_alone(self):
+        if hasattr(self, "server"):
+            self.server.check_streams()
+
+    def teardown(self):
+        if hasattr(self, "server"):
+            alive = {rank: pool.total for rank, pool in self.server.state.pools.items()}
+            self.server.adopt({**alive, 9: 16})
+            self.server.drain()
+            self.server.check_streams(all_ended=True)
+
+
+TestAnySchedule = AnySchedule.TestCase
+TestAnySchedule.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
