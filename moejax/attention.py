@@ -49,7 +49,7 @@ def paged_attention(
         higher = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         shrink = jnp.exp(maximum - higher)
-        mixed = (weights[..., None] * v[:, :, None]).sum(3)
+        mixed = jnp.einsum("zkqs,zksh->zkqh", weights, v)
         return higher, total * shrink + ordered_sum(weights), out * shrink[..., None] + mixed
 
     pages = (positions_ZQ.max() + page_size) // page_size

@@ -1,0 +1,32 @@
+"""How well a model knows a text: bits per byte, a measure that does not depend on the tokenizer."""
+
+import math
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from moejax.config import ModelConfig
+from moejax.dense import losses
+from moejax.params import Params
+
+
+def bits_per_byte(
+    params: Params, cfg: ModelConfig, tokenizer: Tokenizer, text: str, *, alive_LE: jax.Array | None = None
+) -> float:
+    """Bits the model needs per byte of `text`, read in windows of the context length, each from its own start."""
+    windows = token_windows(tokenizer, text, cfg.max_context)
+    nats = sum(float(np.asarray(losses(params, cfg, w[None], alive_LE)).sum()) for w in windows)
+    counted = sum(len(tokenizer.decode(w[1:].tolist()).encode()) for w in windows)
+    return nats / math.log(2) / counted
+
+
+def token_windows(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
+    """The tokens of a text in windows `[W, length]`, cut to a multiple of `length` when there is more than one.
+
+    The first token of a window is context only, as nothing stands before it.
+    """
+    ids = np.asarray(tokenizer.encode(text).ids, np.int32)
+    if len(ids) < length:
+        return ids[None]
+    return ids[: len(ids) // length * length].reshape(-1, length)

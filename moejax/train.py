@@ -1,0 +1,220 @@
+"""Train a small model on the three-domain text: `moejax train`.
+
+A run is a function of its preset: batches are drawn by (seed, step), so a run that was stopped and resumed ends
+with the model of a run that was not. AdamW with a warm-up and a cosine, and the routers' balance loss.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moejax.checkpoint import read_params, replace_folder, save_model, write_params
+from moejax.config import ConfigError, ModelConfig
+from moejax.corpus import Domain, load_domains
+from moejax.dense import forward, next_token_losses
+from moejax.params import Params, init_params
+from moejax.score import bits_per_byte
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
+END_OF_TEXT = "<|endoftext|>"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with one shape of batch: `batch` sequences of `sequence` tokens per step."""
+
+    steps: int
+    batch: int
+    sequence: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained. `capacity_factor`: rows an expert computes over an even share of them."""
+
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    balance: float
+    capacity_factor: float
+    seed: int
+    save_every: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that step number `step`, from 0, belongs to."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise ValueError(f"step {step} lies beyond the last of {self.steps}")
+
+
+def load_preset(path: Path) -> tuple[ModelConfig, TrainingConfig]:
+    """Read a preset with a `[model]` and a `[training]` table. Raises ConfigError on what it cannot be."""
+    with path.open("rb") as file:
+        tables = tomllib.load(file)
+    try:
+        training = dict(tables["training"])
+        training["phases"] = tuple(Phase(**phase) for phase in training["phases"])
+        return ModelConfig.from_json(json.dumps(tables["model"])), TrainingConfig(**training)
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks the table or key {error}.") from None
+    except TypeError as error:
+        raise ConfigError(f"{path}, table training: {error}.") from None
+
+
+def train_tokenizer(domains: list[Domain], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of `vocab_size` entries; entry 0 ends a document."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    share = min(sum(map(len, d.training)) for d in domains)
+    tokenizer.train_from_iterator((t for d in domains for t in _first(d.training, share)), trainer)
+    return tokenizer
+
+
+def _first(documents: tuple[str, ...], characters: int) -> list[str]:
+    """The first documents that hold about so many characters."""
+    ends = np.cumsum([len(d) for d in documents])
+    return list(documents[: int(np.searchsorted(ends, characters)) + 1])
+
+
+def encode_domain(tokenizer: Tokenizer, domain: Domain) -> np.ndarray:
+    """All training documents of a domain as one row of tokens, a document end after each."""
+    rows = [[*e.ids, 0] for e in tokenizer.encode_batch(list(domain.training))]
+    return np.concatenate([np.asarray(row, np.int32) for row in rows])
+
+
+def draw_batch(streams: list[np.ndarray], training: TrainingConfig, step: int) -> np.ndarray:
+    """The batch of a step `[B, T+1]`: windows at random places, the domains in turn."""
+    phase = training.phase_at(step)
+    rng = np.random.default_rng([training.seed, step])
+    rows = []
+    for i in range(phase.batch):
+        stream = streams[(step * phase.batch + i) % len(streams)]
+        start = rng.integers(len(stream) - phase.sequence)
+        rows.append(stream[start : start + phase.sequence + 1])
+    return np.stack(rows)
+
+
+def optimizer(training: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW; the decay spares norms, biases and nothing else."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, training.learning_rate, training.warmup, training.steps, end_value=training.learning_rate * 0.02
+    )
+
+    def decays(params: Params) -> Any:
+        def spared(path: Any) -> bool:
+            return any(word in jax.tree_util.keystr(path) for word in ("norm", "bias"))
+
+        return jax.tree_util.tree_map_with_path(lambda path, _: not spared(path), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.98, weight_decay=training.weight_decay, mask=decays),
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "training"), donate_argnames=("params", "state"))
+def train_step(
+    params: Params, state: Any, tokens_BS: jax.Array, cfg: ModelConfig, training: TrainingConfig
+) -> tuple[Params, Any, jax.Array]:
+    """One step of AdamW on `tokens_BS`; the loss is in nats per token, without the balance part."""
+
+    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        rows = tokens_BS[:, 1:].size
+        capacity = None
+        if cfg.moe is not None:
+            even = rows * cfg.moe.experts_per_token / cfg.moe.experts
+            capacity = min(rows, int(even * training.capacity_factor))
+        logits, routing = forward(params, cfg, tokens_BS[:, :-1], capacity=capacity)
+        nats = next_token_losses(logits, tokens_BS[:, 1:]).mean()
+        return nats + training.balance * routing.balance.sum(), nats
+
+    gradient, nats = jax.grad(loss, has_aux=True)(params)
+    updates, state = optimizer(training).update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, nats
+
+
+def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: list[np.ndarray]) -> Params:
+    """Train from the start, or from the last save in `folder`, to the last step; the trained parameters."""
+    saved = folder / "training"
+    params = init_params(cfg, jax.random.key(training.seed))
+    state, step = optimizer(training).init(params), 0
+    if saved.is_dir():
+        like = jax.tree.map(np.asarray, {"params": params, "state": state, "step": np.asarray(0)})
+        values = read_params(saved, like)
+        params, state, step = values["params"], values["state"], int(values["step"])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"Training {cfg.name}", total=training.steps, completed=step)
+        mean = None
+        while step < training.steps:
+            batch = draw_batch(streams, training, step)
+            params, state, nats = train_step(params, state, batch, cfg, training)
+            step += 1
+            mean = float(nats) if mean is None else 0.98 * mean + 0.02 * float(nats)
+            bar.update(task, completed=step, description=f"Training {cfg.name}: {mean:.3f} nats per token")
+            if step % training.save_every == 0 and step < training.steps:
+                draft = folder / ".training"
+                shutil.rmtree(draft, ignore_errors=True)
+                values = {"params": params, "state": state, "step": np.asarray(step)}
+                write_params(draft, jax.tree.map(np.asarray, values))
+                replace_folder(draft, saved)
+    return params
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed."""
+    parser = argparse.ArgumentParser(prog="moejax train", description="Train a small model on three kinds of text.")
+    parser.add_argument("preset", nargs="?", default="tiny", help="name in configs/presets, or a TOML file")
+    parser.add_argument("--out", type=Path, help="model folder to write (default: build/PRESET)")
+    parser.add_argument("--unpinned", action="store_true", help="take the text even if it is not the pinned one")
+    options = parser.parse_args(argv)
+    path = Path(options.preset)
+    cfg, training = load_preset(path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml")
+    folder = options.out or Path("build") / cfg.name
+    domains = load_domains(pinned=not options.unpinned)
+    work = folder.with_name(folder.name + ".run")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(domains, cfg.vocab_size)
+    params = train(cfg, training, work, [encode_domain(tokenizer, d) for d in domains])
+    half = jax.tree.map(lambda a: np.asarray(a, np.float16), params)
+    save_model(folder, cfg, half, tokenizer_json=tokenizer.to_str(), chat_template=CHAT_TEMPLATE)
+    shutil.rmtree(work)
+    served = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), half)
+    for domain in domains:
+        text = "".join(domain.held_out)[:100_000]
+        print(f"{domain.name}: {bits_per_byte(served, cfg, tokenizer, text):.3f} bits per byte held out")
+    print(f"Serve it with: moejax serve --model {folder}")
+
+
+if __name__ == "__main__":
+    main()
