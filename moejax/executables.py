@@ -1,0 +1,131 @@
+"""Compiled programs: compiled once per mesh shape, kept in a store, moved to any set of devices in milliseconds.
+
+An executable carries its device assignment. The public loader accepts only the devices it was compiled for;
+`_Mover` maps them and hands new compile options to the runtime. Loading an executable runs code: the store is a
+folder of its owner alone, and files of others are refused.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import platform
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import compiler
+from jax.experimental import serialize_executable
+
+
+class ExecutableStoreError(RuntimeError):
+    """The folder of executables cannot be trusted or used: says which file and why."""
+
+
+class CompileCounter:
+    """Counts XLA compiles of this process."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, _duration: float, **_: Any) -> None:
+        if event == self.EVENT:
+            self.count += 1
+
+
+class ExecutableStore:
+    """Serialized executables by name, shared by the ranks of a host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = self.folder.stat()
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise ExecutableStoreError(
+                f"{self.folder} belongs to user {state.st_uid} with mode {state.st_mode & 0o777:o}; executables are code, "
+                f"so the folder must belong to user {os.getuid()} and be writable by no one else. Remove it or set another."
+            )
+        self._blobs: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def has(self, name: str) -> bool:
+        """True when the executable was compiled before."""
+        return (self.folder / name).is_file()
+
+    def put(self, name: str, compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> None:
+        """Keep a fresh compile. Written whole or not at all, so that several processes may do it at once."""
+        blob = pickle.dumps((serialize_executable.serialize(compiled), [d.id for d in devices]))
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(blob)
+        part.rename(self.folder / name)
+
+    def load(self, name: str, devices: Sequence[jax.Device]) -> Callable[..., Any]:
+        """The executable `name` for `devices`, in mesh order; they may be others than it was compiled for."""
+        (blob, in_tree, out_tree), compiled_for = self._read(name)
+        unloaded, args, no_kwargs = _Mover(blob, compiled_for, devices).load()
+        return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(args), out_tree, no_kwargs=no_kwargs)
+
+    def _read(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._blobs:
+                path = self.folder / name
+                if path.stat().st_uid != os.getuid():
+                    raise ExecutableStoreError(f"{path} belongs to user {path.stat().st_uid}; it is not loaded. Remove it.")
+                self._blobs[name] = pickle.loads(path.read_bytes())
+            return self._blobs[name]
+
+
+class _Mover(serialize_executable._JaxPjrtUnpickler):
+    """Unpickles an executable onto other devices than it was compiled for."""
+
+    def __init__(self, blob: bytes, compiled_for: Sequence[int], devices: Sequence[jax.Device]) -> None:
+        super().__init__(io.BytesIO(blob), devices[0].client, devices)
+        self.devices_by_id = dict(zip(compiled_for, devices, strict=True))
+        self.options = compiler.get_compile_options(
+            num_replicas=1, num_partitions=len(devices), device_assignment=np.array(devices)[None, :]
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "exec":
+            return self.backend.deserialize_executable(
+                pid[1], executable_devices=self.execution_devices, compile_options=self.options
+            )
+        return super().persistent_load(pid)
+
+
+def executable_name(kind: str, *parts: object) -> str:
+    """A name that changes with whatever the compiled code depends on: `parts`, this package's source, the versions of
+    jax and jaxlib, the flags of XLA and the processor."""
+    import jaxlib
+
+    about = (
+        *map(repr, parts),
+        _source_digest(),
+        jax.__version__,
+        jaxlib.__version__,
+        os.environ.get("XLA_FLAGS", ""),
+        platform.machine(),
+        _cpu_flags(),
+    )
+    return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cpu_flags() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line
+    return ""
