@@ -7,7 +7,6 @@ its generator, which cancels the request.
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -25,6 +24,7 @@ from serving.errors import Internal, MoejaxError, StartError
 from serving.generation import Generation
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
 from serving.status import Backend
+from serving.version import version
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError as error:
         raise StartError(
-            f"gRPC cannot listen on {host}:{port}; another program has the port, or the address is not of this "
-            "machine. Choose another with --grpc-port, or 0 for any free one."
+            f"gRPC cannot listen on {host}:{port}; another program has the port, or the address is not of "
+            "this machine. Choose another with --grpc-port, or 0 for any free one."
         ) from error
     await server.start()
     return RpcServer(server, bound, closing)
@@ -201,14 +201,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 yield health
             last = health
             await asyncio.sleep(_HEALTH_INTERVAL_S)
-
-
-def version() -> str:
-    """The installed version of moejax; "source" when it runs from a checkout that is not installed."""
-    try:
-        return importlib.metadata.version("moejax")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
 
 
 @contextlib.asynccontextmanager

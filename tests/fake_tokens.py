@@ -1,0 +1,26 @@
+"""A tokenizer that can be worked out by hand: a token is a byte, and five special ones follow."""
+
+import tokenizers
+
+from serving.tokens import Tokenizer
+from tests.fake_backend import MODEL
+
+TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    """Token = byte, in the order of their values; then <|end|> (256), <|stop|> (257) and the roles' marks."""
+    names = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), key=_byte)
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<|end|>", "<|stop|>", "<|user|>", "<|system|>", "<|assistant|>"])
+    return Tokenizer(inner, template=template, stop_tokens=MODEL.stop_tokens)
+
+
+def _byte(character: str) -> int:
+    """The byte a character of the byte-level alphabet stands for (as GPT-2 defines it)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in visible]
+    return hidden[ord(character) - 256] if ord(character) >= 256 else ord(character)
