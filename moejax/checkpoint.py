@@ -1,10 +1,10 @@
 """A model folder on disk, written whole or not at all, and read with every damage named.
 
-    config.json          the ModelConfig
-    tokenizer.json       Hugging Face tokenizers format
-    chat_template.jinja  how messages become a prompt
-    params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert
-    checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
+config.json          the ModelConfig
+tokenizer.json       Hugging Face tokenizers format
+chat_template.jinja  how messages become a prompt
+params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert
+checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
 import logging
@@ -68,9 +68,14 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
     params = read_params(folder / PARAMS, wanted)
     for name, array in named(params).items():
         if bad := manifest.damaged(name, array):
-            what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if is_expert(name) else "its numbers"
+            what = (
+                f"chunks {bad} (counted repeat by repeat, expert by expert)"
+                if is_expert(name)
+                else "its numbers"
+            )
             raise CheckpointError(
-                f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. Make the model again."
+                f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. "
+                "Make the model again."
             )
     return jax.tree.map(lambda a: a.astype(dtype, copy=False), params)
 
@@ -79,7 +84,7 @@ def write_params(path: Path, params: Any) -> None:
     """Write a tree of NumPy arrays as an Orbax checkpoint, one chunk per routed expert."""
     context = ocp.Context()
     saving = context.array.saving
-    # A file per chunk, stored as it is: an expert is then read in one go, and a copy in tmpfs is a plain copy.
+    # A file per chunk, stored as it is: an expert is read in one go, and a copy in tmpfs is a plain copy.
     saving.use_ocdbt = False
     saving.use_compression = False
     saving.scoped_storage_options_creator = _one_chunk_per_expert

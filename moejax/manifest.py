@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One stored tensor. `crc32[r * E + e]` is expert e of repeat r; a tensor in one chunk has one checksum."""
+    """One stored tensor. `crc32[r * E + e]` is expert e of repeat r; a tensor in one chunk has one."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -47,7 +47,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """One line per tensor, so that two manifests can be compared by eye."""
-        rows = (f"  {json.dumps(n)}: {json.dumps(dataclasses.asdict(t))}" for n, t in sorted(self.tensors.items()))
+        rows = (
+            f"  {json.dumps(n)}: {json.dumps(dataclasses.asdict(t))}" for n, t in sorted(self.tensors.items())
+        )
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @classmethod
@@ -56,7 +58,9 @@ class Manifest:
         path = Path(folder) / FILE
         try:
             values = json.loads(path.read_text())
-            return cls({n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()})
+            return cls(
+                {n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()}
+            )
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; write the model again with save_model.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:

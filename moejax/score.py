@@ -14,15 +14,18 @@ from moejax.params import Params
 def bits_per_byte(
     params: Params, cfg: ModelConfig, tokenizer: Tokenizer, text: str, *, alive_LE: jax.Array | None = None
 ) -> float:
-    """Bits the model needs per byte of `text`, read in windows of the context length, each from its own start."""
+    """Bits the model needs per byte of `text`, read in windows of the context length, each on its own.
+
+    The tokenizer must be byte-level (each character of a token's name stands for one byte).
+    """
     windows = token_windows(tokenizer, text, cfg.max_context)
     nats = sum(float(np.asarray(losses(params, cfg, w[None], alive_LE)).sum()) for w in windows)
-    counted = sum(len(tokenizer.decode(w[1:].tolist()).encode()) for w in windows)
+    counted = sum(len(tokenizer.id_to_token(int(t))) for w in windows for t in w[1:])
     return nats / math.log(2) / counted
 
 
 def token_windows(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
-    """The tokens of a text in windows `[W, length]`, cut to a multiple of `length` when there is more than one.
+    """The tokens of a text in windows `[W, length]`; what does not fill the last is left out, if another is.
 
     The first token of a window is context only, as nothing stands before it.
     """

@@ -1,7 +1,7 @@
 """Train a small model on the three-domain text: `moejax train`.
 
-A run is a function of its preset: batches are drawn by (seed, step), so a run that was stopped and resumed ends
-with the model of a run that was not. AdamW with a warm-up and a cosine, and the routers' balance loss.
+A run is a function of its preset: batches are drawn by (seed, step), so a run that was stopped and resumed
+ends with the model of a run that was not. AdamW with a warm-up and a cosine, and the routers' balance loss.
 """
 
 import argparse
@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moejax.checkpoint import read_params, replace_folder, save_model, write_params
@@ -87,7 +94,9 @@ def train_tokenizer(domains: list[Domain], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of `vocab_size` entries; entry 0 ends a document."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -193,10 +202,14 @@ def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: lis
 
 def main(argv: list[str] | None = None) -> None:
     """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed."""
-    parser = argparse.ArgumentParser(prog="moejax train", description="Train a small model on three kinds of text.")
+    parser = argparse.ArgumentParser(
+        prog="moejax train", description="Train a small model on three kinds of text."
+    )
     parser.add_argument("preset", nargs="?", default="tiny", help="name in configs/presets, or a TOML file")
     parser.add_argument("--out", type=Path, help="model folder to write (default: build/PRESET)")
-    parser.add_argument("--unpinned", action="store_true", help="take the text even if it is not the pinned one")
+    parser.add_argument(
+        "--unpinned", action="store_true", help="take the text even if it is not the pinned one"
+    )
     options = parser.parse_args(argv)
     path = Path(options.preset)
     cfg, training = load_preset(path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml")
