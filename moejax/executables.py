@@ -70,14 +70,18 @@ class ExecutableStore:
         """The executable `name` for `devices`, in mesh order; they may be others than it was compiled for."""
         (blob, in_tree, out_tree), compiled_for = self._read(name)
         unloaded, args, no_kwargs = _Mover(blob, compiled_for, devices).load()
-        return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(args), out_tree, no_kwargs=no_kwargs)
+        return jax.stages.Compiled(
+            unloaded.load(), [], in_tree.unflatten(args), out_tree, no_kwargs=no_kwargs
+        )
 
     def _read(self, name: str) -> Any:
         with self._lock:
             if name not in self._blobs:
                 path = self.folder / name
                 if path.stat().st_uid != os.getuid():
-                    raise ExecutableStoreError(f"{path} belongs to user {path.stat().st_uid}; it is not loaded. Remove it.")
+                    raise ExecutableStoreError(
+                        f"{path} belongs to user {path.stat().st_uid}; it is not loaded. Remove it."
+                    )
                 self._blobs[name] = pickle.loads(path.read_bytes())
             return self._blobs[name]
 
@@ -101,7 +105,8 @@ class _Mover(serialize_executable._JaxPjrtUnpickler):
 
 
 def executable_name(kind: str, *parts: object) -> str:
-    """A name that changes with whatever the compiled code depends on: `parts`, this package's source, the versions of
+    """A name that changes with whatever the compiled code depends on: `parts`, the source of what is
+    compiled, the versions of
     jax and jaxlib, the flags of XLA and the processor."""
     import jaxlib
 
@@ -117,10 +122,16 @@ def executable_name(kind: str, *parts: object) -> str:
     return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
 
 
+_COMPILED_MODULES = (
+    *("attention", "axes", "cache", "exchange", "experts", "inputs", "layers"),
+    *("mesh", "model", "params", "router", "sampling", "steps"),
+)
+
+
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for name in _COMPILED_MODULES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

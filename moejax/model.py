@@ -60,9 +60,13 @@ def step(
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
         experts = tuple(layer.moe.experts if layer.moe else None for layer in segment)
-        scanned = tuple(layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment)
+        scanned = tuple(
+            layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment
+        )
         moe_in_pattern = pattern.count("moe")
-        routes = expert_to_slot[moe_depth : moe_depth + repeats * moe_in_pattern].reshape(repeats, moe_in_pattern, -1)
+        routes = expert_to_slot[moe_depth : moe_depth + repeats * moe_in_pattern].reshape(
+            repeats, moe_in_pattern, -1
+        )
 
         def body(x, at, experts=experts, first=depth, pattern=pattern):
             layers, routes, repeat = at
@@ -71,9 +75,13 @@ def step(
                 index = first + repeat * len(pattern) + j
                 x, kv = _attend(x, layer, cache, index, inputs, shape)
                 if layer.moe is None:
-                    x = x + swiglu(rms_norm(x, layer.ffn_norm, cfg.norm_eps), layer.ffn.gate_up, layer.ffn.down)
+                    x = x + swiglu(
+                        rms_norm(x, layer.ffn_norm, cfg.norm_eps), layer.ffn.gate_up, layer.ffn.down
+                    )
                 else:
-                    x, count = _route_and_mix(x, layer, experts[j], routes[len(counts)], repeat, inputs, shape)
+                    x, count = _route_and_mix(
+                        x, layer, experts[j], routes[len(counts)], repeat, inputs, shape
+                    )
                     counts.append(count)
                 kvs.append(kv)
             return x, (jnp.stack(kvs), jnp.stack(counts) if counts else None)
@@ -105,7 +113,10 @@ def _attend(
         qk = rope(qkv[:, : N + K], positions, cfg.rope_base)
         q, k, v = qk[:, :N], qk[:, N:], qkv[:, N + K :]
         out = []
-        for first_z, first_r, Z, Q in ((0, 0, bucket.decode, 1), (bucket.decode, bucket.decode, bucket.tiles, TILE)):
+        for first_z, first_r, Z, Q in (
+            (0, 0, bucket.decode, 1),
+            (bucket.decode, bucket.decode, bucket.tiles, TILE),
+        ):
             if Z:
                 segments, rows = slice(first_z, first_z + Z), slice(first_r, first_r + Z * Q)
                 mixed = paged_attention(

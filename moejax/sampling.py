@@ -73,7 +73,9 @@ def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Arr
             lambda: filter_logits(scaled, inputs.top_k, inputs.top_p, inputs.min_p),
             lambda: scaled,
         )
-        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(inputs.seed, inputs.sample_position)
+        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(
+            inputs.seed, inputs.sample_position
+        )
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys)
         return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
 

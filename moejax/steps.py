@@ -34,7 +34,7 @@ def partition(shape: StepShape) -> StepArguments:
     """How each argument of a step lies on the mesh."""
     params = jax.tree.map(lambda _: WHOLE, param_specs(shape.cfg), is_leaf=is_spec)
     return StepArguments(
-        params=_with_experts(params, lambda _: SLOTS),
+        params=with_experts(params, lambda _: SLOTS),
         cache=Cache(k=SLOTS, v=SLOTS),
         expert_to_slot=PartitionSpec(RANKS),
         packed=PartitionSpec(RANKS),
@@ -49,14 +49,14 @@ def local_shapes(shape: StepShape, entries: int, dtype: Any = jnp.float32) -> St
     kv = jax.ShapeDtypeStruct((cfg.n_layers, entries, cfg.n_kv_heads * cfg.d_head), dtype)
     experts = cfg.moe.experts if cfg.moe else 0
     return StepArguments(
-        params=_with_experts(params, slots),
+        params=with_experts(params, slots),
         cache=Cache(k=kv, v=kv),
         expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
         packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
     )
 
 
-def _with_experts(params: Params, change) -> Params:
+def with_experts(params: Params, change) -> Params:
     def layer(each: Layer) -> Layer:
         if each.moe is None:
             return each
@@ -64,7 +64,9 @@ def _with_experts(params: Params, change) -> Params:
         changed = FeedForward(gate_up=change(experts.gate_up), down=change(experts.down))
         return each.replace(moe=each.moe.replace(experts=changed))
 
-    return params.replace(segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments))
+    return params.replace(
+        segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mesh"))
@@ -80,7 +82,9 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
         new_kv=PartitionSpec(None, None, RANKS),
         expert_load=PartitionSpec(RANKS),
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
+    return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(
+        arguments
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))
@@ -90,10 +94,21 @@ def run_commit(cache: Cache, new_kv: jax.Array, packed: jax.Array, *, bucket: Bu
 
 
 @functools.partial(jax.jit, donate_argnames=("experts",))
-def run_fill(experts: FeedForward, gate_up: jax.Array, down: jax.Array, repeat: jax.Array, slot: jax.Array) -> FeedForward:
+def run_fill(
+    experts: FeedForward, gate_up: jax.Array, down: jax.Array, repeat: jax.Array, slot: jax.Array
+) -> FeedForward:
     """Put one expert's weights `[2F, D]`, `[D, F]` into a slot of a segment's leaves. Donates the leaves."""
     return FeedForward(
         gate_up=experts.gate_up.at[repeat, slot].set(gate_up), down=experts.down.at[repeat, slot].set(down)
     )
 
 
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def run_connect(x: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """The smallest exchange there is, `[n, n]`: running it connects the communicator of a mesh."""
+    spec = PartitionSpec(RANKS)
+
+    def local(row):
+        return jax.lax.all_to_all(row.reshape(-1, 1), RANKS, 0, 0, tiled=True).reshape(row.shape)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec)(x)

@@ -1,6 +1,6 @@
 """All private hooks into JAX's distributed runtime: the coordination service, generations, and abort.
 
-What JAX really does when a process dies is in docs/decisions/0002; this module is the only one that relies on it.
+What JAX really does when a process dies is in docs/decisions/0002-what-jax-does-when-a-rank-dies.md; this module is the only one that relies on it.
 """
 
 import os
@@ -10,6 +10,13 @@ from collections.abc import Iterable, Sequence
 
 HEARTBEAT_TIMEOUT_S = 3600
 """Of JAX's own service: the front decides who is dead, long before this."""
+
+
+_GPU_FLAGS = (
+    "--xla_gpu_nccl_terminate_on_error=false",
+    "--xla_gpu_nccl_async_execution=true",
+    "--xla_gpu_nccl_blocking_communicators=false",
+)
 
 
 def host_coordination_service(ranks: int, port: int, host: str = "127.0.0.1"):
@@ -26,15 +33,17 @@ def host_coordination_service(ranks: int, port: int, host: str = "127.0.0.1"):
 
 def configure_process(collective_timeout_s: int) -> None:
     """Settings a rank process needs before JAX makes its backend."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = (
-        f"{flags} --xla_cpu_collective_timeout_seconds={collective_timeout_s} --xla_cpu_multi_thread_eigen=false"
-        " --xla_gpu_nccl_terminate_on_error=false --xla_gpu_nccl_async_execution=true"
-        " --xla_gpu_nccl_blocking_communicators=false"
-    ).strip()
+    flags = [
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_cpu_collective_timeout_seconds={collective_timeout_s}",
+        "--xla_cpu_multi_thread_eigen=false",
+    ]
+    if "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+        flags += _GPU_FLAGS
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE", "1")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT", "1")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     os.environ.setdefault("NPROC", "1")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE", "1")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT", "1")
     import jax
 
     jax.config.update("jax_enable_recoverability", True)
@@ -72,7 +81,11 @@ class World:
         state.process_id = list(members).index(rank)
         state.num_processes = len(members)
         state.client = _jax.get_distributed_runtime_client(
-            address, state.process_id, init_timeout=60, use_compression=True, heartbeat_timeout=HEARTBEAT_TIMEOUT_S
+            address,
+            state.process_id,
+            init_timeout=60,
+            use_compression=True,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT_S,
         )
         state.client.connect()
         self._devices = {members[d.process_index]: d for d in jax.devices()}
