@@ -47,10 +47,11 @@ class LiveArrays:
         self.held = np.full((shape.cfg.n_moe_layers, 0), -1, np.int32)
         self.cache: Cache | None = None
 
-    def leave_device(self) -> None:
-        """Copy to the host what a new generation must not lose."""
+    def leave_device(self, pages_used: int) -> None:
+        """Copy to the host what a new generation must not lose: the experts, and the first pages of the cache."""
         if self.cache is not None:
-            self._host_cache = jax.tree.map(np.array, self.cache)
+            used = pages_used * self.shape.page_size
+            self._host_cache = jax.tree.map(lambda a: np.array(np.asarray(a)[:, :used]), self.cache)
             self._host_experts = jax.tree.map(np.array, self._experts)
         self.cache, self._weights, self._experts = None, None, {}
 
@@ -58,8 +59,11 @@ class LiveArrays:
         """Put everything on the device of a new generation."""
         self._weights = jax.device_put(self._host_weights, device)
         self._experts = jax.device_put(self._host_experts, device)
-        cache = self._host_cache if self._host_cache is not None else _empty_cache(self.shape)
-        self.cache = jax.device_put(cache, device)
+        cache = _empty_cache(self.shape)
+        if self._host_cache is not None:
+            for whole, used in zip(jax.tree.leaves(cache), jax.tree.leaves(self._host_cache), strict=True):
+                whole[:, : used.shape[1]] = used
+        self.cache = jax.device_put(cache, device, may_alias=False)
         self._host_cache, self._host_experts = None, {}
 
     def fill(self, slots: np.ndarray, local: LocalPrograms | None, device: jax.Device) -> int:

@@ -59,14 +59,16 @@ class Bucket(_message.Message):
     def __init__(self, decode: _Optional[int] = ..., tiles: _Optional[int] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("generation", "address", "members")
+    __slots__ = ("generation", "address", "members", "pages_used")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     generation: int
     address: str
     members: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, generation: _Optional[int] = ..., address: _Optional[str] = ..., members: _Optional[_Iterable[int]] = ...) -> None: ...
+    pages_used: int
+    def __init__(self, generation: _Optional[int] = ..., address: _Optional[str] = ..., members: _Optional[_Iterable[int]] = ..., pages_used: _Optional[int] = ...) -> None: ...
 
 class MeshShape(_message.Message):
     __slots__ = ("ranks", "slots")
@@ -95,18 +97,16 @@ class Connect(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot", "clear_cache")
+    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_TO_SLOT_FIELD_NUMBER: _ClassVar[int]
-    CLEAR_CACHE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     mesh: MeshShape
     slots: bytes
     expert_to_slot: bytes
-    clear_cache: bool
-    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ..., clear_cache: bool = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("epoch", "step", "bucket", "inputs")
