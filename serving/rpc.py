@@ -16,7 +16,6 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
 from serving import wire
 from serving.closing import Closing
@@ -218,5 +217,4 @@ async def _statuses(context: Any) -> AsyncIterator[None]:
 
 
 async def _abort(context: Any, error: MoejaxError) -> None:
-    status = rpc_status.to_status(wire.error_message(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    await context.abort(*wire.error_status(error))

@@ -4,8 +4,7 @@ An error travels as google.rpc.Status with ErrorInfo (the class's name, the fiel
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -20,42 +19,44 @@ from serving.status import Event, ModelInfo, RankStatus, Status
 from serving.tokens import Message
 
 DOMAIN = "moejax"
+_DETAILS_KEY = "grpc-status-details-bin"  # where gRPC keeps a google.rpc.Status
 _LONGEST_MESSAGE = 1000  # characters; a status travels in HTTP/2 headers, which are small
 _REASONS = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
 
 
-def error_message(error: MoejaxError) -> status_pb2.Status:
-    """An error as google.rpc.Status."""
+def error_status(error: MoejaxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """An error as a call's status code, message and trailing metadata."""
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
     if error.param is not None:
         info.metadata["param"] = error.param
-    status = status_pb2.Status(
-        code=getattr(grpc.StatusCode, error.grpc_status).value[0], message=str(error)[:_LONGEST_MESSAGE]
-    )
-    status.details.append(_packed(info))
+    code, text = grpc.StatusCode[error.grpc_status], str(error)[:_LONGEST_MESSAGE]
+    status = status_pb2.Status(code=code.value[0], message=text, details=[_packed(info)])
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status
+    return code, text, ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def error_value(code: grpc.StatusCode, details: str, rich: status_pb2.Status | None) -> MoejaxError:
+def error_value(
+    code: grpc.StatusCode, text: str, trailers: Iterable[tuple[str, str | bytes]] | None
+) -> MoejaxError:
     """The error a status stands for, also when it came from gRPC itself and has no details."""
+    packed = next((v for k, v in trailers or () if k == _DETAILS_KEY), b"")
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    for detail in rich.details if rich is not None else ():
+    for detail in status_pb2.Status.FromString(packed).details:
         detail.Unpack(info)
         detail.Unpack(retry)
     kind = {k.__name__: k for k in error_classes()}.get(info.reason) if info.domain == DOMAIN else None
     if kind is not None:
         after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
-        return kind(details, param=info.metadata.get("param"), retry_after_s=after)
+        return kind(text, param=info.metadata.get("param"), retry_after_s=after)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unreachable(details)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and re.search("larger than max", details):
-        return InvalidRequest(details)
+        return Unreachable(text)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return InvalidRequest(text)
     known = {k.grpc_status: k for k in (Cancelled, DeadlineExceeded, InvalidRequest, QueueFull)}
-    return known.get(code.name, Internal)(details or f"gRPC status {code.name}")
+    return known.get(code.name, Internal)(text or f"gRPC status {code.name}")
 
 
 class Unreachable(MoejaxError):
@@ -218,14 +219,16 @@ def _rank_value(message: resilience_pb2.Rank) -> RankStatus:
 
 def event_message(event: Event) -> resilience_pb2.Event:
     """Something that happened."""
-    return resilience_pb2.Event(**{f.name: getattr(event, f.name) for f in dataclasses.fields(event)})
+    values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+    values["phases"] = [resilience_pb2.Phase(name=n, milliseconds=m) for n, m in event.phases.items()]
+    return resilience_pb2.Event(**values)
 
 
 def event_value(message: resilience_pb2.Event) -> Event:
     """What `event_message` was made from."""
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(Event)}
     values["rank"] = message.rank if message.HasField("rank") else None
-    values["phases"] = dict(message.phases)
+    values["phases"] = {p.name: p.milliseconds for p in message.phases}
     return Event(**values)
 
 

@@ -1,6 +1,6 @@
-"""Both surfaces over the fake backend: `async with serve(backend)`, or `python -m tests.fake_server` to look at.
+"""Both surfaces over the fake backend: `async with serve(backend)`, or `python -m tests.fake_server`.
 
-Run by hand it answers every prompt with the same text, slowly, and its kill buttons work on ranks that are not.
+Run by hand it answers every prompt with the same text, slowly, and its kill buttons work on imaginary ranks.
 """
 
 import argparse

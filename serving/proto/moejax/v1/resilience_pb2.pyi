@@ -114,13 +114,6 @@ class WatchRequest(_message.Message):
 
 class Event(_message.Message):
     __slots__ = ("sequence", "time", "kind", "epoch", "rank", "cause", "phases", "message")
-    class PhasesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: float
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -135,9 +128,17 @@ class Event(_message.Message):
     epoch: int
     rank: int
     cause: str
-    phases: _containers.ScalarMap[str, float]
+    phases: _containers.RepeatedCompositeFieldContainer[Phase]
     message: str
-    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., cause: _Optional[str] = ..., phases: _Optional[_Mapping[str, float]] = ..., message: _Optional[str] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., cause: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Phase(_message.Message):
+    __slots__ = ("name", "milliseconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    milliseconds: float
+    def __init__(self, name: _Optional[str] = ..., milliseconds: _Optional[float] = ...) -> None: ...
 
 class KillRequest(_message.Message):
     __slots__ = ("rank", "signal")

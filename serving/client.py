@@ -1,0 +1,316 @@
+"""Python clients of a moejax server, over gRPC.
+
+    from serving import Client
+
+    with Client("127.0.0.1:50051") as client:
+        print(client.generate("The capital of France is", temperature=0, max_tokens=8).text)
+        for chunk in client.stream("Once upon a time"):
+            print(chunk.text, end="", flush=True)
+
+`AsyncClient` has the same methods for asyncio. Errors are the server's own: every MoejaxError arrives as its
+class, and `Unreachable` says that no server answers.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+import grpc
+import grpc.aio
+
+from serving import wire
+from serving.errors import Internal, MoejaxError
+from serving.generation import Chunk, Complete, Prompt
+from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
+from serving.request import SamplingParams
+from serving.status import Event, ModelInfo, Status
+from serving.tokens import Message
+from serving.wire import Unreachable
+
+__all__ = ["AsyncClient", "AsyncStream", "Client", "Result", "Stream", "Unreachable"]
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class Addressed(Protocol):
+    """A running server, for example `serving.Server`."""
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC surface."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A whole answer. `reason` is stop or length; `epochs` are those of the meshes that made it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    epochs: tuple[int, ...]
+    seed: int
+
+
+class Stream:
+    """Chunks of one answer as they come; `complete` is there when they have ended. Leaving early cancels."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        self._call = call
+        self._address = address
+        self.complete: Complete | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            with _errors(self._address):
+                for message in self._call:
+                    item = wire.response_value(message)
+                    if isinstance(item, Chunk):
+                        yield item
+                    else:
+                        self.complete = item
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the request on the server; nothing happens when it has ended."""
+        self._call.cancel()
+
+
+class AsyncStream:
+    """As `Stream`, with `async for`."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        self._call = call
+        self._address = address
+        self.complete: Complete | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        try:
+            with _errors(self._address):
+                async for message in self._call:
+                    item = wire.response_value(message)
+                    if isinstance(item, Chunk):
+                        yield item
+                    else:
+                        self.complete = item
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the request on the server; nothing happens when it has ended."""
+        self._call.cancel()
+
+
+class _Calls:
+    """What both clients share: the address, the stubs and the messages."""
+
+    _channel: Any
+
+    def __init__(self, target: str | Addressed, connect: Callable[..., Any]) -> None:
+        self.address = target if isinstance(target, str) else target.address
+        self._channel = connect(self.address, options=_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._resilience = resilience_pb2_grpc.ResilienceStub(self._channel)
+
+    def _generate(
+        self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]
+    ) -> Any:
+        message = wire.request_message(prompt, _sampling(fields), request_id)
+        return self._inference.Generate(message, timeout=timeout_s)
+
+
+class Client(_Calls):
+    """A blocking client. `target` is host:port or a running server.
+
+    >>> from serving import Client, Server                                      # doctest: +SKIP
+    >>> with Server(model="tiny") as server, Client(server) as client:          # doctest: +SKIP
+    ...     client.generate("To be, or not", temperature=0, max_tokens=3).text
+    ' to be,'
+    """
+
+    def __init__(self, target: str | Addressed = DEFAULT_ADDRESS) -> None:
+        super().__init__(target, grpc.insecure_channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running streams end."""
+        self._channel.close()
+
+    def stream(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> Stream:
+        """Start a request and iterate over its chunks.
+
+        `prompt` is text, token ids or a list of `Message`; `sampling` are fields of `SamplingParams`. The
+        request ends with DeadlineExceeded after `timeout_s`. Errors are raised while iterating.
+        """
+        return Stream(self._generate(prompt, timeout_s, request_id, sampling), self.address)
+
+    def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> Result:
+        """The whole answer; arguments as for `stream`."""
+        stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)
+        return _result(list(stream), stream.complete)
+
+    def chat(self, messages: Sequence[Message] | str, **arguments: Any) -> Result:
+        """The assistant's next turn. A plain text is one turn of the user's; arguments as for `stream`."""
+        return self.generate(_turns(messages), **arguments)
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a request of anybody's by its id; False when it is not known."""
+        with _errors(self.address):
+            return self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id)).aborted
+
+    def model(self) -> ModelInfo:
+        """The model being served."""
+        with _errors(self.address):
+            return wire.model_value(self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest()))
+
+    def status(self) -> Status:
+        """The whole server now."""
+        with _errors(self.address):
+            return wire.status_value(self._resilience.GetStatus(resilience_pb2.GetStatusRequest()))
+
+    def watch(self, after: int = 0, *, timeout_s: float | None = None) -> Iterator[Event]:
+        """Events with a sequence above `after`: past ones, then as they happen, until left or `timeout_s`."""
+        call = self._resilience.Watch(resilience_pb2.WatchRequest(after=after), timeout=timeout_s)
+        try:
+            with _errors(self.address):
+                for message in call:
+                    yield wire.event_value(message)
+        finally:
+            call.cancel()
+
+    def kill(self, rank: int, signal: str = "SIGKILL") -> None:
+        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos."""
+        with _errors(self.address):
+            self._resilience.Kill(resilience_pb2.KillRequest(rank=rank, signal=signal))
+
+
+class AsyncClient(_Calls):
+    """As `Client`, for asyncio.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        async for chunk in client.stream("Once upon a time", max_tokens=64):
+            print(chunk.text, end="", flush=True)
+    """
+
+    def __init__(self, target: str | Addressed = DEFAULT_ADDRESS) -> None:
+        super().__init__(target, grpc.aio.insecure_channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; running streams end."""
+        await self._channel.close()
+
+    def stream(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> AsyncStream:
+        """Start a request and iterate over its chunks; see `Client.stream`."""
+        return AsyncStream(self._generate(prompt, timeout_s, request_id, sampling), self.address)
+
+    async def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> Result:
+        """The whole answer; arguments as for `stream`."""
+        stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)
+        return _result([chunk async for chunk in stream], stream.complete)
+
+    async def chat(self, messages: Sequence[Message] | str, **arguments: Any) -> Result:
+        """The assistant's next turn; see `Client.chat`."""
+        return await self.generate(_turns(messages), **arguments)
+
+    async def abort(self, request_id: str) -> bool:
+        """Cancel a request of anybody's by its id; False when it is not known."""
+        with _errors(self.address):
+            return (await self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id))).aborted
+
+    async def model(self) -> ModelInfo:
+        """The model being served."""
+        with _errors(self.address):
+            return wire.model_value(await self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest()))
+
+    async def status(self) -> Status:
+        """The whole server now."""
+        with _errors(self.address):
+            return wire.status_value(await self._resilience.GetStatus(resilience_pb2.GetStatusRequest()))
+
+    async def watch(self, after: int = 0, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
+        """Events with a sequence above `after`; see `Client.watch`."""
+        call = self._resilience.Watch(resilience_pb2.WatchRequest(after=after), timeout=timeout_s)
+        try:
+            with _errors(self.address):
+                async for message in call:
+                    yield wire.event_value(message)
+        finally:
+            call.cancel()
+
+    async def kill(self, rank: int, signal: str = "SIGKILL") -> None:
+        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos."""
+        with _errors(self.address):
+            await self._resilience.Kill(resilience_pb2.KillRequest(rank=rank, signal=signal))
+
+
+def _sampling(fields: dict[str, Any]) -> SamplingParams:
+    if isinstance(fields.get("stop"), str):
+        fields = fields | {"stop": (fields["stop"],)}
+    return SamplingParams(**fields)
+
+
+def _turns(messages: Sequence[Message] | str) -> Sequence[Message]:
+    return [Message("user", messages)] if isinstance(messages, str) else messages
+
+
+def _result(chunks: Sequence[Chunk], complete: Complete | None) -> Result:
+    if complete is None:
+        raise Internal("the server ended the stream without a reason.")
+    return Result(
+        text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids),
+        logprobs=tuple(p for c in chunks for p in c.logprobs),
+        reason=complete.reason,
+        prompt_tokens=complete.prompt_tokens,
+        completion_tokens=complete.completion_tokens,
+        epochs=complete.epochs,
+        seed=complete.seed,
+    )
+
+
+@contextlib.contextmanager
+def _errors(address: str) -> Iterator[None]:
+    """Raise what a gRPC status stands for."""
+    try:
+        yield
+    except grpc.RpcError as status:
+        call = cast(grpc.Call, status)  # which it always is, but its type does not say so
+        error: MoejaxError = wire.error_value(call.code(), call.details() or "", call.trailing_metadata())
+        if isinstance(error, Unreachable):
+            text = f"no moejax server answers at {address}: {error} Start one with `moejax serve`."
+            error = Unreachable(text)
+        raise error from None
