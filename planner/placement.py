@@ -13,7 +13,7 @@ from planner.balance import slot_loads
 from planner.copies import copy_counts
 
 FAR = 1e9  # larger than any sum of loads: orders what must not be before what is merely slow
-FLAT = 5e7  # layers x ranks x copies up to which copies go to ranks directly, not by way of hosts
+PACKED = 5e7  # layers x ranks x copies up to which every copy is packed, not dealt
 
 
 def place(
@@ -25,8 +25,8 @@ def place(
     slots per layer, numbered from `experts` up in the table.
 
     Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
-    same expert, a second copy to another host than the first. On large clusters they go to hosts first and then, inside each
-    host, to ranks, which takes less time and balances a little less well.
+    same expert, a second copy to another host than the first. On the largest clusters they are dealt out
+    instead, which takes less time and balances a little less well.
     """
     layers, experts = loads.shape
     ranks = len(domain)
@@ -36,21 +36,11 @@ def place(
         loads = np.concatenate([loads, np.zeros((layers, parity))], axis=1)
         experts += parity
     item, weight = _items(counts, loads)
-    if layers * ranks * item.shape[1] <= FLAT:
-        room = np.full((layers, ranks), slots)
-        table = _fill(item, _pack(item, weight, room, experts, domain), ranks, slots)
-        return separate(table, slot_loads(table, loads), domain)
-    size = np.bincount(domain)
-    hosts = _pack(item, weight, np.broadcast_to(size * slots, (layers, len(size))), experts)
-    table = np.full((layers, ranks, slots), -1, np.int32)
-    for width in np.unique(size):
-        group = np.flatnonzero(size == width)
-        inner, inner_weight = _gather(item, weight, hosts, group, int(width) * slots)
-        room = np.full((len(inner), int(width)), slots)
-        at = _pack(inner, inner_weight, room, experts)
-        filled = _fill(inner, at, int(width), slots).reshape(layers, len(group), int(width), slots)
-        for i, host in enumerate(group):
-            table[:, domain == host] = filled[:, i]
+    if layers * ranks * item.shape[1] <= PACKED:
+        at = _pack(item, weight, np.full((layers, ranks), slots), experts, domain)
+    else:
+        at = _deal(item, domain, slots)
+    table = _fill(item, at, ranks, slots)
     return separate(table, slot_loads(table, loads), domain)
 
 
@@ -71,87 +61,57 @@ def _items(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _pack(
-    item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray | None = None
+    item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray
 ) -> np.ndarray:
-    """Bin of each item, int [groups, items], -1 for pads; `room` is the slots of each bin [groups, bins].
+    """Rank of each item, int [layers, items], -1 for pads; `room` is the slots of each rank [layers, ranks].
 
-    Copies of an expert go to different bins and, where `domain` [bins] is given, to two domains at least.
+    Copies of an expert go to different ranks and to two domains at least where there is room.
     """
-    groups, bins = room.shape
+    layers, ranks = room.shape
     at = np.full(item.shape, -1, np.int64)
-    if bins == 1:
-        return np.where(item >= 0, 0, -1)
-    load = np.zeros((groups, bins))
+    load = np.zeros((layers, ranks))
     left = room.astype(np.int64).copy()
-    size = np.maximum(room, 1)
-    held = np.zeros((groups, experts, bins), np.int8) if groups * experts * bins <= 2**27 else None
-    hosted = None if domain is None else np.zeros((groups, experts, int(domain.max()) + 1), bool)
-    rows = np.arange(groups)
-    turn = (np.arange(bins)[None, :] + rows[:, None] * 7) % bins * 1e-9
+    held = np.zeros((layers, experts, ranks), np.int8)
+    hosted = np.zeros((layers, experts, int(domain.max()) + 1), bool)
+    rows = np.arange(layers)
+    turn = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
     for i in range(item.shape[1]):
         expert = item[:, i]
-        key = load / size + turn - 1e-7 * left + FAR * (left <= 0) * 1e3
-        if held is not None:
-            key += FAR * held[rows, expert]
-        else:
-            key += FAR * _near(item, at, i, expert, bins)
-        if hosted is not None:
-            there = hosted[rows, expert]
-            key += FAR / 100 * (there[:, domain] & (there.sum(axis=1) < 2)[:, None])
+        there = hosted[rows, expert]
+        key = load + turn - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
+        key += FAR / 100 * (there[:, domain] & (there.sum(axis=1) < 2)[:, None])
         best = key.argmin(axis=1)
         live = expert >= 0
         at[:, i] = np.where(live, best, -1)
         load[rows, best] += np.where(live, weight[:, i], 0.0)
         left[rows, best] -= live
-        if held is not None:
-            held[rows[live], expert[live], best[live]] += 1
-        if hosted is not None:
-            hosted[rows[live], expert[live], domain[best[live]]] = True
+        held[rows[live], expert[live], best[live]] += 1
+        hosted[rows[live], expert[live], domain[best[live]]] = True
     return at
 
 
-def _near(item: np.ndarray, at: np.ndarray, i: int, expert: np.ndarray, bins: int) -> np.ndarray:
-    """Copies of `expert` [groups] already in each bin; copies follow one another in `item`."""
-    held = np.zeros((len(item), bins))
-    for row, e in enumerate(expert):
-        j = i - 1
-        while j >= 0 and item[row, j] == e:
-            held[row, at[row, j]] += 1
-            j -= 1
-    return held
+def _deal(item: np.ndarray, domain: np.ndarray, slots: int) -> np.ndarray:
+    """As `_pack`, for the largest clusters: dealt out in rounds, to and fro, neighbours on different hosts."""
+    ranks = len(domain)
+    seat = np.zeros(ranks, np.int64)
+    for host in range(int(domain.max()) + 1):
+        members = np.flatnonzero(domain == host)
+        seat[members] = np.arange(len(members))
+    order = np.lexsort((domain, seat))
+    turns = np.concatenate([order if i % 2 == 0 else order[::-1] for i in range(slots)])
+    return np.where(item >= 0, turns[None, : item.shape[1]], -1)
 
 
-def _gather(
-    item: np.ndarray, weight: np.ndarray, hosts: np.ndarray, group: np.ndarray, room: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items of each host of `group`, heaviest first: [layers * hosts, room] experts (-1 pads) and loads."""
+def _fill(item: np.ndarray, at: np.ndarray, ranks: int, slots: int) -> np.ndarray:
+    """Items on the ranks `at`, both [layers, items], as a table [layers, ranks, slots]."""
     layers = len(item)
-    inner = np.full((layers, len(group), room), -1, np.int64)
-    inner_weight = np.zeros(inner.shape)
-    index = np.full(int(hosts.max(initial=0)) + 2, -1)
-    index[group] = np.arange(len(group))
-    for layer in range(layers):
-        bin_of = index[hosts[layer]]
-        order = np.argsort(bin_of, kind="stable")
-        order = order[bin_of[order] >= 0]
-        which = bin_of[order]
-        count = np.bincount(which, minlength=len(group))
-        nth = np.arange(len(order)) - (np.cumsum(count) - count)[which]
-        inner[layer, which, nth] = item[layer, order]
-        inner_weight[layer, which, nth] = weight[layer, order]
-    return inner.reshape(-1, room), inner_weight.reshape(-1, room)
-
-
-def _fill(item: np.ndarray, at: np.ndarray, bins: int, slots: int) -> np.ndarray:
-    """Items [groups, items] in their bins `at` as a table [groups, bins, slots]."""
-    table = np.full((len(item), bins, slots), -1, np.int32)
-    for row in range(len(item)):
-        order = np.argsort(at[row], kind="stable")
-        order = order[at[row, order] >= 0]
-        which = at[row, order]
-        count = np.bincount(which, minlength=bins)
-        table[row, which, np.arange(len(order)) - (np.cumsum(count) - count)[which]] = item[row, order]
-    return table
+    table = np.full((layers * ranks, slots), -1, np.int32)
+    row, column = np.nonzero(at >= 0)
+    seat = row * ranks + at[row, column]
+    order = np.argsort(seat, kind="stable")
+    nth = np.arange(len(order)) - np.searchsorted(seat[order], seat[order])
+    table[seat[order], nth] = item[row, column][order]
+    return table.reshape(layers, ranks, slots)
 
 
 def separate(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -156,7 +157,7 @@ def shapes(
     if arch not in ARCHITECTURES:
         raise InputError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
     active = devices[: len(devices) - standby]
-    widest = max((sum(d.host == h for d in active) for h in {d.host for d in active}), default=0)
+    widest = max(Counter(d.host for d in active).values(), default=0)
     for tensor in (t for t in (1, 2, 4, 8) if t <= widest and workload.heads % t == 0):
         for dense in _dense_groups(workload, tensor, widest):
             for attention in _attention_ranks(active, arch):

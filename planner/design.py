@@ -1,0 +1,149 @@
+"""From a model, a cluster and a traffic to the best mesh with its placement, and why the others lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.cluster import Cluster
+from planner.copies import copy_counts
+from planner.deployment import Deployment, Survive
+from planner.errors import InputError, NoFeasiblePlan
+from planner.plan import Figure, Plan
+from planner.shape import Shape, rest_bytes, shapes, slots_per_rank
+from planner.solve import even_or_checked, peak_load, solve
+from planner.throughput import Candidate, assess
+from planner.traffic import Traffic
+from planner.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """The chosen deployment, what is predicted for it, and every shape compared, best first."""
+
+    deployment: Deployment
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    peak: float
+
+
+def design(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    traffic: Traffic | None = None,
+    survive: Survive | None = None,
+    arch: str = "collocated",
+    loads: np.ndarray | None = None,
+    standby: int = 0,
+    slots: int | None = None,
+    protect: str = "copies",
+) -> Design:
+    """The shape with the most tokens per second that meets `traffic` and can lose what `survive` says.
+
+    Raises NoFeasiblePlan naming the best reason when no shape does.
+    """
+    traffic, survive = traffic or Traffic(), survive or Survive()
+    devices = cluster.devices
+    if not 0 <= standby < len(devices):
+        raise InputError(f"{standby} standby ranks of {len(devices)}; at least one must serve")
+    lost = survive.most_lost(cluster)
+    load = even_or_checked(loads, workload)
+    peaks: dict[tuple[int, int], float] = {}
+    candidates = []
+    for shape in shapes(workload, cluster, devices, arch=arch, lost=lost, standby=standby, slots=slots):
+        key = (shape.slots, shape.holders)
+        if key not in peaks:
+            peaks[key] = expected_peak(load, *key) if loads is not None else 1.0
+        candidates.append(_assessed(workload, cluster, shape, traffic, lost, peaks[key]))
+    candidates.sort(key=lambda c: (bool(c.reason), -c.tokens_per_second, c.shape.slots))
+    if not candidates or candidates[0].reason:
+        _explain_failure(workload, cluster, candidates, lost)
+    best = candidates[0]
+    plan = place_shape(workload, cluster, best.shape, loads=loads, protect=protect)
+    hottest = float(peak_load(plan, load).max()) if loads is not None else 1.0
+    chosen = assess(workload, cluster, best.shape, traffic, peak=hottest)
+    plan = replace(plan, pages_per_rank=chosen.pages_per_rank, cost=figures(chosen, hottest))
+    deployment = Deployment(
+        plan=plan,
+        workload=workload,
+        cluster=cluster,
+        traffic=traffic,
+        survive=survive,
+        loads=() if loads is None else tuple(map(tuple, load.tolist())),
+    )
+    return Design(deployment=deployment, chosen=chosen, candidates=tuple(candidates), peak=hottest)
+
+
+def _assessed(
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, lost: int, peak: float
+) -> Candidate:
+    left = shape.holders - lost
+    if left < 1 or left * shape.slots < workload.experts:
+        return Candidate(
+            shape=shape,
+            reason=f"after losing {lost} ranks {max(0, left) * shape.slots} slots hold {workload.experts} experts",
+        )
+    return assess(workload, cluster, shape, traffic, peak=peak)
+
+
+def _explain_failure(
+    workload: Workload, cluster: Cluster, candidates: Sequence[Candidate], lost: int
+) -> None:
+    """Raise NoFeasiblePlan with the reason of the shape that came closest."""
+    n = len(cluster.devices)
+    slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=0)
+    reasons = list(dict.fromkeys(c.reason for c in candidates))
+    detail = "; ".join(reasons[:3]) or "no tensor group fits on a host"
+    raise NoFeasiblePlan(f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit.")
+
+
+def expected_peak(loads: np.ndarray, slots: int, holders: int) -> float:
+    """The least load of the hottest rank over the mean that a placement can reach: its busiest copy alone."""
+    counts = copy_counts(loads, slots * holders, holders)
+    return float(max(1.0, (loads / counts).max() * holders / loads.sum(axis=1).max()))
+
+
+def place_shape(
+    workload: Workload,
+    cluster: Cluster,
+    shape: Shape,
+    *,
+    loads: np.ndarray | None = None,
+    protect: str = "copies",
+) -> Plan:
+    """The plan of a shape: its roles, groups and axes, with experts placed."""
+    roles = {d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)}
+    unlimited = replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
+    plan = solve(
+        workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect
+    )
+    ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, shape.groups, strict=True))
+    return replace(plan, ranks=ranks, axes=shape.axes)
+
+
+def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
+    """What is predicted for a candidate, as the plan's cost; every figure is an estimate."""
+    step = candidate.step
+    rows = [
+        ("tokens_per_second", candidate.tokens_per_second, "tokens/s"),
+        ("tokens_per_second_per_device", candidate.per_device(), "tokens/s"),
+        ("tokens_per_second_per_user", candidate.tokens_per_second_per_user, "tokens/s"),
+        ("ttft", candidate.ttft_seconds, "s"),
+        ("requests_per_group", candidate.requests_per_group, "requests"),
+        ("peak_load", peak, "x mean"),
+    ]
+    if step is not None:
+        rows.append(("step", step.total, "s"))
+        rows += [(f"step_{name}", seconds, "s") for name, seconds in step.parts().items()]
+    rows += [(f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory]
+    return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)
+
+
+def weight_bytes(workload: Workload, shape: Shape, role: str) -> int:
+    """Bytes of weights on a rank of `role`."""
+    slots = shape.slots * workload.slot_bytes if role in ("collocated", "expert") else 0
+    rest = rest_bytes(workload, shape.tensor, shape.dense) if role in ("collocated", "attention") else 0
+    return slots + rest

@@ -1,0 +1,134 @@
+"""Placement moved towards measured loads, a few experts at a time, keeping what survival needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.balance import peak, rank_loads, swap_down
+from planner.errors import InputError
+from planner.plan import Plan, as_tuples
+from planner.solve import domain_index
+
+MODES = ("global", "hierarchical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebalance:
+    """The new plan and the hottest rank's load over the mean, before and after, float [moe_layers]."""
+
+    plan: Plan
+    before: np.ndarray
+    after: np.ndarray
+    moved: int
+
+
+def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_layer: int = 64) -> Rebalance:
+    """`plan` with experts recopied and swapped towards `loads`, float [moe_layers, experts].
+
+    An expert with two copies, or copies on two hosts, keeps that. "hierarchical" swaps inside hosts only,
+    so nothing crosses the network. At most `moves_per_layer` slots are given to other experts on a layer and
+    as many swapped. Parity slots stay, and nothing is swapped where there are any.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    if loads.shape != (plan.moe_layers, plan.experts):
+        raise InputError(f"loads have shape {loads.shape}; the plan has {(plan.moe_layers, plan.experts)}")
+    table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+    reserved = {(g.layer, g.slot) for g in plan.parity}
+    for layer, slot in reserved:
+        table[layer].reshape(-1)[slot] = plan.experts
+    domain = domain_index(plan.holders)
+    start = table.copy()
+    for layer in range(len(table)):
+        _recopy(table[layer], loads[layer], domain, moves_per_layer, inside=mode == "hierarchical")
+    if not reserved:
+        swap = swap_down if mode == "global" else _swap_inside
+        table = swap(table, loads, domain, rounds=moves_per_layer // 2)
+    better = peak(table, loads) < peak(start, loads)
+    table = np.where(better[:, None, None], table, start)
+    slots = np.where(table >= plan.experts, -1, table).reshape(plan.moe_layers, -1)
+    return Rebalance(
+        plan=replace(plan, slots=as_tuples(slots), epoch=plan.epoch + 1),
+        before=peak(start, loads),
+        after=peak(table, loads),
+        moved=int((table != start).sum()),
+    )
+
+
+def _swap_inside(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int) -> np.ndarray:
+    """Swaps between ranks of one host only."""
+    table = table.copy()
+    for host in range(int(domain.max()) + 1):
+        ranks = np.flatnonzero(domain == host)
+        table[:, ranks] = _with_counts(table, loads, ranks, rounds)
+    return table
+
+
+def _with_counts(table: np.ndarray, loads: np.ndarray, ranks: np.ndarray, rounds: int) -> np.ndarray:
+    """`swap_down` on some ranks, with each copy's load as it is in the whole table."""
+    layers, experts = loads.shape
+    flat = np.where((table < 0) | (table >= experts), experts, table).reshape(layers, -1)
+    whole, part = np.zeros((layers, experts + 1)), np.zeros((layers, experts + 1))
+    row = np.arange(layers)[:, None]
+    np.add.at(whole, (row, flat), 1)
+    np.add.at(part, (row, flat.reshape(table.shape)[:, ranks].reshape(layers, -1)), 1)
+    scaled = loads * part[:, :-1] / np.maximum(whole[:, :-1], 1)
+    return swap_down(table[:, ranks], scaled, np.zeros(len(ranks), np.int64), rounds=rounds)
+
+
+def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, *, inside: bool) -> None:
+    """Copies of cold experts become copies of the expert that heats the hottest rank, while that helps.
+
+    `rows` is one layer [ranks, slots], changed in place; `inside` takes victims on hosts that hold the expert.
+    """
+    experts = len(load)
+    for _ in range(most):
+        by_rank = rank_loads(rows[None], load[None])[0]
+        counts = np.bincount(rows[rows >= 0], minlength=experts + 1)[:experts]
+        hot = int(by_rank.argmax())
+        mine = rows[hot][(rows[hot] >= 0) & (rows[hot] < experts)]
+        if not len(mine):
+            return
+        expert = int(mine[(load[mine] / counts[mine]).argmax()])
+        best = _victim(rows, load, counts, domain, expert, by_rank, inside=inside)
+        if best is None:
+            return
+        rows[best] = expert
+
+
+def _victim(
+    rows: np.ndarray,
+    load: np.ndarray,
+    counts: np.ndarray,
+    domain: np.ndarray,
+    expert: int,
+    by_rank: np.ndarray,
+    *,
+    inside: bool,
+) -> tuple[int, int] | None:
+    """The slot best given up for one more copy of `expert`: an empty one, or one of three copies or more.
+
+    None when every choice would leave a rank as hot as the hottest is now.
+    """
+    experts = len(load)
+    real = (rows >= 0) & (rows < experts)
+    index = np.where(real, rows, 0)
+    host = np.broadcast_to(domain[:, None], rows.shape)
+    hosts = np.zeros((experts, int(domain.max()) + 1), np.int64)
+    np.add.at(hosts, (index[real], host[real]), 1)
+    alone = hosts[index, host] == 1
+    allowed = (rows == -1) | (real & (counts[index] > 2) & ~(alone & ((hosts > 0).sum(axis=1)[index] <= 2)))
+    allowed &= ~(rows == expert).any(axis=1)[:, None]
+    if inside:
+        allowed &= (hosts[expert][domain] > 0)[:, None]
+    hottest = np.zeros(experts)
+    np.maximum.at(hottest, index[real], np.broadcast_to(by_rank[:, None], rows.shape)[real])
+    each = load / np.maximum(counts, 1)
+    heavier = load / np.maximum(counts - 1, 1) - each
+    target = by_rank[:, None] + load[expert] / (counts[expert] + 1) - np.where(real, each[index], 0)
+    after = np.maximum(target, np.where(real, (hottest + heavier)[index], 0))
+    after = np.where(allowed, after, np.inf)
+    rank, slot = np.unravel_index(int(after.argmin()), rows.shape)
+    return (int(rank), int(slot)) if after[rank, slot] < by_rank.max() * (1 - 1e-9) else None

@@ -1,0 +1,263 @@
+"""Months of failures in seconds: what each policy makes of the same random timeline.
+
+Devices and hosts fail independently (exponential times) and come back after an exponential repair. All
+policies see the same timeline. Throughput is taken as proportional to the tensor groups that are whole.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from planner.deployment import Deployment
+from planner.errors import InputError
+from planner.plan import SENDS_TOKENS
+from planner.recovery import Recovery
+
+POLICIES = ("restart", "mask", "copy", "spare", "switch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """At `hour` the ranks `ids` die (`up` False) or come back."""
+
+    hour: float
+    ids: tuple[int, ...]
+    up: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What one policy cost. Shares are of the whole time or of the tokens a faultless cluster would make.
+
+    `degraded_hours` had experts masked, `reduced_hours` less than full throughput; `outage_hours` none at all.
+    """
+
+    policy: str
+    failures: int
+    availability: float
+    goodput_lost: float
+    outage_hours: float
+    degraded_hours: float
+    reduced_hours: float
+    stall_seconds: float
+    tokens_recomputed: float
+    store_bytes: float
+    most_dead: int
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def timeline(
+    deployment: Deployment,
+    *,
+    days: float,
+    mtbf_hours: float | None = None,
+    host_mtbf_hours: float | None = None,
+    repair_hours: float | None = None,
+    seed: int = 0,
+) -> list[Event]:
+    """Failures and repairs in order of time over `days`, of single devices and of whole hosts."""
+    hardware = deployment.cluster.hardware
+    device = hardware.device_mtbf_hours if mtbf_hours is None else mtbf_hours
+    host = hardware.host_mtbf_hours if host_mtbf_hours is None else host_mtbf_hours
+    repair = hardware.repair_hours if repair_hours is None else repair_hours
+    if min(days, device, host, repair) <= 0:
+        raise InputError("days, mtbf and repair must be above 0")
+    rng = np.random.default_rng(seed)
+    hours = days * 24
+    hosts = [ids for ids in deployment.cluster.domains("host").values() if len(ids) > 1]
+    ids = deployment.cluster.ids
+    events = []
+    for units, mtbf in (([(i,) for i in ids], device), (hosts, host)):
+        count = rng.poisson(len(units) * hours / mtbf)
+        for start, unit in zip(rng.uniform(0, hours, count), rng.integers(0, max(1, len(units)), count), strict=True):
+            end = start + rng.exponential(repair)
+            events.append(Event(hour=float(start), ids=tuple(units[unit]), up=False))
+            events.append(Event(hour=float(end), ids=tuple(units[unit]), up=True))
+    return sorted((e for e in events if e.hour < hours), key=lambda e: (e.hour, e.up, e.ids))
+
+
+def simulate(
+    deployment: Deployment,
+    events: list[Event],
+    *,
+    days: float,
+    policies: tuple[str, ...] | None = None,
+    recovery: Recovery | None = None,
+    spares: int | None = None,
+    seed: int = 0,
+) -> list[Account]:
+    """One account per policy over the same events. `spares` ranks stand by under the policy "spare".
+
+    "switch" is compared only where attention and experts are on different ranks.
+    """
+    apart = any(r.role == "attention" for r in deployment.plan.ranks)
+    policies = policies or tuple(p for p in POLICIES if p != "switch" or apart)
+    for policy in policies:
+        if policy not in POLICIES:
+            raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+    spares = max(1, len(deployment.plan.ranks) // 100) if spares is None else spares
+    return [
+        _Run(deployment, policy, recovery or Recovery(), spares if policy == "spare" else 0, seed).play(events, days)
+        for policy in policies
+    ]
+
+
+class _Run:
+    """The state of one policy as events pass: who is dead, who holds which expert, and the bill so far."""
+
+    def __init__(self, deployment: Deployment, policy: str, recovery: Recovery, spares: int, seed: int) -> None:
+        plan = deployment.plan
+        self.deployment, self.policy, self.recovery, self.spares = deployment, policy, recovery, spares
+        self.rng = np.random.default_rng(seed)
+        self.table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+        self.original = self.table.copy()
+        self.counts = plan.copies().astype(np.int64)
+        self.position = {rank: at for at, rank in enumerate(plan.holder_ids)}
+        self.alive = np.ones(len(plan.holders), bool)
+        self.group_of = {r.id: r.group for r in plan.ranks if r.role in SENDS_TOKENS}
+        self.broken: dict[int, int] = {}
+        self.down: dict[int, int] = {}
+        whole = next((f.value for f in plan.cost if f.name == "requests_per_group"), 1.0)
+        self.cache_tokens = whole * deployment.traffic.context
+        self.groups = max(1, len(set(self.group_of.values())))
+        self.bill = dict.fromkeys(("outage", "lost", "degraded", "reduced", "stall", "tokens", "store"), 0.0)
+        self.most_dead = self.failures = 0
+
+    def play(self, events: list[Event], days: float) -> Account:
+        """Run through all events and close the account."""
+        now, end = 0.0, days * 24
+        queue = [(e.hour, i) for i, e in enumerate(events)]
+        heapq.heapify(queue)
+        while queue:
+            hour, i = heapq.heappop(queue)
+            self._pass(hour - now)
+            now = hour
+            (self._up if events[i].up else self._down)(events[i].ids)
+        self._pass(end - now)
+        bill = self.bill
+        return Account(
+            policy=self.policy,
+            failures=self.failures,
+            availability=1 - (bill["outage"] + bill["stall"] / 3600) / end,
+            goodput_lost=(bill["lost"] + bill["stall"] / 3600) / end,
+            outage_hours=bill["outage"],
+            degraded_hours=bill["degraded"],
+            reduced_hours=bill["reduced"],
+            stall_seconds=bill["stall"],
+            tokens_recomputed=bill["tokens"],
+            store_bytes=bill["store"],
+            most_dead=self.most_dead,
+        )
+
+    def _pass(self, hours: float) -> None:
+        """Time goes by in the present state."""
+        capacity = self._capacity()
+        fixed = self.spares / len(self.deployment.plan.ranks)
+        if capacity == 0:
+            self.bill["outage"] += hours
+            self.bill["lost"] += hours
+            return
+        self.bill["lost"] += hours * max(fixed, 1 - capacity)
+        self.bill["reduced"] += hours * (capacity < 1)
+        self.bill["degraded"] += hours * bool((self.counts == 0).any())
+
+    def _capacity(self) -> float:
+        """Part of full throughput; 0 when the experts do not fit or nobody attends."""
+        plan = self.deployment.plan
+        fits = int(self.alive.sum()) * plan.slots_per_rank >= plan.experts or self.policy == "mask"
+        broken = max(0, len(self.broken) - self.spares)
+        return (1 - broken / self.groups) if fits and self.alive.any() else 0.0
+
+    def _down(self, ids: tuple[int, ...]) -> None:
+        new = [i for i in ids if not self.down.get(i)]
+        for i in ids:
+            self.down[i] = self.down.get(i, 0) + 1
+        if not new:
+            return
+        self.failures += 1
+        self.most_dead = max(self.most_dead, sum(1 for n in self.down.values() if n))
+        groups = {self.group_of[i] for i in new if i in self.group_of}
+        fresh = [g for g in groups if not self.broken.get(g)]
+        for i in new:
+            if i in self.group_of:
+                group = self.group_of[i]
+                self.broken[group] = self.broken.get(group, 0) + 1
+        rows = [self.position[i] for i in new if i in self.position]
+        fixed = self.recovery
+        if self.policy == "restart":
+            self._vacate(rows)
+            self._refill()
+            self.bill["stall"] += fixed.detect + fixed.restart
+            self.bill["tokens"] += self.cache_tokens * max(0, self.groups - len(self.broken) + len(fresh))
+            return
+        self._vacate(rows)
+        self.bill["tokens"] += self.cache_tokens * len(fresh)
+        seconds = fixed.detect + fixed.abort + fixed.adopt
+        if self.policy != "mask":
+            seconds += self._refill(whole_rank=self.policy == "switch" and bool(rows))
+        self.bill["stall"] += seconds
+
+    def _up(self, ids: tuple[int, ...]) -> None:
+        back = []
+        for i in ids:
+            self.down[i] = self.down.get(i, 1) - 1
+            if not self.down[i]:
+                back.append(i)
+        if not back:
+            return
+        self._return(back)
+        restart = self.policy == "restart"
+        self.bill["stall"] += self.recovery.restart if restart else self.recovery.rejoin
+        self.bill["tokens"] += self.cache_tokens * (self.groups - len(self.broken)) * restart
+
+    def _return(self, ids) -> None:
+        """Ranks serve again, with the experts they had at first."""
+        for i in ids:
+            group = self.group_of.get(i)
+            if group is not None and self.broken.get(group):
+                self.broken[group] -= 1
+                if not self.broken[group]:
+                    del self.broken[group]
+            if i in self.position and not self.down.get(i):
+                at = self.position[i]
+                self.alive[at] = True
+                self.table[:, at] = self.original[:, at]
+                self._count(at, +1)
+
+    def _vacate(self, rows: list[int]) -> None:
+        for at in rows:
+            if self.alive[at]:
+                self._count(at, -1)
+                self.alive[at] = False
+                self.table[:, at] = -1
+
+    def _count(self, at: int, sign: int) -> None:
+        layer, slot = np.nonzero(self.table[:, at] >= 0)
+        np.add.at(self.counts, (layer, self.table[layer, at, slot]), sign)
+
+    def _refill(self, *, whole_rank: bool = False) -> float:
+        """Lost experts into spare slots of survivors, from the store: seconds until the busiest rank has its own."""
+        plan, workload = self.deployment.plan, self.deployment.workload
+        hardware = self.deployment.cluster.hardware
+        lost = np.argwhere(self.counts == 0)
+        if int(self.alive.sum()) * plan.slots_per_rank < plan.experts or not len(lost):
+            return 0.0
+        fills = np.zeros(len(self.alive), np.int64)
+        for layer, expert in lost:
+            held = self.table[layer]
+            spare = ((held < 0) | (self.counts[layer][held] > 1)) & self.alive[:, None]
+            rank, slot = divmod(int(self.rng.choice(np.flatnonzero(spare))), held.shape[1])
+            if held[rank, slot] >= 0:
+                self.counts[layer, held[rank, slot]] -= 1
+            held[rank, slot] = expert
+            self.counts[layer, expert] += 1
+            fills[rank] += 1
+        self.bill["store"] += len(lost) * workload.expert_bytes
+        most = plan.slots_per_rank * plan.moe_layers if whole_rank else int(fills.max())
+        return most * workload.expert_bytes / hardware.host_to_device_bandwidth
