@@ -1,0 +1,60 @@
+"""Makes a model ready to be served: finds or builds its folder, copies its weights into the host's memory.
+
+    python -m moejax.prepare MODEL        progress on standard error, one line of JSON on standard output
+
+A process of its own, because the front of the server never imports JAX.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from moejax.assets import ensure_model
+from moejax.cache import bytes_per_token
+from moejax.config import ModelConfig
+from moejax.download import cache_folder
+from moejax.params import expert_bytes, parameter_count
+from moejax.store import HostStore
+
+
+def prepare(name: str) -> dict[str, object]:
+    """What the front needs to know of a model; the field names are those of `serving.prepared.Prepared`."""
+    folder = ensure_model(name)
+    store = HostStore.create(folder)
+    cfg: ModelConfig = store.cfg
+    moe = cfg.moe
+    experts = cfg.n_moe_layers * (moe.experts if moe else 0)
+    return {
+        "name": cfg.name,
+        "config": cfg.to_json(),
+        "folder": str(folder),
+        "store": str(store.folder),
+        "executables": str(cache_folder() / "executables"),
+        "vocab_size": cfg.vocab_size,
+        "max_context": cfg.max_context,
+        "stop_tokens": cfg.stop_tokens,
+        "bos_token": cfg.bos_token,
+        "layers": cfg.n_layers,
+        "moe_layers": cfg.n_moe_layers,
+        "experts": moe.experts if moe else 0,
+        "experts_per_token": moe.experts_per_token if moe else 0,
+        "parameters": parameter_count(cfg),
+        "expert_bytes": expert_bytes(cfg),
+        "rest_bytes": 4 * parameter_count(cfg) - experts * expert_bytes(cfg),
+        "cache_bytes_per_token": bytes_per_token(cfg),
+        "hidden_bytes": 4 * cfg.d_model,
+    }
+
+
+def main() -> int:
+    """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
+    try:
+        print(json.dumps(prepare(sys.argv[1])))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

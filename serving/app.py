@@ -1,0 +1,239 @@
+"""A whole server: prepares the model, starts the ranks, opens the surfaces, and leaves nothing behind."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Self
+
+from serving import http, rpc
+from serving.config import Settings
+from serving.engine import Limits
+from serving.errors import MoejaxError, StartError
+from serving.failover import Failover
+from serving.generation import Generation
+from serving.health import HealthSettings
+from serving.links import RankLinks
+from serving.loop import Loop
+from serving.metrics import Metrics
+from serving.prepared import prepare
+from serving.tokens import Tokenizer
+
+Say = Callable[[str], None]
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+class App:
+    """A running server in this event loop. `await App.start(settings)`, then `await app.stop()`."""
+
+    def __init__(self, settings: Settings, generation: Generation, loop: Loop, failover: Failover) -> None:
+        self.settings = settings
+        self.generation = generation
+        self.loop = loop
+        self.failover = failover
+        self.grpc_port = 0
+        self.http_port = 0
+        self._stack = contextlib.AsyncExitStack()
+
+    @classmethod
+    async def start(cls, settings: Settings, say: Say = quiet) -> Self:
+        """Start everything and return when the first request can be served with the whole lattice ready.
+
+        Raises StartError naming the process and the cause; nothing is left running then.
+        """
+        _raise_file_limit()
+        say(f"preparing {settings.model}")
+        model = (await prepare(settings.model)).with_context(settings.max_context)
+        async with contextlib.AsyncExitStack() as stack:
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-")))
+            losses: list[Callable[[Any], None]] = []
+            health = HealthSettings(
+                heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s
+            )
+            links = RankLinks(health, lambda loss: [hear(loss) for hear in losses] and None, logs)
+            stack.push_async_callback(links.close)
+            await links.open()
+            failover = Failover(settings, model, links, say)
+            stack.push_async_callback(failover.close)
+            async with asyncio.timeout(settings.start_timeout_s):
+                await failover.start()
+            loop = Loop(settings, model.info(), _limits(settings, model.max_context), links, failover)
+            losses.append(loop.lost)
+            tokenizer = Tokenizer.load(
+                Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens
+            )
+            app = cls(settings, Generation(loop, tokenizer, Metrics(loop)), loop, failover)
+            loop.start()
+            stack.push_async_callback(loop.drain, 0.0)
+            grpc_server = await rpc.start(app.generation, host=settings.host, port=settings.grpc_port)
+            stack.push_async_callback(grpc_server.stop, 1.0)
+            http_server = await http.start(app.generation, host=settings.host, port=settings.http_port)
+            stack.push_async_callback(http_server.stop, 1.0)
+            app.grpc_port, app.http_port = grpc_server.port, http_server.port
+            app._stack = stack.pop_all()
+            return app
+        raise AssertionError("unreachable: the block above returns or raises")
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Drain for `grace_s` seconds (the settings' when None), then end every process."""
+        await self.loop.drain(self.settings.grace_s if grace_s is None else grace_s)
+        await self._stack.aclose()
+
+
+class Server:
+    """A server of this program's own: starts on entering, stops on leaving.
+
+    >>> from serving import Client, Server
+    >>> with Server(model="tiny", ranks=2) as server, Client(server) as client:   # doctest: +SKIP
+    ...     print(client.generate("ROMEO:", max_tokens=20).text)
+
+    Takes the fields of `serving.config.Settings`; ports default to free ones. In a coroutine use
+    `async with Server(...)` and `AsyncClient`.
+    """
+
+    def __init__(self, *, say: Say = quiet, **settings: Any) -> None:
+        self.settings = Settings.load(environment={}, **{"grpc_port": 0, "http_port": 0} | settings)
+        self._say = say
+        self._thread: threading.Thread | None = None
+        self._stopping: Callable[[], None] = lambda: None
+        self.app: App | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port of gRPC. Raises StartError when the server does not run."""
+        return f"{self.settings.host}:{self._running().grpc_port}"
+
+    @property
+    def url(self) -> str:
+        """http://host:port of HTTP. Raises StartError when the server does not run."""
+        return f"http://{self.settings.host}:{self._running().http_port}"
+
+    def _running(self) -> App:
+        if self.app is None:
+            raise StartError("the server does not run. Use it as a context manager: with Server(...) as server.")
+        return self.app
+
+    def __enter__(self) -> Self:
+        started: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                asyncio.run(self._serve(started))
+            except BaseException as error:
+                if not started.done():
+                    started.set_exception(error)
+
+        self._thread = threading.Thread(target=run, name="moejax-server")
+        self._thread.start()
+        try:
+            started.result()
+        except BaseException:
+            self._stopping()
+            self._thread.join()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stopping()
+        if self._thread is not None:
+            self._thread.join()
+        self.app = None
+
+    async def _serve(self, started: "Future[None]") -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        self._stopping = lambda: loop.call_soon_threadsafe(stop.set)
+        self.app = await App.start(self.settings, self._say)
+        started.set_result(None)
+        await stop.wait()
+        await self.app.stop(0.0)
+
+    async def __aenter__(self) -> Self:
+        self.app = await App.start(self.settings, self._say)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._running().stop(0.0)
+        self.app = None
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status."""
+    try:
+        return asyncio.run(_serve(settings))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve(settings: Settings) -> int:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    app: App | None = None
+
+    def stopping() -> None:
+        if app is None and main is not None:
+            main.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping)
+    try:
+        app = await App.start(settings, say)
+    except asyncio.CancelledError:
+        say("stopped before it was ready")
+        return 130
+    except (MoejaxError, TimeoutError) as error:
+        text = str(error) or f"not ready within {settings.start_timeout_s:.0f} s"
+        print(f"moejax: {text}", file=sys.stderr, flush=True)
+        return 1
+    _announce(app, say)
+    await stop.wait()
+    running = app.loop.status().running + app.loop.status().waiting
+    say(f"draining {running} requests for up to {settings.grace_s:.0f} s" if running else "stopping")
+    await app.stop()
+    say("stopped")
+    return 0
+
+
+def _announce(app: App, say: Say) -> None:
+    status, settings = app.loop.status(), app.settings
+    mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items() if size > 1)
+    coverage = ", ".join(f"{loss} {share:.0%}" for loss, share in status.lattice.items())
+    http_at, grpc_at = f"http://{settings.host}:{app.http_port}", f"{settings.host}:{app.grpc_port}"
+    say(f"ready: {app.loop.model.name} on {len(status.ranks)} ranks (mesh {mesh or 'of one'})")
+    say(f"       {status.slots_per_rank} slots per rank; losses prepared: {coverage or 'none'}")
+    say(f"       ranks: {', '.join(f'{r.id} (pid {r.pid})' for r in status.ranks)}")
+    say(f"gRPC   {grpc_at}")
+    say(f"HTTP   {http_at}  (dashboard, /v1/completions, /v1/chat/completions, /metrics)")
+    say(f'try    scripts/moejax generate --server {grpc_at} "The capital of France is"')
+
+
+def _limits(settings: Settings, max_context: int) -> Limits:
+    return Limits(
+        page_size=settings.page_size,
+        max_context=max_context,
+        max_queue=settings.max_queue,
+        buckets=settings.buckets,
+        tiles_while_decoding=settings.tiles_while_decoding,
+    )
+
+
+def _raise_file_limit() -> None:
+    """Thousands of streams need as many sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if soft < hard else (soft, hard))

@@ -1,0 +1,90 @@
+"""A model that is ready to be served, as the front knows it: numbers and paths, no arrays."""
+
+import asyncio
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from planner.workload import Workload
+from serving.errors import InvalidRequest, StartError
+from serving.status import ModelInfo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `python -m moejax.prepare` says of a model. Bytes are those of float32."""
+
+    name: str
+    config: str
+    folder: str
+    store: str
+    executables: str
+    vocab_size: int
+    max_context: int
+    stop_tokens: tuple[int, ...]
+    bos_token: int | None
+    layers: int
+    moe_layers: int
+    experts: int
+    experts_per_token: int
+    parameters: int
+    expert_bytes: int
+    rest_bytes: int
+    cache_bytes_per_token: int
+    hidden_bytes: int
+
+    def workload(self, page_size: int) -> Workload:
+        """The model in the planner's numbers. A dense model counts as one layer of one empty expert."""
+        return Workload(
+            name=self.name,
+            layers=self.layers,
+            moe_layers=self.moe_layers,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            expert_bytes=self.expert_bytes,
+            rest_bytes=self.rest_bytes,
+            cache_bytes_per_token=self.cache_bytes_per_token,
+            page_tokens=page_size,
+            hidden_bytes=self.hidden_bytes,
+            weight_format="float32",
+        )
+
+    def info(self) -> ModelInfo:
+        """What callers may know of the model."""
+        names = [field.name for field in dataclasses.fields(ModelInfo)]
+        return ModelInfo(**{name: getattr(self, name) for name in names})
+
+    def with_context(self, max_context: int | None) -> "Prepared":
+        """The same model with a shorter context. Raises InvalidRequest for a longer one than it was made for."""
+        if max_context is None:
+            return self
+        if not 2 <= max_context <= self.max_context:
+            raise InvalidRequest(
+                f"max_context is {max_context}; {self.name} was made for at most {self.max_context} tokens, and "
+                "at least 2 are needed.",
+                param="max_context",
+            )
+        return dataclasses.replace(self, max_context=max_context)
+
+
+async def prepare(model: str) -> Prepared:
+    """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
+
+    What it does is shown on this process's standard error. Raises StartError with its cause.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "moejax.prepare", model),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, _ = await process.communicate()
+    except asyncio.CancelledError:
+        process.terminate()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        raise StartError(f"the model {model!r} could not be prepared; the cause stands above.")
+    values: dict[str, Any] = json.loads(out)
+    return Prepared(**values | {"stop_tokens": tuple(values["stop_tokens"])})
