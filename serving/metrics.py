@@ -4,6 +4,7 @@ Gauges and counters of the backend are read when Prometheus asks; times of reque
 observed as they happen.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 import prometheus_client
@@ -79,13 +80,19 @@ class Metrics:
         """Count recoveries as the backend reports them, until cancelled."""
         async for event in self._backend.watch():
             if event.kind == "recovered":
-                self._recoveries.labels(cause=event.cause or "unknown").inc()
+                self._recoveries.labels(cause=_kind(event.cause)).inc()
                 for phase, milliseconds in event.phases.items():
                     self._phases.labels(phase=phase).observe(milliseconds / 1e3)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
+
+
+def _kind(cause: str) -> str:
+    """The kinds in "rank 1 exit: signal 9; rank 2 exit: signal 9": a label must have few values."""
+    parts = (re.sub(r"^rank \d+ ", "", part).partition(":")[0].strip() for part in cause.split(";"))
+    return "+".join(sorted({part for part in parts if part})) or "unknown"
 
 
 class RequestTimer:

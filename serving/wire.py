@@ -206,7 +206,10 @@ def status_value(message: resilience_pb2.Status) -> Status:
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(Status)}
     values["ranks"] = tuple(_rank_value(r) for r in message.ranks)
     values["masked"] = tuple((m.layer, m.expert) for m in message.masked)
-    values["axes"], values["lattice"] = dict(message.axes), dict(message.lattice)
+    values["axes"], values["lattice"] = (
+        dict(sorted(message.axes.items())),
+        dict(sorted(message.lattice.items())),
+    )
     return Status(**values)
 
 
