@@ -1,7 +1,7 @@
 """The whole model on one device, written for reading: training, calibration, oracle of the sharded one.
 
 No mesh, no pages, no slots: every token of every sequence at once, experts in logical order. Attention sums
-in another order than the paged one, so its numbers agree with the served model up to rounding, not bit for bit.
+in another order than the paged one: the numbers agree with the served model up to rounding, not bit for bit.
 """
 
 from functools import partial
