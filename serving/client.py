@@ -311,6 +311,6 @@ def _errors(address: str) -> Iterator[None]:
         call = cast(grpc.Call, status)  # which it always is, but its type does not say so
         error: MoejaxError = wire.error_value(call.code(), call.details() or "", call.trailing_metadata())
         if isinstance(error, Unreachable):
-            text = f"no moejax server answers at {address}: {str(error).rstrip('.')}. Start one with `moejax serve`."
+            text = f"no moejax server answers at {address}: {error}. Is `moejax serve` running?"
             error = Unreachable(text)
         raise error from None
