@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from moejax.score import bits_per_byte
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
 END_OF_TEXT = "<|endoftext|>"
+SAMPLE = 6000
+"""Characters of held-out text kept with the model."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -200,6 +203,22 @@ def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: lis
     return params
 
 
+def write_held_out(folder: Path, domains: list[Domain], measure: Callable[[str], float]) -> None:
+    """Put a sample of unseen text of each domain, and its bits per byte, beside the model, and print them."""
+    stated = {}
+    for domain in domains:
+        text = "".join(domain.held_out)
+        middle = len(text) // 2
+        start = text.index("\n\n" if "\n\n" in text[middle:] else "\n", middle) + 1
+        sample = text[start : start + SAMPLE].lstrip("\n")
+        (folder / "held_out").mkdir(exist_ok=True)
+        (folder / "held_out" / f"{domain.name}.txt").write_text(sample, "utf-8")
+        stated[domain.name] = round(measure(sample), 3)
+        whole = measure(text[:100_000])
+        print(f"{domain.name}: {whole:.3f} bits per byte held out, {stated[domain.name]:.3f} on the sample")
+    (folder / "held_out" / "bits_per_byte.json").write_text(json.dumps(stated, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed."""
     parser = argparse.ArgumentParser(
@@ -223,9 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     save_model(folder, cfg, half, tokenizer_json=tokenizer.to_str(), chat_template=CHAT_TEMPLATE)
     shutil.rmtree(work)
     served = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), half)
-    for domain in domains:
-        text = "".join(domain.held_out)[:100_000]
-        print(f"{domain.name}: {bits_per_byte(served, cfg, tokenizer, text):.3f} bits per byte held out")
+    write_held_out(folder, domains, lambda text: bits_per_byte(served, cfg, tokenizer, text))
     print(f"Serve it with: moejax serve --model {folder}")
 
 
