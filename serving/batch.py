@@ -36,11 +36,10 @@ class Bucket(NamedTuple):
 class Work:
     """What one step does for one request: `tokens` at positions from `start` on; `samples` the next one?
 
-    `arrival` tells a request from a later one of the same id; `seed` enters the program modulo 2**32.
+    `seed` enters the program modulo 2**32.
     """
 
     request_id: str
-    arrival: int
     start: int
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
@@ -69,6 +68,9 @@ class Batch:
 
 def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int, int]]:
     """(work, its first row, its first segment), decode rows from 0 and chunks from tile 0, in order."""
+    rows, tiles = sum(not item.tiles for item in work), sum(item.tiles for item in work)
+    assert rows <= bucket.decode, f"{rows} decode rows do not fit in {bucket}"
+    assert tiles <= bucket.tiles, f"{tiles} tiles do not fit in {bucket}"
     row, tile = 0, 0
     for item in work:
         if item.tiles:
@@ -77,8 +79,6 @@ def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int
         else:
             yield item, row, row
             row += 1
-    assert row <= bucket.decode, f"{row} decode rows do not fit in {bucket}"
-    assert tile <= bucket.tiles, f"{tile} tiles do not fit in {bucket}"
 
 
 def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:

@@ -148,7 +148,7 @@ def apply(
     running, outputs, ended = dict(state.running), [], []
     for work in (work for part in batch.work.values() for work in part):
         sequence = running.get(work.request_id)
-        if sequence is None or sequence.arrival != work.arrival:
+        if sequence is None:
             continue
         reason: FinishReason | None = None
         generated = sequence.generated

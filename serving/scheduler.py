@@ -133,7 +133,6 @@ def _work(sequence: Sequence, count: int) -> Work:
     request, start = sequence.request, sequence.computed
     return Work(
         request_id=request.id,
-        arrival=sequence.arrival,
         start=start,
         tokens=sequence.tokens(start, start + count),
         pages=sequence.pages,

@@ -78,7 +78,9 @@ class FakeRank:
         tokens = np.zeros(len(arrays["cached"]), np.int32)
         for segment, row in enumerate(arrays["sample_row"]):
             if arrays["positions"][row] >= 0:
-                tokens[segment] = next_token(self.prefix(arrays, segment, row), int(arrays["seed"][segment]))
+                prefix = self.prefix(arrays, segment, row)
+                assert arrays["sample_position"][segment] in (0, len(prefix))
+                tokens[segment] = next_token(prefix, int(arrays["seed"][segment]))
         return tokens, np.array([logprob_of(token) for token in tokens], np.float32)
 
     def prefix(self, arrays: Mapping[str, np.ndarray], segment: int, row: int) -> list[int]:
