@@ -198,7 +198,10 @@ class Losses:
         by_host: dict[str, int] = {}
         for rank, fill in zip(holders, fills, strict=True):
             by_host[rank.host] = by_host.get(rank.host, 0) + int(fill)
-        busiest, host = int(fills.max()) * workload.expert_bytes, max(by_host.values()) * workload.expert_bytes
+        busiest, host = (
+            int(fills.max()) * workload.expert_bytes,
+            max(by_host.values()) * workload.expert_bytes,
+        )
         store = max(busiest / hardware.host_to_device_bandwidth, host / hardware.store_bandwidth)
         spread = parity_bytes / max(1, len(holders)) / hardware.network_bandwidth
         if left.switched:

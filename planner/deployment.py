@@ -87,7 +87,9 @@ class Deployment:
         if isinstance(data, dict) and "deployment" in data:
             data = data["deployment"]
         if not isinstance(data, dict) or not {"plan", "workload", "cluster"} <= set(data):
-            raise InputError("not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes")
+            raise InputError(
+                "not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes"
+            )
         for key in data:
             if key not in cls.__dataclass_fields__:
                 raise unknown_key(key, cls.__dataclass_fields__, "plan file")
@@ -155,7 +157,9 @@ def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...],
     except (TypeError, ValueError):
         array = np.zeros(0)
     if array.shape != shape:
-        raise InputError(f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}")
+        raise InputError(
+            f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}"
+        )
     return tuple(map(tuple, array.tolist()))
 
 

@@ -97,7 +97,9 @@ def _explain_failure(
     slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=0)
     reasons = list(dict.fromkeys(c.reason for c in candidates))
     detail = "; ".join(reasons[:3]) or "no tensor group fits on a host"
-    raise NoFeasiblePlan(f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit.")
+    raise NoFeasiblePlan(
+        f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit."
+    )
 
 
 def expected_peak(loads: np.ndarray, slots: int, holders: int) -> float:
@@ -117,9 +119,7 @@ def place_shape(
     """The plan of a shape: its roles, groups and axes, with experts placed."""
     roles = {d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)}
     unlimited = replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
-    plan = solve(
-        workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect
-    )
+    plan = solve(workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect)
     ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, shape.groups, strict=True))
     return replace(plan, ranks=ranks, axes=shape.axes)
 
@@ -138,7 +138,9 @@ def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
     if step is not None:
         rows.append(("step", step.total, "s"))
         rows += [(f"step_{name}", seconds, "s") for name, seconds in step.parts().items()]
-    rows += [(f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory]
+    rows += [
+        (f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory
+    ]
     return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,27 @@ class Parameters:
         return self.rest + self.moe_layers * self.experts_per_token * self.expert
 
 
+MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
+
+
+def read_model(text: str, *, weights: str | None = None) -> Workload:
+    """The model of a preset name (`deepseek-v3`), a `config.json`, its folder, or a JSON of Workload fields."""
+    preset = MODELS / f"{text}.json"
+    path = preset if preset.is_file() and not Path(text).exists() else Path(text)
+    if not path.exists():
+        known = sorted(p.stem for p in MODELS.glob("*.json"))
+        raise InputError(f"{text!r} is neither a file nor one of the models {', '.join(known)}")
+    config = read_config(path)
+    name = path.parent.name if path.name == "config.json" else path.stem
+    if "moe_layers" not in config:
+        return workload(config, name=name, weights=weights)
+    known = [f.name for f in fields(Workload)]
+    for key in config:
+        if key not in known:
+            raise unknown_key(key, known, str(path))
+    return Workload(**{"name": name, **config})
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The `config.json` at `path` (or in the folder `path`), its text part if it has several."""
     path = Path(path)
@@ -149,6 +170,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a {type(config).__name__}, a JSON object is needed")
     return config
 
 

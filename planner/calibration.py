@@ -1,0 +1,117 @@
+"""The cost model fitted to measured steps, and how far its predictions are off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from planner.cluster import Cluster
+from planner.cost import step_time
+from planner.deployment import Deployment
+from planner.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Seconds per token of a stream at one concurrency: measured, as described, and fitted without this row."""
+
+    concurrency: int
+    measured: float
+    described: float
+    fitted: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction that has not seen this measurement."""
+        return self.fitted / self.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A cluster whose hardware matches the measurements, and the predictions behind it."""
+
+    cluster: Cluster
+    rows: tuple[Comparison, ...]
+
+
+def read_steps(path: str | Path) -> list[tuple[int, float]]:
+    """(concurrency, seconds per token) from `python -m benchmarks.throughput --json FILE`."""
+    try:
+        data = json.loads(Path(path).read_text())
+        runs = []
+        for run in data["runs"]:
+            itl = run["itl_ms"]
+            runs.append(
+                (int(run["concurrency"]), float(itl["median"] if isinstance(itl, dict) else itl) / 1e3)
+            )
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no result of benchmarks.throughput: {type(error).__name__} {error}"
+        ) from None
+    if len(runs) < 2 or min(seconds for _, seconds in runs) <= 0:
+        raise InputError(f"{path} has {len(runs)} runs with a positive itl_ms; two at least are needed")
+    return runs
+
+
+def calibrate(deployment: Deployment, runs: list[tuple[int, float]]) -> Calibration:
+    """Latencies and efficiency scaled so that predicted steps fit `runs` of (concurrency, seconds per token).
+
+    Two factors are fitted by least squares on relative errors: one on what a step costs whatever its size
+    (overhead and collective latency), one on what grows with its bytes and flops. Each row of the
+    comparison is predicted by a fit to the other rows.
+    """
+    parts = np.array([_parts(deployment, c) for c, _ in runs])
+    measured = np.array([seconds for _, seconds in runs])
+    fixed, growing = _fit(parts, measured)
+    rows = []
+    for i, (concurrency, seconds) in enumerate(runs):
+        others = [j for j in range(len(runs)) if j != i]
+        a, b = _fit(parts[others], measured[others])
+        rows.append(
+            Comparison(
+                concurrency=concurrency,
+                measured=seconds,
+                described=float(parts[i].sum()),
+                fitted=float(a * parts[i, 0] + b * parts[i, 1]),
+            )
+        )
+    hardware = deployment.cluster.hardware
+    hardware = replace(
+        hardware,
+        step_overhead=hardware.step_overhead * fixed,
+        collective_latency=hardware.collective_latency * fixed,
+        efficiency=hardware.efficiency / growing,
+    )
+    return Calibration(cluster=replace(deployment.cluster, hardware=hardware), rows=tuple(rows))
+
+
+def _parts(deployment: Deployment, concurrency: int) -> tuple[float, float]:
+    """Seconds of a step that do not depend on its size, and those that do."""
+    d, shape = deployment, deployment.shape
+    requests = max(1, -(-concurrency // shape.data))
+    step = step_time(d.workload, d.cluster, shape, requests, d.traffic.context)
+    latency = 2 * d.workload.moe_layers * d.cluster.hardware.collective_latency * (shape.holders > 1)
+    return step.overhead + latency, step.total - step.overhead - latency
+
+
+def _fit(parts: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+    """Factors of both parts, above 0; a part that would get a negative factor keeps 5 % of its own."""
+    scaled = parts / measured[:, None]
+    if len(parts) == 1:
+        factor = float(1 / scaled.sum())
+        return factor, factor
+    solution = np.linalg.lstsq(scaled, np.ones(len(parts)), rcond=None)[0]
+    for i in (0, 1):
+        if solution[i] < 0.05:
+            rest = 1 - 0.05 * scaled[:, i]
+            solution[i] = 0.05
+            solution[1 - i] = max(
+                0.05, float(scaled[:, 1 - i] @ rest / (scaled[:, 1 - i] @ scaled[:, 1 - i]))
+            )
+            break
+    return float(solution[0]), float(solution[1])

@@ -1,0 +1,108 @@
+"""Why a plan is as it is, for one rank or one expert, in words."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from planner.balance import rank_loads
+from planner.degrade import Losses, Outcome
+from planner.deployment import Deployment
+from planner.errors import InputError
+from planner.plan import HOLDS_EXPERTS
+
+
+def explain(deployment: Deployment, what: str) -> tuple[dict, str]:
+    """Facts about `rank 3` (or `3`) or `expert 17` (optionally `expert 17 layer 4`), as data and as text."""
+    match = re.fullmatch(r"(?:(rank|expert)[ :]*)?(\d+)(?:[ ,@]*layer[ :]*(\d+))?", what.strip())
+    if not match:
+        raise InputError(f"cannot explain {what!r}; say `rank 3`, `expert 17` or `expert 17 layer 4`")
+    kind, number, layer = match[1] or "rank", int(match[2]), match[3]
+    if kind == "rank":
+        return explain_rank(deployment, number)
+    return explain_expert(deployment, number, None if layer is None else int(layer))
+
+
+def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
+    """What one rank does and holds, and what its loss costs."""
+    plan = deployment.plan
+    if rank not in plan.rank_ids:
+        raise InputError(f"rank {rank} is not in the plan, which has {plan.rank_ids[0]}..{plan.rank_ids[-1]}")
+    place = plan.ranks[plan.rank_ids.index(rank)]
+    outcome = Losses(deployment).outcome({rank})
+    facts = {"rank": rank, "host": place.host, "rack": place.rack, "role": place.role, "group": place.group}
+    lines = [f"rank {rank} is {place.role} on {place.host} ({place.rack or 'no rack'})"]
+    if place.group >= 0:
+        mates = [r.id for r in plan.ranks if r.group == place.group and r.id != rank]
+        lines.append(f"attends in group {place.group}" + (f" with ranks {mates}" if mates else " alone"))
+    if place.role in HOLDS_EXPERTS:
+        slots, copies = plan.slots_of(rank), plan.copies()
+        held = [(layer, int(e)) for layer, row in enumerate(slots) for e in row if e >= 0]
+        sole = [(layer, e) for layer, e in held if copies[layer, e] == 1]
+        table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+        load = rank_loads(table, deployment.load_array()) * len(plan.holders)
+        mine = load[:, plan.holder_ids.index(rank)]
+        facts |= {"slots": len(held), "sole_copies": len(sole), "mean_load": float(mine.mean())}
+        facts["hottest_layer"] = int(mine.argmax())
+        lines.append(
+            f"holds {len(held)} expert copies in {plan.slots_per_rank} slots x {plan.moe_layers} layers, "
+            f"{len(sole)} of them the only copy" + (f", e.g. (layer, expert) {sole[:3]}" if sole else "")
+        )
+        lines.append(
+            f"serves {mine.mean():.2f} x the mean expert traffic, at most {mine.max():.2f} x on layer {mine.argmax()}"
+        )
+    facts["loss"] = outcome.to_dict()
+    lines.append("if it dies: " + sentence(outcome))
+    return facts, "\n".join(lines)
+
+
+def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tuple[dict, str]:
+    """Where the copies of an expert are, on one layer or summed up over all."""
+    plan = deployment.plan
+    if not 0 <= expert < plan.experts:
+        raise InputError(f"expert {expert} is not in the model, which has 0..{plan.experts - 1}")
+    if layer is not None and not 0 <= layer < plan.moe_layers:
+        raise InputError(
+            f"layer {layer} is not an MoE layer of the model, which has 0..{plan.moe_layers - 1}"
+        )
+    layers = range(plan.moe_layers) if layer is None else [layer]
+    loads, table = deployment.load_array(), plan.slot_table()
+    rows, lines = [], [f"expert {expert} of {plan.experts}"]
+    for at in layers:
+        slots = np.flatnonzero(table[at] == expert)
+        ranks = [plan.holders[int(s) // plan.slots_per_rank] for s in slots]
+        group = next((g for g in plan.parity if g.layer == at and expert in g.members), None)
+        hosts = sorted({r.host for r in ranks})
+        rows.append(
+            {
+                "layer": at,
+                "load": float(loads[at, expert]),
+                "ranks": [r.id for r in ranks],
+                "hosts": hosts,
+                "parity_with": [m for m in group.members if m != expert] if group else [],
+            }
+        )
+        fate = (
+            "survives any one host" if len(hosts) > 1 else "survives any one rank" if len(ranks) > 1 else ""
+        )
+        if not fate:
+            fate = "is rebuilt from its parity group" if group else "comes from the store"
+            fate += f" when rank {ranks[0].id} dies" if ranks else ""
+        lines.append(
+            f"layer {at}: {loads[at, expert] * plan.experts:.2f} x the mean load, "
+            f"copies on ranks {[r.id for r in ranks]} ({', '.join(hosts)}); {fate}"
+        )
+    return {"expert": expert, "layers": rows}, "\n".join(lines)
+
+
+def sentence(outcome: Outcome) -> str:
+    """One loss in one line."""
+    if not outcome.survivable:
+        return f"not survivable: {outcome.reason}"
+    means = ", ".join(f"{count} by {name}" for name, count in outcome.means.items()) or "nothing to restore"
+    return (
+        f"survivable ({means}); other streams wait {outcome.stall * 1e3:.0f} ms, its own "
+        f"{outcome.moved_stall * 1e3:.0f} ms; {outcome.bytes_moved / 1e9:.1f} GB move, "
+        f"{outcome.cache_tokens:,} cache tokens are recomputed, {outcome.capacity:.1%} of capacity is left"
+    )

@@ -1,0 +1,172 @@
+"""Pictures of a plan and of what losses do to it, as PNG or SVG (needs matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from planner.balance import rank_loads
+from planner.degrade import Losses, Outcome
+from planner.deployment import Deployment
+from planner.design import Design
+from planner.shape import budget
+from planner.throughput import pareto
+
+INK, MILD, WARM, COOL = "#1b2a38", "#9fb3c8", "#d1495b", "#2e86ab"
+COLOURS = (COOL, "#edae49", "#66a182", MILD)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to `path`; its ending chooses the format."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(
+        path, dpi=130, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None
+    )
+    return path
+
+
+def _axes(title: str, x: str, y: str, *, size: tuple[float, float] = (7.2, 4.0)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def placement(deployment: Deployment) -> Figure:
+    """Heat map of each rank's expert traffic on each MoE layer, with hosts marked."""
+    plan = deployment.plan
+    table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+    load = rank_loads(table, deployment.load_array()) * len(plan.holders)
+    title = f"{deployment.workload.name}: expert traffic by rank (1 = even), hottest {load.max():.2f}"
+    figure, axes = _axes(title, "rank, in slot order", "MoE layer", size=(9, 4))
+    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=1.5, interpolation="nearest")
+    hosts = [r.host for r in plan.holders]
+    edges = [i for i in range(1, len(hosts)) if hosts[i] != hosts[i - 1]]
+    if len(edges) <= 64:
+        for i in edges:
+            axes.axvline(i - 0.5, color="white", linewidth=0.6)
+    figure.colorbar(image, ax=axes, label="traffic, mean = 1")
+    return figure
+
+
+def memory(design: Design) -> Figure:
+    """Memory of a device by use, for the best shapes compared."""
+    room = budget(design.deployment.cluster)
+    shown = [c for c in design.candidates if c.memory][:6]
+    figure, axes = _axes("memory of a device", "GB", "", size=(9, 0.6 * len(shown) + 1.6))
+    left = np.zeros(len(shown))
+    for i, (name, _) in enumerate(shown[0].memory):
+        sizes = np.array([c.memory[i][1] / 1e9 for c in shown])
+        axes.barh(range(len(shown)), sizes, left=left, color=COLOURS[i], label=name)
+        left += sizes
+    if room:
+        axes.axvline(room / 1e9, color=WARM, linestyle="--", label="for weights and cache")
+    axes.set_yticks(range(len(shown)), [c.shape.describe() for c in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.3), ncols=4)
+    return figure
+
+
+def trade_off(design: Design) -> Figure:
+    """Tokens/s a device against tokens/s a user over shapes and batch sizes, with the front drawn."""
+    d = design.deployment
+    shapes = [c.shape for c in design.candidates if c.step]
+    front = pareto(d.workload, d.cluster, shapes, d.traffic, peak=design.peak)
+    figure, axes = _axes("decode: what speed for a user costs", "tokens/s a user", "tokens/s a device")
+    axes.plot(
+        [p["per_user"] for p in front], [p["per_device"] for p in front], "o-", color=COOL, markersize=4
+    )
+    chosen = design.chosen
+    if chosen.step:
+        speed = chosen.requests_per_group * chosen.shape.data / chosen.step.total / len(chosen.shape.roles)
+        axes.plot(1 / chosen.step.total, speed, "D", color=WARM, label="chosen (decode alone)")
+        axes.legend(frameon=False)
+    axes.set_yscale("log")
+    return figure
+
+
+def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: int = 0) -> Figure:
+    """Throughput left against devices lost at once, random losses and whole hosts."""
+    plan = losses.deployment.plan
+    ids = list(plan.rank_ids)
+    most = most or max(1, len(ids) // 2)
+    counts = sorted({round(c) for c in np.linspace(1, most, min(most, 12))})
+    rng = np.random.default_rng(seed)
+    figure, axes = _axes("throughput left after a loss", "devices lost at once", "part of tokens/s")
+    left = {
+        c: [losses.outcome(rng.choice(ids, c, replace=False).tolist()) for _ in range(tries)] for c in counts
+    }
+    for c, outcomes in left.items():
+        for o in outcomes:
+            axes.plot(
+                c, o.capacity if o.survivable else 0.0, "o" if o.survivable else "x", color=COOL, alpha=0.6
+            )
+    mean = [np.mean([o.capacity if o.survivable else 0.0 for o in left[c]]) for c in counts]
+    axes.plot([0, *counts], [1.0, *mean], color=COOL, label="random devices")
+    hosts = list(losses.deployment.cluster.domains("host").values())
+    points, dead = [(0, 1.0)], []
+    for host in hosts:
+        dead += [i for i in host if i in ids]
+        if not dead or len(dead) > most:
+            break
+        outcome = losses.outcome(dead, kind="host")
+        points.append((len(dead), outcome.capacity if outcome.survivable else 0.0))
+    if len(points) > 1:
+        axes.plot(*zip(*points, strict=True), "s--", color=WARM, markersize=4, label="whole hosts")
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False)
+    return figure
+
+
+def time_line(outcomes: Sequence[Outcome]) -> Figure:
+    """Recovery by phase for the worst loss of each kind: other streams, then those of dead ranks."""
+    worst: dict[str, Outcome] = {}
+    for o in outcomes:
+        if o.survivable and (o.kind not in worst or o.stall > worst[o.kind].stall):
+            worst[o.kind] = o
+    title = "worst loss of each kind, phase by phase"
+    figure, axes = _axes(title, "milliseconds since the loss", "", size=(8, 0.7 * len(worst) + 1.6))
+    for row, o in enumerate(worst.values()):
+        start = 0.0
+        for colour, (name, seconds) in zip(COLOURS, o.phases.items(), strict=False):
+            axes.barh(row, seconds * 1e3, left=start, color=colour, label=name if row == 0 else None)
+            start += seconds * 1e3
+        axes.barh(
+            row,
+            o.moved_stall * 1e3 - start,
+            left=start,
+            color="none",
+            edgecolor=INK,
+            hatch="//",
+            label="prefill of lost requests" if row == 0 else None,
+        )
+    axes.set_yticks(range(len(worst)), [f"{o.kind} {o.name}" for o in worst.values()])
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.35), ncols=5)
+    return figure
+
+
+def draw_design(design: Design, folder: str | Path, kind: str = "png") -> list[Path]:
+    """Placement, memory and trade-off of a design, as files in `folder`; returns their paths."""
+    figures = {
+        "placement": placement(design.deployment),
+        "memory": memory(design),
+        "pareto": trade_off(design),
+    }
+    return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
+
+
+def draw_losses(
+    losses: Losses, outcomes: Sequence[Outcome], folder: str | Path, kind: str = "png"
+) -> list[Path]:
+    """Capacity against losses and the recovery time line, as files in `folder`; returns their paths."""
+    figures = {"capacity": capacity(losses), "recovery": time_line(outcomes)}
+    return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
