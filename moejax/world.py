@@ -72,6 +72,8 @@ class World:
 
         state = distributed.global_state
         if self._devices:
+            # JAX's caches keep the old client alive; left connected, it would end the process with its service.
+            state.client.shutdown()
             jax.clear_caches()
             jax.extend.backend.clear_backends()
             state.client = None

@@ -86,7 +86,8 @@ class RankProcess:
     def why(self) -> str:
         """The last lines the process wrote, for an error that names the cause."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in lines[-3:])[-600:] or "it wrote nothing"
+        told = [line.strip() for line in lines if not line.startswith("[Gloo]")]
+        return " | ".join(told[-8:])[-1000:] or "it wrote nothing"
 
 
 class RankLinks(link_pb2_grpc.RankLinkServicer):
@@ -292,7 +293,8 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         code = each.process.poll()
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
         if self._ranks.get(each.rank) is each:
-            self.declare(each.rank, Cause("exited", f"process ended with {how}"), now)
+            said = "" if code == -signal.SIGKILL else f": {each.why()}"
+            self.declare(each.rank, Cause("exited", f"process ended with {how}{said}"), now)
         self._release(each)
 
     def _release(self, each: RankProcess) -> None:

@@ -9,6 +9,7 @@ in a collective; a third sends heartbeats; a fourth loads executables beside the
 import concurrent.futures
 import ctypes
 import dataclasses
+import faulthandler
 import os
 import queue
 import signal
@@ -284,6 +285,7 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Attach to the front named in the environment and obey."""
     _die_with_parent()
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the front drains
     rank = int(os.environ[RANK])
     Link(Rank(rank), os.environ[FRONT], os.environ[TOKEN]).run()
