@@ -46,7 +46,7 @@ def forward(
     routings, first = [], 0
     for (pattern, repeats), layers in zip(cfg.segments, params.segments, strict=True):
         routed = pattern.count("moe")
-        alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, -1)
+        alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, alive_LE.shape[1])
         first += repeats * routed
         body = partial(_pattern, cfg, pattern, capacity)
         x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE))
