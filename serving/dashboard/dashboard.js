@@ -108,7 +108,7 @@ function ranks(now) {
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
-    tile.querySelector(".use").textContent = `${rank.running} running · cache ${used} %`;
+    tile.querySelector(".use").textContent = `${rank.running} req · cache ${used}%`;
     tile.querySelector(".bar i").style.width = `${used}%`;
     tile.querySelector(".slots").replaceChildren(...slots(rank, now));
     tile.querySelector(".buttons").hidden = !now.chaos;
