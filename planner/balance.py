@@ -45,13 +45,13 @@ def swap_down(
     Stops when no swap helps, or after `rounds`.
     """
     table = table.copy()
-    layers, ranks, slots = table.shape
+    layers, ranks = table.shape[:2]
     experts = loads.shape[1]
     if ranks < 2:
         return table
     weight = slot_loads(table, loads)
     on_host = _host_counts(table, domain, max(experts, int(table.max()) + 1))
-    rounds = min(4 * ranks, 500) if rounds is None else rounds
+    rounds = min(4 * ranks, 300) if rounds is None else rounds
     live = np.arange(layers)
     for _ in range(rounds):
         if not len(live):
@@ -73,7 +73,7 @@ def _host_counts(table: np.ndarray, domain: np.ndarray, experts: int) -> np.ndar
 def _swap_once(
     table: np.ndarray, weight: np.ndarray, on_host: np.ndarray, domain: np.ndarray, live: np.ndarray
 ) -> np.ndarray:
-    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live], True where done."""
+    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live] where done."""
     row = np.arange(len(live))
     by_rank = weight[live].sum(axis=2)
     hot = by_rank.argmax(axis=1)

@@ -16,7 +16,7 @@ from planner.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Seconds per token of a stream at one concurrency: measured, as described, and fitted without this row."""
+    """Seconds per token of a stream at one concurrency: measured, described, and fitted without this row."""
 
     concurrency: int
     measured: float

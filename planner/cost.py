@@ -55,7 +55,7 @@ def step_time(
     requests: float | None = None,
     peak: float = 1.0,
 ) -> StepTime:
-    """Seconds of a step in which every tensor group handles `tokens` tokens with `context` tokens of cache each.
+    """Seconds of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
 
     `requests` is how many requests those tokens belong to (each token its own when None, as in decode);
     `peak` is the hottest expert rank's load over the mean.

@@ -22,9 +22,9 @@ MEANS = ("copy", "parity", "peer", "store", "switch", "spare", "regrow", "mask")
 class Outcome:
     """One loss. Bytes and seconds; `means` counts (layer, expert) pairs or ranks handled each way.
 
-    `phases` are seconds that streams on surviving ranks wait; `moved_stall` is what streams of dead ranks wait
-    in all. `capacity` is the part of tokens/s left; `traffic_lost` the share of expert traffic that is masked,
-    or would be while experts load; `score` the predicted part of task scores kept when masked.
+    `phases` are seconds that streams on surviving ranks wait; `moved_stall` is what streams of dead ranks
+    wait in all. `capacity` is the part of tokens/s left; `traffic_lost` the share of expert traffic that is
+    masked, or would be while experts load; `score` the predicted part of task scores kept when masked.
     """
 
     kind: str
@@ -154,7 +154,8 @@ class Losses:
             return least, ""
         have = left.holders * plan.slots_per_rank
         return plan.slots_per_rank, (
-            f"{plan.experts} experts do not fit in {have} slots ({left.holders} ranks x {plan.slots_per_rank})"
+            f"{plan.experts} experts do not fit in {have} slots "
+            f"({left.holders} ranks x {plan.slots_per_rank})"
         )
 
     def _parity(self, lost: np.ndarray, gone: list[int]) -> tuple[int, np.ndarray, int]:
@@ -209,7 +210,7 @@ class Losses:
         return peers + store + spread, moved
 
     def _fills(self, lost: np.ndarray, positions: list[int]) -> np.ndarray:
-        """Experts each holder must load, int [holders]; `positions` are rows of the old table, -1 for new ranks."""
+        """Experts each holder loads, int [holders]; `positions` are rows of the table, -1 for new ranks."""
         at = np.array(positions)
         rows = np.where((at >= 0)[None, :, None], self.table[:, np.maximum(at, 0)], -1)
         room = len(at) * rows.shape[2]

@@ -18,6 +18,9 @@ from planner.throughput import Candidate, assess
 from planner.traffic import Traffic
 from planner.workload import Workload
 
+PLACEMENTS = 3  # most placements made to compare shapes by their real balance
+Layout = tuple[int, tuple[str, ...]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
@@ -51,42 +54,61 @@ def design(
         raise InputError(f"{standby} standby ranks of {len(devices)}; at least one must serve")
     lost = survive.most_lost(cluster)
     load = even_or_checked(loads, workload)
+
+    def assessed(shape: Shape, peak: float) -> Candidate:
+        left = shape.holders - lost
+        if left < 1 or left * shape.slots < workload.experts:
+            slots_left = max(0, left) * shape.slots
+            reason = f"after losing {lost} ranks {slots_left} slots for {workload.experts} experts"
+            return Candidate(shape=shape, reason=reason)
+        return assess(workload, cluster, shape, traffic, peak=peak)
+
     peaks: dict[tuple[int, int], float] = {}
     candidates = []
     for shape in shapes(workload, cluster, devices, arch=arch, lost=lost, standby=standby, slots=slots):
         key = (shape.slots, shape.holders)
         if key not in peaks:
             peaks[key] = expected_peak(load, *key) if loads is not None else 1.0
-        candidates.append(_assessed(workload, cluster, shape, traffic, lost, peaks[key]))
-    candidates.sort(key=lambda c: (bool(c.reason), -c.tokens_per_second, c.shape.slots))
+        candidates.append(assessed(shape, peaks[key]))
+    candidates.sort(key=_order)
     if not candidates or candidates[0].reason:
         _explain_failure(workload, cluster, candidates, lost)
-    best = candidates[0]
-    plan = place_shape(workload, cluster, best.shape, loads=loads, protect=protect)
-    hottest = float(peak_load(plan, load).max()) if loads is not None else 1.0
-    chosen = assess(workload, cluster, best.shape, traffic, peak=hottest)
-    plan = replace(plan, pages_per_rank=chosen.pages_per_rank, cost=figures(chosen, hottest))
+    plans: dict[Layout, tuple[Plan, float]] = {}
+    while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
+        best = candidates[0].shape
+        plan = place_shape(workload, cluster, best, loads=loads, protect=protect)
+        peak = float(peak_load(plan, load).max()) if loads is not None else 1.0
+        plans[best.layout] = plan, peak
+        candidates = [assessed(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
+        candidates.sort(key=_order)
+    chosen = next(c for c in candidates if c.shape.layout in plans)
+    plan, peak = plans[chosen.shape.layout]
     deployment = Deployment(
-        plan=plan,
+        plan=_dressed(plan, chosen, peak),
         workload=workload,
         cluster=cluster,
         traffic=traffic,
         survive=survive,
         loads=() if loads is None else tuple(map(tuple, load.tolist())),
     )
-    return Design(deployment=deployment, chosen=chosen, candidates=tuple(candidates), peak=hottest)
+    ranked = (chosen, *(c for c in candidates if c is not chosen))
+    return Design(deployment=deployment, chosen=chosen, candidates=ranked, peak=peak)
 
 
-def _assessed(
-    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, lost: int, peak: float
-) -> Candidate:
-    left = shape.holders - lost
-    if left < 1 or left * shape.slots < workload.experts:
-        return Candidate(
-            shape=shape,
-            reason=f"after losing {lost} ranks {max(0, left) * shape.slots} slots hold {workload.experts} experts",
-        )
-    return assess(workload, cluster, shape, traffic, peak=peak)
+def _order(candidate: Candidate) -> tuple:
+    return (bool(candidate.reason), -candidate.tokens_per_second, candidate.shape.slots)
+
+
+def _dressed(plan: Plan, chosen: Candidate, peak: float) -> Plan:
+    """A placement with the groups, axes, pages and predictions of the shape that was chosen."""
+    ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, chosen.shape.groups, strict=True))
+    return replace(
+        plan,
+        ranks=ranks,
+        axes=chosen.shape.axes,
+        pages_per_rank=chosen.pages_per_rank,
+        cost=figures(chosen, peak),
+    )
 
 
 def _explain_failure(
@@ -94,7 +116,8 @@ def _explain_failure(
 ) -> None:
     """Raise NoFeasiblePlan with the reason of the shape that came closest."""
     n = len(cluster.devices)
-    slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=0)
+    rest = min((rest_bytes(workload, c.shape.tensor, c.shape.dense) for c in candidates), default=None)
+    slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=rest)
     reasons = list(dict.fromkeys(c.reason for c in candidates))
     detail = "; ".join(reasons[:3]) or "no tensor group fits on a host"
     raise NoFeasiblePlan(
@@ -116,12 +139,11 @@ def place_shape(
     loads: np.ndarray | None = None,
     protect: str = "copies",
 ) -> Plan:
-    """The plan of a shape: its roles, groups and axes, with experts placed."""
+    """A plan with the roles of a shape and its experts placed; memory is not asked about."""
     roles = {d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)}
     unlimited = replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
     plan = solve(workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect)
-    ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, shape.groups, strict=True))
-    return replace(plan, ranks=ranks, axes=shape.axes)
+    return replace(plan, axes=shape.axes)
 
 
 def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
@@ -142,10 +164,3 @@ def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
         (f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory
     ]
     return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)
-
-
-def weight_bytes(workload: Workload, shape: Shape, role: str) -> int:
-    """Bytes of weights on a rank of `role`."""
-    slots = shape.slots * workload.slot_bytes if role in ("collocated", "expert") else 0
-    rest = rest_bytes(workload, shape.tensor, shape.dense) if role in ("collocated", "attention") else 0
-    return slots + rest

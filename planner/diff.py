@@ -14,7 +14,7 @@ LINKS = ("local", "host", "network", "store")
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What moves between two plans. Bytes by link; a round has each rank send once and receive once at most."""
+    """What moves between two plans. Bytes by link; in a round a rank sends and receives once at most."""
 
     moves: tuple[Move, ...]
     rounds: tuple[tuple[Move, ...], ...]

@@ -50,7 +50,8 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
             f"{len(sole)} of them the only copy" + (f", e.g. (layer, expert) {sole[:3]}" if sole else "")
         )
         lines.append(
-            f"serves {mine.mean():.2f} x the mean expert traffic, at most {mine.max():.2f} x on layer {mine.argmax()}"
+            f"serves {mine.mean():.2f} x the mean expert traffic, "
+            f"at most {mine.max():.2f} x on layer {mine.argmax()}"
         )
     facts["loss"] = outcome.to_dict()
     lines.append("if it dies: " + sentence(outcome))

@@ -143,7 +143,7 @@ MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
 def read_model(text: str, *, weights: str | None = None) -> Workload:
-    """The model of a preset name (`deepseek-v3`), a `config.json`, its folder, or a JSON of Workload fields."""
+    """The model of a preset (`deepseek-v3`), a `config.json`, its folder, or a JSON of Workload fields."""
     preset = MODELS / f"{text}.json"
     path = preset if preset.is_file() and not Path(text).exists() else Path(text)
     if not path.exists():

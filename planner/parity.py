@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.copies import copy_counts
 
-FULL = 0.9  # part of the room in groups that is planned with; the rest is for members that get in each other's way
+FULL = 0.9  # part of the room in groups that is planned with; members get in each other's way
 
 
 def parity_slots(loads: np.ndarray, slots: int, ranks: int, members: int) -> int:

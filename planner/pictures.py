@@ -71,7 +71,7 @@ def memory(design: Design) -> Figure:
         axes.axvline(room / 1e9, color=WARM, linestyle="--", label="for weights and cache")
     axes.set_yticks(range(len(shown)), [c.shape.describe() for c in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.3), ncols=4)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -150,7 +150,7 @@ def time_line(outcomes: Sequence[Outcome]) -> Figure:
         )
     axes.set_yticks(range(len(worst)), [f"{o.kind} {o.name}" for o in worst.values()])
     axes.invert_yaxis()
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.35), ncols=5)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=5)
     return figure
 
 

@@ -17,12 +17,19 @@ PACKED = 5e7  # layers x ranks x copies up to which every copy is packed, not de
 
 
 def place(
-    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: bool = True, parity: int = 0
+    loads: np.ndarray,
+    domain: np.ndarray,
+    slots: int,
+    *,
+    protect: bool = True,
+    parity: int = 0,
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
     """A fresh slot table: copies on different ranks and on two hosts at least, then the load even.
 
     `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity
-    slots per layer, numbered from `experts` up in the table.
+    slots per layer, numbered from `experts` up in the table. `order` are factors near 1 on the loads by which
+    copies are sorted, to try another order, float [layers, experts].
 
     Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
     same expert, a second copy to another host than the first. On the largest clusters they are dealt out
@@ -35,7 +42,7 @@ def place(
         counts = np.concatenate([counts, np.ones((layers, parity), np.int64)], axis=1)
         loads = np.concatenate([loads, np.zeros((layers, parity))], axis=1)
         experts += parity
-    item, weight = _items(counts, loads)
+    item, weight = _items(counts, loads, order)
     if layers * ranks * item.shape[1] <= PACKED:
         at = _pack(item, weight, np.full((layers, ranks), slots), experts, domain)
     else:
@@ -44,17 +51,19 @@ def place(
     return separate(table, slot_loads(table, loads), domain)
 
 
-def _items(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _items(counts: np.ndarray, loads: np.ndarray, order: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Every copy as an item, heaviest first: expert and load, both [layers, items]; -1 pads."""
     layers = len(counts)
     width = int(counts.sum(axis=1).max())
     item = np.full((layers, width), -1, np.int64)
     weight = np.zeros((layers, width))
     each = loads / np.maximum(counts, 1)
+    sort = each.copy()
+    if order is not None:
+        sort[:, : order.shape[1]] *= order
     for layer in range(layers):
-        order = np.argsort(-each[layer], kind="stable")
-        order = order[counts[layer, order] > 0]
-        row = np.repeat(order, counts[layer, order])
+        by_weight = np.argsort(-sort[layer], kind="stable")
+        row = np.repeat(by_weight, counts[layer, by_weight])
         item[layer, : len(row)] = row
         weight[layer, : len(row)] = each[layer, row]
     return item, weight
@@ -91,7 +100,7 @@ def _pack(
 
 
 def _deal(item: np.ndarray, domain: np.ndarray, slots: int) -> np.ndarray:
-    """As `_pack`, for the largest clusters: dealt out in rounds, to and fro, neighbours on different hosts."""
+    """As `_pack`, for the largest clusters: dealt in rounds, to and fro, neighbours on different hosts."""
     ranks = len(domain)
     seat = np.zeros(ranks, np.int64)
     for host in range(int(domain.max()) + 1):
@@ -128,22 +137,22 @@ def separate(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.nd
                 _swap_out(table[layer], weight[layer], domain, int(rank), slot)
     if domain.max() > 0:
         for layer, rows in enumerate(table):
-            for rank, slot in _sharing_a_host(rows, domain):
-                _swap_out(rows, weight[layer], domain, rank, slot, other_host=True)
+            for expert in _sharing_a_host(rows, domain):
+                for rank, slot in np.argwhere(rows == expert):
+                    if _swap_out(rows, weight[layer], domain, int(rank), int(slot), other_host=True):
+                        break
     return table
 
 
-def _sharing_a_host(rows: np.ndarray, domain: np.ndarray) -> list[tuple[int, int]]:
-    """One (rank, slot) of each expert of one layer [ranks, slots] with several copies, all on one host."""
+def _sharing_a_host(rows: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Experts of one layer [ranks, slots] that have several copies, all on one host."""
     flat, host = rows.ravel(), np.repeat(domain, rows.shape[1])
     held = np.flatnonzero(flat >= 0)
     size = int(flat.max(initial=0)) + 1
     low, high = np.full(size, np.iinfo(np.int64).max), np.full(size, -1)
     np.minimum.at(low, flat[held], host[held])
     np.maximum.at(high, flat[held], host[held])
-    together = np.flatnonzero((low == high) & (np.bincount(flat[held], minlength=size) > 1))
-    slots = [int(np.flatnonzero(flat == expert)[0]) for expert in together]
-    return [divmod(slot, rows.shape[1]) for slot in slots]
+    return np.flatnonzero((low == high) & (np.bincount(flat[held], minlength=size) > 1))
 
 
 def _swap_out(
@@ -154,10 +163,11 @@ def _swap_out(
     slot: int,
     *,
     other_host: bool = False,
-) -> None:
+) -> bool:
     """Swap a slot of one layer [ranks, slots] with the slot of nearest weight on a rank without its expert.
 
     With `other_host` that rank is on another host, and what comes back stays on two hosts if it is on two.
+    False when there is no such slot.
     """
     expert = rows[rank, slot]
     free = ~(rows == expert).any(axis=1)
@@ -170,8 +180,10 @@ def _swap_out(
         here = on_host[rows, domain[rank]] > 0
         clash |= here & (on_host[rows, domain[:, None]] < 2)
     fits = free[:, None] & ((rows < 0) | ~clash)
-    if fits.any():
-        away = np.where(fits, np.abs(weight - weight[rank, slot]), np.inf)
-        other = np.unravel_index(int(away.argmin()), rows.shape)
-        for array in (rows, weight):
-            array[rank, slot], array[other] = array[other], array[rank, slot]
+    if not fits.any():
+        return False
+    away = np.where(fits, np.abs(weight - weight[rank, slot]), np.inf)
+    other = np.unravel_index(int(away.argmin()), rows.shape)
+    for array in (rows, weight):
+        array[rank, slot], array[other] = array[other], array[rank, slot]
+    return True

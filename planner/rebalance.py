@@ -81,7 +81,7 @@ def _with_counts(table: np.ndarray, loads: np.ndarray, ranks: np.ndarray, rounds
 def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, *, inside: bool) -> None:
     """Copies of cold experts become copies of the expert that heats the hottest rank, while that helps.
 
-    `rows` is one layer [ranks, slots], changed in place; `inside` takes victims on hosts that hold the expert.
+    `rows` is one layer [ranks, slots], changed in place; `inside` stays on hosts that hold the expert.
     """
     experts = len(load)
     for _ in range(most):

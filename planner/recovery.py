@@ -81,6 +81,6 @@ def _milliseconds(value: object) -> float:
 
 
 def score_kept(share: float) -> float:
-    """Part of the average task score left when `share` of the experts is masked (paper's table, in between linear)."""
+    """Part of the average task score left when `share` of the experts is masked (SCORES, linear between)."""
     x, y = zip(*SCORES, strict=True)
     return float(np.interp(share, x, y) / SCORES[0][1])

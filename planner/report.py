@@ -37,23 +37,25 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     d, best = design.deployment, design.chosen
     w, hardware = d.workload, d.cluster.hardware
     lines = [
-        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {w.moe_layers} MoE layers x {w.experts} experts, "
-        f"top {w.experts_per_token}, {w.weight_format}",
+        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {w.moe_layers} MoE layers x "
+        f"{w.experts} experts, top {w.experts_per_token}, {w.weight_format}",
         f"{d.cluster.name}: {len(d.cluster.devices)} devices on {len(d.cluster.domains('host'))} hosts, "
         f"{gb(hardware.memory_bytes) if hardware.memory_bytes else 'no limit'} each",
         "",
         f"plan: {best.shape.describe()}",
         f"  {best.tokens_per_second:,.0f} tokens/s ({best.per_device():,.0f} a device), "
-        f"{best.tokens_per_second_per_user:.1f} a user, first token after {best.ttft_seconds:.2f} s   [estimate]",
-        f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank",
+        f"{best.tokens_per_second_per_user:.1f} a user, "
+        f"first token after {best.ttft_seconds:.2f} s  [estimate]",
+        f"  {best.requests_per_group} requests x {best.shape.data} groups, "
+        f"{best.pages_per_rank:,} cache pages a rank",
     ]
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
-        lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}   [estimate]")
+        lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}  [estimate]")
     copies = d.plan.copies()
     lines.append(
-        f"  hottest rank {design.peak:.3f} x the mean; {(copies >= 2).mean():.0%} of experts have two copies or more, "
-        f"{len(d.plan.parity)} parity slots"
+        f"  hottest rank {design.peak:.3f} x the mean; {(copies >= 2).mean():.0%} of experts have "
+        f"two copies or more, {len(d.plan.parity)} parity slots"
     )
     lines += ["", "memory of a device", *memory_bars(d, best), "", "shapes compared, best first"]
     rows = [_candidate_row(c, design.candidates[0]) for c in design.candidates[:runners_up]]
@@ -105,8 +107,8 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
         of = f" (a sample of {sampled:,})" if r["kind"] == "pair" and sampled else ""
         name = "1-rank" if r["kind"] == "rank" else r["kind"]
         lines.append(
-            f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable, {r['from_memory']} of them without "
-            f"the store, worst stall {r['worst_stall_ms']:.0f} ms (streams of dead ranks "
+            f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable, {r['from_memory']} of them "
+            f"without the store, worst stall {r['worst_stall_ms']:.0f} ms (streams of dead ranks "
             f"{r['worst_moved_stall_ms']:,.0f} ms)"
         )
         lines += [f"  {reason}" for reason in r["reasons"]]
@@ -163,7 +165,8 @@ def transfer_report(transfer: Transfer, *, most: int = 20) -> str:
         ", ".join(f"{link} {gb(size)}" for link, size in transfer.bytes_by_link.items() if size) or "nothing"
     )
     lines = [
-        f"{len(transfer.moves)} experts move in {len(transfer.rounds)} rounds, {transfer.seconds * 1e3:.1f} ms: {links}",
+        f"{len(transfer.moves)} experts move in {len(transfer.rounds)} rounds, "
+        f"{transfer.seconds * 1e3:.1f} ms: {links}",
         f"placing everything anew would move {transfer.naive_moves}",
     ]
     rows = [

@@ -1,4 +1,4 @@
-"""Mesh shapes: which ranks attend, in what tensor groups, which hold experts, and how many slots they have."""
+"""Mesh shapes: which ranks attend and in what tensor groups, which hold experts, and in how many slots."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class Shape:
     def holders(self) -> int:
         """Ranks that hold experts."""
         return sum(role in ("collocated", "expert") for role in self.roles)
+
+    @property
+    def layout(self) -> tuple[int, tuple[str, ...]]:
+        """What a placement depends on: slots and roles."""
+        return self.slots, self.roles
 
     @property
     def axes(self) -> tuple[tuple[str, int], ...]:
@@ -90,6 +95,7 @@ def slots_per_rank(
     The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n).
     NoFeasiblePlan when even that does not fit.
     """
+    rest = workload.rest_bytes if rest is None else rest
     experts, most = workload.experts, most_slots(workload, cluster, rest)
     if ranks < 1:
         raise NoFeasiblePlan(f"0 ranks alive for {experts} experts. Bring a rank back.")
@@ -99,7 +105,8 @@ def slots_per_rank(
             raise InputError(f"slots_per_rank is {asked}; it must be at least 1")
         if asked < least:
             raise NoFeasiblePlan(
-                f"{experts} experts do not fit in {asked * ranks} slots ({ranks} ranks alive x {asked} slots). "
+                f"{experts} experts do not fit in {asked * ranks} slots "
+                f"({ranks} ranks alive x {asked} slots). "
                 f"Raise slots_per_rank to {least}, or bring a rank back."
             )
         chosen = asked
@@ -112,19 +119,17 @@ def slots_per_rank(
         chosen = ceil(experts / spared) if spared >= 1 else least
         chosen = max(chosen, least) if most is None else max(least, min(chosen, most))
     if most is not None and chosen > most:
-        weights = workload.rest_bytes + chosen * workload.slot_bytes
+        weights = rest + chosen * workload.slot_bytes
         raise NoFeasiblePlan(
             f"{chosen} slots per rank need {weights:,} bytes of weights on each of {ranks} ranks, which have "
             f"{budget(cluster):,} bytes for weights and cache: room for {most} slots. "
-            f"Add ranks: {_ranks_needed(workload, most)}."
+            + (
+                f"Add ranks: {ceil(experts / most)} would do."
+                if most
+                else f"Not even one slot of {workload.slot_bytes:,} bytes fits beside {rest:,} of the rest."
+            )
         )
     return chosen
-
-
-def _ranks_needed(workload: Workload, most: int) -> str:
-    if most < 1:
-        return "no number of them is enough, the weights outside the experts leave no room for one slot"
-    return f"{ceil(workload.experts / most)} would do"
 
 
 def cache_pages(

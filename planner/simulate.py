@@ -32,7 +32,7 @@ class Event:
 class Account:
     """What one policy cost. Shares are of the whole time or of the tokens a faultless cluster would make.
 
-    `degraded_hours` had experts masked, `reduced_hours` less than full throughput; `outage_hours` none at all.
+    `degraded_hours` had experts masked, `reduced_hours` less than full throughput, `outage_hours` none.
     """
 
     policy: str
@@ -248,7 +248,7 @@ class _Run:
         np.add.at(self.counts, (layer, self.table[layer, at, slot]), sign)
 
     def _refill(self, *, whole_rank: bool = False) -> float:
-        """Lost experts into spare slots of survivors, from the store: seconds until the busiest rank has its own."""
+        """Lost experts into spare slots, from the store: seconds until the busiest rank has its own."""
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware
         lost = np.argwhere(self.counts == 0)

@@ -19,6 +19,7 @@ from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
 
 PROTECTION = ("copies", "parity", "none")
+TRIES_WORK = 4e6  # layers x copies squared that placements in several orders may cost
 
 
 def solve(
@@ -124,14 +125,34 @@ def fresh(
     apart = domain if hosts > 2 else np.arange(ranks)
     members = max(1, min(8, (int(apart.max()) + 1) // 2))
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
-    table = place(loads, domain, slots, protect=protect == "copies", parity=spare)
-    table = swap_down(table, loads, domain)
+    tries = max(1, min(6, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
+    table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
     if not spare:
         return table, ()
     groups = tuple(
         ParityGroup(layer=a, slot=b, members=c) for a, b, c in form_groups(table, experts, apart, members)
     )
     return np.where(table >= experts, -1, table), groups
+
+
+def _best_start(
+    loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int
+) -> np.ndarray:
+    """Placements packed in several orders and cooled by swaps; on each layer the coolest."""
+    best, lowest = None, None
+    rng = np.random.default_rng(0)
+    for attempt in range(tries):
+        noise = 1 + 0.1 * attempt * rng.random(loads.shape) / tries
+        table = place(loads, domain, slots, protect=protect, parity=spare, order=noise)
+        table = swap_down(table, loads, domain)
+        hottest = peak(table, loads)
+        if best is None or lowest is None:
+            best, lowest = table, hottest
+        cooler = hottest < lowest
+        best = np.where(cooler[:, None, None], table, best)
+        lowest = np.where(cooler, hottest, lowest)
+    assert best is not None
+    return best
 
 
 def inherit(

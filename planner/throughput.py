@@ -48,10 +48,9 @@ def assess(
     pages = cache_pages(workload, cluster, slots, tensor=shape.tensor, rest=rest)
     fits = _requests_that_fit(workload, pages, traffic)
     if fits < 1:
-        return Candidate(
-            shape=shape,
-            reason=f"{pages * workload.page_tokens:,} cache tokens per rank hold no request of {traffic.longest:,}",
-        )
+        tokens = pages * workload.page_tokens
+        reason = f"{tokens:,} cache tokens a rank hold no request of {traffic.longest:,}"
+        return Candidate(shape=shape, reason=reason)
     prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak)
 
     def busy_with(count: int) -> float:
@@ -121,8 +120,8 @@ def pareto(
     points = []
     for shape in shapes:
         best = assess(workload, cluster, shape, traffic, peak=peak)
-        requests = 1
-        while best.step is not None and requests <= max(1, best.requests_per_group):
+        most = best.requests_per_group if best.step is not None else 0
+        for requests in sorted({min(most, 2**i) for i in range(most.bit_length() + 1)} - {0}):
             step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
             points.append(
                 {
@@ -132,7 +131,6 @@ def pareto(
                     "per_device": requests * shape.data / step.total / len(shape.roles),
                 }
             )
-            requests *= 2
     points.sort(key=lambda p: (-p["per_user"], -p["per_device"]))
     front, best_device = [], 0.0
     for point in points:

@@ -82,7 +82,7 @@ def compile_ahead(deployment: Deployment, topology: str, *, timeout: float = 900
 
 
 def verify_report(compiled: list[dict], calibration: Calibration | None, estimate: float) -> tuple[dict, str]:
-    """Both comparisons as data and as text; `estimate` is the step predicted by the cost model, in seconds."""
+    """Both comparisons as data and as text; `estimate` is the predicted step in seconds."""
     data: dict = {"estimate_step_s": estimate, "aot": compiled, "measured": []}
     lines = [f"step by roofline: {estimate * 1e3:.2f} ms   [estimate]"]
     for row in compiled:
@@ -99,6 +99,6 @@ def verify_report(compiled: list[dict], calibration: Calibration | None, estimat
         for r in calibration.rows:
             lines.append(
                 f"concurrency {r.concurrency:>3}: measured {r.measured * 1e3:8.2f} ms, as described "
-                f"{r.described * 1e3:8.2f} ms, fitted to the other rows {r.fitted * 1e3:8.2f} ms ({r.error:+.0%})"
+                f"{r.described * 1e3:8.2f} ms, fitted to the others {r.fitted * 1e3:8.2f} ms ({r.error:+.0%})"
             )
     return data, "\n".join(lines)
