@@ -47,6 +47,12 @@ class LiveArrays:
         self.held = np.full((shape.cfg.n_moe_layers, 0), -1, np.int32)
         self.cache: Cache | None = None
 
+    @property
+    def routes_shape(self) -> tuple[int, int]:
+        """[moe layers, experts], of this rank's row of a plan."""
+        cfg = self.shape.cfg
+        return cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 0
+
     def leave_device(self, pages_used: int) -> None:
         """Copy to the host what a new generation must not lose: the experts, and the first pages of the cache."""
         if self.cache is not None:

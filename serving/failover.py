@@ -96,9 +96,9 @@ class Failover:
             self._say(f"loading and connecting {len(meshes)} meshes")
             for key in meshes:
                 await self._load(key)
+            await self._adopt(self.base)
             for key in meshes:
                 await self._connect(key)
-            await self._adopt(self.base)
             self._watch(ranks)
             self.foresee()
         except (RankLost, RankRefused) as error:
@@ -165,10 +165,10 @@ class Failover:
             await self._enter(ranks, pages_used)
         with _timed(phases, "load"):
             await self._load(self._key(plan))
-        with _timed(phases, "connect"):
-            await self._connect(self._key(plan))
         with _timed(phases, "adopt"):
             await self._adopt(plan)
+        with _timed(phases, "connect"):
+            await self._connect(self._key(plan))
         self.broken = False
         self._watch(ranks)
         self.foresee()
@@ -300,7 +300,8 @@ class Failover:
 
     async def _connect(self, key: MeshKey) -> None:
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
-            await self._all("connect", dict.fromkeys(key[0], link_pb2.Connect(mesh=_mesh(key))))
+            warm = self.plan is not None and key[1] == self.plan.slots_per_rank
+            await self._all("connect", dict.fromkeys(key[0], link_pb2.Connect(mesh=_mesh(key), warm=warm)))
         self.connected.add(key)
 
     async def _adopt(self, plan: Plan) -> None:

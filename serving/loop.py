@@ -49,6 +49,17 @@ class Counts:
     """From scheduling a step to having delivered its tokens."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Resuming:
+    """A recovery whose first step is not in yet. Times are of the monotonic clock."""
+
+    rank: int | None
+    cause: str
+    phases: dict[str, float]
+    evidence_at: float
+    adopted_at: float
+
+
 class Loop:
     """Serves requests on the ranks of a `Failover` until it is stopped."""
 
@@ -67,6 +78,7 @@ class Loop:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._replacing: dict[int, asyncio.Task[None]] = {}
+        self._resuming: _Resuming | None = None
         self._ready_since: float | None = None
         self._compiles: dict[int, int] = {}
         self._compiles_before: dict[int, int] = {}
@@ -189,6 +201,7 @@ class Loop:
                 began = time.monotonic()
                 self._state, batch = schedule(self._state) if self._failover.plan else (self._state, None)
                 if batch is None:
+                    self._resumed()
                     await self._sleep()
                     continue
                 await self._step(batch, began)
@@ -222,6 +235,7 @@ class Loop:
             self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
         self._state, outputs = apply(self._state, batch, results)
         self._deliver(outputs)
+        self._resumed()
         self.counts.steps += 1
         self.counts.program_ms += max(answer.program_ms for answer in answers.values())
         self.counts.step_ms += 1e3 * (time.monotonic() - began)
@@ -284,16 +298,17 @@ class Loop:
         self._take_plan(losses)
         self.counts.recoveries += 1
         cause = "; ".join(f"rank {rank} {loss.cause}" for rank, loss in sorted(losses.items()))
-        self.events.add(
-            "recovered",
-            failover.epoch,
-            rank=min(losses, default=None),
-            cause=cause,
-            phases=detect | phases | {"total": 1e3 * (time.monotonic() - first)},
-        )
+        self._resuming = _Resuming(min(losses, default=None), cause, detect | phases, first, time.monotonic())
         if self._settings.restart:
             for rank in losses:
                 self._replacing[rank] = asyncio.create_task(self._replace(rank))
+
+    def _resumed(self) -> None:
+        """The first step after a recovery is in, or there is none to make."""
+        if self._resuming is not None:
+            r, now, self._resuming = self._resuming, time.monotonic(), None
+            ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
+            self.events.add("recovered", self._failover.epoch, rank=r.rank, cause=r.cause, phases=r.phases | ends)
 
     async def _replace(self, rank: int) -> None:
         """Start a lost rank again, until it is ready to join."""

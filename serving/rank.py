@@ -45,6 +45,8 @@ FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN
 
 HEARTBEAT_S = 0.05
 MESSAGE_BYTES = 64 << 20
+WARM_ROWS = 8
+"""Steps of at most so many rows are run once before they are needed."""
 
 MeshKey = tuple[tuple[int, ...], int]
 
@@ -124,18 +126,25 @@ class Rank:
         return {}
 
     def connect(self, command: link_pb2.Connect) -> dict[str, int]:
-        """Connect a mesh's communicator, and note which sockets it is made of."""
+        """Connect a mesh's communicator, and note which sockets it is made of. Run its small steps once on nothing:
+        the first run of a program takes several times as long as the next, and should not be the one after a loss."""
         key = _key(command.mesh)
+        programs = self._meshes[key]
         with self.world.connecting(key[0]):
-            self._meshes[key].connect(self.device)
+            programs.connect(self.device)
+        if command.warm:
+            arguments = self.arrays.lay_over(programs, np.full(self.arrays.routes_shape, -1, np.int32))
+            for index, bucket in enumerate(self.shape.buckets):
+                if bucket.rows <= WARM_ROWS:
+                    packed = jax.device_put(self._idle[index], self.device)
+                    jax.block_until_ready(programs.steps[index](arguments(packed)))
         return {}
 
     def adopt(self, command: link_pb2.Adopt) -> dict[str, int]:
         """Take one's part in a plan: fill the slots and lay the arrays over its mesh."""
         key, cfg = _key(command.mesh), self.shape.cfg
         slots = np.frombuffer(command.slots, np.int32).reshape(cfg.n_moe_layers, key[1])
-        experts = cfg.moe.experts if cfg.moe else 0
-        routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(cfg.n_moe_layers, experts)
+        routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(self.arrays.routes_shape)
         loaded = self.arrays.fill(slots, self._local[key[1]], self.device)
         arguments = self.arrays.lay_over(self._meshes[key], routes)
         self._adopted = Adopted(command.epoch, key, arguments)

@@ -91,10 +91,12 @@ class Prepare(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ...) -> None: ...
 
 class Connect(_message.Message):
-    __slots__ = ("mesh",)
+    __slots__ = ("mesh", "warm")
     MESH_FIELD_NUMBER: _ClassVar[int]
+    WARM_FIELD_NUMBER: _ClassVar[int]
     mesh: MeshShape
-    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ...) -> None: ...
+    warm: bool
+    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ...) -> None: ...
 
 class Adopt(_message.Message):
     __slots__ = ("epoch", "mesh", "slots", "expert_to_slot")
