@@ -122,7 +122,7 @@ def serve(config: Path | None, no_restart: bool, **flags: Any) -> None:
 )
 def generate(prompt: str, server: str, as_json: bool, **options: Any) -> None:
     """Continue PROMPT, streaming the text. "-" reads the prompt from standard input. Ctrl-C cancels."""
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     with Client(server) as client:
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(client.generate(text, **_given(options)))))
@@ -218,7 +218,7 @@ _passed_on = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 @main.command(context_settings=_passed_on)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@example("moejax plan solve --layers 4 --experts 8 --ranks 4", "moejax plan solve --help")
+@example("moejax plan solve deepseek-v3 h200:40x8", "moejax plan solve --help")
 def plan(arguments: tuple[str, ...]) -> None:
     """Plan meshes and expert placements; needs no server and no device."""
     raise SystemExit(planner.cli.main(list(arguments)))

@@ -91,7 +91,7 @@ class Metrics:
 
 def _kind(cause: str) -> str:
     """The kinds in "rank 1 exit: signal 9; rank 2 exit: signal 9": a label must have few values."""
-    parts = (re.sub(r"^rank \d+ ", "", part).partition(":")[0].strip() for part in cause.split(";"))
+    parts = (re.sub(r"^ *rank \d+ ", "", part).partition(":")[0].strip() for part in cause.split(";"))
     return "+".join(sorted({part for part in parts if part})) or "unknown"
 
 

@@ -36,6 +36,11 @@ async def until(condition, within_s: float = 10.0) -> None:
             await asyncio.sleep(0.01)
 
 
+async def rest_of(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 def details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo]:
     packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -161,8 +166,7 @@ async def test_abort_ends_the_other_stream(backend):
         await call.read()
         assert (await stub.Abort(inference_pb2.AbortRequest(request_id="mine"))).aborted
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await rest_of(call)
         assert not (await stub.Abort(inference_pb2.AbortRequest(request_id="mine"))).aborted
     assert caught.value.code() is grpc.StatusCode.CANCELLED
 

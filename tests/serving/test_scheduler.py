@@ -116,6 +116,13 @@ def test_a_prompt_is_admitted_only_with_a_page_to_go_on():
     assert list(s.state.waiting) == ["b"]
 
 
+def test_a_request_that_fills_a_rank_to_its_last_page_is_admitted():
+    s = server((5,))
+    s.submit(small_request("a", range(40), max_tokens=1))
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
 def test_a_large_request_at_the_head_of_the_queue_is_not_overtaken():
     s = server((6,))
     s.submit(small_request("a", range(16), max_tokens=20))

@@ -1,0 +1,165 @@
+"""The command line, each command in its own right and against a real server."""
+
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from serving import cli
+from serving.config import Settings
+from serving.status import Event
+from serving.tables import event_line, printable
+from tests.serving.test_client import server  # noqa: F401  (a fixture)
+
+
+def run(*arguments: str, **options):
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments], **options)
+
+
+@pytest.mark.parametrize("name", ["", *cli.main.commands])
+def test_every_help_shows_an_example(name):
+    result = run(*filter(None, [name]), "--help")
+    assert result.exit_code == 0
+    assert "Example:\n" in result.output
+    assert f"moejax {name}" in result.output.partition("Example:")[2]
+
+
+@pytest.mark.parametrize("name", [n for n in cli.main.commands if n not in ("plan", "train")])
+def test_every_option_says_what_it_does(name):
+    options = [
+        p for p in cli.main.commands[name].params if isinstance(p, click.Option) and p.name != "signal"
+    ]
+    assert all(option.help for option in options)
+
+
+def test_generate_streams_the_text(server):  # noqa: F811
+    result = run("generate", "a", "--max-tokens", 3, "--server", server.address)
+    assert (result.exit_code, result.output) == (0, "bcd\n")
+
+
+def test_generate_reads_standard_input_and_the_environment(server):  # noqa: F811
+    environment = {"MOEJAX_SERVER": server.address}
+    result = run("generate", "-", "--max-tokens", 2, input="xa", env=environment)
+    assert result.output == "bc\n"
+
+
+def test_generate_as_json(server):  # noqa: F811
+    result = run("generate", "a", "--max-tokens", 2, "--json", "--server", server.address)
+    assert json.loads(result.output)["token_ids"] == [98, 99]
+
+
+def test_generate_refuses_what_the_server_refuses_in_one_line(server):  # noqa: F811
+    result = run("generate", "a", "--top-p", 7, "--server", server.address)
+    assert result.exit_code == 1
+    assert result.stderr == "moejax: top_p is 7.0; it must be between 0.0 and 1.0.\n"
+
+
+def test_chat_keeps_the_conversation(server, backend):  # noqa: F811
+    backend.reply = list(b"yes")
+    result = run("chat", "--system", "s", "--server", server.address, input="hi\nmore\n/reset\nnew\n")
+    assert result.stdout == "yes\nyes\nyes\n"
+    prompts = [bytes(t for t in r.prompt if t < 256) for r in backend.requests]
+    assert prompts == [b"shi", b"shiyesmore", b"snew"]
+
+
+def test_status_shows_ranks_and_prepared_losses(server):  # noqa: F811
+    result = run("status", "--server", server.address)
+    assert result.exit_code == 0
+    for text in ("ready", "1 rank: 100%", "1003", "serving"):
+        assert text in result.output
+
+
+def test_status_as_json_is_the_whole_status(server, backend):  # noqa: F811
+    status = json.loads(run("status", "--json", "--server", server.address).output)
+    assert status["ranks"][3]["pid"] == 1003
+    assert status["model"]["name"] == "fake"
+
+
+def test_kill_and_events(server, backend):  # noqa: F811
+    result = run("kill", 2, "--signal", "SIGSTOP", "--server", server.address)
+    assert (result.exit_code, backend.killed) == (0, [(2, "SIGSTOP")])
+    lines = run("events", "--server", server.address).output.splitlines()
+    assert len(lines) == 2
+    assert "rank_lost" in lines[0]
+    assert "adopt 38.0 ms" in lines[1]
+    events = run("events", "--json", "--after", 1, "--server", server.address).output.splitlines()
+    assert [json.loads(e)["kind"] for e in events] == ["recovered"]
+
+
+def test_kill_without_chaos_is_one_line(server, backend):  # noqa: F811
+    backend.chaos = False
+    result = run("kill", 1, "--server", server.address)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "--chaos" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("status",), ("events",), ("kill", "0"), ("generate", "x"), ("chat",)])
+def test_no_server_is_one_line(command):
+    result = run(*command, "--server", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("moejax: no moejax server answers at 127.0.0.1:1")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[Settings]:
+    settings: list[Settings] = []
+    monkeypatch.setattr(cli, "serve_until_stopped", lambda s: settings.append(s) or 0)
+    return settings
+
+
+def test_serve_takes_flags_over_environment_over_file(served, tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('model = "tiny"\nranks = 2\nmax_queue = 5\n')
+    environment = {"MOEJAX_RANKS": "3", "MOEJAX_MAX_QUEUE": "6"}
+    result = run("serve", "--config", file, "--ranks", 8, "--chaos", "--no-restart", env=environment)
+    assert result.exit_code == 0
+    settings = served[0]
+    assert (settings.model, settings.ranks, settings.max_queue) == ("tiny", 8, 6)
+    assert settings.chaos
+    assert not settings.restart
+
+
+def test_serve_without_flags_has_the_defaults(served):
+    run("serve")
+    assert served == [Settings()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("rankz = 3", "Did you mean 'ranks'?"), ("ranks = 'x'", "'ranks' is 'x'")]
+)
+def test_serve_refuses_a_wrong_setting_in_one_line(served, tmp_path, text, message):
+    file = tmp_path / "my.toml"
+    file.write_text(text)
+    result = run("serve", "--config", file)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert served == []
+
+
+def test_plan_is_passed_on_as_it_is(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli.planner.cli, "main", lambda arguments: calls.append(arguments) or 2)
+    assert run("plan", "solve", "tiny", "--help").exit_code == 2
+    assert calls == [["solve", "tiny", "--help"]]
+
+
+def test_train_is_a_process_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 3)
+    assert run("train", "--steps", "5").exit_code == 3
+    assert calls[0][1:] == ["-m", "moejax.train", "--steps", "5"]
+
+
+def test_models_are_listed():
+    assert {line.split()[0] for line in run("models").output.splitlines()} == {"smollm2-moe", "tiny"}
+
+
+def test_a_models_text_cannot_steer_the_terminal():
+    assert printable("a\x1b[2Jb\x07\n\té\x9b数🎉\u200d") == "a\ufffd[2Jb\ufffd\n\té\ufffd数🎉\u200d"
+
+
+def test_an_event_is_one_line():
+    event = Event(sequence=1, time=0.0, kind="no_capacity", epoch=3, rank=2, cause="c", message="m")
+    assert event_line(event).plain.split("  ", 1)[1] == "no_capacity     epoch 3  rank 2  c  m"

@@ -1,0 +1,165 @@
+"""Client and AsyncClient against a real gRPC server."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from serving import errors
+from serving.client import AsyncClient, Client, Unreachable
+from serving.status import Event
+from serving.tokens import Message
+from tests.fake_backend import FakeBackend
+from tests.fake_server import FakeServer, serve
+from tests.serving.test_rpc import until
+
+
+@pytest.fixture
+def server(backend: FakeBackend) -> Iterator[FakeServer]:
+    """A server in a thread of its own, as a blocking client needs it."""
+    started, box = threading.Event(), []
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        async with serve(backend) as running:
+            box.extend([running, asyncio.get_running_loop(), stop])
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    assert started.wait(20)
+    yield box[0]
+    box[1].call_soon_threadsafe(box[2].set)
+    thread.join()
+
+
+def test_generate_is_the_whole_answer(server):
+    with Client(server) as client:  # a running server is a target, too
+        answer = client.generate("a", max_tokens=3, seed=11)
+    assert (answer.text, answer.token_ids, answer.reason) == ("bcd", (98, 99, 100), "length")
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.seed) == (1, 3, 11)
+    assert answer.logprobs == (-0.5, -0.5, -0.5)
+
+
+def test_a_stream_has_its_end_after_the_chunks(server):
+    with Client(server.address) as client:
+        stream = client.stream((97,), max_tokens=2)
+        assert stream.complete is None
+        assert [chunk.text for chunk in stream] == ["b", "c"]
+        assert stream.complete.reason == "length"
+
+
+def test_leaving_a_stream_cancels_its_request(server, backend):
+    backend.delay_s = 0.01
+    with Client(server.address) as client:
+        for _ in client.stream("a"):
+            break
+        asyncio.run(until(lambda: not backend.running))
+    assert list(backend.ended.values()) == ["left"]
+
+
+def test_a_stop_string_may_be_plain_text(server, backend):
+    backend.reply = list(b"one two")
+    with Client(server.address) as client:
+        assert client.generate("a", stop="two").text == "one "
+
+
+def test_chat_takes_text_or_messages(server, backend):
+    backend.reply = list(b"yes")
+    with Client(server.address) as client:
+        assert client.chat("hi").text == "yes"
+        assert client.chat([Message("system", "s"), Message("user", "hi")]).text == "yes"
+    assert backend.requests[0].prompt == (258, *b"hi", 256, 260)
+
+
+def test_status_and_model_are_the_servers_own(server, backend):
+    with Client(server.address) as client:
+        assert client.status() == backend.status()
+        assert client.model() == backend.model
+
+
+def test_kill_is_seen_by_watch(server):
+    with Client(server.address) as client:
+        client.kill(2, "SIGSTOP")
+        events = client.watch()
+        assert [next(events).kind, next(events).kind] == ["rank_lost", "recovered"]
+        events.close()
+        later = next(client.watch(after=1))
+    assert isinstance(later, Event)
+    assert list(later.phases) == ["detect", "fence", "abort", "plan", "adopt", "resume"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "param"),
+    [
+        ({"prompt": ""}, errors.InvalidRequest, "prompt"),
+        ({"prompt": [300]}, errors.InvalidRequest, "prompt"),
+        ({"prompt": [-1]}, errors.InvalidRequest, None),
+        ({"prompt": "x" * 256}, errors.PromptTooLong, "prompt"),
+        ({"prompt": "x", "top_p": 2.0}, errors.InvalidRequest, "top_p"),
+        ({"prompt": "x", "max_tokens": 2**40}, errors.InvalidRequest, None),
+        ({"prompt": "x", "request_id": "x" * 200}, errors.InvalidRequest, "request_id"),
+        ({"prompt": "x" * (5 << 20)}, errors.InvalidRequest, None),
+        ({"prompt": "\ud800"}, errors.InvalidRequest, None),
+    ],
+)
+def test_what_the_server_refuses_is_raised_as_its_class(server, arguments, kind, param):
+    with Client(server.address) as client, pytest.raises(kind) as caught:
+        client.generate(**arguments)
+    assert type(caught.value) is kind
+    assert caught.value.param == param
+
+
+def test_a_deadline_is_raised(server, backend):
+    backend.delay_s = 0.02
+    with Client(server.address) as client, pytest.raises(errors.DeadlineExceeded):
+        client.generate("a", timeout_s=0.1)
+
+
+def test_a_full_queue_says_when_to_come_back(server, backend):
+    backend.max_queue = 0
+    with Client(server.address) as client, pytest.raises(errors.QueueFull) as caught:
+        client.generate("a")
+    assert caught.value.retry_after_s == 1.5
+
+
+def test_no_server_is_one_clear_error():
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(Unreachable, match=r"no moejax server answers at 127\.0\.0\.1:1"),
+    ):
+        client.status()
+
+
+def test_an_unknown_sampling_field_is_the_callers_mistake(server):
+    with Client(server.address) as client, pytest.raises(TypeError, match="temprature"):
+        client.generate("a", temprature=1)
+
+
+@pytest.mark.anyio
+async def test_the_async_client_does_the_same(backend):
+    async with serve(backend) as server, AsyncClient(server) as client:
+        answer = await client.generate("a", max_tokens=3)
+        assert answer.text == "bcd"
+        stream = client.stream("a", max_tokens=2)
+        assert [chunk.text async for chunk in stream] == ["b", "c"]
+        assert stream.complete.reason == "length"
+        assert (await client.chat("hi", max_tokens=1)).completion_tokens == 1
+        assert await client.status() == backend.status()
+        assert await client.model() == backend.model
+        assert not await client.abort("nobody")
+        await client.kill(0)
+        events = client.watch()
+        assert (await anext(events)).kind == "rank_lost"
+        await events.aclose()
+        with pytest.raises(errors.InvalidRequest):
+            await client.generate("")
+
+
+@pytest.mark.anyio
+async def test_a_hundred_streams_share_one_connection(backend):
+    async with serve(backend) as server, AsyncClient(server) as client:
+        answers = await asyncio.gather(*(client.generate((n,), max_tokens=20) for n in range(100)))
+    assert [a.token_ids for a in answers] == [tuple(range(n + 1, n + 21)) for n in range(100)]

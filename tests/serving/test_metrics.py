@@ -1,0 +1,113 @@
+"""What Prometheus sees: vLLM's names, and counts that can be worked out by hand."""
+
+import asyncio
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.generation import Generation
+from serving.metrics import Metrics
+from serving.request import SamplingParams
+from tests.fake_backend import FakeBackend
+from tests.fake_server import serve
+from tests.fake_tokens import byte_tokenizer
+
+pytestmark = pytest.mark.anyio
+
+LABEL = {"model_name": "fake"}
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+async def test_a_request_is_measured_from_its_start(backend):
+    clock, metrics = Clock(), Metrics(backend)
+    generation = Generation(backend, byte_tokenizer(), metrics, clock=clock)
+    request = await generation.accept("ab", SamplingParams(max_tokens=3))
+    ticks = iter([0.5, 0.02, 0.04, 0.0])
+    played = backend.answer
+
+    def answer(request, index):
+        clock.now += next(ticks)
+        return played(request, index)
+
+    backend.answer = answer
+    _ = [item async for item in generation.stream(request)]
+    assert value(metrics, "vllm:time_to_first_token_seconds_sum", **LABEL) == pytest.approx(0.5)
+    assert value(metrics, "vllm:inter_token_latency_seconds_count", **LABEL) == 2
+    assert value(metrics, "vllm:inter_token_latency_seconds_sum", **LABEL) == pytest.approx(0.06)
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum", **LABEL) == pytest.approx(0.56)
+    assert value(metrics, "vllm:prompt_tokens_total", **LABEL) == 2
+    assert value(metrics, "vllm:generation_tokens_total", **LABEL) == 3
+    assert value(metrics, "vllm:request_success_total", finished_reason="length", **LABEL) == 1
+    assert value(metrics, "vllm:request_success_total", finished_reason="stop", **LABEL) == 0
+
+
+async def test_a_request_that_was_left_counts_as_aborted(generation, backend):
+    request = await generation.accept("a", SamplingParams())
+    items = generation.stream(request)
+    await anext(items)
+    await items.aclose()
+    assert value(generation.metrics, "vllm:request_success_total", finished_reason="abort", **LABEL) == 1
+
+
+async def test_gauges_are_those_of_the_moment(backend):
+    metrics = Metrics(backend)
+    assert value(metrics, "moejax_ranks_alive") == 4
+    assert value(metrics, "vllm:kv_cache_usage_perc", **LABEL) == pytest.approx((0 + 8 + 16 + 24) / 256)
+    await backend.lose(3)
+    assert value(metrics, "moejax_ranks_alive") == 3
+    assert value(metrics, "moejax_epoch") == 1
+    assert value(metrics, "moejax_masked_experts") == 1
+    assert value(metrics, "moejax_lattice_coverage", loss="2 ranks") == 0.5
+    assert value(metrics, "vllm:num_preemptions_total", **LABEL) == 3
+    assert value(metrics, "moejax_compiles_after_ready_total") == 0
+
+
+async def test_recoveries_are_counted_by_kind_of_cause_and_timed_by_phase(backend):
+    metrics = Metrics(backend)
+    following = asyncio.create_task(metrics.follow())
+    await backend.lose(1, "rank 1 exit: signal 9; rank 2 exit: signal 9")
+    await backend.lose(2, "hang: no heartbeat for 0.4 s")
+    await asyncio.sleep(0.05)
+    following.cancel()
+    assert value(metrics, "moejax_recoveries_total", cause="exit") == 1
+    assert value(metrics, "moejax_recoveries_total", cause="hang") == 1
+    assert value(metrics, "moejax_recovery_phase_seconds_sum", phase="adopt") == pytest.approx(0.076)
+
+
+VLLM_NAMES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:prompt_tokens",
+    "vllm:generation_tokens",
+    "vllm:request_success",
+    "vllm:num_preemptions",
+}
+
+
+async def test_a_prometheus_parser_reads_every_name():
+    backend = FakeBackend()
+    async with serve(backend) as server, httpx.AsyncClient(base_url=server.url) as client:
+        await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        await backend.lose(0)
+        answer = await client.get("/metrics")
+    families = {f.name: f for f in text_string_to_metric_families(answer.text)}
+    assert families.keys() >= VLLM_NAMES | {"moejax_epoch", "moejax_ranks_alive", "moejax_recoveries"}
+    assert families["moejax_recoveries"].samples[0].value == 1
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
