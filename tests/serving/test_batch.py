@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.batch import DROPPED, TILE, Batch, Bucket, Work, assemble, harvest
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PAGE, MAX_PAGES = 8, 20
 
@@ -107,6 +109,7 @@ def parts(draw) -> tuple[Bucket, list[Work]]:
     return Bucket(decode, tiles), made
 
 
+@UNHURRIED
 @given(parts())
 def test_arrays_decode_back_to_the_work(part):
     bucket, items = part
@@ -134,6 +137,7 @@ def test_arrays_decode_back_to_the_work(part):
     assert (a["sample_position"] > 0).sum() == sum(item.samples for item in items)
 
 
+@UNHURRIED
 @given(parts())
 def test_only_what_samples_is_harvested_each_from_its_last_segment(part):
     bucket, items = part

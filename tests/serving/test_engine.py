@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -374,4 +374,6 @@ class AnySchedule(RuleBasedStateMachine):
 
 
 TestAnySchedule = AnySchedule.TestCase
-TestAnySchedule.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestAnySchedule.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,10 +1,12 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.health import HealthSettings, Observation, p99, stuck, suspects
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SETTINGS = HealthSettings(heartbeat_floor_s=0.35, step_floor_s=2.0)
 NOW = 100.0
@@ -123,6 +125,7 @@ def test_a_stopped_rank_is_named_and_not_the_ones_that_wait_for_it_in_the_step()
     assert judge(*ranks) == {1: "heartbeat"}
 
 
+@UNHURRIED
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))
 def test_p99_is_a_value_that_all_but_one_in_a_hundred_do_not_exceed(values):
     assert p99(values) in values

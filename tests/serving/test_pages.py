@@ -1,8 +1,10 @@
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.pages import PagePool, check_pages
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def test_pages_are_handed_out_from_the_first_upwards():
@@ -18,6 +20,7 @@ def test_pages_given_back_are_the_next_to_be_taken():
     assert again == (1, 2, 5)
 
 
+@UNHURRIED
 @given(st.integers(0, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 12))))
 def test_every_page_is_free_or_owned_once_under_any_order_of_takes_and_returns(total, events):
     pool, owned = PagePool.of(total), []

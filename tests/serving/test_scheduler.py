@@ -1,6 +1,6 @@
 import collections
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.batch import TILE, Batch, Bucket
@@ -201,7 +201,7 @@ def test_prefill_is_in_order_of_arrival_whatever_the_order_of_admission():
 requests = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 96))
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(requests, min_size=4, max_size=11), st.lists(st.integers(3, 8), min_size=1, max_size=3))
 def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pages):
     s = server((8, *pages))
