@@ -69,6 +69,8 @@ def _candidate_row(c: Candidate, best: Candidate) -> list[str]:
     if not reason and c is not best:
         less = 1 - c.tokens_per_second / best.tokens_per_second
         reason = f"{less:.1%} fewer tokens/s" + _bottleneck(c, best)
+        if less < 0:
+            reason = f"{-less:.1%} more tokens/s if its experts balanced perfectly; not placed"
     figures = (c.tokens_per_second, c.per_device(), c.tokens_per_second_per_user, c.ttft_seconds)
     numbers = [f"{x:,.{p}f}" if c.step else "-" for x, p in zip(figures, (0, 0, 1, 2), strict=True)]
     return [c.shape.describe(), *numbers, "chosen" if c is best else reason]

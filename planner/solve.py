@@ -123,7 +123,7 @@ def fresh(
     ranks, experts = len(domain), loads.shape[1]
     hosts = int(domain.max()) + 1
     apart = domain if hosts > 2 else np.arange(ranks)
-    members = max(1, min(8, (int(apart.max()) + 1) // 2))
+    members = max(1, min(8, (int(apart.max()) + 1) * 3 // 4))
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
     tries = max(1, min(6, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
     table = _best_start(loads, domain, slots, protect == "copies", spare, tries)

@@ -1,0 +1,134 @@
+"""Every command answers in text and in JSON, and its exit code says whether the news is good."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from planner.cli import main
+from planner.deployment import Deployment
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert main(["solve", "olmoe-1b-7b", "h100", "--skew", "0.7", "--out", str(path)]) == 0
+    return str(path)
+
+
+def data(capsys, *argv: str, code: int = 0) -> dict:
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def text(capsys, *argv: str, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main(list(argv)) == code
+    return capsys.readouterr().out
+
+
+def test_solve_says_the_plan_and_why_the_others_lost(capsys):
+    shown = text(capsys, "solve", "mixtral-8x7b", "h100", "--traffic", "prompt=1000,output=100")
+    assert "plan: collocated data 8 x tensor 1 x expert 8" in shown
+    assert "fewer tokens/s" in shown
+    assert "expert slots" in shown
+    found = data(capsys, "solve", "mixtral-8x7b", "h100")
+    assert {"deployment", "candidates", "pareto", "peak_load"} == set(found)
+    plan = Deployment.from_json(json.dumps(found)).plan
+    assert {f.source for f in plan.cost} == {"estimate"}
+
+
+def test_what_does_not_fit_is_exit_code_1_and_wrong_input_2(capsys):
+    assert main(["solve", "deepseek-v3", "h100"]) == 1
+    assert "Add ranks" in capsys.readouterr().err
+    assert main(["solve", "deepseek-v4", "h100"]) == 2
+    assert "neither a file nor one of the models" in capsys.readouterr().err
+    error = data(capsys, "solve", "deepseek-v3", "h100", code=1)
+    assert error["status"] == "UNAVAILABLE"
+    assert main(["degrade", "/nowhere/plan.json"]) == 2
+    assert "cannot read plan file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["solve"])
+
+
+def test_degrade_counts_losses_and_gates(capsys, plan_file):
+    shown = text(capsys, "degrade", plan_file)
+    assert re.search(
+        r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms", shown
+    )
+    found = data(capsys, "degrade", plan_file, "--gate", "survivable>=1.0, worst_stall_ms<=5000")
+    assert len(found["losses"]) == 8 + 28
+    assert found["gate_broken"] == []
+    assert data(capsys, "degrade", plan_file, "--gate", "capacity>=0.99", code=1)["gate_broken"]
+    assert main(["degrade", plan_file, "--without", "shop"]) == 2
+
+
+def test_simulate_compares_policies(capsys, plan_file):
+    found = data(capsys, "simulate", plan_file, "--days", "30", "--mtbf", "500", "--seed", "1")
+    assert [p["policy"] for p in found["policies"]] == ["restart", "mask", "copy", "spare"]
+    assert "availability" in text(capsys, "simulate", plan_file, "--policies", "copy,restart")
+
+
+def test_rebalance_then_diff(capsys, plan_file, tmp_path):
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps({"loads": (np.random.default_rng(0).random((16, 64)) + 0.1).tolist()}))
+    after = str(tmp_path / "after.json")
+    found = data(capsys, "rebalance", plan_file, str(loads), "--out", after)
+    assert max(found["peak_after"]) < max(found["peak_before"])
+    moved = data(capsys, "diff", plan_file, after)
+    assert moved["moves"] == found["transfer"]["moves"] == len(moved["list"])
+    assert moved["moves"] < moved["naive_moves"]
+    assert "placing everything anew would move" in text(capsys, "diff", plan_file, after)
+    loads.write_text("[[1, 2]]")
+    assert main(["rebalance", plan_file, str(loads)]) == 2
+
+
+def test_explain_a_rank_and_an_expert(capsys, plan_file):
+    assert "if it dies: survivable" in text(capsys, "explain", plan_file, "rank", "3")
+    assert "copies on ranks" in text(capsys, "explain", plan_file, "expert", "5", "layer", "2")
+    assert len(data(capsys, "explain", plan_file, "expert 5")["layers"]) == 16
+    assert data(capsys, "explain", plan_file, "3")["rank"] == 3
+    for wrong in ("rank 99", "expert 64", "expert 1 layer 16", "host 3"):
+        assert main(["explain", plan_file, wrong]) == 2
+
+
+def test_export_for_kubernetes_environment_and_json(capsys, plan_file):
+    shown = text(capsys, "export", plan_file, "--to", "k8s", "--name", "mine")
+    assert "kind: LeaderWorkerSet" in shown
+    assert "restartPolicy: None" in shown
+    assert "size: 9" in shown
+    assert "nvidia.com/gpu: 1" in shown
+    assert shown.count("MOEJAX_") >= 1
+    env = text(capsys, "export", plan_file, "--to", "env").splitlines()
+    assert len(env) == 9
+    assert env[1].startswith("MOEJAX_RANK=0 MOEJAX_HOST=host0 MOEJAX_ROLE=collocated")
+    assert json.loads(text(capsys, "export", plan_file, "--to", "json"))["experts"] == 64
+    assert "kind" in data(capsys, "export", plan_file, "--to", "k8s")["text"]
+
+
+def test_verify_against_measurements(capsys, plan_file, tmp_path):
+    measured = tmp_path / "throughput.json"
+    runs = [{"concurrency": c, "itl_ms": 10 + 0.5 * c} for c in (1, 8, 32)]
+    measured.write_text(json.dumps({"runs": runs}))
+    out = str(tmp_path / "calibrated.json")
+    found = data(capsys, "verify", plan_file, "--measured", str(measured), "--out", out)
+    assert [r["concurrency"] for r in found["measured"]] == [1, 8, 32]
+    assert data(capsys, "degrade", out)["summary"]
+    assert main(["verify", plan_file]) == 2
+
+
+def test_pictures_are_drawn(capsys, plan_file, tmp_path):
+    main(["solve", "olmoe-1b-7b", "h100", "--pictures", str(tmp_path)])
+    main(["degrade", plan_file, "--kinds", "rank", "--pictures", str(tmp_path), "--svg"])
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "placement.png",
+        "memory.png",
+        "pareto.png",
+        "capacity.svg",
+        "recovery.svg",
+    }
+    assert all(p.stat().st_size > 3000 for p in tmp_path.iterdir())

@@ -1,0 +1,211 @@
+"""Laws of degrade: it says what solve then does, and every loss ends in a means or in a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner import Cluster, Hardware, InputError, Workload, moves, solve
+from planner.cluster import read_cluster
+from planner.degrade import MEANS, Losses
+from planner.deployment import Deployment, zipf_loads
+from planner.design import design
+from planner.foresight import check_gate, foresee, summarise
+from planner.huggingface import read_model
+from planner.recovery import read_recovery, score_kept
+from planner.survivors import Outlook, survivors
+from tests.planner.strategies import cases
+
+
+def deployment(case, **more) -> Deployment:
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots, loads=case.loads, **more)
+    return Deployment(
+        plan=plan, workload=case.workload, cluster=case.cluster, loads=tuple(map(tuple, case.loads.tolist()))
+    )
+
+
+@given(cases(), st.data())
+def test_degrade_counts_what_solve_then_moves(case, data):
+    d = deployment(case)
+    if case.ranks == 1:
+        return
+    dead = data.draw(st.sets(st.sampled_from(d.plan.rank_ids), min_size=1, max_size=case.ranks - 1))
+    outcome = Losses(d).outcome(dead)
+    alive = set(d.plan.rank_ids) - dead
+    after = solve(case.workload, case.cluster, alive=alive, previous=d.plan, loads=d.load_array())
+    made = moves(d.plan, after)
+    assert outcome.survivable
+    assert outcome.means.get("store", 0) == len(made)
+    assert outcome.bytes_moved == len(made) * case.workload.expert_bytes
+    assert bool(outcome.means.get("regrow")) == (after.slots_per_rank > d.plan.slots_per_rank)
+    assert outcome.from_memory == (not made and after.slots_per_rank == d.plan.slots_per_rank)
+    if made and after.slots_per_rank == d.plan.slots_per_rank:
+        busiest = max(Counter(m.rank for m in made).values())
+        hardware = case.cluster.hardware
+        assert outcome.phases["weights"] >= busiest * 100 / hardware.host_to_device_bandwidth * (1 - 1e-9)
+
+
+@given(cases(), st.data())
+def test_losing_more_is_never_survived_with_less(case, data):
+    d = deployment(case)
+    if case.ranks < 3:
+        return
+    losses = Losses(d, means=[m for m in MEANS if m not in ("regrow", "mask")])
+    few = data.draw(st.sets(st.sampled_from(d.plan.rank_ids), min_size=1, max_size=case.ranks - 2))
+    more = few | {data.draw(st.sampled_from(sorted(set(d.plan.rank_ids) - few)))}
+    a, b = losses.outcome(few), losses.outcome(more)
+    assert a.survivable or not b.survivable
+    assert b.traffic_lost >= a.traffic_lost - 1e-12
+
+
+@given(cases())
+def test_more_slots_are_never_less_survivable_from_memory(case):
+    few = Losses(deployment(case))
+    roomy = Losses(
+        deployment(replace(case, slots=case.slots + max(1, -(-case.workload.experts // case.ranks))))
+    )
+    for rank in case.cluster.ids:
+        if case.ranks > 1:
+            assert roomy.outcome({rank}).from_memory >= few.outcome({rank}).from_memory
+
+
+def one_expert_each() -> Deployment:
+    workload = Workload(moe_layers=2, experts=4, experts_per_token=1, expert_bytes=100)
+    cluster = Cluster.local(4)
+    return Deployment(plan=solve(workload, cluster, slots_per_rank=1), workload=workload, cluster=cluster)
+
+
+def test_without_slots_or_store_a_loss_is_not_survived_unless_masked():
+    d = one_expert_each()
+    plain = [m for m in MEANS if m not in ("regrow", "mask")]
+    refused = Losses(d, means=plain).outcome({0})
+    assert not refused.survivable
+    assert refused.reason == "4 experts do not fit in 3 slots (3 ranks x 1)"
+    masked = Losses(d, means=[*plain, "mask"]).outcome({0})
+    assert masked.survivable
+    assert masked.masked == 2
+    assert masked.score == pytest.approx(score_kept(0.25))
+    assert masked.traffic_lost == pytest.approx(0.25)
+    grown = Losses(d, means=[*plain, "regrow"]).outcome({0})
+    assert grown.means == {"store": 2, "regrow": 1}
+
+
+def test_without_a_store_single_copies_are_masked_or_lost():
+    d = one_expert_each()
+    d = replace(d, plan=solve(d.workload, d.cluster, slots_per_rank=2, protect="none"))
+    assert Losses(d).outcome({0}).from_memory
+    thin = replace(d, plan=solve(d.workload, Cluster.local(3), slots_per_rank=2))
+    no_store = [m for m in MEANS if m not in ("store", "mask")]
+    lost = [Losses(thin, means=no_store).outcome({r}) for r in range(3)]
+    assert any("no copy, parity group or store" in o.reason for o in lost)
+    assert all(o.survivable for o in (Losses(thin, means=[*no_store, "mask"]).outcome({r}) for r in range(3)))
+
+
+def test_a_broken_tensor_group_loses_its_cache_and_its_other_ranks_hold_experts_only():
+    model, cluster = read_model("qwen3-30b-a3b"), read_cluster("v5e:2x8")
+    d = design(model, cluster).deployment
+    tensor = d.shape.tensor
+    assert tensor > 1
+    outlook = Outlook(d)
+    left = survivors(d, {0}, outlook)
+    outcome = Losses(d).outcome({0})
+    assert left.broken_groups == 1
+    assert outcome.cache_tokens == int(outlook.whole.requests_per_group * d.traffic.context)
+    if left.tensor == tensor:
+        assert left.data == d.shape.data - 1
+        assert set(left.roles.values()) == {"expert"}
+        assert len(left.roles) == tensor - 1
+    else:
+        assert left.peer_bytes > 0
+    assert 0 < outcome.capacity < 1
+
+
+def test_attention_ranks_take_the_place_of_expert_ranks_when_slots_run_short():
+    model, cluster = read_model("qwen3-30b-a3b"), read_cluster("h100:4x8")
+    found = design(model, cluster, arch="disaggregated")
+    d = found.deployment
+    experts = list(d.plan.holder_ids)
+    need = -(-model.experts // d.plan.slots_per_rank)
+    dead = experts[: len(experts) - need + 1]
+    outcome = Losses(d).outcome(dead)
+    assert outcome.survivable
+    assert outcome.means["switch"] >= 1
+    assert outcome.phases["weights"] > 0
+    assert Losses(d).outcome([r.id for r in d.plan.ranks if r.role == "attention"]).survivable is False
+
+
+def test_standby_ranks_take_over():
+    model, cluster = read_model("mixtral-8x7b"), read_cluster("h100")
+    d = design(model, cluster, standby=1).deployment
+    outcome = Losses(d).outcome({0})
+    assert outcome.means["spare"] == 1
+    assert outcome.capacity == pytest.approx(1.0)
+
+
+@settings(max_examples=10)
+@given(cases())
+def test_every_rank_host_and_pair_is_looked_at(case):
+    outcomes, sampled = foresee(Losses(deployment(case)), pairs=10_000)
+    kinds = Counter(o.kind for o in outcomes)
+    n = case.ranks
+    assert kinds["rank"] == (n if n > 1 else 0)
+    assert kinds["pair"] == (n * (n - 1) // 2 if n > 2 else 0)
+    assert sampled == 0
+    rows = {r["kind"]: r for r in summarise(outcomes)}
+    assert sum(r["cases"] for r in rows.values()) == len(outcomes)
+
+
+def test_a_sample_of_pairs_says_of_how_many():
+    workload = Workload(moe_layers=1, experts=8, experts_per_token=1, expert_bytes=1)
+    cluster = Cluster.regular("c", 5, 8, hardware=Hardware())
+    losses = Losses(Deployment(plan=solve(workload, cluster), workload=workload, cluster=cluster))
+    outcomes, sampled = foresee(losses, kinds=["pair"], pairs=7)
+    assert (len(outcomes), sampled) == (7, 780)
+    assert [o.dead for o in outcomes] == [o.dead for o in foresee(losses, kinds=["pair"], pairs=7)[0]]
+
+
+def test_gates_hold_or_say_what_the_value_is():
+    d = one_expert_each()
+    summary = summarise(foresee(Losses(d), kinds=["rank"])[0])
+    assert check_gate("survivable>=1.0, worst_stall_ms<=500", summary) == []
+    broken = check_gate("from_memory>=0.5, rank.capacity>=0.9", summary)
+    assert broken == ["from_memory>=0.5: it is 0", "rank.capacity>=0.9: it is 0.75"]
+    for text, message in (
+        ("worst_stal<=1", "Did you mean 'worst_stall_ms'"),
+        ("host.survivable>=1", "unknown key 'host'"),
+        ("survivable=1", "is not NAME>=NUMBER"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_gate(text, summary)
+
+
+def test_measured_phases_replace_the_estimates(tmp_path):
+    file = tmp_path / "recovery.json"
+    file.write_text(
+        '{"kills": [{"adopt_ms": 10}, {"adopt_ms": 30}], "summary": {"detect_ms": 5,'
+        '"survivor_stall_ms": {"median": 60, "max": 90}, "rejoin_pause_ms": 400, "warm_restart_s": 12}}'
+    )
+    found = read_recovery(file)
+    assert (found.detect, found.adopt, found.restart, found.rejoin) == (0.005, 0.02, 12.0, 0.4)
+    assert found.abort == pytest.approx(0.035)
+    assert found.source == "measured"
+    file.write_text('{"summary": {}}')
+    with pytest.raises(InputError, match=r"no result of benchmarks\.recovery"):
+        read_recovery(file)
+
+
+def test_the_score_kept_follows_the_paper():
+    assert score_kept(0) == 1
+    assert score_kept(1 / 8) == pytest.approx(0.663 / 0.683)
+    assert score_kept(0.9) == pytest.approx(0.542 / 0.683)
+
+
+def test_deepseek_v3_survives_any_rank_and_host_from_memory_with_two_copies():
+    model, cluster = read_model("deepseek-v3"), read_cluster("h200:8x8")
+    d = design(model, cluster, loads=zipf_loads(model, 0.5), slots=9).deployment
+    outcomes, _ = foresee(Losses(d), kinds=["rank", "host"])
+    assert all(o.from_memory for o in outcomes)
