@@ -32,7 +32,7 @@ def place(
     copies are sorted, to try another order, float [layers, experts].
 
     Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
-    same expert, a second copy to another host than the first. On the largest clusters they are dealt out
+    same expert, on a host with no more than its part of them. On the largest clusters they are dealt out
     instead, which takes less time and balances a little less well.
     """
     layers, experts = loads.shape
@@ -74,28 +74,31 @@ def _pack(
 ) -> np.ndarray:
     """Rank of each item, int [layers, items], -1 for pads; `room` is the slots of each rank [layers, ranks].
 
-    Copies of an expert go to different ranks and to two domains at least where there is room.
+    Copies of an expert go to different ranks and evenly to the domains where there is room.
     """
     layers, ranks = room.shape
     at = np.full(item.shape, -1, np.int64)
     load = np.zeros((layers, ranks))
     left = room.astype(np.int64).copy()
     held = np.zeros((layers, experts, ranks), np.int8)
-    hosted = np.zeros((layers, experts, int(domain.max()) + 1), bool)
+    hosts = int(domain.max()) + 1
+    hosted = np.zeros((layers, experts, hosts), np.int16)
     rows = np.arange(layers)
+    copies = np.zeros((layers, experts), np.int64)
+    np.add.at(copies, (rows[:, None], item), item >= 0)
+    quota = -(-copies // hosts)
     turn = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
     for i in range(item.shape[1]):
         expert = item[:, i]
-        there = hosted[rows, expert]
         key = load + turn - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
-        key += FAR / 100 * (there[:, domain] & (there.sum(axis=1) < 2)[:, None])
+        key += FAR / 100 * (hosted[rows, expert][:, domain] >= quota[rows, expert][:, None])
         best = key.argmin(axis=1)
         live = expert >= 0
         at[:, i] = np.where(live, best, -1)
         load[rows, best] += np.where(live, weight[:, i], 0.0)
         left[rows, best] -= live
         held[rows[live], expert[live], best[live]] += 1
-        hosted[rows[live], expert[live], domain[best[live]]] = True
+        hosted[rows[live], expert[live], domain[best[live]]] += 1
     return at
 
 
