@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 Kind = Literal["exited", "stream", "error", "stopped", "heartbeat", "step"]
@@ -69,7 +69,9 @@ def suspects(
             cause = judge(o, moment, settings)
             if cause is not None:
                 found.setdefault(o.rank, cause)
-    for overdue, kind in ((_heartbeat_overdue, "heartbeat"), (_step_overdue, "step")):
+    clocks: tuple[tuple[Kind, Callable[[Observation, float, HealthSettings], float]], ...]
+    clocks = (("heartbeat", _heartbeat_overdue), ("step", _step_overdue))
+    for kind, overdue in clocks:
         late = {o.rank: overdue(o, moment, settings) for o in seen if o.rank not in found}
         least = min(late.values(), default=0.0)
         if not 0 < least <= settings.together_limit_s:

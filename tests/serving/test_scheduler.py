@@ -216,7 +216,8 @@ def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pa
 
 
 def check_step(before: EngineState, batch: Batch, s: FakeServer) -> None:
-    """One piece of work per request, in the smallest bucket that covers it; the oldest is never set back."""
+    """One piece of work per request and a row for each that goes on decoding, in the smallest bucket that
+    covers it; the oldest is never set back."""
     seen = collections.Counter(item.request_id for part in batch.work.values() for item in part)
     assert set(seen.values()) == {1}
     rows = max(sum(not item.tiles for item in part) for part in batch.work.values())
@@ -229,7 +230,7 @@ def check_step(before: EngineState, batch: Batch, s: FakeServer) -> None:
     assert tiles <= (limits.tiles_while_decoding if decoding else limits.most_tiles)
     for sequence in before.running.values():
         now = s.state.find(sequence.id)
-        if sequence.pending == 1 and now is not None and now.rank is not None:
+        if sequence.pending == 1 and now is not None and now.rank == sequence.rank:
             assert seen[sequence.id] == 1
     oldest = min(before.running.values(), key=lambda sequence: sequence.arrival, default=None)
     if oldest is not None and s.state.find(oldest.id) is not None:
