@@ -42,7 +42,7 @@ def error_value(
     code: grpc.StatusCode, text: str, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> MoejaxError:
     """The error a status stands for, also when it came from gRPC itself and has no details."""
-    packed = next((v for k, v in trailers or () if k == _DETAILS_KEY), b"")
+    packed = next((v for k, v in trailers or () if k == _DETAILS_KEY and isinstance(v, bytes)), b"")
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status_pb2.Status.FromString(packed).details:
         detail.Unpack(info)

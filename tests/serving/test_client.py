@@ -54,7 +54,8 @@ def test_a_stream_has_its_end_after_the_chunks(server):
 def test_leaving_a_stream_cancels_its_request(server, backend):
     backend.delay_s = 0.01
     with Client(server.address) as client:
-        for _ in client.stream("a"):
+        stream = client.stream("a")
+        for _ in stream:
             break
         asyncio.run(until(lambda: not backend.running))
     assert list(backend.ended.values()) == ["left"]
