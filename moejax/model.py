@@ -64,9 +64,8 @@ def step(
             layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment
         )
         moe_in_pattern = pattern.count("moe")
-        routes = expert_to_slot[moe_depth : moe_depth + repeats * moe_in_pattern].reshape(
-            repeats, moe_in_pattern, -1
-        )
+        these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
+        routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
 
         def body(x, at, experts=experts, first=depth, pattern=pattern):
             layers, routes, repeat = at

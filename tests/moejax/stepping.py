@@ -1,0 +1,107 @@
+"""Runs step programs over meshes inside this process, through the same inputs the server sends."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from moejax import steps
+from moejax.cache import Cache
+from moejax.config import ModelConfig
+from moejax.inputs import Bucket, idle
+from moejax.mesh import make_mesh
+from moejax.model import StepOutputs, StepShape
+from moejax.params import Params
+from serving.batch import Batch, Work, assemble
+from serving.batch import Bucket as Shape
+
+PAGE, PAGES, MAX_PAGES = 32, 16, 8
+
+
+@dataclasses.dataclass
+class Stepper:
+    """A model on `ranks` devices with `slots` on each; `table[physical slot]` names the expert, on every layer."""
+
+    cfg: ModelConfig
+    params: Params
+    ranks: int
+    slots: int
+    table: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.mesh = make_mesh(jax.devices()[: self.ranks])
+        shape = self._shape(Shape(2, 0))
+        spec = steps.partition(shape)
+        experts = steps.with_experts(self.params, lambda leaf: leaf[:, self.table])
+        self._params = jax.tree.map(lambda leaf, s: jax.device_put(leaf, self._on(s)), experts, spec.params)
+        self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
+        self.cache = jax.device_put(self._empty(), self._on(steps.SLOTS))
+
+    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]]) -> StepOutputs:
+        """One step and its commit."""
+        batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
+        shape = self._shape(bucket)
+        parts = [
+            np.concatenate(
+                [a.reshape(-1).view(np.int32) for a in assemble(batch, r, page_size=PAGE, max_pages=MAX_PAGES).values()]
+            )
+            if work.get(r)
+            else idle(shape.bucket)
+            for r in range(self.ranks)
+        ]
+        packed = jax.device_put(np.concatenate(parts), self._on(steps.partition(shape).packed))
+        arguments = steps.StepArguments(
+            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed
+        )
+        outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
+        self.cache = self._committed(shape.bucket, outputs, parts)
+        return outputs
+
+    def segment(self, outputs: StepOutputs, bucket: Shape, rank: int, segment: int) -> tuple[int, float]:
+        """Token and log-probability of one segment of a rank."""
+        at = rank * bucket.segments + segment
+        return int(outputs.tokens[at]), float(outputs.logprobs[at])
+
+    def rows(self, outputs: StepOutputs, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
+        """New keys and values of some rows of a rank, [L, 2, rows, K*H]."""
+        at = rank * bucket.rows + first
+        return np.asarray(outputs.new_kv)[:, :, at : at + count]
+
+    def _committed(self, bucket: Bucket, outputs: StepOutputs, parts: list[np.ndarray]) -> Cache:
+        new = np.asarray(outputs.new_kv)
+        halves = []
+        for rank, packed in enumerate(parts):
+            mine = new[:, :, rank * bucket.rows : (rank + 1) * bucket.rows]
+            before = jax.tree.map(
+                lambda a, r=rank: np.array(np.asarray(a)[:, r * PAGE * PAGES : (r + 1) * PAGE * PAGES]), self.cache
+            )
+            halves.append(steps.run_commit(jax.device_put(before), mine, packed, bucket=bucket))
+        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis=1), *halves)
+        return jax.device_put(whole, self._on(steps.SLOTS))
+
+    def _preferred(self) -> np.ndarray:
+        routes = np.full((self.ranks, self.cfg.n_moe_layers, self.cfg.moe.experts), -1, np.int32)
+        for rank in range(self.ranks):
+            for expert in range(self.cfg.moe.experts):
+                where = np.flatnonzero(self.table == expert)
+                if len(where):
+                    routes[rank, :, expert] = where[rank % len(where)]
+        return routes
+
+    def _shape(self, bucket: Shape) -> StepShape:
+        static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=MAX_PAGES)
+        return StepShape(cfg=self.cfg, bucket=static, ranks=self.ranks, slots=self.slots, page_size=PAGE)
+
+    def _on(self, spec: jax.sharding.PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _empty(self) -> Cache:
+        size = (self.cfg.n_layers, self.ranks * PAGE * PAGES, self.cfg.n_kv_heads * self.cfg.d_head)
+        return Cache(k=np.zeros(size, np.float32), v=np.zeros(size, np.float32))
+
+
+def work(tokens: list[int], start: int, pages: tuple[int, ...], **sampling: float) -> Work:
+    """Work on these tokens at positions from `start`, sampling the next one greedily unless told otherwise."""
+    values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0} | sampling
+    return Work(request_id="r", start=start, tokens=tuple(tokens), pages=pages, samples=True, **values)

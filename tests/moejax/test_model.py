@@ -1,0 +1,121 @@
+"""Laws of the step: it is the model, on any number of ranks, and no bit of a row depends on anything but the row."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.params import init_params
+from serving.batch import Bucket
+from tests.moejax.stepping import Stepper, work
+from tests.reference import forward
+
+CONFIGS = {
+    "mixtral": ModelConfig(
+        name="mixtral-shape",
+        vocab_size=128,
+        d_model=64,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=16,
+        d_ff=96,
+        moe=MoEConfig(experts=8, experts_per_token=2, d_expert=96),
+    ),
+    "shared": ModelConfig(
+        name="smollm2-moe-shape",
+        vocab_size=128,
+        d_model=96,
+        n_layers=7,
+        n_heads=3,
+        n_kv_heads=1,
+        d_head=32,
+        d_ff=160,
+        moe=MoEConfig(experts=8, experts_per_token=6, d_expert=32, d_shared=64, gate="one"),
+        moe_every=3,
+    ),
+}
+PAGES = (5, 2, 9, 11)
+TABLES = {1: list(range(8)), 2: [*range(8), 0, 1], 3: [*range(8), 3], 4: [7, 6, 5, 4, 3, 2, 1, 0, 0, 3, 5, 7]}
+
+
+@functools.cache
+def params(name: str):
+    """Random parameters, large enough that routing and attention matter."""
+    return jax.tree.map(lambda a: a * (1 if a.ndim < 2 else 6), init_params(CONFIGS[name], jax.random.key(3)))
+
+
+def stepper(name: str, ranks: int) -> Stepper:
+    table = np.array(TABLES[ranks])
+    return Stepper(CONFIGS[name], params(name), ranks, len(table) // ranks, table)
+
+
+def tokens_of(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 128, count).tolist()
+
+
+def prefill(model: Stepper, tokens: list[int], rank: int, bucket: Bucket):
+    """Keys and values of all tokens, and the sampled (token, log-probability)."""
+    out = model.run(bucket, {rank: (work(tokens, 0, PAGES),)})
+    last = bucket.decode + -(-len(tokens) // 32) - 1
+    kv = model.rows(out, bucket, rank, bucket.decode, len(tokens))
+    return kv, model.segment(out, bucket, rank, last)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: str, ranks: int) -> None:
+    tokens = tokens_of(41)
+    logits = forward(params(name), CONFIGS[name], tokens)[-1]
+    _, (token, logprob) = prefill(stepper(name, ranks), tokens, ranks - 1, Bucket(2, 2))
+    assert token == int(np.argmax(logits))
+    expected = logits[token] - np.logaddexp.reduce(logits)
+    assert abs(logprob - expected) < 1e-4 * np.abs(logits).max()  # float32 over at most 7 layers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: str) -> None:
+    tokens, other = tokens_of(70), tokens_of(50, seed=1)
+    kv, sampled = prefill(stepper(name, 1), tokens, 0, Bucket(2, 4))
+    for ranks in (1, 3, 4):
+        model = stepper(name, ranks)
+        rank = ranks - 1
+        model.run(Bucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})
+        # Token by token from here, in buckets of changing size, beside another rank's prefill.
+        for at in range(50, 70):
+            bucket = (Bucket(2, 0), Bucket(8, 2), Bucket(32, 0))[at % 3]
+            mine = (work([tokens[at]], at, PAGES),)
+            crowd = {0: (work(other, 0, (0, 1)),)} if bucket.tiles and rank else {}
+            out = model.run(bucket, {rank: mine, **crowd})
+            np.testing.assert_array_equal(model.rows(out, bucket, rank, 0, 1)[:, :, 0], kv[:, :, at])
+        assert model.segment(out, bucket, rank, 0) == sampled
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_made_twice_leaves_the_cache_as_once(name: str) -> None:
+    model, tokens = stepper(name, 2), tokens_of(40)
+    first = prefill(model, tokens, 1, Bucket(2, 2))
+    before = jax.tree.map(np.array, model.cache)
+    again = prefill(model, tokens, 1, Bucket(2, 2))
+    assert first[1] == again[1]
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, model.cache))
+
+
+def test_masked_experts_hand_their_tokens_to_the_next_best() -> None:
+    cfg, tokens = CONFIGS["shared"], tokens_of(40)
+    table = np.array([0, 1, 2, 3, 4, 5, -1, 6])
+    masked = Stepper(cfg, params("shared"), 2, 4, table)
+    logits = forward(params("shared"), cfg, tokens, masked={7})[-1]
+    _, (token, logprob) = prefill(masked, tokens, 0, Bucket(2, 2))
+    assert token == int(np.argmax(logits))
+    assert abs(logprob - (logits[token] - np.logaddexp.reduce(logits))) < 1e-4 * np.abs(logits).max()
+
+
+def test_every_row_counts_once_for_each_expert_it_went_to() -> None:
+    model = stepper("shared", 4)
+    bucket = Bucket(2, 2)
+    out = model.run(bucket, {2: (work(tokens_of(41), 0, PAGES),)})
+    load = np.asarray(out.expert_load).reshape(4, 2, 8)
+    assert load.sum((1, 2)).tolist() == [0, 0, 41 * 6 * 2, 0]
