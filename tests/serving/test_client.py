@@ -164,3 +164,20 @@ async def test_a_hundred_streams_share_one_connection(backend):
     async with serve(backend) as server, AsyncClient(server) as client:
         answers = await asyncio.gather(*(client.generate((n,), max_tokens=20) for n in range(100)))
     assert [a.token_ids for a in answers] == [tuple(range(n + 1, n + 21)) for n in range(100)]
+
+
+@pytest.mark.anyio
+async def test_a_burst_beyond_the_queue_is_refused_and_not_dropped():
+    backend = FakeBackend(max_queue=100, delay_s=0.01)
+
+    async def ask(client: AsyncClient) -> str:
+        try:
+            return (await client.generate("a", max_tokens=2)).reason
+        except errors.MoejaxError as error:
+            return type(error).__name__
+
+    async with serve(backend) as server, AsyncClient(server) as client:
+        ends = await asyncio.gather(*(ask(client) for _ in range(4000)))
+    assert set(ends) == {"length", "QueueFull"}
+    assert ends.count("length") >= 100
+    assert backend.running == 0
