@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 NEAR = 1.00001  # peak over mean at which a layer is balanced enough
-PARTNERS = 160  # coolest ranks that are tried as partners of the hottest
+PARTNERS = 320  # slots of the coolest ranks that are tried as partners of one of the hottest
 
 
 def slot_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
@@ -51,12 +51,13 @@ def swap_down(
         return table
     weight = slot_loads(table, loads)
     on_host = _host_counts(table, domain, max(experts, int(table.max()) + 1))
+    span = (on_host > 0).sum(axis=2)
     rounds = min(4 * ranks, 300) if rounds is None else rounds
     live = np.arange(layers)
     for _ in range(rounds):
         if not len(live):
             break
-        done = _swap_once(table, weight, on_host, domain, live)
+        done = _swap_once(table, weight, on_host, span, domain, live)
         live = live[done]
     return table
 
@@ -71,18 +72,26 @@ def _host_counts(table: np.ndarray, domain: np.ndarray, experts: int) -> np.ndar
 
 
 def _swap_once(
-    table: np.ndarray, weight: np.ndarray, on_host: np.ndarray, domain: np.ndarray, live: np.ndarray
+    table: np.ndarray,
+    weight: np.ndarray,
+    on_host: np.ndarray,
+    span: np.ndarray,
+    domain: np.ndarray,
+    live: np.ndarray,
 ) -> np.ndarray:
-    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live] where done."""
+    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live] where done.
+
+    `on_host` [layers, experts + 1, hosts] counts copies, `span` [layers, experts + 1] hosts that have one.
+    """
     row = np.arange(len(live))
     by_rank = weight[live].sum(axis=2)
     hot = by_rank.argmax(axis=1)
-    partners = min(PARTNERS, by_rank.shape[1] - 1)
+    partners = min(max(24, PARTNERS // weight.shape[2]), by_rank.shape[1] - 1)
     cool = np.argpartition(by_rank, partners - 1, axis=1)[:, :partners]
     top = by_rank[row, hot]
     gain = weight[live, hot][:, :, None, None] - weight[live[:, None], cool][:, None]
     after = np.maximum(top[:, None, None, None] - gain, by_rank[row[:, None], cool][:, None, :, None] + gain)
-    legal = (gain > 1e-15) & _legal(table, on_host, domain, live, hot, cool)
+    legal = (gain > 1e-15) & _legal(table, on_host, span, domain, live, hot, cool)
     after = np.where(legal, after, np.inf).reshape(len(live), -1)
     pick = after.argmin(axis=1)
     done = after[row, pick] < top * (1 - 1e-9)
@@ -94,6 +103,7 @@ def _swap_once(
     for expert, gone, come in ((table[a], here, there), (table[b], there, here)):
         np.subtract.at(on_host, (live[done], expert, gone), 1)
         np.add.at(on_host, (live[done], expert, come), 1)
+        span[live[done], expert] = (on_host[live[done], expert] > 0).sum(axis=1)
     for array in (table, weight):
         array[a], array[b] = array[b], array[a].copy()
     return done
@@ -102,6 +112,7 @@ def _swap_once(
 def _legal(
     table: np.ndarray,
     on_host: np.ndarray,
+    span: np.ndarray,
     domain: np.ndarray,
     live: np.ndarray,
     hot: np.ndarray,
@@ -116,7 +127,6 @@ def _legal(
     held = (theirs[:, None] == mine[:, :, None, None]).any(axis=3, keepdims=True)
     holds = (mine[:, :, None, None] == theirs[:, None]).any(axis=1, keepdims=True) & (theirs[:, None] >= 0)
     same = (there == here[:, None])[:, None, :, None]
-    span = (on_host > 0).sum(axis=2)
 
     def fewer(expert: np.ndarray, layer: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
         change = (on_host[layer, expert, new] == 0).astype(int) - (on_host[layer, expert, old] == 1)

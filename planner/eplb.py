@@ -7,6 +7,8 @@ other copies of an expert are on.
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 
@@ -21,10 +23,10 @@ def eplb_place(loads: np.ndarray, ranks: int, slots: int) -> np.ndarray:
     for layer in range(layers):
         item = np.repeat(np.arange(experts), counts[layer])
         weight = (loads[layer] / counts[layer])[item]
-        total, used = np.zeros(ranks), np.zeros(ranks, np.int64)
-        for i in np.argsort(-weight, kind="stable"):
-            rank = int(np.where(used < slots, total, np.inf).argmin())
-            table[layer, rank, used[rank]] = item[i]
-            total[rank] += weight[i]
-            used[rank] += 1
+        lightest = [(0.0, rank, 0) for rank in range(ranks)]
+        for i in np.argsort(-weight, kind="stable").tolist():
+            total, rank, used = heapq.heappop(lightest)
+            table[layer, rank, used] = item[i]
+            if used + 1 < slots:
+                heapq.heappush(lightest, (total + float(weight[i]), rank, used + 1))
     return table

@@ -29,7 +29,8 @@ def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_
 
     An expert with two copies, or copies on two hosts, keeps that. "hierarchical" swaps inside hosts only,
     so nothing crosses the network. At most `moves_per_layer` slots are given to other experts on a layer and
-    as many swapped. Parity slots stay, and nothing is swapped where there are any.
+    as many swapped (on each host, when hierarchical). Parity slots stay; where there are any, nothing is
+    swapped.
     """
     if mode not in MODES:
         raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
