@@ -36,7 +36,7 @@ READINESS = ("readiness", INFERENCE)
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the traffic
-    # A burst waits to be read and is then refused by the queue, with a time to come back; gRPC would cancel it.
+    # A burst is refused by the queue, with a time to come back; gRPC itself would cancel it.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
     ("grpc.max_receive_message_length", 4 << 20),

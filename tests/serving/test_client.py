@@ -168,7 +168,7 @@ async def test_a_hundred_streams_share_one_connection(backend):
 
 @pytest.mark.anyio
 async def test_a_burst_beyond_the_queue_is_refused_and_not_dropped():
-    backend = FakeBackend(max_queue=100, delay_s=0.01)
+    backend = FakeBackend(max_queue=100, delay_s=0.5)
 
     async def ask(client: AsyncClient) -> str:
         try:
