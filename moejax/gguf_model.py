@@ -120,7 +120,7 @@ def stack_layers(layers: list[Layer]) -> Layer:
 
 
 def _halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (pair, member) order to (member, pair): undo llama.cpp's permutation for its rope."""
+    """Rows of each head from (pair, member) order to (member, pair): undoes llama.cpp's permutation."""
     rows, width = w.shape
     return w.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -138,7 +138,6 @@ def _tokenizer(fields: dict) -> Tokenizer:
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t, k in zip(tokens, types, strict=True) if k == CONTROL]
-    )
+    control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in control])
     return tokenizer
