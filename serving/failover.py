@@ -26,7 +26,7 @@ from serving.proto.moejax.v1 import link_pb2
 MeshKey = tuple[tuple[int, ...], int]
 """Ranks of a mesh, and the slots on each."""
 
-JOIN_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 30.0
 COLLECTIVE_TIMEOUT_S = 30
 
 
@@ -237,9 +237,11 @@ class Failover:
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
                 await self._all("join", joins)
-        except (RankLost, RankRefused, TimeoutError):
+        except (RankLost, RankRefused, TimeoutError) as error:
             # Whoever waits for the others in there is let go by the end of the service.
             await self._coordinator.stop()
+            if isinstance(error, TimeoutError):
+                self._links.give_up(ranks, f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
             raise
         finally:
             if before is not None:

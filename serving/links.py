@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 
 from serving.errors import StartError
-from serving.health import Cause, HealthSettings, Observation, suspects
+from serving.health import Cause, HealthSettings, Observation, stuck, suspects
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 
 MESSAGE_BYTES = 64 << 20
@@ -214,6 +214,13 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         self._release(each)
         self._on_loss(each.loss)
 
+    def give_up(self, ranks: Iterable[int], why: str) -> None:
+        """Those of these ranks that still owe an answer are dead from now on."""
+        for rank in ranks:
+            each = self._ranks[rank]
+            if any(not future.done() for _, future in each.pending.values()):
+                self.declare(rank, Cause("error", why), each.last_heartbeat)
+
     async def fenced(self, rank: int) -> None:
         """Wait until the process of a lost rank runs no more of its program. The kernel may still be giving back its
         memory, which takes longer than all the rest of a recovery."""
@@ -326,6 +333,15 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             observed = [self._observe(each) for each in self._ranks.values() if each.watched and each.loss is None]
             for rank, cause in suspects(observed, now, self._health, front_lag_s=self.front_lag_s).items():
                 self.declare(rank, cause, now if cause.kind == "exited" else self._ranks[rank].last_heartbeat)
+            if observed and stuck(observed, now, self._health, front_lag_s=self.front_lag_s):
+                self._give_up_step()
+
+    def _give_up_step(self) -> None:
+        """All ranks are late and none can be named: the step has failed, and whoever asked for it makes the mesh anew.
+        A rank that hangs is then the one that does not come along."""
+        for each in self._ranks.values():
+            if each.step is not None and not each.step[1].done():
+                each.step[1].set_exception(RankRefused(each.rank, "step", "every rank is late with it"))
 
     @staticmethod
     def _observe(each: RankProcess) -> Observation:

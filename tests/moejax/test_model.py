@@ -64,8 +64,7 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: Bucket):
     return kv, model.segment(out, bucket, rank, last)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "ranks"), [*(("mixtral", ranks) for ranks in (1, 2, 3, 4)), ("shared", 3)])
 def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: str, ranks: int) -> None:
     tokens = tokens_of(41)
     logits = forward(params(name), CONFIGS[name], tokens)[-1]
@@ -78,14 +77,14 @@ def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: str) -> None:
     tokens, other = tokens_of(70), tokens_of(50, seed=1)
-    kv, sampled = prefill(stepper(name, 1), tokens, 0, Bucket(2, 4))
-    for ranks in (1, 3, 4):
+    kv, sampled = prefill(stepper(name, 1), tokens, 0, Bucket(8, 4))
+    for ranks in (1, 4):
         model = stepper(name, ranks)
         rank = ranks - 1
         model.run(Bucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})
         # Token by token from here, in buckets of changing size, beside another rank's prefill.
         for at in range(50, 70):
-            bucket = (Bucket(2, 0), Bucket(8, 2), Bucket(32, 0))[at % 3]
+            bucket = (Bucket(2, 0), Bucket(8, 2))[at % 2]
             mine = (work([tokens[at]], at, PAGES),)
             crowd = {0: (work(other, 0, (0, 1)),)} if bucket.tiles and rank else {}
             out = model.run(bucket, {rank: mine, **crowd})

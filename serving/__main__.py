@@ -1,0 +1,5 @@
+"""`python -m serving` is `moejax`."""
+
+from serving.cli import main
+
+main()

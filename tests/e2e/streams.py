@@ -1,0 +1,132 @@
+"""Streams that run while ranks die, and the tokens they must have."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Self
+
+from serving.client import Client
+from serving.errors import DeadlineExceeded
+from serving.status import Event, Status
+
+
+@dataclasses.dataclass
+class Stream:
+    """One request and what came of it."""
+
+    prompt: list[int]
+    temperature: float
+    seed: int
+    max_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    indices: list[int] = dataclasses.field(default_factory=list)
+    epochs: list[int] = dataclasses.field(default_factory=list)
+    error: Exception | None = None
+
+    def run(self, client: Client) -> None:
+        """Read the stream to its end."""
+        try:
+            for chunk in client.stream(
+                self.prompt,
+                temperature=self.temperature,
+                seed=self.seed,
+                max_tokens=self.max_tokens,
+                ignore_eos=True,
+            ):
+                self.indices += range(chunk.index, chunk.index + len(chunk.token_ids))
+                self.tokens += chunk.token_ids
+                self.epochs.append(chunk.epoch)
+        except Exception as error:
+            self.error = error
+
+    def again(self) -> "Stream":
+        """The same request, not yet sent."""
+        return Stream(self.prompt, self.temperature, self.seed, self.max_tokens)
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Requests whose answers are known."""
+
+    known: list[Stream]
+
+    @classmethod
+    def record(cls, client: Client, *, streams: int, prompt_tokens: int, max_tokens: int) -> Self:
+        """Ask each alone, greedy and seeded in turn."""
+        known = [
+            Stream([(7 * i + 3 * j) % 500 + 5 for j in range(prompt_tokens)], float(i % 2), i, max_tokens)
+            for i in range(streams)
+        ]
+        for stream in known:
+            stream.run(client)
+            assert stream.error is None
+            assert len(stream.tokens) == max_tokens
+        return cls(known)
+
+    def during(self, client: Client, *acts: Callable[[], None], after: float = 0.3) -> list[Stream]:
+        """All streams at once; `acts` one after the other once `after` of their tokens are there. Checks them all."""
+        streams = [stream.again() for stream in self.known]
+        threads = [threading.Thread(target=stream.run, args=(client,)) for stream in streams]
+        for thread in threads:
+            thread.start()
+        wanted = after * sum(stream.max_tokens for stream in streams)
+        while sum(len(s.tokens) for s in streams) < wanted and any(t.is_alive() for t in threads):
+            time.sleep(0.002)
+        for act in acts:
+            act()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a stream does not end"
+        for stream, known in zip(streams, self.known, strict=True):
+            assert stream.error is None, stream.error
+            assert stream.indices == list(range(known.max_tokens))
+            assert stream.tokens == known.tokens
+        return streams
+
+
+def pid_of(status: Status, rank: int) -> int:
+    """The process of a rank."""
+    pid = status.ranks[rank].pid
+    assert pid is not None, f"rank {rank} is {status.ranks[rank].state}"
+    return pid
+
+
+def kill(client: Client, rank: int, how: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """An act: the signal to the rank's process, straight from the kernel."""
+    pid = pid_of(client.status(), rank)
+    return lambda: os.kill(pid, how)
+
+
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    """Poll until `holds`."""
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, f"not within {limit_s:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+def wait_until_whole(client: Client) -> None:
+    """All ranks serve, and every single loss is prepared."""
+
+    def whole() -> bool:
+        status = client.status()
+        serving = all(rank.state == "serving" for rank in status.ranks)
+        return serving and status.lattice.get("1 rank", 1.0) == 1.0
+
+    wait_until(whole, "all ranks serve again")
+
+
+def events_since(client: Client, sequence: int) -> Iterator[Event]:
+    """Past events above a sequence."""
+    try:
+        yield from client.watch(sequence, timeout_s=0.5)
+    except DeadlineExceeded:
+        return
+
+
+def last_event(client: Client) -> int:
+    """The sequence of the newest event."""
+    return max((event.sequence for event in events_since(client, 0)), default=0)
