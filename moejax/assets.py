@@ -1,21 +1,17 @@
-"""From a model's name to its folder: `python -m moejax.assets NAME` prints the path.
+"""From a model's name to its folder.
 
 `tiny` is in the repository; `smollm2-moe` is made on first use, in the cache; anything else is a folder.
 """
 
-import argparse
-import os
-import sys
 import tomllib
 from pathlib import Path
 
 from moejax.checkpoint import CheckpointError
 from moejax.config import ConfigError
-from moejax.download import AssetUnavailable, cache_folder
+from moejax.download import cache_folder
 from moejax.manifest import content_hash
 from moejax.smollm2 import build
 from moejax.split import Split
-from moejax.store import HostStore, StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = 1
@@ -66,30 +62,3 @@ def checked_folder(folder: Path) -> Path:
             raise CheckpointError(f"{folder} lacks {file}: it is no model folder.")
     content_hash(folder)
     return folder
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the folder of a model, and with `--store` the host store made from it, one path a line.
-
-    The front starts this as a process of its own, as it never imports JAX itself.
-    """
-    parser = argparse.ArgumentParser(prog="python -m moejax.assets", description=main.__doc__)
-    parser.add_argument(
-        "model", nargs="?", default="smollm2-moe", help="smollm2-moe, tiny, or a model folder"
-    )
-    parser.add_argument("--store", action="store_true", help="also copy the weights to the host's memory")
-    options = parser.parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        folder = ensure_model(options.model)
-        print(folder)
-        if options.store:
-            print(HostStore.create(folder).folder)
-    except (AssetUnavailable, CheckpointError, ConfigError, StoreError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Small random models, and folders of them, for the tests of checkpoints and stores."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moejax.checkpoint import save_model
+from moejax.config import ModelConfig, MoEConfig
+from moejax.params import Params, init_params
+
+MIXTRAL = ModelConfig(
+    name="mixtral-shape",
+    vocab_size=96,
+    d_model=32,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=8,
+    d_ff=48,
+    tied_head=False,
+    max_context=64,
+    stop_tokens=(0,),
+    moe=MoEConfig(experts=4, experts_per_token=2, d_expert=24),
+)
+SHARED = ModelConfig(
+    name="shared-shape",
+    vocab_size=96,
+    d_model=32,
+    n_layers=7,
+    n_heads=3,
+    n_kv_heads=1,
+    d_head=8,
+    d_ff=64,
+    moe=MoEConfig(experts=8, experts_per_token=6, d_expert=4, d_shared=32, gate="one"),
+    moe_every=3,
+)
+DENSE = ModelConfig(
+    name="dense-shape", vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_head=8, d_ff=48
+)
+ALL = (MIXTRAL, SHARED, DENSE)
+
+
+def random_params(cfg: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Params:
+    """Parameters large enough that routing and attention matter."""
+    params = init_params(cfg, jax.random.key(seed))
+    return jax.tree.map(lambda a: np.asarray(a * (1 if a.ndim < 2 else 6), dtype), params)
+
+
+def model_folder(folder: Path, cfg: ModelConfig, dtype: type = np.float32) -> Params:
+    """Write a model folder of random parameters, which are returned."""
+    params = random_params(cfg, dtype=dtype)
+    save_model(folder, cfg, params, tokenizer_json="{}", chat_template="{{ messages }}")
+    return params

@@ -1,0 +1,59 @@
+"""Laws of the router."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.config import MoEConfig
+from moejax.router import route
+
+E, X = 8, 3
+SCORES = st.lists(st.integers(-3, 3), min_size=E, max_size=E)
+
+
+def choose(scores, alive, gate="softmax", k=X):
+    """Route one token whose scores are given (through the bias)."""
+    moe = MoEConfig(experts=E, experts_per_token=k, d_expert=4, gate=gate)
+    x, router = jnp.zeros((1, 4)), jnp.zeros((E, 4))
+    chosen, gates = route(x, router, jnp.array(scores, jnp.float32), jnp.array(alive), moe)
+    return np.asarray(chosen)[0].tolist(), np.asarray(gates)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=SCORES, dead=st.sets(st.integers(0, E - 1), max_size=E - X))
+def test_the_best_of_those_alive_by_score_and_ties_to_the_lower(scores, dead):
+    chosen, _ = choose(scores, [e not in dead for e in range(E)])
+    best = sorted((e for e in range(E) if e not in dead), key=lambda e: (-scores[e], e))
+    assert chosen == best[:X]
+
+
+@settings(max_examples=30, deadline=None)
+@given(scores=SCORES, dead=st.sets(st.integers(0, E - 1), max_size=E - 1))
+def test_masked_experts_never_count_even_when_too_few_are_alive(scores, dead):
+    for gate in ("softmax", "one"):
+        chosen, gates = choose(scores, [e not in dead for e in range(E)], gate)
+        assert all(g == 0 for e, g in zip(chosen, gates, strict=True) if e in dead)
+        assert np.count_nonzero(gates) == min(X, E - len(dead))
+        assert np.isfinite(gates).all()
+
+
+def test_softmax_gates_sum_to_one_over_the_chosen():
+    _, gates = choose([0, 1, 2, 3, 4, 5, 6, 7], [True] * E)
+    np.testing.assert_allclose(gates, np.exp([0.0, -1, -2]) / np.exp([0.0, -1, -2]).sum(), rtol=1e-6)
+
+
+def test_gate_one_counts_each_in_full():
+    assert choose([0, 1, 2, 3, 4, 5, 6, 7], [True] * E, "one")[1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_a_token_goes_to_the_same_experts_in_any_batch(rows):
+    moe = MoEConfig(experts=E, experts_per_token=X, d_expert=4)
+    rng = np.random.default_rng(0)
+    x, router = rng.standard_normal((40, 64)).astype(np.float32), rng.standard_normal((E, 64)).astype(np.float32)
+    whole = route(x, router, jnp.zeros(E), jnp.ones(E, bool), moe)
+    part = route(x[:rows], router, jnp.zeros(E), jnp.ones(E, bool), moe)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[:rows], b)
