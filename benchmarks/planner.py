@@ -3,11 +3,11 @@
     python -m benchmarks.planner [--json FILE] [--loads NAME=FILE ...] [--quick]
 
 `cases` are the three clusters of the goals: seconds to solve (every shape compared, experts placed) and to
-forecast every single loss, on the wall and of this process; part of single losses survived without a store, and
-the hottest rank's load over the mean on the worst layer, both also for EPLB's placement at the same slots and
-loads. `balance` compares the two on Zipf loads and on router loads measured from a model (`--loads`, JSON
-[moe_layers][experts]). `growth` is seconds against devices and experts. Loads of the cases are Zipf with
-exponent 0.8, in another order on each layer.
+forecast every single loss, on the wall and of this process; the part of single losses survived without a
+store, and the hottest rank's load over the mean on the worst layer, both also for EPLB's placement at the
+same slots and loads. `balance` compares the two on Zipf loads and on router loads measured from a model
+(`--loads`, JSON [moe_layers][experts]). `growth` is seconds against devices and experts. Loads of the cases
+are Zipf with exponent 0.8, in another order on each layer.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def main() -> None:
         ours, parity, eplb = row["copies"], row["parity"], row["eplb"]
         print(
             f"{row['name']:<16} {row['ranks']:>3} x {row['slots_per_rank']:<3} "
-            f"hottest {ours['peak_load']:.4f}, with parity {parity['peak_load']:.4f}, EPLB {eplb['peak_load']:.4f}; survivable "
+            f"hottest {ours['peak_load']:.4f}, with parity {parity['peak_load']:.4f}, "
+            f"EPLB {eplb['peak_load']:.4f}; survivable "
             f"{ours['survivable']:.0%}, {parity['survivable']:.0%}, {eplb['survivable']:.0%}"
         )
     for row in result["growth"]:

@@ -29,7 +29,7 @@ def place(
 
     `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity
     slots per layer, numbered from `experts` up in the table. `order` are factors near 1 on the loads by which
-    copies are sorted, to try another order, float [layers, experts].
+    copies are counted and sorted, to try something else, float [layers, experts].
 
     Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
     same expert, on a host with no more than its part of them. On the largest clusters they are dealt out
@@ -37,7 +37,8 @@ def place(
     """
     layers, experts = loads.shape
     ranks = len(domain)
-    counts = copy_counts(loads, ranks * slots - parity, ranks, protect=protect)
+    wanted = loads if order is None or parity else loads * order
+    counts = copy_counts(wanted, ranks * slots - parity, ranks, protect=protect)
     if parity:
         counts = np.concatenate([counts, np.ones((layers, parity), np.int64)], axis=1)
         loads = np.concatenate([loads, np.zeros((layers, parity))], axis=1)

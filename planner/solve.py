@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.adoption import adopt, fill_new
-from planner.balance import peak, swap_down
+from planner.balance import peak, slot_loads, swap_down
 from planner.cluster import Cluster
 from planner.errors import InputError, NoFeasiblePlan
 from planner.parity import form_groups, parity_slots
@@ -19,7 +19,9 @@ from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
 
 PROTECTION = ("copies", "parity", "none")
-TRIES_WORK = 4e6  # layers x copies squared that placements in several orders may cost
+TRIES_WORK = 2e6  # layers x copies squared that placements in several orders may cost
+EVEN = 1.0002  # over the mean, or over the busiest copy alone: cool enough to stop
+PATIENCE = 10  # orders tried in vain before giving up
 
 
 def solve(
@@ -125,7 +127,7 @@ def fresh(
     apart = domain if hosts > 2 else np.arange(ranks)
     members = max(1, min(8, (int(apart.max()) + 1) * 3 // 4))
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
-    tries = max(1, min(6, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
+    tries = max(1, min(30, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
     table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
     if not spare:
         return table, ()
@@ -138,11 +140,11 @@ def fresh(
 def _best_start(
     loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int
 ) -> np.ndarray:
-    """Placements packed in several orders and cooled by swaps; on each layer the coolest."""
-    best, lowest = None, None
+    """Placements counted and packed in several orders and cooled by swaps; on each layer the coolest."""
+    best, lowest, idle = None, None, 0
     rng = np.random.default_rng(0)
     for attempt in range(tries):
-        noise = 1 + 0.1 * attempt * rng.random(loads.shape) / tries
+        noise = 1 + 0.2 * attempt * rng.random(loads.shape) / tries
         table = place(loads, domain, slots, protect=protect, parity=spare, order=noise)
         table = swap_down(table, loads, domain)
         hottest = peak(table, loads)
@@ -151,6 +153,10 @@ def _best_start(
         cooler = hottest < lowest
         best = np.where(cooler[:, None, None], table, best)
         lowest = np.where(cooler, hottest, lowest)
+        idle = 0 if cooler.any() else idle + 1
+        alone = slot_loads(best, loads).max(axis=(1, 2)) * len(domain)
+        if idle > PATIENCE or (lowest <= np.maximum(alone, 1.0) * EVEN).all():
+            break
     assert best is not None
     return best
 
