@@ -89,9 +89,10 @@ def verify_report(compiled: list[dict], calibration: Calibration | None, estimat
         if row.get("error"):
             lines.append(f"{row['devices']} devices: does not compile: {row['error']}")
             continue
+        own = f"step {row['optimal_s'] * 1e3:.2f} ms" if row["optimal_s"] else "no time from this compiler"
         lines.append(
             f"{row['devices']} devices of {row['topology']}: compiled in {row['compile_s']:.1f} s, "
-            f"{row['device_bytes'] / 1e9:.2f} GB a device, step {row['optimal_s'] * 1e3:.2f} ms   [aot]"
+            f"{row['device_bytes'] / 1e9:.2f} GB a device, {own}   [aot]"
         )
     if calibration is not None:
         data["measured"] = [{**asdict(r), "error": r.error} for r in calibration.rows]
