@@ -171,6 +171,8 @@ class Loop:
             recoveries=self.counts.recoveries,
             tokens=self.counts.tokens,
             steps=self.counts.steps,
+            step_ms=self.counts.step_ms,
+            program_ms=self.counts.program_ms,
             preemptions=state.preemptions,
             compiles_after_ready=sum(n - self._compiles_before[r] for r, n in self._compiles.items()),
             started_at=self._started_at,

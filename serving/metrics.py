@@ -158,6 +158,10 @@ def _own(status: Status, alive: int) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready
     )
+    yield CounterMetricFamily("moejax_step_seconds", "Time spent on steps.", status.step_ms / 1e3)
+    yield CounterMetricFamily(
+        "moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3
+    )
     coverage = GaugeMetricFamily("moejax_lattice_coverage", "Losses prepared for, 1 is all.", labels=["loss"])
     for loss, share in status.lattice.items():
         coverage.add_metric([loss], share)

@@ -61,6 +61,10 @@ class Status:
     recoveries: int
     tokens: int
     steps: int
+    step_ms: float
+    """Of all steps together, from scheduling a step to having delivered its tokens."""
+    program_ms: float
+    """Of these, inside the compiled programs of each step's slowest rank."""
     preemptions: int
     compiles_after_ready: int
     started_at: float

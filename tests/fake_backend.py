@@ -143,6 +143,8 @@ class FakeBackend:
             recoveries=self.epoch,
             tokens=self._tokens,
             steps=self._tokens,
+            step_ms=20.0 * self._tokens,
+            program_ms=15.0 * self._tokens,
             preemptions=3,
             compiles_after_ready=0,
             started_at=self._started,

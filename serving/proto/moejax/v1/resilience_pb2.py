@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoejax/v1/resilience.proto\x12\tmoejax.v1\"\x12\n\x10GetStatusRequest\"\xb3\x04\n\x06Status\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05\x63haos\x18\x05 \x01(\x08\x12\x1e\n\x05ranks\x18\x06 \x03(\x0b\x32\x0f.moejax.v1.Rank\x12)\n\x04\x61xes\x18\x07 \x03(\x0b\x32\x1b.moejax.v1.Status.AxesEntry\x12\x16\n\x0eslots_per_rank\x18\x08 \x01(\r\x12\'\n\x06masked\x18\t \x03(\x0b\x32\x17.moejax.v1.MaskedExpert\x12/\n\x07lattice\x18\n \x03(\x0b\x32\x1e.moejax.v1.Status.LatticeEntry\x12\x0f\n\x07running\x18\x0b \x01(\r\x12\x0f\n\x07waiting\x18\x0c \x01(\r\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x04\x12\x12\n\nrecoveries\x18\x0f \x01(\x04\x12\x0e\n\x06tokens\x18\x10 \x01(\x04\x12\r\n\x05steps\x18\x11 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x12 \x01(\x04\x12\x1c\n\x14\x63ompiles_after_ready\x18\x13 \x01(\x04\x12\x12\n\nstarted_at\x18\x14 \x01(\x01\x1a+\n\tAxesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a.\n\x0cLatticeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc1\x01\n\x04Rank\x12\n\n\x02id\x18\x01 \x01(\r\x12\x10\n\x03pid\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x1f\n\x05slots\x18\x05 \x03(\x0b\x32\x10.moejax.v1.Slots\x12\r\n\x05pages\x18\x06 \x01(\r\x12\x12\n\npages_used\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x10\n\x08\x63ompiles\x18\t \x01(\x04\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x42\x06\n\x04_pid\"\x18\n\x05Slots\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\x11\"-\n\x0cMaskedExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"\xa2\x01\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\x04rank\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12 \n\x06phases\x18\x07 \x03(\x0b\x32\x10.moejax.v1.Phase\x12\x0f\n\x07message\x18\x08 \x01(\tB\x07\n\x05_rank\"+\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"+\n\x0bKillRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06signal\x18\x02 \x01(\t\"\x0e\n\x0cKillResponse2\xb8\x01\n\nResilience\x12;\n\tGetStatus\x12\x1b.moejax.v1.GetStatusRequest\x1a\x11.moejax.v1.Status\x12\x34\n\x05Watch\x12\x17.moejax.v1.WatchRequest\x1a\x10.moejax.v1.Event0\x01\x12\x37\n\x04Kill\x12\x16.moejax.v1.KillRequest\x1a\x17.moejax.v1.KillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoejax/v1/resilience.proto\x12\tmoejax.v1\"\x12\n\x10GetStatusRequest\"\xd8\x04\n\x06Status\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05\x63haos\x18\x05 \x01(\x08\x12\x1e\n\x05ranks\x18\x06 \x03(\x0b\x32\x0f.moejax.v1.Rank\x12)\n\x04\x61xes\x18\x07 \x03(\x0b\x32\x1b.moejax.v1.Status.AxesEntry\x12\x16\n\x0eslots_per_rank\x18\x08 \x01(\r\x12\'\n\x06masked\x18\t \x03(\x0b\x32\x17.moejax.v1.MaskedExpert\x12/\n\x07lattice\x18\n \x03(\x0b\x32\x1e.moejax.v1.Status.LatticeEntry\x12\x0f\n\x07running\x18\x0b \x01(\r\x12\x0f\n\x07waiting\x18\x0c \x01(\r\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x04\x12\x12\n\nrecoveries\x18\x0f \x01(\x04\x12\x0e\n\x06tokens\x18\x10 \x01(\x04\x12\r\n\x05steps\x18\x11 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x12 \x01(\x04\x12\x1c\n\x14\x63ompiles_after_ready\x18\x13 \x01(\x04\x12\x12\n\nstarted_at\x18\x14 \x01(\x01\x12\x0f\n\x07step_ms\x18\x15 \x01(\x01\x12\x12\n\nprogram_ms\x18\x16 \x01(\x01\x1a+\n\tAxesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a.\n\x0cLatticeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc1\x01\n\x04Rank\x12\n\n\x02id\x18\x01 \x01(\r\x12\x10\n\x03pid\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x1f\n\x05slots\x18\x05 \x03(\x0b\x32\x10.moejax.v1.Slots\x12\r\n\x05pages\x18\x06 \x01(\r\x12\x12\n\npages_used\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x10\n\x08\x63ompiles\x18\t \x01(\x04\x12\x0f\n\x07step_ms\x18\n \x01(\x01\x42\x06\n\x04_pid\"\x18\n\x05Slots\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\x11\"-\n\x0cMaskedExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"\xa2\x01\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\x04rank\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12 \n\x06phases\x18\x07 \x03(\x0b\x32\x10.moejax.v1.Phase\x12\x0f\n\x07message\x18\x08 \x01(\tB\x07\n\x05_rank\"+\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"+\n\x0bKillRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06signal\x18\x02 \x01(\t\"\x0e\n\x0cKillResponse2\xb8\x01\n\nResilience\x12;\n\tGetStatus\x12\x1b.moejax.v1.GetStatusRequest\x1a\x11.moejax.v1.Status\x12\x34\n\x05Watch\x12\x17.moejax.v1.WatchRequest\x1a\x10.moejax.v1.Event0\x01\x12\x37\n\x04Kill\x12\x16.moejax.v1.KillRequest\x1a\x17.moejax.v1.KillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,27 +38,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=41
   _globals['_GETSTATUSREQUEST']._serialized_end=59
   _globals['_STATUS']._serialized_start=62
-  _globals['_STATUS']._serialized_end=625
-  _globals['_STATUS_AXESENTRY']._serialized_start=534
-  _globals['_STATUS_AXESENTRY']._serialized_end=577
-  _globals['_STATUS_LATTICEENTRY']._serialized_start=579
-  _globals['_STATUS_LATTICEENTRY']._serialized_end=625
-  _globals['_RANK']._serialized_start=628
-  _globals['_RANK']._serialized_end=821
-  _globals['_SLOTS']._serialized_start=823
-  _globals['_SLOTS']._serialized_end=847
-  _globals['_MASKEDEXPERT']._serialized_start=849
-  _globals['_MASKEDEXPERT']._serialized_end=894
-  _globals['_WATCHREQUEST']._serialized_start=896
-  _globals['_WATCHREQUEST']._serialized_end=925
-  _globals['_EVENT']._serialized_start=928
-  _globals['_EVENT']._serialized_end=1090
-  _globals['_PHASE']._serialized_start=1092
-  _globals['_PHASE']._serialized_end=1135
-  _globals['_KILLREQUEST']._serialized_start=1137
-  _globals['_KILLREQUEST']._serialized_end=1180
-  _globals['_KILLRESPONSE']._serialized_start=1182
-  _globals['_KILLRESPONSE']._serialized_end=1196
-  _globals['_RESILIENCE']._serialized_start=1199
-  _globals['_RESILIENCE']._serialized_end=1383
+  _globals['_STATUS']._serialized_end=662
+  _globals['_STATUS_AXESENTRY']._serialized_start=571
+  _globals['_STATUS_AXESENTRY']._serialized_end=614
+  _globals['_STATUS_LATTICEENTRY']._serialized_start=616
+  _globals['_STATUS_LATTICEENTRY']._serialized_end=662
+  _globals['_RANK']._serialized_start=665
+  _globals['_RANK']._serialized_end=858
+  _globals['_SLOTS']._serialized_start=860
+  _globals['_SLOTS']._serialized_end=884
+  _globals['_MASKEDEXPERT']._serialized_start=886
+  _globals['_MASKEDEXPERT']._serialized_end=931
+  _globals['_WATCHREQUEST']._serialized_start=933
+  _globals['_WATCHREQUEST']._serialized_end=962
+  _globals['_EVENT']._serialized_start=965
+  _globals['_EVENT']._serialized_end=1127
+  _globals['_PHASE']._serialized_start=1129
+  _globals['_PHASE']._serialized_end=1172
+  _globals['_KILLREQUEST']._serialized_start=1174
+  _globals['_KILLREQUEST']._serialized_end=1217
+  _globals['_KILLRESPONSE']._serialized_start=1219
+  _globals['_KILLRESPONSE']._serialized_end=1233
+  _globals['_RESILIENCE']._serialized_start=1236
+  _globals['_RESILIENCE']._serialized_end=1420
 # @@protoc_insertion_point(module_scope)
