@@ -1,0 +1,105 @@
+"""A real server as a process of its own, as an operator starts it: `moejax serve`."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from serving.client import Client
+
+ROOT = Path(__file__).resolve().parent.parent
+_STOP_LIMIT_S = 60.0
+_POLL_S = 0.02
+
+
+class DidNotStart(RuntimeError):
+    """The server ended before it was ready; the text is what it said last."""
+
+
+class Launched:
+    """A running `moejax serve`; `launched_at` is of the monotonic clock, `first_token_s` counted from it."""
+
+    def __init__(self, model: str, ranks: int, *, cache: Path | None = None, limit_s: float = 1200.0) -> None:
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by stop()
+        command = [
+            sys.executable,
+            "-m",
+            "serving",
+            "serve",
+            "--chaos",
+            "--model",
+            model,
+            "--ranks",
+            str(ranks),
+        ]
+        environment = os.environ | ({"MOEJAX_CACHE": str(cache)} if cache is not None else {})
+        self.launched_at = time.monotonic()
+        self._process = subprocess.Popen(
+            [*command, "--grpc-port", "0", "--http-port", "0"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.address = self._announced(limit_s)
+        with Client(self.address) as client:
+            client.generate("Once", temperature=0, max_tokens=1, ignore_eos=True)
+        self.first_token_s = time.monotonic() - self.launched_at
+
+    def said(self) -> str:
+        """Everything on the server's output so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait until all its processes have ended; SIGKILL to what is left after a minute."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._log.close()
+
+    def _announced(self, limit_s: float) -> str:
+        """host:port from what the server prints when it is ready."""
+        while True:
+            ended = self._process.poll() is not None
+            found = re.search(r"gRPC +(\S+:\d+)[\s\S]*\btry\b", self.said())
+            if found is not None:
+                return found[1]
+            if ended or time.monotonic() - self.launched_at > limit_s:
+                said = self.said()[-2000:]
+                self.stop()
+                raise DidNotStart(f"the server was not ready after {limit_s:.0f} s or ended before:\n{said}")
+            time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def launched(model: str, ranks: int, *, cache: Path | None = None) -> Iterator[Launched]:
+    """Start a server; stop it on leaving. `model` is a name or a folder; `cache` other than the usual one."""
+    server = Launched(model, ranks, cache=cache)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def cold_cache() -> Iterator[Path]:
+    """A cache with the models there are but without compiled programs, as on a host that never served."""
+    usual = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
+    with tempfile.TemporaryDirectory(prefix="moejax-cold-") as folder:
+        for name in ("downloads", "models"):
+            if (usual / name).is_dir():
+                (Path(folder) / name).symlink_to(usual / name)
+        yield Path(folder)

@@ -1,0 +1,198 @@
+"""One loss of a rank under load: the kill, what the client's streams saw of it, and the record of it."""
+
+import asyncio
+import dataclasses
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+from benchmarks.stalls import Spread, added_stall_ms, longest_gap_ms, median_gap_ms
+from benchmarks.streams import Known, Load, Trace, until, whole
+from serving.client import AsyncClient
+from serving.status import Event, Status
+
+ADOPTION = ("fence", "plan", "adopt")
+"""Phases of a recovery from the evidence to a mesh that can run the next step."""
+_QUIET_TOKENS = 16  # of each stream between the last placement and the kill, for its median gap
+_LIMIT_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """When it happened, in seconds of the client's monotonic clock."""
+
+    quiet: float
+    """All streams had been placed."""
+    kill: float
+    lost: float
+    recovered: float
+    rejoining: float
+    rejoined: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossRecord:
+    """What one loss cost. Stalls are added stalls in milliseconds, over streams; `stalls` has each."""
+
+    victim: int
+    signal: str
+    detect_ms: float
+    adopt_ms: float
+    phases: dict[str, float]
+    survivor_stall_ms: Spread
+    moved_stall_ms: Spread
+    stalls: dict[str, list[float]]
+    rejoin_pause_ms: float | None
+    rejoin_ms: float
+    whole_after_s: float
+    context_tokens: int
+    gap_ms: float | None
+    compiles_between: int
+    preemptions: int
+    requests: int
+    failed: int
+    tokens_changed: int
+
+
+class EventFeed:
+    """The server's events as they come, with their times on the client's monotonic clock."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._events: list[Event] = []
+        self._more = asyncio.Event()
+        self._task = asyncio.create_task(self._follow(client.watch()))
+
+    async def _follow(self, events: AsyncIterator[Event]) -> None:
+        async for event in events:
+            self._events.append(event)
+            self._more.set()
+
+    def after(self, kind: str, moment: float) -> Event | None:
+        """The first event of a kind since a moment of the monotonic clock."""
+        return next((e for e in self._events if e.kind == kind and local(e) >= moment), None)
+
+    async def wait(self, kind: str, moment: float) -> Event:
+        """As `after`, once there is one. Raises TimeoutError when that takes minutes."""
+        async with asyncio.timeout(_LIMIT_S):
+            while (event := self.after(kind, moment)) is None:
+                self._more.clear()
+                await self._more.wait()
+        return event
+
+    def close(self) -> None:
+        """Follow no longer."""
+        self._task.cancel()
+
+
+def local(event: Event) -> float:
+    """When the event was, on this process's monotonic clock: both run on one machine."""
+    return event.time - (time.time() - time.monotonic())
+
+
+def kill_order(kills: int, ranks: int) -> list[tuple[int, signal.Signals]]:
+    """Victims in turn, the turn shifted by one each round; every fourth loss, one at least, is a SIGSTOP."""
+    stops = set(range(3, kills, 4)) or {kills - 1}
+    order = [(i + i // ranks) % ranks for i in range(kills)]
+    return [(rank, signal.SIGSTOP if i in stops else signal.SIGKILL) for i, rank in enumerate(order)]
+
+
+async def lose_rank(
+    client: AsyncClient,
+    feed: EventFeed,
+    known: Known,
+    victim: int,
+    how: signal.Signals,
+    *,
+    context: int,
+    draw: random.Random,
+) -> LossRecord:
+    """Place the streams, send the signal at mean context `context`, keep up load until the rank is back."""
+    await until(client, whole)
+    load = Load(client, known.asks)
+    placed = await load.place(known.asks)
+    quiet = time.monotonic()
+    began = [len(trace.tokens) for trace in placed]
+
+    def due() -> bool:
+        steady = all(len(t.tokens) >= n + _QUIET_TOKENS for t, n in zip(placed, began, strict=True))
+        return steady and mean_context(known, placed) >= context
+
+    while not due() and all(len(t.tokens) < t.ask.max_tokens for t in placed):
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(draw.uniform(0, 0.05))  # any moment of a step
+    before, reached = await client.status(), mean_context(known, placed)
+    pid = before.ranks[victim].pid
+    assert pid is not None, f"rank {victim} is {before.ranks[victim].state}"
+    kill = time.monotonic()
+    os.kill(pid, how)
+    lost, recovered = await feed.wait("rank_lost", kill), await feed.wait("recovered", kill)
+    rejoined = await feed.wait("rejoined", kill)
+    after = await until(client, whole)
+    whole_at = time.monotonic()
+    traces = await load.stop()
+    rejoin_ms = rejoined.phases.get("total", 0.0)
+    moments = Moments(
+        quiet, kill, local(lost), local(recovered), local(rejoined) - rejoin_ms / 1e3, local(rejoined)
+    )
+    stalls = stalls_of(placed, victim, moments)
+    return LossRecord(
+        victim=victim,
+        signal=how.name,
+        detect_ms=round(1e3 * (moments.lost - kill), 1),
+        adopt_ms=round(sum(recovered.phases.get(phase, 0.0) for phase in ADOPTION), 1),
+        phases={name: round(ms, 1) for name, ms in recovered.phases.items()},
+        survivor_stall_ms=Spread.of(stalls["survivors"]),
+        moved_stall_ms=Spread.of(stalls["moved"]),
+        stalls=stalls,
+        rejoin_pause_ms=rejoin_pause_ms(traces, moments),
+        rejoin_ms=round(rejoin_ms, 1),
+        whole_after_s=round(whole_at - kill, 1),
+        context_tokens=round(reached),
+        gap_ms=middle(median_gap_ms(trace.times, quiet, kill) for trace in placed),
+        compiles_between=compiles_between(before, after),
+        preemptions=after.preemptions - before.preemptions,
+        requests=len(traces),
+        failed=known.failed(traces),
+        tokens_changed=known.changed(traces),
+    )
+
+
+def mean_context(known: Known, placed: Sequence[Trace]) -> float:
+    """Tokens a stream has in the cache, on the mean."""
+    return statistics.mean(known.prompt_tokens(trace.ask) + len(trace.tokens) for trace in placed)
+
+
+def stalls_of(placed: Sequence[Trace], victim: int, at: Moments) -> dict[str, list[float]]:
+    """Added stalls of the streams that had tokens before and after, by where they ran."""
+
+    def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
+        found = [added_stall_ms(t.times, at.kill, at.recovered, since=at.quiet) for t in placed if belongs(t)]
+        return [round(stall, 1) for stall in found if stall is not None]
+
+    return {
+        "survivors": stalls(lambda trace: trace.rank is not None and trace.rank != victim),
+        "moved": stalls(lambda trace: trace.rank == victim),
+    }
+
+
+def rejoin_pause_ms(traces: Sequence[Trace], at: Moments) -> float | None:
+    """The longest gap of any stream while the rank came back, less the usual one since the recovery."""
+    usual = middle(median_gap_ms(trace.times, at.recovered, at.rejoining) for trace in traces)
+    pauses = [longest_gap_ms(trace.times, at.rejoining, at.rejoined) for trace in traces]
+    longest = max((pause for pause in pauses if pause is not None), default=None)
+    return None if usual is None or longest is None else round(longest - usual, 1)
+
+
+def compiles_between(before: Status, after: Status) -> int:
+    """XLA compiles of the processes that are there in both."""
+    same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
+    return sum(a.compiles - b.compiles for b, a in same)
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median of those that are there."""
+    return Spread.of(value for value in values if value is not None).median

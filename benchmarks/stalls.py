@@ -1,0 +1,52 @@
+"""From the arrival times of tokens to added stalls. Pure: times are arguments, in seconds of one clock."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median and worst of some figures, in milliseconds; None of nothing."""
+
+    median: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, milliseconds: Iterable[float]) -> "Spread":
+        """Of any number of figures."""
+        values = [round(value, 1) for value in milliseconds]
+        return cls(round(statistics.median(values), 1), max(values)) if values else cls(None, None)
+
+
+def gaps(times: Sequence[float], since: float = float("-inf")) -> list[tuple[float, float]]:
+    """(begin, end) of each two arrivals that follow each other, of those that begin at `since` or later."""
+    return [(a, b) for a, b in itertools.pairwise(times) if a >= since]
+
+
+def median_gap_ms(times: Sequence[float], since: float, until: float) -> float | None:
+    """The median of the gaps that lie within [since, until]; None when there is none."""
+    within = [1e3 * (b - a) for a, b in gaps(times, since) if b <= until]
+    return statistics.median(within) if within else None
+
+
+def longest_gap_ms(times: Sequence[float], begin: float, end: float) -> float | None:
+    """The longest gap that has a moment in common with [begin, end]; None when none has.
+
+    A token that was on its way when the rank died arrives after the kill, so the gap that holds the failure
+    need not begin before it: it is the longest of the one around the kill and those that begin before `end`.
+    """
+    touching = [1e3 * (b - a) for a, b in gaps(times) if b > begin and a <= end]
+    return max(touching, default=None)
+
+
+def added_stall_ms(
+    times: Sequence[float], begin: float, end: float, *, since: float = float("-inf")
+) -> float | None:
+    """What an interruption within [begin, end] cost a stream: its longest gap less its median gap before.
+
+    Gaps before `since` do not count for the median. None for a stream without tokens before, or after.
+    """
+    usual, longest = median_gap_ms(times, since, begin), longest_gap_ms(times, begin, end)
+    return None if usual is None or longest is None else longest - usual

@@ -1,0 +1,176 @@
+"""Requests whose answers are known, streams that note when each token came, and load made of them."""
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+from serving.client import AsyncClient
+from serving.errors import MoejaxError
+from serving.status import Status
+
+TEXT = Path(__file__).resolve().parent.parent / "models" / "tiny" / "held_out" / "shakespeare.txt"
+_AFTER_ERROR_S = 0.5  # a server that refuses is not flooded
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """A request: the same text and seed have the same answer, whatever happens to the ranks."""
+
+    prompt: str
+    temperature: float
+    seed: int
+    max_tokens: int
+
+
+@dataclasses.dataclass
+class Trace:
+    """One stream as the client saw it. `times[i]` is when `tokens[i]` came, in monotonic seconds."""
+
+    ask: Ask
+    sent: float
+    rank: int | None = None
+    """Where it was placed first, if known."""
+    prompt_tokens: int = 0
+    times: list[float] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    error: str | None = None
+    begun: asyncio.Event = dataclasses.field(default_factory=asyncio.Event, repr=False)
+
+
+async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Trace:
+    """Send a request and read its stream to the end; an error ends up in the trace."""
+    trace = trace or Trace(ask, time.monotonic())
+    stream = client.stream(
+        ask.prompt, temperature=ask.temperature, seed=ask.seed, max_tokens=ask.max_tokens, ignore_eos=True
+    )
+    try:
+        async for chunk in stream:
+            trace.times += [time.monotonic()] * len(chunk.token_ids)
+            trace.tokens += chunk.token_ids
+            trace.begun.set()
+        trace.prompt_tokens = stream.complete.prompt_tokens if stream.complete else 0
+    except MoejaxError as error:
+        trace.error = f"{type(error).__name__}: {error}"
+    finally:
+        trace.begun.set()
+    return trace
+
+
+@dataclasses.dataclass
+class Known:
+    """Requests, each with the tokens it got alone and undisturbed."""
+
+    traces: list[Trace]
+
+    @classmethod
+    async def record(cls, client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> Self:
+        """Ask `count` requests, greedy and seeded in turn, one after the other."""
+        asks = await make_asks(client, count, prompt_tokens, max_tokens)
+        traces = [await play(client, ask) for ask in asks]
+        for trace in traces:
+            if trace.error is not None:
+                raise RuntimeError(f"an undisturbed request failed: {trace.error}")
+        return cls(traces)
+
+    @property
+    def asks(self) -> list[Ask]:
+        """The requests."""
+        return [trace.ask for trace in self.traces]
+
+    def prompt_tokens(self, ask: Ask) -> int:
+        """Length of a request's prompt."""
+        return next(trace.prompt_tokens for trace in self.traces if trace.ask == ask)
+
+    def failed(self, traces: Sequence[Trace]) -> int:
+        """How many streams ended in an error."""
+        return sum(trace.error is not None for trace in traces)
+
+    def changed(self, traces: Sequence[Trace]) -> int:
+        """How many streams have other tokens than those known; of a failed one, those it has are compared."""
+        right = {trace.ask: trace.tokens for trace in self.traces}
+
+        def wanted(trace: Trace) -> list[int]:
+            whole = right[trace.ask]
+            return whole if trace.error is None else whole[: len(trace.tokens)]
+
+        return sum(trace.tokens != wanted(trace) for trace in traces)
+
+
+async def make_asks(client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> list[Ask]:
+    """Requests with prompts of about `prompt_tokens` tokens, each another piece of the text."""
+    text = TEXT.read_text()
+    sample = await client.generate(text[:1000], max_tokens=1, temperature=0, ignore_eos=True)
+    length = 1000 * prompt_tokens // sample.prompt_tokens
+    step = max(1, (len(text) - length) // count)
+    return [Ask(text[i * step : i * step + length], float(i % 2), i, max_tokens) for i in range(count)]
+
+
+class Load:
+    """Streams in closed loops: each sends its next request when the last has ended, until told to stop."""
+
+    def __init__(self, client: AsyncClient, asks: Sequence[Ask]) -> None:
+        self._client = client
+        self._turn = itertools.cycle(asks)
+        self._going = True
+        self._loops: list[asyncio.Task[None]] = []
+        self.traces: list[Trace] = []
+
+    def start(self, streams: int) -> None:
+        """Begin so many loops."""
+        self._loops += [asyncio.create_task(self._loop(next(self._turn))) for _ in range(streams)]
+
+    async def place(self, asks: Sequence[Ask]) -> list[Trace]:
+        """Begin a loop for each request, one by one, noting the rank whose count of streams grew by it."""
+        placed = []
+        for ask in asks:
+            before = running(await self._client.status())
+            trace = Trace(ask, time.monotonic())
+            self._loops.append(asyncio.create_task(self._loop(ask, trace)))
+            await trace.begun.wait()
+            after = running(await self._client.status())
+            grown = [rank for rank, count in after.items() if count > before.get(rank, 0)]
+            trace.rank = grown[0] if len(grown) == 1 else None
+            placed.append(trace)
+        return placed
+
+    async def stop(self) -> list[Trace]:
+        """Send nothing more, wait for the streams that run, and return all there were."""
+        self._going = False
+        await asyncio.gather(*self._loops)
+        return self.traces
+
+    async def _loop(self, ask: Ask, trace: Trace | None = None) -> None:
+        while True:
+            trace = trace or Trace(ask, time.monotonic())
+            self.traces.append(trace)
+            await play(self._client, ask, trace)
+            if not self._going:
+                return
+            if trace.error is not None:
+                await asyncio.sleep(_AFTER_ERROR_S)
+            ask, trace = next(self._turn), None
+
+
+def running(status: Status) -> dict[int, int]:
+    """Streams on each rank that serves."""
+    return {rank.id: rank.running for rank in status.ranks if rank.state == "serving"}
+
+
+def whole(status: Status) -> bool:
+    """All ranks serve, and each single loss is prepared for."""
+    return all(rank.state == "serving" for rank in status.ranks) and status.lattice.get("1 rank", 1.0) == 1.0
+
+
+async def until(client: AsyncClient, holds: Callable[[Status], bool], limit_s: float = 300.0) -> Status:
+    """The first status that `holds`. Raises TimeoutError, saying what the ranks are doing instead."""
+    end = time.monotonic() + limit_s
+    while not holds(status := await client.status()):
+        if time.monotonic() > end:
+            states = ", ".join(f"{rank.id} {rank.state}" for rank in status.ranks)
+            raise TimeoutError(f"not within {limit_s:.0f} s: ranks {states}; prepared {dict(status.lattice)}")
+        await asyncio.sleep(0.1)
+    return status
