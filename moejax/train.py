@@ -72,10 +72,11 @@ class TrainingConfig:
 
     def phase_at(self, step: int) -> Phase:
         """The phase that step number `step`, from 0, belongs to."""
+        left = step
         for phase in self.phases:
-            if step < phase.steps:
+            if left < phase.steps:
                 return phase
-            step -= phase.steps
+            left -= phase.steps
         raise ValueError(f"step {step} lies beyond the last of {self.steps}")
 
 

@@ -52,7 +52,10 @@ def test_gate_one_counts_each_in_full():
 def test_a_token_goes_to_the_same_experts_in_any_batch(rows):
     moe = MoEConfig(experts=E, experts_per_token=X, d_expert=4)
     rng = np.random.default_rng(0)
-    x, router = rng.standard_normal((40, 64)).astype(np.float32), rng.standard_normal((E, 64)).astype(np.float32)
+    x, router = (
+        rng.standard_normal((40, 64)).astype(np.float32),
+        rng.standard_normal((E, 64)).astype(np.float32),
+    )
     whole = route(x, router, jnp.zeros(E), jnp.ones(E, bool), moe)
     part = route(x[:rows], router, jnp.zeros(E), jnp.ones(E, bool), moe)
     for a, b in zip(whole, part, strict=True):

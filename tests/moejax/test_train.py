@@ -1,0 +1,116 @@
+"""Laws of training: a run is a function of its preset, stopped or not; the shipped model is what it says."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from moejax import train as training_module
+from moejax.assets import ROOT, ensure_model
+from moejax.checkpoint import load_params
+from moejax.config import ConfigError, ModelConfig
+from moejax.corpus import Domain
+from moejax.dense import losses
+from moejax.params import init_params
+from moejax.score import bits_per_byte, token_windows
+from moejax.train import Phase, TrainingConfig, draw_batch, encode_domain, load_preset, train, train_tokenizer
+from tests.moejax.models import MIXTRAL
+
+SHORT = TrainingConfig(
+    learning_rate=1e-2,
+    warmup=2,
+    weight_decay=0.01,
+    balance=0.01,
+    capacity_factor=2.0,
+    seed=1,
+    save_every=4,
+    phases=(Phase(steps=8, batch=4, sequence=16), Phase(steps=4, batch=2, sequence=32)),
+)
+MODEL = dataclasses.replace(
+    MIXTRAL, n_layers=1, moe=dataclasses.replace(MIXTRAL.moe, experts=2, experts_per_token=1)
+)
+STREAMS = [np.arange(500, dtype=np.int32) % n for n in (5, 7)]
+
+
+class Stop(Exception):
+    """Stands for a power cut."""
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
+    whole = train(MODEL, SHORT, tmp_path / "whole", STREAMS)
+
+    def cut(streams, training, step, draw=draw_batch):
+        if step == 6:
+            raise Stop
+        return draw(streams, training, step)
+
+    monkeypatch.setattr(training_module, "draw_batch", cut)
+    with pytest.raises(Stop):
+        train(MODEL, SHORT, tmp_path / "cut", STREAMS)
+    monkeypatch.setattr(training_module, "draw_batch", draw_batch)
+    resumed = train(MODEL, SHORT, tmp_path / "cut", STREAMS)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_training_learns(tmp_path):
+    longer = dataclasses.replace(SHORT, phases=(Phase(steps=40, batch=4, sequence=16),), save_every=100)
+    batch = draw_batch(STREAMS, longer, 0)
+    before = losses(init_params(MODEL, jax.random.key(1)), MODEL, batch).mean()
+    after = losses(train(MODEL, longer, tmp_path, STREAMS), MODEL, batch).mean()
+    assert after < before / 2
+
+
+def test_batches_take_domains_in_turn_and_phases_in_order():
+    assert [SHORT.phase_at(s).sequence for s in (0, 7, 8, 11)] == [16, 16, 32, 32]
+    with pytest.raises(ValueError, match="step 12 lies beyond the last of 12"):
+        SHORT.phase_at(12)
+    batch = draw_batch(STREAMS, SHORT, 3)
+    assert batch.shape == (4, 17)
+    assert [row.max() for row in batch] == [4, 6, 4, 6]
+    np.testing.assert_array_equal(batch, draw_batch(STREAMS, SHORT, 3))
+
+
+def test_the_tokenizer_gives_any_text_back():
+    domain = Domain("d", ("to be or not to be 1234\n" * 20, "def f(x): return x\n" * 20), ("",))
+    tokenizer = train_tokenizer([domain], 270)
+    assert tokenizer.get_vocab_size() == 270
+    for text in ("to be", "Größe 99 ✓\n\t", " def"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert [t for t in tokenizer.encode("2024").tokens if t.isdigit()] == ["2", "0", "2", "4"]
+    assert (encode_domain(tokenizer, domain) == 0).sum() == 2
+
+
+def test_the_preset_is_the_shipped_model():
+    cfg, training = load_preset(ROOT / "configs" / "presets" / "tiny.toml")
+    assert cfg == ModelConfig.load(ensure_model("tiny"))
+    assert training.phases[-1].sequence == cfg.max_context
+
+
+def test_a_preset_with_an_unknown_key_is_refused(tmp_path):
+    text = (ROOT / "configs" / "presets" / "tiny.toml").read_text()
+    (tmp_path / "p.toml").write_text(text.replace("warmup", "warm_up"))
+    with pytest.raises(ConfigError, match=r"table training: .*warm_up"):
+        load_preset(tmp_path / "p.toml")
+    (tmp_path / "p.toml").write_text("[model]")
+    with pytest.raises(ConfigError, match="lacks the table or key 'training'"):
+        load_preset(tmp_path / "p.toml")
+
+
+def test_a_text_is_read_in_whole_windows():
+    tokenizer = Tokenizer.from_file(str(ensure_model("tiny") / "tokenizer.json"))
+    count = len(tokenizer.encode("a b c d e f g h").ids)
+    assert token_windows(tokenizer, "a b c d e f g h", 3).shape == (count // 3, 3)
+    assert token_windows(tokenizer, "a b c d e f g h", 100).shape == (1, count)
+
+
+@pytest.mark.parametrize("domain", ["shakespeare", "wordnet", "python"])
+def test_tiny_has_its_stated_bits_per_byte(domain):
+    folder = ensure_model("tiny")
+    cfg, tokenizer = ModelConfig.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stated = json.loads((folder / "held_out" / "bits_per_byte.json").read_text())[domain]
+    text = (folder / "held_out" / f"{domain}.txt").read_text("utf-8")
+    # Stated to three decimals; the rest is float32 rounding.
+    assert bits_per_byte(load_params(folder), cfg, tokenizer, text) == pytest.approx(stated, abs=2e-3)
