@@ -15,7 +15,7 @@ from planner.shape import most_slots
 from planner.survivors import Outlook, Survivors, survivors
 from planner.throughput import Candidate
 
-MEANS = ("copy", "parity", "peer", "store", "switch", "spare", "regrow", "mask")
+MEANS = ("copy", "parity", "peer", "redirect", "store", "switch", "spare", "regrow", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class Losses:
         means |= {"parity": rebuilt, "store": max(0, store), "mask": masked}
         means |= {"switch": len(left.switched), "spare": len(left.spares)}
         means |= {"regrow": int(slots > plan.slots_per_rank), "peer": int(left.peer_bytes > 0)}
+        means["redirect"] = 0 if left.dense_lost else left.redirected
         load = lost & ~self._masked_of(missing, masked)
         weights, moved = self._weights(load, left, frozenset(dead), parity_bytes)
         fixed = self.recovery
@@ -189,6 +190,8 @@ class Losses:
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware
         peers = left.peer_bytes / hardware.link_bandwidth
+        if left.dense_lost:
+            peers += workload.dense_bytes / left.dense / hardware.host_to_device_bandwidth
         count = int(lost.sum())
         moved = left.peer_bytes * left.peer_ranks + count * workload.expert_bytes + parity_bytes
         if not count:

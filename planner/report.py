@@ -108,11 +108,13 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
     for r in summary:
         of = f" (a sample of {sampled:,})" if r["kind"] == "pair" and sampled else ""
         name = "1-rank" if r["kind"] == "rank" else r["kind"]
-        lines.append(
-            f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable, {r['from_memory']} of them "
-            f"without the store, worst stall {r['worst_stall_ms']:.0f} ms (streams of dead ranks "
-            f"{r['worst_moved_stall_ms']:,.0f} ms)"
-        )
+        line = f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable"
+        if r["survivable"]:
+            line += (
+                f", {r['from_memory']} of them without the store, worst stall {r['worst_stall_ms']:.0f} ms "
+                f"(streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms)"
+            )
+        lines.append(line)
         lines += [f"  {reason}" for reason in r["reasons"]]
     head = ["loss", "worst", "moved", "capacity", "masked", "cache tokens", "expert traffic", "means"]
     rows = [

@@ -18,6 +18,7 @@ class Survivors:
 
     `roles` are the ids whose role changed. `switched` of them turned from attention to experts, `spares`
     stood by. `peer_ranks` ranks each load `peer_bytes` of attention and dense weights from their peers.
+    Tokens of `redirected` dense groups that lost a shard go to whole ones, unless none is (`dense_lost`).
     """
 
     ranks: int
@@ -31,6 +32,8 @@ class Survivors:
     spares: tuple[int, ...] = ()
     peer_bytes: int = 0
     peer_ranks: int = 0
+    redirected: int = 0
+    dense_lost: bool = False
 
 
 class Outlook:
@@ -47,6 +50,7 @@ class Outlook:
             if r.group >= 0:
                 self.members.setdefault(r.group, []).append(r)
         self.holders = len(plan.holders)
+        self.dense_group = _dense_groups(plan.ranks, self.shape.tensor, self.shape.dense)
         self._peak = next((f.value for f in plan.cost if f.name == "peak_load"), 1.0)
         self._seen: dict[tuple, Candidate] = {}
         self.whole = self._assess(self.shape)
@@ -80,6 +84,18 @@ class Outlook:
         return self.of(left, slots).tokens_per_second / whole if whole else 1.0
 
 
+def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict[int, int]:
+    """Dense FFN group of each attending rank, where those are wider than tensor groups."""
+    if dense <= tensor:
+        return {}
+    hosts: dict[str, list[int]] = {}
+    for r in ranks:
+        if r.group >= 0:
+            hosts.setdefault(r.host, []).append(r.id)
+    groups = [ids[i : i + dense] for ids in hosts.values() for i in range(0, len(ids), dense)]
+    return {rank: number for number, ids in enumerate(groups) for rank in ids}
+
+
 def survivors(deployment: Deployment, dead: Collection[int], outlook: Outlook) -> Survivors:
     """The ranks left of a plan after `dead` (ids), regrouped the way that is predicted to serve most.
 
@@ -102,6 +118,7 @@ def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:
     left = [r for g in sorted(broken) for r in outlook.members[g] if r.id not in dead]
     holders = outlook.holders - sum(r.role in HOLDS_EXPERTS for r in gone)
     ranks = len(outlook.place) - len(gone)
+    dense_broken = {outlook.dense_group[i] for i in dead if i in outlook.dense_group}
     hosts: dict[str, list[RankPlace]] = {}
     for r in left:
         hosts.setdefault(r.host, []).append(r)
@@ -121,6 +138,8 @@ def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:
             tensor=tensor,
             dense=dense,
             broken_groups=len(broken),
+            redirected=len(dense_broken) if tensor == shape.tensor else 0,
+            dense_lost=len(dense_broken) == len(set(outlook.dense_group.values())) > 0,
             roles=roles,
             peer_bytes=more if more > 0 else weights if again else 0,
             peer_ranks=ranks if more > 0 else again * tensor,
