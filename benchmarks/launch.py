@@ -86,12 +86,19 @@ class Launched:
 
 @contextlib.contextmanager
 def launched(model: str, ranks: int, *, cache: Path | None = None) -> Iterator[Launched]:
-    """Start a server; stop it on leaving. `model` is a name or a folder; `cache` other than the usual one."""
-    server = Launched(model, ranks, cache=cache)
+    """Start a server; stop it on leaving, be it by SIGTERM. `model` is a name or a folder, `cache` not the usual."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        yield server
+        server = Launched(model, ranks, cache=cache)
+        try:
+            yield server
+        except Exception:
+            print(f"the server said last:\n{server.said()[-2000:]}", file=sys.stderr)
+            raise
+        finally:
+            server.stop()
     finally:
-        server.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from serving.status import Event, Status
 ADOPTION = ("fence", "plan", "adopt")
 """Phases of a recovery from the evidence to a mesh that can run the next step."""
 _QUIET_TOKENS = 16  # of each stream between the last placement and the kill, for its median gap
-_LIMIT_S = 300.0
+_LIMIT_S = 180.0
+_CLOCKS_S = 1e-3  # how far the two clocks may drift apart between two readings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +72,21 @@ class EventFeed:
             self._events.append(event)
             self._more.set()
 
-    def after(self, kind: str, moment: float) -> Event | None:
-        """The first event of a kind since a moment of the monotonic clock."""
-        return next((e for e in self._events if e.kind == kind and local(e) >= moment), None)
+    def after(self, kind: str, moment: float, rank: int | None = None) -> Event | None:
+        """The first event of a kind, and of a rank if given, since a moment of the monotonic clock."""
+        fits = (e for e in self._events if e.kind == kind and rank in (None, e.rank))
+        return next((e for e in fits if local(e) >= moment - _CLOCKS_S), None)
 
-    async def wait(self, kind: str, moment: float) -> Event:
+    async def wait(self, kind: str, moment: float, rank: int | None = None) -> Event:
         """As `after`, once there is one. Raises TimeoutError when that takes minutes."""
-        async with asyncio.timeout(_LIMIT_S):
-            while (event := self.after(kind, moment)) is None:
-                self._more.clear()
-                await self._more.wait()
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                while (event := self.after(kind, moment, rank)) is None:
+                    self._more.clear()
+                    await self._more.wait()
+        except TimeoutError:
+            last = [f"{e.kind} {e.rank} {e.cause}" for e in self._events[-5:]]
+            raise TimeoutError(f"no {kind!r} within {_LIMIT_S:.0f} s; the last events: {last}") from None
         return event
 
     def close(self) -> None:
@@ -129,15 +135,14 @@ async def lose_rank(
     assert pid is not None, f"rank {victim} is {before.ranks[victim].state}"
     kill = time.monotonic()
     os.kill(pid, how)
-    lost, recovered = await feed.wait("rank_lost", kill), await feed.wait("recovered", kill)
-    rejoined = await feed.wait("rejoined", kill)
+    lost = await feed.wait("rank_lost", kill, victim)
+    recovered = await feed.wait("recovered", local(lost))
+    rejoined = await feed.wait("rejoined", local(recovered), victim)
     after = await until(client, whole)
     whole_at = time.monotonic()
     traces = await load.stop()
     rejoin_ms = rejoined.phases.get("total", 0.0)
-    moments = Moments(
-        quiet, kill, local(lost), local(recovered), local(rejoined) - rejoin_ms / 1e3, local(rejoined)
-    )
+    moments = Moments(quiet, kill, local(lost), local(recovered), local(rejoined) - rejoin_ms / 1e3, local(rejoined))
     stalls = stalls_of(placed, victim, moments)
     return LossRecord(
         victim=victim,
