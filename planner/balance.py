@@ -36,9 +36,7 @@ def peak(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
     return by_rank.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1e-300)
 
 
-def swap_down(
-    table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None
-) -> np.ndarray:
+def swap_down(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None) -> np.ndarray:
     """The table after swaps that each cool a layer's hottest rank, one swap per layer and round.
 
     A swap never puts an expert twice on a rank and never brings copies that are on two hosts onto one.
@@ -52,9 +50,8 @@ def swap_down(
     weight = slot_loads(table, loads)
     on_host = _host_counts(table, domain, max(experts, int(table.max()) + 1))
     span = (on_host > 0).sum(axis=2)
-    rounds = min(4 * ranks, 300) if rounds is None else rounds
     live = np.arange(layers)
-    for _ in range(rounds):
+    for _ in range(min(4 * ranks, 300) if rounds is None else rounds):
         if not len(live):
             break
         done = _swap_once(table, weight, on_host, span, domain, live)

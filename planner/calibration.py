@@ -44,15 +44,11 @@ def read_steps(path: str | Path) -> list[tuple[int, float]]:
         runs = []
         for run in data["runs"]:
             itl = run["itl_ms"]
-            runs.append(
-                (int(run["concurrency"]), float(itl["median"] if isinstance(itl, dict) else itl) / 1e3)
-            )
+            runs.append((int(run["concurrency"]), float(itl["median"] if isinstance(itl, dict) else itl) / 1e3))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is no result of benchmarks.throughput: {type(error).__name__} {error}"
-        ) from None
+        raise InputError(f"{path} is no result of benchmarks.throughput: {type(error).__name__} {error}") from None
     if len(runs) < 2 or min(seconds for _, seconds in runs) <= 0:
         raise InputError(f"{path} has {len(runs)} runs with a positive itl_ms; two at least are needed")
     return runs
@@ -110,8 +106,6 @@ def _fit(parts: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
         if solution[i] < 0.05:
             rest = 1 - 0.05 * scaled[:, i]
             solution[i] = 0.05
-            solution[1 - i] = max(
-                0.05, float(scaled[:, 1 - i] @ rest / (scaled[:, 1 - i] @ scaled[:, 1 - i]))
-            )
+            solution[1 - i] = max(0.05, float(scaled[:, 1 - i] @ rest / (scaled[:, 1 - i] @ scaled[:, 1 - i])))
             break
     return float(solution[0]), float(solution[1])

@@ -55,9 +55,7 @@ class Hardware:
             if f.name == "name" or (f.name in ("memory_bytes", "flops_8bit") and value is None):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise InputError(
-                    f"hardware {self.name!r}: {f.name} is {value!r}, it must be a number above 0"
-                )
+                raise InputError(f"hardware {self.name!r}: {f.name} is {value!r}, it must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +83,7 @@ class Cluster:
         return cls(name="local", devices=devices, hardware=Hardware(memory_bytes=memory_bytes))
 
     @classmethod
-    def regular(
-        cls, name: str, hosts: int, per_host: int, *, hardware: Hardware, hosts_per_rack: int = 8
-    ) -> Cluster:
+    def regular(cls, name: str, hosts: int, per_host: int, *, hardware: Hardware, hosts_per_rack: int = 8) -> Cluster:
         """`hosts` equal hosts of `per_host` devices each; ids count through the hosts."""
         devices = tuple(
             Device(id=h * per_host + i, host=f"host{h}", rack=f"rack{h // hosts_per_rack}")
@@ -114,8 +110,7 @@ class Cluster:
         unknown = chosen.difference(self.ids)
         if unknown:
             raise InputError(
-                f"ranks {sorted(unknown)} are not in cluster {self.name!r}, "
-                f"which has {len(self.devices)} devices"
+                f"ranks {sorted(unknown)} are not in cluster {self.name!r}, which has {len(self.devices)} devices"
             )
         return tuple(d for d in self.devices if d.id in chosen)
 
@@ -150,9 +145,7 @@ def read_cluster(text: str) -> Cluster:
     path = Path(text)
     if not path.is_file():
         known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
-        raise InputError(
-            f"{text!r} is neither a file nor one of the presets {', '.join(known)} (try h200:40x8)"
-        )
+        raise InputError(f"{text!r} is neither a file nor one of the presets {', '.join(known)} (try h200:40x8)")
     return cluster_from(_read_toml(path), str(path))
 
 
@@ -174,9 +167,7 @@ def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
     devices: list[Device] = []
     for row in data.get("devices", ()):
         _known(row, ("id", "host", "rack"), f"{where} [[devices]]")
-        devices.append(
-            Device(id=_count(row, "id", where, 0), host=str(row["host"]), rack=str(row.get("rack", "")))
-        )
+        devices.append(Device(id=_count(row, "id", where, 0), host=str(row["host"]), rack=str(row.get("rack", ""))))
     hosts = 0
     for row in data.get("hosts", ()):
         _known(row, ("count", "devices", "hosts_per_rack"), f"{where} [[hosts]]")

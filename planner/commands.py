@@ -175,9 +175,7 @@ def rebalance(options: Namespace) -> Answer:
     deployment = read_deployment(options.plan)
     rows = read_loads(options.loads, deployment.workload)
     deployment = replace(deployment, loads=rows)
-    done = rebalance_plan(
-        deployment.plan, deployment.load_array(), mode=options.mode, moves_per_layer=options.moves
-    )
+    done = rebalance_plan(deployment.plan, deployment.load_array(), mode=options.mode, moves_per_layer=options.moves)
     after = replace(deployment, plan=done.plan)
     _write(options.out, after.to_json())
     moved = _transfer(after, deployment.plan, done.plan)

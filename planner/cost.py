@@ -118,9 +118,7 @@ def _exchange_seconds(
     return workload.moe_layers * (seconds + 2 * reads * hardware.collective_latency)
 
 
-def prefill_time(
-    workload: Workload, cluster: Cluster, shape: Shape, prompt: int, *, peak: float = 1.0
-) -> float:
+def prefill_time(workload: Workload, cluster: Cluster, shape: Shape, prompt: int, *, peak: float = 1.0) -> float:
     """Seconds to prefill one prompt on every tensor group at once, in chunks of CHUNK tokens."""
     seconds, done = 0.0, 0
     while done < prompt:

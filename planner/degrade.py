@@ -155,8 +155,7 @@ class Losses:
             return least, ""
         have = left.holders * plan.slots_per_rank
         return plan.slots_per_rank, (
-            f"{plan.experts} experts do not fit in {have} slots "
-            f"({left.holders} ranks x {plan.slots_per_rank})"
+            f"{plan.experts} experts do not fit in {have} slots ({left.holders} ranks x {plan.slots_per_rank})"
         )
 
     def _parity(self, lost: np.ndarray, gone: list[int]) -> tuple[int, np.ndarray, int]:
@@ -183,9 +182,7 @@ class Losses:
             chosen[pairs[order, 0], pairs[order, 1]] = True
         return chosen
 
-    def _weights(
-        self, lost: np.ndarray, left: Survivors, dead: frozenset[int], parity_bytes: int
-    ) -> tuple[float, int]:
+    def _weights(self, lost: np.ndarray, left: Survivors, dead: frozenset[int], parity_bytes: int) -> tuple[float, int]:
         """Seconds until the busiest rank and host have their weights, and bytes loaded by all."""
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware

@@ -87,9 +87,7 @@ class Deployment:
         if isinstance(data, dict) and "deployment" in data:
             data = data["deployment"]
         if not isinstance(data, dict) or not {"plan", "workload", "cluster"} <= set(data):
-            raise InputError(
-                "not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes"
-            )
+            raise InputError("not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes")
         for key in data:
             if key not in cls.__dataclass_fields__:
                 raise unknown_key(key, cls.__dataclass_fields__, "plan file")
@@ -99,9 +97,7 @@ class Deployment:
             return cls(
                 plan=Plan.from_json(json.dumps(data["plan"])),
                 workload=_build(Workload, data["workload"]),
-                cluster=Cluster(
-                    name=cluster["name"], devices=devices, hardware=_build(Hardware, cluster["hardware"])
-                ),
+                cluster=Cluster(name=cluster["name"], devices=devices, hardware=_build(Hardware, cluster["hardware"])),
                 traffic=_build(Traffic, data.get("traffic", {})),
                 survive=_build(Survive, data.get("survive", {})),
                 loads=tuple(tuple(float(x) for x in row) for row in data.get("loads", ())),
@@ -157,10 +153,8 @@ def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...],
     except (TypeError, ValueError):
         array = np.zeros(0)
     if array.shape != shape:
-        raise InputError(
-            f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}"
-        )
-    return tuple(map(tuple, array.tolist()))
+        raise InputError(f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}")
+    return tuple(tuple(float(x) for x in row) for row in array)
 
 
 def zipf_loads(workload: Workload, exponent: float, seed: int = 0) -> np.ndarray:

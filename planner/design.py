@@ -111,18 +111,14 @@ def _dressed(plan: Plan, chosen: Candidate, peak: float) -> Plan:
     )
 
 
-def _explain_failure(
-    workload: Workload, cluster: Cluster, candidates: Sequence[Candidate], lost: int
-) -> None:
+def _explain_failure(workload: Workload, cluster: Cluster, candidates: Sequence[Candidate], lost: int) -> None:
     """Raise NoFeasiblePlan with the reason of the shape that came closest."""
     n = len(cluster.devices)
     rest = min((rest_bytes(workload, c.shape.tensor, c.shape.dense) for c in candidates), default=None)
     slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=rest)
     reasons = list(dict.fromkeys(c.reason for c in candidates))
     detail = "; ".join(reasons[:3]) or "no tensor group fits on a host"
-    raise NoFeasiblePlan(
-        f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit."
-    )
+    raise NoFeasiblePlan(f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit.")
 
 
 def expected_peak(loads: np.ndarray, slots: int, holders: int) -> float:
@@ -160,7 +156,5 @@ def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
     if step is not None:
         rows.append(("step", step.total, "s"))
         rows += [(f"step_{name}", seconds, "s") for name, seconds in step.parts().items()]
-    rows += [
-        (f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory
-    ]
+    rows += [(f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory]
     return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)

@@ -71,9 +71,7 @@ def rounds(made: Sequence[Move]) -> tuple[tuple[Move, ...], ...]:
     senders: list[set[int | None]] = []
     for m in made:
         free = (
-            i
-            for i in range(len(groups))
-            if m.rank not in receivers[i] and (m.peer is None or m.peer not in senders[i])
+            i for i in range(len(groups)) if m.rank not in receivers[i] and (m.peer is None or m.peer not in senders[i])
         )
         at = next(free, len(groups))
         if at == len(groups):

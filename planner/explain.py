@@ -50,8 +50,7 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
             f"{len(sole)} of them the only copy" + (f", e.g. (layer, expert) {sole[:3]}" if sole else "")
         )
         lines.append(
-            f"serves {mine.mean():.2f} x the mean expert traffic, "
-            f"at most {mine.max():.2f} x on layer {mine.argmax()}"
+            f"serves {mine.mean():.2f} x the mean expert traffic, at most {mine.max():.2f} x on layer {mine.argmax()}"
         )
     facts["loss"] = outcome.to_dict()
     lines.append("if it dies: " + sentence(outcome))
@@ -64,9 +63,7 @@ def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tu
     if not 0 <= expert < plan.experts:
         raise InputError(f"expert {expert} is not in the model, which has 0..{plan.experts - 1}")
     if layer is not None and not 0 <= layer < plan.moe_layers:
-        raise InputError(
-            f"layer {layer} is not an MoE layer of the model, which has 0..{plan.moe_layers - 1}"
-        )
+        raise InputError(f"layer {layer} is not an MoE layer of the model, which has 0..{plan.moe_layers - 1}")
     layers = range(plan.moe_layers) if layer is None else [layer]
     loads, table = deployment.load_array(), plan.slot_table()
     rows, lines = [], [f"expert {expert} of {plan.experts}"]
@@ -84,9 +81,7 @@ def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tu
                 "parity_with": [m for m in group.members if m != expert] if group else [],
             }
         )
-        fate = (
-            "survives any one host" if len(hosts) > 1 else "survives any one rank" if len(ranks) > 1 else ""
-        )
+        fate = "survives any one host" if len(hosts) > 1 else "survives any one rank" if len(ranks) > 1 else ""
         if not fate:
             fate = "is rebuilt from its parity group" if group else "comes from the store"
             fate += f" when rank {ranks[0].id} dies" if ranks else ""

@@ -1,18 +1,18 @@
 """Hugging Face `config.json` of a MoE model: parameters, cache bytes and flops, by published architecture.
 
-Each family is a row of `FAMILIES`: which keys hold the numbers and which small parts it has. Shapes follow
-the modelling code of `transformers`; totals are checked against the published ones in the tests.
+Shapes follow the modelling code of `transformers`, by the rows of `planner.families`; totals are checked against
+the published ones in the tests.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, unknown_key
+from planner.families import FAMILIES, Config, Family, head_size
 from planner.workload import Workload
 
 BYTES = {
@@ -23,86 +23,6 @@ BYTES = {
     "int8": 1.0,
     "mxfp4": 4.25 / 8,
     "int4": 0.5,
-}
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one `model_type` spells its sizes. Keys name entries of config.json; flags name small parts."""
-
-    experts: str = "num_local_experts"
-    expert_width: str = "intermediate_size"
-    dense_width: str = "intermediate_size"
-    shared_width: Callable[[Config], int] = lambda c: 0
-    shared_gate: bool = False
-    moe_layers: Callable[[Config], int] = lambda c: c["num_hidden_layers"]
-    qkv_bias: bool = False
-    out_bias: bool = False
-    head_norm: Callable[[Config], int] = lambda c: 0
-    sinks: bool = False
-    router_bias: bool = False
-    expert_bias: bool = False
-    norm_bias: bool = False
-
-
-def _qwen_moe_layers(c: Config) -> int:
-    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
-    return sum(1 for i in range(c["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
-
-
-def _after_dense(c: Config) -> int:
-    return c["num_hidden_layers"] - c.get("first_k_dense_replace", 0)
-
-
-def _head(c: Config) -> int:
-    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-
-
-_DEEPSEEK = {
-    "experts": "n_routed_experts",
-    "expert_width": "moe_intermediate_size",
-    "shared_width": lambda c: c.get("n_shared_experts", 0) * c["moe_intermediate_size"],
-    "moe_layers": _after_dense,
-}
-
-FAMILIES: dict[str, Family] = {
-    "mixtral": Family(),
-    "olmoe": Family(
-        experts="num_experts",
-        head_norm=lambda c: (c["num_attention_heads"] + c["num_key_value_heads"]) * _head(c),
-    ),
-    "qwen2_moe": Family(
-        experts="num_experts",
-        expert_width="moe_intermediate_size",
-        shared_width=lambda c: c["shared_expert_intermediate_size"],
-        shared_gate=True,
-        moe_layers=_qwen_moe_layers,
-        qkv_bias=True,
-    ),
-    "qwen3_moe": Family(
-        experts="num_experts",
-        expert_width="moe_intermediate_size",
-        moe_layers=_qwen_moe_layers,
-        head_norm=lambda c: 2 * _head(c),
-    ),
-    "deepseek_v2": Family(**_DEEPSEEK),
-    "deepseek_v3": Family(**_DEEPSEEK, router_bias=True),
-    "kimi_k2": Family(**_DEEPSEEK, router_bias=True),
-    "glm4_moe": Family(
-        **_DEEPSEEK,
-        router_bias=True,
-        qkv_bias=True,
-        head_norm=lambda c: 2 * _head(c) if c.get("use_qk_norm") else 0,
-    ),
-    "gpt_oss": Family(qkv_bias=True, out_bias=True, sinks=True, router_bias=True, expert_bias=True),
-    "llama4_text": Family(
-        dense_width="intermediate_size_mlp",
-        shared_width=lambda c: c["intermediate_size"],
-        moe_layers=lambda c: c["num_hidden_layers"] // c.get("interleave_moe_layer_step", 1),
-    ),
-    "granitemoe": Family(),
-    "phimoe": Family(qkv_bias=True, out_bias=True, norm_bias=True),
 }
 
 
@@ -210,7 +130,7 @@ def _attention(c: Config, family: Family) -> int:
         low = c.get("q_lora_rank")
         queries = d * low + low + low * query if low else d * query
         return queries + d * (rank + rope) + rank + rank * n * (nope + value) + n * value * d
-    h, k = _head(c), _int(c, "num_key_value_heads")
+    h, k = head_size(c), _int(c, "num_key_value_heads")
     count = d * n * h * 2 + 2 * d * k * h + family.head_norm(c)
     if family.qkv_bias and c.get("attention_bias", True):
         count += n * h + 2 * k * h
@@ -225,7 +145,7 @@ def cache_elements(config: Config) -> tuple[int, int]:
     layers = _int(c, "num_hidden_layers")
     if "kv_lora_rank" in c:
         return layers * (c["kv_lora_rank"] + c["qk_rope_head_dim"]), 0
-    each = 2 * _int(c, "num_key_value_heads") * _head(c)
+    each = 2 * _int(c, "num_key_value_heads") * head_size(c)
     windowed = sum(1 for kind in c.get("layer_types") or [] if kind == "sliding_attention")
     return (layers - windowed) * each, windowed * each * int(c.get("sliding_window") or 0)
 
@@ -246,10 +166,8 @@ def workload(config: Config, *, name: str = "model", weights: str | None = None)
     rest_bytes = low * 2 + (p.rest - low) * BYTES[dense_format]
     per_token, per_request = cache_elements(c)
     heads = c["num_attention_heads"]
-    if "kv_lora_rank" in c:
-        products = heads * (2 * c["kv_lora_rank"] + c["qk_rope_head_dim"])
-    else:
-        products = heads * 2 * _head(c)
+    latent = "kv_lora_rank" in c
+    products = heads * (2 * c["kv_lora_rank"] + c["qk_rope_head_dim"] if latent else 2 * head_size(c))
     return Workload(
         name=name,
         layers=c["num_hidden_layers"],
@@ -262,7 +180,7 @@ def workload(config: Config, *, name: str = "model", weights: str | None = None)
         attention_bytes=round(p.attention * BYTES[dense_format]),
         cache_bytes_per_token=per_token * 2,
         cache_bytes_per_request=per_request * 2,
-        cache_splits=1 if "kv_lora_rank" in c else c["num_key_value_heads"],
+        cache_splits=1 if latent else c["num_key_value_heads"],
         heads=heads,
         hidden_bytes=c["hidden_size"] * 2,
         expert_flops=2.0 * p.expert,

@@ -43,9 +43,7 @@ class Lattice:
         return tuple(sorted({len(p.ranks) for p in self.plans.values()}, reverse=True))
 
 
-def build_lattice(
-    workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096
-) -> Lattice:
+def build_lattice(workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096) -> Lattice:
     """Plans for every loss of up to `depth` ranks and of every host, single losses first, at most `limit`.
 
     Each is derived from `plan` itself, with weights in place kept, and has the next epoch.

@@ -70,9 +70,7 @@ def _by_rank(plan: Plan) -> np.ndarray:
     return plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
 
 
-def _source(
-    before: np.ndarray, at: int, expert: int, hosts: list[str], sent: np.ndarray
-) -> tuple[str, int | None]:
+def _source(before: np.ndarray, at: int, expert: int, hosts: list[str], sent: np.ndarray) -> tuple[str, int | None]:
     """Where holder `at` gets `expert` from; `before` [holders, slots] is one layer, `sent` counts sends."""
     having = np.flatnonzero((before == expert).any(axis=1))
     if at in having:

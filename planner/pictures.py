@@ -24,9 +24,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure to `path`; its ending chooses the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(
-        path, dpi=130, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None
-    )
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
@@ -81,9 +79,7 @@ def trade_off(design: Design) -> Figure:
     shapes = [c.shape for c in design.candidates if c.step]
     front = pareto(d.workload, d.cluster, shapes, d.traffic, peak=design.peak)
     figure, axes = _axes("decode: what speed for a user costs", "tokens/s a user", "tokens/s a device")
-    axes.plot(
-        [p["per_user"] for p in front], [p["per_device"] for p in front], "o-", color=COOL, markersize=4
-    )
+    axes.plot([p["per_user"] for p in front], [p["per_device"] for p in front], "o-", color=COOL, markersize=4)
     chosen = design.chosen
     if chosen.step:
         speed = chosen.requests_per_group * chosen.shape.data / chosen.step.total / len(chosen.shape.roles)
@@ -101,14 +97,10 @@ def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: i
     counts = sorted({round(c) for c in np.linspace(1, most, min(most, 12))})
     rng = np.random.default_rng(seed)
     figure, axes = _axes("throughput left after a loss", "devices lost at once", "part of tokens/s")
-    left = {
-        c: [losses.outcome(rng.choice(ids, c, replace=False).tolist()) for _ in range(tries)] for c in counts
-    }
+    left = {c: [losses.outcome(rng.choice(ids, c, replace=False).tolist()) for _ in range(tries)] for c in counts}
     for c, outcomes in left.items():
         for o in outcomes:
-            axes.plot(
-                c, o.capacity if o.survivable else 0.0, "o" if o.survivable else "x", color=COOL, alpha=0.6
-            )
+            axes.plot(c, o.capacity if o.survivable else 0.0, "o" if o.survivable else "x", color=COOL, alpha=0.6)
     mean = [np.mean([o.capacity if o.survivable else 0.0 for o in left[c]]) for c in counts]
     axes.plot([0, *counts], [1.0, *mean], color=COOL, label="random devices")
     hosts = list(losses.deployment.cluster.domains("host").values())
@@ -164,9 +156,7 @@ def draw_design(design: Design, folder: str | Path, kind: str = "png") -> list[P
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
 
 
-def draw_losses(
-    losses: Losses, outcomes: Sequence[Outcome], folder: str | Path, kind: str = "png"
-) -> list[Path]:
+def draw_losses(losses: Losses, outcomes: Sequence[Outcome], folder: str | Path, kind: str = "png") -> list[Path]:
     """Capacity against losses and the recovery time line, as files in `folder`; returns their paths."""
     figures = {"capacity": capacity(losses), "recovery": time_line(outcomes)}
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]

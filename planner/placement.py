@@ -70,9 +70,7 @@ def _items(counts: np.ndarray, loads: np.ndarray, order: np.ndarray | None) -> t
     return item, weight
 
 
-def _pack(
-    item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray
-) -> np.ndarray:
+def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray) -> np.ndarray:
     """Rank of each item, int [layers, items], -1 for pads; `room` is the slots of each rank [layers, ranks].
 
     Copies of an expert go to different ranks and evenly to the domains where there is room.

@@ -164,12 +164,10 @@ class Plan:
                 slots_per_rank=data["slots_per_rank"],
                 slots=as_tuples(data["slots"]),
                 experts=data["experts"],
-                masked=as_tuples(data.get("masked", ())),
+                masked=tuple((int(layer), int(expert)) for layer, expert in data.get("masked", ())),
                 pages_per_rank=data.get("pages_per_rank", 0),
                 axes=tuple((str(name), int(size)) for name, size in data.get("axes", ())),
-                parity=tuple(
-                    ParityGroup(**{**g, "members": tuple(g["members"])}) for g in data.get("parity", ())
-                ),
+                parity=tuple(ParityGroup(**{**g, "members": tuple(g["members"])}) for g in data.get("parity", ())),
                 cost=tuple(Figure(**f) for f in data.get("cost", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -194,14 +192,11 @@ class Plan:
         for layer, row in enumerate(self.slots):
             if len(row) != width:
                 raise InvalidPlan(
-                    f"layer {layer} has {len(row)} slots; "
-                    f"{len(self.holders)} ranks x {self.slots_per_rank} = {width}"
+                    f"layer {layer} has {len(row)} slots; {len(self.holders)} ranks x {self.slots_per_rank} = {width}"
                 )
         if self.slots and (self._table.min() < -1 or self._table.max() >= self.experts):
             bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]
-            raise InvalidPlan(
-                f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty"
-            )
+            raise InvalidPlan(f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty")
         self._validate_masked()
         for g in self.parity:
             if not (0 <= g.layer < self.moe_layers and 0 <= g.slot < width):
@@ -209,9 +204,7 @@ class Plan:
                     f"parity group at layer {g.layer} slot {g.slot}; there are {self.moe_layers} x {width}"
                 )
             if self._table[g.layer, g.slot] >= 0 or not set(g.members) <= set(range(self.experts)):
-                raise InvalidPlan(
-                    f"parity slot {g.slot} of layer {g.layer} holds an expert, or protects none"
-                )
+                raise InvalidPlan(f"parity slot {g.slot} of layer {g.layer} holds an expert, or protects none")
 
     def _validate_masked(self) -> None:
         missing = {(int(a), int(b)) for a, b in np.argwhere(self.copies() == 0)}

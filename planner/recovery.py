@@ -69,9 +69,7 @@ def read_recovery(path: str | Path) -> Recovery:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no result of benchmarks.recovery: {type(error).__name__} {error}"
-        ) from None
+        raise InputError(f"{path} is no result of benchmarks.recovery: {type(error).__name__} {error}") from None
 
 
 def _milliseconds(value: object) -> float:

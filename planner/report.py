@@ -46,8 +46,7 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
         f"  {best.tokens_per_second:,.0f} tokens/s ({best.per_device():,.0f} a device), "
         f"{best.tokens_per_second_per_user:.1f} a user, "
         f"first token after {best.ttft_seconds:.2f} s  [estimate]",
-        f"  {best.requests_per_group} requests x {best.shape.data} groups, "
-        f"{best.pages_per_rank:,} cache pages a rank",
+        f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank",
     ]
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
@@ -165,9 +164,7 @@ def simulate_report(accounts: Sequence[Account], days: float) -> str:
 
 def transfer_report(transfer: Transfer, *, most: int = 20) -> str:
     """What moves, in rounds, with the first moves listed."""
-    links = (
-        ", ".join(f"{link} {gb(size)}" for link, size in transfer.bytes_by_link.items() if size) or "nothing"
-    )
+    links = ", ".join(f"{link} {gb(size)}" for link, size in transfer.bytes_by_link.items() if size) or "nothing"
     lines = [
         f"{len(transfer.moves)} experts move in {len(transfer.rounds)} rounds, "
         f"{transfer.seconds * 1e3:.1f} ms: {links}",
@@ -186,9 +183,7 @@ def transfer_report(transfer: Transfer, *, most: int = 20) -> str:
 
 def slot_report(plan: Plan, *, layers: int = 4, ranks: int = 16) -> str:
     """The slot table as text: a line per rank, the experts of each layer in its columns."""
-    lines = [
-        f"{len(plan.ranks)} ranks, {plan.slots_per_rank} slots, {plan.experts} experts, epoch {plan.epoch}"
-    ]
+    lines = [f"{len(plan.ranks)} ranks, {plan.slots_per_rank} slots, {plan.experts} experts, epoch {plan.epoch}"]
     for r in plan.holders[:ranks]:
         slots = plan.slots_of(r.id)[:layers]
         cells = " | ".join(" ".join(f"{e:>3}" for e in row) for row in slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from planner.cluster import Cluster, Device
@@ -30,12 +31,12 @@ class Shape:
     roles: tuple[str, ...]
     groups: tuple[int, ...]
 
-    @property
+    @cached_property
     def data(self) -> int:
         """Tensor groups, each of which attends for requests of its own."""
         return max(self.groups, default=-1) + 1
 
-    @property
+    @cached_property
     def holders(self) -> int:
         """Ranks that hold experts."""
         return sum(role in ("collocated", "expert") for role in self.roles)
@@ -132,9 +133,7 @@ def slots_per_rank(
     return chosen
 
 
-def cache_pages(
-    workload: Workload, cluster: Cluster, slots: int, *, tensor: int = 1, rest: int | None = None
-) -> int:
+def cache_pages(workload: Workload, cluster: Cluster, slots: int, *, tensor: int = 1, rest: int | None = None) -> int:
     """Cache pages that fit beside the weights of one rank; 0 when memory or cache size is not given."""
     room = budget(cluster)
     if room is None or not workload.page_bytes:

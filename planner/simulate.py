@@ -75,9 +75,7 @@ def timeline(
     events = []
     for units, mtbf in (([(i,) for i in ids], device), (hosts, host)):
         count = rng.poisson(len(units) * hours / mtbf)
-        for start, unit in zip(
-            rng.uniform(0, hours, count), rng.integers(0, max(1, len(units)), count), strict=True
-        ):
+        for start, unit in zip(rng.uniform(0, hours, count), rng.integers(0, max(1, len(units)), count), strict=True):
             end = start + rng.exponential(repair)
             events.append(Event(hour=float(start), ids=tuple(units[unit]), up=False))
             events.append(Event(hour=float(end), ids=tuple(units[unit]), up=True))
@@ -105,9 +103,7 @@ def simulate(
             raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
     spares = max(1, len(deployment.plan.ranks) // 100) if spares is None else spares
     return [
-        _Run(deployment, policy, recovery or Recovery(), spares if policy == "spare" else 0, seed).play(
-            events, days
-        )
+        _Run(deployment, policy, recovery or Recovery(), spares if policy == "spare" else 0, seed).play(events, days)
         for policy in policies
     ]
 
@@ -115,9 +111,7 @@ def simulate(
 class _Run:
     """The state of one policy as events pass: who is dead, who holds which expert, and the bill so far."""
 
-    def __init__(
-        self, deployment: Deployment, policy: str, recovery: Recovery, spares: int, seed: int
-    ) -> None:
+    def __init__(self, deployment: Deployment, policy: str, recovery: Recovery, spares: int, seed: int) -> None:
         plan = deployment.plan
         self.deployment, self.policy, self.recovery, self.spares = deployment, policy, recovery, spares
         self.rng = np.random.default_rng(seed)

@@ -131,15 +131,11 @@ def fresh(
     table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
     if not spare:
         return table, ()
-    groups = tuple(
-        ParityGroup(layer=a, slot=b, members=c) for a, b, c in form_groups(table, experts, apart, members)
-    )
+    groups = tuple(ParityGroup(layer=a, slot=b, members=c) for a, b, c in form_groups(table, experts, apart, members))
     return np.where(table >= experts, -1, table), groups
 
 
-def _best_start(
-    loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int
-) -> np.ndarray:
+def _best_start(loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int) -> np.ndarray:
     """Placements counted and packed in several orders and cooled by swaps; on each layer the coolest."""
     best, lowest, idle = None, None, 0
     rng = np.random.default_rng(0)

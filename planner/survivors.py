@@ -169,9 +169,7 @@ def _promoted(outlook: Outlook, left: Survivors, dead: Collection[int]) -> Survi
     )
 
 
-def _switched(
-    outlook: Outlook, left: Survivors, dead: Collection[int], slots: int, experts: int
-) -> Survivors:
+def _switched(outlook: Outlook, left: Survivors, dead: Collection[int], slots: int, experts: int) -> Survivors:
     """Attention ranks turned into expert ranks, whole tensor groups from the last, until all experts fit."""
     missing = ceil(experts / slots) - left.holders
     if missing <= 0:

@@ -33,9 +33,7 @@ class Candidate:
         return self.tokens_per_second / len(self.shape.roles)
 
 
-def assess(
-    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0
-) -> Candidate:
+def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0) -> Candidate:
     """What `shape` delivers with as many requests as memory and `traffic.tpot_ms` allow."""
     room = budget(cluster)
     rest = rest_bytes(workload, shape.tensor, shape.dense)
@@ -60,19 +58,12 @@ def assess(
 
     requests = _most(fits, lambda count: busy_with(count) <= traffic.tpot_ms / 1e3)
     if requests < 1:
-        reason = (
-            f"a token of a single request takes {busy_with(1) * 1e3:.0f} ms, asked {traffic.tpot_ms:g} ms"
-        )
+        reason = f"a token of a single request takes {busy_with(1) * 1e3:.0f} ms, asked {traffic.tpot_ms:g} ms"
         return Candidate(shape=shape, reason=reason)
     step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
     busy = busy_with(requests)
     ttft = prefill + step.total
-    cache = (
-        requests
-        * traffic.longest
-        * workload.cache_bytes_per_token
-        // min(shape.tensor, workload.cache_splits)
-    )
+    cache = requests * traffic.longest * workload.cache_bytes_per_token // min(shape.tensor, workload.cache_splits)
     return Candidate(
         shape=shape,
         reason=""

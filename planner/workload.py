@@ -50,9 +50,7 @@ class Workload:
                 raise InputError(f"workload {self.name!r}: {f.name} is {value!r}, it must be at least 0")
         for name in ("moe_layers", "experts", "experts_per_token", "expert_bytes", "page_tokens", "heads"):
             if getattr(self, name) < 1:
-                raise InputError(
-                    f"workload {self.name!r}: {name} is {getattr(self, name)}, it must be at least 1"
-                )
+                raise InputError(f"workload {self.name!r}: {name} is {getattr(self, name)}, it must be at least 1")
         if self.experts_per_token > self.experts:
             raise InputError(
                 f"workload {self.name!r}: {self.experts_per_token} experts per token out of {self.experts}"

@@ -35,7 +35,5 @@ def cases(draw, most_ranks: int = 9, spare: int = 3) -> Case:
     seed = draw(st.integers(0, 2**16))
     loads = np.random.default_rng(seed).pareto(draw(st.sampled_from([0.8, 2.0, 8.0])), (layers, experts))
     workload = Workload(moe_layers=layers, experts=experts, experts_per_token=1, expert_bytes=100)
-    cluster = Cluster(
-        name="drawn", devices=Cluster.local(len(names), hosts=names).devices, hardware=Hardware()
-    )
+    cluster = Cluster(name="drawn", devices=Cluster.local(len(names), hosts=names).devices, hardware=Hardware())
     return Case(workload, cluster, slots, loads)

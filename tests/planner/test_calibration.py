@@ -46,9 +46,7 @@ def test_the_hardware_behind_the_figures_is_found_again(latency, efficiency):
     )
     d = replace(d, cluster=replace(d.cluster, hardware=replace(true, efficiency=1.0)))
     real = replace(d.cluster, hardware=true)
-    runs = [
-        (c, step_time(d.workload, real, d.shape, c / 4, d.traffic.context).total) for c in (4, 32, 128, 512)
-    ]
+    runs = [(c, step_time(d.workload, real, d.shape, c / 4, d.traffic.context).total) for c in (4, 32, 128, 512)]
     found = calibrate(d, runs)
     assert found.cluster.hardware.efficiency == pytest.approx(efficiency, rel=1e-6)
     assert all(abs(r.error) < 1e-6 for r in found.rows)

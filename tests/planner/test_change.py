@@ -45,9 +45,7 @@ def test_rebalance_cools_keeps_every_expert_and_keeps_copies_apart(case, mode, m
     done = rebalance(plan, loads, mode=mode, moves_per_layer=most)
     done.plan.validate()
     assert (done.after <= done.before + 1e-12).all()
-    assert done.after == pytest.approx(
-        peak(done.plan.slot_table().reshape(plan.moe_layers, case.ranks, -1), loads)
-    )
+    assert done.after == pytest.approx(peak(done.plan.slot_table().reshape(plan.moe_layers, case.ranks, -1), loads))
     assert (np.minimum(done.plan.copies(), 2) >= np.minimum(plan.copies(), 2)).all()
     domain = domain_index(plan.holders)
     old, new = (p.slot_table().reshape(plan.moe_layers, case.ranks, -1) for p in (plan, done.plan))

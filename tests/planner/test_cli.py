@@ -57,9 +57,7 @@ def test_what_does_not_fit_is_exit_code_1_and_wrong_input_2(capsys):
 
 def test_degrade_counts_losses_and_gates(capsys, plan_file):
     shown = text(capsys, "degrade", plan_file)
-    assert re.search(
-        r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms", shown
-    )
+    assert re.search(r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms", shown)
     found = data(capsys, "degrade", plan_file, "--gate", "survivable>=1.0, worst_stall_ms<=5000")
     assert len(found["losses"]) == 8 + 28
     assert found["gate_broken"] == []

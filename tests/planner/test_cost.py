@@ -93,9 +93,7 @@ def test_memory_goes_to_weights_first_and_the_rest_to_pages():
 def test_faster_hardware_is_never_slower(field, tokens, context):
     cluster = read_cluster("h100:2x8")
     model = read_model("mixtral-8x7b")
-    fast = replace(
-        cluster, hardware=replace(cluster.hardware, **{field: getattr(cluster.hardware, field) * 2})
-    )
+    fast = replace(cluster, hardware=replace(cluster.hardware, **{field: getattr(cluster.hardware, field) * 2}))
     shape = one(16, 1)
     assert step_time(model, fast, shape, tokens, context).total <= (
         step_time(model, cluster, shape, tokens, context).total
@@ -119,9 +117,7 @@ def test_tensor_groups_divide_weights_but_not_a_latent_cache():
     cluster = read_cluster("h200:4x8")
     rest = 10**9
     assert cache_pages(v3, cluster, 8, tensor=2, rest=rest) == cache_pages(v3, cluster, 8, rest=rest)
-    assert cache_pages(mixtral, cluster, 2, tensor=2, rest=rest) >= 2 * cache_pages(
-        mixtral, cluster, 2, rest=rest
-    )
+    assert cache_pages(mixtral, cluster, 2, tensor=2, rest=rest) >= 2 * cache_pages(mixtral, cluster, 2, rest=rest)
 
 
 def test_seven_of_eight_devices_leave_one_without_a_tensor_group():

@@ -65,9 +65,7 @@ def test_losing_more_is_never_survived_with_less(case, data):
 @given(cases())
 def test_more_slots_are_never_less_survivable_from_memory(case):
     few = Losses(deployment(case))
-    roomy = Losses(
-        deployment(replace(case, slots=case.slots + max(1, -(-case.workload.experts // case.ranks))))
-    )
+    roomy = Losses(deployment(replace(case, slots=case.slots + max(1, -(-case.workload.experts // case.ranks)))))
     for rank in case.cluster.ids:
         if case.ranks > 1:
             assert roomy.outcome({rank}).from_memory >= few.outcome({rank}).from_memory

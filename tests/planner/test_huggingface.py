@@ -7,7 +7,8 @@ import json
 import pytest
 
 from planner import InputError
-from planner.huggingface import FAMILIES, MODELS, cache_elements, parameters, read_config, read_model
+from planner.families import FAMILIES
+from planner.huggingface import MODELS, cache_elements, parameters, read_config, read_model
 
 # Parameters in the published safetensors files where all of them belong to the decoder, without
 # multi-token-prediction layers and vision towers.

@@ -24,9 +24,7 @@ def test_moves_turn_the_old_slots_into_the_new(case, data):
     workload, cluster = case.workload, case.cluster
     ids = cluster.ids
     old = solve(workload, cluster, alive=data.draw(st.sets(st.sampled_from(ids), min_size=1)))
-    new = solve(
-        workload, cluster, alive=data.draw(st.sets(st.sampled_from(ids), min_size=1)), loads=case.loads
-    )
+    new = solve(workload, cluster, alive=data.draw(st.sets(st.sampled_from(ids), min_size=1)), loads=case.loads)
     before, after = slots(old), slots(new)
     done = dict(before)
     for m in moves(old, new):

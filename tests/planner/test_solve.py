@@ -105,16 +105,13 @@ def test_too_few_slots_says_how_many_there_are_and_what_to_do():
     with pytest.raises(NoFeasiblePlan) as caught:
         solve(workload, Cluster.local(7), slots_per_rank=8)
     assert str(caught.value) == (
-        "64 experts do not fit in 56 slots (7 ranks alive x 8 slots). "
-        "Raise slots_per_rank to 10, or bring a rank back."
+        "64 experts do not fit in 56 slots (7 ranks alive x 8 slots). Raise slots_per_rank to 10, or bring a rank back."
     )
 
 
 def test_too_little_memory_says_how_much_is_needed():
     workload = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000, rest_bytes=500)
-    with pytest.raises(
-        NoFeasiblePlan, match=r"4 slots per rank need 8,500 bytes .* room for 1 slots.* 8 would do"
-    ):
+    with pytest.raises(NoFeasiblePlan, match=r"4 slots per rank need 8,500 bytes .* room for 1 slots.* 8 would do"):
         solve(workload, Cluster.local(2, memory_bytes=3000))
 
 
