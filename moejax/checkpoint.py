@@ -83,13 +83,13 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
 def write_params(path: Path, params: Any) -> None:
     """Write a tree of NumPy arrays as an Orbax checkpoint, one chunk per routed expert."""
     context = ocp.Context()
-    saving = context.array.saving
+    saving: Any = context.array.saving
     # A file per chunk, stored as it is: an expert is read in one go, and a copy in tmpfs is a plain copy.
     saving.use_ocdbt = False
     saving.use_compression = False
     saving.scoped_storage_options_creator = _one_chunk_per_expert
     with context, _quiet():
-        ocp.save(path.absolute(), params)
+        ocp.save(str(path.absolute()), params)
 
 
 def read_params(path: Path, wanted: Any) -> Any:
@@ -99,7 +99,7 @@ def read_params(path: Path, wanted: Any) -> Any:
     """
     try:
         with _quiet():
-            return ocp.load(path.absolute(), wanted)
+            return ocp.load(str(path.absolute()), wanted)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

@@ -48,8 +48,9 @@ class ExecutableStore:
         state = self.folder.stat()
         if state.st_uid != os.getuid() or state.st_mode & 0o022:
             raise ExecutableStoreError(
-                f"{self.folder} belongs to user {state.st_uid} with mode {state.st_mode & 0o777:o}; executables are code, "
-                f"so the folder must belong to user {os.getuid()} and be writable by no one else. Remove it or set another."
+                f"{self.folder} belongs to user {state.st_uid} with mode {state.st_mode & 0o777:o}; executables are "
+                f"code, so the folder must belong to user {os.getuid()} and be writable by no one else. "
+                "Remove it or set another."
             )
         self._blobs: dict[str, Any] = {}
         self._lock = threading.Lock()

@@ -11,7 +11,6 @@ from jax import lax
 from moejax.layers import swiglu
 from moejax.params import FeedForward
 
-
 TILE = 32
 """Most rows a slot multiplies at a time."""
 

@@ -7,7 +7,6 @@ A process of its own, because the front of the server never imports JAX.
 
 import json
 import sys
-from pathlib import Path
 
 from moejax.assets import ensure_model
 from moejax.cache import bytes_per_token

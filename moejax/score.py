@@ -20,7 +20,7 @@ def bits_per_byte(
     """
     windows = token_windows(tokenizer, text, cfg.max_context)
     nats = sum(float(np.asarray(losses(params, cfg, w[None], alive_LE)).sum()) for w in windows)
-    counted = sum(len(tokenizer.id_to_token(int(t))) for w in windows for t in w[1:])
+    counted = sum(len(str(tokenizer.id_to_token(int(t)))) for w in windows for t in w[1:])
     return nats / math.log(2) / counted
 
 

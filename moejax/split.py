@@ -78,12 +78,13 @@ def split_model(
     for i, kind in enumerate(cfg.layer_kinds):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
         if kind == "moe":
+            assert layer.ffn is not None
             layer = layer.replace(
                 ffn=None, moe=split_layer(layer.ffn, cfg.moe, np.asarray(inputs_LTD[i]), ridge)
             )
             done()
         layers.append(layer)
-    return params.replace(segments=_segments(cfg, layers))
+    return dataclasses.replace(params, segments=_segments(cfg, layers))
 
 
 def _segments(cfg: ModelConfig, layers: list[Layer]) -> tuple[tuple[Layer, ...], ...]:
@@ -103,6 +104,7 @@ def feed_forward_inputs(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) 
     """What the feed-forward of each layer of a dense model reads `[L, B, T, D]`."""
 
     def body(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+        assert layer.ffn is not None
         x_BTD = x_BTD + attention(layer, cfg, rms_norm(x_BTD, layer.attention_norm, cfg.norm_eps))
         h_BTD = rms_norm(x_BTD, layer.ffn_norm, cfg.norm_eps)
         y_TD = swiglu(h_BTD.reshape(-1, cfg.d_model), layer.ffn.gate_up, layer.ffn.down)

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, PartitionSpec
 from moejax import model
 from moejax.axes import RANKS
 from moejax.cache import Cache, commit
-from moejax.config import ModelConfig
 from moejax.inputs import Bucket, packed_size, unpack
 from moejax.model import StepOutputs, StepShape
 from moejax.params import FeedForward, Layer, Params, is_spec, param_specs
@@ -89,7 +88,7 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
 
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))
 def run_commit(cache: Cache, new_kv: jax.Array, packed: jax.Array, *, bucket: Bucket) -> Cache:
-    """Write a finished step into the cache of this rank alone. Donates the cache; no collective, cannot fail half-way."""
+    """Write a finished step into this rank's own cache. Donates it; no collective, so it cannot fail half-way."""
     return commit(cache, new_kv, unpack(packed, bucket).write)
 
 

@@ -137,8 +137,11 @@ def draw_batch(streams: list[np.ndarray], training: TrainingConfig, step: int) -
     return np.stack(rows)
 
 
-def optimizer(training: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW; the decay spares norms, biases and nothing else."""
+def optimizer(training: TrainingConfig) -> Any:
+    """AdamW; the decay spares norms, biases and nothing else.
+
+    An `optax.GradientTransformation`, whose annotations know no dataclass of arrays.
+    """
     rate = optax.warmup_cosine_decay_schedule(
         0.0, training.learning_rate, training.warmup, training.steps, end_value=training.learning_rate * 0.02
     )

@@ -1,6 +1,7 @@
 """All private hooks into JAX's distributed runtime: the coordination service, generations, and abort.
 
-What JAX really does when a process dies is in docs/decisions/0002-what-jax-does-when-a-rank-dies.md; this module is the only one that relies on it.
+What JAX really does when a process dies is in docs/decisions/0002-what-jax-does-when-a-rank-dies.md; this module
+is the only one that relies on it.
 """
 
 import os

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from serving import http, rpc
+from serving.batch import Bucket
 from serving.config import Settings
 from serving.engine import Limits
 from serving.errors import MoejaxError, StartError
 from serving.failover import Failover
 from serving.generation import Generation
 from serving.health import HealthSettings
-from serving.links import RankLinks
+from serving.links import Loss, RankLinks
 from serving.loop import Loop
 from serving.metrics import Metrics
 from serving.prepared import prepare
@@ -56,11 +57,16 @@ class App:
         model = (await prepare(settings.model)).with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-")))
-            losses: list[Callable[[Any], None]] = []
+            hearers: list[Callable[[Loss], None]] = []
+
+            def lost(loss: Loss) -> None:
+                for hear in hearers:
+                    hear(loss)
+
             health = HealthSettings(
                 heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s
             )
-            links = RankLinks(health, lambda loss: [hear(loss) for hear in losses] and None, logs)
+            links = RankLinks(health, lost, logs)
             stack.push_async_callback(links.close)
             await links.open()
             failover = Failover(settings, model, links, say)
@@ -68,7 +74,7 @@ class App:
             async with asyncio.timeout(settings.start_timeout_s):
                 await failover.start()
             loop = Loop(settings, model.info(), _limits(settings, model.max_context), links, failover)
-            losses.append(loop.lost)
+            hearers.append(loop.lost)
             tokenizer = Tokenizer.load(
                 Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens
             )
@@ -102,10 +108,11 @@ class Server:
     """
 
     def __init__(self, *, say: Say = quiet, **settings: Any) -> None:
-        self.settings = Settings.load(environment={}, **{"grpc_port": 0, "http_port": 0} | settings)
+        values: dict[str, Any] = {"grpc_port": 0, "http_port": 0} | settings
+        self.settings = Settings.load(None, {}, **values)
         self._say = say
         self._thread: threading.Thread | None = None
-        self._stopping: Callable[[], None] = lambda: None
+        self._stopping: Callable[[], object] = lambda: None
         self.app: App | None = None
 
     @property
@@ -228,7 +235,7 @@ def _limits(settings: Settings, max_context: int) -> Limits:
         page_size=settings.page_size,
         max_context=max_context,
         max_queue=settings.max_queue,
-        buckets=settings.buckets,
+        buckets=tuple(Bucket(*bucket) for bucket in settings.buckets),
         tiles_while_decoding=settings.tiles_while_decoding,
     )
 

@@ -171,7 +171,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         return await future
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
-        """Run one step on all these ranks. Raises RankLost, or RankRefused when a rank failed and none is known dead."""
+        """Run one step on all these ranks. Raises RankLost, or RankRefused when one failed and none is known dead."""
         now, ranks = time.monotonic(), [self._alive(rank) for rank in parts]
         futures: list[asyncio.Future[link_pb2.StepDone]] = []
         for each, part in zip(ranks, parts.values(), strict=True):
@@ -266,18 +266,21 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             self._answer(each, report.done.id, report.done)
         elif what == "failed":
             self._answer(each, report.failed.id, report.failed)
-        elif what == "step_done" and self._waits(each, report.step_done.step):
+        elif what == "step_done" and (waiting := self._waits(each, report.step_done.step)):
             if each.step_sent is not None:
                 each.step_times.append(now - each.step_sent)
             each.step_sent, each.compiles = None, report.step_done.compiles
-            each.step[1].set_result(report.step_done)
-        elif what == "step_failed" and self._waits(each, report.step_failed.step):
+            waiting.set_result(report.step_done)
+        elif what == "step_failed" and (waiting := self._waits(each, report.step_failed.step)):
             each.step_sent = None
-            each.step[1].set_exception(RankRefused(each.rank, "step", report.step_failed.error))
+            waiting.set_exception(RankRefused(each.rank, "step", report.step_failed.error))
 
     @staticmethod
-    def _waits(each: RankProcess, step: int) -> bool:
-        return each.step is not None and each.step[0] == step and not each.step[1].done()
+    def _waits(each: RankProcess, step: int) -> "asyncio.Future[link_pb2.StepDone] | None":
+        """Who waits for the answer to this step, if anybody still does."""
+        if each.step is None or each.step[0] != step or each.step[1].done():
+            return None
+        return each.step[1]
 
     @staticmethod
     def _answer(each: RankProcess, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:

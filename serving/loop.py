@@ -291,16 +291,18 @@ class Loop:
         try:
             phases = await failover.recover(lost, self._pages_used)
         except NoCapacity as error:
-            phases = {}
+            phases = None
             self.events.add("no_capacity", failover.epoch, message=str(error))
         lost()
         self._losses = {rank: loss for rank, loss in self._losses.items() if rank in failover.alive}
-        first = min((loss.evidence_at for loss in losses.values()), default=began)
-        detect = {"detect": 1e3 * (max((loss.seen_at for loss in losses.values()), default=began) - first)}
         self._take_plan(losses)
-        self.counts.recoveries += 1
-        cause = "; ".join(f"rank {rank} {loss.cause}" for rank, loss in sorted(losses.items()))
-        self._resuming = _Resuming(min(losses, default=None), cause, detect | phases, first, time.monotonic())
+        if phases is not None:
+            self.counts.recoveries += 1
+            first = min((loss.evidence_at for loss in losses.values()), default=began)
+            judged = max((loss.seen_at for loss in losses.values()), default=began)
+            cause = "; ".join(f"rank {rank} {loss.cause}" for rank, loss in sorted(losses.items()))
+            phases = {"detect": 1e3 * (judged - first)} | phases
+            self._resuming = _Resuming(min(losses, default=None), cause, phases, first, time.monotonic())
         if self._settings.restart:
             for rank in losses:
                 self._replacing[rank] = asyncio.create_task(self._replace(rank))

@@ -87,4 +87,5 @@ async def prepare(model: str) -> Prepared:
     if process.returncode != 0:
         raise StartError(f"the model {model!r} could not be prepared; the cause stands above.")
     values: dict[str, Any] = json.loads(out)
-    return Prepared(**values | {"stop_tokens": tuple(values["stop_tokens"])})
+    values["stop_tokens"] = tuple(values["stop_tokens"])
+    return Prepared(**values)

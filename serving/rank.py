@@ -219,7 +219,7 @@ class Link:
         self._reports.put(link_pb2.Report(rank=rank.rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
         channel = grpc.insecure_channel(
             front,
-            options=[("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)],
+            options=[(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("receive", "send")],
         )
         self._commands = link_pb2_grpc.RankLinkStub(channel).Attach(self._sent())
 
