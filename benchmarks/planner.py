@@ -5,9 +5,9 @@
 `cases` are the three clusters of the goals: seconds to solve (every shape compared, experts placed) and to
 forecast every single loss, on the wall and of this process; the part of single losses survived without a
 store, and the hottest rank's load over the mean on the worst layer, both also for EPLB's placement at the
-same slots and loads. `balance` compares the two on Zipf loads and on router loads measured from a model
-(`--loads`, JSON [moe_layers][experts]). `growth` is seconds against devices and experts. Loads of the cases
-are Zipf with exponent 0.8, in another order on each layer.
+same slots and loads. `balance` compares the two on Zipf loads, on router loads of this repository's models
+(`configs/models/loads`) and on those of `--loads` (JSON [moe_layers][experts]). `growth` is seconds against
+devices and experts. Loads of the cases are Zipf with exponent 0.8, in another order on each layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from planner.deployment import Deployment, Survive, read_loads, zipf_loads
 from planner.design import design
 from planner.eplb import eplb_place
 from planner.foresight import foresee
-from planner.huggingface import read_model
+from planner.huggingface import MODELS, read_model
 from planner.plan import as_tuples
 from planner.solve import fresh, peak_load
 
@@ -106,9 +106,7 @@ def cases(quick: bool) -> list[dict]:
 
 def compare(name: str, loads: np.ndarray, ranks: int, slots: int, per_host: int = 4) -> dict:
     """Both placements on `loads` [moe_layers, experts]: hottest rank, and losses survived from memory."""
-    workload = Workload(
-        name=name, moe_layers=len(loads), experts=loads.shape[1], experts_per_token=1, expert_bytes=1
-    )
+    workload = Workload(name=name, moe_layers=len(loads), experts=loads.shape[1], experts_per_token=1, expert_bytes=1)
     hosts = [f"host{i // per_host}" for i in range(ranks)]
     cluster = Cluster.local(ranks, hosts=hosts)
     share = loads / loads.sum(axis=1, keepdims=True)
@@ -173,7 +171,8 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", default=[], metavar="NAME=FILE", help="measured router loads")
     parser.add_argument("--quick", action="store_true", help="leave out the largest cases")
     options = parser.parse_args()
-    measured = dict(item.split("=", 1) for item in options.loads)
+    shipped = {path.stem: str(path) for path in sorted((MODELS / "loads").glob("*.json"))}
+    measured = shipped | dict(item.split("=", 1) for item in options.loads)
     result = {"cases": cases(options.quick), "balance": balance(measured), "growth": growth(options.quick)}
     for row in result["cases"]:
         print(
