@@ -176,7 +176,7 @@ def train_step(
 
     gradient, nats = jax.grad(loss, has_aux=True)(params)
     updates, state = optimizer(training).update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, nats
+    return jax.tree.map(jnp.add, params, updates), state, nats
 
 
 def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: list[np.ndarray]) -> Params:
