@@ -80,7 +80,8 @@ class Launched:
             if ended or time.monotonic() - self.launched_at > limit_s:
                 said = self.said()[-2000:]
                 self.stop()
-                raise DidNotStart(f"the server was not ready after {limit_s:.0f} s or ended before:\n{said}")
+                how = "ended before it was ready" if ended else f"was not ready after {limit_s:.0f} s"
+                raise DidNotStart(f"the server {how}:\n{said}")
             time.sleep(_POLL_S)
 
 
