@@ -20,8 +20,9 @@ from planner.workload import Workload
 
 PROTECTION = ("copies", "parity", "none")
 TRIES_WORK = 2e6  # layers x copies squared that placements in several orders may cost
+NOISE = (0.0, 0.2, 0.6, 0.1)  # how far orders depart from heaviest first, in turn
 EVEN = 1.0002  # over the mean, or over the busiest copy alone: cool enough to stop
-PATIENCE = 10  # orders tried in vain before giving up
+PATIENCE = 12  # orders tried in vain before giving up
 
 
 def solve(
@@ -127,7 +128,7 @@ def fresh(
     apart = domain if hosts > 2 else np.arange(ranks)
     members = max(1, min(8, (int(apart.max()) + 1) * 3 // 4))
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
-    tries = max(1, min(30, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
+    tries = max(1, min(60, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
     table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
     if not spare:
         return table, ()
@@ -140,7 +141,7 @@ def _best_start(loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool
     best, lowest, idle = None, None, 0
     rng = np.random.default_rng(0)
     for attempt in range(tries):
-        noise = 1 + 0.2 * attempt * rng.random(loads.shape) / tries
+        noise = 1 + NOISE[attempt % len(NOISE)] * rng.random(loads.shape)
         table = place(loads, domain, slots, protect=protect, parity=spare, order=noise)
         table = swap_down(table, loads, domain)
         hottest = peak(table, loads)
