@@ -1,7 +1,7 @@
 """The compiled programs a rank needs for one mesh, and those it needs for itself alone."""
 
 import dataclasses
-import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +16,7 @@ from moejax.config import ModelConfig
 from moejax.executables import ExecutableStore, executable_name
 from moejax.inputs import Bucket, packed_size
 from moejax.mesh import global_array, make_mesh
-from moejax.model import StepShape
-from moejax.params import FeedForward, Params
+from moejax.model import StepOutputs, StepShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,17 +42,24 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
 
 
 class MeshPrograms:
-    """The step of every bucket over one mesh, loaded, and the exchange that connects it."""
+    """The step of every bucket over one mesh, each loaded when first wanted, and the exchange that connects it."""
 
-    def __init__(
-        self, shape: ModelShape, devices: Sequence[jax.Device], slots: int, store: ExecutableStore
-    ) -> None:
+    def __init__(self, shape: ModelShape, devices: Sequence[jax.Device], slots: int, store: ExecutableStore) -> None:
         self.mesh = make_mesh(devices)
         self.slots = slots
         self._devices = tuple(devices)
-        lowerings = list(mesh_lowerings(shape, devices, slots))
-        loaded = [store.load(name, self._devices) for name, _ in lowerings]
-        self._connect, *self.steps = loaded
+        self._store = store
+        connect, *self._names = (name for name, _ in mesh_lowerings(shape, devices, slots))
+        self._connect = store.load(connect, self._devices)
+        self._steps: dict[int, Callable[..., StepOutputs]] = {}
+        self._lock = threading.Lock()
+
+    def step(self, bucket: int) -> Callable[..., StepOutputs]:
+        """The step program of the bucket of this index. From any thread."""
+        with self._lock:
+            if bucket not in self._steps:
+                self._steps[bucket] = self._store.load(self._names[bucket], self._devices)
+            return self._steps[bucket]
 
     def connect(self, me: jax.Device) -> None:
         """Run the smallest exchange; every rank of the mesh must do so."""
@@ -122,21 +128,6 @@ def expert_positions(cfg: ModelConfig) -> list[tuple[int, int]]:
         for j, kind in enumerate(pattern)
         if kind == "moe"
     ]
-
-
-def moe_layer_places(cfg: ModelConfig) -> list[tuple[int, int, int]]:
-    """(segment, position, repeat) of each MoE layer, in order of depth."""
-    return [
-        (i, j, r)
-        for i, (pattern, repeats) in enumerate(cfg.segments)
-        for r, (j, kind) in itertools.product(range(repeats), enumerate(pattern))
-        if kind == "moe"
-    ]
-
-
-def experts_of(params: Params, place: tuple[int, int]) -> FeedForward:
-    """The expert leaves of a segment's position."""
-    return params.segments[place[0]][place[1]].moe.experts
 
 
 def compile_missing(

@@ -13,9 +13,10 @@ import numpy as np
 from moejax import steps
 from moejax.cache import Cache
 from moejax.config import ModelConfig
+from moejax.manifest import expert_place
 from moejax.mesh import global_array
 from moejax.params import FeedForward, Params
-from moejax.programs import LocalPrograms, MeshPrograms, ModelShape, expert_positions, moe_layer_places
+from moejax.programs import LocalPrograms, MeshPrograms, ModelShape, expert_positions
 
 
 class ExpertSource(Protocol):
@@ -38,7 +39,7 @@ class LiveArrays:
     def __init__(self, shape: ModelShape, source: ExpertSource) -> None:
         self.shape = shape
         self._source = source
-        self._places = moe_layer_places(shape.cfg)
+        self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
         self._host_weights = jax.tree.map(_aligned, source.everything_but_experts())
         self._host_cache: Cache | None = None
         self._host_experts: dict[tuple[int, int], FeedForward] = {}

@@ -51,6 +51,8 @@ def configure_process(collective_timeout_s: int) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", 1)
+    # What comes out of JAX's own cache cannot be serialized again on CPU; the executable store takes its place.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 class World:

@@ -145,7 +145,8 @@ class Server:
         try:
             started.result()
         except BaseException:
-            self._stopping()
+            with contextlib.suppress(RuntimeError):  # the loop is closed when the start failed by itself
+                self._stopping()
             self._thread.join()
             raise
         return self

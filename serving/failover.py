@@ -143,6 +143,7 @@ class Failover:
                     with _timed(phases, "adopt"):
                         await self._make_ready(self._key(plan))
                         await self._adopt(plan)
+                    self.foresee()
                 return phases
             except RankLost:
                 continue
@@ -164,7 +165,7 @@ class Failover:
         with _timed(phases, "join"):
             await self._enter(ranks, pages_used)
         with _timed(phases, "load"):
-            await self._load(self._key(plan))
+            await self._load(self._key(plan), urgent=True)
         with _timed(phases, "adopt"):
             await self._adopt(plan)
         with _timed(phases, "connect"):
@@ -181,7 +182,7 @@ class Failover:
         self.loaded.clear()
         alive, depth = self.alive, min(self._settings.lattice_depth, len(self.alive) - 1)
         missing = [key for key in self._meshes_below(alive, depth) if key not in self.connected]
-        self._preparing = asyncio.create_task(self._load_ahead(missing)) if missing else None
+        self._preparing = asyncio.create_task(self._load_ahead(missing))
 
     async def connect_next(self) -> bool:
         """Connect one mesh that is loaded, between two steps. True when the lattice is complete with it."""
@@ -286,19 +287,22 @@ class Failover:
         """Nothing for a mesh that was foreseen; else compile, load and connect it now."""
         if key not in self.connected:
             await self._links.call(key[0][0], "compile", link_pb2.Compile(mesh=_mesh(key)))
-            await self._load(key)
+            await self._load(key, urgent=True)
             await self._connect(key)
 
-    async def _load(self, key: MeshKey) -> None:
-        await self._all("prepare", dict.fromkeys(key[0], link_pb2.Prepare(mesh=_mesh(key))))
+    async def _load(self, key: MeshKey, *, urgent: bool = False) -> None:
+        await self._all("prepare", dict.fromkeys(key[0], link_pb2.Prepare(mesh=_mesh(key), urgent=urgent)))
 
     async def _load_ahead(self, keys: list[MeshKey]) -> None:
-        for key in keys:
+        assert self.plan is not None
+        here = self._key(self.plan)
+        for key in (here, *keys):
             try:
                 await self._load(key)
             except (RankLost, RankRefused):
                 continue
-            self.loaded.append(key)
+            if key != here:
+                self.loaded.append(key)
 
     async def _connect(self, key: MeshKey) -> None:
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):

@@ -46,7 +46,7 @@ FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN
 HEARTBEAT_S = 0.05
 MESSAGE_BYTES = 64 << 20
 WARM_ROWS = 8
-"""Steps of at most so many rows are run once before they are needed."""
+"""Steps of at most so many rows are loaded first, and run once before they are needed."""
 
 MeshKey = tuple[tuple[int, ...], int]
 
@@ -74,6 +74,9 @@ class Rank:
         self._local: dict[int, LocalPrograms] = {}
         self._adopted: Adopted | None = None
         self._aborted = -1
+        self._generation = 0
+        self._backend = threading.Lock()
+        """Held by whoever loads onto the backend, or makes another of it."""
         self._idle: list[np.ndarray] = []
 
     def abort(self, epoch: int) -> None:
@@ -102,10 +105,12 @@ class Rank:
 
     def join(self, command: link_pb2.Join) -> dict[str, int]:
         """Enter a generation with everything held."""
-        self.arrays.leave_device(command.pages_used)
-        self._meshes, self._local, self._adopted = {}, {}, None
-        self.world.join(command.address, self.rank, list(command.members))
-        self.arrays.enter_device(self.device)
+        with self._backend:
+            self.arrays.leave_device(command.pages_used)
+            self._meshes, self._local, self._adopted = {}, {}, None
+            self.world.join(command.address, self.rank, list(command.members))
+            self.arrays.enter_device(self.device)
+            self._generation = command.generation
         return {}
 
     def compile(self, command: link_pb2.Compile) -> dict[str, int]:
@@ -117,12 +122,19 @@ class Rank:
         return {"compiled": compiled}
 
     def prepare(self, command: link_pb2.Prepare) -> dict[str, int]:
-        """Load the executables of a mesh."""
-        key, devices = _key(command.mesh), self.world.devices(command.mesh.ranks)
-        if key[1] not in self._local:
-            self._local[key[1]] = LocalPrograms(self.shape, self.device, key[1], self.executables)
-        if key not in self._meshes:
-            self._meshes[key] = MeshPrograms(self.shape, devices, key[1], self.executables)
+        """Load the executables of a mesh: all, or if urgent those of small steps; the others follow on demand."""
+        key = _key(command.mesh)
+        wanted = [i for i, bucket in enumerate(self.shape.buckets) if bucket.rows <= WARM_ROWS or not command.urgent]
+        with self._backend:
+            generation, devices = self._generation, self.world.devices(key[0])
+            if key[1] not in self._local:
+                self._local[key[1]] = LocalPrograms(self.shape, self.device, key[1], self.executables)
+            if key not in self._meshes:
+                self._meshes[key] = MeshPrograms(self.shape, devices, key[1], self.executables)
+        for index in wanted:
+            with self._backend:
+                if generation == self._generation:
+                    self._meshes[key].step(index)
         return {}
 
     def connect(self, command: link_pb2.Connect) -> dict[str, int]:
@@ -137,7 +149,7 @@ class Rank:
             for index, bucket in enumerate(self.shape.buckets):
                 if bucket.rows <= WARM_ROWS:
                     packed = jax.device_put(self._idle[index], self.device)
-                    jax.block_until_ready(programs.steps[index](arguments(packed)))
+                    jax.block_until_ready(programs.step(index)(arguments(packed)))
         return {}
 
     def adopt(self, command: link_pb2.Adopt) -> dict[str, int]:
@@ -161,7 +173,7 @@ class Rank:
             inputs = np.frombuffer(command.inputs, np.int32) if command.inputs else self._idle[command.bucket]
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()
-            outputs = programs.steps[command.bucket](adopted.arguments(packed))
+            outputs = programs.step(command.bucket)(adopted.arguments(packed))
             tokens, logprobs, load = (
                 np.asarray(a.addressable_data(0)) for a in (outputs.tokens, outputs.logprobs, outputs.expert_load)
             )

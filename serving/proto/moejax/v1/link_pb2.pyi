@@ -85,10 +85,12 @@ class Compile(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ...) -> None: ...
 
 class Prepare(_message.Message):
-    __slots__ = ("mesh",)
+    __slots__ = ("mesh", "urgent")
     MESH_FIELD_NUMBER: _ClassVar[int]
+    URGENT_FIELD_NUMBER: _ClassVar[int]
     mesh: MeshShape
-    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ...) -> None: ...
+    urgent: bool
+    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., urgent: bool = ...) -> None: ...
 
 class Connect(_message.Message):
     __slots__ = ("mesh", "warm")
