@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import Cluster, Hardware, Plan, Workload, solve
@@ -21,6 +21,7 @@ def plan_on(hosts: int, per_host: int, slots: int, seed: int = 0) -> Plan:
     return solve(WORKLOAD, cluster, slots_per_rank=slots, loads=loads, protect="parity")
 
 
+@settings(max_examples=10)
 @given(st.sampled_from([(8, 1, 10), (16, 1, 6), (8, 4, 3), (12, 2, 4)]), st.integers(0, 5))
 def test_members_and_their_parity_slot_are_in_different_fault_domains(shape, seed):
     plan = plan_on(*shape, seed)

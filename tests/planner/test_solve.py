@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -145,3 +147,14 @@ def test_copies_sit_on_different_hosts_when_there_are_two():
     half = by_rank(plan).reshape(3, 2, -1)
     for layer in half:
         assert set(layer[0]) == set(layer[1]) == set(range(16))
+
+
+def test_survivors_share_out_what_must_be_loaded():
+    workload = Workload(moe_layers=12, experts=24, experts_per_token=2, expert_bytes=1)
+    cluster = Cluster.local(6)
+    plan = solve(workload, cluster, slots_per_rank=5)
+    for dead in plan.rank_ids:
+        after = solve(workload, cluster, alive=set(plan.rank_ids) - {dead}, previous=plan)
+        made = Counter(m.rank for m in moves(plan, after))
+        assert sum(made.values()) > 10
+        assert max(made.values()) <= -(-sum(made.values()) // 5) + 1
