@@ -20,10 +20,11 @@ from planner.errors import InputError, unknown_key
 from planner.export import export as export_plan
 from planner.foresight import check_gate, foresee, summarise
 from planner.huggingface import read_model
+from planner.lattice import preparation
 from planner.plan import Plan
 from planner.rebalance import rebalance as rebalance_plan
 from planner.recovery import Recovery, read_recovery
-from planner.report import degrade_report, design_report, simulate_report, transfer_report
+from planner.report import degrade_report, design_report, preparation_report, simulate_report, transfer_report
 from planner.simulate import simulate as run_policies
 from planner.simulate import timeline
 from planner.solve import solve as solve_plan
@@ -106,7 +107,8 @@ def degrade(options: Namespace) -> Answer:
     outcomes, sampled = foresee(losses, kinds=kinds, pairs=options.pairs, seed=options.seed)
     summary = summarise(outcomes)
     broken = check_gate(options.gate, summary) if options.gate else []
-    lines = [degrade_report(summary, sampled)]
+    ready = preparation(deployment.plan)
+    lines = [degrade_report(summary, sampled), preparation_report(ready)]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         from planner.pictures import draw_losses
@@ -118,6 +120,7 @@ def degrade(options: Namespace) -> Answer:
         "pairs_sampled_of": sampled,
         "losses": [o.to_dict() for o in outcomes],
         "gate_broken": broken,
+        "preparation": asdict(ready),
         "recovery": asdict(recovery),
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")

@@ -13,6 +13,8 @@ from planner.plan import Plan
 from planner.solve import solve
 from planner.workload import Workload
 
+MOVE_SECONDS = 0.02  # to move a loaded executable to another set of devices, measured on a CPU: 3 to 20 ms
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lattice:
@@ -59,6 +61,35 @@ def build_lattice(workload: Workload, cluster: Cluster, plan: Plan, *, depth: in
         except NoFeasiblePlan as error:
             infeasible[dead] = str(error)
     return Lattice(plan=plan, plans=plans, infeasible=infeasible)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What preparing the losses of ranks, hosts and some pairs takes, without making their plans.
+
+    A program is compiled once for each mesh size and moved to every set of survivors: `MOVE_SECONDS` each, on
+    every rank at the same time. `table_bytes` is what the slot tables of all sets take in the front.
+    """
+
+    sets: int
+    mesh_sizes: tuple[int, ...]
+    move_seconds: float
+    table_bytes: int
+
+
+def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
+    """The cost of a lattice of every single rank, every host of the plan and `pairs` pairs of ranks."""
+    ranks = len(plan.ranks)
+    singles = [dead for dead in losses(plan, 1) if len(dead) < ranks]
+    sizes = {ranks - len(dead) for dead in singles} | ({ranks - 2} if pairs and ranks > 2 else set())
+    sets = len(singles) + min(pairs, comb(ranks, 2))
+    slots = len(plan.holders) * plan.slots_per_rank
+    return Preparation(
+        sets=sets,
+        mesh_sizes=tuple(sorted(sizes, reverse=True)),
+        move_seconds=sets * MOVE_SECONDS,
+        table_bytes=sets * plan.moe_layers * slots * 4,
+    )
 
 
 def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from planner.deployment import Deployment
 from planner.design import Design
 from planner.diff import Transfer
+from planner.lattice import Preparation
 from planner.plan import Plan
 from planner.shape import budget
 from planner.simulate import Account
@@ -130,6 +131,16 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
         for r in summary
     ]
     return "\n".join([*lines, "", table(head, rows), "", "all figures are estimates unless calibrated"])
+
+
+def preparation_report(ready: Preparation) -> str:
+    """What it takes to have every rank and host loss prepared."""
+    sizes = ", ".join(map(str, ready.mesh_sizes))
+    return (
+        f"to prepare every rank and host: {ready.sets} sets of survivors, {len(ready.mesh_sizes)} compiles "
+        f"(meshes of {sizes} ranks), {ready.move_seconds:.1f} s to move executables, "
+        f"{ready.table_bytes / 1e6:.0f} MB of slot tables"
+    )
 
 
 def simulate_report(accounts: Sequence[Account], days: float) -> str:

@@ -7,6 +7,7 @@ from itertools import combinations
 from hypothesis import given
 
 from planner import Cluster, Workload, build_lattice, solve
+from planner.lattice import preparation
 from tests.planner.strategies import cases
 
 
@@ -48,3 +49,11 @@ def test_a_loss_that_memory_cannot_survive_is_kept_with_its_reason():
     lattice = build_lattice(workload, cluster, solve(workload, cluster))
     assert lattice.get({0}) is None
     assert "8 slots per rank need 8,000 bytes" in lattice.infeasible[frozenset({0})]
+
+
+@given(cases())
+def test_what_preparing_takes_is_what_the_lattice_then_holds(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
+    lattice, ready = build_lattice(case.workload, case.cluster, plan), preparation(plan)
+    assert ready.sets == len(lattice.plans)
+    assert ready.mesh_sizes == lattice.sizes
