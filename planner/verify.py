@@ -84,7 +84,7 @@ def compile_ahead(deployment: Deployment, topology: str, *, timeout: float = 900
 def verify_report(compiled: list[dict], calibration: Calibration | None, estimate: float) -> tuple[dict, str]:
     """Both comparisons as data and as text; `estimate` is the predicted step in seconds."""
     data: dict = {"estimate_step_s": estimate, "aot": compiled, "measured": []}
-    lines = [f"step by roofline: {estimate * 1e3:.2f} ms   [estimate]"]
+    lines = [f"step by roofline, as many requests as fit: {estimate * 1e3:.2f} ms   [estimate]"]
     for row in compiled:
         if row.get("error"):
             lines.append(f"{row['devices']} devices: does not compile: {row['error']}")
