@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -66,9 +68,9 @@ def solve(options: Namespace) -> Answer:
     _write(options.out, deployment.to_json())
     lines = [design_report(found)]
     if options.pictures:
-        from planner.pictures import draw_design
-
-        lines += [f"drew {p}" for p in draw_design(found, options.pictures, "svg" if options.svg else "png")]
+        lines += [
+            f"drew {p}" for p in _pictures().draw_design(found, options.pictures, "svg" if options.svg else "png")
+        ]
     shapes = [c.shape for c in found.candidates if c.step]
     front = pareto(workload, cluster, shapes, deployment.traffic, peak=found.peak)
     data = {
@@ -111,9 +113,7 @@ def degrade(options: Namespace) -> Answer:
     lines = [degrade_report(summary, sampled), preparation_report(ready)]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
-        from planner.pictures import draw_losses
-
-        drawn = draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
+        drawn = _pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
         lines += [f"drew {p}" for p in drawn]
     data = {
         "summary": summary,
@@ -221,6 +221,14 @@ def explain(options: Namespace) -> Answer:
     """`explain PLAN WHAT`."""
     data, text = explanations.explain(read_deployment(options.plan), " ".join(options.what))
     return Answer(data=data, text=text)
+
+
+def _pictures() -> ModuleType:
+    """The module that draws, which needs a library the other commands do not."""
+    try:
+        return importlib.import_module("planner.pictures")
+    except ModuleNotFoundError as error:
+        raise InputError(f"--pictures needs {error.name}: pip install matplotlib") from None
 
 
 def _words(text: str, known: tuple[str, ...], where: str) -> list[str]:
