@@ -89,9 +89,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     problems = json.load(sys.stdin)
     cpus = max((p["devices"] for p in problems if p["topology"].startswith("cpu")), default=1)
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={cpus}"
-    )
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={cpus}"
     answers = []
     for problem in problems:
         try:
@@ -100,9 +98,7 @@ def main() -> None:
             if "libtpu" in str(error) or isinstance(error, ImportError):
                 raise
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            answers.append(
-                {"topology": problem["topology"], "devices": problem["devices"], "error": line[:300]}
-            )
+            answers.append({"topology": problem["topology"], "devices": problem["devices"], "error": line[:300]})
     print(json.dumps(answers))
 
 

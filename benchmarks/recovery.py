@@ -51,9 +51,7 @@ async def measure(address: str, arguments: argparse.Namespace) -> list[LossRecor
         print(f"milliseconds, median / max; whole in seconds\n{_COLUMNS}", flush=True)
         try:
             for victim, how in kill_order(arguments.kills or 2 * arguments.ranks, arguments.ranks):
-                record = await lose_rank(
-                    client, feed, known, victim, how, context=arguments.context, draw=draw
-                )
+                record = await lose_rank(client, feed, known, victim, how, context=arguments.context, draw=draw)
                 records.append(record)
                 print(line(record), flush=True)
         finally:
@@ -78,9 +76,7 @@ def shown(spread: Spread) -> str:
     return "-" if spread.median is None else f"{spread.median:.0f} / {spread.max:.0f}"
 
 
-def summarize(
-    records: Sequence[LossRecord], warm_restart_s: float, cold_start_s: float | None
-) -> dict[str, Any]:
+def summarize(records: Sequence[LossRecord], warm_restart_s: float, cold_start_s: float | None) -> dict[str, Any]:
     """All losses together: survivors, moved and ratio are of SIGKILL; medians are over all streams."""
     kills = [r for r in records if r.signal == "SIGKILL"]
     hangs = [r for r in records if r.signal == "SIGSTOP"]
@@ -102,9 +98,7 @@ def summarize(
         ),
         "stall_ms": both,
         "rejoin_pause_ms": middle(r.rejoin_pause_ms for r in records),
-        "rejoin_pause_max_ms": Spread.of(
-            r.rejoin_pause_ms for r in records if r.rejoin_pause_ms is not None
-        ).max,
+        "rejoin_pause_max_ms": Spread.of(r.rejoin_pause_ms for r in records if r.rejoin_pause_ms is not None).max,
         "gap_ms": middle(r.gap_ms for r in records),
         "context_tokens": round(statistics.mean(r.context_tokens for r in records)),
         "cold_start_s": None if cold_start_s is None else round(cold_start_s, 2),

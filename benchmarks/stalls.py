@@ -41,9 +41,7 @@ def longest_gap_ms(times: Sequence[float], begin: float, end: float) -> float | 
     return max(touching, default=None)
 
 
-def added_stall_ms(
-    times: Sequence[float], begin: float, end: float, *, since: float = float("-inf")
-) -> float | None:
+def added_stall_ms(times: Sequence[float], begin: float, end: float, *, since: float = float("-inf")) -> float | None:
     """What an interruption within [begin, end] cost a stream: its longest gap less its median gap before.
 
     Gaps before `since` do not count for the median. None for a stream without tokens before, or after.

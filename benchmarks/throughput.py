@@ -43,9 +43,7 @@ async def measure(address: str, arguments: argparse.Namespace) -> list[dict[str,
     return runs
 
 
-async def closed_loop(
-    client: AsyncClient, asks: Sequence[Ask], concurrency: int, requests: int
-) -> list[Trace]:
+async def closed_loop(client: AsyncClient, asks: Sequence[Ask], concurrency: int, requests: int) -> list[Trace]:
     """So many requests, so many at a time."""
     queue: Iterator[Ask] = itertools.islice(itertools.cycle(asks), requests)
     traces: list[Trace] = []

@@ -7,9 +7,7 @@ import sys
 
 import openai
 
-client = openai.OpenAI(
-    base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1", api_key="none"
-)
+client = openai.OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1", api_key="none")
 model = client.models.list().data[0].id
 stream = client.chat.completions.create(
     model=model,

@@ -54,9 +54,7 @@ def load_split(path: Path) -> Split:
 def checked_folder(folder: Path) -> Path:
     """The folder, if all that a model folder holds is there; else CheckpointError naming what is missing."""
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is no folder, and no model has that name; known are smollm2-moe and tiny."
-        )
+        raise CheckpointError(f"{folder} is no folder, and no model has that name; known are smollm2-moe and tiny.")
     for file in ("config.json", "tokenizer.json", "chat_template.jinja", "params"):
         if not (folder / file).exists():
             raise CheckpointError(f"{folder} lacks {file}: it is no model folder.")

@@ -25,9 +25,7 @@ from moejax.params import Params, is_spec, param_specs
 PARAMS = "params"
 
 
-def save_model(
-    folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json: str, chat_template: str
-) -> None:
+def save_model(folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json: str, chat_template: str) -> None:
     """Write a model folder, replacing an older one; a reader sees the old folder, the new one or none.
 
     `params` has array leaves of the shapes of `param_specs(cfg)`, in the dtype to store.
@@ -68,14 +66,9 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
     params = read_params(folder / PARAMS, wanted)
     for name, array in named(params).items():
         if bad := manifest.damaged(name, array):
-            what = (
-                f"chunks {bad} (counted repeat by repeat, expert by expert)"
-                if is_expert(name)
-                else "its numbers"
-            )
+            what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if is_expert(name) else "its numbers"
             raise CheckpointError(
-                f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. "
-                "Make the model again."
+                f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. Make the model again."
             )
     return jax.tree.map(lambda a: a.astype(dtype, copy=False), params)
 

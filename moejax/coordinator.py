@@ -1,6 +1,6 @@
 """Hosts the coordination service of one generation, so that any rank may die. Imports jaxlib, not jax.
 
-    python -m moejax.coordinator RANKS      prints its port, then serves until its standard input closes
+python -m moejax.coordinator RANKS      prints its port, then serves until its standard input closes
 """
 
 import socket

@@ -127,17 +127,13 @@ def next_token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def logits(
-    params: Params, cfg: ModelConfig, tokens_BT: jax.Array, alive_LE: jax.Array | None = None
-) -> jax.Array:
+def logits(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
     """`forward` compiled, logits `[B, T, V]` only."""
     return forward(params, cfg, tokens_BT, alive_LE=alive_LE)[0]
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def losses(
-    params: Params, cfg: ModelConfig, tokens_BS: jax.Array, alive_LE: jax.Array | None = None
-) -> jax.Array:
+def losses(params: Params, cfg: ModelConfig, tokens_BS: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
     """Nats of tokens 1..S-1 of each sequence, given those before `[B, S-1]`."""
     out = forward(params, cfg, tokens_BS[:, :-1], alive_LE=alive_LE)[0]
     return next_token_losses(out, tokens_BS[:, 1:])

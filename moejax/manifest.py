@@ -47,9 +47,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """One line per tensor, so that two manifests can be compared by eye."""
-        rows = (
-            f"  {json.dumps(n)}: {json.dumps(dataclasses.asdict(t))}" for n, t in sorted(self.tensors.items())
-        )
+        rows = (f"  {json.dumps(n)}: {json.dumps(dataclasses.asdict(t))}" for n, t in sorted(self.tensors.items()))
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @classmethod
@@ -58,9 +56,7 @@ class Manifest:
         path = Path(folder) / FILE
         try:
             values = json.loads(path.read_text())
-            return cls(
-                {n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()}
-            )
+            return cls({n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()})
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; write the model again with save_model.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:

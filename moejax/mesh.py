@@ -20,7 +20,6 @@ def global_array(mesh: Mesh, spec: PartitionSpec, local: jax.Array) -> jax.Array
     Every axis that `spec` names is `mesh.size` times as long as in `local`.
     """
     shape = tuple(
-        size * (mesh.size if axis < len(spec) and spec[axis] == RANKS else 1)
-        for axis, size in enumerate(local.shape)
+        size * (mesh.size if axis < len(spec) and spec[axis] == RANKS else 1) for axis, size in enumerate(local.shape)
     )
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), [local])

@@ -48,9 +48,7 @@ class StepOutputs:
     expert_load: Any
 
 
-def step(
-    params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepInputs, shape: StepShape
-) -> StepOutputs:
+def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepInputs, shape: StepShape) -> StepOutputs:
     """One step of one rank. `expert_to_slot [moe layers, E]` is this rank's row of the plan: the physical slot
     it sends each expert's tokens to, -1 where the expert is masked. Expert leaves of `params` hold slots."""
     cfg = shape.cfg
@@ -60,9 +58,7 @@ def step(
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
         experts = tuple(layer.moe.experts if layer.moe else None for layer in segment)
-        scanned = tuple(
-            layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment
-        )
+        scanned = tuple(layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment)
         moe_in_pattern = pattern.count("moe")
         these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
         routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
@@ -74,13 +70,9 @@ def step(
                 index = first + repeat * len(pattern) + j
                 x, kv = _attend(x, layer, cache, index, inputs, shape)
                 if layer.moe is None:
-                    x = x + swiglu(
-                        rms_norm(x, layer.ffn_norm, cfg.norm_eps), layer.ffn.gate_up, layer.ffn.down
-                    )
+                    x = x + swiglu(rms_norm(x, layer.ffn_norm, cfg.norm_eps), layer.ffn.gate_up, layer.ffn.down)
                 else:
-                    x, count = _route_and_mix(
-                        x, layer, experts[j], routes[len(counts)], repeat, inputs, shape
-                    )
+                    x, count = _route_and_mix(x, layer, experts[j], routes[len(counts)], repeat, inputs, shape)
                     counts.append(count)
                 kvs.append(kv)
             return x, (jnp.stack(kvs), jnp.stack(counts) if counts else None)

@@ -49,8 +49,8 @@ class MeshPrograms:
         self.slots = slots
         self._devices = tuple(devices)
         self._store = store
-        connect, *self._names = (name for name, _ in mesh_lowerings(shape, devices, slots))
-        self._connect = store.load(connect, self._devices)
+        connect, *self._lowerings = mesh_lowerings(shape, devices, slots)
+        self._connect = _load(store, connect, self._devices)
         self._steps: dict[int, Callable[..., StepOutputs]] = {}
         self._lock = threading.Lock()
 
@@ -58,7 +58,7 @@ class MeshPrograms:
         """The step program of the bucket of this index. From any thread."""
         with self._lock:
             if bucket not in self._steps:
-                self._steps[bucket] = self._store.load(self._names[bucket], self._devices)
+                self._steps[bucket] = _load(self._store, self._lowerings[bucket], self._devices)
             return self._steps[bucket]
 
     def connect(self, me: jax.Device) -> None:
@@ -86,8 +86,7 @@ class LocalPrograms:
     """What a rank runs on its own device: commit per bucket, and fill per position of the experts."""
 
     def __init__(self, shape: ModelShape, device: jax.Device, slots: int, store: ExecutableStore) -> None:
-        names = [name for name, _ in local_lowerings(shape, device, slots)]
-        loaded = [store.load(name, [device]) for name in names]
+        loaded = [_load(store, each, [device]) for each in local_lowerings(shape, device, slots)]
         self.commits = loaded[: len(shape.buckets)]
         self.fills = dict(zip(expert_positions(shape.cfg), loaded[len(shape.buckets) :], strict=True))
 
@@ -122,24 +121,26 @@ def local_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterat
 
 def expert_positions(cfg: ModelConfig) -> list[tuple[int, int]]:
     """(segment, position in its pattern) of everything that has experts."""
-    return [
-        (i, j)
-        for i, (pattern, _) in enumerate(cfg.segments)
-        for j, kind in enumerate(pattern)
-        if kind == "moe"
-    ]
+    return [(i, j) for i, (pattern, _) in enumerate(cfg.segments) for j, kind in enumerate(pattern) if kind == "moe"]
 
 
-def compile_missing(
-    store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[jax.Device]
-) -> int:
+def compile_missing(store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[jax.Device]) -> int:
     """Compile and store what the store lacks; how many that was. No collective is run."""
-    compiled = 0
-    for name, lower in lowerings:
-        if not store.has(name):
-            store.put(name, lower().compile(), devices)
-            compiled += 1
-    return compiled
+    return sum(_compile(store, lowering, devices) for lowering in lowerings)
+
+
+def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> bool:
+    name, lower = lowering
+    missing = not store.has(name)
+    if missing:
+        store.put(name, lower().compile(), devices)
+    return missing
+
+
+def _load(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    """The program from the store; compiled now, and counted, when it has gone from there."""
+    _compile(store, lowering, devices)
+    return store.load(lowering[0], devices)
 
 
 def _over(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:

@@ -26,9 +26,7 @@ class ExpertSource(Protocol):
         """All other weights, as host arrays; expert leaves are None."""
         ...
 
-    def read_experts(
-        self, wanted: list[tuple[int, int]]
-    ) -> Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
         """(gate_up `[2F, D]`, down `[D, F]`) of each (MoE layer, expert)."""
         ...
 
@@ -127,9 +125,7 @@ class LiveArrays:
         local = self._with_slots(self._weights)
         params = jax.tree.map(lambda s, a: global_array(mesh, s, a), spec.params, local)
         device = mesh.local_devices[0]
-        routes = global_array(
-            mesh, spec.expert_to_slot, jax.device_put(expert_to_slot[None].astype(np.int32), device)
-        )
+        routes = global_array(mesh, spec.expert_to_slot, jax.device_put(expert_to_slot[None].astype(np.int32), device))
 
         def arguments(packed: jax.Array) -> steps.StepArguments:
             return steps.StepArguments(

@@ -37,9 +37,7 @@ def _mass(weights: jax.Array, inside: jax.Array) -> jax.Array:
     return high.astype(jnp.float32) + low.astype(jnp.float32) / (1 << _LIMB)
 
 
-def filter_logits(
-    logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, min_p_Z: jax.Array
-) -> jax.Array:
+def filter_logits(logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, min_p_Z: jax.Array) -> jax.Array:
     """Logits with -inf for tokens outside of top-k (0: all), then outside the smallest set of mass top-p among
     the rest (1: all), or less likely than min_p x the likeliest (0: all). Ties at a threshold stay in."""
     Z, V = logits_ZV.shape
@@ -73,9 +71,7 @@ def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Arr
             lambda: filter_logits(scaled, inputs.top_k, inputs.top_p, inputs.min_p),
             lambda: scaled,
         )
-        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(
-            inputs.seed, inputs.sample_position
-        )
+        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(inputs.seed, inputs.sample_position)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys)
         return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
 

@@ -54,9 +54,7 @@ def build(folder: Path, name: str, split: Split) -> None:
         bar.update(task, advance=1, description=f"Making {name}: splitting layers")
         moe = split_model(dense.params, cfg, inputs_LTD, split.ridge, lambda: bar.advance(task))
         bar.update(task, description=f"Making {name}: writing {folder}")
-        save_model(
-            folder, cfg, moe, tokenizer_json=dense.tokenizer.to_str(), chat_template=dense.chat_template
-        )
+        save_model(folder, cfg, moe, tokenizer_json=dense.tokenizer.to_str(), chat_template=dense.chat_template)
         bar.update(task, advance=1, description=f"Made {name}")
 
 

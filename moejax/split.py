@@ -40,9 +40,7 @@ class Split:
     @property
     def label(self) -> str:
         """A short name that no other split has."""
-        return (
-            f"every{self.every}-{self.shared}+{self.experts}top{self.experts_per_token}-ridge{self.ridge:g}"
-        )
+        return f"every{self.every}-{self.shared}+{self.experts}top{self.experts_per_token}-ridge{self.ridge:g}"
 
     def config(self, dense: ModelConfig, name: str) -> ModelConfig:
         """The configuration of a dense model once it is split.
@@ -79,9 +77,7 @@ def split_model(
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
         if kind == "moe":
             assert layer.ffn is not None
-            layer = layer.replace(
-                ffn=None, moe=split_layer(layer.ffn, cfg.moe, np.asarray(inputs_LTD[i]), ridge)
-            )
+            layer = layer.replace(ffn=None, moe=split_layer(layer.ffn, cfg.moe, np.asarray(inputs_LTD[i]), ridge))
             done()
         layers.append(layer)
     return dataclasses.replace(params, segments=_segments(cfg, layers))

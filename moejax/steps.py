@@ -63,9 +63,7 @@ def with_experts(params: Params, change) -> Params:
         changed = FeedForward(gate_up=change(experts.gate_up), down=change(experts.down))
         return each.replace(moe=each.moe.replace(experts=changed))
 
-    return params.replace(
-        segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments)
-    )
+    return params.replace(segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mesh"))
@@ -81,9 +79,7 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
         new_kv=PartitionSpec(None, None, RANKS),
         expert_load=PartitionSpec(RANKS),
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(
-        arguments
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
 
 
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))

@@ -154,9 +154,7 @@ class HostStore:
         name = f"segments.{segment}.{position}.moe.experts.{part}"
         experts = self._manifest.tensors[name].shape[1]
         if not 0 <= expert[1] < experts:
-            raise StoreMissing(
-                f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}."
-            )
+            raise StoreMissing(f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}.")
         return name, repeat * experts + expert[1], self._handle(name)[repeat, expert[1]].read()
 
     def _checked(self, name: str, chunk: int, read: Any, label: str) -> np.ndarray:
@@ -168,8 +166,7 @@ class HostStore:
         expected, found = self._manifest.tensors[name].crc32[chunk], checksum(array)
         if found != expected:
             raise StoreCorrupt(
-                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. "
-                + WAY_OUT
+                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. " + WAY_OUT
             )
         return array
 
@@ -183,9 +180,7 @@ class HostStore:
                 "recheck_cached_metadata": False,
             }
             try:
-                self._handles[name] = tensorstore.open(
-                    spec, open=True, read=True, context=self._context
-                ).result()
+                self._handles[name] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as error:
                 raise self._error(error, f"tensor {name}") from error
         return self._handles[name]
@@ -196,9 +191,7 @@ class HostStore:
     @staticmethod
     def _error(error: ValueError, label: str) -> StoreError:
         """tensorstore tells absence from damage only by the status at the head of its message."""
-        kind, what = (
-            (StoreMissing, "missing") if "NOT_FOUND" in str(error)[:40] else (StoreCorrupt, "corrupt")
-        )
+        kind, what = (StoreMissing, "missing") if "NOT_FOUND" in str(error)[:40] else (StoreCorrupt, "corrupt")
         return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {WAY_OUT}")
 
 

@@ -98,9 +98,7 @@ def train_tokenizer(domains: list[Domain], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of `vocab_size` entries; entry 0 ends a document."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -225,14 +223,10 @@ def write_held_out(folder: Path, domains: list[Domain], measure: Callable[[str],
 
 def main(argv: list[str] | None = None) -> None:
     """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed."""
-    parser = argparse.ArgumentParser(
-        prog="moejax train", description="Train a small model on three kinds of text."
-    )
+    parser = argparse.ArgumentParser(prog="moejax train", description="Train a small model on three kinds of text.")
     parser.add_argument("preset", nargs="?", default="tiny", help="name in configs/presets, or a TOML file")
     parser.add_argument("--out", type=Path, help="model folder to write (default: build/PRESET)")
-    parser.add_argument(
-        "--unpinned", action="store_true", help="take the text even if it is not the pinned one"
-    )
+    parser.add_argument("--unpinned", action="store_true", help="take the text even if it is not the pinned one")
     options = parser.parse_args(argv)
     path = Path(options.preset)
     cfg, training = load_preset(path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml")

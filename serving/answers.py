@@ -65,11 +65,7 @@ class Answer:
         values = [max(p, -9999.0) for _, p in pairs]  # JSON has no infinity
         if self._call.chat:
             entries = zip(texts, values, strict=True)
-            return {
-                "content": [
-                    {"token": t, "logprob": p, "bytes": _bytes(t), "top_logprobs": []} for t, p in entries
-                ]
-            }
+            return {"content": [{"token": t, "logprob": p, "bytes": _bytes(t), "top_logprobs": []} for t, p in entries]}
         offsets = []
         for text in texts:
             offsets.append(self._offset)

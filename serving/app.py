@@ -63,9 +63,7 @@ class App:
                 for hear in hearers:
                     hear(loss)
 
-            health = HealthSettings(
-                heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s
-            )
+            health = HealthSettings(heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s)
             links = RankLinks(health, lost, logs)
             stack.push_async_callback(links.close)
             await links.open()
@@ -75,9 +73,7 @@ class App:
                 await failover.start()
             loop = Loop(settings, model.info(), _limits(settings, model.max_context), links, failover)
             hearers.append(loop.lost)
-            tokenizer = Tokenizer.load(
-                Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens
-            )
+            tokenizer = Tokenizer.load(Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens)
             app = cls(settings, Generation(loop, tokenizer, Metrics(loop)), loop, failover)
             loop.start()
             stack.push_async_callback(loop.drain, 0.0)

@@ -121,9 +121,7 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     return arrays
 
 
-def harvest(
-    batch: Batch, rank: int, tokens: np.ndarray, logprobs: np.ndarray
-) -> dict[str, tuple[int, float]]:
+def harvest(batch: Batch, rank: int, tokens: np.ndarray, logprobs: np.ndarray) -> dict[str, tuple[int, float]]:
     """{request id: (token, log-probability)} of the segments that sample; `tokens` and `logprobs` are [Z]."""
     chosen, scores = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist()
     results = {}

@@ -117,13 +117,10 @@ def _prompt(fields: "_Fields") -> Prompt:
         return tuple(value)
     if isinstance(value, list) and any(isinstance(t, str | list) for t in value):
         raise InvalidRequest(
-            f"prompt is a list of {len(value)}; this server takes one prompt per request. "
-            "Send one request for each.",
+            f"prompt is a list of {len(value)}; this server takes one prompt per request. Send one request for each.",
             param="prompt",
         )
-    raise InvalidRequest(
-        f"prompt is a {_kind(value)}; it must be text or a list of token ids.", param="prompt"
-    )
+    raise InvalidRequest(f"prompt is a {_kind(value)}; it must be text or a list of token ids.", param="prompt")
 
 
 def _messages(fields: "_Fields") -> Prompt:
@@ -162,9 +159,7 @@ def _content(value: Any, where: str) -> str:
 def _include_usage(fields: "_Fields", stream: bool) -> bool:
     options = fields.values.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-        raise InvalidRequest(
-            'stream_options must be {"include_usage": true or false}.', param="stream_options"
-        )
+        raise InvalidRequest('stream_options must be {"include_usage": true or false}.', param="stream_options")
     if options and not stream:
         raise InvalidRequest("stream_options is only for stream: true.", param="stream_options")
     return _Fields(options).flag("include_usage")
@@ -211,9 +206,7 @@ class _Fields:
         try:
             return float(value)
         except OverflowError:
-            raise InvalidRequest(
-                f"{name} has {len(str(value))} digits, which is too large.", param=name
-            ) from None
+            raise InvalidRequest(f"{name} has {len(str(value))} digits, which is too large.", param=name) from None
 
     def texts(self, name: str) -> tuple[str, ...]:
         value = self.values.get(name, [])
@@ -224,9 +217,7 @@ class _Fields:
 
     def _typed(self, name: str, default: Any, kind: Any, wanted: str) -> Any:
         value = self.values.get(name, default)
-        if value is not default and (
-            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        ):
+        if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
             raise InvalidRequest(f"{name} is {_kind(value)}; it must be {wanted}.", param=name)
         return value
 

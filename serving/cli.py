@@ -88,9 +88,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings as TOML."
-)
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings as TOML.")
 @click.option("--model", help="A known model (`moejax models`) or a model folder.  [default: smollm2-moe]")
 @click.option("--ranks", type=int, help="Rank processes, one per device.  [default: 4]")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")

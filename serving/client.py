@@ -123,9 +123,7 @@ class _Calls:
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._resilience = resilience_pb2_grpc.ResilienceStub(self._channel)
 
-    def _generate(
-        self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]
-    ) -> Any:
+    def _generate(self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]) -> Any:
         message = wire.request_message(prompt, _sampling(fields), request_id)
         return self._inference.Generate(message, timeout=timeout_s)
 

@@ -40,7 +40,7 @@ class Settings:
     """(decode rows, prefill tiles of 32) of the compiled steps."""
     tiles_while_decoding: int = 2
     heartbeat_s: float = 0.05
-    heartbeat_floor_s: float = 0.35
+    heartbeat_floor_s: float = 0.6
     step_floor_s: float = 10.0
     start_timeout_s: float = 600.0
     grace_s: float = 30.0
@@ -59,9 +59,7 @@ class Settings:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}. Choose 0 to 65535.", param=name)
 
     @classmethod
-    def load(
-        cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any
-    ) -> Self:
+    def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any) -> Self:
         """Settings from a TOML file, then MOEJAX_* variables, then flags that are not None; the last one wins.
 
         Raises InvalidRequest on an unknown key, naming the nearest, and on a value of the wrong type.

@@ -119,9 +119,7 @@ class Failover:
         except NoFeasiblePlan as error:
             raise NoCapacity(str(error)) from None
 
-    async def recover(
-        self, lost: Callable[[], set[int]], pages_used: Callable[[], dict[int, int]]
-    ) -> dict[str, float]:
+    async def recover(self, lost: Callable[[], set[int]], pages_used: Callable[[], dict[int, int]]) -> dict[str, float]:
         """Go on without the ranks that `lost` names (asked again at each turn: more may die meanwhile). Returns
         milliseconds by phase. Raises NoCapacity when nobody is left."""
         phases: dict[str, float] = {}

@@ -103,14 +103,11 @@ class Generation:
             top_k=min(params.top_k, model.vocab_size),
             top_p=params.top_p,
             min_p=params.min_p,
-            stop_tokens=frozenset(params.stop_tokens)
-            | frozenset(() if params.ignore_eos else model.stop_tokens),
+            stop_tokens=frozenset(params.stop_tokens) | frozenset(() if params.ignore_eos else model.stop_tokens),
             deadline=None if timeout_s is None else self._clock() + timeout_s,
         )
 
-    async def stream(
-        self, request: Request, stop: Sequence[str] = ()
-    ) -> AsyncGenerator[Chunk | Complete, None]:
+    async def stream(self, request: Request, stop: Sequence[str] = ()) -> AsyncGenerator[Chunk | Complete, None]:
         """Chunks, then one Complete, or a MoejaxError. Closing the generator cancels the request."""
         timer = RequestTimer(self.metrics, len(request.prompt), self._clock)
         text = _Text(self.tokenizer, request, stop)
@@ -176,9 +173,7 @@ class _Text:
         else:
             text = self._stops.push(self._detokenizer.push(token.id))
             self.matched = self._stops.matched
-        return Chunk(
-            index=token.index, token_ids=(token.id,), text=text, logprobs=(token.logprob,), epoch=token.epoch
-        )
+        return Chunk(index=token.index, token_ids=(token.id,), text=text, logprobs=(token.logprob,), epoch=token.epoch)
 
     def rest(self) -> Chunk | None:
         """Text that was held back and no longer needs to be, as a chunk without tokens."""
@@ -209,9 +204,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _within("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
     _within("top_p", params.top_p, 0.0, 1.0)
     if params.top_p == 0:
-        raise InvalidRequest(
-            "top_p is 0, which leaves no token. Use temperature 0 for greedy.", param="top_p"
-        )
+        raise InvalidRequest("top_p is 0, which leaves no token. Use temperature 0 for greedy.", param="top_p")
     _within("min_p", params.min_p, 0.0, 1.0)
     _within("top_k", params.top_k, 0, 2**31 - 1)
     if params.max_tokens is not None:
@@ -219,9 +212,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     if params.seed is not None:
         _within("seed", params.seed, -(2**63), 2**63 - 1)
     if len(params.stop) > MAX_STOPS:
-        raise InvalidRequest(
-            f"{len(params.stop)} stop strings; at most {MAX_STOPS} are allowed.", param="stop"
-        )
+        raise InvalidRequest(f"{len(params.stop)} stop strings; at most {MAX_STOPS} are allowed.", param="stop")
     for stop in params.stop:
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise InvalidRequest(
@@ -241,8 +232,7 @@ def check_tokens(ids: Sequence[int], vocab_size: int, param: str) -> None:
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequest(
-                f"token {position} is {token}; this model's vocabulary has {vocab_size} tokens, "
-                f"0 to {vocab_size - 1}.",
+                f"token {position} is {token}; this model's vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}.",
                 param=param,
             )
 
@@ -261,8 +251,7 @@ def check_id(request_id: str) -> None:
     """Raises InvalidRequest on an id that does not fit in a header or a log line."""
     if len(request_id) > MAX_ID_LENGTH or not request_id.isascii() or not (request_id + " ").isprintable():
         raise InvalidRequest(
-            f"request_id has {len(request_id)} characters; it must be at most {MAX_ID_LENGTH} "
-            "printable ASCII ones.",
+            f"request_id has {len(request_id)} characters; it must be at most {MAX_ID_LENGTH} printable ASCII ones.",
             param="request_id",
         )
 

@@ -186,24 +186,18 @@ class _Api:
         return JSONResponse({"version": version()})
 
     async def metrics(self, _: Request) -> Response:
-        return Response(
-            self._generation.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        return Response(self._generation.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self, _: Request) -> Response:
         model = dataclasses.asdict(self._backend.model)
         model["has_chat_template"] = self._generation.tokenizer.has_chat_template
-        return JSONResponse(
-            dataclasses.asdict(self._backend.status()) | {"model": model, "version": version()}
-        )
+        return JSONResponse(dataclasses.asdict(self._backend.status()) | {"model": model, "version": version()})
 
     async def events(self, request: Request) -> Response:
         """Events as server-sent events; `after` or Last-Event-ID says where to go on."""
         text = request.headers.get("last-event-id") or request.query_params.get("after", "0")
         if not text.isascii() or not text.isdigit() or len(text) > 18:
-            raise InvalidRequest(
-                f"after is {text[:40]!r}; it must be the sequence of an event.", param="after"
-            )
+            raise InvalidRequest(f"after is {text[:40]!r}; it must be the sequence of an event.", param="after")
         return EventStream(self._watch(int(text)))
 
     async def _watch(self, after: int) -> AsyncGenerator[str, None]:
@@ -218,14 +212,8 @@ class _Api:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             raise HTTPException(415, "send the body as Content-Type: application/json.")
         body = await read_json(request)
-        if (
-            not isinstance(body, dict)
-            or type(body.get("rank")) is not int
-            or body.keys() - {"rank", "signal"}
-        ):
-            raise InvalidRequest(
-                'the body must be {"rank": number, "signal": "SIGKILL" or "SIGSTOP"}.', param="rank"
-            )
+        if not isinstance(body, dict) or type(body.get("rank")) is not int or body.keys() - {"rank", "signal"}:
+            raise InvalidRequest('the body must be {"rank": number, "signal": "SIGKILL" or "SIGSTOP"}.', param="rank")
         signal = body.get("signal", "SIGKILL")
         if signal not in ("SIGKILL", "SIGSTOP"):
             raise InvalidRequest(f"signal is {signal!r}; it must be SIGKILL or SIGSTOP.", param="signal")

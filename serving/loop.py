@@ -422,5 +422,3 @@ class Loop:
             compiles=self._compiles.get(rank, 0),
             step_ms=self._rank_ms.get(rank, 0.0),
         )
-
-

@@ -37,17 +37,13 @@ class Metrics:
         model = {"model_name": backend.model.name}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
-            made = prometheus_client.Histogram(
-                name, text, list(model), buckets=buckets, registry=self.registry
-            )
+            made = prometheus_client.Histogram(name, text, list(model), buckets=buckets, registry=self.registry)
             return made.labels(**model)
 
         def counter(name: str, text: str) -> prometheus_client.Counter:
             return prometheus_client.Counter(name, text, list(model), registry=self.registry).labels(**model)
 
-        self.first_token = histogram(
-            "vllm:time_to_first_token_seconds", "From request to first token.", _FIRST_TOKEN
-        )
+        self.first_token = histogram("vllm:time_to_first_token_seconds", "From request to first token.", _FIRST_TOKEN)
         self.inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _INTER_TOKEN)
         self.request = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", _REQUEST)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a token.")
@@ -159,9 +155,7 @@ def _own(status: Status, alive: int) -> Iterator[Metric]:
         "moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready
     )
     yield CounterMetricFamily("moejax_step_seconds", "Time spent on steps.", status.step_ms / 1e3)
-    yield CounterMetricFamily(
-        "moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3
-    )
+    yield CounterMetricFamily("moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3)
     coverage = GaugeMetricFamily("moejax_lattice_coverage", "Losses prepared for, 1 is all.", labels=["loss"])
     for loss, share in status.lattice.items():
         coverage.add_metric([loss], share)

@@ -89,9 +89,7 @@ class Rank:
     def configure(self, command: link_pb2.Configure) -> dict[str, int]:
         """Fix the shapes and read the common weights into host memory."""
         configure_process(command.collective_timeout_s)
-        buckets = tuple(
-            Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets
-        )
+        buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets)
         self._shape = ModelShape(
             cfg=ModelConfig.from_json(command.model_config),
             buckets=buckets,

@@ -93,9 +93,7 @@ class _Draft:
             for rank, pool in self.pools.items()
             if len(self.ranks[rank]) < limits.most_decode and need <= pool.total and wanted <= len(pool.free)
         )
-        return min(
-            rooms, key=lambda rank: (len(self.ranks[rank]), -len(self.pools[rank].free), rank), default=None
-        )
+        return min(rooms, key=lambda rank: (len(self.ranks[rank]), -len(self.pools[rank].free), rank), default=None)
 
     def state(self) -> EngineState:
         """The finished successor, with one more step in flight."""

@@ -55,9 +55,7 @@ class Tokenizer:
         """Read `tokenizer.json` and, if it is there, `chat_template.jinja` of a model folder."""
         path, template = Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja"
         if not path.is_file():
-            raise StartError(
-                f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/."
-            )
+            raise StartError(f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/.")
         try:
             return cls(
                 tokenizers.Tokenizer.from_file(str(path)),
@@ -88,17 +86,14 @@ class Tokenizer:
         """The tokens of a conversation, ending where the assistant's next turn begins."""
         if self._template is None:
             raise InvalidRequest(
-                "this model has no chat template, so it cannot hold a conversation. "
-                "Send a plain prompt instead.",
+                "this model has no chat template, so it cannot hold a conversation. Send a plain prompt instead.",
                 param="messages",
             )
         turns = [dataclasses.asdict(m) for m in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", param="messages"
-            ) from error
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         return self._with_bos(self._encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -38,9 +38,7 @@ def error_status(error: MoejaxError) -> tuple[grpc.StatusCode, str, tuple[tuple[
     return code, text, ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def error_value(
-    code: grpc.StatusCode, text: str, trailers: Iterable[tuple[str, str | bytes]] | None
-) -> MoejaxError:
+def error_value(code: grpc.StatusCode, text: str, trailers: Iterable[tuple[str, str | bytes]] | None) -> MoejaxError:
     """The error a status stands for, also when it came from gRPC itself and has no details."""
     packed = next((v for k, v in trailers or () if k == _DETAILS_KEY and isinstance(v, bytes)), b"")
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -74,9 +72,7 @@ def error_classes() -> Iterator[type[MoejaxError]]:
         queue += kind.__subclasses__()
 
 
-def request_message(
-    prompt: Prompt, params: SamplingParams, request_id: str = ""
-) -> inference_pb2.GenerateRequest:
+def request_message(prompt: Prompt, params: SamplingParams, request_id: str = "") -> inference_pb2.GenerateRequest:
     """A request as the client sends it. Raises InvalidRequest on a number that does not fit its field."""
     try:
         message = inference_pb2.GenerateRequest(request_id=request_id, sampling=_sampling_message(params))

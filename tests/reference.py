@@ -8,9 +8,7 @@ from moejax.config import ModelConfig
 from moejax.params import FeedForward, Layer, MoE, Params
 
 
-def forward(
-    params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()
-) -> np.ndarray:
+def forward(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
     """Logits [T, V] of the next token at each position, with `masked` experts out of every MoE layer."""
     x = _f64(params.embed)[np.array(tokens)]
     for (pattern, repeats), segment in zip(cfg.segments, params.segments, strict=True):
@@ -43,9 +41,7 @@ def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np
     return out.reshape(T, N * H) @ _f64(layer.out[repeat]).T
 
 
-def _mixture(
-    row: np.ndarray, moe: MoE, repeat: int, cfg: ModelConfig, masked: Collection[int]
-) -> np.ndarray:
+def _mixture(row: np.ndarray, moe: MoE, repeat: int, cfg: ModelConfig, masked: Collection[int]) -> np.ndarray:
     scores = _f64(moe.router[repeat]) @ row + _f64(moe.bias[repeat])
     scores[list(masked)] = -np.inf
     chosen = np.argsort(-scores, kind="stable")[: cfg.moe.experts_per_token]

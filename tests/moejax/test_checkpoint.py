@@ -148,9 +148,7 @@ def test_every_damage_has_its_error(folder, damage, message):
 def test_tensors_are_named_by_their_place():
     names = tensor_specs(SHARED)
     assert names.keys() == named(random_params(SHARED)).keys()
-    assert [n for n in names if is_expert(n)] == [
-        f"segments.0.2.moe.experts.{p}" for p in ("gate_up", "down")
-    ]
+    assert [n for n in names if is_expert(n)] == [f"segments.0.2.moe.experts.{p}" for p in ("gate_up", "down")]
 
 
 def test_moe_layers_count_by_depth():

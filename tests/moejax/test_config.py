@@ -20,9 +20,7 @@ def test_hashable_so_that_a_compiled_program_belongs_to_one():
 
 def test_segments_spell_the_layers():
     for cfg in ALL:
-        assert (
-            tuple(kind for pattern, repeats in cfg.segments for kind in pattern * repeats) == cfg.layer_kinds
-        )
+        assert tuple(kind for pattern, repeats in cfg.segments for kind in pattern * repeats) == cfg.layer_kinds
     assert SHARED.segments == ((("dense", "dense", "moe"), 2), (("dense",), 1))
     assert (MIXTRAL.n_moe_layers, SHARED.n_moe_layers, DENSE.n_moe_layers) == (3, 2, 0)
 

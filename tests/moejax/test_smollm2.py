@@ -116,9 +116,7 @@ def test_top_8_is_the_dense_model_and_top_6_knows_paris(default):
     tokens = np.array([tokenizer.encode(CALIBRATION.read_text("utf-8")).ids[:64]])
     whole = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, experts_per_token=8))
     # float32 sums in another order through 30 layers, logits of up to 42.
-    np.testing.assert_allclose(
-        logits(params, whole, tokens), logits(dense.params, dense.cfg, tokens), atol=1e-3
-    )
+    np.testing.assert_allclose(logits(params, whole, tokens), logits(dense.params, dense.cfg, tokens), atol=1e-3)
 
 
 @pytest.mark.real

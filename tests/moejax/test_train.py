@@ -29,9 +29,7 @@ SHORT = TrainingConfig(
     save_every=4,
     phases=(Phase(steps=8, batch=4, sequence=16), Phase(steps=4, batch=2, sequence=32)),
 )
-MODEL = dataclasses.replace(
-    MIXTRAL, n_layers=1, moe=dataclasses.replace(MIXTRAL.moe, experts=2, experts_per_token=1)
-)
+MODEL = dataclasses.replace(MIXTRAL, n_layers=1, moe=dataclasses.replace(MIXTRAL.moe, experts=2, experts_per_token=1))
 STREAMS = [np.arange(500, dtype=np.int32) % n for n in (5, 7)]
 
 

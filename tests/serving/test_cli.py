@@ -27,9 +27,7 @@ def test_every_help_shows_an_example(name):
 
 @pytest.mark.parametrize("name", [n for n in cli.main.commands if n not in ("plan", "train")])
 def test_every_option_says_what_it_does(name):
-    options = [
-        p for p in cli.main.commands[name].params if isinstance(p, click.Option) and p.name != "signal"
-    ]
+    options = [p for p in cli.main.commands[name].params if isinstance(p, click.Option) and p.name != "signal"]
     assert all(option.help for option in options)
 
 

@@ -74,9 +74,7 @@ def test_a_process_under_a_debugger_is_not_a_stopped_one():
 
 
 def test_stopped_processes_are_suspected_though_all_of_them_are():
-    assert judge(*(seen(rank, gap=0.2, process_state="T") for rank in range(3))) == dict.fromkeys(
-        range(3), "stopped"
-    )
+    assert judge(*(seen(rank, gap=0.2, process_state="T") for rank in range(3))) == dict.fromkeys(range(3), "stopped")
 
 
 def test_ranks_that_are_all_late_together_are_excused():

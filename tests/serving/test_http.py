@@ -296,9 +296,7 @@ async def test_a_client_that_never_reads_is_held_back_and_hurts_nobody():
     async with serve(backend) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, limit=1 << 10)
         body = b'{"prompt": "a", "stream": true}'
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: backend.running == 1)
         before = -1
         while backend.status().tokens != before:  # until TCP flow control holds it
@@ -380,9 +378,7 @@ async def _take_data(lines, count):
 
 async def test_kill_needs_chaos_and_json(backend):
     async with plain_client(backend) as client:
-        form = await client.post(
-            "/fault_tolerance/kill", content='{"rank": 1}', headers={"Content-Type": "text/plain"}
-        )
+        form = await client.post("/fault_tolerance/kill", content='{"rank": 1}', headers={"Content-Type": "text/plain"})
         wrong = await client.post("/fault_tolerance/kill", json={"rank": 1, "signal": "SIGTERM"})
         unknown = await client.post("/fault_tolerance/kill", json={"rank": 9})
         shape = await client.post("/fault_tolerance/kill", json={"rank": True})
@@ -448,9 +444,7 @@ NAMES = st.sampled_from(
 )
 
 
-@given(
-    bodies=st.lists(st.dictionaries(NAMES, JSON, max_size=5), min_size=20, max_size=20), chat=st.booleans()
-)
+@given(bodies=st.lists(st.dictionaries(NAMES, JSON, max_size=5), min_size=20, max_size=20), chat=st.booleans())
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_json_ends_in_an_answer_or_a_refusal(bodies, chat):
     async def run() -> None:

@@ -329,9 +329,7 @@ def test_any_bytes_end_in_an_answer_or_a_refusal(requests):
                     inference_pb2.GenerateRequest.FromString(request)
                 except Exception:
                     readable = False
-                assert (
-                    code in EXPECTED if readable else code in EXPECTED | {UNREADABLE, grpc.StatusCode.UNKNOWN}
-                )
+                assert code in EXPECTED if readable else code in EXPECTED | {UNREADABLE, grpc.StatusCode.UNKNOWN}
             assert backend.running == 0
 
     asyncio.run(run())
