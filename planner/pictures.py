@@ -101,7 +101,7 @@ def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: i
     for c, outcomes in left.items():
         for o in outcomes:
             axes.plot(c, o.capacity if o.survivable else 0.0, "o" if o.survivable else "x", color=COOL, alpha=0.6)
-    mean = [np.mean([o.capacity if o.survivable else 0.0 for o in left[c]]) for c in counts]
+    mean = [float(np.mean([o.capacity if o.survivable else 0.0 for o in left[c]])) for c in counts]
     axes.plot([0, *counts], [1.0, *mean], color=COOL, label="random devices")
     hosts = list(losses.deployment.cluster.domains("host").values())
     points, dead = [(0, 1.0)], []
