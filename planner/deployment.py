@@ -154,7 +154,7 @@ def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...],
         array = np.zeros(0)
     if array.shape != shape:
         raise InputError(f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}")
-    return tuple(tuple(float(x) for x in row) for row in array)
+    return tuple(tuple(map(float, row)) for row in array.reshape(shape))
 
 
 def zipf_loads(workload: Workload, exponent: float, seed: int = 0) -> np.ndarray:
