@@ -305,7 +305,8 @@ def main() -> None:
     """Attach to the front named in the environment and obey."""
     _die_with_parent()
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the front drains
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal or systemd tells the whole group; the front drains
     rank = int(os.environ[RANK])
     Link(Rank(rank), os.environ[FRONT], os.environ[TOKEN]).run()
 
