@@ -53,8 +53,6 @@ class Failover:
         self.plan: Plan | None = None
         self.epoch = -1
         self.generation = 0
-        self.members: tuple[int, ...] = ()
-        """Ranks of this generation, dead ones among them."""
         self.broken = False
         """The communicators of this generation cannot be trusted: a new one is needed."""
         self.connected: set[MeshKey] = set()
@@ -221,7 +219,7 @@ class Failover:
         before = self._coordinator
         self._coordinator = await Coordinator.start(len(ranks))
         self.generation += 1
-        self.members, self.newcomers = ranks, self.newcomers - set(ranks)
+        self.newcomers -= set(ranks)
         self.connected.clear()
         self.loaded.clear()
         joins = {
