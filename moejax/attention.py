@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax import kernels
 from moejax.cache import Cache
 from moejax.layers import ordered_sum
 
@@ -25,16 +26,52 @@ def paged_attention(
     new_base_Z: jax.Array,
     positions_ZQ: jax.Array,
     page_size: int,
+    *,
+    scale: float,
+    window: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
+    latent: bool = False,
 ) -> jax.Array:
-    """Outputs `[Z, Q, N, H]`. A query at position p sees positions 0..p of its segment's sequence:
-    those below `cached` in the pages, the others in rows `new_base + position - cached` of k and v."""
+    """Outputs `[Z, Q, N, Hv]`. A query at position p sees positions 0..p of its segment's sequence, or the last
+    `window` of them: those below `cached` in the pages, the others in rows `new_base + position - cached` of k and v.
+
+    Scores are multiplied by `scale`. `sinks_N` is a score per head that takes its share of the weight and adds nothing
+    (arXiv 2309.17453). If `latent`, queries meet the value followed by the key (`moejax.heads`).
+    """
+    arguments = (q_ZQNH, k_RKH, v_RKH, cache, layer, page_table_ZM, cached_Z, new_base_Z, positions_ZQ, page_size)
+    if kernels.active() and window is None and sinks_N is None and not latent:
+        out = kernels.paged_attention(*arguments, scale=scale)
+    else:
+        out = paged_attention_reference(*arguments, scale=scale, window=window, sinks_N=sinks_N, latent=latent)
+    return out.astype(q_ZQNH.dtype)
+
+
+def paged_attention_reference(
+    q_ZQNH: jax.Array,
+    k_RKH: jax.Array,
+    v_RKH: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    page_table_ZM: jax.Array,
+    cached_Z: jax.Array,
+    new_base_Z: jax.Array,
+    positions_ZQ: jax.Array,
+    page_size: int,
+    *,
+    scale: float,
+    window: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
+    latent: bool = False,
+) -> jax.Array:
+    """`paged_attention` by XLA."""
     Z, Q, N, H = q_ZQNH.shape
-    R, K, _ = k_RKH.shape
+    R, K, Hk = k_RKH.shape
+    Hv = v_RKH.shape[-1]
     G = N // K
-    scale = H**-0.5
     q = (q_ZQNH * scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
     positions = jnp.repeat(positions_ZQ, G, axis=1)
-    pages_k, pages_v = (c.reshape(c.shape[0], -1, page_size, K, H) for c in (cache.k, cache.v))
+    pages_k = cache.k.reshape(len(cache.k), -1, page_size, K, Hk)
+    pages_v = cache.v.reshape(len(cache.v), -1, page_size, K, Hv)
 
     def page(i, carry):
         maximum, total, out = carry
@@ -44,20 +81,40 @@ def paged_attention(
         row_ZS = jnp.clip(new_base_Z[:, None] + at_S - cached_Z[:, None], 0, R - 1)
         k = jnp.where(is_new_ZS[..., None, None], k_RKH[row_ZS], pages_k[layer, ids_Z]).transpose(0, 2, 1, 3)
         v = jnp.where(is_new_ZS[..., None, None], v_RKH[row_ZS], pages_v[layer, ids_Z]).transpose(0, 2, 1, 3)
-        seen = (at_S <= positions[..., None])[:, None]
+        if latent:
+            k = jnp.concatenate([v, k], axis=-1)
+        seen = at_S <= positions[..., None]
+        if window is not None:
+            seen &= at_S > positions[..., None] - window
+        seen = seen[:, None]
         scores = jnp.where(seen, (q[:, :, :, None, :] * k[:, :, None]).sum(-1), NEGATIVE)
         higher = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         shrink = jnp.exp(maximum - higher)
-        mixed = jnp.einsum("zkqs,zksh->zkqh", weights, v)
+        mixed = _mix(weights, v)
         return higher, total * shrink + ordered_sum(weights), out * shrink[..., None] + mixed
 
     pages = (positions_ZQ.max() + page_size) // page_size
+    first = 0
+    if window is not None:
+        nearest = jnp.where(positions_ZQ >= 0, positions_ZQ, page_size * pages).min()
+        first = jnp.maximum(nearest - window + 1, 0) // page_size
     start = (
         jnp.full((Z, K, Q * G), NEGATIVE),
         jnp.zeros((Z, K, Q * G)),
-        jnp.zeros((Z, K, Q * G, H)),
+        jnp.zeros((Z, K, Q * G, Hv)),
     )
-    _, total, out = lax.fori_loop(0, pages, page, start)
+    if sinks_N is not None:
+        sinks = jnp.tile(sinks_N.reshape(K, 1, G), (Z, 1, Q, 1)).reshape(Z, K, Q * G)
+        start = (sinks.astype(jnp.float32), jnp.ones((Z, K, Q * G)), start[2])
+    _, total, out = lax.fori_loop(first, pages, page, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out.reshape(Z, K, Q, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, H).astype(q_ZQNH.dtype)
+    return out.reshape(Z, K, Q, G, Hv).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, Hv)
+
+
+def _mix(weights_ZKQS: jax.Array, v_ZKSH: jax.Array) -> jax.Array:
+    """`weights @ v`. XLA:CPU's dot sums each row in the same order whatever the others are only for widths that are
+    whole vectors of 16 (measured; docs/decisions/0001)."""
+    if v_ZKSH.shape[-1] % 16 == 0:
+        return jnp.einsum("zkqs,zksh->zkqh", weights_ZKQS, v_ZKSH)
+    return ordered_sum(weights_ZKQS[..., None, :] * v_ZKSH[:, :, None].swapaxes(-1, -2))

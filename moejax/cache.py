@@ -1,7 +1,9 @@
 """The paged key/value cache of one rank, and the write that cannot fail half-way."""
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from moejax.config import ModelConfig
@@ -9,29 +11,33 @@ from moejax.config import ModelConfig
 
 @struct.dataclass
 class Cache:
-    """Keys and values `[L, entries, K*H]`; entry = page * page_size + offset."""
+    """Keys and values `[L, entries, width]`, each as wide as `ModelConfig.cache_widths` says; entry = page * page_size
+    + offset. The new keys and values of a step have its rows in place of entries."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
 
 
-def empty_cache(cfg: ModelConfig, entries: int, dtype=jnp.float32) -> Cache:
-    """A cache of `entries` positions, all zero."""
-    shape = (cfg.n_layers, entries, cfg.n_kv_heads * cfg.d_head)
-    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+def cache_shapes(cfg: ModelConfig, entries: int) -> Cache:
+    """Shapes of a cache of `entries` positions."""
+    k, v = ((cfg.n_layers, entries, width) for width in cfg.cache_widths)
+    return Cache(k=k, v=v)
+
+
+def empty_cache(cfg: ModelConfig, entries: int, dtype: Any = np.float32) -> Cache:
+    """A cache of `entries` positions on the host, all zero."""
+    shapes = cache_shapes(cfg, entries)
+    return Cache(k=np.zeros(shapes.k, dtype), v=np.zeros(shapes.v, dtype))
 
 
 def bytes_per_token(cfg: ModelConfig, itemsize: int = 4) -> int:
     """Bytes of cache one position takes, over all layers."""
-    return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * itemsize
+    return cfg.n_layers * sum(cfg.cache_widths) * itemsize
 
 
-def commit(cache: Cache, new_kv: jax.Array, write_R: jax.Array) -> Cache:
-    """Write a step's new keys and values `[L, 2, R, K*H]` into the entries `write_R`; 2**30 means nowhere.
+def commit(cache: Cache, new: Cache, write_R: jax.Array) -> Cache:
+    """Write a step's new keys and values `[L, R, width]` into the entries `write_R`; 2**30 means nowhere.
 
     Writing the same step twice leaves the cache as once: a redone step needs no undo.
     """
-    return Cache(
-        k=cache.k.at[:, write_R].set(new_kv[:, 0], mode="drop"),
-        v=cache.v.at[:, write_R].set(new_kv[:, 1], mode="drop"),
-    )
+    return jax.tree.map(lambda old, rows: old.at[:, write_R].set(rows, mode="drop"), cache, new)

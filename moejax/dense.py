@@ -13,7 +13,9 @@ from flax import struct
 from jax import lax
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.layers import rms_norm, rope, row_dot, swiglu
+from moejax.experts import always_on, one_expert
+from moejax.heads import join_heads, make_heads, score_scale
+from moejax.layers import norm, row_dot, swiglu
 from moejax.params import Layer, MoE, Params
 from moejax.router import route
 
@@ -42,55 +44,67 @@ def forward(
     B, T = tokens_BT.shape
     if alive_LE is None:
         alive_LE = jnp.ones((cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 1), bool)
-    x_BTD = params.embed[tokens_BT]
+    x_BTD = params.embed[tokens_BT] * cfg.embed_scale
+    windows = [T if window is None else window for window in cfg.windows]
     routings, first = [], 0
     for (pattern, repeats), layers in zip(cfg.segments, params.segments, strict=True):
         routed = pattern.count("moe")
         alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, alive_LE.shape[1])
         first += repeats * routed
         body = partial(_pattern, cfg, pattern, capacity)
-        x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE))
+        windows_RL = jnp.array(windows[: repeats * len(pattern)]).reshape(repeats, len(pattern))
+        windows = windows[repeats * len(pattern) :]
+        x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE, windows_RL))
         if routed:
             routings.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing))
-    x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps)
-    head_VD = params.embed if params.head is None else params.head
+    x_BTD = norm(x_BTD, params.final_norm, params.final_norm_bias, cfg.norm_eps) * cfg.logit_scale
+    head = params.logits
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *routings) if routings else None
-    logits_BTV = row_dot(x_BTD.reshape(B * T, -1), head_VD).reshape(B, T, -1)
+    logits_BTV = row_dot(x_BTD.reshape(B * T, -1), head.weight).reshape(B, T, -1)
+    if head.bias is not None:
+        logits_BTV = logits_BTV + head.bias
     return logits_BTV, joined or Routing(jnp.zeros((0, B * T, 1), jnp.int32), jnp.zeros((0,)))
 
 
 def _pattern(
     cfg: ModelConfig, pattern: tuple[str, ...], capacity: int | None, x_BTD: jax.Array, step: tuple
 ) -> tuple[jax.Array, Routing | None]:
-    layers, alive_LE = step
+    layers, alive_LE, windows_L = step
     routings = []
-    for kind, layer in zip(pattern, layers, strict=True):
-        x_BTD = x_BTD + attention(layer, cfg, rms_norm(x_BTD, layer.attention_norm, cfg.norm_eps))
-        h_TD = rms_norm(x_BTD, layer.ffn_norm, cfg.norm_eps).reshape(-1, cfg.d_model)
+    for j, (kind, layer) in enumerate(zip(pattern, layers, strict=True)):
+        h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
+        x_BTD = x_BTD + cfg.residual_scale * attention(layer, cfg, h_BTD, None if cfg.window is None else windows_L[j])
+        h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
             y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down)
         else:
             assert cfg.moe is not None
             y_TD, routing = mixture(layer.moe, cfg.moe, h_TD, alive_LE[len(routings)], capacity)
             routings.append(routing)
-        x_BTD = x_BTD + y_TD.reshape(x_BTD.shape)
+        x_BTD = x_BTD + cfg.residual_scale * y_TD.reshape(x_BTD.shape)
     return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *routings) if routings else None
 
 
-def attention(layer: Layer, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
-    """Causal grouped-query attention (arXiv 2305.13245) over whole sequences that start at position 0."""
+def attention(layer: Layer, cfg: ModelConfig, x_BTD: jax.Array, window: jax.Array | None = None) -> jax.Array:
+    """Causal grouped-query attention (arXiv 2305.13245) over whole sequences that start at position 0, of which each
+    position sees the last `window`."""
     B, T, D = x_BTD.shape
-    N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    heads = row_dot(x_BTD.reshape(B * T, D), layer.qkv).reshape(B * T, N + 2 * K, H)
-    q, k, v = jnp.split(heads, (N, N + K), axis=1)
-    positions = jnp.tile(jnp.arange(T), B)
-    q_BTKGH = rope(q, positions, cfg.rope_base).reshape(B, T, K, N // K, H)
-    k_BSKH = rope(k, positions, cfg.rope_base).reshape(B, T, K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * H**-0.5
-    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x_BTD.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v.reshape(B, T, K, H))
-    return row_dot(mixed.reshape(B * T, N * H), layer.out).reshape(B, T, D)
+    q, k, v = make_heads(x_BTD.reshape(B * T, D), layer, jnp.tile(jnp.arange(T), B), cfg)
+    if cfg.latent is not None:
+        k = jnp.concatenate([v, k], axis=-1)
+    N, K = q.shape[1], k.shape[1]
+    q_BTKGH = q.reshape(B, T, K, N // K, -1)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k.reshape(B, T, K, -1)) * score_scale(cfg)
+    seen = jnp.tril(jnp.ones((T, T), bool))
+    if window is not None:
+        seen &= jnp.arange(T)[:, None] - jnp.arange(T) < window
+    scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
+    if layer.sinks is not None:
+        sinks = jnp.broadcast_to(layer.sinks.reshape(K, N // K, 1, 1), (B, K, N // K, T, 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :T].astype(x_BTD.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v.reshape(B, T, K, -1))
+    return join_heads(mixed.reshape(B * T, N, -1), layer, cfg).reshape(B, T, D)
 
 
 def mixture(
@@ -105,14 +119,14 @@ def mixture(
     chosen_TX, gates_TX = route(x_TD, moe.router, moe.bias, alive_E, cfg)
     picked_TXE = jax.nn.one_hot(chosen_TX, cfg.experts, dtype=x_TD.dtype)
     gates_TE = jnp.einsum("tx,txe->te", gates_TX, picked_TXE)
-    shared, experts = moe.shared, moe.experts
-    y_TD = jnp.zeros_like(x_TD) if shared is None else swiglu(x_TD, shared.gate_up, shared.down)
+    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else always_on(x_TD, moe)
     for e in range(cfg.experts):
+        weights = jax.tree.map(lambda leaf, e=e: leaf[e], moe.experts)
         if capacity is None or capacity >= T:
-            y_TD = y_TD + gates_TE[:, e, None] * swiglu(x_TD, experts.gate_up[e], experts.down[e])
+            y_TD = y_TD + gates_TE[:, e, None] * one_expert(x_TD, weights, cfg)
         else:
             rows = jnp.argsort(gates_TE[:, e] == 0, stable=True)[:capacity]
-            part = swiglu(x_TD[rows], experts.gate_up[e], experts.down[e])
+            part = one_expert(x_TD[rows], weights, cfg)
             y_TD = y_TD.at[rows].add(gates_TE[rows, e, None] * part)
     probability_TE = jax.nn.softmax(row_dot(x_TD, moe.router) + moe.bias, axis=-1)
     share_E = picked_TXE.mean((0, 1))

@@ -20,6 +20,8 @@ import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
 
+from moejax import kernels
+
 
 class ExecutableStoreError(RuntimeError):
     """The folder of executables cannot be trusted or used: says which file and why."""
@@ -112,6 +114,7 @@ def executable_name(kind: str, *parts: object) -> str:
     about = (
         *map(repr, parts),
         _source_digest(),
+        kernels.fingerprint(),
         jax.__version__,
         jaxlib.__version__,
         os.environ.get("XLA_FLAGS", ""),
@@ -123,7 +126,7 @@ def executable_name(kind: str, *parts: object) -> str:
 
 _COMPILED_MODULES = (
     *("attention", "axes", "cache", "exchange", "experts", "inputs", "layers"),
-    *("mesh", "model", "params", "router", "sampling", "steps"),
+    *("mesh", "model", "params", "router", "sampling", "shaping", "steps"),
 )
 
 

@@ -1,28 +1,37 @@
-"""The experts of one rank: each slot's weights are read once, for the rows that want it and no others.
-
-On a CPU, a loop of two-dimensional dots over tiles of rows sorted by slot; `lax.ragged_dot` is dense there and
-multiplies every row with every expert (jax-facts).
-"""
+"""The experts of one rank: each slot's weights are read once, for the rows that want it and no others."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.layers import swiglu
-from moejax.params import FeedForward
+from moejax import kernels
+from moejax.config import MoEConfig
+from moejax.layers import Dot, Stacked, biased_swiglu, ordered_sum, row_dot, row_dot_reference, swiglu, value
+from moejax.params import FeedForward, MoE
 
 TILE = 32
 """Most rows a slot multiplies at a time."""
 
 
 def apply_experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, experts: FeedForward, repeat: jax.Array, slots: int
+    rows_rD: jax.Array, wanted_rA: jax.Array, experts: FeedForward, slots: int, moe: MoEConfig
 ) -> jax.Array:
     """Answers `[r, A, D]` of the local slots `wanted [r, A]` (-1 for none, answered by zeros).
 
-    `experts` leaves are `[R, S, ...]` of a whole segment; `repeat` picks the layer, so that no layer's
-    weights are copied out.
+    `experts` leaves are `layers.Stacked` `[S, ...]` of a layer, so that no layer's weights are copied out.
     """
+    if not kernels.active() or moe.expert_bias:
+        return apply_experts_reference(rows_rD, wanted_rA, experts, slots, moe)
+    (layer,) = experts.down.index
+    answers = kernels.experts(rows_rD, wanted_rA, experts.gate_up.stack, experts.down.stack, layer)
+    return answers.astype(rows_rD.dtype)
+
+
+def apply_experts_reference(
+    rows_rD: jax.Array, wanted_rA: jax.Array, experts: FeedForward, slots: int, moe: MoEConfig
+) -> jax.Array:
+    """`apply_experts` by XLA: a loop of two-dimensional dots over tiles of rows sorted by slot. (`lax.ragged_dot` is
+    dense on a CPU and multiplies every row with every expert.)"""
     r, A = wanted_rA.shape
     D = rows_rD.shape[1]
     tile = min(TILE, max(2, r))
@@ -40,8 +49,25 @@ def apply_experts(
         at = first + jnp.arange(tile)
         inside = at < start_S[slot] + count_S[slot]
         item = order[jnp.minimum(at, r * A - 1)]
-        y = swiglu(rows_rD[item // A], experts.gate_up[repeat, slot], experts.down[repeat, slot])
+        weights = jax.tree.map(lambda leaf: leaf.at(slot), experts, is_leaf=lambda leaf: isinstance(leaf, Stacked))
+        y = one_expert(rows_rD[item // A], weights, moe, row_dot_reference)
         return answers.at[jnp.where(inside, item, r * A)].set(y, mode="drop")
 
     answers = lax.fori_loop(0, end_tile_S[-1], one_tile, jnp.zeros((r * A, D), rows_rD.dtype))
     return answers.reshape(r, A, D)
+
+
+def one_expert(rows_rD: jax.Array, weights: FeedForward, moe: MoEConfig, dot: Dot = row_dot) -> jax.Array:
+    """Answers `[r, D]` of one expert whose weights are those of no other."""
+    if not moe.expert_bias:
+        return swiglu(rows_rD, weights.gate_up, weights.down, dot)
+    biases = value(weights.gate_up_bias), value(weights.down_bias)
+    return biased_swiglu(rows_rD, weights.gate_up, weights.down, *biases, moe.swiglu_limit, moe.swiglu_alpha, dot)
+
+
+def always_on(h_TD: jax.Array, moe: MoE) -> jax.Array:
+    """Answers `[T, D]` of the shared expert of a routed layer, weighed by its own gate if it has one."""
+    y_TD = swiglu(h_TD, moe.shared.gate_up, moe.shared.down)
+    if moe.shared_gate is None:
+        return y_TD
+    return jax.nn.sigmoid(ordered_sum(h_TD * value(moe.shared_gate)))[:, None] * y_TD

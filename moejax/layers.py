@@ -6,24 +6,65 @@ not have this property on XLA:CPU (docs/decisions/0001), `row_dot` and `ordered_
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
+
+from moejax import kernels
 
 _LANES = 32
 """Partial sums kept side by side in `ordered_sum`."""
 
 
-def row_dot(x_TD: jax.Array, w_FD: jax.Array) -> jax.Array:
-    """`x @ w.T` `[T, F]` for a weight `[out, in]`, each row summed in the same order whatever T is.
+@struct.dataclass
+class Stacked:
+    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, so that who multiplies by it can leave it
+    where it lies. `index` has a number for each leading axis that is fixed."""
+
+    stack: Any
+    index: tuple[Any, ...]
+
+    def read(self) -> jax.Array:
+        """The matrix itself, copied out."""
+        return self.stack[self.index]
+
+    def at(self, *index: Any) -> "Stacked":
+        """Further leading axes fixed."""
+        return Stacked(self.stack, (*self.index, *index))
+
+
+Weight = jax.Array | Stacked
+Dot = Callable[[jax.Array, Weight], jax.Array]
+"""`row_dot` or another of its kind."""
+
+
+def value(w: Weight) -> jax.Array:
+    """The numbers themselves, for what is small."""
+    return w.read() if isinstance(w, Stacked) else w
+
+
+def row_dot(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
+    """`x @ w.T` `[T, F]` for a weight `[out, in]`, each row summed in the same order whatever T is."""
+    if not kernels.active():
+        return row_dot_reference(x_TD, w_FD)
+    stack, index = (w_FD.stack, w_FD.index) if isinstance(w_FD, Stacked) else (w_FD, ())
+    return kernels.row_dot(x_TD, stack, index).astype(x_TD.dtype)
+
+
+def row_dot_reference(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
+    """`row_dot` by XLA, differentiable.
 
     Weights are stored `[out, in]` for this: with the contracted axis last, XLA:CPU keeps the order for any two
     rows or more; a single row would take another path and is doubled.
     """
     if x_TD.shape[0] == 1:
-        return row_dot(jnp.concatenate([x_TD, x_TD]), w_FD)[:1]
-    return lax.dot_general(x_TD, w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x_TD.dtype)
+        return row_dot_reference(jnp.concatenate([x_TD, x_TD]), w_FD)[:1]
+    w = value(w_FD).astype(x_TD.dtype)
+    return lax.dot_general(x_TD, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x_TD.dtype)
 
 
 def ordered_sum(x: jax.Array) -> jax.Array:
@@ -47,18 +88,52 @@ def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x32 * lax.rsqrt(variance + eps)).astype(x_TD.dtype) * scale_D
 
 
-def swiglu(x_TD: jax.Array, gate_up_2FD: jax.Array, down_DF: jax.Array) -> jax.Array:
+def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+    """Layer norm (arXiv 1607.06450), in float32."""
+    x32 = x_TD.astype(jnp.float32)
+    x32 = x32 - ordered_sum(x32)[..., None] / x_TD.shape[-1]
+    variance = ordered_sum(x32 * x32)[..., None] / x_TD.shape[-1]
+    return (x32 * lax.rsqrt(variance + eps)).astype(x_TD.dtype) * scale_D + bias_D
+
+
+def norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
+    """Layer norm if there is a bias, root-mean-square norm if not."""
+    return rms_norm(x_TD, scale_D, eps) if bias_D is None else layer_norm(x_TD, scale_D, bias_D, eps)
+
+
+def head_dot(x_TNH: jax.Array, w_NFH: Weight) -> jax.Array:
+    """Each head by its own weight `[out, in]`: `[T, N, F]`. One head after the other, for the sake of `row_dot`."""
+
+    def one(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        n, x_TH = at
+        return None, row_dot(x_TH, w_NFH.at(n) if isinstance(w_NFH, Stacked) else w_NFH[n])
+
+    heads = jnp.arange(x_TNH.shape[1])
+    return lax.scan(one, None, (heads, x_TNH.swapaxes(0, 1)))[1].swapaxes(0, 1)
+
+
+def swiglu(x_TD: jax.Array, gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row_dot) -> jax.Array:
     """SwiGLU feed-forward (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
-    hidden = row_dot(x_TD, gate_up_2FD)
+    hidden = dot(x_TD, gate_up_2FD)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return row_dot(jax.nn.silu(gate) * up, down_DF)
+    return dot(jax.nn.silu(gate) * up, down_DF)
 
 
-def rope(x_TNH: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated against each other as in Llama's own code."""
-    half = x_TNH.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_T.astype(jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-    a, b = x_TNH[..., :half], x_TNH[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def biased_swiglu(
+    x_TD: jax.Array,
+    gate_up_2FD: Weight,
+    down_DF: Weight,
+    gate_up_bias_2F: jax.Array,
+    down_bias_D: jax.Array,
+    limit: float | None,
+    alpha: float,
+    dot: Dot = row_dot,
+) -> jax.Array:
+    """SwiGLU with biases. With a `limit` it is gpt-oss's (arXiv 2508.10925): gate and up are bounded by it, the gate is
+    `gate * sigmoid(alpha * gate)`, and 1 is added to up."""
+    hidden = dot(x_TD, gate_up_2FD) + gate_up_bias_2F
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    if limit is None:
+        return dot(jax.nn.silu(gate) * up, down_DF) + down_bias_D
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return dot(gate * jax.nn.sigmoid(alpha * gate) * (up + 1), down_DF) + down_bias_D

@@ -1,13 +1,15 @@
 """What a checkpoint holds: every tensor's name, shape, dtype and the CRC-32 of each of its chunks.
 
 A tensor is named by the dotted path of its place in `Params`, as Orbax names it
-(`segments.0.2.moe.experts.gate_up`). Expert tensors `[R, E, ...]` have one chunk per expert, all others one
-chunk. Checksums are of the decoded numbers in C order, so they hold for any codec or storage layout.
+(`segments.0.2.moe.experts.gate_up`). Expert tensors `[R, E, ...]` have one chunk per expert; others have one, or, in
+converted models, one per repeat `[R, ...]`, so that no more than a layer's part need be in memory. Checksums are of the
+decoded numbers in C order, so they hold for any codec or storage layout.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any, Self
@@ -27,11 +29,25 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One stored tensor. `crc32[r * E + e]` is expert e of repeat r; a tensor in one chunk has one."""
+    """One stored tensor. `crc32[r * E + e]` is expert e of repeat r, `crc32[r]` repeat r of other tensors; a tensor in
+    one chunk has one."""
 
     shape: tuple[int, ...]
     dtype: str
     crc32: tuple[int, ...]
+
+    @property
+    def chunked_axes(self) -> int:
+        """How many axes in front count chunks. Raises ValueError when the checksums are not of this shape."""
+        for axes in range(len(self.shape) + 1):
+            if math.prod(self.shape[:axes]) == len(self.crc32):
+                return axes
+        raise ValueError(f"{len(self.crc32)} checksums of a tensor of shape {self.shape}")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its numbers."""
+        return math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +59,9 @@ class Manifest:
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray]) -> Self:
         """Describe the arrays about to be stored."""
-        return cls({name: Tensor(a.shape, a.dtype.name, _checksums(name, a)) for name, a in arrays.items()})
+        return cls(
+            {n: Tensor(a.shape, a.dtype.name, _checksums(a, 2 if is_expert(n) else 0)) for n, a in arrays.items()}
+        )
 
     def to_json(self) -> str:
         """One line per tensor, so that two manifests can be compared by eye."""
@@ -56,7 +74,10 @@ class Manifest:
         path = Path(folder) / FILE
         try:
             values = json.loads(path.read_text())
-            return cls({n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()})
+            found = {n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()}
+            for tensor in found.values():
+                _ = tensor.chunked_axes, tensor.bytes
+            return cls(found)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; write the model again with save_model.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,8 +104,9 @@ class Manifest:
 
     def damaged(self, name: str, array: np.ndarray) -> list[int]:
         """Chunks of a tensor whose numbers are not those that were stored; empty when all is well."""
-        found = _checksums(name, array)
-        return [i for i, (a, b) in enumerate(zip(found, self.tensors[name].crc32, strict=True)) if a != b]
+        tensor = self.tensors[name]
+        found = _checksums(array, tensor.chunked_axes)
+        return [i for i, (a, b) in enumerate(zip(found, tensor.crc32, strict=True)) if a != b]
 
 
 def content_hash(folder: Path) -> str:
@@ -140,7 +162,6 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _checksums(name: str, array: np.ndarray) -> tuple[int, ...]:
-    if not is_expert(name):
-        return (checksum(array),)
-    return tuple(checksum(chunk) for row in array for chunk in row)
+def _checksums(array: np.ndarray, chunked_axes: int) -> tuple[int, ...]:
+    chunks = array.reshape(-1, *array.shape[chunked_axes:]) if chunked_axes else array[None]
+    return tuple(checksum(chunk) for chunk in chunks)

@@ -1,6 +1,7 @@
-"""One rank's part of one step: embed, layers, head, sample. Runs inside `shard_map` over the ranks.
+"""One rank's part of one step: embed and layers. Runs inside `shard_map` over the ranks; head and sampling follow
+on each rank alone (`steps.run_sample`).
 
-    tokens -> embed -> [ norm -> attention over pages and new tokens -> + ] per layer -> norm -> head -> sample
+    tokens -> embed -> [ norm -> attention over pages and new tokens -> + ] per layer -> norm
                        [ norm -> dense FFN, or route -> dispatch -> experts -> combine -> + ]
 
 It reads the cache and never donates it: a step that fails leaves no trace. Layers of one pattern are scanned.
@@ -18,12 +19,15 @@ from moejax.attention import paged_attention
 from moejax.cache import Cache
 from moejax.config import ModelConfig
 from moejax.exchange import Exchange, combine, dispatch, place
-from moejax.experts import apply_experts
+from moejax.experts import always_on, apply_experts
+from moejax.heads import join_heads, make_heads, score_scale
 from moejax.inputs import TILE, Bucket, StepInputs
-from moejax.layers import rms_norm, rope, row_dot, swiglu
-from moejax.params import FeedForward, Layer, MoE, Params
+from moejax.layers import Stacked, norm, swiglu
+from moejax.params import Layer, MoE, Params
 from moejax.router import route
-from moejax.sampling import sample
+
+UNSEEN = 2**30
+"""A window that no context reaches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,70 +43,77 @@ class StepShape:
 
 @struct.dataclass
 class StepOutputs:
-    """Next tokens `[Z]`, their log-probabilities `[Z]`, new keys and values `[L, 2, R, K*H]`, and how many
-    rows went to each expert `[moe layers, E]`."""
+    """The rows after the last norm `[R, D]`, new keys and values (a Cache of `[L, R, width]`), and how many rows went
+    to each expert `[moe layers, E]`."""
 
-    tokens: Any
-    logprobs: Any
+    hidden: Any
     new_kv: Any
     expert_load: Any
 
 
 def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepInputs, shape: StepShape) -> StepOutputs:
     """One step of one rank. `expert_to_slot [moe layers, E]` is this rank's row of the plan: the physical slot
-    it sends each expert's tokens to, -1 where the expert is masked. Expert leaves of `params` hold slots."""
+    it sends each expert's tokens to, -1 where the expert is masked. Expert leaves of `params` hold slots; its head
+    is not used."""
     cfg = shape.cfg
     with jax.named_scope("embed"):
-        x = params.embed[inputs.tokens]
+        # Padding rows are zero and stay so through every layer without biases; the CPU kernels pass over such rows.
+        x = jnp.where(inputs.positions[:, None] >= 0, params.embed[inputs.tokens], 0)
+        if cfg.embed_scale != 1.0:
+            x = x * cfg.embed_scale
     new_kv, loads = [], []
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
-        experts = tuple(layer.moe.experts if layer.moe else None for layer in segment)
-        scanned = tuple(layer.replace(moe=layer.moe.replace(experts=None)) if layer.moe else layer for layer in segment)
         moe_in_pattern = pattern.count("moe")
         these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
         routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
 
-        def body(x, at, experts=experts, first=depth, pattern=pattern):
-            layers, routes, repeat = at
+        def body(x, at, segment=segment, first=depth, pattern=pattern):
+            routes, repeat = at
             kvs, counts = [], []
-            for j, layer in enumerate(layers):
+            for j, stacked in enumerate(segment):
+                layer = _layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
                 x, kv = _attend(x, layer, cache, index, inputs, shape)
                 if layer.moe is None:
-                    x = x + swiglu(rms_norm(x, layer.ffn_norm, cfg.norm_eps), layer.ffn.gate_up, layer.ffn.down)
+                    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
+                    x = _add(x, swiglu(h, layer.ffn.gate_up, layer.ffn.down), cfg)
                 else:
-                    x, count = _route_and_mix(x, layer, experts[j], routes[len(counts)], repeat, inputs, shape)
+                    x, count = _route_and_mix(x, layer, routes[len(counts)], inputs, shape)
                     counts.append(count)
                 kvs.append(kv)
-            return x, (jnp.stack(kvs), jnp.stack(counts) if counts else None)
+            return x, (jax.tree.map(lambda *rows: jnp.stack(rows), *kvs), jnp.stack(counts) if counts else None)
 
-        x, (kv, count) = lax.scan(body, x, (scanned, routes, jnp.arange(repeats)))
-        new_kv.append(kv.reshape(-1, *kv.shape[2:]))
+        x, (kv, count) = lax.scan(body, x, (routes, jnp.arange(repeats)))
+        new_kv.append(jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), kv))
         if count is not None:
             loads.append(count.reshape(-1, count.shape[-1]))
         depth += repeats * len(pattern)
         moe_depth += repeats * moe_in_pattern
-    with jax.named_scope("head"):
-        last = rms_norm(x[inputs.sample_row], params.final_norm, cfg.norm_eps)
-        logits = row_dot(last, params.embed if params.head is None else params.head)
-    with jax.named_scope("sample"):
-        tokens, logprobs = sample(logits, inputs)
+    hidden = norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps)
+    if cfg.logit_scale != 1.0:
+        hidden = hidden * cfg.logit_scale
+    new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    return StepOutputs(tokens=tokens, logprobs=logprobs, new_kv=jnp.concatenate(new_kv), expert_load=load)
+    return StepOutputs(hidden=hidden, new_kv=new, expert_load=load)
+
+
+def _layer_at(layer: Layer, repeat: jax.Array) -> Layer:
+    """One layer of a segment: vectors are read, matrices stay in their stack."""
+    return jax.tree.map(lambda leaf: leaf[repeat] if leaf.ndim == 2 else Stacked(leaf, (repeat,)), layer)
 
 
 def _attend(
     x: jax.Array, layer: Layer, cache: Cache, index: jax.Array, inputs: StepInputs, shape: StepShape
-) -> tuple[jax.Array, jax.Array]:
-    """x plus attention, and the layer's new keys and values `[2, R, K*H]`."""
+) -> tuple[jax.Array, Cache]:
+    """x plus attention, and the layer's new keys and values `[R, width]`."""
     cfg, bucket = shape.cfg, shape.bucket
-    R, N, K, H = bucket.rows, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     with jax.named_scope("attention"):
-        qkv = row_dot(rms_norm(x, layer.attention_norm, cfg.norm_eps), layer.qkv).reshape(R, N + 2 * K, H)
-        positions = jnp.maximum(inputs.positions, 0)
-        qk = rope(qkv[:, : N + K], positions, cfg.rope_base)
-        q, k, v = qk[:, :N], qk[:, N:], qkv[:, N + K :]
+        h = norm(x, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
+        q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
+        window = None
+        if cfg.window is not None:
+            window = jnp.array([w or UNSEEN for w in cfg.windows])[index]
         out = []
         for first_z, first_r, Z, Q in (
             (0, 0, bucket.decode, 1),
@@ -111,7 +122,7 @@ def _attend(
             if Z:
                 segments, rows = slice(first_z, first_z + Z), slice(first_r, first_r + Z * Q)
                 mixed = paged_attention(
-                    q[rows].reshape(Z, Q, N, H),
+                    q[rows].reshape(Z, Q, *q.shape[1:]),
                     k,
                     v,
                     cache,
@@ -121,18 +132,24 @@ def _attend(
                     inputs.new_base[segments],
                     inputs.positions[rows].reshape(Z, Q),
                     shape.page_size,
+                    scale=score_scale(cfg),
+                    window=window,
+                    sinks_N=layer.sinks,
+                    latent=cfg.latent is not None,
                 )
-                out.append(mixed.reshape(Z * Q, N * H))
-        x = x + row_dot(jnp.concatenate(out), layer.out)
-    return x, jnp.stack([k.reshape(R, K * H), v.reshape(R, K * H)])
+                out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
+        x = _add(x, join_heads(jnp.concatenate(out), layer, cfg), cfg)
+    return x, Cache(k=k.reshape(bucket.rows, -1), v=v.reshape(bucket.rows, -1))
+
+
+def _add(x: jax.Array, y: jax.Array, cfg: ModelConfig) -> jax.Array:
+    return x + y if cfg.residual_scale == 1.0 else x + cfg.residual_scale * y
 
 
 def _route_and_mix(
     x: jax.Array,
     layer: Layer,
-    experts: FeedForward,
     route_E: jax.Array,
-    repeat: jax.Array,
     inputs: StepInputs,
     shape: StepShape,
 ) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +158,7 @@ def _route_and_mix(
     assert cfg.moe is not None
     assert isinstance(moe, MoE)
     exchange = Exchange(ranks=shape.ranks, slots=shape.slots, experts_per_token=cfg.moe.experts_per_token)
-    h = rms_norm(x, layer.ffn_norm, cfg.norm_eps)
+    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
     with jax.named_scope("route"):
         chosen_TX, gates_TX = route(h, moe.router, moe.bias, route_E >= 0, cfg.moe)
         real_T1 = inputs.positions[:, None] >= 0
@@ -151,10 +168,10 @@ def _route_and_mix(
     with jax.named_scope("dispatch"):
         rows, wanted = dispatch(h, slot_TX, rank_TX, nth_TX, exchange)
     with jax.named_scope("experts"):
-        answers = apply_experts(rows, wanted, experts, repeat, shape.slots)
+        answers = apply_experts(rows, wanted, moe.experts, shape.slots, cfg.moe)
     with jax.named_scope("combine"):
         mixed = combine(answers, rank_TX, nth_TX, gates_TX, exchange)
     if moe.shared is not None:
         with jax.named_scope("shared"):
-            mixed = mixed + swiglu(h, moe.shared.gate_up, moe.shared.down)
-    return x + mixed, load_E
+            mixed = mixed + always_on(h, moe)
+    return _add(x, mixed, cfg), load_E

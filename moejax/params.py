@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config import ModelConfig
+from moejax.config import LatentConfig, ModelConfig, MoEConfig
 
 
 @struct.dataclass
 class FeedForward:
-    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`."""
+    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`; biases `[..., 2F]`, `[..., D]` or None."""
 
     gate_up: Any
     down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
 
 
 @struct.dataclass
@@ -30,18 +32,36 @@ class MoE:
     """Router `[R, E, D]` and its bias `[R, E]`, an always-on expert or None, and the routed experts.
 
     `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, S, ...]` in a rank, which
-    holds slots.
+    holds slots. `shared_gate [R, 1, D]` weighs the always-on expert, or is None.
     """
 
     router: Any
     bias: Any
     shared: FeedForward | None
     experts: FeedForward
+    shared_gate: Any = None
+
+
+@struct.dataclass
+class Latent:
+    """Multi-head latent attention. `query [R, N * (plain + rope), D or d_query]`, after `query_down [R, d_query, D]`
+    and its norm if there are; `down [R, d_latent + d_rope, D]` makes the latent, which is normed, and the key to
+    rotate; per head, `key_up [R, N, d_latent, plain]` takes queries to the latent and `value_up [R, N, d_value,
+    d_latent]` the mixed latent to values."""
+
+    query: Any
+    query_down: Any
+    query_norm: Any
+    down: Any
+    norm: Any
+    key_up: Any
+    value_up: Any
 
 
 @struct.dataclass
 class Layer:
-    """One decoder layer: exactly one of `ffn` and `moe` is there."""
+    """One decoder layer: exactly one of `ffn` and `moe` is there, one of `qkv` and `latent`, and biases, norms and
+    sinks as the configuration says."""
 
     attention_norm: Any
     qkv: Any
@@ -49,6 +69,14 @@ class Layer:
     ffn_norm: Any
     ffn: FeedForward | None
     moe: MoE | None
+    latent: Latent | None = None
+    qkv_bias: Any = None
+    out_bias: Any = None
+    query_norm: Any = None
+    key_norm: Any = None
+    sinks: Any = None
+    attention_norm_bias: Any = None
+    ffn_norm_bias: Any = None
 
 
 @struct.dataclass
@@ -59,11 +87,26 @@ class Params:
     final_norm: Any
     head: Any
     segments: tuple[tuple[Layer, ...], ...]
+    final_norm_bias: Any = None
+    head_bias: Any = None
+
+    @property
+    def logits(self) -> "Head":
+        """The head, or the embedding in its place."""
+        return Head(weight=self.embed if self.head is None else self.head, bias=self.head_bias)
+
+
+@struct.dataclass
+class Head:
+    """What makes logits of hidden rows: a weight `[V, D]`, and a bias `[V]` or None."""
+
+    weight: Any
+    bias: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape, names of its logical axes, standard deviation at the start (0: ones)."""
+    """One parameter: shape, names of its logical axes, standard deviation at the start (0: ones; `BIAS`: near 0)."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -78,41 +121,89 @@ class ParamSpec:
         return n
 
 
+BIAS = 1e-9
+"""Standard deviation of what starts at zero."""
+
+
 def param_specs(cfg: ModelConfig) -> Params:
     """The tree of ParamSpec of a model, experts in logical order."""
-    D, V, N, K, H = cfg.d_model, cfg.vocab_size, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    out_std = 0.02 / (2 * cfg.n_layers) ** 0.5
-
-    def feed_forward(lead: tuple[int, ...], names: tuple[str, ...], width: int) -> FeedForward:
-        return FeedForward(
-            gate_up=ParamSpec((*lead, 2 * width, D), (*names, "ffn", "model"), 0.02),
-            down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), out_std),
-        )
-
-    def layer(kind: str, R: int) -> Layer:
-        moe = cfg.moe if kind == "moe" else None
-        return Layer(
-            attention_norm=ParamSpec((R, D), ("layer", "model"), 0),
-            qkv=ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
-            out=ParamSpec((R, D, N * H), ("layer", "model", "heads"), out_std),
-            ffn_norm=ParamSpec((R, D), ("layer", "model"), 0),
-            ffn=feed_forward((R,), ("layer",), cfg.d_ff) if moe is None else None,
-            moe=None
-            if moe is None
-            else MoE(
-                router=ParamSpec((R, moe.experts, D), ("layer", "router", "model"), 0.02),
-                bias=ParamSpec((R, moe.experts), ("layer", "router"), 1e-9),
-                shared=feed_forward((R,), ("layer",), moe.d_shared) if moe.d_shared else None,
-                experts=feed_forward((R, moe.experts), ("layer", "expert"), moe.d_expert),
-            ),
-        )
-
+    V, D = cfg.vocab_size, cfg.d_model
+    layer_norm = cfg.norm == "layer"
     return Params(
         embed=ParamSpec((V, D), ("vocab", "model"), 0.02),
         final_norm=ParamSpec((D,), ("model",), 0),
         head=None if cfg.tied_head else ParamSpec((V, D), ("vocab", "model"), 0.02),
-        segments=tuple(tuple(layer(kind, repeats) for kind in pattern) for pattern, repeats in cfg.segments),
+        segments=tuple(tuple(_layer(cfg, kind, repeats) for kind in pattern) for pattern, repeats in cfg.segments),
+        final_norm_bias=ParamSpec((D,), ("model",), BIAS) if layer_norm else None,
+        head_bias=ParamSpec((V,), ("vocab",), BIAS) if cfg.head_bias else None,
     )
+
+
+def _layer(cfg: ModelConfig, kind: str, R: int) -> Layer:
+    D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    norm = ParamSpec((R, D), ("layer", "model"), 0)
+    norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.norm == "layer" else None
+    latent = cfg.latent
+    mixed = N * (H if latent is None else latent.d_value)
+    normed = {"none": (0, 0), "head": (H, H), "all": (N * H, K * H)}[cfg.qk_norm]
+    query_norm, key_norm = (ParamSpec((R, size), ("layer", "heads"), 0) if size else None for size in normed)
+    return Layer(
+        attention_norm=norm,
+        qkv=None if latent else ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
+        out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
+        ffn_norm=norm,
+        ffn=_feed_forward(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
+        moe=_moe(cfg, cfg.moe, R) if kind == "moe" and cfg.moe else None,
+        latent=_latent(cfg, latent, R) if latent else None,
+        qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS) if cfg.qkv_bias else None,
+        out_bias=ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.out_bias else None,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        sinks=ParamSpec((R, N), ("layer", "heads"), BIAS) if cfg.sinks else None,
+        attention_norm_bias=norm_bias,
+        ffn_norm_bias=norm_bias,
+    )
+
+
+def _latent(cfg: ModelConfig, latent: LatentConfig, R: int) -> Latent:
+    N, D, Q, C = cfg.n_heads, cfg.d_model, latent.d_query, latent.d_latent
+    low = ("layer", "latent", "model")
+    return Latent(
+        query=ParamSpec((R, N * cfg.d_head, Q or D), ("layer", "heads", "latent" if Q else "model"), 0.02),
+        query_down=ParamSpec((R, Q, D), low, 0.02) if Q else None,
+        query_norm=ParamSpec((R, Q), ("layer", "latent"), 0) if Q else None,
+        down=ParamSpec((R, C + latent.d_rope, D), low, 0.02),
+        norm=ParamSpec((R, C), ("layer", "latent"), 0),
+        key_up=ParamSpec((R, N, C, latent.d_plain), ("layer", "heads", "latent", "head"), 0.02),
+        value_up=ParamSpec((R, N, latent.d_value, C), ("layer", "heads", "head", "latent"), 0.02),
+    )
+
+
+def _moe(cfg: ModelConfig, moe: MoEConfig, R: int) -> MoE:
+    D, E = cfg.d_model, moe.experts
+    return MoE(
+        router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02),
+        bias=ParamSpec((R, E), ("layer", "router"), BIAS),
+        shared=_feed_forward(cfg, (R,), ("layer",), moe.d_shared) if moe.d_shared else None,
+        experts=_feed_forward(cfg, (R, E), ("layer", "expert"), moe.d_expert, biased=moe.expert_bias),
+        shared_gate=ParamSpec((R, 1, D), ("layer", "router", "model"), 0.02) if moe.shared_gate else None,
+    )
+
+
+def _feed_forward(
+    cfg: ModelConfig, lead: tuple[int, ...], names: tuple[str, ...], width: int, *, biased: bool = False
+) -> FeedForward:
+    D = cfg.d_model
+    return FeedForward(
+        gate_up=ParamSpec((*lead, 2 * width, D), (*names, "ffn", "model"), 0.02),
+        down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), _out_std(cfg)),
+        gate_up_bias=ParamSpec((*lead, 2 * width), (*names, "ffn"), BIAS) if biased else None,
+        down_bias=ParamSpec((*lead, D), (*names, "model"), BIAS) if biased else None,
+    )
+
+
+def _out_std(cfg: ModelConfig) -> float:
+    return 0.02 / (2 * cfg.n_layers) ** 0.5
 
 
 def is_spec(x: Any) -> bool:
@@ -133,7 +224,10 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> P
 
 def expert_bytes(cfg: ModelConfig, itemsize: int = 4) -> int:
     """Bytes of one routed expert of one layer."""
-    return 0 if cfg.moe is None else 3 * cfg.d_model * cfg.moe.d_expert * itemsize
+    if cfg.moe is None:
+        return 0
+    one = _feed_forward(cfg, (), (), cfg.moe.d_expert, biased=cfg.moe.expert_bias)
+    return itemsize * sum(s.size for s in jax.tree.leaves(one, is_leaf=is_spec))
 
 
 def parameter_count(cfg: ModelConfig) -> int:

@@ -8,6 +8,7 @@ A process of its own, because the front of the server never imports JAX.
 import json
 import sys
 
+from moejax import kernels
 from moejax.assets import ensure_model
 from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
@@ -45,9 +46,18 @@ def prepare(name: str) -> dict[str, object]:
     }
 
 
+def _build_kernels() -> None:
+    """Once, before several ranks look for them; slower without."""
+    try:
+        kernels.build()
+    except kernels.KernelError as error:
+        print(error, file=sys.stderr)
+
+
 def main() -> int:
     """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
     try:
+        _build_kernels()
         print(json.dumps(prepare(sys.argv[1])))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

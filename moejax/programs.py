@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moejax import steps
-from moejax.cache import Cache
+from moejax.cache import Cache, cache_shapes
 from moejax.config import ModelConfig
 from moejax.executables import ExecutableStore, executable_name
-from moejax.inputs import Bucket, packed_size
+from moejax.inputs import TILE, Bucket, packed_size
 from moejax.mesh import global_array, make_mesh
 from moejax.model import StepOutputs, StepShape
+from moejax.params import Head
+from moejax.shaping import Shaping, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,39 +85,130 @@ def mesh_lowerings(shape: ModelShape, devices: Sequence[jax.Device], slots: int)
 
 
 class LocalPrograms:
-    """What a rank runs on its own device: commit per bucket, and fill per position of the experts."""
+    """What a rank runs on its own device: sample and commit per bucket, each loaded when first wanted, and fill per
+    position of the experts."""
 
     def __init__(self, shape: ModelShape, device: jax.Device, slots: int, store: ExecutableStore) -> None:
-        loaded = [_load(store, each, [device]) for each in local_lowerings(shape, device, slots)]
-        self.commits = loaded[: len(shape.buckets)]
-        self.fills = dict(zip(expert_positions(shape.cfg), loaded[len(shape.buckets) :], strict=True))
+        self._device = device
+        self._store = store
+        self._samples = list(sample_lowerings(shape, device))
+        self._commits = list(commit_lowerings(shape, device))
+        self._steps: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        self._extras = (dict(shaped_lowerings(shape, device)), dict(score_lowerings(shape, device)))
+        self._wanted: dict[tuple[int, int], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+        fills = (_load(store, each, [device]) for each in fill_lowerings(shape, device, slots))
+        self.fills = dict(zip(expert_positions(shape.cfg), fills, strict=True))
+
+    def after_step(self, bucket: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The sample and commit programs of the bucket of this index. From any thread."""
+        with self._lock:
+            if bucket not in self._steps:
+                sample, commit = (
+                    _load(self._store, each[bucket], [self._device]) for each in (self._samples, self._commits)
+                )
+                self._steps[bucket] = sample, commit
+            return self._steps[bucket]
+
+    def sample_shaped(self, bucket: int) -> Callable[..., Any]:
+        """The sample program of penalties, biases, masks and alternatives of the bucket of this index."""
+        return self._extra(0, bucket)
+
+    def score(self, bucket: int) -> Callable[..., Any]:
+        """The scoring program of a tile of the bucket of this index, which must have tiles."""
+        return self._extra(1, bucket)
+
+    def _extra(self, kind: int, bucket: int) -> Callable[..., Any]:
+        with self._lock:
+            if (kind, bucket) not in self._wanted:
+                self._wanted[kind, bucket] = _load(self._store, self._extras[kind][bucket], [self._device])
+            return self._wanted[kind, bucket]
 
 
 def local_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterator[Lowering]:
-    """Name and lowering of each program of a rank alone: a commit per bucket, a fill per expert position."""
-    here = SingleDeviceSharding(device)
+    """Name and lowering of each program of a rank alone."""
+    yield from sample_lowerings(shape, device)
+    yield from (lowering for _, lowering in shaped_lowerings(shape, device))
+    yield from (lowering for _, lowering in score_lowerings(shape, device))
+    yield from commit_lowerings(shape, device)
+    yield from fill_lowerings(shape, device, slots)
+
+
+def sample_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering]:
+    """Head and sampling, per bucket."""
     cfg = shape.cfg
-
-    def array(shape_: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape_, dtype, sharding=here)
-
-    width = cfg.n_kv_heads * cfg.d_head
-    kv = array((cfg.n_layers, shape.entries, width))
+    head = _head(device, cfg)
     for bucket in shape.buckets:
-        new = array((cfg.n_layers, 2, bucket.rows, width))
-        packed = array((packed_size(bucket),), jnp.int32)
+        hidden, packed = _on(device, (bucket.rows, cfg.d_model)), _on(device, (packed_size(bucket),), jnp.int32)
+        yield (
+            executable_name("sample", cfg, bucket),
+            lambda b=bucket, h=hidden, p=packed: steps.run_sample.lower(head, h, p, bucket=b),
+        )
+
+
+def shaped_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int, Lowering]]:
+    """Head and shaped sampling, by index of bucket."""
+    cfg = shape.cfg
+    head = _head(device, cfg)
+    for index, bucket in enumerate(shape.buckets):
+        hidden, packed = _on(device, (bucket.rows, cfg.d_model)), _on(device, (packed_size(bucket),), jnp.int32)
+        mask = _on(device, (bucket.segments, words(cfg.vocab_size)), jnp.uint32)
+        shaping = Shaping(
+            add=_on(device, (bucket.segments, cfg.vocab_size)),
+            seen=mask,
+            allowed=mask,
+            repetition=_on(device, (bucket.segments,)),
+        )
+        yield (
+            index,
+            (
+                executable_name("sample-shaped", cfg, bucket),
+                lambda b=bucket, h=hidden, p=packed, s=shaping: steps.run_sample_shaped.lower(head, h, p, s, bucket=b),
+            ),
+        )
+
+
+def score_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int, Lowering]]:
+    """Head and log-probabilities of given tokens for one tile, by index of the buckets that have tiles."""
+    cfg = shape.cfg
+    head, row = _head(device, cfg), _on(device, (), jnp.int32)
+    targets = _on(device, (TILE,), jnp.int32)
+    for index, bucket in enumerate(shape.buckets):
+        if bucket.tiles:
+            hidden = _on(device, (bucket.rows, cfg.d_model))
+            yield (
+                index,
+                (
+                    executable_name("score", cfg, bucket.rows),
+                    lambda h=hidden: steps.run_score.lower(head, h, row, targets),
+                ),
+            )
+
+
+def commit_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering]:
+    """The write of a step's keys and values, per bucket."""
+    cfg = shape.cfg
+    cache = _cache(device, cfg, shape.entries)
+    for bucket in shape.buckets:
+        new = _cache(device, cfg, bucket.rows)
+        packed = _on(device, (packed_size(bucket),), jnp.int32)
         yield (
             executable_name("commit", cfg, bucket, shape.entries),
-            lambda b=bucket, n=new, p=packed: steps.run_commit.lower(Cache(k=kv, v=kv), n, p, bucket=b),
+            lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),
         )
+
+
+def fill_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterator[Lowering]:
+    """One expert's weights into a slot, per expert position."""
+    cfg = shape.cfg
     local = steps.local_shapes(shape.step(shape.buckets[0], 1, slots), shape.entries).params
-    index = array((), jnp.int32)
+    index = _on(device, (), jnp.int32)
     for i, j in expert_positions(cfg):
-        experts = jax.tree.map(lambda s: array(s.shape), local.segments[i][j].moe.experts)
-        one = jax.tree.map(lambda s: array(s.shape[2:]), experts)
+        experts = jax.tree.map(lambda s: _on(device, s.shape), local.segments[i][j].moe.experts)
+        one = jax.tree.map(lambda s: _on(device, s.shape[2:]), experts)
         yield (
             executable_name("fill", cfg, (i, j), slots),
-            lambda e=experts, o=one: steps.run_fill.lower(e, o.gate_up, o.down, index, index),
+            lambda e=experts, o=one: steps.run_fill.lower(e, o, index, index),
         )
 
 
@@ -141,6 +234,19 @@ def _load(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Devi
     """The program from the store; compiled now, and counted, when it has gone from there."""
     _compile(store, lowering, devices)
     return store.load(lowering[0], devices)
+
+
+def _on(device: jax.Device, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+def _head(device: jax.Device, cfg: ModelConfig) -> Head:
+    return Head(_on(device, (cfg.vocab_size, cfg.d_model)), _on(device, (cfg.vocab_size,)) if cfg.head_bias else None)
+
+
+def _cache(device: jax.Device, cfg: ModelConfig, entries: int) -> Cache:
+    sizes = cache_shapes(cfg, entries)
+    return Cache(k=_on(device, sizes.k), v=_on(device, sizes.v))
 
 
 def _over(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:

@@ -4,20 +4,62 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.layers import row_dot
+from moejax.layers import Weight, ordered_sum, row_dot
 
 
 def route(
-    x_TD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, alive_E: jax.Array, moe: MoEConfig
+    x_TD: jax.Array, router_ED: Weight, bias_E: jax.Array, alive_E: jax.Array, moe: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The chosen experts `[T, X]` in router order and their gates `[T, X]`.
+    """The chosen experts `[T, X]` in router order and their gates `[T, X]`, as `moe.gate` says (see MoEConfig).
 
     `alive_E` is False for masked experts: the next best takes over. Ties go to the lower expert, so that the
     choice is the same wherever it is made.
     """
-    scores_TE = row_dot(x_TD, router_ED).astype(jnp.float32) + bias_E
-    scores_TE = jnp.where(alive_E, scores_TE, -jnp.inf)
-    best_TX, chosen_TX = jax.lax.top_k(scores_TE, moe.experts_per_token)
+    logits_TE = row_dot(x_TD, router_ED).astype(jnp.float32)
+    if moe.gate == "sparsemixer":
+        return _sparsemixer(jnp.where(alive_E, logits_TE + bias_E, -jnp.inf), moe)
+    scores_TE = jax.nn.sigmoid(logits_TE) if moe.gate == "sigmoid" else logits_TE
+    choice_TE = jnp.where(alive_E, scores_TE + bias_E, -jnp.inf)
+    allowed_TE = choice_TE if moe.groups == 1 else _in_best_groups(choice_TE, moe)
+    best_TX, chosen_TX = jax.lax.top_k(allowed_TE, moe.experts_per_token)
     if moe.gate == "softmax":
-        return chosen_TX, jax.nn.softmax(best_TX, axis=-1)
-    return chosen_TX, jnp.where(jnp.isfinite(best_TX), 1.0, 0.0)
+        gates_TX = jax.nn.softmax(best_TX, axis=-1)
+    elif moe.gate == "share":
+        highest_T1 = choice_TE.max(-1, keepdims=True)
+        gates_TX = jnp.exp(best_TX - highest_T1) / ordered_sum(jnp.exp(choice_TE - highest_T1))[:, None]
+    else:
+        full_TX = jnp.ones_like(best_TX) if moe.gate == "one" else jnp.take_along_axis(scores_TE, chosen_TX, axis=-1)
+        gates_TX = jnp.where(jnp.isfinite(best_TX), full_TX, 0.0)
+    return chosen_TX, _scaled(gates_TX, moe)
+
+
+def _scaled(gates_TX: jax.Array, moe: MoEConfig) -> jax.Array:
+    if moe.normalised:
+        gates_TX = gates_TX / (ordered_sum(gates_TX)[:, None] + 1e-20)
+    return gates_TX if moe.gate_scale == 1.0 else gates_TX * moe.gate_scale
+
+
+def _in_best_groups(choice_TE: jax.Array, moe: MoEConfig) -> jax.Array:
+    """Scores outside the best groups set to minus infinity (DeepSeek-V2, section 2.2.2; V3, section 2.1.2)."""
+    size = moe.experts // moe.groups
+    by_group = choice_TE.reshape(-1, moe.groups, size)
+    counted = min(2 if moe.gate == "sigmoid" else 1, size)
+    group_TG = jax.lax.top_k(by_group, counted)[0].sum(-1)
+    used = jax.lax.top_k(group_TG, moe.groups_used)[1]
+    in_TG = (used[..., None] == jnp.arange(moe.groups)).any(1)
+    return jnp.where(jnp.repeat(in_TG, size, axis=1), choice_TE, -jnp.inf)
+
+
+def _sparsemixer(scores_TE: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """One expert after the other: the best of those left, weighed by a softmax over those left whose score is within
+    twice the jitter of it (arXiv 2409.12136, at inference)."""
+    left_TE, chosen, gates = scores_TE, [], []
+    for _ in range(moe.experts_per_token):
+        best_T1, expert_T = left_TE.max(-1, keepdims=True), left_TE.argmax(-1)
+        distance_TE = (best_T1 - scores_TE) / jnp.maximum(jnp.abs(scores_TE), best_T1)
+        near_TE = jnp.isfinite(left_TE) & ~(distance_TE > 2 * moe.jitter)
+        total_T = ordered_sum(jnp.where(near_TE, jnp.exp(left_TE - best_T1), 0.0))
+        chosen.append(expert_T)
+        gates.append(jnp.where(jnp.isfinite(best_T1[:, 0]), 1.0 / total_T, 0.0))
+        left_TE = jnp.where(jnp.arange(moe.experts) == expert_T[:, None], -jnp.inf, left_TE)
+    return jnp.stack(chosen, -1), _scaled(jnp.stack(gates, -1), moe)

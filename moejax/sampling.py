@@ -9,8 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.inputs import StepInputs
+from moejax.layers import ordered_sum
+from moejax.shaping import Shaping, shape_logits
+
+TOP = 20
+"""Alternatives whose log-probabilities are told, at most; OpenAI's bound."""
 
 _LIMB = 14
+_LANES = 1024
+"""Sums over the vocabulary that go on side by side."""
 
 
 def _keys(x: jax.Array) -> jax.Array:
@@ -53,13 +60,9 @@ def filter_logits(logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, 
     return jnp.where(inside, logits_ZV, -jnp.inf)
 
 
-def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
-    """Tokens `[Z]` and their log-probabilities `[Z]` under the unfiltered model.
-
-    Temperature 0 is greedy. Otherwise Gumbel-max with a key of (seed, position): the same stream on any rank,
-    in any batch, before and after a failure.
-    """
-    logits_ZV = logits_ZV.astype(jnp.float32)
+def choose(logits_ZV: jax.Array, inputs: StepInputs) -> jax.Array:
+    """Tokens `[Z]`. Temperature 0 is greedy. Otherwise Gumbel-max with a key of (seed, position): the same stream on
+    any rank, in any batch, before and after a failure."""
     greedy_Z = jnp.argmax(logits_ZV, axis=-1).astype(jnp.int32)
     warm_Z = inputs.temperature > 0
 
@@ -75,6 +78,48 @@ def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Arr
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys)
         return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
 
-    token_Z = jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
+    return jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
+
+
+def normalizer(logits_ZV: jax.Array) -> jax.Array:
+    """log(sum(exp(logits))) `[Z]`, summed in an order that depends on V alone."""
+    Z, V = logits_ZV.shape
+    most_Z1 = logits_ZV.max(-1, keepdims=True)
+    weights = jnp.pad(jnp.exp(logits_ZV - most_Z1), ((0, 0), (0, -V % _LANES)))
+    lanes = weights.reshape(Z, -1, _LANES).swapaxes(0, 1)
+    sums, _ = lax.scan(lambda sums, part: (sums + part, None), jnp.zeros((Z, _LANES), jnp.float32), lanes)
+    return most_Z1[:, 0] + jnp.log(ordered_sum(sums))
+
+
+def logprobs_of(logits_ZV: jax.Array, token_Z: jax.Array) -> jax.Array:
+    """Log-probabilities `[Z]` of one token per row."""
     chosen_Z = jnp.take_along_axis(logits_ZV, token_Z[:, None], axis=1)[:, 0]
-    return token_Z, chosen_Z - jax.nn.logsumexp(logits_ZV, axis=-1)
+    return chosen_Z - normalizer(logits_ZV)
+
+
+def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The TOP likeliest tokens of each row `[Z, TOP]`, first the likeliest, and their log-probabilities."""
+    values, tokens = lax.top_k(logits_ZV, min(TOP, logits_ZV.shape[-1]))
+    return tokens.astype(jnp.int32), values - normalizer(logits_ZV)[:, None]
+
+
+def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
+    """Tokens `[Z]` and their log-probabilities `[Z]` under the unfiltered model."""
+    logits_ZV = logits_ZV.astype(jnp.float32)
+    token_Z = choose(logits_ZV, inputs)
+    return token_Z, logprobs_of(logits_ZV, token_Z)
+
+
+def sample_shaped(logits_ZV: jax.Array, inputs: StepInputs, shaping: Shaping) -> tuple[jax.Array, ...]:
+    """As `sample`, from bent logits; log-probabilities are those of the model as it is. Then the likeliest tokens
+    `[Z, TOP]` and theirs."""
+    logits_ZV = logits_ZV.astype(jnp.float32)
+    token_Z = choose(shape_logits(logits_ZV, shaping), inputs)
+    return (token_Z, logprobs_of(logits_ZV, token_Z), *likeliest(logits_ZV))
+
+
+def score(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, ...]:
+    """Log-probabilities `[T]` of given tokens (those of targets below 0 mean nothing), the likeliest tokens `[T, TOP]`
+    and their log-probabilities."""
+    logits_TV = logits_TV.astype(jnp.float32)
+    return (logprobs_of(logits_TV, jnp.maximum(target_T, 0)), *likeliest(logits_TV))

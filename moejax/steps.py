@@ -10,10 +10,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moejax import model
 from moejax.axes import RANKS
-from moejax.cache import Cache, commit
-from moejax.inputs import Bucket, packed_size, unpack
+from moejax.cache import Cache, cache_shapes, commit
+from moejax.inputs import TILE, Bucket, packed_size, unpack
+from moejax.layers import row_dot
 from moejax.model import StepOutputs, StepShape
-from moejax.params import FeedForward, Layer, Params, is_spec, param_specs
+from moejax.params import FeedForward, Head, Layer, Params, is_spec, param_specs
+from moejax.sampling import sample, sample_shaped, score
+from moejax.shaping import Shaping
 
 WHOLE = PartitionSpec()
 SLOTS = PartitionSpec(None, RANKS)
@@ -45,11 +48,11 @@ def local_shapes(shape: StepShape, entries: int, dtype: Any = jnp.float32) -> St
     cfg = shape.cfg
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), param_specs(cfg), is_leaf=is_spec)
     slots = lambda s: jax.ShapeDtypeStruct((s.shape[0], shape.slots, *s.shape[2:]), dtype)  # noqa: E731
-    kv = jax.ShapeDtypeStruct((cfg.n_layers, entries, cfg.n_kv_heads * cfg.d_head), dtype)
+    sizes = cache_shapes(cfg, entries)
     experts = cfg.moe.experts if cfg.moe else 0
     return StepArguments(
         params=with_experts(params, slots),
-        cache=Cache(k=kv, v=kv),
+        cache=Cache(k=jax.ShapeDtypeStruct(sizes.k, dtype), v=jax.ShapeDtypeStruct(sizes.v, dtype)),
         expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
         packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
     )
@@ -59,9 +62,7 @@ def with_experts(params: Params, change) -> Params:
     def layer(each: Layer) -> Layer:
         if each.moe is None:
             return each
-        experts = each.moe.experts
-        changed = FeedForward(gate_up=change(experts.gate_up), down=change(experts.down))
-        return each.replace(moe=each.moe.replace(experts=changed))
+        return each.replace(moe=each.moe.replace(experts=jax.tree.map(change, each.moe.experts)))
 
     return params.replace(segments=tuple(tuple(layer(each) for each in segment) for segment in params.segments))
 
@@ -74,28 +75,51 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
         return model.step(a.params, a.cache, a.expert_to_slot[0], unpack(a.packed, shape.bucket), shape)
 
     outputs = StepOutputs(
-        tokens=PartitionSpec(RANKS),
-        logprobs=PartitionSpec(RANKS),
-        new_kv=PartitionSpec(None, None, RANKS),
+        hidden=PartitionSpec(RANKS),
+        new_kv=Cache(k=SLOTS, v=SLOTS),
         expert_load=PartitionSpec(RANKS),
     )
     return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
 
 
+def _logits(head: Head, hidden_TD: jax.Array) -> jax.Array:
+    logits_TV = row_dot(hidden_TD, head.weight)
+    return logits_TV if head.bias is None else logits_TV + head.bias
+
+
+@functools.partial(jax.jit, static_argnames=("bucket",))
+def run_sample(head: Head, hidden_RD: jax.Array, packed: jax.Array, *, bucket: Bucket) -> tuple[jax.Array, jax.Array]:
+    """Next tokens `[Z]` of a step's segments and their log-probabilities `[Z]`, from this rank's own rows."""
+    inputs = unpack(packed, bucket)
+    return sample(_logits(head, hidden_RD[inputs.sample_row]), inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("bucket",))
+def run_sample_shaped(
+    head: Head, hidden_RD: jax.Array, packed: jax.Array, shaping: Shaping, *, bucket: Bucket
+) -> tuple[jax.Array, ...]:
+    """As `run_sample`, with penalties, biases and masks, and the likeliest tokens; for steps that ask for them."""
+    inputs = unpack(packed, bucket)
+    return sample_shaped(_logits(head, hidden_RD[inputs.sample_row]), inputs, shaping)
+
+
+@jax.jit
+def run_score(head: Head, hidden_RD: jax.Array, first_row: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Log-probabilities of given tokens after the rows of one tile, and the likeliest instead; see `sampling.score`."""
+    tile = jax.lax.dynamic_slice_in_dim(hidden_RD, first_row, TILE)
+    return score(_logits(head, tile), targets)
+
+
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))
-def run_commit(cache: Cache, new_kv: jax.Array, packed: jax.Array, *, bucket: Bucket) -> Cache:
+def run_commit(cache: Cache, new_kv: Cache, packed: jax.Array, *, bucket: Bucket) -> Cache:
     """Write a finished step into this rank's own cache. Donates it; no collective, so it cannot fail half-way."""
     return commit(cache, new_kv, unpack(packed, bucket).write)
 
 
 @functools.partial(jax.jit, donate_argnames=("experts",))
-def run_fill(
-    experts: FeedForward, gate_up: jax.Array, down: jax.Array, repeat: jax.Array, slot: jax.Array
-) -> FeedForward:
-    """Put one expert's weights `[2F, D]`, `[D, F]` into a slot of a segment's leaves. Donates the leaves."""
-    return FeedForward(
-        gate_up=experts.gate_up.at[repeat, slot].set(gate_up), down=experts.down.at[repeat, slot].set(down)
-    )
+def run_fill(experts: FeedForward, one: FeedForward, repeat: jax.Array, slot: jax.Array) -> FeedForward:
+    """Put one expert's weights (`[2F, D]`, `[D, F]` ...) into a slot of a segment's leaves. Donates the leaves."""
+    return jax.tree.map(lambda leaf, weight: leaf.at[repeat, slot].set(weight), experts, one)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))

@@ -1,76 +1,182 @@
-"""The model once more, dense, slow and in float64 NumPy, sharing no code with `moejax`: what its answers should be."""
+"""The model once more, dense, slow and in float64 NumPy, sharing no code with `moejax`: what its answers should be.
+
+(Stretched rotary frequencies are left to the comparison with `transformers`, `tests.parity`.)
+"""
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
-from moejax.config import ModelConfig
-from moejax.params import FeedForward, Layer, MoE, Params
+from moejax.config import ModelConfig, MoEConfig
+from moejax.params import FeedForward, Latent, Layer, MoE, Params
 
 
 def forward(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
     """Logits [T, V] of the next token at each position, with `masked` experts out of every MoE layer."""
-    x = _f64(params.embed)[np.array(tokens)]
+    assert cfg.rope_scaling is None
+    x = _f64(params.embed)[np.array(tokens)] * cfg.embed_scale
+    windows = iter(cfg.windows)
     for (pattern, repeats), segment in zip(cfg.segments, params.segments, strict=True):
         for repeat in range(repeats):
             for j, _ in enumerate(pattern):
-                x = _layer(x, segment[j], repeat, cfg, masked)
+                x = _layer(x, segment[j], repeat, cfg, masked, next(windows))
     head = params.embed if params.head is None else params.head
-    return _norm(x, params.final_norm, cfg.norm_eps) @ _f64(head).T
+    logits = _norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps) @ _f64(head).T * cfg.logit_scale
+    return logits if params.head_bias is None else logits + _f64(params.head_bias)
 
 
-def _layer(x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int]) -> np.ndarray:
-    x = x + _attention(_norm(x, layer.attention_norm[repeat], cfg.norm_eps), layer, repeat, cfg)
-    h = _norm(x, layer.ffn_norm[repeat], cfg.norm_eps)
+def _layer(
+    x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], window: int | None
+) -> np.ndarray:
+    h = _norm(x, layer.attention_norm[repeat], _at(layer.attention_norm_bias, repeat), cfg.norm_eps)
+    x = x + cfg.residual_scale * _attention(h, layer, repeat, cfg, window)
+    h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
-        return x + _feed_forward(h, layer.ffn, (repeat,))
-    return x + np.stack([_mixture(row, layer.moe, repeat, cfg, masked) for row in h])
+        return x + cfg.residual_scale * _feed_forward(h, layer.ffn, (repeat,))
+    return x + cfg.residual_scale * np.stack([_mixture(row, layer.moe, repeat, cfg.moe, masked) for row in h])
 
 
-def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
-    T, N, K, H = len(h), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    qkv = (h @ _f64(layer.qkv[repeat]).T).reshape(T, N + 2 * K, H)
-    out = np.zeros((T, N, H))
+def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, window: int | None) -> np.ndarray:
+    if cfg.latent is None:
+        q, k, v = _grouped_heads(h, layer, repeat, cfg)
+    else:
+        q, k, v = _latent_heads(h, layer.latent, repeat, cfg)
+    T, N, _ = q.shape
+    distance = np.arange(T)[:, None] - np.arange(T)
+    unseen = (distance < 0) | (distance >= (window or T))
+    out = []
     for n in range(N):
-        q = _rotate(qkv[:, n], cfg.rope_base)
-        k = _rotate(qkv[:, N + n * K // N], cfg.rope_base)
-        v = qkv[:, N + K + n * K // N]
-        scores = q @ k.T / np.sqrt(H)
-        scores[np.triu_indices(T, 1)] = -np.inf
-        out[:, n] = _softmax(scores) @ v
-    return out.reshape(T, N * H) @ _f64(layer.out[repeat]).T
+        scores = q[:, n] @ k[:, n].T * (cfg.attention_scale or cfg.d_head**-0.5)
+        scores[unseen] = -np.inf
+        if layer.sinks is not None:
+            scores = np.concatenate([scores, np.full((T, 1), _f64(layer.sinks[repeat])[n])], axis=1)
+        out.append(_softmax(scores)[:, :T] @ v[:, n])
+    mixed = np.concatenate(out, axis=1) @ _f64(layer.out[repeat]).T
+    return mixed if layer.out_bias is None else mixed + _f64(layer.out_bias[repeat])
 
 
-def _mixture(row: np.ndarray, moe: MoE, repeat: int, cfg: ModelConfig, masked: Collection[int]) -> np.ndarray:
-    scores = _f64(moe.router[repeat]) @ row + _f64(moe.bias[repeat])
-    scores[list(masked)] = -np.inf
-    chosen = np.argsort(-scores, kind="stable")[: cfg.moe.experts_per_token]
-    gates = _softmax(scores[chosen]) if cfg.moe.gate == "softmax" else np.ones(len(chosen))
-    out = np.zeros_like(row) if moe.shared is None else _feed_forward(row, moe.shared, (repeat,))
-    for gate, expert in zip(gates, chosen, strict=True):
-        out = out + gate * _feed_forward(row, moe.experts, (repeat, int(expert)))
+def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:
+    """Queries, keys and values, one of each per query head: [T, N, H] each."""
+    T, N, K, H = len(h), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    qkv = h @ _f64(layer.qkv[repeat]).T
+    if layer.qkv_bias is not None:
+        qkv = qkv + _f64(layer.qkv_bias[repeat])
+    q, k, v = qkv[:, : N * H], qkv[:, N * H : (N + K) * H], qkv[:, (N + K) * H :]
+    if cfg.qk_norm == "all":
+        q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in ((q, layer.query_norm), (k, layer.key_norm)))
+    if cfg.clip_qkv is not None:
+        q, k, v = (np.clip(x, -cfg.clip_qkv, cfg.clip_qkv) for x in (q, k, v))
+    q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
+    if cfg.qk_norm == "head":
+        q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in ((q, layer.query_norm), (k, layer.key_norm)))
+    q, k = _rotate(q, cfg), _rotate(k, cfg)
+    return q, np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
+
+
+def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:
+    """The same from latents, each head's own keys and values made of them."""
+    T, N, C, plain = len(h), cfg.n_heads, cfg.latent.d_latent, cfg.latent.d_plain
+    low = h
+    if cfg.latent.d_query:
+        low = h @ _f64(weights.query_down[repeat]).T
+        low = _norm(low, weights.query_norm[repeat], None, cfg.latent.norm_eps)
+    q = (low @ _f64(weights.query[repeat]).T).reshape(T, N, cfg.d_head)
+    q = np.concatenate([q[..., :plain], _rotate(q[..., plain:], cfg)], axis=-1)
+    down = h @ _f64(weights.down[repeat]).T
+    latent = _norm(down[:, :C], weights.norm[repeat], None, cfg.latent.norm_eps)
+    rotated = np.repeat(_rotate(down[:, None, C:], cfg), N, axis=1)
+    k = np.stack([latent @ _f64(weights.key_up[repeat, n]) for n in range(N)], axis=1)
+    v = np.stack([latent @ _f64(weights.value_up[repeat, n]).T for n in range(N)], axis=1)
+    return q, np.concatenate([k, rotated], axis=-1), v
+
+
+def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked: Collection[int]) -> np.ndarray:
+    out = np.zeros_like(row)
+    if weights.shared is not None:
+        out = out + _feed_forward(row, weights.shared, (repeat,))
+    if weights.shared_gate is not None:
+        out = out * _sigmoid(_f64(weights.shared_gate[repeat])[0] @ row)
+    for expert, gate in _route(row, weights, repeat, moe, masked):
+        out = out + gate * moe.gate_scale * _feed_forward(row, weights.experts, (repeat, expert), moe)
     return out
 
 
-def _feed_forward(h: np.ndarray, weights: FeedForward, at: tuple[int, ...]) -> np.ndarray:
-    gate, up = np.split(h @ _f64(weights.gate_up[at]).T, 2, axis=-1)
-    return (gate / (1 + np.exp(-gate)) * up) @ _f64(weights.down[at]).T
+def _route(
+    row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked: Collection[int]
+) -> list[tuple[int, float]]:
+    """Chosen experts and their gates, before `gate_scale`."""
+    logits, bias = _f64(weights.router[repeat]) @ row, _f64(weights.bias[repeat])
+    scores = _sigmoid(logits) if moe.gate == "sigmoid" else logits + bias
+    choice = logits + bias if moe.gate != "sigmoid" else scores + bias
+    choice[list(masked)] = -np.inf
+    shares = _softmax(choice)
+    if moe.gate == "sparsemixer":
+        return _sparsemixer(choice, moe)
+    if moe.groups > 1:
+        by_group = np.sort(choice.reshape(moe.groups, -1), axis=1)
+        worth = by_group[:, -2:].sum(1) if moe.gate == "sigmoid" else by_group[:, -1]
+        used = np.argsort(-worth, kind="stable")[: moe.groups_used]
+        choice = np.where(np.isin(np.arange(moe.experts) // by_group.shape[1], used), choice, -np.inf)
+    chosen = np.argsort(-choice, kind="stable")[: moe.experts_per_token]
+    gates = {
+        "softmax": lambda: _softmax(choice[chosen]),
+        "share": lambda: shares[chosen],
+        "sigmoid": lambda: scores[chosen],
+        "one": lambda: np.ones(len(chosen)),
+    }[moe.gate]()
+    return list(zip(chosen.tolist(), gates / gates.sum() if moe.normalised else gates, strict=True))
 
 
-def _norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * _f64(scale)
+def _sparsemixer(scores: np.ndarray, moe: MoEConfig) -> list[tuple[int, float]]:
+    left, found = scores.copy(), []
+    for _ in range(moe.experts_per_token):
+        best = int(left.argmax())
+        near = (left[best] - scores) / np.maximum(np.abs(scores), left[best]) <= 2 * moe.jitter
+        found.append((best, 1 / np.exp(left[near] - left[best]).sum()))
+        left[best] = -np.inf
+    return found
 
 
-def _rotate(x: np.ndarray, base: float) -> np.ndarray:
-    half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None] * base ** (-np.arange(half) / half)
-    a, b = x[:, :half], x[:, half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+def _feed_forward(h: np.ndarray, weights: FeedForward, at: tuple[int, ...], moe: MoEConfig | None = None) -> np.ndarray:
+    hidden = h @ _f64(weights.gate_up[at]).T
+    if moe is None or not moe.expert_bias:
+        gate, up = np.split(hidden, 2, axis=-1)
+        return (gate * _sigmoid(gate) * up) @ _f64(weights.down[at]).T
+    gate, up = np.split(hidden + _f64(weights.gate_up_bias[at]), 2, axis=-1)
+    gate, up = np.minimum(gate, moe.swiglu_limit), np.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
+    mixed = gate * _sigmoid(moe.swiglu_alpha * gate) * (up + 1)
+    return mixed @ _f64(weights.down[at]).T + _f64(weights.down_bias[at])
+
+
+def _norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+    if bias is not None:
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * _f64(scale)
+    return x if bias is None else x + _f64(bias)
+
+
+def _rotate(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """The first dimensions of [T, heads, H] turned by position."""
+    dims = cfg.latent.d_rope if cfg.latent else cfg.rope_dims or cfg.d_head
+    half = dims // 2
+    angle = (np.arange(len(x))[:, None] * cfg.rope_base ** (-np.arange(half) / half))[:, None]
+    a, b = x[..., :half], x[..., half:dims]
+    turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+    return np.concatenate([*turned, x[..., dims:]], axis=-1)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def _at(leaf: Any, repeat: int) -> Any:
+    return None if leaf is None else leaf[repeat]
 
 
 def _f64(a: np.ndarray) -> np.ndarray:

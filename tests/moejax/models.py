@@ -7,7 +7,7 @@ import numpy as np
 
 from moejax.checkpoint import save_model
 from moejax.config import ModelConfig, MoEConfig
-from moejax.params import Params, init_params
+from moejax.params import BIAS, Params, ParamSpec, init_params, is_spec, param_specs
 
 MIXTRAL = ModelConfig(
     name="mixtral-shape",
@@ -45,6 +45,17 @@ def random_params(cfg: ModelConfig, seed: int = 0, dtype: type = np.float32) -> 
     """Parameters large enough that routing and attention matter."""
     params = init_params(cfg, jax.random.key(seed))
     return jax.tree.map(lambda a: np.asarray(a * (1 if a.ndim < 2 else 6), dtype), params)
+
+
+def lively_params(cfg: ModelConfig, seed: int = 0) -> Params:
+    """Parameters of which norms and biases matter too."""
+    generator = np.random.default_rng(seed)
+
+    def leaf(spec: ParamSpec) -> np.ndarray:
+        noise = generator.standard_normal(spec.shape).astype(np.float32)
+        return 1 + 0.2 * noise if spec.std == 0 else (0.2 if spec.std == BIAS else 6 * spec.std) * noise
+
+    return jax.tree.map(leaf, param_specs(cfg), is_leaf=is_spec)
 
 
 def model_folder(folder: Path, cfg: ModelConfig, dtype: type = np.float32) -> Params:

@@ -7,16 +7,27 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moejax import steps
-from moejax.cache import Cache
+from moejax.cache import Cache, empty_cache
 from moejax.config import ModelConfig
 from moejax.inputs import Bucket, idle
 from moejax.mesh import make_mesh
-from moejax.model import StepOutputs, StepShape
+from moejax.model import StepShape
 from moejax.params import Params
 from serving.batch import Batch, Work, assemble
 from serving.batch import Bucket as Shape
 
 PAGE, PAGES, MAX_PAGES = 32, 16, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one step, over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    new_kv: Cache
+    hidden: np.ndarray
+    expert_load: np.ndarray
 
 
 @dataclasses.dataclass
@@ -36,9 +47,9 @@ class Stepper:
         experts = steps.with_experts(self.params, lambda leaf: leaf[:, self.table])
         self._params = jax.tree.map(lambda leaf, s: jax.device_put(leaf, self._on(s)), experts, spec.params)
         self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
-        self.cache = jax.device_put(self._empty(), self._on(steps.SLOTS))
+        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * PAGE * PAGES), self._on(steps.SLOTS))
 
-    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]]) -> StepOutputs:
+    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]]) -> Outcome:
         """One step and its commit."""
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
         shape = self._shape(bucket)
@@ -55,24 +66,35 @@ class Stepper:
             params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed
         )
         outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
-        self.cache = self._committed(shape.bucket, outputs, parts)
-        return outputs
+        new_kv, hidden = jax.tree.map(np.asarray, outputs.new_kv), np.asarray(outputs.hidden)
+        self.cache = self._committed(shape.bucket, new_kv, parts)
+        sampled = [
+            steps.run_sample(self.params.logits, rows, part, bucket=shape.bucket)
+            for rows, part in zip(np.split(hidden, self.ranks), parts, strict=True)
+        ]
+        tokens, logprobs = (np.concatenate(each) for each in zip(*sampled, strict=True))
+        return Outcome(tokens, logprobs, new_kv, hidden, np.asarray(outputs.expert_load))
 
-    def segment(self, outputs: StepOutputs, bucket: Shape, rank: int, segment: int) -> tuple[int, float]:
+    def segment(self, outputs: Outcome, bucket: Shape, rank: int, segment: int) -> tuple[int, float]:
         """Token and log-probability of one segment of a rank."""
         at = rank * bucket.segments + segment
         return int(outputs.tokens[at]), float(outputs.logprobs[at])
 
-    def rows(self, outputs: StepOutputs, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
-        """New keys and values of some rows of a rank, [L, 2, rows, K*H]."""
+    def logits(self, outputs: Outcome, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
+        """Logits of some rows of a rank, [rows, V]."""
         at = rank * bucket.rows + first
-        return np.asarray(outputs.new_kv)[:, :, at : at + count]
+        head = self.params.logits
+        return outputs.hidden[at : at + count] @ head.weight.T + (0 if head.bias is None else head.bias)
 
-    def _committed(self, bucket: Bucket, outputs: StepOutputs, parts: list[np.ndarray]) -> Cache:
-        new = np.asarray(outputs.new_kv)
+    def rows(self, outputs: Outcome, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
+        """New keys and values of some rows of a rank, next to each other [L, rows, widths]."""
+        at = rank * bucket.rows + first
+        return np.concatenate([a[:, at : at + count] for a in (outputs.new_kv.k, outputs.new_kv.v)], axis=-1)
+
+    def _committed(self, bucket: Bucket, new: Cache, parts: list[np.ndarray]) -> Cache:
         halves = []
         for rank, packed in enumerate(parts):
-            mine = new[:, :, rank * bucket.rows : (rank + 1) * bucket.rows]
+            mine = jax.tree.map(lambda a, r=rank: a[:, r * bucket.rows : (r + 1) * bucket.rows], new)
             before = jax.tree.map(
                 lambda a, r=rank: np.array(np.asarray(a)[:, r * PAGE * PAGES : (r + 1) * PAGE * PAGES]), self.cache
             )
@@ -81,9 +103,10 @@ class Stepper:
         return jax.device_put(whole, self._on(steps.SLOTS))
 
     def _preferred(self) -> np.ndarray:
-        routes = np.full((self.ranks, self.cfg.n_moe_layers, self.cfg.moe.experts), -1, np.int32)
+        experts = self.cfg.moe.experts if self.cfg.moe else 0
+        routes = np.full((self.ranks, self.cfg.n_moe_layers, experts), -1, np.int32)
         for rank in range(self.ranks):
-            for expert in range(self.cfg.moe.experts):
+            for expert in range(experts):
                 where = np.flatnonzero(self.table == expert)
                 if len(where):
                     routes[rank, :, expert] = where[rank % len(where)]
@@ -95,10 +118,6 @@ class Stepper:
 
     def _on(self, spec: jax.sharding.PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
-
-    def _empty(self) -> Cache:
-        size = (self.cfg.n_layers, self.ranks * PAGE * PAGES, self.cfg.n_kv_heads * self.cfg.d_head)
-        return Cache(k=np.zeros(size, np.float32), v=np.zeros(size, np.float32))
 
 
 def work(tokens: list[int], start: int, pages: tuple[int, ...], **sampling: float) -> Work:

@@ -173,3 +173,11 @@ def test_a_model_is_a_known_name_or_a_folder(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json"):
         checked_folder(folder)
+
+
+def test_a_checkpoint_written_before_a_parameter_existed_is_read():
+    folder = ensure_model("tiny")
+    assert '"sinks"' not in (folder / "params/state/_METADATA").read_text()
+    params = load_params(folder)
+    assert params.segments[0][0].sinks is None
+    assert Manifest.load(folder).tensors.keys() == named(params).keys()

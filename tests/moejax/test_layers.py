@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers import ordered_sum, rms_norm, rope, row_dot, swiglu
+from moejax.layers import ordered_sum, rms_norm, row_dot, swiglu
 
 # (out, in) of the weights of tiny and of smollm2-moe: qkv, out, gate-up, down, shared, router, head.
 TINY = [(256, 128), (128, 128), (512, 128), (128, 256), (8, 128), (2048, 128)]
@@ -59,15 +59,3 @@ def test_swiglu_is_down_of_silu_of_gate_times_up():
     np.testing.assert_allclose(
         swiglu(x, gate_up, down), (gate / (1 + np.exp(-gate)) * up) @ down.T, rtol=1e-4, atol=1e-4
     )
-
-
-def test_rope_keeps_lengths_and_depends_on_distance_alone():
-    q, k = normal(1, 2, 64), normal(1, 2, 64, seed=1)
-
-    def score(p: int, s: int) -> np.ndarray:
-        a, b = (rope(x, jnp.array([i]), 1e5) for x, i in ((q, p), (k, s)))
-        return np.einsum("tnh,tnh->n", a, b)
-
-    np.testing.assert_allclose(np.linalg.norm(rope(q, jnp.array([9]), 1e5)), np.linalg.norm(q), rtol=1e-5)
-    np.testing.assert_allclose(score(3, 1), score(103, 101), atol=1e-3)
-    np.testing.assert_array_equal(rope(q, jnp.array([0]), 1e5), q)

@@ -1,12 +1,14 @@
 """Laws of the router."""
 
+from typing import get_args
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.config import MoEConfig
+from moejax.config import Gate, MoEConfig
 from moejax.router import route
 
 E, X = 8, 3
@@ -32,7 +34,7 @@ def test_the_best_of_those_alive_by_score_and_ties_to_the_lower(scores, dead):
 @settings(max_examples=30, deadline=None)
 @given(scores=SCORES, dead=st.sets(st.integers(0, E - 1), max_size=E - 1))
 def test_masked_experts_never_count_even_when_too_few_are_alive(scores, dead):
-    for gate in ("softmax", "one"):
+    for gate in get_args(Gate):
         chosen, gates = choose(scores, [e not in dead for e in range(E)], gate)
         assert all(g == 0 for e, g in zip(chosen, gates, strict=True) if e in dead)
         assert np.count_nonzero(gates) == min(X, E - len(dead))
@@ -46,6 +48,38 @@ def test_softmax_gates_sum_to_one_over_the_chosen():
 
 def test_gate_one_counts_each_in_full():
     assert choose([0, 1, 2, 3, 4, 5, 6, 7], [True] * E, "one")[1].tolist() == [1, 1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(scores=SCORES, dead=st.sets(st.integers(0, E - 1), max_size=2), gate=st.sampled_from(["share", "sigmoid"]))
+def test_only_experts_of_the_best_groups_are_chosen(scores, dead, gate):
+    moe = MoEConfig(experts=E, experts_per_token=2, d_expert=4, gate=gate, groups=4, groups_used=2)
+    alive = jnp.array([e not in dead for e in range(E)])
+    chosen, _ = route(jnp.zeros((1, 4)), jnp.zeros((E, 4)), jnp.array(scores, jnp.float32), alive, moe)
+    values = [-np.inf if e in dead else scores[e] + (0.5 if gate == "sigmoid" else 0) for e in range(E)]
+    worth = [sum(pair) if gate == "sigmoid" else max(pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    best = sorted(range(4), key=lambda g: (-worth[g], g))[:2]
+    assert {e // 2 for e in np.asarray(chosen)[0].tolist() if np.isfinite(values[e])} <= set(best)
+
+
+def test_shares_are_of_all_alive_and_sigmoids_are_normalised_and_scaled():
+    scores, alive = [0, 1, 2, 3, 4, 5, 6, 7], [e != 7 for e in range(E)]
+    np.testing.assert_allclose(choose(scores, alive, "share")[1], np.exp([6.0, 5, 4]) / np.exp(np.arange(7.0)).sum())
+    moe = MoEConfig(experts=E, experts_per_token=2, d_expert=4, gate="sigmoid", normalised=True, gate_scale=2.5)
+    x, router = jnp.ones((1, 1)), jnp.arange(E, dtype=jnp.float32)[:, None] - 4
+    bias = jnp.zeros(E).at[0].set(9.0)  # chooses, and counts for nothing
+    chosen, gates = route(x, router, bias, jnp.ones(E, bool), moe)
+    sigmoid = 1 / (1 + np.exp(-np.array([-4.0, 3.0])))
+    assert chosen.tolist() == [[0, 7]]
+    np.testing.assert_allclose(gates[0], 2.5 * sigmoid / sigmoid.sum(), rtol=1e-5)
+
+
+def test_sparsemixer_weighs_a_choice_against_those_near_it():
+    moe = MoEConfig(experts=4, experts_per_token=2, d_expert=4, gate="sparsemixer", jitter=0.1)
+    scores = jnp.array([2.0, 1.9, 1.0, -5.0])
+    chosen, gates = route(jnp.zeros((1, 4)), jnp.zeros((4, 4)), scores, jnp.ones(4, bool), moe)
+    assert chosen.tolist() == [[0, 1]]
+    np.testing.assert_allclose(gates[0], [1 / (1 + np.exp(-0.1)), 1.0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])

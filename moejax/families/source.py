@@ -1,0 +1,97 @@
+"""Where a parameter's numbers lie in a published checkpoint, and how they become ours: data, and NumPy of any dtype."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Transform(Protocol):
+    """From the tensors taken, in order, to one array of ours. It moves numbers and computes none."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors that make an array of shape `target`."""
+        ...
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The array of ours."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The tensor as it is."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (target,)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0]
+
+
+SAME = Same()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Tensors below each other, of these many rows: queries, keys and values."""
+
+    sizes: tuple[int, ...]
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return tuple((size, *target[1:]) for size in self.sizes)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Two tensors of equal shape below each other: gate above up."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return ((target[0] // 2, *target[1:]),) * 2
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint: its name, the shape it must have there, and which `index` of its first axis is
+    wanted (one contiguous range of bytes), or all of it (None)."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One array of the parameter tree, and where it comes from.
+
+    `path` is the leaf's name as in `moejax.manifest.named` (`segments.0.1.moe.experts.down`), `repeat` the array's
+    place on the leaf's first axis (None outside the layers), `expert` on the second (None unless a routed
+    expert's), `shape` the array's own, `layer` the decoder layer it belongs to (None outside).
+    """
+
+    path: str
+    repeat: int | None
+    expert: int | None
+    layer: int | None
+    shape: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    transform: Transform
+
+    def array(self, parts: Sequence[np.ndarray], dtype: Any = np.float32) -> np.ndarray:
+        """The array from what was read of each of `tensors`, in order. Zeros where the family has no such tensor."""
+        if not self.tensors:
+            return np.zeros(self.shape, dtype)
+        return self.transform(parts).astype(dtype, copy=False)

@@ -1,0 +1,126 @@
+"""Compiled kernels for a CPU, behind the same functions as their JAX references.
+
+`load()` once per process, before anything is traced. From then on `active()` is true, and `moejax.layers`,
+`moejax.experts` and `moejax.attention` call the kernels. Before, or where it raises KernelError, the references run.
+Both keep the law that rows do not depend on their batch; their results differ in rounding.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SOURCE = Path(__file__).with_name("cpu.cc")
+TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+
+_active = False
+
+
+class KernelError(RuntimeError):
+    """The kernels cannot be built here; says what is missing and what happens then."""
+
+
+def active() -> bool:
+    """True once the kernels of this process are loaded."""
+    return _active
+
+
+def build(folder: Path | None = None) -> Path:
+    """The shared library, compiled with the C++ compiler of this machine unless it is in the cache. Raises
+    KernelError."""
+    folder = folder or Path(os.environ.get("MOEJAX_CACHE", Path.home() / ".cache/moejax")) / "kernels"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelError("no C++ compiler (g++ or clang++) is on the path, so JAX's own slower code is used.")
+    library = folder / f"cpu-{_digest(compiler)}.so"
+    if not library.is_file():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}.part")
+        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")
+        part.rename(library)
+    return library
+
+
+def load(folder: Path | None = None) -> None:
+    """Build what is missing and give the kernels to JAX. Raises KernelError."""
+    global _active
+    if not _active:
+        library = ctypes.cdll.LoadLibrary(str(build(folder)))
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        _active = True
+
+
+def row_dot(x_TD: jax.Array, stack: jax.Array, index: tuple[jax.Array | int, ...]) -> jax.Array:
+    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32 or bfloat16. Differentiable."""
+    return _row_dot(x_TD.astype(jnp.float32), stack, _indices(index))
+
+
+@jax.custom_vjp
+def _row_dot(x_TD: jax.Array, stack: jax.Array, index: jax.Array) -> jax.Array:
+    out = jax.ShapeDtypeStruct((x_TD.shape[0], stack.shape[-2]), jnp.float32)
+    return jax.ffi.ffi_call("moejax_row_dot", out)(x_TD, stack, index)
+
+
+def _row_dot_forward(x_TD, stack, index):
+    return _row_dot(x_TD, stack, index), (x_TD, stack, index)
+
+
+def _row_dot_backward(kept, g_TF):
+    x_TD, stack, index = kept
+    at = tuple(index)
+    return g_TF @ stack[at], jnp.zeros_like(stack).at[at].add((g_TF.T @ x_TD).astype(stack.dtype)), None
+
+
+_row_dot.defvjp(_row_dot_forward, _row_dot_backward)
+
+
+def experts(
+    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
+    out = jax.ShapeDtypeStruct((*wanted_rA.shape, rows_rD.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("moejax_experts", out)(
+        rows_rD.astype(jnp.float32), wanted_rA, gate_up, down, _indices((layer,))
+    )
+
+
+def paged_attention(
+    q_ZQNH, k_RKH, v_RKH, cache, layer, page_table_ZM, cached_Z, new_base_Z, positions_ZQ, page_size, *, scale
+):
+    """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
+    return jax.ffi.ffi_call("moejax_paged_attention", jax.ShapeDtypeStruct(q_ZQNH.shape, jnp.float32))(
+        *(q_ZQNH, k_RKH, v_RKH, cache.k, cache.v),
+        *(_indices((layer,)), page_table_ZM, cached_Z, new_base_Z, positions_ZQ),
+        page_size=int(page_size),
+        scale=np.float32(scale),
+    )
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Changes with everything compiled code that calls the kernels depends on; empty while they are not active."""
+    return hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest() if _active else ""
+
+
+def _indices(index: tuple[jax.Array | int, ...]) -> jax.Array:
+    return jnp.array(index, jnp.int32).reshape(len(index))
+
+
+def _digest(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    about = (SOURCE.read_text(), *FLAGS, version, jax.__version__, platform.machine(), cpu)
+    return hashlib.sha256("\0".join(about).encode()).hexdigest()[:24]

@@ -1,0 +1,462 @@
+// Dots over weights, experts and paged attention on a CPU, as XLA custom calls.
+//
+// One rule throughout: every number of an answer is summed in an order that depends on its own row alone, never on
+// how many rows there are or which (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
+// run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
+// Weights are read where they lie, once per call, as float32 or bfloat16.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t LANES = 8;
+constexpr int64_t ROWS = 3, COLUMNS = 4;  // of a tile: 12 accumulators and 4 weights fill 16 registers
+constexpr int64_t KEYS = 16;              // of a block of attention
+constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the second-level cache
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+inline Vector load(const bfloat16* p) {
+#ifdef __AVX2__
+  __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#else
+  auto wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Integers) << 16;
+  return reinterpret_cast<Vector&>(wide);
+#endif
+}
+
+inline float single(const float* p) { return *p; }
+
+inline float single(const bfloat16* p) {
+  uint32_t wide = uint32_t{p->bits} << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+inline Vector all(float x) { return Vector{} + x; }
+
+// a * b + c, rounded once where the processor can, and the same way in every tile: the compiler may not choose.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vector fused(Vector a, Vector b, Vector c) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int i = 0; i < LANES; ++i) c[i] = fused(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// The sum of the lanes, always as ((0+1)+(2+3)) + ((4+5)+(6+7)).
+inline float total(Vector v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+template <int N>
+inline void totals(const Vector* v, float* sums) {
+#ifdef __AVX2__
+  if constexpr (N == 4) {
+    __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    return;
+  }
+#endif
+  for (int n = 0; n < N; ++n) sums[n] = total(v[n]);
+}
+
+// e^x within two units of the last place for x <= 88; 0 below -87.
+inline Vector exponential(Vector x) {
+  Vector low = all(-87.0f);
+  auto small = x < low;
+  x = small ? low : x;
+  x = x > all(88.0f) ? all(88.0f) : x;
+  Vector n = x * 1.44269504f;
+  Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  n = (n + magic) - magic;
+  Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vector p = all(1.9875691500e-4f);
+  for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = p * r + next;
+  p = p * (r * r) + r + 1.0f;
+  Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Vector e = p * reinterpret_cast<Vector&>(power);
+  return small ? Vector{} : e;
+}
+
+// y[m][n] = x[m] . w[n] for M rows and N weights of D numbers.
+template <int M, int N, typename W>
+inline void tile(const float* const* x, const W* const* w, int64_t D, float y[M][N]) {
+  Vector sums[M][N] = {};
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) {
+    Vector weights[N];
+    for (int n = 0; n < N; ++n) weights[n] = load(w[n] + d);
+    for (int m = 0; m < M; ++m) {
+      Vector row = load(x[m] + d);
+      for (int n = 0; n < N; ++n) sums[m][n] = fused(row, weights[n], sums[m][n]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    totals<N>(sums[m], y[m]);
+    for (int64_t rest = d; rest < D; ++rest)
+      for (int n = 0; n < N; ++n) y[m][n] = fused(x[m][rest], single(w[n] + rest), y[m][n]);
+  }
+}
+
+template <int M, int N, typename W>
+inline void tile_into(const float* const* x, const W* const* w, int64_t D, float* const* y, int64_t column) {
+  float out[M][N];
+  tile<M, N, W>(x, w, D, out);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) y[m][column + n] = out[m][n];
+}
+
+template <int N, typename W>
+void tile_rows(const float* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column) {
+  int64_t m = 0;
+  for (; m + ROWS <= rows; m += ROWS) tile_into<ROWS, N, W>(x + m, w, D, y + m, column);
+  if (rows - m == 2) tile_into<2, N, W>(x + m, w, D, y + m, column);
+  if (rows - m == 1) tile_into<1, N, W>(x + m, w, D, y + m, column);
+}
+
+template <int N>
+void block(const float* const* x, const float* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
+           std::vector<float>&) {
+  tile_rows<N, float>(x, w, rows, D, y, column);
+}
+
+// Weights that several tiles use are widened once; what is multiplied is the same.
+template <int N>
+void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
+           std::vector<float>& room) {
+  if (rows <= ROWS) return tile_rows<N, bfloat16>(x, w, rows, D, y, column);
+  room.resize(N * D);
+  const float* wide[N];
+  for (int n = 0; n < N; ++n) {
+    float* to = room.data() + n * D;
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) store(to + d, load(w[n] + d));
+    for (; d < D; ++d) to[d] = single(w[n] + d);
+    wide[n] = to;
+  }
+  tile_rows<N, float>(x, wide, rows, D, y, column);
+}
+
+// y[t][first..last) = x[t] . w[f] for `rows` rows; w is [F, D] row after row.
+template <typename W>
+void dots(const float* const* x, const W* w, int64_t rows, int64_t D, int64_t first, int64_t last, float* const* y) {
+  std::vector<float> room;
+  int64_t most = std::max<int64_t>(ROWS, X_BYTES / (D * sizeof(float)) / ROWS * ROWS);
+  for (int64_t t = 0; t < rows; t += most) {
+    int64_t some = std::min(most, rows - t), f = first;
+    for (; f + COLUMNS <= last; f += COLUMNS) {
+      const W* four[COLUMNS] = {w + f * D, w + (f + 1) * D, w + (f + 2) * D, w + (f + 3) * D};
+      block<COLUMNS>(x + t, four, some, D, y + t, f, room);
+    }
+    for (; f < last; ++f) {
+      const W* one[1] = {w + f * D};
+      block<1>(x + t, one, some, D, y + t, f, room);
+    }
+  }
+}
+
+// Where in a stack the matrix of these indices starts, in matrices; -1 when an index is outside.
+int64_t place(ffi::AnyBuffer::Dimensions stack, ffi::Span<const int32_t> index) {
+  int64_t at = 0;
+  for (size_t i = 0; i < index.size(); ++i) {
+    if (index[i] < 0 || index[i] >= stack[i]) return -1;
+    at = at * stack[i] + index[i];
+  }
+  return at;
+}
+
+std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t stride) {
+  std::vector<const float*> p(rows);
+  for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
+  return p;
+}
+
+std::vector<float*> row_pointers(float* x, int64_t rows, int64_t stride) {
+  std::vector<float*> p(rows);
+  for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
+  return p;
+}
+
+// Runs work(first, last) over [0, size) in pieces of at least `least` and a multiple of `grain`, on the threads there
+// are. Whoever is free takes the next piece, the caller too, so it waits only for pieces that have begun.
+template <typename Work>
+void spread(ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, Work work) {
+  int64_t threads = std::min(pool.num_threads(), size / std::max<int64_t>(least, 1));
+  if (threads <= 1) return work(0, size);
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  int64_t piece = std::max(least, (size / (2 * threads) + grain - 1) / grain * grain);
+  piece = (piece + grain - 1) / grain * grain;
+  int64_t pieces = (size + piece - 1) / piece;
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, pieces, piece, size, &work] {
+    for (int64_t i; (i = shared->next++) < pieces; ++shared->done) work(i * piece, std::min((i + 1) * piece, size));
+  };
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule(std::decay_t<decltype(take)>(take));
+  take();
+  while (shared->done < pieces) std::this_thread::yield();
+}
+
+// Rows of zeros, as padding is, give zeros whatever the weights are, and are not multiplied.
+template <typename W>
+void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, const W* w, int64_t F, float* y) {
+  int64_t D = x.dimensions().back(), T = x.element_count() / D;
+  std::vector<const float*> rows;
+  std::vector<float*> out;
+  for (int64_t t = 0; t < T; ++t) {
+    const float* row = x.typed_data() + t * D;
+    if (std::any_of(row, row + D, [](float value) { return value != 0.0f; })) {
+      rows.push_back(row);
+      out.push_back(y + t * F);
+    } else {
+      std::fill(y + t * F, y + (t + 1) * F, 0.0f);
+    }
+  }
+  spread(pool, F, COLUMNS, (1 << 16) / D,
+         [&](int64_t first, int64_t last) { dots<W>(rows.data(), w, rows.size(), D, first, last, out.data()); });
+}
+
+ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> index,
+                  ffi::ResultBuffer<ffi::F32> y) {
+  auto stack = w.dimensions();
+  int64_t D = stack.back(), F = stack[stack.size() - 2];
+  int64_t at = place(stack, ffi::Span<const int32_t>(index.typed_data(), index.element_count()));
+  if (at < 0) return ffi::Error::InvalidArgument("row_dot: index outside of the stack");
+  if (w.element_type() == ffi::BF16)
+    row_dot(pool, x, reinterpret_cast<const bfloat16*>(w.untyped_data()) + at * F * D, F, y->typed_data());
+  else
+    row_dot(pool, x, reinterpret_cast<const float*>(w.untyped_data()) + at * F * D, F, y->typed_data());
+  return ffi::Error::Success();
+}
+
+void silu_times(float* gate, const float* up, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    Vector g = load(gate + i);
+    store(gate + i, g / (exponential(-g) + 1.0f) * load(up + i));
+  }
+  if (i < size) {
+    float g[LANES] = {}, u[LANES] = {};
+    std::copy(gate + i, gate + size, g);
+    std::copy(up + i, up + size, u);
+    silu_times(g, u, LANES);
+    std::copy(g, g + (size - i), gate + i);
+  }
+}
+
+template <typename W>
+void one_expert(const std::vector<const float*>& x, const W* gate_up, const W* down, int64_t D, int64_t F,
+                const std::vector<float*>& y) {
+  int64_t n = x.size();
+  std::vector<float> hidden(n * 2 * F);
+  auto rows = row_pointers(hidden.data(), n, 2 * F);
+  dots<W>(x.data(), gate_up, n, D, 0, 2 * F, rows.data());
+  for (float* row : rows) silu_times(row, row + F, F);
+  std::vector<const float*> gated(rows.begin(), rows.end());
+  dots<W>(gated.data(), down, n, F, 0, D, y.data());
+}
+
+// Answers [r, A, D] of the slots wanted [r, A] of layer `index`; each slot's weights are read once, for the rows that
+// want it and no others.
+ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::S32> wanted,
+                   ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::Buffer<ffi::S32> index,
+                   ffi::ResultBuffer<ffi::F32> answers) {
+  int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
+  int64_t S = down.dimensions()[1], F = down.dimensions()[3];
+  int64_t repeat = index.typed_data()[0];
+  if (repeat < 0 || repeat >= down.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
+  std::vector<std::vector<const float*>> x(S);
+  std::vector<std::vector<float*>> y(S);
+  for (int64_t item = 0; item < items; ++item) {
+    int64_t slot = wanted.typed_data()[item];
+    float* answer = answers->typed_data() + item * D;
+    if (slot < 0 || slot >= S) {
+      std::fill(answer, answer + D, 0.0f);
+      continue;
+    }
+    x[slot].push_back(rows.typed_data() + item / A * D);
+    y[slot].push_back(answer);
+  }
+  std::vector<int64_t> busy;
+  for (int64_t slot = 0; slot < S; ++slot)
+    if (!x[slot].empty()) busy.push_back(slot);
+  spread(pool, busy.size(), 1, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      int64_t slot = busy[i], at = repeat * S + slot;
+      if (down.element_type() == ffi::BF16)
+        one_expert(x[slot], reinterpret_cast<const bfloat16*>(gate_up.untyped_data()) + at * 2 * F * D,
+                   reinterpret_cast<const bfloat16*>(down.untyped_data()) + at * D * F, D, F, y[slot]);
+      else
+        one_expert(x[slot], reinterpret_cast<const float*>(gate_up.untyped_data()) + at * 2 * F * D,
+                   reinterpret_cast<const float*>(down.untyped_data()) + at * D * F, D, F, y[slot]);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// One segment and key/value head: queries in blocks over the keys with a running maximum (arXiv 2205.14135).
+struct Segment {
+  std::vector<const float*> q;  // rows of H numbers, already scaled
+  std::vector<int64_t> position;
+  std::vector<float*> out;
+  int64_t H;
+
+  template <typename Find>
+  void attend(Find find) const {
+    int64_t n = q.size(), longest = *std::max_element(position.begin(), position.end()) + 1;
+    std::vector<float> maximum(n, -std::numeric_limits<float>::infinity()), sum(n, 0.0f), scores(n * KEYS);
+    auto rows = row_pointers(scores.data(), n, KEYS);
+    for (float* row : out) std::fill(row, row + H, 0.0f);
+    for (int64_t first = 0; first < longest; first += KEYS) {
+      const float *k[KEYS], *v[KEYS];
+      for (int64_t s = 0; s < KEYS; ++s) find(std::min(first + s, longest - 1), &k[s], &v[s]);
+      for (int64_t s = 0; s < KEYS; s += COLUMNS) tile_rows<COLUMNS, float>(q.data(), k + s, n, H, rows.data(), s);
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t seen = std::min(KEYS, position[i] + 1 - first);
+        if (seen > 0) mix(rows[i], v, seen, maximum[i], sum[i], out[i]);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t h = 0; h < H; ++h) out[i][h] = sum[i] > 0 ? out[i][h] / sum[i] : 0.0f;
+  }
+
+  void mix(float* scores, const float* const* v, int64_t seen, float& maximum, float& sum, float* out) const {
+    float higher = maximum;
+    for (int64_t s = 0; s < seen; ++s) higher = std::max(higher, scores[s]);
+    for (int64_t s = seen; s < KEYS; ++s) scores[s] = -std::numeric_limits<float>::infinity();
+    Vector shrink = exponential(all(maximum - higher)), weights[KEYS / LANES], added = {};
+    for (int64_t b = 0; b < KEYS / LANES; ++b) {
+      weights[b] = exponential(load(scores + b * LANES) - higher);
+      store(scores + b * LANES, weights[b]);
+      added += weights[b];
+    }
+    sum = sum * shrink[0] + total(added);
+    maximum = higher;
+    int64_t h = 0;
+    for (; h + LANES <= H; h += LANES) {
+      Vector mixed = load(out + h) * shrink;
+      for (int64_t s = 0; s < seen; ++s) mixed = fused(load(v[s] + h), all(scores[s]), mixed);
+      store(out + h, mixed);
+    }
+    for (; h < H; ++h) {
+      float mixed = out[h] * shrink[0];
+      for (int64_t s = 0; s < seen; ++s) mixed = fused(v[s][h], scores[s], mixed);
+      out[h] = mixed;
+    }
+  }
+};
+
+// Outputs [Z, Q, N, H]; see moejax.attention.paged_attention for the arguments.
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k_new,
+                          ffi::Buffer<ffi::F32> v_new, ffi::Buffer<ffi::F32> k_pages, ffi::Buffer<ffi::F32> v_pages,
+                          ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached,
+                          ffi::Buffer<ffi::S32> new_base, ffi::Buffer<ffi::S32> positions,
+                          ffi::ResultBuffer<ffi::F32> out, int64_t page_size, float scale) {
+  int64_t Z = q.dimensions()[0], Q = q.dimensions()[1], N = q.dimensions()[2], H = q.dimensions()[3];
+  int64_t R = k_new.dimensions()[0], K = k_new.dimensions()[1], G = N / K;
+  int64_t L = k_pages.dimensions()[0], entries = k_pages.dimensions()[1], M = page_table.dimensions()[1];
+  int64_t at = layer.typed_data()[0];
+  if (at < 0 || at >= L) return ffi::Error::InvalidArgument("paged_attention: no such layer");
+  const float* keys = k_pages.typed_data() + at * entries * K * H;
+  const float* values = v_pages.typed_data() + at * entries * K * H;
+  spread(pool, Z * K, 1, 2, [&](int64_t first, int64_t last) {
+    for (int64_t job = first; job < last; ++job) {
+      int64_t z = job / K, head = job % K;
+      const int32_t* pages = page_table.typed_data() + z * M;
+      int64_t old = cached.typed_data()[z], base = new_base.typed_data()[z];
+      std::vector<float> scaled(Q * G * H);
+      Segment segment;
+      segment.H = H;
+      for (int64_t i = 0; i < Q * G; ++i) {
+        int64_t n = (z * Q + i / G) * N + head * G + i % G;
+        for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q.typed_data()[n * H + h] * scale;
+        segment.q.push_back(scaled.data() + i * H);
+        segment.position.push_back(std::min<int64_t>(positions.typed_data()[z * Q + i / G], M * page_size - 1));
+        segment.out.push_back(out->typed_data() + n * H);
+      }
+      segment.attend([&](int64_t p, const float** k, const float** v) {
+        int64_t row = base + p - old, entry = pages[p / page_size] * page_size + p % page_size;
+        bool fresh = p >= old;
+        row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, entries - 1);
+        *k = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
+        *v = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
+      });
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("page_size")
+                                  .Attr<float>("scale"));

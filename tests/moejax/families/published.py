@@ -1,0 +1,230 @@
+"""Small models of every published family, written as a folder by `transformers` itself: the branches its configurations
+can take, with random weights large enough that each of them matters."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A small model: its `model_type` in transformers, fields of its configuration beside SIZES, and what to change in
+    the config.json it writes (which the reference does not see)."""
+
+    model_type: str
+    fields: dict[str, Any]
+    rewrite: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _long(which: str) -> dict[str, Any]:
+    """LongRoPE. The reference takes short factors at any length, so its long case has the long ones in their place."""
+    long = [1.0 + 0.5 * i for i in range(8)]
+    short = long if which == "long" else [1.0 + 0.05 * i for i in range(8)]
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long}
+    scaling |= {"short_mscale": 1.2, "long_mscale": 1.3 if which == "short" else 1.2}
+    original = 256 if which == "short" else 32
+    return {
+        "rope_parameters": scaling | {"original_max_position_embeddings": original},
+        "original_max_position_embeddings": original,
+    }
+
+
+CASES = {
+    "mixtral": Case("mixtral", {"num_local_experts": 8}),
+    "mixtral, window": Case("mixtral", {"num_local_experts": 8, "sliding_window": 20, "head_dim": 24}),
+    "llama 3.1": Case(
+        "llama",
+        {
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "llama, tied head, linear rope": Case(
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    "mistral": Case("mistral", {"sliding_window": 20}),
+    "qwen2": Case("qwen2", {}),
+    "qwen3": Case("qwen3", {"head_dim": 24, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen2-moe": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 5,
+        },
+    ),
+    "qwen2-moe, normalised, window": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe": Case(
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "head_dim": 24,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+        },
+    ),
+    "olmoe": Case("olmoe", {"num_experts": 8, "clip_qkv": 1.5}),
+    "deepseek-v2-lite": Case(
+        "deepseek_v2",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek-v2": Case(
+        "deepseek_v2",
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.6,
+        },
+    ),
+    "deepseek-v3": Case(
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "kimi-k2": Case(
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        rewrite={"model_type": "kimi_k2"},
+    ),
+    "gpt-oss": Case(
+        "gpt_oss",
+        {
+            "num_local_experts": 8,
+            "head_dim": 24,
+            "sliding_window": 20,
+            "num_hidden_layers": 4,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "glm-4-moe": Case(
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 24,
+            "head_dim": 24,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "routed_scaling_factor": 1.5,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "granite-moe": Case(
+        "granitemoe",
+        {
+            "num_local_experts": 8,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "phi-3.5-moe": Case(
+        "phimoe",
+        {"num_local_experts": 8, "attention_bias": True, "lm_head_bias": True, **_long("short")},
+    ),
+    "phi-3.5-moe, long": Case(
+        "phimoe",
+        {"num_local_experts": 8, "router_jitter_noise": 0.3, "sliding_window": 20, **_long("long")},
+    ),
+}
+"""By name. Between them they have every branch of the decoder."""
+
+
+def write_folder(folder: Path, case: Case, seed: int) -> Any:
+    """Write the model's folder as it would be published, and return transformers' own model of it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(case.model_type, **SIZES | case.fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and name.endswith("weight"):
+                values.copy_(1 + 0.2 * torch.randn_like(values))
+            elif values.ndim < 2 and "inv_freq" not in name:
+                values.copy_(0.2 * torch.randn_like(values))
+            elif values.ndim >= 2:
+                values.copy_(torch.randn_like(values) * 1.5 / values.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    if case.rewrite:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | case.rewrite))
+    return model

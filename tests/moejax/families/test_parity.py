@@ -1,0 +1,35 @@
+"""Law: every published family is transformers' own model, tensor names, prefill and greedy decoding included."""
+
+import importlib.util
+
+import pytest
+
+from moejax.families import FAMILIES
+from tests.moejax.families.published import CASES
+from tests.parity import compare
+
+MISSING = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
+ONE_OF_EACH = ("mixtral, window", "llama 3.1", "qwen3", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2")
+ONE_OF_EACH += ("deepseek-v3", "gpt-oss", "glm-4-moe", "granite-moe", "phi-3.5-moe, long")
+compared = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: pip install -e '.[parity]'")
+
+
+@compared
+@pytest.mark.parametrize(
+    "name", [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_a_published_folder_gives_the_logits_and_tokens_of_transformers(name):
+    found = compare(CASES[name], seed=11, ranks=1)
+    assert found.holds, found
+
+
+@compared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
+def test_four_ranks_give_them_too(name):
+    found = compare(CASES[name], seed=12, ranks=4)
+    assert found.holds, found
+
+
+def test_every_family_has_a_case():
+    assert {case.rewrite.get("model_type", case.model_type) for case in CASES.values()} == set(FAMILIES)

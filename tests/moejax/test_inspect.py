@@ -1,0 +1,87 @@
+"""What is said of a model is what it is, and nothing is said of a model whose weights are not its own."""
+
+import json
+
+import ml_dtypes
+import pytest
+
+from moejax.assets import ensure_model
+from moejax.families import FAMILIES, read_config
+from moejax.inspect import describe, families, main
+from moejax.manifest import CheckpointError
+from planner.families import FAMILIES as PLANNED
+from planner.huggingface import MODELS
+from planner.huggingface import parameters as published_parameters
+from tests.moejax.published import published_folder
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-8x22b"])
+def test_parameters_are_those_that_the_authors_publish(name):
+    found = describe(str(MODELS / f"{name}.json"))
+    counted = published_parameters(json.loads((MODELS / f"{name}.json").read_text()))
+    assert found["name"] == name
+    assert (found["parameters"], found["active_parameters"]) == (counted.total, counted.active)
+    assert found["served_bytes"] == pytest.approx(4 * counted.total, rel=1e-6)
+
+
+def test_a_published_folder_and_what_it_becomes_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    tensors = published_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
+    before = describe(str(tmp_path / "hf"))
+    assert not (tmp_path / "cache").exists()
+    assert before["weights"] == {
+        "form": "safetensors",
+        "tensors": len(tensors),
+        "formats": ["bfloat16"],
+        "bytes": sum(a.nbytes for a in tensors.values()),
+    }
+    assert before["tokenizer"] == {"files": ["tokenizer.json"], "chat_template": True}
+    after = describe(str(ensure_model(tmp_path / "hf")))
+    assert after["weights"]["form"] == "orbax"
+    same = before.keys() - {"weights", "name"}
+    assert {k: after[k] for k in same - {"config"}} == {k: before[k] for k in same - {"config"}}
+    assert after["config"] == before["config"]
+
+
+def test_weights_of_another_model_are_an_error(tmp_path, capsys):
+    published_folder(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"num_local_experts": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"gate\.weight has shape"):
+        describe(str(tmp_path))
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("moejax: ")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_first_plan_holds_every_expert_and_survives_one_loss(ranks):
+    found = describe("tiny", ranks)
+    plan, experts = found["plan"], found["config"]["moe"]["experts"]
+    assert plan["slots_per_rank"] * max(1, ranks - 1) >= experts
+    assert plan["second_copies_per_layer"] == ranks * plan["slots_per_rank"] - experts
+    rest = found["served_bytes"] - 4 * experts * found["expert_bytes"]
+    assert plan["bytes_per_rank"] == rest + plan["bytes_of_experts_per_rank"]
+
+
+def test_every_family_is_listed_once_with_its_state():
+    rows = families()
+    assert sorted(row["model_type"] for row in rows) == sorted(FAMILIES.keys() | PLANNED.keys())
+    assert {row["model_type"] for row in rows if row["state"] == "served"} == set(FAMILIES)
+
+
+def test_the_text_has_the_figures(tmp_path, capsys):
+    published_folder(tmp_path / "small")
+    assert main([str(tmp_path / "small"), "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "small (mixtral)",
+        "3 moe",
+        "4 per layer, 2 per token, 18.0 KiB each",
+        "384 B per token",
+        "on 2 ranks",
+    ):
+        assert part in text
+    assert main(["--families"]) == 0
+    assert "MixtralForCausalLM" in capsys.readouterr().out
+    assert main([str(tmp_path / "small"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["vocab_size"] == read_config(tmp_path / "small").vocab_size

@@ -1,0 +1,139 @@
+"""Laws of the CPU kernels: they compute what their references do, and no bit of a row depends on its batch."""
+
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import kernels
+from moejax.attention import paged_attention_reference
+from moejax.cache import Cache
+from moejax.experts import apply_experts_reference
+from moejax.layers import Stacked, row_dot_reference
+from moejax.params import FeedForward
+from tests.moejax.models import MIXTRAL
+
+pytestmark = pytest.mark.skipif(not kernels.active(), reason="no C++ compiler on this machine")
+ROUNDING = 2e-5
+"""Relative to the largest number: float32 sums of up to 1536 products in two orders."""
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(a, b) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 4), (8, 576), (576, 1536), (1027, 37)], ids=str)
+def test_a_row_dot_is_its_reference_and_rows_do_not_know_of_each_other(shape, dtype) -> None:
+    stack = jnp.asarray(normal(2, 3, *shape, seed=1), dtype)
+    x = normal(200, shape[1])
+    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (1, jnp.int32(2))))
+    whole = np.asarray(dot(x))
+    close(whole, row_dot_reference(x, Stacked(stack, (1, 2))))
+    for rows in (1, 2, 3, 4, 5, 7, 40, 131):
+        np.testing.assert_array_equal(dot(x[:rows]), whole[:rows])
+        np.testing.assert_array_equal(dot(x[-rows:]), whole[-rows:])
+
+
+def test_rows_of_zeros_give_zeros_and_change_no_other() -> None:
+    stack, x = normal(1, 24, 16, seed=1), normal(7, 16)
+    padded = x.copy()
+    padded[[1, 5]] = 0
+    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (0,)))
+    np.testing.assert_array_equal(dot(padded)[np.array([1, 5])], 0)
+    np.testing.assert_array_equal(np.delete(dot(padded), [1, 5], axis=0), np.delete(dot(x), [1, 5], axis=0))
+
+
+def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
+    stack, x = normal(3, 24, 16, seed=1), normal(6, 16)
+    ours = jax.grad(lambda x, w: jnp.sin(kernels.row_dot(x, w, (1,))).sum(), (0, 1))(x, stack)
+    theirs = jax.grad(lambda x, w: jnp.sin(row_dot_reference(x, w[1])).sum(), (0, 1))(x, stack)
+    jax.tree.map(close, ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [4, 128])
+def test_experts_answer_as_their_reference_whoever_else_asks(width, dtype) -> None:
+    gate_up, down = (
+        jnp.asarray(normal(*shape, seed=3), dtype) / 4 for shape in ((2, 5, 2 * width, 48), (2, 5, 48, width))
+    )
+    experts = FeedForward(gate_up=Stacked(gate_up, (1,)), down=Stacked(down, (1,)))
+    rows, wanted = normal(70, 48), np.random.default_rng(4).integers(-1, 5, (70, 2)).astype(np.int32)
+    ask = jax.jit(lambda r, w: kernels.experts(r, w, gate_up, down, jnp.int32(1)))
+    whole = np.asarray(ask(rows, wanted))
+    close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, MIXTRAL.moe))
+    assert not whole[wanted < 0].any()
+    for i in (0, 33, 69):
+        np.testing.assert_array_equal(ask(rows[i : i + 1], wanted[i : i + 1])[0], whole[i])
+
+
+def attention_case(queries: int, heads: int = 6, kv_heads: int = 2, size: int = 16, page: int = 8):
+    """Three segments: one all new, one partly cached, one that is padding; pages in no order."""
+    generator = np.random.default_rng(7)
+    cache = Cache(*(jnp.asarray(normal(2, 12 * page, kv_heads * size, seed=s)) for s in (1, 2)))
+    q, k, v = (
+        normal(*shape, seed=s)
+        for s, shape in enumerate(((3, queries, heads, size), *[(3 * queries, kv_heads, size)] * 2))
+    )
+    cached = np.array([0, 29, 0], np.int32)
+    positions = cached[:, None] + np.arange(queries, dtype=np.int32)
+    positions[2] = -1
+    table = generator.permutation(12)[: 3 * 4].reshape(3, 4).astype(np.int32)
+    base = (np.arange(3) * queries).astype(np.int32)
+    return (
+        *map(jnp.asarray, (q, k, v)),
+        cache,
+        jnp.int32(1),
+        *map(jnp.asarray, (table, cached, base, positions)),
+        page,
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_is_its_reference(queries) -> None:
+    case = attention_case(queries)
+    close(kernels.paged_attention(*case, scale=0.3), paged_attention_reference(*case, scale=0.3))
+
+
+def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
+    q, k, v, cache, layer, table, cached, base, positions, page = attention_case(3)
+    whole = np.asarray(kernels.paged_attention(q, k, v, cache, layer, table, cached, base, positions, page, scale=0.25))
+    # The last query of the middle segment once more, alone, with the two before it in the cache.
+    entries = [table[1, p // page] * page + p % page for p in (29, 30)]
+    grown = Cache(*(c.at[1, np.array(entries)].set(new[3:5].reshape(2, -1)) for c, new in ((cache.k, k), (cache.v, v))))
+    alone = kernels.paged_attention(
+        *(q[1:2, 2:], k[5:6], v[5:6], grown, layer, table[1:2]),
+        *(np.array([31], np.int32), np.array([0], np.int32), np.array([[31]], np.int32), page),
+        scale=0.25,
+    )
+    np.testing.assert_array_equal(alone[0, 0], whole[1, 2])
+
+
+def test_an_index_outside_of_the_stack_is_an_error_not_a_read() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="index outside of the stack"):
+        jax.block_until_ready(kernels.row_dot(normal(2, 8), normal(3, 4, 8), (3,)))
+
+
+def test_without_a_compiler_the_error_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(kernels.KernelError, match=r"no C\+\+ compiler"):
+        kernels.build(tmp_path)
+
+
+def test_a_library_is_built_once(tmp_path, monkeypatch) -> None:
+    built = kernels.build(tmp_path)
+    run = subprocess.run
+
+    def no_compile(command, **kwargs):
+        assert "--version" in command
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", no_compile)
+    assert kernels.build(tmp_path) == built

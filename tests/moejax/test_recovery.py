@@ -1,0 +1,82 @@
+"""Laws of a rank's slots: they hold the experts asked for, however they came there, and nothing else moved."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import recovery, steps
+from moejax.inputs import Bucket
+from moejax.params import expert_bytes
+from moejax.programs import ModelShape, expert_positions
+from moejax.recovery import LiveArrays
+from moejax.store import HostStore
+from tests.moejax.models import MIXTRAL, SHARED, model_folder
+
+SLOTS = 3
+
+
+@pytest.fixture(scope="module", params=[MIXTRAL, SHARED], ids=lambda c: c.name)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    params = model_folder(folder / "m", request.param)
+    shape = ModelShape(cfg=request.param, buckets=(Bucket(decode=2, tiles=0, max_pages=2),), page_size=8, pages=2)
+    programs = SimpleNamespace(fills=dict.fromkeys(expert_positions(request.param), steps.run_fill))
+    return folder / "m", params, shape, programs
+
+
+def assert_holds(arrays: LiveArrays, params, slots: np.ndarray) -> None:
+    cfg = arrays.shape.cfg
+    np.testing.assert_array_equal(arrays.held, slots)
+    (place,) = [(i, j) for i, (kinds, _) in enumerate(cfg.segments) for j, kind in enumerate(kinds) if kind == "moe"]
+    experts = params.segments[place[0]][place[1]].moe.experts
+    for layer, row in enumerate(slots):
+        for slot, expert in enumerate(row):
+            gate_up, down = arrays.expert(layer, slot)
+            np.testing.assert_array_equal(gate_up, experts.gate_up[layer, expert] if expert >= 0 else 0)
+            np.testing.assert_array_equal(down, experts.down[layer, expert] if expert >= 0 else 0)
+
+
+def some_slots(cfg, seed: int) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    rows = [draw.permutation(np.arange(-1, cfg.moe.experts))[:SLOTS] for _ in range(cfg.n_moe_layers)]
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 1000])
+def test_slots_hold_the_experts_asked_for_in_batches_of_any_size(model, monkeypatch, batch):
+    folder, params, shape, programs = model
+    monkeypatch.setattr(recovery, "BATCH_BYTES", batch * expert_bytes(shape.cfg))
+    device = jax.devices()[0]
+    arrays = LiveArrays(shape, HostStore.open(folder))
+    arrays.enter_device(device)
+    first, second = some_slots(shape.cfg, 0), some_slots(shape.cfg, 1)
+    assert arrays.fill(first, programs, device).read == (first >= 0).sum()
+    assert_holds(arrays, params, first)
+    moved = (second != first) & (second >= 0)
+    assert arrays.fill(second, programs, device).read == moved.sum()
+    assert_holds(arrays, params, np.where(second >= 0, second, arrays.held))  # a slot to be empty may keep what it had
+
+
+def test_programs_and_host_buffers_come_to_the_same(model):
+    folder, params, shape, programs = model
+    device = jax.devices()[0]
+    slots = some_slots(shape.cfg, 2)
+    for local in (programs, None):
+        arrays = LiveArrays(shape, HostStore.open(folder))
+        arrays.enter_device(device)
+        arrays.fill(slots, local, device)
+        assert_holds(arrays, params, slots)
+
+
+def test_more_slots_keep_what_is_held(model):
+    folder, params, shape, programs = model
+    device = jax.devices()[0]
+    arrays = LiveArrays(shape, HostStore.open(folder))
+    arrays.enter_device(device)
+    few = some_slots(shape.cfg, 3)[:, : SLOTS - 1]
+    arrays.fill(few, None, device)
+    more = np.concatenate([few, np.full((len(few), 1), -1, np.int32)], axis=1)
+    assert arrays.fill(more, programs, device).read == 0
+    assert_holds(arrays, params, more)

@@ -1,0 +1,58 @@
+"""Laws of rotary embedding: distance alone counts, and each way of stretching keeps what its paper says it keeps."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import RopeScaling
+from moejax.rope import frequencies, rope, rotate, stretched
+from tests.moejax.models import DENSE
+
+CFG = dataclasses.replace(DENSE, d_head=64, rope_base=1e5)
+SCALED = {
+    "linear": RopeScaling(kind="linear", factor=4.0),
+    "llama3": RopeScaling(kind="llama3", factor=8.0, original_context=256),
+    "yarn": RopeScaling(kind="yarn", factor=8.0, original_context=256),
+    "longrope": RopeScaling(kind="longrope", factors=tuple(np.linspace(1, 8, 32).tolist())),
+}
+
+
+def heads(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((1, 2, 64)).astype(np.float32)
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_alone():
+    q, k = heads(0), heads(1)
+
+    def score(p: int, s: int) -> np.ndarray:
+        a, b = (rotate(x, jnp.array([i]), CFG) for x, i in ((q, p), (k, s)))
+        return np.einsum("tnh,tnh->n", a, b)
+
+    np.testing.assert_allclose(np.linalg.norm(rotate(q, jnp.array([9]), CFG)), np.linalg.norm(q), rtol=1e-5)
+    np.testing.assert_allclose(score(3, 1), score(103, 101), atol=1e-3)
+    np.testing.assert_array_equal(rotate(q, jnp.array([0]), CFG), q)
+
+
+def test_what_is_not_rotated_stays():
+    partial, q = dataclasses.replace(CFG, rope_dims=16), heads(0)
+    out = np.asarray(rotate(q, jnp.array([7]), partial))
+    np.testing.assert_array_equal(out[..., 16:], q[..., 16:])
+    assert (out[..., :16] != q[..., :16]).any()
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_stretched_frequencies_lie_between_the_plain_and_the_slowest(kind):
+    plain, factor = np.asarray(frequencies(CFG)), 8.0 if kind != "linear" else 4.0
+    slow = stretched(CFG.rope_base, 64, SCALED[kind])
+    assert (slow <= plain * 1.000001).all()
+    assert (slow >= plain / factor * 0.999999).all()
+    np.testing.assert_allclose(slow[-1], plain[-1] / factor, rtol=1e-5)
+    if kind in ("llama3", "yarn"):  # turns many times within the original context
+        np.testing.assert_allclose(slow[0], plain[0], rtol=1e-6)
+
+
+def test_magnitude_multiplies_the_rotated_vector():
+    once = rope(heads(0), jnp.array([5]), frequencies(CFG))
+    np.testing.assert_allclose(rope(heads(0), jnp.array([5]), frequencies(CFG), 1.25), once * 1.25, rtol=1e-6)
