@@ -1,14 +1,18 @@
 """From a model's name to its folder.
 
-`tiny` is in the repository; `smollm2-moe` is made on first use, in the cache; anything else is a folder.
+`tiny` is in the repository; `smollm2-moe` is made on first use, in the cache; anything else is a folder, ours or one
+as models are published, which is converted on first use, into the cache.
 """
 
+import json
 import tomllib
 from pathlib import Path
 
-from moejax.checkpoint import CheckpointError
+from moejax.checkpoint import PARAMS, TOKENIZERS, CheckpointError
 from moejax.config import ConfigError
+from moejax.convert import convert, fingerprint, progress, published_name
 from moejax.download import cache_folder
+from moejax.families import read_config
 from moejax.manifest import content_hash
 from moejax.smollm2 import build
 from moejax.split import Split
@@ -22,13 +26,38 @@ def ensure_model(name_or_path: str | Path) -> Path:
     """The folder of a model, made first if need be.
 
     Raises AssetUnavailable when the default model cannot be fetched, CheckpointError when there is no such
-    model, ConfigError on a preset that cannot be.
+    model or its weights are not those of its configuration, ConfigError on a preset that cannot be and on an
+    architecture that is not served.
     """
     if str(name_or_path) == "tiny":
         return checked_folder(ROOT / "models" / "tiny")
     if str(name_or_path) == "smollm2-moe":
         return ensure_smollm2(load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml"))
+    if is_published(Path(name_or_path)):
+        return ensure_converted(Path(name_or_path))
     return checked_folder(Path(name_or_path))
+
+
+def is_published(folder: Path) -> bool:
+    """True for a folder as models are published: config.json names a `model_type`, and nothing of ours is there."""
+    path = folder / "config.json"
+    if not path.is_file() or (folder / PARAMS).exists():
+        return False
+    try:
+        return "model_type" in json.loads(path.read_text())
+    except (ValueError, TypeError):
+        return False
+
+
+def ensure_converted(published: Path) -> Path:
+    """Our form of a published folder, found in the cache or made there; made anew when one of its files changes."""
+    name = published_name(published)
+    cfg = read_config(published, name=name)
+    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}"
+    if not folder.is_dir():
+        with progress(f"Converting {name}, once") as say:
+            convert(published, folder, name=name, say=say)
+    return checked_folder(folder)
 
 
 def ensure_smollm2(split: Split) -> Path:
@@ -55,8 +84,8 @@ def checked_folder(folder: Path) -> Path:
     """The folder, if all that a model folder holds is there; else CheckpointError naming what is missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder, and no model has that name; known are smollm2-moe and tiny.")
-    for file in ("config.json", "tokenizer.json", "chat_template.jinja", "params"):
-        if not (folder / file).exists():
-            raise CheckpointError(f"{folder} lacks {file}: it is no model folder.")
+    for patterns in (("config.json",), TOKENIZERS, ("params",)):
+        if not any(file for pattern in patterns for file in folder.glob(pattern)):
+            raise CheckpointError(f"{folder} lacks {' or '.join(patterns)}: it is no model folder.")
     content_hash(folder)
     return folder

@@ -1,9 +1,10 @@
 """A model folder on disk, written whole or not at all, and read with every damage named.
 
 config.json          the ModelConfig
-tokenizer.json       Hugging Face tokenizers format
-chat_template.jinja  how messages become a prompt
-params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert
+tokenizer.json       Hugging Face tokenizers format; or tokenizer.model, or tekken.json
+chat_template.jinja  how messages become a prompt, if the model can hold a conversation
+params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert (and, of a converted
+                     model, per layer)
 checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
@@ -23,6 +24,8 @@ from moejax.manifest import FILE, CheckpointError, Manifest, is_expert, named
 from moejax.params import Params, is_spec, param_specs
 
 PARAMS = "params"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
+"""Patterns of the files that a tokenizer is in; `serving.vocabulary` reads the first that is there."""
 
 
 def save_model(folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json: str, chat_template: str) -> None:
@@ -60,13 +63,11 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
     manifest = Manifest.load(folder)
     manifest.check_config(cfg, folder)
     specs = param_specs(cfg)
-    stored = {n: np.dtype(jax.numpy.dtype(t.dtype)) for n, t in manifest.tensors.items()}
-    names = iter(named(specs))
-    wanted = jax.tree.map(lambda s: np.empty(s.shape, stored[next(names)]), specs, is_leaf=is_spec)
-    params = read_params(folder / PARAMS, wanted)
+    params = read_params(folder / PARAMS, specs)
     for name, array in named(params).items():
         if bad := manifest.damaged(name, array):
-            what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if is_expert(name) else "its numbers"
+            chunks = len(manifest.tensors[name].crc32) > 1
+            what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if chunks else "its numbers"
             raise CheckpointError(
                 f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. Make the model again."
             )
@@ -85,16 +86,41 @@ def write_params(path: Path, params: Any) -> None:
         ocp.save(str(path.absolute()), params)
 
 
-def read_params(path: Path, wanted: Any) -> Any:
-    """Read an Orbax checkpoint into a tree like `wanted` (arrays, whose shape and dtype count).
+def write_skeleton(path: Path, cfg: ModelConfig) -> None:
+    """Make an Orbax checkpoint of arrays that lie in `path` already, each in its place (`state/<tensor>`).
+
+    Orbax describes the tree apart from its arrays, so a tree of empty ones gives the description.
+    """
+    draft = path.parent / f"{path.name}.skeleton"
+    shutil.rmtree(draft, ignore_errors=True)
+    specs = param_specs(cfg)
+    write_params(draft, jax.tree.map(lambda spec: np.zeros([1] * len(spec.shape), np.float32), specs, is_leaf=is_spec))
+    for file in (f for f in draft.rglob("*") if f.is_file()):
+        place = file.relative_to(draft)
+        if len(place.parts) < 3:  # deeper ones are the empty arrays
+            shutil.move(file, path / place)
+    shutil.rmtree(draft)
+
+
+def read_params(path: Path, specs: Any) -> Any:
+    """Read an Orbax checkpoint into the tree of `specs` (their shapes do not count). Parameters that the model has not
+    (None) need not be known to the checkpoint: one written before they existed is as good.
 
     Raises CheckpointError with Orbax's own words, which name the file, when it cannot.
     """
     try:
         with _quiet():
-            return ocp.load(str(path.absolute()), wanted)
+            stored = ocp.load(str(path.absolute()))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def leaf(place: Any, _: Any) -> np.ndarray:
+        found: Any = stored
+        for key in jax.tree_util.keystr(place, simple=True, separator=".").split("."):
+            found = found[int(key)] if isinstance(found, list | tuple) else found[key]
+        return np.asarray(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
 
 
 def replace_folder(draft: Path, folder: Path) -> None:

@@ -31,7 +31,7 @@ class AssetUnavailable(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package file: `client` is pip-wheel, pip-sdist or apt; `size` in bytes is for the progress bar.
+    """A package file: `client` is pip-wheel, pip-sdist, npm or apt; `size` in bytes is for the progress bar.
 
     `sha256` None leaves the check to the reader of the contents (Debian revises packages without changing
     what this repository reads from them).
@@ -47,7 +47,10 @@ class Package:
         """The download command; it writes into the working directory."""
         if self.client == "apt":
             return ["apt-get", "download", self.requirement]
-        kind = ["--only-binary=:all:"] if self.client == "pip-wheel" else ["--no-binary=:all:"]
+        if self.client == "npm":
+            return ["npm", "pack", self.requirement]
+        name = self.requirement.partition("==")[0]
+        kind = ["--only-binary=:all:"] if self.client == "pip-wheel" else [f"--no-binary={name}"]
         pip = [
             sys.executable,
             "-m",

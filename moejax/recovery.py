@@ -4,6 +4,7 @@ Weights that every rank has stay host arrays that the device aliases; slots are 
 the bytes of the experts that are missing; the cache is kept. Nothing here waits for another rank.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -11,12 +12,16 @@ import jax
 import numpy as np
 
 from moejax import steps
-from moejax.cache import Cache
+from moejax.cache import Cache, empty_cache
 from moejax.config import ModelConfig
 from moejax.manifest import expert_place
 from moejax.mesh import global_array
-from moejax.params import FeedForward, Params
+from moejax.params import FeedForward, Head, Params, expert_bytes, is_spec, param_specs
 from moejax.programs import LocalPrograms, MeshPrograms, ModelShape, expert_positions
+from moejax.store import StoreError
+
+BATCH_BYTES = 64 << 20
+"""Experts read at once when many slots are filled."""
 
 
 class ExpertSource(Protocol):
@@ -26,9 +31,27 @@ class ExpertSource(Protocol):
         """All other weights, as host arrays; expert leaves are None."""
         ...
 
-    def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-        """(gate_up `[2F, D]`, down `[D, F]`) of each (MoE layer, expert)."""
+    def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[np.ndarray, ...]]:
+        """The parts of each (MoE layer, expert): gate_up `[2F, D]`, down `[D, F]`, their biases if it has any. Raises
+        StoreError."""
         ...
+
+    def is_intact(self, expert: tuple[int, int], *parts: np.ndarray) -> bool:
+        """Whether these are, in every bit, the expert's weights."""
+        ...
+
+    def damaged(self, params: Params) -> list[str]:
+        """Names of the other weights that are not what they should be."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """How many experts were read, the (MoE layer, slot, expert) that could not be, and why the first could not."""
+
+    read: int
+    missing: tuple[tuple[int, int, int], ...] = ()
+    trouble: str = ""
 
 
 class LiveArrays:
@@ -36,7 +59,7 @@ class LiveArrays:
 
     def __init__(self, shape: ModelShape, source: ExpertSource) -> None:
         self.shape = shape
-        self._source = source
+        self.source = source
         self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
         self._host_weights = jax.tree.map(_aligned, source.everything_but_experts())
         self._host_cache: Cache | None = None
@@ -52,6 +75,12 @@ class LiveArrays:
         cfg = self.shape.cfg
         return cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 0
 
+    @property
+    def head(self) -> Head:
+        """What makes logits of hidden rows."""
+        assert self._weights is not None
+        return self._weights.logits
+
     def leave_device(self, pages_used: int) -> None:
         """Copy to the host what a new generation must not lose: the experts, and the first pages of the cache."""
         if self.cache is not None:
@@ -64,54 +93,95 @@ class LiveArrays:
         """Put everything on the device of a new generation."""
         self._weights = jax.device_put(self._host_weights, device)
         self._experts = jax.device_put(self._host_experts, device)
-        cache = _empty_cache(self.shape)
+        cache = empty_cache(self.shape.cfg, self.shape.entries)
         if self._host_cache is not None:
             for whole, used in zip(jax.tree.leaves(cache), jax.tree.leaves(self._host_cache), strict=True):
                 whole[:, : used.shape[1]] = used
         self.cache = jax.device_put(cache, device, may_alias=False)
         self._host_cache, self._host_experts = None, {}
 
-    def fill(self, slots: np.ndarray, local: LocalPrograms | None, device: jax.Device) -> int:
+    def expert(self, layer: int, slot: int) -> tuple[np.ndarray, ...]:
+        """The weights in a slot, the parts of a FeedForward in order, as host arrays (on a CPU, without a copy)."""
+        i, j, repeat = self._places[layer]
+        return tuple(np.asarray(leaf)[repeat, slot] for leaf in jax.tree.leaves(self._experts[i, j]))
+
+    def put_expert(
+        self, layer: int, slot: int, weights: tuple[np.ndarray, ...], local: LocalPrograms, device: jax.Device
+    ) -> None:
+        """Write weights into a slot, which donates the leaves: arrays laid over a mesh before are gone."""
+        i, j, repeat = self._places[layer]
+        arguments = jax.device_put((FeedForward(*weights), np.int32(repeat), np.int32(slot)), device)
+        self._experts[i, j] = local.fills[i, j](self._experts[i, j], *arguments)
+
+    @property
+    def weights(self) -> Params | None:
+        """What every rank has, on the device; expert leaves are None."""
+        return self._weights
+
+    def fill(self, slots: np.ndarray, local: LocalPrograms | None, device: jax.Device) -> Filled:
         """Bring the slots `[moe layers, S]` to hold these experts; what is in place stays.
 
-        `local` has the fill programs of this S; None where S changes, when the buffers are made anew on the host.
-        Returns how many experts were read from the store.
+        `local` has the fill programs of this S; where S changes and experts are held, or without programs, the buffers
+        are made anew on the host. Memory is that of the slots and of `BATCH_BYTES` of experts.
+        A slot whose expert the store cannot give counts as empty.
         """
-        if slots.shape != self.held.shape or local is None:
+        if local is None or (slots.shape != self.held.shape and self.held.size):
             return self._refill(slots, device)
+        if slots.shape != self.held.shape:
+            self._experts = jax.device_put(_empty_experts(self.shape.cfg, slots.shape[1]), device, may_alias=False)
+            self.held = np.full(slots.shape, -1, np.int32)
         missing = np.argwhere((slots != self.held) & (slots >= 0))
-        read = self._source.read_experts([(int(layer), int(slots[layer, s])) for layer, s in missing])
-        for layer, s in missing:
-            i, j, repeat = self._places[layer]
-            gate_up, down = read[int(layer), int(slots[layer, s])]
-            self._experts[i, j] = local.fills[i, j](
-                self._experts[i, j],
-                *jax.device_put((gate_up, down, np.int32(repeat), np.int32(s)), device),
-            )
-            self.held[layer, s] = slots[layer, s]
-        return len(missing)
+        size = max(1, BATCH_BYTES // max(1, expert_bytes(self.shape.cfg)))
+        unread, trouble = [], ""
+        for first in range(0, len(missing), size):
+            if first:
+                jax.block_until_ready(self._experts)  # lets go of the experts of the batch before
+            batch = missing[first : first + size]
+            read, said = self._read([(int(layer), int(slots[layer, s])) for layer, s in batch])
+            trouble = trouble or said
+            for layer, s in batch:
+                expert = int(slots[layer, s])
+                if (int(layer), expert) in read:
+                    self.put_expert(layer, s, read[int(layer), expert], local, device)
+                    self.held[layer, s] = expert
+                else:
+                    self.held[layer, s] = -1
+                    unread.append((int(layer), int(s), expert))
+        return Filled(len(missing) - len(unread), tuple(unread), trouble)
 
-    def _refill(self, slots: np.ndarray, device: jax.Device) -> int:
+    def _read(self, wanted: list[tuple[int, int]]) -> tuple[Mapping[tuple[int, int], tuple[np.ndarray, ...]], str]:
+        """Those of the wanted experts that the store can give, and what it says of the first that it cannot."""
+        try:
+            return self.source.read_experts(wanted), ""
+        except StoreError as error:
+            rest = [expert for expert in dict.fromkeys(wanted) if expert not in error.failed] if error.failed else []
+            return (self._read(rest)[0] if rest else {}), str(error)
+
+    def _refill(self, slots: np.ndarray, device: jax.Device) -> Filled:
         before = {place: jax.tree.map(np.asarray, leaves) for place, leaves in self._experts.items()}
         have = {(int(x), int(e)): s for x, row in enumerate(self.held) for s, e in enumerate(row) if e >= 0}
         wanted = sorted({(int(x), int(e)) for x, row in enumerate(slots) for e in row if e >= 0})
-        read = self._source.read_experts([each for each in wanted if each not in have])
+        read, trouble = self._read([each for each in wanted if each not in have])
+        unread = []
         after = _empty_experts(self.shape.cfg, slots.shape[1])
         for layer, row in enumerate(slots):
             i, j, repeat = self._places[layer]
             for s, expert in enumerate(row):
                 key = (layer, int(expert))
                 if key in have:
-                    old = before[i, j]
-                    gate_up, down = old.gate_up[repeat, have[key]], old.down[repeat, have[key]]
-                elif expert >= 0:
-                    gate_up, down = read[key]
+                    one = jax.tree.map(lambda leaf, at=(repeat, have[key]): leaf[at], before[i, j])
+                elif key in read:
+                    one = FeedForward(*read[key])
                 else:
+                    if expert >= 0:
+                        unread.append((layer, s, int(expert)))
                     continue
-                after[i, j].gate_up[repeat, s], after[i, j].down[repeat, s] = gate_up, down
+                jax.tree.map(lambda leaf, weight, at=(repeat, s): leaf.__setitem__(at, weight), after[i, j], one)
         self._experts = jax.device_put(after, device)
         self.held = np.array(slots, np.int32)
-        return len(read)
+        for layer, s, _ in unread:
+            self.held[layer, s] = -1
+        return Filled(len(read), tuple(unread), trouble)
 
     def lay_over(
         self, programs: MeshPrograms, expert_to_slot: np.ndarray
@@ -161,19 +231,13 @@ def _aligned(value: np.ndarray) -> np.ndarray:
     return moved
 
 
-def _empty_cache(shape: ModelShape) -> Cache:
-    size = (shape.cfg.n_layers, shape.entries, shape.cfg.n_kv_heads * shape.cfg.d_head)
-    return Cache(k=np.zeros(size, np.float32), v=np.zeros(size, np.float32))
-
-
 def _empty_experts(cfg: ModelConfig, slots: int) -> dict[tuple[int, int], FeedForward]:
-    if cfg.moe is None:
-        return {}
-    D, F = cfg.d_model, cfg.moe.d_expert
+    segments = param_specs(cfg).segments
     return {
-        (i, j): FeedForward(
-            gate_up=np.zeros((cfg.segments[i][1], slots, 2 * F, D), np.float32),
-            down=np.zeros((cfg.segments[i][1], slots, D, F), np.float32),
+        (i, j): jax.tree.map(
+            lambda spec: np.zeros((spec.shape[0], slots, *spec.shape[2:]), np.float32),
+            segments[i][j].moe.experts,
+            is_leaf=is_spec,
         )
         for i, j in expert_positions(cfg)
     }

@@ -7,12 +7,8 @@ Orbax's own storage layer, is used directly. No barrier, no lock, no JAX backend
 at once, also before `jax.distributed` is up.
 """
 
-import os
-import shutil
-import stat
-import tempfile
-import warnings
-from collections.abc import Iterable
+import collections
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,36 +17,20 @@ import numpy as np
 import tensorstore
 
 from moejax.config import ModelConfig
-from moejax.manifest import FILE, CheckpointError, Manifest, checksum, content_hash, expert_place, is_expert
+from moejax.copies import ensure_copy, lease
+from moejax.manifest import Manifest, checksum, expert_place, is_expert, named
 from moejax.params import Params, is_spec, param_specs
+from moejax.store_errors import Expert, StoreCorrupt, StoreError, StoreMissing, StoreRefused
 
-TMPFS = Path("/dev/shm")
+__all__ = ["Expert", "HostStore", "StoreCorrupt", "StoreError", "StoreMissing", "StoreRefused"]
+
 WAY_OUT = "Delete the folder; it is copied anew from the model at the next start."
-Expert = tuple[int, int]
-"""(MoE layer, counted by depth among MoE layers; logical expert)."""
-
-
-class StoreError(RuntimeError):
-    """Weights that cannot be had from the host's copy.
-
-    `failed` holds one error for every expert of the call that could not be read; the others can.
-    """
-
-    def __init__(self, message: str, failed: "dict[Expert, StoreError] | None" = None) -> None:
-        super().__init__(message)
-        self.failed: dict[Expert, StoreError] = failed or {}
-
-
-class StoreMissing(StoreError):
-    """The store has no such weights: the file is not there."""
-
-
-class StoreCorrupt(StoreError):
-    """The store has other weights than were written: truncated, damaged, or a checksum that differs."""
-
-
-class StoreRefused(StoreError):
-    """A folder that others could have written to."""
+PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
+"""The leaves of an expert, in the order they are read; a model has the first two at least."""
+IN_FLIGHT = 64 << 20
+"""Bytes of reads under way at once; one read may be more."""
+ALIGNMENT = 64
+"""Bytes; XLA:CPU takes host arrays at such addresses as they are."""
 
 
 class HostStore:
@@ -62,6 +42,7 @@ class HostStore:
         self._manifest = manifest
         self._handles: dict[str, tensorstore.TensorStore] = {}
         self._context = tensorstore.Context({"file_io_concurrency": {"limit": 8}})
+        self._lease = lease(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -76,99 +57,122 @@ class HostStore:
 
     @classmethod
     def create(cls, model_folder: Path, place: Path | None = None) -> Self:
-        """Copy a model's weights to the host's memory, once: a second call finds the copy.
+        """Copy a model's weights to the host's memory, once (see `moejax.copies`): a second call finds the copy.
 
-        `place` is /dev/shm/moejax-<uid>/<model>-<content hash> unless given; only this user may read it.
-        Without room in tmpfs the model folder itself is the store, with a warning. The copy stays until it is
-        deleted or the host restarts. Raises StoreRefused for a folder of another owner.
+        `place` is /dev/shm/moejax-<uid>/<model>-<content hash> unless given. Without room there the model folder itself
+        is the store, with a warning. Raises StoreRefused for a folder of another owner.
         """
-        model_folder = Path(model_folder)
-        if place is None:
-            name = ModelConfig.load(model_folder).name
-            place = TMPFS / f"moejax-{os.getuid()}" / f"{name}-{content_hash(model_folder)}"
-        if not place.parent.parent.is_dir():
-            warnings.warn(f"{place.parent.parent} does not exist; reading {model_folder}.", stacklevel=2)
-            return cls.open(model_folder)
-        _private(place.parent)
-        sizes = _sizes(model_folder)
-        if place.is_dir() and _sizes(place) == sizes:
-            return cls.open(place)
-        free, needed = shutil.disk_usage(place.parent).free, sum(sizes.values())
-        if free < needed:
-            warnings.warn(
-                f"{place.parent} has {free >> 20} MiB free, the weights need {needed >> 20} MiB; reading "
-                f"{model_folder}, so experts will be recovered at the speed of that disk.",
-                stacklevel=2,
-            )
-            return cls.open(model_folder)
-        _copy(model_folder, place, list(sizes))
-        return cls.open(place)
+        return cls.open(ensure_copy(Path(model_folder), place))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights, as stored."""
+        return sum(tensor.bytes for tensor in self._manifest.tensors.values())
 
     def everything_but_experts(self, dtype: Any = np.float32) -> Params:
         """All parameters as NumPy arrays except the routed experts, which are `FeedForward(None, None)`.
 
-        Raises StoreMissing or StoreCorrupt.
+        They lie where a device of the host can use them without a copy. Raises StoreMissing or StoreCorrupt.
         """
         names = [n for n in self._manifest.tensors if not is_expert(n)]
-        reads = {n: self._handle(n).read() for n in names}
+        wanted = ((n, self._manifest.tensors[n].bytes, lambda n=n: self._handle(n).read()) for n in names)
+        arrays = {n: _aligned(self._whole(n, read), np.dtype(dtype)) for n, read in _ahead(wanted)}
 
         def leaf(path: Any, _: Any) -> np.ndarray | None:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            if is_expert(name):
-                return None
-            return self._checked(name, 0, reads[name], f"tensor {name}").astype(dtype, copy=False)
+            return arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
 
         return jax.tree_util.tree_map_with_path(leaf, param_specs(self.cfg), is_leaf=is_spec)
 
-    def read_experts(
-        self, wanted: Iterable[Expert], dtype: Any = np.float32
-    ) -> dict[Expert, tuple[np.ndarray, np.ndarray]]:
-        """Gate-up `[2F, D]` and down `[D, F]` of the wanted experts: only their bytes, all reads at once.
+    def read_experts(self, wanted: Iterable[Expert], dtype: Any = np.float32) -> dict[Expert, tuple[np.ndarray, ...]]:
+        """Gate-up `[2F, D]` and down `[D, F]` of the wanted experts, and their biases if the model has them (`[2F]`,
+        `[D]`): only their bytes, many reads at once.
 
         Raises StoreMissing or StoreCorrupt for the first that fails; its `failed` names all that do.
         """
-        reads: dict[Expert, list[tuple[str, int, Any]]] = {}
+        found: dict[Expert, tuple[np.ndarray, ...]] = {}
         failed: dict[Expert, StoreError] = {}
-        for expert in wanted:
+        reads = ((expert, self._expert_bytes(expert), lambda e=expert: self._start_reads(e)) for expert in wanted)
+        for expert, read in _ahead(reads):
             try:
-                reads[expert] = [self._start_read(expert, part) for part in ("gate_up", "down")]
+                if isinstance(read, StoreError):
+                    raise read
+                label = f"expert {expert[1]} of MoE layer {expert[0]}"
+                found[expert] = tuple(self._checked(*part, label).astype(dtype, copy=False) for part in read)
             except StoreError as error:
                 failed[expert] = error
-        found = {}
-        for expert, parts in reads.items():
-            label = f"expert {expert[1]} of MoE layer {expert[0]}"
-            try:
-                gate_up, down = (self._checked(*p, label).astype(dtype, copy=False) for p in parts)
-            except StoreError as error:
-                failed[expert] = error
-            else:
-                found[expert] = (gate_up, down)
         if failed:
             first = next(iter(failed.values()))
             raise type(first)(str(first), failed)
         return found
 
-    def _start_read(self, expert: Expert, part: str) -> tuple[str, int, Any]:
-        """The tensor, the chunk number in it and the read in flight of one half of an expert."""
+    def is_intact(self, expert: Expert, *parts: np.ndarray) -> bool:
+        """Whether these parts, as `read_experts` gives them, are in every bit what was stored for the expert."""
         segment, position, repeat = expert_place(self.cfg, expert[0])
-        name = f"segments.{segment}.{position}.moe.experts.{part}"
-        experts = self._manifest.tensors[name].shape[1]
+        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in PARTS]
+        tensors = [self._manifest.tensors[name] for name in names if name in self._manifest.tensors]
+        return all(
+            checksum(array.astype(np.dtype(tensor.dtype), copy=False))
+            == tensor.crc32[repeat * tensor.shape[1] + expert[1]]
+            for tensor, array in zip(tensors, parts, strict=True)
+        )
+
+    def damaged(self, params: Params) -> list[str]:
+        """Names of the tensors of `params`, expert leaves left out, that are not as they were stored."""
+        arrays = {name: leaf for name, leaf in named(params).items() if leaf is not None and not is_expert(name)}
+        tensors = self._manifest.tensors
+        return [
+            name
+            for name, array in arrays.items()
+            if self._manifest.damaged(name, np.asarray(array).astype(np.dtype(tensors[name].dtype), copy=False))
+        ]
+
+    def _expert_bytes(self, expert: Expert) -> int:
+        segment, position, _ = expert_place(self.cfg, expert[0])
+        tensors = [self._manifest.tensors.get(f"segments.{segment}.{position}.moe.experts.{part}") for part in PARTS]
+        return sum(t.bytes // (t.shape[0] * t.shape[1]) for t in tensors if t is not None)
+
+    def _start_reads(self, expert: Expert) -> list[tuple[str, int, Any]] | StoreError:
+        """The tensor, the chunk number in it and the read in flight of each part of an expert."""
+        segment, position, repeat = expert_place(self.cfg, expert[0])
+        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in PARTS]
+        experts = self._manifest.tensors[names[0]].shape[1]
         if not 0 <= expert[1] < experts:
-            raise StoreMissing(f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}.")
-        return name, repeat * experts + expert[1], self._handle(name)[repeat, expert[1]].read()
+            return StoreMissing(
+                f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}."
+            )
+        try:
+            return [
+                (name, repeat * experts + expert[1], self._handle(name)[repeat, expert[1]].read())
+                for name in names
+                if name in self._manifest.tensors
+            ]
+        except StoreError as error:
+            return error
+
+    def _whole(self, name: str, read: Any) -> np.ndarray:
+        """A tensor that was read whole, compared with its checksums."""
+        label = f"tensor {name}"
+        array = self._array(read, label)
+        if bad := self._manifest.damaged(name, array):
+            which = f", chunks {bad}" if len(self._manifest.tensors[name].crc32) > 1 else ""
+            raise StoreCorrupt(f"{label} in {self._path(name)} is corrupt: CRC-32 differs{which}. {WAY_OUT}")
+        return array
 
     def _checked(self, name: str, chunk: int, read: Any, label: str) -> np.ndarray:
-        """The array of a finished read, compared with its checksum."""
-        try:
-            array = read.result()
-        except ValueError as error:
-            raise self._error(error, label) from error
+        """One chunk of a tensor, compared with its checksum."""
+        array = self._array(read, label)
         expected, found = self._manifest.tensors[name].crc32[chunk], checksum(array)
         if found != expected:
             raise StoreCorrupt(
-                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. " + WAY_OUT
+                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. {WAY_OUT}"
             )
         return array
+
+    def _array(self, read: Any, label: str) -> np.ndarray:
+        try:
+            return read.result()
+        except ValueError as error:
+            raise self._error(error, label) from error
 
     def _handle(self, name: str) -> tensorstore.TensorStore:
         """An opened tensor, kept: opening costs as much as reading an expert."""
@@ -195,36 +199,24 @@ class HostStore:
         return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {WAY_OUT}")
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file the store needs, by path within the model folder."""
-    files = [folder / "config.json", folder / FILE, *sorted((folder / "params").rglob("*"))]
-    return {str(f.relative_to(folder)): f.stat().st_size for f in files if f.is_file()}
+def _aligned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in this format, at an address that a device of the host can use without a copy."""
+    if array.dtype == dtype and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    room = np.empty(array.size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    moved = room[start : start + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
+    np.copyto(moved, array, casting="unsafe")
+    return moved
 
 
-def _private(folder: Path) -> None:
-    """Make a folder for this user alone, or raise StoreRefused when another could have put files in it."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise StoreRefused(
-            f"{folder} has owner {found.st_uid} and mode {stat.filemode(found.st_mode)}; it must be a "
-            f"folder of user {os.getuid()} with mode drwx------. Delete it, or give another place."
-        )
-
-
-def _copy(model_folder: Path, place: Path, files: list[str]) -> None:
-    """Copy into a draft and rename: another process sees all of it or nothing."""
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
-    try:
-        for file in files:
-            (draft / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(model_folder / file, draft / file)
-        if place.is_dir():
-            os.rename(place, draft / "damaged")
-        os.rename(draft, place)
-        shutil.rmtree(place / "damaged", ignore_errors=True)
-    except OSError as error:
-        if not place.is_dir():
-            raise CheckpointError(f"{model_folder} cannot be copied to {place}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def _ahead(wanted: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Start the reads (key, bytes, start) in order, as many at once as `IN_FLIGHT` allows; yield key and read."""
+    flying: collections.deque[tuple[Any, int, Any]] = collections.deque()
+    for key, size, start in wanted:
+        while flying and sum(each[1] for each in flying) + size > IN_FLIGHT:
+            first = flying.popleft()
+            yield first[0], first[2]
+        flying.append((key, size, start()))
+    for key, _, read in flying:
+        yield key, read

@@ -7,10 +7,13 @@ is the only one that relies on it.
 import os
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-HEARTBEAT_TIMEOUT_S = 3600
-"""Of JAX's own service: the front decides who is dead, long before this."""
+from moejax.relay import Relay
+
+HEARTBEAT_TIMEOUT_S = 10**8
+"""Of JAX's own service, in effect never: the front decides who is dead, and the service itself may die."""
 
 
 _GPU_FLAGS = (
@@ -20,7 +23,7 @@ _GPU_FLAGS = (
 )
 
 
-def host_coordination_service(ranks: int, port: int, host: str = "127.0.0.1"):
+def host_coordination_service(processes: int, port: int, host: str = "127.0.0.1"):
     """The coordination service of one generation, in a process that is no rank. Keep the returned object.
 
     Needs jaxlib only; importing it does not import jax.
@@ -28,8 +31,25 @@ def host_coordination_service(ranks: int, port: int, host: str = "127.0.0.1"):
     from jaxlib import _jax
 
     return _jax.get_distributed_runtime_service(
-        f"{host}:{port}", ranks, heartbeat_timeout=HEARTBEAT_TIMEOUT_S, shutdown_timeout=5, recoverable=True
+        f"{host}:{port}", processes, heartbeat_timeout=HEARTBEAT_TIMEOUT_S, shutdown_timeout=5, recoverable=True
     )
+
+
+def keep_seats(address: str, seats: Iterable[int], processes: int) -> None:
+    """Stand in for the processes `seats` of a generation until everybody knows everybody's devices, then leave.
+
+    A process cannot come back to a coordination service, and one that was not there at the start is unknown to the
+    others. But a seat that was left in good order may be taken later: by a replacement, with no new generation.
+    """
+    from jaxlib import _jax, xla_client
+
+    def keep(seat: int) -> None:
+        client = _connect(_jax, address, seat)
+        xla_client.make_cpu_client(distributed_client=client, node_id=seat, num_nodes=processes, num_devices=1)
+        client.shutdown()
+
+    for seat in seats:
+        threading.Thread(target=keep, args=(seat,), daemon=True, name=f"seat {seat}").start()
 
 
 def configure_process(collective_timeout_s: int) -> None:
@@ -59,12 +79,17 @@ class World:
     """One rank's membership of generations. A rank is in one generation at a time."""
 
     def __init__(self) -> None:
-        self._devices: dict[int, object] = {}
+        self._processes: dict[int, Any] = {}
+        self._devices: dict[int, Any] = {}
         self._data_planes: dict[frozenset[int], dict[int, str]] = {}
+        self._connecting: _Connecting | None = None
         self._lock = threading.Lock()
+        self._relay: Relay | None = None
+        self._abandoned: list[object] = []
+        """Clients of services that died, and their relays: ending either would end this process."""
 
-    def join(self, address: str, rank: int, members: Sequence[int]) -> None:
-        """Enter the generation at `address` as process `members.index(rank)`, leaving the one before.
+    def join(self, address: str, rank: int, seats: Mapping[int, int], processes: int) -> None:
+        """Enter the generation at `address` as process `seats[rank]` of `processes`, leaving the one before.
 
         Every array of the old generation's backend is gone afterwards; copy to the host first.
         """
@@ -76,24 +101,26 @@ class World:
         state = distributed.global_state
         if self._devices:
             # JAX's caches keep the old client alive; left connected, it would end the process with its service.
-            state.client.shutdown()
+            self._leave()
             jax.clear_caches()
             jax.extend.backend.clear_backends()
             state.client = None
+        self._relay = Relay(address)
         with self._lock:
             self._data_planes.clear()
         state.coordinator_address = address
-        state.process_id = list(members).index(rank)
-        state.num_processes = len(members)
-        state.client = _jax.get_distributed_runtime_client(
-            address,
-            state.process_id,
-            init_timeout=60,
-            use_compression=True,
-            heartbeat_timeout=HEARTBEAT_TIMEOUT_S,
-        )
-        state.client.connect()
-        self._devices = {members[d.process_index]: d for d in jax.devices()}
+        state.process_id = seats[rank]
+        state.num_processes = processes
+        state.client = _connect(_jax, self._relay.address, state.process_id)
+        self._processes = {d.process_index: d for d in jax.devices()}
+        self._devices = {r: self._processes[seat] for r, seat in seats.items()}
+        self._relay.hold()
+
+    def seat(self, rank: int, process: int) -> None:
+        """`rank` is that process of the generation from now on; communicators with its predecessor are void."""
+        with self._lock:
+            self._data_planes = {ranks: plane for ranks, plane in self._data_planes.items() if rank not in ranks}
+        self._devices[rank] = self._processes[process]
 
     def devices(self, ranks: Iterable[int]) -> list:
         """The devices of these ranks, in that order."""
@@ -107,22 +134,61 @@ class World:
         """Shut down the sockets of one communicator, so that both ends see the end of the stream and no collective
         waits for a timeout. Returns how many were shut down. Safe from any thread, at any time."""
         with self._lock:
-            plane = self._data_planes.pop(frozenset(ranks), {})
-        open_now = _sockets()
-        cut = 0
-        for descriptor, inode in plane.items():
-            if open_now.get(descriptor) == inode:
-                try:
-                    with socket.socket(fileno=os.dup(descriptor)) as end:
-                        end.shutdown(socket.SHUT_RDWR)
-                    cut += 1
-                except OSError:
-                    continue
-        return cut
+            return _cut(self._data_planes.pop(frozenset(ranks), {}))
+
+    def give_up_connecting(self) -> None:
+        """Let go of a communicator that is being connected, if there is one: somebody in it is dead. Waiting for the
+        dead ends only by leaving the coordination service, so this process can connect no more in this generation;
+        what is connected goes on. Safe from any thread, at any time."""
+        with self._lock:
+            if self._connecting is not None:
+                self._leave()
+                _cut(self._connecting.appeared())
+
+    def _leave(self) -> None:
+        from jax._src import distributed
+
+        relay, self._relay = self._relay, None
+        if relay is None:
+            return
+        if relay.silent:  # shutting down would fail, and that ends the process
+            self._abandoned.append((distributed.global_state.client, relay))
+        else:
+            distributed.global_state.client.shutdown()
+            relay.close()
+
+    def _begin_connecting(self, connecting: "_Connecting") -> None:
+        with self._lock:
+            self._connecting = connecting
 
     def _connected(self, ranks: frozenset[int], plane: dict[int, str]) -> None:
         with self._lock:
+            self._connecting = None
             self._data_planes.setdefault(ranks, {}).update(plane)
+
+
+def _cut(plane: Mapping[int, str]) -> int:
+    """Shut down sockets, given by descriptor and inode; how many of them were still open."""
+    open_now = _sockets()
+    cut = 0
+    for descriptor, inode in plane.items():
+        if open_now.get(descriptor) == inode:
+            try:
+                with socket.socket(fileno=os.dup(descriptor)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
+                cut += 1
+            except OSError:
+                continue
+    return cut
+
+
+def _connect(jaxlib: Any, address: str, process: int):
+    """A client of the coordination service, registered. Waits for all processes of the generation the first time."""
+    client = jaxlib.get_distributed_runtime_client(
+        address, process, init_timeout=60, use_compression=True, heartbeat_timeout=HEARTBEAT_TIMEOUT_S
+    )
+    client.connect()
+    return client
 
 
 class _Connecting:
@@ -131,10 +197,13 @@ class _Connecting:
 
     def __enter__(self) -> None:
         self._before = set(_sockets().values())
+        self._world._begin_connecting(self)
+
+    def appeared(self) -> dict[int, str]:
+        return {fd: inode for fd, inode in _sockets().items() if inode not in self._before}
 
     def __exit__(self, *_exc: object) -> None:
-        appeared = {fd: inode for fd, inode in _sockets().items() if inode not in self._before}
-        self._world._connected(self._ranks, appeared)
+        self._world._connected(self._ranks, self.appeared())
 
 
 def _sockets() -> dict[int, str]:

@@ -1,0 +1,232 @@
+"""What a model is and needs, before anything is served: configuration, parameters, bytes, cache, a first plan.
+
+    python -m moejax.inspect MODEL [--ranks 4] [--json]      a name, a folder (ours or published), or a config.json
+    python -m moejax.inspect --families [--json]             the model families and what can be done with each
+
+Of a published folder the headers of all files are read and checked against the configuration, no weight is.
+"""
+
+import argparse
+import collections
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from moejax.assets import ensure_model, is_published
+from moejax.cache import bytes_per_token
+from moejax.checkpoint import TOKENIZERS
+from moejax.config import ModelConfig
+from moejax.convert import check, published_name
+from moejax.families import FAMILIES, read_config, tensor_names
+from moejax.manifest import Manifest
+from moejax.params import expert_bytes, parameter_count
+from moejax.safetensors_folder import SafetensorsFolder
+from planner.cluster import Cluster
+from planner.errors import NoFeasiblePlan
+from planner.families import FAMILIES as PLANNED
+from planner.solve import solve
+from planner.workload import Workload
+
+RANKS = 4
+SERVED, PLANS_ONLY = "served", "plans only (moejax plan)"
+Values = dict[str, Any]
+
+
+def describe(model: str, ranks: int = RANKS) -> Values:
+    """Everything about a model, as data; bytes unless the key says otherwise.
+
+    Raises ConfigError for an architecture that is not served, CheckpointError for weights that are not those of the
+    configuration, AssetUnavailable when a model known by name cannot be had.
+    """
+    path = Path(model)
+    if path.is_file():
+        cfg, folder = read_config(path, name=path.stem if path.stem != "config" else None), None
+    elif is_published(path):
+        cfg, folder = read_config(path, name=published_name(path)), path
+    else:
+        folder = ensure_model(model)
+        cfg = ModelConfig.load(folder)
+    weights = _weights(folder, cfg) if folder is not None else {}
+    return {
+        "name": cfg.name,
+        "family": cfg.family,
+        "layers": dict(collections.Counter(cfg.layer_kinds)),
+        "config": json.loads(cfg.to_json()),
+        "parameters": parameters(cfg),
+        "active_parameters": active_parameters(cfg),
+        "weights": weights,
+        "tokenizer": _tokenizer(folder) if folder is not None else {},
+        "served_bytes": 4 * parameter_count(cfg),
+        "expert_bytes": expert_bytes(cfg),
+        "cache_bytes_per_token": bytes_per_token(cfg),
+        "cache_bytes_of_full_context": bytes_per_token(cfg) * cfg.max_context,
+        "plan": first_plan(cfg, ranks),
+    }
+
+
+def parameters(cfg: ModelConfig) -> int:
+    """Parameters as published: without those of ours that a family has no tensor for."""
+    if cfg.family not in FAMILIES:
+        return parameter_count(cfg)
+    return sum(math.prod(entry.shape) for entry in tensor_names(cfg) if entry.tensors)
+
+
+def active_parameters(cfg: ModelConfig) -> int:
+    """Parameters that one token touches, embeddings included."""
+    if cfg.moe is None:
+        return parameters(cfg)
+    idle = cfg.n_moe_layers * (cfg.moe.experts - cfg.moe.experts_per_token)
+    return parameters(cfg) - idle * expert_bytes(cfg, 1)
+
+
+def first_plan(cfg: ModelConfig, ranks: int) -> Values:
+    """Where `moejax serve --ranks` would put things at first, and what each rank would hold; float32."""
+    moe = cfg.moe
+    if moe is None:
+        return {"ranks": ranks, "bytes_per_rank": 4 * parameter_count(cfg)}
+    one = expert_bytes(cfg)
+    rest = 4 * parameter_count(cfg) - cfg.n_moe_layers * moe.experts * one
+    workload = Workload(
+        name=cfg.name,
+        layers=cfg.n_layers,
+        moe_layers=cfg.n_moe_layers,
+        experts=moe.experts,
+        experts_per_token=moe.experts_per_token,
+        expert_bytes=one,
+        rest_bytes=rest,
+        cache_bytes_per_token=bytes_per_token(cfg),
+        hidden_bytes=4 * cfg.d_model,
+        weight_format="float32",
+    )
+    try:
+        plan = solve(workload, Cluster.local(ranks), survive_ranks=min(1, ranks - 1), pages_per_rank=1)
+    except NoFeasiblePlan as error:
+        return {"ranks": ranks, "reason": str(error)}
+    spare = ranks * plan.slots_per_rank - moe.experts
+    return {
+        "ranks": ranks,
+        "slots_per_rank": plan.slots_per_rank,
+        "second_copies_per_layer": spare,
+        "bytes_per_rank": rest + cfg.n_moe_layers * plan.slots_per_rank * one,
+        "bytes_of_experts_per_rank": cfg.n_moe_layers * plan.slots_per_rank * one,
+    }
+
+
+def families() -> list[Values]:
+    """Every family known here, what its config.json calls it, and what can be done with it."""
+    rows = [
+        {"model_type": kind, "architectures": list(family.architectures), "state": SERVED}
+        for kind, family in FAMILIES.items()
+    ]
+    rows += [{"model_type": kind, "architectures": [], "state": PLANS_ONLY} for kind in PLANNED if kind not in FAMILIES]
+    return sorted(rows, key=lambda row: (row["state"] != SERVED, row["model_type"]))
+
+
+def _weights(folder: Path, cfg: ModelConfig) -> Values:
+    """Form, number formats and bytes of the stored weights, after checking them against the configuration."""
+    if is_published(folder):
+        stored = SafetensorsFolder.open(folder)
+        check(cfg, stored)
+        names = {tensor.name for entry in tensor_names(cfg) for tensor in entry.tensors}
+        formats = {stored.dtype(name).name for name in names}
+        return {"form": "safetensors", "tensors": len(names), "formats": sorted(formats), "bytes": stored.bytes}
+    manifest = Manifest.load(folder)
+    manifest.check_config(cfg, folder)
+    tensors = manifest.tensors.values()
+    return {
+        "form": "orbax",
+        "tensors": len(tensors),
+        "formats": sorted({jnp.dtype(t.dtype).name for t in tensors}),
+        "bytes": sum(t.bytes for t in tensors),
+    }
+
+
+def _tokenizer(folder: Path) -> Values:
+    files = sorted({file.name for pattern in TOKENIZERS for file in folder.glob(pattern)})
+    settings = folder / "tokenizer_config.json"
+    template = (folder / "chat_template.jinja").is_file()
+    if not template and settings.is_file():
+        template = bool(json.loads(settings.read_text()).get("chat_template"))
+    return {"files": files, "chat_template": template}
+
+
+def _report(found: Values) -> str:
+    """The description for people."""
+    moe, plan, weights = found["config"]["moe"], found["plan"], found["weights"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
+    rows = [
+        ("model", f"{found['name']} ({found['family']})"),
+        ("layers", f"{kinds}; width {found['config']['d_model']}"),
+        ("parameters", f"{found['parameters']:,}, of which a token uses {found['active_parameters']:,}"),
+    ]
+    if moe:
+        each = _size(found["expert_bytes"])
+        rows.append(("experts", f"{moe['experts']} per layer, {moe['experts_per_token']} per token, {each} each"))
+    if weights:
+        text = (
+            f"{weights['form']}, {weights['tensors']} tensors, {', '.join(weights['formats'])}: whole and as configured"
+        )
+        rows.append(("weights", f"{_size(weights['bytes'])} ({text})"))
+        chat = "with" if found["tokenizer"]["chat_template"] else "without"
+        rows.append(("tokenizer", f"{', '.join(found['tokenizer']['files']) or 'missing'}, {chat} chat template"))
+    cache = f"{_size(found['cache_bytes_per_token'])} per token, {_size(found['cache_bytes_of_full_context'])} at"
+    rows.append(("cache", f"{cache} {found['config']['max_context']:,} tokens (float32)"))
+    rows.append((f"on {plan['ranks']} ranks", _plan_text(plan)))
+    return "\n".join(f"{label:<12} {text}" for label, text in rows)
+
+
+def _plan_text(plan: Values) -> str:
+    if "reason" in plan:
+        return plan["reason"]
+    text = f"{_size(plan['bytes_per_rank'])} of weights on each (float32)"
+    if "slots_per_rank" in plan:
+        text += (
+            f", {plan['slots_per_rank']} expert slots per layer, {plan['second_copies_per_layer']} of all hold copies"
+        )
+    return text
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _families_report(rows: list[Values]) -> str:
+    lines = [(row["model_type"], ", ".join(row["architectures"]), row["state"]) for row in rows]
+    wide = max(len(line[1]) for line in lines)
+    return "\n".join(f"{kind:<14} {names:<{wide}} {state}" for kind, names, state in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Say what the command line asks for; the exit status is 1 with one line of cause when the model is unusable."""
+    parser = argparse.ArgumentParser(prog="moejax inspect", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", help="a known name, a model folder (ours or published), or a config.json")
+    parser.add_argument("--ranks", type=int, default=RANKS, help=f"ranks of the first plan (default: {RANKS})")
+    parser.add_argument("--families", action="store_true", help="list the model families instead")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    given = parser.parse_args(arguments)
+    if given.model is None and not given.families:
+        parser.error("MODEL is missing")
+    if given.ranks < 1:
+        parser.error(f"--ranks is {given.ranks}; it must be at least 1")
+    try:
+        found: Any = families() if given.families else describe(given.model, given.ranks)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"moejax: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(found))
+    else:
+        print(_families_report(found) if given.families else _report(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Keeps a rank's connection to its coordination service up when the service dies.
+
+JAX's client ends its process as soon as its connection to the service breaks. Nothing of a running mesh needs the
+service: it is where ranks meet when they connect. So the client talks to this relay, in its own process; when the
+service is gone the relay goes silent instead of closing, and the front makes a new generation when it suits.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+_CHUNK = 1 << 16
+
+
+class Relay:
+    """Passes bytes between one client, in this process, and the service at `target` (host:port)."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
+        self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._holding = False
+        self._broken = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    @property
+    def silent(self) -> bool:
+        """The service is gone, and the client has not been told."""
+        return self._holding and self._broken
+
+    def hold(self) -> None:
+        """Keep the end of the service from the client from now on. Until then, whoever waits in there is let go."""
+        self._holding = True
+
+    def close(self) -> None:
+        """Close everything: the client must be shut down before, or it ends the process."""
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for end in (self._listener, *ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                self._ends.append(near)
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:
+                self._lost(near)
+                continue
+            with self._lock:
+                self._ends.append(far)
+            self._start(lambda near=near, far=far: _pass(near, far))
+            self._start(lambda near=near, far=far: self._back(far, near))
+
+    def _back(self, far: socket.socket, near: socket.socket) -> None:
+        _pass(far, near)
+        self._lost(near)
+
+    def _lost(self, near: socket.socket) -> None:
+        self._broken = True
+        if not self._holding:
+            with contextlib.suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _start(run: Callable[[], None]) -> None:
+        threading.Thread(target=run, daemon=True, name="relay").start()
+
+
+def _pass(source: socket.socket, sink: socket.socket) -> None:
+    """Bytes from one end to the other until either breaks. The other end is left as it is."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(_CHUNK):
+            sink.sendall(data)
