@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from serving.client import Client
@@ -25,7 +25,15 @@ class DidNotStart(RuntimeError):
 class Launched:
     """A running `moejax serve`; `launched_at` is of the monotonic clock, `first_token_s` counted from it."""
 
-    def __init__(self, model: str, ranks: int, *, cache: Path | None = None, limit_s: float = 1200.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        ranks: int,
+        *,
+        cache: Path | None = None,
+        limit_s: float = 1200.0,
+        options: Sequence[str] = (),
+    ) -> None:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by stop()
         command = [
             sys.executable,
@@ -37,6 +45,7 @@ class Launched:
             model,
             "--ranks",
             str(ranks),
+            *options,
         ]
         environment = os.environ | ({"MOEJAX_CACHE": str(cache)} if cache is not None else {})
         self.launched_at = time.monotonic()
@@ -53,6 +62,11 @@ class Launched:
         with Client(self.address) as client:
             client.generate("Once", temperature=0, max_tokens=1, ignore_eos=True)
         self.first_token_s = time.monotonic() - self.launched_at
+
+    @property
+    def pid(self) -> int:
+        """The front's process, parent of all others."""
+        return self._process.pid
 
     def said(self) -> str:
         """Everything on the server's output so far."""
@@ -86,11 +100,12 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(model: str, ranks: int, *, cache: Path | None = None) -> Iterator[Launched]:
-    """Start a server; stop it on leaving, be it by SIGTERM. `model` is a name or a folder, `cache` not the usual."""
+def launched(model: str, ranks: int, *, cache: Path | None = None, options: Sequence[str] = ()) -> Iterator[Launched]:
+    """Start a server; stop it on leaving, be it by SIGTERM. `model` is a name or a folder, `cache` not the usual, and
+    `options` more flags of `moejax serve`."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        server = Launched(model, ranks, cache=cache)
+        server = Launched(model, ranks, cache=cache, options=options)
         try:
             yield server
         except Exception:

@@ -185,9 +185,11 @@ def stalls_of(placed: Sequence[Trace], victim: int, at: Moments) -> dict[str, li
 
 
 def rejoin_pause_ms(traces: Sequence[Trace], at: Moments) -> float | None:
-    """The longest gap of any stream while the rank came back, less the usual one since the recovery."""
+    """The longest gap of any stream while the rank came back, less the usual one since the recovery. A gap that began
+    before the recovery is of the loss, not of the rejoin."""
     usual = middle(median_gap_ms(trace.times, at.recovered, at.rejoining) for trace in traces)
-    pauses = [longest_gap_ms(trace.times, at.rejoining, at.rejoined) for trace in traces]
+    since = [[time for time in trace.times if time >= at.recovered] for trace in traces]
+    pauses = [longest_gap_ms(times, at.rejoining, at.rejoined) for times in since]
     longest = max((pause for pause in pauses if pause is not None), default=None)
     return None if usual is None or longest is None else round(longest - usual, 1)
 

@@ -32,6 +32,8 @@ from benchmarks.stalls import Spread
 from benchmarks.streams import Known, until, whole
 from serving.client import AsyncClient
 
+_OPTIONS = ("--no-prefix-caching",)
+"""The same prompts are asked again and again; moved streams must not find them cached."""
 _COLUMNS = (
     f"{'victim':>6} {'signal':8} {'detect':>7} {'adopt':>7} {'survivors':>15} {'moved':>15} {'rejoin':>7} "
     f"{'whole':>7} {'gap':>6} {'ctx':>4} {'compiles':>8} {'req.':>4} {'failed':>6} {'changed':>7}"
@@ -125,7 +127,7 @@ def main() -> int:
         print("starting without compiled programs", flush=True)
         cold_start_s = first_token_s(arguments.model, arguments.ranks, cold=True)
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    with launched(arguments.model, arguments.ranks) as server:
+    with launched(arguments.model, arguments.ranks, options=_OPTIONS) as server:
         records = asyncio.run(measure(server.address, arguments))
     print("restarting the server", flush=True)
     warm_restart_s = first_token_s(arguments.model, arguments.ranks)

@@ -68,13 +68,13 @@ class Known:
 
     @classmethod
     async def record(cls, client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> Self:
-        """Ask `count` requests, greedy and seeded in turn, one after the other."""
+        """Ask `count` requests, greedy and seeded in turn, all at once: who else is there changes no token."""
         asks = await make_asks(client, count, prompt_tokens, max_tokens)
-        traces = [await play(client, ask) for ask in asks]
+        traces = await asyncio.gather(*(play(client, ask) for ask in asks))
         for trace in traces:
             if trace.error is not None:
                 raise RuntimeError(f"an undisturbed request failed: {trace.error}")
-        return cls(traces)
+        return cls(list(traces))
 
     @property
     def asks(self) -> list[Ask]:

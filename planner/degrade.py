@@ -84,7 +84,7 @@ class Losses:
         gone = [self.position[r] for r in dead if r in self.position]
         lost, touched = self._lost(gone)
         slots, reason = self._slots(left)
-        if reason and "mask" not in self.means:
+        if reason and ("mask" not in self.means or not (left.data and left.holders)):
             return Outcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(lost))
         means: dict[str, int] = {"copy": touched - int(lost.sum())} if touched else {}
         rebuilt, missing, parity_bytes = self._parity(lost, gone)

@@ -1,4 +1,4 @@
-"""A plan for those who start the ranks: Kubernetes manifests, environment files, JSON."""
+"""A plan for those who start the server: Kubernetes manifests, an environment file, JSON."""
 
 from __future__ import annotations
 
@@ -9,46 +9,52 @@ FORMATS = ("k8s", "env", "json")
 
 
 def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", name: str = "moejax") -> str:
-    """The plan as text in one of FORMATS."""
+    """The plan as text in one of FORMATS. Raises InputError for a plan that no server of this version can serve."""
     if to not in FORMATS:
         raise InputError(f"--to {to!r} is none of {', '.join(FORMATS)}")
     if to == "json":
         return deployment.plan.to_json() + "\n"
+    hosts = sorted({r.host for r in deployment.plan.ranks})
+    if len(hosts) > 1:
+        raise InputError(
+            f"the plan spans {len(hosts)} hosts; `moejax serve` starts the ranks of one. Plan for one host, or take "
+            "--to json to start ranks yourself."
+        )
     return environment(deployment) if to == "env" else kubernetes(deployment, image=image, name=name)
 
 
-def environment(deployment: Deployment) -> str:
-    """One line of shell variables per rank, to be sourced or read by a starter."""
+def settings(deployment: Deployment) -> dict[str, int]:
+    """What `moejax serve` must be told so that it makes this plan."""
     plan = deployment.plan
-    lines = [f"# {deployment.workload.name} on {deployment.cluster.name}, epoch {plan.epoch}"]
-    for r in plan.ranks:
-        lines.append(
-            f"MOEJAX_RANK={r.id} MOEJAX_HOST={r.host} MOEJAX_ROLE={r.role} "
-            f"MOEJAX_GROUP={r.group} MOEJAX_SLOTS={plan.slots_per_rank} MOEJAX_PAGES={plan.pages_per_rank}"
-        )
+    return {
+        "ranks": len(plan.ranks),
+        "slots_per_rank": plan.slots_per_rank,
+        "survive": deployment.survive.ranks,
+        "page_size": deployment.workload.page_tokens,
+        "pages_per_rank": plan.pages_per_rank,
+    }
+
+
+def environment(deployment: Deployment) -> str:
+    """Variables of `moejax serve`, for systemd's EnvironmentFile, `docker run --env-file` or a shell."""
+    lines = [f"# {deployment.workload.name} on {deployment.cluster.name}, epoch {deployment.plan.epoch}"]
+    lines += [f"MOEJAX_{key.upper()}={value}" for key, value in settings(deployment).items()]
     return "\n".join(lines) + "\n"
 
 
 def kubernetes(deployment: Deployment, *, image: str, name: str) -> str:
-    """A ConfigMap with the plan, a LeaderWorkerSet (front and one pod per rank) and a Service.
+    """A LeaderWorkerSet of two servers, each one pod with its ranks and their devices, a Service, and a
+    PodDisruptionBudget that keeps one of them.
 
-    Pods are not restarted with their group (`restartPolicy: None`): a rank that dies is replaced alone and
-    dials in again. One device per pod, ranks of a host kept together, hosts of a rack apart.
+    The pod is the unit that Kubernetes replaces; ranks within it die and come back without it. Hence liveness asks
+    only whether the front answers (`/live`), and readiness whether a request can be served (`/health`).
     """
     plan, hardware = deployment.plan, deployment.cluster.hardware
-    per_host = deployment.cluster.per_host
     resource = "google.com/tpu" if hardware.name.startswith("v") else "nvidia.com/gpu"
-    device = "" if hardware.name == "cpu" else f"\n                {resource}: 1"
-    serving = [r for r in plan.ranks if r.role != "standby"]
+    device = "" if hardware.name == "cpu" else f"\n                {resource}: {len(plan.ranks)}"
+    flags = "".join(f'\n              - "--{k.replace("_", "-")}={v}"' for k, v in settings(deployment).items())
     return f"""\
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: {name}-plan
-data:
-  plan.json: |
-    {plan.to_json()}
----
+# Keys first: moejax keys add NAME --file keys.json; kubectl create secret generic {name}-keys --from-file=keys.json
 apiVersion: leaderworkerset.x-k8s.io/v1
 kind: LeaderWorkerSet
 metadata:
@@ -56,64 +62,87 @@ metadata:
   annotations:
     moejax.dev/model: "{deployment.workload.name}"
     moejax.dev/cluster: "{deployment.cluster.name}"
-    moejax.dev/ranks: "{len(serving)} serving, {len(plan.ranks) - len(serving)} standby, {per_host} per host"
 spec:
-  replicas: 1
+  replicas: 2
   leaderWorkerTemplate:
-    size: {len(plan.ranks) + 1}
-    restartPolicy: None
-    leaderTemplate:
+    size: 1
+    workerTemplate:
       metadata:
-        labels: {{app: {name}, part: front}}
+        labels: {{app: {name}}}
+        annotations:
+          prometheus.io/scrape: "true"
+          prometheus.io/port: "8000"
       spec:
+        enableServiceLinks: false
+        terminationGracePeriodSeconds: 60
+        securityContext:
+          runAsNonRoot: true
+          runAsUser: 10001
+          fsGroup: 10001
+          seccompProfile: {{type: RuntimeDefault}}
         containers:
-          - name: front
+          - name: server
             image: {image}
-            args: ["serve", "--plan", "/plan/plan.json", "--remote-ranks"]
+            args:
+              - "serve"
+              - "--model=/models/{deployment.workload.name}"
+              - "--host=0.0.0.0"
+              - "--api-keys=/keys/keys.json"
+              - "--log-format=json"{flags}
+            env:
+              - {{name: MOEJAX_CACHE, value: /cache}}
             ports:
               - {{name: grpc, containerPort: 50051}}
               - {{name: http, containerPort: 8000}}
+            startupProbe:
+              httpGet: {{path: /live, port: http}}
+              periodSeconds: 5
+              failureThreshold: 240
             readinessProbe:
-              grpc: {{port: 50051}}
+              httpGet: {{path: /health, port: http}}
               periodSeconds: 2
             livenessProbe:
-              httpGet: {{path: /live, port: 8000}}
+              httpGet: {{path: /live, port: http}}
               periodSeconds: 5
-            volumeMounts:
-              - {{name: plan, mountPath: /plan}}
-        volumes:
-          - {{name: plan, configMap: {{name: {name}-plan}}}}
-    workerTemplate:
-      metadata:
-        labels: {{app: {name}, part: rank}}
-      spec:
-        terminationGracePeriodSeconds: 5
-        containers:
-          - name: rank
-            image: {image}
-            args: ["rank", "--front", "$(LWS_LEADER_ADDRESS):50052"]
-            env:
-              - name: MOEJAX_WORKER_INDEX
-                valueFrom:
-                  fieldRef:
-                    fieldPath: metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']
+              failureThreshold: 6
+            securityContext:
+              allowPrivilegeEscalation: false
+              readOnlyRootFilesystem: true
+              capabilities: {{drop: [ALL]}}
             resources:
               limits:
                 memory: 64Gi{device}
             volumeMounts:
-              - {{name: plan, mountPath: /plan}}
-              - {{name: store, mountPath: /dev/shm}}
+              - {{name: models, mountPath: /models, readOnly: true}}
+              - {{name: keys, mountPath: /keys, readOnly: true}}
+              - {{name: cache, mountPath: /cache}}
+              - {{name: shm, mountPath: /dev/shm}}
+              - {{name: tmp, mountPath: /tmp}}
         volumes:
-          - {{name: plan, configMap: {{name: {name}-plan}}}}
-          - {{name: store, emptyDir: {{medium: Memory}}}}
+          - name: models
+            persistentVolumeClaim: {{claimName: {name}-models, readOnly: true}}
+          - name: keys
+            secret: {{secretName: {name}-keys, defaultMode: 0440}}
+          - {{name: cache, emptyDir: {{}}}}
+          - {{name: shm, emptyDir: {{medium: Memory, sizeLimit: 16Gi}}}}
+          - {{name: tmp, emptyDir: {{}}}}
 ---
 apiVersion: v1
 kind: Service
 metadata:
   name: {name}
 spec:
-  selector: {{app: {name}, part: front}}
+  selector: {{app: {name}}}
   ports:
-    - {{name: grpc, port: 50051}}
-    - {{name: http, port: 8000}}
+    - {{name: grpc, port: 50051, targetPort: grpc}}
+    - {{name: http, port: 8000, targetPort: http}}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {name}
+spec:
+  minAvailable: 1
+  selector:
+    matchLabels: {{app: {name}}}
 """

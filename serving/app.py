@@ -4,28 +4,30 @@ import asyncio
 import contextlib
 import resource
 import signal
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
-from serving import http, rpc
+from serving import http, logs, rpc
 from serving.batch import Bucket
 from serving.config import Settings
 from serving.engine import Limits
 from serving.errors import MoejaxError, StartError
 from serving.failover import Failover
 from serving.generation import Generation
+from serving.guard import Guard
+from serving.guided import Guides
 from serving.health import HealthSettings
 from serving.links import Loss, RankLinks
 from serving.loop import Loop
 from serving.metrics import Metrics
 from serving.prepared import prepare
+from serving.tls import ServerTls
 from serving.tokens import Tokenizer
+from serving.tracing import open_tracer
 
 Say = Callable[[str], None]
 
@@ -53,6 +55,7 @@ class App:
         Raises StartError naming the process and the cause; nothing is left running then.
         """
         _raise_file_limit()
+        guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
         say(f"preparing {settings.model}")
         model = (await prepare(settings.model)).with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
@@ -71,15 +74,28 @@ class App:
             stack.push_async_callback(failover.close)
             async with asyncio.timeout(settings.start_timeout_s):
                 await failover.start()
-            loop = Loop(settings, model.info(), _limits(settings, model.max_context), links, failover)
-            hearers.append(loop.lost)
             tokenizer = Tokenizer.load(Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens)
-            app = cls(settings, Generation(loop, tokenizer, Metrics(loop)), loop, failover)
+            info = model.info()
+            guides = Guides(tokenizer, info.vocab_size, info.stop_tokens)
+            loop = Loop(settings, info, _limits(settings, model.max_context), links, failover, guides)
+            hearers.append(loop.lost)
+            tracer = None
+            if settings.otlp_endpoint is not None:
+                tracer = open_tracer(settings.otlp_endpoint)
+                stack.callback(tracer.close)
+            generation = Generation(
+                loop, tokenizer, Metrics(loop, tracer), guides, max_prompt_tokens=settings.max_prompt_tokens
+            )
+            app = cls(settings, generation, loop, failover)
             loop.start()
             stack.push_async_callback(loop.drain, 0.0)
-            grpc_server = await rpc.start(app.generation, host=settings.host, port=settings.grpc_port)
+            grpc_server = await rpc.start(
+                generation, host=settings.host, port=settings.grpc_port, guard=guard, tls=tls, vllm=settings.vllm_grpc
+            )
             stack.push_async_callback(grpc_server.stop, 1.0)
-            http_server = await http.start(app.generation, host=settings.host, port=settings.http_port)
+            http_server = await http.start(
+                generation, host=settings.host, port=settings.http_port, guard=guard, tls=tls
+            )
             stack.push_async_callback(http_server.stop, 1.0)
             app.grpc_port, app.http_port = grpc_server.port, http_server.port
             app._stack = stack.pop_all()
@@ -179,11 +195,8 @@ def serve(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+    logs.configure(settings.log_format, settings.log_level)
+    say = logs.SERVER.info
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
@@ -202,11 +215,12 @@ async def _serve(settings: Settings) -> int:
         say("stopped before it was ready")
         return 130
     except (MoejaxError, TimeoutError) as error:
-        text = str(error) or f"not ready within {settings.start_timeout_s:.0f} s"
-        print(f"moejax: {text}", file=sys.stderr, flush=True)
+        logs.SERVER.error(str(error) or f"not ready within {settings.start_timeout_s:.0f} s")
         return 1
     _announce(app, say)
+    follower = asyncio.create_task(_log_events(app.loop))
     await stop.wait()
+    follower.cancel()
     running = app.loop.status().running + app.loop.status().waiting
     say(f"draining {running} requests for up to {settings.grace_s:.0f} s" if running else "stopping")
     await app.stop()
@@ -214,16 +228,26 @@ async def _serve(settings: Settings) -> int:
     return 0
 
 
+async def _log_events(loop: Loop) -> None:
+    async for event in loop.watch():
+        logs.log_event(event)
+
+
 def _announce(app: App, say: Say) -> None:
     status, settings = app.loop.status(), app.settings
     mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items() if size > 1)
     coverage = ", ".join(f"{loss} {share:.0%}" for loss, share in status.lattice.items())
-    http_at, grpc_at = f"http://{settings.host}:{app.http_port}", f"{settings.host}:{app.grpc_port}"
+    scheme = "https" if settings.tls_cert else "http"
+    http_at, grpc_at = f"{scheme}://{settings.host}:{app.http_port}", f"{settings.host}:{app.grpc_port}"
     say(f"ready: {app.loop.model.name} on {len(status.ranks)} ranks (mesh {mesh or 'of one'})")
     say(f"       {status.slots_per_rank} slots per rank; losses prepared: {coverage or 'none'}")
     say(f"       ranks: {', '.join(f'{r.id} (pid {r.pid})' for r in status.ranks)}")
     say(f"gRPC   {grpc_at}")
     say(f"HTTP   {http_at}  (dashboard, /v1/completions, /v1/chat/completions, /metrics)")
+    if not settings.loopback and settings.api_keys is None:
+        logs.SERVER.warning(
+            "anybody who reaches %s may call this server: set --api-keys (docs/security.md)", settings.host
+        )
     say(f'try    scripts/moejax generate --server {grpc_at} "The capital of France is"')
 
 
@@ -234,6 +258,7 @@ def _limits(settings: Settings, max_context: int) -> Limits:
         max_queue=settings.max_queue,
         buckets=tuple(Bucket(*bucket) for bucket in settings.buckets),
         tiles_while_decoding=settings.tiles_while_decoding,
+        prefix_caching=settings.prefix_caching,
     )
 
 

@@ -5,10 +5,12 @@ A chunk of a prompt takes consecutive tiles; a step may have chunks of several p
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from serving.request import Request, Top
 
 TILE = 32
 """Rows of one prefill segment."""
@@ -32,11 +34,30 @@ class Bucket(NamedTuple):
         return self.decode + self.tiles
 
 
+class Shaped(NamedTuple):
+    """A request whose next token is bent by what it asks for and has generated so far."""
+
+    request: Request
+    generated: tuple[int, ...]
+
+
+class Result(NamedTuple):
+    """What a step says of a request: the next token (-1 when it does not sample), its log-probability, the likeliest
+    instead, and (log-probability, likeliest) of each target."""
+
+    token: int
+    logprob: float
+    top: Top = ()
+    scores: tuple[tuple[float, Top], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
     """What one step does for one request: `tokens` at positions from `start` on; `samples` the next one?
 
-    `seed` enters the program modulo 2**32.
+    `seed` enters the program modulo 2**32. `targets` are the tokens to score after each of `tokens`, -1 for none;
+    empty when there are none. `shaped` where the choice of the next one takes more than the fields here.
+    `top` and `prompt_top` are how many of the likeliest tokens to tell.
     """
 
     request_id: str
@@ -49,6 +70,10 @@ class Work:
     top_p: float
     min_p: float
     seed: int
+    targets: tuple[int, ...] = ()
+    shaped: Shaped | None = None
+    top: int = 0
+    prompt_top: int = 0
 
     @property
     def tiles(self) -> int:
@@ -64,6 +89,8 @@ class Batch:
     epoch: int
     bucket: Bucket
     work: Mapping[int, tuple[Work, ...]]
+    degraded: bool = False
+    """It runs while experts are masked."""
 
 
 def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int, int]]:
@@ -121,15 +148,39 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     return arrays
 
 
-def harvest(batch: Batch, rank: int, tokens: np.ndarray, logprobs: np.ndarray) -> dict[str, tuple[int, float]]:
-    """{request id: (token, log-probability)} of the segments that sample; `tokens` and `logprobs` are [Z]."""
-    chosen, scores = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist()
+def harvest(
+    batch: Batch,
+    rank: int,
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+    top: tuple[np.ndarray, np.ndarray] | None = None,
+    scores: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]] = (),
+) -> dict[str, Result]:
+    """Results by request id, of the work that samples or has targets.
+
+    `tokens` and `logprobs` are [Z]; `top` the likeliest tokens and their log-probabilities [Z, K], which the rank
+    gives when any segment is shaped; `scores` has log-probabilities [32], then as `top`, of each tile with targets.
+    """
+    chosen, values, told = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), iter(scores)
     results = {}
     for item, _, segment in segments(batch.bucket, batch.work[rank]):
+        scored: list[tuple[float, Top]] = []
+        for at in range(0, len(item.targets), TILE):
+            wanted = [i for i, target in enumerate(item.targets[at : at + TILE]) if target >= 0]
+            if wanted:
+                given, ids, values_of = next(told)
+                scored += ((float(given[i]), _top(ids, values_of, i, item.prompt_top)) for i in wanted)
+        last = segment + max(item.tiles, 1) - 1
         if item.samples:
-            last = segment + max(item.tiles, 1) - 1
-            results[item.request_id] = (chosen[last], scores[last])
+            best = _top(*top, last, item.top) if top is not None else ()
+            results[item.request_id] = Result(chosen[last], values[last], best, tuple(scored))
+        elif scored:
+            results[item.request_id] = Result(-1, 0.0, (), tuple(scored))
     return results
+
+
+def _top(tokens: np.ndarray, logprobs: np.ndarray, row: int, count: int) -> Top:
+    return tuple(zip(tokens[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
 
 
 def _padding(bucket: Bucket, max_pages: int) -> dict[str, np.ndarray]:

@@ -5,24 +5,16 @@ import json
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from serving.errors import Cancelled, InvalidRequest
 
 T = TypeVar("T")
 
-MAX_BODY = 4 << 20
-"""Bytes of a request's body."""
-
 
 async def read_json(request: Request) -> Any:
-    """The decoded JSON body. Raises 413 when it is too long, InvalidRequest when it is not JSON in UTF-8."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            raise HTTPException(413, f"the body is longer than {MAX_BODY} bytes.")
+    """The decoded JSON body. Raises InvalidRequest when it is not JSON in UTF-8; the guard bounds its length."""
+    data = await request.body()
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -1,11 +1,13 @@
 """The command line: `moejax COMMAND`. Every command's --help shows an example."""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
+import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -13,10 +15,14 @@ import rich.console
 
 import planner.cli
 from serving.app import serve as serve_until_stopped
-from serving.client import DEFAULT_ADDRESS, Client
+from serving.client import Client
 from serving.config import Settings
-from serving.errors import DeadlineExceeded, MoejaxError
-from serving.tables import event_line, printable, status_view
+from serving.errors import DeadlineExceeded, InvalidRequest, MoejaxError, StartError
+from serving.faults import ACTIONS, Action
+from serving.operate import completion, doctor, keys
+from serving.options import connected, example, sampling_options, settings_options
+from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS
+from serving.tables import event_line, printable, prospects_view, status_view
 from serving.tokens import Message
 from serving.version import version
 
@@ -39,42 +45,6 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-def example(*lines: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Show lines as the end of a command's --help."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        shown = "\n".join(f"  {line}" for line in lines)
-        function.__doc__ = f"{function.__doc__}\n\n\b\nExample:\n{shown}\n"
-        return function
-
-    return decorate
-
-
-_server = click.option(
-    "--server",
-    default=DEFAULT_ADDRESS,
-    show_default=True,
-    envvar="MOEJAX_SERVER",
-    metavar="HOST:PORT",
-    help="gRPC address of a running server.",
-)
-
-
-def _sampling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of SamplingParams; what is not given is the server's default."""
-    for option in (
-        click.option("--max-tokens", type=int, help="Length of the answer.  [default: what fits]"),
-        click.option("--temperature", type=float, help="0 is greedy.  [default: 1]"),
-        click.option("--top-k", type=int, help="Only the k most likely tokens."),
-        click.option("--top-p", type=float, help="Only tokens that together reach this probability."),
-        click.option("--min-p", type=float, help="Only tokens this likely relative to the likeliest."),
-        click.option("--seed", type=int, help="The same seed gives the same text."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-    ):
-        function = option(function)
-    return function
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version(), prog_name="moejax")
 def main() -> None:
@@ -88,81 +58,71 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings as TOML.")
-@click.option("--model", help="A known model (`moejax models`) or a model folder.  [default: smollm2-moe]")
-@click.option("--ranks", type=int, help="Rank processes, one per device.  [default: 4]")
-@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--grpc-port", type=int, help="0 takes a free one.  [default: 50051]")
-@click.option("--http-port", type=int, help="0 takes a free one.  [default: 8000]")
-@click.option("--chaos", is_flag=True, default=None, help="Let clients kill ranks.")
-@click.option("--no-restart", is_flag=True, help="Do not replace ranks that died.")
-@click.option("--slots-per-rank", type=int, help="Expert slots per layer.  [default: the planner's choice]")
-@click.option("--survive", type=int, help="Losses that need no new weight buffers.  [default: 1]")
-@click.option("--max-queue", type=int, help="Requests that may wait.  [default: 1024]")
+@settings_options
+@click.option("--show-settings", is_flag=True, help="Print all settings as TOML and stop.")
 @example("moejax serve --model tiny --ranks 4 --chaos", "MOEJAX_HTTP_PORT=9000 moejax serve --config my.toml")
-def serve(config: Path | None, no_restart: bool, **flags: Any) -> None:
+def serve(settings: Settings, show_settings: bool) -> None:
     """Serve a model over gRPC and HTTP until Ctrl-C.
 
     Each setting comes from its flag, else from the environment (MOEJAX_RANKS and so on), else from --config.
     """
-    settings = Settings.load(config, restart=False if no_restart else None, **flags)
+    if show_settings:
+        click.echo(settings.to_toml(), nl=False)
+        return
     raise SystemExit(serve_until_stopped(settings))
 
 
 @main.command()
 @click.argument("prompt")
-@_server
-@_sampling
+@connected
+@sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON when it is there.")
 @example(
     'moejax generate "The capital of France is" --temperature 0 --max-tokens 8',
     "moejax generate - < prompt.txt",
 )
-def generate(prompt: str, server: str, as_json: bool, **options: Any) -> None:
+def generate(client: Client, prompt: str, as_json: bool, **options: Any) -> None:
     """Continue PROMPT, streaming the text. "-" reads the prompt from standard input. Ctrl-C cancels."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Client(server) as client:
-        if as_json:
-            click.echo(json.dumps(dataclasses.asdict(client.generate(text, **_given(options)))))
-            return
-        try:
-            _print_stream(client, text, options)
-        except KeyboardInterrupt:
-            click.echo(err=True)
-            raise SystemExit(_INTERRUPTED) from None
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(client.generate(text, **_given(options)))))
+        return
+    try:
+        _print_stream(client, text, options)
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        raise SystemExit(_INTERRUPTED) from None
 
 
 @main.command()
-@_server
+@connected
 @click.option("--system", help="Instructions before the conversation.")
-@_sampling
+@sampling_options
 @example('moejax chat --system "Answer in one sentence." --temperature 0.7')
-def chat(server: str, system: str | None, **options: Any) -> None:
+def chat(client: Client, system: str | None, **options: Any) -> None:
     """Talk with the model. Ctrl-C ends an answer, Ctrl-D the conversation; /reset begins anew."""
     first = [Message("system", system)] if system else []
     history = list(first)
-    with Client(server) as client:
-        click.echo(f"{client.model().name} at {server}. Ctrl-D ends, /reset begins anew.", err=True)
-        for text in _turns():
-            if text == "/reset":
-                history = list(first)
-                continue
-            history.append(Message("user", text))
-            try:
-                history.append(Message("assistant", _print_stream(client, history, options)))
-            except KeyboardInterrupt:
-                click.echo(" [stopped]", err=True)
-                history.pop()
+    click.echo(f"{client.model().name} at {client.address}. Ctrl-D ends, /reset begins anew.", err=True)
+    for text in _turns():
+        if text == "/reset":
+            history = list(first)
+            continue
+        history.append(Message("user", text))
+        try:
+            history.append(Message("assistant", _print_stream(client, history, options)))
+        except KeyboardInterrupt:
+            click.echo(" [stopped]", err=True)
+            history.pop()
 
 
 @main.command()
-@_server
+@connected
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @example("moejax status", "moejax status --json | jq .ranks[0].pid")
-def status(server: str, as_json: bool) -> None:
+def status(client: Client, as_json: bool) -> None:
     """Show ranks, mesh, slots, prepared losses and requests."""
-    with Client(server) as client:
-        now, model = client.status(), client.model()
+    now, model = client.status(), client.model()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(now) | {"model": dataclasses.asdict(model)}))
     else:
@@ -170,45 +130,75 @@ def status(server: str, as_json: bool) -> None:
 
 
 @main.command()
-@_server
+@connected
 @click.option("--follow", "-f", is_flag=True, help="Go on as things happen, until Ctrl-C.")
 @click.option("--after", type=int, default=0, help="Only events with a sequence above this.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @example("moejax events --follow")
-def events(server: str, follow: bool, after: int, as_json: bool) -> None:
+def events(client: Client, follow: bool, after: int, as_json: bool) -> None:
     """Show what happened to the server: losses, recoveries by phase, ranks that came back."""
     console = rich.console.Console(soft_wrap=True)
-    with Client(server) as client:
-        try:
-            for event in client.watch(after, timeout_s=None if follow else _PAST_EVENTS_S):
-                if as_json:
-                    click.echo(json.dumps(dataclasses.asdict(event)))
-                else:
-                    console.print(event_line(event))
-        except DeadlineExceeded:
-            return
-        except KeyboardInterrupt:
-            raise SystemExit(_INTERRUPTED) from None
+    try:
+        for event in client.watch(after, timeout_s=None if follow else _PAST_EVENTS_S):
+            if as_json:
+                click.echo(json.dumps(dataclasses.asdict(event)))
+            else:
+                console.print(event_line(event))
+    except DeadlineExceeded:
+        return
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
+
+
+@main.command("what-if")
+@connected
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@example("moejax what-if")
+def what_if(client: Client, as_json: bool) -> None:
+    """Show what the loss of each rank, and of each host, would cost now."""
+    prospects = client.what_if()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(prospect) for prospect in prospects]))
+    else:
+        rich.console.Console().print(prospects_view(prospects))
 
 
 @main.command()
-@click.argument("rank", type=click.IntRange(min=0))
-@click.option("--signal", type=click.Choice(["SIGKILL", "SIGSTOP"]), default="SIGKILL", show_default=True)
-@_server
-@example("moejax kill 2", "moejax kill 0 --signal SIGSTOP")
-def kill(rank: int, signal: str, server: str) -> None:
-    """Kill RANK of a server started with --chaos, or stop it so that it hangs."""
-    with Client(server) as client:
-        client.kill(rank, signal)
-    click.echo(f"sent {signal} to rank {rank}; see `moejax events`.")
+@click.argument("action", type=click.Choice(ACTIONS))
+@click.argument("ranks", nargs=-1, type=click.IntRange(min=0))
+@click.option("--host", default="", help="All ranks of this host.")
+@click.option("--to", type=int, help="Scale until so many ranks serve.")
+@click.option("--replace", is_flag=True, help="Of drain: start a new process in the rank's place.")
+@connected
+@example("moejax apply drain 2 --replace", "moejax apply scale_down --to 2", "moejax apply pause")
+def apply(client: Client, action: Action, ranks: tuple[int, ...], host: str, to: int | None, replace: bool) -> None:
+    """Change a server started with --operate or --chaos as planned: requests move, no token is lost."""
+    serving = client.apply(action, *ranks, host=host, to=to, replace=replace)
+    click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
+
+
+@main.command()
+@click.argument("rank", type=click.IntRange(min=0), required=False)
+@click.option("--host", default="", help="All ranks of this host instead.")
+@click.option("--signal", type=click.Choice(SIGNALS + SIGNALS_TO_WEIGHTS), default="SIGKILL", show_default=True)
+@connected
+@example("moejax kill 2", "moejax kill 0 --signal SIGSTOP", "moejax kill --host host1", "moejax kill 1 --signal NAN")
+def kill(client: Client, rank: int | None, host: str, signal: str) -> None:
+    """Kill RANK of a server started with --chaos, stop it so that it hangs, or spoil the weights of an expert."""
+    if (rank is None) == (not host):
+        raise click.UsageError("give a RANK or a --host.")
+    client.kill(rank or 0, signal, host=host)
+    click.echo(f"sent {signal} to {host or f'rank {rank}'}; see `moejax events`.")
 
 
 @main.command()
 @example("moejax models", "moejax serve --model tiny")
 def models() -> None:
-    """List the models that --model knows by name."""
+    """List the models that --model knows by name, and the families it serves from published folders."""
     for name, text in MODELS.items():
         click.echo(f"{name:<14} {text}")
+    click.echo("\nFamilies, from a folder of config.json and safetensors:")
+    raise SystemExit(subprocess.call([sys.executable, "-m", "moejax.inspect", "--families"]))
 
 
 _passed_on = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -228,6 +218,46 @@ def plan(arguments: tuple[str, ...]) -> None:
 def train(arguments: tuple[str, ...]) -> None:
     """Train a small model; arguments go to `python -m moejax.train`, a process of its own as it needs JAX."""
     raise SystemExit(subprocess.call([sys.executable, "-m", "moejax.train", *arguments]))
+
+
+@main.command(context_settings=_passed_on)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@example("moejax inspect ./Mixtral-8x7B-Instruct-v0.1 --ranks 8", "moejax inspect tiny --json")
+def inspect(arguments: tuple[str, ...]) -> None:
+    """Show what a model is and needs: configuration, parameters, bytes, cache per token, a first plan.
+
+    Arguments go to `python -m moejax.inspect`, a process of its own as it needs JAX.
+    """
+    raise SystemExit(subprocess.call([sys.executable, "-m", "moejax.inspect", *arguments]))
+
+
+@main.command(context_settings=_passed_on)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@example("moejax convert ./Mixtral-8x7B-Instruct-v0.1 ./mixtral", "moejax convert --help")
+def convert(arguments: tuple[str, ...]) -> None:
+    """Convert a published model folder (safetensors) to ours; a conversion that was stopped goes on.
+
+    Arguments go to `python -m moejax.convert`, a process of its own as it needs JAX.
+    """
+    raise SystemExit(subprocess.call([sys.executable, "-m", "moejax.convert", *arguments]))
+
+
+@main.command(context_settings=_passed_on)
+@click.argument("benchmark")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@example("moejax bench recovery --help", "moejax bench load --server 127.0.0.1:50051 --json load.json")
+def bench(benchmark: str, arguments: tuple[str, ...]) -> None:
+    """Measure: BENCHMARK is recovery, throughput, load or another of the source tree's benchmarks/."""
+    if importlib.util.find_spec("benchmarks") is None:
+        raise StartError("the benchmarks come with the source tree: clone it and run scripts/moejax bench there.")
+    known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module("benchmarks").__path__))
+    if benchmark not in known:
+        raise InvalidRequest(f"there is no benchmark {benchmark!r}; there are {', '.join(known)}.", param="benchmark")
+    raise SystemExit(subprocess.call([sys.executable, "-m", f"benchmarks.{benchmark}", *arguments]))
+
+
+for command in (keys, doctor, completion):
+    main.add_command(command)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

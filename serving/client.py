@@ -13,7 +13,7 @@ class, and `Unreachable` says that no server answers.
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
@@ -22,10 +22,12 @@ import grpc.aio
 
 from serving import wire
 from serving.errors import Internal, MoejaxError
-from serving.generation import Chunk, Complete, Prompt
+from serving.faults import Action, Instruction
+from serving.generation import Chunk, Complete, Prompt, PromptScores
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
-from serving.request import SamplingParams
-from serving.status import Event, ModelInfo, Status
+from serving.request import SamplingParams, Top
+from serving.status import Event, ModelInfo, Prospect, Status
+from serving.tls import ClientTls
 from serving.tokens import Message
 from serving.wire import Unreachable
 
@@ -50,7 +52,8 @@ class Addressed(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A whole answer. `reason` is stop or length; `epochs` are those of the meshes that made it."""
+    """A whole answer. `reason` is stop or length; `epochs` are those of the meshes that made it. `top` and
+    `prompt_logprobs` (of the prompt's tokens but the first) are there where they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -60,25 +63,49 @@ class Result:
     completion_tokens: int
     epochs: tuple[int, ...]
     seed: int
+    cached_tokens: int = 0
+    top: tuple[Top, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[Top, ...] = ()
 
 
-class Stream:
-    """Chunks of one answer as they come; `complete` is there when they have ended. Leaving early cancels."""
+class _Ends:
+    """What a stream has besides its chunks."""
 
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
         self._address = address
-        self.complete: Complete | None = None
+        self.completes: list[Complete] = []
+        """The ends of its answers so far, in order of choice once all are there."""
+        self.scores: list[PromptScores] = []
+        """Log-probabilities of the prompt, where they were asked for."""
+
+    @property
+    def complete(self) -> Complete | None:
+        """The end of the first answer, None while it runs."""
+        return next((each for each in self.completes if each.choice == 0), None)
+
+    def _chunk(self, message: Any) -> Chunk | None:
+        item = wire.response_value(message)
+        if isinstance(item, Chunk):
+            return item
+        if isinstance(item, PromptScores):
+            self.scores.append(item)
+        else:
+            self.completes = sorted([*self.completes, item], key=lambda each: each.choice)
+        return None
+
+
+class Stream(_Ends):
+    """Chunks of an answer, or of all `n` (see `Chunk.choice`), as they come; `complete` is there when they have
+    ended. Leaving early cancels."""
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
             with _errors(self._address):
                 for message in self._call:
-                    item = wire.response_value(message)
-                    if isinstance(item, Chunk):
-                        yield item
-                    else:
-                        self.complete = item
+                    if (chunk := self._chunk(message)) is not None:
+                        yield chunk
         finally:
             self.cancel()
 
@@ -87,23 +114,15 @@ class Stream:
         self._call.cancel()
 
 
-class AsyncStream:
+class AsyncStream(_Ends):
     """As `Stream`, with `async for`."""
-
-    def __init__(self, call: Any, address: str) -> None:
-        self._call = call
-        self._address = address
-        self.complete: Complete | None = None
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         try:
             with _errors(self._address):
                 async for message in self._call:
-                    item = wire.response_value(message)
-                    if isinstance(item, Chunk):
-                        yield item
-                    else:
-                        self.complete = item
+                    if (chunk := self._chunk(message)) is not None:
+                        yield chunk
         finally:
             self.cancel()
 
@@ -117,19 +136,23 @@ class _Calls:
 
     _channel: Any
 
-    def __init__(self, target: str | Addressed, connect: Callable[..., Any]) -> None:
+    def __init__(self, target: str | Addressed, module: Any, api_key: str | None, tls: ClientTls | None) -> None:
         self.address = target if isinstance(target, str) else target.address
-        self._channel = connect(self.address, options=_OPTIONS)
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        if tls is None:
+            self._channel = module.insecure_channel(self.address, options=_OPTIONS)
+        else:
+            self._channel = module.secure_channel(self.address, tls.grpc(), options=_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._resilience = resilience_pb2_grpc.ResilienceStub(self._channel)
 
     def _generate(self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]) -> Any:
         message = wire.request_message(prompt, _sampling(fields), request_id)
-        return self._inference.Generate(message, timeout=timeout_s)
+        return self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
 
 
 class Client(_Calls):
-    """A blocking client. `target` is host:port or a running server.
+    """A blocking client. `target` is host:port or a running server; `api_key` and `tls` as the server asks.
 
     >>> from serving import Client, Server                                      # doctest: +SKIP
     >>> with Server(model="tiny") as server, Client(server) as client:          # doctest: +SKIP
@@ -137,8 +160,10 @@ class Client(_Calls):
     ' to be,'
     """
 
-    def __init__(self, target: str | Addressed = DEFAULT_ADDRESS) -> None:
-        super().__init__(target, grpc.insecure_channel)
+    def __init__(
+        self, target: str | Addressed = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        super().__init__(target, grpc, api_key, tls)
 
     def __enter__(self) -> Self:
         return self
@@ -165,9 +190,15 @@ class Client(_Calls):
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
     ) -> Result:
-        """The whole answer; arguments as for `stream`."""
+        """The whole answer, the first when `n` are asked for; arguments as for `stream`."""
+        return self.generate_all(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)[0]
+
+    def generate_all(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> list[Result]:
+        """All `n` answers; arguments as for `stream`."""
         stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)
-        return _result(list(stream), stream.complete)
+        return _results(list(stream), stream)
 
     def chat(self, messages: Sequence[Message] | str, **arguments: Any) -> Result:
         """The assistant's next turn. A plain text is one turn of the user's; arguments as for `stream`."""
@@ -176,21 +207,29 @@ class Client(_Calls):
     def abort(self, request_id: str) -> bool:
         """Cancel a request of anybody's by its id; False when it is not known."""
         with _errors(self.address):
-            return self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id)).aborted
+            return self._inference.Abort(
+                inference_pb2.AbortRequest(request_id=request_id), metadata=self._metadata
+            ).aborted
 
     def model(self) -> ModelInfo:
         """The model being served."""
         with _errors(self.address):
-            return wire.model_value(self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest()))
+            return wire.model_value(
+                self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest(), metadata=self._metadata)
+            )
 
     def status(self) -> Status:
         """The whole server now."""
         with _errors(self.address):
-            return wire.status_value(self._resilience.GetStatus(resilience_pb2.GetStatusRequest()))
+            return wire.status_value(
+                self._resilience.GetStatus(resilience_pb2.GetStatusRequest(), metadata=self._metadata)
+            )
 
     def watch(self, after: int = 0, *, timeout_s: float | None = None) -> Iterator[Event]:
         """Events with a sequence above `after`: past ones, then as they happen, until left or `timeout_s`."""
-        call = self._resilience.Watch(resilience_pb2.WatchRequest(after=after), timeout=timeout_s)
+        call = self._resilience.Watch(
+            resilience_pb2.WatchRequest(after=after), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             with _errors(self.address):
                 for message in call:
@@ -198,10 +237,34 @@ class Client(_Calls):
         finally:
             call.cancel()
 
-    def kill(self, rank: int, signal: str = "SIGKILL") -> None:
-        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos."""
+    def kill(self, rank: int, signal: str = "SIGKILL", *, host: str = "") -> None:
+        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos, or spoil an expert of it (NAN,
+        BITFLIP). With `host`, all its ranks."""
         with _errors(self.address):
-            self._resilience.Kill(resilience_pb2.KillRequest(rank=rank, signal=signal))
+            self._resilience.Kill(
+                resilience_pb2.KillRequest(rank=rank, signal=signal, host=host), metadata=self._metadata
+            )
+
+    def what_if(self) -> list[Prospect]:
+        """What the loss of each rank and host would cost now."""
+        with _errors(self.address):
+            answer = self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata)
+        return [wire.prospect_value(prospect) for prospect in answer.prospects]
+
+    def apply(self, action: Action, *ranks: int, **fields: Any) -> list[int]:
+        """A planned change: pause, retry, drain, scale_down or scale_up, with the fields of `faults.Instruction`.
+        Returns the ranks that serve when it is done."""
+        instruction = Instruction(action=action, ranks=ranks, **fields)
+        with _errors(self.address):
+            answer = self._resilience.Apply(wire.instruction_message(instruction), metadata=self._metadata)
+            return list(answer.serving)
+
+    def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:
+        """Report an error of a rank's device, level 1 to 6. Returns what is done about it."""
+        request = resilience_pb2.ReportRequest(rank=rank, level=level, code=code, message=message)
+        with _errors(self.address):
+            answer = self._resilience.Report(request, metadata=self._metadata)
+        return answer.action
 
 
 class AsyncClient(_Calls):
@@ -212,8 +275,10 @@ class AsyncClient(_Calls):
             print(chunk.text, end="", flush=True)
     """
 
-    def __init__(self, target: str | Addressed = DEFAULT_ADDRESS) -> None:
-        super().__init__(target, grpc.aio.insecure_channel)
+    def __init__(
+        self, target: str | Addressed = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        super().__init__(target, grpc.aio, api_key, tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -236,9 +301,15 @@ class AsyncClient(_Calls):
     async def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
     ) -> Result:
-        """The whole answer; arguments as for `stream`."""
+        """The whole answer, the first when `n` are asked for; arguments as for `stream`."""
+        return (await self.generate_all(prompt, timeout_s=timeout_s, request_id=request_id, **sampling))[0]
+
+    async def generate_all(
+        self, prompt: Prompt, *, timeout_s: float | None = None, request_id: str = "", **sampling: Any
+    ) -> list[Result]:
+        """All `n` answers; arguments as for `stream`."""
         stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)
-        return _result([chunk async for chunk in stream], stream.complete)
+        return _results([chunk async for chunk in stream], stream)
 
     async def chat(self, messages: Sequence[Message] | str, **arguments: Any) -> Result:
         """The assistant's next turn; see `Client.chat`."""
@@ -247,21 +318,29 @@ class AsyncClient(_Calls):
     async def abort(self, request_id: str) -> bool:
         """Cancel a request of anybody's by its id; False when it is not known."""
         with _errors(self.address):
-            return (await self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id))).aborted
+            return (
+                await self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id), metadata=self._metadata)
+            ).aborted
 
     async def model(self) -> ModelInfo:
         """The model being served."""
         with _errors(self.address):
-            return wire.model_value(await self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest()))
+            return wire.model_value(
+                await self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest(), metadata=self._metadata)
+            )
 
     async def status(self) -> Status:
         """The whole server now."""
         with _errors(self.address):
-            return wire.status_value(await self._resilience.GetStatus(resilience_pb2.GetStatusRequest()))
+            return wire.status_value(
+                await self._resilience.GetStatus(resilience_pb2.GetStatusRequest(), metadata=self._metadata)
+            )
 
     async def watch(self, after: int = 0, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
         """Events with a sequence above `after`; see `Client.watch`."""
-        call = self._resilience.Watch(resilience_pb2.WatchRequest(after=after), timeout=timeout_s)
+        call = self._resilience.Watch(
+            resilience_pb2.WatchRequest(after=after), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             with _errors(self.address):
                 async for message in call:
@@ -269,15 +348,41 @@ class AsyncClient(_Calls):
         finally:
             call.cancel()
 
-    async def kill(self, rank: int, signal: str = "SIGKILL") -> None:
-        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos."""
+    async def kill(self, rank: int, signal: str = "SIGKILL", *, host: str = "") -> None:
+        """Kill (SIGKILL) or stop (SIGSTOP) a rank of a server started with --chaos, or spoil an expert of it (NAN,
+        BITFLIP). With `host`, all its ranks."""
         with _errors(self.address):
-            await self._resilience.Kill(resilience_pb2.KillRequest(rank=rank, signal=signal))
+            await self._resilience.Kill(
+                resilience_pb2.KillRequest(rank=rank, signal=signal, host=host), metadata=self._metadata
+            )
+
+    async def what_if(self) -> list[Prospect]:
+        """What the loss of each rank and host would cost now."""
+        with _errors(self.address):
+            answer = await self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata)
+        return [wire.prospect_value(prospect) for prospect in answer.prospects]
+
+    async def apply(self, action: Action, *ranks: int, **fields: Any) -> list[int]:
+        """A planned change: pause, retry, drain, scale_down or scale_up, with the fields of `faults.Instruction`.
+        Returns the ranks that serve when it is done."""
+        instruction = Instruction(action=action, ranks=ranks, **fields)
+        with _errors(self.address):
+            answer = await self._resilience.Apply(wire.instruction_message(instruction), metadata=self._metadata)
+            return list(answer.serving)
+
+    async def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:
+        """Report an error of a rank's device, level 1 to 6. Returns what is done about it."""
+        request = resilience_pb2.ReportRequest(rank=rank, level=level, code=code, message=message)
+        with _errors(self.address):
+            answer = await self._resilience.Report(request, metadata=self._metadata)
+        return answer.action
 
 
 def _sampling(fields: dict[str, Any]) -> SamplingParams:
     if isinstance(fields.get("stop"), str):
         fields = fields | {"stop": (fields["stop"],)}
+    if isinstance(fields.get("logit_bias"), Mapping):
+        fields = fields | {"logit_bias": tuple(fields["logit_bias"].items())}
     return SamplingParams(**fields)
 
 
@@ -285,9 +390,14 @@ def _turns(messages: Sequence[Message] | str) -> Sequence[Message]:
     return [Message("user", messages)] if isinstance(messages, str) else messages
 
 
-def _result(chunks: Sequence[Chunk], complete: Complete | None) -> Result:
-    if complete is None:
+def _results(chunks: Sequence[Chunk], ends: _Ends) -> list[Result]:
+    if not ends.completes:
         raise Internal("the server ended the stream without a reason.")
+    return [_result([c for c in chunks if c.choice == end.choice], end, ends.scores) for end in ends.completes]
+
+
+def _result(chunks: Sequence[Chunk], complete: Complete, scores: Sequence[PromptScores]) -> Result:
+    scores = [each for each in scores if each.choice == complete.choice]
     return Result(
         text="".join(c.text for c in chunks),
         token_ids=tuple(t for c in chunks for t in c.token_ids),
@@ -297,6 +407,10 @@ def _result(chunks: Sequence[Chunk], complete: Complete | None) -> Result:
         completion_tokens=complete.completion_tokens,
         epochs=complete.epochs,
         seed=complete.seed,
+        cached_tokens=complete.cached_tokens,
+        top=tuple(t for c in chunks for t in c.top),
+        prompt_logprobs=tuple(p for each in scores for p in each.logprobs),
+        prompt_top=tuple(t for each in scores for t in each.top),
     )
 
 

@@ -1,8 +1,13 @@
-"""The server's settings: frozen, validated, each default written once. Sources: TOML, environment, flags."""
+"""The server's settings: frozen, validated, each default written once. Sources: TOML, environment, flags.
+
+A field's metadata is its one description: the flag's help, the table in the documentation.
+"""
 
 import dataclasses
 import difflib
+import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -11,40 +16,71 @@ from pathlib import Path
 from typing import Any, Self
 
 from serving.errors import InvalidRequest
+from serving.policy import POLICIES
 
 PREFIX = "MOEJAX_"
+OTHER_VARIABLES = frozenset({"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_KEY", "CACHE", "CONFIG", "KEYS"})
+"""MOEJAX_ variables that are not settings of a server."""
+_FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP.*)?|TEST_\w+|COMPLETE|\w+_COMPLETE")
+"""What ranks are told, what Kubernetes tells every pod of a service called moejax, and shell completion."""
+_ENVIRONMENT_CLOSENESS = 0.75
+
+
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its default and what it is for."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """One server. Ports of 0 take a free one; `slots_per_rank` None lets the planner choose."""
 
-    model: str = "smollm2-moe"
-    ranks: int = 4
-    host: str = "127.0.0.1"
-    grpc_port: int = 50051
-    http_port: int = 8000
-    chaos: bool = False
-    restart: bool = True
-    slots_per_rank: int | None = None
-    survive: int = 1
-    """Losses that must not need a new weight buffer: slots_per_rank >= ceil(experts / (ranks - survive))."""
-    lattice_depth: int = 3
-    """Losses of up to this many ranks are compiled, loaded and connected beforehand."""
-    max_queue: int = 1024
-    max_context: int | None = None
-    page_size: int = 32
-    pages_per_rank: int | None = None
-    """None: enough for the largest decode bucket at a quarter of the context, and one full context at least."""
-    buckets: tuple[tuple[int, int], ...] = ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8))
-    """(decode rows, prefill tiles of 32) of the compiled steps."""
-    tiles_while_decoding: int = 2
-    heartbeat_s: float = 0.05
-    heartbeat_floor_s: float = 0.6
-    step_floor_s: float = 10.0
-    start_timeout_s: float = 600.0
-    grace_s: float = 30.0
-    """How long a drain waits for running requests."""
+    model: str = setting("smollm2-moe", "A known model (`moejax models`) or a model folder.")
+    ranks: int = setting(4, "Rank processes, one per device.")
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all. Anything but loopback wants API keys.")
+    grpc_port: int = setting(50051, "Port of gRPC; 0 takes a free one.")
+    http_port: int = setting(8000, "Port of HTTP; 0 takes a free one.")
+    hosts: int = setting(1, "Hosts the ranks count as spread over, for placement and for the loss of a whole host.")
+    chaos: bool = setting(False, "Let clients kill ranks.")
+    operate: bool = setting(False, "Let callers on this machine drain, scale, pause and report device errors.")
+    device_errors: str | None = setting(None, "File to which a device plugin appends errors, one JSON object a line.")
+    on_lost_expert: str = setting("wait", "While an expert that no rank holds is loaded.", choices=POLICIES)
+    lost_expert_bound: float = setting(0.05, "With on-lost-expert auto: mask below this share of the traffic.")
+    scrub_s: float = setting(60.0, "Seconds in which every weight is compared with its checksum once; 0 never.")
+    drain_slow: bool = setting(False, "Drain and replace ranks that are slow for long, instead of only telling.")
+    slow_factor: float = setting(3.0, "Slow: so many times the others' time for a rank's own part of the steps.")
+    slow_block_steps: int = setting(50, "Steps over which that is judged; eight slow blocks in a row are long.")
+    restart: bool = setting(True, "Replace ranks that died.")
+    slots_per_rank: int | None = setting(None, "Expert slots per layer; the planner chooses when left out.")
+    survive: int = setting(1, "Losses that must not need new weight buffers.")
+    lattice_depth: int = setting(3, "Losses of up to this many ranks are prepared beforehand.")
+    max_queue: int = setting(1024, "Requests that may wait; more are refused at once.")
+    max_context: int | None = setting(None, "Tokens of prompt and answer together; the model's when left out.")
+    page_size: int = setting(32, "Tokens of a cache page.")
+    pages_per_rank: int | None = setting(None, "Cache pages of a rank; two contexts' worth when left out.")
+    buckets: tuple[tuple[int, int], ...] = setting(
+        ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8)), "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2)."
+    )
+    tiles_while_decoding: int = setting(2, "Prefill tiles in a step that others decode in.")
+    prefix_caching: bool = setting(True, "Keep the pages of prompts for later ones that begin the same.")
+    heartbeat_s: float = setting(0.05, "Seconds between two heartbeats of a rank.")
+    heartbeat_floor_s: float = setting(0.6, "Seconds without a heartbeat before a rank can be suspected.")
+    step_floor_s: float = setting(10.0, "Seconds a step may take before its rank can be suspected.")
+    start_timeout_s: float = setting(600.0, "Seconds until the server must be ready.")
+    grace_s: float = setting(30.0, "Seconds a drain waits for running requests.")
+    api_keys: str | None = setting(None, "File of API keys (`moejax keys add`); without it nobody needs one.")
+    tls_cert: str | None = setting(None, "Certificate chain (PEM) for HTTP and gRPC; needs --tls-key.")
+    tls_key: str | None = setting(None, "Private key (PEM) of --tls-cert.")
+    tls_client_ca: str | None = setting(None, "Clients must show a certificate of this authority (mutual TLS).")
+    max_body_bytes: int = setting(4 << 20, "Size of an HTTP body or a gRPC message from a client.")
+    max_header_bytes: int = setting(16 << 10, "Size of the headers or the metadata of a call.")
+    max_prompt_tokens: int | None = setting(None, "Longer prompts are refused; the context is the bound otherwise.")
+    max_streams: int = setting(4096, "Generating calls at once, HTTP and gRPC together.")
+    slow_client_s: float = setting(60.0, "Seconds a client may take to send its body or to read what waits for it.")
+    vllm_grpc: bool = setting(False, "Offer vllm.grpc.engine.VllmEngine beside our own gRPC (needs moejax[vllm]).")
+    log_format: str = setting("text", "How logs are written to standard error.", choices=("text", "json"))
+    log_level: str = setting("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+    otlp_endpoint: str | None = setting(None, "Send OpenTelemetry traces there over gRPC (needs moejax[otel]).")
 
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= 64:
@@ -54,9 +90,46 @@ class Settings:
                 f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",
                 param="survive",
             )
+        if not 1 <= self.hosts <= self.ranks:
+            raise InvalidRequest(
+                f"hosts is {self.hosts} with {self.ranks} ranks. Choose 1 to {self.ranks}.", param="hosts"
+            )
+        for name, least in (
+            ("lost_expert_bound", 0.0),
+            ("scrub_s", 0.0),
+            ("slow_factor", 1.1),
+            ("slow_block_steps", 1),
+        ):
+            if not getattr(self, name) >= least:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}.", param=name)
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}. Choose 0 to 65535.", param=name)
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices", ()), getattr(self, field.name)
+            if choices and value not in choices:
+                raise InvalidRequest(
+                    f"{field.name} is {value!r}. Choose one of {', '.join(choices)}.", param=field.name
+                )
+        for name in ("max_queue", "max_body_bytes", "max_header_bytes", "max_streams", "slow_client_s"):
+            if getattr(self, name) <= 0:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}. Choose more than 0.", param=name)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise InvalidRequest(f"{given} is given without {missing}. TLS needs both.", param=missing)
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidRequest(
+                "tls_client_ca is given without tls_cert and tls_key. Mutual TLS needs all three.", param="tls_cert"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach the server."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def host_of(self, rank: int) -> str:
+        """The host a rank is on: ranks are dealt out in equal runs."""
+        return "localhost" if self.hosts == 1 else f"host{rank * self.hosts // self.ranks}"
 
     @classmethod
     def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -66,12 +139,9 @@ class Settings:
         """
         values: dict[str, Any] = {}
         if file is not None:
-            values |= tomllib.loads(Path(file).read_text())
+            values |= _read_file(Path(file))
         known = {f.name for f in dataclasses.fields(cls)}
-        for key, text in environment.items():
-            name = key.removeprefix(PREFIX).lower()
-            if key.startswith(PREFIX) and name in known:
-                values[name] = text
+        values |= _read_environment(environment, known)
         values |= {k: v for k, v in flags.items() if v is not None}
         hints = typing.get_type_hints(cls)
         for key in values:
@@ -80,6 +150,34 @@ class Settings:
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InvalidRequest(f"unknown setting {key!r}.{hint}", param=key)
         return cls(**{k: _read(k, v, hints[k]) for k, v in values.items()})
+
+    def to_toml(self) -> str:
+        """All settings that have a value, as a file `load` reads."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {file}: {error.strerror}.", param="config") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{file} is not valid TOML: {error}.", param="config") from None
+
+
+def _read_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """Settings among the variables. One that is almost a setting is a mistake; others may be anybody's."""
+    values: dict[str, str] = {}
+    for key, text in environment.items():
+        name = key.removeprefix(PREFIX)
+        if not key.startswith(PREFIX) or name in OTHER_VARIABLES or _FOREIGN.fullmatch(name):
+            continue
+        if name.lower() in known:
+            values[name.lower()] = text
+        elif near := difflib.get_close_matches(name.lower(), known, n=1, cutoff=_ENVIRONMENT_CLOSENESS):
+            raise InvalidRequest(f"unknown variable {key}. Did you mean {PREFIX}{near[0].upper()}?", param=name.lower())
+    return values
 
 
 def _read(key: str, value: Any, hint: Any) -> Any:
@@ -91,9 +189,23 @@ def _read(key: str, value: Any, hint: Any) -> Any:
             return tuple(tuple(int(n) for n in row) for row in rows)
         if kind is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
-        if isinstance(value, bool) and kind is not bool:
+        if (isinstance(value, bool) and kind is not bool) or (kind is int and isinstance(value, float)):
             raise ValueError
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is str:
+            return str(os.fspath(typing.cast(Any, value)))
         return kind(value)
     except (ValueError, TypeError, KeyError):
         name = getattr(kind, "__name__", kind)
         raise InvalidRequest(f"setting {key!r} is {value!r}, which is no {name}.", param=key) from None
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON leaves as it is

@@ -2,20 +2,22 @@
 
 A transition takes a state and returns its successor, with outputs where clients must hear of it. `schedule`
 (serving/scheduler.py) makes a step, `apply` takes its results in. A step that fails in between leaves no
-trace: go on from the state before it or the one `schedule` returned, as suits; `lose` works on either.
+trace: go on from the state that `schedule` returned, of which `lose` makes the next. Not from the one before it:
+a rank may have written on pages that `schedule` took from the prefix cache.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
-from serving.batch import Batch, Bucket
+from serving.batch import Batch, Bucket, Result, Work
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
-from serving.pages import PagePool, check_pages
-from serving.request import Finished, FinishReason, Request, Token
+from serving.pages import Key, PagePool, check_pages, page_keys
+from serving.request import Finished, FinishReason, Request, Scored, Token
 from serving.sequence import Sequence
 
-Output = tuple[str, Token | Finished | MoejaxError]
-"""What a client hears: a token, or the one end of its stream (Finished, or a typed error)."""
+Output = tuple[str, Scored | Token | Finished | MoejaxError]
+"""What a client hears: scores of its prompt, a token, or the one end of its stream (Finished, or a typed error)."""
 
 QUEUE_RETRY_S = 1.0
 """Hint to a client that found the queue full."""
@@ -30,6 +32,7 @@ class Limits:
     max_queue: int
     buckets: tuple[Bucket, ...]
     tiles_while_decoding: int
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "buckets", tuple(Bucket(*bucket) for bucket in self.buckets))
@@ -66,7 +69,8 @@ class Limits:
 
     def pages_needed(self, request: Request) -> int:
         """Pages of a request that runs to its end. Its last token is never written to the cache."""
-        return self.pages_for(min(len(request.prompt) + request.max_tokens, self.max_context) - 1)
+        length = len(request.prompt)
+        return self.pages_for(max(length, min(length + request.max_tokens, self.max_context) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,14 @@ class EngineState:
     preemptions: int = 0
     decode_first: bool = False
     """After a loss, until one step has gone to the survivors' streams alone."""
+    root: Key = b""
+    """What the key of every first page depends on: which experts answered."""
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache so far."""
+    prefix_hits: int = 0
+    """Of these, found there."""
+    closed: frozenset[int] = frozenset()
+    """Ranks that are to go: they take no more requests."""
 
     @classmethod
     def start(cls, limits: Limits, pages: Mapping[int, int], *, epoch: int = 0) -> "EngineState":
@@ -135,39 +147,65 @@ def expire(state: EngineState, now: float) -> tuple[EngineState, tuple[Output, .
     return _without(state, late), tuple((request_id, Finished("deadline")) for request_id in late)
 
 
-def apply(
-    state: EngineState, batch: Batch, results: Mapping[str, tuple[int, float]]
-) -> tuple[EngineState, tuple[Output, ...]]:
-    """Take in a step: `results` is {request id: (token, log-probability)} of all its work that samples.
+def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tuple[EngineState, tuple[Output, ...]]:
+    """Take in a step: `results` by request id, of all its work that samples or has targets.
 
     Requests that ended while the step ran are passed over. Raises ValueError when the step is not the one in
     flight: it is of an old epoch, or its results are in already.
     """
     if batch.step != state.in_flight:
         raise ValueError(f"results of step {batch.step} came, but step {state.in_flight} is in flight.")
-    running, outputs, ended = dict(state.running), [], []
+    running, pools, outputs, ended = dict(state.running), dict(state.pools), [], []
     for work in (work for part in batch.work.values() for work in part):
         sequence = running.get(work.request_id)
         if sequence is None:
             continue
-        reason: FinishReason | None = None
-        generated = sequence.generated
-        if work.samples:
-            token, logprob = results[work.request_id]
-            if token in sequence.request.stop_tokens:
-                reason = "stop"
-            else:
-                outputs.append((work.request_id, Token(len(generated), token, logprob, batch.epoch)))
-                generated = (*generated, token)
-                reason = _reason_of_length(state.limits, sequence.request, len(generated))
-        running[work.request_id] = dataclasses.replace(
-            sequence, generated=generated, computed=work.start + len(work.tokens)
-        )
+        result = results.get(work.request_id)
+        sequence, told, reason = _advanced(state.limits, sequence, work, result, batch)
+        outputs += ((work.request_id, item) for item in told)
+        assert sequence.rank is not None
+        running[work.request_id], pools[sequence.rank] = _sealed(state, sequence, pools[sequence.rank])
         if reason is not None:
-            outputs.append((work.request_id, Finished(reason)))
+            outputs.append((work.request_id, Finished(reason, sequence.reused or 0)))
             ended.append(work.request_id)
-    state = dataclasses.replace(state, running=running, in_flight=None)
+    state = dataclasses.replace(state, running=running, pools=pools, in_flight=None)
     return (_without(state, ended) if ended else state), tuple(outputs)
+
+
+def _advanced(
+    limits: Limits, sequence: Sequence, work: Work, result: Result | None, batch: Batch
+) -> tuple[Sequence, list[Scored | Token], FinishReason | None]:
+    """A sequence after its work was done, what its client hears of it, and why it ends if it does."""
+    told: list[Scored | Token] = []
+    reason: FinishReason | None = None
+    generated, scored = sequence.generated, sequence.scored
+    if work.targets:
+        assert result is not None
+        logprobs, top = zip(*result.scores, strict=True)
+        told.append(Scored(scored + 1, logprobs, top))
+        scored += len(logprobs)
+    if work.samples and sequence.request.max_tokens == 0:
+        reason = "length"
+    elif work.samples:
+        assert result is not None
+        if result.token in sequence.request.stop_tokens:
+            reason = "stop"
+        else:
+            told.append(
+                Token(
+                    len(generated),
+                    result.token,
+                    result.logprob,
+                    batch.epoch,
+                    batch.degraded,
+                    result.top,
+                    sequence.reused or 0,
+                )
+            )
+            generated = (*generated, result.token)
+            reason = _reason_of_length(limits, sequence.request, len(generated))
+    computed = work.start + len(work.tokens)
+    return dataclasses.replace(sequence, generated=generated, scored=scored, computed=computed), told, reason
 
 
 def lose(state: EngineState, dead: Collection[int]) -> EngineState:
@@ -187,13 +225,20 @@ def lose(state: EngineState, dead: Collection[int]) -> EngineState:
 
 
 def adopt(
-    state: EngineState, pages: Mapping[int, int], *, epoch: int, fresh: Collection[int] = ()
+    state: EngineState,
+    pages: Mapping[int, int],
+    *,
+    epoch: int,
+    fresh: Collection[int] = (),
+    masked: Iterable[tuple[int, int]] = (),
 ) -> tuple[EngineState, tuple[Output, ...]]:
     """The ranks of a new epoch and their pages. A rank known before keeps its cache and its requests.
 
     A rank has an empty cache when it is new, in `fresh`, or has another number of pages than before. A
-    request that no rank can hold any more ends with NoCapacity; without any rank all requests wait.
+    request that no rank can hold any more ends with NoCapacity; without any rank all requests wait. Prefixes
+    are found only by requests that run with the same experts `masked`, (layer, expert), as those that made them.
     """
+    state = _rooted(state, frozenset(masked))
     emptied = {rank for rank, pool in state.pools.items() if rank in fresh or pages.get(rank) != pool.total}
     decode_first = state.decode_first or bool(emptied)
     state = lose(state, emptied)
@@ -212,6 +257,27 @@ def adopt(
             )
             outputs.append((sequence.id, NoCapacity(message)))
     return _without(state, [request_id for request_id, _ in outputs]), tuple(outputs)
+
+
+def _rooted(state: EngineState, masked: Collection[tuple[int, int]]) -> EngineState:
+    """The state after the experts that answer changed: what runs has been made by others in part."""
+    root = hashlib.blake2b(repr(sorted(masked)).encode(), digest_size=16).digest() if masked else b""
+    if root == state.root:
+        return state
+    running = {key: dataclasses.replace(sequence, chain=None) for key, sequence in state.running.items()}
+    return dataclasses.replace(state, root=root, running=running)
+
+
+def _sealed(state: EngineState, sequence: Sequence, pool: PagePool) -> tuple[Sequence, PagePool]:
+    """The sequence and its pool after its full pages were made known."""
+    size, chain = state.limits.page_size, sequence.chain
+    if not state.limits.prefix_caching or chain is None or sequence.computed // size == len(chain):
+        return sequence, pool
+    start, before = len(chain) * size, chain[-1] if chain else state.root
+    fresh = page_keys(sequence.tokens(start, sequence.computed), size, before)
+    for page, key in zip(sequence.pages[len(chain) :], fresh, strict=False):
+        pool = pool.seal(page, key)
+    return dataclasses.replace(sequence, chain=chain + fresh), pool
 
 
 def requeued(waiting: Mapping[str, Sequence], sequences: Iterable[Sequence]) -> dict[str, Sequence]:
@@ -234,8 +300,8 @@ def check_integrity(state: EngineState) -> None:
         assert key == sequence.id
         assert sequence.arrival < state.arrivals, f"{key} arrived as {sequence.arrival} of {state.arrivals}"
         assert not request.stop_tokens.intersection(sequence.generated), f"{key} is past its stop token"
-        over = _reason_of_length(state.limits, request, len(sequence.generated))
-        assert over is None, f"{key} has all its tokens and is still open"
+        over = sequence.generated and _reason_of_length(state.limits, request, len(sequence.generated))
+        assert not over, f"{key} has all its tokens and is still open"
     for sequence in state.waiting.values():
         assert sequence == sequence.displaced(), f"{sequence.id} waits and holds {sequence.pages}"
     for sequence in state.running.values():
@@ -248,19 +314,24 @@ def check_integrity(state: EngineState) -> None:
         most = state.limits.most_decode
         assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
         check_pages(pool, [page for sequence in here for page in sequence.pages])
+        for sequence in here:
+            for page in sequence.pages[sequence.computed // state.limits.page_size :]:
+                assert pool.holders[page] == 1, f"{sequence.id} will write on page {page}, which others read"
+                assert page not in pool.keys, f"{sequence.id} will write on page {page}, which is sealed"
 
 
 def _check_request(state: EngineState, request: Request) -> None:
     limits, length = state.limits, len(request.prompt)
     if length == 0:
         raise InvalidRequest("the prompt has no tokens. Send at least 1.", param="prompt")
-    if length >= limits.max_context:
+    scored_only = request.max_tokens == 0 and request.prompt_logprobs is not None
+    if length >= limits.max_context + scored_only:
         raise PromptTooLong(
             f"the prompt has {length} tokens and the context holds {limits.max_context}, one of them for the "
             f"answer. Shorten the prompt to {limits.max_context - 1}.",
             param="prompt",
         )
-    if request.max_tokens < 1:
+    if request.max_tokens < 1 and not scored_only:
         raise InvalidRequest(f"max_tokens is {request.max_tokens}. Ask for at least 1.", param="max_tokens")
     if state.find(request.id) is not None:
         raise InvalidRequest(f"request id {request.id!r} is in use. Choose another.", param="request_id")

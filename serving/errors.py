@@ -9,6 +9,7 @@ MoejaxError
 ├── Draining                  UNAVAILABLE         503
 ├── DeadlineExceeded          DEADLINE_EXCEEDED   408
 ├── Cancelled                 CANCELLED           499
+├── Unauthenticated           UNAUTHENTICATED     401
 ├── NotPermitted              PERMISSION_DENIED   403
 ├── StartError                FAILED_PRECONDITION 500
 └── Internal                  INTERNAL            500
@@ -74,6 +75,12 @@ class Cancelled(MoejaxError):
     """The caller went away or aborted the request."""
 
     grpc_status, http_status = "CANCELLED", 499
+
+
+class Unauthenticated(MoejaxError):
+    """The call has no API key, or one that is not known."""
+
+    grpc_status, http_status, openai_type = "UNAUTHENTICATED", 401, "authentication_error"
 
 
 class NotPermitted(MoejaxError):

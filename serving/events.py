@@ -46,6 +46,10 @@ class EventLog:
         self._more = asyncio.Event()
         return event
 
+    def past(self) -> tuple[Event, ...]:
+        """The events kept."""
+        return tuple(self._events)
+
     async def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """Events above `after`: those kept, then each as it comes."""
         while True:

@@ -6,8 +6,10 @@ from the base plan, so the ranks alive alone decide where an expert sits.
 
 import asyncio
 import collections
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,28 @@ from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan
 from planner.lattice import Lattice, build_lattice
 from planner.plan import Plan
+from planner.recovery import Recovery
 from planner.solve import solve
 from serving.config import Settings
 from serving.errors import NoCapacity, StartError
+from serving.health import Cause
 from serving.links import Coordinator, RankLinks, RankLost, RankRefused
+from serving.outlook import loss_costs
+from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
+from serving.status import LossCost
 
 MeshKey = tuple[tuple[int, ...], int]
 """Ranks of a mesh, and the slots on each."""
 
+HEAL_SLOTS = 2
+"""Experts that each rank loads at a time while steps go on."""
 JOIN_TIMEOUT_S = 30.0
 COLLECTIVE_TIMEOUT_S = 30
+SPARE_SEATS = 32
+"""Replacements that a generation can take in; the next one after them costs a new generation, as every one does on
+a GPU (docs/decisions/0004)."""
 
 
 class Failover:
@@ -39,34 +51,96 @@ class Failover:
         self._model = model
         self._links = links
         self._say = say
-        self._cluster = Cluster.local(settings.ranks)
-        self._workload = model.workload(settings.page_size)
+        self.cluster = Cluster.local(settings.ranks, hosts=[settings.host_of(rank) for rank in range(settings.ranks)])
+        self.workload = model.workload(settings.page_size)
         self.base = solve(
-            self._workload,
-            self._cluster,
+            self.workload,
+            self.cluster,
             slots_per_rank=settings.slots_per_rank,
             survive_ranks=min(settings.survive, settings.ranks - 1),
             pages_per_rank=pages_per_rank(settings, model.max_context),
         )
         depth = min(settings.lattice_depth, settings.ranks - 1)
-        self.lattice: Lattice = build_lattice(self._workload, self._cluster, self.base, depth=depth)
+        self.lattice: Lattice = build_lattice(self.workload, self.cluster, self.base, depth=depth)
         self.plan: Plan | None = None
         self.epoch = -1
         self.generation = 0
         self.broken = False
         """The communicators of this generation cannot be trusted: a new one is needed."""
+        self.torn = False
+        """Ranks had to leave the coordination service: this generation can connect no further mesh."""
         self.connected: set[MeshKey] = set()
         self.loaded: collections.deque[MeshKey] = collections.deque()
         """Meshes whose executables are loaded and whose communicator waits to be connected."""
         self.newcomers: set[int] = set()
+        """Replacements that wait to be let in."""
+        self.entering: set[int] = set()
+        """Replacements that are being let into the generation."""
+        self.seated: dict[int, int] = {}
+        """Replacements that are in the generation and not yet in the plan, and the slots each has filled."""
+        self._seats: dict[int, int] = {}
+        self._free_seats: collections.deque[int] = collections.deque()
+        self._processes = 0
+        self._admitting: asyncio.Task[None] | None = None
         self.experts_loaded = 0
+        self.goal: Plan | None = None
+        """What the ranks alive should hold; `plan` may be a part of it while experts are loaded."""
+        self._next: Plan | None = None
+        self.unreadable: dict[tuple[int, int], str] = {}
+        """(MoE layer, expert) that the store could not give, and why."""
+        self.loads: Callable[[], np.ndarray] = lambda: np.zeros((self.workload.moe_layers, self.workload.experts))
+        """Measured traffic `[moe layers, experts]`."""
+        self.on_trouble: Callable[[str], None] = lambda _: None
+        """Hears what has broken the generation beside the loss of a rank."""
         self._coordinator: Coordinator | None = None
+        self._minding: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
 
     @property
     def alive(self) -> tuple[int, ...]:
         """Ranks of the current plan."""
         return self.plan.rank_ids if self.plan is not None else ()
+
+    @property
+    def growing(self) -> tuple[int, ...]:
+        """The ranks of the plan once those seated are part of it."""
+        return tuple(sorted({*self.alive, *self.seated}))
+
+    @property
+    def joining(self) -> set[int]:
+        """Replacements on their way into the plan."""
+        return {*self.newcomers, *self.entering, *self.seated}
+
+    @property
+    def may_admit(self) -> bool:
+        """True when there are newcomers that can be let in without a new generation."""
+        if self.plan is None or self.broken or self.torn or not (self._admitting is None or self._admitting.done()):
+            return False
+        return 0 < len(self.newcomers) <= len(self._free_seats)
+
+    @property
+    def may_grow(self) -> bool:
+        """True when the plan with those seated, and every single loss of it, is loaded and connected."""
+        if not self.seated or self.broken:
+            return False
+        singles = self._meshes_below(self.growing, min(1, len(self.growing) - 1))
+        return self.connected.issuperset((self._key(self.plan_for(self.growing)), *singles))
+
+    @property
+    def store(self) -> Path:
+        """The folder of the host's copies of the weights."""
+        return Path(self._model.store)
+
+    @property
+    def stuck(self) -> bool:
+        """True when a mesh that those seated wait for could not be loaded or connected."""
+        done = self._preparing is not None and self._preparing.done() and not self.loaded
+        return bool(self.seated) and done and not (self.torn or self.may_grow)
+
+    @property
+    def coordinator_pid(self) -> int | None:
+        """The process that hosts the coordination service of this generation."""
+        return self._coordinator.process.pid if self._coordinator is not None else None
 
     def coverage(self) -> dict[str, float]:
         """Of all losses of 1, 2, ... ranks the current plan could suffer, the share that is compiled, loaded and
@@ -78,6 +152,15 @@ class Failover:
         for key in self._meshes_below(alive, depth):
             losses.setdefault(len(alive) - len(key[0]), []).append(key in self.connected)
         return {f"{n} rank{'s' if n > 1 else ''}": sum(ok) / len(ok) for n, ok in sorted(losses.items())}
+
+    def loss_costs(self, load: np.ndarray, recovery: Recovery) -> dict[int, LossCost]:
+        """What the loss of each rank of the current plan would cost; `load` counts tokens int [moe_layers, experts]."""
+        if self.plan is None:
+            return {}
+        gone = frozenset(self.base.rank_ids) - frozenset(self.alive)
+        foreseen = {rank: self.lattice.get(gone | {rank}) for rank in self.alive}
+        prepared = [rank for rank, plan in foreseen.items() if plan is not None and self._key(plan) in self.connected]
+        return loss_costs(self.plan, self.workload, self.cluster, load, recovery, prepared)
 
     async def start(self) -> None:
         """From nothing to the base plan, with every single loss prepared; the deeper ones follow in the background.
@@ -94,7 +177,9 @@ class Failover:
             self._say(f"loading and connecting {len(meshes)} meshes")
             for key in meshes:
                 await self._load(key)
-            await self._adopt(self.base)
+            await self._adopt(self.base, self.base)
+            if self.unreadable:
+                raise StartError(next(iter(self.unreadable.values())))
             for key in meshes:
                 await self._connect(key)
             self._watch(ranks)
@@ -113,7 +198,7 @@ class Failover:
         if foreseen is not None:
             return foreseen
         try:
-            return solve(self._workload, self._cluster, alive=alive, previous=self.base)
+            return solve(self.workload, self.cluster, alive=alive, previous=self.base)
         except NoFeasiblePlan as error:
             raise NoCapacity(str(error)) from None
 
@@ -125,6 +210,8 @@ class Failover:
             with _timed(phases, "fence"):
                 dead = lost()
                 survivors = [rank for rank in self.alive if rank not in dead]
+                for rank in dead:
+                    self.forget(rank)
                 await asyncio.gather(*(self._links.fenced(rank) for rank in self.alive if rank in dead))
                 self._links.abort(survivors, self.epoch)
             if not survivors:
@@ -138,7 +225,7 @@ class Failover:
                 else:
                     with _timed(phases, "adopt"):
                         await self._make_ready(self._key(plan))
-                        await self._adopt(plan)
+                        await self._adopt_soon(plan)
                     self.foresee()
                 return phases
             except RankLost:
@@ -156,14 +243,13 @@ class Failover:
         for rank in ranks:
             self._links.unwatch(rank)
         self.broken = True
-        if self._preparing is not None:
-            self._preparing.cancel()
+        self._stop_preparing()
         with _timed(phases, "join"):
             await self._enter(ranks, pages_used)
         with _timed(phases, "load"):
             await self._load(self._key(plan), urgent=True)
         with _timed(phases, "adopt"):
-            await self._adopt(plan)
+            await self._adopt(plan, plan)
         with _timed(phases, "connect"):
             await self._connect(self._key(plan))
         self.broken = False
@@ -171,21 +257,108 @@ class Failover:
         self.foresee()
         return phases
 
+    def is_ready_without(self, ranks: Collection[int]) -> bool:
+        """Whether the mesh without these ranks is loaded and connected."""
+        left = [rank for rank in self.alive if rank not in ranks]
+        return bool(left) and self._key(self.plan_for(left)) in self.connected
+
+    async def release(self, ranks: Collection[int]) -> dict[str, float]:
+        """Go on without these ranks, which run nothing any more, between two steps. Returns milliseconds by phase.
+        Raises RankLost, RankRefused or TimeoutError, after which a recovery is due."""
+        phases: dict[str, float] = {}
+        with _timed(phases, "plan"):
+            plan = self.plan_for([rank for rank in self.alive if rank not in ranks])
+        with _timed(phases, "adopt"):
+            await self._make_ready(self._key(plan))
+            await self._adopt_soon(plan)
+        for rank in ranks:
+            self.forget(rank)
+        self.foresee()
+        return phases
+
+    async def readopt(self, damaged: Collection[Slot]) -> None:
+        """Go on with these slots empty, and what they held loaded again. Raises as `release` does."""
+        assert self.plan is not None
+        slots = self.plan.slots_per_rank
+        self.plan = without(self.plan, [each for each in damaged if each[0] in self.alive and each[2] < slots])
+        await self._adopt_soon(self.plan_for(self.alive))
+
+    @property
+    def healing(self) -> bool:
+        """Experts are missing from the plan in force that can be loaded."""
+        return self._next is not None
+
+    async def heal(self) -> None:
+        """Load some of the missing experts, between two steps. Raises as `release` does."""
+        assert self.goal is not None
+        if self._next is not None:
+            await self._adopt(self._next, self.goal)
+
+    def ask_again(self) -> None:
+        """Experts that the store could not give may be there now."""
+        self.unreadable.clear()
+        self._look_on()
+
+    def _look_on(self) -> None:
+        self._next = None
+        if self.plan is not None and self.goal is not None and self.plan.slots != self.goal.slots:
+            part = next_part(self.plan, self.goal, HEAL_SLOTS, but=self.unreadable)
+            self._next = part if part.slots != self.plan.slots else None
+
     def foresee(self) -> None:
-        """Load the executables of the next losses in the background; `connect_next` finishes each."""
+        """Load the executables of the next losses, and of the plan with those seated, in the background;
+        `connect_next` finishes each."""
         if self._preparing is not None:
             self._preparing.cancel()
         self.loaded.clear()
-        alive, depth = self.alive, min(self._settings.lattice_depth, len(self.alive) - 1)
-        missing = [key for key in self._meshes_below(alive, depth) if key not in self.connected]
+        if self.torn:
+            return
+        wanted = self._meshes_below(self.alive, min(1, len(self.alive) - 1))
+        if self.seated:
+            wanted.append(self._key(self.plan_for(self.growing)))
+        wanted += self._meshes_below(self.growing, min(self._settings.lattice_depth, len(self.growing) - 1))
+        missing = [key for key in dict.fromkeys(wanted) if key not in self.connected]
         self._preparing = asyncio.create_task(self._load_ahead(missing))
 
     async def connect_next(self) -> bool:
         """Connect one mesh that is loaded, between two steps. True when the lattice is complete with it."""
         key = self.loaded.popleft()
-        if set(key[0]) <= set(self.alive):
+        if set(key[0]) <= set(self.growing):
             await self._connect(key)
         return not self.loaded and (self._preparing is None or self._preparing.done())
+
+    def admit(self) -> None:
+        """Let the newcomers into the generation, beside the steps; `may_grow` tells when the plan can have them."""
+        self.entering, self.newcomers = self.newcomers, set()
+        self._admitting = asyncio.create_task(self._admit(sorted(self.entering)))
+
+    async def grow(self) -> dict[str, float]:
+        """Put the plan with those seated into force. Returns milliseconds by phase. Raises RankLost, RankRefused or
+        TimeoutError when it could not be; unless that raised again, the plan before is then in force."""
+        phases: dict[str, float] = {}
+        seated, before = tuple(self.seated), self.alive
+        with _timed(phases, "adopt"):
+            try:
+                plan = self.plan_for(self.growing)
+                await self._adopt(plan, plan)
+            except (RankLost, RankRefused):
+                plan = self.plan_for(before)
+                await self._adopt(plan, plan)
+                raise
+        for rank in seated:
+            self.seated.pop(rank, None)
+        self._watch(seated)
+        self.foresee()
+        return phases
+
+    def forget(self, rank: int) -> None:
+        """A rank is gone: so is every mesh with it."""
+        self.newcomers.discard(rank)
+        self.entering.discard(rank)
+        self.seated.pop(rank, None)
+        self._seats.pop(rank, None)
+        self.connected = {key for key in self.connected if rank not in key[0]}
+        self.loaded = collections.deque(key for key in self.loaded if rank not in key[0])
 
     async def replace(self, rank: int) -> None:
         """Start a rank anew until it is ready to join; raises RankLost or RankRefused when it cannot."""
@@ -195,8 +368,9 @@ class Failover:
 
     async def close(self) -> None:
         """Stop the coordinator and what runs in the background."""
-        if self._preparing is not None:
-            self._preparing.cancel()
+        self._stop_preparing()
+        if self._minding is not None:
+            self._minding.cancel()
         if self._coordinator is not None:
             await self._coordinator.stop()
 
@@ -215,22 +389,63 @@ class Failover:
         )
         await self._links.call(rank, "configure", configure)
 
+    def _stop_preparing(self) -> None:
+        for task in (self._preparing, self._admitting):
+            if task is not None:
+                task.cancel()
+
+    async def _admit(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            if rank not in self.entering:
+                continue
+            self._seats[rank] = seat = self._free_seats.popleft()
+            try:
+                async with asyncio.timeout(JOIN_TIMEOUT_S):
+                    await self._links.call(rank, "join", self._join(rank, 0))
+                    plan = self.plan_for({*self.growing, rank})
+                    slots = plan.slots_of(rank).astype(np.int32).tobytes()
+                    hold = link_pb2.Hold(slots_per_rank=plan.slots_per_rank, slots=slots)
+                    await self._links.call(rank, "hold", hold)
+            except RankLost:
+                continue
+            except (RankRefused, TimeoutError) as error:
+                why = str(error) or f"no answer to join within {JOIN_TIMEOUT_S:.0f} s"
+                self._links.declare(rank, Cause("error", why), time.monotonic())
+                continue
+            told = (self._links.call(r, "seat", link_pb2.Seat(rank=rank, process=seat)) for r in self.growing)
+            await asyncio.gather(*told, return_exceptions=True)
+            self.entering.discard(rank)
+            self.seated[rank] = plan.slots_per_rank
+        self.foresee()
+
+    def _join(self, rank: int, pages_used: int) -> link_pb2.Join:
+        assert self._coordinator is not None
+        return link_pb2.Join(
+            generation=self.generation,
+            address=self._coordinator.address,
+            members=self._seats.keys(),
+            seats=self._seats.values(),
+            processes=self._processes,
+            pages_used=pages_used,
+        )
+
     async def _enter(self, ranks: tuple[int, ...], pages_used: dict[int, int]) -> None:
         before = self._coordinator
-        self._coordinator = await Coordinator.start(len(ranks))
+        if self._minding is not None:
+            self._minding.cancel()
+        self._processes = len(ranks) + (0 if "cuda" in os.environ.get("JAX_PLATFORMS", "") else SPARE_SEATS)
+        self._coordinator = await Coordinator.start(len(ranks), self._processes)
+        self._minding = asyncio.create_task(self._mind(self._coordinator))
         self.generation += 1
-        self.newcomers -= set(ranks)
+        self.newcomers = self.joining - set(ranks)
+        self.entering.clear()
+        self.seated.clear()
+        self._seats = {rank: process for process, rank in enumerate(ranks)}
+        self._free_seats = collections.deque(range(len(ranks), self._processes))
+        self.torn = False
         self.connected.clear()
         self.loaded.clear()
-        joins = {
-            rank: link_pb2.Join(
-                generation=self.generation,
-                address=self._coordinator.address,
-                members=ranks,
-                pages_used=pages_used.get(rank, 0),
-            )
-            for rank in ranks
-        }
+        joins = {rank: self._join(rank, pages_used.get(rank, 0)) for rank in ranks}
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
                 await self._all("join", joins)
@@ -243,6 +458,12 @@ class Failover:
         finally:
             if before is not None:
                 await before.stop()
+
+    async def _mind(self, coordinator: Coordinator) -> None:
+        """Without its coordinator a generation goes on, but connects no mesh any more."""
+        code = await coordinator.process.wait()
+        self.broken = True
+        self.on_trouble(f"the coordinator ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
 
     async def _compile(self, ranks: tuple[int, ...]) -> None:
         """Compile what is missing, each mesh shape on one rank."""
@@ -301,13 +522,38 @@ class Failover:
                 self.loaded.append(key)
 
     async def _connect(self, key: MeshKey) -> None:
+        if self.torn:
+            raise RankRefused(key[0][0], "connect", "ranks have left the coordination service")
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
-            warm = self.plan is not None and key[1] == self.plan.slots_per_rank
-            await self._all("connect", dict.fromkeys(key[0], link_pb2.Connect(mesh=_mesh(key), warm=warm)))
+            warm = all(self._slots_held(rank) == key[1] for rank in key[0])
+            try:
+                await self._all("connect", dict.fromkeys(key[0], link_pb2.Connect(mesh=_mesh(key), warm=warm)))
+            except RankLost as error:
+                self.torn = True
+                self._links.abort((r for r in key[0] if r != error.rank), self.epoch, connecting_only=True)
+                raise
         self.connected.add(key)
 
-    async def _adopt(self, plan: Plan) -> None:
-        """Put `plan` into force, as a new epoch."""
+    async def _adopt_soon(self, goal: Plan) -> None:
+        """Put into force what the ranks hold of `goal` already, if the policy lets the rest follow beside the steps;
+        else all of it."""
+        assert self.plan is not None
+        part, settings = at_once(goal, self.plan), self._settings
+        if not may_serve(part, settings.on_lost_expert, self.loads(), settings.lost_expert_bound):
+            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self.unreadable)
+        await self._adopt(part, goal)
+
+    async def _adopt(self, plan: Plan, goal: Plan) -> None:
+        """Put `plan` into force, as a new epoch; again without the experts that the store could not give."""
+        self.goal = goal
+        while True:
+            missing = await self._adopt_once(plan)
+            if not missing:
+                self._look_on()
+                return
+            plan = without(plan, missing)
+
+    async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
         plan = plan.with_epoch(self.epoch)
         routes = plan.expert_to_slot()
@@ -323,10 +569,18 @@ class Failover:
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan
+        for answer in answers:
+            self.unreadable |= {(slot.layer, slot.expert): answer.trouble for slot in answer.missing}
+        both = zip(plan.rank_ids, answers, strict=True)
+        return [(rank, slot.layer, slot.slot) for rank, answer in both for slot in answer.missing]
 
     async def _all(self, what: str, messages: dict[int, Any]) -> list[link_pb2.Done]:
         """The answers of all; when one is lost or refuses, the others are not waited for."""
         return await asyncio.gather(*(self._links.call(rank, what, message) for rank, message in messages.items()))
+
+    def _slots_held(self, rank: int) -> int:
+        """Slots a rank has buffers for now."""
+        return self.seated.get(rank, self.plan.slots_per_rank if self.plan is not None else 0)
 
     def _watch(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
@@ -335,10 +589,11 @@ class Failover:
     def _meshes_below(self, alive: Collection[int], depth: int) -> list[MeshKey]:
         """The meshes after each foreseen loss among `alive`, the likeliest first."""
         gone = frozenset(self.base.rank_ids) - frozenset(alive)
+        hosts = {frozenset(ids).intersection(alive) for ids in self.cluster.domains("host").values()}
         keys = [
             self._key(plan)
             for dead, plan in self.lattice.plans.items()
-            if gone < dead and len(dead) - len(gone) <= depth
+            if gone < dead and (len(dead) - len(gone) <= depth or dead - gone in hosts)
         ]
         return sorted(dict.fromkeys(keys), key=lambda key: -len(key[0]))
 

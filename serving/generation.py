@@ -6,44 +6,72 @@ Every surface goes through `Generation`: `accept` checks and completes a request
 import asyncio
 import contextlib
 import dataclasses
-import math
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, cast
 
+from serving.bounds import MAX_CHOICES, check_id, check_roles, check_sampling, check_tokens
 from serving.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, MoejaxError, PromptTooLong
+from serving.guided import Guides
+from serving.merging import merged
 from serving.metrics import Metrics, RequestTimer
-from serving.request import Finished, FinishReason, Request, SamplingParams, Token
+from serving.request import Finished, Request, SamplingParams, Scored, Token, Top
 from serving.status import Backend
 from serving.tokens import Detokenizer, Message, StopStrings, Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Message]
 
-ROLES = ("system", "user", "assistant")
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
-MAX_STOP_TOKENS = 64
-MAX_ID_LENGTH = 128
-MAX_TEMPERATURE = 100.0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages as a chat template takes them, functions the model may call, and the template's own switches."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Prompt = str | Sequence[int] | Sequence[Message] | Conversation
+
+MAX_SEED = 0x7FFFFFFF  # fits any 32-bit integer
+SHAPING = (
+    *("min_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
+    *("top_logprobs", "prompt_logprobs", "guide"),
+)
+"""Fields that a request has from its sampling parameters as they are."""
 _LONG_TEXT = 20_000  # characters; encoding more than this would hold up other streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """Log-probabilities of prompt tokens, each given all before it, from `position` on, and the likeliest instead. The
+    prompt's first token has none."""
+
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[Top, ...]
+    choice: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Tokens as they came, and the text that became certain with them. `index` is the first token's."""
+    """Tokens as they came, and the text that became certain with them. `index` is the first token's; `top` has the
+    likeliest instead of each where they were asked for. `choice` counts the answers of one call."""
 
     index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...]
     epoch: int
+    top: tuple[Top, ...] = ()
+    choice: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Complete:
-    """The end of a stream. `matched` is the stop string or stop token that ended it, if one did."""
+    """The end of an answer. `matched` is the stop string or stop token that ended it, if one did. `cached_tokens` of
+    the prompt were in a rank's cache already."""
 
     request_id: str
     reason: str
@@ -52,6 +80,14 @@ class Complete:
     epochs: tuple[int, ...]
     seed: int
     matched: str | int | None = None
+    degraded: bool = False
+    """Some tokens were made while experts were masked."""
+    cached_tokens: int = 0
+    choice: int = 0
+
+
+Item = PromptScores | Chunk | Complete
+"""A part of a stream of answers."""
 
 
 class Generation:
@@ -62,15 +98,46 @@ class Generation:
         backend: Backend,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        guides: Guides | None = None,
         *,
+        max_prompt_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], int] = lambda: secrets.randbits(31),
     ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self._max_prompt_tokens = max_prompt_tokens
+        self._guides = guides or Guides(tokenizer, backend.model.vocab_size, backend.model.stop_tokens)
+        self._families: dict[str, set[str]] = {}
         self._clock = clock
         self._draw = draw
+
+    async def accept_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> list[Request]:
+        """Complete requests, `n` for each prompt, with seeds that follow one another. Raises InvalidRequest or
+        PromptTooLong, with `param` naming the field, when any of them cannot be served."""
+        check_sampling(params, self.backend.model.vocab_size)
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n {params.n} are {len(prompts) * params.n} answers; a call has at most "
+                f"{MAX_CHOICES}. Send several calls.",
+                param="n" if params.n > 1 else "prompt",
+            )
+        name, requests = request_id or uuid.uuid4().hex, []
+        for prompt in prompts:
+            first = await self.accept(prompt, params, request_id=request_id, timeout_s=timeout_s)
+            for number in range(params.n):
+                own = name if not requests else f"{name}-{len(requests)}"
+                seed = (first.seed + number) & MAX_SEED
+                requests.append(dataclasses.replace(first, id=own, seed=seed))
+        return requests
 
     async def accept(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str = "", timeout_s: float | None = None
@@ -79,12 +146,19 @@ class Generation:
         model = self.backend.model
         check_sampling(params, model.vocab_size)
         check_id(request_id)
-        tokens = await self._encode(prompt)
+        if params.guide is not None:
+            await asyncio.to_thread(self._guides.check, params.guide)
+        tokens = await self.encode(prompt)
         room = model.max_context - len(tokens)
-        if room < 1:
+        if room < (params.max_tokens != 0):
             raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens; this model's context is {model.max_context}, and at "
                 f"least one is needed for the answer. Shorten the prompt to {model.max_context - 1} tokens.",
+                param="prompt",
+            )
+        if self._max_prompt_tokens is not None and len(tokens) > self._max_prompt_tokens:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens; this server takes at most {self._max_prompt_tokens}.",
                 param="prompt",
             )
         if params.max_tokens is not None and params.max_tokens > room:
@@ -98,35 +172,63 @@ class Generation:
             id=request_id or uuid.uuid4().hex,
             prompt=tokens,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
-            seed=self._draw() if params.seed is None else params.seed & 0x7FFFFFFF,  # fits any 32-bit integer
+            seed=self._draw() if params.seed is None else params.seed & MAX_SEED,
             temperature=params.temperature,
             top_k=min(params.top_k, model.vocab_size),
             top_p=params.top_p,
             min_p=params.min_p,
             stop_tokens=frozenset(params.stop_tokens) | frozenset(() if params.ignore_eos else model.stop_tokens),
             deadline=None if timeout_s is None else self._clock() + timeout_s,
+            **{name: getattr(params, name) for name in SHAPING},
         )
 
-    async def stream(self, request: Request, stop: Sequence[str] = ()) -> AsyncGenerator[Chunk | Complete, None]:
-        """Chunks, then one Complete, or a MoejaxError. Closing the generator cancels the request."""
-        timer = RequestTimer(self.metrics, len(request.prompt), self._clock)
-        text = _Text(self.tokenizer, request, stop)
-        ended = "abort"
+    async def streams(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> AsyncGenerator[Item, None]:
+        """The items of all answers of a call as they come, each with its `choice`. The first error is the call's.
+        Closing the generator, or an error, cancels all of them."""
+        if len(requests) == 1:
+            async with contextlib.aclosing(self.stream(requests[0], stop)) as items:
+                async for item in items:
+                    yield item
+            return
+        family = self._families[requests[0].id] = {request.id for request in requests}
+        sources = [self.stream(request, stop) for request in requests]
+        try:
+            async with contextlib.aclosing(merged(sources)) as items:
+                async for choice, item in items:
+                    if isinstance(item, Complete):
+                        family.discard(item.request_id)
+                    yield dataclasses.replace(item, choice=choice)
+        finally:
+            self._families.pop(requests[0].id, None)
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a call by the id of its first answer; False when none of its answers is waiting or running."""
+        family = self._families.get(request_id, {request_id})
+        return sum(self.backend.abort(each) for each in family) > 0  # all of them, not the first alone
+
+    async def stream(self, request: Request, stop: Sequence[str] = ()) -> AsyncGenerator[Item, None]:
+        """Scores of the prompt where they were asked for, chunks, then one Complete, or a MoejaxError. Closing the
+        generator cancels the request."""
+        timer = RequestTimer(self.metrics, request, self._clock)
+        text, ended = _Text(self.tokenizer, request, stop), "abort"
         try:
             # Leaving this block, also because a stop string was found, cancels the request in the backend.
-            source = cast(AsyncGenerator[Token | Finished, None], self.backend.stream(request))
+            source = cast(AsyncGenerator[Scored | Token | Finished, None], self.backend.stream(request))
             async with contextlib.aclosing(source) as items:
                 async for item in items:
                     if isinstance(item, Finished):
                         break
-                    timer.token()
+                    if isinstance(item, Scored):
+                        yield _prompt_scores(request, item)
+                        continue
+                    timer.token(item.epoch)
                     yield text.push(item)
                     if isinstance(text.matched, str):
-                        item = Finished("stop")
+                        item = Finished("stop", item.reused)
                         break
                 else:
                     raise Internal(f"request {request.id} ended without a reason.")
-            rest, finished = text.rest(), _finish(request, text, item.reason)
+            rest, finished = text.rest(), _finish(request, text, item)
             if rest is not None:
                 yield rest
             ended = finished.reason
@@ -137,43 +239,73 @@ class Generation:
         finally:
             timer.finished(ended)
 
-    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of a prompt. Raises InvalidRequest."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequest("the prompt is empty. Send at least one character.", param="prompt")
             return await _off_loop(len(prompt), self.tokenizer.encode, prompt)
+        if isinstance(prompt, Conversation):
+            return await self._encode_conversation(prompt)
         if not prompt:
             raise InvalidRequest("the prompt is empty. Send at least one token or message.", param="prompt")
         if isinstance(prompt[0], Message):
             messages = cast(Sequence[Message], prompt)
-            check_roles(messages)
+            check_roles([message.role for message in messages])
             return await _off_loop(sum(len(m.content) for m in messages), self.tokenizer.chat, messages)
         ids = tuple(cast(Sequence[int], prompt))
         check_tokens(ids, self.backend.model.vocab_size, "prompt")
         return ids
 
+    async def _encode_conversation(self, prompt: Conversation) -> tuple[int, ...]:
+        if not prompt.messages:
+            raise InvalidRequest("there are no messages. Send at least one.", param="messages")
+        check_roles([str(message["role"]) for message in prompt.messages])
+
+        def encode(tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+            return self.tokenizer.chat(prompt.messages, tools=tools or None, variables=prompt.variables)
+
+        length = sum(len(str(message["content"])) for message in prompt.messages)
+        tokens = await _off_loop(length, encode, prompt.tools)
+        if prompt.tools and tokens == await _off_loop(length, encode, ()):
+            raise InvalidRequest("the chat template of this model has no place for tools.", param="tools")
+        return tokens
+
 
 class _Text:
-    """The text side of one stream: whole characters, up to the first stop string or stop token."""
+    """The text side of one stream: whole characters, up to the first stop string or stop token. Stop strings are
+    looked for after `min_tokens`."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(stop)
         self._stop_tokens = request.stop_tokens
+        self._min_tokens = request.min_tokens
         self.tokens = 0
         self.epochs: list[int] = []
         self.matched: str | int | None = None
+        self.degraded = False
 
     def push(self, token: Token) -> Chunk:
         self.tokens += 1
+        self.degraded |= token.degraded
         if token.epoch not in self.epochs:
             self.epochs.append(token.epoch)
         if token.id in self._stop_tokens:
             self.matched, text = token.id, ""
         else:
-            text = self._stops.push(self._detokenizer.push(token.id))
-            self.matched = self._stops.matched
-        return Chunk(index=token.index, token_ids=(token.id,), text=text, logprobs=(token.logprob,), epoch=token.epoch)
+            text = self._detokenizer.push(token.id)
+            if self.tokens > self._min_tokens:
+                text = self._stops.push(text)
+                self.matched = self._stops.matched
+        return Chunk(
+            index=token.index,
+            token_ids=(token.id,),
+            text=text,
+            logprobs=(token.logprob,),
+            epoch=token.epoch,
+            top=(token.top,) if token.top else (),
+        )
 
     def rest(self) -> Chunk | None:
         """Text that was held back and no longer needs to be, as a chunk without tokens."""
@@ -183,7 +315,14 @@ class _Text:
         return Chunk(index=self.tokens, token_ids=(), text=text, logprobs=(), epoch=self.epochs[-1])
 
 
-def _finish(request: Request, text: _Text, reason: FinishReason) -> Complete:
+def _prompt_scores(request: Request, scored: Scored) -> PromptScores:
+    end = scored.position + len(scored.logprobs)
+    ids = request.prompt[scored.position : end]
+    return PromptScores(position=scored.position, token_ids=ids, logprobs=scored.logprobs, top=scored.top)
+
+
+def _finish(request: Request, text: _Text, finished: Finished) -> Complete:
+    reason = finished.reason
     if reason == "deadline":
         raise DeadlineExceeded(f"the deadline passed after {text.tokens} tokens.")
     if reason == "cancelled":
@@ -196,69 +335,9 @@ def _finish(request: Request, text: _Text, reason: FinishReason) -> Complete:
         epochs=tuple(text.epochs),
         seed=request.seed,
         matched=text.matched,
+        degraded=text.degraded,
+        cached_tokens=finished.reused,
     )
-
-
-def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Raises InvalidRequest naming the first field that is out of its range."""
-    _within("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
-    _within("top_p", params.top_p, 0.0, 1.0)
-    if params.top_p == 0:
-        raise InvalidRequest("top_p is 0, which leaves no token. Use temperature 0 for greedy.", param="top_p")
-    _within("min_p", params.min_p, 0.0, 1.0)
-    _within("top_k", params.top_k, 0, 2**31 - 1)
-    if params.max_tokens is not None:
-        _within("max_tokens", params.max_tokens, 1, 2**31 - 1)
-    if params.seed is not None:
-        _within("seed", params.seed, -(2**63), 2**63 - 1)
-    if len(params.stop) > MAX_STOPS:
-        raise InvalidRequest(f"{len(params.stop)} stop strings; at most {MAX_STOPS} are allowed.", param="stop")
-    for stop in params.stop:
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise InvalidRequest(
-                f"a stop string has {len(stop)} characters; it must have 1 to {MAX_STOP_LENGTH}.",
-                param="stop",
-            )
-    if len(params.stop_tokens) > MAX_STOP_TOKENS:
-        raise InvalidRequest(
-            f"{len(params.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are allowed.",
-            param="stop_token_ids",
-        )
-    check_tokens(params.stop_tokens, vocab_size, "stop_token_ids")
-
-
-def check_tokens(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises InvalidRequest when a token is not in the vocabulary."""
-    for position, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidRequest(
-                f"token {position} is {token}; this model's vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}.",
-                param=param,
-            )
-
-
-def check_roles(messages: Sequence[Message]) -> None:
-    """Raises InvalidRequest on a role no chat template knows."""
-    for position, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise InvalidRequest(
-                f"message {position} has role {message.role!r}; known roles are {', '.join(ROLES)}.",
-                param="messages",
-            )
-
-
-def check_id(request_id: str) -> None:
-    """Raises InvalidRequest on an id that does not fit in a header or a log line."""
-    if len(request_id) > MAX_ID_LENGTH or not request_id.isascii() or not (request_id + " ").isprintable():
-        raise InvalidRequest(
-            f"request_id has {len(request_id)} characters; it must be at most {MAX_ID_LENGTH} printable ASCII ones.",
-            param="request_id",
-        )
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if math.isnan(value) or not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value}; it must be between {low} and {high}.", param=name)
 
 
 async def _off_loop(length: int, encode: Callable[[Any], tuple[int, ...]], text: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
-Kind = Literal["exited", "stream", "error", "stopped", "heartbeat", "step"]
+Kind = Literal["exited", "stream", "error", "stopped", "heartbeat", "step", "drained"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

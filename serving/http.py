@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,11 +26,21 @@ from starlette.routing import Route
 from serving import calls
 from serving.answers import Answer
 from serving.body import read_json, unless_gone
+from serving.bounds import check_tokens
 from serving.closing import Closing
-from serving.errors import Draining, Internal, InvalidRequest, MoejaxError, StartError
-from serving.generation import Chunk, Complete, Generation
+from serving.config import Settings
+from serving.errors import Draining, InvalidRequest, MoejaxError, StartError
+from serving.faults import DeviceError, Instruction, permit
+from serving.generation import Generation, Item
+from serving.guard import Guard
+from serving.guard_http import HttpGuard
 from serving.http_errors import defect, moejax_error, routing_error
+from serving.keys import CALLER
+from serving.openapi import document
+from serving.request_ids import RequestIds
 from serving.sse import EventStream, answer_events, frame
+from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS
+from serving.tls import ServerTls
 from serving.version import version
 
 _DASHBOARD = Path(__file__).parent / "dashboard"
@@ -59,9 +70,16 @@ class HttpServer:
         await self._task
 
 
-async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 0) -> HttpServer:
+async def start(
+    generation: Generation,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    guard: Guard | None = None,
+    tls: ServerTls | None = None,
+) -> HttpServer:
     """Serve on host:port. Raises StartError when the port cannot be had."""
-    closing = Closing()
+    closing, guard = Closing(), guard or Guard.of(Settings())
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -70,8 +88,13 @@ async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 
             f"HTTP cannot listen on {host}:{port}: {error.strerror}. Choose another port with --http-port, "
             "or 0 for any free one."
         ) from error
+    # Inherited by each connection: one whose client takes nothing for that long is cut.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * guard.slow_client_s))
     config = uvicorn.Config(
-        application(generation, closing),
+        application(generation, closing, guard),
+        http="h11",
+        h11_max_incomplete_event_size=guard.max_header_bytes,
+        **(tls.uvicorn() if tls is not None else {}),
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -91,7 +114,7 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def application(generation: Generation, closing: Closing | None = None) -> Starlette:
+def application(generation: Generation, closing: Closing | None = None, guard: Guard | None = None) -> Starlette:
     """The ASGI application."""
     api = _Api(generation, closing or Closing())
 
@@ -105,9 +128,13 @@ def application(generation: Generation, closing: Closing | None = None) -> Starl
 
     return Starlette(
         lifespan=lifespan,
+        middleware=[Middleware(RequestIds), Middleware(HttpGuard, guard=guard or Guard.of(Settings()))],
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
+            Route("/openapi.json", api.openapi),
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.one_model),
             Route("/health", api.health),
@@ -116,6 +143,8 @@ def application(generation: Generation, closing: Closing | None = None) -> Starl
             Route("/metrics", api.metrics),
             Route("/fault_tolerance/status", api.status),
             Route("/fault_tolerance/events", api.events),
+            Route("/fault_tolerance/apply", api.apply, methods=["POST"]),
+            Route("/fault_tolerance/report", api.report, methods=["POST"]),
             Route("/fault_tolerance/kill", api.kill, methods=["POST"]),
             Route("/{page}", api.page),
             Route("/", api.page),
@@ -142,14 +171,30 @@ class _Api:
         model = self._backend.model.name
         call = calls.read(await read_json(request), chat=chat, model=model)
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        accepted = await self._generation.accept(call.prompt, call.params, request_id=request_id)
-        answer = Answer(call, request_id, model, self._generation.tokenizer, int(time.time()))
-        headers = {"X-Request-Id": request.headers.get("x-request-id", request_id)[:128]}
-        items = self._generation.stream(accepted, call.params.stop)
+        request.state.request_id = request_id
+        accepted = await self._generation.accept_all(call.prompts, call.params, request_id=request_id)
+        answer = Answer(call, accepted, request_id, model, self._generation.tokenizer, int(time.time()))
+        items = self._generation.streams(accepted, call.params.stop)
         if not call.stream:
-            return JSONResponse(await unless_gone(request, _whole(items, answer)), headers=headers)
+            return JSONResponse(answer.whole(await unless_gone(request, _all(items))))
         first = await unless_gone(request, anext(items))  # a refusal still has its own status here
-        return EventStream(answer_events(answer, first, items), items, headers=headers)
+        return EventStream(answer_events(answer, first, items), items)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a prompt or a conversation, as a completion would have them."""
+        tokens = await self._generation.encode(calls.read_text(await read_json(request)))
+        context = self._backend.model.max_context
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        tokens = calls.read_tokens(await read_json(request))
+        check_tokens(tokens, self._backend.model.vocab_size, "tokens")
+        return JSONResponse({"prompt": self._generation.tokenizer.decode(tokens)})
+
+    async def openapi(self, _: Request) -> Response:
+        """What this surface is, for programs."""
+        return JSONResponse(document())
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -175,7 +220,9 @@ class _Api:
         status = self._backend.status()
         if status.ready and not status.draining:
             return JSONResponse({"status": "ready"})
-        state = "draining" if status.draining else "no plan can serve with the ranks alive"
+        state = "no plan can serve with the ranks alive"
+        if status.draining or status.paused:
+            state = "draining" if status.draining else "paused"
         return JSONResponse({"status": state}, 503, {"Retry-After": "1"})
 
     async def live(self, _: Request) -> Response:
@@ -191,7 +238,30 @@ class _Api:
     async def status(self, _: Request) -> Response:
         model = dataclasses.asdict(self._backend.model)
         model["has_chat_template"] = self._generation.tokenizer.has_chat_template
-        return JSONResponse(dataclasses.asdict(self._backend.status()) | {"model": model, "version": version()})
+        more = {"model": model, "version": version(), "what_if": list(map(dataclasses.asdict, self._backend.what_if()))}
+        return JSONResponse(dataclasses.asdict(self._backend.status()) | more)
+
+    async def apply(self, request: Request) -> Response:
+        """A planned change, for callers that may operate the server: answered when it is done."""
+        body = await self._operator_body(request)
+        serving = await self._backend.apply(Instruction.read(body))
+        return JSONResponse({"serving": serving, "epoch": self._backend.status().epoch})
+
+    async def report(self, request: Request) -> Response:
+        """A device's error, from callers that may operate the server."""
+        body = await self._operator_body(request)
+        return JSONResponse({"action": self._backend.report(DeviceError.read(body)).value})
+
+    async def _operator_body(self, request: Request) -> Any:
+        _only_json(request)
+        status = self._backend.status()
+        permit(
+            chaos=status.chaos,
+            operable=status.operable,
+            key=CALLER.get(),
+            peer=request.client.host if request.client else "",
+        )
+        return await read_json(request)
 
     async def events(self, request: Request) -> Response:
         """Events as server-sent events; `after` or Last-Event-ID says where to go on."""
@@ -209,16 +279,19 @@ class _Api:
 
     async def kill(self, request: Request) -> Response:
         """Kill or stop a rank. JSON only, so that no page of another site can send it from a browser."""
-        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-            raise HTTPException(415, "send the body as Content-Type: application/json.")
+        _only_json(request)
         body = await read_json(request)
-        if not isinstance(body, dict) or type(body.get("rank")) is not int or body.keys() - {"rank", "signal"}:
-            raise InvalidRequest('the body must be {"rank": number, "signal": "SIGKILL" or "SIGSTOP"}.', param="rank")
+        names = ("rank", "host") if isinstance(body, dict) else ()
+        victim = next((name for name in names if type(body.get(name)) is {"rank": int, "host": str}[name]), None)
+        if victim is None or body.keys() - {victim, "signal"}:
+            text = 'the body must be {"rank": number, "signal": "SIGKILL" or "SIGSTOP"}, or {"host": name, ...}.'
+            raise InvalidRequest(text, param="rank")
         signal = body.get("signal", "SIGKILL")
-        if signal not in ("SIGKILL", "SIGSTOP"):
-            raise InvalidRequest(f"signal is {signal!r}; it must be SIGKILL or SIGSTOP.", param="signal")
-        await self._backend.kill(body["rank"], signal)
-        return JSONResponse({"killed": body["rank"]})
+        if signal not in SIGNALS + SIGNALS_TO_WEIGHTS:
+            known = ", ".join(SIGNALS + SIGNALS_TO_WEIGHTS)
+            raise InvalidRequest(f"signal is {signal!r}; it must be one of {known}.", param="signal")
+        await self._backend.kill(body.get("rank", 0), signal, body.get("host", ""))
+        return JSONResponse({"killed": body[victim]})
 
     async def page(self, request: Request) -> Response:
         """The dashboard: three files, no build, nothing from elsewhere."""
@@ -233,11 +306,12 @@ class _Api:
         return Response((_DASHBOARD / (name or "index.html")).read_bytes(), 200, headers, _PAGES[name])
 
 
-async def _whole(items: AsyncGenerator[Chunk | Complete, None], answer: Answer) -> dict[str, Any]:
-    chunks: list[Chunk] = []
+def _only_json(request: Request) -> None:
+    """JSON alone, so that no page of another site can send it from a browser."""
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise HTTPException(415, "send the body as Content-Type: application/json.")
+
+
+async def _all(items: AsyncGenerator[Item, None]) -> list[Item]:
     async with contextlib.aclosing(items):
-        async for item in items:
-            if isinstance(item, Complete):
-                return answer.whole(chunks, item)
-            chunks.append(item)
-    raise Internal("a stream ended without its end.")
+        return [item async for item in items]

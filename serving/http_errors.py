@@ -24,6 +24,8 @@ async def moejax_error(_: Request, error: Exception) -> Response:
     if after is None and error.http_status == 503:
         after = 1.0
     headers = {} if after is None else {"Retry-After": str(max(1, math.ceil(after)))}
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return _response(error_body(error), error.http_status, headers)
 
 

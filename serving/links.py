@@ -28,8 +28,12 @@ from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 
 MESSAGE_BYTES = 64 << 20
 WATCH_S = 0.01
+PF_EXITING = 0x4
+"""Of the flags in /proc/PID/stat (linux/sched.h)."""
 """How often ranks are looked at: whether they are late, and whether the kernel has ended them (a pidfd tells only
 when the last thread is gone)."""
+POISONED_S = 1.0
+"""How long the other ranks have to end a step that one has found to be no numbers."""
 FENCE_POLL_S = 0.001
 
 
@@ -44,10 +48,20 @@ class RankLost(Exception):
 class RankRefused(Exception):
     """The rank is alive and could not do what it was told."""
 
-    def __init__(self, rank: int, what: str, error: str) -> None:
+    def __init__(self, rank: int, what: str, error: str, poisoned: tuple[int, ...] = ()) -> None:
         super().__init__(f"rank {rank} could not {what}: {error}")
         self.rank = rank
         self.error = error
+        self.poisoned = poisoned
+        """Rows of a step that came out as no numbers."""
+
+
+class Poisoned(Exception):
+    """A step gave rows that are no numbers: `rows` by rank. All ranks have ended it, and it must not be applied."""
+
+    def __init__(self, rows: dict[int, tuple[int, ...]]) -> None:
+        super().__init__(f"rows that are no numbers on ranks {sorted(rows)}")
+        self.rows = rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +185,8 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         return await future
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
-        """Run one step on all these ranks. Raises RankLost, or RankRefused when one failed and none is known dead."""
+        """Run one step on all these ranks. Raises RankLost, Poisoned, or RankRefused when one failed and none is known
+        dead."""
         now, ranks = time.monotonic(), [self._alive(rank) for rank in parts]
         futures: list[asyncio.Future[link_pb2.StepDone]] = []
         for each, part in zip(ranks, parts.values(), strict=True):
@@ -180,18 +195,26 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             each.outbox.put_nowait(link_pb2.Command(step=part))
         try:
             answers = await asyncio.gather(*futures)
+        except RankRefused as refusal:
+            if not refusal.poisoned:
+                raise
+            await asyncio.wait(futures, timeout=POISONED_S)
+            errors = [f.exception() for f in futures if f.done() and not f.cancelled()]
+            raise Poisoned({e.rank: e.poisoned for e in errors if isinstance(e, RankRefused) and e.poisoned}) from None
         finally:
             for each, future in zip(ranks, futures, strict=True):
                 future.cancel()
                 each.step, each.step_sent = None, None
         return dict(zip(parts, answers, strict=True))
 
-    def abort(self, ranks: Iterable[int], epoch: int) -> None:
-        """Tell ranks to cut the collectives of an epoch, out of turn."""
+    def abort(self, ranks: Iterable[int], epoch: int, *, connecting_only: bool = False) -> None:
+        """Tell ranks to cut the collectives of an epoch, out of turn; or only a communicator they are connecting."""
         for rank in ranks:
             each = self._ranks[rank]
             if each.loss is None:
-                each.outbox.put_nowait(link_pb2.Command(abort=link_pb2.Abort(epoch=epoch)))
+                each.outbox.put_nowait(
+                    link_pb2.Command(abort=link_pb2.Abort(epoch=epoch, connecting_only=connecting_only))
+                )
 
     def watch(self, rank: int) -> None:
         """Judge this rank's heartbeats from now on (before, it is busy starting)."""
@@ -273,7 +296,8 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             waiting.set_result(report.step_done)
         elif what == "step_failed" and (waiting := self._waits(each, report.step_failed.step)):
             each.step_sent = None
-            waiting.set_exception(RankRefused(each.rank, "step", report.step_failed.error))
+            failed = report.step_failed
+            waiting.set_exception(RankRefused(each.rank, "step", failed.error, tuple(failed.poisoned_rows)))
 
     @staticmethod
     def _waits(each: RankProcess, step: int) -> "asyncio.Future[link_pb2.StepDone] | None":
@@ -360,10 +384,13 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
 
 
 def _state(pid: int) -> str:
+    """The kernel's letter for a process; X too when it has begun to end: its parent is told only when all its memory is
+    given back, which takes longer than all the rest of a recovery."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return ""
+    return "X" if int(fields[6]) & PF_EXITING else fields[0]
 
 
 class Coordinator:
@@ -374,13 +401,14 @@ class Coordinator:
         self.address = address
 
     @classmethod
-    async def start(cls, ranks: int) -> "Coordinator":
-        """Start the service for so many ranks. Raises StartError."""
+    async def start(cls, ranks: int, seats: int) -> "Coordinator":
+        """Start the service for so many ranks, and seats in all. Raises StartError."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "moejax.coordinator",
             str(ranks),
+            str(seats),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,

@@ -8,21 +8,33 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 
 import numpy as np
 
-from serving.batch import Batch, assemble, harvest
+from planner.deployment import Deployment
+from serving import drain
+from serving.batch import Batch
 from serving.config import Settings
 from serving.engine import EngineState, Limits, Output, adopt, apply, cancel, expire, lose, submit
 from serving.errors import Draining, Internal, MoejaxError, NoCapacity, NotPermitted, UnknownRequest
 from serving.events import EventLog
-from serving.failover import Failover
+from serving.failover import Failover, MeshKey
+from serving.faults import DeviceError, Instruction, Response
+from serving.guided import Guides
 from serving.health import Cause
-from serving.links import Loss, RankLinks, RankLost, RankRefused
+from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
+from serving.operations import Operations
+from serving.outlook import measured
+from serving.policy import hottest, lost_share
+from serving.prospects import prospects, traffic_now
 from serving.proto.moejax.v1 import link_pb2
-from serving.request import Finished, Request, Token
+from serving.request import Finished, Request, Scored, Token
 from serving.scheduler import schedule
-from serving.status import Event, ModelInfo, RankStatus, Status
+from serving.slowness import Paces, SlownessSettings, judge
+from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS, Event, LossCost, ModelInfo, Prospect, RankStatus, Status
+from serving.step_wire import step_message, step_results
+from serving.watchers import follow_errors, scrub
 
 SETTLE_S = 2.0
 """After a rank failed a step, how long to wait for the death that explains it before a new generation is made."""
@@ -30,6 +42,12 @@ IDLE_S = 0.25
 """How often deadlines are looked at while nothing runs."""
 GATHER_S = 2.0
 """How long a rank that is ready to join waits for others that are about to be."""
+PENDING_S = 0.005
+"""How often an operation that waits for something is looked at while nothing runs."""
+UNREADABLE_S = 5.0
+"""How often experts that the store could not give are asked for again."""
+FORESEE_S = 1.0
+"""How soon what could not be prepared for a replacement is tried again."""
 RESTARTS = 5
 """Attempts to replace a rank before it is given up, each after twice the pause."""
 
@@ -43,6 +61,7 @@ class Counts:
     recoveries: int = 0
     tokens: int = 0
     steps: int = 0
+    degraded: int = 0
     program_ms: float = 0.0
     """Of the slowest rank of each step, inside the compiled programs."""
     step_ms: float = 0.0
@@ -64,45 +83,74 @@ class Loop:
     """Serves requests on the ranks of a `Failover` until it is stopped."""
 
     def __init__(
-        self, settings: Settings, model: ModelInfo, limits: Limits, links: RankLinks, failover: Failover
+        self,
+        settings: Settings,
+        model: ModelInfo,
+        limits: Limits,
+        links: RankLinks,
+        failover: Failover,
+        guides: Guides,
     ) -> None:
         self.model = model
         self.counts = Counts()
         self.events = EventLog()
-        self._settings = settings
-        self._links = links
-        self._failover = failover
-        self._state = EngineState.start(limits, {})
-        self._streams: dict[str, asyncio.Queue[Token | Finished | MoejaxError]] = {}
+        self.settings = settings
+        self.links = links
+        self.failover = failover
+        self.state = EngineState.start(limits, {})
+        self._streams: dict[str, asyncio.Queue[Scored | Token | Finished | MoejaxError]] = {}
+        self._guides = guides
         self._losses: dict[int, Loss] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._replacing: dict[int, asyncio.Task[None]] = {}
+        self._joining: set[int] = set()
         self._resuming: _Resuming | None = None
         self._ready_since: float | None = None
+        self._admitted_at = 0.0
+        self._foreseen_at = 0.0
         self._compiles: dict[int, int] = {}
         self._compiles_before: dict[int, int] = {}
         self._draining = False
         self._ended: MoejaxError | None = None
         self._started_at = time.time()
         self._rank_ms: dict[int, float] = {}
+        self._priced: dict[int, LossCost] = {}
+        self._priced_at: tuple[int, frozenset[MeshKey]] | None = None
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
+        self.operations = Operations(self)
+        self._watchers: list[asyncio.Task[None]] = []
+        self._paces = Paces()
+        self._own_ms: dict[int, float] = {}
+        self._block = 0
+        self._unreadable: set[tuple[int, int]] = set()
+        self._ask_again = 0.0
+        self._degraded: set[str] = set()
+        failover.loads = lambda: self.expert_load
+        failover.on_trouble = self._trouble
 
     def start(self) -> None:
         """Begin to serve; the ranks are under their first plan."""
         self._take_plan(())
-        self.events.add("ready", self._failover.epoch, message=f"{len(self._failover.alive)} ranks")
+        self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks")
         self._task = asyncio.create_task(self._run())
+        settings = self.settings
+        if settings.scrub_s:
+            watch = scrub(self._slots, self.operations.inspect_next, settings.scrub_s)
+            self._watchers.append(asyncio.create_task(watch))
+        if settings.device_errors:
+            watch = follow_errors(Path(settings.device_errors), self.report, self._misread)
+            self._watchers.append(asyncio.create_task(watch))
 
     async def drain(self, grace_s: float) -> None:
         """Take no new requests, let the running ones end for `grace_s` seconds, then end the loop."""
         self._draining = True
-        self.events.add("draining", self._failover.epoch)
+        self.events.add("draining", self.failover.epoch)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._state.running or self._state.waiting:
+                while self.state.running or self.state.waiting:
                     await asyncio.sleep(0.02)
-        for task in (self._task, *self._replacing.values()):
+        for task in (self._task, *self._watchers, *self._replacing.values()):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -111,24 +159,27 @@ class Loop:
 
     def lost(self, loss: Loss) -> None:
         """A rank died: what runs on it is void from now on."""
-        if loss.rank in self._failover.alive:
+        if loss.rank in self.failover.alive:
             self._losses[loss.rank] = loss
-            self.events.add("rank_lost", self._failover.epoch, rank=loss.rank, cause=str(loss.cause))
-        self._failover.newcomers.discard(loss.rank)
+            self.events.add("rank_lost", self.failover.epoch, rank=loss.rank, cause=str(loss.cause))
+        joining = loss.rank in self.failover.joining
+        self.failover.forget(loss.rank)
+        if joining and not self._draining:
+            self.replace(loss.rank)
         self._wake.set()
 
     # -- Backend ------------------------------------------------------------------------------------------------
 
-    async def stream(self, request: Request) -> AsyncIterator[Token | Finished]:
+    async def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
         """See `serving.status.Backend.stream`."""
         if self._ended is not None:
             raise self._ended
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests.")
-        if self._failover.plan is None:
+        if self.failover.plan is None:
             raise NoCapacity("no rank is alive to serve the request. Try again later.", retry_after_s=2.0)
-        self._state = submit(self._state, request)
-        queue: asyncio.Queue[Token | Finished | MoejaxError] = asyncio.Queue()
+        self.state = submit(self.state, request)
+        queue: asyncio.Queue[Scored | Token | Finished | MoejaxError] = asyncio.Queue()
         self._streams[request.id] = queue
         self._wake.set()
         try:
@@ -145,20 +196,20 @@ class Loop:
 
     def abort(self, request_id: str) -> bool:
         """See `serving.status.Backend.abort`."""
-        if self._state.find(request_id) is None:
+        if self.state.find(request_id) is None:
             return False
         self._deliver(self._cancelled(request_id))
         return True
 
     def status(self) -> Status:
         """See `serving.status.Backend.status`."""
-        failover, plan, state = self._failover, self._failover.plan, self._state
+        failover, plan, state = self.failover, self.failover.plan, self.state
         return Status(
             epoch=max(failover.epoch, 0),
             generation=failover.generation,
-            ready=plan is not None and not self._draining and self._ended is None,
+            ready=plan is not None and not (self._draining or self.operations.paused) and self._ended is None,
             draining=self._draining,
-            chaos=self._settings.chaos,
+            chaos=self.settings.chaos,
             ranks=tuple(self._rank_status(rank) for rank in failover.base.rank_ids),
             axes=dict(plan.axes) if plan is not None else {},
             slots_per_rank=plan.slots_per_rank if plan is not None else 0,
@@ -174,23 +225,107 @@ class Loop:
             step_ms=self.counts.step_ms,
             program_ms=self.counts.program_ms,
             preemptions=state.preemptions,
+            prefix_queries=state.prefix_queries,
+            prefix_hits=state.prefix_hits,
             compiles_after_ready=sum(n - self._compiles_before[r] for r, n in self._compiles.items()),
             started_at=self._started_at,
+            paused=self.operations.paused,
+            operable=self.settings.operate,
+            degraded=self.counts.degraded,
+            restored=self.operations.restored,
+            page_size=self.settings.page_size,
+            experts_loaded=failover.experts_loaded,
+            expert_load=tuple(map(tuple, self.expert_load.tolist())),
         )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """See `serving.status.Backend.watch`."""
         return self.events.watch(after)
 
-    async def kill(self, rank: int, signal: str = "SIGKILL") -> None:
+    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
         """See `serving.status.Backend.kill`."""
-        if not self._settings.chaos:
+        alive, hosts = self.failover.alive, self._hosts()
+        if not self.settings.chaos:
             raise NotPermitted("this server does not let its ranks be killed. Start it with --chaos.")
-        if rank not in self._failover.alive:
-            raise UnknownRequest(f"rank {rank} is not alive; the ranks alive are {list(self._failover.alive)}.")
-        if signal not in ("SIGKILL", "SIGSTOP"):
-            raise UnknownRequest(f"signal {signal!r} is none of SIGKILL, SIGSTOP.", param="signal")
-        self._links.signal(rank, signal)
+        ranks = [rank for rank in alive if hosts[rank] == host] if host else [rank]
+        if not ranks or not set(ranks) <= set(alive):
+            raise UnknownRequest(f"{host or f'rank {rank}'} is not alive; the ranks alive are {list(alive)}.")
+        if signal not in SIGNALS + SIGNALS_TO_WEIGHTS:
+            known = ", ".join(SIGNALS + SIGNALS_TO_WEIGHTS)
+            raise UnknownRequest(f"signal {signal!r} is none of {known}.", param="signal")
+        for victim in ranks:
+            if signal in SIGNALS:
+                self.links.signal(victim, signal)
+            elif self.failover.plan is not None:
+                layer, slot = hottest(self.failover.plan, victim, self.expert_load)
+                damage = link_pb2.Damage(layer=layer, slot=slot, nan=signal == "NAN")
+                await self.links.call(victim, "damage", damage)
+
+    def what_if(self) -> tuple[Prospect, ...]:
+        """See `serving.status.Backend.what_if`."""
+        failover, running = self.failover, self.state.running.values()
+        if failover.plan is None:
+            return ()
+        loads = self.expert_load if self.expert_load.size and self.expert_load.sum(1).all() else ()
+        deployment = Deployment(
+            plan=failover.plan,
+            workload=failover.workload,
+            cluster=failover.cluster,
+            traffic=traffic_now(running, self.model.max_context),
+            loads=tuple(tuple(map(float, row)) for row in loads),
+        )
+        return prospects(deployment, measured(self.events.past()), failover.is_ready_without, running)
+
+    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
+        """See `serving.status.Backend.apply`."""
+        await self.operations.apply(instruction, self._hosts())
+        return self.failover.alive
+
+    def report(self, error: DeviceError) -> Response:
+        """See `serving.status.Backend.report`."""
+        if error.rank not in self._hosts():
+            known = sorted(self._hosts())
+            raise UnknownRequest(f"there is no rank {error.rank}; ranks are {known}.", param="rank")
+        return self.operations.report(error)
+
+    # -- What operations need of it -----------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Look again at what is to be done."""
+        self._wake.set()
+
+    def replace(self, rank: int) -> None:
+        """Start a rank anew beside the steps."""
+        if rank not in self.failover.alive and not self.is_coming(rank):
+            self._replacing[rank] = asyncio.create_task(self._replace(rank))
+
+    def is_coming(self, rank: int) -> bool:
+        """A rank is being started, or waits to join."""
+        starting = rank in self._replacing and not self._replacing[rank].done()
+        return starting or rank in self.failover.joining or rank in self._joining
+
+    def taken(self) -> None:
+        """A plan has come into force; the caches of its ranks are kept."""
+        self._take_plan(())
+
+    def end(self, request_id: str, error: MoejaxError) -> None:
+        """End a request with an error."""
+        self.state, _ = cancel(self.state, request_id)
+        self._deliver([(request_id, error)])
+
+    def _hosts(self) -> dict[int, str]:
+        return {place.id: place.host for place in self.failover.base.ranks}
+
+    def _slots(self) -> int:
+        plan = self.failover.plan
+        return plan.moe_layers * plan.slots_per_rank if plan is not None else 0
+
+    def _misread(self, text: str) -> None:
+        self.events.add("device_error", self.failover.epoch, message=f"not understood: {text}")
+
+    def _trouble(self, text: str) -> None:
+        self.events.add("broken", self.failover.epoch, cause=text)
+        self._wake.set()
 
     # -- The loop -----------------------------------------------------------------------------------------------
 
@@ -198,10 +333,11 @@ class Loop:
         try:
             while True:
                 await self._tend()
-                self._state, outputs = expire(self._state, time.monotonic())
+                self.state, outputs = expire(self.state, time.monotonic())
                 self._deliver(outputs)
                 began = time.monotonic()
-                self._state, batch = schedule(self._state) if self._failover.plan else (self._state, None)
+                may = self.failover.plan is not None and not self.operations.paused
+                self.state, batch = schedule(self.state) if may else (self.state, None)
                 if batch is None:
                     self._resumed()
                     await self._sleep()
@@ -213,41 +349,48 @@ class Loop:
             raise
 
     async def _step(self, batch: Batch, began: float) -> None:
-        epoch, plan = self._failover.epoch, self._failover.plan
+        epoch, plan = self.failover.epoch, self.failover.plan
         assert plan is not None
-        index = self._settings.buckets.index(tuple(batch.bucket))
+        batch = dataclasses.replace(batch, degraded=bool(plan.masked))
+        index = self.settings.buckets.index(tuple(batch.bucket))
         parts = {
-            rank: link_pb2.Step(epoch=epoch, step=batch.step, bucket=index, inputs=self._packed(batch, rank))
+            rank: step_message(
+                batch,
+                rank,
+                epoch=epoch,
+                bucket=index,
+                page_size=self.state.limits.page_size,
+                max_pages=self.state.limits.max_pages,
+                masks=self._guides.mask,
+            )
             for rank in plan.rank_ids
         }
         try:
-            answers = await self._links.step(parts)
+            answers = await self.links.step(parts)
         except RankLost:
             return
         except RankRefused as refusal:
             await self._explain(refusal)
             return
+        except Poisoned as poison:
+            self.state = lose(self.state, ())
+            with contextlib.suppress(RankLost, RankRefused):
+                await self.operations.poisoned(batch, poison.rows)
+            return
         results = {}
         for rank, answer in answers.items():
-            if batch.work.get(rank):
-                tokens, logprobs = np.frombuffer(answer.tokens, np.int32), np.frombuffer(answer.logprobs, np.float32)
-                results |= harvest(batch, rank, tokens, logprobs)
+            results |= step_results(batch, rank, answer)
             self._compiles[rank] = answer.compiles
             self._rank_ms[rank] = answer.program_ms
+            self._own_ms[rank] = self._own_ms.get(rank, 0.0) + answer.own_ms
             self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
-        self._state, outputs = apply(self._state, batch, results)
+        self.state, outputs = apply(self.state, batch, results)
         self._deliver(outputs)
         self._resumed()
+        self._judge_paces()
         self.counts.steps += 1
         self.counts.program_ms += max(answer.program_ms for answer in answers.values())
         self.counts.step_ms += 1e3 * (time.monotonic() - began)
-
-    def _packed(self, batch: Batch, rank: int) -> bytes:
-        if not batch.work.get(rank):
-            return b""
-        limits = self._state.limits
-        arrays = assemble(batch, rank, page_size=limits.page_size, max_pages=limits.max_pages)
-        return b"".join(array.tobytes() for array in arrays.values())
 
     async def _explain(self, refusal: RankRefused) -> None:
         """A step failed on a rank that lives: the death that explains it shows soon, or the mesh is broken."""
@@ -257,31 +400,98 @@ class Loop:
                     self._wake.clear()
                     await self._wake.wait()
                 return
-        self.events.add("step_failed", self._failover.epoch, rank=refusal.rank, cause=refusal.error)
-        self._failover.broken = True
+        self.events.add("step_failed", self.failover.epoch, rank=refusal.rank, cause=refusal.error)
+        self.failover.broken = True
 
     async def _tend(self) -> None:
         """What the ranks' state asks for before the next step."""
-        failover = self._failover
-        while self._losses or (failover.broken and failover.plan is not None):
-            await self._recover()
-        if self._may_join():
+        failover = self.failover
+        while True:
+            while self._losses or (failover.broken and failover.plan is not None):
+                await self._recover()
+            try:
+                await self._between_steps()
+                if failover.plan is None or not (self._losses or failover.broken):
+                    return
+            except RankLost as error:
+                failover.broken |= not self._losses
+                self.events.add("interrupted", failover.epoch, rank=error.rank, cause=str(error))
+            except (RankRefused, TimeoutError) as error:
+                failover.broken = True
+                self.events.add("broken", failover.epoch, cause=str(error) or type(error).__name__)
+
+    async def _between_steps(self) -> None:
+        """What can be done while no rank is missing. Raises RankLost, RankRefused or TimeoutError."""
+        failover = self.failover
+        if self.operations.pending and failover.plan is not None:
+            await self.operations.tend()
+        if failover.may_admit:
+            self._admitted_at, self._ready_since = time.monotonic(), None
+            failover.admit()
+        elif self._may_join():
             await self._rejoin()
+        elif failover.plan is None:
+            return
+        elif failover.may_grow:
+            await self._grow()
+        elif failover.healing:
+            await failover.heal()
+            self._take_plan(())
+            if not failover.healing:
+                self.events.add("healed", failover.epoch, message=f"{len(failover.plan.masked)} experts masked")
+        elif failover.stuck and time.monotonic() - self._foreseen_at > FORESEE_S:
+            self._foreseen_at = time.monotonic()
+            failover.foresee()
         elif failover.loaded:
             with contextlib.suppress(RankLost, RankRefused, TimeoutError):
                 if await failover.connect_next():
                     self.events.add("lattice_ready", failover.epoch, message=f"{len(failover.connected)} meshes")
+        self._ask_for_unreadable()
+
+    def _ask_for_unreadable(self) -> None:
+        """Tell of experts that the store could not give, and let them be asked for again from time to time."""
+        failover, now = self.failover, time.monotonic()
+        new = failover.unreadable.keys() - self._unreadable
+        if new:
+            self._unreadable |= new
+            why, masked = failover.unreadable[min(new)], len(failover.plan.masked) if failover.plan else 0
+            self.events.add("store_unreadable", failover.epoch, cause=why, message=f"{masked} experts masked")
+            self._ask_again = now + UNREADABLE_S
+        elif failover.unreadable and now > self._ask_again:
+            failover.ask_again()
+            self._ask_again = now + UNREADABLE_S
+
+    def _judge_paces(self) -> None:
+        """Once in a block of steps: who is slow, and for so long that it should go."""
+        self._block += 1
+        if self._block < self.settings.slow_block_steps:
+            return
+        settings = SlownessSettings(block_steps=self.settings.slow_block_steps, factor=self.settings.slow_factor)
+        self._paces, verdicts = judge(self._paces, self._own_ms, time.monotonic(), settings)
+        self._own_ms, self._block = {}, 0
+        for rank, verdict in verdicts.items():
+            cause = f"{self._paces.slowness[rank]:.1f} times as slow as the others"
+            kind = "pace_recovered" if verdict == "recovered" else "slow"
+            self.events.add(kind, self.failover.epoch, rank=rank, cause=cause, message=verdict)
+            if verdict == "drain" and self.settings.drain_slow:
+                self.operations.leave(rank, f"slow: {cause}", replace=True)
 
     async def _sleep(self) -> None:
         self._wake.clear()
-        if self._losses or self._failover.loaded or self._may_join():
+        failover = self.failover
+        healing = failover.plan is not None and failover.healing
+        joining = self._may_join() or failover.may_admit or failover.may_grow
+        if self._losses or failover.loaded or joining or (self.operations.pending and not failover.broken):
+            await asyncio.sleep(PENDING_S if self.operations.pending else 0)
+            return
+        if healing:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_S):
                 await self._wake.wait()
 
     async def _recover(self) -> None:
-        failover, began = self._failover, time.monotonic()
+        failover, began = self.failover, time.monotonic()
         losses: dict[int, Loss] = {}
 
         def lost() -> set[int]:
@@ -292,35 +502,42 @@ class Loop:
             phases = await failover.recover(lost, self._pages_used)
         except NoCapacity as error:
             phases = None
-            self.events.add("no_capacity", failover.epoch, message=str(error))
+            lost()
+            self.events.add("no_capacity", failover.epoch, cause=_causes(losses), message=str(error))
         lost()
+        self.operations.lost(set(losses))
         self._losses = {rank: loss for rank, loss in self._losses.items() if rank in failover.alive}
         self._take_plan(losses)
         if phases is not None:
             self.counts.recoveries += 1
             first = min((loss.evidence_at for loss in losses.values()), default=began)
             judged = max((loss.seen_at for loss in losses.values()), default=began)
-            cause = "; ".join(f"rank {rank} {loss.cause}" for rank, loss in sorted(losses.items()))
+            cause = _causes(losses)
             phases = {"detect": 1e3 * (judged - first)} | phases
             self._resuming = _Resuming(min(losses, default=None), cause, phases, first, time.monotonic())
-        if self._settings.restart:
-            for rank in losses:
-                self._replacing[rank] = asyncio.create_task(self._replace(rank))
+        if self.settings.restart:
+            for rank in losses.keys() - self.operations.out:
+                self.replace(rank)
 
     def _resumed(self) -> None:
         """The first step after a recovery is in, or there is none to make."""
         if self._resuming is not None:
             r, now, self._resuming = self._resuming, time.monotonic(), None
             ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
-            self.events.add("recovered", self._failover.epoch, rank=r.rank, cause=r.cause, phases=r.phases | ends)
+            self.events.add("recovered", self.failover.epoch, rank=r.rank, cause=r.cause, phases=r.phases | ends)
+            plan = self.failover.plan
+            if plan is not None and plan.masked:
+                share = lost_share(plan, self.expert_load)
+                text = f"{len(plan.masked)} experts with {share:.1%} of the traffic"
+                self.events.add("masked", self.failover.epoch, message=text)
 
     async def _replace(self, rank: int) -> None:
         """Start a lost rank again, until it is ready to join."""
         for attempt in range(RESTARTS):
             try:
-                await self._failover.replace(rank)
+                await self.failover.replace(rank)
             except (RankLost, RankRefused) as error:
-                self.events.add("restart_failed", self._failover.epoch, rank=rank, cause=str(error))
+                self.events.add("restart_failed", self.failover.epoch, rank=rank, cause=str(error))
                 await asyncio.sleep(2**attempt)
                 continue
             self._ready_since = self._ready_since or time.monotonic()
@@ -329,50 +546,67 @@ class Loop:
 
     def _may_join(self) -> bool:
         """Replacements are ready, and nothing is gained by waiting for the others."""
-        if not self._failover.newcomers or self._ready_since is None:
+        failover = self.failover
+        if not failover.newcomers and not (failover.torn and failover.seated):
             return False
         coming = any(not task.done() for task in self._replacing.values())
-        return not coming or time.monotonic() - self._ready_since > GATHER_S
+        return not coming or (self._ready_since is not None and time.monotonic() - self._ready_since > GATHER_S)
+
+    async def _grow(self) -> None:
+        """Those seated become part of the plan."""
+        failover, seated = self.failover, set(self.failover.seated)
+        try:
+            phases = await failover.grow()
+        except (RankLost, RankRefused) as error:
+            self.events.add("rejoin_failed", failover.epoch, cause=str(error))
+            return
+        self._joined(seated, phases | {"total": 1e3 * (time.monotonic() - self._admitted_at)})
 
     async def _rejoin(self) -> None:
-        failover, began = self._failover, time.monotonic()
-        newcomers = set(failover.newcomers)
-        self._ready_since = None
+        """All ranks enter a new generation, replacements among them."""
+        failover, began = self.failover, time.monotonic()
+        newcomers = {*failover.newcomers, *failover.seated}
+        self._ready_since, self._joining = None, newcomers
         try:
             phases = await failover.regenerate((*failover.alive, *newcomers), self._pages_used())
         except (RankLost, RankRefused, TimeoutError) as error:
             self.events.add("rejoin_failed", failover.epoch, cause=str(error) or type(error).__name__)
+            self._joining = set()
             for rank in newcomers - failover.newcomers:
-                self._links.declare(rank, Cause("error", "could not join"), time.monotonic())
-                self._replacing[rank] = asyncio.create_task(self._replace(rank))
+                self.links.declare(rank, Cause("error", "could not join"), time.monotonic())
+                if rank not in failover.alive:  # else the recovery that follows replaces it, once it is fenced
+                    self.replace(rank)
             return
+        finally:
+            self._joining = set()
+        self._joined(newcomers, phases | {"total": 1e3 * (time.monotonic() - began)})
+
+    def _joined(self, newcomers: set[int], phases: dict[str, float]) -> None:
         for rank in newcomers:
             self._compiles.pop(rank, None)
             self._replacing.pop(rank, None)
         self._take_plan(newcomers)
-        phases["total"] = 1e3 * (time.monotonic() - began)
         for rank in sorted(newcomers):
-            self.events.add("rejoined", failover.epoch, rank=rank, phases=phases)
+            self.events.add("rejoined", self.failover.epoch, rank=rank, phases=phases)
 
     def _pages_used(self) -> dict[int, int]:
-        """How many pages from the first on hold all that is in use, by rank."""
-        used: dict[int, int] = {}
-        for sequence in self._state.running.values():
-            assert sequence.rank is not None
-            used[sequence.rank] = max(used.get(sequence.rank, 0), max(sequence.pages, default=-1) + 1)
-        return used
+        """How many pages from the first on hold all that is in use or kept for later, by rank."""
+        return {rank: pool.extent for rank, pool in self.state.pools.items()}
 
     def _take_plan(self, fresh: Iterable[int]) -> None:
         """The engine's view of the plan in force; ranks in `fresh` have an empty cache."""
-        fresh, failover = set(fresh), self._failover
-        self._state = lose(self._state, fresh & set(self._state.pools)) if fresh else self._state
+        fresh, failover = set(fresh), self.failover
+        self.state = lose(self.state, fresh & set(self.state.pools)) if fresh else self.state
         pages = dict.fromkeys(failover.alive, failover.base.pages_per_rank)
-        self._state, outputs = adopt(self._state, pages, epoch=max(failover.epoch, 0), fresh=())
+        masked = failover.plan.masked if failover.plan is not None else ()
+        self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked)
         self._compiles = {rank: n for rank, n in self._compiles.items() if rank in failover.alive}
         for rank in failover.alive:
-            process = self._links.get(rank)
+            process = self.links.get(rank)
             if process is not None and rank not in self._compiles:
                 self._compiles[rank] = self._compiles_before[rank] = process.compiles
+        self.state = drain.close(self.state, set(failover.alive).intersection(self.operations.leaving))
+        self._own_ms, self._block = {}, 0
         self._deliver(outputs)
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
@@ -380,45 +614,64 @@ class Loop:
             queue = self._streams.get(request_id)
             if isinstance(item, Token):
                 self.counts.tokens += 1
-            else:
+                if item.degraded:
+                    self._degraded.add(request_id)
+            elif not isinstance(item, Scored):
                 self._streams.pop(request_id, None)
+                self.counts.degraded += request_id in self._degraded
+                self._degraded.discard(request_id)
                 self.counts.finished += isinstance(item, Finished)
                 self.counts.failed += isinstance(item, MoejaxError)
             if queue is not None:
                 queue.put_nowait(item)
 
     def _cancelled(self, request_id: str) -> tuple[Output, ...]:
-        self._state, outputs = cancel(self._state, request_id)
+        self.state, outputs = cancel(self.state, request_id)
         self._streams.pop(request_id, None)
         return outputs
 
     def _end_all(self, error: MoejaxError) -> None:
         for request_id in list(self._streams):
-            self._state, _ = cancel(self._state, request_id)
+            self.state, _ = cancel(self.state, request_id)
             self._deliver([(request_id, error)])
 
+    def _losses_priced(self) -> dict[int, LossCost]:
+        """What each single loss would cost; worked out anew when the plan or what is prepared has changed."""
+        failover = self.failover
+        at = (failover.epoch, frozenset(failover.connected))
+        if failover.plan is not None and at != self._priced_at:
+            recovery = measured(self.events.past())
+            self._priced_at, self._priced = at, failover.loss_costs(self.expert_load, recovery)
+        return self._priced
+
     def _rank_status(self, rank: int) -> RankStatus:
-        plan, pool, process = self._failover.plan, self._state.pools.get(rank), self._links.get(rank)
+        plan, pool, process = self.failover.plan, self.state.pools.get(rank), self.links.get(rank)
         serving = plan is not None and rank in plan.rank_ids and rank not in self._losses
         starting = rank in self._replacing and not self._replacing[rank].done()
-        state = (
-            "serving"
-            if serving
-            else "joining"
-            if rank in self._failover.newcomers
-            else "starting"
-            if starting
-            else "dead"
-        )
+        states = {
+            "draining": serving and rank in self.operations.leaving,
+            "serving": serving,
+            "joining": rank in self.failover.joining,
+            "starting": starting,
+            "out": rank in self.operations.out,
+        }
+        state = next((name for name, holds in states.items() if holds), "dead")
         return RankStatus(
             id=rank,
             pid=process.process.pid if process is not None and process.loss is None else None,
-            host="localhost",
+            host=self.settings.host_of(rank),
             state=state,
             slots=tuple(map(tuple, plan.slots_of(rank).tolist())) if serving and plan is not None else (),
             pages=pool.total if pool else 0,
             pages_used=pool.used if pool else 0,
-            running=sum(s.rank == rank for s in self._state.running.values()),
+            running=sum(s.rank == rank for s in self.state.running.values()),
             compiles=self._compiles.get(rank, 0),
             step_ms=self._rank_ms.get(rank, 0.0),
+            slowness=self._paces.slowness.get(rank, 0.0),
+            level=self.operations.levels.get(rank, 0),
+            loss=self._losses_priced().get(rank) if serving else None,
         )
+
+
+def _causes(losses: dict[int, Loss]) -> str:
+    return "; ".join(f"rank {rank} {loss.cause}" for rank, loss in sorted(losses.items()))

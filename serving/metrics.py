@@ -5,13 +5,17 @@ observed as they happen.
 """
 
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 
 import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from serving.status import Backend, Status
+from serving.gauges import StatusCollector
+from serving.keys import CALLER
+from serving.logs import REQUESTS
+from serving.request import Request
+from serving.status import Backend, Event
+from serving.tracing import TRACEPARENT, Tracer
 
 # Buckets in seconds, as vLLM has them.
 _FIRST_TOKEN = (
@@ -25,15 +29,18 @@ _REQUEST = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+_TOKENS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5)
 _PHASE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, tracer: Tracer | None = None) -> None:
         self.registry = prometheus_client.CollectorRegistry()
+        self.tracer = tracer
         self._backend = backend
+        self.model_name = backend.model.name
         model = {"model_name": backend.model.name}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
@@ -48,6 +55,8 @@ class Metrics:
         self.request = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", _REQUEST)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a token.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self.answer_length = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
         self._success = prometheus_client.Counter(
             "vllm:request_success",
             "Requests by how they ended.",
@@ -55,7 +64,13 @@ class Metrics:
             registry=self.registry,
         )
         self._recoveries = prometheus_client.Counter(
-            "moejax_recoveries", "Recoveries by cause.", ["cause"], registry=self.registry
+            "moejax_recoveries",
+            "Recoveries by cause, and by outcome: resumed (prepared mesh), regenerated, no_capacity.",
+            ["cause", "outcome"],
+            registry=self.registry,
+        )
+        self._returns = prometheus_client.Counter(
+            "moejax_rejoins", "Ranks that came back, by outcome.", ["outcome"], registry=self.registry
         )
         self._phases = prometheus_client.Histogram(
             "moejax_recovery_phase_seconds",
@@ -66,19 +81,32 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(finished_reason=reason, **model)
-        self.registry.register(_StatusCollector(backend))
+        for outcome in ("joined", "failed"):
+            self._returns.labels(outcome=outcome)
+        self.registry.register(StatusCollector(backend))
 
     def ended(self, reason: str) -> None:
         """Count a request that ended: stop, length, abort or error."""
-        self._success.labels(finished_reason=reason, model_name=self._backend.model.name).inc()
+        self._success.labels(finished_reason=reason, model_name=self.model_name).inc()
 
     async def follow(self) -> None:
         """Count recoveries as the backend reports them, until cancelled."""
         async for event in self._backend.watch():
-            if event.kind == "recovered":
-                self._recoveries.labels(cause=_kind(event.cause)).inc()
-                for phase, milliseconds in event.phases.items():
-                    self._phases.labels(phase=phase).observe(milliseconds / 1e3)
+            self._heard(event)
+
+    def _heard(self, event: Event) -> None:
+        if event.kind == "recovered":
+            outcome = "regenerated" if "join" in event.phases else "resumed"
+            self._recoveries.labels(cause=_kind(event.cause), outcome=outcome).inc()
+            for phase, milliseconds in event.phases.items():
+                self._phases.labels(phase=phase).observe(milliseconds / 1e3)
+            if self.tracer is not None:
+                phases = {name: ms for name, ms in event.phases.items() if name != "total"}
+                self.tracer.phases("recovery", event.time, phases, {"epoch": event.epoch, "cause": event.cause})
+        elif event.kind == "no_capacity":
+            self._recoveries.labels(cause=_kind(event.cause), outcome="no_capacity").inc()
+        elif event.kind in ("rejoined", "rejoin_failed"):
+            self._returns.labels(outcome="joined" if event.kind == "rejoined" else "failed").inc()
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -94,69 +122,70 @@ def _kind(cause: str) -> str:
 class RequestTimer:
     """Observes one request: call `token` for each token and `finished` once."""
 
-    def __init__(self, metrics: Metrics, prompt_tokens: int, clock: Callable[[], float]) -> None:
+    def __init__(self, metrics: Metrics, request: Request, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
+        self._request = request
         self._clock = clock
         self._started = clock()
-        self._last: float | None = None
+        self._first: float | None = None
+        self._last = self._started
+        self._tokens = 0
+        self._epochs: list[int] = []
 
-    def token(self) -> None:
-        """A token came."""
-        now = self._clock()
-        if self._last is None:
+    def token(self, epoch: int) -> None:
+        """A token came, of the mesh of this epoch."""
+        now, self._tokens = self._clock(), self._tokens + 1
+        if self._first is None:
+            self._first = now
             self._metrics.first_token.observe(now - self._started)
-            self._metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._metrics.prompt_tokens.inc(len(self._request.prompt))
         else:
             self._metrics.inter_token.observe(now - self._last)
+        if epoch not in self._epochs:
+            self._epochs.append(epoch)
         self._metrics.generation_tokens.inc()
         self._last = now
 
     def finished(self, reason: str) -> None:
         """The stream ended."""
+        took = self._clock() - self._started
         self._metrics.ended(reason)
-        self._metrics.request.observe(self._clock() - self._started)
+        self._metrics.request.observe(took)
+        self._metrics.prompt_length.observe(len(self._request.prompt))
+        self._metrics.answer_length.observe(self._tokens)
+        first = None if self._first is None else self._first - self._started
+        fields = {
+            "request_id": self._request.id,
+            "caller": CALLER.get(),
+            "reason": reason,
+            "prompt_tokens": len(self._request.prompt),
+            "completion_tokens": self._tokens,
+            "first_token_s": first,
+            "seconds": took,
+            "epochs": self._epochs,
+        }
+        REQUESTS.debug(
+            "request %s: %s after %d tokens", self._request.id, reason, self._tokens, extra={"fields": fields}
+        )
+        if self._metrics.tracer is not None:
+            self._trace(took, first, reason)
 
-
-class _StatusCollector(Collector):
-    """What `Status` says, at the moment of the scrape."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def describe(self) -> list[Metric]:
-        return []  # names do not depend on the backend's state, so nothing has to be collected to register
-
-    def collect(self) -> Iterator[Metric]:
-        status, model = self._backend.status(), self._backend.model.name
-        alive = [r for r in status.ranks if r.state == "serving"]
-        pages, used = sum(r.pages for r in alive), sum(r.pages_used for r in alive)
-        for name, text, value in (
-            ("vllm:num_requests_running", "Requests with a place in the batch.", status.running),
-            ("vllm:num_requests_waiting", "Requests in the queue.", status.waiting),
-            ("vllm:kv_cache_usage_perc", "Cache pages in use, 1 is all.", used / pages if pages else 0.0),
-        ):
-            family = GaugeMetricFamily(name, text, labels=["model_name"])
-            family.add_metric([model], value)
-            yield family
-        preemptions = CounterMetricFamily("vllm:num_preemptions", "Requests put back.", labels=["model_name"])
-        preemptions.add_metric([model], status.preemptions)
-        yield preemptions
-        yield from _own(status, len(alive))
-
-
-def _own(status: Status, alive: int) -> Iterator[Metric]:
-    yield GaugeMetricFamily("moejax_epoch", "Epoch of the mesh; grows with each re-plan.", status.epoch)
-    yield GaugeMetricFamily("moejax_ranks_alive", "Ranks that serve.", alive)
-    yield GaugeMetricFamily("moejax_ranks", "Ranks the server was started with.", len(status.ranks))
-    yield GaugeMetricFamily("moejax_ready", "1 while requests can be served.", status.ready)
-    yield GaugeMetricFamily("moejax_masked_experts", "Experts without a loaded copy.", len(status.masked))
-    yield CounterMetricFamily(
-        "moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready
-    )
-    yield CounterMetricFamily("moejax_step_seconds", "Time spent on steps.", status.step_ms / 1e3)
-    yield CounterMetricFamily("moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3)
-    coverage = GaugeMetricFamily("moejax_lattice_coverage", "Losses prepared for, 1 is all.", labels=["loss"])
-    for loss, share in status.lattice.items():
-        coverage.add_metric([loss], share)
-    yield coverage
+    def _trace(self, took: float, first: float | None, reason: str) -> None:
+        """Attribute names are those of OpenTelemetry's conventions for generative models, and vLLM's."""
+        assert self._metrics.tracer is not None
+        request, now = self._request, time.time()
+        attributes = {
+            "gen_ai.request.id": request.id,
+            "gen_ai.request.model": self._metrics.model_name,
+            "gen_ai.request.max_tokens": request.max_tokens,
+            "gen_ai.request.temperature": request.temperature,
+            "gen_ai.request.top_p": request.top_p,
+            "gen_ai.response.finish_reasons": [reason],
+            "gen_ai.usage.input_tokens": len(request.prompt),
+            "gen_ai.usage.output_tokens": self._tokens,
+            "gen_ai.latency.e2e": took,
+            "moejax.epochs": self._epochs,
+        }
+        if first is not None:
+            attributes["gen_ai.latency.time_to_first_token"] = first
+        self._metrics.tracer.span("llm_request", now - took, now, attributes, parent=TRACEPARENT.get())

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ import grpc
 import jax
 import numpy as np
 
+from moejax import kernels
 from moejax.config import ModelConfig
 from moejax.executables import CompileCounter, ExecutableStore
 from moejax.inputs import Bucket, idle
+from moejax.integrity import damage, inspect, inspect_common
+from moejax.model import StepOutputs
 from moejax.programs import (
     LocalPrograms,
     MeshPrograms,
@@ -36,7 +39,9 @@ from moejax.programs import (
     mesh_lowerings,
 )
 from moejax.recovery import LiveArrays
+from moejax.shaping import RowShape, dense
 from moejax.store import HostStore
+from moejax.transfer import entries_of, read_entries, write_entries
 from moejax.world import World, configure_process
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 
@@ -58,6 +63,7 @@ class Adopted:
     epoch: int
     mesh: MeshKey
     arguments: Callable[[jax.Array], Any]
+    routes: np.ndarray
 
 
 class Rank:
@@ -78,17 +84,25 @@ class Rank:
         self._backend = threading.Lock()
         """Held by whoever loads onto the backend, or makes another of it."""
         self._idle: list[np.ndarray] = []
+        self._sampled = 0.0
 
-    def abort(self, epoch: int) -> None:
-        """Cut the collectives of an epoch. From any thread."""
+    def abort(self, epoch: int, *, connecting_only: bool) -> None:
+        """Cut the collectives of an epoch, and a communicator that is being connected. From any thread."""
+        self.world.give_up_connecting()
+        if connecting_only:
+            return
         self._aborted = max(self._aborted, epoch)
         adopted = self._adopted
         if adopted is not None and adopted.epoch <= epoch:
             self.world.abort(adopted.mesh[0])
 
-    def configure(self, command: link_pb2.Configure) -> dict[str, int]:
+    def configure(self, command: link_pb2.Configure) -> dict[str, Any]:
         """Fix the shapes and read the common weights into host memory."""
         configure_process(command.collective_timeout_s)
+        try:
+            kernels.load()
+        except kernels.KernelError as error:
+            print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
         buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets)
         self._shape = ModelShape(
             cfg=ModelConfig.from_json(command.model_config),
@@ -101,17 +115,31 @@ class Rank:
         self._idle = [idle(bucket) for bucket in buckets]
         return {}
 
-    def join(self, command: link_pb2.Join) -> dict[str, int]:
+    def join(self, command: link_pb2.Join) -> dict[str, Any]:
         """Enter a generation with everything held."""
         with self._backend:
             self.arrays.leave_device(command.pages_used)
             self._meshes, self._local, self._adopted = {}, {}, None
-            self.world.join(command.address, self.rank, list(command.members))
+            seats = dict(zip(command.members, command.seats, strict=True))
+            self.world.join(command.address, self.rank, seats, command.processes)
             self.arrays.enter_device(self.device)
             self._generation = command.generation
         return {}
 
-    def compile(self, command: link_pb2.Compile) -> dict[str, int]:
+    def seat(self, command: link_pb2.Seat) -> dict[str, Any]:
+        """Learn which process another rank is now."""
+        with self._backend:
+            self._meshes = {key: mesh for key, mesh in self._meshes.items() if command.rank not in key[0]}
+            self.world.seat(command.rank, command.process)
+        return {}
+
+    def hold(self, command: link_pb2.Hold) -> dict[str, Any]:
+        """Fill the slots before being part of a plan."""
+        slots = np.frombuffer(command.slots, np.int32).reshape(self.shape.cfg.n_moe_layers, command.slots_per_rank)
+        filled = self.arrays.fill(slots, self._local.get(command.slots_per_rank), self.device)
+        return {"experts_loaded": filled.read}
+
+    def compile(self, command: link_pb2.Compile) -> dict[str, Any]:
         """Compile what a mesh shape needs and the store lacks."""
         devices, slots = self.world.devices(command.mesh.ranks), command.mesh.slots
         compiled = compile_missing(self.executables, mesh_lowerings(self.shape, devices, slots), devices)
@@ -119,7 +147,7 @@ class Rank:
         compiled += compile_missing(self.executables, local_lowerings(self.shape, self.device, slots), here)
         return {"compiled": compiled}
 
-    def prepare(self, command: link_pb2.Prepare) -> dict[str, int]:
+    def prepare(self, command: link_pb2.Prepare) -> dict[str, Any]:
         """Load the executables of a mesh: all, or if urgent those of small steps; the others follow on demand."""
         key = _key(command.mesh)
         wanted = [i for i, bucket in enumerate(self.shape.buckets) if bucket.rows <= WARM_ROWS or not command.urgent]
@@ -133,9 +161,10 @@ class Rank:
             with self._backend:
                 if generation == self._generation:
                     self._meshes[key].step(index)
+                    self._local[key[1]].after_step(index)
         return {}
 
-    def connect(self, command: link_pb2.Connect) -> dict[str, int]:
+    def connect(self, command: link_pb2.Connect) -> dict[str, Any]:
         """Connect a mesh's communicator, and note which sockets it is made of. Run its small steps once on nothing:
         the first run of a program takes several times as long as the next, and should not be the one after a loss."""
         key = _key(command.mesh)
@@ -147,18 +176,54 @@ class Rank:
             for index, bucket in enumerate(self.shape.buckets):
                 if bucket.rows <= WARM_ROWS:
                     packed = jax.device_put(self._idle[index], self.device)
-                    jax.block_until_ready(programs.step(index)(arguments(packed)))
+                    nothing = link_pb2.Step(bucket=index)
+                    self._finish(programs.step(index)(arguments(packed)), packed, nothing, key)
         return {}
 
-    def adopt(self, command: link_pb2.Adopt) -> dict[str, int]:
+    def adopt(self, command: link_pb2.Adopt) -> dict[str, Any]:
         """Take one's part in a plan: fill the slots and lay the arrays over its mesh."""
         key, cfg = _key(command.mesh), self.shape.cfg
         slots = np.frombuffer(command.slots, np.int32).reshape(cfg.n_moe_layers, key[1])
         routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(self.arrays.routes_shape)
-        loaded = self.arrays.fill(slots, self._local[key[1]], self.device)
+        filled = self.arrays.fill(slots, self._local[key[1]], self.device)
         arguments = self.arrays.lay_over(self._meshes[key], routes)
-        self._adopted = Adopted(command.epoch, key, arguments)
-        return {"experts_loaded": loaded}
+        self._adopted = Adopted(command.epoch, key, arguments, routes)
+        return {"experts_loaded": filled.read, "missing": _expert_slots(filled.missing), "trouble": filled.trouble}
+
+    def read_cache(self, command: link_pb2.ReadCache) -> dict[str, Any]:
+        """Hand over cache entries of a sequence."""
+        entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
+        assert self.arrays.cache is not None, "Join comes first"
+        return {"rows": read_entries(self.arrays.cache, entries).tobytes()}
+
+    def write_cache(self, command: link_pb2.WriteCache) -> dict[str, Any]:
+        """Take over cache entries of a sequence."""
+        cache, adopted = self.arrays.cache, self._adopted
+        assert cache is not None, "Join comes first"
+        assert adopted is not None, "Adopt comes first"
+        entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
+        rows = np.frombuffer(command.rows, np.float32).reshape(cache.k.shape[0], len(entries), -1)
+        sizes = [bucket.rows for bucket in self.shape.buckets]
+        index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
+        commit = self._local[adopted.mesh[1]].after_step(index)[1]
+        self.arrays.cache = write_entries(cache, entries, rows, self.shape.buckets[index], commit, self.device)
+        return {}
+
+    def inspect(self, command: link_pb2.Inspect) -> dict[str, Any]:
+        """Compare weights with their checksums."""
+        found = inspect(self.arrays, command.first, command.count)
+        common = inspect_common(self.arrays) if command.count == 0 else []
+        return {"missing": _expert_slots(found), "damaged": bool(common), "trouble": ", ".join(common[:3])}
+
+    def damage(self, command: link_pb2.Damage) -> dict[str, Any]:
+        """Spoil a slot. The arrays of the plan in force are laid over its mesh again: their leaves were donated."""
+        adopted = self._adopted
+        assert adopted is not None, "Adopt comes first"
+        local = self._local[adopted.mesh[1]]
+        spoilt = damage(self.arrays, command.layer, command.slot, local, self.device, nan=command.nan)
+        arguments = self.arrays.lay_over(self._meshes[adopted.mesh], adopted.routes)
+        self._adopted = dataclasses.replace(adopted, arguments=arguments)
+        return {"missing": _expert_slots([spoilt])}
 
     def step(self, command: link_pb2.Step, received: float) -> link_pb2.Report:
         """Run one step and commit it; the report is StepDone, or StepFailed with nothing changed."""
@@ -172,11 +237,13 @@ class Rank:
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()
             outputs = programs.step(command.bucket)(adopted.arguments(packed))
-            tokens, logprobs, load = (
-                np.asarray(a.addressable_data(0)) for a in (outputs.tokens, outputs.logprobs, outputs.expert_load)
-            )
-            commit = self._local[adopted.mesh[1]].commits[command.bucket]
-            self.arrays.cache = commit(self.arrays.cache, outputs.new_kv.addressable_data(0), packed)
+            poisoned = self._poisoned(outputs, inputs, command.bucket)
+            if poisoned:
+                text = f"{len(poisoned)} rows came out as not-a-number or infinite"
+                failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
+                return link_pb2.Report(rank=self.rank, step_failed=failed)
+            answers = self._finish(outputs, packed, command, adopted.mesh)
+            load = np.asarray(outputs.expert_load.addressable_data(0))
             ended = time.perf_counter()
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0][:500]
@@ -185,14 +252,54 @@ class Rank:
         done = link_pb2.StepDone(
             epoch=command.epoch,
             step=command.step,
-            tokens=tokens.tobytes(),
-            logprobs=logprobs.tobytes(),
+            **answers,
             expert_load=load.tobytes(),
             program_ms=1e3 * (ended - began),
             total_ms=1e3 * (time.perf_counter() - received),
             compiles=self.compiles.count,
+            own_ms=1e3 * (ended - self._sampled + began - received),
         )
         return link_pb2.Report(rank=self.rank, step_done=done)
+
+    def _poisoned(self, outputs: StepOutputs, inputs: np.ndarray, bucket: int) -> list[int]:
+        """Rows of the step that are no numbers, padding left out. A failed collective shows itself here."""
+        hidden = np.asarray(outputs.hidden.addressable_data(0))
+        if np.isfinite(hidden.sum()):
+            return []
+        rows = self.shape.buckets[bucket].rows
+        positions = inputs[rows : 2 * rows]  # they stand second in the packed inputs
+        return np.flatnonzero(~np.isfinite(hidden).all(-1) & (positions >= 0)).tolist()
+
+    def _finish(self, outputs: StepOutputs, packed: jax.Array, command: link_pb2.Step, mesh: MeshKey) -> dict[str, Any]:
+        """What follows a step on this rank alone: sample, score, and commit to the cache. Fields of the answer."""
+        local, head = self._local[mesh[1]], self.arrays.head
+        sample, commit = local.after_step(command.bucket)
+        hidden = outputs.hidden.addressable_data(0)
+        if command.shapes:
+            bucket, size = self.shape.buckets[command.bucket], self.shape.cfg.vocab_size
+            shaping = dense({row.segment: _row_shape(row) for row in command.shapes}, bucket.segments, size)
+            shaping = jax.device_put(shaping, self.device)
+            sampled = local.sample_shaped(command.bucket)(head, hidden, packed, shaping)
+        else:
+            sampled = sample(head, hidden, packed)
+        scored = []
+        for tile in command.targets:
+            row, targets = jax.device_put((np.int32(tile.row), np.frombuffer(tile.targets, np.int32)), self.device)
+            scored.append(local.score(command.bucket)(head, hidden, row, targets))
+        # A step that failed says so here, before anything is committed.
+        jax.block_until_ready((sampled, scored))
+        self._sampled = time.perf_counter()
+        new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
+        self.arrays.cache = commit(self.arrays.cache, new, packed)
+        return {
+            "tokens": np.asarray(sampled[0]).tobytes(),
+            "logprobs": np.asarray(sampled[1]).tobytes(),
+            "likeliest": _likeliest(*sampled[2:]) if command.shapes else None,
+            "scores": [
+                link_pb2.TileScores(logprobs=np.asarray(logprobs).tobytes(), likeliest=_likeliest(*top))
+                for logprobs, *top in scored
+            ],
+        }
 
     @property
     def shape(self) -> ModelShape:
@@ -271,7 +378,7 @@ class Link:
             for command in self._commands:
                 what = command.WhichOneof("what")
                 if what == "abort":
-                    self._rank.abort(command.abort.epoch)
+                    self._rank.abort(command.abort.epoch, connecting_only=command.abort.connecting_only)
                 elif what == "stop":
                     break
                 else:
@@ -291,8 +398,26 @@ class Link:
             yield report
 
 
+def _row_shape(row: link_pb2.RowShape) -> RowShape:
+    return RowShape(
+        tokens=np.frombuffer(row.tokens, np.int32),
+        add=np.frombuffer(row.add, np.float32),
+        seen=np.frombuffer(row.seen, np.int32),
+        repetition=row.repetition,
+        allowed=np.frombuffer(row.allowed, np.uint32),
+    )
+
+
+def _likeliest(tokens: jax.Array, logprobs: jax.Array) -> link_pb2.Likeliest:
+    return link_pb2.Likeliest(tokens=np.asarray(tokens).tobytes(), logprobs=np.asarray(logprobs).tobytes())
+
+
 def _key(mesh: link_pb2.MeshShape) -> MeshKey:
     return tuple(mesh.ranks), mesh.slots
+
+
+def _expert_slots(found: Iterable[tuple[int, int, int]]) -> list[link_pb2.ExpertSlot]:
+    return [link_pb2.ExpertSlot(layer=layer, slot=slot, expert=expert) for layer, slot, expert in found]
 
 
 def _die_with_parent() -> None:

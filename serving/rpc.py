@@ -7,9 +7,12 @@ its generator, which cancels the request.
 
 import asyncio
 import contextlib
+import importlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
+from types import ModuleType
 from typing import Any
 
 import grpc
@@ -19,10 +22,17 @@ from grpc_reflection.v1alpha import reflection
 
 from serving import wire
 from serving.closing import Closing
-from serving.errors import Internal, MoejaxError, StartError
+from serving.config import Settings
+from serving.errors import DeadlineExceeded, StartError
+from serving.faults import DeviceError, permit
 from serving.generation import Generation
+from serving.guard import Guard
+from serving.guard_rpc import RpcGuard
+from serving.keys import CALLER
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
+from serving.rpc_errors import statuses
 from serving.status import Backend
+from serving.tls import ServerTls
 from serving.version import version
 
 log = logging.getLogger(__name__)
@@ -39,9 +49,7 @@ OPTIONS = (
     # A burst is refused by the queue, with a time to come back; gRPC itself would cancel it.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
-    ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 4 << 20),
-    ("grpc.max_metadata_size", 16 << 10),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -65,17 +73,36 @@ class RpcServer:
         await self._server.stop(grace_s)
 
 
-async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 0) -> RpcServer:
-    """Serve on host:port. Raises StartError when the port cannot be had."""
-    server, closing = grpc.aio.server(options=OPTIONS), Closing()
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(generation), server)
+async def start(
+    generation: Generation,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    guard: Guard | None = None,
+    tls: ServerTls | None = None,
+    vllm: bool = False,
+) -> RpcServer:
+    """Serve on host:port; with `vllm`, vLLM's service too. Raises StartError when the port cannot be had."""
+    closing, guard = Closing(), guard or Guard.of(Settings())
+    bounds = (
+        ("grpc.max_receive_message_length", guard.max_body_bytes),
+        ("grpc.max_metadata_size", guard.max_header_bytes),
+        ("grpc.absolute_max_metadata_size", guard.max_header_bytes),
+    )
+    server = grpc.aio.server(options=OPTIONS + bounds, interceptors=[RpcGuard(guard)])
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(generation, guard.slow_client_s), server)
     backend = generation.backend
     resilience_pb2_grpc.add_ResilienceServicer_to_server(ResilienceService(backend, closing), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(backend, closing), server)
     names = (INFERENCE, RESILIENCE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    if vllm:
+        engine = _vllm()
+        engine.add(generation, server, guard.slow_client_s)
+        names = (*names, engine.NAME)
     reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        bound = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.grpc())
     except RuntimeError as error:
         raise StartError(
             f"gRPC cannot listen on {host}:{port}; another program has the port, or the address is not of "
@@ -85,41 +112,54 @@ async def start(generation: Generation, *, host: str = "127.0.0.1", port: int = 
     return RpcServer(server, bound, closing)
 
 
+def _vllm() -> ModuleType:
+    """The module of vLLM's service, which needs messages that others do not. Raises StartError without them."""
+    try:
+        return importlib.import_module("serving.vllm_rpc")
+    except ModuleNotFoundError as error:
+        raise StartError(f"--vllm-grpc needs {error.name}: pip install 'moejax[vllm]'.") from None
+
+
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Generating text."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, slow_client_s: float) -> None:
         self._generation = generation
+        self._slow_client_s = slow_client_s
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         """Stream one request; the call's deadline is the request's."""
-        async with _statuses(context):
+        async with statuses(context):
             params = wire.sampling_value(request.sampling)
-            accepted = await self._generation.accept(
-                wire.prompt_value(request),
+            accepted = await self._generation.accept_all(
+                [wire.prompt_value(request)],
                 params,
                 request_id=request.request_id,
                 timeout_s=context.time_remaining(),
             )
-            stream = self._generation.stream(accepted, params.stop)
+            stream = self._generation.streams(accepted, params.stop)
             async with contextlib.aclosing(stream) as items:
                 async for item in items:
-                    await context.write(wire.response_message(item))
+                    try:
+                        async with asyncio.timeout(self._slow_client_s):
+                            await context.write(wire.response_message(item))
+                    except TimeoutError:
+                        raise DeadlineExceeded(f"nothing was read for {self._slow_client_s:g} s.") from None
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:
         """Cancel a request by id."""
-        async with _statuses(context):
-            return inference_pb2.AbortResponse(aborted=self._generation.backend.abort(request.request_id))
+        async with statuses(context):
+            return inference_pb2.AbortResponse(aborted=self._generation.abort(request.request_id))
 
     async def GetModelInfo(self, request: Any, context: Any) -> inference_pb2.ModelInfo:
         """The model being served."""
-        async with _statuses(context):
+        async with statuses(context):
             generation = self._generation
             return wire.model_message(generation.backend.model, generation.tokenizer.has_chat_template)
 
     async def GetServerInfo(self, request: Any, context: Any) -> inference_pb2.ServerInfo:
         """Version, age and size of the server."""
-        async with _statuses(context):
+        async with statuses(context):
             status = self._generation.backend.status()
             return inference_pb2.ServerInfo(
                 version=version(),
@@ -142,21 +182,46 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
 
     async def GetStatus(self, request: Any, context: Any) -> resilience_pb2.Status:
         """The server now."""
-        async with _statuses(context):
+        async with statuses(context):
             return wire.status_message(self._backend.status())
 
     async def Watch(self, request: resilience_pb2.WatchRequest, context: Any) -> None:
         """Events after a sequence, past ones first."""
-        async with _statuses(context):
+        async with statuses(context):
             events = self._closing.until(self._backend.watch(request.after))
             async with contextlib.aclosing(events) as items:
                 async for event in items:
                     await context.write(wire.event_message(event))
 
+    async def WhatIf(self, request: Any, context: Any) -> resilience_pb2.WhatIfResponse:
+        """What the loss of each rank and host would cost now."""
+        async with statuses(context):
+            return resilience_pb2.WhatIfResponse(prospects=map(wire.prospect_message, self._backend.what_if()))
+
+    async def Apply(self, request: resilience_pb2.ApplyRequest, context: Any) -> resilience_pb2.ApplyResponse:
+        """A planned change, for callers that may operate the server."""
+        async with statuses(context):
+            self._permit(context)
+            serving = await self._backend.apply(wire.instruction_value(request))
+            return resilience_pb2.ApplyResponse(serving=serving, epoch=self._backend.status().epoch)
+
+    async def Report(self, request: resilience_pb2.ReportRequest, context: Any) -> resilience_pb2.ReportResponse:
+        """A device's error, from callers that may operate the server."""
+        async with statuses(context):
+            self._permit(context)
+            names = ("rank", "level", "code", "message")
+            error = DeviceError.read({name: getattr(request, name) for name in names})
+            return resilience_pb2.ReportResponse(action=self._backend.report(error).value)
+
+    def _permit(self, context: Any) -> None:
+        status = self._backend.status()
+        peer = re.sub(r"^ipv[46]:(%5B|\[)?", "", context.peer())
+        permit(chaos=status.chaos, operable=status.operable, key=CALLER.get(), peer=peer)
+
     async def Kill(self, request: resilience_pb2.KillRequest, context: Any) -> resilience_pb2.KillResponse:
         """Kill or stop a rank, on a server started for it."""
-        async with _statuses(context):
-            await self._backend.kill(request.rank, request.signal or "SIGKILL")
+        async with statuses(context):
+            await self._backend.kill(request.rank, request.signal or "SIGKILL", request.host)
             return resilience_pb2.KillResponse()
 
 
@@ -189,7 +254,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(self, request: Any, context: Any) -> None:
         """Health of one service, now and at every change."""
         async with (
-            _statuses(context),
+            statuses(context),
             contextlib.aclosing(self._closing.until(self._changes(request))) as items,
         ):
             async for health in items:
@@ -203,21 +268,3 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 yield health
             last = health
             await asyncio.sleep(_HEALTH_INTERVAL_S)
-
-
-@contextlib.asynccontextmanager
-async def _statuses(context: Any) -> AsyncIterator[None]:
-    """End the call with the status of a MoejaxError; a defect of ours is logged and told without its text."""
-    try:
-        yield
-    except MoejaxError as error:
-        await _abort(context, error)
-    except grpc.aio.AbortError:
-        raise
-    except Exception:
-        log.exception("a gRPC call failed")
-        await _abort(context, Internal("internal error; the server's log has the details."))
-
-
-async def _abort(context: Any, error: MoejaxError) -> None:
-    await context.abort(*wire.error_status(error))

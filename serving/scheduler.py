@@ -2,14 +2,16 @@
 
 Every sequence with one token left to compute gets a decode row; the others get tiles of 32 rows, first those
 that have streamed before, then in order of arrival. All ranks use one bucket. A rank that runs out of pages
-preempts its youngest sequence. Requests are admitted strictly in order of arrival, so nobody starves.
+preempts its youngest sequence. Requests are admitted strictly in order of arrival, so nobody starves. A request
+goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than another.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
-from serving.batch import TILE, Batch, Bucket, Work
+from serving.batch import TILE, Batch, Bucket, Shaped, Work
 from serving.engine import EngineState, requeued
+from serving.pages import Key, page_keys
 from serving.sequence import Sequence
 
 
@@ -37,6 +39,8 @@ class _Draft:
         self.pools = dict(state.pools)
         self.waiting = dict(state.waiting)
         self.preempted = 0
+        self.queried = 0
+        self.reused = 0
         self.ranks: dict[int, list[Sequence]] = {rank: [] for rank in state.pools}
         for sequence in sorted(state.running.values(), key=_arrival):
             assert sequence.rank is not None
@@ -53,7 +57,7 @@ class _Draft:
         while at < len(sequences):
             sequence = sequences[at]
             if sequence.computed == len(sequence.pages) * page_size:
-                if not self.pools[rank].free:
+                if not self.pools[rank].available:
                     self.preempt(rank)
                     continue
                 self.pools[rank], pages = self.pools[rank].alloc(1)
@@ -69,31 +73,52 @@ class _Draft:
 
     def admit(self) -> None:
         """Give the queue's first request a place, and the next, until one finds none."""
-        pages_for = self.before.limits.pages_for
+        limits, root = self.before.limits, self.before.root
         for sequence in list(self.waiting.values()):
-            rank = self.place(sequence)
+            keys = ()
+            if limits.prefix_caching:
+                known = sequence.scored if sequence.unscored else sequence.length - 1
+                keys = page_keys(sequence.tokens(0, known), limits.page_size, root)
+            rank = self.place(sequence, keys)
             if rank is None:
                 break
             del self.waiting[sequence.id]
-            self.pools[rank], pages = self.pools[rank].alloc(pages_for(sequence.length))
-            self.ranks[rank].append(sequence.placed(rank, pages))
+            pool = self.pools[rank]
+            found = pool.match(keys)
+            self.pools[rank], pages = pool.share(found).alloc(limits.pages_for(sequence.length) - len(found))
+            computed = len(found) * limits.page_size
+            placed = sequence.placed(rank, found + pages, computed=computed, chain=keys[: len(found)])
+            self.ranks[rank].append(placed)
+            if sequence.reused is None:
+                self.queried += len(sequence.request.prompt)
+                self.reused += computed
         for sequences in self.ranks.values():
             sequences.sort(key=_arrival)
 
-    def place(self, sequence: Sequence) -> int | None:
-        """The rank with the fewest sequences, then the most free pages, that has room for this one.
+    def place(self, sequence: Sequence, keys: tuple[Key, ...]) -> int | None:
+        """The rank for this sequence: of those that have room, the one with most of its pages, then the fewest
+        sequences, then the most pages to spare. A rank is passed over for its cache alone when it has so many
+        more sequences than the emptiest that waiting for it would cost more than it saves.
 
         Room is the pages of its tokens so far and one to go on, or all it can ever need.
         """
         limits = self.before.limits
         need = limits.pages_needed(sequence.request)
         wanted = min(limits.pages_for(sequence.length) + 1, need)
-        rooms = (
-            rank
-            for rank, pool in self.pools.items()
-            if len(self.ranks[rank]) < limits.most_decode and need <= pool.total and wanted <= len(pool.free)
-        )
-        return min(rooms, key=lambda rank: (len(self.ranks[rank]), -len(self.pools[rank].free), rank), default=None)
+        rooms: dict[int, int] = {}
+        for rank, pool in self.pools.items():
+            found = pool.match(keys)
+            fits = need <= pool.total and wanted - len(found) <= pool.available_beside(found)
+            if fits and rank not in self.before.closed and len(self.ranks[rank]) < limits.most_decode:
+                rooms[rank] = len(found)
+        least = min((len(self.ranks[rank]) for rank in rooms), default=0)
+
+        def order(rank: int) -> tuple[int, int, int, int]:
+            busy = len(self.ranks[rank])
+            found = rooms[rank] if busy - least <= limits.most_decode // 4 else 0
+            return -found, busy, -self.pools[rank].available, rank
+
+        return min(rooms, key=order, default=None)
 
     def state(self) -> EngineState:
         """The finished successor, with one more step in flight."""
@@ -107,6 +132,8 @@ class _Draft:
             in_flight=step,
             preemptions=self.before.preemptions + self.preempted,
             decode_first=False,
+            prefix_queries=self.before.prefix_queries + self.queried,
+            prefix_hits=self.before.prefix_hits + self.reused,
         )
 
 
@@ -140,7 +167,20 @@ def _work(sequence: Sequence, count: int) -> Work:
         top_p=request.top_p,
         min_p=request.min_p,
         seed=request.seed,
+        targets=_targets(sequence, start, count),
+        shaped=Shaped(request, sequence.generated) if request.is_shaped(len(sequence.generated)) else None,
+        top=request.top_logprobs,
+        prompt_top=request.prompt_logprobs or 0,
     )
+
+
+def _targets(sequence: Sequence, start: int, count: int) -> tuple[int, ...]:
+    """The tokens to score after each of `count` positions; none that was told before."""
+    prompt, stop = sequence.request.prompt, start + count
+    first, end = max(start, sequence.scored), min(stop, len(sequence.request.prompt) - 1)
+    if not sequence.unscored or first >= end:
+        return ()
+    return (-1,) * (first - start) + prompt[first + 1 : end + 1] + (-1,) * (stop - end)
 
 
 def _smallest(buckets: Iterable[Bucket], work: Iterable[tuple[Work, ...]]) -> Bucket:

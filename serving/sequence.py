@@ -2,23 +2,29 @@
 
 import dataclasses
 
+from serving.pages import Key
 from serving.request import Phase, Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request and its state. Taking it off its rank forgets `rank`, `computed` and `pages`, nothing else.
+    """A request and its state. Taking it off its rank forgets what is below `generated`.
 
     `arrival` orders requests for their whole life. Positions 0 .. computed - 1 are in the cache of `rank`,
     in `pages`. The last token made is never in the cache: its keys and values come with the next step.
+    `chain` has the keys of its full pages; None when others must not find them. `reused` counts the prompt
+    tokens that were found in the cache when it was first placed; `scored` those whose log-probabilities were told.
     """
 
     request: Request
     arrival: int
     generated: tuple[int, ...] = ()
+    reused: int | None = None
+    scored: int = 0
     rank: int | None = None
     computed: int = 0
     pages: tuple[int, ...] = ()
+    chain: tuple[Key, ...] | None = ()
 
     @property
     def id(self) -> str:
@@ -35,6 +41,11 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def unscored(self) -> int:
+        """Prompt tokens whose log-probabilities are still to be told."""
+        return 0 if self.request.prompt_logprobs is None else len(self.request.prompt) - 1 - self.scored
+
+    @property
     def phase(self) -> Phase:
         if self.rank is None:
             return Phase.WAITING
@@ -49,10 +60,13 @@ class Sequence:
             return prompt[start:stop]
         return prompt[start:] + self.generated[: stop - len(prompt)]
 
-    def placed(self, rank: int, pages: tuple[int, ...]) -> "Sequence":
-        """The sequence on a rank, with nothing of it in the cache yet."""
-        return Sequence(self.request, self.arrival, self.generated, rank, 0, pages)
+    def placed(
+        self, rank: int, pages: tuple[int, ...], *, computed: int = 0, chain: tuple[Key, ...] | None = ()
+    ) -> "Sequence":
+        """The sequence on a rank whose cache has the first `computed` positions of it, in full pages."""
+        reused = computed if self.reused is None else self.reused
+        return Sequence(self.request, self.arrival, self.generated, reused, self.scored, rank, computed, pages, chain)
 
     def displaced(self) -> "Sequence":
         """The sequence without a rank: prompt + tokens so far, to be computed again."""
-        return Sequence(self.request, self.arrival, self.generated)
+        return Sequence(self.request, self.arrival, self.generated, self.reused, self.scored)

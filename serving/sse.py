@@ -11,7 +11,7 @@ from starlette.types import Send
 
 from serving.answers import Answer
 from serving.errors import Internal, MoejaxError
-from serving.generation import Chunk, Complete
+from serving.generation import Item
 from serving.http_errors import error_body
 
 log = logging.getLogger(__name__)
@@ -33,19 +33,15 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-async def answer_events(
-    answer: Answer, first: Chunk | Complete, items: AsyncGenerator[Chunk | Complete, None]
-) -> AsyncGenerator[str, None]:
-    """One answer as OpenAI streams it; an error on the way is an event too."""
-    if (begin := answer.begin()) is not None:
-        yield frame(begin)
+async def answer_events(answer: Answer, first: Item, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
+    """The answers of a call as OpenAI streams them; an error on the way is an event too."""
     try:
-        item = first
-        while isinstance(item, Chunk):
-            if (part := answer.chunk(item)) is not None:
+        for part in answer.parts(first):
+            yield frame(part)
+        async for item in items:
+            for part in answer.parts(item):
                 yield frame(part)
-            item = await anext(items)
-        for part in answer.end(item):
+        for part in answer.last():
             yield frame(part)
     except MoejaxError as error:
         yield frame(error_body(error))

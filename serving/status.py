@@ -4,7 +4,12 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
-from serving.request import Finished, Request, Token
+from serving.faults import DeviceError, Instruction, Response
+from serving.request import Finished, Request, Scored, Token
+
+SIGNALS = ("SIGKILL", "SIGSTOP")
+SIGNALS_TO_WEIGHTS = ("NAN", "BITFLIP")
+"""What `Backend.kill` can do to a rank's process, and to the weights of an expert it holds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,24 @@ class ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossCost:
+    """What the loss of one rank would cost. `stall_ms` is how long streams on the other ranks would wait, `traffic`
+    the share of expert traffic whose only copy is there, `experts_to_load` (layer, expert) pairs read from the host's
+    store. `measured` tells whether the phases are this server's own or estimates."""
+
+    survivable: bool
+    prepared: bool
+    stall_ms: float
+    experts_to_load: int
+    traffic: float
+    measured: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """One rank. `state` is starting, serving, dead, joining or failed; `slots[moe_layer]` the experts held."""
+    """One rank. `state` is starting, serving, draining, dead, joining, out or failed; `slots[moe_layer]` the experts
+    held. `slowness` is how much slower than the others its own work is of late (0: unknown), `level` that of the last
+    device error (0: none)."""
 
     id: int
     pid: int | None
@@ -37,6 +58,9 @@ class RankStatus:
     running: int = 0
     compiles: int = 0
     step_ms: float = 0.0
+    slowness: float = 0.0
+    level: int = 0
+    loss: LossCost | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +90,54 @@ class Status:
     program_ms: float
     """Of these, inside the compiled programs of each step's slowest rank."""
     preemptions: int
+    prefix_queries: int
+    """Prompt tokens looked up in the prefix caches."""
+    prefix_hits: int
+    """Of these, found there."""
     compiles_after_ready: int
     started_at: float
+    page_size: int
+    experts_loaded: int
+    """Expert weights read from the host's store since the start."""
+    expert_load: tuple[tuple[int, ...], ...]
+    """[moe_layer][expert]: tokens routed there since the start."""
+    paused: bool = False
+    operable: bool = False
+    """Callers on this machine may apply instructions and report device errors."""
+    degraded: int = 0
+    """Requests that ended with tokens made while experts were masked."""
+    restored: int = 0
+    """Weights that were found damaged and put right."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What the loss of a rank or a host would cost at this moment. Stalls are predicted, in milliseconds."""
+
+    kind: str
+    name: str
+    ranks: tuple[int, ...]
+    survivable: bool
+    reason: str
+    prepared: bool
+    requests_moved: int
+    tokens_recomputed: int
+    experts_loaded: int
+    stall_ms: float
+    moved_stall_ms: float
+    capacity: float
+    traffic_lost: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened: `kind` is one of ready, rank_lost, recovered, rejoined, no_capacity,
-    lattice_ready, draining. `phases` holds milliseconds by phase (detect, fence, plan, adopt, resume ...)."""
+    """Something that happened. `phases` holds milliseconds by phase (detect, fence, plan, adopt, resume ...).
+
+    `kind` is one of: ready, draining, paused, resumed (of the server); rank_lost, recovered, no_capacity, broken,
+    step_failed, rejoined, rejoin_failed, restart_failed, lattice_ready (recovery); leaving, drained, drain_failed
+    (planned); device_error, slow, pace_recovered (ranks); poisoned, damaged, restored, masked, healed,
+    store_unreadable (weights).
+    """
 
     sequence: int
     time: float
@@ -90,9 +154,9 @@ class Backend(Protocol):
 
     model: ModelInfo
 
-    def stream(self, request: Request) -> AsyncIterator[Token | Finished]:
-        """Accept a request and yield its tokens, then one Finished. Raises QueueFull, NoCapacity, Draining,
-        DeadlineExceeded, Cancelled or PromptTooLong. Leaving the iterator cancels the request."""
+    def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
+        """Accept a request and yield scores of its prompt, its tokens, then one Finished. Raises QueueFull,
+        NoCapacity, Draining, DeadlineExceeded, Cancelled or PromptTooLong. Leaving the iterator cancels the request."""
         ...
 
     def abort(self, request_id: str) -> bool:
@@ -107,6 +171,20 @@ class Backend(Protocol):
         """Events with a sequence above `after`, past ones first, then as they happen."""
         ...
 
-    async def kill(self, rank: int, signal: str = "SIGKILL") -> None:
-        """Kill or stop a rank process, for tests and demonstrations. Raises NotPermitted without --chaos."""
+    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
+        """Kill or stop a rank process (or, with SIGNALS_TO_WEIGHTS, spoil an expert of it), or all of a host, for tests
+        and demonstrations. Raises NotPermitted without --chaos."""
+        ...
+
+    def what_if(self) -> tuple[Prospect, ...]:
+        """What the loss of each rank, and of each host of several, would cost now."""
+        ...
+
+    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
+        """Carry out a planned change; returns the ranks that serve when it is done. The caller has been checked
+        (`serving.faults.permit`). Raises InvalidRequest and NoCapacity."""
+        ...
+
+    def report(self, error: DeviceError) -> Response:
+        """Take note of a device's error; returns what is done about it. Raises UnknownRequest."""
         ...

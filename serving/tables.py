@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from serving.status import Event, ModelInfo, RankStatus, Status
+from serving.status import Event, ModelInfo, Prospect, RankStatus, Status
 
 _COLOURS = {"serving": "green", "joining": "yellow", "starting": "yellow", "dead": "red", "failed": "red"}
 _EVENT_COLOURS = {"rank_lost": "red", "no_capacity": "red", "recovered": "green", "rejoined": "green"}
@@ -52,6 +52,24 @@ def _ranks(ranks: Iterable[RankStatus]) -> Table:
             f"{rank.step_ms:.1f}",
             experts + more,
         )
+    return table
+
+
+def prospects_view(prospects: Iterable[Prospect]) -> Table:
+    """What each loss would cost, a line each."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("loss", "prepared", "requests", "tokens again", "experts", "stall ms", "moved ms", "capacity"):
+        table.add_column(column, justify="left" if column in ("loss", "prepared") else "right", no_wrap=True)
+    for p in prospects:
+        prepared = ("yes" if p.prepared else "no") if p.survivable else f"impossible: {p.reason}"
+        figures = (
+            p.requests_moved,
+            p.tokens_recomputed,
+            p.experts_loaded,
+            f"{p.stall_ms:.0f}",
+            f"{p.moved_stall_ms:.0f}",
+        )
+        table.add_row(f"{p.kind} {p.name}", prepared, *map(str, figures), f"{p.capacity:.0%}")
     return table
 
 

@@ -5,19 +5,20 @@ tokens into whole characters, `StopStrings` holds text back while it could be th
 """
 
 import dataclasses
-import datetime
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import jinja2
-import jinja2.sandbox
-import tokenizers
-
-from serving.errors import InvalidRequest, StartError
+from serving.chat_template import ChatTemplate
+from serving.errors import InvalidRequest
+from serving.vocabulary import TokenizerSettings, Vocabulary, load_vocabulary
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
+_CONTEXT = 8
+"""Tokens of the prompt that the first ones of the answer are decoded with."""
+_CHARACTER_BYTES = 4
+_PENDING = 64
+"""So many tokens in a row that end within a character are no text; they are shown as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,49 +30,56 @@ class Message:
 
 
 class Tokenizer:
-    """A model's tokenizer.json, and its chat template where it has one.
+    """A model's tokenizer, and its chat template where it has one.
 
-    `bos_token` is put in front of a prompt that does not begin with it.
+    `bos_token` is put in front of a prompt, or a conversation, that does not begin with it. `settings` (of a
+    published model) say it otherwise: then prompts get it as the settings say, and conversations as the
+    template writes it.
     """
 
     def __init__(
         self,
-        tokenizer: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
         *,
-        template: str | None = None,
+        template: ChatTemplate | None = None,
         bos_token: int | None = None,
-        stop_tokens: Sequence[int] = (),
+        settings: TokenizerSettings | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._bos = bos_token
-        self._names = {
-            "bos_token": "" if bos_token is None else tokenizer.id_to_token(bos_token) or "",
-            "eos_token": (tokenizer.id_to_token(stop_tokens[0]) or "") if stop_tokens else "",
-        }
-        self._template = None if template is None else _environment().from_string(template)
+        self._vocabulary = vocabulary
+        self._template = template
+        self._special = True
+        self._bos = self._chat_bos = bos_token
+        if settings is not None:
+            add = not vocabulary.adds_special if settings.add_bos is None else settings.add_bos
+            self._special = settings.add_bos is not False
+            self._chat_bos = None
+            self._bos = vocabulary.index(settings.named.get("bos_token", "")) if add else None
 
     @classmethod
     def load(cls, folder: Path, *, bos_token: int | None = None, stop_tokens: Sequence[int] = ()) -> Self:
-        """Read `tokenizer.json` and, if it is there, `chat_template.jinja` of a model folder."""
-        path, template = Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja"
-        if not path.is_file():
-            raise StartError(f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/.")
-        try:
-            return cls(
-                tokenizers.Tokenizer.from_file(str(path)),
-                template=template.read_text() if template.is_file() else None,
-                bos_token=bos_token,
-                stop_tokens=stop_tokens,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise StartError(f"{template}, line {error.lineno}: {error.message}.") from error
-        except Exception as error:  # the Rust library raises plain Exception
-            raise StartError(f"{path} is no tokenizer: {error}.") from error
+        """Read the tokenizer of a model folder, in any of the forms of `serving.vocabulary`, and its template.
+
+        Raises StartError naming the file that is missing or broken.
+        """
+        folder = Path(folder)
+        settings = TokenizerSettings.load(folder)
+        vocabulary = load_vocabulary(folder, settings)
+        names = {
+            "bos_token": "" if bos_token is None else vocabulary.token(bos_token) or "",
+            "eos_token": (vocabulary.token(stop_tokens[0]) or "") if stop_tokens else "",
+        }
+        template = ChatTemplate.load(folder, settings, names | (dict(settings.named) if settings else {}))
+        return cls(vocabulary, template=template, bos_token=bos_token, settings=settings)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens themselves."""
+        return self._vocabulary
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
-        return self._tokenizer.get_vocab_size()
+        return self._vocabulary.size
 
     @property
     def has_chat_template(self) -> bool:
@@ -80,32 +88,34 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a prompt. Raises InvalidRequest when the text cannot be written in UTF-8."""
-        return self._with_bos(self._encode(text, add_special_tokens=True))
+        return _beginning(self._bos, self._encode(text, special=self._special))
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens of a conversation, ending where the assistant's next turn begins."""
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, ending where the assistant's next turn begins.
+
+        Messages given as mappings reach the template as they are. `tools` are JSON schemas of functions,
+        `variables` the template's own switches. Raises InvalidRequest when the template refuses them.
+        """
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template, so it cannot hold a conversation. Send a plain prompt instead.",
                 param="messages",
             )
-        turns = [dataclasses.asdict(m) for m in messages]
-        try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
-        return self._with_bos(self._encode(text, add_special_tokens=False))
+        turns = [dataclasses.asdict(m) if isinstance(m, Message) else m for m in messages]
+        text = self._template.render(turns, tools=tools, variables=variables)
+        return _beginning(self._chat_bos, self._encode(text, special=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; special tokens have none."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._vocabulary.decode(ids)
 
-    def _with_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        if self._bos is None or ids[:1] == (self._bos,):
-            return ids
-        return (self._bos, *ids)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -114,39 +124,62 @@ class Tokenizer:
                 "Send valid UTF-8.",
                 param="prompt",
             ) from None
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return tuple(self._vocabulary.encode(text, special=special))
+
+
+def _beginning(bos: int | None, ids: tuple[int, ...]) -> tuple[int, ...]:
+    return ids if bos is None or ids[:1] == (bos,) else (bos, *ids)
 
 
 class Detokenizer:
     """The text of one growing list of tokens, only ever in whole characters.
 
     A character may be spread over several tokens, and a token's text may depend on the one before it (a
-    leading space). So the tokens since the last whole character are decoded together with those before them.
+    leading space). So the tokens since the last whole character are decoded together with those before them;
+    at the beginning those are the last of `prompt`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []
+        self._context = _opening(tokenizer, prompt)
         self._pending: list[int] = []
+        self._sent = len(tokenizer.decode(self._context).rstrip(_INCOMPLETE))
+        """Characters of the decoded context and pending tokens that are out already."""
 
     def push(self, token: int) -> str:
         """Text that became certain with this token; often empty, never half a character."""
         self._pending.append(token)
-        text = self._text()
-        if not text or text.endswith(_INCOMPLETE):
-            return ""
-        self._context, self._pending = self._pending, []
-        return text
+        text = self._tokenizer.decode(self._context + self._pending)
+        if text.endswith(_INCOMPLETE) and len(self._pending) < _PENDING:
+            return self._send(text, len(text.rstrip(_INCOMPLETE)))
+        if len(text) > self._sent:
+            return self._send_all(text)
+        if len(self._pending) >= _PENDING:
+            self._pending = []  # tokens without text
+        return ""
 
     def flush(self) -> str:
         """What is left when no token will follow; bytes that are no character show as U+FFFD."""
-        text = self._text()
-        self._context, self._pending = self._pending, []
-        return text
+        return self._send_all(self._tokenizer.decode(self._context + self._pending)) if self._pending else ""
 
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+    def _send(self, text: str, end: int) -> str:
+        start, self._sent = self._sent, max(self._sent, end)
+        return text[start:end]
+
+    def _send_all(self, text: str) -> str:
+        new = self._send(text, len(text))
+        self._context, self._pending = self._pending, []
+        self._sent = len(self._tokenizer.decode(self._context))
+        return new
+
+
+def _opening(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, from where a character begins."""
+    for length in range(_CONTEXT, _CONTEXT - _CHARACTER_BYTES, -1):
+        context = list(prompt[-length:])
+        if not tokenizer.decode(context).startswith(_INCOMPLETE):
+            return context
+    return []
 
 
 class StopStrings:
@@ -184,23 +217,3 @@ class StopStrings:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _environment() -> jinja2.Environment:
-    """What chat templates expect to find. They come with the model, so they run in a sandbox."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as the template's author meant it; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -4,7 +4,8 @@ An error travels as google.rpc.Status with ErrorInfo (the class's name, the fiel
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -12,15 +13,18 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from serving.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, MoejaxError, QueueFull
-from serving.generation import Chunk, Complete, Prompt
+from serving.faults import Instruction
+from serving.generation import Chunk, Complete, Conversation, Item, Prompt, PromptScores
 from serving.proto.moejax.v1 import inference_pb2, resilience_pb2
-from serving.request import SamplingParams
-from serving.status import Event, ModelInfo, RankStatus, Status
+from serving.request import Guide, SamplingParams, Top
+from serving.status import Event, LossCost, ModelInfo, Prospect, RankStatus, Status
 from serving.tokens import Message
+from serving.tools import read_tools
 
 DOMAIN = "moejax"
 _DETAILS_KEY = "grpc-status-details-bin"  # where gRPC keeps a google.rpc.Status
 _LONGEST_MESSAGE = 1000  # characters; a status travels in HTTP/2 headers, which are small
+_GUIDES: Mapping[Any, str] = {"json": "json_schema", "regex": "regex", "lark": "grammar", "choice": "choice"}
 _REASONS = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
 
 
@@ -78,6 +82,10 @@ def request_message(prompt: Prompt, params: SamplingParams, request_id: str = ""
         message = inference_pb2.GenerateRequest(request_id=request_id, sampling=_sampling_message(params))
         if isinstance(prompt, str):
             message.text = prompt
+        elif isinstance(prompt, Conversation):
+            turns = [inference_pb2.Message(role=m["role"], content=[m["content"]]) for m in prompt.messages]
+            message.chat.messages.extend(turns)
+            message.chat.tools.extend(json.dumps(tool) for tool in prompt.tools)
         elif prompt and isinstance(prompt[0], Message):
             turns = [inference_pb2.Message(role=m.role, content=[m.content]) for m in prompt]  # type: ignore[union-attr]
             message.chat.messages.extend(turns)
@@ -97,57 +105,116 @@ def prompt_value(message: inference_pb2.GenerateRequest) -> Prompt:
         case "token_ids":
             return tuple(message.token_ids.ids)
         case "chat":
-            return tuple(Message(m.role, "".join(m.content)) for m in message.chat.messages)
+            messages = tuple({"role": m.role, "content": "".join(m.content)} for m in message.chat.messages)
+            return Conversation(messages=messages, tools=_tools(message.chat.tools))
     raise InvalidRequest("the request has no prompt. Set text, token_ids or chat.", param="prompt")
+
+
+def _tools(texts: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+    try:
+        return read_tools([json.loads(text) for text in texts])
+    except ValueError as error:
+        raise InvalidRequest(f"a tool is no JSON: {error}", param="tools") from None
 
 
 def _sampling_message(params: SamplingParams) -> inference_pb2.SamplingParams:
     values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
     values["stop_token_ids"] = values.pop("stop_tokens")
+    values["logit_bias"] = dict(values["logit_bias"])
+    guide = values.pop("guide")
+    if guide is not None:
+        texts = guide.text if guide.kind != "choice" else inference_pb2.Choices(texts=json.loads(guide.text))
+        values[_GUIDES[guide.kind]] = texts
     return inference_pb2.SamplingParams(**{k: v for k, v in values.items() if v is not None})
 
 
 def sampling_value(message: inference_pb2.SamplingParams) -> SamplingParams:
     """Sampling parameters, with the default for every field that is not set."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")
-    given: dict[str, Any] = {name: getattr(message, name) for name in names if message.HasField(name)}
+    maybe = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "n", "repetition_penalty")
+    plain = ("ignore_eos", "min_tokens", "frequency_penalty", "presence_penalty", "top_logprobs")
+    given: dict[str, Any] = {
+        name: getattr(message, name) for name in (*maybe, "prompt_logprobs") if message.HasField(name)
+    }
     return SamplingParams(
         **given,
+        **{name: getattr(message, name) for name in plain},
         stop=tuple(message.stop),
         stop_tokens=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        guide=_guide_value(message),
     )
 
 
-def response_message(item: Chunk | Complete) -> inference_pb2.GenerateResponse:
+def _guide_value(message: inference_pb2.SamplingParams) -> Guide | None:
+    match message.WhichOneof("guide"):
+        case None:
+            return None
+        case "choice":
+            if not message.choice.texts:
+                raise InvalidRequest("choice has no texts. Give at least one.", param="choice")
+            return Guide("choice", json.dumps(list(message.choice.texts)))
+        case field:
+            kind = next(kind for kind, name in _GUIDES.items() if name == field)
+            return Guide(kind, getattr(message, field))
+
+
+def response_message(item: Item) -> inference_pb2.GenerateResponse:
     """A part of a stream."""
-    if isinstance(item, Chunk):
-        return inference_pb2.GenerateResponse(
-            chunk=inference_pb2.Chunk(
-                token_ids=item.token_ids,
-                text=item.text,
-                logprobs=item.logprobs,
-                first_index=item.index,
-                epoch=item.epoch,
-            )
+    if isinstance(item, PromptScores):
+        scores = inference_pb2.PromptScores(
+            position=item.position, token_ids=item.token_ids, logprobs=item.logprobs, top=_top_messages(item.top)
         )
+        return inference_pb2.GenerateResponse(prompt_scores=scores, choice=item.choice)
+    if isinstance(item, Chunk):
+        chunk = inference_pb2.Chunk(
+            token_ids=item.token_ids,
+            text=item.text,
+            logprobs=item.logprobs,
+            first_index=item.index,
+            epoch=item.epoch,
+            top=_top_messages(item.top),
+        )
+        return inference_pb2.GenerateResponse(chunk=chunk, choice=item.choice)
     complete = inference_pb2.Complete(
         finish_reason=_REASONS[item.reason],
-        usage=inference_pb2.Usage(prompt_tokens=item.prompt_tokens, completion_tokens=item.completion_tokens),
+        usage=inference_pb2.Usage(
+            prompt_tokens=item.prompt_tokens,
+            completion_tokens=item.completion_tokens,
+            cached_tokens=item.cached_tokens,
+        ),
         epochs=item.epochs,
         request_id=item.request_id,
         seed=item.seed,
+        degraded=item.degraded,
     )
     if isinstance(item.matched, str):
         complete.stop_string = item.matched
     elif item.matched is not None:
         complete.stop_token = item.matched
-    return inference_pb2.GenerateResponse(complete=complete)
+    return inference_pb2.GenerateResponse(complete=complete, choice=item.choice)
 
 
-def response_value(message: inference_pb2.GenerateResponse) -> Chunk | Complete:
+def _top_messages(top: Sequence[Top]) -> list[inference_pb2.Top]:
+    return [inference_pb2.Top(token_ids=[t for t, _ in each], logprobs=[p for _, p in each]) for each in top]
+
+
+def _top_values(messages: Sequence[inference_pb2.Top]) -> tuple[Top, ...]:
+    return tuple(tuple(zip(each.token_ids, each.logprobs, strict=True)) for each in messages)
+
+
+def response_value(message: inference_pb2.GenerateResponse) -> Item:
     """What `response_message` was made from."""
-    if message.WhichOneof("event") == "chunk":
+    event = message.WhichOneof("event")
+    if event == "prompt_scores":
+        scores = message.prompt_scores
+        return PromptScores(
+            position=scores.position,
+            token_ids=tuple(scores.token_ids),
+            logprobs=tuple(scores.logprobs),
+            top=_top_values(scores.top),
+            choice=message.choice,
+        )
+    if event == "chunk":
         chunk = message.chunk
         return Chunk(
             index=chunk.first_index,
@@ -155,6 +222,8 @@ def response_value(message: inference_pb2.GenerateResponse) -> Chunk | Complete:
             text=chunk.text,
             logprobs=tuple(chunk.logprobs),
             epoch=chunk.epoch,
+            top=_top_values(chunk.top),
+            choice=message.choice,
         )
     complete = message.complete
     matched = complete.WhichOneof("matched")
@@ -165,7 +234,10 @@ def response_value(message: inference_pb2.GenerateResponse) -> Chunk | Complete:
         completion_tokens=complete.usage.completion_tokens,
         epochs=tuple(complete.epochs),
         seed=complete.seed,
+        degraded=complete.degraded,
         matched=None if matched is None else getattr(complete, matched),
+        cached_tokens=complete.usage.cached_tokens,
+        choice=message.choice,
     )
 
 
@@ -188,12 +260,14 @@ def status_message(status: Status) -> resilience_pb2.Status:
     values = {f.name: getattr(status, f.name) for f in dataclasses.fields(status)}
     values["ranks"] = [_rank_message(r) for r in status.ranks]
     values["masked"] = [resilience_pb2.MaskedExpert(layer=l, expert=e) for l, e in status.masked]
+    values["expert_load"] = [resilience_pb2.ExpertLoad(tokens=row) for row in status.expert_load]
     return resilience_pb2.Status(**values)
 
 
 def _rank_message(rank: RankStatus) -> resilience_pb2.Rank:
     values = {f.name: getattr(rank, f.name) for f in dataclasses.fields(rank)}
     values["slots"] = [resilience_pb2.Slots(experts=row) for row in rank.slots]
+    values["loss"] = resilience_pb2.LossCost(**dataclasses.asdict(rank.loss)) if rank.loss is not None else None
     return resilience_pb2.Rank(**values)
 
 
@@ -202,6 +276,7 @@ def status_value(message: resilience_pb2.Status) -> Status:
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(Status)}
     values["ranks"] = tuple(_rank_value(r) for r in message.ranks)
     values["masked"] = tuple((m.layer, m.expert) for m in message.masked)
+    values["expert_load"] = tuple(tuple(row.tokens) for row in message.expert_load)
     values["axes"], values["lattice"] = (
         dict(sorted(message.axes.items())),
         dict(sorted(message.lattice.items())),
@@ -213,6 +288,10 @@ def _rank_value(message: resilience_pb2.Rank) -> RankStatus:
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(RankStatus)}
     values["pid"] = message.pid if message.HasField("pid") else None
     values["slots"] = tuple(tuple(s.experts) for s in message.slots)
+    values["loss"] = None
+    if message.HasField("loss"):
+        names = [f.name for f in dataclasses.fields(LossCost)]
+        values["loss"] = LossCost(**{name: getattr(message.loss, name) for name in names})
     return RankStatus(**values)
 
 
@@ -229,6 +308,36 @@ def event_value(message: resilience_pb2.Event) -> Event:
     values["rank"] = message.rank if message.HasField("rank") else None
     values["phases"] = {p.name: p.milliseconds for p in message.phases}
     return Event(**values)
+
+
+def prospect_message(prospect: Prospect) -> resilience_pb2.Prospect:
+    """What a loss would cost."""
+    return resilience_pb2.Prospect(**dataclasses.asdict(prospect))
+
+
+def prospect_value(message: resilience_pb2.Prospect) -> Prospect:
+    """What `prospect_message` was made from."""
+    values: dict[str, Any] = {f.name: getattr(message, f.name) for f in dataclasses.fields(Prospect)}
+    values["ranks"] = tuple(message.ranks)
+    return Prospect(**values)
+
+
+def instruction_message(instruction: Instruction) -> resilience_pb2.ApplyRequest:
+    """A planned change."""
+    values = {f.name: getattr(instruction, f.name) for f in dataclasses.fields(instruction)}
+    return resilience_pb2.ApplyRequest(**{k: v for k, v in values.items() if v is not None})
+
+
+def instruction_value(message: resilience_pb2.ApplyRequest) -> Instruction:
+    """What `instruction_message` was made from. Raises InvalidRequest."""
+    given: dict[str, Any] = {name: getattr(message, name) for name in ("to", "timeout_s") if message.HasField(name)}
+    return Instruction(
+        action=message.action,  # type: ignore[arg-type] - checked by Instruction
+        ranks=tuple(message.ranks),
+        host=message.host,
+        replace=message.replace,
+        **given,
+    )
 
 
 def _packed(detail: Any) -> any_pb2.Any:

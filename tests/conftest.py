@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=4"
@@ -9,3 +11,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # Compiles of the tests themselves are kept between runs; the server's own are not made this way.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moejax/tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The server is asyncio's, also where another event loop is installed."""
+    return "asyncio"

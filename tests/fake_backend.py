@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from serving.errors import MoejaxError, NoCapacity, NotPermitted, QueueFull, UnknownRequest
-from serving.request import Finished, Request, Token
-from serving.status import Event, ModelInfo, RankStatus, Status
+from serving.faults import DeviceError, Instruction, Response
+from serving.request import Finished, Request, Scored, Token
+from serving.status import Event, LossCost, ModelInfo, Prospect, RankStatus, Status
 
 MODEL = ModelInfo(
     name="fake",
@@ -50,9 +51,13 @@ class FakeBackend:
         self.requests: list[Request] = []
         self.ended: dict[str, str] = {}
         self.epoch = 0
+        self.reused = 0
         self.dead: set[int] = set()
         self.draining = False
         self.killed: list[tuple[int, str]] = []
+        self.applied: list[Instruction] = []
+        self.reported: list[DeviceError] = []
+        self.operable = False
         self._ranks = ranks
         self._running: dict[str, asyncio.Event] = {}
         self._events: list[Event] = []
@@ -60,7 +65,7 @@ class FakeBackend:
         self._tokens = 0
         self._started = time.time()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
+    async def stream(self, request: Request) -> AsyncGenerator[Scored | Token | Finished, None]:
         self.requests.append(request)
         if len(self.dead) == self._ranks:
             raise NoCapacity(f"0 of {self._ranks} ranks are alive; 1 is needed.", retry_after_s=2.0)
@@ -78,7 +83,11 @@ class FakeBackend:
         finally:
             del self._running[request.id]
 
-    async def _play(self, request: Request, aborted: asyncio.Event) -> AsyncGenerator[Token | Finished, None]:
+    async def _play(self, request: Request, aborted: asyncio.Event) -> AsyncGenerator[Scored | Token | Finished, None]:
+        if request.prompt_logprobs is not None:
+            told = request.prompt[1:]
+            top = tuple(((token, -0.25),)[: request.prompt_logprobs] for token in told)
+            yield Scored(1, (-0.25,) * len(told), top)
         for index in range(request.max_tokens):
             await asyncio.sleep(self.delay_s)
             if index in self.fail_at:
@@ -92,7 +101,14 @@ class FakeBackend:
                 return
             token = self.answer(request, index)
             self._tokens += 1
-            yield Token(index, token, -0.5, self.epoch)
+            yield Token(
+                index,
+                token,
+                -0.5,
+                self.epoch,
+                top=((token, -0.5), (0, -2.0))[: request.top_logprobs],
+                reused=self.reused,
+            )
             if token in request.stop_tokens:
                 self.ended[request.id] = "stop"
                 yield Finished("stop")
@@ -131,6 +147,7 @@ class FakeBackend:
             ready=len(self.dead) < self._ranks,
             draining=self.draining,
             chaos=self.chaos,
+            operable=self.operable,
             ranks=tuple(self._rank(r) for r in range(self._ranks)),
             axes={"data": self._ranks - len(self.dead)},
             slots_per_rank=3,
@@ -146,8 +163,16 @@ class FakeBackend:
             step_ms=20.0 * self._tokens,
             program_ms=15.0 * self._tokens,
             preemptions=3,
+            prefix_queries=40,
+            prefix_hits=24,
             compiles_after_ready=0,
             started_at=self._started,
+            page_size=16,
+            experts_loaded=4 * self.epoch,
+            expert_load=tuple(
+                tuple((layer + 1) * (expert + 1) * self._tokens for expert in range(self.model.experts))
+                for layer in range(self.model.moe_layers)
+            ),
         )
 
     def _rank(self, r: int) -> RankStatus:
@@ -166,6 +191,14 @@ class FakeBackend:
             running=len(self._running),
             compiles=2,
             step_ms=12.5,
+            loss=LossCost(
+                survivable=True,
+                prepared=r != 3,
+                stall_ms=80.0 + r,
+                experts_to_load=r,
+                traffic=0.125 * r,
+                measured=self.epoch > 0,
+            ),
         )
 
     async def watch(self, after: int = 0) -> AsyncGenerator[Event, None]:
@@ -198,7 +231,38 @@ class FakeBackend:
         self.epoch += 1
         await self.happen("rejoined", rank=rank)
 
-    async def kill(self, rank: int, signal: str = "SIGKILL") -> None:
+    def what_if(self) -> tuple[Prospect, ...]:
+        lost = (r for r in range(self._ranks) if r not in self.dead)
+        return tuple(
+            Prospect(
+                kind="rank",
+                name=str(rank),
+                ranks=(rank,),
+                survivable=True,
+                reason="",
+                prepared=True,
+                requests_moved=len(self._running),
+                tokens_recomputed=17,
+                experts_loaded=3,
+                stall_ms=80.5,
+                moved_stall_ms=200.25,
+                capacity=0.75,
+                traffic_lost=0.125,
+            )
+            for rank in lost
+        )
+
+    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
+        self.applied.append(instruction)
+        serving = [rank for rank in range(self._ranks) if rank not in self.dead]
+        gone = instruction.chosen(dict.fromkeys(range(self._ranks), "localhost"), serving) if instruction.ranks else ()
+        return tuple(rank for rank in serving if rank not in gone)
+
+    def report(self, error: DeviceError) -> Response:
+        self.reported.append(error)
+        return error.response
+
+    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
         if not self.chaos:
             raise NotPermitted("this server was started without --chaos.")
         if not 0 <= rank < self._ranks:

@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator
 
 from serving import http, rpc
 from serving.generation import Generation
+from serving.guard import Guard
 from serving.metrics import Metrics
+from serving.tls import ServerTls
 from tests.fake_backend import FakeBackend, renamed
 from tests.fake_tokens import byte_tokenizer
 
@@ -43,11 +45,19 @@ class FakeServer:
 
 
 @contextlib.asynccontextmanager
-async def serve(backend: FakeBackend, *, grpc_port: int = 0, http_port: int = 0) -> AsyncIterator[FakeServer]:
+async def serve(
+    backend: FakeBackend,
+    *,
+    grpc_port: int = 0,
+    http_port: int = 0,
+    guard: Guard | None = None,
+    tls: ServerTls | None = None,
+    vllm: bool = False,
+) -> AsyncIterator[FakeServer]:
     """Serve until the block is left."""
     generation = Generation(backend, byte_tokenizer(), Metrics(backend), draw=lambda: 7)
-    grpc_server = await rpc.start(generation, port=grpc_port)
-    http_server = await http.start(generation, port=http_port)
+    grpc_server = await rpc.start(generation, port=grpc_port, guard=guard, tls=tls, vllm=vllm)
+    http_server = await http.start(generation, port=http_port, guard=guard, tls=tls)
     try:
         yield FakeServer(backend, generation, grpc_server.port, http_server.port)
     finally:

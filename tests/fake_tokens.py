@@ -2,8 +2,9 @@
 
 import tokenizers
 
+from serving.chat_template import ChatTemplate
 from serving.tokens import Tokenizer
-from tests.fake_backend import MODEL
+from serving.vocabulary import JsonVocabulary
 
 TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
@@ -16,7 +17,9 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(["<|end|>", "<|stop|>", "<|user|>", "<|system|>", "<|assistant|>"])
-    return Tokenizer(inner, template=template, stop_tokens=MODEL.stop_tokens)
+    return Tokenizer(
+        JsonVocabulary(inner), template=None if template is None else ChatTemplate({"default": template}, {})
+    )
 
 
 def _byte(character: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from serving.batch import DROPPED, Batch, Bucket, assemble, harvest
+from serving.batch import DROPPED, TILE, Batch, Bucket, Result, Shaped, assemble, harvest
 from serving.engine import (
     EngineState,
     Limits,
@@ -19,8 +19,9 @@ from serving.engine import (
     submit,
 )
 from serving.errors import NoCapacity
-from serving.request import Finished, Request, Token
+from serving.request import Finished, Request, Scored, Token
 from serving.scheduler import schedule
+from serving.shaping import RowShape, Tile, row_shape, shapes, tiles
 
 VOCAB = 97
 
@@ -35,12 +36,44 @@ def logprob_of(token: int) -> float:
     return -token / 64
 
 
+def fake_logits(prefix: Iterable[int], seed: int) -> np.ndarray:
+    """The fake model's view of the next token: 0 for its own, less by 1 for each step away from it, in a ring."""
+    return -((np.arange(VOCAB) - next_token(prefix, seed)) % VOCAB).astype(np.float32)
+
+
+def allowed_by(shaped: Shaped) -> np.ndarray:
+    """The fake guide: after k tokens, only every token that is k modulo 3 more than one of three."""
+    bits = (np.arange(VOCAB) + len(shaped.generated)) % 3 == 0
+    return np.packbits(np.pad(bits, (0, -VOCAB % 32)), bitorder="little").view(np.uint32)
+
+
+def shaped_token(logits: np.ndarray, row: RowShape) -> int:
+    """The likeliest token after penalties, biases and mask, computed the slow way."""
+    bent = logits.copy()
+    for token in row.seen:
+        bent[token] = bent[token] / row.repetition if bent[token] > 0 else bent[token] * row.repetition
+    for token, more in zip(row.tokens, row.add, strict=True):
+        bent[token] += more
+    if row.allowed.size:
+        bits = np.unpackbits(row.allowed.view(np.uint8), bitorder="little")[:VOCAB]
+        bent[bits == 0] = -np.inf
+    return int(np.argmax(bent))
+
+
+def score_of(prefix: Iterable[int], token: int) -> float:
+    """The fake model's log-probability of a given token; it is not normalized."""
+    return float(fake_logits(prefix, 0)[token])
+
+
 def alone(request: Request, max_context: int) -> tuple[list[int], str]:
     """The tokens a request gets when it is the only one, and why it ends."""
     tokens = list(request.prompt)
     generated: list[int] = []
     while len(generated) < request.max_tokens and len(tokens) < max_context:
         token = next_token(tokens, request.seed)
+        if request.is_shaped(len(generated)):
+            row = row_shape(Shaped(request, tuple(generated)), allowed_by)
+            token = shaped_token(fake_logits(tokens, request.seed), row)
         if token in request.stop_tokens:
             return generated, "stop"
         tokens.append(token)
@@ -73,14 +106,17 @@ class FakeRank:
         self.token = np.full(pages * page_size, -1)
         self.position = np.full(pages * page_size, -1)
 
-    def step(self, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, arrays: Mapping[str, np.ndarray], shapes: Mapping[int, RowShape]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [Z], log-probabilities [Z]) from the cache and the new rows. 0 for segments of padding."""
         tokens = np.zeros(len(arrays["cached"]), np.int32)
         for segment, row in enumerate(arrays["sample_row"]):
             if arrays["positions"][row] >= 0:
                 prefix = self.prefix(arrays, segment, row)
                 assert arrays["sample_position"][segment] in (0, len(prefix))
-                tokens[segment] = next_token(prefix, int(arrays["seed"][segment]))
+                seed = int(arrays["seed"][segment])
+                tokens[segment] = next_token(prefix, seed)
+                if segment in shapes:
+                    tokens[segment] = shaped_token(fake_logits(prefix, seed), shapes[segment])
         return tokens, np.array([logprob_of(token) for token in tokens], np.float32)
 
     def prefix(self, arrays: Mapping[str, np.ndarray], segment: int, row: int) -> list[int]:
@@ -93,6 +129,15 @@ class FakeRank:
         new = slice(base, row + 1)
         assert (arrays["positions"][new] == cached + np.arange(row + 1 - base)).all()
         return [*self.token[entries].tolist(), *arrays["tokens"][new].tolist()]
+
+    def scores(self, arrays: Mapping[str, np.ndarray], tile: Tile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a tile's targets: log-probabilities [32], and of the alternatives the target itself [32, 1] twice."""
+        segment = int(np.flatnonzero(arrays["new_base"] <= tile.row)[-1])  # segments are in order of rows
+        given = np.zeros(TILE, np.float32)
+        for i, target in enumerate(tile.targets):
+            if target >= 0:
+                given[i] = score_of(self.prefix(arrays, segment, tile.row + i), target)
+        return given, tile.targets[:, None], given[:, None]
 
     def commit(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the step's rows into the cache."""
@@ -111,7 +156,7 @@ class FakeServer:
     state: EngineState
     ranks: dict[int, FakeRank] = dataclasses.field(default_factory=dict)
     requests: dict[str, Request] = dataclasses.field(default_factory=dict)
-    heard: dict[str, list[Token | Finished | Exception]] = dataclasses.field(default_factory=dict)
+    heard: dict[str, list[Scored | Token | Finished | Exception]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(cls, limits: Limits, pages: Mapping[int, int]) -> "FakeServer":
@@ -137,10 +182,12 @@ class FakeServer:
 
     def end(self, batch: Batch) -> None:
         """Run a scheduled step on all ranks and take its results in."""
-        results: dict[str, tuple[int, float]] = {}
+        results: dict[str, Result] = {}
         for rank in batch.work:
             arrays = self.arrays(batch, rank)
-            results |= harvest(batch, rank, *self.ranks[rank].step(arrays))
+            tokens, logprobs = self.ranks[rank].step(arrays, shapes(batch, rank, allowed_by))
+            scores = [self.ranks[rank].scores(arrays, tile) for tile in tiles(batch, rank)]
+            results |= harvest(batch, rank, tokens, logprobs, (tokens[:, None], logprobs[:, None]), scores)
             self.ranks[rank].commit(arrays)
         self._move(*apply(self.state, batch, results))
 
@@ -167,13 +214,15 @@ class FakeServer:
             self.ranks.pop(rank, None)
         self._move(lose(self.state, dead))
 
-    def adopt(self, pages: Mapping[int, int], *, fresh: Collection[int] = ()) -> None:
+    def adopt(
+        self, pages: Mapping[int, int], *, fresh: Collection[int] = (), masked: Collection[tuple[int, int]] = ()
+    ) -> None:
         """A new epoch on these ranks; a rank whose cache is not kept forgets it."""
         size = self.state.limits.page_size
         for rank, count in pages.items():
             if rank not in self.ranks or rank in fresh or self.state.pools[rank].total != count:
                 self.ranks[rank] = FakeRank(count, size)
-        self._move(*adopt(self.state, pages, epoch=self.state.epoch + 1, fresh=fresh))
+        self._move(*adopt(self.state, pages, epoch=self.state.epoch + 1, fresh=fresh, masked=masked))
 
     def tokens(self, request_id: str) -> list[int]:
         """The tokens the client of a request has."""
@@ -183,6 +232,7 @@ class FakeServer:
         """Every client hears what its request gives alone: each token once, in order, then one end."""
         for request_id, heard in self.heard.items():
             expected, reason = alone(self.requests[request_id], self.state.limits.max_context)
+            heard = self.check_scores(request_id)
             tokens = [item for item in heard if isinstance(item, Token)]
             ends = [item for item in heard if not isinstance(item, Token)]
             assert [token.index for token in tokens] == list(range(len(tokens)))
@@ -192,11 +242,32 @@ class FakeServer:
             assert len(ends) == (0 if is_open else 1), f"{request_id} ended {len(ends)} times"
             assert ends == heard[len(tokens) :], f"{request_id} heard something after its end"
             assert not (all_ended and is_open)
-            if ends and ends[0] in (Finished("stop"), Finished("length")):
+            if ends and isinstance(ends[0], Finished) and ends[0].reason in ("stop", "length"):
                 assert len(tokens) == len(expected)
-                assert ends[0] == Finished(reason)
+                assert ends[0].reason == reason
+                assert ends[0].reused < len(self.requests[request_id].prompt)
             elif ends:
                 assert isinstance(ends[0], NoCapacity) or ends[0].reason in ("cancelled", "deadline")
+
+    def check_scores(self, request_id: str) -> list[Token | Finished | Exception]:
+        """What a client hears after the scores of its prompt, which come first, each once, in order, and all before
+        any token."""
+        request, heard = self.requests[request_id], list(self.heard[request_id])
+        told: list[float] = []
+        while heard and isinstance(heard[0], Scored):
+            scored = heard.pop(0)
+            assert scored.position == len(told) + 1
+            told += scored.logprobs
+            assert [top[0][1] for top in scored.top if top] == list(scored.logprobs) * (request.prompt_logprobs or 0)
+        assert not any(isinstance(item, Scored) for item in heard)
+        if request.prompt_logprobs is None:
+            assert not told
+        else:
+            expected = [score_of(request.prompt[:at], request.prompt[at]) for at in range(1, len(request.prompt))]
+            assert told == expected[: len(told)]
+            done = any(isinstance(item, Token) or getattr(item, "reason", "") in ("stop", "length") for item in heard)
+            assert len(told) == len(expected) or not done
+        return heard
 
     def _move(self, state: EngineState, outputs: Iterable[Output] = ()) -> None:
         check_integrity(state)

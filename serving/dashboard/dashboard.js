@@ -2,7 +2,10 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const PHASE_COLOURS = ["--p0", "--p1", "--p2", "--p3", "--p4", "--p5"];
+const PHASES = ["detect", "fence", "plan", "adopt", "resume", "join", "load", "connect"]; // each has its colour
+const SHOWN_LAYERS = 12;
+const SHOWN_RECOVERIES = 8;
+const HEAT_WINDOW_S = 15;
 const BAD_EVENTS = new Set(["rank_lost", "no_capacity", "step_failed", "restart_failed", "rejoin_failed"]);
 const GOOD_EVENTS = new Set(["ready", "recovered", "rejoined", "lattice_ready"]);
 const WINDOW_S = 60;
@@ -16,6 +19,9 @@ let last = null; // {at, tokens} of the last status
 let conversation = []; // the conversation
 let answering = null; // AbortController of the answer that is being written
 let lostMeanwhile = []; // ranks to mark in the answer, at its next space
+let loads = []; // {at, load} of the last statuses, for the heat map
+let recoveries = []; // events with phases, the latest first
+let seen = 0; // sequence of the last event
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -28,14 +34,49 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
+// -- The server -----------------------------------------------------------------------------------------------
+
+// As fetch, with the API key when there is one; asks for it when the server wants one.
+async function call(path, options = {}) {
+  const key = sessionStorage.getItem("key");
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  const answer = await fetch(path, { cache: "no-store", ...options, headers });
+  if (answer.status === 401 && !byId("key-dialog").open) byId("key-dialog").showModal();
+  return answer;
+}
+
+// The JSON of server-sent events, as they come.
+async function* frames(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").find((line) => line.startsWith("data: "));
+      if (data === "data: [DONE]") return;
+      if (data) yield JSON.parse(data.slice(6));
+    }
+  }
+}
+
+byId("key-form").addEventListener("submit", () => {
+  sessionStorage.setItem("key", byId("key").value.trim());
+  byId("key").value = "";
+});
+
 // -- Status ---------------------------------------------------------------------------------------------------
 
 async function refresh() {
   try {
-    const answer = await fetch("fault_tolerance/status", { cache: "no-store" });
-    show(await answer.json());
-  } catch {
+    const answer = await call("fault_tolerance/status");
+    if (answer.ok) show(await answer.json());
+    else badge(answer.status === 401 ? "API key needed" : `error ${answer.status}`, "bad");
+  } catch (error) {
     badge("not reachable", "bad");
+    if (!(error instanceof TypeError)) console.error(error);
   } finally {
     setTimeout(refresh, INTERVAL_MS);
   }
@@ -61,7 +102,9 @@ function show(now) {
   const axes = Object.entries(now.axes).filter(([, size]) => size > 1);
   byId("mesh").textContent = axes.map(([name, size]) => `${name} ${size}`).join(" × ");
   ranks(now);
+  coverage(now);
   facts(now);
+  experts(now);
   draw();
 }
 
@@ -78,11 +121,19 @@ function figures(values) {
   );
 }
 
+function coverage(now) {
+  const rows = Object.entries(now.lattice).map(([loss, share]) =>
+    element("div", {},
+      element("span", {}, `loss of ${loss}`),
+      element("span", { class: "bar", role: "meter", "aria-label": `Losses of ${loss} prepared`, "aria-valuemin": 0,
+        "aria-valuemax": 100, "aria-valuenow": Math.round(100 * share) }, element("i", { style: { width: `${100 * share}%` } })),
+      element("span", { class: "quiet" }, share === 1 ? "all prepared" : `${Math.round(100 * share)} % prepared`)));
+  byId("lattice").replaceChildren(...rows);
+}
+
 function facts(now) {
-  const lattice = Object.entries(now.lattice).map(([loss, share]) => `${loss} ${Math.round(share * 100)} %`);
   const masked = now.masked.map(([layer, expert]) => `${layer}:${expert}`);
   const values = {
-    "losses prepared": lattice.join(", ") || "none",
     "slots per rank": now.slots_per_rank,
     "experts masked": masked.length > 6 ? masked.length : masked.join(", ") || "none",
     "requests finished": now.finished,
@@ -110,7 +161,7 @@ function ranks(now) {
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
     tile.querySelector(".use").textContent = `${rank.running} req · cache ${used}%`;
     tile.querySelector(".bar i").style.width = `${used}%`;
-    tile.querySelector(".slots").replaceChildren(...slots(rank, now));
+    tile.querySelector(".price").textContent = price(rank);
     tile.querySelector(".buttons").hidden = !now.chaos;
     for (const button of tile.querySelectorAll("button")) button.disabled = rank.state !== "serving";
   }
@@ -123,24 +174,65 @@ function newTile(id) {
     element("div", { class: "pid quiet" }),
     element("div", { class: "use quiet" }),
     element("div", { class: "bar" }, element("i")),
-    element("div", { class: "slots", "aria-label": "Experts in slots of the first MoE layers" }),
+    element("div", { class: "price quiet" }),
     element("div", { class: "buttons" },
       element("button", { class: "kill", onclick: kill("SIGKILL"), title: "SIGKILL", "aria-label": `Kill rank ${id}` }, "Kill"),
       element("button", { class: "kill", onclick: kill("SIGSTOP"), title: "SIGSTOP", "aria-label": `Hang rank ${id}` }, "Hang")),
   );
 }
 
-function slots(rank, now) {
-  return rank.slots.slice(0, 2).map((row) =>
-    element("div", {}, ...row.map((expert) => {
-      const hue = Math.round((360 * expert) / Math.max(1, now.model.experts));
-      const colour = expert < 0 ? "transparent" : `hsl(${hue} 60% 50% / 0.3)`;
-      return element("span", { style: { background: colour } }, expert < 0 ? "·" : String(expert));
-    })));
+// What the planner says the loss of this rank would cost now.
+function price(rank) {
+  if (!rank.loss) return "";
+  if (!rank.loss.survivable) return "if lost: requests wait";
+  const wait = `${rank.loss.measured ? "" : "~"}${rank.loss.stall_ms.toFixed(0)} ms`;
+  const load = rank.loss.experts_to_load ? `, loads ${rank.loss.experts_to_load}` : "";
+  return `if lost: ${wait}${load}${rank.loss.prepared ? "" : ", not prepared"}`;
+}
+
+// -- Experts --------------------------------------------------------------------------------------------------
+
+// Rows are MoE layers, columns the slots of each rank; the shade is an expert's tokens of the last seconds, shared by
+// its copies, against the busiest.
+function experts(now) {
+  const at = performance.now() / 1000;
+  loads.push({ at, load: now.expert_load });
+  while (loads.length > 2 && loads[0].at < at - HEAT_WINDOW_S) loads.shift();
+  const before = loads[0].load;
+  const recent = now.expert_load.map((row, layer) => row.map((count, expert) => count - (before[layer]?.[expert] ?? 0)));
+  const counts = recent.flat().some((count) => count > 0) ? recent : now.expert_load;
+  const ranks = now.ranks.filter((rank) => rank.slots.length);
+  const layers = Math.min(SHOWN_LAYERS, now.expert_load.length);
+  const shares = counts.slice(0, layers).map((row, layer) => {
+    const copies = new Map();
+    for (const rank of ranks) for (const expert of rank.slots[layer]) copies.set(expert, (copies.get(expert) ?? 0) + 1);
+    return row.map((count, expert) => count / (copies.get(expert) || 1));
+  });
+  const top = Math.max(1, ...shares.flat());
+  const cell = (layer, expert) => {
+    const share = expert < 0 ? 0 : shares[layer][expert] / top;
+    const mix = Math.round(6 + 88 * share);
+    return element("span", {
+      class: expert < 0 ? "empty" : share > 0.55 ? "hot" : "",
+      style: expert < 0 ? {} : { background: `color-mix(in srgb, var(--accent) ${mix}%, var(--page))` },
+      title: expert < 0 ? "empty slot" : `layer ${layer}, expert ${expert}: ${counts[layer][expert]} tokens`,
+    }, expert < 0 ? "·" : String(expert));
+  };
+  const heads = ranks.map((rank) => element("div", { class: "head" }, `rank ${rank.id}`));
+  const rows = Array.from({ length: layers }, (_, layer) => [
+    element("div", { class: "layer quiet" }, String(layer)),
+    ...ranks.map((rank) => element("div", { class: "slots" }, ...rank.slots[layer].map((expert) => cell(layer, expert)))),
+  ]);
+  const box = byId("experts");
+  box.style.gridTemplateColumns = `auto repeat(${ranks.length}, minmax(max-content, 1fr))`;
+  box.replaceChildren(element("div", { class: "head quiet" }, "layer"), ...heads, ...rows.flat());
+  const more = now.expert_load.length - layers;
+  const window = counts === recent ? `tokens of the last ${HEAT_WINDOW_S} s` : "tokens since the start";
+  byId("experts-note").textContent = window + (more > 0 ? `, first ${layers} of ${now.expert_load.length} layers` : "");
 }
 
 async function killRank(rank, signal) {
-  const answer = await fetch("fault_tolerance/kill", {
+  const answer = await call("fault_tolerance/kill", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ rank, signal }),
@@ -185,9 +277,20 @@ function draw() {
 
 // -- Events ---------------------------------------------------------------------------------------------------
 
-function listen() {
-  const source = new EventSource("fault_tolerance/events");
-  source.onmessage = (message) => addEvent(JSON.parse(message.data));
+// Events as they happen; goes on after the last one when the connection breaks.
+async function listen() {
+  try {
+    const answer = await call(`fault_tolerance/events?after=${seen}`);
+    if (answer.ok) {
+      for await (const event of frames(answer)) {
+        seen = event.sequence;
+        addEvent(event);
+      }
+    }
+  } catch (error) {
+    if (!(error instanceof TypeError)) console.error(error);
+  }
+  setTimeout(listen, 2 * INTERVAL_MS);
 }
 
 function addEvent(event) {
@@ -198,30 +301,42 @@ function addEvent(event) {
   text.push(`epoch ${event.epoch}`);
   if (event.cause) text.push(event.cause);
   if (event.message) text.push(event.message);
-  const item = element("li", { class: kind },
-    element("time", { datetime: time.toISOString() }, time.toLocaleTimeString([], { hour12: false })), text.join(" · "));
-  const phases = Object.entries(event.phases).filter(([name]) => name !== "total");
-  if (phases.length) item.append(...phaseBar(phases));
-  byId("events").prepend(item);
+  byId("events").prepend(element("li", { class: kind }, clock(time), text.join(" · ")));
   while (byId("events").children.length > MAX_EVENTS) byId("events").lastChild.remove();
+  if (event.kind === "recovered" || event.kind === "rejoined") addRecovery(event);
   if (event.kind === "rank_lost" && Date.now() - time < 5000) {
     losses.push(performance.now() / 1000);
     if (answering) lostMeanwhile.push(event.rank);
   }
 }
 
-function phaseBar(phases) {
-  const total = phases.reduce((sum, [, ms]) => sum + ms, 0);
-  const colour = (i) => `var(${PHASE_COLOURS[i % PHASE_COLOURS.length]})`;
+function clock(time) {
+  return element("time", { datetime: time.toISOString() }, time.toLocaleTimeString([], { hour12: false }));
+}
+
+// The last recoveries and returns, one bar each, on one scale of milliseconds.
+function addRecovery(event) {
+  const phases = Object.entries(event.phases).filter(([name]) => name !== "total");
+  if (!phases.length || recoveries.some((r) => r.event.kind === "rejoined" && r.event.epoch === event.epoch)) return;
+  recoveries = [{ event, phases, total: phases.reduce((sum, [, ms]) => sum + ms, 0) }, ...recoveries].slice(0, SHOWN_RECOVERIES);
+  const longest = Math.max(...recoveries.map((r) => r.total));
+  byId("recoveries").replaceChildren(...recoveries.map((r) => recoveryBar(r, longest)));
+  const lost = recoveries.filter((r) => r.event.kind === "recovered");
+  byId("recoveries-note").textContent = lost.length ? `last one ${lost[0].total.toFixed(0)} ms` : "";
+}
+
+function recoveryBar({ event, phases, total }, longest) {
+  const colour = (name) => `var(--p${PHASES.indexOf(name) < 0 ? PHASES.length : PHASES.indexOf(name)})`;
   const label = phases.map(([name, ms]) => `${name} ${ms.toFixed(1)} ms`).join(", ");
-  return [
-    element("div", { class: "phases", role: "img", "aria-label": label },
-      ...phases.map(([, ms], i) => element("i", { style: { flexGrow: ms / (total || 1), background: colour(i) } }))),
+  const what = event.kind === "recovered" ? `rank ${event.rank ?? "?"} lost` : `rank ${event.rank} back`;
+  return element("li", {},
+    element("div", { class: "what" }, clock(new Date(event.time * 1000)), element("b", {}, what),
+      element("span", { class: "quiet" }, `epoch ${event.epoch} · ${total.toFixed(1)} ms`)),
+    element("div", { class: "phases", role: "img", "aria-label": label, style: { width: `${Math.max(4, 100 * total / longest)}%` } },
+      ...phases.map(([name, ms]) => element("i", { style: { flexGrow: ms / (total || 1), background: colour(name) } }))),
     element("div", { class: "legend" },
-      ...phases.map(([name, ms], i) =>
-        element("span", {}, element("i", { style: { background: colour(i) } }), `${name} ${ms.toFixed(1)}`)),
-      element("span", {}, `${total.toFixed(1)} ms in all`)),
-  ];
+      ...phases.map(([name, ms]) =>
+        element("span", {}, element("i", { style: { background: colour(name) } }), `${name} ${ms.toFixed(1)}`))));
 }
 
 // -- Chat -----------------------------------------------------------------------------------------------------
@@ -280,26 +395,14 @@ async function ask(text) {
 async function* stream(signal) {
   const chat = !server || server.model.has_chat_template;
   const question = chat ? { messages: conversation } : { prompt: conversation.map((turn) => turn.content).join("") };
-  const answer = await fetch(chat ? "v1/chat/completions" : "v1/completions", {
+  const answer = await call(chat ? "v1/chat/completions" : "v1/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...question, stream: true, stream_options: { include_usage: true }, temperature: 0.7 }),
     signal,
   });
   if (!answer.ok) throw new Error((await answer.json()).error.message);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const frames = (rest + value).split("\n\n");
-    rest = frames.pop();
-    for (const frame of frames) {
-      const data = frame.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
+  yield* frames(answer);
 }
 
 function busy(yes) {

@@ -67,14 +67,30 @@ def test_two_ranks_killed_at_once_change_no_token(whole: Client, traffic: Traffi
 
 
 def test_a_rank_killed_while_a_replacement_joins_changes_no_token(whole: Client, traffic: Traffic) -> None:
-    generation = whole.status().generation
     victim = kill(whole, 3)
 
-    def as_the_generation_changes() -> None:
-        wait_until(lambda: whole.status().generation > generation, "a new generation begins")
+    def as_it_joins() -> None:
+        wait_until(lambda: whole.status().ranks[0].state == "joining", "a replacement joins")
         victim()
 
-    traffic.during(whole, kill(whole, 0), as_the_generation_changes, after=0.1)
+    traffic.during(whole, kill(whole, 0), as_it_joins, after=0.1)
+
+
+def test_a_replacement_may_die_while_it_joins(whole: Client, traffic: Traffic) -> None:
+    def as_it_joins() -> None:
+        wait_until(lambda: whole.status().ranks[0].state == "joining", "a replacement joins")
+        kill(whole, 0)()
+
+    traffic.during(whole, kill(whole, 0), as_it_joins, after=0.1)
+    wait_until_whole(whole)
+
+
+def test_a_replacement_joins_the_generation_there_is(whole: Client) -> None:
+    generation = whole.status().generation
+    kill(whole, 2)()
+    wait_until(lambda: whole.status().ranks[2].state != "serving", "the loss is seen")
+    wait_until_whole(whole)
+    assert whole.status().generation == generation
 
 
 def test_even_the_loss_of_all_ranks_loses_no_stream(whole: Client, traffic: Traffic) -> None:
@@ -82,9 +98,8 @@ def test_even_the_loss_of_all_ranks_loses_no_stream(whole: Client, traffic: Traf
 
 
 def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
-    generation = whole.status().generation
     kill(whole, 1)()
-    wait_until(lambda: whole.status().generation > generation, "a new generation")
+    wait_until(lambda: whole.status().ranks[1].state != "serving", "the loss is seen")
     wait_until_whole(whole)
     assert whole.generate([5, 6, 7], max_tokens=3, ignore_eos=True).reason == "length"
 

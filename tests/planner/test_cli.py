@@ -97,15 +97,21 @@ def test_explain_a_rank_and_an_expert(capsys, plan_file):
 def test_export_for_kubernetes_environment_and_json(capsys, plan_file):
     shown = text(capsys, "export", plan_file, "--to", "k8s", "--name", "mine")
     assert "kind: LeaderWorkerSet" in shown
-    assert "restartPolicy: None" in shown
-    assert "size: 9" in shown
-    assert "nvidia.com/gpu: 1" in shown
-    assert shown.count("MOEJAX_") >= 1
+    assert "kind: PodDisruptionBudget" in shown
+    assert "nvidia.com/gpu: 8" in shown
     env = text(capsys, "export", plan_file, "--to", "env").splitlines()
-    assert len(env) == 9
-    assert env[1].startswith("MOEJAX_RANK=0 MOEJAX_HOST=host0 MOEJAX_ROLE=collocated")
+    assert "MOEJAX_RANKS=8" in env
     assert json.loads(text(capsys, "export", plan_file, "--to", "json"))["experts"] == 64
     assert "kind" in data(capsys, "export", plan_file, "--to", "k8s")["text"]
+
+
+def test_a_plan_over_several_hosts_is_not_exported_as_one_server(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert main(["solve", "deepseek-v3", "h200:4x8", "--out", path]) == 0
+    for to in ("k8s", "env"):
+        assert main(["export", path, "--to", to]) == 2
+    assert "4 hosts" in capsys.readouterr().err
+    assert main(["export", path, "--to", "json"]) == 0
 
 
 def test_verify_against_measurements(capsys, plan_file, tmp_path):

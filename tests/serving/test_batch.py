@@ -148,7 +148,7 @@ def test_only_what_samples_is_harvested_each_from_its_last_segment(part):
     assert set(results) == {item.request_id for item in items if item.samples}
     for item in items:
         if item.samples:
-            token, logprob = results[item.request_id]
+            token, logprob, *_ = results[item.request_id]
             assert (type(token), type(logprob)) == (int, float)
             assert token == item.tokens[-1]
             assert a["positions"][int(-logprob)] == item.start + len(item.tokens) - 1

@@ -1,6 +1,8 @@
 """The command line, each command in its own right and against a real server."""
 
 import json
+import subprocess
+import sys
 
 import click
 import pytest
@@ -8,9 +10,11 @@ from click.testing import CliRunner
 
 from serving import cli
 from serving.config import Settings
+from serving.guard import Guard
+from serving.keys import KeyFile
 from serving.status import Event
 from serving.tables import event_line, printable
-from tests.serving.test_client import server  # noqa: F401  (a fixture)
+from tests.serving.test_client import running, server  # noqa: F401  (a fixture)
 
 
 def run(*arguments: str, **options):
@@ -25,7 +29,7 @@ def test_every_help_shows_an_example(name):
     assert f"moejax {name}" in result.output.partition("Example:")[2]
 
 
-@pytest.mark.parametrize("name", [n for n in cli.main.commands if n not in ("plan", "train")])
+@pytest.mark.parametrize("name", [n for n in cli.main.commands if n not in ("plan", "train", "bench")])
 def test_every_option_says_what_it_does(name):
     options = [p for p in cli.main.commands[name].params if isinstance(p, click.Option) and p.name != "signal"]
     assert all(option.help for option in options)
@@ -151,7 +155,12 @@ def test_train_is_a_process_of_its_own(monkeypatch):
 
 
 def test_models_are_listed():
-    assert {line.split()[0] for line in run("models").output.splitlines()} == {"smollm2-moe", "tiny"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "serving", "models"], capture_output=True, text=True, timeout=120, check=True
+    )
+    known, listed = ended.stdout.split("\n\n")
+    assert {line.split()[0] for line in known.splitlines()} == {"smollm2-moe", "tiny"}
+    assert "mixtral" in listed
 
 
 def test_a_models_text_cannot_steer_the_terminal():
@@ -161,3 +170,32 @@ def test_a_models_text_cannot_steer_the_terminal():
 def test_an_event_is_one_line():
     event = Event(sequence=1, time=0.0, kind="no_capacity", epoch=3, rank=2, cause="c", message="m")
     assert event_line(event).plain.split("  ", 1)[1] == "no_capacity     epoch 3  rank 2  c  m"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_for_the_shell(shell):
+    result = run("completion", shell)
+    assert result.exit_code == 0
+    assert f"_MOEJAX_COMPLETE={shell}_complete" in result.output
+
+
+def test_the_settings_shown_are_those_in_force(tmp_path):
+    file = tmp_path / "shown.toml"
+    file.write_text(run("serve", "--ranks", 3, "--chaos", "--show-settings").output)
+    assert Settings.load(file, {}) == Settings(ranks=3, chaos=True)
+
+
+def test_bench_names_the_benchmarks_it_knows():
+    result = run("bench", "recovry")
+    assert result.exit_code == 1
+    assert "recovery" in result.stderr
+
+
+def test_commands_reach_a_server_that_wants_a_key(tmp_path, backend):
+    keys = KeyFile(tmp_path / "keys.json")
+    secret = keys.add("a")
+    with running(backend, guard=Guard.of(Settings(api_keys=str(keys.path)))) as guarded:
+        refused = run("status", "--server", guarded.address)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+        result = run("generate", "a", "--max-tokens", 2, "--server", guarded.address, env={"MOEJAX_API_KEY": secret})
+        assert result.output == "bc\n"

@@ -1,8 +1,10 @@
 """Client and AsyncClient against a real gRPC server."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -15,24 +17,32 @@ from tests.fake_server import FakeServer, serve
 from tests.serving.test_rpc import until
 
 
-@pytest.fixture
-def server(backend: FakeBackend) -> Iterator[FakeServer]:
+@contextlib.contextmanager
+def running(backend: FakeBackend, **options: Any) -> Iterator[FakeServer]:
     """A server in a thread of its own, as a blocking client needs it."""
     started, box = threading.Event(), []
 
     async def run() -> None:
         stop = asyncio.Event()
-        async with serve(backend) as running:
-            box.extend([running, asyncio.get_running_loop(), stop])
+        async with serve(backend, **options) as server:
+            box.extend([server, asyncio.get_running_loop(), stop])
             started.set()
             await stop.wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     assert started.wait(20)
-    yield box[0]
-    box[1].call_soon_threadsafe(box[2].set)
-    thread.join()
+    try:
+        yield box[0]
+    finally:
+        box[1].call_soon_threadsafe(box[2].set)
+        thread.join()
+
+
+@pytest.fixture
+def server(backend: FakeBackend) -> Iterator[FakeServer]:
+    with running(backend) as server:
+        yield server
 
 
 def test_generate_is_the_whole_answer(server):

@@ -5,9 +5,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from serving.batch import Result
 from serving.engine import apply, cancel, check_integrity, expire, lose, submit
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
-from serving.request import Finished, Phase, Token
+from serving.request import Finished, Guide, Phase, Scored, Token
 from serving.scheduler import schedule
 from tests.fakes import FakeServer, alone, next_token, small_limits, small_request
 
@@ -122,7 +123,7 @@ def test_a_step_in_flight_passes_over_what_was_cancelled_even_if_the_id_is_used_
 
 def test_results_count_once_and_not_after_a_loss():
     state, batch = schedule(submit(server().state, small_request("a", (5,))))
-    results = {"a": (1, 0.0)}
+    results = {"a": Result(1, 0.0)}
     after, _ = apply(state, batch, results)
     for refused in (after, lose(state, [1])):
         with pytest.raises(ValueError, match=f"step {batch.step} came, but step None"):
@@ -158,16 +159,12 @@ def test_after_a_loss_tokens_go_on_from_the_next_index_under_the_new_epoch():
     s.check_streams(all_ended=True)
 
 
-@pytest.mark.parametrize("dropped", [True, False])
-def test_a_step_lost_in_flight_is_made_again_from_either_state(dropped):
+def test_a_step_lost_in_flight_is_made_again():
     s = server((16, 16))
     s.submit(small_request("a", range(50)))
     s.submit(small_request("b", range(60)))
-    before = s.state
     batch = s.begin()
     s.ranks[0].commit(s.arrays(batch, 0))
-    if dropped:
-        s.state = before
     s.lose([1])
     s.drain()
     s.check_streams(all_ended=True)
@@ -183,6 +180,92 @@ def test_a_survivors_cache_is_kept_when_a_rank_returns():
     s.adopt({0: 16, 1: 16})
     assert s.state.running["a"] == kept
     assert s.state.pools[1].used == 0
+
+
+def prefixed(name: str, length: int, **fields):
+    return small_request(name, range(length), **fields)
+
+
+def started(s: FakeServer) -> dict[str, int]:
+    """{request id: first position computed} of the next step."""
+    batch = s.step()
+    return {work.request_id: work.start for part in batch.work.values() for work in part}
+
+
+@pytest.mark.parametrize("length", [32, 33, 40, 90])
+def test_a_prompt_starts_after_the_full_pages_of_it_that_are_in_the_cache(length):
+    s = server((16,))
+    s.submit(prefixed("a", 40))
+    s.drain()
+    s.submit(prefixed("b", length, max_tokens=2))
+    first = min(40, (length - 1) // 8 * 8)
+    assert started(s) == {"b": first}
+    s.drain()
+    assert s.heard["b"][-1] == Finished("length", first)
+    s.check_streams(all_ended=True)
+    assert (s.state.prefix_queries, s.state.prefix_hits) == (40 + length, first)
+
+
+def test_prefixes_are_shared_while_both_run_and_with_the_tokens_an_answer_added():
+    s = server((16,))
+    s.submit(prefixed("a", 24, max_tokens=20))
+    for _ in range(12):
+        s.step()
+    told = [*range(24), *s.tokens("a")]
+    s.submit(small_request("b", [*told, 1, 2], max_tokens=9))
+    assert started(s)["b"] == 32
+    a, b = s.state.running["a"], s.state.running["b"]
+    assert a.pages[:4] == b.pages[:4]
+    assert s.state.pools[0].used == len(a.pages) + len(b.pages) - 4
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_without_prefix_caching_every_prompt_is_computed_and_the_streams_are_the_same():
+    told = []
+    for caching in (True, False):
+        s = server((16,), prefix_caching=caching)
+        for name in "ab":
+            s.submit(prefixed(name, 40))
+            s.drain()
+        told.append([s.tokens(name) for name in "ab"])
+        assert (s.state.prefix_hits > 0) is caching
+    assert told[0] == told[1]
+
+
+def test_a_cached_prefix_outlives_other_ranks_and_dies_with_its_own():
+    s = server((16, 16))
+    s.submit(prefixed("a", 40))
+    s.drain()
+    s.lose([1])
+    s.adopt({0: 16, 1: 16})
+    s.submit(prefixed("b", 40))
+    assert started(s) == {"b": 32}
+    s.drain()
+    s.lose([0])
+    s.adopt({0: 16, 1: 16})
+    s.submit(prefixed("c", 40))
+    assert started(s) == {"c": 0}
+
+
+def test_prefixes_made_with_experts_masked_are_not_found_without():
+    s = server((64,))
+    s.submit(prefixed("whole", 40))
+    s.drain()
+    s.submit(small_request("across", range(30, 60), max_tokens=30))
+    s.step()
+    s.adopt({0: 64}, masked=[(0, 3)])
+    s.submit(prefixed("masked", 40))
+    assert started(s)["masked"] == 0
+    s.drain()
+    across = [*range(30, 60), *s.tokens("across")]
+    s.submit(small_request("again", across, max_tokens=2))
+    assert started(s) == {"again": 0}
+    s.drain()
+    s.adopt({0: 64})
+    s.submit(prefixed("whole again", 40))
+    s.submit(small_request("and again", across, max_tokens=2))
+    assert started(s) == {"whole again": 32, "and again": 24}
 
 
 @pytest.mark.parametrize("pages", [{1: 16}, {0: 12, 1: 16}])
@@ -246,8 +329,8 @@ def test_limits_that_cannot_work_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pages": (0,)}, "twice"),
-        ({"pages": (1, 2)}, "twice"),
+        ({"pages": (0,)}, r"lost \[1\]"),
+        ({"pages": (1, 2)}, r"in two places \[2\]"),
         ({"pages": ()}, "in room for 0"),
         ({"rank": 5}, "which is not there"),
         ({"computed": 999}, "nothing to compute"),
@@ -279,6 +362,59 @@ def test_a_state_is_never_changed_by_a_transition():
     assert all(repr(state) == text for state, text in seen)
 
 
+SHAPED = st.fixed_dictionaries(
+    {},
+    optional={
+        "min_tokens": st.integers(0, 9),
+        "frequency_penalty": st.sampled_from((-1.5, 0.5, 2.0)),
+        "presence_penalty": st.sampled_from((-2.0, 1.0)),
+        "repetition_penalty": st.sampled_from((0.5, 1.5)),
+        "logit_bias": st.just(((3, 40.0), (4, -100.0))),
+        "top_logprobs": st.integers(0, 1),
+        "prompt_logprobs": st.integers(0, 1),
+        "guide": st.just(Guide("regex", "any")),
+    },
+)
+"""Fields that bend the choice of tokens, or ask for more than tokens."""
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 65, 90])
+def test_a_prompt_that_is_only_scored_ends_without_a_token(length):
+    s = server((16,))
+    s.submit(small_request("a", range(length), max_tokens=0, prompt_logprobs=0))
+    s.drain()
+    s.check_streams(all_ended=True)
+    assert s.tokens("a") == []
+    assert sum(len(item.logprobs) for item in s.heard["a"][:-1]) == length - 1
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored():
+    s = server((16,))
+    s.submit(small_request("a", range(CONTEXT), max_tokens=0, prompt_logprobs=0))
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_scores_told_before_a_loss_are_not_told_again_and_the_rest_come_after():
+    s = server((16, 16))
+    s.submit(small_request("a", range(90), prompt_logprobs=1))
+    s.step()
+    assert len(s.heard["a"]) == 1
+    s.lose([0])
+    s.drain()
+    s.check_streams(all_ended=True)
+    assert sum(len(item.logprobs) for item in s.heard["a"] if isinstance(item, Scored)) == 89
+
+
+def test_a_cached_prefix_is_computed_again_where_it_is_to_be_scored():
+    s = server((16,))
+    for name in "ab":
+        s.submit(prefixed(name, 40, prompt_logprobs=0))
+        s.drain()
+    s.check_streams(all_ended=True)
+    assert s.heard["b"][-1].reused == 0
+
+
 class AnySchedule(RuleBasedStateMachine):
     """Submits, cancels, deadlines, steps, losses and returns in any order."""
 
@@ -294,14 +430,15 @@ class AnySchedule(RuleBasedStateMachine):
         return [*self.server.state.running, *self.server.state.waiting]
 
     @rule(
-        length=st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(13, CONTEXT + 1)),
-        first=st.integers(0, 96),
+        length=st.one_of(st.integers(1, 12), st.integers(8, 30), st.integers(13, CONTEXT + 1)),
+        first=st.one_of(st.integers(0, 1), st.integers(0, 96)),
         max_tokens=st.one_of(st.integers(1, 12), st.just(30)),
         seed=st.integers(0, 2**40),
         stop=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 96), max_size=4)),
         patience=st.one_of(st.none(), st.none(), st.integers(1, 3)),
+        extras=st.one_of(st.just({}), SHAPED, st.just({"prompt_logprobs": 1})),
     )
-    def submit(self, length, first, max_tokens, seed, stop, patience):
+    def submit(self, length, first, max_tokens, seed, stop, patience, extras):
         self.count += 1
         prompt = tuple((first + 7 * i) % 97 for i in range(length))
         deadline = None if patience is None else self.now + patience
@@ -312,6 +449,7 @@ class AnySchedule(RuleBasedStateMachine):
             seed=seed,
             stop_tokens=stop,
             deadline=deadline,
+            **extras,
         )
         try:
             self.server.submit(request)
@@ -341,24 +479,22 @@ class AnySchedule(RuleBasedStateMachine):
         if batch is not None:
             self.server.end(batch)
 
-    @rule(data=st.data(), in_flight=st.booleans(), dropped=st.booleans(), replanned=st.booleans())
-    def lose(self, data, in_flight, dropped, replanned):
-        before, ranks = self.server.state, sorted(self.server.ranks)
+    @rule(data=st.data(), in_flight=st.booleans(), replanned=st.booleans())
+    def lose(self, data, in_flight, replanned):
+        ranks = sorted(self.server.ranks)
         dead = data.draw(st.sets(st.sampled_from(ranks))) if ranks else set()
         batch = self.server.begin() if in_flight else None
         if batch is not None:
             for rank in data.draw(st.sets(st.sampled_from(ranks))):
                 self.server.ranks[rank].commit(self.server.arrays(batch, rank))
-            if dropped:
-                self.server.state = before
         self.server.lose(dead)
         if replanned:
             self.server.adopt({rank: pool.total for rank, pool in self.server.state.pools.items()})
 
-    @rule(rank=st.integers(0, 4), pages=st.integers(4, 16), fresh=st.booleans())
-    def return_of_a_rank(self, rank, pages, fresh):
+    @rule(rank=st.integers(0, 4), pages=st.integers(4, 16), fresh=st.booleans(), masked=st.booleans())
+    def return_of_a_rank(self, rank, pages, fresh, masked):
         alive = {rank: pool.total for rank, pool in self.server.state.pools.items()}
-        self.server.adopt({**alive, rank: pages}, fresh=[rank] if fresh else [])
+        self.server.adopt({**alive, rank: pages}, fresh=[rank] if fresh else [], masked=[(0, 1)] if masked else [])
 
     @invariant()
     def streams_are_what_each_request_gives_alone(self):

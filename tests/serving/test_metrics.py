@@ -1,6 +1,7 @@
 """What Prometheus sees: vLLM's names, and counts that can be worked out by hand."""
 
 import asyncio
+import dataclasses
 
 import httpx
 import pytest
@@ -9,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.generation import Generation
 from serving.metrics import Metrics
 from serving.request import SamplingParams
-from tests.fake_backend import FakeBackend
+from tests.fake_backend import FakeBackend, renamed
 from tests.fake_server import serve
 from tests.fake_tokens import byte_tokenizer
 
@@ -82,9 +83,47 @@ async def test_recoveries_are_counted_by_kind_of_cause_and_timed_by_phase(backen
     await backend.lose(2, "hang: no heartbeat for 0.4 s")
     await asyncio.sleep(0.05)
     following.cancel()
-    assert value(metrics, "moejax_recoveries_total", cause="exit") == 1
-    assert value(metrics, "moejax_recoveries_total", cause="hang") == 1
+    assert value(metrics, "moejax_recoveries_total", cause="exit", outcome="resumed") == 1
+    assert value(metrics, "moejax_recoveries_total", cause="hang", outcome="resumed") == 1
     assert value(metrics, "moejax_recovery_phase_seconds_sum", phase="adopt") == pytest.approx(0.076)
+
+
+async def test_recoveries_are_counted_by_outcome(backend):
+    metrics = Metrics(backend)
+    following = asyncio.create_task(metrics.follow())
+    await backend.happen("recovered", cause="rank 1 step: late", phases={"join": 300.0, "adopt": 5.0})
+    await backend.happen("no_capacity", cause="rank 0 exit: signal 9", message="nobody")
+    await backend.happen("rejoined", rank=0)
+    await backend.happen("rejoin_failed")
+    await asyncio.sleep(0.05)
+    following.cancel()
+    assert value(metrics, "moejax_recoveries_total", cause="step", outcome="regenerated") == 1
+    assert value(metrics, "moejax_recoveries_total", cause="exit", outcome="no_capacity") == 1
+    assert value(metrics, "moejax_rejoins_total", outcome="joined") == 1
+    assert value(metrics, "moejax_rejoins_total", outcome="failed") == 1
+
+
+async def test_load_of_experts_and_price_of_ranks_are_those_of_the_status(generation, backend):
+    request = await generation.accept("a", SamplingParams(max_tokens=5))
+    _ = [item async for item in generation.stream(request)]
+    metrics = generation.metrics
+    assert value(metrics, "moejax_expert_tokens_total", layer="1", expert="2") == 2 * 3 * 5
+    assert value(metrics, "moejax_expert_imbalance", layer="1") == pytest.approx(8 / 4.5)
+    assert value(metrics, "moejax_rank_loss_stall_seconds", rank="2") == pytest.approx(0.082)
+    assert value(metrics, "moejax_rank_up", rank="0") == 1
+    await backend.lose(0)
+    assert value(metrics, "moejax_rank_up", rank="0") == 0
+    assert value(metrics, "moejax_rank_loss_stall_seconds", rank="0") is None
+    assert value(metrics, "moejax_experts_loaded_total") == 4
+    assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="192") == 1
+
+
+async def test_a_large_model_tells_the_imbalance_of_layers_only():
+    model = dataclasses.replace(renamed("large"), experts=256, moe_layers=58)
+    metrics = Metrics(FakeBackend(model=model))
+    assert value(metrics, "moejax_expert_imbalance", layer="57") == 1.0
+    assert value(metrics, "moejax_expert_tokens_total", layer="0", expert="0") is None
+    assert len(metrics.render()) < 100_000
 
 
 VLLM_NAMES = {
@@ -98,6 +137,11 @@ VLLM_NAMES = {
     "vllm:generation_tokens",
     "vllm:request_success",
     "vllm:num_preemptions",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:cache_config_info",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
 }
 
 

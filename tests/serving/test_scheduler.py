@@ -89,6 +89,30 @@ def test_new_requests_go_to_the_rank_with_the_fewest_sequences_then_the_most_fre
     assert ranks(s.state) == {"a": 1, "b": 2, "c": 0, "d": 1}
 
 
+def test_a_request_goes_to_the_rank_that_has_its_prefix_unless_that_one_is_much_busier():
+    s = server((16, 16), buckets=((8, 2),))
+    s.submit(small_request("a", range(40), max_tokens=1))
+    s.drain()
+    for number in range(6):
+        s.submit(small_request(f"r{number}", range(33), max_tokens=9))
+        s.step()
+    assert ranks(s.state) == {"r0": 0, "r1": 0, "r2": 0, "r3": 1, "r4": 1, "r5": 1}
+
+
+def test_room_is_counted_without_the_pages_that_are_shared():
+    s = server((8,))
+    s.submit(small_request("a", range(40), max_tokens=9))
+    s.step()
+    s.submit(small_request("b", range(40), max_tokens=9))
+    s.step()
+    assert len(s.state.running) == 2
+    s.submit(small_request("c", range(50, 58), max_tokens=9))
+    s.step()
+    assert list(s.state.waiting) == ["c"]
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
 def test_a_rank_too_small_for_a_request_is_never_its_place():
     s = server((4, 12))
     for name in "ab":
@@ -111,7 +135,7 @@ def test_a_prompt_is_admitted_only_with_a_page_to_go_on():
     s = server((4,))
     s.submit(small_request("a", range(8), max_tokens=2))
     s.step()
-    s.submit(small_request("b", range(16), max_tokens=9))
+    s.submit(small_request("b", range(8, 24), max_tokens=9))
     s.step()
     assert list(s.state.waiting) == ["b"]
 
@@ -183,7 +207,7 @@ def test_a_return_of_a_rank_delays_no_prefill():
 def test_a_recovered_stream_goes_before_an_older_prompt_that_has_not_streamed():
     s = server((24, 24), buckets=((2, 1),))
     s.submit(small_request("long", range(80)))
-    s.submit(small_request("moved", range(9)))
+    s.submit(small_request("moved", range(9, 18)))
     assert counts(s.step()) == {"long": 32, "moved": 9}
     s.lose([1])
     assert counts(s.step()) == {"moved": 10}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serving.errors import InvalidRequest, StartError
 from serving.tokens import Detokenizer, Message, StopStrings, Tokenizer
+from serving.vocabulary import JsonVocabulary
 from tests.fake_tokens import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -22,7 +23,7 @@ def merged() -> Tokenizer:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(["die Würde des Menschen ist unantastbar 数学 数字 🎉🎈 " * 3], trainer)
-    return Tokenizer(inner)
+    return Tokenizer(JsonVocabulary(inner))
 
 
 def fallback() -> Tokenizer:
@@ -35,7 +36,7 @@ def fallback() -> Tokenizer:
     inner.decoder = steps.Sequence(
         [steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)]
     )
-    return Tokenizer(inner)
+    return Tokenizer(JsonVocabulary(inner))
 
 
 MERGED, FALLBACK = merged(), fallback()
@@ -133,7 +134,7 @@ def test_half_a_surrogate_pair_is_refused():
 def test_a_beginning_token_is_put_once():
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
     inner.add_special_tokens(["<s>"])
-    tokenizer = Tokenizer(inner, bos_token=0)
+    tokenizer = Tokenizer(JsonVocabulary(inner), bos_token=0)
     assert tokenizer.encode("a") == (0, 1)
     assert tokenizer.encode("<s>a") == (0, 1)
 
@@ -150,7 +151,30 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_a_broken_template_is_named_with_its_line(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(BYTES._tokenizer.to_str())
+    (tmp_path / "tokenizer.json").write_text(BYTES._vocabulary.inner.to_str())
     (tmp_path / "chat_template.jinja").write_text("\n{% for %}")
     with pytest.raises(StartError, match=r"chat_template\.jinja, line 2"):
         Tokenizer.load(tmp_path)
+
+
+@given(ids=st.lists(st.integers(128, 255), min_size=60, max_size=400))
+@settings(deadline=None)
+def test_bytes_without_end_that_are_no_character_are_not_held_back_for_ever(ids):
+    growing = Detokenizer(BYTES)
+    held = longest = 0
+    for i in ids:
+        held = 0 if growing.push(i) else held + 1
+        longest = max(longest, held)
+    assert longest < 64
+    assert growing.flush() or held == 0
+
+
+@given(tokenizer=ANY_TOKENIZER, prompt=TEXT, text=TEXT)
+@settings(deadline=None)
+def test_an_answer_after_a_prompt_is_the_rest_of_the_whole_text(tokenizer, prompt, text):
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    if whole[: len(before)] != before:
+        return  # merged across the border: other tokens
+    growing = Detokenizer(tokenizer, before)
+    answer = "".join([*(growing.push(i) for i in whole[len(before) :]), growing.flush()])
+    assert answer == tokenizer.decode(whole)[len(tokenizer.decode(before)) :]

@@ -60,7 +60,7 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams the tokens of one request: any number of chunks, then one Complete.
+        """Streams the tokens of one request: any number of chunks, then one Complete; for each of its `n` answers.
         Cancelling the call, or its deadline, ends the request on the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

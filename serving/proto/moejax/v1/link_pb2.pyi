@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Command(_message.Message):
-    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop")
+    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,12 @@ class Command(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    READ_CACHE_FIELD_NUMBER: _ClassVar[int]
+    WRITE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    INSPECT_FIELD_NUMBER: _ClassVar[int]
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    SEAT_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     id: int
     configure: Configure
     join: Join
@@ -28,7 +34,13 @@ class Command(_message.Message):
     step: Step
     abort: Abort
     stop: Stop
-    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
+    read_cache: ReadCache
+    write_cache: WriteCache
+    inspect: Inspect
+    damage: Damage
+    seat: Seat
+    hold: Hold
+    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
     __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s")
@@ -59,16 +71,36 @@ class Bucket(_message.Message):
     def __init__(self, decode: _Optional[int] = ..., tiles: _Optional[int] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("generation", "address", "members", "pages_used")
+    __slots__ = ("generation", "address", "members", "pages_used", "seats", "processes")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
     generation: int
     address: str
     members: _containers.RepeatedScalarFieldContainer[int]
     pages_used: int
-    def __init__(self, generation: _Optional[int] = ..., address: _Optional[str] = ..., members: _Optional[_Iterable[int]] = ..., pages_used: _Optional[int] = ...) -> None: ...
+    seats: _containers.RepeatedScalarFieldContainer[int]
+    processes: int
+    def __init__(self, generation: _Optional[int] = ..., address: _Optional[str] = ..., members: _Optional[_Iterable[int]] = ..., pages_used: _Optional[int] = ..., seats: _Optional[_Iterable[int]] = ..., processes: _Optional[int] = ...) -> None: ...
+
+class Seat(_message.Message):
+    __slots__ = ("rank", "process")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    process: int
+    def __init__(self, rank: _Optional[int] = ..., process: _Optional[int] = ...) -> None: ...
+
+class Hold(_message.Message):
+    __slots__ = ("slots_per_rank", "slots")
+    SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots_per_rank: int
+    slots: bytes
+    def __init__(self, slots_per_rank: _Optional[int] = ..., slots: _Optional[bytes] = ...) -> None: ...
 
 class MeshShape(_message.Message):
     __slots__ = ("ranks", "slots")
@@ -112,23 +144,93 @@ class Adopt(_message.Message):
     expert_to_slot: bytes
     def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ...) -> None: ...
 
+class ReadCache(_message.Message):
+    __slots__ = ("pages", "first", "count")
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    first: int
+    count: int
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class WriteCache(_message.Message):
+    __slots__ = ("pages", "first", "count", "rows")
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    first: int
+    count: int
+    rows: bytes
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
+class Inspect(_message.Message):
+    __slots__ = ("first", "count")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Damage(_message.Message):
+    __slots__ = ("layer", "slot", "nan")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    NAN_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    slot: int
+    nan: bool
+    def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., nan: bool = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "inputs")
+    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     bucket: int
     inputs: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ...) -> None: ...
+    shapes: _containers.RepeatedCompositeFieldContainer[RowShape]
+    targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ...) -> None: ...
+
+class RowShape(_message.Message):
+    __slots__ = ("segment", "tokens", "add", "seen", "repetition", "allowed")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    segment: int
+    tokens: bytes
+    add: bytes
+    seen: bytes
+    repetition: float
+    allowed: bytes
+    def __init__(self, segment: _Optional[int] = ..., tokens: _Optional[bytes] = ..., add: _Optional[bytes] = ..., seen: _Optional[bytes] = ..., repetition: _Optional[float] = ..., allowed: _Optional[bytes] = ...) -> None: ...
+
+class TileTargets(_message.Message):
+    __slots__ = ("row", "targets")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    targets: bytes
+    def __init__(self, row: _Optional[int] = ..., targets: _Optional[bytes] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("epoch",)
+    __slots__ = ("epoch", "connecting_only")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CONNECTING_ONLY_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    connecting_only: bool
+    def __init__(self, epoch: _Optional[int] = ..., connecting_only: bool = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ()
@@ -165,18 +267,36 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled")
+    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged")
     ID_FIELD_NUMBER: _ClassVar[int]
     MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_LOADED_FIELD_NUMBER: _ClassVar[int]
     COMPILED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     id: int
     milliseconds: float
     compiles: int
     experts_loaded: int
     compiled: int
-    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ...) -> None: ...
+    missing: _containers.RepeatedCompositeFieldContainer[ExpertSlot]
+    trouble: str
+    rows: bytes
+    damaged: bool
+    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ...) -> None: ...
+
+class ExpertSlot(_message.Message):
+    __slots__ = ("layer", "slot", "expert")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    slot: int
+    expert: int
+    def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("id", "error")
@@ -187,7 +307,7 @@ class Failed(_message.Message):
     def __init__(self, id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("epoch", "step", "tokens", "logprobs", "expert_load", "program_ms", "total_ms", "compiles")
+    __slots__ = ("epoch", "step", "tokens", "logprobs", "expert_load", "program_ms", "total_ms", "compiles", "own_ms", "likeliest", "scores")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +316,9 @@ class StepDone(_message.Message):
     PROGRAM_MS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
+    OWN_MS_FIELD_NUMBER: _ClassVar[int]
+    LIKELIEST_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     tokens: bytes
@@ -204,14 +327,35 @@ class StepDone(_message.Message):
     program_ms: float
     total_ms: float
     compiles: int
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., expert_load: _Optional[bytes] = ..., program_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., compiles: _Optional[int] = ...) -> None: ...
+    own_ms: float
+    likeliest: Likeliest
+    scores: _containers.RepeatedCompositeFieldContainer[TileScores]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., expert_load: _Optional[bytes] = ..., program_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., compiles: _Optional[int] = ..., own_ms: _Optional[float] = ..., likeliest: _Optional[_Union[Likeliest, _Mapping]] = ..., scores: _Optional[_Iterable[_Union[TileScores, _Mapping]]] = ...) -> None: ...
+
+class Likeliest(_message.Message):
+    __slots__ = ("tokens", "logprobs")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    tokens: bytes
+    logprobs: bytes
+    def __init__(self, tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ...) -> None: ...
+
+class TileScores(_message.Message):
+    __slots__ = ("logprobs", "likeliest")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LIKELIEST_FIELD_NUMBER: _ClassVar[int]
+    logprobs: bytes
+    likeliest: Likeliest
+    def __init__(self, logprobs: _Optional[bytes] = ..., likeliest: _Optional[_Union[Likeliest, _Mapping]] = ...) -> None: ...
 
 class StepFailed(_message.Message):
-    __slots__ = ("epoch", "step", "error")
+    __slots__ = ("epoch", "step", "error", "poisoned_rows")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    POISONED_ROWS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     error: str
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    poisoned_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[str] = ..., poisoned_rows: _Optional[_Iterable[int]] = ...) -> None: ...

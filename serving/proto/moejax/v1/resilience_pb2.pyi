@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,15 @@ class Status(_message.Message):
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    OPERABLE_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -70,10 +79,41 @@ class Status(_message.Message):
     started_at: float
     step_ms: float
     program_ms: float
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ...) -> None: ...
+    prefix_queries: int
+    prefix_hits: int
+    page_size: int
+    experts_loaded: int
+    expert_load: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
+    paused: bool
+    operable: bool
+    degraded: int
+    restored: int
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ...) -> None: ...
+
+class ExpertLoad(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LossCost(_message.Message):
+    __slots__ = ("survivable", "prepared", "stall_ms", "experts_to_load", "traffic", "measured")
+    SURVIVABLE_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_TO_LOAD_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    survivable: bool
+    prepared: bool
+    stall_ms: float
+    experts_to_load: int
+    traffic: float
+    measured: bool
+    def __init__(self, survivable: bool = ..., prepared: bool = ..., stall_ms: _Optional[float] = ..., experts_to_load: _Optional[int] = ..., traffic: _Optional[float] = ..., measured: bool = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms")
+    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +124,9 @@ class Rank(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
     id: int
     pid: int
     host: str
@@ -94,7 +137,10 @@ class Rank(_message.Message):
     running: int
     compiles: int
     step_ms: float
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...
+    loss: LossCost
+    slowness: float
+    level: int
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ...) -> None: ...
 
 class Slots(_message.Message):
     __slots__ = ("experts",)
@@ -145,13 +191,97 @@ class Phase(_message.Message):
     def __init__(self, name: _Optional[str] = ..., milliseconds: _Optional[float] = ...) -> None: ...
 
 class KillRequest(_message.Message):
-    __slots__ = ("rank", "signal")
+    __slots__ = ("rank", "signal", "host")
     RANK_FIELD_NUMBER: _ClassVar[int]
     SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     rank: int
     signal: str
-    def __init__(self, rank: _Optional[int] = ..., signal: _Optional[str] = ...) -> None: ...
+    host: str
+    def __init__(self, rank: _Optional[int] = ..., signal: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
 
 class KillResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WhatIfRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WhatIfResponse(_message.Message):
+    __slots__ = ("prospects",)
+    PROSPECTS_FIELD_NUMBER: _ClassVar[int]
+    prospects: _containers.RepeatedCompositeFieldContainer[Prospect]
+    def __init__(self, prospects: _Optional[_Iterable[_Union[Prospect, _Mapping]]] = ...) -> None: ...
+
+class Prospect(_message.Message):
+    __slots__ = ("kind", "name", "ranks", "survivable", "reason", "prepared", "requests_moved", "tokens_recomputed", "experts_loaded", "stall_ms", "moved_stall_ms", "capacity", "traffic_lost")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    SURVIVABLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_LOST_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    survivable: bool
+    reason: str
+    prepared: bool
+    requests_moved: int
+    tokens_recomputed: int
+    experts_loaded: int
+    stall_ms: float
+    moved_stall_ms: float
+    capacity: float
+    traffic_lost: float
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., survivable: bool = ..., reason: _Optional[str] = ..., prepared: bool = ..., requests_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., stall_ms: _Optional[float] = ..., moved_stall_ms: _Optional[float] = ..., capacity: _Optional[float] = ..., traffic_lost: _Optional[float] = ...) -> None: ...
+
+class ApplyRequest(_message.Message):
+    __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    action: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    host: str
+    to: int
+    replace: bool
+    timeout_s: float
+    def __init__(self, action: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., host: _Optional[str] = ..., to: _Optional[int] = ..., replace: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class ApplyResponse(_message.Message):
+    __slots__ = ("serving", "epoch")
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    serving: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    def __init__(self, serving: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("rank", "level", "code", "message")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    level: int
+    code: str
+    message: str
+    def __init__(self, rank: _Optional[int] = ..., level: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ReportResponse(_message.Message):
+    __slots__ = ("action",)
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    action: str
+    def __init__(self, action: _Optional[str] = ...) -> None: ...

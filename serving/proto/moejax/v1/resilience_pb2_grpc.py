@@ -44,6 +44,21 @@ class ResilienceStub(object):
                 request_serializer=moejax_dot_v1_dot_resilience__pb2.WatchRequest.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_resilience__pb2.Event.FromString,
                 _registered_method=True)
+        self.WhatIf = channel.unary_unary(
+                '/moejax.v1.Resilience/WhatIf',
+                request_serializer=moejax_dot_v1_dot_resilience__pb2.WhatIfRequest.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_resilience__pb2.WhatIfResponse.FromString,
+                _registered_method=True)
+        self.Apply = channel.unary_unary(
+                '/moejax.v1.Resilience/Apply',
+                request_serializer=moejax_dot_v1_dot_resilience__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
+                _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/moejax.v1.Resilience/Report',
+                request_serializer=moejax_dot_v1_dot_resilience__pb2.ReportRequest.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_resilience__pb2.ReportResponse.FromString,
+                _registered_method=True)
         self.Kill = channel.unary_unary(
                 '/moejax.v1.Resilience/Kill',
                 request_serializer=moejax_dot_v1_dot_resilience__pb2.KillRequest.SerializeToString,
@@ -67,8 +82,30 @@ class ResilienceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WhatIf(self, request, context):
+        """What the loss of each rank, and of each host, would cost now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Apply(self, request, context):
+        """Planned changes; returns when they are done. PERMISSION_DENIED unless the server lets this caller operate it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Report(self, request, context):
+        """An error that a device told its plugin of. Permitted as Apply is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Kill(self, request, context):
-        """Kills or stops a rank process. PERMISSION_DENIED on a server started without --chaos.
+        """Kills or stops a rank process, or all of a host, or spoils an expert. PERMISSION_DENIED on a server started
+        without --chaos.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +123,21 @@ def add_ResilienceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=moejax_dot_v1_dot_resilience__pb2.WatchRequest.FromString,
                     response_serializer=moejax_dot_v1_dot_resilience__pb2.Event.SerializeToString,
+            ),
+            'WhatIf': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhatIf,
+                    request_deserializer=moejax_dot_v1_dot_resilience__pb2.WhatIfRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_resilience__pb2.WhatIfResponse.SerializeToString,
+            ),
+            'Apply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Apply,
+                    request_deserializer=moejax_dot_v1_dot_resilience__pb2.ApplyRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=moejax_dot_v1_dot_resilience__pb2.ReportRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_resilience__pb2.ReportResponse.SerializeToString,
             ),
             'Kill': grpc.unary_unary_rpc_method_handler(
                     servicer.Kill,
@@ -147,6 +199,87 @@ class Resilience(object):
             '/moejax.v1.Resilience/Watch',
             moejax_dot_v1_dot_resilience__pb2.WatchRequest.SerializeToString,
             moejax_dot_v1_dot_resilience__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhatIf(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moejax.v1.Resilience/WhatIf',
+            moejax_dot_v1_dot_resilience__pb2.WhatIfRequest.SerializeToString,
+            moejax_dot_v1_dot_resilience__pb2.WhatIfResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Apply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moejax.v1.Resilience/Apply',
+            moejax_dot_v1_dot_resilience__pb2.ApplyRequest.SerializeToString,
+            moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moejax.v1.Resilience/Report',
+            moejax_dot_v1_dot_resilience__pb2.ReportRequest.SerializeToString,
+            moejax_dot_v1_dot_resilience__pb2.ReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

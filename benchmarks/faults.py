@@ -1,0 +1,279 @@
+"""What each kind of fault costs the streams of a real server, beside a warm restart of the same server.
+
+    python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--only NAME ...] [--rounds N] [--json FILE]
+
+Starts `moejax serve` with its ranks on two hosts, keeps streams running whose tokens are known from an undisturbed
+run, and injects one fault after the other at moments drawn from --seed; the next comes when all ranks serve again
+and every single loss is prepared. Where the rank matters it is the one with the most streams. The server and this
+program share one clock.
+
+Of each scenario: `detect_ms` from the injection to the server's first word of it; `survivor_stall_ms` and
+`moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
+benchmarks.recovery); `tokens_again` in the caches that were lost; `lost` streams that ended in an error, `changed`
+streams with other tokens than known; `ratio_to_restart`, the warm restart to its first token over the median stall of
+all streams. `masked` and `slow` scenarios are no part of it: masked answers are other answers, and a slow rank is
+judged over minutes.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch import Launched, launched
+from benchmarks.losses import EventFeed, local, middle
+from benchmarks.machine import machine
+from benchmarks.recovery import first_token_s
+from benchmarks.stalls import added_stall_ms
+from benchmarks.streams import Known, Load, Trace, running, until, whole
+from serving.client import AsyncClient
+from serving.health import p99
+
+ARCH = "collocated"
+_QUIET_S = 1.0
+_COLUMNS = "name, detect, survivors, moved, tokens again, requests, lost, changed, compiles, restart over stall"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A fault: how it is injected at a victim, the first event that tells of it, and the last."""
+
+    name: str
+    inject: Callable[["Scene", int], Awaitable[None]]
+    told: str
+    over: str
+    recomputes: bool = True
+
+
+@dataclasses.dataclass
+class Scene:
+    """A running server and what is known of it."""
+
+    server: Launched
+    client: AsyncClient
+    feed: EventFeed
+    known: Known
+    draw: random.Random
+    task: asyncio.Task[Any] | None = None
+
+    async def signal(self, rank: int, how: signal.Signals) -> None:
+        """A signal straight from the kernel."""
+        pid = (await self.client.status()).ranks[rank].pid
+        assert pid is not None, f"rank {rank} has no process"
+        os.kill(pid, how)
+
+
+async def _crash(scene: Scene, victim: int) -> None:
+    await scene.signal(victim, signal.SIGKILL)
+
+
+async def _hang(scene: Scene, victim: int) -> None:
+    await scene.signal(victim, signal.SIGSTOP)
+
+
+async def _crash_in_recovery(scene: Scene, victim: int) -> None:
+    others = [rank.id for rank in (await scene.client.status()).ranks if rank.id != victim]
+    second = scene.draw.choice(others)
+    pid = (await scene.client.status()).ranks[second].pid
+    assert pid is not None
+    moment = time.monotonic()
+    await scene.signal(victim, signal.SIGKILL)
+    await scene.feed.wait("rank_lost", moment, victim)
+    os.kill(pid, signal.SIGKILL)
+
+
+async def _host(scene: Scene, victim: int) -> None:
+    host = (await scene.client.status()).ranks[victim].host
+    await scene.client.kill(0, host=host)
+
+
+async def _not_a_number(scene: Scene, victim: int) -> None:
+    await scene.client.kill(victim, "NAN")
+
+
+async def _device_reset(scene: Scene, victim: int) -> None:
+    await scene.client.report(victim, 5, "benchmark")
+
+
+async def _drain(scene: Scene, victim: int) -> None:
+    scene.task = asyncio.create_task(scene.client.apply("drain", victim, replace=True))
+
+
+async def _coordinator(scene: Scene, victim: int) -> None:
+    listed = subprocess.run(
+        ["ps", "--ppid", str(scene.server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
+    )
+    pid = next(int(line.split()[0]) for line in listed.stdout.splitlines() if "moejax.coordinator" in line)
+    os.kill(pid, signal.SIGKILL)
+
+
+SCENARIOS = (
+    Scenario("crash", _crash, "rank_lost", "recovered"),
+    Scenario("hang", _hang, "rank_lost", "recovered"),
+    Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
+    Scenario("host", _host, "rank_lost", "recovered"),
+    Scenario("device error L5", _device_reset, "rank_lost", "recovered"),
+    Scenario("not-a-number", _not_a_number, "poisoned", "restored", recomputes=False),
+    Scenario("coordinator", _coordinator, "broken", "recovered", recomputes=False),
+    Scenario("drain", _drain, "leaving", "drained", recomputes=False),
+)
+
+
+async def play_scenario(scene: Scene, scenario: Scenario, streams: int) -> dict[str, Any]:
+    """Place streams, inject the fault, wait until all is well, and say what the streams saw."""
+    client = scene.client
+    await until(client, whole)
+    load = Load(client, scene.known.asks)
+    placed = await load.place(scene.known.asks[:streams])
+    quiet = time.monotonic()
+    await asyncio.sleep(_QUIET_S + scene.draw.uniform(0, 0.2))
+    before = await client.status()
+    counts = running(before)
+    victim = max(counts, key=lambda rank: (counts[rank], rank))
+    told = {p.name: p for p in await client.what_if() if p.kind == ("host" if scenario.name == "host" else "rank")}
+    prospect = told.get(before.ranks[victim].host if scenario.name == "host" else str(victim))
+    moment = time.monotonic()
+    await scenario.inject(scene, victim)
+    first = await scene.feed.wait(scenario.told, moment)
+    last = await scene.feed.wait(scenario.over, local(first))
+    if scene.task is not None:
+        await scene.task
+        scene.task = None
+    after = await until(client, whole)
+    traces = await load.stop()
+    gone = {r.id for r in before.ranks if r.host == before.ranks[victim].host} if scenario.name == "host" else {victim}
+
+    def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
+        found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in placed if belongs(t)]
+        return [round(stall, 1) for stall in found if stall is not None]
+
+    survivors = stalls(lambda trace: trace.rank is not None and trace.rank not in gone)
+    moved = stalls(lambda trace: trace.rank in gone)
+    same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
+    return {
+        "arch": ARCH,
+        "name": scenario.name,
+        "victim": victim,
+        "detect_ms": round(1e3 * (local(first) - moment), 1),
+        "survivors": survivors,
+        "moved": moved,
+        "phases": {name: round(ms, 1) for name, ms in last.phases.items()},
+        "tokens_again": prospect.tokens_recomputed if prospect is not None and scenario.recomputes else 0,
+        "requests": len(traces),
+        "lost": scene.known.failed(traces),
+        "changed": scene.known.changed(traces),
+        "compiles_between": sum(a.compiles - b.compiles for b, a in same),
+    }
+
+
+def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[str, Any]]:
+    """One row for each scenario, over its rounds."""
+    rows = []
+    for name in dict.fromkeys(one["name"] for one in rounds):
+        these = [one for one in rounds if one["name"] == name]
+        survivors = [stall for one in these for stall in one["survivors"]]
+        moved = [stall for one in these for stall in one["moved"]]
+        stall = middle([*survivors, *moved])
+        row = {
+            "arch": ARCH,
+            "name": name,
+            "rounds": len(these),
+            "detect_ms": middle(one["detect_ms"] for one in these),
+            "survivor_stall_ms": {"median": middle(survivors), "p99": p99(survivors)},
+            "moved_stall_ms": {"median": middle(moved), "p99": p99(moved)},
+            "ratio_to_restart": round(1e3 * warm_restart_s / stall, 1) if stall else None,
+        }
+        sums = ("tokens_again", "requests", "lost", "changed", "compiles_between")
+        rows.append(row | {key: sum(one[key] for one in these) for key in sums})
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+
+    def shown(spread: dict[str, float | None]) -> str:
+        return "-" if spread["median"] is None else f"{spread['median']:.0f} / {spread['p99']:.0f}"
+
+    ratio = "-" if row["ratio_to_restart"] is None else f"{row['ratio_to_restart']:.0f}x"
+    return (
+        f"{row['name']:22} {row['detect_ms']:8.1f} {shown(row['survivor_stall_ms']):>12} "
+        f"{shown(row['moved_stall_ms']):>12} {row['tokens_again']:6} {row['requests']:5} {row['lost']:4} "
+        f"{row['changed']:7} {row['compiles_between']:8} {ratio:>8}"
+    )
+
+
+async def measure(server: Launched, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All scenarios, round after round."""
+    chosen = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
+    async with AsyncClient(server.address) as client:
+        await until(client, whole)
+        print(f"recording {arguments.streams} requests undisturbed", flush=True)
+        known = await Known.record(client, arguments.streams, arguments.prompt_tokens, arguments.max_tokens)
+        feed = EventFeed(client)
+        scene = Scene(server, client, feed, known, random.Random(arguments.seed))
+        rounds = []
+        try:
+            for _ in range(arguments.rounds):
+                for scenario in chosen:
+                    rounds.append(await play_scenario(scene, scenario, arguments.streams))
+                    print(line(summarize(rounds[-1:], 0.0)[0]), flush=True)
+        finally:
+            feed.close()
+    return rounds
+
+
+def main() -> int:
+    """Measure, print, and write JSON. The exit status is 1 when a request was lost or a token changed."""
+    arguments = parse()
+    where = machine()
+    options = ["--hosts", "2"] if arguments.ranks % 2 == 0 else []
+    with launched(arguments.model, arguments.ranks, options=options) as server:
+        rounds = asyncio.run(measure(server, arguments))
+    print("restarting the server", flush=True)
+    warm_restart_s = first_token_s(arguments.model, arguments.ranks)
+    rows = summarize(rounds, warm_restart_s)
+    print(f"\nmilliseconds, median / 99th percentile; warm restart {warm_restart_s:.1f} s\n{_COLUMNS}")
+    for row in rows:
+        print(line(row))
+    if arguments.json is not None:
+        result = {
+            "machine": where,
+            "model": arguments.model,
+            "ranks": arguments.ranks,
+            "warm_restart_s": round(warm_restart_s, 2),
+            "scenarios": rows,
+            "rounds": rounds,
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if any(row["lost"] or row["changed"] for row in rows) else 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    about, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=about, epilog=rest)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
+    parser.add_argument("--only", nargs="+", choices=[scenario.name for scenario in SCENARIOS], default=[])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=190, help="about")
+    parser.add_argument("--max-tokens", type=int, default=130)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the faults")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    arguments = parser.parse_args()
+    if arguments.ranks < 2:
+        parser.error("--ranks is 1, and streams of a rank without others have nowhere to go; give at least 2")
+    return arguments
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

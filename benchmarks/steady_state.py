@@ -1,0 +1,122 @@
+"""What being recoverable costs while nothing fails.
+
+    python -m benchmarks.steady_state [--model smollm2-moe|tiny] [--rounds N] [--json FILE]
+
+A step that may fail reads the cache, and a second program commits what it made. Compared, on one rank in this
+process and turn about, with one program that donates the cache and writes into it, which a failure half-way would
+leave in pieces. Head and sampling are in neither. Epoch checks are an integer comparison on each side.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NPROC", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import machine
+from moejax import kernels, model, steps
+from moejax.assets import ensure_model
+from moejax.cache import Cache, commit, empty_cache
+from moejax.config import ModelConfig
+from moejax.inputs import Bucket, unpack
+from moejax.mesh import make_mesh
+from moejax.params import init_params
+from moejax.store import HostStore
+from serving.batch import Batch, Work, assemble
+from serving.batch import Bucket as Shape
+
+PAGE, CONTEXT = 32, 256
+BUCKETS = (Shape(2, 0), Shape(8, 0), Shape(8, 2))
+
+
+def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
+    """Median milliseconds of both ways for a full bucket whose contexts are CONTEXT tokens long."""
+    pages = -(-CONTEXT // PAGE) + 2
+    static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=pages)
+    segments = bucket.decode + bucket.tiles
+    experts = cfg.moe.experts if cfg.moe else 1
+    shape = model.StepShape(cfg=cfg, bucket=static, ranks=1, slots=experts, page_size=PAGE)
+    mesh = make_mesh(jax.devices()[:1])
+    arguments = steps.StepArguments(
+        params=init_params(cfg, jax.random.key(0)),
+        cache=None,
+        expert_to_slot=jnp.tile(jnp.arange(experts, dtype=jnp.int32), (1, cfg.n_moe_layers, 1)),
+        packed=jnp.asarray(_packed(bucket, pages)),
+    )
+    caches = [empty_cache(cfg, segments * pages * PAGE) for _ in range(2)]
+
+    @functools.partial(jax.jit, donate_argnames=("cache",))
+    def in_place(arguments: steps.StepArguments, cache: Cache) -> tuple[Any, Cache]:
+        out = steps.run_step(arguments.replace(cache=cache), shape=shape, mesh=mesh)
+        return out.hidden, commit(cache, out.new_kv, unpack(arguments.packed, static).write)
+
+    def recoverable() -> None:
+        out = steps.run_step(arguments.replace(cache=caches[0]), shape=shape, mesh=mesh)
+        jax.block_until_ready(out.hidden)
+        caches[0] = jax.block_until_ready(steps.run_commit(caches[0], out.new_kv, arguments.packed, bucket=static))
+
+    def destructive() -> None:
+        _, caches[1] = jax.block_until_ready(in_place(arguments, caches[1]))
+
+    took: dict[str, list[float]] = {"recoverable": [], "in_place": []}
+    for turn in range(rounds + 1):
+        for name, run in (("recoverable", recoverable), ("in_place", destructive)):
+            began = time.perf_counter()
+            run()
+            if turn:
+                took[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(times) for name, times in took.items()}
+
+
+def _packed(bucket: Shape, pages: int) -> np.ndarray:
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+
+    def work(segment: int, rows: int) -> Work:
+        own = tuple(range(segment * pages, (segment + 1) * pages))
+        return Work(request_id=str(segment), start=CONTEXT, tokens=(5,) * rows, pages=own, samples=True, **sampling)
+
+    works = [work(i, 1) for i in range(bucket.decode)]
+    works += [work(bucket.decode + i, 32) for i in range(bucket.tiles)]
+    batch = Batch(0, 0, bucket, {0: tuple(works)})
+    arrays = assemble(batch, 0, page_size=PAGE, max_pages=pages).values()
+    return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays])
+
+
+def main() -> int:
+    """Measure, print, and write JSON."""
+    about, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=about, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2-moe")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    kernels.load()
+    cfg = HostStore.create(ensure_model(options.model)).cfg
+    runs = []
+    for bucket in BUCKETS:
+        ms = step_ms(cfg, bucket, options.rounds)
+        cost = ms["recoverable"] / ms["in_place"] - 1
+        runs.append({"decode": bucket.decode, "tiles": bucket.tiles, "cost": round(cost, 4)} | ms)
+        print(
+            f"{bucket.decode} decode rows, {bucket.tiles} prefill tiles: recoverable {ms['recoverable']:.2f} ms, "
+            f"in place {ms['in_place']:.2f} ms, cost {cost:+.1%}",
+            flush=True,
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine(), "model": options.model, "runs": runs}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

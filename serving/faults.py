@@ -1,0 +1,183 @@
+"""What operators and devices may ask of a running server, as values: instructions, device errors and what they mean."""
+
+import dataclasses
+import enum
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Self
+
+from serving.errors import InvalidRequest, NoCapacity, NotPermitted
+
+Action = Literal["pause", "retry", "drain", "scale_down", "scale_up"]
+ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up")
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+class Response(enum.Enum):
+    """What a device error leads to."""
+
+    IGNORE = "ignored"
+    RECOMPUTE = "recompute"
+    """The rank's requests are computed again, elsewhere or here."""
+    DRAIN = "drain"
+    """The rank hands over its requests, then its process is replaced."""
+    RESTART = "restart"
+    """The rank is killed at once and replaced."""
+    ISOLATE = "isolate"
+    """The rank is killed at once and stays out until somebody scales up."""
+
+
+LEVELS = {
+    1: Response.IGNORE,
+    2: Response.RECOMPUTE,
+    3: Response.DRAIN,
+    4: Response.DRAIN,
+    5: Response.RESTART,
+    6: Response.ISOLATE,
+}
+"""Error levels as accelerator plugins grade them: 1 needs no handling, 2 the request restarted, 3 the work
+restarted, 4 the device reset when it is free, 5 the device reset now, 6 the device isolated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceError:
+    """An error of a rank's device, as its plugin tells of it. `level` is 1 to 6."""
+
+    rank: int
+    level: int
+    code: str = ""
+    message: str = ""
+
+    @property
+    def response(self) -> Response:
+        """What is done about it."""
+        return LEVELS[self.level]
+
+    def __str__(self) -> str:
+        return f"device error L{self.level}" + "".join(f" {text}" for text in (self.code, self.message) if text)
+
+    @classmethod
+    def read(cls, value: Any) -> Self:
+        """From JSON: {"rank": 2, "level": "L5" or 5, "code": "", "message": ""}. Raises InvalidRequest."""
+        fields = _fields(value, {"rank", "level", "code", "message"})
+        level = fields.get("level")
+        if isinstance(level, str) and level.upper().startswith("L") and level[1:].isdigit():
+            level = int(level[1:])
+        if type(level) is not int or level not in LEVELS:
+            raise InvalidRequest(f"level is {level!r}; it must be L1 to L6.", param="level")
+        rank = fields.get("rank")
+        if type(rank) is not int or rank < 0:
+            raise InvalidRequest(f"rank is {rank!r}; it must be the number of a rank.", param="rank")
+        for name in ("code", "message"):
+            if not isinstance(fields.get(name, ""), str):
+                raise InvalidRequest(f"{name} is {fields[name]!r}; it must be text.", param=name)
+        return cls(rank=rank, level=level, code=fields.get("code", "")[:100], message=fields.get("message", "")[:500])
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """From a line of a report file. Raises InvalidRequest."""
+        try:
+            return cls.read(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"{line[:80]!r} is not JSON: {error}", param="report") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """A planned change. `ranks`, `host` and `to` (how many shall serve) exclude one another.
+
+    `timeout_s` is how long requests of a leaving rank wait for room elsewhere before they are computed again.
+    """
+
+    action: Action
+    ranks: tuple[int, ...] = ()
+    host: str = ""
+    to: int | None = None
+    replace: bool = False
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise InvalidRequest(f"action is {self.action!r}; it must be one of {', '.join(ACTIONS)}.", param="action")
+        if not 0 <= self.timeout_s <= 3600:
+            raise InvalidRequest(f"timeout_s is {self.timeout_s}; it must be 0 to 3600.", param="timeout_s")
+        given = [name for name in ("ranks", "host") if getattr(self, name)] + ["to"] * (self.to is not None)
+        if len(given) > 1:
+            raise InvalidRequest(f"{' and '.join(given)} exclude one another; give one.", param=given[1])
+        if given and self.action in ("pause", "retry"):
+            raise InvalidRequest(f"{self.action} is about the whole server; leave out {given[0]}.", param=given[0])
+        if self.to is not None and (self.action == "drain" or self.to < 1):
+            raise InvalidRequest(f"to is {self.to}: it goes with scale_down and scale_up, from 1 on.", param="to")
+        if self.replace and self.action != "drain":
+            raise InvalidRequest(f"replace goes with drain, not with {self.action}.", param="replace")
+
+    @classmethod
+    def read(cls, value: Any) -> Self:
+        """From JSON. vLLM's names `fault_tolerance_instruction` and `fault_tolerance_timeout` are understood too."""
+        names = {"fault_tolerance_instruction": "action", "fault_tolerance_timeout": "timeout_s"}
+        value = {names.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+        fields = _fields(value, {f.name for f in dataclasses.fields(cls)})
+        kinds = {"action": str, "ranks": list, "host": str, "to": int, "replace": bool, "timeout_s": (int, float)}
+        for name, kind in kinds.items():
+            given = fields.get(name)
+            wrong = not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool)
+            if name in fields and wrong:
+                raise InvalidRequest(f"{name} is {given!r}, which is of the wrong type.", param=name)
+        ranks = fields.pop("ranks", [])
+        if any(type(rank) is not int for rank in ranks):
+            raise InvalidRequest(f"ranks is {ranks!r}; it must be a list of numbers.", param="ranks")
+        if "action" not in fields:
+            raise InvalidRequest(f"action is missing; it must be one of {', '.join(ACTIONS)}.", param="action")
+        return cls(ranks=tuple(ranks), **fields)
+
+    def chosen(self, hosts: Mapping[int, str], serving: Collection[int]) -> tuple[int, ...]:
+        """The ranks that drain, scale_down or scale_up means. `hosts` has every rank of the server.
+
+        Down, ranks go from the highest; up, they come from the lowest. Raises InvalidRequest when it names none,
+        and NoCapacity when it would leave nobody to serve.
+        """
+        up = self.action == "scale_up"
+        absent = sorted(set(hosts) - set(serving))
+        if self.host:
+            named = [rank for rank, host in hosts.items() if host == self.host]
+            if not named:
+                known = ", ".join(sorted(set(hosts.values())))
+                raise InvalidRequest(f"there is no host {self.host!r}; hosts are {known}.", param="host")
+        elif self.to is not None:
+            if self.to > len(hosts):
+                raise InvalidRequest(f"to is {self.to}; this server was started with {len(hosts)} ranks.", param="to")
+            count = self.to - len(serving) if up else len(serving) - self.to
+            named = absent[: max(count, 0)] if up else sorted(serving, reverse=True)[: max(count, 0)]
+        else:
+            named = list(self.ranks) or (absent if up else [])
+        unknown = set(named) - set(hosts)
+        if unknown:
+            raise InvalidRequest(f"there is no rank {min(unknown)}; ranks are {sorted(hosts)}.", param="ranks")
+        if not named and self.to is None and not up:
+            raise InvalidRequest(f"{self.action} needs ranks or a host.", param="ranks")
+        if not up and set(serving) <= set(named):
+            raise NoCapacity(f"{self.action} of {sorted(named)} would leave no rank to serve; {sorted(serving)} serve.")
+        return tuple(sorted(set(named) & set(absent if up else serving)))
+
+
+def permit(*, chaos: bool, operable: bool, key: str, peer: str) -> None:
+    """Raises NotPermitted unless the server lets this caller operate it.
+
+    A caller with an API key has shown before that it is an admin's. Where no keys are needed, only callers on the
+    server's own machine may (`peer` is an address), and only with --operate or --chaos.
+    """
+    if key:
+        return
+    if not (chaos or operable):
+        raise NotPermitted("this server does not let callers operate it. Start it with --operate.")
+    if not peer.startswith(LOOPBACK):
+        raise NotPermitted(f"only callers on the server's own machine may operate it; this one is {peer or 'unknown'}.")
+
+
+def _fields(value: Any, known: Collection[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"the body must be a JSON object with some of {', '.join(sorted(known))}.")
+    for name in value:
+        if name not in known:
+            raise InvalidRequest(f"unknown field {name!r}; known are {', '.join(sorted(known))}.", param=str(name)[:40])
+    return dict(value)

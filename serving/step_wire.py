@@ -1,0 +1,48 @@
+"""A step as messages: a rank's part of it, and the rank's answer as results."""
+
+import numpy as np
+
+from serving.batch import Batch, Result, assemble, harvest
+from serving.proto.moejax.v1 import link_pb2
+from serving.shaping import Masks, shapes, tiles
+
+
+def step_message(
+    batch: Batch, rank: int, *, epoch: int, bucket: int, page_size: int, max_pages: int, masks: Masks
+) -> link_pb2.Step:
+    """What a rank is told of a step; `bucket` is the index of its bucket."""
+    message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket)
+    if not batch.work.get(rank):
+        return message
+    arrays = assemble(batch, rank, page_size=page_size, max_pages=max_pages)
+    message.inputs = b"".join(array.tobytes() for array in arrays.values())
+    for segment, row in shapes(batch, rank, masks).items():
+        message.shapes.add(
+            segment=segment,
+            tokens=row.tokens.tobytes(),
+            add=row.add.tobytes(),
+            seen=row.seen.tobytes(),
+            repetition=row.repetition,
+            allowed=row.allowed.tobytes(),
+        )
+    for tile in tiles(batch, rank):
+        message.targets.add(row=tile.row, targets=tile.targets.tobytes())
+    return message
+
+
+def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str, Result]:
+    """What a rank's answer says of each request it worked on."""
+    if not batch.work.get(rank):
+        return {}
+    tokens, logprobs = np.frombuffer(answer.tokens, np.int32), np.frombuffer(answer.logprobs, np.float32)
+    top = _likeliest(answer.likeliest, len(tokens)) if answer.HasField("likeliest") else None
+    scores = []
+    for score in answer.scores:
+        given = np.frombuffer(score.logprobs, np.float32)
+        scores.append((given, *_likeliest(score.likeliest, len(given))))
+    return harvest(batch, rank, tokens, logprobs, top, scores)
+
+
+def _likeliest(message: link_pb2.Likeliest, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, logprobs = np.frombuffer(message.tokens, np.int32), np.frombuffer(message.logprobs, np.float32)
+    return tokens.reshape(rows, -1), logprobs.reshape(rows, -1)

@@ -1,0 +1,89 @@
+"""Certificates of the two surfaces, and what a client needs to trust them."""
+
+import dataclasses
+import ssl
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from serving.config import Settings
+from serving.errors import InvalidRequest, StartError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerTls:
+    """PEM files of a server. With `client_ca` only clients with a certificate of that authority get in."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self | None:
+        """What settings ask for; None for plain text. Raises StartError when a file is missing or wrong."""
+        if settings.tls_cert is None or settings.tls_key is None:
+            return None
+        ca = settings.tls_client_ca
+        made = cls(cert=Path(settings.tls_cert), key=Path(settings.tls_key), client_ca=Path(ca) if ca else None)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises StartError naming the file that cannot be used; both surfaces would say less."""
+        for path in (self.cert, self.key, self.client_ca):
+            if path is not None:
+                _bytes(path)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+        except (ssl.SSLError, ValueError) as error:
+            raise StartError(f"{self.cert} and {self.key} are no certificate with its key: {error}.") from None
+        if self.client_ca is not None:
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (ssl.SSLError, ValueError) as error:
+                raise StartError(f"{self.client_ca} holds no certificate of an authority: {error}.") from None
+
+    def uvicorn(self) -> dict[str, Any]:
+        """Options of uvicorn."""
+        options: dict[str, Any] = {"ssl_certfile": str(self.cert), "ssl_keyfile": str(self.key)}
+        if self.client_ca is not None:
+            options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        return options
+
+    def grpc(self) -> grpc.ServerCredentials:
+        """Credentials of a gRPC port."""
+        return grpc.ssl_server_credentials(
+            [(_bytes(self.key), _bytes(self.cert))],
+            root_certificates=None if self.client_ca is None else _bytes(self.client_ca),
+            require_client_auth=self.client_ca is not None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientTls:
+    """Whom a client trusts (`ca`), and who it is (`cert` with `key`) where the server wants to know."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise InvalidRequest("a client certificate needs both its certificate and its key.", param="cert")
+
+    def grpc(self) -> grpc.ChannelCredentials:
+        """Credentials of a channel; without `ca` the authorities of gRPC count."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=None if self.ca is None else _bytes(self.ca),
+            private_key=None if self.key is None else _bytes(self.key),
+            certificate_chain=None if self.cert is None else _bytes(self.cert),
+        )
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StartError(f"cannot read {path}: {error.strerror}.") from None

@@ -1,0 +1,95 @@
+"""What is deployed exists: flags, variables, paths and probes of the manifests are those of the server."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import planner.cli
+from serving import cli, operate
+from serving.config import Settings
+from serving.http import application
+from tests.planner.test_cli import plan_file  # noqa: F401  (a fixture)
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+def manifests() -> dict:
+    return {each["kind"]: each for each in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def pod() -> dict:
+    return manifests()["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]
+
+
+def given(arguments: list[str]) -> Settings:
+    """The settings that `moejax serve` makes of a command line."""
+    command = cli.main.commands[arguments[0]]
+    context = command.make_context("serve", arguments[1:])
+    flags = {name: value for name, value in context.params.items() if name not in ("config", "show_settings")}
+    return Settings.load(None, {}, **flags)
+
+
+def test_the_servers_arguments_are_flags_it_knows():
+    settings = given(pod()["containers"][0]["args"])
+    assert (settings.ranks, settings.host, settings.api_keys) == (8, "0.0.0.0", "/keys/keys.json")
+
+
+def test_probes_ask_for_paths_that_are_there_and_never_end_a_server_that_recovers(generation):
+    routes = {route.path for route in application(generation).routes}
+    container = pod()["containers"][0]
+    paths = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
+    assert paths == {"startupProbe": "/live", "readinessProbe": "/health", "livenessProbe": "/live"}
+    assert set(paths.values()) <= routes
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] > Settings().start_timeout_s
+
+
+def test_ports_selectors_and_volumes_fit_together():
+    found, container = manifests(), pod()["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": Settings().grpc_port, "http": Settings().http_port}
+    assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} == set(ports)
+    labels = found["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"]["labels"]
+    assert found["Service"]["spec"]["selector"] == labels
+    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod()["volumes"]}
+    assert pod()["terminationGracePeriodSeconds"] > Settings().grace_s
+
+
+def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # noqa: F811
+    capsys.readouterr()
+    assert planner.cli.main(["export", plan_file, "--to", "env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
+    assert (settings.ranks, settings.pages_per_rank is not None) == (8, True)
+    assert len(lines) == 5
+
+
+def test_the_sample_settings_are_settings():
+    assert Settings.load(DEPLOY / "moejax.toml", {}).log_format == "json"
+
+
+def test_the_image_starts_a_command_that_is_there():
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("CMD")).removeprefix("CMD ")
+    assert given(yaml.safe_load(command)).host == "0.0.0.0"
+    for source in (line.split()[1:-1] for line in lines if line.startswith("COPY")):
+        assert all((DEPLOY.parent / name).exists() for name in source)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path):
+    unit = (DEPLOY / "moejax.service").read_text()
+    assert "moejax serve --config" in unit
+    checked = tmp_path / "moejax.service"
+    checked.write_text(unit.replace("/opt/moejax/.venv/bin/moejax", shutil.which("true") or "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", checked], capture_output=True, text=True, timeout=60)
+    said = [line for line in done.stderr.splitlines() if "moejax.service" in line]
+    assert said == []
+
+
+def test_commands_of_an_operator_are_in_the_command_line():
+    assert {operate.keys, operate.doctor, operate.completion} <= set(cli.main.commands.values())

@@ -1,0 +1,51 @@
+"""A folder as models are published is served as it is, and one that contradicts itself is not."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import pytest
+
+from moejax.assets import ensure_model
+from moejax.checkpoint import load_params
+from moejax.config import ModelConfig
+from moejax.dense import greedy
+from moejax.download import cache_folder
+from serving.app import Server
+from serving.client import Client
+from serving.errors import StartError
+from serving.tokens import Tokenizer
+from tests.moejax.published import MIXTRAL, published_folder
+
+BUCKETS = ((2, 0), (2, 2))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    published_folder(tmp_path / "mixtral-small", dtype=ml_dtypes.bfloat16)
+    yield tmp_path / "mixtral-small"
+    for converted in (cache_folder() / "models").glob("mixtral-small-*"):
+        shutil.rmtree(converted)
+
+
+def test_a_published_folder_is_served_as_it_is(folder: Path) -> None:
+    with Server(model=str(folder), ranks=2, buckets=BUCKETS) as server, Client(server) as client:
+        model = client.model()
+        assert (model.name, model.experts) == ("mixtral-small", 4)
+        said = client.generate("To be", temperature=0, max_tokens=24, ignore_eos=True)
+        chat = client.chat("To be", temperature=0, max_tokens=4, ignore_eos=True)
+    ours = ensure_model(folder)
+    cfg = ModelConfig.load(ours)
+    prompt = Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be")
+    assert list(said.token_ids) == greedy(load_params(ours), cfg, list(prompt), 24)
+    assert list(chat.token_ids) == list(said.token_ids)[:4]  # its template is the message as it is
+
+
+def test_a_folder_that_contradicts_itself_is_not_served(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text(json.dumps(MIXTRAL | {"num_key_value_heads": 1}))
+    with pytest.raises(StartError, match="could not be prepared"), Server(model=str(folder), ranks=1):
+        pass
+    said = capfd.readouterr().err
+    assert "k_proj.weight has shape (16, 32), but config.json says (8, 32)" in said

@@ -1,0 +1,225 @@
+"""Ranks that answer the front's messages without processes, and die at the message a test names.
+
+The real loop and the real failover run on them; their model is that of `tests.fakes`. A step checks what a wrong
+recovery would break: that all ranks of it are in one epoch, and that every route leads to a slot with its expert.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.batch import Bucket, _padding
+from serving.health import Cause
+from serving.links import Loss, RankLost, RankRefused
+from serving.proto.moejax.v1 import link_pb2
+from tests.fakes import FakeRank
+
+
+@dataclasses.dataclass
+class Process:
+    """What the loop looks at of a rank's process."""
+
+    pid: int
+
+
+class FakeProcess:
+    """One incarnation of a rank."""
+
+    def __init__(self, pid: int) -> None:
+        self.process = Process(pid)
+        self.loss: Loss | None = None
+        self.compiles = 0
+        self.cache: FakeRank | None = None
+        self.held: np.ndarray | None = None
+        self.doubted: set[tuple[int, int]] = set()
+        """Slots found damaged: the next plan that wants something in them has it read again."""
+        self.routes: np.ndarray | None = None
+        self.mesh: tuple[int, ...] = ()
+        self.epoch = -1
+
+    def why(self) -> str:
+        return "nothing"
+
+
+class FakeCoordinator:
+    """A coordination service that never ends by itself."""
+
+    address = "nowhere"
+
+    def __init__(self) -> None:
+        self.process = self
+        self.pid = 0
+        self._ended = asyncio.Event()
+
+    @classmethod
+    async def start(cls, ranks: int, seats: int) -> "FakeCoordinator":
+        return cls()
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        return 0
+
+    async def stop(self) -> None:
+        self._ended.set()
+
+
+class FakeLinks:
+    """As `serving.links.RankLinks`. `fails(number, rank, what)` is asked at every message: the rank it names dies
+    before the message is answered. `log` has all messages."""
+
+    front_lag_s = 0.0
+
+    def __init__(self, on_loss: Callable[[Loss], None], buckets: tuple[Bucket, ...], *, max_pages: int) -> None:
+        self.fails: Callable[[int, int, str], int | None] = lambda number, rank, what: None
+        self.log: list[tuple[int, str]] = []
+        self.damaged: set[tuple[int, int, int]] = set()
+        self._on_loss = on_loss
+        self._buckets = buckets
+        self._max_pages = max_pages
+        self._ranks: dict[int, FakeProcess] = {}
+        self._pids = 100
+        self._page_size = 0
+
+    def spawn(self, rank: int) -> FakeProcess:
+        self._pids += 1
+        self._ranks[rank] = FakeProcess(self._pids)
+        return self._ranks[rank]
+
+    async def attached(self, rank: int) -> None:
+        await asyncio.sleep(0)
+
+    def get(self, rank: int) -> FakeProcess | None:
+        return self._ranks.get(rank)
+
+    def watch(self, rank: int) -> None: ...
+
+    def unwatch(self, rank: int) -> None: ...
+
+    def abort(self, ranks, epoch: int, *, connecting_only: bool = False) -> None:
+        self.log += [(rank, "abort") for rank in ranks]
+
+    async def fenced(self, rank: int) -> None:
+        assert self._ranks[rank].loss is not None, f"rank {rank} is waited for and lives"
+
+    def give_up(self, ranks, why: str) -> None:
+        for rank in ranks:
+            self.declare(rank, Cause("error", why), 0.0)
+
+    def declare(self, rank: int, cause: Cause, evidence_at: float) -> None:
+        each = self._ranks[rank]
+        if each.loss is None:
+            each.loss = Loss(rank, cause, evidence_at, evidence_at)
+            self._on_loss(each.loss)
+
+    def kill(self, rank: int) -> None:
+        """The process of a rank ends."""
+        self.declare(rank, Cause("exited", "process ended with signal 9"), 0.0)
+
+    async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+        each = self._alive(rank)
+        await self._heard(rank, what)
+        if each.loss is not None:
+            raise RankLost(rank, str(each.loss.cause))
+        return link_pb2.Done(**(getattr(self, f"_{what}", lambda *_: None)(rank, each, message) or {}))
+
+    async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
+        for rank in parts:
+            await self._heard(rank, "step")
+        ranks = {rank: self._alive(rank) for rank in parts}
+        self._check(ranks, parts)
+        answers = {}
+        for rank, each in ranks.items():
+            arrays = self._arrays(parts[rank])
+            assert each.cache is not None
+            assert each.held is not None
+            tokens, logprobs = each.cache.step(arrays, {})
+            each.cache.commit(arrays)
+            load = np.zeros((len(each.held), each.routes.shape[1]), np.int32)
+            answers[rank] = link_pb2.StepDone(
+                tokens=tokens.tobytes(), logprobs=logprobs.tobytes(), expert_load=load.tobytes(), own_ms=1.0
+            )
+        return answers
+
+    # -- What ranks do ------------------------------------------------------------------------------------------
+
+    def _configure(self, rank: int, each: FakeProcess, m: link_pb2.Configure) -> None:
+        self._page_size = m.page_size
+        each.cache = FakeRank(m.pages, m.page_size)
+
+    def _join(self, rank: int, each: FakeProcess, m: link_pb2.Join) -> None:
+        used = m.pages_used * self._page_size
+        assert each.cache is not None
+        each.cache.token[used:] = each.cache.position[used:] = -1
+        each.epoch = -1
+
+    def _adopt(self, rank: int, each: FakeProcess, m: link_pb2.Adopt) -> dict:
+        wanted = np.frombuffer(m.slots, np.int32).reshape(-1, m.mesh.slots)
+        if each.held is None or each.held.shape != wanted.shape:
+            each.held = np.full(wanted.shape, -1, np.int32)
+        read = int(((wanted != each.held) & (wanted >= 0)).sum())
+        each.doubted = {(layer, slot) for layer, slot in each.doubted if wanted[layer, slot] < 0}
+        each.held = np.where(wanted >= 0, wanted, each.held)
+        each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(len(wanted), -1)
+        each.mesh, each.epoch = tuple(m.mesh.ranks), m.epoch
+        return {"experts_loaded": read}
+
+    def _read_cache(self, rank: int, each: FakeProcess, m: link_pb2.ReadCache) -> dict:
+        entries = self._entries(m)
+        return {"rows": np.stack([each.cache.token[entries], each.cache.position[entries]]).tobytes()}
+
+    def _write_cache(self, rank: int, each: FakeProcess, m: link_pb2.WriteCache) -> None:
+        rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
+        entries = self._entries(m)
+        each.cache.token[entries], each.cache.position[entries] = rows
+
+    def _inspect(self, rank: int, each: FakeProcess, m: link_pb2.Inspect) -> dict:
+        found = [slot for slot in sorted(self.damaged) if slot[0] == rank]
+        self.damaged -= set(found)
+        missing = []
+        for _, layer, slot in found:
+            missing.append(link_pb2.ExpertSlot(layer=layer, slot=slot, expert=int(each.held[layer, slot])))
+            each.doubted.add((layer, slot))
+        return {"missing": missing}
+
+    # -- Behind it ----------------------------------------------------------------------------------------------
+
+    async def _heard(self, rank: int, what: str) -> None:
+        victim = self.fails(len(self.log), rank, what)
+        self.log.append((rank, what))
+        if victim is not None and self._ranks[victim].loss is None:
+            self.kill(victim)
+        await asyncio.sleep(0)
+
+    def _alive(self, rank: int) -> FakeProcess:
+        each = self._ranks[rank]
+        if each.loss is not None:
+            raise RankLost(rank, str(each.loss.cause))
+        return each
+
+    def _check(self, ranks: dict[int, FakeProcess], parts: dict[int, link_pb2.Step]) -> None:
+        for rank, each in ranks.items():
+            if each.epoch != parts[rank].epoch:
+                raise RankRefused(rank, "step", f"epoch {parts[rank].epoch} is not {each.epoch}")
+            assert each.mesh == tuple(ranks), f"rank {rank} is in a mesh of {each.mesh}, the step in {tuple(ranks)}"
+        order = list(ranks)
+        for rank, each in ranks.items():
+            for layer, expert in np.argwhere(each.routes >= 0):
+                holder, slot = divmod(int(each.routes[layer, expert]), each.held.shape[1])
+                held = ranks[order[holder]].held[layer, slot]
+                assert held == expert, f"rank {rank} sends expert {expert} of layer {layer} to a slot with {held}"
+
+    def _entries(self, m) -> np.ndarray:
+        at = np.arange(m.first, m.first + m.count)
+        return np.array(m.pages)[at // self._page_size] * self._page_size + at % self._page_size
+
+    def _arrays(self, part: link_pb2.Step) -> dict[str, np.ndarray]:
+        padding = _padding(self._buckets[part.bucket], self._max_pages)
+        if not part.inputs:
+            return padding
+        packed, at, arrays = np.frombuffer(part.inputs, np.int32), 0, {}
+        for name, like in padding.items():
+            arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape)
+            at += like.size
+        return arrays

@@ -1,0 +1,80 @@
+"""Settings: one default each, three sources, and what is refused."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.config import Settings
+from serving.errors import InvalidRequest
+
+
+def test_every_setting_says_what_it_is_for():
+    assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(Settings))
+
+
+@given(
+    ranks=st.integers(2, 64),
+    chaos=st.booleans(),
+    model=st.text(st.characters(blacklist_categories=["Cs"]), min_size=1),
+    floor=st.floats(0.1, 100),
+    buckets=st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=4).map(tuple),
+)
+def test_settings_written_as_toml_are_read_back(tmp_path_factory, ranks, chaos, model, floor, buckets):
+    settings = Settings(ranks=ranks, chaos=chaos, model=model, heartbeat_floor_s=floor, buckets=buckets)
+    file = tmp_path_factory.mktemp("toml") / "s.toml"
+    file.write_text(settings.to_toml())
+    assert Settings.load(file, {}) == settings
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MOEJAX_RANK": "3"}, "Did you mean MOEJAX_RANKS?"),
+        ({"MOEJAX_HTTPPORT": "1"}, "Did you mean MOEJAX_HTTP_PORT?"),
+        ({"MOEJAX_RANKS": "x"}, "'ranks' is 'x'"),
+        ({"MOEJAX_CHAOS": "perhaps"}, "'chaos' is 'perhaps'"),
+    ],
+)
+def test_a_wrong_variable_is_refused(environment, message):
+    with pytest.raises(InvalidRequest, match=message.replace("?", r"\?")):
+        Settings.load(None, environment)
+
+
+def test_variables_that_are_no_settings_are_left_alone():
+    foreign = {
+        "MOEJAX_SERVICE_HOST": "10.0.0.1",
+        "MOEJAX_SERVICE_PORT_HTTP": "8000",
+        "MOEJAX_PORT": "tcp://10.0.0.1:8000",
+        "MOEJAX_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "MOEJAX_API_KEY": "k",
+        "MOEJAX_SERVER": "s",
+        "OTHER_RANKS": "1",
+    }
+    assert Settings.load(None, foreign) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"log_format": "xml"}, "Choose one of text, json"),
+        ({"max_streams": 0}, "more than 0"),
+        ({"tls_cert": "c"}, "without tls_key"),
+        ({"tls_client_ca": "c"}, "without tls_cert"),
+        ({"ranks": 2.5}, "'ranks' is 2.5"),
+        ({"chaos": 3}, "'chaos' is 3"),
+        ({"model": 3}, "'model' is 3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(values, message):
+    with pytest.raises(InvalidRequest, match=message):
+        Settings.load(None, {}, **values)
+
+
+@pytest.mark.parametrize("text", ["ranks = ", "\x00"])
+def test_a_file_that_is_no_toml_is_one_error(tmp_path, text):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match="not valid TOML"):
+        Settings.load(file, {})

@@ -1,0 +1,129 @@
+"""Requests that leave a rank keep their tokens and their cache, and nothing is owned twice."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import drain
+from serving.request import Phase
+from tests.fakes import FakeServer, small_limits, small_request
+
+
+def server(ranks: int = 3, pages: int = 24) -> FakeServer:
+    return FakeServer.start(small_limits(), dict.fromkeys(range(ranks), pages))
+
+
+def move(fake: FakeServer, request_id: str) -> bool:
+    """Move a request with its cache entries, as operations do."""
+    before = fake.state.running[request_id]
+    moved = drain.move(fake.state, request_id)
+    if moved is None:
+        return False
+    state, after = moved
+    size = fake.state.limits.page_size
+    source, target = fake.ranks[before.rank], fake.ranks[after.rank]
+    for position in range(before.computed):
+        page, offset = divmod(position, size)
+        here, there = before.pages[page] * size + offset, after.pages[page] * size + offset
+        target.token[there], target.position[there] = source.token[here], source.position[here]
+    fake._move(state)
+    return True
+
+
+def empty(fake: FakeServer, rank: int) -> None:
+    """Move what can be moved off a rank, and have the rest computed again."""
+    fake._move(drain.close(fake.state, {rank}))
+    for sequence in drain.leaving(fake.state):
+        move(fake, sequence.id)
+    fake._move(drain.displace(fake.state, {rank}))
+    assert all(sequence.rank != rank for sequence in fake.state.running.values())
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.lists(st.integers(0, 96), min_size=1, max_size=40), st.integers(1, 30)),
+        st.tuples(st.just("step"), st.integers(1, 5), st.just(0)),
+        st.tuples(st.just("drain"), st.integers(0, 2), st.just(0)),
+        st.tuples(st.just("move"), st.integers(0, 11), st.just(0)),
+        st.tuples(st.just("distrust"), st.just(0), st.just(0)),
+        st.tuples(st.just("lose"), st.integers(0, 2), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(events)
+def test_whatever_is_moved_and_when_every_stream_has_the_tokens_it_has_alone(script):
+    fake, count = server(), 0
+    for what, value, length in script:
+        if what == "submit" and len(fake.state.waiting) < fake.state.limits.max_queue:
+            fake.submit(small_request(f"r{count}", value, max_tokens=length, seed=count))
+            count += 1
+        elif what == "step":
+            for _ in range(value):
+                fake.step()
+        elif what == "drain":
+            empty(fake, value)
+            fake.adopt({rank: 24 for rank in range(3) if rank != value})
+            fake.adopt(dict.fromkeys(range(3), 24), fresh=(value,))
+            fake._move(drain.close(fake.state, ()))
+        elif what == "move" and f"r{value}" in fake.state.running:
+            move(fake, f"r{value}")
+        elif what == "distrust":
+            fake._move(drain.distrust(fake.state))
+        elif what == "lose":
+            fake.lose({value})
+            fake.adopt(dict.fromkeys(range(3), 24), fresh=(value,))
+    fake.drain()
+    fake.check_streams(all_ended=True)
+
+
+def test_a_closed_rank_takes_no_request_and_keeps_those_it_has():
+    fake = server(2)
+    for name in "abcd":
+        fake.submit(small_request(name, max_tokens=20))
+    fake.step()
+    here = {sequence.id for sequence in fake.state.running.values() if sequence.rank == 0}
+    fake._move(drain.close(fake.state, {0}))
+    for name in "efgh":
+        fake.submit(small_request(name, max_tokens=20))
+    for _ in range(3):
+        fake.step()
+    assert {sequence.id for sequence in fake.state.running.values() if sequence.rank == 0} == here
+    assert here
+
+
+def test_a_moved_request_computes_nothing_again():
+    fake = server(2)
+    fake.submit(small_request("a", range(1, 30), max_tokens=20))
+    for _ in range(4):
+        fake.step()
+    before = fake.state.running["a"]
+    fake._move(drain.close(fake.state, {before.rank}))
+    assert move(fake, "a")
+    after = fake.state.running["a"]
+    assert after.rank != before.rank
+    assert (after.computed, after.generated, after.phase) == (before.computed, before.generated, Phase.DECODE)
+    batch = fake.step()
+    assert batch is not None
+    assert [len(work.tokens) for work in batch.work[after.rank]] == [1]
+
+
+def test_without_room_elsewhere_a_request_stays_where_it_is():
+    fake = server(2, pages=6)
+    for name in "ab":
+        fake.submit(small_request(name, range(1, 40), max_tokens=8))
+    fake.step()
+    rank = fake.state.running["a"].rank
+    fake._move(drain.close(fake.state, {rank}))
+    assert drain.move(fake.state, "a") is None
+    fake.drain()
+    fake.check_streams(all_ended=True)
+
+
+def test_a_request_does_not_move_while_its_step_runs():
+    fake = server(2)
+    fake.submit(small_request("a"))
+    fake.begin()
+    with pytest.raises(AssertionError, match="while its step runs"):
+        drain.move(fake.state, "a")

@@ -1,0 +1,54 @@
+"""A client of another language that knows the .proto files and nothing else: Node's grpc-js."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fake_backend import FakeBackend
+from tests.serving.test_client import running
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "node_client.js"
+
+
+def modules() -> str | None:
+    """Where grpc-js is: MOEJAX_TEST_NODE_MODULES, or a node_modules of this checkout."""
+    for folder in (os.environ.get("MOEJAX_TEST_NODE_MODULES"), str(ROOT / "node_modules")):
+        if folder and (Path(folder) / "@grpc" / "grpc-js").is_dir():
+            return folder
+    return None
+
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("node") is None or modules() is None,
+    reason="needs node, and npm install @grpc/grpc-js @grpc/proto-loader",
+)
+
+
+def node(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"NODE_PATH": modules() or ""}
+    command = ["node", str(SCRIPT), address, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_it_streams_an_answer_and_reads_the_status():
+    backend = FakeBackend(reply=list("héllo 数学".encode()))
+    with running(backend) as server:
+        done = node(server.address, "a")
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.strip().splitlines()
+    assert first == "héllo 数学"
+    told = json.loads(last)
+    assert told == {"finish": "FINISH_REASON_STOP", "tokens": 13, "epochs": ["0"], "alive": 4}
+
+
+def test_a_refusal_arrives_with_its_status():
+    with running(FakeBackend()) as server:
+        done = node(server.address, "")
+    assert done.returncode == 1
+    assert "INVALID_ARGUMENT" in done.stderr
+    assert "empty" in done.stderr
