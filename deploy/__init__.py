@@ -1,0 +1,1 @@
+"""What runs moejax elsewhere: container, Kubernetes, systemd, Grafana."""

@@ -1,0 +1,170 @@
+"""The README's pictures, of a real server: `python -m docs.make_pictures` (needs Chromium).
+
+Starts `moejax serve`, lets it generate, kills a rank with SIGKILL on the way, and keeps what a terminal and a
+browser show meanwhile. Nothing is drawn that did not happen.
+"""
+
+import argparse
+import base64
+import html
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.launch import launched
+from serving.client import Client
+from tests import browser
+
+FOLDER = Path(__file__).resolve().parent / "pictures"
+COLUMNS, LINE, MARGIN = 84, 20, 16
+HOLD_S = 6.0
+"""How long the end stays before the recording begins anew."""
+Piece = tuple[float, str, str]
+"""When it came (seconds), the text, and its class: "" or one of _STYLE."""
+_STYLE = (
+    "text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#d7e4e2;white-space:pre}"
+    ".p{fill:#2dd4bf}.k{fill:#f87171}.q{fill:#93a8a6}"
+)
+
+
+def record(address: str, prompt: str, tokens: int) -> list[Piece]:
+    """Generate, kill the rank that serves the stream half-way, and list the events: what a terminal would show."""
+    began, pieces = time.monotonic(), []
+
+    def note(text: str, style: str = "") -> None:
+        pieces.append((time.monotonic() - began, text, style))
+
+    command = ["generate", prompt, "--max-tokens", str(tokens), "--temperature", "0"]
+    note(f'$ moejax generate "{prompt}" --max-tokens {tokens} --temperature 0\n', "p")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving", *command, "--server", address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    seen, killed, last = 0, False, 0
+    with Client(address) as client:
+        last = max((event.sequence for event in _events(client)), default=0)
+        while data := os.read(process.stdout.fileno(), 4096):
+            note(data.decode(errors="replace"))
+            seen += 1
+            if not killed and seen > tokens // 3:
+                killed = True
+                rank = max(client.status().ranks, key=lambda each: each.running)
+                assert rank.pid is not None
+                os.kill(rank.pid, signal.SIGKILL)
+                note(f" ⟨kill -9 {rank.pid}: rank {rank.id}⟩", "k")
+        process.wait()
+        time.sleep(1.0)
+        note("\n$ moejax events\n", "p")
+        for event in _events(client):
+            if event.sequence > last and event.kind in ("rank_lost", "recovered"):
+                phases = ", ".join(f"{name} {ms:.0f}" for name, ms in event.phases.items() if name != "total")
+                total = f"  {event.phases['total']:.0f} ms ({phases})" if event.phases else ""
+                note(f"{event.kind:<10} epoch {event.epoch}  rank {event.rank}{total}\n", "q")
+    return pieces
+
+
+def _events(client: Client) -> list:
+    events = []
+    try:
+        for event in client.watch(timeout_s=0.5):
+            events.append(event)
+    except Exception as error:  # the stream has no end but its deadline
+        if type(error).__name__ != "DeadlineExceeded":
+            raise
+    return events
+
+
+def animation(pieces: list[Piece]) -> str:
+    """A recording as an SVG that plays in any browser, and shows everything where nothing moves."""
+    whole = pieces[-1][0] + HOLD_S
+    row, column, rows = 0, 0, [[]]
+    for at, text, style in pieces:
+        for part in _split(text):
+            if part == "\n" or column + len(part) > COLUMNS:
+                row, column = row + 1, 0
+                rows.append([])
+            if part != "\n":
+                shown = part.lstrip() if column == 0 else part
+                rows[row].append((at, column, shown, style))
+                column += len(shown)
+    spans, rules, times = [], [], {}
+    for y, parts in enumerate(rows):
+        for at, x, text, style in parts:
+            name = times.setdefault(round(at, 2), f"t{len(times)}")
+            place = f'x="{MARGIN + x * 8.43:.1f}" y="{MARGIN + 28 + y * LINE}"'
+            spans.append(f'<text {place} class="{name} {style}">{html.escape(text)}</text>')
+    for at, name in times.items():
+        share = 100 * at / whole
+        rules.append(f"@keyframes {name}{{0%,{share:.2f}%{{opacity:0}}{share + 0.01:.2f}%,100%{{opacity:1}}}}")
+        rules.append(f".{name}{{animation:{name} {whole:.1f}s infinite}}")
+    still = "@media(prefers-reduced-motion:reduce){text{animation:none!important}}"
+    width, height = int(2 * MARGIN + COLUMNS * 8.43), 2 * MARGIN + 20 + LINE * len(rows)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"<style>{_STYLE}{''.join(rules)}{still}</style>"
+        f'<rect width="100%" height="100%" rx="10" fill="#0e1414"/>'
+        '<circle cx="18" cy="16" r="5" fill="#f87171"/><circle cx="34" cy="16" r="5" fill="#facc15"/>'
+        f'<circle cx="50" cy="16" r="5" fill="#4ade80"/>{"".join(spans)}</svg>\n'
+    )
+
+
+def _split(text: str) -> list[str]:
+    """Words with the space before them, and line ends."""
+    parts, word = [], ""
+    for character in text:
+        if character == "\n" or (character == " " and word.strip()):
+            parts += [word] if word else []
+            word = ""
+            if character == "\n":
+                parts.append("\n")
+                continue
+        word += character
+    return [*parts, word] if word else parts
+
+
+def dashboard(url: str, prompt: str) -> None:
+    """Screenshots while a chat goes on over the death of a rank: light at full width, dark on a phone."""
+    for name, width, height, dark in (("dashboard", 1280, 900, False), ("dashboard-phone", 390, 844, True)):
+        with browser.chromium(width=width, height=height, dark=dark) as driver:
+            driver.get(url)
+            time.sleep(2)
+            driver.find_element("id", "prompt").send_keys(prompt + "\n")
+            time.sleep(3)
+            status = json.loads(driver.execute_script("return JSON.stringify(server)"))
+            alive = [rank for rank in status["ranks"] if rank["state"] == "serving"]
+            rank = max(alive, key=lambda each: each["running"])["id"]
+            driver.find_element("css selector", f"#rank-{rank} button.kill").click()
+            time.sleep(2.5)
+            bottom = driver.execute_script(
+                "return document.getElementById('rate-panel').getBoundingClientRect().bottom"
+            )
+            clip = {"x": 0, "y": 0, "width": width, "height": bottom + 14, "scale": 1}
+            shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+            (FOLDER / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+            time.sleep(8)  # the rank comes back before the next picture
+
+
+def main() -> None:
+    """Make them all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-moe")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--question", default="Why is the sky blue? Explain it to a child.")
+    options = parser.parse_args()
+    with launched(options.model, options.ranks) as server:
+        pieces = record(server.address, options.prompt, 90)
+        (FOLDER / "survive.svg").write_text(animation(pieces))
+        time.sleep(10)
+        url = next(word for word in server.said().split() if word.startswith("http://"))
+        dashboard(url, options.question)
+
+
+if __name__ == "__main__":
+    main()
