@@ -148,7 +148,7 @@ def be_a_rank(store: Path, rank: int, ranks: int) -> Values:
     arrays = LiveArrays(shape, HostStore.open(store))
     arrays.enter_device(device)
     arrays.fill(slots, programs, device)
-    jax.block_until_ready([arrays.expert(0, 0), arrays.weights])
+    jax.block_until_ready([arrays.expert(0, 0), arrays.head])
     return {
         "seconds": time.monotonic() - began,
         "share_bytes": 4 * parameter_count(cfg) + (slots.size - experts(cfg)) * expert_bytes(cfg),

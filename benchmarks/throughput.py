@@ -22,6 +22,7 @@ from benchmarks.launch import launched
 from benchmarks.machine import machine
 from benchmarks.streams import Ask, Trace, make_asks, play
 from serving.client import AsyncClient, Client
+from serving.config import DATA_TYPES
 from serving.status import Status
 
 
@@ -90,7 +91,8 @@ def main() -> int:
     """Measure, print, and write JSON."""
     arguments, where = parse(), machine()
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    with launched(arguments.model, arguments.ranks) as server, Client(server.address) as client:
+    options = ("--data-type", arguments.data_type)
+    with launched(arguments.model, arguments.ranks, options=options) as server, Client(server.address) as client:
         before = client.status()
         runs = asyncio.run(measure(server.address, arguments))
         share = outside_share(before, client.status())
@@ -100,6 +102,7 @@ def main() -> int:
             "machine": where,
             "model": arguments.model,
             "ranks": arguments.ranks,
+            "data_type": arguments.data_type,
             "prompt_tokens": arguments.prompt_tokens,
             "output_tokens": arguments.max_tokens,
             "runs": runs,
@@ -120,6 +123,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--data-type", choices=DATA_TYPES, default="float32")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="about")
     parser.add_argument("--max-tokens", type=int, default=128)

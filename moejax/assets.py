@@ -1,9 +1,10 @@
 """From a model's name to its folder.
 
-`tiny` is in the repository; `smollm2-moe` is made on first use, in the cache; anything else is a folder, ours or one
-as models are published, which is converted on first use, into the cache.
+`tiny` is in the repository; `smollm2-moe` and `bench-mixtral` are made on first use, in the cache; anything else is a
+folder, ours or one as models are published, which is converted on first use, into the cache.
 """
 
+import hashlib
 import json
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ from moejax.convert import convert, fingerprint, progress, published_name
 from moejax.download import cache_folder
 from moejax.families import read_config
 from moejax.manifest import content_hash
+from moejax.random_model import build_random, load_random
 from moejax.smollm2 import build
 from moejax.split import Split
 
@@ -33,6 +35,8 @@ def ensure_model(name_or_path: str | Path) -> Path:
         return checked_folder(ROOT / "models" / "tiny")
     if str(name_or_path) == "smollm2-moe":
         return ensure_smollm2(load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml"))
+    if str(name_or_path) == "bench-mixtral":
+        return ensure_random(ROOT / "configs" / "presets" / "bench-mixtral.toml")
     if is_published(Path(name_or_path)):
         return ensure_converted(Path(name_or_path))
     return checked_folder(Path(name_or_path))
@@ -60,6 +64,17 @@ def ensure_converted(published: Path) -> Path:
     return checked_folder(folder)
 
 
+def ensure_random(preset: Path) -> Path:
+    """The folder of a model of random weights, found in the cache or made there."""
+    cfg, seed = load_random(preset)
+    about = hashlib.sha256(f"{cfg.to_json()} {seed} {RECIPE}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{cfg.name}-{about}"
+    if not folder.is_dir():
+        with progress(f"Making {cfg.name}, once"):
+            build_random(folder, cfg, seed)
+    return checked_folder(folder)
+
+
 def ensure_smollm2(split: Split) -> Path:
     """The folder of SmolLM2 split in this way, found in the cache or made there."""
     default = load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml")
@@ -83,7 +98,9 @@ def load_split(path: Path) -> Split:
 def checked_folder(folder: Path) -> Path:
     """The folder, if all that a model folder holds is there; else CheckpointError naming what is missing."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder, and no model has that name; known are smollm2-moe and tiny.")
+        raise CheckpointError(
+            f"{folder} is no folder, and no model has that name; known are smollm2-moe, tiny and bench-mixtral."
+        )
     for patterns in (("config.json",), TOKENIZERS, ("params",)):
         if not any(file for pattern in patterns for file in folder.glob(pattern)):
             raise CheckpointError(f"{folder} lacks {' or '.join(patterns)}: it is no model folder.")

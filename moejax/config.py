@@ -13,6 +13,7 @@ class ConfigError(ValueError):
 
 
 Gate = Literal["softmax", "one", "share", "sigmoid", "sparsemixer"]
+Weights = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,8 @@ class LatentConfig:
 class ModelConfig:
     """A decoder of attention and SwiGLU layers, some with routed experts. The defaults are Llama's.
 
-    `family` names the checkpoints its parameters come from (`moejax.families`).
+    `family` names the checkpoints its parameters come from (`moejax.families`); `weights` is the form in which ranks
+    hold matrices (`moejax.precision`), chosen when a model is served.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
     `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense.
@@ -149,6 +151,7 @@ class ModelConfig:
     d_head: int
     d_ff: int
     family: str = "moejax"
+    weights: Weights = "float32"
     rope_base: float = 10_000.0
     rope_dims: int | None = None
     rope_scaling: RopeScaling | None = None
@@ -176,6 +179,8 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise ConfigError(f"weights is {self.weights!r}; known are {', '.join(map(repr, get_args(Weights)))}.")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly. "

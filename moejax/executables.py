@@ -118,6 +118,7 @@ def executable_name(kind: str, *parts: object) -> str:
         jax.__version__,
         jaxlib.__version__,
         os.environ.get("XLA_FLAGS", ""),
+        os.environ.get("NPROC", ""),
         platform.machine(),
         _cpu_flags(),
     )
@@ -125,8 +126,8 @@ def executable_name(kind: str, *parts: object) -> str:
 
 
 _COMPILED_MODULES = (
-    *("attention", "axes", "cache", "exchange", "experts", "inputs", "layers"),
-    *("mesh", "model", "params", "router", "sampling", "shaping", "steps"),
+    *("attention", "axes", "cache", "exchange", "experts", "heads", "inputs", "layers"),
+    *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps"),
 )
 
 

@@ -19,7 +19,7 @@ def inspect(arrays: LiveArrays, first: int, count: int) -> list[tuple[int, int, 
     found = []
     for layer, slot in (divmod(number, slots) for number in chosen):
         expert = int(arrays.held[layer, slot])
-        if expert >= 0 and not arrays.source.is_intact((layer, expert), *arrays.expert(layer, slot)):
+        if expert >= 0 and not arrays.is_intact(layer, slot):
             arrays.held[layer, slot] = -1
             found.append((layer, slot, expert))
     return found
@@ -27,18 +27,19 @@ def inspect(arrays: LiveArrays, first: int, count: int) -> list[tuple[int, int, 
 
 def inspect_common(arrays: LiveArrays) -> list[str]:
     """Names of damaged weights among those that every rank has."""
-    return arrays.source.damaged(arrays.weights) if arrays.weights is not None else []
+    return arrays.damaged()
 
 
 def damage(
     arrays: LiveArrays, layer: int, slot: int, local: LocalPrograms, device: jax.Device, *, nan: bool
 ) -> tuple[int, int, int]:
     """Spoil the weights in a slot: not-a-number, or one flipped bit. What was spoilt: (MoE layer, slot, expert)."""
-    parts = tuple(np.array(part) for part in arrays.expert(layer, slot))
-    down = parts[1]
+    weights = jax.tree.map(np.array, arrays.expert(layer, slot))
+    numbers = jax.tree.leaves(weights.down)[-1]  # of int8 the scale: the rest cannot be not-a-number
+    first = numbers.reshape(-1)[:1]
     if nan:
-        down[0, 0] = np.nan
+        first[:] = np.nan
     else:
-        down.view(np.uint32)[0, 0] ^= np.uint32(1 << 22)
-    arrays.put_expert(layer, slot, parts, local, device)
+        first.view(np.uint8)[-2:] ^= np.uint8(1 << 6)
+    arrays.put_expert(layer, slot, weights, local, device)
     return layer, slot, int(arrays.held[layer, slot])

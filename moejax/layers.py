@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 
 from moejax import kernels
+from moejax.precision import Int8, at, widened
 
 _LANES = 32
 """Partial sums kept side by side in `ordered_sum`."""
@@ -22,29 +23,29 @@ _LANES = 32
 
 @struct.dataclass
 class Stacked:
-    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, so that who multiplies by it can leave it
-    where it lies. `index` has a number for each leading axis that is fixed."""
+    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, or an `Int8` of one, so that who multiplies
+    by it can leave it where it lies. `index` has a number for each leading axis that is fixed."""
 
     stack: Any
     index: tuple[Any, ...]
 
     def read(self) -> jax.Array:
         """The matrix itself, copied out."""
-        return self.stack[self.index]
+        return widened(at(self.stack, self.index))
 
     def at(self, *index: Any) -> "Stacked":
         """Further leading axes fixed."""
         return Stacked(self.stack, (*self.index, *index))
 
 
-Weight = jax.Array | Stacked
+Weight = jax.Array | Int8 | Stacked
 Dot = Callable[[jax.Array, Weight], jax.Array]
 """`row_dot` or another of its kind."""
 
 
 def value(w: Weight) -> jax.Array:
     """The numbers themselves, for what is small."""
-    return w.read() if isinstance(w, Stacked) else w
+    return w.read() if isinstance(w, Stacked) else widened(w)
 
 
 def row_dot(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
@@ -106,7 +107,7 @@ def head_dot(x_TNH: jax.Array, w_NFH: Weight) -> jax.Array:
 
     def one(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         n, x_TH = at
-        return None, row_dot(x_TH, w_NFH.at(n) if isinstance(w_NFH, Stacked) else w_NFH[n])
+        return None, row_dot(x_TH, w_NFH.at(n) if isinstance(w_NFH, Stacked) else at(w_NFH, (n,)))
 
     heads = jnp.arange(x_TNH.shape[1])
     return lax.scan(one, None, (heads, x_TNH.swapaxes(0, 1)))[1].swapaxes(0, 1)

@@ -24,6 +24,7 @@ from moejax.heads import join_heads, make_heads, score_scale
 from moejax.inputs import TILE, Bucket, StepInputs
 from moejax.layers import Stacked, norm, swiglu
 from moejax.params import Layer, MoE, Params
+from moejax.precision import Int8, look_up
 from moejax.router import route
 
 UNSEEN = 2**30
@@ -58,7 +59,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     cfg = shape.cfg
     with jax.named_scope("embed"):
         # Padding rows are zero and stay so through every layer without biases; the CPU kernels pass over such rows.
-        x = jnp.where(inputs.positions[:, None] >= 0, params.embed[inputs.tokens], 0)
+        x = jnp.where(inputs.positions[:, None] >= 0, look_up(params.embed, inputs.tokens), 0)
         if cfg.embed_scale != 1.0:
             x = x * cfg.embed_scale
     new_kv, loads = [], []
@@ -100,7 +101,9 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
 
 def _layer_at(layer: Layer, repeat: jax.Array) -> Layer:
     """One layer of a segment: vectors are read, matrices stay in their stack."""
-    return jax.tree.map(lambda leaf: leaf[repeat] if leaf.ndim == 2 else Stacked(leaf, (repeat,)), layer)
+    is_int8 = lambda leaf: isinstance(leaf, Int8)  # noqa: E731
+    read = lambda leaf: not is_int8(leaf) and leaf.ndim == 2  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf[repeat] if read(leaf) else Stacked(leaf, (repeat,)), layer, is_leaf=is_int8)
 
 
 def _attend(

@@ -223,7 +223,7 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> P
 
 
 def expert_bytes(cfg: ModelConfig, itemsize: int = 4) -> int:
-    """Bytes of one routed expert of one layer."""
+    """Bytes of one routed expert of one layer, all its numbers of this size."""
     if cfg.moe is None:
         return 0
     one = _feed_forward(cfg, (), (), cfg.moe.d_expert, biased=cfg.moe.expert_bias)

@@ -1,10 +1,11 @@
 """Makes a model ready to be served: finds or builds its folder, copies its weights into the host's memory.
 
-    python -m moejax.prepare MODEL        progress on standard error, one line of JSON on standard output
+    python -m moejax.prepare MODEL FORM   progress on standard error, one line of JSON on standard output
 
 A process of its own, because the front of the server never imports JAX.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -13,17 +14,19 @@ from moejax.assets import ensure_model
 from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
 from moejax.download import cache_folder
-from moejax.params import expert_bytes, parameter_count
+from moejax.params import parameter_count
+from moejax.precision import held_bytes
 from moejax.store import HostStore
 
 
-def prepare(name: str) -> dict[str, object]:
-    """What the front needs to know of a model; the field names are those of `serving.prepared.Prepared`."""
+def prepare(name: str, weights: str = "float32") -> dict[str, object]:
+    """What the front needs to know of a model whose matrices ranks hold in this form (`moejax.precision`); the field
+    names are those of `serving.prepared.Prepared`."""
     folder = ensure_model(name)
     store = HostStore.create(folder)
-    cfg: ModelConfig = store.cfg
+    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     moe = cfg.moe
-    experts = cfg.n_moe_layers * (moe.experts if moe else 0)
+    in_experts = held_bytes(cfg, experts=True)
     return {
         "name": cfg.name,
         "config": cfg.to_json(),
@@ -39,8 +42,9 @@ def prepare(name: str) -> dict[str, object]:
         "experts": moe.experts if moe else 0,
         "experts_per_token": moe.experts_per_token if moe else 0,
         "parameters": parameter_count(cfg),
-        "expert_bytes": expert_bytes(cfg),
-        "rest_bytes": 4 * parameter_count(cfg) - experts * expert_bytes(cfg),
+        "expert_bytes": in_experts // (cfg.n_moe_layers * moe.experts) if moe else 0,
+        "rest_bytes": held_bytes(cfg, experts=False),
+        "weights": cfg.weights,
         "cache_bytes_per_token": bytes_per_token(cfg),
         "hidden_bytes": 4 * cfg.d_model,
     }
@@ -58,7 +62,7 @@ def main() -> int:
     """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
     try:
         _build_kernels()
-        print(json.dumps(prepare(sys.argv[1])))
+        print(json.dumps(prepare(*sys.argv[1:])))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,8 @@ from moejax.executables import ExecutableStore, executable_name
 from moejax.inputs import TILE, Bucket, packed_size
 from moejax.mesh import global_array, make_mesh
 from moejax.model import StepOutputs, StepShape
-from moejax.params import Head
+from moejax.params import Head, is_spec, param_specs
+from moejax.precision import held_shape
 from moejax.shaping import Shaping, words
 
 
@@ -204,8 +205,8 @@ def fill_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterato
     local = steps.local_shapes(shape.step(shape.buckets[0], 1, slots), shape.entries).params
     index = _on(device, (), jnp.int32)
     for i, j in expert_positions(cfg):
-        experts = jax.tree.map(lambda s: _on(device, s.shape), local.segments[i][j].moe.experts)
-        one = jax.tree.map(lambda s: _on(device, s.shape[2:]), experts)
+        experts = jax.tree.map(lambda s: _on(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
+        one = jax.tree.map(lambda s: _on(device, s.shape[2:], s.dtype), experts)
         yield (
             executable_name("fill", cfg, (i, j), slots),
             lambda e=experts, o=one: steps.run_fill.lower(e, o, index, index),
@@ -241,7 +242,8 @@ def _on(device: jax.Device, shape: tuple[int, ...], dtype: Any = jnp.float32) ->
 
 
 def _head(device: jax.Device, cfg: ModelConfig) -> Head:
-    return Head(_on(device, (cfg.vocab_size, cfg.d_model)), _on(device, (cfg.vocab_size,)) if cfg.head_bias else None)
+    held = jax.tree.map(lambda spec: held_shape(cfg, spec), param_specs(cfg).logits, is_leaf=is_spec)
+    return jax.tree.map(lambda s: _on(device, s.shape, s.dtype), held)
 
 
 def _cache(device: jax.Device, cfg: ModelConfig, entries: int) -> Cache:

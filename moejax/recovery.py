@@ -6,7 +6,7 @@ the bytes of the experts that are missing; the cache is kept. Nothing here waits
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -14,9 +14,10 @@ import numpy as np
 from moejax import steps
 from moejax.cache import Cache, empty_cache
 from moejax.config import ModelConfig
-from moejax.manifest import expert_place
+from moejax.manifest import checksum, expert_place, named
 from moejax.mesh import global_array
-from moejax.params import FeedForward, Head, Params, expert_bytes, is_spec, param_specs
+from moejax.params import FeedForward, Head, Params, ParamSpec, expert_bytes, is_spec, param_specs
+from moejax.precision import held_shape, hold
 from moejax.programs import LocalPrograms, MeshPrograms, ModelShape, expert_positions
 from moejax.store import StoreError
 
@@ -61,7 +62,8 @@ class LiveArrays:
         self.shape = shape
         self.source = source
         self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
-        self._host_weights = jax.tree.map(_aligned, source.everything_but_experts())
+        self._host_weights = _held(shape.cfg, param_specs(shape.cfg), source.everything_but_experts())
+        self._sums = _Sums(shape.cfg, source, self._host_weights)
         self._host_cache: Cache | None = None
         self._host_experts: dict[tuple[int, int], FeedForward] = {}
         self._weights: Params | None = None
@@ -100,23 +102,24 @@ class LiveArrays:
         self.cache = jax.device_put(cache, device, may_alias=False)
         self._host_cache, self._host_experts = None, {}
 
-    def expert(self, layer: int, slot: int) -> tuple[np.ndarray, ...]:
-        """The weights in a slot, the parts of a FeedForward in order, as host arrays (on a CPU, without a copy)."""
+    def expert(self, layer: int, slot: int) -> FeedForward:
+        """The weights in a slot, as host arrays (on a CPU, without a copy)."""
         i, j, repeat = self._places[layer]
-        return tuple(np.asarray(leaf)[repeat, slot] for leaf in jax.tree.leaves(self._experts[i, j]))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[repeat, slot], self._experts[i, j])
 
-    def put_expert(
-        self, layer: int, slot: int, weights: tuple[np.ndarray, ...], local: LocalPrograms, device: jax.Device
-    ) -> None:
+    def is_intact(self, layer: int, slot: int) -> bool:
+        """Whether the weights in a slot that is held are, in every bit, what came from the source."""
+        return self._sums.is_intact((layer, int(self.held[layer, slot])), self.expert(layer, slot))
+
+    def damaged(self) -> list[str]:
+        """Names of the weights that every rank has and that are not what came from the source."""
+        return self._sums.damaged(self._weights) if self._weights is not None else []
+
+    def put_expert(self, layer: int, slot: int, weights: FeedForward, local: LocalPrograms, device: jax.Device) -> None:
         """Write weights into a slot, which donates the leaves: arrays laid over a mesh before are gone."""
         i, j, repeat = self._places[layer]
-        arguments = jax.device_put((FeedForward(*weights), np.int32(repeat), np.int32(slot)), device)
+        arguments = jax.device_put((weights, np.int32(repeat), np.int32(slot)), device)
         self._experts[i, j] = local.fills[i, j](self._experts[i, j], *arguments)
-
-    @property
-    def weights(self) -> Params | None:
-        """What every rank has, on the device; expert leaves are None."""
-        return self._weights
 
     def fill(self, slots: np.ndarray, local: LocalPrograms | None, device: jax.Device) -> Filled:
         """Bring the slots `[moe layers, S]` to hold these experts; what is in place stays.
@@ -149,13 +152,22 @@ class LiveArrays:
                     unread.append((int(layer), int(s), expert))
         return Filled(len(missing) - len(unread), tuple(unread), trouble)
 
-    def _read(self, wanted: list[tuple[int, int]]) -> tuple[Mapping[tuple[int, int], tuple[np.ndarray, ...]], str]:
+    def _read(self, wanted: list[tuple[int, int]]) -> tuple[dict[tuple[int, int], FeedForward], str]:
         """Those of the wanted experts that the store can give, and what it says of the first that it cannot."""
         try:
-            return self.source.read_experts(wanted), ""
+            found = {
+                expert: self._held_expert(expert, parts) for expert, parts in self.source.read_experts(wanted).items()
+            }
+            return found, ""
         except StoreError as error:
             rest = [expert for expert in dict.fromkeys(wanted) if expert not in error.failed] if error.failed else []
             return (self._read(rest)[0] if rest else {}), str(error)
+
+    def _held_expert(self, expert: tuple[int, int], parts: tuple[np.ndarray, ...]) -> FeedForward:
+        i, j, _ = self._places[expert[0]]
+        held = _held(self.shape.cfg, param_specs(self.shape.cfg).segments[i][j].moe.experts, FeedForward(*parts))
+        self._sums.note(expert, held)
+        return held
 
     def _refill(self, slots: np.ndarray, device: jax.Device) -> Filled:
         before = {place: jax.tree.map(np.asarray, leaves) for place, leaves in self._experts.items()}
@@ -171,7 +183,7 @@ class LiveArrays:
                 if key in have:
                     one = jax.tree.map(lambda leaf, at=(repeat, have[key]): leaf[at], before[i, j])
                 elif key in read:
-                    one = FeedForward(*read[key])
+                    one = read[key]
                 else:
                     if expert >= 0:
                         unread.append((layer, s, int(expert)))
@@ -219,6 +231,44 @@ class LiveArrays:
         )
 
 
+class _Sums:
+    """Checksums of weights as they are held. Of float32 weights the source has them; of others they are taken when the
+    weights are made of the source's."""
+
+    def __init__(self, cfg: ModelConfig, source: ExpertSource, common: Params) -> None:
+        self._cfg, self._source = cfg, source
+        self._same = cfg.weights == "float32"
+        self._experts: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._common = {} if self._same else {name: checksum(leaf) for name, leaf in named(common).items()}
+
+    def note(self, expert: tuple[int, int], weights: FeedForward) -> None:
+        if not self._same:
+            self._experts[expert] = _checksums(weights)
+
+    def is_intact(self, expert: tuple[int, int], weights: FeedForward) -> bool:
+        if self._same:
+            return self._source.is_intact(expert, *jax.tree.leaves(weights))
+        return self._experts.get(expert) == _checksums(weights)
+
+    def damaged(self, common: Params) -> list[str]:
+        if self._same:
+            return self._source.damaged(common)
+        return [name for name, leaf in named(common).items() if checksum(np.asarray(leaf)) != self._common[name]]
+
+
+def _checksums(weights: FeedForward) -> tuple[int, ...]:
+    return tuple(map(checksum, jax.tree.leaves(weights)))
+
+
+def _held(cfg: ModelConfig, specs: Any, values: Any) -> Any:
+    """Float32 parameters in the form in which a rank holds them; None stays."""
+
+    def leaf(spec: ParamSpec, value: np.ndarray | None) -> Any:
+        return None if value is None else jax.tree.map(_aligned, hold(cfg, spec, value))
+
+    return jax.tree.map(leaf, specs, values, is_leaf=is_spec)
+
+
 def _aligned(value: np.ndarray) -> np.ndarray:
     """The array at an address that a CPU device can alias instead of copy."""
     value = np.ascontiguousarray(value)
@@ -235,7 +285,9 @@ def _empty_experts(cfg: ModelConfig, slots: int) -> dict[tuple[int, int], FeedFo
     segments = param_specs(cfg).segments
     return {
         (i, j): jax.tree.map(
-            lambda spec: np.zeros((spec.shape[0], slots, *spec.shape[2:]), np.float32),
+            lambda spec: jax.tree.map(
+                lambda held: np.zeros((held.shape[0], slots, *held.shape[2:]), held.dtype), held_shape(cfg, spec)
+            ),
             segments[i][j].moe.experts,
             is_leaf=is_spec,
         )

@@ -15,6 +15,7 @@ from moejax.inputs import TILE, Bucket, packed_size, unpack
 from moejax.layers import row_dot
 from moejax.model import StepOutputs, StepShape
 from moejax.params import FeedForward, Head, Layer, Params, is_spec, param_specs
+from moejax.precision import held_shape
 from moejax.sampling import sample, sample_shaped, score
 from moejax.shaping import Shaping
 
@@ -34,7 +35,9 @@ class StepArguments:
 
 def partition(shape: StepShape) -> StepArguments:
     """How each argument of a step lies on the mesh."""
-    params = jax.tree.map(lambda _: WHOLE, param_specs(shape.cfg), is_leaf=is_spec)
+    params = jax.tree.map(
+        lambda spec: jax.tree.map(lambda _: WHOLE, held_shape(shape.cfg, spec)), param_specs(shape.cfg), is_leaf=is_spec
+    )
     return StepArguments(
         params=with_experts(params, lambda _: SLOTS),
         cache=Cache(k=SLOTS, v=SLOTS),
@@ -43,16 +46,16 @@ def partition(shape: StepShape) -> StepArguments:
     )
 
 
-def local_shapes(shape: StepShape, entries: int, dtype: Any = jnp.float32) -> StepArguments:
+def local_shapes(shape: StepShape, entries: int) -> StepArguments:
     """Shapes of one rank's shard of each argument."""
     cfg = shape.cfg
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), param_specs(cfg), is_leaf=is_spec)
-    slots = lambda s: jax.ShapeDtypeStruct((s.shape[0], shape.slots, *s.shape[2:]), dtype)  # noqa: E731
+    params = jax.tree.map(lambda spec: held_shape(cfg, spec), param_specs(cfg), is_leaf=is_spec)
+    slots = lambda s: jax.ShapeDtypeStruct((s.shape[0], shape.slots, *s.shape[2:]), s.dtype)  # noqa: E731
     sizes = cache_shapes(cfg, entries)
     experts = cfg.moe.experts if cfg.moe else 0
     return StepArguments(
         params=with_experts(params, slots),
-        cache=Cache(k=jax.ShapeDtypeStruct(sizes.k, dtype), v=jax.ShapeDtypeStruct(sizes.v, dtype)),
+        cache=Cache(k=jax.ShapeDtypeStruct(sizes.k, jnp.float32), v=jax.ShapeDtypeStruct(sizes.v, jnp.float32)),
         expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
         packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
     )

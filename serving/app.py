@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import tempfile
@@ -36,6 +37,11 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
+def threads_of_a_rank(ranks: int) -> int:
+    """Threads that each of the ranks of this machine computes with."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 class App:
     """A running server in this event loop. `await App.start(settings)`, then `await app.stop()`."""
 
@@ -57,7 +63,7 @@ class App:
         _raise_file_limit()
         guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
         say(f"preparing {settings.model}")
-        model = (await prepare(settings.model)).with_context(settings.max_context)
+        model = (await prepare(settings.model, settings.data_type)).with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-")))
             hearers: list[Callable[[Loss], None]] = []
@@ -67,7 +73,7 @@ class App:
                     hear(loss)
 
             health = HealthSettings(heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s)
-            links = RankLinks(health, lost, logs)
+            links = RankLinks(health, lost, logs, threads=threads_of_a_rank(settings.ranks))
             stack.push_async_callback(links.close)
             await links.open()
             failover = Failover(settings, model, links, say)

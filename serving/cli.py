@@ -28,6 +28,7 @@ from serving.version import version
 
 MODELS = {
     "smollm2-moe": "SmolLM2-135M-Instruct with every third layer split into experts; fetched on first use",
+    "bench-mixtral": "140 M parameters, Mixtral's shape with random weights, for measuring speed; made on first use",
     "tiny": "3.6 M parameters, 8 experts, trained here; comes with moejax, for tests and offline use",
 }
 _PAST_EVENTS_S = 0.5  # the stream of events has no end: past ones come at once, later ones after a pause

@@ -23,6 +23,7 @@ OTHER_VARIABLES = frozenset({"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_K
 """MOEJAX_ variables that are not settings of a server."""
 _FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP.*)?|TEST_\w+|COMPLETE|\w+_COMPLETE")
 """What ranks are told, what Kubernetes tells every pod of a service called moejax, and shell completion."""
+DATA_TYPES = ("float32", "bfloat16", "int8")
 _ENVIRONMENT_CLOSENESS = 0.75
 
 
@@ -36,6 +37,9 @@ class Settings:
     """One server. Ports of 0 take a free one; `slots_per_rank` None lets the planner choose."""
 
     model: str = setting("smollm2-moe", "A known model (`moejax models`) or a model folder.")
+    data_type: str = setting(
+        "float32", "How ranks hold matrices; int8 has a scale for each output.", choices=DATA_TYPES
+    )
     ranks: int = setting(4, "Rank processes, one per device.")
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all. Anything but loopback wants API keys.")
     grpc_port: int = setting(50051, "Port of gRPC; 0 takes a free one.")

@@ -107,8 +107,11 @@ class RankProcess:
 class RankLinks(link_pb2_grpc.RankLinkServicer):
     """All ranks of this front."""
 
-    def __init__(self, health: HealthSettings, on_loss: Callable[[Loss], None], folder: Path) -> None:
+    def __init__(
+        self, health: HealthSettings, on_loss: Callable[[Loss], None], folder: Path, *, threads: int = 1
+    ) -> None:
         self._health = health
+        self._threads = threads
         self._on_loss = on_loss
         self._folder = folder
         self._ranks: dict[int, RankProcess] = {}
@@ -148,7 +151,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             "MOEJAX_LINK_FRONT": self._address,
             "MOEJAX_LINK_RANK": str(rank),
             "MOEJAX_LINK_TOKEN": token,
-            "NPROC": "1",
+            "NPROC": str(self._threads),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "GRPC_VERBOSITY": "NONE",
         }

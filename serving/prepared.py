@@ -13,7 +13,8 @@ from serving.status import ModelInfo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What `python -m moejax.prepare` says of a model. Bytes are those of float32."""
+    """What `python -m moejax.prepare` says of a model. `weights` is the form ranks hold matrices in, and
+    bytes are those of that form."""
 
     name: str
     config: str
@@ -33,6 +34,7 @@ class Prepared:
     rest_bytes: int
     cache_bytes_per_token: int
     hidden_bytes: int
+    weights: str
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers. A dense model counts as one layer of one empty expert."""
@@ -47,7 +49,7 @@ class Prepared:
             cache_bytes_per_token=self.cache_bytes_per_token,
             page_tokens=page_size,
             hidden_bytes=self.hidden_bytes,
-            weight_format="float32",
+            weight_format=self.weights,
         )
 
     def info(self) -> ModelInfo:
@@ -68,13 +70,13 @@ class Prepared:
         return dataclasses.replace(self, max_context=max_context)
 
 
-async def prepare(model: str) -> Prepared:
+async def prepare(model: str, weights: str = "float32") -> Prepared:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
     What it does is shown on this process's standard error. Raises StartError with its cause.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.prepare", model),
+        *(sys.executable, "-m", "moejax.prepare", model, weights),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )

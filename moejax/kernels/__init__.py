@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.precision import Int8
+
 SOURCE = Path(__file__).with_name("cpu.cc")
 TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
@@ -63,15 +65,22 @@ def load(folder: Path | None = None) -> None:
         _active = True
 
 
-def row_dot(x_TD: jax.Array, stack: jax.Array, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32 or bfloat16. Differentiable."""
+def row_dot(x_TD: jax.Array, stack: jax.Array | Int8, index: tuple[jax.Array | int, ...]) -> jax.Array:
+    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16 or Int8. Differentiable
+    unless Int8."""
+    if isinstance(stack, Int8):
+        return _row_dot_by(x_TD, *_parts(stack), _indices(index))
     return _row_dot(x_TD.astype(jnp.float32), stack, _indices(index))
 
 
 @jax.custom_vjp
 def _row_dot(x_TD: jax.Array, stack: jax.Array, index: jax.Array) -> jax.Array:
+    return _row_dot_by(x_TD, *_parts(stack), index)
+
+
+def _row_dot_by(x_TD: jax.Array, stack: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
     out = jax.ShapeDtypeStruct((x_TD.shape[0], stack.shape[-2]), jnp.float32)
-    return jax.ffi.ffi_call("moejax_row_dot", out)(x_TD, stack, index)
+    return jax.ffi.ffi_call("moejax_row_dot", out)(x_TD.astype(jnp.float32), stack, scale, index)
 
 
 def _row_dot_forward(x_TD, stack, index):
@@ -88,12 +97,12 @@ _row_dot.defvjp(_row_dot_forward, _row_dot_backward)
 
 
 def experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array
+    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: jax.Array | Int8, down: jax.Array | Int8, layer: jax.Array
 ) -> jax.Array:
     """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
     out = jax.ShapeDtypeStruct((*wanted_rA.shape, rows_rD.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("moejax_experts", out)(
-        rows_rD.astype(jnp.float32), wanted_rA, gate_up, down, _indices((layer,))
+        rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))
     )
 
 
@@ -113,6 +122,13 @@ def paged_attention(
 def fingerprint() -> str:
     """Changes with everything compiled code that calls the kernels depends on; empty while they are not active."""
     return hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest() if _active else ""
+
+
+def _parts(weight: jax.Array | Int8) -> tuple[jax.Array, jax.Array]:
+    """A weight's numbers and their scale; an empty one if there is none."""
+    if isinstance(weight, Int8):
+        return weight.numbers, weight.scale
+    return weight, jnp.zeros((0,), jnp.float32)
 
 
 def _indices(index: tuple[jax.Array | int, ...]) -> jax.Array:

@@ -3,7 +3,7 @@
 // One rule throughout: every number of an answer is summed in an order that depends on its own row alone, never on
 // how many rows there are or which (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
-// Weights are read where they lie, once per call, as float32 or bfloat16.
+// Weights are read where they lie, once per call, as float32, bfloat16, or int8 with a scale for each output.
 
 #include <algorithm>
 #include <atomic>
@@ -32,6 +32,7 @@ constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(LANES * sizeof(int8_t)), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
 
 struct bfloat16 {
@@ -50,7 +51,17 @@ inline Vector load(const bfloat16* p) {
 #endif
 }
 
+inline Vector load(const int8_t* p) {
+#ifdef __AVX2__
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vector);
+#endif
+}
+
 inline float single(const float* p) { return *p; }
+
+inline float single(const int8_t* p) { return *p; }
 
 inline float single(const bfloat16* p) {
   uint32_t wide = uint32_t{p->bits} << 16;
@@ -158,10 +169,10 @@ void block(const float* const* x, const float* const* w, int64_t rows, int64_t D
 }
 
 // Weights that several tiles use are widened once; what is multiplied is the same.
-template <int N>
-void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
+template <int N, typename W>
+void block(const float* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
            std::vector<float>& room) {
-  if (rows <= ROWS) return tile_rows<N, bfloat16>(x, w, rows, D, y, column);
+  if (rows <= ROWS) return tile_rows<N, W>(x, w, rows, D, y, column);
   room.resize(N * D);
   const float* wide[N];
   for (int n = 0; n < N; ++n) {
@@ -174,9 +185,18 @@ void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_
   tile_rows<N, float>(x, wide, rows, D, y, column);
 }
 
-// y[t][first..last) = x[t] . w[f] for `rows` rows; w is [F, D] row after row.
+// A matrix [F, D], row after row, each of which counts `scale` times where there is one.
 template <typename W>
-void dots(const float* const* x, const W* w, int64_t rows, int64_t D, int64_t first, int64_t last, float* const* y) {
+struct Matrix {
+  const W* numbers;
+  const float* scale;
+};
+
+// y[t][first..last) = x[t] . w[f] for `rows` rows.
+template <typename W>
+void dots(const float* const* x, Matrix<W> matrix, int64_t rows, int64_t D, int64_t first, int64_t last,
+          float* const* y) {
+  const W* w = matrix.numbers;
   std::vector<float> room;
   int64_t most = std::max<int64_t>(ROWS, X_BYTES / (D * sizeof(float)) / ROWS * ROWS);
   for (int64_t t = 0; t < rows; t += most) {
@@ -190,6 +210,9 @@ void dots(const float* const* x, const W* w, int64_t rows, int64_t D, int64_t fi
       block<1>(x + t, one, some, D, y + t, f, room);
     }
   }
+  if (matrix.scale)
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t f = first; f < last; ++f) y[t][f] *= matrix.scale[f];
 }
 
 // Where in a stack the matrix of these indices starts, in matrices; -1 when an index is outside.
@@ -237,7 +260,7 @@ void spread(ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, W
 
 // Rows of zeros, as padding is, give zeros whatever the weights are, and are not multiplied.
 template <typename W>
-void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, const W* w, int64_t F, float* y) {
+void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64_t F, float* y) {
   int64_t D = x.dimensions().back(), T = x.element_count() / D;
   std::vector<const float*> rows;
   std::vector<float*> out;
@@ -254,16 +277,25 @@ void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, const W* w, int64_
          [&](int64_t first, int64_t last) { dots<W>(rows.data(), w, rows.size(), D, first, last, out.data()); });
 }
 
-ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> index,
-                  ffi::ResultBuffer<ffi::F32> y) {
+// The matrix number `at` of a stack of F x D numbers each, with its scale if there is one.
+template <typename W>
+Matrix<W> matrix(ffi::AnyBuffer& stack, ffi::Buffer<ffi::F32>& scale, int64_t at, int64_t F, int64_t D) {
+  bool scaled = scale.element_count() > 0;
+  return {reinterpret_cast<const W*>(stack.untyped_data()) + at * F * D, scaled ? scale.typed_data() + at * F : nullptr};
+}
+
+ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale,
+                  ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y) {
   auto stack = w.dimensions();
   int64_t D = stack.back(), F = stack[stack.size() - 2];
   int64_t at = place(stack, ffi::Span<const int32_t>(index.typed_data(), index.element_count()));
   if (at < 0) return ffi::Error::InvalidArgument("row_dot: index outside of the stack");
   if (w.element_type() == ffi::BF16)
-    row_dot(pool, x, reinterpret_cast<const bfloat16*>(w.untyped_data()) + at * F * D, F, y->typed_data());
+    row_dot(pool, x, matrix<bfloat16>(w, scale, at, F, D), F, y->typed_data());
+  else if (w.element_type() == ffi::S8)
+    row_dot(pool, x, matrix<int8_t>(w, scale, at, F, D), F, y->typed_data());
   else
-    row_dot(pool, x, reinterpret_cast<const float*>(w.untyped_data()) + at * F * D, F, y->typed_data());
+    row_dot(pool, x, matrix<float>(w, scale, at, F, D), F, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -283,7 +315,7 @@ void silu_times(float* gate, const float* up, int64_t size) {
 }
 
 template <typename W>
-void one_expert(const std::vector<const float*>& x, const W* gate_up, const W* down, int64_t D, int64_t F,
+void one_expert(const std::vector<const float*>& x, Matrix<W> gate_up, Matrix<W> down, int64_t D, int64_t F,
                 const std::vector<float*>& y) {
   int64_t n = x.size();
   std::vector<float> hidden(n * 2 * F);
@@ -297,7 +329,8 @@ void one_expert(const std::vector<const float*>& x, const W* gate_up, const W* d
 // Answers [r, A, D] of the slots wanted [r, A] of layer `index`; each slot's weights are read once, for the rows that
 // want it and no others.
 ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::S32> wanted,
-                   ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::Buffer<ffi::S32> index,
+                   ffi::AnyBuffer gate_up, ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
+                   ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> index,
                    ffi::ResultBuffer<ffi::F32> answers) {
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
   int64_t S = down.dimensions()[1], F = down.dimensions()[3];
@@ -321,12 +354,17 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   spread(pool, busy.size(), 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       int64_t slot = busy[i], at = repeat * S + slot;
+      auto answer = [&](auto number) {
+        using W = decltype(number);
+        one_expert<W>(x[slot], matrix<W>(gate_up, gate_up_scale, at, 2 * F, D),
+                      matrix<W>(down, down_scale, at, D, F), D, F, y[slot]);
+      };
       if (down.element_type() == ffi::BF16)
-        one_expert(x[slot], reinterpret_cast<const bfloat16*>(gate_up.untyped_data()) + at * 2 * F * D,
-                   reinterpret_cast<const bfloat16*>(down.untyped_data()) + at * D * F, D, F, y[slot]);
+        answer(bfloat16{});
+      else if (down.element_type() == ffi::S8)
+        answer(int8_t{});
       else
-        one_expert(x[slot], reinterpret_cast<const float*>(gate_up.untyped_data()) + at * 2 * F * D,
-                   reinterpret_cast<const float*>(down.untyped_data()) + at * D * F, D, F, y[slot]);
+        answer(float{});
     }
   });
   return ffi::Error::Success();
@@ -431,6 +469,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
@@ -440,7 +479,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

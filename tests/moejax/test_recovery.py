@@ -33,9 +33,9 @@ def assert_holds(arrays: LiveArrays, params, slots: np.ndarray) -> None:
     experts = params.segments[place[0]][place[1]].moe.experts
     for layer, row in enumerate(slots):
         for slot, expert in enumerate(row):
-            gate_up, down = arrays.expert(layer, slot)
-            np.testing.assert_array_equal(gate_up, experts.gate_up[layer, expert] if expert >= 0 else 0)
-            np.testing.assert_array_equal(down, experts.down[layer, expert] if expert >= 0 else 0)
+            held = arrays.expert(layer, slot)
+            np.testing.assert_array_equal(held.gate_up, experts.gate_up[layer, expert] if expert >= 0 else 0)
+            np.testing.assert_array_equal(held.down, experts.down[layer, expert] if expert >= 0 else 0)
 
 
 def some_slots(cfg, seed: int) -> np.ndarray:
