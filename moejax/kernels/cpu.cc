@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t LANES = 8;
 constexpr int64_t ROWS = 3, COLUMNS = 4;  // of a tile: 12 accumulators and 4 weights fill 16 registers
+constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
 constexpr int64_t KEYS = 16;              // of a block of attention
 constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the second-level cache
 
@@ -185,6 +186,13 @@ void block(const float* const* x, const W* const* w, int64_t rows, int64_t D, fl
   tile_rows<N, float>(x, wide, rows, D, y, column);
 }
 
+// Asks for what will be read next: rows of weights are too short for the processor to see them coming.
+template <typename W>
+inline void ahead(const W* first, const W* last) {
+  for (const char* line = reinterpret_cast<const char*>(first); line < reinterpret_cast<const char*>(last); line += 64)
+    __builtin_prefetch(line, 0, 2);
+}
+
 // A matrix [F, D], row after row, each of which counts `scale` times where there is one.
 template <typename W>
 struct Matrix {
@@ -202,6 +210,7 @@ void dots(const float* const* x, Matrix<W> matrix, int64_t rows, int64_t D, int6
   for (int64_t t = 0; t < rows; t += most) {
     int64_t some = std::min(most, rows - t), f = first;
     for (; f + COLUMNS <= last; f += COLUMNS) {
+      ahead(w + (f + AHEAD) * D, w + std::min(f + AHEAD + COLUMNS, last) * D);
       const W* four[COLUMNS] = {w + f * D, w + (f + 1) * D, w + (f + 2) * D, w + (f + 3) * D};
       block<COLUMNS>(x + t, four, some, D, y + t, f, room);
     }
@@ -370,29 +379,36 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// One segment and key/value head: queries in blocks over the keys with a running maximum (arXiv 2205.14135).
-struct Segment {
+// The queries of one segment that share a key/value head: blocks of keys with a running maximum (arXiv 2205.14135).
+struct Queries {
+  int64_t H;
   std::vector<const float*> q;  // rows of H numbers, already scaled
   std::vector<int64_t> position;
   std::vector<float*> out;
-  int64_t H;
+  std::vector<float> maximum, sum, scores;
+  std::vector<float*> rows;
 
-  template <typename Find>
-  void attend(Find find) const {
-    int64_t n = q.size(), longest = *std::max_element(position.begin(), position.end()) + 1;
-    std::vector<float> maximum(n, -std::numeric_limits<float>::infinity()), sum(n, 0.0f), scores(n * KEYS);
-    auto rows = row_pointers(scores.data(), n, KEYS);
+  void begin() {
+    int64_t n = q.size();
+    maximum.assign(n, -std::numeric_limits<float>::infinity());
+    sum.assign(n, 0.0f);
+    scores.resize(n * KEYS);
+    rows = row_pointers(scores.data(), n, KEYS);
     for (float* row : out) std::fill(row, row + H, 0.0f);
-    for (int64_t first = 0; first < longest; first += KEYS) {
-      const float *k[KEYS], *v[KEYS];
-      for (int64_t s = 0; s < KEYS; ++s) find(std::min(first + s, longest - 1), &k[s], &v[s]);
-      for (int64_t s = 0; s < KEYS; s += COLUMNS) tile_rows<COLUMNS, float>(q.data(), k + s, n, H, rows.data(), s);
-      for (int64_t i = 0; i < n; ++i) {
-        int64_t seen = std::min(KEYS, position[i] + 1 - first);
-        if (seen > 0) mix(rows[i], v, seen, maximum[i], sum[i], out[i]);
-      }
+  }
+
+  // Keys and values at positions first .. first + KEYS.
+  void see(int64_t first, const float* const* k, const float* const* v) {
+    int64_t n = q.size();
+    for (int64_t s = 0; s < KEYS; s += COLUMNS) tile_rows<COLUMNS, float>(q.data(), k + s, n, H, rows.data(), s);
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t seen = std::min(KEYS, position[i] + 1 - first);
+      if (seen > 0) mix(rows[i], v, seen, maximum[i], sum[i], out[i]);
     }
-    for (int64_t i = 0; i < n; ++i)
+  }
+
+  void end() {
+    for (size_t i = 0; i < q.size(); ++i)
       for (int64_t h = 0; h < H; ++h) out[i][h] = sum[i] > 0 ? out[i][h] / sum[i] : 0.0f;
   }
 
@@ -435,28 +451,45 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   if (at < 0 || at >= L) return ffi::Error::InvalidArgument("paged_attention: no such layer");
   const float* keys = k_pages.typed_data() + at * entries * K * H;
   const float* values = v_pages.typed_data() + at * entries * K * H;
-  spread(pool, Z * K, 1, 2, [&](int64_t first, int64_t last) {
+  // Heads of a segment stay together where there are segments enough: their keys lie side by side in memory.
+  int64_t together = Z >= 2 * pool.num_threads() ? K : 1, parts = K / together;
+  spread(pool, Z * parts, 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t job = first; job < last; ++job) {
-      int64_t z = job / K, head = job % K;
+      int64_t z = job / parts, head = job % parts * together, longest = 0;
       const int32_t* pages = page_table.typed_data() + z * M;
       int64_t old = cached.typed_data()[z], base = new_base.typed_data()[z];
-      std::vector<float> scaled(Q * G * H);
-      Segment segment;
-      segment.H = H;
-      for (int64_t i = 0; i < Q * G; ++i) {
-        int64_t n = (z * Q + i / G) * N + head * G + i % G;
+      std::vector<float> scaled(together * Q * G * H);
+      std::vector<Queries> heads(together, Queries{H});
+      for (int64_t i = 0; i < together * Q * G; ++i) {
+        int64_t own = i / (Q * G), nth = i % (Q * G), n = (z * Q + nth / G) * N + (head + own) * G + nth % G;
         for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q.typed_data()[n * H + h] * scale;
-        segment.q.push_back(scaled.data() + i * H);
-        segment.position.push_back(std::min<int64_t>(positions.typed_data()[z * Q + i / G], M * page_size - 1));
-        segment.out.push_back(out->typed_data() + n * H);
+        int64_t position = std::min<int64_t>(positions.typed_data()[z * Q + nth / G], M * page_size - 1);
+        longest = std::max(longest, position + 1);
+        heads[own].q.push_back(scaled.data() + i * H);
+        heads[own].position.push_back(position);
+        heads[own].out.push_back(out->typed_data() + n * H);
       }
-      segment.attend([&](int64_t p, const float** k, const float** v) {
-        int64_t row = base + p - old, entry = pages[p / page_size] * page_size + p % page_size;
-        bool fresh = p >= old;
-        row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, entries - 1);
-        *k = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
-        *v = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
-      });
+      for (Queries& each : heads) each.begin();
+      for (int64_t block = 0; block < longest; block += KEYS) {
+        const float *k[KEYS], *v[KEYS];
+        for (int64_t s = 0; s < KEYS; ++s) {
+          int64_t p = std::min(block + s, longest - 1);
+          int64_t row = base + p - old, entry = pages[p / page_size] * page_size + p % page_size;
+          bool fresh = p >= old;
+          row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, entries - 1);
+          k[s] = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
+          v[s] = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
+          if (!fresh) {  // the block after the next lies next, most often
+            ahead(k[s] + KEYS * K * H, k[s] + KEYS * K * H + together * H);
+            ahead(v[s] + KEYS * K * H, v[s] + KEYS * K * H + together * H);
+          }
+        }
+        for (Queries& each : heads) {
+          each.see(block, k, v);
+          for (int64_t s = 0; s < KEYS; ++s) k[s] += H, v[s] += H;
+        }
+      }
+      for (Queries& each : heads) each.end();
     }
   });
   return ffi::Error::Success();
