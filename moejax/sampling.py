@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax import kernels
 from moejax.inputs import StepInputs
 from moejax.layers import ordered_sum
 from moejax.shaping import Shaping, shape_logits
@@ -60,10 +61,9 @@ def filter_logits(logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, 
     return jnp.where(inside, logits_ZV, -jnp.inf)
 
 
-def choose(logits_ZV: jax.Array, inputs: StepInputs) -> jax.Array:
-    """Tokens `[Z]`. Temperature 0 is greedy. Otherwise Gumbel-max with a key of (seed, position): the same stream on
-    any rank, in any batch, before and after a failure."""
-    greedy_Z = jnp.argmax(logits_ZV, axis=-1).astype(jnp.int32)
+def choose(logits_ZV: jax.Array, greedy_Z: jax.Array, inputs: StepInputs) -> jax.Array:
+    """Tokens `[Z]`. Temperature 0 takes the likeliest, `greedy [Z]`. Otherwise Gumbel-max with a key of (seed,
+    position): the same stream on any rank, in any batch, before and after a failure."""
     warm_Z = inputs.temperature > 0
 
     def draw() -> jax.Array:
@@ -81,8 +81,16 @@ def choose(logits_ZV: jax.Array, inputs: StepInputs) -> jax.Array:
     return jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
 
 
-def normalizer(logits_ZV: jax.Array) -> jax.Array:
-    """log(sum(exp(logits))) `[Z]`, summed in an order that depends on V alone."""
+def summarize(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each row the first of the highest logits `[Z]`, and log(sum(exp(logits))) `[Z]` in an order that depends on V
+    alone."""
+    if kernels.active():
+        return kernels.likeliest(logits_ZV)
+    return jnp.argmax(logits_ZV, axis=-1).astype(jnp.int32), normalizer_reference(logits_ZV)
+
+
+def normalizer_reference(logits_ZV: jax.Array) -> jax.Array:
+    """The second part of `summarize`, by XLA."""
     Z, V = logits_ZV.shape
     most_Z1 = logits_ZV.max(-1, keepdims=True)
     weights = jnp.pad(jnp.exp(logits_ZV - most_Z1), ((0, 0), (0, -V % _LANES)))
@@ -91,35 +99,37 @@ def normalizer(logits_ZV: jax.Array) -> jax.Array:
     return most_Z1[:, 0] + jnp.log(ordered_sum(sums))
 
 
-def logprobs_of(logits_ZV: jax.Array, token_Z: jax.Array) -> jax.Array:
-    """Log-probabilities `[Z]` of one token per row."""
-    chosen_Z = jnp.take_along_axis(logits_ZV, token_Z[:, None], axis=1)[:, 0]
-    return chosen_Z - normalizer(logits_ZV)
+def _logprobs_of(logits_ZV: jax.Array, token_Z: jax.Array, normalizer_Z: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_ZV, token_Z[:, None], axis=1)[:, 0] - normalizer_Z
 
 
-def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def likeliest(logits_ZV: jax.Array, normalizer_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The TOP likeliest tokens of each row `[Z, TOP]`, first the likeliest, and their log-probabilities."""
     values, tokens = lax.top_k(logits_ZV, min(TOP, logits_ZV.shape[-1]))
-    return tokens.astype(jnp.int32), values - normalizer(logits_ZV)[:, None]
+    return tokens.astype(jnp.int32), values - normalizer_Z[:, None]
 
 
 def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
     """Tokens `[Z]` and their log-probabilities `[Z]` under the unfiltered model."""
     logits_ZV = logits_ZV.astype(jnp.float32)
-    token_Z = choose(logits_ZV, inputs)
-    return token_Z, logprobs_of(logits_ZV, token_Z)
+    greedy_Z, normalizer_Z = summarize(logits_ZV)
+    token_Z = choose(logits_ZV, greedy_Z, inputs)
+    return token_Z, _logprobs_of(logits_ZV, token_Z, normalizer_Z)
 
 
 def sample_shaped(logits_ZV: jax.Array, inputs: StepInputs, shaping: Shaping) -> tuple[jax.Array, ...]:
     """As `sample`, from bent logits; log-probabilities are those of the model as it is. Then the likeliest tokens
     `[Z, TOP]` and theirs."""
     logits_ZV = logits_ZV.astype(jnp.float32)
-    token_Z = choose(shape_logits(logits_ZV, shaping), inputs)
-    return (token_Z, logprobs_of(logits_ZV, token_Z), *likeliest(logits_ZV))
+    _, normalizer_Z = summarize(logits_ZV)
+    bent_ZV = shape_logits(logits_ZV, shaping)
+    token_Z = choose(bent_ZV, jnp.argmax(bent_ZV, axis=-1).astype(jnp.int32), inputs)
+    return (token_Z, _logprobs_of(logits_ZV, token_Z, normalizer_Z), *likeliest(logits_ZV, normalizer_Z))
 
 
 def score(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, ...]:
     """Log-probabilities `[T]` of given tokens (those of targets below 0 mean nothing), the likeliest tokens `[T, TOP]`
     and their log-probabilities."""
     logits_TV = logits_TV.astype(jnp.float32)
-    return (logprobs_of(logits_TV, jnp.maximum(target_T, 0)), *likeliest(logits_TV))
+    _, normalizer_T = summarize(logits_TV)
+    return (_logprobs_of(logits_TV, jnp.maximum(target_T, 0), normalizer_T), *likeliest(logits_TV, normalizer_T))

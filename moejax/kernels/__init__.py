@@ -21,7 +21,7 @@ import numpy as np
 from moejax.precision import Int8
 
 SOURCE = Path(__file__).with_name("cpu.cc")
-TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention")
+TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention", "moejax_likeliest")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 
 _active = False
@@ -116,6 +116,13 @@ def paged_attention(
         page_size=int(page_size),
         scale=np.float32(scale),
     )
+
+
+def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each row the first of the highest logits `[Z]`, and log(sum(exp(logits))) `[Z]`."""
+    rows = logits_ZV.shape[:1]
+    outs = (jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32))
+    return tuple(jax.ffi.ffi_call("moejax_likeliest", outs)(logits_ZV.astype(jnp.float32)))
 
 
 @functools.cache

@@ -495,7 +495,39 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   return ffi::Error::Success();
 }
 
+// Of each row of logits [Z, V] the first of the highest, and log(sum(exp(row))).
+ffi::Error Likeliest(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::ResultBuffer<ffi::S32> tokens,
+                     ffi::ResultBuffer<ffi::F32> normalizers) {
+  int64_t Z = logits.dimensions()[0], V = logits.dimensions()[1];
+  spread(pool, Z, 1, 1, [&](int64_t first, int64_t last) {
+    for (int64_t z = first; z < last; ++z) {
+      const float* row = logits.typed_data() + z * V;
+      Vector high = all(-std::numeric_limits<float>::infinity()), sum = {};
+      int64_t whole = V / LANES * LANES;
+      for (int64_t v = 0; v < whole; v += LANES) high = load(row + v) > high ? load(row + v) : high;
+      float highest = high[0];
+      for (int i = 1; i < LANES; ++i) highest = std::max(highest, high[i]);
+      for (int64_t v = whole; v < V; ++v) highest = std::max(highest, row[v]);
+      for (int64_t v = 0; v < whole; v += LANES) sum += exponential(load(row + v) - highest);
+      float rest[LANES];
+      std::fill(rest, rest + LANES, -std::numeric_limits<float>::infinity());
+      std::copy(row + whole, row + V, rest);
+      sum += exponential(load(rest) - highest);
+      tokens->typed_data()[z] = std::find(row, row + V, highest) - row;
+      normalizers->typed_data()[z] = highest + std::log(total(sum));
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_likeliest, Likeliest,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
                               ffi::Ffi::Bind()

@@ -104,8 +104,10 @@ def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
     assert whole.generate([5, 6, 7], max_tokens=3, ignore_eos=True).reason == "length"
 
 
-def test_ranks_die_one_after_the_other_down_to_the_last() -> None:
-    with Server(model=str(TINY), ranks=3, restart=False, chaos=True) as server, Client(server) as client:
+@pytest.mark.parametrize("data_type", ["float32", "int8"])
+def test_ranks_die_one_after_the_other_down_to_the_last(data_type: str) -> None:
+    settings = {"model": str(TINY), "ranks": 3, "restart": False, "chaos": True, "data_type": data_type}
+    with Server(**settings) as server, Client(server) as client:
         traffic = Traffic.record(client, streams=6, prompt_tokens=30, max_tokens=30)
         for victim in (0, 2):
             traffic.during(client, kill(client, victim))

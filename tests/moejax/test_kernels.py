@@ -1,5 +1,6 @@
 """Laws of the CPU kernels: they compute what their references do, and no bit of a row depends on its batch."""
 
+import dataclasses
 import subprocess
 
 import jax
@@ -12,10 +13,12 @@ from moejax.attention import paged_attention_reference
 from moejax.cache import Cache
 from moejax.experts import apply_experts_reference
 from moejax.layers import Stacked, row_dot_reference
-from moejax.params import FeedForward
+from moejax.params import FeedForward, ParamSpec
+from moejax.precision import hold
 from tests.moejax.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not kernels.active(), reason="no C++ compiler on this machine")
+FORMS = ["float32", "bfloat16", "int8"]
 ROUNDING = 2e-5
 """Relative to the largest number: float32 sums of up to 1536 products in two orders."""
 
@@ -24,14 +27,19 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def held(values: np.ndarray, form: str):
+    spec = ParamSpec(values.shape, ("layer", "expert", "ffn", "model"), 1.0)
+    return jax.tree.map(jnp.asarray, hold(dataclasses.replace(MIXTRAL, weights=form), spec, values))
+
+
 def close(a, b) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * max(1.0, float(np.abs(b).max())))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(5, 4), (8, 576), (576, 1536), (1027, 37)], ids=str)
-def test_a_row_dot_is_its_reference_and_rows_do_not_know_of_each_other(shape, dtype) -> None:
-    stack = jnp.asarray(normal(2, 3, *shape, seed=1), dtype)
+def test_a_row_dot_is_its_reference_and_rows_do_not_know_of_each_other(shape, form) -> None:
+    stack = held(normal(2, 3, *shape, seed=1), form)
     x = normal(200, shape[1])
     dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (1, jnp.int32(2))))
     whole = np.asarray(dot(x))
@@ -57,12 +65,10 @@ def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
     jax.tree.map(close, ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", [4, 128])
-def test_experts_answer_as_their_reference_whoever_else_asks(width, dtype) -> None:
-    gate_up, down = (
-        jnp.asarray(normal(*shape, seed=3), dtype) / 4 for shape in ((2, 5, 2 * width, 48), (2, 5, 48, width))
-    )
+def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> None:
+    gate_up, down = (held(normal(*shape, seed=3) / 4, form) for shape in ((2, 5, 2 * width, 48), (2, 5, 48, width)))
     experts = FeedForward(gate_up=Stacked(gate_up, (1,)), down=Stacked(down, (1,)))
     rows, wanted = normal(70, 48), np.random.default_rng(4).integers(-1, 5, (70, 2)).astype(np.int32)
     ask = jax.jit(lambda r, w: kernels.experts(r, w, gate_up, down, jnp.int32(1)))

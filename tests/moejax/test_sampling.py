@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.inputs import StepInputs
-from moejax.sampling import TOP, likeliest, logprobs_of, sample, sample_shaped, score
+from moejax.sampling import TOP, normalizer_reference, sample, sample_shaped, score, summarize
 from moejax.shaping import RowShape, Shaping, dense, shape_logits
 
 V = 2048 + 77
@@ -102,5 +102,20 @@ def test_no_bit_of_a_score_depends_on_how_many_rows_there_are():
     for i, each in zip((0, 7, 39), alone, strict=True):
         for a, b in zip(many, each, strict=True):
             np.testing.assert_array_equal(a[i], b[0])
-    np.testing.assert_array_equal(many[0], jax.jit(logprobs_of)(logits, targets))
-    np.testing.assert_array_equal(many[1], jax.jit(likeliest)(logits)[0])
+    greedy, normalizer = jax.jit(summarize)(logits)
+    np.testing.assert_array_equal(many[0], logits[np.arange(40), targets] - normalizer)
+    np.testing.assert_array_equal(many[1][:, 0], greedy)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1001])
+def test_the_summary_of_a_row_is_that_of_its_reference(size):
+    logits = 30 * np.random.default_rng(5).standard_normal((9, size)).astype(np.float32)
+    logits[:, size // 2 :] = np.minimum(logits[:, size // 2 :], logits[:, : size // 2 + 1].max())
+    logits[3] = -np.inf
+    logits[3, -1] = 2.0
+    greedy, normalizer = jax.jit(summarize)(logits)
+    np.testing.assert_array_equal(greedy, logits.argmax(-1))
+    np.testing.assert_allclose(normalizer, normalizer_reference(logits), rtol=0, atol=1e-5)
+    for z in range(9):
+        alone = jax.jit(summarize)(logits[z : z + 1])
+        assert (alone[0][0], alone[1][0]) == (greedy[z], normalizer[z])

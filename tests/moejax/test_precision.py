@@ -1,0 +1,127 @@
+"""Laws of the forms in which ranks hold weights: how far they are from the numbers, and that nothing else changes."""
+
+import dataclasses
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax import steps
+from moejax.config import ConfigError
+from moejax.integrity import damage, inspect
+from moejax.manifest import is_expert, named, tensor_specs
+from moejax.params import expert_bytes, is_spec, param_specs, parameter_count
+from moejax.precision import Int8, held_bytes, held_shape, hold, is_matrix, widened
+from moejax.programs import ModelShape, expert_positions
+from moejax.recovery import LiveArrays
+from moejax.store import HostStore
+from serving.batch import Bucket, Work
+from tests.moejax.models import DENSE, MIXTRAL, SHARED, lively_params, model_folder
+from tests.moejax.stepping import PAGES, Stepper
+
+NARROW = ["bfloat16", "int8"]
+
+
+def in_form(cfg, form):
+    return dataclasses.replace(cfg, weights=form)
+
+
+def held(cfg, params):
+    return jax.tree.map(lambda spec, values: hold(cfg, spec, values), param_specs(cfg), params, is_leaf=is_spec)
+
+
+@pytest.mark.parametrize("cfg", [MIXTRAL, SHARED, DENSE], ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("form", NARROW)
+def test_matrices_are_near_what_they_were_and_all_else_is_the_same(cfg, form):
+    cfg = in_form(cfg, form)
+    params = lively_params(cfg)
+    is_held = lambda leaf: isinstance(leaf, Int8)  # noqa: E731
+    for (name, spec), values, leaf in zip(
+        tensor_specs(cfg).items(),
+        jax.tree.leaves(params),
+        jax.tree.leaves(held(cfg, params), is_leaf=is_held),
+        strict=True,
+    ):
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), leaf) == jax.tree.map(
+            lambda s: (s.shape, s.dtype), held_shape(cfg, spec)
+        )
+        error = np.abs(np.asarray(widened(leaf), np.float32) - values)
+        if not is_matrix(spec):
+            assert not error.any(), name
+        elif form == "int8":
+            assert (error <= 0.5001 * leaf.scale[..., None]).all(), name
+        else:
+            np.testing.assert_array_equal(leaf, values.astype(ml_dtypes.bfloat16))
+    assert {n for n, s in tensor_specs(cfg).items() if not is_matrix(s) and len(s.shape) > 2} == {
+        n for n in tensor_specs(cfg) if n.endswith("moe.router")
+    }
+
+
+def test_zero_rows_stay_zero_as_int8():
+    spec = tensor_specs(MIXTRAL)["embed"]
+    zeros = hold(in_form(MIXTRAL, "int8"), spec, np.zeros(spec.shape, np.float32))
+    assert not np.asarray(widened(zeros)).any()
+    assert np.isfinite(zeros.scale).all()
+
+
+def test_bytes_are_those_of_the_form():
+    experts = MIXTRAL.n_moe_layers * MIXTRAL.moe.experts
+    assert held_bytes(MIXTRAL, experts=True) == experts * expert_bytes(MIXTRAL)
+    assert held_bytes(MIXTRAL, experts=False) == 4 * parameter_count(MIXTRAL) - experts * expert_bytes(MIXTRAL)
+    assert held_bytes(in_form(MIXTRAL, "bfloat16"), experts=True) == experts * expert_bytes(MIXTRAL, 2)
+    scales = sum(np.prod(s.shape[:-1]) for n, s in tensor_specs(MIXTRAL).items() if is_expert(n))
+    assert held_bytes(in_form(MIXTRAL, "int8"), experts=True) == experts * expert_bytes(MIXTRAL, 1) + 4 * scales
+
+
+def test_a_form_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="'int4'; known are 'float32', 'bfloat16', 'int8'"):
+        in_form(MIXTRAL, "int4")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("form", NARROW)
+def test_a_step_computes_with_the_numbers_the_form_stands_for(form, ranks):
+    cfg = in_form(MIXTRAL, form)
+    params = held(cfg, lively_params(cfg))
+    plain = jax.tree.map(
+        lambda leaf: np.asarray(widened(leaf), np.float32), params, is_leaf=lambda leaf: isinstance(leaf, Int8)
+    )
+    slots = -(-cfg.moe.experts // ranks)
+    table = np.arange(ranks * slots) % cfg.moe.experts
+    bucket = Bucket(2, 1)
+    work = {
+        0: (
+            Work(request_id="a", start=0, tokens=tuple(range(3, 23)), pages=(0,), samples=True, temperature=0.0,
+                 top_k=0, top_p=1.0, min_p=0.0, seed=0),
+        )
+    }  # fmt: skip
+    outcomes = [
+        Stepper(each, weights, ranks, slots, table).run(bucket, work)
+        for each, weights in ((cfg, params), (in_form(cfg, "float32"), plain))
+    ]
+    rows = slice(bucket.decode, bucket.decode + 20)
+    np.testing.assert_allclose(outcomes[0].hidden[rows], outcomes[1].hidden[rows], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(outcomes[0].expert_load, outcomes[1].expert_load)
+
+
+@pytest.mark.parametrize("form", NARROW)
+def test_spoilt_weights_are_found_and_read_again_in_any_form(tmp_path, form):
+    cfg = in_form(MIXTRAL, form)
+    model_folder(tmp_path / "m", MIXTRAL)
+    shape = ModelShape(cfg=cfg, buckets=(), page_size=8, pages=PAGES)
+    programs = type("Programs", (), {"fills": dict.fromkeys(expert_positions(cfg), steps.run_fill)})()
+    device = jax.devices()[0]
+    arrays = LiveArrays(shape, HostStore.open(tmp_path / "m"))
+    arrays.enter_device(device)
+    slots = np.tile(np.arange(cfg.moe.experts, dtype=np.int32), (cfg.n_moe_layers, 1))
+    arrays.fill(slots, programs, device)
+    assert not inspect(arrays, 0, 0)
+    assert not arrays.damaged()
+    before = jax.tree.map(np.array, arrays.expert(1, 2))
+    for nan in (False, True):
+        damage(arrays, 1, 2, programs, device, nan=nan)
+        assert inspect(arrays, 0, 0) == [(1, 2, 2)]
+        assert arrays.fill(slots, programs, device).read == 1
+        jax.tree.map(np.testing.assert_array_equal, before, arrays.expert(1, 2))
+    assert set(named(arrays.head)) == {"weight.numbers", "weight.scale"} if form == "int8" else {"weight"}
