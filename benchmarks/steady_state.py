@@ -52,7 +52,7 @@ def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
         params=init_params(cfg, jax.random.key(0)),
         cache=None,
         expert_to_slot=jnp.tile(jnp.arange(experts, dtype=jnp.int32), (1, cfg.n_moe_layers, 1)),
-        packed=jnp.asarray(_packed(bucket, pages)),
+        packed=jnp.asarray(packed_inputs(bucket, pages)),
     )
     caches = [empty_cache(cfg, segments * pages * PAGE) for _ in range(2)]
 
@@ -79,12 +79,13 @@ def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in took.items()}
 
 
-def _packed(bucket: Shape, pages: int) -> np.ndarray:
+def packed_inputs(bucket: Shape, pages: int, context: int = CONTEXT) -> np.ndarray:
+    """A full step after `context` tokens of each segment, which has `pages` pages of its own."""
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
 
     def work(segment: int, rows: int) -> Work:
         own = tuple(range(segment * pages, (segment + 1) * pages))
-        return Work(request_id=str(segment), start=CONTEXT, tokens=(5,) * rows, pages=own, samples=True, **sampling)
+        return Work(request_id=str(segment), start=context, tokens=(5,) * rows, pages=own, samples=True, **sampling)
 
     works = [work(i, 1) for i in range(bucket.decode)]
     works += [work(bucket.decode + i, 32) for i in range(bucket.tiles)]

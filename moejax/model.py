@@ -73,9 +73,9 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
             routes, repeat = at
             kvs, counts = [], []
             for j, stacked in enumerate(segment):
-                layer = _layer_at(stacked, repeat)
+                layer = layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
-                x, kv = _attend(x, layer, cache, index, inputs, shape)
+                x, kv = attend(x, layer, cache, index, inputs, shape)
                 if layer.moe is None:
                     h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
                     x = _add(x, swiglu(h, layer.ffn.gate_up, layer.ffn.down), cfg)
@@ -99,14 +99,14 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     return StepOutputs(hidden=hidden, new_kv=new, expert_load=load)
 
 
-def _layer_at(layer: Layer, repeat: jax.Array) -> Layer:
+def layer_at(layer: Layer, repeat: jax.Array) -> Layer:
     """One layer of a segment: vectors are read, matrices stay in their stack."""
     is_int8 = lambda leaf: isinstance(leaf, Int8)  # noqa: E731
     read = lambda leaf: not is_int8(leaf) and leaf.ndim == 2  # noqa: E731
     return jax.tree.map(lambda leaf: leaf[repeat] if read(leaf) else Stacked(leaf, (repeat,)), layer, is_leaf=is_int8)
 
 
-def _attend(
+def attend(
     x: jax.Array, layer: Layer, cache: Cache, index: jax.Array, inputs: StepInputs, shape: StepShape
 ) -> tuple[jax.Array, Cache]:
     """x plus attention, and the layer's new keys and values `[R, width]`."""

@@ -63,6 +63,7 @@ class Counts:
     steps: int = 0
     degraded: int = 0
     program_ms: float = 0.0
+    rank_ms: float = 0.0
     """Of the slowest rank of each step, inside the compiled programs."""
     step_ms: float = 0.0
     """From scheduling a step to having delivered its tokens."""
@@ -224,6 +225,7 @@ class Loop:
             steps=self.counts.steps,
             step_ms=self.counts.step_ms,
             program_ms=self.counts.program_ms,
+            rank_ms=self.counts.rank_ms,
             preemptions=state.preemptions,
             prefix_queries=state.prefix_queries,
             prefix_hits=state.prefix_hits,
@@ -390,6 +392,7 @@ class Loop:
         self._judge_paces()
         self.counts.steps += 1
         self.counts.program_ms += max(answer.program_ms for answer in answers.values())
+        self.counts.rank_ms += max(answer.total_ms for answer in answers.values())
         self.counts.step_ms += 1e3 * (time.monotonic() - began)
 
     async def _explain(self, refusal: RankRefused) -> None:

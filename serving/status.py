@@ -87,6 +87,8 @@ class Status:
     steps: int
     step_ms: float
     """Of all steps together, from scheduling a step to having delivered its tokens."""
+    rank_ms: float
+    """Of these, from receiving a step to having its answer, on the slowest rank."""
     program_ms: float
     """Of these, inside the compiled programs of each step's slowest rank."""
     preemptions: int
