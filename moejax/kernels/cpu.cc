@@ -28,6 +28,8 @@ namespace {
 constexpr int64_t LANES = 8;
 constexpr int64_t ROWS = 3, COLUMNS = 4;  // of a tile: 12 accumulators and 4 weights fill 16 registers
 constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
+constexpr int64_t PIECES = 8;              // that each thread may take, so that all end at about the same time
+constexpr int64_t LEAST_COLUMNS = 64;      // of an expert in a piece
 constexpr int64_t KEYS = 16;              // of a block of attention
 constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the second-level cache
 
@@ -255,7 +257,7 @@ void spread(ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, W
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
   };
-  int64_t piece = std::max(least, (size / (2 * threads) + grain - 1) / grain * grain);
+  int64_t piece = std::max(least, (size / (PIECES * threads) + grain - 1) / grain * grain);
   piece = (piece + grain - 1) / grain * grain;
   int64_t pieces = (size + piece - 1) / piece;
   auto shared = std::make_shared<Shared>();
@@ -323,16 +325,43 @@ void silu_times(float* gate, const float* up, int64_t size) {
   }
 }
 
-template <typename W>
-void one_expert(const std::vector<const float*>& x, Matrix<W> gate_up, Matrix<W> down, int64_t D, int64_t F,
-                const std::vector<float*>& y) {
-  int64_t n = x.size();
-  std::vector<float> hidden(n * 2 * F);
-  auto rows = row_pointers(hidden.data(), n, 2 * F);
-  dots<W>(x.data(), gate_up, n, D, 0, 2 * F, rows.data());
-  for (float* row : rows) silu_times(row, row + F, F);
-  std::vector<const float*> gated(rows.begin(), rows.end());
-  dots<W>(gated.data(), down, n, F, 0, D, y.data());
+// One slot that somebody wants: its rows, what lies between its two matrices, and its answers.
+struct Expert {
+  int64_t slot;
+  std::vector<const float*> x, gated;
+  std::vector<float*> hidden, y;
+  std::vector<float> room;
+
+  void begin(int64_t F) {
+    room.resize(x.size() * 2 * F);
+    hidden = row_pointers(room.data(), x.size(), 2 * F);
+    gated.assign(hidden.begin(), hidden.end());
+  }
+};
+
+// Answers of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
+template <typename W, typename Weights>
+void answer(ffi::ThreadPool& pool, std::vector<Expert>& experts, Weights weights, int64_t D, int64_t F) {
+  auto each_part = [&](int64_t columns, auto work) {
+    int64_t wanted = PIECES * pool.num_threads() / std::max<int64_t>(experts.size(), 1) + 1;
+    int64_t size = std::max<int64_t>(LEAST_COLUMNS, (columns / wanted + COLUMNS) / COLUMNS * COLUMNS);
+    int64_t parts = (columns + size - 1) / size;
+    spread(pool, experts.size() * parts, 1, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        work(experts[i / parts], i % parts * size, std::min((i % parts + 1) * size, columns));
+    });
+  };
+  for (Expert& each : experts) each.begin(F);
+  each_part(F, [&](Expert& e, int64_t first, int64_t last) {
+    Matrix<W> gate_up = weights(e.slot).first;
+    int64_t n = e.x.size();
+    dots<W>(e.x.data(), gate_up, n, D, first, last, e.hidden.data());
+    dots<W>(e.x.data(), gate_up, n, D, F + first, F + last, e.hidden.data());
+    for (float* row : e.hidden) silu_times(row + first, row + F + first, last - first);
+  });
+  each_part(D, [&](Expert& e, int64_t first, int64_t last) {
+    dots<W>(e.gated.data(), weights(e.slot).second, e.x.size(), F, first, last, e.y.data());
+  });
 }
 
 // Answers [r, A, D] of the slots wanted [r, A] of layer `index`; each slot's weights are read once, for the rows that
@@ -345,8 +374,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   int64_t S = down.dimensions()[1], F = down.dimensions()[3];
   int64_t repeat = index.typed_data()[0];
   if (repeat < 0 || repeat >= down.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
-  std::vector<std::vector<const float*>> x(S);
-  std::vector<std::vector<float*>> y(S);
+  std::vector<Expert> all(S), busy;
   for (int64_t item = 0; item < items; ++item) {
     int64_t slot = wanted.typed_data()[item];
     float* answer = answers->typed_data() + item * D;
@@ -354,28 +382,27 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
       std::fill(answer, answer + D, 0.0f);
       continue;
     }
-    x[slot].push_back(rows.typed_data() + item / A * D);
-    y[slot].push_back(answer);
+    all[slot].x.push_back(rows.typed_data() + item / A * D);
+    all[slot].y.push_back(answer);
   }
-  std::vector<int64_t> busy;
-  for (int64_t slot = 0; slot < S; ++slot)
-    if (!x[slot].empty()) busy.push_back(slot);
-  spread(pool, busy.size(), 1, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      int64_t slot = busy[i], at = repeat * S + slot;
-      auto answer = [&](auto number) {
-        using W = decltype(number);
-        one_expert<W>(x[slot], matrix<W>(gate_up, gate_up_scale, at, 2 * F, D),
-                      matrix<W>(down, down_scale, at, D, F), D, F, y[slot]);
-      };
-      if (down.element_type() == ffi::BF16)
-        answer(bfloat16{});
-      else if (down.element_type() == ffi::S8)
-        answer(int8_t{});
-      else
-        answer(float{});
-    }
-  });
+  for (int64_t slot = 0; slot < S; ++slot) {
+    all[slot].slot = slot;
+    if (!all[slot].x.empty()) busy.push_back(std::move(all[slot]));
+  }
+  auto in_form = [&](auto number) {
+    using W = decltype(number);
+    auto weights = [&](int64_t slot) {
+      int64_t at = repeat * S + slot;
+      return std::make_pair(matrix<W>(gate_up, gate_up_scale, at, 2 * F, D), matrix<W>(down, down_scale, at, D, F));
+    };
+    answer<W>(pool, busy, weights, D, F);
+  };
+  if (down.element_type() == ffi::BF16)
+    in_form(bfloat16{});
+  else if (down.element_type() == ffi::S8)
+    in_form(int8_t{});
+  else
+    in_form(float{});
   return ffi::Error::Success();
 }
 
