@@ -65,7 +65,9 @@ class Settings:
     buckets: tuple[tuple[int, int], ...] = setting(
         ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8)), "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2)."
     )
-    tiles_while_decoding: int = setting(2, "Prefill tiles in a step that others decode in.")
+    tiles_while_decoding: int = setting(
+        2, "Prefill tiles in a step of which more requests decode than wait for their first token."
+    )
     prefix_caching: bool = setting(True, "Keep the pages of prompts for later ones that begin the same.")
     heartbeat_s: float = setting(0.05, "Seconds between two heartbeats of a rank.")
     heartbeat_floor_s: float = setting(0.6, "Seconds without a heartbeat before a rank can be suspected.")

@@ -23,7 +23,8 @@ def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
     tiles = 0
     if not (state.decode_first and draft.decoding):
         draft.admit()
-        tiles = min(limits.tiles_while_decoding, limits.most_tiles) if draft.decoding else limits.most_tiles
+        bounded = draft.decoding >= draft.behind
+        tiles = min(limits.tiles_while_decoding, limits.most_tiles) if bounded else limits.most_tiles
     work = {rank: _rank_work(sequences, tiles) for rank, sequences in draft.ranks.items()}
     if not any(work.values()):
         return state, None
@@ -47,9 +48,14 @@ class _Draft:
             self.ranks[sequence.rank].append(sequence)
 
     @property
-    def decoding(self) -> bool:
-        """Whether any sequence anywhere is at its decode rows."""
-        return any(sequence.pending == 1 for sequences in self.ranks.values() for sequence in sequences)
+    def decoding(self) -> int:
+        """How many sequences are at their decode rows, on all ranks."""
+        return sum(sequence.pending == 1 for sequences in self.ranks.values() for sequence in sequences)
+
+    @property
+    def behind(self) -> int:
+        """How many requests have yet to come that far: those that decode wait for them no longer than they would."""
+        return sum(map(len, self.ranks.values())) - self.decoding + len(self.waiting)
 
     def grow(self, rank: int) -> None:
         """A page for every decode row that starts one: the oldest sequence first, at the youngest's cost."""

@@ -55,6 +55,7 @@ MODEL = Prepared(
     rest_bytes=8,
     cache_bytes_per_token=8,
     hidden_bytes=8,
+    weights="float32",
 )
 
 

@@ -250,8 +250,9 @@ def check_step(before: EngineState, batch: Batch, s: FakeServer) -> None:
     covers = [b for b in limits.buckets if b.decode >= rows and b.tiles >= tiles]
     assert batch.bucket.rows == min(b.rows for b in covers)
     assert batch.bucket in covers
-    decoding = any(not item.tiles for part in batch.work.values() for item in part)
-    assert tiles <= (limits.tiles_while_decoding if decoding else limits.most_tiles)
+    decoding = sum(not item.tiles for part in batch.work.values() for item in part)
+    behind = len(before.running) + len(before.waiting) - decoding
+    assert tiles <= (limits.tiles_while_decoding if decoding >= max(behind, 1) else limits.most_tiles)
     for sequence in before.running.values():
         now = s.state.find(sequence.id)
         if sequence.pending == 1 and now is not None and now.rank == sequence.rank:
