@@ -28,6 +28,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _within("min_p", params.min_p, 0.0, 1.0)
     _within("top_k", params.top_k, 0, 2**31 - 1)
     _within("n", params.n, 1, MAX_CHOICES)
+    _within("priority", params.priority, -(2**31), 2**31 - 1)
     if params.max_tokens is not None:
         _within("max_tokens", params.max_tokens, 0 if params.prompt_logprobs is not None else 1, 2**31 - 1)
     _check_shaping(params, vocab_size)

@@ -40,7 +40,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _SAMPLING = (
     "n", "best_of", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
     "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias",
-    "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs", "priority",
 )  # fmt: skip
 _COMMON = frozenset(("model", "stream", "stream_options", "logprobs", *_SAMPLING, *GUIDES))
 _CHAT = frozenset(("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"))
@@ -157,6 +157,7 @@ def _params(fields: Fields, *, echo: bool, logprobs: int | None, guide: Guide | 
         top_logprobs=logprobs or 0,
         prompt_logprobs=scores,
         guide=guide,
+        priority=fields.integer("priority", 0),
     )
 
 

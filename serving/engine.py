@@ -6,12 +6,14 @@ trace: go on from the state that `schedule` returned, of which `lose` makes the 
 a rank may have written on pages that `schedule` took from the prefix cache.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
 from serving.batch import Batch, Bucket, Result, Work
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
+from serving.fairness import GENERATED_WEIGHT, Shares
 from serving.pages import Key, PagePool, check_pages, page_keys
 from serving.request import Finished, FinishReason, Request, Scored, Token
 from serving.sequence import Sequence
@@ -96,6 +98,10 @@ class EngineState:
     """Prompt tokens looked up in the prefix cache so far."""
     prefix_hits: int = 0
     """Of these, found there."""
+    shares: Shares = dataclasses.field(default_factory=Shares)
+    """What each owner of requests has been served."""
+    admitted: int = 0
+    """Requests that got their first place so far."""
     closed: frozenset[int] = frozenset()
     """Ranks that are to go: they take no more requests."""
 
@@ -109,21 +115,32 @@ class EngineState:
         return self.running.get(request_id) or self.waiting.get(request_id)
 
 
-def submit(state: EngineState, request: Request) -> EngineState:
-    """Accept a request at the end of the queue.
+def submit(state: EngineState, request: Request, *, retry_after_s: float = QUEUE_RETRY_S) -> EngineState:
+    """Accept a request into the queue. An owner with a name may take as many places in it as are free, so that there
+    are some for others.
 
     Raises PromptTooLong, InvalidRequest (empty prompt, max_tokens below 1, id in use, more pages than a rank
-    has) and QueueFull.
+    has) and QueueFull, with `retry_after_s` in it.
     """
     _check_request(state, request)
-    if len(state.waiting) >= state.limits.max_queue:
+    free = state.limits.max_queue - len(state.waiting)
+    owners = collections.Counter(sequence.request.owner for sequence in state.waiting.values())
+    own = owners.get(request.owner, 0)
+    if free < 1:
         raise QueueFull(
             f"{len(state.waiting)} requests are waiting and the queue holds {state.limits.max_queue}. "
             "Try again later, or raise max_queue.",
-            retry_after_s=QUEUE_RETRY_S,
+            retry_after_s=retry_after_s,
+        )
+    if request.owner and own >= free:
+        raise QueueFull(
+            f"{own} requests of the key {request.owner!r} are waiting, and {free} of {state.limits.max_queue} places "
+            "in the queue are left for others. Try again later.",
+            retry_after_s=retry_after_s,
         )
     waiting = {**state.waiting, request.id: Sequence(request, state.arrivals)}
-    return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1)
+    shares = state.shares.arrived(request.owner, owners)
+    return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1, shares=shares)
 
 
 def cancel(
@@ -156,6 +173,7 @@ def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tu
     if batch.step != state.in_flight:
         raise ValueError(f"results of step {batch.step} came, but step {state.in_flight} is in flight.")
     running, pools, outputs, ended = dict(state.running), dict(state.pools), [], []
+    costs: dict[str, float] = {}
     for work in (work for part in batch.work.values() for work in part):
         sequence = running.get(work.request_id)
         if sequence is None:
@@ -163,12 +181,15 @@ def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tu
         result = results.get(work.request_id)
         sequence, told, reason = _advanced(state.limits, sequence, work, result, batch)
         outputs += ((work.request_id, item) for item in told)
+        made = len(sequence.generated) - len(running[work.request_id].generated)
+        owner, cost = sequence.request.owner, made * GENERATED_WEIGHT / sequence.request.share
+        costs[owner] = costs.get(owner, 0.0) + cost
         assert sequence.rank is not None
         running[work.request_id], pools[sequence.rank] = _sealed(state, sequence, pools[sequence.rank])
         if reason is not None:
             outputs.append((work.request_id, Finished(reason, sequence.reused or 0)))
             ended.append(work.request_id)
-    state = dataclasses.replace(state, running=running, pools=pools, in_flight=None)
+    state = dataclasses.replace(state, running=running, pools=pools, in_flight=None, shares=state.shares.charged(costs))
     return (_without(state, ended) if ended else state), tuple(outputs)
 
 

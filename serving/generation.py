@@ -15,6 +15,7 @@ from typing import Any, cast
 from serving.bounds import MAX_CHOICES, check_id, check_roles, check_sampling, check_tokens
 from serving.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, MoejaxError, PromptTooLong
 from serving.guided import Guides
+from serving.keys import CALLER, SHARE
 from serving.merging import merged
 from serving.metrics import Metrics, RequestTimer
 from serving.request import Finished, Request, SamplingParams, Scored, Token, Top
@@ -36,7 +37,7 @@ Prompt = str | Sequence[int] | Sequence[Message] | Conversation
 MAX_SEED = 0x7FFFFFFF  # fits any 32-bit integer
 SHAPING = (
     *("min_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
-    *("top_logprobs", "prompt_logprobs", "guide"),
+    *("top_logprobs", "prompt_logprobs", "guide", "priority"),
 )
 """Fields that a request has from its sampling parameters as they are."""
 _LONG_TEXT = 20_000  # characters; encoding more than this would hold up other streams
@@ -136,7 +137,8 @@ class Generation:
             for number in range(params.n):
                 own = name if not requests else f"{name}-{len(requests)}"
                 seed = (first.seed + number) & MAX_SEED
-                requests.append(dataclasses.replace(first, id=own, seed=seed))
+                family = requests[-number].id if number else own
+                requests.append(dataclasses.replace(first, id=own, seed=seed, family=family))
         return requests
 
     async def accept(
@@ -179,6 +181,8 @@ class Generation:
             min_p=params.min_p,
             stop_tokens=frozenset(params.stop_tokens) | frozenset(() if params.ignore_eos else model.stop_tokens),
             deadline=None if timeout_s is None else self._clock() + timeout_s,
+            owner=CALLER.get(),
+            share=SHARE.get(),
             **{name: getattr(params, name) for name in SHAPING},
         )
 

@@ -1,5 +1,6 @@
 """Who may call what, and how much at once: the same rules for HTTP and gRPC, without either."""
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from serving.config import Settings
 from serving.errors import NotPermitted, QueueFull, Unauthenticated
-from serving.keys import CALLER, KeyFile
+from serving.keys import CALLER, SHARE, KeyFile
 
 RETRY_S = 1.0
 
@@ -23,6 +24,8 @@ class Guard:
     slow_client_s: float
     streams: int = 0
     """Generating calls now."""
+    by_key: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """Of these, how many came with each key."""
 
     @classmethod
     def of(cls, settings: Settings) -> "Guard":
@@ -51,17 +54,28 @@ class Guard:
         if admin and not key.admin:
             raise NotPermitted(f"the key {key.name!r} may not do this; it takes one made with `keys add --admin`.")
         CALLER.set(key.name)
+        SHARE.set(key.share)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        """The place of one generating call. Raises QueueFull when all are taken."""
+        """The place of one generating call. A key may have as many as are free, so that there are some for others.
+        Raises QueueFull when there is none."""
+        key, free = CALLER.get(), self.max_streams - self.streams
+        if key and 0 < free <= self.by_key[key]:
+            raise QueueFull(
+                f"{self.by_key[key]} streams of the key {key!r} are open, and {free} of {self.max_streams} are left "
+                "for others. Try again later.",
+                retry_after_s=RETRY_S,
+            )
         if self.streams >= self.max_streams:
             raise QueueFull(
                 f"{self.streams} streams are open; the bound is {self.max_streams} (--max-streams). Try again later.",
                 retry_after_s=RETRY_S,
             )
         self.streams += 1
+        self.by_key[key] += 1
         try:
             yield
         finally:
             self.streams -= 1
+            self.by_key[key] -= 1

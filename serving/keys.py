@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 PREFIX = "mjx_"
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
+SHARE: contextvars.ContextVar[float] = contextvars.ContextVar("share", default=1.0)
+"""How much of a busy server the running call's key gets, beside one with 1."""
 CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")
 """Name of the key the running call came with; empty when none is needed."""
 
@@ -32,12 +34,14 @@ class KeyFileError(InvalidRequest):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key as it is kept. `admin` may also kill ranks; `created` is in seconds since the epoch."""
+    """One key as it is kept. `admin` may also kill ranks; `created` is in seconds since the epoch. When the server is
+    busy, a key gets tokens in proportion to its `share`."""
 
     name: str
     sha256: str
     admin: bool = False
     created: float = 0.0
+    share: float = 1.0
 
 
 class KeyFile:
@@ -63,17 +67,19 @@ class KeyFile:
         """All keys by name; none when the file is not there. Raises KeyFileError."""
         return sorted(_read(self.path), key=lambda key: key.name) if self.path.exists() else []
 
-    def add(self, name: str, *, admin: bool = False) -> str:
+    def add(self, name: str, *, admin: bool = False, share: float = 1.0) -> str:
         """Make a key and return its secret, which is kept nowhere. Raises InvalidRequest on a name in use."""
         if not _NAME.fullmatch(name):
             raise InvalidRequest(
                 f"the name {name!r} must be 1 to 64 letters, digits, dots, dashes, underscores or @.", param="name"
             )
+        if not 0.01 <= share <= 100:
+            raise InvalidRequest(f"the share is {share}; it must be between 0.01 and 100.", param="share")
         keys = self.entries()
         if any(key.name == name for key in keys):
             raise InvalidRequest(f"there is a key {name!r} already. Remove it first, or take another name.")
         secret = PREFIX + secrets.token_urlsafe(32)
-        self._write([*keys, Key(name=name, sha256=_hash(secret), admin=admin, created=time.time())])
+        self._write([*keys, Key(name=name, sha256=_hash(secret), admin=admin, created=time.time(), share=share)])
         return secret
 
     def remove(self, name: str) -> None:

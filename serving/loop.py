@@ -14,12 +14,23 @@ import numpy as np
 
 from planner.deployment import Deployment
 from serving import drain
+from serving.backlog import Backlog
 from serving.batch import Batch
 from serving.config import Settings
 from serving.engine import EngineState, Limits, Output, adopt, apply, cancel, expire, lose, submit
-from serving.errors import Draining, Internal, MoejaxError, NoCapacity, NotPermitted, UnknownRequest
+from serving.errors import (
+    DeadlineExceeded,
+    Draining,
+    Internal,
+    MoejaxError,
+    NoCapacity,
+    NotPermitted,
+    QueueFull,
+    UnknownRequest,
+)
 from serving.events import EventLog
 from serving.failover import Failover, MeshKey
+from serving.fairness import ahead
 from serving.faults import DeviceError, Instruction, Response
 from serving.guided import Guides
 from serving.health import Cause
@@ -101,6 +112,7 @@ class Loop:
         self.state = EngineState.start(limits, {})
         self._streams: dict[str, asyncio.Queue[Scored | Token | Finished | MoejaxError]] = {}
         self._guides = guides
+        self._backlog = Backlog()
         self._losses: dict[int, Loss] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -179,7 +191,8 @@ class Loop:
             raise Draining("the server is shutting down and takes no new requests.")
         if self.failover.plan is None:
             raise NoCapacity("no rank is alive to serve the request. Try again later.", retry_after_s=2.0)
-        self.state = submit(self.state, request)
+        self._check_wait(request)
+        self.state = submit(self.state, request, retry_after_s=self._backlog.retry_s(len(self.state.waiting)))
         queue: asyncio.Queue[Scored | Token | Finished | MoejaxError] = asyncio.Queue()
         self._streams[request.id] = queue
         self._wake.set()
@@ -194,6 +207,21 @@ class Loop:
         finally:
             if self._streams.get(request.id) is queue:
                 self._deliver(self._cancelled(request.id))
+
+    def _check_wait(self, request: Request) -> None:
+        """Refuse now what could only end late. Raises DeadlineExceeded or QueueFull."""
+        if request.deadline is None:
+            return
+        left = request.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline had passed when the request came.")
+        wait = self._backlog.wait_s(ahead(self.state.waiting.values(), request.owner, request.priority))
+        if wait is not None and wait > left:
+            raise QueueFull(
+                f"the request would wait {wait:.1f} s for its turn, and its deadline is in {left:.1f} s. "
+                "Try again later, or give it more time.",
+                retry_after_s=self._backlog.retry_s(len(self.state.waiting)),
+            )
 
     def abort(self, request_id: str) -> bool:
         """See `serving.status.Backend.abort`."""
@@ -339,7 +367,10 @@ class Loop:
                 self._deliver(outputs)
                 began = time.monotonic()
                 may = self.failover.plan is not None and not self.operations.paused
+                admitted = self.state.admitted
                 self.state, batch = schedule(self.state) if may else (self.state, None)
+                left, queued = self.state.admitted - admitted, bool(self.state.waiting)
+                self._backlog = self._backlog.looked(began, left=left, queued=queued)
                 if batch is None:
                     self._resumed()
                     await self._sleep()

@@ -28,6 +28,7 @@ _SAMPLING: dict[str, Any] = {
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
     "stop_token_ids": _TOKENS,
     "ignore_eos": _FLAG,
+    "priority": {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1},
     "prompt_logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TOP},
     "stream": _FLAG,
     "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}},

@@ -37,11 +37,12 @@ def keys() -> None:
 @keys.command("add")
 @click.argument("name")
 @click.option("--admin", is_flag=True, help="The key may also kill ranks of a server with --chaos.")
+@click.option("--share", type=float, default=1.0, help="Of a busy server, beside a key with 1.", show_default=True)
 @_file
 @example("moejax keys add alice --file keys.json", "moejax keys add operator --admin --file keys.json")
-def add_key(name: str, admin: bool, file: Path) -> None:
+def add_key(name: str, admin: bool, share: float, file: Path) -> None:
     """Make a key called NAME and print its secret. It is shown this once; the file keeps its hash."""
-    click.echo(KeyFile(file).add(name, admin=admin))
+    click.echo(KeyFile(file).add(name, admin=admin, share=share))
 
 
 @keys.command("list")
@@ -51,7 +52,8 @@ def list_keys(file: Path) -> None:
     """List the keys by name."""
     for key in KeyFile(file).entries():
         made = datetime.datetime.fromtimestamp(key.created).strftime("%Y-%m-%d %H:%M")
-        click.echo(f"{key.name:<24} {made}  {'admin' if key.admin else ''}".rstrip())
+        share = f"share {key.share:g}" if key.share != 1 else ""
+        click.echo(f"{key.name:<24} {made}  {'admin' if key.admin else '':<6}{share}".rstrip())
 
 
 @keys.command("remove")

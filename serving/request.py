@@ -32,6 +32,7 @@ class SamplingParams:
     Frequency and presence penalties and `logit_bias` (token, bias) are OpenAI's; `repetition_penalty` is that of
     arXiv 1909.05858. `top_logprobs`: so many of the likeliest tokens are told beside each token. `prompt_logprobs`:
     the log-probability of each prompt token is told, and so many of the likeliest in its place; None for neither.
+    Of the requests of one caller that wait, those of the lowest `priority` run first (as vLLM's).
     """
 
     n: int = 1
@@ -52,6 +53,7 @@ class SamplingParams:
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
     guide: Guide | None = None
+    priority: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class Request:
     """An accepted request: tokens in, everything decided (seed, max_tokens, deadline).
 
     `deadline` is in seconds of the front's monotonic clock, or None. `stop_tokens` has the model's own stop
-    tokens in it unless the caller said ignore_eos.
+    tokens in it unless the caller said ignore_eos. Places are shared out among owners by their `share`
+    (serving/fairness.py). `family` is the id of the first answer to the same prompt in a call: the others wait
+    until it has computed the prompt, and share its pages.
     """
 
     id: str
@@ -80,6 +84,10 @@ class Request:
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
     guide: Guide | None = None
+    priority: int = 0
+    owner: str = ""
+    share: float = 1.0
+    family: str = ""
 
     def is_shaped(self, generated: int) -> bool:
         """Whether the token after so many generated ones needs more than temperature and filters."""

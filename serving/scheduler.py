@@ -2,8 +2,9 @@
 
 Every sequence with one token left to compute gets a decode row; the others get tiles of 32 rows, first those
 that have streamed before, then in order of arrival. All ranks use one bucket. A rank that runs out of pages
-preempts its youngest sequence. Requests are admitted strictly in order of arrival, so nobody starves. A request
-goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than another.
+preempts its youngest sequence. Requests are admitted strictly in turn (serving/fairness.py), so nobody starves. A
+request goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than another.
+Of several answers to one prompt the first computes it; the others wait for that and share its pages.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 
 from serving.batch import TILE, Batch, Bucket, Shaped, Work
 from serving.engine import EngineState, requeued
+from serving.fairness import Turns
 from serving.pages import Key, page_keys
 from serving.sequence import Sequence
 
@@ -42,6 +44,8 @@ class _Draft:
         self.preempted = 0
         self.queried = 0
         self.reused = 0
+        self.admitted = 0
+        self.shares = state.shares
         self.ranks: dict[int, list[Sequence]] = {rank: [] for rank in state.pools}
         for sequence in sorted(state.running.values(), key=_arrival):
             assert sequence.rank is not None
@@ -78,9 +82,15 @@ class _Draft:
         self.preempted += 1
 
     def admit(self) -> None:
-        """Give the queue's first request a place, and the next, until one finds none."""
+        """Give the request whose turn it is a place, and the next, until one finds none."""
         limits, root = self.before.limits, self.before.root
-        for sequence in list(self.waiting.values()):
+        if all(len(sequences) >= limits.most_decode for sequences in self.ranks.values()):
+            return
+        turns = Turns(self.waiting.values(), self.shares)
+        while (sequence := turns.head()) is not None:
+            if self.awaits_prompt(sequence):
+                turns.skip(sequence)
+                continue
             keys = ()
             if limits.prefix_caching:
                 known = sequence.scored if sequence.unscored else sequence.length - 1
@@ -95,11 +105,25 @@ class _Draft:
             computed = len(found) * limits.page_size
             placed = sequence.placed(rank, found + pages, computed=computed, chain=keys[: len(found)])
             self.ranks[rank].append(placed)
-            if sequence.reused is None:
+            turns.take(sequence, sequence.length - computed)
+            if not sequence.started:
+                self.admitted += 1
                 self.queried += len(sequence.request.prompt)
                 self.reused += computed
+        self.shares = turns.shares
         for sequences in self.ranks.values():
             sequences.sort(key=_arrival)
+
+    def awaits_prompt(self, sequence: Sequence) -> bool:
+        """Whether the first answer to the same prompt is computing pages that this one will share."""
+        family, limits = sequence.request.family, self.before.limits
+        if not limits.prefix_caching or not family or family == sequence.id or sequence.started or sequence.unscored:
+            return False
+        running = (other for sequences in self.ranks.values() for other in sequences)
+        first = next((other for other in running if other.id == family), None)
+        if first is None or first.chain is None or first.rank in self.before.closed:
+            return False
+        return first.computed < (len(sequence.request.prompt) - 1) // limits.page_size * limits.page_size
 
     def place(self, sequence: Sequence, keys: tuple[Key, ...]) -> int | None:
         """The rank for this sequence: of those that have room, the one with most of its pages, then the fewest
@@ -140,6 +164,8 @@ class _Draft:
             decode_first=False,
             prefix_queries=self.before.prefix_queries + self.queried,
             prefix_hits=self.before.prefix_hits + self.reused,
+            shares=self.shares,
+            admitted=self.before.admitted + self.admitted,
         )
 
 

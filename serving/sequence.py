@@ -31,6 +31,11 @@ class Sequence:
         return self.request.id
 
     @property
+    def started(self) -> bool:
+        """Whether it has had a place on a rank before."""
+        return self.reused is not None
+
+    @property
     def length(self) -> int:
         """Tokens so far: the prompt and those generated."""
         return len(self.request.prompt) + len(self.generated)

@@ -131,7 +131,7 @@ def _sampling_message(params: SamplingParams) -> inference_pb2.SamplingParams:
 def sampling_value(message: inference_pb2.SamplingParams) -> SamplingParams:
     """Sampling parameters, with the default for every field that is not set."""
     maybe = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "n", "repetition_penalty")
-    plain = ("ignore_eos", "min_tokens", "frequency_penalty", "presence_penalty", "top_logprobs")
+    plain = ("ignore_eos", "min_tokens", "frequency_penalty", "presence_penalty", "top_logprobs", "priority")
     given: dict[str, Any] = {
         name: getattr(message, name) for name in (*maybe, "prompt_logprobs") if message.HasField(name)
     }

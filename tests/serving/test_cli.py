@@ -159,7 +159,7 @@ def test_models_are_listed():
         [sys.executable, "-m", "serving", "models"], capture_output=True, text=True, timeout=120, check=True
     )
     known, listed = ended.stdout.split("\n\n")
-    assert {line.split()[0] for line in known.splitlines()} == {"smollm2-moe", "tiny"}
+    assert {line.split()[0] for line in known.splitlines()} == {"bench-mixtral", "smollm2-moe", "tiny"}
     assert "mixtral" in listed
 
 

@@ -458,7 +458,7 @@ NAMES = st.sampled_from(
         "logprobs",
         "model",
         *("echo", "user", "n", "best_of", "tools", "tool_choice", "logit_bias", "regex", "choice", "response_format"),
-        *("min_tokens", "frequency_penalty", "repetition_penalty", "prompt_logprobs", "top_logprobs"),
+        *("min_tokens", "frequency_penalty", "repetition_penalty", "prompt_logprobs", "top_logprobs", "priority"),
         "x",
     ]
 )

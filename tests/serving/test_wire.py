@@ -36,6 +36,7 @@ PARAMS = st.builds(
     prompt_logprobs=st.none() | st.integers(0, 20),
     stop_tokens=st.lists(st.integers(0, 99)).map(tuple),
     guide=st.none() | GUIDES,
+    priority=st.integers(-(2**31), 2**31 - 1),
 )
 CHOICE = st.integers(0, 127)
 ITEMS = st.one_of(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19moejax/v1/inference.proto\x12\tmoejax.v1\"\xb7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moejax.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.moejax.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.moejax.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x04\x43hat\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.moejax.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x03(\t\"\xcb\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0e\n\x01n\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\x05\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x18\n\x10presence_penalty\x18\r \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x02H\x08\x88\x01\x01\x12<\n\nlogit_bias\x18\x0f \x03(\x0b\x32(.moejax.v1.SamplingParams.LogitBiasEntry\x12\x14\n\x0ctop_logprobs\x18\x10 \x01(\x05\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x05H\t\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x12 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x13 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x14 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x15 \x01(\x0b\x32\x12.moejax.v1.ChoicesH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05guideB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x04\n\x02_nB\x15\n\x13_repetition_penaltyB\x12\n\x10_prompt_logprobs\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa9\x01\n\x10GenerateResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.moejax.v1.ChunkH\x00\x12\'\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x13.moejax.v1.CompleteH\x00\x12\x30\n\rprompt_scores\x18\x03 \x01(\x0b\x32\x17.moejax.v1.PromptScoresH\x00\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\rB\x07\n\x05\x65vent\"b\n\x0cPromptScores\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x1b\n\x03top\x18\x04 \x03(\x0b\x32\x0e.moejax.v1.Top\"*\n\x03Top\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"{\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x1b\n\x03top\x18\x06 \x03(\x0b\x32\x0e.moejax.v1.Top\"\xd7\x01\n\x08\x43omplete\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.moejax.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.moejax.v1.Usage\x12\x0e\n\x06\x65pochs\x18\x03 \x03(\x04\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x12\x14\n\nstop_token\x18\x05 \x01(\rH\x00\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x10\n\x08\x64\x65graded\x18\x08 \x01(\x08\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xfc\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x13\n\x0bstop_tokens\x18\x04 \x03(\r\x12\x16\n\tbos_token\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x12\n\nmoe_layers\x18\x07 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x12\n\nparameters\x18\n \x01(\x04\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x42\x0c\n\n_bos_token\"\x16\n\x14GetServerInfoRequest\"\x9a\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nstarted_at\x18\x02 \x01(\x01\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\r\n\x05\x63haos\x18\x05 \x01(\x08\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x13\n\x0branks_alive\x18\x07 \x01(\r\x12\x13\n\x0branks_total\x18\x08 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9d\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.moejax.v1.GenerateRequest\x1a\x1b.moejax.v1.GenerateResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.moejax.v1.AbortRequest\x1a\x18.moejax.v1.AbortResponse\x12\x44\n\x0cGetModelInfo\x12\x1e.moejax.v1.GetModelInfoRequest\x1a\x14.moejax.v1.ModelInfo\x12G\n\rGetServerInfo\x12\x1f.moejax.v1.GetServerInfoRequest\x1a\x15.moejax.v1.ServerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19moejax/v1/inference.proto\x12\tmoejax.v1\"\xb7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.moejax.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.moejax.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.moejax.v1.SamplingParamsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x04\x43hat\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.moejax.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x03(\t\"\xdd\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0e\n\x01n\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\x05\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x18\n\x10presence_penalty\x18\r \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x02H\x08\x88\x01\x01\x12<\n\nlogit_bias\x18\x0f \x03(\x0b\x32(.moejax.v1.SamplingParams.LogitBiasEntry\x12\x14\n\x0ctop_logprobs\x18\x10 \x01(\x05\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x05H\t\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x12 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x13 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x14 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x15 \x01(\x0b\x32\x12.moejax.v1.ChoicesH\x00\x12\x10\n\x08priority\x18\x16 \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05guideB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x04\n\x02_nB\x15\n\x13_repetition_penaltyB\x12\n\x10_prompt_logprobs\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa9\x01\n\x10GenerateResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.moejax.v1.ChunkH\x00\x12\'\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x13.moejax.v1.CompleteH\x00\x12\x30\n\rprompt_scores\x18\x03 \x01(\x0b\x32\x17.moejax.v1.PromptScoresH\x00\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\rB\x07\n\x05\x65vent\"b\n\x0cPromptScores\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x1b\n\x03top\x18\x04 \x03(\x0b\x32\x0e.moejax.v1.Top\"*\n\x03Top\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"{\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x1b\n\x03top\x18\x06 \x03(\x0b\x32\x0e.moejax.v1.Top\"\xd7\x01\n\x08\x43omplete\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.moejax.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.moejax.v1.Usage\x12\x0e\n\x06\x65pochs\x18\x03 \x03(\x04\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x12\x14\n\nstop_token\x18\x05 \x01(\rH\x00\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x10\n\x08\x64\x65graded\x18\x08 \x01(\x08\x42\t\n\x07matched\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xfc\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x13\n\x0bstop_tokens\x18\x04 \x03(\r\x12\x16\n\tbos_token\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x12\n\nmoe_layers\x18\x07 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x12\n\nparameters\x18\n \x01(\x04\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x42\x0c\n\n_bos_token\"\x16\n\x14GetServerInfoRequest\"\x9a\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nstarted_at\x18\x02 \x01(\x01\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\r\n\x05\x63haos\x18\x05 \x01(\x08\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x13\n\x0branks_alive\x18\x07 \x01(\r\x12\x13\n\x0branks_total\x18\x08 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9d\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.moejax.v1.GenerateRequest\x1a\x1b.moejax.v1.GenerateResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.moejax.v1.AbortRequest\x1a\x18.moejax.v1.AbortResponse\x12\x44\n\x0cGetModelInfo\x12\x1e.moejax.v1.GetModelInfoRequest\x1a\x14.moejax.v1.ModelInfo\x12G\n\rGetServerInfo\x12\x1f.moejax.v1.GetServerInfoRequest\x1a\x15.moejax.v1.ServerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2368
-  _globals['_FINISHREASON']._serialized_end=2463
+  _globals['_FINISHREASON']._serialized_start=2386
+  _globals['_FINISHREASON']._serialized_end=2481
   _globals['_GENERATEREQUEST']._serialized_start=41
   _globals['_GENERATEREQUEST']._serialized_end=224
   _globals['_TOKENIDS']._serialized_start=226
@@ -44,35 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE']._serialized_start=312
   _globals['_MESSAGE']._serialized_end=352
   _globals['_SAMPLINGPARAMS']._serialized_start=355
-  _globals['_SAMPLINGPARAMS']._serialized_end=1070
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=894
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=942
-  _globals['_CHOICES']._serialized_start=1072
-  _globals['_CHOICES']._serialized_end=1096
-  _globals['_GENERATERESPONSE']._serialized_start=1099
-  _globals['_GENERATERESPONSE']._serialized_end=1268
-  _globals['_PROMPTSCORES']._serialized_start=1270
-  _globals['_PROMPTSCORES']._serialized_end=1368
-  _globals['_TOP']._serialized_start=1370
-  _globals['_TOP']._serialized_end=1412
-  _globals['_CHUNK']._serialized_start=1414
-  _globals['_CHUNK']._serialized_end=1537
-  _globals['_COMPLETE']._serialized_start=1540
-  _globals['_COMPLETE']._serialized_end=1755
-  _globals['_USAGE']._serialized_start=1757
-  _globals['_USAGE']._serialized_end=1837
-  _globals['_ABORTREQUEST']._serialized_start=1839
-  _globals['_ABORTREQUEST']._serialized_end=1873
-  _globals['_ABORTRESPONSE']._serialized_start=1875
-  _globals['_ABORTRESPONSE']._serialized_end=1907
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1909
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1930
-  _globals['_MODELINFO']._serialized_start=1933
-  _globals['_MODELINFO']._serialized_end=2185
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2187
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2209
-  _globals['_SERVERINFO']._serialized_start=2212
-  _globals['_SERVERINFO']._serialized_end=2366
-  _globals['_INFERENCE']._serialized_start=2466
-  _globals['_INFERENCE']._serialized_end=2751
+  _globals['_SAMPLINGPARAMS']._serialized_end=1088
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=912
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=960
+  _globals['_CHOICES']._serialized_start=1090
+  _globals['_CHOICES']._serialized_end=1114
+  _globals['_GENERATERESPONSE']._serialized_start=1117
+  _globals['_GENERATERESPONSE']._serialized_end=1286
+  _globals['_PROMPTSCORES']._serialized_start=1288
+  _globals['_PROMPTSCORES']._serialized_end=1386
+  _globals['_TOP']._serialized_start=1388
+  _globals['_TOP']._serialized_end=1430
+  _globals['_CHUNK']._serialized_start=1432
+  _globals['_CHUNK']._serialized_end=1555
+  _globals['_COMPLETE']._serialized_start=1558
+  _globals['_COMPLETE']._serialized_end=1773
+  _globals['_USAGE']._serialized_start=1775
+  _globals['_USAGE']._serialized_end=1855
+  _globals['_ABORTREQUEST']._serialized_start=1857
+  _globals['_ABORTREQUEST']._serialized_end=1891
+  _globals['_ABORTRESPONSE']._serialized_start=1893
+  _globals['_ABORTRESPONSE']._serialized_end=1925
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1927
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1948
+  _globals['_MODELINFO']._serialized_start=1951
+  _globals['_MODELINFO']._serialized_end=2203
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2205
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2227
+  _globals['_SERVERINFO']._serialized_start=2230
+  _globals['_SERVERINFO']._serialized_end=2384
+  _globals['_INFERENCE']._serialized_start=2484
+  _globals['_INFERENCE']._serialized_end=2769
 # @@protoc_insertion_point(module_scope)
