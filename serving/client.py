@@ -29,6 +29,7 @@ from serving.request import SamplingParams, Top
 from serving.status import Event, ModelInfo, Prospect, Status
 from serving.tls import ClientTls
 from serving.tokens import Message
+from serving.tools import ToolCall
 from serving.wire import Unreachable
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Result", "Stream", "Unreachable"]
@@ -67,6 +68,8 @@ class Result:
     top: tuple[Top, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top: tuple[Top, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    """Of tools, in answers to a `Conversation` with tools."""
 
 
 class _Ends:
@@ -411,6 +414,7 @@ def _result(chunks: Sequence[Chunk], complete: Complete, scores: Sequence[Prompt
         top=tuple(t for c in chunks for t in c.top),
         prompt_logprobs=tuple(p for each in scores for p in each.logprobs),
         prompt_top=tuple(t for each in scores for t in each.top),
+        calls=tuple(call for c in chunks for call in c.calls),
     )
 
 

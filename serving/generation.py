@@ -21,6 +21,7 @@ from serving.metrics import Metrics, RequestTimer
 from serving.request import Finished, Request, SamplingParams, Scored, Token, Top
 from serving.status import Backend
 from serving.tokens import Detokenizer, Message, StopStrings, Tokenizer
+from serving.tools import ToolCall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class Chunk:
     epoch: int
     top: tuple[Top, ...] = ()
     choice: int = 0
+    calls: tuple[ToolCall, ...] = ()
+    """Of tools, on surfaces that take them out of the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ its generator, which cancels the request.
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import logging
 import re
@@ -21,11 +22,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from serving import wire
+from serving.bounds import check_tokens
+from serving.called import with_calls
 from serving.closing import Closing
 from serving.config import Settings
 from serving.errors import DeadlineExceeded, StartError
 from serving.faults import DeviceError, permit
-from serving.generation import Generation
+from serving.generation import Conversation, Generation
 from serving.guard import Guard
 from serving.guard_rpc import RpcGuard
 from serving.keys import CALLER
@@ -130,14 +133,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         """Stream one request; the call's deadline is the request's."""
         async with statuses(context):
-            params = wire.sampling_value(request.sampling)
+            params, prompt = wire.sampling_value(request.sampling), wire.prompt_value(request)
+            if (guide := wire.tool_guide(request)) is not None:
+                params = dataclasses.replace(params, guide=guide)
             accepted = await self._generation.accept_all(
-                [wire.prompt_value(request)],
+                [prompt],
                 params,
                 request_id=request.request_id,
                 timeout_s=context.time_remaining(),
             )
             stream = self._generation.streams(accepted, params.stop)
+            if isinstance(prompt, Conversation) and prompt.tools:
+                stream = with_calls(stream)
             async with contextlib.aclosing(stream) as items:
                 async for item in items:
                     try:
@@ -150,6 +157,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Cancel a request by id."""
         async with statuses(context):
             return inference_pb2.AbortResponse(aborted=self._generation.abort(request.request_id))
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenIds:
+        """The tokens of a prompt."""
+        async with statuses(context):
+            return inference_pb2.TokenIds(ids=await self._generation.encode(wire.prompt_value(request)))
+
+    async def Detokenize(self, request: inference_pb2.TokenIds, context: Any) -> inference_pb2.DetokenizeResponse:
+        """The text of tokens."""
+        async with statuses(context):
+            check_tokens(tuple(request.ids), self._generation.backend.model.vocab_size, "ids")
+            return inference_pb2.DetokenizeResponse(text=self._generation.tokenizer.decode(tuple(request.ids)))
 
     async def GetModelInfo(self, request: Any, context: Any) -> inference_pb2.ModelInfo:
         """The model being served."""

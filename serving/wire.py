@@ -19,13 +19,17 @@ from serving.proto.moejax.v1 import inference_pb2, resilience_pb2
 from serving.request import Guide, SamplingParams, Top
 from serving.status import Event, LossCost, ModelInfo, Prospect, RankStatus, Status
 from serving.tokens import Message
-from serving.tools import read_tools
+from serving.tools import ToolCall, read_choice, read_tools
 
 DOMAIN = "moejax"
 _DETAILS_KEY = "grpc-status-details-bin"  # where gRPC keeps a google.rpc.Status
 _LONGEST_MESSAGE = 1000  # characters; a status travels in HTTP/2 headers, which are small
 _GUIDES: Mapping[Any, str] = {"json": "json_schema", "regex": "regex", "lark": "grammar", "choice": "choice"}
-_REASONS = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
+_REASONS = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
+}
 
 
 def error_status(error: MoejaxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
@@ -83,9 +87,9 @@ def request_message(prompt: Prompt, params: SamplingParams, request_id: str = ""
         if isinstance(prompt, str):
             message.text = prompt
         elif isinstance(prompt, Conversation):
-            turns = [inference_pb2.Message(role=m["role"], content=[m["content"]]) for m in prompt.messages]
-            message.chat.messages.extend(turns)
+            message.chat.messages.extend(map(_turn_message, prompt.messages))
             message.chat.tools.extend(json.dumps(tool) for tool in prompt.tools)
+            message.chat.template_variables = json.dumps(prompt.variables) if prompt.variables else ""
         elif prompt and isinstance(prompt[0], Message):
             turns = [inference_pb2.Message(role=m.role, content=[m.content]) for m in prompt]  # type: ignore[union-attr]
             message.chat.messages.extend(turns)
@@ -97,23 +101,72 @@ def request_message(prompt: Prompt, params: SamplingParams, request_id: str = ""
     return message
 
 
-def prompt_value(message: inference_pb2.GenerateRequest) -> Prompt:
+def _turn_message(turn: Mapping[str, Any]) -> inference_pb2.Message:
+    calls = [
+        inference_pb2.ToolCall(
+            id=call.get("id", ""),
+            name=call["function"]["name"],
+            arguments=json.dumps(call["function"].get("arguments", {})),
+        )
+        for call in turn.get("tool_calls", ())
+    ]
+    more = {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name)}
+    return inference_pb2.Message(role=turn["role"], content=[turn.get("content", "")], tool_calls=calls, **more)
+
+
+def _turn_value(message: inference_pb2.Message) -> Mapping[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": "".join(message.content)}
+    if message.tool_calls:
+        turn["tool_calls"] = [_past_call(call) for call in message.tool_calls]
+    return turn | {name: text for name in ("name", "tool_call_id") if (text := getattr(message, name))}
+
+
+def _past_call(call: inference_pb2.ToolCall) -> Mapping[str, Any]:
+    value = {"type": "function", "function": {"name": call.name, "arguments": _json(call.arguments, "arguments")}}
+    return {"id": call.id, **value} if call.id else value
+
+
+def _json(text: str, param: str) -> Any:
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"{param} is no JSON.", param=param) from None
+
+
+def tool_guide(message: inference_pb2.GenerateRequest) -> Guide | None:
+    """What `tool_choice` asks of the answer. Raises InvalidRequest, also when another constraint is asked for too."""
+    guide = _choice(message.chat)[1] if message.WhichOneof("prompt") == "chat" else None
+    if guide is not None and message.sampling.WhichOneof("guide") is not None:
+        raise InvalidRequest("tool_choice and another constraint exclude each other.", param="tool_choice")
+    return guide
+
+
+def _choice(chat: inference_pb2.Chat) -> tuple[Sequence[Mapping[str, Any]], Guide | None]:
+    named = chat.tool_choice not in ("", "auto", "none", "required")
+    value = {"function": {"name": chat.tool_choice}} if named else chat.tool_choice or None
+    return read_choice(value, _tools(chat.tools))
+
+
+def prompt_value(message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> Prompt:
     """The prompt of a request. Raises InvalidRequest when there is none."""
     match message.WhichOneof("prompt"):
         case "text":
             return message.text
         case "token_ids":
-            return tuple(message.token_ids.ids)
+            return tuple(message.token_ids.ids)  # type: ignore[union-attr]
         case "chat":
-            messages = tuple({"role": m.role, "content": "".join(m.content)} for m in message.chat.messages)
-            return Conversation(messages=messages, tools=_tools(message.chat.tools))
+            variables = _json(message.chat.template_variables, "template_variables")
+            if not isinstance(variables, dict):
+                raise InvalidRequest("template_variables must be a JSON object.", param="template_variables")
+            messages = tuple(map(_turn_value, message.chat.messages))
+            return Conversation(messages=messages, tools=tuple(_choice(message.chat)[0]), variables=variables)
     raise InvalidRequest("the request has no prompt. Set text, token_ids or chat.", param="prompt")
 
 
 def _tools(texts: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     try:
         return read_tools([json.loads(text) for text in texts])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"a tool is no JSON: {error}", param="tools") from None
 
 
@@ -173,6 +226,7 @@ def response_message(item: Item) -> inference_pb2.GenerateResponse:
             first_index=item.index,
             epoch=item.epoch,
             top=_top_messages(item.top),
+            tool_calls=[inference_pb2.ToolCall(name=call.name, arguments=call.arguments) for call in item.calls],
         )
         return inference_pb2.GenerateResponse(chunk=chunk, choice=item.choice)
     complete = inference_pb2.Complete(
@@ -224,6 +278,7 @@ def response_value(message: inference_pb2.GenerateResponse) -> Item:
             epoch=chunk.epoch,
             top=_top_values(chunk.top),
             choice=message.choice,
+            calls=tuple(ToolCall(call.name, call.arguments) for call in chunk.tool_calls),
         )
     complete = message.complete
     matched = complete.WhichOneof("matched")

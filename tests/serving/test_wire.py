@@ -11,6 +11,7 @@ from serving.client import AsyncClient
 from serving.errors import InvalidRequest
 from serving.generation import Chunk, Complete, Conversation, PromptScores
 from serving.request import Guide, SamplingParams
+from serving.tools import ToolCall
 from tests.fake_server import serve
 
 pytestmark = pytest.mark.anyio
@@ -43,8 +44,9 @@ ITEMS = st.one_of(
     st.builds(PromptScores, position=st.integers(1, 9), token_ids=st.tuples(st.integers(0, 9)), logprobs=st.tuples(F32),
               top=st.tuples(TOP), choice=CHOICE),
     st.builds(Chunk, index=st.integers(0, 9), token_ids=st.tuples(st.integers(0, 9)), text=st.text(),
-              logprobs=st.tuples(F32), epoch=st.integers(0, 9), top=st.tuples(TOP), choice=CHOICE),
-    st.builds(Complete, request_id=st.text(), reason=st.sampled_from(("stop", "length")),
+              logprobs=st.tuples(F32), epoch=st.integers(0, 9), top=st.tuples(TOP), choice=CHOICE,
+              calls=st.lists(st.builds(ToolCall, st.text(), st.text()), max_size=2).map(tuple)),
+    st.builds(Complete, request_id=st.text(), reason=st.sampled_from(("stop", "length", "tool_calls")),
               prompt_tokens=st.integers(0, 9),
               completion_tokens=st.integers(0, 9), epochs=st.tuples(st.integers(0, 9)), seed=st.integers(0, 9),
               matched=st.none() | st.text() | st.integers(0, 9), cached_tokens=st.integers(0, 9), choice=CHOICE,
@@ -66,7 +68,13 @@ def test_items_arrive_as_they_were(item):
 
 def test_a_conversation_with_tools_arrives_as_it_was():
     tools = ({"type": "function", "function": {"name": "add"}},)
-    asked = Conversation(messages=({"role": "user", "content": "hi"},), tools=tools)
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"x": [1, "é"]}}}
+    messages = (
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"},
+    )
+    asked = Conversation(messages=messages, tools=tools, variables={"enable_thinking": False})
     message = wire.request_message(asked, SamplingParams())
     assert wire.prompt_value(message) == asked
     message.chat.tools.append("{")

@@ -44,6 +44,16 @@ class InferenceStub(object):
                 request_serializer=moejax_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/moejax.v1.Inference/Tokenize',
+                request_serializer=moejax_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_inference__pb2.TokenIds.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/moejax.v1.Inference/Detokenize',
+                request_serializer=moejax_dot_v1_dot_inference__pb2.TokenIds.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/moejax.v1.Inference/GetModelInfo',
                 request_serializer=moejax_dot_v1_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
@@ -74,6 +84,19 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The tokens of a prompt, as Generate would have them, and the text of tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -98,6 +121,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=moejax_dot_v1_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=moejax_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=moejax_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_inference__pb2.TokenIds.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=moejax_dot_v1_dot_inference__pb2.TokenIds.FromString,
+                    response_serializer=moejax_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -164,6 +197,60 @@ class Inference(object):
             '/moejax.v1.Inference/Abort',
             moejax_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
             moejax_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moejax.v1.Inference/Tokenize',
+            moejax_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            moejax_dot_v1_dot_inference__pb2.TokenIds.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moejax.v1.Inference/Detokenize',
+            moejax_dot_v1_dot_inference__pb2.TokenIds.SerializeToString,
+            moejax_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
