@@ -44,8 +44,14 @@ def build(folder: Path | None = None) -> Path:
     if compiler is None:
         raise KernelError("no C++ compiler (g++ or clang++) is on the path, so JAX's own slower code is used.")
     library = folder / f"cpu-{_digest(compiler)}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state, me = folder.stat(), os.getuid()
+    if state.st_uid != me or state.st_mode & 0o022 or (library.is_file() and library.stat().st_uid != me):
+        raise KernelError(
+            f"{folder} or what is in it belongs to another user than {me}, or others can write there (mode "
+            f"{state.st_mode & 0o777:o}); it holds code, so JAX's own slower code is used. Remove it."
+        )
     if not library.is_file():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}.part")
         command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -133,6 +133,13 @@ def test_without_a_compiler_the_error_says_so(tmp_path, monkeypatch) -> None:
         kernels.build(tmp_path)
 
 
+def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path) -> None:
+    kernels.build(tmp_path / "own")
+    tmp_path.joinpath("own").chmod(0o770)
+    with pytest.raises(kernels.KernelError, match=r"others can write there \(mode 770\)"):
+        kernels.build(tmp_path / "own")
+
+
 def test_a_library_is_built_once(tmp_path, monkeypatch) -> None:
     built = kernels.build(tmp_path)
     run = subprocess.run
