@@ -1,13 +1,15 @@
 """Laws of a model folder: what was saved comes back, and every damage has its error."""
 
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from moejax.assets import checked_folder, ensure_model
+from moejax.assets import ROOT, checked_folder, ensure_model, ensure_random
 from moejax.checkpoint import load_params, save_model
 from moejax.config import ConfigError, ModelConfig
 from moejax.manifest import (
@@ -168,7 +170,7 @@ def test_a_manifest_is_the_same_after_json(pristine):
 def test_a_model_is_a_known_name_or_a_folder(folder, tmp_path):
     assert ensure_model(str(folder)) == folder
     assert ensure_model("tiny").name == "tiny"
-    with pytest.raises(CheckpointError, match="no model has that name; known are smollm2-moe and tiny"):
+    with pytest.raises(CheckpointError, match="no model has that name; known are smollm2-moe, tiny and bench-mixtral"):
         ensure_model(str(tmp_path / "gpt"))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json"):
@@ -181,3 +183,23 @@ def test_a_checkpoint_written_before_a_parameter_existed_is_read():
     params = load_params(folder)
     assert params.segments[0][0].sinks is None
     assert Manifest.load(folder).tensors.keys() == named(params).keys()
+
+
+def test_a_model_of_random_weights_is_made_once_and_its_tokens_are_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
+    preset = tmp_path / "small.toml"
+    tables = (ROOT / "configs" / "presets" / "bench-mixtral.toml").read_text()
+    for key, value in (("vocab_size", 300), ("d_model", 32), ("d_head", 4), ("d_ff", 16), ("d_expert", 16)):
+        tables = re.sub(rf"^{key} = \d+", f"{key} = {value}", tables, flags=re.MULTILINE)
+    preset.write_text(tables)
+    folder = ensure_random(preset)
+    made = folder.stat().st_mtime_ns
+    assert (ensure_random(preset), folder.stat().st_mtime_ns) == (folder, made)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == ModelConfig.load(folder).vocab_size == 300
+    ids = tokenizer.encode("Grüße 👋").ids
+    assert len(ids) == len("Grüße 👋".encode())
+    assert tokenizer.decode(ids) == "Grüße 👋"
+    preset.write_text(tables.replace("vocab_size = 300", "vocab_size = 256"))
+    with pytest.raises(ConfigError, match="vocab_size is 256; bytes and an end take 257"):
+        ensure_random(preset)
