@@ -65,8 +65,9 @@ class Launched:
 
     @property
     def pid(self) -> int:
-        """The front's process, parent of all others."""
-        return self._process.pid
+        """The front's process, parent of all others but the supervisor, which is its own parent."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return int(children[0])
 
     def said(self) -> str:
         """Everything on the server's output so far."""

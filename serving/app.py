@@ -22,10 +22,13 @@ from serving.generation import Generation
 from serving.guard import Guard
 from serving.guided import Guides
 from serving.health import HealthSettings
+from serving.journal import Journal
+from serving.ledger import Ledger
 from serving.links import Loss, RankLinks
 from serving.loop import Loop
 from serving.metrics import Metrics
 from serving.prepared import prepare
+from serving.run_folder import RunFolder
 from serving.tls import ServerTls
 from serving.tokens import Tokenizer
 from serving.tracing import open_tracer
@@ -55,17 +58,21 @@ class App:
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
-    async def start(cls, settings: Settings, say: Say = quiet) -> Self:
+    async def start(cls, settings: Settings, say: Say = quiet, run: RunFolder | None = None) -> Self:
         """Start everything and return when the first request can be served with the whole lattice ready.
 
-        Raises StartError naming the process and the cause; nothing is left running then.
+        Raises StartError naming the process and the cause; nothing is left running then. `run` is the folder of a
+        supervised front.
         """
         _raise_file_limit()
         guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
         say(f"preparing {settings.model}")
         model = (await prepare(settings.model, settings.data_type)).with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
-            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-")))
+            ledger = _ledger(settings, run)
+            stack.callback(ledger.close)
+            within = None if run is None else run.path
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-", dir=within)))
             hearers: list[Callable[[Loss], None]] = []
 
             def lost(loss: Loss) -> None:
@@ -77,13 +84,14 @@ class App:
             stack.push_async_callback(links.close)
             await links.open()
             failover = Failover(settings, model, links, say)
+            failover.epoch = ledger.epoch
             stack.push_async_callback(failover.close)
             async with asyncio.timeout(settings.start_timeout_s):
                 await failover.start()
             tokenizer = Tokenizer.load(Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens)
             info = model.info()
             guides = Guides(tokenizer, info.vocab_size, info.stop_tokens)
-            loop = Loop(settings, info, _limits(settings, model.max_context), links, failover, guides)
+            loop = Loop(settings, info, _limits(settings, model.max_context), links, failover, guides, ledger)
             hearers.append(loop.lost)
             tracer = None
             if settings.otlp_endpoint is not None:
@@ -95,15 +103,30 @@ class App:
             app = cls(settings, generation, loop, failover)
             loop.start()
             stack.push_async_callback(loop.drain, 0.0)
+            keeper = asyncio.create_task(generation.keep(ledger.running()))
+            stack.callback(keeper.cancel)
+            ports = {"grpc_port": settings.grpc_port, "http_port": settings.http_port}
+            ports |= {name: port for name, port in (run.ports if run is not None else {}).items() if not ports[name]}
             grpc_server = await rpc.start(
-                generation, host=settings.host, port=settings.grpc_port, guard=guard, tls=tls, vllm=settings.vllm_grpc
+                generation,
+                host=settings.host,
+                port=settings.grpc_port or ports.get("grpc_port", 0),
+                guard=guard,
+                tls=tls,
+                vllm=settings.vllm_grpc,
             )
             stack.push_async_callback(grpc_server.stop, 1.0)
             http_server = await http.start(
-                generation, host=settings.host, port=settings.http_port, guard=guard, tls=tls
+                generation,
+                host=settings.host,
+                port=settings.http_port or ports.get("http_port", 0),
+                guard=guard,
+                tls=tls,
             )
             stack.push_async_callback(http_server.stop, 1.0)
             app.grpc_port, app.http_port = grpc_server.port, http_server.port
+            if run is not None:
+                run.announce(grpc_port=app.grpc_port, http_port=app.http_port)
             app._stack = stack.pop_all()
             return app
         raise AssertionError("unreachable: the block above returns or raises")
@@ -192,15 +215,15 @@ class Server:
         self.app = None
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status."""
+def serve(settings: Settings, run: RunFolder | None = None) -> int:
+    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status. `run` is the folder of a supervised front."""
     try:
-        return asyncio.run(_serve(settings))
+        return asyncio.run(_serve(settings, run))
     except KeyboardInterrupt:
         return 130
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, run: RunFolder | None) -> int:
     logs.configure(settings.log_format, settings.log_level)
     say = logs.SERVER.info
     stop = asyncio.Event()
@@ -216,7 +239,7 @@ async def _serve(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping)
     try:
-        app = await App.start(settings, say)
+        app = await App.start(settings, say, run)
     except asyncio.CancelledError:
         say("stopped before it was ready")
         return 130
@@ -255,6 +278,15 @@ def _announce(app: App, say: Say) -> None:
             "anybody who reaches %s may call this server: set --api-keys (docs/security.md)", settings.host
         )
     say(f'try    scripts/moejax generate --server {grpc_at} "The capital of France is"')
+
+
+def _ledger(settings: Settings, run: RunFolder | None) -> Ledger:
+    """The calls that a front before this one left, and a journal for the next, as the settings want it."""
+    if settings.journal == "off" or (settings.journal is None and run is None):
+        return Ledger(None)
+    folder = run.journal if run is not None and settings.journal is None else Path(settings.journal or "")
+    journal, records = Journal.open(folder)
+    return Ledger(journal, records, keep_s=settings.resume_s)
 
 
 def _limits(settings: Settings, max_context: int) -> Limits:

@@ -22,6 +22,7 @@ from serving.faults import ACTIONS, Action
 from serving.operate import completion, doctor, keys
 from serving.options import connected, example, sampling_options, settings_options
 from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS
+from serving.supervisor import supervise
 from serving.tables import event_line, printable, prospects_view, status_view
 from serving.tokens import Message
 from serving.version import version
@@ -70,7 +71,7 @@ def serve(settings: Settings, show_settings: bool) -> None:
     if show_settings:
         click.echo(settings.to_toml(), nl=False)
         return
-    raise SystemExit(serve_until_stopped(settings))
+    raise SystemExit(supervise(settings) if settings.supervise else serve_until_stopped(settings))
 
 
 @main.command()

@@ -11,8 +11,11 @@
 class, and `Unreachable` says that no server answers.
 """
 
+import asyncio
 import contextlib
 import dataclasses
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
@@ -21,7 +24,7 @@ import grpc
 import grpc.aio
 
 from serving import wire
-from serving.errors import Internal, MoejaxError
+from serving.errors import Internal, MoejaxError, NoCapacity, UnknownRequest
 from serving.faults import Action, Instruction
 from serving.generation import Chunk, Complete, Prompt, PromptScores
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
@@ -34,11 +37,17 @@ from serving.wire import Unreachable
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Result", "Stream", "Unreachable"]
 
+RESUME_S = 60.0
+"""For so long a client tries to go on with a stream whose connection broke."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
 )
 
 
@@ -72,11 +81,54 @@ class Result:
     """Of tools, in answers to a `Conversation` with tools."""
 
 
+class _Start:
+    """A call that may break, and how it is taken up again."""
+
+    def __init__(self, stub: Any, message: Any, timeout_s: float | None, metadata: Any, resume_s: float) -> None:
+        self._stub = stub
+        self._id = message.request_id
+        self._metadata = metadata
+        self._resume_s = resume_s
+        self._ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        self._after: dict[int, int] = {}
+        self._broke: MoejaxError | None = None
+        self._broke_at = 0.0
+        self.pause_s = _FIRST_PAUSE_S
+        self.call = stub.Generate(message, timeout=timeout_s, metadata=metadata)
+
+    def have(self, choice: int, sequence: int) -> None:
+        """A response has come."""
+        self._broke, self._after[choice] = None, sequence
+
+    def again(self, error: MoejaxError) -> Any:
+        """The call to go on with after an error, None when it is the call's own. A server that is not there at first
+        is not waited for. Raises the error that broke the call when it has been in vain."""
+        now = time.monotonic()
+        if self._broke is None:
+            accepted = bool(self._after) or "failed to connect" not in str(error)
+            if not isinstance(error, Unreachable) or not accepted or self._resume_s <= 0:
+                return None
+            self._broke, self._broke_at, self.pause_s = error, now, _FIRST_PAUSE_S
+        elif not isinstance(error, Unreachable | NoCapacity):
+            if isinstance(error, UnknownRequest | Internal):
+                raise self._broke
+            return None
+        elif now - self._broke_at > self._resume_s:
+            return None
+        else:
+            self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
+        after = [self._after.get(choice, 0) for choice in range(max(self._after, default=-1) + 1)]
+        left = None if self._ends_at is None else max(self._ends_at - now, 0.0)
+        message = inference_pb2.ResumeRequest(request_id=self._id, after=after)
+        return self._stub.Resume(message, timeout=left, metadata=self._metadata)
+
+
 class _Ends:
     """What a stream has besides its chunks."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call = call
+    def __init__(self, start: "_Start", address: str) -> None:
+        self._start = start
+        self._call = start.call
         self._address = address
         self.completes: list[Complete] = []
         """The ends of its answers so far, in order of choice once all are there."""
@@ -88,7 +140,15 @@ class _Ends:
         """The end of the first answer, None while it runs."""
         return next((each for each in self.completes if each.choice == 0), None)
 
+    def _resumed(self, error: MoejaxError) -> bool:
+        """Go on after a connection broke: the server may be there again. False when that is not it, or in vain."""
+        call = self._start.again(error)
+        if call is not None:
+            self._call = call
+        return call is not None
+
     def _chunk(self, message: Any) -> Chunk | None:
+        self._start.have(message.choice, message.sequence)
         item = wire.response_value(message)
         if isinstance(item, Chunk):
             return item
@@ -105,10 +165,17 @@ class Stream(_Ends):
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
-            with _errors(self._address):
-                for message in self._call:
-                    if (chunk := self._chunk(message)) is not None:
-                        yield chunk
+            while True:
+                try:
+                    with _errors(self._address):
+                        for message in self._call:
+                            if (chunk := self._chunk(message)) is not None:
+                                yield chunk
+                    return
+                except MoejaxError as error:
+                    if not self._resumed(error):
+                        raise
+                    time.sleep(self._start.pause_s)
         finally:
             self.cancel()
 
@@ -122,10 +189,17 @@ class AsyncStream(_Ends):
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         try:
-            with _errors(self._address):
-                async for message in self._call:
-                    if (chunk := self._chunk(message)) is not None:
-                        yield chunk
+            while True:
+                try:
+                    with _errors(self._address):
+                        async for message in self._call:
+                            if (chunk := self._chunk(message)) is not None:
+                                yield chunk
+                    return
+                except MoejaxError as error:
+                    if not self._resumed(error):
+                        raise
+                    await asyncio.sleep(self._start.pause_s)
         finally:
             self.cancel()
 
@@ -140,6 +214,7 @@ class _Calls:
     _channel: Any
 
     def __init__(self, target: str | Addressed, module: Any, api_key: str | None, tls: ClientTls | None) -> None:
+        self.resume_s = RESUME_S
         self.address = target if isinstance(target, str) else target.address
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         if tls is None:
@@ -149,9 +224,9 @@ class _Calls:
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._resilience = resilience_pb2_grpc.ResilienceStub(self._channel)
 
-    def _generate(self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]) -> Any:
-        message = wire.request_message(prompt, _sampling(fields), request_id)
-        return self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
+    def _generate(self, prompt: Prompt, timeout_s: float | None, request_id: str, fields: dict[str, Any]) -> _Start:
+        message = wire.request_message(prompt, _sampling(fields), request_id or uuid.uuid4().hex)
+        return _Start(self._inference, message, timeout_s, self._metadata, self.resume_s)
 
 
 class Client(_Calls):

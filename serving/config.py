@@ -74,6 +74,12 @@ class Settings:
     step_floor_s: float = setting(10.0, "Seconds a step may take before its rank can be suspected.")
     start_timeout_s: float = setting(600.0, "Seconds until the server must be ready.")
     grace_s: float = setting(30.0, "Seconds a drain waits for running requests.")
+    journal: str | None = setting(
+        None, "Folder of the journal that a restarted front goes on from; off for none; one of its own when left out."
+    )
+    journal_sync_s: float = setting(1.0, "Seconds until the disk has what the journal says: a dead machine's bound.")
+    supervise: bool = setting(True, "Start the front again when it dies; its requests go on.")
+    resume_s: float = setting(60.0, "Seconds an answer can be resumed after its end.")
     api_keys: str | None = setting(None, "File of API keys (`moejax keys add`); without it nobody needs one.")
     tls_cert: str | None = setting(None, "Certificate chain (PEM) for HTTP and gRPC; needs --tls-key.")
     tls_key: str | None = setting(None, "Private key (PEM) of --tls-cert.")
@@ -104,6 +110,8 @@ class Settings:
             ("lost_expert_bound", 0.0),
             ("scrub_s", 0.0),
             ("slow_factor", 1.1),
+            ("journal_sync_s", 0.0),
+            ("resume_s", 0.0),
             ("slow_block_steps", 1),
         ):
             if not getattr(self, name) >= least:

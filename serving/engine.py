@@ -143,6 +143,25 @@ def submit(state: EngineState, request: Request, *, retry_after_s: float = QUEUE
     return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1, shares=shares)
 
 
+def resubmit(
+    state: EngineState, request: Request, *, generated: tuple[int, ...], scored: int, reused: int | None
+) -> tuple[EngineState, tuple[Output, ...]]:
+    """Take up a request that was accepted before, with the tokens and scores its client has. It ends at once when it
+    has all of them, or when no rank can hold it."""
+    reason = _reason_of_length(state.limits, request, len(generated)) if generated else None
+    if reason is not None:
+        return state, ((request.id, Finished(reason, reused or 0)),)
+    try:
+        _check_request(state, request)
+    except MoejaxError as error:
+        return state, ((request.id, error),)
+    sequence = Sequence(request, state.arrivals, generated, reused, scored)
+    owners = collections.Counter(other.request.owner for other in state.waiting.values())
+    shares = state.shares.arrived(request.owner, owners)
+    waiting = {**state.waiting, request.id: sequence}
+    return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1, shares=shares), ()
+
+
 def cancel(
     state: EngineState, request_id: str, reason: FinishReason = "cancelled"
 ) -> tuple[EngineState, tuple[Output, ...]]:

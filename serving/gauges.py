@@ -64,6 +64,7 @@ def _own(status: Status, alive: list[RankStatus]) -> Iterator[Metric]:
     yield GaugeMetricFamily("moejax_ranks_alive", "Ranks that serve.", len(alive))
     yield GaugeMetricFamily("moejax_ranks", "Ranks the server was started with.", len(status.ranks))
     yield GaugeMetricFamily("moejax_ready", "1 while requests can be served.", status.ready)
+    yield GaugeMetricFamily("moejax_journal", "1 while requests outlive the front.", status.journal == "on")
     yield GaugeMetricFamily("moejax_masked_experts", "Experts without a loaded copy.", len(status.masked))
     for name, text, value in (
         ("moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready),

@@ -16,6 +16,7 @@ from serving.bounds import MAX_CHOICES, check_id, check_roles, check_sampling, c
 from serving.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, MoejaxError, PromptTooLong
 from serving.guided import Guides
 from serving.keys import CALLER, SHARE
+from serving.ledger import Call
 from serving.merging import merged
 from serving.metrics import Metrics, RequestTimer
 from serving.request import Finished, Request, SamplingParams, Scored, Token, Top
@@ -189,16 +190,58 @@ class Generation:
             **{name: getattr(params, name) for name in SHAPING},
         )
 
-    async def streams(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> AsyncGenerator[Item, None]:
+    async def streams(
+        self,
+        requests: Sequence[Request],
+        stop: Sequence[str] = (),
+        *,
+        form: Mapping[str, Any] | None = None,
+        created: int = 0,
+    ) -> AsyncGenerator[Item, None]:
         """The items of all answers of a call as they come, each with its `choice`. The first error is the call's.
-        Closing the generator, or an error, cancels all of them."""
+        Closing the generator, or an error, cancels all of them. `form` and `created` are kept with the call."""
+        call = Call(
+            id=requests[0].id,
+            requests=tuple(requests),
+            stop=tuple(stop),
+            owner=CALLER.get(),
+            form=form,
+            created=created,
+        )
+        self.backend.remember(call)
+        try:
+            async with contextlib.aclosing(self._answers(call, again=False)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self.backend.left(call.id)
+
+    def recall(self, call_id: str) -> Call:
+        """A call of this caller's that can be told again. Raises UnknownRequest."""
+        return self.backend.recall(call_id, CALLER.get())
+
+    def again(self, call: Call) -> AsyncGenerator[Item, None]:
+        """The items of a call from its first, and then as they come; each answer's are the same each time."""
+        return self._answers(call, again=True)
+
+    async def keep(self, calls: Sequence[Call]) -> None:
+        """Be the reader of calls that nobody reads yet, so that they end as they should."""
+        await asyncio.gather(*(self._read_to_the_end(call) for call in calls))
+
+    async def _read_to_the_end(self, call: Call) -> None:
+        with contextlib.suppress(MoejaxError):
+            async for _ in self.again(call):
+                pass
+
+    async def _answers(self, call: Call, *, again: bool) -> AsyncGenerator[Item, None]:
+        requests, stop = call.requests, call.stop
         if len(requests) == 1:
-            async with contextlib.aclosing(self.stream(requests[0], stop)) as items:
+            async with contextlib.aclosing(self.stream(requests[0], stop, again=again)) as items:
                 async for item in items:
                     yield item
             return
         family = self._families[requests[0].id] = {request.id for request in requests}
-        sources = [self.stream(request, stop) for request in requests]
+        sources = [self.stream(request, stop, again=again) for request in requests]
         try:
             async with contextlib.aclosing(merged(sources)) as items:
                 async for choice, item in items:
@@ -213,14 +256,17 @@ class Generation:
         family = self._families.get(request_id, {request_id})
         return sum(self.backend.abort(each) for each in family) > 0  # all of them, not the first alone
 
-    async def stream(self, request: Request, stop: Sequence[str] = ()) -> AsyncGenerator[Item, None]:
+    async def stream(
+        self, request: Request, stop: Sequence[str] = (), *, again: bool = False
+    ) -> AsyncGenerator[Item, None]:
         """Scores of the prompt where they were asked for, chunks, then one Complete, or a MoejaxError. Closing the
-        generator cancels the request."""
-        timer = RequestTimer(self.metrics, request, self._clock)
+        generator cancels the request. `again`: all of one that runs or has ended; it counts in no metric."""
+        timer = None if again else RequestTimer(self.metrics, request, self._clock)
         text, ended = _Text(self.tokenizer, request, stop), "abort"
         try:
             # Leaving this block, also because a stop string was found, cancels the request in the backend.
-            source = cast(AsyncGenerator[Scored | Token | Finished, None], self.backend.stream(request))
+            opened = self.backend.replay(request.id) if again else self.backend.stream(request)
+            source = cast(AsyncGenerator[Scored | Token | Finished, None], opened)
             async with contextlib.aclosing(source) as items:
                 async for item in items:
                     if isinstance(item, Finished):
@@ -228,7 +274,8 @@ class Generation:
                     if isinstance(item, Scored):
                         yield _prompt_scores(request, item)
                         continue
-                    timer.token(item.epoch)
+                    if timer is not None:
+                        timer.token(item.epoch)
                     yield text.push(item)
                     if isinstance(text.matched, str):
                         item = Finished("stop", item.reused)
@@ -244,7 +291,8 @@ class Generation:
             ended = "abort" if isinstance(error, Cancelled) else "error"
             raise
         finally:
-            timer.finished(ended)
+            if timer is not None:
+                timer.finished(ended)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt. Raises InvalidRequest."""

@@ -49,7 +49,7 @@ class HttpGuard:
             if path.startswith(GUARDED):
                 authorization = Headers(scope=scope).get("authorization")
                 self._guard.admit(authorization, admin=posts and path.startswith(ADMIN))
-            if not (posts and path.startswith("/v1/")):
+            if not (posts and path.startswith("/v1/")) and path != "/v1/resume":
                 await self._app(scope, self._hearing(receive), self._telling(send))
                 return
             with self._guard.stream():

@@ -17,7 +17,7 @@ OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 OPERATING = "/moejax.v1.Resilience/"
 LOOKING = tuple(OPERATING + name for name in ("GetStatus", "Watch", "WhatIf"))
 """What any key may ask of that service; all else there changes the server and takes an admin's."""
-GENERATING = ("/moejax.v1.Inference/Generate", "/vllm.grpc.engine.VllmEngine/Generate")
+GENERATING = ("/moejax.v1.Inference/Generate", "/moejax.v1.Inference/Resume", "/vllm.grpc.engine.VllmEngine/Generate")
 
 
 class RpcGuard(grpc.aio.ServerInterceptor):

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from serving.http_errors import defect, moejax_error, routing_error
 from serving.keys import CALLER
 from serving.openapi import document
 from serving.request_ids import RequestIds
-from serving.sse import EventStream, answer_events, frame
+from serving.sse import EventStream, Places, answer_events, frame
 from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS
 from serving.tls import ServerTls
 from serving.version import version
@@ -132,6 +132,7 @@ def application(generation: Generation, closing: Closing | None = None, guard: G
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/resume", api.resume, methods=["GET", "POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/openapi.json", api.openapi),
@@ -169,16 +170,36 @@ class _Api:
 
     async def _complete(self, request: Request, *, chat: bool) -> Response:
         model = self._backend.model.name
-        call = calls.read(await read_json(request), chat=chat, model=model)
+        body = await read_json(request)
+        call = calls.read(body, chat=chat, model=model)
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         request.state.request_id = request_id
         accepted = await self._generation.accept_all(call.prompts, call.params, request_id=request_id)
-        answer = Answer(call, accepted, request_id, model, self._generation.tokenizer, int(time.time()))
-        items = self._generation.streams(accepted, call.params.stop)
+        created = int(time.time())
+        answer = Answer(call, accepted, request_id, model, self._generation.tokenizer, created)
+        form = {"chat": chat, "body": body}
+        items = self._generation.streams(accepted, call.params.stop, form=form, created=created)
         if not call.stream:
             return JSONResponse(answer.whole(await unless_gone(request, _all(items))))
         first = await unless_gone(request, anext(items))  # a refusal still has its own status here
-        return EventStream(answer_events(answer, first, items), items)
+        return EventStream(answer_events(answer, first, items, self._places(request_id, accepted)), items)
+
+    def _places(self, call_id: str, requests: Sequence[Any], had: Sequence[int] = ()) -> Places | None:
+        return Places(call_id, len(requests), had) if self._backend.resumable else None
+
+    async def resume(self, request: Request) -> Response:
+        """The events of a stream that broke, after the one that Last-Event-ID names."""
+        call_id, had = Places.read(request.headers.get("last-event-id", ""))
+        kept = self._generation.recall(call_id)
+        if kept.form is None or "body" not in kept.form:
+            raise InvalidRequest("the request came over gRPC; go on with it there.", param="last-event-id")
+        call = calls.read(kept.form["body"], chat=kept.form["chat"], model=self._backend.model.name)
+        request.state.request_id = call_id
+        model, tokenizer = self._backend.model.name, self._generation.tokenizer
+        answer = Answer(call, kept.requests, call_id, model, tokenizer, kept.created)
+        items = self._generation.again(kept)
+        first = await unless_gone(request, anext(items))
+        return EventStream(answer_events(answer, first, items, self._places(call_id, kept.requests, had)), items)
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a prompt or a conversation, as a completion would have them."""
@@ -219,7 +240,8 @@ class _Api:
         """Readiness: 503 only while no request can be served."""
         status = self._backend.status()
         if status.ready and not status.draining:
-            return JSONResponse({"status": "ready"})
+            failing = {"notes": ["the journal cannot be written: requests would not outlive the front"]}
+            return JSONResponse({"status": "ready"} | (failing if status.journal == "failing" else {}))
         state = "no plan can serve with the ranks alive"
         if status.draining or status.paused:
             state = "draining" if status.draining else "paused"

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from serving import drain
 from serving.backlog import Backlog
 from serving.batch import Batch
 from serving.config import Settings
-from serving.engine import EngineState, Limits, Output, adopt, apply, cancel, expire, lose, submit
+from serving.engine import EngineState, Limits, Output, adopt, apply, cancel, expire, lose, resubmit, submit
 from serving.errors import (
     DeadlineExceeded,
     Draining,
@@ -34,6 +34,7 @@ from serving.fairness import ahead
 from serving.faults import DeviceError, Instruction, Response
 from serving.guided import Guides
 from serving.health import Cause
+from serving.ledger import Call, Item, Ledger, scored, tokens
 from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
 from serving.operations import Operations
 from serving.outlook import measured
@@ -59,6 +60,8 @@ UNREADABLE_S = 5.0
 """How often experts that the store could not give are asked for again."""
 FORESEE_S = 1.0
 """How soon what could not be prepared for a replacement is tried again."""
+TEND_S = 0.25
+"""How often the journal is looked after."""
 RESTARTS = 5
 """Attempts to replace a rank before it is given up, each after twice the pause."""
 
@@ -102,15 +105,18 @@ class Loop:
         links: RankLinks,
         failover: Failover,
         guides: Guides,
+        ledger: Ledger | None = None,
     ) -> None:
         self.model = model
+        self.ledger = ledger or Ledger(None)
         self.counts = Counts()
         self.events = EventLog()
         self.settings = settings
         self.links = links
         self.failover = failover
         self.state = EngineState.start(limits, {})
-        self._streams: dict[str, asyncio.Queue[Scored | Token | Finished | MoejaxError]] = {}
+        self._streams: dict[str, list[asyncio.Queue[Item]]] = {}
+        self._journal_trouble: str | None = None
         self._guides = guides
         self._backlog = Backlog()
         self._losses: dict[int, Loss] = {}
@@ -145,9 +151,12 @@ class Loop:
     def start(self) -> None:
         """Begin to serve; the ranks are under their first plan."""
         self._take_plan(())
+        self._restore()
         self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks")
         self._task = asyncio.create_task(self._run())
         settings = self.settings
+        if self.ledger.keeps:
+            self._watchers.append(asyncio.create_task(self._keep_journal()))
         if settings.scrub_s:
             watch = scrub(self._slots, self.operations.inspect_next, settings.scrub_s)
             self._watchers.append(asyncio.create_task(watch))
@@ -193,9 +202,42 @@ class Loop:
             raise NoCapacity("no rank is alive to serve the request. Try again later.", retry_after_s=2.0)
         self._check_wait(request)
         self.state = submit(self.state, request, retry_after_s=self._backlog.retry_s(len(self.state.waiting)))
-        queue: asyncio.Queue[Scored | Token | Finished | MoejaxError] = asyncio.Queue()
-        self._streams[request.id] = queue
+        self.ledger.accepted(request.id)
         self._wake.set()
+        async with contextlib.aclosing(self._read(request.id, ())) as items:
+            async for item in items:
+                yield item
+
+    async def replay(self, request_id: str) -> AsyncIterator[Scored | Token | Finished]:
+        """See `serving.status.Backend.replay`."""
+        async with contextlib.aclosing(self._read(request_id, self.ledger.items(request_id))) as items:
+            async for item in items:
+                yield item
+
+    @property
+    def resumable(self) -> bool:
+        """See `serving.status.Backend.resumable`."""
+        return self.ledger.keeps
+
+    def remember(self, call: Call) -> None:
+        """See `serving.status.Backend.remember`."""
+        self.ledger.remember(call)
+
+    def left(self, call_id: str) -> None:
+        """See `serving.status.Backend.left`."""
+        self.ledger.left(call_id)
+
+    def recall(self, call_id: str, owner: str) -> Call:
+        """See `serving.status.Backend.recall`."""
+        return self.ledger.recall(call_id, owner)
+
+    async def _read(self, request_id: str, past: Iterable[Item]) -> AsyncGenerator[Scored | Token | Finished, None]:
+        """What was told of a request, then what is told of it now. It is cancelled when its last reader leaves."""
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        for item in past:
+            queue.put_nowait(item)
+        readers = self._streams.setdefault(request_id, [])
+        readers.append(queue)
         try:
             while True:
                 item = await queue.get()
@@ -205,8 +247,10 @@ class Loop:
                 if isinstance(item, Finished):
                     return
         finally:
-            if self._streams.get(request.id) is queue:
-                self._deliver(self._cancelled(request.id))
+            readers.remove(queue)
+            if not readers and self._streams.get(request_id) is readers:
+                del self._streams[request_id]
+                self._deliver(self._cancelled(request_id))
 
     def _check_wait(self, request: Request) -> None:
         """Refuse now what could only end late. Raises DeadlineExceeded or QueueFull."""
@@ -262,6 +306,7 @@ class Loop:
             paused=self.operations.paused,
             operable=self.settings.operate,
             degraded=self.counts.degraded,
+            journal=("failing" if self.ledger.trouble else "on") if self.ledger.keeps else "off",
             restored=self.operations.restored,
             page_size=self.settings.page_size,
             experts_loaded=failover.experts_loaded,
@@ -644,8 +689,11 @@ class Loop:
         self._deliver(outputs)
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
+        outputs = tuple(outputs)
+        if self.ledger.keeps and outputs:
+            self.ledger.note(outputs)
         for request_id, item in outputs:
-            queue = self._streams.get(request_id)
+            readers = list(self._streams.get(request_id, ()))
             if isinstance(item, Token):
                 self.counts.tokens += 1
                 if item.degraded:
@@ -656,13 +704,41 @@ class Loop:
                 self._degraded.discard(request_id)
                 self.counts.finished += isinstance(item, Finished)
                 self.counts.failed += isinstance(item, MoejaxError)
-            if queue is not None:
+            for queue in readers:
                 queue.put_nowait(item)
 
     def _cancelled(self, request_id: str) -> tuple[Output, ...]:
         self.state, outputs = cancel(self.state, request_id)
-        self._streams.pop(request_id, None)
         return outputs
+
+    def _restore(self) -> None:
+        """Take up the requests that a front before this one left in the journal."""
+        calls = self.ledger.running()
+        for request in (request for call in calls for request in call.requests):
+            items = self.ledger.items(request.id)
+            if not items or not isinstance(items[-1], (Finished, MoejaxError)):
+                reused = next((item.reused for item in items if isinstance(item, Token)), None)
+                said, told = tokens(items), scored(items)
+                self.state, outputs = resubmit(self.state, request, generated=said, scored=told, reused=reused)
+                self._deliver(outputs)
+        if calls:
+            text = f"{len(self.state.waiting)} requests of {len(calls)} calls go on"
+            self.events.add("restored_calls", self.failover.epoch, message=text)
+
+    async def _keep_journal(self) -> None:
+        """Once in a while: forget what is over, tell of what cannot be written, and let the disk have the rest."""
+        synced = time.monotonic()
+        while True:
+            await asyncio.sleep(TEND_S)
+            ledger, before = self.ledger, self._journal_trouble
+            ledger.tend()
+            self._journal_trouble = ledger.trouble
+            if (ledger.trouble is None) != (before is None):
+                kind = "journal_back" if ledger.trouble is None else "journal_failed"
+                self.events.add(kind, self.failover.epoch, cause=ledger.trouble or "")
+            if ledger.dirty and time.monotonic() - synced >= self.settings.journal_sync_s:
+                await asyncio.to_thread(ledger.sync)
+                synced = time.monotonic()
 
     def _end_all(self, error: MoejaxError) -> None:
         for request_id in list(self._streams):

@@ -110,6 +110,7 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/completions": {"post": _posted("Complete prompts", plain, ["prompt"], streams=True)},
             "/v1/chat/completions": {"post": _posted("Answer a conversation", chat, ["messages"], streams=True)},
+            "/v1/resume": {"get": _got("Go on after the event that the header Last-Event-ID names", streams=True)},
             "/tokenize": {"post": _posted("Text to tokens", {**conversation, "prompt": _TEXT}, [])},
             "/detokenize": {"post": _posted("Tokens to text", {"model": _TEXT, "tokens": _TOKENS}, ["tokens"])},
             "/v1/models": {"get": _got("The model being served")},
@@ -131,9 +132,9 @@ def _posted(summary: str, properties: dict[str, Any], required: list[str], *, st
     return {"summary": summary, "requestBody": body, "responses": _responses("application/json", streams)}
 
 
-def _got(summary: str, *, media: str = "application/json", **path: Any) -> dict[str, Any]:
+def _got(summary: str, *, media: str = "application/json", streams: bool = False, **path: Any) -> dict[str, Any]:
     parameters = [{"name": name, "in": "path", "required": True, "schema": schema} for name, schema in path.items()]
-    return {"summary": summary, "parameters": parameters, "responses": _responses(media, False)}
+    return {"summary": summary, "parameters": parameters, "responses": _responses(media, streams)}
 
 
 def _responses(media: str, streams: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import importlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,7 @@ from serving.closing import Closing
 from serving.config import Settings
 from serving.errors import DeadlineExceeded, StartError
 from serving.faults import DeviceError, permit
-from serving.generation import Conversation, Generation
+from serving.generation import Conversation, Generation, Item
 from serving.guard import Guard
 from serving.guard_rpc import RpcGuard
 from serving.keys import CALLER
@@ -142,16 +142,34 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 request_id=request.request_id,
                 timeout_s=context.time_remaining(),
             )
-            stream = self._generation.streams(accepted, params.stop)
-            if isinstance(prompt, Conversation) and prompt.tools:
+            tools = isinstance(prompt, Conversation) and bool(prompt.tools)
+            stream = self._generation.streams(accepted, params.stop, form={"tools": tools})
+            await self._send(with_calls(stream) if tools else stream, context, ())
+
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: Any) -> None:
+        """Stream what a caller lacks of a call of its own."""
+        async with statuses(context):
+            call = self._generation.recall(request.request_id)
+            stream = self._generation.again(call)
+            if call.form is not None and call.form.get("tools"):
                 stream = with_calls(stream)
-            async with contextlib.aclosing(stream) as items:
-                async for item in items:
-                    try:
-                        async with asyncio.timeout(self._slow_client_s):
-                            await context.write(wire.response_message(item))
-                    except TimeoutError:
-                        raise DeadlineExceeded(f"nothing was read for {self._slow_client_s:g} s.") from None
+            await self._send(stream, context, request.after)
+
+    async def _send(self, stream: AsyncGenerator[Item, None], context: Any, after: Sequence[int]) -> None:
+        """Write the items of a stream but for those the caller has."""
+        sequences: dict[int, int] = {}
+        async with contextlib.aclosing(stream) as items:
+            async for item in items:
+                sequence = sequences[item.choice] = sequences.get(item.choice, 0) + 1
+                if item.choice < len(after) and sequence <= after[item.choice]:
+                    continue
+                message = wire.response_message(item)
+                message.sequence = sequence
+                try:
+                    async with asyncio.timeout(self._slow_client_s):
+                        await context.write(message)
+                except TimeoutError:
+                    raise DeadlineExceeded(f"nothing was read for {self._slow_client_s:g} s.") from None
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:
         """Cancel a request by id."""

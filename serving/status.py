@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
 from serving.faults import DeviceError, Instruction, Response
+from serving.ledger import Call
 from serving.request import Finished, Request, Scored, Token
 
 SIGNALS = ("SIGKILL", "SIGSTOP")
@@ -110,6 +111,8 @@ class Status:
     """Requests that ended with tokens made while experts were masked."""
     restored: int = 0
     """Weights that were found damaged and put right."""
+    journal: str = "off"
+    """"on", "off", or "failing": requests are served and would not outlive this front."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ class Event:
     `kind` is one of: ready, draining, paused, resumed (of the server); rank_lost, recovered, no_capacity, broken,
     step_failed, rejoined, rejoin_failed, restart_failed, lattice_ready (recovery); leaving, drained, drain_failed
     (planned); device_error, slow, pace_recovered (ranks); poisoned, damaged, restored, masked, healed,
-    store_unreadable (weights).
+    store_unreadable (weights); restored_calls, journal_failed, journal_back (the journal).
     """
 
     sequence: int
@@ -156,9 +159,30 @@ class Backend(Protocol):
 
     model: ModelInfo
 
+    @property
+    def resumable(self) -> bool:
+        """Whether calls are kept to be told again."""
+        ...
+
     def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
         """Accept a request and yield scores of its prompt, its tokens, then one Finished. Raises QueueFull,
         NoCapacity, Draining, DeadlineExceeded, Cancelled or PromptTooLong. Leaving the iterator cancels the request."""
+        ...
+
+    def replay(self, request_id: str) -> AsyncIterator[Scored | Token | Finished]:
+        """All that `stream` has yielded for a request of a call that `recall` knows, then as `stream`."""
+        ...
+
+    def remember(self, call: Call) -> None:
+        """A call whose requests will be streamed: it can be told again, by the front after this one too."""
+        ...
+
+    def left(self, call_id: str) -> None:
+        """The caller of a call has gone, or has all of it."""
+        ...
+
+    def recall(self, call_id: str, owner: str) -> Call:
+        """A call of that owner's. Raises UnknownRequest."""
         ...
 
     def abort(self, request_id: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from serving.errors import MoejaxError, NoCapacity, NotPermitted, QueueFull, UnknownRequest
 from serving.faults import DeviceError, Instruction, Response
+from serving.ledger import Call
 from serving.request import Finished, Request, Scored, Token
 from serving.status import Event, LossCost, ModelInfo, Prospect, RankStatus, Status
 
@@ -50,6 +51,8 @@ class FakeBackend:
         """Errors to raise in place of the token of that index."""
         self.requests: list[Request] = []
         self.ended: dict[str, str] = {}
+        self.calls: dict[str, Call] = {}
+        self.resumable = False
         self.epoch = 0
         self.reused = 0
         self.dead: set[int] = set()
@@ -64,6 +67,23 @@ class FakeBackend:
         self._news = asyncio.Condition()
         self._tokens = 0
         self._started = time.time()
+
+    def remember(self, call: Call) -> None:
+        self.calls[call.id] = call
+
+    def left(self, call_id: str) -> None:
+        pass
+
+    def recall(self, call_id: str, owner: str) -> Call:
+        call = self.calls.get(call_id)
+        if call is None or call.owner != owner:
+            raise UnknownRequest(f"there is no request {call_id!r}.")
+        return call
+
+    def replay(self, request_id: str) -> AsyncGenerator[Scored | Token | Finished, None]:
+        """The fake's answers are known: each is told from its beginning."""
+        request = next(r for call in self.calls.values() for r in call.requests if r.id == request_id)
+        return self.stream(request)
 
     async def stream(self, request: Request) -> AsyncGenerator[Scored | Token | Finished, None]:
         self.requests.append(request)

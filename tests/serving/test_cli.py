@@ -107,7 +107,8 @@ def test_no_server_is_one_line(command):
 @pytest.fixture
 def served(monkeypatch) -> list[Settings]:
     settings: list[Settings] = []
-    monkeypatch.setattr(cli, "serve_until_stopped", lambda s: settings.append(s) or 0)
+    for name in ("supervise", "serve_until_stopped"):
+        monkeypatch.setattr(cli, name, lambda s: settings.append(s) or 0)
     return settings
 
 

@@ -205,7 +205,8 @@ async def test_the_document_names_every_field_and_every_route_of_it_is_there(bac
         document = (await c.get("/openapi.json")).json()
         for path, methods in document["paths"].items():
             answer = await c.request(next(iter(methods)), path.replace("{name}", "fake"), json={})
-            assert answer.status_code in ((200,) if "get" in methods else (200, 400)), path
+            plain = "get" in methods and path != "/v1/resume"  # which has to be told where to go on
+            assert answer.status_code in ((200,) if plain else (200, 400)), path
     for path, known in (("/v1/completions", COMPLETION_FIELDS), ("/v1/chat/completions", CHAT_FIELDS)):
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["properties"].keys() - {"user"} == known

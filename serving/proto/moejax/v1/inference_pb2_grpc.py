@@ -39,6 +39,11 @@ class InferenceStub(object):
                 request_serializer=moejax_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/moejax.v1.Inference/Resume',
+                request_serializer=moejax_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/moejax.v1.Inference/Abort',
                 request_serializer=moejax_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
@@ -72,6 +77,14 @@ class InferenceServicer(object):
     def Generate(self, request, context):
         """Streams the tokens of one request: any number of chunks, then one Complete; for each of its `n` answers.
         Cancelling the call, or its deadline, ends the request on the server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a call whose stream broke, also when the server was restarted meanwhile: responses after those the
+        caller has. NOT_FOUND when it ended long ago, or the server keeps no journal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +128,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=moejax_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=moejax_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=moejax_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
@@ -169,6 +187,33 @@ class Inference(object):
             target,
             '/moejax.v1.Inference/Generate',
             moejax_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            moejax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moejax.v1.Inference/Resume',
+            moejax_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             moejax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

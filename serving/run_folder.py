@@ -1,0 +1,57 @@
+"""What a supervisor and the fronts it starts know of each other: a folder for their owner only."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RUN = "MOEJAX_LINK_RUN"
+"""Environment variable that names a supervised front's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """What a supervisor and its fronts know of each other."""
+
+    path: Path
+
+    @classmethod
+    def of_this_front(cls) -> "RunFolder | None":
+        """The folder of this process, if it is supervised."""
+        path = os.environ.get(RUN)
+        return cls(Path(path)) if path else None
+
+    @property
+    def settings(self) -> Path:
+        """The server's settings as TOML."""
+        return self.path / "settings.toml"
+
+    @property
+    def journal(self) -> Path:
+        """The journal, where the settings name no other."""
+        return self.path / "journal"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Ports that a front before had, by the name of their setting."""
+        try:
+            return {name: int(port) for name, port in self._ready()["ports"].items()}
+        except (OSError, ValueError, KeyError):
+            return {}
+
+    def announce(self, **ports: int) -> None:
+        """The front that runs this is ready."""
+        new = self.path / "ready.new"
+        new.write_text(json.dumps({"pid": os.getpid(), "ports": ports}))
+        new.rename(self.path / "ready.json")
+
+    def was_ready(self, pid: int) -> bool:
+        """Whether that front has been ready."""
+        try:
+            return self._ready()["pid"] == pid
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _ready(self) -> dict[str, Any]:
+        return json.loads((self.path / "ready.json").read_text())

@@ -1,0 +1,141 @@
+"""The front is killed: another one takes its place, every request goes on, and clients get exactly what they lack."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.streams import Traffic, pid_of, wait_until, wait_until_whole
+from tests.e2e.test_processes import processes_of, read_until, start
+
+
+class Supervised:
+    """A running `moejax serve`."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.said = read_until(process, r"\btry\b")
+        self.address = re.search(r"gRPC +(\S+)", self.said)[1]  # type: ignore[index]
+        self.url = re.search(r"HTTP +(\S+)", self.said)[1]  # type: ignore[index]
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said += line
+
+    def front(self) -> int:
+        """The process that serves."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = (int(child) for child in children)
+        return pid
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Supervised]:
+    """Two ranks of the tiny model under a supervisor."""
+    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0")
+    yield Supervised(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+
+
+@pytest.fixture(scope="module")
+def known(server: Supervised) -> Traffic:
+    """Six streams, and what each says when nothing happens."""
+    with Client(server.address) as client:
+        wait_until_whole(client)
+        return Traffic.record(client, streams=6, prompt_tokens=40, max_tokens=100)
+
+
+def test_streams_go_on_by_themselves_when_the_front_is_killed(server: Supervised, known: Traffic) -> None:
+    with Client(server.address) as client:
+        known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
+        kinds = [event.kind for event in _events(client)]
+        assert kinds[0] == "restored_calls"
+        wait_until_whole(client)
+
+
+def test_the_front_and_a_rank_may_die_together(server: Supervised, known: Traffic) -> None:
+    with Client(server.address) as client:
+        wait_until_whole(client)
+
+        def kill_both() -> None:
+            rank = pid_of(client.status(), 1)
+            os.kill(server.front(), signal.SIGKILL)
+            os.kill(rank, signal.SIGKILL)
+
+        known.during(client, kill_both, after=0.2)
+
+
+def test_an_http_stream_goes_on_after_the_last_event_that_came(server: Supervised) -> None:
+    body = {"prompt": "ROMEO:", "max_tokens": 80, "seed": 3, "n": 2, "stream": True, "logprobs": 1}
+    body |= {"stream_options": {"include_usage": True}, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as whole:
+        undisturbed = _parts(_frames(whole))
+    with urllib.request.urlopen(request) as broken:
+        first = []
+        for event in _frames(broken):
+            first.append(event)
+            if len(first) == 30:
+                os.kill(server.front(), signal.SIGKILL)
+                break
+    last = [event["id"] for event in first if "id" in event][-1]
+    resumed = urllib.request.Request(f"{server.url}/v1/resume", headers={"Last-Event-ID": last})
+
+    def is_back() -> bool:
+        try:
+            with urllib.request.urlopen(resumed) as rest:
+                first.extend(_frames(rest))
+        except OSError:
+            return False
+        return True
+
+    wait_until(is_back, "the stream goes on", 60)
+    assert _parts(first) == undisturbed
+    ids = [event["id"] for event in first if "id" in event]
+    assert len(set(ids)) == len(ids)
+
+
+def _frames(lines: "Iterator[bytes]") -> "Iterator[dict[str, str]]":
+    event: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.decode().rstrip("\n").partition(": ")
+        if name:
+            event[name] = value
+        elif event:
+            yield event
+            event = {}
+
+
+def _parts(events: "Iterator[dict[str, str]] | list[dict[str, str]]") -> "dict[object, list[object]]":
+    """The choices of each answer in their order, and the usage; answers may come in any order among each other."""
+    found: dict[object, list[object]] = {}
+    for event in events:
+        if event["data"] == "[DONE]":
+            continue
+        value = json.loads(event["data"])
+        for choice in value["choices"]:
+            found.setdefault(choice["index"], []).append(choice)
+        if not value["choices"]:
+            found.setdefault("usage", []).append({**value["usage"], "prompt_tokens_details": None})
+    return found
+
+
+def _events(client: Client) -> list[object]:
+    from tests.e2e.streams import events_since
+
+    return list(events_since(client, 0))

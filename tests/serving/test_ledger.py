@@ -1,0 +1,176 @@
+"""A call can be told again exactly, by this front and, from the journal, by the next."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.errors import NoCapacity, UnknownRequest
+from serving.journal import Journal, frame, read
+from serving.ledger import Call, Ledger
+from serving.request import Finished, Guide, Request, Scored, Token
+
+ITEMS = (
+    Scored(1, (-0.5, -float("inf")), (((4, -0.5), (1, -2.0)), ())),
+    Token(0, 7, -0.1, 3, top=((7, -0.1), (2, -3.5)), reused=32),
+    Token(1, 9, -1 / 3, 3, degraded=True),
+    Token(2, 1, -0.0, 4),
+)
+ENDS = (Finished("length", 32), Finished("cancelled"), NoCapacity("no rank", retry_after_s=2.0))
+
+
+def call(name: str, answers: int = 1, **fields: Any) -> Call:
+    """A call with every field of a request in use."""
+    requests = tuple(
+        Request(
+            id=f"{name}-{i}",
+            prompt=(1, 2, 3),
+            max_tokens=9,
+            seed=i,
+            temperature=0.7,
+            stop_tokens=frozenset({5, 2}),
+            logit_bias=((3, -1.5),),
+            prompt_logprobs=2,
+            guide=Guide("regex", "[a-z]+"),
+            deadline=1e9,
+        )
+        for i in range(answers)
+    )
+    return Call(id=f"{name}-0", requests=requests, stop=("\n",), form={"chat": True, "body": {"n": 1}}, **fields)
+
+
+def opened(folder: str | Path, **fields: Any) -> Ledger:
+    journal, records = Journal.open(Path(folder))
+    return Ledger(journal, records, **fields)
+
+
+def told(ledger: Ledger, name: str) -> tuple[Any, ...]:
+    return tuple(repr(item) for item in ledger.items(name))
+
+
+@given(st.permutations([0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), st.sampled_from(ENDS), st.data())
+def test_a_ledger_cut_anywhere_is_a_beginning_of_what_was_told(order: list[int], end: Any, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = opened(folder)
+        one = call("a", 2)
+        ledger.remember(one)
+        for request in one.requests:
+            ledger.accepted(request.id)
+        left = {name: [*ITEMS, end] for name in ("a-0", "a-1")}
+        for which in order:
+            name = f"a-{which}"
+            ledger.note([(name, left[name].pop(0))])
+        ledger.close()
+        file = Path(folder) / "requests.journal"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        again = opened(folder)
+        for name in ("a-0", "a-1"):
+            known = told(again, name)
+            assert known == tuple(map(repr, [*ITEMS, end]))[: len(known)]
+        if again.running():
+            assert [r.prompt for r in again.running()[0].requests] == [(1, 2, 3)] * 2
+
+
+@given(st.lists(st.integers(0, 8), max_size=12))
+def test_records_that_come_again_say_nothing_new(again: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = opened(folder)
+        ledger.remember(call("a"))
+        ledger.accepted("a-0")
+        for item in (*ITEMS, ENDS[0]):
+            ledger.note([("a-0", item)])
+        ledger.close()
+        file = Path(folder) / "requests.journal"
+        records, _ = read(file.read_bytes())
+        with file.open("ab") as out:
+            out.writelines(frame(records[i % len(records)]) for i in again)
+        assert told(opened(folder), "a-0") == tuple(map(repr, (*ITEMS, ENDS[0])))
+
+
+def test_a_request_comes_back_as_it_was(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.remember(call("a", owner="key", created=5))
+    ledger.accepted("a-0")
+    ledger.close()
+    back = opened(tmp_path, wall=lambda: 0.0, clock=lambda: 0.0)
+    (found,) = back.running()
+    assert found.requests[0].deadline is not None
+    plain = call("a", owner="key", created=5)
+    assert [r.guide for r in found.requests] == [r.guide for r in plain.requests]
+    assert found.requests[0].stop_tokens == frozenset({5, 2})
+    assert (found.stop, found.owner, found.form, found.created) == (plain.stop, "key", plain.form, 5)
+
+
+def test_a_call_is_told_to_its_owner_alone_and_not_for_ever(tmp_path: Path) -> None:
+    now = [0.0]
+    ledger = opened(tmp_path, keep_s=60.0, clock=lambda: now[0])
+    ledger.remember(call("a", owner="me"))
+    with pytest.raises(UnknownRequest):
+        ledger.recall("a-0", "me")
+    ledger.accepted("a-0")
+    assert ledger.recall("a-0", "me").id == "a-0"
+    with pytest.raises(UnknownRequest):
+        ledger.recall("a-0", "you")
+    ledger.left("a-0")
+    assert ledger.items("a-0") == (Finished("cancelled"),)
+    now[0] = 61.0
+    ledger.tend()
+    with pytest.raises(UnknownRequest):
+        ledger.recall("a-0", "me")
+
+
+def test_a_call_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.remember(call("a"))
+    ledger.left("a-0")
+    ledger.close()
+    assert opened(tmp_path).running() == []
+
+
+def test_the_journal_does_not_grow_with_what_is_over(tmp_path: Path) -> None:
+    now = [0.0]
+    ledger = opened(tmp_path, keep_s=1.0, clock=lambda: now[0])
+    for number in range(400):
+        now[0] += 0.1
+        ledger.remember(call(str(number)))
+        ledger.accepted(f"{number}-0")
+        ledger.note([(f"{number}-0", Token(i, 5, -0.5, 1)) for i in range(100)])
+        ledger.note([(f"{number}-0", Finished("length"))])
+        ledger.tend()
+    assert (tmp_path / "requests.journal").stat().st_size < 2 << 20
+
+
+def test_a_journal_that_cannot_be_written_is_told_of_and_written_again_when_it_can(tmp_path: Path) -> None:
+    class Full(Journal):
+        full = False
+
+        def append(self, records: Any) -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            super().append(records)
+
+        def replace(self, records: Any) -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            super().replace(records)
+
+    now = [0.0]
+    journal, _ = Full.open(tmp_path)
+    ledger = Ledger(journal, clock=lambda: now[0])
+    ledger.remember(call("a"))
+    ledger.accepted("a-0")
+    journal.full = True
+    ledger.note([("a-0", ITEMS[0]), ("a-0", ITEMS[1])])
+    assert ledger.trouble is not None
+    assert "No space left" in ledger.trouble
+    ledger.note([("a-0", ITEMS[2])])
+    journal.full, now[0] = False, 10.0
+    ledger.tend()
+    assert ledger.trouble is None
+    ledger.note([("a-0", ITEMS[3])])
+    ledger.close()
+    assert told(opened(tmp_path), "a-0") == tuple(map(repr, ITEMS))
