@@ -7,11 +7,11 @@ the worst case: no token is ever dropped. (`ragged_all_to_all` does not exist on
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
-from moejax.axes import RANKS
+from moejax.axes import RANKS, Numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Exchange:
         return min(self.slots, self.experts_per_token)
 
 
-def place(slot_TX: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
+def place(slot_TX: Int[Numbers, "T X"], exchange: Exchange) -> tuple[Int[Numbers, "T X"], Int[Numbers, "T X"]]:
     """The rank `[T, X]` (-1 for none) of each chosen physical slot (-1 for none), and which of the token's
     answers from that rank it is `[T, X]`."""
     rank_TX = jnp.where(slot_TX >= 0, slot_TX // exchange.slots, -1)
@@ -38,8 +38,12 @@ def place(slot_TX: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]
 
 
 def dispatch(
-    x_TD: jax.Array, slot_TX: jax.Array, rank_TX: jax.Array, nth_TX: jax.Array, exchange: Exchange
-) -> tuple[jax.Array, jax.Array]:
+    x_TD: Float[Numbers, "T D"],
+    slot_TX: Int[Numbers, "T X"],
+    rank_TX: Int[Numbers, "T X"],
+    nth_TX: Int[Numbers, "T X"],
+    exchange: Exchange,
+) -> tuple[Float[Numbers, "nT D"], Int[Numbers, "nT A"]]:
     """What this rank has to answer: rows `[n*T, D]` and the local slots each row wants `[n*T, A]`, -1 for none."""
     n, A = exchange.ranks, exchange.answers
     to_n = jnp.arange(n)[:, None, None, None]
@@ -56,8 +60,12 @@ def dispatch(
 
 
 def combine(
-    answers_rAD: jax.Array, rank_TX: jax.Array, nth_TX: jax.Array, gates_TX: jax.Array, exchange: Exchange
-) -> jax.Array:
+    answers_rAD: Float[Numbers, "nT A D"],
+    rank_TX: Int[Numbers, "T X"],
+    nth_TX: Int[Numbers, "T X"],
+    gates_TX: Float[Numbers, "T X"],
+    exchange: Exchange,
+) -> Float[Numbers, "T D"]:
     """The gated sum `[T, D]` of the answers `[n*T, A, D]`, each token's in router order."""
     T, X = rank_TX.shape
     n, A = exchange.ranks, exchange.answers

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
 from moejax import kernels
+from moejax.axes import Numbers
 from moejax.config import MoEConfig
 from moejax.layers import Dot, Stacked, biased_swiglu, ordered_sum, row_dot, row_dot_reference, swiglu, value
 from moejax.params import FeedForward, MoE
@@ -14,8 +16,8 @@ TILE = 32
 
 
 def apply_experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, experts: FeedForward, slots: int, moe: MoEConfig
-) -> jax.Array:
+    rows_rD: Float[Numbers, "r D"], wanted_rA: Int[Numbers, "r A"], experts: FeedForward, slots: int, moe: MoEConfig
+) -> Float[Numbers, "r A D"]:
     """Answers `[r, A, D]` of the local slots `wanted [r, A]` (-1 for none, answered by zeros).
 
     `experts` leaves are `layers.Stacked` `[S, ...]` of a layer, so that no layer's weights are copied out.
@@ -28,8 +30,8 @@ def apply_experts(
 
 
 def apply_experts_reference(
-    rows_rD: jax.Array, wanted_rA: jax.Array, experts: FeedForward, slots: int, moe: MoEConfig
-) -> jax.Array:
+    rows_rD: Float[Numbers, "r D"], wanted_rA: Int[Numbers, "r A"], experts: FeedForward, slots: int, moe: MoEConfig
+) -> Float[Numbers, "r A D"]:
     """`apply_experts` by XLA: a loop of two-dimensional dots over tiles of rows sorted by slot. (`lax.ragged_dot` is
     dense on a CPU and multiplies every row with every expert.)"""
     r, A = wanted_rA.shape
@@ -57,7 +59,7 @@ def apply_experts_reference(
     return answers.reshape(r, A, D)
 
 
-def one_expert(rows_rD: jax.Array, weights: FeedForward, moe: MoEConfig, dot: Dot = row_dot) -> jax.Array:
+def one_expert(rows_rD: Numbers, weights: FeedForward, moe: MoEConfig, dot: Dot = row_dot) -> Numbers:
     """Answers `[r, D]` of one expert whose weights are those of no other."""
     if not moe.expert_bias:
         return swiglu(rows_rD, weights.gate_up, weights.down, dot)
@@ -65,7 +67,7 @@ def one_expert(rows_rD: jax.Array, weights: FeedForward, moe: MoEConfig, dot: Do
     return biased_swiglu(rows_rD, weights.gate_up, weights.down, *biases, moe.swiglu_limit, moe.swiglu_alpha, dot)
 
 
-def always_on(h_TD: jax.Array, moe: MoE) -> jax.Array:
+def always_on(h_TD: Float[Numbers, "T D"], moe: MoE) -> Float[Numbers, "T D"]:
     """Answers `[T, D]` of the shared expert of a routed layer, weighed by its own gate if it has one."""
     y_TD = swiglu(h_TD, moe.shared.gate_up, moe.shared.down)
     if moe.shared_gate is None:

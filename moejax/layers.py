@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jaxtyping import Float
 
 from moejax import kernels
+from moejax.axes import Numbers
 from moejax.precision import Int8, at, widened
 
 _LANES = 32
@@ -29,7 +31,7 @@ class Stacked:
     stack: Any
     index: tuple[Any, ...]
 
-    def read(self) -> jax.Array:
+    def read(self) -> Numbers:
         """The matrix itself, copied out."""
         return widened(at(self.stack, self.index))
 
@@ -38,17 +40,17 @@ class Stacked:
         return Stacked(self.stack, (*self.index, *index))
 
 
-Weight = jax.Array | Int8 | Stacked
-Dot = Callable[[jax.Array, Weight], jax.Array]
+Weight = Numbers | Int8 | Stacked
+Dot = Callable[[Numbers, Weight], Numbers]
 """`row_dot` or another of its kind."""
 
 
-def value(w: Weight) -> jax.Array:
+def value(w: Weight) -> Numbers:
     """The numbers themselves, for what is small."""
     return w.read() if isinstance(w, Stacked) else widened(w)
 
 
-def row_dot(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
+def row_dot(x_TD: Float[Numbers, "T D"], w_FD: Weight) -> Float[Numbers, "T F"]:
     """`x @ w.T` `[T, F]` for a weight `[out, in]`, each row summed in the same order whatever T is."""
     if not kernels.active():
         return row_dot_reference(x_TD, w_FD)
@@ -56,7 +58,7 @@ def row_dot(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
     return kernels.row_dot(x_TD, stack, index).astype(x_TD.dtype)
 
 
-def row_dot_reference(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
+def row_dot_reference(x_TD: Float[Numbers, "T D"], w_FD: Weight) -> Float[Numbers, "T F"]:
     """`row_dot` by XLA, differentiable.
 
     Weights are stored `[out, in]` for this: with the contracted axis last, XLA:CPU keeps the order for any two
@@ -68,7 +70,7 @@ def row_dot_reference(x_TD: jax.Array, w_FD: Weight) -> jax.Array:
     return lax.dot_general(x_TD, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x_TD.dtype)
 
 
-def ordered_sum(x: jax.Array) -> jax.Array:
+def ordered_sum(x: Float[Numbers, "*T D"]) -> Float[Numbers, "*T"]:
     """Sum over the last axis in an order that depends on its length alone (XLA's own does not: see row_dot)."""
     size = x.shape[-1]
     if size > _LANES and size % _LANES == 0:
@@ -82,14 +84,16 @@ def ordered_sum(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, odd, x[..., 0])
 
 
-def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x_TD: Float[Numbers, "*T D"], scale_D: Float[Numbers, " D"], eps: float) -> Float[Numbers, "*T D"]:
     """Root-mean-square norm (arXiv 1910.07467), in float32."""
     x32 = x_TD.astype(jnp.float32)
     variance = ordered_sum(x32 * x32)[..., None] / x_TD.shape[-1]
     return (x32 * lax.rsqrt(variance + eps)).astype(x_TD.dtype) * scale_D
 
 
-def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+def layer_norm(
+    x_TD: Float[Numbers, "*T D"], scale_D: Float[Numbers, " D"], bias_D: Float[Numbers, " D"], eps: float
+) -> Float[Numbers, "*T D"]:
     """Layer norm (arXiv 1607.06450), in float32."""
     x32 = x_TD.astype(jnp.float32)
     x32 = x32 - ordered_sum(x32)[..., None] / x_TD.shape[-1]
@@ -97,15 +101,15 @@ def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: floa
     return (x32 * lax.rsqrt(variance + eps)).astype(x_TD.dtype) * scale_D + bias_D
 
 
-def norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
+def norm(x_TD: Numbers, scale_D: Numbers, bias_D: Numbers | None, eps: float) -> Numbers:
     """Layer norm if there is a bias, root-mean-square norm if not."""
     return rms_norm(x_TD, scale_D, eps) if bias_D is None else layer_norm(x_TD, scale_D, bias_D, eps)
 
 
-def head_dot(x_TNH: jax.Array, w_NFH: Weight) -> jax.Array:
+def head_dot(x_TNH: Float[Numbers, "T N H"], w_NFH: Weight) -> Float[Numbers, "T N F"]:
     """Each head by its own weight `[out, in]`: `[T, N, F]`. One head after the other, for the sake of `row_dot`."""
 
-    def one(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def one(_: None, at: tuple[Numbers, Numbers]) -> tuple[None, Numbers]:
         n, x_TH = at
         return None, row_dot(x_TH, w_NFH.at(n) if isinstance(w_NFH, Stacked) else at(w_NFH, (n,)))
 
@@ -113,7 +117,7 @@ def head_dot(x_TNH: jax.Array, w_NFH: Weight) -> jax.Array:
     return lax.scan(one, None, (heads, x_TNH.swapaxes(0, 1)))[1].swapaxes(0, 1)
 
 
-def swiglu(x_TD: jax.Array, gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row_dot) -> jax.Array:
+def swiglu(x_TD: Numbers, gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row_dot) -> Numbers:
     """SwiGLU feed-forward (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
     hidden = dot(x_TD, gate_up_2FD)
     gate, up = jnp.split(hidden, 2, axis=-1)
@@ -121,15 +125,15 @@ def swiglu(x_TD: jax.Array, gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row
 
 
 def biased_swiglu(
-    x_TD: jax.Array,
+    x_TD: Numbers,
     gate_up_2FD: Weight,
     down_DF: Weight,
-    gate_up_bias_2F: jax.Array,
-    down_bias_D: jax.Array,
+    gate_up_bias_2F: Numbers,
+    down_bias_D: Numbers,
     limit: float | None,
     alpha: float,
     dot: Dot = row_dot,
-) -> jax.Array:
+) -> Numbers:
     """SwiGLU with biases. With a `limit` it is gpt-oss's (arXiv 2508.10925): gate and up are bounded by it, the gate is
     `gate * sigmoid(alpha * gate)`, and 1 is added to up."""
     hidden = dot(x_TD, gate_up_2FD) + gate_up_bias_2F

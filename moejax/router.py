@@ -2,14 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
+from moejax.axes import Numbers
 from moejax.config import MoEConfig
 from moejax.layers import Weight, ordered_sum, row_dot
 
 
 def route(
-    x_TD: jax.Array, router_ED: Weight, bias_E: jax.Array, alive_E: jax.Array, moe: MoEConfig
-) -> tuple[jax.Array, jax.Array]:
+    x_TD: Float[Numbers, "T D"],
+    router_ED: Weight,
+    bias_E: Float[Numbers, " E"],
+    alive_E: Bool[Numbers, " E"],
+    moe: MoEConfig,
+) -> tuple[Int[Numbers, "T X"], Float[Numbers, "T X"]]:
     """The chosen experts `[T, X]` in router order and their gates `[T, X]`, as `moe.gate` says (see MoEConfig).
 
     `alive_E` is False for masked experts: the next best takes over. Ties go to the lower expert, so that the
@@ -33,13 +39,13 @@ def route(
     return chosen_TX, _scaled(gates_TX, moe)
 
 
-def _scaled(gates_TX: jax.Array, moe: MoEConfig) -> jax.Array:
+def _scaled(gates_TX: Numbers, moe: MoEConfig) -> Numbers:
     if moe.normalised:
         gates_TX = gates_TX / (ordered_sum(gates_TX)[:, None] + 1e-20)
     return gates_TX if moe.gate_scale == 1.0 else gates_TX * moe.gate_scale
 
 
-def _in_best_groups(choice_TE: jax.Array, moe: MoEConfig) -> jax.Array:
+def _in_best_groups(choice_TE: Numbers, moe: MoEConfig) -> Numbers:
     """Scores outside the best groups set to minus infinity (DeepSeek-V2, section 2.2.2; V3, section 2.1.2)."""
     size = moe.experts // moe.groups
     by_group = choice_TE.reshape(-1, moe.groups, size)
@@ -50,7 +56,7 @@ def _in_best_groups(choice_TE: jax.Array, moe: MoEConfig) -> jax.Array:
     return jnp.where(jnp.repeat(in_TG, size, axis=1), choice_TE, -jnp.inf)
 
 
-def _sparsemixer(scores_TE: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+def _sparsemixer(scores_TE: Numbers, moe: MoEConfig) -> tuple[Numbers, Numbers]:
     """One expert after the other: the best of those left, weighed by a softmax over those left whose score is within
     twice the jitter of it (arXiv 2409.12136, at inference)."""
     left_TE, chosen, gates = scores_TE, [], []

@@ -7,8 +7,10 @@ vocabulary are made in integers, whose order does not matter, and thresholds by 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
 from moejax import kernels
+from moejax.axes import Numbers
 from moejax.inputs import StepInputs
 from moejax.layers import ordered_sum
 from moejax.shaping import Shaping, shape_logits
@@ -21,13 +23,13 @@ _LANES = 1024
 """Sums over the vocabulary that go on side by side."""
 
 
-def _keys(x: jax.Array) -> jax.Array:
+def _keys(x: Numbers) -> Numbers:
     """Float32 as uint32 of the same order."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _highest(holds, shape: tuple[int, ...]) -> jax.Array:
+def _highest(holds, shape: tuple[int, ...]) -> Numbers:
     """The highest uint32 for which `holds` (true below some point, false above it) is still true."""
 
     def bit(i, found):
@@ -37,7 +39,7 @@ def _highest(holds, shape: tuple[int, ...]) -> jax.Array:
     return lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
 
 
-def _mass(weights: jax.Array, inside: jax.Array) -> jax.Array:
+def _mass(weights: Numbers, inside: Numbers) -> Numbers:
     """Sum of weights in [0, 1] over the last axis, exact in two integer limbs and so in any order."""
     scaled = (weights * (1 << 2 * _LIMB)).astype(jnp.uint32)
     high = jnp.where(inside, scaled >> _LIMB, 0).sum(-1, dtype=jnp.uint32)
@@ -45,7 +47,12 @@ def _mass(weights: jax.Array, inside: jax.Array) -> jax.Array:
     return high.astype(jnp.float32) + low.astype(jnp.float32) / (1 << _LIMB)
 
 
-def filter_logits(logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, min_p_Z: jax.Array) -> jax.Array:
+def filter_logits(
+    logits_ZV: Float[Numbers, "Z V"],
+    top_k_Z: Int[Numbers, " Z"],
+    top_p_Z: Float[Numbers, " Z"],
+    min_p_Z: Float[Numbers, " Z"],
+) -> Float[Numbers, "Z V"]:
     """Logits with -inf for tokens outside of top-k (0: all), then outside the smallest set of mass top-p among
     the rest (1: all), or less likely than min_p x the likeliest (0: all). Ties at a threshold stay in."""
     Z, V = logits_ZV.shape
@@ -61,12 +68,12 @@ def filter_logits(logits_ZV: jax.Array, top_k_Z: jax.Array, top_p_Z: jax.Array, 
     return jnp.where(inside, logits_ZV, -jnp.inf)
 
 
-def choose(logits_ZV: jax.Array, greedy_Z: jax.Array, inputs: StepInputs) -> jax.Array:
+def choose(logits_ZV: Float[Numbers, "Z V"], greedy_Z: Int[Numbers, " Z"], inputs: StepInputs) -> Int[Numbers, " Z"]:
     """Tokens `[Z]`. Temperature 0 takes the likeliest, `greedy [Z]`. Otherwise Gumbel-max with a key of (seed,
     position): the same stream on any rank, in any batch, before and after a failure."""
     warm_Z = inputs.temperature > 0
 
-    def draw() -> jax.Array:
+    def draw() -> Numbers:
         scaled = logits_ZV / jnp.where(warm_Z, inputs.temperature, 1.0)[:, None]
         filters = warm_Z & ((inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0))
         kept = lax.cond(
@@ -81,7 +88,7 @@ def choose(logits_ZV: jax.Array, greedy_Z: jax.Array, inputs: StepInputs) -> jax
     return jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
 
 
-def summarize(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def summarize(logits_ZV: Numbers) -> tuple[Numbers, Numbers]:
     """Of each row the first of the highest logits `[Z]`, and log(sum(exp(logits))) `[Z]` in an order that depends on V
     alone."""
     if kernels.active():
@@ -89,7 +96,7 @@ def summarize(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.argmax(logits_ZV, axis=-1).astype(jnp.int32), normalizer_reference(logits_ZV)
 
 
-def normalizer_reference(logits_ZV: jax.Array) -> jax.Array:
+def normalizer_reference(logits_ZV: Numbers) -> Numbers:
     """The second part of `summarize`, by XLA."""
     Z, V = logits_ZV.shape
     most_Z1 = logits_ZV.max(-1, keepdims=True)
@@ -99,17 +106,17 @@ def normalizer_reference(logits_ZV: jax.Array) -> jax.Array:
     return most_Z1[:, 0] + jnp.log(ordered_sum(sums))
 
 
-def _logprobs_of(logits_ZV: jax.Array, token_Z: jax.Array, normalizer_Z: jax.Array) -> jax.Array:
+def _logprobs_of(logits_ZV: Numbers, token_Z: Numbers, normalizer_Z: Numbers) -> Numbers:
     return jnp.take_along_axis(logits_ZV, token_Z[:, None], axis=1)[:, 0] - normalizer_Z
 
 
-def likeliest(logits_ZV: jax.Array, normalizer_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
+def likeliest(logits_ZV: Numbers, normalizer_Z: Numbers) -> tuple[Numbers, Numbers]:
     """The TOP likeliest tokens of each row `[Z, TOP]`, first the likeliest, and their log-probabilities."""
     values, tokens = lax.top_k(logits_ZV, min(TOP, logits_ZV.shape[-1]))
     return tokens.astype(jnp.int32), values - normalizer_Z[:, None]
 
 
-def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
+def sample(logits_ZV: Float[Numbers, "Z V"], inputs: StepInputs) -> tuple[Int[Numbers, " Z"], Float[Numbers, " Z"]]:
     """Tokens `[Z]` and their log-probabilities `[Z]` under the unfiltered model."""
     logits_ZV = logits_ZV.astype(jnp.float32)
     greedy_Z, normalizer_Z = summarize(logits_ZV)
@@ -117,7 +124,7 @@ def sample(logits_ZV: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Arr
     return token_Z, _logprobs_of(logits_ZV, token_Z, normalizer_Z)
 
 
-def sample_shaped(logits_ZV: jax.Array, inputs: StepInputs, shaping: Shaping) -> tuple[jax.Array, ...]:
+def sample_shaped(logits_ZV: Numbers, inputs: StepInputs, shaping: Shaping) -> tuple[Numbers, ...]:
     """As `sample`, from bent logits; log-probabilities are those of the model as it is. Then the likeliest tokens
     `[Z, TOP]` and theirs."""
     logits_ZV = logits_ZV.astype(jnp.float32)
@@ -127,7 +134,7 @@ def sample_shaped(logits_ZV: jax.Array, inputs: StepInputs, shaping: Shaping) ->
     return (token_Z, _logprobs_of(logits_ZV, token_Z, normalizer_Z), *likeliest(logits_ZV, normalizer_Z))
 
 
-def score(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, ...]:
+def score(logits_TV: Numbers, target_T: Numbers) -> tuple[Numbers, ...]:
     """Log-probabilities `[T]` of given tokens (those of targets below 0 mean nothing), the likeliest tokens `[T, TOP]`
     and their log-probabilities."""
     logits_TV = logits_TV.astype(jnp.float32)

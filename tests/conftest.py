@@ -2,6 +2,7 @@
 
 import os
 
+import jaxtyping
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,6 +12,11 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # Compiles of the tests themselves are kept between runs; the server's own are not made this way.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moejax/tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Shapes and kinds of numbers in annotations are checked at every call.
+jaxtyping.install_import_hook(
+    [f"moejax.{name}" for name in ("exchange", "experts", "layers", "router", "sampling")], "beartype.beartype"
+)
 
 
 @pytest.fixture
