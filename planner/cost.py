@@ -74,7 +74,7 @@ def step_time(
     attention += _tensor_seconds(workload, hardware, shape, tokens)
 
     routed = tokens * shape.data * workload.experts_per_token / shape.holders
-    touched = shape.slots * (1 - exp(-routed / shape.slots))
+    touched = shape.slots * (1 - exp(-routed / shape.slots)) if shape.slots else 0.0
     expert_bytes = reads * touched * workload.slot_bytes
     expert_flops = routed * peak * workload.moe_layers * workload.expert_flops
     experts = max(expert_bytes / bandwidth, expert_flops / rate)

@@ -107,7 +107,7 @@ class Losses:
         phases = {"detect": fixed.detect, "abort": fixed.abort, "adopt": fixed.adopt, "weights": weights}
         after = self.outlook.of(left, slots)
         tokens, moved_stall = self._recompute(left, after)
-        share = masked / (plan.moe_layers * plan.experts)
+        share = masked / max(1, plan.moe_layers * plan.experts)
         return Outcome(
             **head,
             survivable=after.tokens_per_second > 0 or not self.outlook.whole.tokens_per_second,
@@ -126,7 +126,7 @@ class Losses:
     def _lost(self, gone: list[int]) -> tuple[np.ndarray, int]:
         """Pairs without a copy left, bool [layers, experts], and how many pairs the dead ranks held."""
         lost = np.zeros(self.copies.shape, bool)
-        if not gone:
+        if not gone or not lost.size:
             return lost, 0
         layers = len(self.table)
         flat = self.table[:, gone].reshape(layers, -1)
@@ -227,4 +227,4 @@ class Losses:
         return int(requests * traffic.context), rounds * (after.ttft_seconds or whole.ttft_seconds)
 
     def _traffic(self, lost: np.ndarray) -> float:
-        return float((self.loads * lost).sum() / len(self.loads))
+        return float((self.loads * lost).sum() / max(1, len(self.loads)))

@@ -63,7 +63,7 @@ class Deployment:
         if self.loads:
             array = np.array(self.loads)
             return array / array.sum(axis=1, keepdims=True)
-        return np.full((self.workload.moe_layers, self.workload.experts), 1 / self.workload.experts)
+        return np.full((self.workload.moe_layers, self.workload.experts), 1 / max(1, self.workload.experts))
 
     @property
     def shape(self) -> Shape:

@@ -183,9 +183,12 @@ class Plan:
         for r in self.ranks:
             if r.role not in ROLES:
                 raise InvalidPlan(f"rank {r.id} has role {r.role!r}; roles are {', '.join(ROLES)}")
-        if self.slots_per_rank < 1 or self.experts < 1 or self.pages_per_rank < 0 or self.epoch < 0:
+        dense = not (self.experts or self.slots_per_rank or self.slots)
+        least = 0 if dense else 1
+        if min(self.slots_per_rank, self.experts) < least or self.pages_per_rank < 0 or self.epoch < 0:
             raise InvalidPlan(
-                f"slots_per_rank {self.slots_per_rank} and experts {self.experts} must be at least 1, "
+                f"slots_per_rank {self.slots_per_rank} and experts {self.experts} must be at least 1 "
+                f"(or both 0, without layers of slots: a dense model), "
                 f"pages_per_rank {self.pages_per_rank} and epoch {self.epoch} at least 0"
             )
         width = len(self.holders) * self.slots_per_rank
@@ -194,7 +197,7 @@ class Plan:
                 raise InvalidPlan(
                     f"layer {layer} has {len(row)} slots; {len(self.holders)} ranks x {self.slots_per_rank} = {width}"
                 )
-        if self.slots and (self._table.min() < -1 or self._table.max() >= self.experts):
+        if self._table.size and (self._table.min() < -1 or self._table.max() >= self.experts):
             bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]
             raise InvalidPlan(f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty")
         self._validate_masked()

@@ -78,7 +78,7 @@ def most_slots(workload: Workload, cluster: Cluster, rest: int | None = None) ->
     if room is None:
         return None
     rest = workload.rest_bytes if rest is None else rest
-    return max(0, (room - rest - workload.page_bytes) // workload.slot_bytes)
+    return max(0, (room - rest - workload.page_bytes) // max(1, workload.slot_bytes))
 
 
 def slots_per_rank(
@@ -94,12 +94,14 @@ def slots_per_rank(
     """Slots per rank on `ranks` ranks: `asked`, or what the plan `before` had, or enough to lose some.
 
     The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n).
-    NoFeasiblePlan when even that does not fit.
+    A dense model has none. NoFeasiblePlan when even that does not fit.
     """
     rest = workload.rest_bytes if rest is None else rest
     experts, most = workload.experts, most_slots(workload, cluster, rest)
     if ranks < 1:
         raise NoFeasiblePlan(f"0 ranks alive for {experts} experts. Bring a rank back.")
+    if not experts:
+        return _no_slots(workload, cluster, rest)
     least = ceil(experts / ranks)
     if asked is not None:
         if asked < 1:
@@ -131,6 +133,17 @@ def slots_per_rank(
             )
         )
     return chosen
+
+
+def _no_slots(workload: Workload, cluster: Cluster, rest: int) -> int:
+    """0 slots for a dense model; NoFeasiblePlan when its weights and one cache page do not fit on a rank."""
+    room = budget(cluster)
+    if room is not None and rest + workload.page_bytes > room:
+        raise NoFeasiblePlan(
+            f"{workload.name} needs {rest + workload.page_bytes:,} bytes on each rank for weights and one cache page; "
+            f"ranks have {room:,} bytes for both. Divide the weights over wider tensor groups, or take larger devices."
+        )
+    return 0
 
 
 def cache_pages(workload: Workload, cluster: Cluster, slots: int, *, tensor: int = 1, rest: int | None = None) -> int:

@@ -66,7 +66,9 @@ def solve(
         survive_ranks=survive_ranks,
     )
     domain = domain_index(holders)
-    if previous is None:
+    if not workload.experts:
+        table, groups = np.zeros((0, len(holders), 0), np.int32), ()
+    elif previous is None:
         table, groups = fresh(traffic, domain, slots, protect=protect)
     else:
         table, groups = inherit(previous, holders, slots, traffic)
@@ -77,7 +79,7 @@ def solve(
         epoch=epoch,
         ranks=tuple(ranks),
         slots_per_rank=slots,
-        slots=as_tuples(table.reshape(len(table), -1)),
+        slots=as_tuples(table.reshape(len(table), len(holders) * slots)),
         experts=workload.experts,
         pages_per_rank=pages_per_rank,
         parity=groups,
@@ -103,14 +105,14 @@ def even_or_checked(loads: np.ndarray | None, workload: Workload) -> np.ndarray:
     """Loads as shares of their layer's traffic, float [moe_layers, experts]; InputError on a wrong shape."""
     shape = (workload.moe_layers, workload.experts)
     if loads is None:
-        return np.full(shape, 1.0 / workload.experts)
+        return np.full(shape, 1.0 / max(1, workload.experts))
     loads = np.asarray(loads, np.float64)
     if loads.shape != shape:
         raise InputError(f"loads have shape {loads.shape}; the model has [moe_layers, experts] = {shape}")
     if not np.isfinite(loads).all() or (loads < 0).any():
         raise InputError("loads must be finite and at least 0")
     total = loads.sum(axis=1, keepdims=True)
-    return np.where(total > 0, loads / np.where(total > 0, total, 1), 1.0 / workload.experts)
+    return np.where(total > 0, loads / np.where(total > 0, total, 1), 1.0 / max(1, workload.experts))
 
 
 def domain_index(ranks: Sequence[RankPlace]) -> np.ndarray:

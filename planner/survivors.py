@@ -171,7 +171,7 @@ def _promoted(outlook: Outlook, left: Survivors, dead: Collection[int]) -> Survi
 
 def _switched(outlook: Outlook, left: Survivors, dead: Collection[int], slots: int, experts: int) -> Survivors:
     """Attention ranks turned into expert ranks, whole tensor groups from the last, until all experts fit."""
-    missing = ceil(experts / slots) - left.holders
+    missing = ceil(experts / slots) - left.holders if slots else 0
     if missing <= 0:
         return left
     chosen: list[int] = []

@@ -9,7 +9,9 @@ from planner.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One MoE model. Sizes in bytes, work in flops (a multiply-add is two).
+    """One model. Sizes in bytes, work in flops (a multiply-add is two).
+
+    `moe_layers`, `experts`, `experts_per_token` and `expert_bytes` are all 0 for a dense model, else at least 1.
 
     `rest_bytes` is everything but the routed experts (attention, shared experts, dense layers, router,
     embeddings), held by every rank when attention is data-parallel. `hidden_bytes` is one token's
@@ -48,7 +50,9 @@ class Workload:
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
                 raise InputError(f"workload {self.name!r}: {f.name} is {value!r}, it must be at least 0")
-        for name in ("moe_layers", "experts", "experts_per_token", "expert_bytes", "page_tokens", "heads"):
+        routed = ("moe_layers", "experts", "experts_per_token", "expert_bytes")
+        dense = not any(getattr(self, name) for name in routed)
+        for name in ("page_tokens", "heads") + (() if dense else routed):
             if getattr(self, name) < 1:
                 raise InputError(f"workload {self.name!r}: {name} is {getattr(self, name)}, it must be at least 1")
         if self.experts_per_token > self.experts:

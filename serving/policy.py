@@ -5,6 +5,7 @@ copies that are there; an expert without one is masked, and the router takes the
 """
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -88,6 +89,6 @@ def _by_rank(plan: Plan) -> np.ndarray:
 
 
 def _with_table(plan: Plan, table: np.ndarray) -> Plan:
-    plan = dataclasses.replace(plan, slots=as_tuples(table.reshape(len(table), -1)), masked=())
+    plan = dataclasses.replace(plan, slots=as_tuples(table.reshape(len(table), math.prod(table.shape[1:]))), masked=())
     masked = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(plan.copies() == 0))
     return dataclasses.replace(plan, masked=masked)

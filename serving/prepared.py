@@ -37,7 +37,7 @@ class Prepared:
     weights: str
 
     def workload(self, page_size: int) -> Workload:
-        """The model in the planner's numbers. A dense model counts as one layer of one empty expert."""
+        """The model in the planner's numbers."""
         return Workload(
             name=self.name,
             layers=self.layers,

@@ -17,8 +17,13 @@ from serving.app import Server
 from serving.client import Client
 from serving.errors import StartError
 from serving.tokens import Tokenizer
+from tests.e2e.streams import kill
 from tests.moejax.published import MIXTRAL, published_folder
 
+LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "num_experts_per_tok")} | {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
 BUCKETS = ((2, 0), (2, 2))
 
 
@@ -41,6 +46,27 @@ def test_a_published_folder_is_served_as_it_is(folder: Path) -> None:
     prompt = Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be")
     assert list(said.token_ids) == greedy(load_params(ours), cfg, list(prompt), 24)
     assert list(chat.token_ids) == list(said.token_ids)[:4]  # its template is the message as it is
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Iterator[Path]:
+    published_folder(tmp_path / "llama-small", LLAMA)
+    yield tmp_path / "llama-small"
+    for converted in (cache_folder() / "models").glob("llama-small-*"):
+        shutil.rmtree(converted)
+
+
+def test_a_model_without_experts_is_served_and_a_lost_rank_changes_no_token(dense: Path) -> None:
+    with Server(model=str(dense), ranks=2, buckets=BUCKETS, chaos=True) as server, Client(server) as client:
+        said = client.generate("To be", temperature=0, max_tokens=100, ignore_eos=True)
+        kill(client, 1)()
+        again = client.generate("To be", temperature=0, max_tokens=100, ignore_eos=True)
+        assert client.model().experts == client.status().slots_per_rank == 0
+    ours = ensure_model(dense)
+    cfg = ModelConfig.load(ours)
+    prompt = Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be")
+    assert list(said.token_ids) == greedy(load_params(ours), cfg, list(prompt), 100)
+    assert again.token_ids == said.token_ids
 
 
 def test_a_folder_that_contradicts_itself_is_not_served(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

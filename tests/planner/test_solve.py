@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import Cluster, Hardware, InputError, NoFeasiblePlan, Workload, moves, solve
+from planner import Cluster, Hardware, InputError, NoFeasiblePlan, Plan, Workload, moves, solve
+from planner.degrade import Losses
+from planner.deployment import Deployment
+from planner.lattice import build_lattice
 from tests.planner.strategies import Case, cases
 
 
@@ -158,3 +161,20 @@ def test_survivors_share_out_what_must_be_loaded():
         made = Counter(m.rank for m in moves(plan, after))
         assert sum(made.values()) > 10
         assert max(made.values()) <= -(-sum(made.values()) // 5) + 1
+
+
+def test_a_model_without_experts_has_plans_without_slots_for_every_loss():
+    dense = Workload(
+        moe_layers=0, experts=0, experts_per_token=0, expert_bytes=0, layers=3, rest_bytes=1000, hidden_bytes=64
+    )
+    cluster = Cluster.local(4)
+    plan = solve(dense, cluster)
+    assert (plan.slots_per_rank, plan.slots, plan.expert_to_slot().shape) == (0, (), (4, 0, 0))
+    assert Plan.from_json(plan.to_json()) == plan
+    lattice = build_lattice(dense, cluster, plan, depth=2)
+    assert lattice.coverage() == {1: 1.0, 2: 1.0}
+    outcome = Losses(Deployment(plan=plan, workload=dense, cluster=cluster)).outcome((1,))
+    assert outcome.survivable
+    assert (outcome.traffic_lost, outcome.means.get("store", 0)) == (0.0, 0)
+    with pytest.raises(InputError, match="expert_bytes is 0"):
+        Workload(moe_layers=1, experts=2, experts_per_token=1, expert_bytes=0)
