@@ -331,6 +331,8 @@ class Loop:
         for victim in ranks:
             if signal in SIGNALS:
                 self.links.signal(victim, signal)
+            elif not self.model.experts:
+                raise UnknownRequest(f"{self.model.name} has no experts whose weights could be spoilt.", param="signal")
             elif self.failover.plan is not None:
                 layer, slot = hottest(self.failover.plan, victim, self.expert_load)
                 damage = link_pb2.Damage(layer=layer, slot=slot, nan=signal == "NAN")
