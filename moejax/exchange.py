@@ -3,29 +3,43 @@
 Each token goes at most once to each rank, with the slots it wants there; each chosen expert's answer comes
 back by itself, so that the source can sum them in router order wherever the experts sit. Buffers are padded to
 the worst case: no token is ever dropped. (`ragged_all_to_all` does not exist on XLA:CPU.)
+
+Between processes of one machine the parts go through memory they share (`moejax.shared`), else by XLA's collective.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
+from moejax import kernels
 from moejax.axes import RANKS, Numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Sizes of one exchange: n ranks, S slots on each, X experts per token."""
+    """Sizes of one exchange: n ranks, S slots on each, X experts per token. `shared`: all ranks are processes of this
+    machine that have mapped the same memory."""
 
     ranks: int
     slots: int
     experts_per_token: int
+    shared: bool = False
 
     @property
     def answers(self) -> int:
         """A, the most answers a token can get from one rank."""
         return min(self.slots, self.experts_per_token)
+
+    def outbox_bytes(self, rows: int, width: int) -> int:
+        """The most a rank sends at once in a step of `rows [T]` of `width [D]`."""
+        return 4 * self.ranks * max(1, rows * max(width + self.answers, width * self.answers))
+
+
+def all_to_all(parts_n: Shaped[Numbers, "n ..."], exchange: Exchange) -> Shaped[Numbers, "n ..."]:
+    """Part i to rank i; part i of the result came from rank i."""
+    return kernels.exchange(parts_n) if exchange.shared else lax.all_to_all(parts_n, RANKS, 0, 0, tiled=True)
 
 
 def place(slot_TX: Int[Numbers, "T X"], exchange: Exchange) -> tuple[Int[Numbers, "T X"], Int[Numbers, "T X"]]:
@@ -55,7 +69,7 @@ def dispatch(
     T, D = x_TD.shape
     rows_nTD = jnp.broadcast_to(x_TD, (n, T, D))
     sent = jnp.concatenate([rows_nTD, wanted_nTA.astype(x_TD.dtype)], axis=-1)
-    got = lax.all_to_all(sent, RANKS, 0, 0, tiled=True).reshape(n * T, D + A)
+    got = all_to_all(sent, exchange).reshape(n * T, D + A)
     return got[:, :D], got[:, D:].astype(jnp.int32)
 
 
@@ -72,7 +86,7 @@ def combine(
     D = answers_rAD.shape[-1]
     back_nTAD = answers_rAD.reshape(n, T, A, D)
     if n > 1:
-        back_nTAD = lax.all_to_all(back_nTAD, RANKS, 0, 0, tiled=True)
+        back_nTAD = all_to_all(back_nTAD, exchange)
     token_T1 = jnp.arange(T)[:, None]
     y_TXD = back_nTAD[jnp.maximum(rank_TX, 0), token_T1, jnp.minimum(nth_TX, A - 1)]
     gates_TX = jnp.where(rank_TX >= 0, gates_TX, 0.0)

@@ -40,6 +40,15 @@ class StepShape:
     ranks: int
     slots: int
     page_size: int
+    shared: bool = False
+    """The exchange goes through memory that the ranks share."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """Sizes of its exchanges."""
+        moe = self.cfg.moe
+        chosen = moe.experts_per_token if moe else 1
+        return Exchange(ranks=self.ranks, slots=self.slots, experts_per_token=chosen, shared=self.shared)
 
 
 @struct.dataclass
@@ -160,7 +169,7 @@ def _route_and_mix(
     cfg, moe = shape.cfg, layer.moe
     assert cfg.moe is not None
     assert isinstance(moe, MoE)
-    exchange = Exchange(ranks=shape.ranks, slots=shape.slots, experts_per_token=cfg.moe.experts_per_token)
+    exchange = shape.exchange
     h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
     with jax.named_scope("route"):
         chosen_TX, gates_TX = route(h, moe.router, moe.bias, route_E >= 0, cfg.moe)

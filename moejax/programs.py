@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from moejax import steps
 from moejax.cache import Cache, cache_shapes
 from moejax.config import ModelConfig
+from moejax.exchange import Exchange
 from moejax.executables import ExecutableStore, executable_name
 from moejax.inputs import TILE, Bucket, packed_size
 from moejax.mesh import global_array, make_mesh
@@ -30,6 +31,8 @@ class ModelShape:
     buckets: tuple[Bucket, ...]
     page_size: int
     pages: int
+    shared: bool = False
+    """The ranks are processes of one machine, and exchange through memory they share."""
 
     @property
     def entries(self) -> int:
@@ -38,7 +41,14 @@ class ModelShape:
 
     def step(self, bucket: Bucket, ranks: int, slots: int) -> StepShape:
         """The static shape of one step program."""
-        return StepShape(cfg=self.cfg, bucket=bucket, ranks=ranks, slots=slots, page_size=self.page_size)
+        return StepShape(
+            cfg=self.cfg, bucket=bucket, ranks=ranks, slots=slots, page_size=self.page_size, shared=self.shared
+        )
+
+    def outbox_bytes(self, ranks: int, slots: int) -> int:
+        """The most a rank of such a mesh sends at once."""
+        exchanges = ((self.step(bucket, ranks, slots).exchange, bucket.rows) for bucket in self.buckets)
+        return max(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges)
 
 
 Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
@@ -74,7 +84,11 @@ def mesh_lowerings(shape: ModelShape, devices: Sequence[jax.Device], slots: int)
     """Name and lowering of each program of a mesh: the connecting exchange, then a step per bucket."""
     mesh, n = make_mesh(devices), len(devices)
     row = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, jax.P(steps.RANKS)))
-    yield executable_name("connect", n), lambda: steps.run_connect.lower(row, mesh=mesh)
+    connecting = Exchange(ranks=n, slots=1, experts_per_token=1, shared=shape.shared)
+    yield (
+        executable_name("connect", n, shape.shared),
+        lambda: steps.run_connect.lower(row, mesh=mesh, exchange=connecting),
+    )
     for bucket in shape.buckets:
         step = shape.step(bucket, n, slots)
         local, spec = steps.local_shapes(step, shape.entries), steps.partition(step)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from moejax import model
 from moejax.axes import RANKS
 from moejax.cache import Cache, cache_shapes, commit
+from moejax.exchange import Exchange, all_to_all
 from moejax.inputs import TILE, Bucket, packed_size, unpack
 from moejax.layers import row_dot
 from moejax.model import StepOutputs, StepShape
@@ -125,12 +126,12 @@ def run_fill(experts: FeedForward, one: FeedForward, repeat: jax.Array, slot: ja
     return jax.tree.map(lambda leaf, weight: leaf.at[repeat, slot].set(weight), experts, one)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def run_connect(x: jax.Array, *, mesh: Mesh) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("mesh", "exchange"))
+def run_connect(x: jax.Array, *, mesh: Mesh, exchange: Exchange) -> jax.Array:
     """The smallest exchange there is, `[n, n]`: running it connects the communicator of a mesh."""
     spec = PartitionSpec(RANKS)
 
     def local(row):
-        return jax.lax.all_to_all(row.reshape(-1, 1), RANKS, 0, 0, tiled=True).reshape(row.shape)
+        return all_to_all(row.reshape(-1, 1), exchange).reshape(row.shape)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec)(x)

@@ -8,9 +8,12 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moejax.relay import Relay
+
+if TYPE_CHECKING:
+    from moejax.shared import Arena
 
 HEARTBEAT_TIMEOUT_S = 10**8
 """Of JAX's own service, in effect never: the front decides who is dead, and the service itself may die."""
@@ -82,6 +85,7 @@ class World:
         self._processes: dict[int, Any] = {}
         self._devices: dict[int, Any] = {}
         self._data_planes: dict[frozenset[int], dict[int, str]] = {}
+        self._arenas: dict[frozenset[int], Arena] = {}
         self._connecting: _Connecting | None = None
         self._lock = threading.Lock()
         self._relay: Relay | None = None
@@ -108,6 +112,7 @@ class World:
         self._relay = Relay(address)
         with self._lock:
             self._data_planes.clear()
+            self._close_arenas(self._arenas)
         state.coordinator_address = address
         state.process_id = seats[rank]
         state.num_processes = processes
@@ -120,28 +125,43 @@ class World:
         """`rank` is that process of the generation from now on; communicators with its predecessor are void."""
         with self._lock:
             self._data_planes = {ranks: plane for ranks, plane in self._data_planes.items() if rank not in ranks}
+            self._close_arenas(ranks for ranks in self._arenas if rank in ranks)
         self._devices[rank] = self._processes[process]
 
     def devices(self, ranks: Iterable[int]) -> list:
         """The devices of these ranks, in that order."""
         return [self._devices[r] for r in ranks]
 
-    def connecting(self, ranks: Iterable[int]) -> "_Connecting":
-        """A context in which the communicator of `ranks` is made: the sockets that appear are its data plane."""
-        return _Connecting(self, frozenset(ranks))
+    def connecting(self, ranks: Iterable[int], arena: "Arena | None" = None) -> "_Connecting":
+        """A context in which the communicator of `ranks` is made: the sockets that appear are its data plane, and the
+        arena, if there is one, is that of its exchange."""
+        return _Connecting(self, frozenset(ranks), arena)
+
+    def use(self, ranks: Iterable[int]) -> None:
+        """The steps that follow are of this mesh."""
+        arena = self._arenas.get(frozenset(ranks))
+        if arena is not None:
+            arena.use()
 
     def abort(self, ranks: Iterable[int]) -> int:
         """Shut down the sockets of one communicator, so that both ends see the end of the stream and no collective
-        waits for a timeout. Returns how many were shut down. Safe from any thread, at any time."""
+        waits for a timeout; and its exchange. Returns how many were shut down. Safe from any thread, at any time."""
         with self._lock:
+            arena = self._arenas.get(frozenset(ranks))
+            if arena is not None:
+                arena.abort()
             return _cut(self._data_planes.pop(frozenset(ranks), {}))
 
     def give_up_connecting(self) -> None:
-        """Let go of a communicator that is being connected, if there is one: somebody in it is dead. Waiting for the
-        dead ends only by leaving the coordination service, so this process can connect no more in this generation;
-        what is connected goes on. Safe from any thread, at any time."""
+        """Let go of a communicator that is being connected, if there is one: somebody in it is dead. Where XLA
+        connects, waiting for the dead ends only by leaving the coordination service, so this process can connect no
+        more in this generation; what is connected goes on. Safe from any thread, at any time."""
         with self._lock:
-            if self._connecting is not None:
+            if self._connecting is None:
+                return
+            if self._connecting.arena is not None:
+                self._connecting.arena.abort()
+            else:
                 self._leave()
                 _cut(self._connecting.appeared())
 
@@ -161,9 +181,16 @@ class World:
         with self._lock:
             self._connecting = connecting
 
-    def _connected(self, ranks: frozenset[int], plane: dict[int, str]) -> None:
+    def _close_arenas(self, ranks: Iterable[frozenset[int]]) -> None:
+        for each in list(ranks):
+            self._arenas.pop(each).close()
+
+    def _connected(self, ranks: frozenset[int], plane: dict[int, str], arena: "Arena | None") -> None:
         with self._lock:
             self._connecting = None
+            if arena is not None:
+                self._close_arenas({ranks} & self._arenas.keys())
+                self._arenas[ranks] = arena
             self._data_planes.setdefault(ranks, {}).update(plane)
 
 
@@ -192,18 +219,20 @@ def _connect(jaxlib: Any, address: str, process: int):
 
 
 class _Connecting:
-    def __init__(self, world: World, ranks: frozenset[int]) -> None:
-        self._world, self._ranks = world, ranks
+    def __init__(self, world: World, ranks: frozenset[int], arena: "Arena | None") -> None:
+        self._world, self._ranks, self.arena = world, ranks, arena
 
     def __enter__(self) -> None:
         self._before = set(_sockets().values())
         self._world._begin_connecting(self)
+        if self.arena is not None:
+            self.arena.use()
 
     def appeared(self) -> dict[int, str]:
         return {fd: inode for fd, inode in _sockets().items() if inode not in self._before}
 
     def __exit__(self, *_exc: object) -> None:
-        self._world._connected(self._ranks, self.appeared())
+        self._world._connected(self._ranks, self.appeared(), self.arena)
 
 
 def _sockets() -> dict[int, str]:

@@ -28,6 +28,7 @@ from serving.outlook import loss_costs
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
+from serving.shared_memory import shared_file
 from serving.status import LossCost
 
 MeshKey = tuple[tuple[int, ...], int]
@@ -386,6 +387,7 @@ class Failover:
             max_pages=-(-model.max_context // settings.page_size),
             buckets=[link_pb2.Bucket(decode=b, tiles=g) for b, g in settings.buckets],
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
+            one_machine=True,
         )
         await self._links.call(rank, "configure", configure)
 
@@ -527,7 +529,9 @@ class Failover:
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
             warm = all(self._slots_held(rank) == key[1] for rank in key[0])
             try:
-                await self._all("connect", dict.fromkeys(key[0], link_pb2.Connect(mesh=_mesh(key), warm=warm)))
+                with shared_file() as exchange:
+                    connect = link_pb2.Connect(mesh=_mesh(key), warm=warm, exchange=exchange)
+                    await self._all("connect", dict.fromkeys(key[0], connect))
             except RankLost as error:
                 self.torn = True
                 self._links.abort((r for r in key[0] if r != error.rank), self.epoch, connecting_only=True)

@@ -40,6 +40,7 @@ from moejax.programs import (
 )
 from moejax.recovery import LiveArrays
 from moejax.shaping import RowShape, dense
+from moejax.shared import Arena
 from moejax.store import HostStore
 from moejax.transfer import entries_of, read_entries, write_entries
 from moejax.world import World, configure_process
@@ -85,6 +86,7 @@ class Rank:
         """Held by whoever loads onto the backend, or makes another of it."""
         self._idle: list[np.ndarray] = []
         self._sampled = 0.0
+        self._timeout_s = 0
 
     def abort(self, epoch: int, *, connecting_only: bool) -> None:
         """Cut the collectives of an epoch, and a communicator that is being connected. From any thread."""
@@ -109,7 +111,9 @@ class Rank:
             buckets=buckets,
             page_size=command.page_size,
             pages=command.pages,
+            shared=command.one_machine and kernels.active() and "cuda" not in os.environ.get("JAX_PLATFORMS", ""),
         )
+        self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
         self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)))
         self._idle = [idle(bucket) for bucket in buckets]
@@ -169,7 +173,7 @@ class Rank:
         the first run of a program takes several times as long as the next, and should not be the one after a loss."""
         key = _key(command.mesh)
         programs = self._meshes[key]
-        with self.world.connecting(key[0]):
+        with self.world.connecting(key[0], self._arena(command)):
             programs.connect(self.device)
         if command.warm:
             arguments = self.arrays.lay_over(programs, np.full(self.arrays.routes_shape, -1, np.int32))
@@ -179,6 +183,13 @@ class Rank:
                     nothing = link_pb2.Step(bucket=index)
                     self._finish(programs.step(index)(arguments(packed)), packed, nothing, key)
         return {}
+
+    def _arena(self, command: link_pb2.Connect) -> Arena | None:
+        if not self.shape.shared:
+            return None
+        ranks, slots = _key(command.mesh)
+        n, room = len(ranks), self.shape.outbox_bytes(len(ranks), slots)
+        return Arena(command.exchange, ranks=n, me=ranks.index(self.rank), outbox_bytes=room, timeout_s=self._timeout_s)
 
     def adopt(self, command: link_pb2.Adopt) -> dict[str, Any]:
         """Take one's part in a plan: fill the slots and lay the arrays over its mesh."""
@@ -233,6 +244,7 @@ class Rank:
                 has = adopted.epoch if adopted else None
                 raise StaleEpoch(f"step {command.step} is of epoch {command.epoch}; this rank is in {has}")
             programs = self._meshes[adopted.mesh]
+            self.world.use(adopted.mesh[0])
             inputs = np.frombuffer(command.inputs, np.int32) if command.inputs else self._idle[command.bucket]
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()

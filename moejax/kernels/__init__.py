@@ -20,11 +20,11 @@ import numpy as np
 
 from moejax.precision import Int8
 
-SOURCE = Path(__file__).with_name("cpu.cc")
-TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention", "moejax_likeliest")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc"))
+TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention", "moejax_likeliest", "moejax_exchange")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 
-_active = False
+_library: ctypes.CDLL | None = None
 
 
 class KernelError(RuntimeError):
@@ -33,7 +33,13 @@ class KernelError(RuntimeError):
 
 def active() -> bool:
     """True once the kernels of this process are loaded."""
-    return _active
+    return _library is not None
+
+
+def library() -> ctypes.CDLL:
+    """The kernels of this process; `load` comes first."""
+    assert _library is not None, "kernels.load() comes first"
+    return _library
 
 
 def build(folder: Path | None = None) -> Path:
@@ -53,7 +59,7 @@ def build(folder: Path | None = None) -> Path:
         )
     if not library.is_file():
         part = library.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(part)]
+        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")
@@ -63,12 +69,12 @@ def build(folder: Path | None = None) -> Path:
 
 def load(folder: Path | None = None) -> None:
     """Build what is missing and give the kernels to JAX. Raises KernelError."""
-    global _active
-    if not _active:
-        library = ctypes.cdll.LoadLibrary(str(build(folder)))
+    global _library
+    if _library is None:
+        library = ctypes.CDLL(str(build(folder)), use_errno=True)
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-        _active = True
+        _library = library
 
 
 def row_dot(x_TD: jax.Array, stack: jax.Array | Int8, index: tuple[jax.Array | int, ...]) -> jax.Array:
@@ -131,10 +137,16 @@ def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(jax.ffi.ffi_call("moejax_likeliest", outs)(logits_ZV.astype(jnp.float32)))
 
 
+def exchange(x: jax.Array) -> jax.Array:
+    """`all_to_all` of the equal parts of the first axis, over the arena in use (`moejax.shared`)."""
+    return jax.ffi.ffi_call("moejax_exchange", jax.ShapeDtypeStruct(x.shape, x.dtype), has_side_effect=True)(x)
+
+
 @functools.cache
 def fingerprint() -> str:
     """Changes with everything compiled code that calls the kernels depends on; empty while they are not active."""
-    return hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest() if _active else ""
+    sources = (*SOURCES, Path(__file__))
+    return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest() if active() else ""
 
 
 def _parts(weight: jax.Array | Int8) -> tuple[jax.Array, jax.Array]:
@@ -151,5 +163,5 @@ def _indices(index: tuple[jax.Array | int, ...]) -> jax.Array:
 def _digest(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    about = (SOURCE.read_text(), *FLAGS, version, jax.__version__, platform.machine(), cpu)
+    about = (*(each.read_text() for each in SOURCES), *FLAGS, version, jax.__version__, platform.machine(), cpu)
     return hashlib.sha256("\0".join(about).encode()).hexdigest()[:24]

@@ -43,7 +43,7 @@ class Command(_message.Message):
     def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Configure(_message.Message):
     MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    ONE_MACHINE_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -60,7 +61,8 @@ class Configure(_message.Message):
     max_pages: int
     buckets: _containers.RepeatedCompositeFieldContainer[Bucket]
     collective_timeout_s: int
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ...) -> None: ...
+    one_machine: bool
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ...) -> None: ...
 
 class Bucket(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -125,12 +127,14 @@ class Prepare(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., urgent: bool = ...) -> None: ...
 
 class Connect(_message.Message):
-    __slots__ = ("mesh", "warm")
+    __slots__ = ("mesh", "warm", "exchange")
     MESH_FIELD_NUMBER: _ClassVar[int]
     WARM_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     mesh: MeshShape
     warm: bool
-    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ...) -> None: ...
+    exchange: str
+    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ..., exchange: _Optional[str] = ...) -> None: ...
 
 class Adopt(_message.Message):
     __slots__ = ("epoch", "mesh", "slots", "expert_to_slot")
