@@ -70,6 +70,8 @@ class Failover:
         """The communicators of this generation cannot be trusted: a new one is needed."""
         self.torn = False
         """Ranks had to leave the coordination service: this generation can connect no further mesh."""
+        self._shares_memory = False
+        """Ranks exchange through memory, and connect without the coordination service."""
         self.connected: set[MeshKey] = set()
         self.loaded: collections.deque[MeshKey] = collections.deque()
         """Meshes whose executables are loaded and whose communicator waits to be connected."""
@@ -389,7 +391,7 @@ class Failover:
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
             one_machine=True,
         )
-        await self._links.call(rank, "configure", configure)
+        self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
 
     def _stop_preparing(self) -> None:
         for task in (self._preparing, self._admitting):
@@ -533,7 +535,7 @@ class Failover:
                     connect = link_pb2.Connect(mesh=_mesh(key), warm=warm, exchange=exchange)
                     await self._all("connect", dict.fromkeys(key[0], connect))
             except RankLost as error:
-                self.torn = True
+                self.torn = not self._shares_memory
                 self._links.abort((r for r in key[0] if r != error.rank), self.epoch, connecting_only=True)
                 raise
         self.connected.add(key)

@@ -117,7 +117,7 @@ class Rank:
         self._executables = ExecutableStore(Path(command.executables))
         self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)))
         self._idle = [idle(bucket) for bucket in buckets]
-        return {}
+        return {"shares_memory": self._shape.shared}
 
     def join(self, command: link_pb2.Join) -> dict[str, Any]:
         """Enter a generation with everything held."""
