@@ -59,18 +59,41 @@ def dispatch(
     exchange: Exchange,
 ) -> tuple[Float[Numbers, "nT D"], Int[Numbers, "nT A"]]:
     """What this rank has to answer: rows `[n*T, D]` and the local slots each row wants `[n*T, A]`, -1 for none."""
-    n, A = exchange.ranks, exchange.answers
-    to_n = jnp.arange(n)[:, None, None, None]
-    nth_A = jnp.arange(A)[:, None]
+    if exchange.ranks == 1:
+        return x_TD, _wanted(slot_TX, rank_TX, nth_TX, exchange)[0]
+    sent = outgoing(x_TD, slot_TX, rank_TX, nth_TX, exchange)
+    return incoming(all_to_all(sent, exchange), exchange)
+
+
+def outgoing(
+    x_TD: Float[Numbers, "T D"],
+    slot_TX: Int[Numbers, "T X"],
+    rank_TX: Int[Numbers, "T X"],
+    nth_TX: Int[Numbers, "T X"],
+    exchange: Exchange,
+) -> Float[Numbers, "n T DA"]:
+    """What goes to each of the ranks that hold experts: every row, then the local slots it wants there."""
+    wanted_nTA = _wanted(slot_TX, rank_TX, nth_TX, exchange)
+    rows_nTD = jnp.broadcast_to(x_TD, (exchange.ranks, *x_TD.shape))
+    return jnp.concatenate([rows_nTD, wanted_nTA.astype(x_TD.dtype)], axis=-1)
+
+
+def incoming(
+    got_mTF: Float[Numbers, "m T DA"], exchange: Exchange
+) -> tuple[Float[Numbers, "mT D"], Int[Numbers, "mT A"]]:
+    """`outgoing` of m ranks, as it arrived: the rows, and the local slots each wants."""
+    D = got_mTF.shape[-1] - exchange.answers
+    rows_rF = got_mTF.reshape(-1, got_mTF.shape[-1])
+    return rows_rF[:, :D], rows_rF[:, D:].astype(jnp.int32)
+
+
+def _wanted(
+    slot_TX: Int[Numbers, "T X"], rank_TX: Int[Numbers, "T X"], nth_TX: Int[Numbers, "T X"], exchange: Exchange
+) -> Int[Numbers, "n T A"]:
+    to_n = jnp.arange(exchange.ranks)[:, None, None, None]
+    nth_A = jnp.arange(exchange.answers)[:, None]
     here_nTAX = (rank_TX[:, None, :] == to_n) & (nth_TX[:, None, :] == nth_A)
-    wanted_nTA = jnp.where(here_nTAX, slot_TX[:, None, :] % exchange.slots + 1, 0).sum(-1) - 1
-    if n == 1:
-        return x_TD, wanted_nTA[0]
-    T, D = x_TD.shape
-    rows_nTD = jnp.broadcast_to(x_TD, (n, T, D))
-    sent = jnp.concatenate([rows_nTD, wanted_nTA.astype(x_TD.dtype)], axis=-1)
-    got = all_to_all(sent, exchange).reshape(n * T, D + A)
-    return got[:, :D], got[:, D:].astype(jnp.int32)
+    return jnp.where(here_nTAX, slot_TX[:, None, :] % exchange.slots + 1, 0).sum(-1) - 1
 
 
 def combine(
@@ -81,12 +104,21 @@ def combine(
     exchange: Exchange,
 ) -> Float[Numbers, "T D"]:
     """The gated sum `[T, D]` of the answers `[n*T, A, D]`, each token's in router order."""
-    T, X = rank_TX.shape
-    n, A = exchange.ranks, exchange.answers
-    D = answers_rAD.shape[-1]
-    back_nTAD = answers_rAD.reshape(n, T, A, D)
-    if n > 1:
+    back_nTAD = answers_rAD.reshape(exchange.ranks, -1, *answers_rAD.shape[1:])
+    if exchange.ranks > 1:
         back_nTAD = all_to_all(back_nTAD, exchange)
+    return gated_sum(back_nTAD, rank_TX, nth_TX, gates_TX)
+
+
+def gated_sum(
+    back_nTAD: Float[Numbers, "n T A D"],
+    rank_TX: Int[Numbers, "T X"],
+    nth_TX: Int[Numbers, "T X"],
+    gates_TX: Float[Numbers, "T X"],
+) -> Float[Numbers, "T D"]:
+    """The sum of a token's answers, as they came back from each rank, in router order."""
+    T, X = rank_TX.shape
+    A = back_nTAD.shape[2]
     token_T1 = jnp.arange(T)[:, None]
     y_TXD = back_nTAD[jnp.maximum(rank_TX, 0), token_T1, jnp.minimum(nth_TX, A - 1)]
     gates_TX = jnp.where(rank_TX >= 0, gates_TX, 0.0)

@@ -8,6 +8,7 @@ It reads the cache and never donates it: a step that fails leaves no trace. Laye
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,11 +67,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     it sends each expert's tokens to, -1 where the expert is masked. Expert leaves of `params` hold slots; its head
     is not used."""
     cfg = shape.cfg
-    with jax.named_scope("embed"):
-        # Padding rows are zero and stay so through every layer without biases; the CPU kernels pass over such rows.
-        x = jnp.where(inputs.positions[:, None] >= 0, look_up(params.embed, inputs.tokens), 0)
-        if cfg.embed_scale != 1.0:
-            x = x * cfg.embed_scale
+    x = embed(params, inputs, cfg)
     new_kv, loads = [], []
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
@@ -86,8 +83,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
                 index = first + repeat * len(pattern) + j
                 x, kv = attend(x, layer, cache, index, inputs, shape)
                 if layer.moe is None:
-                    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
-                    x = _add(x, swiglu(h, layer.ffn.gate_up, layer.ffn.down), cfg)
+                    x = feed_forward(x, layer, cfg)
                 else:
                     x, count = _route_and_mix(x, layer, routes[len(counts)], inputs, shape)
                     counts.append(count)
@@ -100,12 +96,24 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
             loads.append(count.reshape(-1, count.shape[-1]))
         depth += repeats * len(pattern)
         moe_depth += repeats * moe_in_pattern
-    hidden = norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps)
-    if cfg.logit_scale != 1.0:
-        hidden = hidden * cfg.logit_scale
+    hidden = last_norm(x, params, cfg)
     new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
     return StepOutputs(hidden=hidden, new_kv=new, expert_load=load)
+
+
+def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
+    """Rows `[R, D]` of tokens. Padding rows are zero and stay so through every layer without biases; the CPU kernels
+    pass over such rows."""
+    with jax.named_scope("embed"):
+        x = jnp.where(inputs.positions[:, None] >= 0, look_up(params.embed, inputs.tokens), 0)
+        return x if cfg.embed_scale == 1.0 else x * cfg.embed_scale
+
+
+def last_norm(x: jax.Array, params: Params, cfg: ModelConfig) -> jax.Array:
+    """Rows `[R, D]` as the head wants them."""
+    hidden = norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps)
+    return hidden if cfg.logit_scale == 1.0 else hidden * cfg.logit_scale
 
 
 def layer_at(layer: Layer, repeat: jax.Array) -> Layer:
@@ -116,13 +124,21 @@ def layer_at(layer: Layer, repeat: jax.Array) -> Layer:
 
 
 def attend(
-    x: jax.Array, layer: Layer, cache: Cache, index: jax.Array, inputs: StepInputs, shape: StepShape
+    x: jax.Array,
+    layer: Layer,
+    cache: Cache,
+    index: jax.Array,
+    inputs: StepInputs,
+    shape: StepShape,
+    among: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda k, v: (k, v),
 ) -> tuple[jax.Array, Cache]:
-    """x plus attention, and the layer's new keys and values `[R, width]`."""
+    """x plus attention, and the layer's new keys and values `[R, width]`. Where x is a part of the step's rows, `among`
+    puts its keys and values among those of the others, which `inputs.new_base` counts."""
     cfg, bucket = shape.cfg, shape.bucket
     with jax.named_scope("attention"):
         h = norm(x, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
         q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
+        k, v = among(k, v)
         window = None
         if cfg.window is not None:
             window = jnp.array([w or UNSEEN for w in cfg.windows])[index]
@@ -151,7 +167,13 @@ def attend(
                 )
                 out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
         x = _add(x, join_heads(jnp.concatenate(out), layer, cfg), cfg)
-    return x, Cache(k=k.reshape(bucket.rows, -1), v=v.reshape(bucket.rows, -1))
+    return x, Cache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
+
+
+def feed_forward(x: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
+    """x plus the dense feed-forward part of a layer."""
+    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
+    return _add(x, swiglu(h, layer.ffn.gate_up, layer.ffn.down), cfg)
 
 
 def _add(x: jax.Array, y: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -166,10 +188,38 @@ def _route_and_mix(
     shape: StepShape,
 ) -> tuple[jax.Array, jax.Array]:
     """x plus the gated experts, and the rows sent to each expert `[E]`. Padding rows go nowhere."""
-    cfg, moe = shape.cfg, layer.moe
-    assert cfg.moe is not None
+    exchange, moe = shape.exchange, shape.cfg.moe
+    assert moe is not None
+    sent = choose(x, layer, route_E, inputs, exchange, shape.cfg)
+    with jax.named_scope("dispatch"):
+        rows, wanted = dispatch(sent.h, sent.slot, sent.rank, sent.nth, exchange)
+    with jax.named_scope("experts"):
+        answers = apply_experts(rows, wanted, layer.moe.experts, shape.slots, moe)
+    with jax.named_scope("combine"):
+        mixed = combine(answers, sent.rank, sent.nth, sent.gates, exchange)
+    return mix(x, mixed, always(sent.h, layer), shape.cfg), sent.load
+
+
+@struct.dataclass
+class Chosen:
+    """Rows `h [T, D]` on their way to experts: physical slot, rank, and which answer from there it is `[T, X]` of each,
+    the gates `[T, X]`, and the rows sent to each expert `[E]`."""
+
+    h: Any
+    slot: Any
+    rank: Any
+    nth: Any
+    gates: Any
+    load: Any
+
+
+def choose(
+    x: jax.Array, layer: Layer, route_E: jax.Array, inputs: StepInputs, exchange: Exchange, cfg: ModelConfig
+) -> Chosen:
+    """Norm and router. `route_E` is the physical slot this rank uses of each expert, -1 where it is masked."""
+    moe = layer.moe
     assert isinstance(moe, MoE)
-    exchange = shape.exchange
+    assert cfg.moe is not None
     h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
     with jax.named_scope("route"):
         chosen_TX, gates_TX = route(h, moe.router, moe.bias, route_E >= 0, cfg.moe)
@@ -177,13 +227,17 @@ def _route_and_mix(
         slot_TX = jnp.where(real_T1, route_E[chosen_TX], -1)
         load_E = ((chosen_TX[..., None] == jnp.arange(cfg.moe.experts)) & real_T1[..., None]).sum((0, 1))
         rank_TX, nth_TX = place(slot_TX, exchange)
-    with jax.named_scope("dispatch"):
-        rows, wanted = dispatch(h, slot_TX, rank_TX, nth_TX, exchange)
-    with jax.named_scope("experts"):
-        answers = apply_experts(rows, wanted, moe.experts, shape.slots, cfg.moe)
-    with jax.named_scope("combine"):
-        mixed = combine(answers, rank_TX, nth_TX, gates_TX, exchange)
-    if moe.shared is not None:
-        with jax.named_scope("shared"):
-            mixed = mixed + always_on(h, moe)
-    return _add(x, mixed, cfg), load_E
+    return Chosen(h=h, slot=slot_TX, rank=rank_TX, nth=nth_TX, gates=gates_TX, load=load_E)
+
+
+def always(h: jax.Array, layer: Layer) -> jax.Array | None:
+    """Answers `[T, D]` of the always-on expert, if there is one."""
+    if layer.moe.shared is None:
+        return None
+    with jax.named_scope("shared"):
+        return always_on(h, layer.moe)
+
+
+def mix(x: jax.Array, experts_TD: jax.Array, always_TD: jax.Array | None, cfg: ModelConfig) -> jax.Array:
+    """x plus what its experts answered."""
+    return _add(x, experts_TD if always_TD is None else experts_TD + always_TD, cfg)
