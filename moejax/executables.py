@@ -126,7 +126,7 @@ def executable_name(kind: str, *parts: object) -> str:
 
 
 _COMPILED_MODULES = (
-    *("attention", "axes", "cache", "exchange", "experts", "heads", "inputs", "layers"),
+    *("attention", "axes", "cache", "disaggregated", "exchange", "experts", "heads", "inputs", "layers"),
     *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps"),
 )
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from moejax import steps
 from moejax.cache import Cache, cache_shapes
 from moejax.config import ModelConfig
+from moejax.disaggregated import RolesShape
 from moejax.exchange import Exchange
 from moejax.executables import ExecutableStore, executable_name
 from moejax.inputs import TILE, Bucket, packed_size
@@ -45,8 +46,14 @@ class ModelShape:
             cfg=self.cfg, bucket=bucket, ranks=ranks, slots=slots, page_size=self.page_size, shared=self.shared
         )
 
-    def outbox_bytes(self, ranks: int, slots: int) -> int:
-        """The most a rank of such a mesh sends at once."""
+    def roles(self, bucket: Bucket, ranks: int, slots: int, attention: int) -> RolesShape:
+        """The static shape of a step of `attention` ranks and of expert ranks."""
+        return RolesShape(step=self.step(bucket, ranks, slots), attention=attention)
+
+    def outbox_bytes(self, ranks: int, slots: int, attention: int = 0) -> int:
+        """The most a rank of such a mesh sends at once; of `attention` ranks and expert ranks, or collocated if 0."""
+        if attention:
+            return max(self.roles(bucket, ranks, slots, attention).outbox_bytes for bucket in self.buckets)
         exchanges = ((self.step(bucket, ranks, slots).exchange, bucket.rows) for bucket in self.buckets)
         return max(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges)
 
@@ -63,7 +70,7 @@ class MeshPrograms:
         self._devices = tuple(devices)
         self._store = store
         connect, *self._lowerings = mesh_lowerings(shape, devices, slots)
-        self._connect = _load(store, connect, self._devices)
+        self._connect = load_program(store, connect, self._devices)
         self._steps: dict[int, Callable[..., StepOutputs]] = {}
         self._lock = threading.Lock()
 
@@ -71,7 +78,7 @@ class MeshPrograms:
         """The step program of the bucket of this index. From any thread."""
         with self._lock:
             if bucket not in self._steps:
-                self._steps[bucket] = _load(self._store, self._lowerings[bucket], self._devices)
+                self._steps[bucket] = load_program(self._store, self._lowerings[bucket], self._devices)
             return self._steps[bucket]
 
     def connect(self, me: jax.Device) -> None:
@@ -83,12 +90,7 @@ class MeshPrograms:
 def mesh_lowerings(shape: ModelShape, devices: Sequence[jax.Device], slots: int) -> Iterator[Lowering]:
     """Name and lowering of each program of a mesh: the connecting exchange, then a step per bucket."""
     mesh, n = make_mesh(devices), len(devices)
-    row = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, jax.P(steps.RANKS)))
-    connecting = Exchange(ranks=n, slots=1, experts_per_token=1, shared=shape.shared)
-    yield (
-        executable_name("connect", n, shape.shared),
-        lambda: steps.run_connect.lower(row, mesh=mesh, exchange=connecting),
-    )
+    yield connecting(shape, devices)
     for bucket in shape.buckets:
         step = shape.step(bucket, n, slots)
         local, spec = steps.local_shapes(step, shape.entries), steps.partition(step)
@@ -97,6 +99,17 @@ def mesh_lowerings(shape: ModelShape, devices: Sequence[jax.Device], slots: int)
             executable_name("step", step, shape.entries),
             lambda a=arguments, s=step: steps.run_step.lower(a, shape=s, mesh=mesh),
         )
+
+
+def connecting(shape: ModelShape, devices: Sequence[jax.Device]) -> Lowering:
+    """The smallest exchange of a mesh, whatever its ranks do."""
+    mesh, n = make_mesh(devices), len(devices)
+    row = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, jax.P(steps.RANKS)))
+    exchange = Exchange(ranks=n, slots=1, experts_per_token=1, shared=shape.shared)
+    return (
+        executable_name("connect", n, shape.shared),
+        lambda: steps.run_connect.lower(row, mesh=mesh, exchange=exchange),
+    )
 
 
 class LocalPrograms:
@@ -112,7 +125,7 @@ class LocalPrograms:
         self._extras = (dict(shaped_lowerings(shape, device)), dict(score_lowerings(shape, device)))
         self._wanted: dict[tuple[int, int], Callable[..., Any]] = {}
         self._lock = threading.Lock()
-        fills = (_load(store, each, [device]) for each in fill_lowerings(shape, device, slots))
+        fills = (load_program(store, each, [device]) for each in fill_lowerings(shape, device, slots))
         self.fills = dict(zip(expert_positions(shape.cfg), fills, strict=True))
 
     def after_step(self, bucket: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -120,7 +133,7 @@ class LocalPrograms:
         with self._lock:
             if bucket not in self._steps:
                 sample, commit = (
-                    _load(self._store, each[bucket], [self._device]) for each in (self._samples, self._commits)
+                    load_program(self._store, each[bucket], [self._device]) for each in (self._samples, self._commits)
                 )
                 self._steps[bucket] = sample, commit
             return self._steps[bucket]
@@ -136,7 +149,7 @@ class LocalPrograms:
     def _extra(self, kind: int, bucket: int) -> Callable[..., Any]:
         with self._lock:
             if (kind, bucket) not in self._wanted:
-                self._wanted[kind, bucket] = _load(self._store, self._extras[kind][bucket], [self._device])
+                self._wanted[kind, bucket] = load_program(self._store, self._extras[kind][bucket], [self._device])
             return self._wanted[kind, bucket]
 
 
@@ -154,7 +167,10 @@ def sample_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering
     cfg = shape.cfg
     head = _head(device, cfg)
     for bucket in shape.buckets:
-        hidden, packed = _on(device, (bucket.rows, cfg.d_model)), _on(device, (packed_size(bucket),), jnp.int32)
+        hidden, packed = (
+            on_device(device, (bucket.rows, cfg.d_model)),
+            on_device(device, (packed_size(bucket),), jnp.int32),
+        )
         yield (
             executable_name("sample", cfg, bucket),
             lambda b=bucket, h=hidden, p=packed: steps.run_sample.lower(head, h, p, bucket=b),
@@ -166,13 +182,16 @@ def shaped_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[in
     cfg = shape.cfg
     head = _head(device, cfg)
     for index, bucket in enumerate(shape.buckets):
-        hidden, packed = _on(device, (bucket.rows, cfg.d_model)), _on(device, (packed_size(bucket),), jnp.int32)
-        mask = _on(device, (bucket.segments, words(cfg.vocab_size)), jnp.uint32)
+        hidden, packed = (
+            on_device(device, (bucket.rows, cfg.d_model)),
+            on_device(device, (packed_size(bucket),), jnp.int32),
+        )
+        mask = on_device(device, (bucket.segments, words(cfg.vocab_size)), jnp.uint32)
         shaping = Shaping(
-            add=_on(device, (bucket.segments, cfg.vocab_size)),
+            add=on_device(device, (bucket.segments, cfg.vocab_size)),
             seen=mask,
             allowed=mask,
-            repetition=_on(device, (bucket.segments,)),
+            repetition=on_device(device, (bucket.segments,)),
         )
         yield (
             index,
@@ -186,11 +205,11 @@ def shaped_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[in
 def score_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int, Lowering]]:
     """Head and log-probabilities of given tokens for one tile, by index of the buckets that have tiles."""
     cfg = shape.cfg
-    head, row = _head(device, cfg), _on(device, (), jnp.int32)
-    targets = _on(device, (TILE,), jnp.int32)
+    head, row = _head(device, cfg), on_device(device, (), jnp.int32)
+    targets = on_device(device, (TILE,), jnp.int32)
     for index, bucket in enumerate(shape.buckets):
         if bucket.tiles:
-            hidden = _on(device, (bucket.rows, cfg.d_model))
+            hidden = on_device(device, (bucket.rows, cfg.d_model))
             yield (
                 index,
                 (
@@ -203,10 +222,10 @@ def score_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int
 def commit_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering]:
     """The write of a step's keys and values, per bucket."""
     cfg = shape.cfg
-    cache = _cache(device, cfg, shape.entries)
+    cache = cache_on(device, cfg, shape.entries)
     for bucket in shape.buckets:
-        new = _cache(device, cfg, bucket.rows)
-        packed = _on(device, (packed_size(bucket),), jnp.int32)
+        new = cache_on(device, cfg, bucket.rows)
+        packed = on_device(device, (packed_size(bucket),), jnp.int32)
         yield (
             executable_name("commit", cfg, bucket, shape.entries),
             lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),
@@ -217,10 +236,10 @@ def fill_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterato
     """One expert's weights into a slot, per expert position."""
     cfg = shape.cfg
     local = steps.local_shapes(shape.step(shape.buckets[0], 1, slots), shape.entries).params
-    index = _on(device, (), jnp.int32)
+    index = on_device(device, (), jnp.int32)
     for i, j in expert_positions(cfg):
-        experts = jax.tree.map(lambda s: _on(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
-        one = jax.tree.map(lambda s: _on(device, s.shape[2:], s.dtype), experts)
+        experts = jax.tree.map(lambda s: on_device(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
+        one = jax.tree.map(lambda s: on_device(device, s.shape[2:], s.dtype), experts)
         yield (
             executable_name("fill", cfg, (i, j), slots),
             lambda e=experts, o=one: steps.run_fill.lower(e, o, index, index),
@@ -245,24 +264,24 @@ def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.D
     return missing
 
 
-def _load(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> Callable[..., Any]:
+def load_program(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> Callable[..., Any]:
     """The program from the store; compiled now, and counted, when it has gone from there."""
     _compile(store, lowering, devices)
     return store.load(lowering[0], devices)
 
 
-def _on(device: jax.Device, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def on_device(device: jax.Device, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 
 def _head(device: jax.Device, cfg: ModelConfig) -> Head:
     held = jax.tree.map(lambda spec: held_shape(cfg, spec), param_specs(cfg).logits, is_leaf=is_spec)
-    return jax.tree.map(lambda s: _on(device, s.shape, s.dtype), held)
+    return jax.tree.map(lambda s: on_device(device, s.shape, s.dtype), held)
 
 
-def _cache(device: jax.Device, cfg: ModelConfig, entries: int) -> Cache:
+def cache_on(device: jax.Device, cfg: ModelConfig, entries: int) -> Cache:
     sizes = cache_shapes(cfg, entries)
-    return Cache(k=_on(device, sizes.k), v=_on(device, sizes.v))
+    return Cache(k=on_device(device, sizes.k), v=on_device(device, sizes.v))
 
 
 def _over(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:

@@ -58,12 +58,12 @@ class Filled:
 class LiveArrays:
     """What a rank holds: the common weights, experts in slots, and its cache."""
 
-    def __init__(self, shape: ModelShape, source: ExpertSource) -> None:
+    def __init__(self, shape: ModelShape, source: ExpertSource, *, attends: bool = True) -> None:
         self.shape = shape
         self.source = source
         self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
-        self._host_weights = _held(shape.cfg, param_specs(shape.cfg), source.everything_but_experts())
-        self._sums = _Sums(shape.cfg, source, self._host_weights)
+        self._sums = _Sums(shape.cfg, source)
+        self._host_weights = self._common() if attends else None
         self._host_cache: Cache | None = None
         self._host_experts: dict[tuple[int, int], FeedForward] = {}
         self._weights: Params | None = None
@@ -93,14 +93,32 @@ class LiveArrays:
 
     def enter_device(self, device: jax.Device) -> None:
         """Put everything on the device of a new generation."""
-        self._weights = jax.device_put(self._host_weights, device)
         self._experts = jax.device_put(self._host_experts, device)
+        self._host_experts = {}
+        if self._host_weights is not None:
+            self._attend(device)
+
+    def attend(self, attends: bool, device: jax.Device) -> None:
+        """Have an empty cache and the weights that attending takes, or neither; what is there stays."""
+        if not attends:
+            self.cache, self._weights, self._host_weights = None, None, None
+        elif self._host_weights is None:
+            self._host_weights = self._common()
+            self._attend(device)
+
+    def _common(self) -> Params:
+        weights = _held(self.shape.cfg, param_specs(self.shape.cfg), self.source.everything_but_experts())
+        self._sums.note_common(weights)
+        return weights
+
+    def _attend(self, device: jax.Device) -> None:
+        self._weights = jax.device_put(self._host_weights, device)
         cache = empty_cache(self.shape.cfg, self.shape.entries)
         if self._host_cache is not None:
             for whole, used in zip(jax.tree.leaves(cache), jax.tree.leaves(self._host_cache), strict=True):
                 whole[:, : used.shape[1]] = used
         self.cache = jax.device_put(cache, device, may_alias=False)
-        self._host_cache, self._host_experts = None, {}
+        self._host_cache = None
 
     def expert(self, layer: int, slot: int) -> FeedForward:
         """The weights in a slot, as host arrays (on a CPU, without a copy)."""
@@ -128,6 +146,9 @@ class LiveArrays:
         are made anew on the host. Memory is that of the slots and of `BATCH_BYTES` of experts.
         A slot whose expert the store cannot give counts as empty.
         """
+        if not slots.shape[1]:
+            self._experts, self.held = {}, np.array(slots, np.int32)
+            return Filled(0)
         if local is None or (slots.shape != self.held.shape and self.held.size):
             return self._refill(slots, device)
         if slots.shape != self.held.shape:
@@ -219,6 +240,18 @@ class LiveArrays:
 
         return arguments
 
+    def lay_here(self, expert_to_slot: np.ndarray, device: jax.Device) -> Callable[[jax.Array], steps.RoleArguments]:
+        """The arguments of a step of a rank of one role, as `lay_over` gives them."""
+        routes = jax.device_put(expert_to_slot.astype(np.int32), device)
+        common = None if self._weights is None else steps.with_experts(self._weights, lambda _: None)
+
+        def arguments(packed: jax.Array) -> steps.RoleArguments:
+            if common is None:
+                return steps.RoleArguments(params=None, cache=None, routes=None, experts=self._experts, packed=None)
+            return steps.RoleArguments(params=common, cache=self.cache, routes=routes, experts=None, packed=packed)
+
+        return arguments
+
     def _with_slots(self, weights: Params) -> Params:
         def layer(place: tuple[int, int], each):
             return each.replace(moe=each.moe.replace(experts=self._experts[place])) if each.moe else each
@@ -235,11 +268,15 @@ class _Sums:
     """Checksums of weights as they are held. Of float32 weights the source has them; of others they are taken when the
     weights are made of the source's."""
 
-    def __init__(self, cfg: ModelConfig, source: ExpertSource, common: Params) -> None:
+    def __init__(self, cfg: ModelConfig, source: ExpertSource) -> None:
         self._cfg, self._source = cfg, source
         self._same = cfg.weights == "float32"
         self._experts: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._common = {} if self._same else {name: checksum(leaf) for name, leaf in named(common).items()}
+        self._common: dict[str, int] = {}
+
+    def note_common(self, weights: Params) -> None:
+        if not self._same:
+            self._common = {name: checksum(leaf) for name, leaf in named(weights).items()}
 
     def note(self, expert: tuple[int, int], weights: FeedForward) -> None:
         if not self._same:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from moejax import model
+from moejax import kernels, model
 from moejax.axes import RANKS
 from moejax.cache import Cache, cache_shapes, commit
+from moejax.disaggregated import Attended, Pending, RolesShape, Stretch, answer, attend_stretch, gather
 from moejax.exchange import Exchange, all_to_all
 from moejax.inputs import TILE, Bucket, packed_size, unpack
 from moejax.layers import row_dot
@@ -21,6 +22,7 @@ from moejax.sampling import sample, sample_shaped, score
 from moejax.shaping import Shaping
 
 WHOLE = PartitionSpec()
+IN_TURN = PartitionSpec(RANKS)
 SLOTS = PartitionSpec(None, RANKS)
 
 
@@ -31,6 +33,18 @@ class StepArguments:
     params: Any
     cache: Any
     expert_to_slot: Any
+    packed: Any
+
+
+@struct.dataclass
+class RoleArguments:
+    """What a step reads on a rank of one role, on its own device. An attention rank has `params` without experts, the
+    cache, `routes [moe layers, E]` and `packed`; an expert rank `experts`, the slots of each (segment, position)."""
+
+    params: Any
+    cache: Any
+    routes: Any
+    experts: Any
     packed: Any
 
 
@@ -135,3 +149,61 @@ def run_connect(x: jax.Array, *, mesh: Mesh, exchange: Exchange) -> jax.Array:
         return all_to_all(row.reshape(-1, 1), exchange).reshape(row.shape)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec)(x)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "stretch", "micro"))
+def run_stretch(
+    own: RoleArguments,
+    pending: Pending | None,
+    inbox: jax.Array | None,
+    before: Cache | None,
+    repeat: jax.Array,
+    *,
+    shape: RolesShape,
+    stretch: Stretch,
+    micro: int,
+) -> Attended:
+    """What an attention rank does between two exchanges; see `disaggregated.attend_stretch`. Donates nothing."""
+    inputs = unpack(own.packed, shape.step.bucket)
+    return attend_stretch(
+        own.params,
+        own.cache,
+        own.routes,
+        inputs,
+        pending,
+        inbox,
+        before,
+        repeat,
+        shape=shape,
+        stretch=stretch,
+        micro=micro,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "micro"))
+def run_answer(
+    experts: FeedForward, inbox: jax.Array, repeat: jax.Array, *, shape: RolesShape, micro: int
+) -> jax.Array:
+    """What an expert rank does between two exchanges; see `disaggregated.answer`."""
+    return answer(experts, inbox, repeat, shape=shape, micro=micro)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def run_gather(
+    hidden: tuple[Any, ...], new_kv: tuple[Cache, ...], loads: tuple[Any, ...], *, shape: RolesShape
+) -> StepOutputs:
+    """A step's outputs from those of an attention rank's stretches."""
+    return gather(hidden, new_kv, loads, shape=shape)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def run_exchange(boxes: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Row i of each rank's outbox `[n, part]` to rank i of `mesh`: the collective between roles."""
+    exchange = lambda box: jax.lax.all_to_all(box, RANKS, 0, 0, tiled=True)  # noqa: E731
+    return jax.shard_map(exchange, mesh=mesh, in_specs=(IN_TURN,), out_specs=IN_TURN)(boxes)
+
+
+@jax.jit
+def run_exchange_here(outbox: jax.Array) -> jax.Array:
+    """The same between ranks that share memory: a program of one device."""
+    return kernels.exchange(outbox)

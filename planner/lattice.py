@@ -45,10 +45,12 @@ class Lattice:
         return tuple(sorted({len(p.ranks) for p in self.plans.values()}, reverse=True))
 
 
-def build_lattice(workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096) -> Lattice:
+def build_lattice(
+    workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096, switch: str = "auto"
+) -> Lattice:
     """Plans for every loss of up to `depth` ranks and of every host, single losses first, at most `limit`.
 
-    Each is derived from `plan` itself, with weights in place kept, and has the next epoch.
+    Each is derived from `plan` itself, with weights in place kept, and has the next epoch. `switch`: see `solve`.
     """
     plans: dict[frozenset[int], Plan] = {}
     infeasible: dict[frozenset[int], str] = {}
@@ -57,7 +59,7 @@ def build_lattice(workload: Workload, cluster: Cluster, plan: Plan, *, depth: in
             break
         try:
             alive = [r for r in plan.rank_ids if r not in dead]
-            plans[dead] = solve(workload, cluster, alive=alive, previous=plan, epoch=plan.epoch + 1)
+            plans[dead] = solve(workload, cluster, alive=alive, previous=plan, epoch=plan.epoch + 1, switch=switch)
         except NoFeasiblePlan as error:
             infeasible[dead] = str(error)
     return Lattice(plan=plan, plans=plans, infeasible=infeasible)

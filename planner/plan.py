@@ -92,6 +92,13 @@ class Plan:
         """Ids of the ranks that send tokens to experts, in mesh order."""
         return tuple(r.id for r in self.ranks if r.role in SENDS_TOKENS)
 
+    def role(self, rank_id: int) -> str:
+        """The role of a rank. KeyError if it is none of the plan."""
+        for place in self.ranks:
+            if place.id == rank_id:
+                return place.role
+        raise KeyError(f"rank {rank_id} is not in the plan; ranks that are: {list(self.rank_ids)}")
+
     @property
     def moe_layers(self) -> int:
         """Number of MoE layers."""

@@ -14,7 +14,8 @@ from planner.errors import InputError, NoFeasiblePlan
 from planner.parity import form_groups, parity_slots
 from planner.placement import place
 from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, ParityGroup, Plan, RankPlace, as_tuples
-from planner.shape import cache_pages
+from planner.roles import roles_after
+from planner.shape import cache_pages, most_slots
 from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
 
@@ -37,6 +38,7 @@ def solve(
     epoch: int = 0,
     pages_per_rank: int | None = None,
     roles: Mapping[int, str] | None = None,
+    switch: str = "auto",
     protect: str = "copies",
 ) -> Plan:
     """A plan for the `alive` ranks (ids; all when None), valid and complete: every expert in a slot.
@@ -44,7 +46,8 @@ def solve(
     `loads` is the traffic of each expert, float [moe_layers, experts], any scale; None means even.
     With `previous`, weights in place stay: lost experts replace spare copies, ranks that are new get
     copies, the slot count and the pages per rank stay as long as the experts fit. `roles` names the roles
-    of ranks that are not collocated (or keep theirs from `previous`). `protect` says how single losses are
+    of ranks that are not collocated; else they have those of `previous`, but for what `switch` says of roles
+    that too few ranks are left for (`planner.roles`). `protect` says how single losses are
     survived without the store: by second copies, by parity groups, or not.
     Raises NoFeasiblePlan, saying what is missing, when the ranks alive cannot hold the model.
     """
@@ -53,6 +56,8 @@ def solve(
         raise InputError(f"survive_ranks is {survive_ranks}; it must be at least 0")
     if protect not in PROTECTION:
         raise InputError(f"protect is {protect!r}, none of {', '.join(PROTECTION)}")
+    if previous is not None and roles is None:
+        roles = _inherited(workload, cluster, alive, previous, switch)
     ranks = _places(cluster, alive, previous, roles or {})
     holders = [r for r in ranks if r.role in HOLDS_EXPERTS]
     if not any(r.role in SENDS_TOKENS for r in ranks):
@@ -85,6 +90,18 @@ def solve(
         parity=groups,
         axes=(("data", attending), ("tensor", 1), ("expert", len(holders))),
     )
+
+
+def _inherited(
+    workload: Workload, cluster: Cluster, alive: Collection[int] | None, previous: Plan, switch: str
+) -> Mapping[int, str]:
+    """Roles of the ranks alive, where the plan before told attention from experts."""
+    before = {r.id: r.role for r in previous.ranks}
+    known = [d.id for d in cluster.alive(alive) if before.get(d.id) in ("attention", "expert")]
+    if not known:
+        return {}
+    most = most_slots(workload, cluster, 0)
+    return roles_after(known, before, experts=workload.experts, most_slots=most, switch=switch)
 
 
 def _places(

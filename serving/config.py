@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from planner.roles import SWITCHES
+from planner.shape import ARCHITECTURES
 from serving.errors import InvalidRequest
 from serving.policy import POLICIES
 
@@ -41,6 +43,16 @@ class Settings:
         "float32", "How ranks hold matrices; int8 has a scale for each output.", choices=DATA_TYPES
     )
     ranks: int = setting(4, "Rank processes, one per device.")
+    arch: str = setting("collocated", "Every rank attends and holds experts, or each does one.", choices=ARCHITECTURES)
+    attention: int | None = setting(
+        None, "With arch disaggregated: ranks that attend; the planner chooses if left out."
+    )
+    experts: int | None = setting(None, "With arch disaggregated: ranks that hold experts; the others when left out.")
+    role_switch: str = setting(
+        "auto",
+        "Ranks that attend take the place of lost expert ranks: when too few are left, or always.",
+        choices=SWITCHES,
+    )
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all. Anything but loopback wants API keys.")
     grpc_port: int = setting(50051, "Port of gRPC; 0 takes a free one.")
     http_port: int = setting(8000, "Port of HTTP; 0 takes a free one.")
@@ -97,6 +109,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= 64:
             raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and 64 local ranks.", param="ranks")
+        self._check_sides()
         if not 0 <= self.survive < max(self.ranks, 1) and self.ranks > 1:
             raise InvalidRequest(
                 f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",
@@ -134,6 +147,27 @@ class Settings:
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise InvalidRequest(
                 "tls_client_ca is given without tls_cert and tls_key. Mutual TLS needs all three.", param="tls_cert"
+            )
+
+    def _check_sides(self) -> None:
+        sides = {name: getattr(self, name) for name in ("attention", "experts") if getattr(self, name) is not None}
+        if sides and self.arch != "disaggregated":
+            raise InvalidRequest(
+                f"{' and '.join(sides)} is given with arch {self.arch!r}. Set arch to disaggregated.", param="arch"
+            )
+        if len(sides) == 2 and self.ranks in (sum(sides.values()), type(self).ranks):
+            object.__setattr__(self, "ranks", sum(sides.values()))
+        open_sides = 2 - len(sides)
+        if self.arch == "disaggregated" and (
+            min(sides.values(), default=1) < 1
+            or sum(sides.values()) + open_sides > self.ranks
+            or (not open_sides and sum(sides.values()) != self.ranks)
+        ):
+            given = ", ".join(f"{name} {count}" for name, count in sides.items()) or "neither side"
+            raise InvalidRequest(
+                f"{given} of {self.ranks} ranks: each rank must attend or hold experts, and each side needs one. "
+                "Give attention, experts or both.",
+                param=next(iter(sides), "ranks"),
             )
 
     @property

@@ -24,15 +24,14 @@ from serving.config import Settings
 from serving.errors import NoCapacity, StartError
 from serving.health import Cause
 from serving.links import Coordinator, RankLinks, RankLost, RankRefused
+from serving.mesh_key import MeshKey
 from serving.outlook import loss_costs
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
+from serving.roles import roles
 from serving.shared_memory import shared_file
 from serving.status import LossCost
-
-MeshKey = tuple[tuple[int, ...], int]
-"""Ranks of a mesh, and the slots on each."""
 
 HEAL_SLOTS = 2
 """Experts that each rank loads at a time while steps go on."""
@@ -60,9 +59,12 @@ class Failover:
             slots_per_rank=settings.slots_per_rank,
             survive_ranks=min(settings.survive, settings.ranks - 1),
             pages_per_rank=pages_per_rank(settings, model.max_context),
+            roles=roles(settings, self.workload, self.cluster),
         )
         depth = min(settings.lattice_depth, settings.ranks - 1)
-        self.lattice: Lattice = build_lattice(self.workload, self.cluster, self.base, depth=depth)
+        self.lattice: Lattice = build_lattice(
+            self.workload, self.cluster, self.base, depth=depth, switch=settings.role_switch
+        )
         self.plan: Plan | None = None
         self.epoch = -1
         self.generation = 0
@@ -127,7 +129,7 @@ class Failover:
         if not self.seated or self.broken:
             return False
         singles = self._meshes_below(self.growing, min(1, len(self.growing) - 1))
-        return self.connected.issuperset((self._key(self.plan_for(self.growing)), *singles))
+        return self.connected.issuperset((MeshKey.of(self.plan_for(self.growing)), *singles))
 
     @property
     def store(self) -> Path:
@@ -153,7 +155,7 @@ class Failover:
         alive, depth = self.alive, min(self._settings.lattice_depth, len(self.alive) - 1)
         losses: dict[int, list[bool]] = {}
         for key in self._meshes_below(alive, depth):
-            losses.setdefault(len(alive) - len(key[0]), []).append(key in self.connected)
+            losses.setdefault(len(alive) - len(key.ranks), []).append(key in self.connected)
         return {f"{n} rank{'s' if n > 1 else ''}": sum(ok) / len(ok) for n, ok in sorted(losses.items())}
 
     def loss_costs(self, load: np.ndarray, recovery: Recovery) -> dict[int, LossCost]:
@@ -162,7 +164,7 @@ class Failover:
             return {}
         gone = frozenset(self.base.rank_ids) - frozenset(self.alive)
         foreseen = {rank: self.lattice.get(gone | {rank}) for rank in self.alive}
-        prepared = [rank for rank, plan in foreseen.items() if plan is not None and self._key(plan) in self.connected]
+        prepared = [rank for rank, plan in foreseen.items() if plan is not None and MeshKey.of(plan) in self.connected]
         return loss_costs(self.plan, self.workload, self.cluster, load, recovery, prepared)
 
     async def start(self) -> None:
@@ -176,7 +178,7 @@ class Failover:
             await asyncio.gather(*(self._welcome(rank) for rank in ranks))
             await self._enter(ranks, {})
             await self._compile(ranks)
-            meshes = [self._key(self.base), *self._meshes_below(ranks, min(1, len(ranks) - 1))]
+            meshes = [MeshKey.of(self.base), *self._meshes_below(ranks, min(1, len(ranks) - 1))]
             self._say(f"loading and connecting {len(meshes)} meshes")
             for key in meshes:
                 await self._load(key)
@@ -201,7 +203,8 @@ class Failover:
         if foreseen is not None:
             return foreseen
         try:
-            return solve(self.workload, self.cluster, alive=alive, previous=self.base)
+            switch = self._settings.role_switch
+            return solve(self.workload, self.cluster, alive=alive, previous=self.base, switch=switch)
         except NoFeasiblePlan as error:
             raise NoCapacity(str(error)) from None
 
@@ -227,7 +230,7 @@ class Failover:
                     await self.regenerate(survivors, pages_used(), phases)
                 else:
                     with _timed(phases, "adopt"):
-                        await self._make_ready(self._key(plan))
+                        await self._make_ready(MeshKey.of(plan))
                         await self._adopt_soon(plan)
                     self.foresee()
                 return phases
@@ -250,11 +253,11 @@ class Failover:
         with _timed(phases, "join"):
             await self._enter(ranks, pages_used)
         with _timed(phases, "load"):
-            await self._load(self._key(plan), urgent=True)
+            await self._load(MeshKey.of(plan), urgent=True)
         with _timed(phases, "adopt"):
             await self._adopt(plan, plan)
         with _timed(phases, "connect"):
-            await self._connect(self._key(plan))
+            await self._connect(MeshKey.of(plan))
         self.broken = False
         self._watch(ranks)
         self.foresee()
@@ -263,7 +266,7 @@ class Failover:
     def is_ready_without(self, ranks: Collection[int]) -> bool:
         """Whether the mesh without these ranks is loaded and connected."""
         left = [rank for rank in self.alive if rank not in ranks]
-        return bool(left) and self._key(self.plan_for(left)) in self.connected
+        return bool(left) and MeshKey.of(self.plan_for(left)) in self.connected
 
     async def release(self, ranks: Collection[int]) -> dict[str, float]:
         """Go on without these ranks, which run nothing any more, between two steps. Returns milliseconds by phase.
@@ -272,7 +275,7 @@ class Failover:
         with _timed(phases, "plan"):
             plan = self.plan_for([rank for rank in self.alive if rank not in ranks])
         with _timed(phases, "adopt"):
-            await self._make_ready(self._key(plan))
+            await self._make_ready(MeshKey.of(plan))
             await self._adopt_soon(plan)
         for rank in ranks:
             self.forget(rank)
@@ -282,8 +285,8 @@ class Failover:
     async def readopt(self, damaged: Collection[Slot]) -> None:
         """Go on with these slots empty, and what they held loaded again. Raises as `release` does."""
         assert self.plan is not None
-        slots = self.plan.slots_per_rank
-        self.plan = without(self.plan, [each for each in damaged if each[0] in self.alive and each[2] < slots])
+        slots, holders = self.plan.slots_per_rank, self.plan.holder_ids
+        self.plan = without(self.plan, [each for each in damaged if each[0] in holders and each[2] < slots])
         await self._adopt_soon(self.plan_for(self.alive))
 
     @property
@@ -318,7 +321,7 @@ class Failover:
             return
         wanted = self._meshes_below(self.alive, min(1, len(self.alive) - 1))
         if self.seated:
-            wanted.append(self._key(self.plan_for(self.growing)))
+            wanted.append(MeshKey.of(self.plan_for(self.growing)))
         wanted += self._meshes_below(self.growing, min(self._settings.lattice_depth, len(self.growing) - 1))
         missing = [key for key in dict.fromkeys(wanted) if key not in self.connected]
         self._preparing = asyncio.create_task(self._load_ahead(missing))
@@ -326,7 +329,7 @@ class Failover:
     async def connect_next(self) -> bool:
         """Connect one mesh that is loaded, between two steps. True when the lattice is complete with it."""
         key = self.loaded.popleft()
-        if set(key[0]) <= set(self.growing):
+        if set(key.ranks) <= set(self.growing):
             await self._connect(key)
         return not self.loaded and (self._preparing is None or self._preparing.done())
 
@@ -360,8 +363,8 @@ class Failover:
         self.entering.discard(rank)
         self.seated.pop(rank, None)
         self._seats.pop(rank, None)
-        self.connected = {key for key in self.connected if rank not in key[0]}
-        self.loaded = collections.deque(key for key in self.loaded if rank not in key[0])
+        self.connected = {key for key in self.connected if rank not in key.ranks}
+        self.loaded = collections.deque(key for key in self.loaded if rank not in key.ranks)
 
     async def replace(self, rank: int) -> None:
         """Start a rank anew until it is ready to join; raises RankLost or RankRefused when it cannot."""
@@ -390,6 +393,7 @@ class Failover:
             buckets=[link_pb2.Bucket(decode=b, tiles=g) for b, g in settings.buckets],
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
             one_machine=True,
+            experts_only=self.base.role(rank) == "expert",
         )
         self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
 
@@ -406,9 +410,8 @@ class Failover:
             try:
                 async with asyncio.timeout(JOIN_TIMEOUT_S):
                     await self._links.call(rank, "join", self._join(rank, 0))
-                    plan = self.plan_for({*self.growing, rank})
-                    slots = plan.slots_of(rank).astype(np.int32).tobytes()
-                    hold = link_pb2.Hold(slots_per_rank=plan.slots_per_rank, slots=slots)
+                    slots = _slots(self.plan_for({*self.growing, rank}), rank)
+                    hold = link_pb2.Hold(slots_per_rank=slots.shape[1], slots=slots.tobytes())
                     await self._links.call(rank, "hold", hold)
             except RankLost:
                 continue
@@ -419,7 +422,7 @@ class Failover:
             told = (self._links.call(r, "seat", link_pb2.Seat(rank=rank, process=seat)) for r in self.growing)
             await asyncio.gather(*told, return_exceptions=True)
             self.entering.discard(rank)
-            self.seated[rank] = plan.slots_per_rank
+            self.seated[rank] = slots.shape[1]
         self.foresee()
 
     def _join(self, rank: int, pages_used: int) -> link_pb2.Join:
@@ -471,31 +474,31 @@ class Failover:
 
     async def _compile(self, ranks: tuple[int, ...]) -> None:
         """Compile what is missing, each mesh shape on one rank."""
-        jobs: dict[tuple[int, int], MeshKey] = {}
+        jobs: dict[tuple[int, int, int], MeshKey] = {}
         depth = min(self._settings.lattice_depth, len(ranks) - 1)
-        for key in [self._key(self.base), *self._meshes_below(ranks, depth)]:
-            jobs.setdefault((len(key[0]), key[1]), key)
+        for key in [MeshKey.of(self.base), *self._meshes_below(ranks, depth)]:
+            jobs.setdefault((len(key.ranks), key.slots, key.attention), key)
         began = time.monotonic()
-        queue = collections.deque(sorted(jobs.values(), key=lambda key: -len(key[0])))
+        queue = collections.deque(sorted(jobs.values(), key=lambda key: -len(key.ranks)))
         total, done = len(queue), 0
         busy: set[int] = set()
         self._say(f"compiling for {total} mesh shapes (found in the cache after the first start)")
 
         async def one(rank: int, key: MeshKey) -> None:
             nonlocal done
-            answer = await self._links.call(rank, "compile", link_pb2.Compile(mesh=_mesh(key)))
+            answer = await self._links.call(rank, "compile", link_pb2.Compile(mesh=key.message()))
             done += 1
             busy.discard(rank)
             if answer.compiled:
                 self._say(
-                    f"compiled {answer.compiled} programs for {len(key[0])} ranks x {key[1]} slots "
+                    f"compiled {answer.compiled} programs for {len(key.ranks)} ranks x {key.slots} slots "
                     f"({done}/{total}, {time.monotonic() - began:.0f} s)"
                 )
 
         running: set[asyncio.Task[None]] = set()
         while queue or running:
             for key in list(queue):
-                rank = next((r for r in key[0] if r not in busy), None)
+                rank = next((r for r in key.ranks if r not in busy), None)
                 if rank is not None:
                     queue.remove(key)
                     busy.add(rank)
@@ -507,16 +510,16 @@ class Failover:
     async def _make_ready(self, key: MeshKey) -> None:
         """Nothing for a mesh that was foreseen; else compile, load and connect it now."""
         if key not in self.connected:
-            await self._links.call(key[0][0], "compile", link_pb2.Compile(mesh=_mesh(key)))
+            await self._links.call(key.ranks[0], "compile", link_pb2.Compile(mesh=key.message()))
             await self._load(key, urgent=True)
             await self._connect(key)
 
     async def _load(self, key: MeshKey, *, urgent: bool = False) -> None:
-        await self._all("prepare", dict.fromkeys(key[0], link_pb2.Prepare(mesh=_mesh(key), urgent=urgent)))
+        await self._all("prepare", dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent)))
 
     async def _load_ahead(self, keys: list[MeshKey]) -> None:
         assert self.plan is not None
-        here = self._key(self.plan)
+        here = MeshKey.of(self.plan)
         for key in (here, *keys):
             try:
                 await self._load(key)
@@ -527,16 +530,16 @@ class Failover:
 
     async def _connect(self, key: MeshKey) -> None:
         if self.torn:
-            raise RankRefused(key[0][0], "connect", "ranks have left the coordination service")
+            raise RankRefused(key.ranks[0], "connect", "ranks have left the coordination service")
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
-            warm = all(self._slots_held(rank) == key[1] for rank in key[0])
+            warm = all(self._holds(rank) == (key.attends(rank), key.slots_of(rank)) for rank in key.ranks)
             try:
                 with shared_file() as exchange:
-                    connect = link_pb2.Connect(mesh=_mesh(key), warm=warm, exchange=exchange)
-                    await self._all("connect", dict.fromkeys(key[0], connect))
+                    connect = link_pb2.Connect(mesh=key.message(), warm=warm, exchange=exchange)
+                    await self._all("connect", dict.fromkeys(key.ranks, connect))
             except RankLost as error:
                 self.torn = not self._shares_memory
-                self._links.abort((r for r in key[0] if r != error.rank), self.epoch, connecting_only=True)
+                self._links.abort((r for r in key.ranks if r != error.rank), self.epoch, connecting_only=True)
                 raise
         self.connected.add(key)
 
@@ -562,15 +565,15 @@ class Failover:
     async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
         plan = plan.with_epoch(self.epoch)
-        routes = plan.expert_to_slot()
+        routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
             rank: link_pb2.Adopt(
                 epoch=plan.epoch,
-                mesh=_mesh(self._key(plan)),
-                slots=plan.slots_of(rank).astype(np.int32).tobytes(),
-                expert_to_slot=routes[i].astype(np.int32).tobytes(),
+                mesh=MeshKey.of(plan).message(),
+                slots=_slots(plan, rank).tobytes(),
+                expert_to_slot=routes[rank].tobytes() if rank in routes else b"",
             )
-            for i, rank in enumerate(plan.rank_ids)
+            for rank in plan.rank_ids
         }
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
@@ -584,9 +587,12 @@ class Failover:
         """The answers of all; when one is lost or refuses, the others are not waited for."""
         return await asyncio.gather(*(self._links.call(rank, what, message) for rank, message in messages.items()))
 
-    def _slots_held(self, rank: int) -> int:
-        """Slots a rank has buffers for now."""
-        return self.seated.get(rank, self.plan.slots_per_rank if self.plan is not None else 0)
+    def _holds(self, rank: int) -> tuple[bool, int]:
+        """Whether a rank has what attending takes now, and the slots it has buffers for."""
+        if rank in self.seated or self.plan is None:
+            return self.base.role(rank) != "expert", self.seated.get(rank, 0)
+        key = MeshKey.of(self.plan)
+        return key.attends(rank), key.slots_of(rank)
 
     def _watch(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
@@ -597,24 +603,16 @@ class Failover:
         gone = frozenset(self.base.rank_ids) - frozenset(alive)
         hosts = {frozenset(ids).intersection(alive) for ids in self.cluster.domains("host").values()}
         keys = [
-            self._key(plan)
+            MeshKey.of(plan)
             for dead, plan in self.lattice.plans.items()
             if gone < dead and (len(dead) - len(gone) <= depth or dead - gone in hosts)
         ]
-        return sorted(dict.fromkeys(keys), key=lambda key: -len(key[0]))
-
-    @staticmethod
-    def _key(plan: Plan) -> MeshKey:
-        return plan.rank_ids, plan.slots_per_rank
+        return sorted(dict.fromkeys(keys), key=lambda key: -len(key.ranks))
 
 
 def pages_per_rank(settings: Settings, max_context: int) -> int:
     """Pages of a rank's cache: as set, or two contexts' worth."""
     return settings.pages_per_rank or 2 * -(-max_context // settings.page_size)
-
-
-def _mesh(key: MeshKey) -> link_pb2.MeshShape:
-    return link_pb2.MeshShape(ranks=key[0], slots=key[1])
 
 
 class _timed:
@@ -629,3 +627,10 @@ class _timed:
     def __exit__(self, *_exc: object) -> None:
         took = 1e3 * (time.monotonic() - self._began)
         self._phases[self._name] = self._phases.get(self._name, 0.0) + took
+
+
+def _slots(plan: Plan, rank: int) -> np.ndarray:
+    """The slots of a rank, int32 `[moe layers, slots]`; of a rank without experts `[moe layers, 0]`."""
+    if rank not in plan.holder_ids:
+        return np.zeros((plan.moe_layers, 0), np.int32)
+    return plan.slots_of(rank).astype(np.int32)

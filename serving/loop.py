@@ -29,13 +29,14 @@ from serving.errors import (
     UnknownRequest,
 )
 from serving.events import EventLog
-from serving.failover import Failover, MeshKey
+from serving.failover import Failover
 from serving.fairness import ahead
 from serving.faults import DeviceError, Instruction, Response
 from serving.guided import Guides
 from serving.health import Cause
 from serving.ledger import Call, Item, Ledger, scored, tokens
 from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
+from serving.mesh_key import MeshKey
 from serving.operations import Operations
 from serving.outlook import measured
 from serving.policy import hottest, lost_share
@@ -334,6 +335,8 @@ class Loop:
             elif not self.model.experts:
                 raise UnknownRequest(f"{self.model.name} has no experts whose weights could be spoilt.", param="signal")
             elif self.failover.plan is not None:
+                if victim not in self.failover.plan.holder_ids:
+                    raise UnknownRequest(f"rank {victim} holds no experts whose weights could be spoilt.", param="rank")
                 layer, slot = hottest(self.failover.plan, victim, self.expert_load)
                 damage = link_pb2.Damage(layer=layer, slot=slot, nan=signal == "NAN")
                 await self.links.call(victim, "damage", damage)
@@ -463,7 +466,8 @@ class Loop:
             self._compiles[rank] = answer.compiles
             self._rank_ms[rank] = answer.program_ms
             self._own_ms[rank] = self._own_ms.get(rank, 0.0) + answer.own_ms
-            self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
+            if answer.expert_load:
+                self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
         self.state, outputs = apply(self.state, batch, results)
         self._deliver(outputs)
         self._resumed()
@@ -678,7 +682,8 @@ class Loop:
         """The engine's view of the plan in force; ranks in `fresh` have an empty cache."""
         fresh, failover = set(fresh), self.failover
         self.state = lose(self.state, fresh & set(self.state.pools)) if fresh else self.state
-        pages = dict.fromkeys(failover.alive, failover.base.pages_per_rank)
+        attending = failover.plan.source_ids if failover.plan is not None else ()
+        pages = dict.fromkeys(attending, failover.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
         self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked)
         self._compiles = {rank: n for rank, n in self._compiles.items() if rank in failover.alive}
@@ -768,12 +773,14 @@ class Loop:
             "out": rank in self.operations.out,
         }
         state = next((name for name, holds in states.items() if holds), "dead")
+        held = plan.slots_of(rank).tolist() if serving and plan is not None and rank in plan.holder_ids else ()
         return RankStatus(
             id=rank,
             pid=process.process.pid if process is not None and process.loss is None else None,
             host=self.settings.host_of(rank),
             state=state,
-            slots=tuple(map(tuple, plan.slots_of(rank).tolist())) if serving and plan is not None else (),
+            role=plan.role(rank) if serving and plan is not None else self.failover.base.role(rank),
+            slots=tuple(map(tuple, held)),
             pages=pool.total if pool else 0,
             pages_used=pool.used if pool else 0,
             running=sum(s.rank == rank for s in self.state.running.values()),

@@ -39,11 +39,13 @@ from moejax.programs import (
     mesh_lowerings,
 )
 from moejax.recovery import LiveArrays
+from moejax.role_programs import RolePrograms, compile_roles
 from moejax.shaping import RowShape, dense
 from moejax.shared import Arena
 from moejax.store import HostStore
 from moejax.transfer import entries_of, read_entries, write_entries
 from moejax.world import World, configure_process
+from serving.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 
 FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
@@ -53,8 +55,6 @@ HEARTBEAT_S = 0.05
 MESSAGE_BYTES = 64 << 20
 WARM_ROWS = 8
 """Steps of at most so many rows are loaded first, and run once before they are needed."""
-
-MeshKey = tuple[tuple[int, ...], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Rank:
         self._shape: ModelShape | None = None
         self._executables: ExecutableStore | None = None
         self._arrays: LiveArrays | None = None
-        self._meshes: dict[MeshKey, MeshPrograms] = {}
+        self._meshes: dict[MeshKey, MeshPrograms | RolePrograms] = {}
         self._local: dict[int, LocalPrograms] = {}
         self._adopted: Adopted | None = None
         self._aborted = -1
@@ -96,7 +96,7 @@ class Rank:
         self._aborted = max(self._aborted, epoch)
         adopted = self._adopted
         if adopted is not None and adopted.epoch <= epoch:
-            self.world.abort(adopted.mesh[0])
+            self.world.abort(adopted.mesh.ranks)
 
     def configure(self, command: link_pb2.Configure) -> dict[str, Any]:
         """Fix the shapes and read the common weights into host memory."""
@@ -115,7 +115,7 @@ class Rank:
         )
         self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
-        self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)))
+        self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)), attends=not command.experts_only)
         self._idle = [idle(bucket) for bucket in buckets]
         return {"shares_memory": self._shape.shared}
 
@@ -133,7 +133,7 @@ class Rank:
     def seat(self, command: link_pb2.Seat) -> dict[str, Any]:
         """Learn which process another rank is now."""
         with self._backend:
-            self._meshes = {key: mesh for key, mesh in self._meshes.items() if command.rank not in key[0]}
+            self._meshes = {key: mesh for key, mesh in self._meshes.items() if command.rank not in key.ranks}
             self.world.seat(command.rank, command.process)
         return {}
 
@@ -146,37 +146,47 @@ class Rank:
     def compile(self, command: link_pb2.Compile) -> dict[str, Any]:
         """Compile what a mesh shape needs and the store lacks."""
         devices, slots = self.world.devices(command.mesh.ranks), command.mesh.slots
-        compiled = compile_missing(self.executables, mesh_lowerings(self.shape, devices, slots), devices)
+        if attention := command.mesh.attention:
+            compiled = compile_roles(self.executables, self.shape, devices, slots, attention, self.device)
+        else:
+            compiled = compile_missing(self.executables, mesh_lowerings(self.shape, devices, slots), devices)
         here = [self.device]
         compiled += compile_missing(self.executables, local_lowerings(self.shape, self.device, slots), here)
         return {"compiled": compiled}
 
     def prepare(self, command: link_pb2.Prepare) -> dict[str, Any]:
         """Load the executables of a mesh: all, or if urgent those of small steps; the others follow on demand."""
-        key = _key(command.mesh)
+        key = MeshKey.read(command.mesh)
         wanted = [i for i, bucket in enumerate(self.shape.buckets) if bucket.rows <= WARM_ROWS or not command.urgent]
         with self._backend:
-            generation, devices = self._generation, self.world.devices(key[0])
-            if key[1] not in self._local:
-                self._local[key[1]] = LocalPrograms(self.shape, self.device, key[1], self.executables)
+            generation = self._generation
+            if key.slots not in self._local:
+                self._local[key.slots] = LocalPrograms(self.shape, self.device, key.slots, self.executables)
             if key not in self._meshes:
-                self._meshes[key] = MeshPrograms(self.shape, devices, key[1], self.executables)
+                self._meshes[key] = self._programs(key)
         for index in wanted:
             with self._backend:
                 if generation == self._generation:
                     self._meshes[key].step(index)
-                    self._local[key[1]].after_step(index)
+                    if key.attends(self.rank):
+                        self._local[key.slots].after_step(index)
         return {}
+
+    def _programs(self, key: MeshKey) -> MeshPrograms | RolePrograms:
+        devices = self.world.devices(key.ranks)
+        if not key.attention:
+            return MeshPrograms(self.shape, devices, key.slots, self.executables)
+        return RolePrograms(self.shape, devices, key.slots, key.attention, self.device, self.executables)
 
     def connect(self, command: link_pb2.Connect) -> dict[str, Any]:
         """Connect a mesh's communicator, and note which sockets it is made of. Run its small steps once on nothing:
         the first run of a program takes several times as long as the next, and should not be the one after a loss."""
-        key = _key(command.mesh)
+        key = MeshKey.read(command.mesh)
         programs = self._meshes[key]
-        with self.world.connecting(key[0], self._arena(command)):
+        with self.world.connecting(key.ranks, self._arena(key, command.exchange)):
             programs.connect(self.device)
         if command.warm:
-            arguments = self.arrays.lay_over(programs, np.full(self.arrays.routes_shape, -1, np.int32))
+            arguments = self._lay(key, np.full(self.arrays.routes_shape, -1, np.int32))
             for index, bucket in enumerate(self.shape.buckets):
                 if bucket.rows <= WARM_ROWS:
                     packed = jax.device_put(self._idle[index], self.device)
@@ -184,20 +194,28 @@ class Rank:
                     self._finish(programs.step(index)(arguments(packed)), packed, nothing, key)
         return {}
 
-    def _arena(self, command: link_pb2.Connect) -> Arena | None:
+    def _arena(self, key: MeshKey, path: str) -> Arena | None:
         if not self.shape.shared:
             return None
-        ranks, slots = _key(command.mesh)
-        n, room = len(ranks), self.shape.outbox_bytes(len(ranks), slots)
-        return Arena(command.exchange, ranks=n, me=ranks.index(self.rank), outbox_bytes=room, timeout_s=self._timeout_s)
+        n, room = len(key.ranks), self.shape.outbox_bytes(len(key.ranks), key.slots, key.attention)
+        return Arena(path, ranks=n, me=key.ranks.index(self.rank), outbox_bytes=room, timeout_s=self._timeout_s)
+
+    def _lay(self, key: MeshKey, routes: np.ndarray) -> Callable[[jax.Array], Any]:
+        if key.attention:
+            return self.arrays.lay_here(routes, self.device)
+        return self.arrays.lay_over(self._meshes[key], routes)
 
     def adopt(self, command: link_pb2.Adopt) -> dict[str, Any]:
-        """Take one's part in a plan: fill the slots and lay the arrays over its mesh."""
-        key, cfg = _key(command.mesh), self.shape.cfg
-        slots = np.frombuffer(command.slots, np.int32).reshape(cfg.n_moe_layers, key[1])
-        routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(self.arrays.routes_shape)
-        filled = self.arrays.fill(slots, self._local[key[1]], self.device)
-        arguments = self.arrays.lay_over(self._meshes[key], routes)
+        """Take one's part in a plan: hold what its role needs, fill the slots and lay the arrays over its mesh."""
+        key = MeshKey.read(command.mesh)
+        attends = key.attends(self.rank)
+        slots = np.frombuffer(command.slots, np.int32).reshape(self.shape.cfg.n_moe_layers, key.slots_of(self.rank))
+        routes = np.full(self.arrays.routes_shape, -1, np.int32)
+        if attends:
+            routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(routes.shape)
+        self.arrays.attend(attends, self.device)
+        filled = self.arrays.fill(slots, self._local[key.slots], self.device)
+        arguments = self._lay(key, routes)
         self._adopted = Adopted(command.epoch, key, arguments, routes)
         return {"experts_loaded": filled.read, "missing": _expert_slots(filled.missing), "trouble": filled.trouble}
 
@@ -216,7 +234,7 @@ class Rank:
         rows = np.frombuffer(command.rows, np.float32).reshape(cache.k.shape[0], len(entries), -1)
         sizes = [bucket.rows for bucket in self.shape.buckets]
         index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
-        commit = self._local[adopted.mesh[1]].after_step(index)[1]
+        commit = self._local[adopted.mesh.slots].after_step(index)[1]
         self.arrays.cache = write_entries(cache, entries, rows, self.shape.buckets[index], commit, self.device)
         return {}
 
@@ -230,9 +248,9 @@ class Rank:
         """Spoil a slot. The arrays of the plan in force are laid over its mesh again: their leaves were donated."""
         adopted = self._adopted
         assert adopted is not None, "Adopt comes first"
-        local = self._local[adopted.mesh[1]]
+        local = self._local[adopted.mesh.slots]
         spoilt = damage(self.arrays, command.layer, command.slot, local, self.device, nan=command.nan)
-        arguments = self.arrays.lay_over(self._meshes[adopted.mesh], adopted.routes)
+        arguments = self._lay(adopted.mesh, adopted.routes)
         self._adopted = dataclasses.replace(adopted, arguments=arguments)
         return {"missing": _expert_slots([spoilt])}
 
@@ -244,18 +262,17 @@ class Rank:
                 has = adopted.epoch if adopted else None
                 raise StaleEpoch(f"step {command.step} is of epoch {command.epoch}; this rank is in {has}")
             programs = self._meshes[adopted.mesh]
-            self.world.use(adopted.mesh[0])
+            self.world.use(adopted.mesh.ranks)
             inputs = np.frombuffer(command.inputs, np.int32) if command.inputs else self._idle[command.bucket]
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()
             outputs = programs.step(command.bucket)(adopted.arguments(packed))
-            poisoned = self._poisoned(outputs, inputs, command.bucket)
-            if poisoned:
+            if poisoned := self._poisoned(outputs, inputs, command.bucket):
                 text = f"{len(poisoned)} rows came out as not-a-number or infinite"
                 failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
                 return link_pb2.Report(rank=self.rank, step_failed=failed)
             answers = self._finish(outputs, packed, command, adopted.mesh)
-            load = np.asarray(outputs.expert_load.addressable_data(0))
+            load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended = time.perf_counter()
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0][:500]
@@ -265,7 +282,7 @@ class Rank:
             epoch=command.epoch,
             step=command.step,
             **answers,
-            expert_load=load.tobytes(),
+            expert_load=load,
             program_ms=1e3 * (ended - began),
             total_ms=1e3 * (time.perf_counter() - received),
             compiles=self.compiles.count,
@@ -273,8 +290,10 @@ class Rank:
         )
         return link_pb2.Report(rank=self.rank, step_done=done)
 
-    def _poisoned(self, outputs: StepOutputs, inputs: np.ndarray, bucket: int) -> list[int]:
+    def _poisoned(self, outputs: StepOutputs | None, inputs: np.ndarray, bucket: int) -> list[int]:
         """Rows of the step that are no numbers, padding left out. A failed collective shows itself here."""
+        if outputs is None:
+            return []
         hidden = np.asarray(outputs.hidden.addressable_data(0))
         if np.isfinite(hidden.sum()):
             return []
@@ -282,9 +301,15 @@ class Rank:
         positions = inputs[rows : 2 * rows]  # they stand second in the packed inputs
         return np.flatnonzero(~np.isfinite(hidden).all(-1) & (positions >= 0)).tolist()
 
-    def _finish(self, outputs: StepOutputs, packed: jax.Array, command: link_pb2.Step, mesh: MeshKey) -> dict[str, Any]:
-        """What follows a step on this rank alone: sample, score, and commit to the cache. Fields of the answer."""
-        local, head = self._local[mesh[1]], self.arrays.head
+    def _finish(
+        self, outputs: StepOutputs | None, packed: jax.Array, command: link_pb2.Step, mesh: MeshKey
+    ) -> dict[str, Any]:
+        """What follows a step on this rank alone: sample, score, and commit to the cache; nothing on an expert rank.
+        Fields of the answer."""
+        if outputs is None:
+            self._sampled = time.perf_counter()
+            return {}
+        local, head = self._local[mesh.slots], self.arrays.head
         sample, commit = local.after_step(command.bucket)
         hidden = outputs.hidden.addressable_data(0)
         if command.shapes:
@@ -422,10 +447,6 @@ def _row_shape(row: link_pb2.RowShape) -> RowShape:
 
 def _likeliest(tokens: jax.Array, logprobs: jax.Array) -> link_pb2.Likeliest:
     return link_pb2.Likeliest(tokens=np.asarray(tokens).tobytes(), logprobs=np.asarray(logprobs).tobytes())
-
-
-def _key(mesh: link_pb2.MeshShape) -> MeshKey:
-    return tuple(mesh.ranks), mesh.slots
 
 
 def _expert_slots(found: Iterable[tuple[int, int, int]]) -> list[link_pb2.ExpertSlot]:

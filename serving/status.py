@@ -45,14 +45,15 @@ class LossCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """One rank. `state` is starting, serving, draining, dead, joining, out or failed; `slots[moe_layer]` the experts
-    held. `slowness` is how much slower than the others its own work is of late (0: unknown), `level` that of the last
-    device error (0: none)."""
+    """One rank. `state` is starting, serving, draining, dead, joining, out or failed; `role` collocated, attention or
+    expert; `slots[moe_layer]` the experts held. `slowness` is how much slower than the others its own work is of late
+    (0: unknown), `level` that of the last device error (0: none)."""
 
     id: int
     pid: int | None
     host: str
     state: str
+    role: str = "collocated"
     slots: tuple[tuple[int, ...], ...] = ()
     pages: int = 0
     pages_used: int = 0

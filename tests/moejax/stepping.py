@@ -53,14 +53,7 @@ class Stepper:
         """One step and its commit."""
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
         shape = self._shape(bucket)
-        parts = [
-            np.concatenate(
-                [a.reshape(-1).view(np.int32) for a in assemble(batch, r, page_size=PAGE, max_pages=MAX_PAGES).values()]
-            )
-            if work.get(r)
-            else idle(shape.bucket)
-            for r in range(self.ranks)
-        ]
+        parts = packed_parts(batch, shape.bucket)
         packed = jax.device_put(np.concatenate(parts), self._on(steps.partition(shape).packed))
         arguments = steps.StepArguments(
             params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed
@@ -118,6 +111,18 @@ class Stepper:
 
     def _on(self, spec: jax.sharding.PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
+
+
+def packed_parts(batch: Batch, bucket: Bucket) -> list[np.ndarray]:
+    """The packed inputs of every rank of a batch."""
+    return [
+        np.concatenate(
+            [a.reshape(-1).view(np.int32) for a in assemble(batch, r, page_size=PAGE, max_pages=MAX_PAGES).values()]
+        )
+        if batch.work[r]
+        else idle(bucket)
+        for r in sorted(batch.work)
+    ]
 
 
 def work(tokens: list[int], start: int, pages: tuple[int, ...], **sampling: float) -> Work:

@@ -43,7 +43,7 @@ class Command(_message.Message):
     def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Configure(_message.Message):
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     ONE_MACHINE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_ONLY_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -62,7 +63,8 @@ class Configure(_message.Message):
     buckets: _containers.RepeatedCompositeFieldContainer[Bucket]
     collective_timeout_s: int
     one_machine: bool
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ...) -> None: ...
+    experts_only: bool
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ...) -> None: ...
 
 class Bucket(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -105,12 +107,14 @@ class Hold(_message.Message):
     def __init__(self, slots_per_rank: _Optional[int] = ..., slots: _Optional[bytes] = ...) -> None: ...
 
 class MeshShape(_message.Message):
-    __slots__ = ("ranks", "slots")
+    __slots__ = ("ranks", "slots", "attention")
     RANKS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     ranks: _containers.RepeatedScalarFieldContainer[int]
     slots: int
-    def __init__(self, ranks: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ...) -> None: ...
+    attention: int
+    def __init__(self, ranks: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ..., attention: _Optional[int] = ...) -> None: ...
 
 class Compile(_message.Message):
     __slots__ = ("mesh",)

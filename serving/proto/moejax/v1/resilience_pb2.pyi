@@ -117,7 +117,7 @@ class LossCost(_message.Message):
     def __init__(self, survivable: bool = ..., prepared: bool = ..., stall_ms: _Optional[float] = ..., experts_to_load: _Optional[int] = ..., traffic: _Optional[float] = ..., measured: bool = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level")
+    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class Rank(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     SLOWNESS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     id: int
     pid: int
     host: str
@@ -144,7 +145,8 @@ class Rank(_message.Message):
     loss: LossCost
     slowness: float
     level: int
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ...) -> None: ...
+    role: str
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
 
 class Slots(_message.Message):
     __slots__ = ("experts",)
