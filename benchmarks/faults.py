@@ -1,18 +1,22 @@
 """What each kind of fault costs the streams of a real server, beside a warm restart of the same server.
 
-    python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--only NAME ...] [--rounds N] [--json FILE]
+    python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--arch collocated|disaggregated ...]
+        [--only NAME ...] [--rounds N] [--json FILE]
 
-Starts `moejax serve` with its ranks on two hosts, keeps streams running whose tokens are known from an undisturbed
-run, and injects one fault after the other at moments drawn from --seed; the next comes when all ranks serve again
-and every single loss is prepared. Where the rank matters it is the one with the most streams. The server and this
-program share one clock.
+Starts `moejax serve` for each setup (collocated ranks on two hosts; attention ranks and expert ranks, half of each; the
+same with roles that always switch, and without spare slots), keeps streams running whose tokens are known from an
+undisturbed run, and injects one fault after the other at moments drawn from --seed; the next comes when all ranks serve
+again and every single loss is prepared. Where the rank matters it is the one with the most streams, or an expert rank.
+The server and this program share one clock.
 
 Of each scenario: `detect_ms` from the injection to the server's first word of it; `survivor_stall_ms` and
 `moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
 benchmarks.recovery); `tokens_again` in the caches that were lost; `lost` streams that ended in an error, `changed`
 streams with other tokens than known; `ratio_to_restart`, the warm restart to its first token over the median stall of
-all streams. `masked` and `slow` scenarios are no part of it: masked answers are other answers, and a slow rank is
-judged over minutes.
+all streams. The paper's scenarios (arXiv 2602.21140) are `attention rank`, `redundant experts`, `missing experts`,
+`role switch` and, collocated, `crash`. Streams move when their rank dies or switches its role. While experts are
+missing answers are other answers: their tokens are not compared. A slow rank is judged over minutes and no part of
+this.
 """
 
 import argparse
@@ -37,20 +41,30 @@ from benchmarks.streams import Known, Load, Trace, running, until, whole
 from serving.client import AsyncClient
 from serving.health import p99
 
-ARCH = "collocated"
 _QUIET_S = 1.0
 _COLUMNS = "name, detect, survivors, moved, tokens again, requests, lost, changed, compiles, restart over stall"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A fault: how it is injected at a victim, the first event that tells of it, and the last."""
+    """A fault: how it is injected at a victim of a role, the first event that tells of it, and the last."""
 
     name: str
     inject: Callable[["Scene", int], Awaitable[None]]
     told: str
     over: str
     recomputes: bool = True
+    expert: bool = False
+    same_tokens: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A server and what happens to it. `options` are flags of `moejax serve`, for so many ranks."""
+
+    arch: str
+    options: Callable[[int], list[str]]
+    scenarios: tuple[Scenario, ...]
 
 
 @dataclasses.dataclass
@@ -115,7 +129,7 @@ async def _coordinator(scene: Scene, victim: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-SCENARIOS = (
+COLLOCATED = (
     Scenario("crash", _crash, "rank_lost", "recovered"),
     Scenario("hang", _hang, "rank_lost", "recovered"),
     Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
@@ -125,9 +139,37 @@ SCENARIOS = (
     Scenario("coordinator", _coordinator, "broken", "recovered", recomputes=False),
     Scenario("drain", _drain, "leaving", "drained", recomputes=False),
 )
+DISAGGREGATED = (
+    Scenario("attention rank", _crash, "rank_lost", "recovered"),
+    Scenario("redundant experts", _crash, "rank_lost", "recovered", recomputes=False, expert=True),
+    Scenario("hang of attention", _hang, "rank_lost", "recovered"),
+    Scenario("hang of experts", _hang, "rank_lost", "recovered", recomputes=False, expert=True),
+    Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
+    Scenario("not-a-number", _not_a_number, "poisoned", "restored", recomputes=False, expert=True),
+    Scenario("coordinator", _coordinator, "broken", "recovered", recomputes=False),
+    Scenario("drain", _drain, "leaving", "drained", recomputes=False),
+)
+SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", recomputes=False, expert=True),)
+MASKING = (
+    Scenario("missing experts", _crash, "rank_lost", "recovered", recomputes=False, expert=True, same_tokens=False),
+)
 
 
-async def play_scenario(scene: Scene, scenario: Scenario, streams: int) -> dict[str, Any]:
+def _halves(ranks: int) -> list[str]:
+    attention = ranks // 2
+    return ["--arch", "disaggregated", "--attention", str(attention), "--experts", str(ranks - attention)]
+
+
+SETUPS = (
+    Setup("collocated", lambda ranks: ["--hosts", "2"] if ranks % 2 == 0 else [], COLLOCATED),
+    Setup("disaggregated", _halves, DISAGGREGATED),
+    Setup("disaggregated", lambda ranks: [*_halves(ranks), "--role-switch", "always"], SWITCHING),
+    Setup("disaggregated", lambda ranks: [*_halves(ranks), "--survive", "0", "--on-lost-expert", "mask"], MASKING),
+)
+NAMES = tuple(dict.fromkeys(scenario.name for setup in SETUPS for scenario in setup.scenarios))
+
+
+async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: int) -> dict[str, Any]:
     """Place streams, inject the fault, wait until all is well, and say what the streams saw."""
     client = scene.client
     await until(client, whole)
@@ -137,19 +179,22 @@ async def play_scenario(scene: Scene, scenario: Scenario, streams: int) -> dict[
     await asyncio.sleep(_QUIET_S + scene.draw.uniform(0, 0.2))
     before = await client.status()
     counts = running(before)
-    victim = max(counts, key=lambda rank: (counts[rank], rank))
+    experts = [rank.id for rank in before.ranks if rank.role == "expert"]
+    victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     told = {p.name: p for p in await client.what_if() if p.kind == ("host" if scenario.name == "host" else "rank")}
     prospect = told.get(before.ranks[victim].host if scenario.name == "host" else str(victim))
     moment = time.monotonic()
     await scenario.inject(scene, victim)
     first = await scene.feed.wait(scenario.told, moment)
     last = await scene.feed.wait(scenario.over, local(first))
+    roles = {rank.id: rank.role for rank in (await client.status()).ranks}
     if scene.task is not None:
         await scene.task
         scene.task = None
     after = await until(client, whole)
     traces = await load.stop()
     gone = {r.id for r in before.ranks if r.host == before.ranks[victim].host} if scenario.name == "host" else {victim}
+    gone |= {rank.id for rank in before.ranks if rank.role == "attention" and roles[rank.id] == "expert"}
 
     def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
         found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in placed if belongs(t)]
@@ -159,7 +204,7 @@ async def play_scenario(scene: Scene, scenario: Scenario, streams: int) -> dict[
     moved = stalls(lambda trace: trace.rank in gone)
     same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
     return {
-        "arch": ARCH,
+        "arch": arch,
         "name": scenario.name,
         "victim": victim,
         "detect_ms": round(1e3 * (local(first) - moment), 1),
@@ -169,13 +214,13 @@ async def play_scenario(scene: Scene, scenario: Scenario, streams: int) -> dict[
         "tokens_again": prospect.tokens_recomputed if prospect is not None and scenario.recomputes else 0,
         "requests": len(traces),
         "lost": scene.known.failed(traces),
-        "changed": scene.known.changed(traces),
+        "changed": scene.known.changed(traces) if scenario.same_tokens else 0,
         "compiles_between": sum(a.compiles - b.compiles for b, a in same),
     }
 
 
 def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[str, Any]]:
-    """One row for each scenario, over its rounds."""
+    """One row for each scenario of one architecture, over its rounds."""
     rows = []
     for name in dict.fromkeys(one["name"] for one in rounds):
         these = [one for one in rounds if one["name"] == name]
@@ -183,7 +228,7 @@ def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[
         moved = [stall for one in these for stall in one["moved"]]
         stall = middle([*survivors, *moved])
         row = {
-            "arch": ARCH,
+            "arch": these[0]["arch"],
             "name": name,
             "rounds": len(these),
             "detect_ms": middle(one["detect_ms"] for one in these),
@@ -204,15 +249,16 @@ def line(row: dict[str, Any]) -> str:
 
     ratio = "-" if row["ratio_to_restart"] is None else f"{row['ratio_to_restart']:.0f}x"
     return (
-        f"{row['name']:22} {row['detect_ms']:8.1f} {shown(row['survivor_stall_ms']):>12} "
+        f"{row['arch'][:6]:6} {row['name']:22} {row['detect_ms']:8.1f} {shown(row['survivor_stall_ms']):>12} "
         f"{shown(row['moved_stall_ms']):>12} {row['tokens_again']:6} {row['requests']:5} {row['lost']:4} "
         f"{row['changed']:7} {row['compiles_between']:8} {ratio:>8}"
     )
 
 
-async def measure(server: Launched, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All scenarios, round after round."""
-    chosen = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
+async def measure(
+    server: Launched, arch: str, chosen: list[Scenario], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All scenarios of a setup, round after round."""
     async with AsyncClient(server.address) as client:
         await until(client, whole)
         print(f"recording {arguments.streams} requests undisturbed", flush=True)
@@ -223,7 +269,7 @@ async def measure(server: Launched, arguments: argparse.Namespace) -> list[dict[
         try:
             for _ in range(arguments.rounds):
                 for scenario in chosen:
-                    rounds.append(await play_scenario(scene, scenario, arguments.streams))
+                    rounds.append(await play_scenario(scene, arch, scenario, arguments.streams))
                     print(line(summarize(rounds[-1:], 0.0)[0]), flush=True)
         finally:
             feed.close()
@@ -234,13 +280,25 @@ def main() -> int:
     """Measure, print, and write JSON. The exit status is 1 when a request was lost or a token changed."""
     arguments = parse()
     where = machine()
-    options = ["--hosts", "2"] if arguments.ranks % 2 == 0 else []
-    with launched(arguments.model, arguments.ranks, options=options) as server:
-        rounds = asyncio.run(measure(server, arguments))
-    print("restarting the server", flush=True)
-    warm_restart_s = first_token_s(arguments.model, arguments.ranks)
-    rows = summarize(rounds, warm_restart_s)
-    print(f"\nmilliseconds, median / 99th percentile; warm restart {warm_restart_s:.1f} s\n{_COLUMNS}")
+    rounds, restarts = [], {}
+    for setup in SETUPS:
+        chosen = [s for s in setup.scenarios if not arguments.only or s.name in arguments.only]
+        if not chosen or setup.arch not in arguments.arch:
+            continue
+        options = setup.options(arguments.ranks)
+        print(f"\n{' '.join(['moejax serve', *options])}", flush=True)
+        with launched(arguments.model, arguments.ranks, options=options) as server:
+            rounds += asyncio.run(measure(server, setup.arch, chosen, arguments))
+        if setup.arch not in restarts:
+            print("restarting the server", flush=True)
+            restarts[setup.arch] = first_token_s(arguments.model, arguments.ranks, options=options)
+    rows = [
+        row
+        for arch, warm_restart_s in restarts.items()
+        for row in summarize([one for one in rounds if one["arch"] == arch], warm_restart_s)
+    ]
+    told = ", ".join(f"{arch} {seconds:.1f} s" for arch, seconds in restarts.items())
+    print(f"\nmilliseconds, median / 99th percentile; warm restart: {told}\n{_COLUMNS}")
     for row in rows:
         print(line(row))
     if arguments.json is not None:
@@ -248,7 +306,7 @@ def main() -> int:
             "machine": where,
             "model": arguments.model,
             "ranks": arguments.ranks,
-            "warm_restart_s": round(warm_restart_s, 2),
+            "warm_restart_s": {arch: round(seconds, 2) for arch, seconds in restarts.items()},
             "scenarios": rows,
             "rounds": rounds,
         }
@@ -262,7 +320,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=about, epilog=rest)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
-    parser.add_argument("--only", nargs="+", choices=[scenario.name for scenario in SCENARIOS], default=[])
+    parser.add_argument(
+        "--arch", nargs="+", choices=("collocated", "disaggregated"), default=["collocated", "disaggregated"]
+    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=[])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=190, help="about")

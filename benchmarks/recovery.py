@@ -109,12 +109,12 @@ def summarize(records: Sequence[LossRecord], warm_restart_s: float, cold_start_s
     }
 
 
-def first_token_s(model: str, ranks: int, *, cold: bool = False) -> float:
+def first_token_s(model: str, ranks: int, *, cold: bool = False, options: Sequence[str] = ()) -> float:
     """From starting a server to the first token of a request; the server is stopped then."""
     if cold:
-        with cold_cache() as cache, launched(model, ranks, cache=cache) as server:
+        with cold_cache() as cache, launched(model, ranks, cache=cache, options=options) as server:
             return server.first_token_s
-    with launched(model, ranks) as server:
+    with launched(model, ranks, options=options) as server:
         return server.first_token_s
 
 

@@ -13,22 +13,22 @@ def roles_after(
     before: Mapping[int, str],
     *,
     experts: int,
-    most_slots: int | None,
+    slots: int,
     switch: str = "auto",
 ) -> dict[int, str]:
     """The role of each rank alive, from those of all ranks of a disaggregated plan `before` some were lost.
 
     Ranks keep their roles unless one side would be too few: somebody must attend, and enough ranks must hold
-    experts for `experts` to fit in `most_slots` on each (None: any number fits). Then the ranks of the other side
-    with the highest ids take the lost ones' place; `switch` "always" makes up for every expert rank lost, as long
-    as somebody attends. A last rank does both.
+    experts for `experts` to fit in `slots` on each, as long as two attend. Then the ranks of the other side with the
+    highest ids take the lost ones' place; `switch` "always" makes up for every expert rank lost, as long as somebody
+    attends. A last rank does both.
     """
     if len(alive) == 1:
         return {alive[0]: "collocated"}
     roles = {rank: before[rank] for rank in alive}
     attending = [rank for rank in alive if roles[rank] == "attention"]
     holding = [rank for rank in alive if roles[rank] == "expert"]
-    needed = 1 if most_slots is None else ceil(experts / max(1, most_slots))
+    needed = ceil(experts / max(1, slots))
     if switch == "always":
         needed = max(needed, sum(role == "expert" for role in before.values()))
     if not attending and len(holding) > 1:

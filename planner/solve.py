@@ -15,7 +15,7 @@ from planner.parity import form_groups, parity_slots
 from planner.placement import place
 from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, ParityGroup, Plan, RankPlace, as_tuples
 from planner.roles import roles_after
-from planner.shape import cache_pages, most_slots
+from planner.shape import cache_pages
 from planner.shape import slots_per_rank as choose_slots
 from planner.workload import Workload
 
@@ -100,8 +100,7 @@ def _inherited(
     known = [d.id for d in cluster.alive(alive) if before.get(d.id) in ("attention", "expert")]
     if not known:
         return {}
-    most = most_slots(workload, cluster, 0)
-    return roles_after(known, before, experts=workload.experts, most_slots=most, switch=switch)
+    return roles_after(known, before, experts=workload.experts, slots=previous.slots_per_rank, switch=switch)
 
 
 def _places(

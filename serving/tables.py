@@ -36,8 +36,8 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
 
 def _ranks(ranks: Iterable[RankStatus]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("rank", "state", "pid", "requests", "cache", "step ms"):
-        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+    for column in ("rank", "state", "role", "pid", "requests", "cache", "step ms"):
+        table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
     table.add_column("experts in slots of the first layers")
     for rank in ranks:
         cache = f"{rank.pages_used}/{rank.pages}" if rank.pages else "-"
@@ -46,6 +46,7 @@ def _ranks(ranks: Iterable[RankStatus]) -> Table:
         table.add_row(
             str(rank.id),
             Text(rank.state, _COLOURS.get(rank.state, "")),
+            rank.role,
             "-" if rank.pid is None else str(rank.pid),
             str(rank.running),
             cache,

@@ -159,7 +159,7 @@ function ranks(now) {
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
-    tile.querySelector(".use").textContent = `${rank.running} req · cache ${used}%`;
+    tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;
     tile.querySelector(".bar i").style.width = `${used}%`;
     tile.querySelector(".price").textContent = price(rank);
     tile.querySelector(".buttons").hidden = !now.chaos;

@@ -1,0 +1,63 @@
+"""Attention ranks and expert ranks of a real server: the tokens of collocated ranks, whichever of them dies."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from serving.app import Server
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until_whole
+
+ATTENTION, EXPERTS = (0, 1), (2, 3)
+
+
+@pytest.fixture(scope="module")
+def apart(traffic: Traffic) -> Iterator[Client]:
+    """A client of two attention ranks and two expert ranks; `traffic` was recorded on collocated ones before."""
+    settings = {"buckets": ((8, 0), (8, 2)), "lattice_depth": 2, "survive": 1}
+    with (
+        Server(model=str(TINY), arch="disaggregated", attention=2, experts=2, **settings) as server,
+        Client(server) as client,
+    ):
+        yield client
+
+
+def test_each_rank_has_what_its_role_takes_and_nothing_else(apart: Client) -> None:
+    for rank in apart.status().ranks:
+        attends = rank.id in ATTENTION
+        assert rank.role == ("attention" if attends else "expert")
+        assert bool(rank.pages) == attends
+        assert bool(rank.slots) != attends
+
+
+def test_they_say_what_collocated_ranks_say(apart: Client, traffic: Traffic) -> None:
+    wait_until_whole(apart)
+    traffic.during(apart)
+
+
+@pytest.mark.parametrize("rank", [*ATTENTION, *EXPERTS])
+def test_the_loss_of_either_kind_changes_no_token(apart: Client, traffic: Traffic, rank: int) -> None:
+    wait_until_whole(apart)
+    compiles = apart.status().compiles_after_ready
+    traffic.during(apart, kill(apart, rank))
+    wait_until_whole(apart)
+    assert apart.status().compiles_after_ready == compiles
+
+
+def test_a_stopped_expert_rank_changes_no_token(apart: Client, traffic: Traffic) -> None:
+    wait_until_whole(apart)
+    traffic.during(apart, kill(apart, EXPERTS[0], signal.SIGSTOP))
+
+
+@pytest.mark.parametrize("side", [ATTENTION, EXPERTS])
+def test_a_rank_of_the_other_side_takes_the_place_of_a_side_that_died(
+    apart: Client, traffic: Traffic, side: tuple[int, ...]
+) -> None:
+    wait_until_whole(apart)
+    acts, before = [kill(apart, rank) for rank in side], last_event(apart)
+    traffic.during(apart, *acts)
+    assert any(event.kind == "recovered" for event in events_since(apart, before))
+    wait_until_whole(apart)
+    assert [rank.role for rank in apart.status().ranks] == ["attention"] * 2 + ["expert"] * 2
