@@ -74,6 +74,7 @@ class Failover:
         """Ranks had to leave the coordination service: this generation can connect no further mesh."""
         self._shares_memory = False
         """Ranks exchange through memory, and connect without the coordination service."""
+        self._connects = 0
         self.connected: set[MeshKey] = set()
         self.loaded: collections.deque[MeshKey] = collections.deque()
         """Meshes whose executables are loaded and whose communicator waits to be connected."""
@@ -533,13 +534,16 @@ class Failover:
             raise RankRefused(key.ranks[0], "connect", "ranks have left the coordination service")
         async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
             warm = all(self._holds(rank) == (key.attends(rank), key.slots_of(rank)) for rank in key.ranks)
+            self._connects += 1
+            number = self._connects
             try:
                 with shared_file() as exchange:
-                    connect = link_pb2.Connect(mesh=key.message(), warm=warm, exchange=exchange)
+                    connect = link_pb2.Connect(mesh=key.message(), warm=warm, exchange=exchange, number=number)
                     await self._all("connect", dict.fromkeys(key.ranks, connect))
-            except RankLost as error:
+            except (RankLost, RankRefused, asyncio.CancelledError) as error:  # the others must not wait for that one
                 self.torn = not self._shares_memory
-                self._links.abort((r for r in key.ranks if r != error.rank), self.epoch, connecting_only=True)
+                gone = error.rank if isinstance(error, RankLost) else None
+                self._links.abort((r for r in key.ranks if r != gone), self.epoch, connecting=number)
                 raise
         self.connected.add(key)
 

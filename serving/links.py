@@ -210,14 +210,12 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
                 each.step, each.step_sent = None, None
         return dict(zip(parts, answers, strict=True))
 
-    def abort(self, ranks: Iterable[int], epoch: int, *, connecting_only: bool = False) -> None:
-        """Tell ranks to cut the collectives of an epoch, out of turn; or only a communicator they are connecting."""
+    def abort(self, ranks: Iterable[int], epoch: int, *, connecting: int = 0) -> None:
+        """Tell ranks to cut the collectives of an epoch, out of turn; or only to connect no mesh up to this number."""
         for rank in ranks:
             each = self._ranks[rank]
             if each.loss is None:
-                each.outbox.put_nowait(
-                    link_pb2.Command(abort=link_pb2.Abort(epoch=epoch, connecting_only=connecting_only))
-                )
+                each.outbox.put_nowait(link_pb2.Command(abort=link_pb2.Abort(epoch=epoch, connecting=connecting)))
 
     def watch(self, rank: int) -> None:
         """Judge this rank's heartbeats from now on (before, it is busy starting)."""

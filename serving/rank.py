@@ -87,11 +87,15 @@ class Rank:
         self._idle: list[np.ndarray] = []
         self._sampled = 0.0
         self._timeout_s = 0
+        self._given_up = 0
+        """Connect commands up to this number are void, also those that have not begun: a member is dead."""
 
-    def abort(self, epoch: int, *, connecting_only: bool) -> None:
-        """Cut the collectives of an epoch, and a communicator that is being connected. From any thread."""
+    def abort(self, epoch: int, connecting: int) -> None:
+        """Cut the collectives of an epoch, and a communicator that is being connected; or only such a one, if
+        `connecting` is its number or a later one. From any thread."""
+        self._given_up = max(self._given_up, connecting)
         self.world.give_up_connecting()
-        if connecting_only:
+        if connecting:
             return
         self._aborted = max(self._aborted, epoch)
         adopted = self._adopted
@@ -184,6 +188,8 @@ class Rank:
         key = MeshKey.read(command.mesh)
         programs = self._meshes[key]
         with self.world.connecting(key.ranks, self._arena(key, command.exchange)):
+            if command.number <= self._given_up:
+                raise RuntimeError(f"mesh {key.ranks} was given up before its turn: one of its ranks is lost")
             programs.connect(self.device)
         if command.warm:
             arguments = self._lay(key, np.full(self.arrays.routes_shape, -1, np.int32))
@@ -415,7 +421,7 @@ class Link:
             for command in self._commands:
                 what = command.WhichOneof("what")
                 if what == "abort":
-                    self._rank.abort(command.abort.epoch, connecting_only=command.abort.connecting_only)
+                    self._rank.abort(command.abort.epoch, command.abort.connecting)
                 elif what == "stop":
                     break
                 else:

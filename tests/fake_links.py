@@ -97,7 +97,7 @@ class FakeLinks:
 
     def unwatch(self, rank: int) -> None: ...
 
-    def abort(self, ranks, epoch: int, *, connecting_only: bool = False) -> None:
+    def abort(self, ranks, epoch: int, *, connecting: int = 0) -> None:
         self.log += [(rank, "abort") for rank in ranks]
 
     async def fenced(self, rank: int) -> None:

@@ -131,14 +131,16 @@ class Prepare(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., urgent: bool = ...) -> None: ...
 
 class Connect(_message.Message):
-    __slots__ = ("mesh", "warm", "exchange")
+    __slots__ = ("mesh", "warm", "exchange", "number")
     MESH_FIELD_NUMBER: _ClassVar[int]
     WARM_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     mesh: MeshShape
     warm: bool
     exchange: str
-    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ..., exchange: _Optional[str] = ...) -> None: ...
+    number: int
+    def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ..., exchange: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Adopt(_message.Message):
     __slots__ = ("epoch", "mesh", "slots", "expert_to_slot")
@@ -233,12 +235,12 @@ class TileTargets(_message.Message):
     def __init__(self, row: _Optional[int] = ..., targets: _Optional[bytes] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("epoch", "connecting_only")
+    __slots__ = ("epoch", "connecting")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    CONNECTING_ONLY_FIELD_NUMBER: _ClassVar[int]
+    CONNECTING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    connecting_only: bool
-    def __init__(self, epoch: _Optional[int] = ..., connecting_only: bool = ...) -> None: ...
+    connecting: int
+    def __init__(self, epoch: _Optional[int] = ..., connecting: _Optional[int] = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ()
