@@ -74,6 +74,8 @@ class Failover:
         """Ranks had to leave the coordination service: this generation can connect no further mesh."""
         self._shares_memory = False
         """Ranks exchange through memory, and connect without the coordination service."""
+        self.emptied: set[int] = set()
+        """Ranks that were told to drop their cache, be it by a plan that never came into force."""
         self._connects = 0
         self.connected: set[MeshKey] = set()
         self.loaded: collections.deque[MeshKey] = collections.deque()
@@ -579,6 +581,7 @@ class Failover:
             )
             for rank in plan.rank_ids
         }
+        self.emptied.update(set(plan.rank_ids) - set(plan.source_ids))
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan

@@ -644,6 +644,7 @@ class Loop:
             phases = await failover.grow()
         except (RankLost, RankRefused) as error:
             self.events.add("rejoin_failed", failover.epoch, cause=str(error))
+            self._take_plan(())
             return
         self._joined(seated, phases | {"total": 1e3 * (time.monotonic() - self._admitted_at)})
 
@@ -680,7 +681,8 @@ class Loop:
 
     def _take_plan(self, fresh: Iterable[int]) -> None:
         """The engine's view of the plan in force; ranks in `fresh` have an empty cache."""
-        fresh, failover = set(fresh), self.failover
+        fresh, failover = {*fresh, *self.failover.emptied}, self.failover
+        failover.emptied.clear()
         self.state = lose(self.state, fresh & set(self.state.pools)) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()
         pages = dict.fromkeys(attending, failover.base.pages_per_rank)

@@ -13,6 +13,7 @@ import numpy as np
 from serving.batch import Bucket, _padding
 from serving.health import Cause
 from serving.links import Loss, RankLost, RankRefused
+from serving.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from tests.fakes import FakeRank
 
@@ -36,7 +37,7 @@ class FakeProcess:
         self.doubted: set[tuple[int, int]] = set()
         """Slots found damaged: the next plan that wants something in them has it read again."""
         self.routes: np.ndarray | None = None
-        self.mesh: tuple[int, ...] = ()
+        self.mesh: MeshKey | None = None
         self.epoch = -1
 
     def why(self) -> str:
@@ -71,13 +72,16 @@ class FakeLinks:
 
     front_lag_s = 0.0
 
-    def __init__(self, on_loss: Callable[[Loss], None], buckets: tuple[Bucket, ...], *, max_pages: int) -> None:
+    def __init__(
+        self, on_loss: Callable[[Loss], None], buckets: tuple[Bucket, ...], *, max_pages: int, layers: int = 2
+    ) -> None:
         self.fails: Callable[[int, int, str], int | None] = lambda number, rank, what: None
         self.log: list[tuple[int, str]] = []
         self.damaged: set[tuple[int, int, int]] = set()
         self._on_loss = on_loss
         self._buckets = buckets
         self._max_pages = max_pages
+        self._layers = layers
         self._ranks: dict[int, FakeProcess] = {}
         self._pids = 100
         self._page_size = 0
@@ -136,7 +140,7 @@ class FakeLinks:
             assert each.held is not None
             tokens, logprobs = each.cache.step(arrays, {})
             each.cache.commit(arrays)
-            load = np.zeros((len(each.held), each.routes.shape[1]), np.int32)
+            load = np.zeros(each.routes.shape, np.int32)
             answers[rank] = link_pb2.StepDone(
                 tokens=tokens.tobytes(), logprobs=logprobs.tobytes(), expert_load=load.tobytes(), own_ms=1.0
             )
@@ -155,14 +159,17 @@ class FakeLinks:
         each.epoch = -1
 
     def _adopt(self, rank: int, each: FakeProcess, m: link_pb2.Adopt) -> dict:
-        wanted = np.frombuffer(m.slots, np.int32).reshape(-1, m.mesh.slots)
+        key = MeshKey.read(m.mesh)
+        wanted = np.frombuffer(m.slots, np.int32).reshape(self._layers, key.slots_of(rank))
+        if not key.attends(rank):
+            each.cache.token[:] = each.cache.position[:] = -1
         if each.held is None or each.held.shape != wanted.shape:
             each.held = np.full(wanted.shape, -1, np.int32)
         read = int(((wanted != each.held) & (wanted >= 0)).sum())
         each.doubted = {(layer, slot) for layer, slot in each.doubted if wanted[layer, slot] < 0}
         each.held = np.where(wanted >= 0, wanted, each.held)
-        each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(len(wanted), -1)
-        each.mesh, each.epoch = tuple(m.mesh.ranks), m.epoch
+        each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(self._layers, -1)
+        each.mesh, each.epoch = key, m.epoch
         return {"experts_loaded": read}
 
     def _read_cache(self, rank: int, each: FakeProcess, m: link_pb2.ReadCache) -> dict:
@@ -202,12 +209,12 @@ class FakeLinks:
         for rank, each in ranks.items():
             if each.epoch != parts[rank].epoch:
                 raise RankRefused(rank, "step", f"epoch {parts[rank].epoch} is not {each.epoch}")
-            assert each.mesh == tuple(ranks), f"rank {rank} is in a mesh of {each.mesh}, the step in {tuple(ranks)}"
-        order = list(ranks)
+            assert set(each.mesh.ranks) == set(ranks), f"rank {rank} is in {each.mesh}, the step in {tuple(ranks)}"
+            assert each.mesh.attends(rank) or not parts[rank].inputs, f"rank {rank} holds experts and was given work"
         for rank, each in ranks.items():
             for layer, expert in np.argwhere(each.routes >= 0):
-                holder, slot = divmod(int(each.routes[layer, expert]), each.held.shape[1])
-                held = ranks[order[holder]].held[layer, slot]
+                holder, slot = divmod(int(each.routes[layer, expert]), each.mesh.slots)
+                held = ranks[each.mesh.holders[holder]].held[layer, slot]
                 assert held == expert, f"rank {rank} sends expert {expert} of layer {layer} to a slot with {held}"
 
     def _entries(self, m) -> np.ndarray:

@@ -125,9 +125,24 @@ SHORT = ((lose_one, "mask"), (drain_one, "wait"), (spoil, "wait"))
 """Cases that every run of the tests has; the soak has all."""
 
 
-async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim: int, policy: str) -> list:
+APART = {"arch": "disaggregated", "attention": 2, "experts": 1}
+"""Ranks 0 and 1 attend, rank 2 holds all experts: when it is lost rank 1 takes its place."""
+
+
+async def lose_experts(m: Machine) -> None:
+    m.links.kill(2)
+
+
+async def lose_attention(m: Machine) -> None:
+    m.links.kill(0)
+    m.links.kill(1)
+
+
+async def play(
+    act: Callable[[Machine], Awaitable[None]], at: int | None, victim: int, policy: str, arch: dict | None = None
+) -> list:
     """Run a case, with `victim` dying at the message of that number after the first act. The messages since then."""
-    m = Machine(Settings(**{**vars(SETTINGS), "on_lost_expert": policy}))
+    m = Machine(Settings(**{**vars(SETTINGS), "on_lost_expert": policy, **(arch or {})}))
     await m.failover.start()
     m.loop.start()
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
@@ -170,7 +185,28 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy) -> None:
-    messages = asyncio.run(play(act, None, 0, policy))
+    at_every_message(act, policy, None)
+
+
+@pytest.mark.parametrize(
+    ("act", "policy"),
+    [
+        (lose_experts, "wait"),
+        *(
+            pytest.param(act, policy, marks=pytest.mark.slow)
+            for act in (lose_experts, lose_attention, lose_one, drain_one, coordinator)
+            for policy in ("wait", "mask")
+            if (act, policy) != (lose_experts, "wait")
+        ),
+    ],
+)
+def test_nor_does_one_among_attention_ranks_and_expert_ranks(act, policy) -> None:
+    at_every_message(act, policy, APART)
+
+
+def at_every_message(act: Callable[[Machine], Awaitable[None]], policy: str, arch: dict | None) -> None:
+    """The case once undisturbed, then with each rank dying at each of its messages."""
+    messages = asyncio.run(play(act, None, 0, policy, arch))
     assert messages
     for at in range(len(messages)):
         kind = messages[at][1]
@@ -178,6 +214,6 @@ def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy) -> 
             continue  # the middle of a run of steps is like its beginning
         for victim in range(RANKS):
             try:
-                asyncio.run(play(act, at, victim, policy))
+                asyncio.run(play(act, at, victim, policy, arch))
             except BaseException as error:
                 raise AssertionError(f"rank {victim} died at message {at}, {messages[at]}") from error
