@@ -13,6 +13,7 @@ from planner.errors import InputError, NoFeasiblePlan
 from planner.workload import Workload
 
 MEMORY_SHARE = 0.92  # of device memory that weights and cache may take; the rest is for activations
+COPIES_SHARE = 1 / 16  # of a rank's weights that more slots may take, for a loss to be survived without reading any
 ARCHITECTURES = ("collocated", "disaggregated")
 
 
@@ -93,7 +94,8 @@ def slots_per_rank(
 ) -> int:
     """Slots per rank on `ranks` ranks: `asked`, or what the plan `before` had, or enough to lose some.
 
-    The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n).
+    The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n); more where
+    slots for survive_ranks + 1 copies of every expert cost little (`COPIES_SHARE`).
     A dense model has none. NoFeasiblePlan when even that does not fit.
     """
     rest = workload.rest_bytes if rest is None else rest
@@ -120,6 +122,9 @@ def slots_per_rank(
     else:
         spared = ranks - survive_ranks
         chosen = ceil(experts / spared) if spared >= 1 else least
+        copied = min(experts, ceil(experts * (survive_ranks + 1) / ranks))
+        if (copied - chosen) * workload.slot_bytes <= COPIES_SHARE * (rest + chosen * workload.slot_bytes):
+            chosen = max(chosen, copied)
         chosen = max(chosen, least) if most is None else max(least, min(chosen, most))
     if most is not None and chosen > most:
         weights = rest + chosen * workload.slot_bytes

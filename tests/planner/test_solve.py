@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,26 @@ def test_two_slots_an_expert_are_enough_to_survive_any_rank(case):
     plan = solved(case)
     if case.ranks > 1 and case.slots * case.ranks >= 2 * case.workload.experts:
         assert (plan.copies() >= 2).all()
+
+
+@given(ranks=st.integers(2, 8), experts=st.integers(1, 64), losses=st.integers(1, 2))
+def test_where_copies_cost_little_every_loss_is_survived_without_a_read(ranks, experts, losses):
+    little = Workload(
+        name="mostly attention",
+        layers=2,
+        moe_layers=2,
+        experts=experts,
+        experts_per_token=1,
+        expert_bytes=10,
+        rest_bytes=10**9,
+        cache_bytes_per_token=1,
+        page_tokens=32,
+        hidden_bytes=64,
+    )
+    plan = solve(little, Cluster.local(ranks), survive_ranks=min(losses, ranks - 1))
+    assert (plan.copies() > min(losses, ranks - 1)).all()
+    dear = replace(little, expert_bytes=10**9)
+    assert solve(dear, Cluster.local(ranks)).slots_per_rank == -(-experts // (ranks - 1))
 
 
 @given(cases(), st.data())
