@@ -95,7 +95,7 @@ def slots_per_rank(
     """Slots per rank on `ranks` ranks: `asked`, or what the plan `before` had, or enough to lose some.
 
     The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n); more where
-    slots for survive_ranks + 1 copies of every expert cost little (`COPIES_SHARE`).
+    two copies of every expert cost little (`COPIES_SHARE`), so that any one loss is survived without reading weights.
     A dense model has none. NoFeasiblePlan when even that does not fit.
     """
     rest = workload.rest_bytes if rest is None else rest
@@ -122,7 +122,7 @@ def slots_per_rank(
     else:
         spared = ranks - survive_ranks
         chosen = ceil(experts / spared) if spared >= 1 else least
-        copied = min(experts, ceil(experts * (survive_ranks + 1) / ranks))
+        copied = min(experts, ceil(2 * experts / ranks)) if survive_ranks else 0
         if (copied - chosen) * workload.slot_bytes <= COPIES_SHARE * (rest + chosen * workload.slot_bytes):
             chosen = max(chosen, copied)
         chosen = max(chosen, least) if most is None else max(least, min(chosen, most))

@@ -51,8 +51,8 @@ def test_two_slots_an_expert_are_enough_to_survive_any_rank(case):
         assert (plan.copies() >= 2).all()
 
 
-@given(ranks=st.integers(2, 8), experts=st.integers(1, 64), losses=st.integers(1, 2))
-def test_where_copies_cost_little_every_loss_is_survived_without_a_read(ranks, experts, losses):
+@given(ranks=st.integers(2, 8), experts=st.integers(1, 64))
+def test_where_copies_cost_little_any_one_loss_is_survived_without_a_read(ranks, experts):
     little = Workload(
         name="mostly attention",
         layers=2,
@@ -65,8 +65,7 @@ def test_where_copies_cost_little_every_loss_is_survived_without_a_read(ranks, e
         page_tokens=32,
         hidden_bytes=64,
     )
-    plan = solve(little, Cluster.local(ranks), survive_ranks=min(losses, ranks - 1))
-    assert (plan.copies() > min(losses, ranks - 1)).all()
+    assert (solve(little, Cluster.local(ranks)).copies() >= 2).all()
     dear = replace(little, expert_bytes=10**9)
     assert solve(dear, Cluster.local(ranks)).slots_per_rank == -(-experts // (ranks - 1))
 
