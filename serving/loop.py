@@ -552,7 +552,9 @@ class Loop:
         if self._block < self.settings.slow_block_steps:
             return
         settings = SlownessSettings(block_steps=self.settings.slow_block_steps, factor=self.settings.slow_factor)
-        self._paces, verdicts = judge(self._paces, self._own_ms, time.monotonic(), settings)
+        plan = self.failover.plan
+        roles = {place.id: place.role for place in plan.ranks} if plan is not None else {}
+        self._paces, verdicts = judge(self._paces, self._own_ms, time.monotonic(), settings, roles)
         self._own_ms, self._block = {}, 0
         for rank, verdict in verdicts.items():
             cause = f"{self._paces.slowness[rank]:.1f} times as slow as the others"

@@ -40,11 +40,11 @@ class Paces:
     not_before: float = 0.0
 
 
-def slowness(own_ms: Mapping[int, float]) -> dict[int, float]:
-    """Each rank's own time over the median of the others'; nothing of a single rank."""
-    found = {}
+def slowness(own_ms: Mapping[int, float], roles: Mapping[int, str] | None = None) -> dict[int, float]:
+    """Each rank's own time over the median of the others' of its role; nothing of a rank that is alone in it."""
+    found, roles = {}, roles or {}
     for rank, own in own_ms.items():
-        others = [ms for other, ms in own_ms.items() if other != rank]
+        others = [ms for other, ms in own_ms.items() if other != rank and roles.get(other) == roles.get(rank)]
         if others:
             usual = statistics.median(others)
             found[rank] = own / usual if usual > 0 else 1.0
@@ -52,13 +52,18 @@ def slowness(own_ms: Mapping[int, float]) -> dict[int, float]:
 
 
 def judge(
-    paces: Paces, own_ms: Mapping[int, float], now: float, settings: SlownessSettings
+    paces: Paces,
+    own_ms: Mapping[int, float],
+    now: float,
+    settings: SlownessSettings,
+    roles: Mapping[int, str] | None = None,
 ) -> tuple[Paces, dict[int, Verdict]]:
-    """Take in a block: {rank: own milliseconds in it, together}. At most one rank is to be drained, the slowest.
+    """Take in a block: {rank: own milliseconds in it, together}. At most one rank is to be drained, the slowest. Ranks
+    are compared with those that have the same work to do: of the same role.
 
     Ranks that are not in the block are forgotten.
     """
-    found, verdicts, slow = slowness(own_ms), {}, {}
+    found, verdicts, slow = slowness(own_ms, roles), {}, {}
     for rank, times in found.items():
         count = paces.slow.get(rank, 0)
         if times > settings.factor:

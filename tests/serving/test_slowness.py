@@ -26,6 +26,14 @@ def test_a_rank_that_stays_slow_is_on_probation_and_then_drained():
     assert heard == [{}, {}, {2: "probation"}, {}, {}, {2: "drain"}]
 
 
+def test_ranks_are_compared_with_those_of_their_role_alone():
+    apart = {0: 20.0, 1: 21.0, 2: 1.0, 3: 1.0, 4: 9.0}
+    roles = {0: "attention", 1: "attention", 2: "expert", 3: "expert", 4: "expert"}
+    assert max(slowness(apart, roles), key=slowness(apart, roles).get) == 4
+    assert slowness(apart, roles)[0] < SETTINGS.relief * SETTINGS.factor
+    assert not slowness({0: 5.0, 1: 1.0}, {0: "attention", 1: "expert"})
+
+
 def test_a_rank_that_gets_better_leaves_probation_and_starts_anew():
     heard, paces = run([SLOW] * 5 + [EVEN])
     assert heard[-1] == {2: "recovered"}
