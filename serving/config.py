@@ -25,6 +25,7 @@ OTHER_VARIABLES = frozenset({"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_K
 """MOEJAX_ variables that are not settings of a server."""
 _FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP.*)?|TEST_\w+|COMPLETE|\w+_COMPLETE")
 """What ranks are told, what Kubernetes tells every pod of a service called moejax, and shell completion."""
+PROTECTIONS = ("auto", "memory", "stream", "off")
 DATA_TYPES = ("float32", "bfloat16", "int8")
 _ENVIRONMENT_CLOSENESS = 0.75
 
@@ -81,6 +82,12 @@ class Settings:
         2, "Prefill tiles in a step of which more requests decode than wait for their first token."
     )
     prefix_caching: bool = setting(True, "Keep the pages of prompts for later ones that begin the same.")
+    protect_cache: str = setting(
+        "auto",
+        "Copies of caches that outlive their ranks: in memory of this machine, told over the ranks' streams, or none; "
+        "auto is memory where there is enough.",
+        choices=PROTECTIONS,
+    )
     heartbeat_s: float = setting(0.05, "Seconds between two heartbeats of a rank.")
     heartbeat_floor_s: float = setting(0.6, "Seconds without a heartbeat before a rank can be suspected.")
     step_floor_s: float = setting(10.0, "Seconds a step may take before its rank can be suspected.")

@@ -62,6 +62,8 @@ def displace(state: EngineState, ranks: Collection[int]) -> EngineState:
 
 
 def distrust(state: EngineState) -> EngineState:
-    """Nothing in any cache counts any more: all requests are computed again, and no prefix is found."""
+    """Nothing in any cache or copy counts any more: all requests are computed again, and no prefix is found."""
     state = displace(state, state.pools)
-    return dataclasses.replace(state, pools={rank: PagePool.of(pool.total) for rank, pool in state.pools.items()})
+    waiting = {key: sequence.forgotten() for key, sequence in state.waiting.items()}
+    pools = {rank: PagePool.of(pool.total) for rank, pool in state.pools.items()}
+    return dataclasses.replace(state, pools=pools, waiting=waiting)

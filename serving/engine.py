@@ -16,7 +16,7 @@ from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLon
 from serving.fairness import GENERATED_WEIGHT, Shares
 from serving.pages import Key, PagePool, check_pages, page_keys
 from serving.request import Finished, FinishReason, Request, Scored, Token
-from serving.sequence import Sequence
+from serving.sequence import Salvage, Sequence
 
 Output = tuple[str, Scored | Token | Finished | MoejaxError]
 """What a client hears: scores of its prompt, a token, or the one end of its stream (Finished, or a typed error)."""
@@ -204,7 +204,7 @@ def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tu
         owner, cost = sequence.request.owner, made * GENERATED_WEIGHT / sequence.request.share
         costs[owner] = costs.get(owner, 0.0) + cost
         assert sequence.rank is not None
-        running[work.request_id], pools[sequence.rank] = _sealed(state, sequence, pools[sequence.rank])
+        running[work.request_id], pools[sequence.rank] = sealed(state, sequence, pools[sequence.rank])
         if reason is not None:
             outputs.append((work.request_id, Finished(reason, sequence.reused or 0)))
             ended.append(work.request_id)
@@ -248,12 +248,18 @@ def _advanced(
     return dataclasses.replace(sequence, generated=generated, scored=scored, computed=computed), told, reason
 
 
-def lose(state: EngineState, dead: Collection[int]) -> EngineState:
+def lose(state: EngineState, dead: Collection[int], salvage: Mapping[str, Salvage] | None = None) -> EngineState:
     """Ranks died: their requests go to the front of the queue as prompt + tokens so far. None is sent again.
 
-    The step in flight, if any, is forgotten: its results will be refused and its work is scheduled again.
+    The step in flight, if any, is forgotten: its results will be refused and its work is scheduled again. `salvage`
+    is what outlived the ranks, by request; one that was being restored keeps what it is restored from.
     """
-    lost = [sequence for sequence in state.running.values() if sequence.rank in dead]
+    found = salvage or {}
+    lost = [
+        dataclasses.replace(sequence, salvage=found.get(sequence.id, sequence.salvage))
+        for sequence in state.running.values()
+        if sequence.rank in dead
+    ]
     return dataclasses.replace(
         state,
         pools={rank: pool for rank, pool in state.pools.items() if rank not in dead},
@@ -304,12 +310,20 @@ def _rooted(state: EngineState, masked: Collection[tuple[int, int]]) -> EngineSt
     root = hashlib.blake2b(repr(sorted(masked)).encode(), digest_size=16).digest() if masked else b""
     if root == state.root:
         return state
-    running = {key: dataclasses.replace(sequence, chain=None) for key, sequence in state.running.items()}
-    return dataclasses.replace(state, root=root, running=running)
+    running = {key: dataclasses.replace(_mixed(sequence), chain=None) for key, sequence in state.running.items()}
+    waiting = {key: _mixed(sequence) for key, sequence in state.waiting.items()}
+    return dataclasses.replace(state, root=root, running=running, waiting=waiting)
 
 
-def _sealed(state: EngineState, sequence: Sequence, pool: PagePool) -> tuple[Sequence, PagePool]:
-    """The sequence and its pool after its full pages were made known."""
+def _mixed(sequence: Sequence) -> Sequence:
+    """The sequence, of which nobody else may use what was salvaged."""
+    if sequence.salvage is None:
+        return sequence
+    return dataclasses.replace(sequence, salvage=dataclasses.replace(sequence.salvage, chain=None))
+
+
+def sealed(state: EngineState, sequence: Sequence, pool: PagePool) -> tuple[Sequence, PagePool]:
+    """The sequence and its rank's pool after its full pages were made known."""
     size, chain = state.limits.page_size, sequence.chain
     if not state.limits.prefix_caching or chain is None or sequence.computed // size == len(chain):
         return sequence, pool

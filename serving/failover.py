@@ -20,6 +20,7 @@ from planner.lattice import Lattice, build_lattice
 from planner.plan import Plan
 from planner.recovery import Recovery
 from planner.solve import solve
+from serving.cache_copies import CacheCopies
 from serving.config import Settings
 from serving.errors import NoCapacity, StartError
 from serving.health import Cause
@@ -100,6 +101,13 @@ class Failover:
         """Measured traffic `[moe layers, experts]`."""
         self.on_trouble: Callable[[str], None] = lambda _: None
         """Hears what has broken the generation beside the loss of a rank."""
+        self.copies = CacheCopies.of(
+            settings.protect_cache,
+            settings.ranks,
+            entries=self.base.pages_per_rank * settings.page_size,
+            entry_bytes=model.cache_bytes_per_token,
+        )
+        links.on_copied = self.copies.told
         self._coordinator: Coordinator | None = None
         self._minding: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
@@ -382,6 +390,7 @@ class Failover:
             self._minding.cancel()
         if self._coordinator is not None:
             await self._coordinator.stop()
+        self.copies.close()
 
     async def _welcome(self, rank: int) -> None:
         model, settings = self._model, self._settings
@@ -398,6 +407,7 @@ class Failover:
             one_machine=True,
             experts_only=self.base.role(rank) == "expert",
         )
+        configure.MergeFrom(self.copies.fresh(rank))
         self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
 
     def _stop_preparing(self) -> None:

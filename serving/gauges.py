@@ -65,12 +65,17 @@ def _own(status: Status, alive: list[RankStatus]) -> Iterator[Metric]:
     yield GaugeMetricFamily("moejax_ranks", "Ranks the server was started with.", len(status.ranks))
     yield GaugeMetricFamily("moejax_ready", "1 while requests can be served.", status.ready)
     yield GaugeMetricFamily("moejax_journal", "1 while requests outlive the front.", status.journal == "on")
+    yield GaugeMetricFamily(
+        "moejax_protected_bytes", "Host memory that copies of the ranks' caches take.", status.protected_bytes
+    )
     yield GaugeMetricFamily("moejax_masked_experts", "Experts without a loaded copy.", len(status.masked))
     for name, text, value in (
         ("moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready),
         ("moejax_steps", "Steps made.", status.steps),
         ("moejax_step_seconds", "Time spent on steps.", status.step_ms / 1e3),
         ("moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3),
+        ("moejax_tokens_restored", "Cache entries of lost ranks restored from a copy.", status.tokens_restored),
+        ("moejax_tokens_recomputed", "Cache entries of lost ranks computed again.", status.tokens_recomputed),
         ("moejax_experts_loaded", "Expert weights read from the host's store.", status.experts_loaded),
     ):
         yield CounterMetricFamily(name, text, value)

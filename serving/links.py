@@ -120,6 +120,8 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         self._server: grpc.aio.Server | None = None
         self._address = ""
         self._watcher: asyncio.Task[None] | None = None
+        self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
+        """Hears what a rank wrote to its cache, where it cannot copy that itself."""
         self.front_lag_s = 0.0
 
     async def open(self) -> None:
@@ -290,6 +292,8 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             self._answer(each, report.done.id, report.done)
         elif what == "failed":
             self._answer(each, report.failed.id, report.failed)
+        elif what == "copied" and each.loss is None:
+            self.on_copied(each.rank, report.copied)
         elif what == "step_done" and (waiting := self._waits(each, report.step_done.step)):
             if each.step_sent is not None:
                 each.step_times.append(now - each.step_sent)

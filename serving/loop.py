@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,9 @@ from serving.policy import hottest, lost_share
 from serving.prospects import prospects, traffic_now
 from serving.proto.moejax.v1 import link_pb2
 from serving.request import Finished, Request, Scored, Token
+from serving.restoration import Restoration
 from serving.scheduler import schedule
+from serving.sequence import Salvage
 from serving.slowness import Paces, SlownessSettings, judge
 from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS, Event, LossCost, ModelInfo, Prospect, RankStatus, Status
 from serving.step_wire import step_message, step_results
@@ -86,10 +88,12 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class _Resuming:
-    """A recovery whose first step is not in yet. Times are of the monotonic clock."""
+    """A recovery whose first step is not in yet. Times are of the monotonic clock. `tokens` says what becomes of the
+    cache entries of the requests concerned."""
 
     rank: int | None
     cause: str
+    tokens: str
     phases: dict[str, float]
     evidence_at: float
     adopted_at: float
@@ -139,6 +143,7 @@ class Loop:
         self._priced_at: tuple[int, frozenset[MeshKey]] | None = None
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.operations = Operations(self)
+        self.restoration = Restoration(self, failover.copies)
         self._watchers: list[asyncio.Task[None]] = []
         self._paces = Paces()
         self._own_ms: dict[int, float] = {}
@@ -154,6 +159,8 @@ class Loop:
         self._take_plan(())
         self._restore()
         self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks")
+        if self.failover.copies.reason:
+            self.events.add("unprotected", self.failover.epoch, message=self.failover.copies.reason)
         self._task = asyncio.create_task(self._run())
         settings = self.settings
         if self.ledger.keeps:
@@ -182,6 +189,7 @@ class Loop:
 
     def lost(self, loss: Loss) -> None:
         """A rank died: what runs on it is void from now on."""
+        self.failover.copies.lost(loss.rank)
         if loss.rank in self.failover.alive:
             self._losses[loss.rank] = loss
             self.events.add("rank_lost", self.failover.epoch, rank=loss.rank, cause=str(loss.cause))
@@ -312,6 +320,10 @@ class Loop:
             page_size=self.settings.page_size,
             experts_loaded=failover.experts_loaded,
             expert_load=tuple(map(tuple, self.expert_load.tolist())),
+            protection=failover.copies.way,
+            protected_bytes=failover.copies.bytes,
+            tokens_restored=self.restoration.restored,
+            tokens_recomputed=self.restoration.recomputed,
         )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
@@ -469,13 +481,16 @@ class Loop:
             if answer.expert_load:
                 self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
         self.state, outputs = apply(self.state, batch, results)
+        self.failover.copies.stepped(batch)
         self._deliver(outputs)
         self._resumed()
         self._judge_paces()
         self.counts.steps += 1
         self.counts.program_ms += max(answer.program_ms for answer in answers.values())
         self.counts.rank_ms += max(answer.total_ms for answer in answers.values())
-        self.counts.step_ms += 1e3 * (time.monotonic() - began)
+        took = time.monotonic() - began
+        self.counts.step_ms += 1e3 * took
+        self.restoration.stepped(batch, took)
 
     async def _explain(self, refusal: RankRefused) -> None:
         """A step failed on a rank that lives: the death that explains it shows soon, or the mesh is broken."""
@@ -508,6 +523,8 @@ class Loop:
     async def _between_steps(self) -> None:
         """What can be done while no rank is missing. Raises RankLost, RankRefused or TimeoutError."""
         failover = self.failover
+        if failover.plan is not None:
+            await self.restoration.tend()
         if self.operations.pending and failover.plan is not None:
             await self.operations.tend()
         if failover.may_admit:
@@ -568,6 +585,9 @@ class Loop:
         failover = self.failover
         healing = failover.plan is not None and failover.healing
         joining = self._may_join() or failover.may_admit or failover.may_grow
+        if self.restoration.underway and not failover.broken:
+            await asyncio.sleep(0)
+            return
         if self._losses or failover.loaded or joining or (self.operations.pending and not failover.broken):
             await asyncio.sleep(PENDING_S if self.operations.pending else 0)
             return
@@ -594,14 +614,18 @@ class Loop:
         lost()
         self.operations.lost(set(losses))
         self._losses = {rank: loss for rank, loss in self._losses.items() if rank in failover.alive}
-        self._take_plan(losses)
+        salvage, again = self.restoration.of_lost(set(losses))
+        self._take_plan(losses, salvage)
         if phases is not None:
             self.counts.recoveries += 1
             first = min((loss.evidence_at for loss in losses.values()), default=began)
             judged = max((loss.seen_at for loss in losses.values()), default=began)
             cause = _causes(losses)
             phases = {"detect": 1e3 * (judged - first)} | phases
-            self._resuming = _Resuming(min(losses, default=None), cause, phases, first, time.monotonic())
+            tokens = (
+                f"{sum(each.count for each in salvage.values())} cache entries to restore, {again} to compute again"
+            )
+            self._resuming = _Resuming(min(losses, default=None), cause, tokens, phases, first, time.monotonic())
         if self.settings.restart:
             for rank in losses.keys() - self.operations.out:
                 self.replace(rank)
@@ -611,7 +635,9 @@ class Loop:
         if self._resuming is not None:
             r, now, self._resuming = self._resuming, time.monotonic(), None
             ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
-            self.events.add("recovered", self.failover.epoch, rank=r.rank, cause=r.cause, phases=r.phases | ends)
+            self.events.add(
+                "recovered", self.failover.epoch, rank=r.rank, cause=r.cause, phases=r.phases | ends, message=r.tokens
+            )
             plan = self.failover.plan
             if plan is not None and plan.masked:
                 share = lost_share(plan, self.expert_load)
@@ -681,11 +707,11 @@ class Loop:
         """How many pages from the first on hold all that is in use or kept for later, by rank."""
         return {rank: pool.extent for rank, pool in self.state.pools.items()}
 
-    def _take_plan(self, fresh: Iterable[int]) -> None:
-        """The engine's view of the plan in force; ranks in `fresh` have an empty cache."""
+    def _take_plan(self, fresh: Iterable[int], salvage: Mapping[str, Salvage] | None = None) -> None:
+        """The engine's view of the plan in force; ranks in `fresh` have an empty cache, of which `salvage` is left."""
         fresh, failover = {*fresh, *self.failover.emptied}, self.failover
         failover.emptied.clear()
-        self.state = lose(self.state, fresh & set(self.state.pools)) if fresh else self.state
+        self.state = lose(self.state, fresh & set(self.state.pools), salvage) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()
         pages = dict.fromkeys(attending, failover.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
+
 from serving import drain
 from serving.batch import Batch, segments
 from serving.engine import EngineState
@@ -224,7 +226,8 @@ class Operations:
             count = min(MOVE_ENTRIES, before.computed - first)
             read = link_pb2.ReadCache(pages=before.pages, first=first, count=count)
             rows = (await links.call(before.rank, "read_cache", read)).rows
-            write = link_pb2.WriteCache(pages=after.pages, first=first, count=count, rows=rows)
+            tokens = np.array(before.tokens(first, first + count), np.int32).tobytes()
+            write = link_pb2.WriteCache(pages=after.pages, first=first, count=count, rows=rows, tokens=tokens)
             await links.call(after.rank, "write_cache", write)
 
     # -- Weights ------------------------------------------------------------------------------------------------

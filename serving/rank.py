@@ -43,9 +43,10 @@ from moejax.role_programs import RolePrograms, compile_roles
 from moejax.shaping import RowShape, dense
 from moejax.shared import Arena
 from moejax.store import HostStore
-from moejax.transfer import entries_of, read_entries, write_entries
+from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
 from moejax.world import World, configure_process
 from serving.mesh_key import MeshKey
+from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 
 FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
@@ -89,6 +90,9 @@ class Rank:
         self._timeout_s = 0
         self._given_up = 0
         """Connect commands up to this number are void, also those that have not begun: a member is dead."""
+        self._protector: Protector | None = None
+        self._uncopied: tuple[link_pb2.Step, np.ndarray, StepOutputs] | None = None
+        """The last step, until what it wrote is copied."""
 
     def abort(self, epoch: int, connecting: int) -> None:
         """Cut the collectives of an epoch, and a communicator that is being connected; or only such a one, if
@@ -121,6 +125,7 @@ class Rank:
         self._executables = ExecutableStore(Path(command.executables))
         self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)), attends=not command.experts_only)
         self._idle = [idle(bucket) for bucket in buckets]
+        self._protector = Protector.of(command)
         return {"shares_memory": self._shape.shared}
 
     def join(self, command: link_pb2.Join) -> dict[str, Any]:
@@ -233,16 +238,46 @@ class Rank:
 
     def write_cache(self, command: link_pb2.WriteCache) -> dict[str, Any]:
         """Take over cache entries of a sequence."""
+        layers = self.shape.cfg.n_layers
+        self._write(command, np.frombuffer(command.rows, np.float32).reshape(layers, command.count, -1))
+        return {}
+
+    def restore_cache(self, command: link_pb2.RestoreCache) -> dict[str, Any]:
+        """Take over cache entries of a sequence whose rank died."""
+        rows = restored_rows(command, self.shape.page_size).view(np.float32)
+        self._write(command, rows.reshape(command.count, self.shape.cfg.n_layers, -1).swapaxes(0, 1))
+        return {}
+
+    def _write(self, command: link_pb2.WriteCache | link_pb2.RestoreCache, rows: np.ndarray) -> None:
+        """Rows `[L, count, widths]` into the cache, and into the copy of it."""
         cache, adopted = self.arrays.cache, self._adopted
         assert cache is not None, "Join comes first"
         assert adopted is not None, "Adopt comes first"
         entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
-        rows = np.frombuffer(command.rows, np.float32).reshape(cache.k.shape[0], len(entries), -1)
         sizes = [bucket.rows for bucket in self.shape.buckets]
         index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
         commit = self._local[adopted.mesh.slots].after_step(index)[1]
         self.arrays.cache = write_entries(cache, entries, rows, self.shape.buckets[index], commit, self.device)
-        return {}
+        if self._protector is not None:
+            tokens = np.frombuffer(command.tokens, np.int32)
+            positions = np.arange(command.first, command.first + command.count, dtype=np.int32)
+            self._protector.copy(entries, tokens, positions, rows.swapaxes(0, 1))
+
+    def protect(self) -> None:
+        """Copy what the last step wrote to where it outlives this rank. After its report, so that nobody waits."""
+        step, self._uncopied = self._uncopied, None
+        if step is None or self._protector is None:
+            return
+        command, inputs, outputs = step
+        wrote = written(inputs, self.shape.buckets[command.bucket])
+        new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
+        self._protector.copy(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(new, wrote.rows))
+        self._protector.seal(command.step)
+
+    def told(self) -> list[link_pb2.Report]:
+        """What the front must hear of copies before the next answer."""
+        messages = self._protector.told() if self._protector is not None else []
+        return [link_pb2.Report(rank=self.rank, copied=message) for message in messages]
 
     def inspect(self, command: link_pb2.Inspect) -> dict[str, Any]:
         """Compare weights with their checksums."""
@@ -278,6 +313,7 @@ class Rank:
                 failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
                 return link_pb2.Report(rank=self.rank, step_failed=failed)
             answers = self._finish(outputs, packed, command, adopted.mesh)
+            self._uncopied = None if outputs is None else (command, inputs, outputs)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended = time.perf_counter()
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:
@@ -392,6 +428,8 @@ class Link:
             what = command.WhichOneof("what")
             if what == "step":
                 self._reports.put(self._rank.step(command.step, received))
+                self._rank.protect()
+                self._tell()
             elif what == "prepare":
                 self._loader.submit(self._obey, command, what)
             else:
@@ -408,6 +446,7 @@ class Link:
                 link_pb2.Report(rank=self._rank.rank, failed=link_pb2.Failed(id=command.id, error=text[:2000]))
             )
             return
+        self._tell()
         done = link_pb2.Done(
             id=command.id,
             milliseconds=1e3 * (time.perf_counter() - began),
@@ -415,6 +454,10 @@ class Link:
             **result,
         )
         self._reports.put(link_pb2.Report(rank=self._rank.rank, done=done))
+
+    def _tell(self) -> None:
+        for report in self._rank.told():
+            self._reports.put(report)
 
     def _receive(self) -> None:
         try:

@@ -4,7 +4,8 @@ Every sequence with one token left to compute gets a decode row; the others get 
 that have streamed before, then in order of arrival. All ranks use one bucket. A rank that runs out of pages
 preempts its youngest sequence. Requests are admitted strictly in turn (serving/fairness.py), so nobody starves. A
 request goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than another.
-Of several answers to one prompt the first computes it; the others wait for that and share its pages.
+Of several answers to one prompt the first computes it; the others wait for that and share its pages. A request whose
+cache entries outlived its rank is given its place by `reserve`, and no work before they are there.
 """
 
 import dataclasses
@@ -34,6 +35,17 @@ def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
     return successor, Batch(successor.step, state.epoch, _smallest(limits.buckets, work.values()), work)
 
 
+def reserve(state: EngineState) -> EngineState:
+    """The state with places and pages given to requests whose cache entries outlived their rank, as far as there is
+    room; not before the survivors' streams have had the first step after the loss."""
+    if not any(sequence.salvage for sequence in state.waiting.values()):
+        return state
+    draft = _Draft(state)
+    if not (state.decode_first and draft.decoding):
+        draft.admit_salvaged()
+    return draft.reserved()
+
+
 class _Draft:
     """A state in the making, mutable, never seen outside `schedule`. `ranks` lists sequences by arrival."""
 
@@ -54,7 +66,7 @@ class _Draft:
     @property
     def decoding(self) -> int:
         """How many sequences are at their decode rows, on all ranks."""
-        return sum(sequence.pending == 1 for sequences in self.ranks.values() for sequence in sequences)
+        return sum(_decodes(sequence) for sequences in self.ranks.values() for sequence in sequences)
 
     @property
     def behind(self) -> int:
@@ -91,6 +103,8 @@ class _Draft:
             if self.awaits_prompt(sequence):
                 turns.skip(sequence)
                 continue
+            if sequence.salvage is not None:  # it found no room just now, and is next
+                break
             keys = ()
             if limits.prefix_caching:
                 known = sequence.scored if sequence.unscored else sequence.length - 1
@@ -113,6 +127,25 @@ class _Draft:
         self.shares = turns.shares
         for sequences in self.ranks.values():
             sequences.sort(key=_arrival)
+
+    def admit_salvaged(self) -> None:
+        """Places for those that are to be restored, the first to arrive first, until one finds none. Pages of theirs
+        that a rank has already are shared instead."""
+        for sequence in [sequence for sequence in self.waiting.values() if sequence.salvage is not None]:
+            salvage = sequence.salvage
+            assert salvage is not None
+            keys = salvage.chain or ()
+            rank = self.place(sequence, keys)
+            if rank is None:
+                break
+            found = self.pools[rank].match(keys)
+            del self.waiting[sequence.id]
+            need = self.before.limits.pages_for(sequence.length) - len(found)
+            self.pools[rank], pages = self.pools[rank].share(found).alloc(need)
+            chain = None if salvage.chain is None else keys[: len(found)]
+            computed = len(found) * self.before.limits.page_size
+            self.ranks[rank].append(sequence.placed(rank, found + pages, computed=computed, chain=chain))
+            self.ranks[rank].sort(key=_arrival)
 
     def awaits_prompt(self, sequence: Sequence) -> bool:
         """Whether the first answer to the same prompt is computing pages that this one will share."""
@@ -150,6 +183,11 @@ class _Draft:
 
         return min(rooms, key=order, default=None)
 
+    def reserved(self) -> EngineState:
+        """The finished successor, between two steps."""
+        running = {sequence.id: sequence for sequences in self.ranks.values() for sequence in sequences}
+        return dataclasses.replace(self.before, pools=self.pools, waiting=self.waiting, running=running)
+
     def state(self) -> EngineState:
         """The finished successor, with one more step in flight."""
         step = self.before.step + 1
@@ -169,15 +207,19 @@ class _Draft:
         )
 
 
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.pending == 1 and not sequence.restoring
+
+
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
 
 
 def _rank_work(sequences: list[Sequence], tiles: int) -> tuple[Work, ...]:
     """A decode row for each sequence that needs just that, then chunks of the others in so many tiles."""
-    work = [_work(sequence, 1) for sequence in sequences if sequence.pending == 1]
+    work = [_work(sequence, 1) for sequence in sequences if _decodes(sequence)]
     if tiles:
-        prefill = [sequence for sequence in sequences if sequence.pending > 1]
+        prefill = [sequence for sequence in sequences if sequence.pending > 1 and not sequence.restoring]
         for sequence in sorted(prefill, key=lambda sequence: not sequence.generated):
             if tiles == 0:
                 break

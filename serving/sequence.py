@@ -7,13 +7,26 @@ from serving.request import Phase, Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Salvage:
+    """Cache entries that outlived their rank: those of positions 0 .. count - 1, in `pages` of the copy of that number
+    (serving/cache_copies.py). `chain` is that of the sequence there, as far as they reach."""
+
+    copy: int
+    pages: tuple[int, ...]
+    count: int
+    chain: tuple[Key, ...] | None = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request and its state. Taking it off its rank forgets what is below `generated`.
+    """A request and its state. Taking it off its rank forgets what is below `generated`, but for `salvage`.
 
     `arrival` orders requests for their whole life. Positions 0 .. computed - 1 are in the cache of `rank`,
     in `pages`. The last token made is never in the cache: its keys and values come with the next step.
     `chain` has the keys of its full pages; None when others must not find them. `reused` counts the prompt
     tokens that were found in the cache when it was first placed; `scored` those whose log-probabilities were told.
+    With `salvage` and a rank it is being restored: positions up to `salvage.count` come from a copy, before any step
+    works on it.
     """
 
     request: Request
@@ -25,6 +38,7 @@ class Sequence:
     computed: int = 0
     pages: tuple[int, ...] = ()
     chain: tuple[Key, ...] | None = ()
+    salvage: Salvage | None = None
 
     @property
     def id(self) -> str:
@@ -34,6 +48,11 @@ class Sequence:
     def started(self) -> bool:
         """Whether it has had a place on a rank before."""
         return self.reused is not None
+
+    @property
+    def restoring(self) -> bool:
+        """Whether it has a place and waits for its cache entries."""
+        return self.rank is not None and self.salvage is not None
 
     @property
     def length(self) -> int:
@@ -54,7 +73,7 @@ class Sequence:
     def phase(self) -> Phase:
         if self.rank is None:
             return Phase.WAITING
-        return Phase.DECODE if self.pending == 1 else Phase.PREFILL
+        return Phase.DECODE if self.pending == 1 and not self.restoring else Phase.PREFILL
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens at positions start .. stop - 1 of prompt + generated."""
@@ -70,8 +89,12 @@ class Sequence:
     ) -> "Sequence":
         """The sequence on a rank whose cache has the first `computed` positions of it, in full pages."""
         reused = computed if self.reused is None else self.reused
-        return Sequence(self.request, self.arrival, self.generated, reused, self.scored, rank, computed, pages, chain)
+        return dataclasses.replace(self, rank=rank, reused=reused, computed=computed, pages=pages, chain=chain)
 
     def displaced(self) -> "Sequence":
-        """The sequence without a rank: prompt + tokens so far, to be computed again."""
-        return Sequence(self.request, self.arrival, self.generated, self.reused, self.scored)
+        """The sequence without a rank: prompt + tokens so far, to be computed again, but for what was salvaged."""
+        return dataclasses.replace(self, rank=None, computed=0, pages=(), chain=())
+
+    def forgotten(self) -> "Sequence":
+        """The sequence without a rank, to be computed again from its first token."""
+        return dataclasses.replace(self.displaced(), salvage=None)

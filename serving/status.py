@@ -114,6 +114,14 @@ class Status:
     """Weights that were found damaged and put right."""
     journal: str = "off"
     """"on", "off", or "failing": requests are served and would not outlive this front."""
+    protection: str = "off"
+    """How caches outlive their ranks: "memory", "stream" or "off"."""
+    protected_bytes: int = 0
+    """Host memory that copies of caches take now."""
+    tokens_restored: int = 0
+    """Cache entries of requests whose rank died that were restored from a copy."""
+    tokens_recomputed: int = 0
+    """Of these, computed again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +148,8 @@ class Event:
     """Something that happened. `phases` holds milliseconds by phase (detect, fence, plan, adopt, resume ...).
 
     `kind` is one of: ready, draining, paused, resumed (of the server); rank_lost, recovered, no_capacity, broken,
-    step_failed, rejoined, rejoin_failed, restart_failed, lattice_ready (recovery); leaving, drained, drain_failed
+    step_failed, rejoined, rejoin_failed, restart_failed, lattice_ready, cache_restored, not_restored, unprotected
+    (recovery); leaving, drained, drain_failed
     (planned); device_error, slow, pace_recovered (ranks); poisoned, damaged, restored, masked, healed,
     store_unreadable (weights); restored_calls, journal_failed, journal_back (the journal).
     """

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from serving.batch import Bucket, _padding
+from serving.batch import DROPPED, Bucket, _padding
 from serving.health import Cause
 from serving.links import Loss, RankLost, RankRefused
 from serving.mesh_key import MeshKey
+from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2
 from tests.fakes import FakeRank
 
@@ -39,6 +40,9 @@ class FakeProcess:
         self.routes: np.ndarray | None = None
         self.mesh: MeshKey | None = None
         self.epoch = -1
+        self.protector: Protector | None = None
+        self.uncopied: tuple[int, np.ndarray] | None = None
+        """The last step and the entries it wrote, until they are copied: when the next message comes."""
 
     def why(self) -> str:
         return "nothing"
@@ -68,7 +72,7 @@ class FakeCoordinator:
 
 class FakeLinks:
     """As `serving.links.RankLinks`. `fails(number, rank, what)` is asked at every message: the rank it names dies
-    before the message is answered. `log` has all messages."""
+    before the message is answered, in the middle of copying its cache. `log` has all messages."""
 
     front_lag_s = 0.0
 
@@ -85,6 +89,7 @@ class FakeLinks:
         self._ranks: dict[int, FakeProcess] = {}
         self._pids = 100
         self._page_size = 0
+        self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
 
     def spawn(self, rank: int) -> FakeProcess:
         self._pids += 1
@@ -140,6 +145,7 @@ class FakeLinks:
             assert each.held is not None
             tokens, logprobs = each.cache.step(arrays, {})
             each.cache.commit(arrays)
+            each.uncopied = parts[rank].step, arrays["write"][arrays["write"] != DROPPED]
             load = np.zeros(each.routes.shape, np.int32)
             answers[rank] = link_pb2.StepDone(
                 tokens=tokens.tobytes(), logprobs=logprobs.tobytes(), expert_load=load.tobytes(), own_ms=1.0
@@ -151,6 +157,7 @@ class FakeLinks:
     def _configure(self, rank: int, each: FakeProcess, m: link_pb2.Configure) -> None:
         self._page_size = m.page_size
         each.cache = FakeRank(m.pages, m.page_size)
+        each.protector = Protector.of(m)
 
     def _join(self, rank: int, each: FakeProcess, m: link_pb2.Join) -> None:
         used = m.pages_used * self._page_size
@@ -180,6 +187,14 @@ class FakeLinks:
         rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
         entries = self._entries(m)
         each.cache.token[entries], each.cache.position[entries] = rows
+        assert rows[0].tolist() == np.frombuffer(m.tokens, np.int32).tolist()
+        self._copy(rank, each, entries)
+
+    def _restore_cache(self, rank: int, each: FakeProcess, m: link_pb2.RestoreCache) -> None:
+        rows = restored_rows(m, self._page_size).view(np.int32).reshape(-1, 2)
+        entries = self._entries(m)
+        each.cache.token[entries], each.cache.position[entries] = rows.T
+        self._copy(rank, each, entries)
 
     def _inspect(self, rank: int, each: FakeProcess, m: link_pb2.Inspect) -> dict:
         found = [slot for slot in sorted(self.damaged) if slot[0] == rank]
@@ -196,8 +211,27 @@ class FakeLinks:
         victim = self.fails(len(self.log), rank, what)
         self.log.append((rank, what))
         if victim is not None and self._ranks[victim].loss is None:
+            dying = self._ranks[victim]
+            if dying.uncopied is not None:
+                self._copy(victim, dying, dying.uncopied[1][::2])
             self.kill(victim)
+        each = self._ranks[rank]
+        if each.uncopied is not None and each.loss is None:
+            (step, entries), each.uncopied = each.uncopied, None
+            self._copy(rank, each, entries, step)
         await asyncio.sleep(0)
+
+    def _copy(self, rank: int, each: FakeProcess, entries: np.ndarray, step: int | None = None) -> None:
+        """Copy entries, and seal the step that they are all of."""
+        if each.protector is None:
+            return
+        assert each.cache is not None
+        rows = np.stack([each.cache.token[entries], each.cache.position[entries]], axis=-1).astype(np.int32)
+        each.protector.copy(entries, rows[:, 0], rows[:, 1], rows[:, None])
+        if step is not None:
+            each.protector.seal(step)
+        for message in each.protector.told():
+            self.on_copied(rank, message)
 
     def _alive(self, rank: int) -> FakeProcess:
         each = self._ranks[rank]

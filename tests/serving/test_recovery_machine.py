@@ -5,12 +5,14 @@ once for every message and every rank, which dies at that message.
 """
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 import serving.failover
 import serving.loop
+import serving.restoration
 from serving.app import _limits
 from serving.config import Settings
 from serving.failover import Failover
@@ -121,7 +123,12 @@ async def coordinator(m: Machine) -> None:
 
 CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator)
 
-SHORT = ((lose_one, "mask"), (drain_one, "wait"), (spoil, "wait"))
+SHORT = (
+    (lose_one, "mask", "memory"),
+    (lose_two, "wait", "stream"),
+    (drain_one, "wait", "memory"),
+    (spoil, "wait", "off"),
+)
 """Cases that every run of the tests has; the soak has all."""
 
 
@@ -139,10 +146,15 @@ async def lose_attention(m: Machine) -> None:
 
 
 async def play(
-    act: Callable[[Machine], Awaitable[None]], at: int | None, victim: int, policy: str, arch: dict | None = None
+    act: Callable[[Machine], Awaitable[None]],
+    at: int | None,
+    victim: int,
+    policy: str,
+    protection: str,
+    arch: dict | None = None,
 ) -> list:
     """Run a case, with `victim` dying at the message of that number after the first act. The messages since then."""
-    m = Machine(Settings(**{**vars(SETTINGS), "on_lost_expert": policy, **(arch or {})}))
+    m = Machine(Settings(**{**vars(SETTINGS), "on_lost_expert": policy, "protect_cache": protection, **(arch or {})}))
     await m.failover.start()
     m.loop.start()
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
@@ -163,6 +175,9 @@ async def play(
         assert m.failover.plan is not None
         assert m.failover.plan.masked == ()
         assert m.loop.counts.failed == 0
+        restored = m.loop.restoration.restored
+        assert restored > 0 or protection == "off" or act not in (lose_one, lose_two) or at is not None
+        assert restored == 0 or protection != "off"
         return messages
     finally:
         await m.loop.drain(0.0)
@@ -174,18 +189,20 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
     for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
         monkeypatch.setattr(serving.loop, name, 0.005)
+    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
+    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
+    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)
 
 
 @pytest.mark.parametrize(
-    ("act", "policy"),
+    ("act", "policy", "protection"),
     [
-        pytest.param(act, policy, marks=[] if (act, policy) in SHORT else [pytest.mark.slow])
-        for act in CASES
-        for policy in ("wait", "mask")
+        pytest.param(*case, marks=[] if case in SHORT else [pytest.mark.slow])
+        for case in itertools.product(CASES, ("wait", "mask"), ("memory", "stream", "off"))
     ],
 )
-def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy) -> None:
-    at_every_message(act, policy, None)
+def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy, protection) -> None:
+    at_every_message(act, policy, protection, None)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +218,14 @@ def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy) -> 
     ],
 )
 def test_nor_does_one_among_attention_ranks_and_expert_ranks(act, policy) -> None:
-    at_every_message(act, policy, APART)
+    at_every_message(act, policy, "memory", APART)
 
 
-def at_every_message(act: Callable[[Machine], Awaitable[None]], policy: str, arch: dict | None) -> None:
+def at_every_message(
+    act: Callable[[Machine], Awaitable[None]], policy: str, protection: str, arch: dict | None
+) -> None:
     """The case once undisturbed, then with each rank dying at each of its messages."""
-    messages = asyncio.run(play(act, None, 0, policy, arch))
+    messages = asyncio.run(play(act, None, 0, policy, protection, arch))
     assert messages
     for at in range(len(messages)):
         kind = messages[at][1]
@@ -214,6 +233,6 @@ def at_every_message(act: Callable[[Machine], Awaitable[None]], policy: str, arc
             continue  # the middle of a run of steps is like its beginning
         for victim in range(RANKS):
             try:
-                asyncio.run(play(act, at, victim, policy, arch))
+                asyncio.run(play(act, at, victim, policy, protection, arch))
             except BaseException as error:
                 raise AssertionError(f"rank {victim} died at message {at}, {messages[at]}") from error

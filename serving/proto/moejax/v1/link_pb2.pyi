@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Command(_message.Message):
-    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold")
+    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Command(_message.Message):
     DAMAGE_FIELD_NUMBER: _ClassVar[int]
     SEAT_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_CACHE_FIELD_NUMBER: _ClassVar[int]
     id: int
     configure: Configure
     join: Join
@@ -40,10 +41,11 @@ class Command(_message.Message):
     damage: Damage
     seat: Seat
     hold: Hold
-    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ...) -> None: ...
+    restore_cache: RestoreCache
+    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,8 @@ class Configure(_message.Message):
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     ONE_MACHINE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
+    TELL_COPIES_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -64,7 +68,9 @@ class Configure(_message.Message):
     collective_timeout_s: int
     one_machine: bool
     experts_only: bool
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ...) -> None: ...
+    cache_copy: str
+    tell_copies: bool
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ...) -> None: ...
 
 class Bucket(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -165,16 +171,36 @@ class ReadCache(_message.Message):
     def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class WriteCache(_message.Message):
-    __slots__ = ("pages", "first", "count", "rows")
+    __slots__ = ("pages", "first", "count", "rows", "tokens")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     pages: _containers.RepeatedScalarFieldContainer[int]
     first: int
     count: int
     rows: bytes
-    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
+    tokens: bytes
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., rows: _Optional[bytes] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+
+class RestoreCache(_message.Message):
+    __slots__ = ("pages", "first", "count", "tokens", "cache_copy", "from_pages", "rows")
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
+    FROM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    first: int
+    count: int
+    tokens: bytes
+    cache_copy: str
+    from_pages: _containers.RepeatedScalarFieldContainer[int]
+    rows: bytes
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., tokens: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., from_pages: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Inspect(_message.Message):
     __slots__ = ("first", "count")
@@ -247,7 +273,7 @@ class Stop(_message.Message):
     def __init__(self) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("rank", "hello", "heartbeat", "done", "failed", "step_done", "step_failed")
+    __slots__ = ("rank", "hello", "heartbeat", "done", "failed", "step_done", "step_failed", "copied")
     RANK_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +281,7 @@ class Report(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STEP_DONE_FIELD_NUMBER: _ClassVar[int]
     STEP_FAILED_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     hello: Hello
     heartbeat: Heartbeat
@@ -262,7 +289,8 @@ class Report(_message.Message):
     failed: Failed
     step_done: StepDone
     step_failed: StepFailed
-    def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ...) -> None: ...
+    copied: Copied
+    def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("pid", "token")
@@ -359,6 +387,20 @@ class TileScores(_message.Message):
     logprobs: bytes
     likeliest: Likeliest
     def __init__(self, logprobs: _Optional[bytes] = ..., likeliest: _Optional[_Union[Likeliest, _Mapping]] = ...) -> None: ...
+
+class Copied(_message.Message):
+    __slots__ = ("entries", "tokens", "positions", "rows", "sealed")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    entries: bytes
+    tokens: bytes
+    positions: bytes
+    rows: bytes
+    sealed: int
+    def __init__(self, entries: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., sealed: _Optional[int] = ...) -> None: ...
 
 class StepFailed(_message.Message):
     __slots__ = ("epoch", "step", "error", "poisoned_rows")

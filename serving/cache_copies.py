@@ -1,0 +1,186 @@
+"""The copies of the ranks' caches, kept by the front: one for each rank, and those of ranks that died until nobody
+needs them any more (docs/decisions/0006).
+
+A rank of this machine maps its copy and writes it itself; what another one tells of is written here. Either way it is
+memory of the front's machine, which does not go when a rank or its machine does. That of a front that dies goes with
+all ranks.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from serving.batch import Batch
+from serving.cache_copy import CacheCopy, size_of
+from serving.errors import StartError
+from serving.proto.moejax.v1 import link_pb2
+from serving.salvage import copied, written_since
+from serving.sequence import Salvage, Sequence
+
+STEPS_KEPT = 8
+"""Steps whose work is remembered, for what was not copied yet when a rank died: it is the last one or none."""
+SHARE = 0.5
+"""Of the memory that is free at the start, what `auto` takes at most."""
+
+
+@dataclasses.dataclass
+class Kept:
+    """One copy: its file, and the copy in it."""
+
+    number: int
+    file: int
+    copy: CacheCopy
+
+    @property
+    def path(self) -> str:
+        """Where processes of this user on this machine can open it, as long as it is kept."""
+        return f"/proc/{os.getpid()}/fd/{self.file}"
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes now."""
+        return 512 * os.fstat(self.file).st_blocks
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.copy.close()
+        os.close(self.file)
+
+
+class CacheCopies:
+    """All copies of a server. `way` is memory, stream or off; `reason` says why, where it was not asked for."""
+
+    def __init__(self, way: str, *, entries: int, entry_bytes: int, most_lost: int, reason: str = "") -> None:
+        self.way = way
+        self.reason = reason
+        self.entry_bytes = entry_bytes
+        self._entries = entries
+        self._most_lost = most_lost
+        self._numbers = 0
+        self._of: dict[int, Kept] = {}
+        self._lost: dict[int, Kept] = {}
+        self._last: dict[int, int] = {}
+        self._steps: collections.deque[Batch] = collections.deque(maxlen=STEPS_KEPT)
+
+    @classmethod
+    def of(cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, free: int | None = None) -> Self:
+        """As the setting wants it: `auto` is `memory` where twice the caches of all ranks (one copy of each that
+        serves, and of each that has died) are no more than a share of the memory that is free."""
+        way, reason = wanted, ""
+        if wanted == "auto":
+            need, free = 2 * ranks * size_of(entries, entry_bytes), free_bytes() if free is None else free
+            way = "memory" if need <= SHARE * free else "off"
+            if way == "off":
+                reason = (
+                    f"copies of the caches may take {need >> 20} MiB, more than half of the {free >> 20} MiB free: "
+                    "not made. Lower --pages-per-rank or give --protect-cache memory."
+                )
+        return cls(way, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, reason=reason)
+
+    @property
+    def on(self) -> bool:
+        """Caches are copied."""
+        return self.way != "off"
+
+    @property
+    def bytes(self) -> int:
+        """Memory that all copies take now."""
+        return sum(kept.bytes for kept in (*self._of.values(), *self._lost.values()))
+
+    def fresh(self, rank: int) -> link_pb2.Configure:
+        """An empty copy for a rank that starts: the part of its configuration that tells it. Raises StartError."""
+        if not self.on:
+            return link_pb2.Configure()
+        before = self._of.pop(rank, None)
+        if before is not None:
+            before.close()
+        file = os.memfd_create("moejax-cache")
+        try:
+            copy = CacheCopy.create(file, self._entries, self.entry_bytes)
+        except OSError as error:
+            os.close(file)
+            raise StartError(f"no memory for a copy of the cache: {error}. Start with --protect-cache off.") from None
+        self._numbers += 1
+        self._of[rank] = Kept(self._numbers, file, copy)
+        if self.way == "memory":
+            return link_pb2.Configure(cache_copy=self._of[rank].path)
+        return link_pb2.Configure(tell_copies=True)
+
+    def told(self, rank: int, message: link_pb2.Copied) -> None:
+        """A rank that cannot reach its copy tells what belongs there."""
+        kept = self._of.get(rank)
+        if kept is None:
+            return
+        entries, tokens, positions = (
+            np.frombuffer(field, np.int32) for field in (message.entries, message.tokens, message.positions)
+        )
+        if len(entries):
+            rows = np.frombuffer(message.rows, np.uint8).reshape(len(entries), -1)
+            kept.copy.write(entries, tokens, positions, rows)
+        if message.HasField("sealed"):
+            kept.copy.seal(message.sealed)
+
+    def stepped(self, batch: Batch) -> None:
+        """The results of a step are in."""
+        if self.on:
+            self._steps.append(batch)
+
+    def lost(self, rank: int) -> None:
+        """The process that was this rank has ended, or will: its copy is that of the rank's requests."""
+        kept = self._of.pop(rank, None)
+        if kept is not None:
+            self._lost[kept.number], self._last[rank] = kept, kept.number
+
+    def salvage(self, sequence: Sequence, page_size: int) -> Salvage | None:
+        """What the copy of the rank that a request ran on has of it, after the rank was lost."""
+        rank = sequence.rank
+        assert rank is not None
+        kept = self._lost.get(self._last.get(rank, 0))
+        if kept is None:
+            return None
+        sealed = kept.copy.sealed
+        if len(self._steps) == STEPS_KEPT and self._steps[0].step > sealed:
+            return None  # it fell behind further than is remembered
+        count = copied(sequence, written_since(sealed, rank, self._steps, page_size), page_size)
+        if count == 0:
+            return None
+        chain = None if sequence.chain is None else sequence.chain[: count // page_size]
+        return Salvage(kept.number, sequence.pages[: -(-count // page_size)], count, chain)
+
+    def find(self, number: int) -> Kept | None:
+        """A copy of a rank that died."""
+        return self._lost.get(number)
+
+    def keep_only(self, numbers: Collection[int]) -> set[int]:
+        """Close the copies of dead ranks that nobody needs. Returns the numbers of those that had to go although
+        somebody does: the oldest, when there are more than there are ranks."""
+        for number in [number for number in self._lost if number not in numbers]:
+            self._lost.pop(number).close()
+        over = sorted(self._lost)[: max(0, len(self._lost) - self._most_lost)]
+        for number in over:
+            self._lost.pop(number).close()
+        return set(over)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for kept in (*self._of.values(), *self._lost.values()):
+            kept.close()
+        self._of.clear()
+        self._lost.clear()
+
+
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: of the machine, and of its control group where that has a bound."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    group = root / "sys/fs/cgroup"
+    try:
+        bound = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return free
+    return max(0, min(free, bound))

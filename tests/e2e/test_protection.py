@@ -1,0 +1,40 @@
+"""The caches of real ranks outlive them: what a dead rank had computed is restored to the bit, not computed again."""
+
+import pytest
+
+from serving.app import Server
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until_whole
+
+LONG = {"streams": 8, "prompt_tokens": 380, "max_tokens": 60}
+"""Contexts that take a dozen tiles to compute: a copy is quicker on any machine."""
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_changes(way: str) -> None:
+    settings = {"model": str(TINY), "ranks": 3, "chaos": True, "protect_cache": way, "prefix_caching": False}
+    with Server(**settings) as server, Client(server) as client:
+        traffic = Traffic.record(client, **LONG)
+        for victim in (0, 2):
+            wait_until_whole(client)
+            before = client.status()
+            since = last_event(client)
+            traffic.during(client, kill(client, victim), after=0.3)
+            after = client.status()
+            assert after.protection == way
+            assert after.protected_bytes > 0
+            restored = after.tokens_restored - before.tokens_restored
+            assert restored > LONG["prompt_tokens"]
+            events = {event.kind: event for event in events_since(client, since)}
+            assert "not_restored" not in events
+            assert "entries to restore" in events["recovered"].message
+            assert events["cache_restored"].phases["restore"] > 0
+
+
+def test_a_context_is_restored_though_no_rank_is_left() -> None:
+    settings = {"model": str(TINY), "ranks": 2, "chaos": True, "prefix_caching": False, "protect_cache": "memory"}
+    with Server(**settings) as server, Client(server) as client:
+        traffic = Traffic.record(client, streams=4, prompt_tokens=380, max_tokens=60)
+        traffic.during(client, kill(client, 0), kill(client, 1), after=0.3)
+        assert client.status().tokens_restored > 380
