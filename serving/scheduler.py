@@ -135,6 +135,8 @@ class _Draft:
             salvage = sequence.salvage
             assert salvage is not None
             keys = salvage.chain or ()
+            if self.awaits_restored(keys):
+                continue
             rank = self.place(sequence, keys)
             if rank is None:
                 break
@@ -146,6 +148,12 @@ class _Draft:
             computed = len(found) * self.before.limits.page_size
             self.ranks[rank].append(sequence.placed(rank, found + pages, computed=computed, chain=chain))
             self.ranks[rank].sort(key=_arrival)
+
+    def awaits_restored(self, keys: tuple[Key, ...]) -> bool:
+        """Whether pages are being restored that one with these keys will share, and that no rank has yet."""
+        more = 1 + max((len(pool.match(keys)) for pool in self.pools.values()), default=0)
+        coming = [each.salvage.chain or () for row in self.ranks.values() for each in row if each.salvage]
+        return len(keys) >= more and any(keys[:more] == chain[:more] for chain in coming)
 
     def awaits_prompt(self, sequence: Sequence) -> bool:
         """Whether the first answer to the same prompt is computing pages that this one will share."""

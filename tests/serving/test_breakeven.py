@@ -56,7 +56,7 @@ def test_a_longer_context_of_the_same_server_is_restored_when_a_shorter_one_is_a
 
 
 def test_a_short_context_is_computed_again_where_a_message_costs_more_than_a_step():
-    costs = measured(step_s=0.002, token_s=1e-5, piece_s=0.020, entry_s=1e-6)
+    costs = measured(step_s=0.002, token_s=2e-4, piece_s=0.020, entry_s=1e-6)
     assert not restores(costs, 30, 29)
     assert restores(costs, 3000, 2999)
 
@@ -67,7 +67,7 @@ def test_where_prefill_is_slow_even_few_tokens_are_restored():
 
 
 def test_what_another_rank_has_in_its_cache_is_not_copied_for_the_rest_alone():
-    costs = measured(step_s=0.010, token_s=1e-4, piece_s=0.050, entry_s=1e-6)
+    costs = measured(step_s=0.010, token_s=5e-4, piece_s=0.050, entry_s=1e-6)
     assert restores(costs, 1000, 999)
     assert not restores(costs, 1000, 999, found=992)
     assert not restores(costs, 1000, 992, found=992)

@@ -43,8 +43,8 @@ def new_copy() -> tuple[CacheCopy, int]:
 
 
 def assert_whole(copy: CacheCopy, last: int) -> None:
-    """Every entry has what the last sealed step left there, unless the one after it was killed while it wrote there; then
-    it has all of the one, all of the other, or nothing that can be read."""
+    """Every entry has what the last sealed step left there, unless the one after it was killed while it wrote there;
+    then it has all of the one, all of the other, or nothing that can be read."""
     sealed = copy.sealed
     assert sealed <= last
     writer: dict[int, tuple[int, int]] = {}
@@ -146,9 +146,9 @@ def test_a_process_killed_while_it_writes_leaves_what_it_sealed(after_s):
 
 def test_a_new_copy_has_nothing_in_it_and_takes_next_to_no_memory():
     file = os.memfd_create("test")
-    copy = CacheCopy.create(file, 1000, 1 << 20)
+    copy = CacheCopy.create(file, 1024, 1 << 20)
     assert copy.sealed == NOTHING
-    assert os.fstat(file).st_size == size_of(1000, 1 << 20) > 1 << 30
+    assert os.fstat(file).st_size == size_of(1024, 1 << 20) > 1 << 30
     assert 512 * os.fstat(file).st_blocks < 1 << 20
     with pytest.raises(NotCopied, match="entry 3 of the copy has token -1 at position -1, and token 0 at position 0"):
         copy.read(np.array([3]), np.zeros(1), np.zeros(1))

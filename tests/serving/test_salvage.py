@@ -1,0 +1,345 @@
+"""What outlived a rank is given back, and nothing else: every stream has the tokens it has alone."""
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from serving import drain
+from serving.errors import MoejaxError
+from serving.request import Phase
+from serving.salvage import copied, forget, restored, salvaged
+from tests.fakes import small_limits, small_request
+from tests.protected import ProtectedServer
+
+MOST_PAGES = 24
+
+
+def server(pages=(16, 16), *, way: str = "memory", piece: int = 5, **changes) -> ProtectedServer:
+    return ProtectedServer(small_limits(**changes), dict(enumerate(pages)), way=way, most_pages=MOST_PAGES, piece=piece)
+
+
+def everything(_) -> bool:
+    return True
+
+
+def back(s: ProtectedServer, ranks: int = 2) -> None:
+    s.adopt({**{rank: pool.total for rank, pool in s.state.pools.items()}, **dict.fromkeys(range(ranks), 16)})
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_a_moved_request_decodes_on_without_computing_anything_again(way):
+    s = server(way=way, piece=100)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(6):
+        s.step()
+    s.copy_now(0)
+    before = s.state.running["a"]
+    s.lose_protected([0], worth=everything)
+    assert s.state.waiting["a"].salvage.count == before.computed
+    batch = s.step()
+    assert [len(work.tokens) for work in batch.work[1]] == [1]
+    assert s.state.running["a"].rank == 1
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_what_the_last_step_wrote_is_computed_again_when_it_was_not_copied():
+    s = server(piece=100)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(6):
+        s.step()
+    before = s.state.running["a"]
+    s.lose_protected([0], worth=everything)
+    assert s.state.waiting["a"].salvage.count == before.computed - 1
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_page_that_another_request_wrote_last_and_was_not_copied_is_not_taken_for_whole():
+    s = server((16,), piece=100)
+    s.submit(small_request("a", range(31), max_tokens=20))
+    s.step()
+    s.submit(small_request("b", range(33), max_tokens=20))
+    s.begin()  # shares what the step just made, of which nothing is copied
+    assert s.state.running["b"].computed == 24
+    s.lose_protected([0], part=3, worth=everything)
+    assert s.state.waiting["b"].salvage is None
+    back(s, 1)
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_long_context_is_restored_in_pieces_while_the_others_stream():
+    s = server(piece=4)
+    for name in "ab":
+        s.submit(small_request(name, range(ord(name), ord(name) - 40, -1), max_tokens=40))
+    for _ in range(8):
+        s.step()
+    dead = s.state.running["a"].rank
+    s.lose_protected([dead], worth=everything)
+    told = len(s.heard["b"])
+    s.step()
+    assert not s.state.running["b"].restoring
+    assert "a" in s.state.waiting  # the first step is the survivors' alone
+    s.step()
+    assert s.state.running["a"].restoring
+    assert s.state.running["a"].phase is Phase.PREFILL
+    for _ in range(5):
+        s.step()
+    assert len(s.heard["b"]) == told + 7
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_answers_that_shared_pages_share_them_again():
+    s = server((24, 24), piece=100, buckets=((2, 0), (8, 0), (8, 2)))
+    s.submit(small_request("a", range(40), max_tokens=20, family="a"))
+    for name in "bc":
+        s.submit(small_request(name, range(40), max_tokens=20, family="a", seed=ord(name)))
+    for _ in range(5):
+        s.step()
+    rank = s.state.running["a"].rank
+    held = s.state.pools[rank].used
+    assert {s.state.running[name].rank for name in "abc"} == {rank}
+    s.copy_now(rank)
+    s.lose_protected([rank], worth=everything)
+    for _ in range(3):
+        s.step()
+    assert {s.state.running[name].rank for name in "abc"} == {1 - rank}
+    assert s.state.pools[1 - rank].used <= held + 3
+    assert 40 <= s.restored < 60
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_target_that_dies_in_the_middle_of_it_loses_nothing():
+    s = server((16, 16, 16), piece=4)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(6):
+        s.step()
+    s.lose_protected([0], worth=everything)
+    s.step()
+    first = s.state.running["a"]
+    assert first.restoring
+    assert first.computed > 0
+    s.lose_protected([first.rank], worth=everything)
+    assert s.state.waiting["a"].salvage == first.salvage
+    s.drain()
+    assert s.restored > 40
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_nobody_finds_pages_of_what_was_made_with_other_experts():
+    s = server(piece=100)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(4):
+        s.step()
+    s.copy_now(0)
+    s.lose_protected([0], worth=everything)
+    s.adopt({1: 16}, masked=[(0, 1)])
+    assert s.state.waiting["a"].salvage.chain is None
+    s.step()
+    assert s.state.running["a"].chain is None
+    assert not s.state.pools[1].keys
+    s.close()
+
+
+def test_after_damage_nothing_salvaged_is_used():
+    s = server(piece=4)
+    for name in "ab":
+        s.submit(small_request(name, range(ord(name), ord(name) - 40, -1), max_tokens=30))
+    for _ in range(4):
+        s.step()
+    s.lose_protected([s.state.running["a"].rank], worth=everything)
+    s.step()
+    s.step()
+    assert salvaged(s.state)
+    s._move(drain.distrust(s.state))
+    assert not salvaged(s.state)
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_request_whose_copy_is_gone_is_computed_again():
+    s = server(piece=4)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(4):
+        s.step()
+    s.lose_protected([0], worth=everything)
+    s.restore()
+    assert s.state.running["a"].restoring
+    s._move(forget(s.state, ["a"]))
+    assert s.state.waiting["a"] == s.state.waiting["a"].forgotten()
+    assert s.state.pools[1].used == 0
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_copies_of_the_dead_are_kept_as_long_as_somebody_needs_them_and_are_bounded():
+    s = server((16, 16), piece=4)
+    assert s.copies.bytes > 0
+    for round_ in range(5):
+        s.submit(small_request(f"r{round_}", range(10 + round_, 50), max_tokens=40))
+        s.step()
+        s.step()
+        s.lose_protected([0, 1], worth=everything)
+        s.adopt({})
+        back(s)
+        s.restore()
+        assert len(s.copies._lost) <= 2
+    s.drain()
+    s.restore()
+    assert not s.copies._lost
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_request_that_ends_while_it_is_restored_gives_its_pages_back():
+    s = server(piece=4)
+    s.submit(small_request("a", range(40), max_tokens=30))
+    for _ in range(4):
+        s.step()
+    s.lose_protected([0], worth=everything)
+    s.restore()
+    s.cancel("a")
+    assert s.state.pools[1].used == 0
+    s.close()
+
+
+def test_the_hole_nearest_to_the_beginning_bounds_what_is_copied():
+    sequence = dataclasses.replace(small_sequence(), computed=29, pages=(4, 9, 2, 7))
+    assert copied(sequence, {}, 8) == 29
+    assert copied(sequence, {2: 3, 9: 5}, 8) == 13
+    assert copied(sequence, {7: 4, 11: 0}, 8) == 28
+    assert copied(sequence, {7: 6}, 8) == 29
+    assert copied(sequence, {4: 0}, 8) == 0
+
+
+def small_sequence():
+    s = server((16,))
+    s.submit(small_request("a", range(29), max_tokens=4))
+    s.begin()
+    s.close()
+    return s.state.running["a"]
+
+
+class AnyLosses(RuleBasedStateMachine):
+    """Submits, steps that are copied late, losses in the middle of a step and of a restoration, in any order."""
+
+    count = 0
+
+    @initialize(
+        pages=st.lists(st.integers(4, 16), min_size=1, max_size=3),
+        way=st.sampled_from(("memory", "stream")),
+        piece=st.integers(1, 30),
+        caching=st.booleans(),
+    )
+    def start(self, pages, way, piece, caching):
+        self.server = server(pages, way=way, piece=piece, prefix_caching=caching)
+
+    @property
+    def open(self):
+        return [*self.server.state.running, *self.server.state.waiting]
+
+    @rule(
+        length=st.one_of(st.integers(1, 12), st.integers(8, 40), st.integers(30, 90)),
+        first=st.integers(0, 1),
+        max_tokens=st.integers(1, 30),
+        scored=st.sampled_from((None, None, None, 0)),
+    )
+    def submit(self, length, first, max_tokens, scored):
+        self.count += 1
+        prompt = tuple((first + 7 * i) % 97 for i in range(length))
+        request = small_request(
+            f"r{self.count}", prompt, max_tokens=max_tokens, seed=self.count, prompt_logprobs=scored
+        )
+        try:
+            self.server.submit(request)
+        except MoejaxError:
+            assert request.id not in self.open
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count):
+        for _ in range(count):
+            self.server.step()
+
+    @rule()
+    def copies(self):
+        for rank in list(self.server.uncopied):
+            self.server.copy_now(rank)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.server.cancel(data.draw(st.sampled_from(self.open)))
+
+    @rule(data=st.data(), part=st.integers(0, 40), in_flight=st.booleans(), worth=st.integers(0, 3))
+    def lose(self, data, part, in_flight, worth):
+        s = self.server
+        ranks = sorted(s.ranks)
+        dead = data.draw(st.sets(st.sampled_from(ranks))) if ranks else set()
+        batch = s.begin() if in_flight else None
+        if batch is not None:
+            for rank in data.draw(st.sets(st.sampled_from(ranks))):
+                s.ranks[rank].commit(s.arrays(batch, rank))
+        s.lose_protected(dead, part=part, worth=lambda sequence: sequence.arrival % 4 >= worth)
+
+    @rule(rank=st.integers(0, 3), pages=st.integers(4, 16), masked=st.booleans())
+    def return_of_a_rank(self, rank, pages, masked):
+        alive = {rank: pool.total for rank, pool in self.server.state.pools.items()}
+        fresh = [rank] if rank not in alive else []
+        self.server.adopt({rank: pages, **alive}, fresh=fresh, masked=[(0, 1)] if masked else [])
+
+    @rule()
+    def distrust(self):
+        self.server._move(drain.distrust(self.server.state))
+
+    @precondition(lambda self: salvaged(self.server.state))
+    @rule(data=st.data())
+    def forget(self, data):
+        ids = [sequence.id for sequence in salvaged(self.server.state)]
+        self.server._move(forget(self.server.state, [data.draw(st.sampled_from(ids))]))
+
+    @invariant()
+    def streams_are_what_each_request_gives_alone(self):
+        if hasattr(self, "server"):
+            self.server.check_streams()
+
+    def teardown(self):
+        if hasattr(self, "server"):
+            alive = {rank: pool.total for rank, pool in self.server.state.pools.items()}
+            self.server.adopt({**alive, 9: MOST_PAGES})
+            self.server.drain()
+            self.server.check_streams(all_ended=True)
+            self.server.close()
+
+
+TestAnyLosses = AnyLosses.TestCase
+TestAnyLosses.settings = settings(
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def test_a_restored_request_of_which_nothing_is_left_to_copy_goes_on():
+    s = server(piece=3)
+    s.submit(small_request("a", range(40), max_tokens=10))
+    s.step()
+    s.step()
+    s.copy_now(0)
+    s.lose_protected([0], worth=everything)
+    s._move(forget(s.state, []))
+    s.restore()
+    s._move(restored(s.state, "a", s.state.running["a"].salvage.count))
+    assert not s.state.running["a"].restoring
+    s.close()
