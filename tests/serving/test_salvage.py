@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serving import drain
+from serving.cache_copies import STEPS_KEPT
 from serving.errors import MoejaxError
 from serving.request import Phase
 from serving.salvage import copied, forget, restored, salvaged
@@ -99,10 +100,11 @@ def test_a_long_context_is_restored_in_pieces_while_the_others_stream():
 
 
 def test_answers_that_shared_pages_share_them_again():
-    s = server((24, 24), piece=100, buckets=((2, 0), (8, 0), (8, 2)))
+    s = server((24, 24), piece=4, buckets=((2, 0), (8, 0), (8, 2)))
     s.submit(small_request("a", range(40), max_tokens=20, family="a"))
     for name in "bc":
         s.submit(small_request(name, range(40), max_tokens=20, family="a", seed=ord(name)))
+    s.submit(small_request("z", (9, 8, 7), max_tokens=60))
     for _ in range(5):
         s.step()
     rank = s.state.running["a"].rank
@@ -110,10 +112,10 @@ def test_answers_that_shared_pages_share_them_again():
     assert {s.state.running[name].rank for name in "abc"} == {rank}
     s.copy_now(rank)
     s.lose_protected([rank], worth=everything)
-    for _ in range(3):
+    while salvaged(s.state):
         s.step()
     assert {s.state.running[name].rank for name in "abc"} == {1 - rank}
-    assert s.state.pools[1 - rank].used <= held + 3
+    assert s.state.pools[1 - rank].used <= held + 8
     assert 40 <= s.restored < 60
     s.drain()
     s.check_streams(all_ended=True)
@@ -232,6 +234,40 @@ def small_sequence():
     s.begin()
     s.close()
     return s.state.running["a"]
+
+
+def test_one_that_waits_for_room_to_be_restored_is_not_overtaken_nor_placed_without_its_entries():
+    s = server((8, 8), piece=100)
+    for name in "ab":
+        s.submit(small_request(name, range(ord(name), ord(name) - 40, -1), max_tokens=16))
+    s.step()
+    s.step()
+    s.copy_now(s.state.running["a"].rank)
+    s.submit(small_request("c", max_tokens=20))
+    s.lose_protected([s.state.running["a"].rank], worth=everything)
+    while "b" in s.state.running:
+        assert list(s.state.waiting) == ["a", "c"]
+        s.step()
+    s.step()
+    assert s.state.running["a"].generated
+    assert s.restored >= 40
+    s.drain()
+    s.check_streams(all_ended=True)
+    s.close()
+
+
+def test_a_copy_that_fell_behind_further_than_is_remembered_is_not_used():
+    s = server()
+    s.submit(small_request("a", range(40), max_tokens=30))
+    s.step()
+    s.copy_now(0)
+    s.uncopied.clear()
+    for _ in range(STEPS_KEPT + 1):
+        s.step()
+        s.uncopied.clear()
+    s.lose_protected([0], worth=everything)
+    assert s.state.waiting["a"].salvage is None
+    s.close()
 
 
 class AnyLosses(RuleBasedStateMachine):
