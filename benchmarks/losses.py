@@ -52,6 +52,8 @@ class LossRecord:
     context_tokens: int
     gap_ms: float | None
     compiles_between: int
+    tokens_restored: int
+    tokens_recomputed: int
     preemptions: int
     requests: int
     failed: int
@@ -159,6 +161,8 @@ async def lose_rank(
         context_tokens=round(reached),
         gap_ms=middle(median_gap_ms(trace.times, quiet, kill) for trace in placed),
         compiles_between=compiles_between(before, after),
+        tokens_restored=after.tokens_restored - before.tokens_restored,
+        tokens_recomputed=after.tokens_recomputed - before.tokens_recomputed,
         preemptions=after.preemptions - before.preemptions,
         requests=len(traces),
         failed=known.failed(traces),

@@ -1,11 +1,12 @@
 """What the loss of a rank costs the streams of a real server.
 
-    python -m benchmarks.recovery [--ranks 4] [--model smollm2-moe|tiny] [--kills N] [--cold] [--json FILE]
+    python -m benchmarks.recovery [--ranks 4] [--model smollm2-moe|tiny] [--kills N] [--protect-cache auto|off]
+        [--cold] [--json FILE]
 
 Starts `moejax serve`, keeps streams running from a client (greedy and seeded in turn, each request's tokens
 known from an undisturbed run), and sends SIGKILL, every fourth time SIGSTOP, to the process of one rank
 after the other. The server replaces each; the next dies when all serve again and every single loss is
-prepared.
+prepared. `kept` and `again` are cache entries of moved streams: restored from a copy, and computed again.
 
 Added stall: the longest gap of a stream that has a moment in common with [kill, first step after the
 recovery], detection included, less the stream's median gap in the steady time before. All on the client's
@@ -31,12 +32,14 @@ from benchmarks.machine import machine
 from benchmarks.stalls import Spread
 from benchmarks.streams import Known, until, whole
 from serving.client import AsyncClient
+from serving.config import PROTECTIONS
 
 _OPTIONS = ("--no-prefix-caching",)
 """The same prompts are asked again and again; moved streams must not find them cached."""
 _COLUMNS = (
     f"{'victim':>6} {'signal':8} {'detect':>7} {'adopt':>7} {'survivors':>15} {'moved':>15} {'rejoin':>7} "
-    f"{'whole':>7} {'gap':>6} {'ctx':>4} {'compiles':>8} {'req.':>4} {'failed':>6} {'changed':>7}"
+    f"{'whole':>7} {'gap':>6} {'ctx':>4} {'kept':>5} {'again':>5} "
+    f"{'compiles':>8} {'req.':>4} {'failed':>6} {'changed':>7}"
 )
 
 
@@ -69,7 +72,8 @@ def line(record: LossRecord) -> str:
     return (
         f"{r.victim:6} {r.signal:8} {r.detect_ms:7.1f} {r.adopt_ms:7.1f} {shown(r.survivor_stall_ms):>15} "
         f"{shown(r.moved_stall_ms):>15} {pause:>7} {r.whole_after_s:7.1f} {gap:>6} {r.context_tokens:4} "
-        f"{r.compiles_between:8} {r.requests:4} {r.failed:6} {r.tokens_changed:7}"
+        f"{r.tokens_restored:5} {r.tokens_recomputed:5} {r.compiles_between:8} {r.requests:4} {r.failed:6} "
+        f"{r.tokens_changed:7}"
     )
 
 
@@ -90,6 +94,8 @@ def summarize(records: Sequence[LossRecord], warm_restart_s: float, cold_start_s
         "failed": sum(r.failed for r in records),
         "tokens_changed": sum(r.tokens_changed for r in records),
         "compiles_between": sum(r.compiles_between for r in records),
+        "tokens_restored": sum(r.tokens_restored for r in records),
+        "tokens_recomputed": sum(r.tokens_recomputed for r in records),
         "detect_ms": middle(r.detect_ms for r in kills),
         "hang_detect_ms": middle(r.detect_ms for r in hangs),
         "adopt_ms": middle(r.adopt_ms for r in records),
@@ -127,7 +133,8 @@ def main() -> int:
         print("starting without compiled programs", flush=True)
         cold_start_s = first_token_s(arguments.model, arguments.ranks, cold=True)
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    with launched(arguments.model, arguments.ranks, options=_OPTIONS) as server:
+    options = (*_OPTIONS, "--protect-cache", arguments.protect_cache)
+    with launched(arguments.model, arguments.ranks, options=options) as server:
         records = asyncio.run(measure(server.address, arguments))
     print("restarting the server", flush=True)
     warm_restart_s = first_token_s(arguments.model, arguments.ranks)
@@ -139,6 +146,7 @@ def main() -> int:
             "machine": where,
             "model": arguments.model,
             "ranks": arguments.ranks,
+            "protect_cache": arguments.protect_cache,
             "kills": [dataclasses.asdict(record) for record in records],
             "summary": summary,
         }
@@ -162,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=190, help="about")
     parser.add_argument("--max-tokens", type=int, default=130)
     parser.add_argument("--context", type=int, default=256, help="mean context of the streams at the kill")
+    parser.add_argument("--protect-cache", default="auto", choices=PROTECTIONS, help="as of the server")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--cold", action="store_true", help="also start once with no executables cached")
     parser.add_argument("--json", type=Path, help="write everything here")

@@ -58,13 +58,20 @@ class Outcome:
 
 
 class Losses:
-    """Every loss of one deployment. `means` are those allowed; "mask" is used only when nothing else is."""
+    """Every loss of one deployment. `means` are those allowed; "mask" is used only when nothing else is. `recomputed`
+    is the share of a dead rank's cache that nobody has copied."""
 
     def __init__(
-        self, deployment: Deployment, recovery: Recovery | None = None, means: Collection[str] = MEANS
+        self,
+        deployment: Deployment,
+        recovery: Recovery | None = None,
+        means: Collection[str] = MEANS,
+        *,
+        recomputed: float = 1.0,
     ) -> None:
         plan = deployment.plan
         self.deployment, self.recovery, self.means = deployment, recovery or Recovery(), frozenset(means)
+        self.recomputed = recomputed
         self.outlook = Outlook(deployment)
         self.loads = deployment.load_array()
         self.table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
@@ -223,8 +230,8 @@ class Losses:
         """Cache tokens of broken groups, and seconds until the last of their requests streams again."""
         whole, traffic = self.outlook.whole, self.deployment.traffic
         requests = left.broken_groups * whole.requests_per_group
-        rounds = -(-requests // max(1, left.data))
-        return int(requests * traffic.context), rounds * (after.ttft_seconds or whole.ttft_seconds)
+        rounds = -(-requests // max(1, left.data)) * self.recomputed
+        return int(requests * traffic.context * self.recomputed), rounds * (after.ttft_seconds or whole.ttft_seconds)
 
     def _traffic(self, lost: np.ndarray) -> float:
         return float((self.loads * lost).sum() / max(1, len(self.loads)))

@@ -366,7 +366,8 @@ class Loop:
             traffic=traffic_now(running, self.model.max_context),
             loads=tuple(tuple(map(float, row)) for row in loads),
         )
-        return prospects(deployment, measured(self.events.past()), failover.is_ready_without, running)
+        recovery, ready = measured(self.events.past()), failover.is_ready_without
+        return prospects(deployment, recovery, ready, running, protected=failover.copies.on)
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.status.Backend.apply`."""

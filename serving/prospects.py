@@ -26,15 +26,18 @@ def prospects(
     recovery: Recovery | None,
     prepared: Callable[[frozenset[int]], bool],
     running: Collection[Sequence],
+    *,
+    protected: bool = False,
 ) -> tuple[Prospect, ...]:
-    """One for each rank of the plan, then one for each host that has several of them."""
-    plan, losses = deployment.plan, Losses(deployment, recovery)
+    """One for each rank of the plan, then one for each host that has several of them. What is `protected` is restored
+    from copies and not computed again."""
+    plan, losses = deployment.plan, Losses(deployment, recovery, recomputed=0.0 if protected else 1.0)
     alive = set(plan.rank_ids)
     domains = [("rank", str(rank), (rank,)) for rank in plan.rank_ids]
     hosts = deployment.cluster.domains("host").items()
     shared = ((name, tuple(sorted(alive.intersection(ids)))) for name, ids in hosts)
     domains += [("host", name, ranks) for name, ranks in shared if len(ranks) > 1]
-    return tuple(_prospect(losses, kind, name, ranks, prepared, running) for kind, name, ranks in domains)
+    return tuple(_prospect(losses, kind, name, ranks, prepared, running, protected) for kind, name, ranks in domains)
 
 
 def _prospect(
@@ -44,10 +47,11 @@ def _prospect(
     ranks: tuple[int, ...],
     prepared: Callable[[frozenset[int]], bool],
     running: Collection[Sequence],
+    protected: bool,
 ) -> Prospect:
     moved = [sequence for sequence in running if sequence.rank in ranks]
     head = {"kind": kind, "name": name, "ranks": ranks, "requests_moved": len(moved)}
-    head["tokens_recomputed"] = sum(sequence.computed for sequence in moved)
+    head["tokens_recomputed"] = 0 if protected else sum(sequence.computed for sequence in moved)
     try:
         outcome = losses.outcome(ranks, kind=kind, name=name)
     except PlannerError as error:

@@ -135,6 +135,8 @@ def record(how: str, survivors: list[float], moved: list[float]) -> LossRecord:
         context_tokens=256,
         gap_ms=10.0,
         compiles_between=0,
+        tokens_restored=500,
+        tokens_recomputed=2,
         preemptions=0,
         requests=8,
         failed=0,

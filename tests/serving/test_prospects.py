@@ -43,6 +43,13 @@ def test_each_rank_is_told_with_the_requests_and_tokens_that_run_on_it():
     assert [p.tokens_recomputed for p in told] == [40, 0, 22, 0, 62]
 
 
+def test_what_is_protected_is_not_computed_again_and_its_streams_wait_less():
+    here = [running(0, 40, "a"), running(2, 17, "b")]
+    told, bare = (prospects(deployment(4), None, lambda dead: True, here, protected=p)[0] for p in (True, False))
+    assert (told.requests_moved, told.tokens_recomputed) == (1, 0)
+    assert told.stall_ms == bare.stall_ms <= told.moved_stall_ms < bare.moved_stall_ms
+
+
 def test_the_loss_of_everybody_is_not_survivable_and_says_why():
     whole = prospects(deployment(2), None, lambda dead: True, ())[-1]
     assert not whole.survivable

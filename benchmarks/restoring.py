@@ -1,0 +1,177 @@
+"""From which context on restoring a lost request's cache is quicker than computing it again.
+
+    python -m benchmarks.restoring [--model smollm2-moe|tiny] [--contexts 32,64,...] [--rounds N] [--json FILE]
+
+On one rank in this process: the context is prefilled in steps of two tiles, as after a loss while others decode, and
+restored from a copy in memory, in pieces of 256 entries. Messages between front and ranks, and the steps that others
+make in between, are in neither. The last lines are what the copy costs while nothing fails: after each step the new
+entries are copied, beside the front's work on the answer.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NPROC", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import machine
+from benchmarks.steady_state import PAGE
+from moejax import kernels, model, steps
+from moejax.assets import ensure_model
+from moejax.cache import bytes_per_token, empty_cache
+from moejax.config import ModelConfig
+from moejax.inputs import Bucket, packed_size
+from moejax.mesh import make_mesh
+from moejax.params import init_params
+from moejax.store import HostStore
+from moejax.transfer import rows_by_entry, write_entries, written
+from serving.batch import TILE, Batch, Work, assemble
+from serving.batch import Bucket as Shape
+from serving.cache_copy import CacheCopy
+from serving.restoration import PIECE_ENTRIES
+
+PREFILL, WRITE, DECODE = Shape(2, 2), Shape(32, 8), Shape(8, 0)
+"""Buckets: of the steps that compute a context, of the programs that write one, and of the steps that are copied."""
+CONTEXTS = "8,16,32,64,128,256,512,1024"
+
+
+class OneRank:
+    """The programs and the cache of a rank that serves alone, with a copy of its cache."""
+
+    def __init__(self, cfg: ModelConfig, contexts: list[int]) -> None:
+        self.cfg = cfg
+        self.pages = -(-max(contexts) // PAGE) + 1
+        self.device = jax.devices()[0]
+        self._mesh = make_mesh([self.device])
+        self._params = init_params(cfg, jax.random.key(0))
+        experts = cfg.moe.experts if cfg.moe else 1
+        self._routes = jnp.tile(jnp.arange(experts, dtype=jnp.int32), (1, cfg.n_moe_layers, 1))
+        self._slots = experts
+        self.cache = jax.device_put(empty_cache(cfg, self.pages * PAGE), self.device, may_alias=False)
+        file = os.memfd_create("moejax-cache")
+        self.copy = CacheCopy.create(file, self.pages * PAGE, bytes_per_token(cfg))
+        os.close(file)
+
+    def step(self, shape: Shape, works: tuple[Work, ...]) -> tuple[np.ndarray, model.StepOutputs]:
+        """One step and its commit; its inputs, and what it made."""
+        bucket = self.bucket(shape)
+        arrays = assemble(Batch(0, 0, shape, {0: works}), 0, page_size=PAGE, max_pages=self.pages)
+        packed = np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
+        assert len(packed) == packed_size(bucket)
+        static = model.StepShape(cfg=self.cfg, bucket=bucket, ranks=1, slots=self._slots, page_size=PAGE)
+        arguments = steps.StepArguments(
+            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=jnp.asarray(packed)
+        )
+        out = steps.run_step(arguments, shape=static, mesh=self._mesh)
+        self.cache = jax.block_until_ready(steps.run_commit(self.cache, out.new_kv, packed, bucket=bucket))
+        return packed, out
+
+    def prefill(self, tokens: int) -> None:
+        """Compute a context from its beginning."""
+        for start in range(0, tokens, PREFILL.tiles * TILE):
+            self.step(PREFILL, (self.work(start, min(PREFILL.tiles * TILE, tokens - start)),))
+
+    def restore(self, tokens: int) -> None:
+        """Copy a context from memory to the cache."""
+        for first in range(0, tokens, PIECE_ENTRIES):
+            at = np.arange(first, min(first + PIECE_ENTRIES, tokens))
+            rows = self.copy.read(at, np.full(len(at), 5), at).view(np.float32)
+            rows = rows.reshape(len(at), self.cfg.n_layers, -1).swapaxes(0, 1)
+            self.cache = write_entries(self.cache, at, rows, self.bucket(WRITE), self._commit, self.device)
+        jax.block_until_ready(self.cache)
+
+    def fill_copy(self, tokens: int) -> None:
+        """Put a context into the copy, of which the values do not matter."""
+        at = np.arange(tokens)
+        self.copy.write(at, np.full(tokens, 5), at, np.zeros((tokens, self.copy.entry_bytes), np.uint8))
+
+    def protect(self, shape: Shape, packed: np.ndarray, out: model.StepOutputs) -> None:
+        """What a rank does after a step's answer."""
+        wrote = written(packed, self.bucket(shape))
+        self.copy.write(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(out.new_kv, wrote.rows))
+        self.copy.seal(0)
+
+    def work(self, start: int, count: int) -> Work:
+        """Tokens of the one request there is."""
+        sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+        pages = tuple(range(self.pages))
+        return Work(request_id="a", start=start, tokens=(5,) * count, pages=pages, samples=True, **sampling)
+
+    def bucket(self, shape: Shape) -> Bucket:
+        """The bucket with room for the longest context."""
+        return Bucket(decode=shape.decode, tiles=shape.tiles, max_pages=self.pages)
+
+    def _commit(self, cache, new, packed):
+        return steps.run_commit(cache, new, packed, bucket=self.bucket(WRITE))
+
+
+def median_ms(run: Callable[[], object], rounds: int) -> float:
+    """Of `rounds` runs after a first."""
+    took = []
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        run()
+        if turn:
+            took.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(took)
+
+
+def copying(rank: OneRank, rounds: int) -> dict[str, float]:
+    """Milliseconds of a decode step and of a prefill step, and of copying what they wrote."""
+    found = {}
+    for name, shape, works in (
+        ("decode", DECODE, tuple(rank.work(start, 1) for start in range(DECODE.decode))),
+        ("prefill", PREFILL, (rank.work(0, PREFILL.tiles * TILE),)),
+    ):
+        packed, out = rank.step(shape, works)
+        found[f"{name}_step_ms"] = median_ms(lambda s=shape, w=works: rank.step(s, w), rounds)
+        found[f"{name}_copy_ms"] = median_ms(lambda s=shape, p=packed, o=out: rank.protect(s, p, o), rounds)
+    return found
+
+
+def main() -> int:
+    """Measure, print, and write JSON."""
+    about, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=about, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2-moe")
+    parser.add_argument("--contexts", default=CONTEXTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    kernels.load()
+    cfg = HostStore.create(ensure_model(options.model)).cfg
+    contexts = sorted(int(n) for n in options.contexts.split(","))
+    rank = OneRank(cfg, contexts)
+    rank.fill_copy(max(contexts))
+    print(f"{bytes_per_token(cfg) / 1e3:.0f} KB of cache a token\n{'context':>8} {'recompute':>10} {'restore':>8} ms")
+    runs = []
+    for context in contexts:
+        recompute = median_ms(lambda n=context: rank.prefill(n), options.rounds)
+        restore = median_ms(lambda n=context: rank.restore(n), options.rounds)
+        runs.append({"context": context, "recompute_ms": recompute, "restore_ms": restore})
+        print(f"{context:8} {recompute:10.1f} {restore:8.1f} {recompute / restore:7.1f}x", flush=True)
+    even = next((run["context"] for run in runs if run["restore_ms"] < run["recompute_ms"]), None)
+    print(f"restoring is quicker from {even} tokens on, of those tried")
+    steady = copying(rank, 4 * options.rounds)
+    for name in ("decode", "prefill"):
+        step, copy = steady[f"{name}_step_ms"], steady[f"{name}_copy_ms"]
+        print(f"{name} step {step:.2f} ms, copying what it wrote {copy:.3f} ms: {copy / step:.2%}")
+    if options.json is not None:
+        found = {"machine": machine(), "model": options.model, "runs": runs, "break_even": even, "steady": steady}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
