@@ -19,6 +19,8 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
     mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items()) or "none"
     lattice = ", ".join(f"{loss}: {share:.0%}" for loss, share in status.lattice.items()) or "none"
     masked = ", ".join(f"layer {layer} expert {expert}" for layer, expert in status.masked) or "none"
+    copies = "not copied" if status.protection == "off" else f"copied ({status.protection})"
+    given = f"{status.tokens_restored} entries of lost ranks restored, {status.tokens_recomputed} computed again"
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{model.name}, {model.experts} experts, context {model.max_context}"),
@@ -27,6 +29,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("losses prepared", lattice),
         ("experts masked", masked),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
+        ("caches", f"{copies}, {status.protected_bytes >> 20} MiB; {given}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
         ("compiles since ready", str(status.compiles_after_ready)),
     ):

@@ -72,6 +72,11 @@ def test_status_shows_ranks_and_prepared_losses(server):  # noqa: F811
         assert text in result.output
 
 
+def test_status_tells_how_caches_outlive_their_ranks(server):  # noqa: F811
+    result = run("status", "--server", server.address)
+    assert "copied (memory), 1 MiB; 0 entries of lost ranks restored" in result.output
+
+
 def test_status_as_json_is_the_whole_status(server, backend):  # noqa: F811
     status = json.loads(run("status", "--json", "--server", server.address).output)
     assert status["ranks"][3]["pid"] == 1003

@@ -115,6 +115,9 @@ async def test_load_of_experts_and_price_of_ranks_are_those_of_the_status(genera
     assert value(metrics, "moejax_rank_up", rank="0") == 0
     assert value(metrics, "moejax_rank_loss_stall_seconds", rank="0") is None
     assert value(metrics, "moejax_experts_loaded_total") == 4
+    assert value(metrics, "moejax_protected_bytes") == 1 << 20
+    assert value(metrics, "moejax_tokens_restored_total") == 510
+    assert value(metrics, "moejax_tokens_recomputed_total") == 2
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="192") == 1
 
 
