@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from serving.batch import DROPPED, Bucket, _padding
+from serving.cache_copy import NotCopied
 from serving.health import Cause
 from serving.links import Loss, RankLost, RankRefused
 from serving.mesh_key import MeshKey
@@ -131,7 +132,10 @@ class FakeLinks:
         await self._heard(rank, what)
         if each.loss is not None:
             raise RankLost(rank, str(each.loss.cause))
-        return link_pb2.Done(**(getattr(self, f"_{what}", lambda *_: None)(rank, each, message) or {}))
+        try:
+            return link_pb2.Done(**(getattr(self, f"_{what}", lambda *_: None)(rank, each, message) or {}))
+        except NotCopied as error:
+            raise RankRefused(rank, what, str(error)) from None
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
         for rank in parts:

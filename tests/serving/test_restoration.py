@@ -1,0 +1,95 @@
+"""The loop restores what outlived a rank, by what it has measured, and does without where that fails."""
+
+import asyncio
+
+import pytest
+
+import serving.failover
+import serving.loop
+import serving.restoration
+from serving.config import Settings
+from tests.fake_links import FakeCoordinator
+from tests.fakes import alone
+from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine
+
+FREE = Settings(**{**vars(SETTINGS), "restart": False, "prefix_caching": False})
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+
+
+async def lose_one(spoil=None) -> tuple[Machine, dict]:
+    """Rank 1 dies while all stream; `spoil` does something to the server then. The events after it, by kind."""
+    m = Machine(FREE)
+    await m.failover.start()
+    m.loop.start()
+    clients = [asyncio.create_task(m.read(request)) for request in m.requests]
+    try:
+        await m.begun()
+        m.links.kill(1)
+        if spoil is not None:
+            spoil(m)
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*clients)
+        for request in m.requests:
+            assert m.tokens[request.id] == alone(request, MODEL.max_context)[0]
+        return m, {event.kind: event for event in m.loop.events.past()}
+    finally:
+        await m.loop.drain(0.0)
+        await m.failover.close()
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, restored: bool) -> None:
+    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: restored)
+
+
+def test_events_and_counts_say_what_was_restored(monkeypatch):
+    choose(monkeypatch, True)
+    m, events = asyncio.run(lose_one())
+    status = m.loop.status()
+    assert status.tokens_restored >= 2 * 12
+    assert f"{status.tokens_restored} cache entries to restore, " in events["recovered"].message
+    assert events["cache_restored"].message == f"{status.tokens_restored} cache entries of 2 requests"
+    assert status.protection == "memory"
+
+
+def test_where_it_would_be_slower_everything_is_computed_again(monkeypatch):
+    choose(monkeypatch, False)
+    m, events = asyncio.run(lose_one())
+    assert "cache_restored" not in events
+    assert m.loop.status().tokens_restored == 0
+    assert m.loop.status().tokens_recomputed >= 2 * 12
+    assert all(what != "restore_cache" for _, what in m.links.log)
+
+
+def test_a_copy_that_has_something_else_is_refused_and_the_requests_are_computed_again(monkeypatch):
+    choose(monkeypatch, True)
+
+    def spoil(m: Machine) -> None:
+        for kept in m.failover.copies._lost.values():
+            kept.copy._tags[:, 0] += 1
+
+    m, events = asyncio.run(lose_one(spoil))
+    assert "is wanted" in events["not_restored"].cause
+    assert m.loop.status().tokens_restored == 0
+    assert m.loop.status().tokens_recomputed >= 2 * 12
+    assert m.failover.generation == 1
+
+
+def test_a_copy_that_is_gone_is_done_without(monkeypatch):
+    choose(monkeypatch, True)
+
+    def spoil(m: Machine) -> None:
+        monkeypatch.setattr(m.failover.copies, "find", lambda _: None)
+
+    _, events = asyncio.run(lose_one(spoil))
+    assert "the copy is there no more" in events["not_restored"].cause
+
+
+def test_steps_and_pieces_are_measured(monkeypatch):
+    choose(monkeypatch, True)
+    m, _ = asyncio.run(lose_one())
+    assert m.loop.restoration.costs.step.weight > 10
+    assert m.loop.restoration.costs.piece != type(m.loop.restoration.costs).guess(8).piece
