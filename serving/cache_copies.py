@@ -17,7 +17,6 @@ import numpy as np
 
 from serving.batch import Batch
 from serving.cache_copy import CacheCopy, size_of
-from serving.errors import StartError
 from serving.proto.moejax.v1 import link_pb2
 from serving.salvage import copied, written_since
 from serving.sequence import Salvage, Sequence
@@ -30,11 +29,12 @@ SHARE = 0.5
 
 @dataclasses.dataclass
 class Kept:
-    """One copy: its file, and the copy in it."""
+    """One copy: its file, the copy in it, and whether the rank tells what belongs there instead of writing it."""
 
     number: int
     file: int
     copy: CacheCopy
+    told: bool
 
     @property
     def path(self) -> str:
@@ -93,20 +93,20 @@ class CacheCopies:
         return sum(kept.bytes for kept in (*self._of.values(), *self._lost.values()))
 
     def fresh(self, rank: int) -> link_pb2.Configure:
-        """An empty copy for a rank that starts: the part of its configuration that tells it. Raises StartError."""
+        """An empty copy for a rank that starts: the part of its configuration that tells it. Without memory for one the
+        rank serves all the same, and `reason` says so."""
         if not self.on:
             return link_pb2.Configure()
         before = self._of.pop(rank, None)
         if before is not None:
             before.close()
-        file = os.memfd_create("moejax-cache")
         try:
-            copy = CacheCopy.create(file, self._entries, self.entry_bytes)
+            file, copy = _made(self._entries, self.entry_bytes)
         except OSError as error:
-            os.close(file)
-            raise StartError(f"no memory for a copy of the cache: {error}. Start with --protect-cache off.") from None
+            self.reason = f"rank {rank} has no copy of its cache: {error}"
+            return link_pb2.Configure()
         self._numbers += 1
-        self._of[rank] = Kept(self._numbers, file, copy)
+        self._of[rank] = Kept(self._numbers, file, copy, told=self.way == "stream")
         if self.way == "memory":
             return link_pb2.Configure(cache_copy=self._of[rank].path)
         return link_pb2.Configure(tell_copies=True)
@@ -116,6 +116,7 @@ class CacheCopies:
         kept = self._of.get(rank)
         if kept is None:
             return
+        kept.told = True
         entries, tokens, positions = (
             np.frombuffer(field, np.int32) for field in (message.entries, message.tokens, message.positions)
         )
@@ -124,6 +125,11 @@ class CacheCopies:
             kept.copy.write(entries, tokens, positions, rows)
         if message.HasField("sealed"):
             kept.copy.seal(message.sealed)
+
+    def maps(self, rank: int) -> bool:
+        """A rank can open copies itself, as far as is known."""
+        kept = self._of.get(rank)
+        return self.way == "memory" and (kept is None or not kept.told)
 
     def stepped(self, batch: Batch) -> None:
         """The results of a step are in."""
@@ -172,6 +178,15 @@ class CacheCopies:
             kept.close()
         self._of.clear()
         self._lost.clear()
+
+
+def _made(entries: int, entry_bytes: int) -> tuple[int, CacheCopy]:
+    file = os.memfd_create("moejax-cache")
+    try:
+        return file, CacheCopy.create(file, entries, entry_bytes)
+    except OSError:
+        os.close(file)
+        raise
 
 
 def free_bytes(root: Path = Path("/")) -> int:

@@ -159,8 +159,7 @@ class Loop:
         self._take_plan(())
         self._restore()
         self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks")
-        if self.failover.copies.reason:
-            self.events.add("unprotected", self.failover.epoch, message=self.failover.copies.reason)
+        self._tell_unprotected()
         self._task = asyncio.create_task(self._run())
         settings = self.settings
         if self.ledger.keeps:
@@ -703,6 +702,14 @@ class Loop:
         self._take_plan(newcomers)
         for rank in sorted(newcomers):
             self.events.add("rejoined", self.failover.epoch, rank=rank, phases=phases)
+        self._tell_unprotected()
+
+    def _tell_unprotected(self) -> None:
+        """Caches that are not copied although they were to be, each reason once."""
+        copies = self.failover.copies
+        if copies.reason:
+            self.events.add("unprotected", self.failover.epoch, message=copies.reason)
+            copies.reason = ""
 
     def _pages_used(self) -> dict[int, int]:
         """How many pages from the first on hold all that is in use or kept for later, by rank."""

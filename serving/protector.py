@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from serving.cache_copy import CacheCopy, entries_of
+from serving.cache_copy import CacheCopy, NotCopied, entries_of
 from serving.proto.moejax.v1 import link_pb2
 
 MESSAGE_BYTES = 16 << 20
@@ -21,11 +21,15 @@ class Protector:
 
     @classmethod
     def of(cls, command: link_pb2.Configure) -> Self | None:
-        """As the front wants it; None when nothing is copied. Raises OSError and NotCopied."""
+        """As the front wants it; None when nothing is copied. A rank that may not open its copy tells what belongs
+        there."""
         which = command.WhichOneof("protection")
         if which is None:
             return None
-        return cls(CacheCopy.open(Path(command.cache_copy)) if which == "cache_copy" else None)
+        try:
+            return cls(CacheCopy.open(Path(command.cache_copy)) if which == "cache_copy" else None)
+        except (OSError, NotCopied):
+            return cls(None)
 
     def copy(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
         """Entries `[n]` of the cache have these tokens, positions and `rows [n, L, widths]` now."""

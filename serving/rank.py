@@ -264,11 +264,20 @@ class Rank:
             self._protector.copy(entries, tokens, positions, rows.swapaxes(0, 1))
 
     def protect(self) -> None:
-        """Copy what the last step wrote to where it outlives this rank. After its report, so that nobody waits."""
+        """Copy what the last step wrote to where it outlives this rank. After its report, so that nobody waits. A rank
+        that cannot serves on without a copy, whose seal then stays behind."""
         step, self._uncopied = self._uncopied, None
         if step is None or self._protector is None:
             return
-        command, inputs, outputs = step
+        try:
+            self._copy_step(*step)
+        except Exception as error:
+            self._protector = None
+            text = f"rank {self.rank}: the cache is not copied any more: {type(error).__name__}: {error}"
+            print(text, file=sys.stderr, flush=True)
+
+    def _copy_step(self, command: link_pb2.Step, inputs: np.ndarray, outputs: StepOutputs) -> None:
+        assert self._protector is not None
         wrote = written(inputs, self.shape.buckets[command.bucket])
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
         self._protector.copy(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(new, wrote.rows))

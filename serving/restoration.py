@@ -160,7 +160,7 @@ class Restoration:
             raise NotCopied("the copy is there no more")
         tokens = np.array(sequence.tokens(first, first + count), np.int32)
         message = link_pb2.RestoreCache(pages=sequence.pages, first=first, count=count, tokens=tokens.tobytes())
-        if self.copies.way == "memory":
+        if self.copies.maps(sequence.rank):
             message.cache_copy = kept.path
             message.from_pages.extend(salvage.pages)
         else:
