@@ -1,0 +1,71 @@
+"""What a step wrote is copied by entry, and comes to the same bits in another cache."""
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import steps
+from moejax.cache import Cache, cache_shapes, empty_cache
+from moejax.inputs import Bucket, idle
+from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
+from serving import cache_copy
+from serving.batch import Batch, assemble
+from serving.batch import Bucket as Shape
+from tests.moejax.models import MIXTRAL
+from tests.moejax.stepping import MAX_PAGES, PAGE, work
+
+ENTRIES = 12 * PAGE
+SHAPE = Shape(4, 2)
+BUCKET = Bucket(decode=SHAPE.decode, tiles=SHAPE.tiles, max_pages=MAX_PAGES)
+WORKS = (
+    work([11], 70, (3, 9, 0)),
+    work([12], 5, (7,)),
+    work(list(range(20, 70)), 14, (10, 2)),
+)
+"""Two decode rows and a chunk of fifty tokens that begins in the middle of a page."""
+
+
+def packed_step() -> np.ndarray:
+    arrays = assemble(Batch(0, 0, SHAPE, {0: WORKS}), 0, page_size=PAGE, max_pages=MAX_PAGES)
+    return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
+
+
+def random_rows(count: int) -> Cache:
+    draw, shapes = np.random.default_rng(0), cache_shapes(MIXTRAL, count)
+    return Cache(k=draw.normal(size=shapes.k).astype(np.float32), v=draw.normal(size=shapes.v).astype(np.float32))
+
+
+def new_cache() -> Cache:
+    return jax.device_put(empty_cache(MIXTRAL, ENTRIES), jax.devices()[0], may_alias=False)
+
+
+def test_a_step_wrote_its_tokens_at_their_positions_and_no_padding():
+    wrote = written(packed_step(), BUCKET)
+    assert wrote.tokens.tolist() == [11, 12, *range(20, 70)]
+    assert wrote.positions.tolist() == [70, 5, *range(14, 64)]
+    of_works = [entries_of(w.pages, PAGE, w.start, len(w.tokens)) for w in WORKS]
+    assert wrote.entries.tolist() == np.concatenate(of_works).tolist()
+    assert len(written(idle(BUCKET), BUCKET).rows) == 0
+
+
+@pytest.mark.parametrize("size", [Bucket(decode=2, tiles=0, max_pages=1), Bucket(decode=8, tiles=2, max_pages=1)])
+def test_rows_copied_by_entry_are_the_bits_that_were_committed(size):
+    packed, new = packed_step(), random_rows(BUCKET.rows)
+    here = steps.run_commit(new_cache(), new, packed, bucket=BUCKET)
+    wrote = written(packed, BUCKET)
+    rows = rows_by_entry(new, wrote.rows)
+    np.testing.assert_array_equal(rows.swapaxes(0, 1), read_entries(here, wrote.entries))
+
+    def commit(cache, new, packed):
+        return steps.run_commit(cache, new, packed, bucket=size)
+
+    there = write_entries(new_cache(), wrote.entries, rows.swapaxes(0, 1), size, commit, jax.devices()[0])
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_ranks_and_copies_count_entries_alike():
+    for first, count in ((0, 5), (3, 40), (31, 2)):
+        assert entries_of((4, 2), PAGE, first, count).tolist() == (
+            cache_copy.entries_of((4, 2), PAGE, first, count).tolist()
+        )
