@@ -33,7 +33,8 @@ def move(state: EngineState, request_id: str) -> tuple[EngineState, Sequence] | 
     rooms = [
         rank
         for rank, pool in state.pools.items()
-        if rank not in state.closed
+        if rank != source
+        and rank not in state.closed
         and running.count(rank) < state.limits.most_decode
         and len(sequence.pages) < pool.available  # one more, so that it can go on
     ]

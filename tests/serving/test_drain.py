@@ -109,6 +109,16 @@ def test_a_moved_request_computes_nothing_again():
     assert [len(work.tokens) for work in batch.work[after.rank]] == [1]
 
 
+def test_a_request_moves_to_another_rank_also_from_one_that_is_open():
+    fake = server(3)
+    for name in "abc":
+        fake.submit(small_request(name, max_tokens=20))
+    fake.step()
+    before = fake.state.running["a"].rank
+    assert move(fake, "a")
+    assert fake.state.running["a"].rank != before
+
+
 def test_without_room_elsewhere_a_request_stays_where_it_is():
     fake = server(2, pages=6)
     for name in "ab":

@@ -20,15 +20,17 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
 
 
-async def lose_one(spoil=None) -> tuple[Machine, dict]:
-    """Rank 1 dies while all stream; `spoil` does something to the server then. The events after it, by kind."""
+async def lose_one(spoil=None, *, victim: int = 1, streams: int = 6) -> tuple[Machine, dict]:
+    """A rank dies while all stream; `spoil` does something to the server then. The events after it, by kind."""
     m = Machine(FREE)
+    m.requests = m.requests[:streams]
+    m.tokens = {request.id: [] for request in m.requests}
     await m.failover.start()
     m.loop.start()
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
     try:
         await m.begun()
-        m.links.kill(1)
+        m.links.kill(victim)
         if spoil is not None:
             spoil(m)
         async with asyncio.timeout(LIMIT_S):
@@ -86,6 +88,67 @@ def test_a_copy_that_is_gone_is_done_without(monkeypatch):
 
     _, events = asyncio.run(lose_one(spoil))
     assert "the copy is there no more" in events["not_restored"].cause
+
+
+def test_nothing_else_needs_to_run_for_a_restoration_to_go_on(monkeypatch):
+    choose(monkeypatch, True)
+    monkeypatch.setattr(serving.loop, "IDLE_S", 10 * LIMIT_S)
+    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 3)
+    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)
+    _, events = asyncio.run(lose_one(victim=0, streams=1))
+    assert "of 1 requests" in events["cache_restored"].message
+
+
+def test_a_rank_that_cannot_open_copies_is_sent_the_entries(monkeypatch):
+    choose(monkeypatch, True)
+    sent = []
+
+    def spoil(m: Machine) -> None:
+        m.failover.copies._of[0].told = True
+        restore = m.links._restore_cache
+
+        def seen(rank, each, message):
+            sent.append((rank, message.cache_copy == "", len(message.rows) > 0))
+            restore(rank, each, message)
+
+        m.links._restore_cache = seen
+
+    asyncio.run(lose_one(spoil))
+    assert {(rank, bare, rows) for rank, bare, rows in sent} == {(0, True, True), (2, False, False)}
+
+
+def test_a_client_that_leaves_while_its_context_is_restored_takes_nothing_along(monkeypatch):
+    choose(monkeypatch, True)
+    m = asyncio.run(leave_in_the_middle())
+    assert m.loop.counts.failed == 0
+    assert all(not pool.used for pool in m.loop.state.pools.values())
+    assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
+
+
+async def leave_in_the_middle() -> Machine:
+    """The client of a request that is being restored leaves while the rank has the message."""
+    m = Machine(FREE)
+    await m.failover.start()
+    m.loop.start()
+    clients = [asyncio.create_task(m.read(request)) for request in m.requests]
+    try:
+        await m.begun()
+        gone = m.loop.state.running["r0"].rank
+        restore = m.links._restore_cache
+
+        def leave(rank, each, message):
+            clients[0].cancel()
+            m.loop.abort("r0")
+            restore(rank, each, message)
+
+        m.links._restore_cache = leave
+        m.links.kill(gone)
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*clients, return_exceptions=True)
+        return m
+    finally:
+        await m.loop.drain(0.0)
+        await m.failover.close()
 
 
 def test_steps_and_pieces_are_measured(monkeypatch):
