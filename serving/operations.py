@@ -185,10 +185,12 @@ class Operations:
         """Move requests of leaving ranks; release the ranks that have none left."""
         engine, began = self._engine, time.monotonic()
         for sequence in drain.leaving(engine.state):
-            moved = drain.move(engine.state, sequence.id)
+            before = engine.state
+            moved = drain.move(before, sequence.id) if sequence.id in before.running else None
             if moved is not None:
                 await self._copy(sequence, moved[1])
-                engine.state = moved[0]
+                if engine.state is before:  # else somebody's request ended meanwhile: this one moves the next time
+                    engine.state = moved[0]
             if time.monotonic() - began > MOVE_BUDGET_S:
                 break
         late = {rank for rank, leaving in self.leaving.items() if began > leaving.until}

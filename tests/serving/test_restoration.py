@@ -8,6 +8,7 @@ import serving.failover
 import serving.loop
 import serving.restoration
 from serving.config import Settings
+from serving.faults import Instruction
 from tests.fake_links import FakeCoordinator
 from tests.fakes import alone
 from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine
@@ -125,8 +126,15 @@ def test_a_client_that_leaves_while_its_context_is_restored_takes_nothing_along(
     assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
 
 
-async def leave_in_the_middle() -> Machine:
-    """The client of a request that is being restored leaves while the rank has the message."""
+def test_a_client_that_leaves_while_another_request_is_moved_stays_gone():
+    m = asyncio.run(leave_in_the_middle("read_cache"))
+    assert m.loop.counts.finished == len(m.requests)  # each once
+    assert all(not pool.used for pool in m.loop.state.pools.values())
+    assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
+
+
+async def leave_in_the_middle(message: str = "restore_cache") -> Machine:
+    """The client of a request leaves while a rank has a message: one that restores it, or that moves it in a drain."""
     m = Machine(FREE)
     await m.failover.start()
     m.loop.start()
@@ -134,15 +142,19 @@ async def leave_in_the_middle() -> Machine:
     try:
         await m.begun()
         gone = m.loop.state.running["r0"].rank
-        restore = m.links._restore_cache
+        assert gone is not None
+        answer = getattr(m.links, f"_{message}")
 
-        def leave(rank, each, message):
+        def leave(rank, each, told):
             clients[0].cancel()
             m.loop.abort("r0")
-            restore(rank, each, message)
+            return answer(rank, each, told)
 
-        m.links._restore_cache = leave
-        m.links.kill(gone)
+        setattr(m.links, f"_{message}", leave)
+        if message == "restore_cache":
+            m.links.kill(gone)
+        else:
+            await m.loop.apply(Instruction(action="drain", ranks=(gone,)))
         async with asyncio.timeout(LIMIT_S):
             await asyncio.gather(*clients, return_exceptions=True)
         return m
