@@ -718,6 +718,7 @@ class Loop:
     def _take_plan(self, fresh: Iterable[int], salvage: Mapping[str, Salvage] | None = None) -> None:
         """The engine's view of the plan in force; ranks in `fresh` have an empty cache, of which `salvage` is left."""
         fresh, failover = {*fresh, *self.failover.emptied}, self.failover
+        self.restoration.dropped(failover.emptied.intersection(failover.alive))
         failover.emptied.clear()
         self.state = lose(self.state, fresh & set(self.state.pools), salvage) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()
