@@ -23,8 +23,9 @@ from serving.sequence import Salvage, Sequence
 
 STEPS_KEPT = 8
 """Steps whose work is remembered, for what was not copied yet when a rank died: it is the last one or none."""
-SHARE = 0.5
-"""Of the memory that is free at the start, what `auto` takes at most."""
+SHARE = 0.25
+"""Of the memory that is free at the start, what copies of all caches may take with `auto`: the caches themselves are
+as large, copies of dead ranks come on top, and so do the weights."""
 
 
 @dataclasses.dataclass
@@ -69,16 +70,16 @@ class CacheCopies:
 
     @classmethod
     def of(cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, free: int | None = None) -> Self:
-        """As the setting wants it: `auto` is `memory` where twice the caches of all ranks (one copy of each that
-        serves, and of each that has died) are no more than a share of the memory that is free."""
+        """As the setting wants it: `auto` is `memory` where copies of all ranks' caches, when they are full, are no
+        more than a share of the memory that is free."""
         way, reason = wanted, ""
         if wanted == "auto":
-            need, free = 2 * ranks * size_of(entries, entry_bytes), free_bytes() if free is None else free
+            need, free = ranks * size_of(entries, entry_bytes), free_bytes() if free is None else free
             way = "memory" if need <= SHARE * free else "off"
             if way == "off":
                 reason = (
-                    f"copies of the caches may take {need >> 20} MiB, more than half of the {free >> 20} MiB free: "
-                    "not made. Lower --pages-per-rank or give --protect-cache memory."
+                    f"copies of the caches may take {need >> 20} MiB, more than a quarter of the {free >> 20} MiB "
+                    "free: not made. Lower --pages-per-rank or give --protect-cache memory."
                 )
         return cls(way, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, reason=reason)
 

@@ -32,11 +32,11 @@ def filled(made: CacheCopies, rank: int, count: int, step: int) -> Sequence:
 
 
 def test_auto_makes_copies_where_memory_is_plenty_and_says_why_not_elsewhere():
-    need = 2 * 2 * size_of(ENTRIES, ENTRY_BYTES)
-    assert (copies("auto", free=2 * need).way, copies("auto", free=2 * need).reason) == ("memory", "")
-    bare = copies("auto", free=2 * need - 1)
+    need = 2 * size_of(ENTRIES, ENTRY_BYTES)
+    assert (copies("auto", free=4 * need).way, copies("auto", free=4 * need).reason) == ("memory", "")
+    bare = copies("auto", free=4 * need - 1)
     assert bare.way == "off"
-    assert "more than half of the 0 MiB free" in bare.reason
+    assert "more than a quarter of the 0 MiB free" in bare.reason
     assert copies("memory", free=0).way == "memory"
 
 
