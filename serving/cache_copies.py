@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -93,11 +93,15 @@ class CacheCopies:
         """Memory that all copies take now."""
         return sum(kept.bytes for kept in (*self._of.values(), *self._lost.values()))
 
-    def fresh(self, rank: int) -> link_pb2.Configure:
-        """An empty copy for a rank that starts: the part of its configuration that tells it. Without memory for one the
-        rank serves all the same, and `reason` says so."""
+    def has(self, rank: int) -> bool:
+        """A rank that attends has been told of a copy, or need not be."""
+        return not self.on or rank in self._of
+
+    def fresh(self, rank: int, kind: type[Any] = link_pb2.Configure) -> Any:
+        """An empty copy for a rank that begins to attend: the part of its configuration, or of a plan, that tells it.
+        Without memory for one the rank serves all the same, and `reason` says so."""
         if not self.on:
-            return link_pb2.Configure()
+            return kind()
         before = self._of.pop(rank, None)
         if before is not None:
             before.close()
@@ -105,12 +109,12 @@ class CacheCopies:
             file, copy = _made(self._entries, self.entry_bytes)
         except OSError as error:
             self.reason = f"rank {rank} has no copy of its cache: {error}"
-            return link_pb2.Configure()
+            return kind()
         self._numbers += 1
         self._of[rank] = Kept(self._numbers, file, copy, told=self.way == "stream")
         if self.way == "memory":
-            return link_pb2.Configure(cache_copy=self._of[rank].path)
-        return link_pb2.Configure(tell_copies=True)
+            return kind(cache_copy=self._of[rank].path)
+        return kind(tell_copies=True)
 
     def told(self, rank: int, message: link_pb2.Copied) -> None:
         """A rank that cannot reach its copy tells what belongs there."""

@@ -407,7 +407,8 @@ class Failover:
             one_machine=True,
             experts_only=self.base.role(rank) == "expert",
         )
-        configure.MergeFrom(self.copies.fresh(rank))
+        if not configure.experts_only:
+            configure.MergeFrom(self.copies.fresh(rank))
         self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
 
     def _stop_preparing(self) -> None:
@@ -581,6 +582,7 @@ class Failover:
     async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
         plan = plan.with_epoch(self.epoch)
+        self._empty(set(plan.rank_ids) - set(plan.source_ids))
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
             rank: link_pb2.Adopt(
@@ -591,7 +593,9 @@ class Failover:
             )
             for rank in plan.rank_ids
         }
-        self.emptied.update(set(plan.rank_ids) - set(plan.source_ids))
+        for rank in plan.source_ids:
+            if not self.copies.has(rank):
+                parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt))
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan
@@ -599,6 +603,12 @@ class Failover:
             self.unreadable |= {(slot.layer, slot.expert): answer.trouble for slot in answer.missing}
         both = zip(plan.rank_ids, answers, strict=True)
         return [(rank, slot.layer, slot.slot) for rank, answer in both for slot in answer.missing]
+
+    def _empty(self, ranks: Iterable[int]) -> None:
+        """Ranks that attend are to drop their caches: what is left of these is in the copies there are."""
+        for rank in set(ranks) - self.emptied:
+            self.copies.lost(rank)
+            self.emptied.add(rank)
 
     async def _all(self, what: str, messages: dict[int, Any]) -> list[link_pb2.Done]:
         """The answers of all; when one is lost or refuses, the others are not waited for."""

@@ -614,7 +614,7 @@ class Loop:
         lost()
         self.operations.lost(set(losses))
         self._losses = {rank: loss for rank, loss in self._losses.items() if rank in failover.alive}
-        salvage, again = self.restoration.of_lost(set(losses))
+        salvage, again = self.restoration.of_lost({*losses, *failover.emptied})
         self._take_plan(losses, salvage)
         if phases is not None:
             self.counts.recoveries += 1
@@ -717,8 +717,10 @@ class Loop:
 
     def _take_plan(self, fresh: Iterable[int], salvage: Mapping[str, Salvage] | None = None) -> None:
         """The engine's view of the plan in force; ranks in `fresh` have an empty cache, of which `salvage` is left."""
-        fresh, failover = {*fresh, *self.failover.emptied}, self.failover
-        self.restoration.dropped(failover.emptied.intersection(failover.alive))
+        failover = self.failover
+        if failover.emptied and salvage is None:
+            salvage, _ = self.restoration.of_lost(set(failover.emptied))
+        fresh = {*fresh, *failover.emptied}
         failover.emptied.clear()
         self.state = lose(self.state, fresh & set(self.state.pools), salvage) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()

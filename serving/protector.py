@@ -20,7 +20,7 @@ class Protector:
         self._told: list[link_pb2.Copied] = []
 
     @classmethod
-    def of(cls, command: link_pb2.Configure) -> Self | None:
+    def of(cls, command: link_pb2.Configure | link_pb2.Adopt) -> Self | None:
         """As the front wants it; None when nothing is copied. A rank that may not open its copy tells what belongs
         there."""
         which = command.WhichOneof("protection")

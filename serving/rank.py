@@ -225,6 +225,8 @@ class Rank:
         if attends:
             routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(routes.shape)
         self.arrays.attend(attends, self.device)
+        if command.WhichOneof("protection") is not None:
+            self._protector = Protector.of(command)
         filled = self.arrays.fill(slots, self._local[key.slots], self.device)
         arguments = self._lay(key, routes)
         self._adopted = Adopted(command.epoch, key, arguments, routes)

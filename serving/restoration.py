@@ -6,7 +6,6 @@ was salvaged stays where it is until all of it is in a cache.
 
 import asyncio
 import time
-from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -84,11 +83,6 @@ class Restoration:
             again += sequence.computed - (salvage.count if sequence.id in found and salvage is not None else 0)
         self.recomputed += again
         return found, again
-
-    def dropped(self, ranks: Collection[int]) -> None:
-        """Ranks that live have given up their caches for another role: nothing of these is restored."""
-        running = self._engine.state.running.values()
-        self.recomputed += sum(sequence.computed for sequence in running if sequence.rank in ranks)
 
     def _is_restored(self, sequence: Sequence, salvage: Salvage, dead: set[int]) -> bool:
         state = self._engine.state

@@ -172,6 +172,8 @@ class FakeLinks:
     def _adopt(self, rank: int, each: FakeProcess, m: link_pb2.Adopt) -> dict:
         key = MeshKey.read(m.mesh)
         wanted = np.frombuffer(m.slots, np.int32).reshape(self._layers, key.slots_of(rank))
+        if m.WhichOneof("protection") is not None:
+            each.protector = Protector.of(m)
         if not key.attends(rank):
             each.cache.token[:] = each.cache.position[:] = -1
         if each.held is None or each.held.shape != wanted.shape:

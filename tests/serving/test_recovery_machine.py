@@ -145,16 +145,9 @@ async def lose_attention(m: Machine) -> None:
     m.links.kill(1)
 
 
-async def play(
-    act: Callable[[Machine], Awaitable[None]],
-    at: int | None,
-    victim: int,
-    policy: str,
-    protection: str,
-    arch: dict | None = None,
-) -> list:
+async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim: int, settings: dict) -> list:
     """Run a case, with `victim` dying at the message of that number after the first act. The messages since then."""
-    m = Machine(Settings(**{**vars(SETTINGS), "on_lost_expert": policy, "protect_cache": protection, **(arch or {})}))
+    m = Machine(Settings(**{**vars(SETTINGS), **settings}))
     await m.failover.start()
     m.loop.start()
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
@@ -175,8 +168,8 @@ async def play(
         assert m.failover.plan is not None
         assert m.failover.plan.masked == ()
         assert m.loop.counts.failed == 0
-        restored = m.loop.restoration.restored
-        assert restored > 0 or protection == "off" or act not in (lose_one, lose_two) or at is not None
+        restored, protection = m.loop.restoration.restored, settings["protect_cache"]
+        assert restored > 0 or protection == "off" or act not in (lose_one, lose_two, lose_experts) or at is not None
         assert restored == 0 or protection != "off"
         return messages
     finally:
@@ -202,30 +195,29 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_failure_at_any_message_of_any_stage_changes_no_token(act, policy, protection) -> None:
-    at_every_message(act, policy, protection, None)
+    at_every_message(act, {"on_lost_expert": policy, "protect_cache": protection})
 
 
 @pytest.mark.parametrize(
-    ("act", "policy"),
+    ("act", "policy", "protection"),
     [
-        (lose_experts, "wait"),
+        (lose_experts, "wait", "memory"),
         *(
-            pytest.param(act, policy, marks=pytest.mark.slow)
-            for act in (lose_experts, lose_attention, lose_one, drain_one, coordinator)
-            for policy in ("wait", "mask")
-            if (act, policy) != (lose_experts, "wait")
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(
+                (lose_experts, lose_attention, lose_one, drain_one, coordinator), ("wait", "mask"), ("memory", "off")
+            )
+            if case != (lose_experts, "wait", "memory")
         ),
     ],
 )
-def test_nor_does_one_among_attention_ranks_and_expert_ranks(act, policy) -> None:
-    at_every_message(act, policy, "memory", APART)
+def test_nor_does_one_among_attention_ranks_and_expert_ranks(act, policy, protection) -> None:
+    at_every_message(act, {"on_lost_expert": policy, "protect_cache": protection, **APART})
 
 
-def at_every_message(
-    act: Callable[[Machine], Awaitable[None]], policy: str, protection: str, arch: dict | None
-) -> None:
+def at_every_message(act: Callable[[Machine], Awaitable[None]], settings: dict) -> None:
     """The case once undisturbed, then with each rank dying at each of its messages."""
-    messages = asyncio.run(play(act, None, 0, policy, protection, arch))
+    messages = asyncio.run(play(act, None, 0, settings))
     assert messages
     for at in range(len(messages)):
         kind = messages[at][1]
@@ -233,6 +225,6 @@ def at_every_message(
             continue  # the middle of a run of steps is like its beginning
         for victim in range(RANKS):
             try:
-                asyncio.run(play(act, at, victim, policy, protection, arch))
+                asyncio.run(play(act, at, victim, settings))
             except BaseException as error:
                 raise AssertionError(f"rank {victim} died at message {at}, {messages[at]}") from error

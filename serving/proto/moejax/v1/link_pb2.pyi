@@ -149,16 +149,20 @@ class Connect(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ..., exchange: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot")
+    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot", "cache_copy", "tell_copies")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_TO_SLOT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
+    TELL_COPIES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     mesh: MeshShape
     slots: bytes
     expert_to_slot: bytes
-    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ...) -> None: ...
+    cache_copy: str
+    tell_copies: bool
+    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ...) -> None: ...
 
 class ReadCache(_message.Message):
     __slots__ = ("pages", "first", "count")
