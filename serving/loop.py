@@ -394,7 +394,7 @@ class Loop:
         self._deliver([(request_id, error)])
 
     def _hosts(self) -> dict[int, str]:
-        return {place.id: place.host for place in self.failover.base.ranks}
+        return {rank: self.failover.host_of(rank) for rank in self.failover.base.rank_ids}
 
     def _slots(self) -> int:
         plan = self.failover.plan
@@ -781,7 +781,7 @@ class Loop:
         return RankStatus(
             id=rank,
             pid=process.process.pid if process is not None and process.loss is None else None,
-            host=self.settings.host_of(rank),
+            host=self.failover.host_of(rank),
             state=state,
             role=plan.role(rank) if serving and plan is not None else self.failover.base.role(rank),
             slots=tuple(map(tuple, held)),

@@ -23,6 +23,10 @@ class Process:
     """What the loop looks at of a rank's process."""
 
     pid: int
+    home: None = None
+
+    def said(self) -> str:
+        return "nothing"
 
 
 class FakeProcess:
@@ -40,9 +44,6 @@ class FakeProcess:
         self.mesh: MeshKey | None = None
         self.epoch = -1
 
-    def why(self) -> str:
-        return "nothing"
-
 
 class FakeCoordinator:
     """A coordination service that never ends by itself."""
@@ -55,7 +56,7 @@ class FakeCoordinator:
         self._ended = asyncio.Event()
 
     @classmethod
-    async def start(cls, ranks: int, seats: int) -> "FakeCoordinator":
+    async def start(cls, ranks: int, seats: int, host: str = "") -> "FakeCoordinator":
         return cls()
 
     async def wait(self) -> int:
