@@ -21,7 +21,9 @@ from serving.errors import InvalidRequest
 from serving.policy import POLICIES
 
 PREFIX = "MOEJAX_"
-OTHER_VARIABLES = frozenset({"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_KEY", "CACHE", "CONFIG", "KEYS"})
+OTHER_VARIABLES = frozenset(
+    {"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_KEY", "CACHE", "CONFIG", "KEYS", "TOKEN_FILE"}
+)
 """MOEJAX_ variables that are not settings of a server."""
 _FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP.*)?|TEST_\w+|COMPLETE|\w+_COMPLETE")
 """What ranks are told, what Kubernetes tells every pod of a service called moejax, and shell completion."""
