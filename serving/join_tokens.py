@@ -20,6 +20,7 @@ from pathlib import Path
 from serving.errors import InvalidRequest
 
 PREFIX = "mjr_"
+FORBIDDEN = 0o037
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
 
@@ -59,7 +60,7 @@ class JoinTokens:
         """All tokens by name; none when the file is not there. Raises TokenFileError."""
         if not self.path.exists():
             return []
-        _refuse_others(self.path, 0o077, "it says who may be a rank")
+        _refuse_others(self.path, "it says who may be a rank")
         try:
             found = [JoinToken(**entry) for entry in json.loads(self.path.read_text())["join_tokens"]]
         except OSError as error:
@@ -121,9 +122,8 @@ class JoinTokens:
 
 
 def read_secret(path: Path) -> str:
-    """The secret in a rank's own file. A group may read it (Kubernetes gives a secret to the group of a pod), nobody
-    else may. Raises TokenFileError."""
-    _refuse_others(path, 0o037, "who reads it can be a rank")
+    """The secret in a rank's own file. Raises TokenFileError."""
+    _refuse_others(path, "who reads it can be a rank")
     try:
         secret = path.read_text().strip()
     except (OSError, ValueError) as error:
@@ -133,12 +133,13 @@ def read_secret(path: Path) -> str:
     return secret
 
 
-def _refuse_others(path: Path, forbidden: int, why: str) -> None:
+def _refuse_others(path: Path, why: str) -> None:
+    """A group may read such files, as Kubernetes gives a secret to the group of a pod; nobody else may anything."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise TokenFileError(f"cannot read {path}: {error.strerror}.") from None
-    if mode & forbidden:
+    if mode & FORBIDDEN:
         raise TokenFileError(f"{path} has mode {mode & 0o777:o}, and {why}. chmod 600 {path}.")
 
 

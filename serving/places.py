@@ -127,12 +127,17 @@ class Places:
         self._hosts: dict[int, str] = {}
         self._changed = asyncio.Event()
 
+    @property
+    def free(self) -> list[Place]:
+        """Where a rank can be started now, in the order in which they were offered."""
+        return [place for place in self._places.values() if place.free]
+
     async def gather(self, ranks: int, address: str, timeout_s: float, say: Callable[[str], None]) -> Cluster:
         """Wait for places for all ranks, and give them numbers so that those of a host follow each other. Raises
         StartError, saying which are there."""
         end, told = time.monotonic() + timeout_s, -1
         while True:
-            free = [place for place in self._places.values() if place.free]
+            free = self.free
             if len(free) >= ranks:
                 break
             here = ", ".join(sorted(place.host for place in free)) or "none"
@@ -243,7 +248,7 @@ class Places:
         self._changed.set()
         still: list[KeptRank] = []
         for kept in self._waiting:
-            free = [place for place in self._places.values() if place.free]
+            free = self.free
             if kept.waits and free:
                 kept.take(min(free, key=lambda place, rank=kept.rank: self._distance(place, rank)))
                 assert kept.place is not None
