@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.cluster import Cluster
+from planner.cluster import Cluster, Device
 from planner.errors import NoFeasiblePlan
 from planner.lattice import Lattice, build_lattice
 from planner.plan import Plan
@@ -403,7 +403,7 @@ class Failover:
         model, settings = self._model, self._settings
         await self._links.attached(rank)
         home = self._home(rank)
-        if home is not None and home.host != self.host_of(rank):
+        if home is not None and home.host != self.place_of(rank).host:
             self.cluster = at_home(self.cluster, rank, home)
         configure = link_pb2.Configure(
             model_config=model.config,
@@ -622,9 +622,9 @@ class Failover:
         key = MeshKey.of(self.plan)
         return key.attends(rank), key.slots_of(rank)
 
-    def host_of(self, rank: int) -> str:
-        """The host that a rank is on, or was last."""
-        return self.cluster.alive([rank])[0].host
+    def place_of(self, rank: int) -> Device:
+        """The host and the rack that a rank is in, or was last."""
+        return self.cluster.alive([rank])[0]
 
     def _home(self, rank: int) -> Home | None:
         incarnation = self._links.get(rank)

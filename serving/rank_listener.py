@@ -60,7 +60,7 @@ class RankListener:
     async def open(self, links: Attaching) -> tuple[grpc.aio.Server, str]:
         """The server, and the address it has in the end. Raises StartError when it cannot be had."""
         server = grpc.aio.server(options=OPTIONS)
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Attach": grpc.stream_stream_rpc_method_handler(
                 links.Attach, link_pb2.Report.FromString, link_pb2.Command.SerializeToString
             )
