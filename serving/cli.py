@@ -248,7 +248,7 @@ def convert(arguments: tuple[str, ...]) -> None:
 @main.command(context_settings=_passed_on)
 @click.argument("benchmark")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@example("moejax bench recovery --help", "moejax bench load --server 127.0.0.1:50051 --json load.json")
+@example("moejax bench recovery --help", "moejax bench load --model tiny --json load.json")
 def bench(benchmark: str, arguments: tuple[str, ...]) -> None:
     """Measure: BENCHMARK is recovery, throughput, load or another of the source tree's benchmarks/."""
     if importlib.util.find_spec("benchmarks") is None:
