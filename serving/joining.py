@@ -102,6 +102,7 @@ async def _until_told(way: Way, offers: list[Offer]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, keeping.cancel)
     await asyncio.wait([keeping])
+    keeping.result()
 
 
 def _address(front: str) -> str:

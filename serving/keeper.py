@@ -22,8 +22,10 @@ from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.rank_process import Child
 from serving.version import build
 
-PAUSE_S, LONGEST_S = 0.5, 5.0
-"""How long to wait before the front is dialled again: twice as long each time, up to a bound."""
+PAUSE_S, LONGEST_S, REFUSED_S = 0.5, 5.0, 30.0
+"""How long to wait before the front is dialled again: twice as long each time up to a bound, a higher one where the
+front is there and does not want this host."""
+REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -57,21 +59,22 @@ class Keeper:
         pause = PAUSE_S
         with tempfile.TemporaryDirectory(prefix="moejax-rank-") as logs:
             while True:
-                let_in = False
+                bound = LONGEST_S
                 try:
                     async with self._way.aio_channel() as channel:
                         self._reports = asyncio.Queue()
                         async for order in link_pb2_grpc.RankLinkStub(channel).Keep(self._sent()):
-                            let_in = True
+                            pause = PAUSE_S if order.HasField("start") else pause
                             self._obey(order, Path(logs))
                     self._tell("the front has ended")
                 except grpc.RpcError as error:
                     code, why = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
                     self._tell(f"{self._way.front}: {why or code.name}")
+                    bound = REFUSED_S if code in REFUSALS else bound
                 finally:
                     self._end()
-                pause = PAUSE_S if let_in else min(LONGEST_S, 2 * pause)
                 await asyncio.sleep(pause)
+                pause = min(bound, 2 * pause)
 
     def _obey(self, order: link_pb2.PlaceOrder, logs: Path) -> None:
         what = order.WhichOneof("what")
