@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.cluster import Cluster, Device
 from planner.errors import NoFeasiblePlan
-from planner.lattice import Lattice, build_lattice
+from planner.lattice import Lattice, build_lattice, extended
 from planner.plan import Plan
 from planner.recovery import Recovery
 from planner.solve import solve
@@ -27,7 +27,7 @@ from serving.health import Cause
 from serving.links import RankLinks, RankLost, RankRefused
 from serving.mesh_key import MeshKey
 from serving.outlook import loss_costs
-from serving.places import at_home
+from serving.places import at_home, placed
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
@@ -405,6 +405,9 @@ class Failover:
         home = self._home(rank)
         if home is not None and home.host != self.place_of(rank).host:
             self.cluster = at_home(self.cluster, rank, home)
+            hosts = map(frozenset, self.cluster.domains("host").values())
+            switch = self._settings.role_switch
+            self.lattice = extended(self.lattice, self.workload, self.cluster, hosts, switch=switch)
         configure = link_pb2.Configure(
             model_config=model.config,
             store=model.store if home is None else home.store,
@@ -591,7 +594,7 @@ class Failover:
 
     async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
-        plan = plan.with_epoch(self.epoch)
+        plan = placed(plan.with_epoch(self.epoch), self.cluster)
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
             rank: link_pb2.Adopt(

@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 
 from planner.cluster import Cluster, Device, Hardware
+from planner.plan import Plan
 from serving.errors import StartError
 from serving.logs import SERVER
 from serving.prepared import Prepared
@@ -267,6 +268,13 @@ def at_home(cluster: Cluster, rank: int, home: Home) -> Cluster:
     """The same cluster with a rank where it is now."""
     devices = (dataclasses.replace(d, host=home.host, rack=home.rack) if d.id == rank else d for d in cluster.devices)
     return dataclasses.replace(cluster, devices=tuple(devices))
+
+
+def placed(plan: Plan, cluster: Cluster) -> Plan:
+    """The same plan with its ranks where they are now: it may have been made before one moved."""
+    now = {device.id: device for device in cluster.devices}
+    ranks = (dataclasses.replace(r, host=now[r.id].host, rack=now[r.id].rack) for r in plan.ranks)
+    return dataclasses.replace(plan, ranks=tuple(ranks))
 
 
 def _how(code: int) -> str:

@@ -62,7 +62,6 @@ class RankStatus:
     step_ms: float = 0.0
     slowness: float = 0.0
     level: int = 0
-    role: str = "collocated"
     rack: str = ""
     loss: LossCost | None = None
 

@@ -28,8 +28,8 @@ PROMPT, TOKENS = "ROMEO:", 12
 
 @pytest.fixture(scope="module")
 def open_server() -> Iterator[Server]:
-    """Two ranks and short contexts, so that whatever is asked for ends soon."""
-    with Server(model=str(TINY), ranks=2, max_context=96) as server:
+    """Two ranks, and nothing that lets a caller change the server."""
+    with Server(model=str(TINY), ranks=2) as server:
         yield server
 
 

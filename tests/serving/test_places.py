@@ -10,13 +10,15 @@ from typing import Any
 import grpc
 import pytest
 
+from planner import Cluster, Workload, solve
 from serving.dial import Way
 from serving.errors import StartError
 from serving.health import Cause, HealthSettings
 from serving.links import Loss, RankLinks, RankLost
-from serving.places import Places
+from serving.places import Places, at_home, placed
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.rank_listener import RankListener
+from serving.rank_process import Home
 from serving.tls import ClientTls, ServerTls
 from serving.version import build
 from tests.e2e.joining import Papers
@@ -247,6 +249,16 @@ async def test_a_rank_goes_back_to_its_host_before_it_takes_anothers_place(paper
         home = front.links.spawn(0).process.home
         assert home is not None
         assert home.host == "c", "the place of another rank is the last to be taken"
+
+
+async def test_a_plan_made_before_a_rank_moved_says_where_it_is_now():
+    workload = Workload(moe_layers=1, experts=4, experts_per_token=1, expert_bytes=1)
+    cluster = Cluster.local(3, hosts=["a", "a", "b"])
+    plan = solve(workload, cluster)
+    home = Home(host="c", rack="9", store="s", executables="e", disk="d")
+    now = placed(plan, at_home(cluster, 1, home))
+    assert [(r.id, r.host, r.rack) for r in now.ranks] == [(0, "a", ""), (1, "c", "9"), (2, "b", "")]
+    assert placed(now, cluster) == plan
 
 
 @pytest.mark.parametrize("who", [None, "stranger", "host"])
