@@ -69,6 +69,13 @@ class Launched:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         return int(children[0])
 
+    @property
+    def http(self) -> str:
+        """host:port of HTTP."""
+        found = re.search(r"HTTP +http://(\S+:\d+)", self.said())
+        assert found is not None, "it is printed with that of gRPC"
+        return found[1]
+
     def said(self) -> str:
         """Everything on the server's output so far."""
         self._log.seek(0)

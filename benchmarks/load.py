@@ -1,12 +1,13 @@
 """What a server does with more than it can: open-loop load up to three times saturation.
 
-    python -m benchmarks.load [--model smollm2-moe|tiny] [--ranks 4] [--server HOST:PORT] [--json FILE]
+    python -m benchmarks.load [--model smollm2-moe|tiny] [--ranks 4] [--server HOST:PORT --http HOST:PORT] [--json FILE]
 
 Saturation is measured first, closed loop: requests per second with all places taken. Then requests arrive at random
 times (Poisson), whether or not earlier ones are done, at several multiples of it. Goodput is output tokens per second
 of requests that were answered whole; `admitted_ttft_p99_ms` is that of requests that were let in, at the highest
 load. A refusal with a time to come back (QueueFull) is an answer; `lost` counts requests that got neither their
-tokens nor one. With `--idle N`, N streams that have nothing to say are open all the while.
+tokens nor one. All the while `--idle` streams are open that have nothing to say, and `--slow` clients ask for long
+answers and read one byte a second.
 """
 
 import argparse
@@ -23,12 +24,15 @@ from typing import Any
 
 from benchmarks.launch import launched
 from benchmarks.machine import machine
+from benchmarks.slow_readers import slow_readers
 from benchmarks.streams import Ask, Trace, make_asks, play
 from benchmarks.throughput import closed_loop, percentile
 from serving.client import AsyncClient
 
 REFUSED = "QueueFull"
 _DRAIN_LIMIT_S = 120.0
+SLOW_TOKENS = 400
+"""Of an answer to a reader of one byte a second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,11 @@ async def idle_streams(client: AsyncClient, count: int) -> AsyncIterator[None]:
 
 async def measure(address: str, options: argparse.Namespace) -> dict[str, Any]:
     """Saturation, then each load; prints a line for each."""
-    async with AsyncClient(address) as client, idle_streams(client, options.idle):
+    async with (
+        AsyncClient(address) as client,
+        idle_streams(client, options.idle),
+        slow_readers(options.http, options.slow, SLOW_TOKENS) as read,
+    ):
         asks = await make_asks(client, options.places, options.prompt_tokens, options.max_tokens)
         await closed_loop(client, asks, options.places, 2 * options.places)  # warms up what depends on the load
         began = time.monotonic()
@@ -108,7 +116,8 @@ async def measure(address: str, options: argparse.Namespace) -> dict[str, Any]:
             traces = await open_loop(client, asks, rate, options.seconds, seed)
             loads.append(Load.of(traces, factor, rate, time.monotonic() - began))
             print("  ".join(f"{name} {value}" for name, value in dataclasses.asdict(loads[-1]).items()), flush=True)
-    return {"saturation": round(saturation, 2)} | verdict(loads)
+        crowd = {"idle_streams": options.idle, "slow_readers": options.slow, "slow_bytes": sum(read)}
+    return {"saturation": round(saturation, 2)} | verdict(loads) | crowd
 
 
 def verdict(loads: Sequence[Load]) -> dict[str, Any]:
@@ -131,10 +140,11 @@ def main() -> int:
     else:
         print(f"starting {options.model} on {options.ranks} ranks", flush=True)
         with launched(options.model, options.ranks, options=["--max-queue", str(options.max_queue)]) as server:
+            options.http = server.http
             result = asyncio.run(measure(server.address, options))
     print("  ".join(f"{name} {value}" for name, value in result.items() if name != "loads"))
     if options.json is not None:
-        told = {"machine": machine(), "model": options.model, "ranks": options.ranks, "idle_streams": options.idle}
+        told = {"machine": machine(), "model": options.model, "ranks": options.ranks}
         options.json.write_text(json.dumps(told | result, indent=1) + "\n")
     return 1 if result["lost"] else 0
 
@@ -157,9 +167,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--places", type=int, default=32, help="requests at a time when saturation is measured")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="about")
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--idle", type=int, default=0, help="streams that are open and silent")
+    parser.add_argument("--idle", type=int, default=1000, help="streams that are open and silent")
+    parser.add_argument("--slow", type=int, default=2, help="readers of one byte a second")
+    parser.add_argument("--http", metavar="HOST:PORT", help="where --server speaks HTTP, for slow readers")
     parser.add_argument("--json", type=Path, help="write everything here")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.server is not None and options.slow and options.http is None:
+        parser.error("--server needs --http HOST:PORT for slow readers, or --slow 0")
+    return options
 
 
 def multiples(text: str) -> tuple[float, ...]:

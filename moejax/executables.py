@@ -109,20 +109,20 @@ def executable_name(kind: str, *parts: object) -> str:
     """A name that changes with whatever the compiled code depends on: `parts`, the source of what is
     compiled, the versions of
     jax and jaxlib, the flags of XLA and the processor."""
+    about = (*map(repr, parts), *_machine(), os.environ.get("XLA_FLAGS", ""), os.environ.get("NPROC", ""))
+    return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
+
+
+def numerics() -> str:
+    """The same on two hosts whose ranks give the same numbers to the last bit."""
+    return hashlib.sha256(chr(0).join(_machine()).encode()).hexdigest()[:16]
+
+
+def _machine() -> tuple[str, ...]:
     import jaxlib
 
-    about = (
-        *map(repr, parts),
-        _source_digest(),
-        kernels.fingerprint(),
-        jax.__version__,
-        jaxlib.__version__,
-        os.environ.get("XLA_FLAGS", ""),
-        os.environ.get("NPROC", ""),
-        platform.machine(),
-        _cpu_flags(),
-    )
-    return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
+    versions = jax.__version__, jaxlib.__version__
+    return _source_digest(), kernels.fingerprint(), *versions, platform.machine(), _cpu_flags()
 
 
 _COMPILED_MODULES = (

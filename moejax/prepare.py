@@ -14,6 +14,8 @@ from moejax.assets import ensure_model
 from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
 from moejax.download import cache_folder
+from moejax.executables import numerics
+from moejax.manifest import content_hash
 from moejax.params import parameter_count
 from moejax.precision import held_bytes
 from moejax.store import HostStore
@@ -33,6 +35,8 @@ def prepare(name: str, weights: str = "float32") -> dict[str, object]:
         "folder": str(folder),
         "store": str(store.folder),
         "executables": str(cache_folder() / "executables"),
+        "content": content_hash(folder),
+        "numerics": numerics(),
         "vocab_size": cfg.vocab_size,
         "max_context": cfg.max_context,
         "stop_tokens": cfg.stop_tokens,
@@ -51,9 +55,9 @@ def prepare(name: str, weights: str = "float32") -> dict[str, object]:
 
 
 def _build_kernels() -> None:
-    """Once, before several ranks look for them; slower without."""
+    """Once, before several ranks look for them; slower without. Loaded as well: they decide about the last bits."""
     try:
-        kernels.build()
+        kernels.load()
     except kernels.KernelError as error:
         print(error, file=sys.stderr)
 

@@ -55,8 +55,8 @@ def keep_seats(address: str, seats: Iterable[int], processes: int) -> None:
         threading.Thread(target=keep, args=(seat,), daemon=True, name=f"seat {seat}").start()
 
 
-def configure_process(collective_timeout_s: int) -> None:
-    """Settings a rank process needs before JAX makes its backend."""
+def configure_process(collective_timeout_s: int, address: str = "127.0.0.1") -> None:
+    """Settings a rank process needs before JAX makes its backend. Other ranks reach this one at `address`."""
     flags = [
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_cpu_collective_timeout_seconds={collective_timeout_s}",
@@ -76,6 +76,20 @@ def configure_process(collective_timeout_s: int) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     # What comes out of JAX's own cache cannot be serialized again on CPU; the executable store takes its place.
     jax.config.update("jax_enable_compilation_cache", False)
+    _collectives_at(address)
+
+
+def _collectives_at(address: str) -> None:
+    """Have the CPU backend's collectives listen on one address, not on whatever the machine's name stands for."""
+    from jax._src import distributed, xla_bridge
+    from jaxlib import _jax
+
+    def client():
+        service = distributed.global_state.client
+        gloo = _jax.make_gloo_tcp_collectives(distributed_client=service, hostname=address) if service else None
+        return xla_bridge.make_cpu_client(gloo)
+
+    xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
 
 
 class World:

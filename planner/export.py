@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.deployment import Deployment
 from planner.errors import InputError
+from planner.export_hosts import kubernetes_hosts
 
 FORMATS = ("k8s", "env", "json")
 
@@ -14,13 +15,11 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
         raise InputError(f"--to {to!r} is none of {', '.join(FORMATS)}")
     if to == "json":
         return deployment.plan.to_json() + "\n"
-    hosts = sorted({r.host for r in deployment.plan.ranks})
-    if len(hosts) > 1:
-        raise InputError(
-            f"the plan spans {len(hosts)} hosts; `moejax serve` starts the ranks of one. Plan for one host, or take "
-            "--to json to start ranks yourself."
-        )
-    return environment(deployment) if to == "env" else kubernetes(deployment, image=image, name=name)
+    if to == "env":
+        return environment(deployment)
+    if len({place.host for place in deployment.plan.ranks}) > 1:
+        return kubernetes_hosts(deployment, settings(deployment), image=image, name=name)
+    return kubernetes(deployment, image=image, name=name)
 
 
 def settings(deployment: Deployment) -> dict[str, int]:
@@ -39,6 +38,13 @@ def environment(deployment: Deployment) -> str:
     """Variables of `moejax serve`, for systemd's EnvironmentFile, `docker run --env-file` or a shell."""
     lines = [f"# {deployment.workload.name} on {deployment.cluster.name}, epoch {deployment.plan.epoch}"]
     lines += [f"MOEJAX_{key.upper()}={value}" for key, value in settings(deployment).items()]
+    hosts = len({place.host for place in deployment.plan.ranks})
+    if hosts > 1:
+        lines += [
+            f"# Ranks of {hosts} hosts dial in (moejax rank --join). Add MOEJAX_RANK_LISTEN, MOEJAX_RANK_TOKENS and",
+            "# MOEJAX_RANK_TLS_CERT with its key: docs/deployment.md.",
+            "MOEJAX_LAUNCHER=join",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +136,7 @@ spec:
 apiVersion: v1
 kind: Service
 metadata:
-  name: {name}
+  name: {name}-front  # LeaderWorkerSet makes a headless one of the name itself
 spec:
   selector: {{app: {name}}}
   ports:

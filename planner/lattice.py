@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 from math import comb
 
 from planner.cluster import Cluster
@@ -52,11 +52,18 @@ def build_lattice(
 
     Each is derived from `plan` itself, with weights in place kept, and has the next epoch. `switch`: see `solve`.
     """
-    plans: dict[frozenset[int], Plan] = {}
-    infeasible: dict[frozenset[int], str] = {}
-    for dead in losses(plan, depth):
-        if len(plans) + len(infeasible) >= limit:
-            break
+    none = Lattice(plan=plan, plans={})
+    return extended(none, workload, cluster, islice(losses(plan, depth), limit), switch=switch)
+
+
+def extended(
+    lattice: Lattice, workload: Workload, cluster: Cluster, more: Iterable[frozenset[int]], *, switch: str = "auto"
+) -> Lattice:
+    """The lattice with plans for more losses; those it has already, or the loss of all, are left out."""
+    plan, plans, infeasible = lattice.plan, dict(lattice.plans), dict(lattice.infeasible)
+    for dead in more:
+        if dead in plans or dead in infeasible or len(dead) >= len(plan.ranks):
+            continue
         try:
             alive = [r for r in plan.rank_ids if r not in dead]
             plans[dead] = solve(workload, cluster, alive=alive, previous=plan, epoch=plan.epoch + 1, switch=switch)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import resource
 import signal
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any, Self
 from serving import http, logs, rpc
 from serving.batch import Bucket
 from serving.config import Settings
+from serving.crew import Crew
 from serving.engine import Limits
 from serving.errors import MoejaxError, StartError
 from serving.failover import Failover
@@ -38,11 +38,6 @@ Say = Callable[[str], None]
 
 def quiet(_: str) -> None:
     """Say nothing."""
-
-
-def threads_of_a_rank(ranks: int) -> int:
-    """Threads that each of the ranks of this machine computes with."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class App:
@@ -80,10 +75,13 @@ class App:
                     hear(loss)
 
             health = HealthSettings(heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s)
-            links = RankLinks(health, lost, logs, threads=threads_of_a_rank(settings.ranks))
+            crew = Crew.of(settings, model, logs)
+            links = RankLinks(health, lost, crew.launcher)
             stack.push_async_callback(links.close)
-            await links.open()
-            failover = Failover(settings, model, links, say)
+            await links.open(crew.listener)
+            stack.push_async_callback(crew.close)
+            cluster = await crew.gather(settings, links.address, say)
+            failover = Failover(settings, model, links, say, cluster=cluster, host=crew.host)
             failover.epoch = ledger.epoch
             stack.push_async_callback(failover.close)
             async with asyncio.timeout(settings.start_timeout_s):

@@ -19,6 +19,7 @@ from serving.client import Client
 from serving.config import Settings
 from serving.errors import DeadlineExceeded, InvalidRequest, MoejaxError, StartError
 from serving.faults import ACTIONS, Action
+from serving.joining import rank, tokens
 from serving.operate import completion, doctor, keys
 from serving.options import connected, example, sampling_options, settings_options
 from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS
@@ -247,7 +248,7 @@ def convert(arguments: tuple[str, ...]) -> None:
 @main.command(context_settings=_passed_on)
 @click.argument("benchmark")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@example("moejax bench recovery --help", "moejax bench load --server 127.0.0.1:50051 --json load.json")
+@example("moejax bench recovery --help", "moejax bench load --model tiny --json load.json")
 def bench(benchmark: str, arguments: tuple[str, ...]) -> None:
     """Measure: BENCHMARK is recovery, throughput, load or another of the source tree's benchmarks/."""
     if importlib.util.find_spec("benchmarks") is None:
@@ -258,7 +259,7 @@ def bench(benchmark: str, arguments: tuple[str, ...]) -> None:
     raise SystemExit(subprocess.call([sys.executable, "-m", f"benchmarks.{benchmark}", *arguments]))
 
 
-for command in (keys, doctor, completion):
+for command in (keys, doctor, completion, rank, tokens):
     main.add_command(command)
 
 

@@ -21,11 +21,14 @@ from serving.errors import InvalidRequest
 from serving.policy import POLICIES
 
 PREFIX = "MOEJAX_"
-OTHER_VARIABLES = frozenset({"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_KEY", "CACHE", "CONFIG", "KEYS"})
+OTHER_VARIABLES = frozenset(
+    {"SERVER", "API_KEY", "CA", "CLIENT_CERT", "CLIENT_KEY", "CACHE", "CONFIG", "KEYS", "TOKEN_FILE"}
+)
 """MOEJAX_ variables that are not settings of a server."""
 _FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP.*)?|TEST_\w+|COMPLETE|\w+_COMPLETE")
 """What ranks are told, what Kubernetes tells every pod of a service called moejax, and shell completion."""
 PROTECTIONS = ("auto", "memory", "stream", "off")
+LAUNCHERS = ("local", "join", "ray")
 DATA_TYPES = ("float32", "bfloat16", "int8")
 _ENVIRONMENT_CLOSENESS = 0.75
 
@@ -58,6 +61,16 @@ class Settings:
     grpc_port: int = setting(50051, "Port of gRPC; 0 takes a free one.")
     http_port: int = setting(8000, "Port of HTTP; 0 takes a free one.")
     hosts: int = setting(1, "Hosts the ranks count as spread over, for placement and for the loss of a whole host.")
+    launcher: str = setting(
+        "local", "Who starts ranks: this server, hosts that join it, or Ray (needs moejax[ray]).", choices=LAUNCHERS
+    )
+    rank_listen: str = setting("127.0.0.1:50052", "host:port that ranks elsewhere dial (with launcher join or ray).")
+    rank_tokens: str | None = setting(None, "File of join tokens (`moejax tokens add`) that let ranks in.")
+    rank_tls_cert: str | None = setting(None, "Certificate chain (PEM) of rank-listen; needs --rank-tls-key.")
+    rank_tls_key: str | None = setting(None, "Private key (PEM) of --rank-tls-cert.")
+    rank_tls_client_ca: str | None = setting(None, "Ranks must show a certificate of this authority (mutual TLS).")
+    rank_plaintext: bool = setting(False, "Let ranks dial in over a network without TLS.")
+    ray_address: str = setting("auto", "Ray cluster that starts ranks, with launcher ray.")
     chaos: bool = setting(False, "Let clients kill ranks.")
     operate: bool = setting(False, "Let callers on this machine drain, scale, pause and report device errors.")
     device_errors: str | None = setting(None, "File to which a device plugin appends errors, one JSON object a line.")
@@ -148,12 +161,41 @@ class Settings:
         for name in ("max_queue", "max_body_bytes", "max_header_bytes", "max_streams", "slow_client_s"):
             if getattr(self, name) <= 0:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}. Choose more than 0.", param=name)
-        if (self.tls_cert is None) != (self.tls_key is None):
-            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
-            raise InvalidRequest(f"{given} is given without {missing}. TLS needs both.", param=missing)
-        if self.tls_client_ca is not None and self.tls_cert is None:
+        for prefix in ("", "rank_"):
+            names = [f"{prefix}tls_{name}" for name in ("cert", "key", "client_ca")]
+            cert, key, ca = (getattr(self, name) for name in names)
+            if (cert is None) != (key is None):
+                given, missing = names[:2] if cert else names[1::-1]
+                raise InvalidRequest(f"{given} is given without {missing}. TLS needs both.", param=missing)
+            if ca is not None and cert is None:
+                raise InvalidRequest(
+                    f"{names[2]} is given without {names[0]} and {names[1]}. Mutual TLS needs all three.",
+                    param=names[0],
+                )
+        self._check_ranks_elsewhere()
+
+    def _check_ranks_elsewhere(self) -> None:
+        host, _, port = self.rank_listen.rpartition(":")
+        if not (host and port.isdecimal() and int(port) <= 65535):
+            raise InvalidRequest(f"rank_listen is {self.rank_listen!r}; it must be host:port.", param="rank_listen")
+        if self.launcher == "local":
+            return
+        if self.launcher == "join" and self.rank_tokens is None:
             raise InvalidRequest(
-                "tls_client_ca is given without tls_cert and tls_key. Mutual TLS needs all three.", param="tls_cert"
+                "launcher join needs rank_tokens: who may be a rank. Make one with `moejax tokens add NAME --file F`.",
+                param="rank_tokens",
+            )
+        if self.rank_tls_cert is None and not self.rank_plaintext and not is_loopback(host):
+            raise InvalidRequest(
+                f"rank_listen is {self.rank_listen}, and without TLS anybody on the way can read what is served and "
+                "take the join token. Give rank_tls_cert and rank_tls_key; or, on a network of yours, rank_plaintext.",
+                param="rank_tls_cert",
+            )
+        if self.hosts != 1:
+            raise InvalidRequest(
+                f"hosts is {self.hosts} with launcher {self.launcher}: ranks elsewhere say themselves which host "
+                "they are on. Leave it out.",
+                param="hosts",
             )
 
     def _check_sides(self) -> None:
@@ -180,7 +222,7 @@ class Settings:
     @property
     def loopback(self) -> bool:
         """Only this machine can reach the server."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
 
     def host_of(self, rank: int) -> str:
         """The host a rank is on: ranks are dealt out in equal runs."""
@@ -210,6 +252,11 @@ class Settings:
         """All settings that have a value, as a file `load` reads."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -41,10 +41,15 @@ def examine(settings: Settings, cache: Path) -> Iterator[Finding]:
     yield from versions()
     for name in ("grpc_port", "http_port"):
         yield port(settings.host, getattr(settings, name), f"--{name.replace('_', '-')}")
-    yield memory(_available_memory(), settings.ranks)
+    ranks_here = settings.ranks
+    if settings.launcher != "local":
+        host, _, number = settings.rank_listen.rpartition(":")
+        yield port(host, int(number), "--rank-listen")
+        ranks_here = 0
+    yield memory(_available_memory(), ranks_here)
     yield host_store(Path("/dev/shm"))
     yield folder(cache)
-    yield cores(len(os.sched_getaffinity(0)), settings.ranks)
+    yield cores(len(os.sched_getaffinity(0)), ranks_here)
     yield files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield exposure(settings)
     yield devices()

@@ -14,22 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from planner.cluster import Cluster
+from planner.cluster import Cluster, Device
 from planner.errors import NoFeasiblePlan
-from planner.lattice import Lattice, build_lattice
+from planner.lattice import Lattice, build_lattice, extended
 from planner.plan import Plan
 from planner.recovery import Recovery
 from planner.solve import solve
 from serving.cache_copies import CacheCopies
 from serving.config import Settings
+from serving.coordination import LOOPBACK, Coordinator
 from serving.errors import NoCapacity, StartError
 from serving.health import Cause
-from serving.links import Coordinator, RankLinks, RankLost, RankRefused
+from serving.links import RankLinks, RankLost, RankRefused
 from serving.mesh_key import MeshKey
 from serving.outlook import loss_costs
+from serving.places import at_home, placed
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
+from serving.rank_process import Home
 from serving.roles import roles
 from serving.shared_memory import shared_file
 from serving.status import LossCost
@@ -47,12 +50,25 @@ class Failover:
     """Keeps a set of ranks under a plan. Its methods are called by one task at a time, the engine's loop, but for
     `replace`, which only starts processes."""
 
-    def __init__(self, settings: Settings, model: Prepared, links: RankLinks, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: Prepared,
+        links: RankLinks,
+        say: Callable[[str], None],
+        *,
+        cluster: Cluster | None = None,
+        host: str = LOOPBACK,
+    ) -> None:
         self._settings = settings
         self._model = model
         self._links = links
         self._say = say
-        self.cluster = Cluster.local(settings.ranks, hosts=[settings.host_of(rank) for rank in range(settings.ranks)])
+        self._one_machine = cluster is None
+        self._host = host
+        """Where the coordination service is reached."""
+        hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
+        self.cluster = cluster or Cluster.local(settings.ranks, hosts=hosts)
         self.workload = model.workload(settings.page_size)
         self.base = solve(
             self.workload,
@@ -202,7 +218,7 @@ class Failover:
             self.foresee()
         except (RankLost, RankRefused) as error:
             process = self._links.get(error.rank)
-            why = process.why() if process is not None else ""
+            why = process.process.said() if process is not None else ""
             raise StartError(f"{error}. Its last words: {why}") from None
 
     def plan_for(self, alive: Collection[int]) -> Plan:
@@ -395,16 +411,22 @@ class Failover:
     async def _welcome(self, rank: int) -> None:
         model, settings = self._model, self._settings
         await self._links.attached(rank)
+        home = self._home(rank)
+        if home is not None and home.host != self.place_of(rank).host:
+            self.cluster = at_home(self.cluster, rank, home)
+            hosts = map(frozenset, self.cluster.domains("host").values())
+            switch = self._settings.role_switch
+            self.lattice = extended(self.lattice, self.workload, self.cluster, hosts, switch=switch)
         configure = link_pb2.Configure(
             model_config=model.config,
-            store=model.store,
-            executables=model.executables,
+            store=model.store if home is None else home.store,
+            executables=model.executables if home is None else home.executables,
             page_size=settings.page_size,
             pages=self.base.pages_per_rank,
             max_pages=-(-model.max_context // settings.page_size),
             buckets=[link_pb2.Bucket(decode=b, tiles=g) for b, g in settings.buckets],
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
-            one_machine=True,
+            one_machine=self._one_machine,
             experts_only=self.base.role(rank) == "expert",
         )
         if not configure.experts_only:
@@ -455,7 +477,7 @@ class Failover:
         if self._minding is not None:
             self._minding.cancel()
         self._processes = len(ranks) + (0 if "cuda" in os.environ.get("JAX_PLATFORMS", "") else SPARE_SEATS)
-        self._coordinator = await Coordinator.start(len(ranks), self._processes)
+        self._coordinator = await Coordinator.start(len(ranks), self._processes, self._host)
         self._minding = asyncio.create_task(self._mind(self._coordinator))
         self.generation += 1
         self.newcomers = self.joining - set(ranks)
@@ -487,13 +509,14 @@ class Failover:
         self.on_trouble(f"the coordinator ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
 
     async def _compile(self, ranks: tuple[int, ...]) -> None:
-        """Compile what is missing, each mesh shape on one rank."""
-        jobs: dict[tuple[int, int, int], MeshKey] = {}
+        """Compile what is missing, each mesh shape on one rank of those that share a store of executables."""
+        jobs: dict[tuple[int, int, int, str], tuple[MeshKey, list[int]]] = {}
         depth = min(self._settings.lattice_depth, len(ranks) - 1)
         for key in [MeshKey.of(self.base), *self._meshes_below(ranks, depth)]:
-            jobs.setdefault((len(key.ranks), key.slots, key.attention), key)
+            for disk, there in self._by_disk(key.ranks).items():
+                jobs.setdefault((len(key.ranks), key.slots, key.attention, disk), (key, there))
         began = time.monotonic()
-        queue = collections.deque(sorted(jobs.values(), key=lambda key: -len(key.ranks)))
+        queue = collections.deque(sorted(jobs.values(), key=lambda job: -len(job[0].ranks)))
         total, done = len(queue), 0
         busy: set[int] = set()
         self._say(f"compiling for {total} mesh shapes (found in the cache after the first start)")
@@ -511,10 +534,10 @@ class Failover:
 
         running: set[asyncio.Task[None]] = set()
         while queue or running:
-            for key in list(queue):
-                rank = next((r for r in key.ranks if r not in busy), None)
+            for key, there in list(queue):
+                rank = next((r for r in there if r not in busy), None)
                 if rank is not None:
-                    queue.remove(key)
+                    queue.remove((key, there))
                     busy.add(rank)
                     running.add(asyncio.create_task(one(rank, key)))
             finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -524,7 +547,8 @@ class Failover:
     async def _make_ready(self, key: MeshKey) -> None:
         """Nothing for a mesh that was foreseen; else compile, load and connect it now."""
         if key not in self.connected:
-            await self._links.call(key.ranks[0], "compile", link_pb2.Compile(mesh=key.message()))
+            compilers = [there[0] for there in self._by_disk(key.ranks).values()]
+            await self._all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
             await self._load(key, urgent=True)
             await self._connect(key)
 
@@ -581,7 +605,7 @@ class Failover:
 
     async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
-        plan = plan.with_epoch(self.epoch)
+        plan = placed(plan.with_epoch(self.epoch), self.cluster)
         self._empty(set(plan.rank_ids) - set(plan.source_ids))
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
@@ -620,6 +644,22 @@ class Failover:
             return self.base.role(rank) != "expert", self.seated.get(rank, 0)
         key = MeshKey.of(self.plan)
         return key.attends(rank), key.slots_of(rank)
+
+    def place_of(self, rank: int) -> Device:
+        """The host and the rack that a rank is in, or was last."""
+        return self.cluster.alive([rank])[0]
+
+    def _home(self, rank: int) -> Home | None:
+        incarnation = self._links.get(rank)
+        return incarnation.process.home if incarnation is not None else None
+
+    def _by_disk(self, ranks: Iterable[int]) -> dict[str, list[int]]:
+        """These ranks by the store of executables they share; the front's own is ""."""
+        found: dict[str, list[int]] = {}
+        for rank in ranks:
+            home = self._home(rank)
+            found.setdefault("" if home is None else home.disk, []).append(rank)
+        return found
 
     def _watch(self, ranks: Iterable[int]) -> None:
         for rank in ranks:

@@ -1,17 +1,14 @@
 """A front whose supervisor is the parent of this process. Started as `python -m serving.front`."""
 
-import ctypes
-import signal
-
 from serving.app import serve
 from serving.config import Settings
+from serving.orphans import die_with_parent
 from serving.run_folder import RUN, RunFolder
 
 
 def main() -> int:
     """Serve with the settings of the folder; the exit status."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     run = RunFolder.of_this_front()
     assert run is not None, f"{RUN} is not set"
     return serve(Settings.load(run.settings, {}), run)

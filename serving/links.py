@@ -6,35 +6,24 @@ RankLost instead of an answer.
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import hmac
-import os
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import grpc
 
-from serving.errors import StartError
 from serving.health import Cause, HealthSettings, Observation, stuck, suspects
-from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
+from serving.proto.moejax.v1 import link_pb2
+from serving.rank_listener import RankListener, first_report
+from serving.rank_process import Launcher, RankProcess
 
-MESSAGE_BYTES = 64 << 20
 WATCH_S = 0.01
-PF_EXITING = 0x4
-"""Of the flags in /proc/PID/stat (linux/sched.h)."""
 """How often ranks are looked at: whether they are late, and whether the kernel has ended them (a pidfd tells only
 when the last thread is gone)."""
 POISONED_S = 1.0
 """How long the other ranks have to end a step that one has found to be no numbers."""
-FENCE_POLL_S = 0.001
 
 
 class RankLost(Exception):
@@ -75,15 +64,12 @@ class Loss:
     seen_at: float
 
 
-class RankProcess:
-    """One incarnation of a rank on this machine, from its start to its end."""
+class Incarnation:
+    """A rank from its start to its end: its process, its stream, and what waits for its answers."""
 
-    def __init__(self, rank: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.process = process
-        self.log = log
-        self.pidfd = os.pidfd_open(process.pid)
-        self.token = ""
+        self.process: RankProcess
         self.attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
         self.pending: dict[int, tuple[str, asyncio.Future[link_pb2.Done]]] = {}
@@ -97,40 +83,28 @@ class RankProcess:
         self.stream_error: str | None = None
         self.loss: Loss | None = None
 
-    def why(self) -> str:
-        """The last lines the process wrote, for an error that names the cause."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        told = [line.strip() for line in lines if not line.startswith("[Gloo]")]
-        return " | ".join(told[-8:])[-1000:] or "it wrote nothing"
 
-
-class RankLinks(link_pb2_grpc.RankLinkServicer):
+class RankLinks:
     """All ranks of this front."""
 
-    def __init__(
-        self, health: HealthSettings, on_loss: Callable[[Loss], None], folder: Path, *, threads: int = 1
-    ) -> None:
+    def __init__(self, health: HealthSettings, on_loss: Callable[[Loss], None], launcher: Launcher) -> None:
         self._health = health
-        self._threads = threads
         self._on_loss = on_loss
-        self._folder = folder
-        self._ranks: dict[int, RankProcess] = {}
-        self._tokens: dict[str, RankProcess] = {}
+        self._launcher = launcher
+        self._ranks: dict[int, Incarnation] = {}
+        self._tokens: dict[str, Incarnation] = {}
         self._ids = 0
         self._server: grpc.aio.Server | None = None
-        self._address = ""
+        self.address = ""
+        """host:port that ranks of this machine dial."""
         self._watcher: asyncio.Task[None] | None = None
         self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
         """Hears what a rank wrote to its cache, where it cannot copy that itself."""
         self.front_lag_s = 0.0
 
-    async def open(self) -> None:
-        """Listen for ranks, on loopback, and watch over them."""
-        options = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
-        self._server = grpc.aio.server(options=options)
-        link_pb2_grpc.add_RankLinkServicer_to_server(self, self._server)
-        self._address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        await self._server.start()
+    async def open(self, listener: RankListener | None = None) -> None:
+        """Listen for ranks, on loopback unless told otherwise, and watch over them. Raises StartError."""
+        self._server, self.address = await (listener or RankListener()).open(self)
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
@@ -139,45 +113,23 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             self._watcher.cancel()
         for each in self._ranks.values():
             self._release(each)
-            if each.process.poll() is None:
-                each.process.kill()
-            each.process.wait()
+            each.process.end()
         if self._server is not None:
             await self._server.stop(0)
 
-    def spawn(self, rank: int) -> RankProcess:
+    def spawn(self, rank: int) -> Incarnation:
         """Start a rank process; it is one of the ranks from now on."""
-        log = Path(tempfile.mkstemp(prefix=f"rank{rank}-", suffix=".log", dir=self._folder)[1])
-        token = secrets.token_hex(16)
-        environment = os.environ | {
-            "MOEJAX_LINK_FRONT": self._address,
-            "MOEJAX_LINK_RANK": str(rank),
-            "MOEJAX_LINK_TOKEN": token,
-            "NPROC": str(self._threads),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "GRPC_VERBOSITY": "NONE",
-        }
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "serving.rank"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
-        each = RankProcess(rank, process, log)
-        each.token = token
-        self._ranks[rank] = each
-        self._tokens[token] = each
-        asyncio.get_running_loop().add_reader(each.pidfd, self._exited, each)
+        each = Incarnation(rank)
+        each.process = self._launcher.start(rank, self.address, lambda how: self._exited(each, how))
+        self._ranks[rank] = self._tokens[each.process.token] = each
         return each
 
     async def attached(self, rank: int) -> None:
         """Wait until a started rank has dialled in. Raises RankLost."""
         await self._ranks[rank].attached
 
-    def get(self, rank: int) -> RankProcess | None:
-        """The process that is this rank now."""
+    def get(self, rank: int) -> Incarnation | None:
+        """The incarnation that is this rank now."""
         return self._ranks.get(rank)
 
     async def call(self, rank: int, what: str, message: Any) -> link_pb2.Done:
@@ -235,8 +187,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         if each.loss is not None:
             return
         each.loss = Loss(rank, cause, evidence_at, time.monotonic())
-        with contextlib.suppress(ProcessLookupError):
-            each.process.send_signal(signal.SIGKILL)
+        each.process.signal("SIGKILL")
         self._release(each)
         self._on_loss(each.loss)
 
@@ -248,21 +199,18 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
                 self.declare(rank, Cause("error", why), each.last_heartbeat)
 
     async def fenced(self, rank: int) -> None:
-        """Wait until the process of a lost rank runs no more of its program. The kernel may still be giving back its
-        memory, which takes longer than all the rest of a recovery."""
-        process = self._ranks[rank].process
-        while process.poll() is None and _state(process.pid) not in ("Z", "X", ""):
-            await asyncio.sleep(FENCE_POLL_S)
+        """Wait until the process of a lost rank runs no more of its program."""
+        await self._ranks[rank].process.fenced()
 
     def signal(self, rank: int, name: str) -> None:
         """Send a signal to a rank process, as chaos does."""
-        self._ranks[rank].process.send_signal(getattr(signal, name))
+        self._ranks[rank].process.signal(name)
 
     async def Attach(self, reports: AsyncIterator[link_pb2.Report], context: Any) -> AsyncIterator[link_pb2.Command]:
         """A rank dials in: what it reports is heard, what is put in its outbox is sent."""
-        first = await anext(aiter(reports))
-        each = self._tokens.pop(first.hello.token, None)
-        if each is None or not hmac.compare_digest(each.token, first.hello.token):
+        token = (await first_report(reports, context)).hello.token
+        each = self._tokens.pop(token, None)
+        if each is None or not hmac.compare_digest(each.process.token, token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")
             return
         listener = asyncio.create_task(self._listen(each, reports))
@@ -274,7 +222,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         finally:
             listener.cancel()
 
-    async def _listen(self, each: RankProcess, reports: AsyncIterator[link_pb2.Report]) -> None:
+    async def _listen(self, each: Incarnation, reports: AsyncIterator[link_pb2.Report]) -> None:
         try:
             async for report in reports:
                 self._hear(each, report)
@@ -282,7 +230,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         except (grpc.RpcError, asyncio.CancelledError, StopAsyncIteration) as error:
             each.stream_error = f"its stream broke: {type(error).__name__}"
 
-    def _hear(self, each: RankProcess, report: link_pb2.Report) -> None:
+    def _hear(self, each: Incarnation, report: link_pb2.Report) -> None:
         now = time.monotonic()
         each.gaps.append(now - each.last_heartbeat)
         each.last_heartbeat = now
@@ -305,14 +253,14 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
             waiting.set_exception(RankRefused(each.rank, "step", failed.error, tuple(failed.poisoned_rows)))
 
     @staticmethod
-    def _waits(each: RankProcess, step: int) -> "asyncio.Future[link_pb2.StepDone] | None":
+    def _waits(each: Incarnation, step: int) -> "asyncio.Future[link_pb2.StepDone] | None":
         """Who waits for the answer to this step, if anybody still does."""
         if each.step is None or each.step[0] != step or each.step[1].done():
             return None
         return each.step[1]
 
     @staticmethod
-    def _answer(each: RankProcess, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:
+    def _answer(each: Incarnation, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:
         what, future = each.pending.pop(command, ("", None))
         if future is None or future.done():
             return
@@ -321,22 +269,18 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
         else:
             future.set_result(answer)
 
-    def _alive(self, rank: int) -> RankProcess:
+    def _alive(self, rank: int) -> Incarnation:
         each = self._ranks[rank]
         if each.loss is not None:
             raise RankLost(rank, str(each.loss.cause))
         return each
 
-    def _exited(self, each: RankProcess) -> None:
-        now = time.monotonic()
-        code = each.process.poll()
-        how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+    def _exited(self, each: Incarnation, how: str) -> None:
         if self._ranks.get(each.rank) is each:
-            said = "" if code == -signal.SIGKILL else f": {each.why()}"
-            self.declare(each.rank, Cause("exited", f"process ended with {how}{said}"), now)
+            self.declare(each.rank, Cause("exited", how), time.monotonic())
         self._release(each)
 
-    def _release(self, each: RankProcess) -> None:
+    def _release(self, each: Incarnation) -> None:
         """Forget what belongs to an incarnation that is over: waiters hear that it is lost."""
         cause = str(each.loss.cause) if each.loss else "the server stops"
         error = RankLost(each.rank, cause)
@@ -349,11 +293,7 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
                 future.exception()
         each.pending.clear()
         each.outbox.put_nowait(None)
-        self._tokens.pop(each.token, None)
-        if each.pidfd >= 0 and (each.process.poll() is not None or each.loss is None):
-            asyncio.get_running_loop().remove_reader(each.pidfd)
-            os.close(each.pidfd)
-            each.pidfd = -1
+        self._tokens.pop(each.process.token, None)
 
     async def _watch(self) -> None:
         last = time.monotonic()
@@ -376,56 +316,13 @@ class RankLinks(link_pb2_grpc.RankLinkServicer):
                 each.step[1].set_exception(RankRefused(each.rank, "step", "every rank is late with it"))
 
     @staticmethod
-    def _observe(each: RankProcess) -> Observation:
+    def _observe(each: Incarnation) -> Observation:
         return Observation(
             rank=each.rank,
             last_heartbeat=each.last_heartbeat,
             heartbeat_gaps=tuple(each.gaps),
             stream_error=each.stream_error,
-            process_state=_state(each.process.pid),
+            process_state=each.process.state,
             step_sent=each.step_sent,
             step_times=tuple(each.step_times),
         )
-
-
-def _state(pid: int) -> str:
-    """The kernel's letter for a process; X too when it has begun to end: its parent is told only when all its memory is
-    given back, which takes longer than all the rest of a recovery."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:
-        return ""
-    return "X" if int(fields[6]) & PF_EXITING else fields[0]
-
-
-class Coordinator:
-    """The process that hosts one generation's coordination service."""
-
-    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
-        self.process = process
-        self.address = address
-
-    @classmethod
-    async def start(cls, ranks: int, seats: int) -> "Coordinator":
-        """Start the service for so many ranks, and seats in all. Raises StartError."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "moejax.coordinator",
-            str(ranks),
-            str(seats),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        assert process.stdout is not None
-        line = await process.stdout.readline()
-        if not line.strip().isdigit():
-            raise StartError(f"the coordinator did not start: it ended with code {await process.wait()}")
-        return cls(process, f"127.0.0.1:{int(line)}")
-
-    async def stop(self) -> None:
-        """End the service at once."""
-        if self.process.returncode is None:
-            self.process.kill()
-        await self.process.wait()

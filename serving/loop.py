@@ -406,7 +406,7 @@ class Loop:
         self._deliver([(request_id, error)])
 
     def _hosts(self) -> dict[int, str]:
-        return {place.id: place.host for place in self.failover.base.ranks}
+        return {rank: self.failover.place_of(rank).host for rank in self.failover.base.rank_ids}
 
     def _slots(self) -> int:
         plan = self.failover.plan
@@ -815,10 +815,12 @@ class Loop:
         }
         state = next((name for name, holds in states.items() if holds), "dead")
         held = plan.slots_of(rank).tolist() if serving and plan is not None and rank in plan.holder_ids else ()
+        place = self.failover.place_of(rank)
         return RankStatus(
             id=rank,
             pid=process.process.pid if process is not None and process.loss is None else None,
-            host=self.settings.host_of(rank),
+            host=place.host,
+            rack=place.rack,
             state=state,
             role=plan.role(rank) if serving and plan is not None else self.failover.base.role(rank),
             slots=tuple(map(tuple, held)),

@@ -35,6 +35,10 @@ class Prepared:
     cache_bytes_per_token: int
     hidden_bytes: int
     weights: str
+    content: str = ""
+    """A digest of the weights."""
+    numerics: str = ""
+    """The same on hosts that compute the same numbers to the last bit."""
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers."""

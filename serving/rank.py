@@ -7,7 +7,6 @@ in a collective; a third sends heartbeats; a fourth loads executables beside the
 """
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import faulthandler
 import os
@@ -45,15 +44,14 @@ from moejax.shared import Arena
 from moejax.store import HostStore
 from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
 from moejax.world import World, configure_process
+from serving.dial import Way
 from serving.mesh_key import MeshKey
+from serving.orphans import die_with_parent
 from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
-
-FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
-"""Environment variables that the front starts a rank with."""
+from serving.rank_process import RANK, TOKEN
 
 HEARTBEAT_S = 0.05
-MESSAGE_BYTES = 64 << 20
 WARM_ROWS = 8
 """Steps of at most so many rows are loaded first, and run once before they are needed."""
 
@@ -71,8 +69,9 @@ class Adopted:
 class Rank:
     """The state of a rank between commands."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, way: Way) -> None:
         self.rank = rank
+        self._way = way
         self.compiles = CompileCounter()
         self.world = World()
         self._shape: ModelShape | None = None
@@ -108,7 +107,7 @@ class Rank:
 
     def configure(self, command: link_pb2.Configure) -> dict[str, Any]:
         """Fix the shapes and read the common weights into host memory."""
-        configure_process(command.collective_timeout_s)
+        configure_process(command.collective_timeout_s, self._way.address)
         try:
             kernels.load()
         except kernels.KernelError as error:
@@ -134,7 +133,7 @@ class Rank:
             self.arrays.leave_device(command.pages_used)
             self._meshes, self._local, self._adopted = {}, {}, None
             seats = dict(zip(command.members, command.seats, strict=True))
-            self.world.join(command.address, self.rank, seats, command.processes)
+            self.world.join(self._way.beside_the_front(command.address), self.rank, seats, command.processes)
             self.arrays.enter_device(self.device)
             self._generation = command.generation
         return {}
@@ -418,16 +417,12 @@ class StaleEpoch(RuntimeError):
 class Link:
     """The stream to the front: receives on a thread of its own, obeys on the main one."""
 
-    def __init__(self, rank: Rank, front: str, token: str) -> None:
+    def __init__(self, rank: Rank, channel: grpc.Channel, token: str) -> None:
         self._rank = rank
         self._orders: queue.Queue[tuple[link_pb2.Command, float] | None] = queue.Queue()
         self._reports: queue.Queue[link_pb2.Report | None] = queue.Queue()
         self._loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
         self._reports.put(link_pb2.Report(rank=rank.rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
-        channel = grpc.insecure_channel(
-            front,
-            options=[(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("receive", "send")],
-        )
         self._commands = link_pb2_grpc.RankLinkStub(channel).Attach(self._sent())
 
     def run(self) -> None:
@@ -513,20 +508,14 @@ def _expert_slots(found: Iterable[tuple[int, int, int]]) -> list[link_pb2.Expert
     return [link_pb2.ExpertSlot(layer=layer, slot=slot, expert=expert) for layer, slot, expert in found]
 
 
-def _die_with_parent() -> None:
-    """A rank that this host's front started must not outlive it."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def main() -> None:
     """Attach to the front named in the environment and obey."""
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal or systemd tells the whole group; the front drains
-    rank = int(os.environ[RANK])
-    Link(Rank(rank), os.environ[FRONT], os.environ[TOKEN]).run()
+    way = Way.given()
+    Link(Rank(int(os.environ[RANK]), way), way.channel(), os.environ[TOKEN]).run()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class RankStatus:
     step_ms: float = 0.0
     slowness: float = 0.0
     level: int = 0
+    rack: str = ""
     loss: LossCost | None = None
 
 

@@ -1,7 +1,7 @@
 """What the command line shows of a server: its status and events as tables."""
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -37,10 +37,13 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
     return Group(facts, "", _ranks(status.ranks))
 
 
-def _ranks(ranks: Iterable[RankStatus]) -> Table:
+def _ranks(ranks: Sequence[RankStatus]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    several = len({rank.host for rank in ranks}) > 1
     for column in ("rank", "state", "role", "pid", "requests", "cache", "step ms"):
         table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
+    if several:
+        table.add_column("host", no_wrap=True)
     table.add_column("experts in slots of the first layers")
     for rank in ranks:
         cache = f"{rank.pages_used}/{rank.pages}" if rank.pages else "-"
@@ -54,6 +57,7 @@ def _ranks(ranks: Iterable[RankStatus]) -> Table:
             str(rank.running),
             cache,
             f"{rank.step_ms:.1f}",
+            *([rank.host] if several else []),
             experts + more,
         )
     return table

@@ -22,10 +22,18 @@ class ServerTls:
     @classmethod
     def of(cls, settings: Settings) -> Self | None:
         """What settings ask for; None for plain text. Raises StartError when a file is missing or wrong."""
-        if settings.tls_cert is None or settings.tls_key is None:
+        return cls._from(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+    @classmethod
+    def of_ranks(cls, settings: Settings) -> Self | None:
+        """The same for where ranks dial in."""
+        return cls._from(settings.rank_tls_cert, settings.rank_tls_key, settings.rank_tls_client_ca)
+
+    @classmethod
+    def _from(cls, cert: str | None, key: str | None, ca: str | None) -> Self | None:
+        if cert is None or key is None:
             return None
-        ca = settings.tls_client_ca
-        made = cls(cert=Path(settings.tls_cert), key=Path(settings.tls_key), client_ca=Path(ca) if ca else None)
+        made = cls(cert=Path(cert), key=Path(key), client_ca=Path(ca) if ca else None)
         made.check()
         return made
 

@@ -25,6 +25,10 @@ class Process:
     """What the loop looks at of a rank's process."""
 
     pid: int
+    home: None = None
+
+    def said(self) -> str:
+        return "nothing"
 
 
 class FakeProcess:
@@ -45,9 +49,6 @@ class FakeProcess:
         self.uncopied: tuple[int, np.ndarray] | None = None
         """The last step and the entries it wrote, until they are copied: when the next message comes."""
 
-    def why(self) -> str:
-        return "nothing"
-
 
 class FakeCoordinator:
     """A coordination service that never ends by itself."""
@@ -60,7 +61,7 @@ class FakeCoordinator:
         self._ended = asyncio.Event()
 
     @classmethod
-    async def start(cls, ranks: int, seats: int) -> "FakeCoordinator":
+    async def start(cls, ranks: int, seats: int, host: str = "") -> "FakeCoordinator":
         return cls()
 
     async def wait(self) -> int:

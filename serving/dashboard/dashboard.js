@@ -158,6 +158,7 @@ function ranks(now) {
     const used = rank.pages ? Math.round((100 * rank.pages_used) / rank.pages) : 0;
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
+    tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack].filter(Boolean).join(" · ");
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
     tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;
     tile.querySelector(".bar i").style.width = `${used}%`;
@@ -171,6 +172,7 @@ function newTile(id) {
   const kill = (signal) => () => killRank(id, signal);
   return element("article", { id: `rank-${id}`, "aria-label": `Rank ${id}` },
     element("header", {}, element("b", {}, `rank ${id}`), element("span", { class: "state" })),
+    element("div", { class: "place quiet" }),
     element("div", { class: "pid quiet" }),
     element("div", { class: "use quiet" }),
     element("div", { class: "bar" }, element("i")),

@@ -1,9 +1,11 @@
 """What is deployed exists: flags, variables, paths and probes of the manifests are those of the server."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
@@ -81,14 +83,26 @@ def test_the_image_starts_a_command_that_is_there():
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-def test_systemd_takes_the_unit(tmp_path):
-    unit = (DEPLOY / "moejax.service").read_text()
-    assert "moejax serve --config" in unit
-    checked = tmp_path / "moejax.service"
+@pytest.mark.parametrize(("name", "command"), [("moejax", "serve --config"), ("moejax-rank", "rank --join")])
+def test_systemd_takes_the_unit(tmp_path, name, command):
+    unit = (DEPLOY / f"{name}.service").read_text()
+    assert f"moejax {command}" in unit
+    checked = tmp_path / f"{name}.service"
     checked.write_text(unit.replace("/opt/moejax/.venv/bin/moejax", shutil.which("true") or "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", checked], capture_output=True, text=True, timeout=60)
-    said = [line for line in done.stderr.splitlines() if "moejax.service" in line]
+    said = [line for line in done.stderr.splitlines() if checked.name in line]
     assert said == []
+
+
+def test_the_variables_of_the_unit_for_hosts_are_those_the_command_reads():
+    unit = (DEPLOY / "moejax-rank.service").read_text()
+    variables = {name for parameter in cli.main.commands["rank"].params for name in _variables(parameter)}
+    assert set(re.findall(r"\b(MOEJAX_\w+)=", unit)) - {"MOEJAX_CACHE"} == variables
+
+
+def _variables(parameter: click.Parameter) -> list[str]:
+    found = parameter.envvar or []
+    return [found] if isinstance(found, str) else list(found)
 
 
 def test_commands_of_an_operator_are_in_the_command_line():

@@ -105,13 +105,14 @@ def test_export_for_kubernetes_environment_and_json(capsys, plan_file):
     assert "kind" in data(capsys, "export", plan_file, "--to", "k8s")["text"]
 
 
-def test_a_plan_over_several_hosts_is_not_exported_as_one_server(capsys, tmp_path):
+def test_a_plan_over_several_hosts_is_exported_as_a_front_that_hosts_join(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
     assert main(["solve", "deepseek-v3", "h200:4x8", "--out", path]) == 0
-    for to in ("k8s", "env"):
-        assert main(["export", path, "--to", to]) == 2
-    assert "4 hosts" in capsys.readouterr().err
-    assert main(["export", path, "--to", "json"]) == 0
+    assert "MOEJAX_LAUNCHER=join" in text(capsys, "export", path, "--to", "env").splitlines()
+    manifest = text(capsys, "export", path, "--to", "k8s", "--name", "moe")
+    assert "size: 5" in manifest  # the front and four hosts
+    assert "--count=8" in manifest
+    assert "moe-rank-tls" in manifest
 
 
 def test_verify_against_measurements(capsys, plan_file, tmp_path):

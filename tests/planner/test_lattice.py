@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 
 from planner import Cluster, Workload, build_lattice, solve
-from planner.lattice import preparation
+from planner.lattice import extended, preparation
 from tests.planner.strategies import cases
 
 
@@ -41,6 +41,23 @@ def test_depth_and_limit_choose_what_is_prepared():
     assert set(deep.plans) == {frozenset(c) for k in (1, 2, 3) for c in combinations(range(4), k)}
     assert deep.sizes == (3, 2, 1)
     assert len(build_lattice(workload, cluster, plan, depth=3, limit=5).plans) == 5
+
+
+def test_losses_that_come_to_be_possible_are_added_and_no_plan_changes():
+    workload = Workload(moe_layers=1, experts=8, experts_per_token=2, expert_bytes=1)
+    before = Cluster.local(4, hosts=["a", "a", "b", "b"])
+    plan = solve(workload, before)
+    lattice = build_lattice(workload, before, plan)
+    moved = Cluster.local(4, hosts=["b", "a", "b", "b"])
+    hosts = [frozenset(ids) for ids in moved.domains("host").values()]
+    assert lattice.get({0, 2, 3}) is None
+    more = extended(lattice, workload, moved, [*hosts, frozenset(plan.rank_ids)])
+    after = more.get({0, 2, 3})
+    assert after is not None
+    assert after.rank_ids == (1,)
+    after.validate()
+    assert more.plans.keys() - lattice.plans.keys() == {frozenset({0, 2, 3})}
+    assert all(more.plans[dead] is kept for dead, kept in lattice.plans.items())
 
 
 def test_a_loss_that_memory_cannot_survive_is_kept_with_its_reason():

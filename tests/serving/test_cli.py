@@ -205,3 +205,33 @@ def test_commands_reach_a_server_that_wants_a_key(tmp_path, backend):
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
         result = run("generate", "a", "--max-tokens", 2, "--server", guarded.address, env={"MOEJAX_API_KEY": secret})
         assert result.output == "bc\n"
+
+
+def test_tokens_are_made_listed_and_removed(tmp_path):
+    file = tmp_path / "tokens.json"
+    made = run("tokens", "add", "hosts", "--file", file, "--days", 30)
+    assert made.output.startswith("mjr_")
+    listed = run("tokens", "list", "--file", file).output
+    assert "hosts" in listed
+    assert "until" in listed
+    assert made.output.strip() not in listed
+    assert run("tokens", "remove", "hosts", "--file", file).output == "removed hosts\n"
+    assert run("tokens", "list", "--file", file).output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--join", "front"), "must be HOST:PORT"),
+        (("--join", "10.0.0.1:50052"), "without TLS"),
+        (("--join", "127.0.0.1:50052"), "chmod 600"),
+    ],
+)
+def test_a_host_says_in_one_line_why_it_does_not_join(tmp_path, arguments, message):
+    token = tmp_path / "token"
+    token.write_text("mjr_secret")
+    token.chmod(0o644)
+    result = run("rank", *arguments, "--token-file", token)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert result.output.count("\n") == 1

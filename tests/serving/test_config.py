@@ -62,6 +62,13 @@ def test_variables_that_are_no_settings_are_left_alone():
         ({"max_streams": 0}, "more than 0"),
         ({"tls_cert": "c"}, "without tls_key"),
         ({"tls_client_ca": "c"}, "without tls_cert"),
+        ({"rank_tls_key": "k"}, "without rank_tls_cert"),
+        ({"rank_tls_client_ca": "c"}, "without rank_tls_cert"),
+        ({"rank_listen": "50052"}, "must be host:port"),
+        ({"launcher": "join"}, "moejax tokens add"),
+        ({"launcher": "join", "rank_tokens": "t", "rank_listen": "0.0.0.0:50052"}, "without TLS anybody on the way"),
+        ({"launcher": "ray", "rank_listen": "10.0.0.1:50052"}, "without TLS anybody on the way"),
+        ({"launcher": "ray", "ranks": 4, "hosts": 2}, "say themselves which host"),
         ({"ranks": 2.5}, "'ranks' is 2.5"),
         ({"chaos": 3}, "'chaos' is 3"),
         ({"model": 3}, "'model' is 3"),
@@ -70,6 +77,18 @@ def test_variables_that_are_no_settings_are_left_alone():
 def test_what_makes_no_sense_is_refused(values, message):
     with pytest.raises(InvalidRequest, match=message):
         Settings.load(None, {}, **values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"launcher": "join", "rank_tokens": "t"},
+        {"launcher": "join", "rank_tokens": "t", "rank_listen": "0.0.0.0:1", "rank_plaintext": True},
+        {"launcher": "ray", "rank_listen": "0.0.0.0:1", "rank_tls_cert": "c", "rank_tls_key": "k"},
+    ],
+)
+def test_ranks_elsewhere_are_let_in_on_loopback_over_tls_or_when_it_is_said_out_loud(values):
+    assert Settings.load(None, {}, **values).launcher == values["launcher"]
 
 
 @pytest.mark.parametrize("text", ["ranks = ", "\x00"])

@@ -64,3 +64,14 @@ def test_the_command_prints_every_check_and_fails_when_one_does(monkeypatch):
     found = [json.loads(line) for line in result.output.splitlines()]
     assert result.exit_code == 1
     assert {f["name"] for f in found} >= {"python", "packages", "memory", "tmpfs", "cache", "cores", "jax"}
+
+
+def test_where_ranks_dial_in_is_looked_at_when_they_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "devices", lambda: doctor.Finding(name="jax", state="ok", text="t"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        here = {"grpc_port": 0, "http_port": 0, "rank_listen": f"127.0.0.1:{port}"}
+        for launcher, state in (("local", None), ("ray", "problem")):
+            found = {f.name: f for f in doctor.examine(Settings(launcher=launcher, **here), tmp_path)}
+            at = found.get(f"port {port}")
+            assert (at and at.state) == state

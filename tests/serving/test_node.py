@@ -2,35 +2,19 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.fake_backend import FakeBackend
+from tests.fixtures import node_modules
 from tests.serving.test_client import running
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "node_client.js"
 
 
-def modules() -> str | None:
-    """Where grpc-js is: MOEJAX_TEST_NODE_MODULES, or a node_modules of this checkout."""
-    for folder in (os.environ.get("MOEJAX_TEST_NODE_MODULES"), str(ROOT / "node_modules")):
-        if folder and (Path(folder) / "@grpc" / "grpc-js").is_dir():
-            return folder
-    return None
-
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("node") is None or modules() is None,
-    reason="needs node, and npm install @grpc/grpc-js @grpc/proto-loader",
-)
-
-
 def node(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"NODE_PATH": modules() or ""}
+    environment = os.environ | {"NODE_PATH": str(node_modules())}
     command = ["node", str(SCRIPT), address, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 

@@ -417,3 +417,99 @@ class StepFailed(_message.Message):
     error: str
     poisoned_rows: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[str] = ..., poisoned_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PlaceReport(_message.Message):
+    __slots__ = ("place", "prepared", "started", "ended")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    place: Place
+    prepared: ModelPrepared
+    started: RankStarted
+    ended: RankEnded
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., prepared: _Optional[_Union[ModelPrepared, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("token", "host", "rack", "build")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    RACK_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    host: str
+    rack: str
+    build: str
+    def __init__(self, token: _Optional[str] = ..., host: _Optional[str] = ..., rack: _Optional[str] = ..., build: _Optional[str] = ...) -> None: ...
+
+class ModelPrepared(_message.Message):
+    __slots__ = ("error", "config", "content", "store", "executables", "disk", "numerics")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    config: str
+    content: str
+    store: str
+    executables: str
+    disk: str
+    numerics: str
+    def __init__(self, error: _Optional[str] = ..., config: _Optional[str] = ..., content: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., disk: _Optional[str] = ..., numerics: _Optional[str] = ...) -> None: ...
+
+class RankStarted(_message.Message):
+    __slots__ = ("incarnation", "pid")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    pid: int
+    def __init__(self, incarnation: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class RankEnded(_message.Message):
+    __slots__ = ("incarnation", "code", "said")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    code: int
+    said: str
+    def __init__(self, incarnation: _Optional[int] = ..., code: _Optional[int] = ..., said: _Optional[str] = ...) -> None: ...
+
+class PlaceOrder(_message.Message):
+    __slots__ = ("prepare", "start", "signal")
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    prepare: PrepareModel
+    start: StartRank
+    signal: SignalRank
+    def __init__(self, prepare: _Optional[_Union[PrepareModel, _Mapping]] = ..., start: _Optional[_Union[StartRank, _Mapping]] = ..., signal: _Optional[_Union[SignalRank, _Mapping]] = ...) -> None: ...
+
+class PrepareModel(_message.Message):
+    __slots__ = ("model", "data_type")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    data_type: str
+    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ...) -> None: ...
+
+class StartRank(_message.Message):
+    __slots__ = ("incarnation", "rank", "token")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    rank: int
+    token: str
+    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+
+class SignalRank(_message.Message):
+    __slots__ = ("incarnation", "name")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    name: str
+    def __init__(self, incarnation: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...

@@ -39,6 +39,11 @@ class RankLinkStub(object):
                 request_serializer=moejax_dot_v1_dot_link__pb2.Report.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_link__pb2.Command.FromString,
                 _registered_method=True)
+        self.Keep = channel.stream_stream(
+                '/moejax.v1.RankLink/Keep',
+                request_serializer=moejax_dot_v1_dot_link__pb2.PlaceReport.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_link__pb2.PlaceOrder.FromString,
+                _registered_method=True)
 
 
 class RankLinkServicer(object):
@@ -50,6 +55,14 @@ class RankLinkServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Keep(self, request_iterator, context):
+        """A host keeps a place for one rank. It starts a process there when the front says so, tells of its end, and ends it
+        when the front says so or this stream breaks. A place has any number of ranks, one after the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +70,11 @@ def add_RankLinkServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=moejax_dot_v1_dot_link__pb2.Report.FromString,
                     response_serializer=moejax_dot_v1_dot_link__pb2.Command.SerializeToString,
+            ),
+            'Keep': grpc.stream_stream_rpc_method_handler(
+                    servicer.Keep,
+                    request_deserializer=moejax_dot_v1_dot_link__pb2.PlaceReport.FromString,
+                    response_serializer=moejax_dot_v1_dot_link__pb2.PlaceOrder.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +104,33 @@ class RankLink(object):
             '/moejax.v1.RankLink/Attach',
             moejax_dot_v1_dot_link__pb2.Report.SerializeToString,
             moejax_dot_v1_dot_link__pb2.Command.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keep(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moejax.v1.RankLink/Keep',
+            moejax_dot_v1_dot_link__pb2.PlaceReport.SerializeToString,
+            moejax_dot_v1_dot_link__pb2.PlaceOrder.FromString,
             options,
             channel_credentials,
             insecure,

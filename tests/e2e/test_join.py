@@ -1,0 +1,99 @@
+"""Ranks that dial in from other hosts, over mutual TLS: they die, vanish and come back, and not a token changes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.app import Server
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.joining import Papers, free_address, host
+from tests.e2e.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
+
+LABELS = ("amber", "birch", "cedar")
+
+
+class Hosts:
+    """Three hosts with a rank each, in a server that they have joined."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.front = free_address()
+        self.papers = Papers.made(folder, "127.0.0.1")
+        self._stack = stack
+        self.processes: dict[str, subprocess.Popen] = {label: self.start(label) for label in LABELS}
+
+    def start(self, label: str) -> subprocess.Popen:
+        """The host called so joins."""
+        process = self._stack.enter_context(host(label, self.front, self.papers.arguments()))
+        return process
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with contextlib.ExitStack() as stack:
+        yield Hosts(tmp_path_factory.mktemp("papers"), stack)
+
+
+@pytest.fixture(scope="module")
+def joined(hosts: Hosts) -> Iterator[Client]:
+    settings = hosts.papers.settings(hosts.front)
+    with Server(model=str(TINY), ranks=3, chaos=True, **settings) as server, Client(server) as client:
+        wait_until_whole(client)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def traffic(joined: Client) -> Traffic:
+    return Traffic.record(joined, streams=6, prompt_tokens=40, max_tokens=60)
+
+
+def rank_on(client: Client, label: str) -> int:
+    return next(rank.id for rank in client.status().ranks if rank.host == label)
+
+
+def test_every_rank_is_on_the_host_that_it_said(joined: Client) -> None:
+    assert [rank.host for rank in joined.status().ranks] == list(LABELS)
+
+
+def test_a_joined_rank_that_is_killed_changes_no_token_and_comes_back(joined: Client, traffic: Traffic) -> None:
+    before = joined.status().compiles_after_ready
+    traffic.during(joined, kill(joined, 1))
+    wait_until_whole(joined)
+    assert joined.status().compiles_after_ready == before == 0
+
+
+def test_a_joined_rank_that_hangs_is_ended_by_its_keeper(joined: Client, traffic: Traffic) -> None:
+    pid = pid_of(joined.status(), 2)
+    traffic.during(joined, lambda: joined.kill(2, "SIGSTOP"))
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the stopped process is gone")
+    wait_until_whole(joined)
+
+
+def test_a_host_that_vanishes_changes_no_token_and_is_taken_in_again(
+    hosts: Hosts, joined: Client, traffic: Traffic
+) -> None:
+    before, gone = last_event(joined), rank_on(joined, "amber")
+    traffic.during(joined, lambda: hosts.processes["amber"].send_signal(signal.SIGKILL))
+    lost = next(event for event in events_since(joined, before) if event.kind == "rank_lost")
+    assert (lost.rank, lost.cause.partition(":")[0]) == (gone, "exited")
+    assert joined.status().ranks[gone].state in ("starting", "dead")
+    hosts.start("amber")
+    wait_until_whole(joined)
+    traffic.during(joined)
+
+
+def test_a_rank_goes_on_where_another_host_has_a_place(hosts: Hosts, joined: Client, traffic: Traffic) -> None:
+    gone = rank_on(joined, "birch")
+    spare = hosts.start("dogwood")
+    assert spare.stderr is not None
+    assert any("is here" in line for line in spare.stderr)  # it has a place to give
+    traffic.during(joined, lambda: hosts.processes["birch"].send_signal(signal.SIGKILL))
+    wait_until_whole(joined)
+    assert joined.status().ranks[gone].host == "dogwood"
+    traffic.during(joined, kill(joined, gone))
+    wait_until_whole(joined)

@@ -1,0 +1,39 @@
+"""The front is killed while ranks of other hosts are in: the hosts find the next one, and no client misses a token."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.joining import Papers, free_address, host
+from tests.e2e.streams import Traffic, pid_of, wait_until, wait_until_whole
+from tests.e2e.test_front import Supervised
+from tests.e2e.test_processes import processes_of, start
+
+pytestmark = pytest.mark.slow
+
+
+def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path) -> None:
+    front, papers = free_address(), Papers.made(tmp_path, "127.0.0.1")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in papers.settings(front).items()]
+    with contextlib.ExitStack() as stack:
+        for label in ("amber", "birch"):
+            stack.enter_context(host(label, front, papers.arguments()))
+        process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", *flags)
+        stack.callback(process.kill)
+        server = Supervised(process)
+        with Client(server.address) as client:
+            wait_until_whole(client)
+            known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=80)
+            before = {pid_of(client.status(), rank) for rank in (0, 1)}
+            known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
+            wait_until_whole(client)
+            assert before.isdisjoint(pid_of(client.status(), rank) for rank in (0, 1))
+            assert not any(os.path.exists(f"/proc/{pid}") for pid in before)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        wait_until(lambda: not processes_of(process.pid), "no process is left", 10)

@@ -1,0 +1,54 @@
+"""Ranks that Ray starts, on a local cluster of several nodes, one of which dies: Ray finds another node, and no stream
+notices."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from serving.app import Server
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.joining import free_address
+from tests.e2e.streams import Traffic, events_since, last_event, wait_until_whole
+
+NODES = ("ash", "beech", "chestnut")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A cluster whose nodes have room for one rank each: its head, and the others by label."""
+    utils = pytest.importorskip("ray.cluster_utils", reason="needs moejax[ray]")
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+    with contextlib.closing(_Cluster(utils.Cluster(initialize_head=True, head_node_args=head))) as cluster:
+        yield cluster.cluster, {name: cluster.add(name) for name in NODES}
+
+
+class _Cluster:
+    def __init__(self, cluster: Any) -> None:
+        self.cluster = cluster
+
+    def add(self, name: str) -> Any:
+        """A node whose label is the host that its rank says it is on."""
+        labels = {"moejax.dev/host": name, "moejax.dev/rack": "grove"}
+        return self.cluster.add_node(num_cpus=1, labels=labels, object_store_memory=80 << 20)
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+
+
+def test_when_a_node_dies_ray_starts_its_rank_on_another_and_no_token_changes(nodes: tuple[Any, Any]) -> None:
+    cluster, by_name = nodes
+    settings = {"launcher": "ray", "ray_address": cluster.address, "rank_listen": free_address()}
+    with Server(model=str(TINY), ranks=2, **settings) as server, Client(server) as client:
+        wait_until_whole(client)
+        hosts = [rank.host for rank in client.status().ranks]
+        (spare,) = set(NODES) - set(hosts)
+        traffic = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
+        before = last_event(client)
+        traffic.during(client, lambda: cluster.remove_node(by_name[hosts[1]], allow_graceful=False))
+        assert [event.rank for event in events_since(client, before) if event.kind == "rank_lost"] == [1]
+        wait_until_whole(client)
+        assert [rank.host for rank in client.status().ranks] == [hosts[0], spare]
+        traffic.during(client)
