@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from planner.balance import rank_loads
 from planner.degrade import Losses, Outcome
 from planner.deployment import Deployment
 from planner.design import Design
+from planner.errors import InputError
 from planner.shape import budget
 from planner.throughput import pareto
 
@@ -23,7 +25,10 @@ COLOURS = (COOL, "#edae49", "#66a182", MILD)
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure to `path`; its ending chooses the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--pictures: cannot make the folder {path.parent}: {error.strerror}") from None
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
@@ -114,6 +119,7 @@ def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: i
     if len(points) > 1:
         axes.plot(*zip(*points, strict=True), "s--", color=WARM, markersize=4, label="whole hosts")
     axes.set_ylim(0, 1.05)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
@@ -147,12 +153,10 @@ def time_line(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def draw_design(design: Design, folder: str | Path, kind: str = "png") -> list[Path]:
-    """Placement, memory and trade-off of a design, as files in `folder`; returns their paths."""
-    figures = {
-        "placement": placement(design.deployment),
-        "memory": memory(design),
-        "pareto": trade_off(design),
-    }
+    """Placement (if there are experts), memory and trade-off of a design, as files in `folder`; returns their paths."""
+    figures = {"memory": memory(design), "pareto": trade_off(design)}
+    if design.deployment.plan.experts:
+        figures = {"placement": placement(design.deployment), **figures}
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
 
 

@@ -12,6 +12,7 @@ from planner.plan import Plan
 from planner.shape import budget
 from planner.simulate import Account
 from planner.throughput import Candidate, gb
+from planner.workload import Workload
 
 BAR = 40  # characters of a full memory bar
 
@@ -38,8 +39,7 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     d, best = design.deployment, design.chosen
     w, hardware = d.workload, d.cluster.hardware
     lines = [
-        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {w.moe_layers} MoE layers x "
-        f"{w.experts} experts, top {w.experts_per_token}, {w.weight_format}",
+        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {_layers(w)}, {w.weight_format}",
         f"{d.cluster.name}: {len(d.cluster.devices)} devices on {len(d.cluster.domains('host'))} hosts, "
         f"{gb(hardware.memory_bytes) if hardware.memory_bytes else 'no limit'} each",
         "",
@@ -52,21 +52,31 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
         lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}  [estimate]")
-    copies = d.plan.copies()
-    lines.append(
-        f"  hottest rank {design.peak:.3f} x the mean; {(copies >= 2).mean():.0%} of experts have "
-        f"two copies or more, {len(d.plan.parity)} parity slots"
-    )
+    if w.experts:
+        lines.append(
+            f"  hottest rank {design.peak:.3f} x the mean; {(d.plan.copies() >= 2).mean():.0%} of experts have "
+            f"two copies or more, {len(d.plan.parity)} parity slots"
+        )
+    if d.traffic.rps:
+        lines.append(f"  {best.tokens_per_second / d.traffic.output:.3g} requests/s, asked {d.traffic.rps:g}")
     lines += ["", "memory of a device", *memory_bars(d, best), "", "shapes compared, best first"]
-    rows = [_candidate_row(c, design.candidates[0]) for c in design.candidates[:runners_up]]
+    rows = [_candidate_row(c, design.candidates[0], rps=d.traffic.rps) for c in design.candidates[:runners_up]]
     lines.append(table(["shape", "tokens/s", "a device", "a user", "TTFT s", "why not"], rows))
     left = len(design.candidates) - runners_up
     return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
 
 
-def _candidate_row(c: Candidate, best: Candidate) -> list[str]:
+def _layers(w: Workload) -> str:
+    if not w.experts:
+        return f"{w.layers} dense layers"
+    return f"{w.moe_layers} MoE layers x {w.experts} experts, top {w.experts_per_token}"
+
+
+def _candidate_row(c: Candidate, best: Candidate, *, rps: float | None) -> list[str]:
     reason = c.reason
-    if not reason and c is not best:
+    if not reason and c is not best and rps:
+        reason = f"{1 - c.tokens_per_second_per_user / best.tokens_per_second_per_user:.1%} slower for a user"
+    elif not reason and c is not best:
         less = 1 - c.tokens_per_second / best.tokens_per_second
         reason = f"{less:.1%} fewer tokens/s" + _bottleneck(c, best)
         if less < 0:
@@ -116,7 +126,7 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
             )
         lines.append(line)
         lines += [f"  {reason}" for reason in r["reasons"]]
-    head = ["loss", "worst", "moved", "capacity", "masked", "cache tokens", "expert traffic", "means"]
+    head = ["loss", "worst", "moved", "capacity", "masked", "quality", "cache tokens", "expert traffic", "means"]
     rows = [
         [
             r["kind"],
@@ -124,6 +134,7 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
             gb(r["worst_bytes"]),
             f"{r['worst_capacity']:.1%}",
             r["most_masked"],
+            f"{r['worst_score']:.1%}",
             f"{r['most_cache_tokens']:,}",
             f"{r['worst_traffic_lost']:.2%}",
             ", ".join(f"{k} {v:,}" for k, v in r["means"].items()),

@@ -96,18 +96,22 @@ def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict
     return {rank: number for number, ids in enumerate(groups) for rank in ids}
 
 
-def survivors(deployment: Deployment, dead: Collection[int], outlook: Outlook) -> Survivors:
+def survivors(
+    deployment: Deployment, dead: Collection[int], outlook: Outlook, means: Collection[str] = ("spare", "switch")
+) -> Survivors:
     """The ranks left of a plan after `dead` (ids), regrouped the way that is predicted to serve most.
 
-    Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks hold experts only,
-    or all groups become half as wide. Attention ranks switch to experts when slots would run short.
+    `means` are those allowed. Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks
+    hold experts only, or all groups become half as wide. Attention ranks switch to experts when slots would run short.
     """
     plan = deployment.plan
-    options = [_promoted(outlook, left, dead) for left in _regrouped(outlook, dead)]
+    options = list(_regrouped(outlook, dead))
+    if "spare" in means:
+        options = [_promoted(outlook, left, dead) for left in options]
     best = options[0]
     if len(options) > 1:
         best = max(options, key=lambda left: outlook.capacity(left, plan.slots_per_rank))
-    return _switched(outlook, best, dead, plan.slots_per_rank, plan.experts)
+    return _switched(outlook, best, dead, plan.slots_per_rank, plan.experts) if "switch" in means else best
 
 
 def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:
