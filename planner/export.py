@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.deployment import Deployment
 from planner.errors import InputError
+from planner.served import check_served, held_form, served_pages
 
 FORMATS = ("k8s", "env", "json")
 
@@ -14,6 +15,7 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
         raise InputError(f"--to {to!r} is none of {', '.join(FORMATS)}")
     if to == "json":
         return deployment.plan.to_json() + "\n"
+    check_served(deployment)
     hosts = sorted({r.host for r in deployment.plan.ranks})
     if len(hosts) > 1:
         raise InputError(
@@ -23,15 +25,17 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
     return environment(deployment) if to == "env" else kubernetes(deployment, image=image, name=name)
 
 
-def settings(deployment: Deployment) -> dict[str, int]:
+def settings(deployment: Deployment) -> dict[str, int | str]:
     """What `moejax serve` must be told so that it makes this plan."""
     plan = deployment.plan
+    slots = {"slots_per_rank": plan.slots_per_rank} if plan.slots_per_rank else {}
     return {
         "ranks": len(plan.ranks),
-        "slots_per_rank": plan.slots_per_rank,
+        **slots,
         "survive": deployment.survive.ranks,
+        "data_type": held_form(deployment.workload),
         "page_size": deployment.workload.page_tokens,
-        "pages_per_rank": plan.pages_per_rank,
+        "pages_per_rank": served_pages(deployment),
     }
 
 

@@ -170,10 +170,22 @@ def cache_elements(config: Config) -> tuple[int, int]:
     c = _text(config)
     layers = _int(c, "num_hidden_layers")
     if "kv_lora_rank" in c:
-        return layers * (_int(c, "kv_lora_rank") + _int(c, "qk_rope_head_dim")), 0
-    each = 2 * _int(c, "num_key_value_heads") * head_size(c)
+        return layers * _each_layer(c), 0
+    each = _each_layer(c)
     windowed = sum(1 for kind in c.get("layer_types") or [] if kind == "sliding_attention")
     return (layers - windowed) * each, windowed * each * int(c.get("sliding_window") or 0)
+
+
+def whole_cache_elements(config: Config) -> int:
+    """Cache values per token when layers with a window keep everything too, as `moejax serve` does."""
+    c = _text(config)
+    return _int(c, "num_hidden_layers") * _each_layer(c)
+
+
+def _each_layer(c: Config) -> int:
+    if "kv_lora_rank" in c:
+        return _int(c, "kv_lora_rank") + _int(c, "qk_rope_head_dim")
+    return 2 * _int(c, "num_key_value_heads") * head_size(c)
 
 
 def workload(config: Config, *, name: str = "model", weights: str | None = None, cache: str = "bfloat16") -> Workload:

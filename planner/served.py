@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from planner.deployment import Deployment
 from planner.errors import InputError
+from planner.huggingface import whole_cache_elements
+from planner.workload import Workload
+
+FORMS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+
+
+def held_form(workload: Workload) -> str:
+    """The form of `moejax serve --data-type` that comes nearest to the plan's weights."""
+    return FORMS.get(workload.weight_format, "int8")
+
+
+def served_pages(deployment: Deployment) -> int:
+    """Pages of a rank's cache in the room that the plan has for them: `moejax serve` keeps float32."""
+    d = deployment
+    if "model_type" not in d.config or not d.workload.cache_bytes_per_token:
+        return d.plan.pages_per_rank
+    return int(d.plan.pages_per_rank * d.workload.cache_bytes_per_token / (4 * whole_cache_elements(d.config)))
 
 
 def check_served(deployment: Deployment) -> None:

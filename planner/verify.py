@@ -23,13 +23,12 @@ from planner.errors import InputError, NoFeasiblePlan, PlannerError
 from planner.lattice import losses
 from planner.plan import Figure
 from planner.report import table
-from planner.served import check_served
+from planner.served import check_served, held_form
 from planner.shape import Shape, slots_per_rank
 from planner.throughput import Candidate, assess
 
 PROGRAM = "moejax.ahead"
 TILE = 32  # rows that a slot multiplies at a time (moejax.experts)
-FORMS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}  # all others are held as int8
 
 
 class CompilerUnavailable(PlannerError):
@@ -144,7 +143,7 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "topology": topology,
         "config": dict(d.config),
         "name": d.workload.name,
-        "weights": FORMS.get(d.workload.weight_format, "int8"),
+        "weights": held_form(d.workload),
         "page_tokens": d.workload.page_tokens,
         "pages": best.requests_per_group * -(-longest // d.workload.page_tokens),
         "rows": best.requests_per_group,

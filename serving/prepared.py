@@ -35,6 +35,10 @@ class Prepared:
     cache_bytes_per_token: int
     hidden_bytes: int
     weights: str
+    heads: int = 1
+    expert_flops: float = 0.0
+    rest_flops: float = 0.0
+    context_flops: float = 0.0
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers."""
@@ -50,6 +54,10 @@ class Prepared:
             page_tokens=page_size,
             hidden_bytes=self.hidden_bytes,
             weight_format=self.weights,
+            heads=self.heads,
+            expert_flops=self.expert_flops,
+            rest_flops=self.rest_flops,
+            context_flops=self.context_flops,
         )
 
     def info(self) -> ModelInfo:

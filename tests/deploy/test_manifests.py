@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import planner.cli
+from planner.deployment import read_deployment
 from serving import cli, operate
 from serving.config import Settings
 from serving.http import application
@@ -64,8 +65,10 @@ def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # 
     assert planner.cli.main(["export", plan_file, "--to", "env"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
     settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
-    assert (settings.ranks, settings.pages_per_rank is not None) == (8, True)
-    assert len(lines) == 5
+    assert (settings.ranks, settings.data_type) == (8, "bfloat16")
+    planned = read_deployment(plan_file).plan.pages_per_rank
+    assert settings.pages_per_rank == planned // 2  # the plan counts two bytes a value, the server keeps four
+    assert len(lines) == 6
 
 
 def test_the_sample_settings_are_settings():

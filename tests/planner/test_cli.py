@@ -107,7 +107,7 @@ def test_export_for_kubernetes_environment_and_json(capsys, plan_file):
 
 def test_a_plan_over_several_hosts_is_not_exported_as_one_server(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
-    assert main(["solve", "deepseek-v3", "h200:4x8", "--out", path]) == 0
+    assert main(["solve", "deepseek-v3", "h200:4x8", "--tensor", "1", "--dense", "1", "--out", path]) == 0
     for to in ("k8s", "env"):
         assert main(["export", path, "--to", to]) == 2
     assert "4 hosts" in capsys.readouterr().err

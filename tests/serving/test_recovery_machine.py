@@ -38,7 +38,7 @@ SETTINGS = Settings(
 )
 MODEL = Prepared(
     name="fake",
-    config="",
+    config="{}",
     folder="",
     store="",
     executables="",
