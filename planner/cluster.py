@@ -177,9 +177,7 @@ def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
         per_rack = _count(row, "hosts_per_rack", where, 1) if "hosts_per_rack" in row else 1
         count, each = _count(row, "count", where, 1), _count(row, "devices", where, 1)
         if len(devices) + count * each > MOST_DEVICES:
-            raise InputError(
-                f"{where}: {count:,} hosts of {each:,} devices; a cluster has at most {MOST_DEVICES:,}"
-            )
+            raise InputError(f"{where}: {count:,} hosts of {each:,} devices; a cluster has at most {MOST_DEVICES:,}")
         for _ in range(count):
             for _ in range(each):
                 rack = f"rack{hosts // per_rack}"

@@ -22,7 +22,7 @@ from planner.errors import InputError, unknown_key
 from planner.export import export as export_plan
 from planner.foresight import check_gate, foresee, summarise
 from planner.huggingface import model_in_numbers, read_source
-from planner.lattice import preparation
+from planner.lattice import preparations
 from planner.plan import Plan
 from planner.rebalance import rebalance as rebalance_plan
 from planner.recovery import Recovery, read_recovery
@@ -114,8 +114,8 @@ def degrade(options: Namespace) -> Answer:
     outcomes, sampled = foresee(losses, kinds=kinds, pairs=_pairs(options.pairs), seed=options.seed)
     summary = summarise(outcomes)
     broken = check_gate(options.gate, summary) if options.gate else []
-    ready = preparation(deployment.plan)
-    lines = [degrade_report(summary, sampled), preparation_report(ready)]
+    ready = preparations(deployment.plan)
+    lines = [degrade_report(summary, sampled, recovery.source), preparation_report(ready)]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         drawn = _pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
@@ -125,7 +125,7 @@ def degrade(options: Namespace) -> Answer:
         "pairs_sampled_of": sampled,
         "losses": [o.to_dict() for o in outcomes],
         "gate_broken": broken,
-        "preparation": asdict(ready),
+        "preparation": {name: asdict(each) for name, each in ready.items()},
         "recovery": asdict(recovery),
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -79,12 +80,25 @@ class Preparation:
     table_bytes: int
 
 
+def preparations(plan: Plan) -> dict[str, Preparation]:
+    """The cost of lattices of growing size: ranks and hosts, the pairs of a host besides, every pair besides."""
+    ranks = len(plan.ranks)
+    of_a_host = sum(comb(n, 2) for n in Counter(r.host for r in plan.ranks).values())
+    found = {"every rank and host": preparation(plan)}
+    if ranks > 2:
+        if 0 < of_a_host < comb(ranks, 2):
+            found["and every pair of one host"] = preparation(plan, pairs=of_a_host)
+        found["and every pair"] = preparation(plan, pairs=comb(ranks, 2))
+    return found
+
+
 def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     """The cost of a lattice of every single rank, every host of the plan and `pairs` pairs of ranks."""
     ranks = len(plan.ranks)
     singles = [dead for dead in losses(plan, 1) if len(dead) < ranks]
     sizes = {ranks - len(dead) for dead in singles} | ({ranks - 2} if pairs and ranks > 2 else set())
-    sets = len(singles) + min(pairs, comb(ranks, 2))
+    hosts_of_two = sum(n == 2 < ranks for n in Counter(r.host for r in plan.ranks).values())
+    sets = len(singles) + max(0, min(pairs, comb(ranks, 2)) - hosts_of_two)
     slots = len(plan.holders) * plan.slots_per_rank
     return Preparation(
         sets=sets,
@@ -95,7 +109,7 @@ def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
 
 
 def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
-    """Sets of dead ranks, each once: single ranks, then whole hosts, then pairs and so on up to `depth`."""
+    """Sets of dead ranks, each once: single ranks, hosts, then pairs, the likely first, and so on up to `depth`."""
     seen: set[frozenset[int]] = set()
     hosts: dict[str, set[int]] = {}
     for r in plan.ranks:
@@ -105,6 +119,8 @@ def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
         if depth >= 1:
             yield from (frozenset((r,)) for r in plan.rank_ids)
             yield from (frozenset(h) for h in hosts.values())
+        if depth >= 2:
+            yield from likely_pairs(plan)
         for size in range(2, depth + 1):
             yield from map(frozenset, combinations(plan.rank_ids, size))
 
@@ -112,3 +128,14 @@ def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
         if dead not in seen and len(dead) < len(plan.ranks):
             seen.add(dead)
             yield dead
+
+
+def likely_pairs(plan: Plan) -> Iterator[frozenset[int]]:
+    """The pairs that are likelier than others to be lost at once: two ranks of a host, then two of a rack."""
+    for domain in ("host", "rack"):
+        groups: dict[str, list[int]] = {}
+        for r in plan.ranks:
+            if getattr(r, domain):
+                groups.setdefault(getattr(r, domain), []).append(r.id)
+        for ids in groups.values():
+            yield from map(frozenset, combinations(ids, 2))

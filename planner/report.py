@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from planner.deployment import Deployment
 from planner.design import Design
@@ -112,8 +112,8 @@ def memory_bars(deployment: Deployment, candidate: Candidate) -> list[str]:
     return lines
 
 
-def degrade_report(summary: Sequence[dict], sampled: int) -> str:
-    """One line per kind of loss and a table of worst cases."""
+def degrade_report(summary: Sequence[dict], sampled: int, phases: str) -> str:
+    """One line per kind of loss and a table of worst cases; `phases` says where those of a recovery come from."""
     lines = []
     for r in summary:
         of = f" (a sample of {sampled:,})" if r["kind"] == "pair" and sampled else ""
@@ -141,17 +141,26 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
         ]
         for r in summary
     ]
-    return "\n".join([*lines, "", table(head, rows), "", "all figures are estimates unless calibrated"])
-
-
-def preparation_report(ready: Preparation) -> str:
-    """What it takes to have every rank and host loss prepared."""
-    sizes = ", ".join(map(str, ready.mesh_sizes))
-    return (
-        f"to prepare every rank and host: {ready.sets} sets of survivors, {len(ready.mesh_sizes)} compiles "
-        f"(meshes of {sizes} ranks), {ready.move_seconds:.1f} s to move executables, "
-        f"{ready.table_bytes / 1e6:.0f} MB of slot tables"
+    return "\n".join(
+        [*lines, "", table(head, rows), "", f"detection, abort and adoption [{phases}], all else [estimate]", ""]
     )
+
+
+def preparation_report(ready: Mapping[str, Preparation]) -> str:
+    """What it takes to have losses prepared, for more and more of them."""
+    head = ["to prepare", "sets of survivors", "compiles", "meshes of ranks", "moving executables", "slot tables"]
+    rows = [
+        [
+            name,
+            f"{r.sets:,}",
+            len(r.mesh_sizes),
+            ", ".join(map(str, r.mesh_sizes[:3])) + (", ..." if len(r.mesh_sizes) > 3 else ""),
+            f"{r.move_seconds:,.1f} s",
+            f"{r.table_bytes / 1e6:,.0f} MB",
+        ]
+        for name, r in ready.items()
+    ]
+    return table(head, rows)
 
 
 def simulate_report(accounts: Sequence[Account], days: float) -> str:
@@ -180,7 +189,7 @@ def simulate_report(accounts: Sequence[Account], days: float) -> str:
         for a in accounts
     ]
     first = accounts[0]
-    title = f"{days:g} days, {first.failures} failures, at most {first.most_dead} devices down at once"
+    title = f"{days:g} days [estimate], {first.failures} failures, at most {first.most_dead} devices down at once"
     return f"{title}\n{table(head, rows)}"
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 
 from planner import Cluster, Workload, build_lattice, solve
-from planner.lattice import preparation
+from planner.lattice import losses, preparation, preparations
 from tests.planner.strategies import cases
 
 
@@ -49,6 +49,30 @@ def test_a_loss_that_memory_cannot_survive_is_kept_with_its_reason():
     lattice = build_lattice(workload, cluster, solve(workload, cluster))
     assert lattice.get({0}) is None
     assert "8 slots per rank need 8,000 bytes" in lattice.infeasible[frozenset({0})]
+
+
+@given(cases())
+def test_pairs_of_one_host_are_prepared_before_all_others(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
+    host = {r.id: r.host for r in plan.ranks}
+    found = [dead for dead in losses(plan, 2) if len(dead) == 2 and len(dead) < case.ranks]
+    pairs = {frozenset(p) for p in combinations(plan.rank_ids, 2)} if case.ranks > 2 else set()
+    assert len(found) == len(set(found))
+    assert set(found) == pairs
+    together = [len({host[i] for i in dead}) == 1 for dead in found]
+    assert together == sorted(together, reverse=True)
+
+
+@given(cases())
+def test_a_lattice_of_every_pair_is_the_one_whose_cost_is_said(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
+    said = preparations(plan)
+    if case.ranks > 2:
+        lattice = list(losses(plan, 2))
+        assert said["and every pair"].sets == len(lattice)
+        assert said["and every pair"].mesh_sizes == tuple(sorted({case.ranks - len(d) for d in lattice}, reverse=True))
+    else:
+        assert list(said) == ["every rank and host"]
 
 
 @given(cases())
