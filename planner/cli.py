@@ -56,7 +56,7 @@ def _command(subs, name: str, run, text: str) -> argparse.ArgumentParser:
 def _solve(subs) -> None:
     p = _command(subs, "solve", commands.solve, "the best mesh and placement, and why the others lost")
     p.add_argument("model", help="preset (deepseek-v3), config.json, its folder, or a JSON of workload numbers")
-    p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), or a TOML file")
+    p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), TOML file, or plan file")
     p.add_argument("--traffic", help="prompt=2048,output=512,tpot_ms=50,ttft_ms=5000,rps=10")
     p.add_argument("--survive", help="ranks=2,hosts=1: losses without new weight buffers (default ranks=1)")
     p.add_argument("--arch", choices=ARCHITECTURES, default="collocated")

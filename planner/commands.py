@@ -13,7 +13,7 @@ import numpy as np
 
 from planner import explain as explanations
 from planner.calibration import calibrate, read_steps
-from planner.cluster import read_cluster
+from planner.cluster import Cluster, read_cluster
 from planner.degrade import MEANS, REFUSABLE, Losses
 from planner.deployment import Deployment, read_deployment, read_loads, read_survive, zipf_loads
 from planner.design import design
@@ -48,7 +48,7 @@ def solve(options: Namespace) -> Answer:
     """`solve MODEL CLUSTER`."""
     name, config = read_source(options.model)
     workload = model_in_numbers(name, config, options.model, weights=options.weights, cache=options.cache)
-    cluster = read_cluster(options.cluster)
+    cluster = _cluster(options.cluster)
     loads = None
     if options.loads:
         loads = np.array(read_loads(options.loads, workload))
@@ -83,6 +83,11 @@ def solve(options: Namespace) -> Answer:
         "peak_load": found.peak,
     }
     return Answer(data=data, text="\n".join(lines))
+
+
+def _cluster(text: str) -> Cluster:
+    """A cluster as `read_cluster` takes it, or that of a plan file: `verify --measured --out` writes one calibrated."""
+    return read_deployment(text).cluster if text.endswith(".json") else read_cluster(text)
 
 
 def _candidate(c: Candidate) -> dict:

@@ -50,12 +50,13 @@ def placement(deployment: Deployment) -> Figure:
     load = rank_loads(table, deployment.load_array()) * len(plan.holders)
     title = f"{deployment.workload.name}: expert traffic by rank (1 = even), hottest {load.max():.2f}"
     figure, axes = _axes(title, "rank, in slot order", "MoE layer", size=(9, 4))
-    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=1.5, interpolation="nearest")
+    span = max(0.05, float(np.abs(load - 1).max()))
+    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - span, vmax=1 + span, interpolation="nearest")
     hosts = [r.host for r in plan.holders]
     edges = [i for i in range(1, len(hosts)) if hosts[i] != hosts[i - 1]]
     if len(edges) <= 64:
         for i in edges:
-            axes.axvline(i - 0.5, color="white", linewidth=0.6)
+            axes.axvline(i - 0.5, color=MILD, linewidth=0.4)
     figure.colorbar(image, ax=axes, label="traffic, mean = 1")
     return figure
 

@@ -122,6 +122,7 @@ def test_verify_against_measurements(capsys, plan_file, tmp_path):
     found = data(capsys, "verify", plan_file, "--measured", str(measured), "--out", out)
     assert [r["concurrency"] for r in found["measured"]] == [1, 8, 32]
     assert data(capsys, "degrade", out)["summary"]
+    assert data(capsys, "solve", "olmoe-1b-7b", out)["deployment"]["cluster"]["hardware"] == found["hardware"]
     assert main(["verify", plan_file]) == 2
 
 
