@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from planner import commands
@@ -27,8 +28,16 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "status": error.status}))
         print(f"moejax plan {options.command}: {error}", file=sys.stderr)
         return INFEASIBLE if isinstance(error, NoFeasiblePlan) else WRONG
-    print(json.dumps(answer.data) if options.json else answer.text)
+    _say(json.dumps(answer.data) if options.json else answer.text)
     return DONE if answer.good else INFEASIBLE
+
+
+def _say(text: str) -> None:
+    """Print; a reader that leaves early (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:

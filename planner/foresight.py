@@ -75,6 +75,7 @@ def summarise(outcomes: Iterable[Outcome]) -> list[dict]:
                 "from_memory": sum(o.from_memory for o in group),
                 "worst_stall_ms": worst.stall * 1e3 if worst else 0.0,
                 "worst_name": worst.name if worst else "",
+                "worst_phases_ms": {name: 1e3 * s for name, s in worst.phases.items()} if worst else {},
                 "worst_moved_stall_ms": max((o.moved_stall for o in good), default=0.0) * 1e3,
                 "worst_bytes": max((o.bytes_moved for o in good), default=0),
                 "worst_capacity": min((o.capacity for o in good), default=0.0),

@@ -125,6 +125,9 @@ def degrade_report(summary: Sequence[dict], sampled: int, phases: str) -> str:
                 f"(streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms)"
             )
         lines.append(line)
+        if r["worst_phases_ms"]:
+            worst = " + ".join(f"{name} {ms:.0f}" for name, ms in r["worst_phases_ms"].items())
+            lines.append(f"  worst {r['worst_name']}: {worst} ms")
         lines += [f"  {reason}" for reason in r["reasons"]]
     head = ["loss", "worst", "moved", "capacity", "masked", "quality", "cache tokens", "expert traffic", "means"]
     rows = [
