@@ -28,10 +28,12 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
 def settings(deployment: Deployment) -> dict[str, int | str]:
     """What `moejax serve` must be told so that it makes this plan."""
     plan = deployment.plan
-    slots = {"slots_per_rank": plan.slots_per_rank} if plan.slots_per_rank else {}
+    some: dict[str, int | str] = {"slots_per_rank": plan.slots_per_rank} if plan.slots_per_rank else {}
+    if deployment.shape.arch == "disaggregated":
+        some |= {"arch": "disaggregated", "attention": len(plan.source_ids), "experts": len(plan.holder_ids)}
     return {
         "ranks": len(plan.ranks),
-        **slots,
+        **some,
         "survive": deployment.survive.ranks,
         "data_type": held_form(deployment.workload),
         "page_size": deployment.workload.page_tokens,

@@ -133,6 +133,11 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
     """What `moejax.ahead` is asked. Raises InputError for a plan that moejax does not run, or without a model."""
     check_served(deployment)
     d = deployment
+    if d.shape.arch == "disaggregated":
+        raise InputError(
+            "ranks that attend and ranks that hold experts run programs of their own, which only their hosts put in "
+            "order (docs/decisions/0007); --aot compiles the one program of collocated ranks."
+        )
     if not d.config:
         raise InputError(
             "the plan was made from numbers: there is no model to compile. Solve from a config.json or a preset, "

@@ -71,6 +71,28 @@ def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # 
     assert len(lines) == 6
 
 
+def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_makes(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    words = ["solve", "olmoe-1b-7b", "h100", "--arch", "disaggregated", "--tensor", "1", "--out", path]
+    assert planner.cli.main(words) == 0
+    capsys.readouterr()
+    assert planner.cli.main(["export", path, "--to", "env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
+    plan = read_deployment(path).plan
+    assert (settings.arch, settings.attention) == ("disaggregated", len(plan.source_ids))
+    assert (settings.attention or 0) + (settings.experts or 0) == settings.ranks == 8
+
+
+def test_a_plan_that_the_server_does_not_make_is_not_exported(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert planner.cli.main(["solve", "olmoe-1b-7b", "h100", "--tensor", "2", "--out", path]) == 0
+    for to in ("k8s", "env"):
+        assert planner.cli.main(["export", path, "--to", to]) == 2
+        assert "tensor groups of 2" in capsys.readouterr().err
+    assert planner.cli.main(["export", path, "--to", "json"]) == 0
+
+
 def test_the_sample_settings_are_settings():
     assert Settings.load(DEPLOY / "moejax.toml", {}).log_format == "json"
 

@@ -76,6 +76,21 @@ def test_masked_experts_and_a_lost_host_are_those_foreseen() -> None:
         assert told == outcome.means.get("store", 0)
 
 
+def test_the_roles_after_a_lost_expert_rank_are_those_foreseen() -> None:
+    settings = {"arch": "disaggregated", "attention": 2, "experts": 2, "slots_per_rank": 4, "restart": False}
+    with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
+        wait_until_whole(client)
+        known = Traffic.record(client, streams=2, prompt_tokens=20, max_tokens=30)
+        deployment = exported(client)
+        assert [r.role for r in deployment.plan.ranks] == ["attention", "attention", "expert", "expert"]
+        outcome, plan = foreseen(deployment, {3})
+        assert outcome.means["switch"] == 1  # 8 experts do not fit in the 4 slots that are left
+        after: list[Plan] = []
+        known.during(client, kill(client, 3), lambda: after.append(settled_without(client, {3})))
+        assert [(r.id, r.role) for r in after[0].ranks] == [(r.id, r.role) for r in plan.ranks]
+        assert after[0].slots == plan.slots
+
+
 def _pairs(plan: Plan, rank: int) -> np.ndarray:
     """(layer, expert) pairs that a rank holds, as numbers."""
     slots = plan.slots_of(rank)

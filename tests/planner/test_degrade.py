@@ -136,7 +136,27 @@ def test_attention_ranks_take_the_place_of_expert_ranks_when_slots_run_short():
     assert not refused.survivable
     assert "do not fit in" in refused.reason
     assert outcome.phases["weights"] > 0
-    assert Losses(d).outcome([r.id for r in d.plan.ranks if r.role == "attention"]).survivable is False
+    attending = [r.id for r in d.plan.ranks if r.role == "attention"]
+    assert not Losses(d, means=[m for m in MEANS if m != "switch"]).outcome(attending).survivable
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 12), st.data())
+def test_roles_after_a_loss_are_those_that_solve_gives(attention, experts, slots, data):
+    n = attention + experts
+    model = Workload(moe_layers=2, experts=8, experts_per_token=1, expert_bytes=100, hidden_bytes=8)
+    cluster = Cluster.local(n)
+    roles = {rank: "attention" if rank < attention else "expert" for rank in range(n)}
+    slots = max(slots, -(-8 // experts))
+    plan = solve(model, cluster, roles=roles, slots_per_rank=slots)
+    dead = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
+    after = solve(model, cluster, alive=set(range(n)) - dead, previous=plan)
+    d = Deployment(plan=plan, workload=model, cluster=cluster)
+    left = survivors(d, dead, Outlook(d), MEANS)
+    assert {r.id: left.roles.get(r.id, roles[r.id]) for r in after.ranks} == {r.id: r.role for r in after.ranks}
+    assert (left.data, left.holders) == (len(after.source_ids), len(after.holder_ids))
+    outcome = Losses(d).outcome(dead)
+    assert outcome.survivable
+    assert outcome.means.get("switch", 0) == sum(r.role != roles[r.id] for r in after.ranks)
 
 
 def test_standby_ranks_take_over():
