@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from planner import InputError, verify
+from planner import InputError, solve, verify
 from planner.cli import main
 from planner.cluster import Cluster, read_cluster
 from planner.deployment import Deployment
 from planner.design import design
-from planner.huggingface import read_model, read_source, workload
+from planner.huggingface import MODELS, read_model, read_source, workload
 from planner.throughput import assess
 from planner.traffic import Traffic
 from planner.verify import CompilerUnavailable, aot_figures, aot_problem, compile_ahead, meshes, topology_devices
@@ -129,6 +129,22 @@ def test_the_step_that_moejax_runs_compiles_over_every_mesh_here():
     slots = {row["slots"] for row in found["meshes"]}
     assert len(slots) == 1 or found["meshes"][-1]["argument_bytes"] > found["meshes"][0]["argument_bytes"]
     assert {f.source for f in aot_figures(found)} == {"aot"}
+
+
+@needs_jax
+def test_the_plan_of_a_running_server_compiles_with_the_configuration_it_carries():
+    workload = read_model(str(MODELS / "plain" / "tiny.json"))
+    cluster = Cluster.local(2)
+    d = Deployment(
+        plan=solve(workload, cluster, pages_per_rank=8),
+        workload=workload,
+        cluster=cluster,
+        traffic=Traffic(prompt=32, output=32, tpot_ms=1e9, ttft_ms=1e9, rps=1),
+        config=json.loads((MODELS.parents[1] / "models" / "tiny" / "config.json").read_text()),
+    )
+    whole, last = compile_ahead(d, "cpu:2")["meshes"]
+    assert (whole["devices"], last["devices"]) == (2, 1)
+    assert whole["argument_bytes"] == pytest.approx(whole["planned_bytes"], rel=0.05)
 
 
 @needs_jax
