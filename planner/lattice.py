@@ -10,7 +10,7 @@ from math import comb
 
 from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan
-from planner.plan import Plan
+from planner.plan import HOLDS_EXPERTS, ROLES, SENDS_TOKENS, Plan
 from planner.solve import solve
 from planner.workload import Workload
 
@@ -70,11 +70,13 @@ def build_lattice(
 class Preparation:
     """What preparing the losses of ranks, hosts and some pairs takes, without making their plans.
 
-    A program is compiled once for each mesh size and moved to every set of survivors: `MOVE_SECONDS` each, on
-    every rank at the same time. `table_bytes` is what the slot tables of all sets take in the front.
+    A program is compiled once for each mesh shape (how many ranks attend and how many hold experts, before any changes
+    its role) and moved to every set of survivors: `MOVE_SECONDS` each, on every rank at the same time. `table_bytes` is
+    what the slot tables of all sets take in the front.
     """
 
     sets: int
+    compiles: int
     mesh_sizes: tuple[int, ...]
     move_seconds: float
     table_bytes: int
@@ -97,14 +99,28 @@ def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     ranks = len(plan.ranks)
     singles = [dead for dead in losses(plan, 1) if len(dead) < ranks]
     sizes = {ranks - len(dead) for dead in singles} | ({ranks - 2} if pairs and ranks > 2 else set())
+    roles = {r.id: r.role for r in plan.ranks}
+    of_each_role = [i for role in ROLES for i in [i for i in roles if roles[i] == role][:2]]
+    examples = [*singles, *(combinations(of_each_role, 2) if pairs and ranks > 2 else ())]
+    shapes = {_sides(roles, len(plan.source_ids), len(plan.holders), dead) for dead in examples}
     hosts_of_two = sum(n == 2 < ranks for n in Counter(r.host for r in plan.ranks).values())
     sets = len(singles) + max(0, min(pairs, comb(ranks, 2)) - hosts_of_two)
     slots = len(plan.holders) * plan.slots_per_rank
     return Preparation(
         sets=sets,
+        compiles=len(shapes),
         mesh_sizes=tuple(sorted(sizes, reverse=True)),
         move_seconds=sets * MOVE_SECONDS,
         table_bytes=sets * plan.moe_layers * slots * 4,
+    )
+
+
+def _sides(roles: Mapping[int, str], attending: int, holding: int, dead: Collection[int]) -> tuple[int, int]:
+    """How many ranks attend and how many hold experts after a loss, of so many before."""
+    gone = [roles[i] for i in dead]
+    return (
+        attending - sum(role in SENDS_TOKENS for role in gone),
+        holding - sum(role in HOLDS_EXPERTS for role in gone),
     )
 
 

@@ -156,7 +156,7 @@ def preparation_report(ready: Mapping[str, Preparation]) -> str:
         [
             name,
             f"{r.sets:,}",
-            len(r.mesh_sizes),
+            r.compiles,
             ", ".join(map(str, r.mesh_sizes[:3])) + (", ..." if len(r.mesh_sizes) > 3 else ""),
             f"{r.move_seconds:,.1f} s",
             f"{r.table_bytes / 1e6:,.0f} MB",

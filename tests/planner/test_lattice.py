@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import Cluster, Workload, build_lattice, solve
 from planner.lattice import losses, preparation, preparations
@@ -81,3 +82,17 @@ def test_what_preparing_takes_is_what_the_lattice_then_holds(case):
     lattice, ready = build_lattice(case.workload, case.cluster, plan), preparation(plan)
     assert ready.sets == len(lattice.plans)
     assert ready.mesh_sizes == lattice.sizes
+    assert ready.compiles == len(lattice.sizes)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_ranks_that_attend_and_ranks_that_hold_experts_make_more_shapes_of_a_size(attention, experts):
+    workload = Workload(moe_layers=1, experts=4, experts_per_token=1, expert_bytes=1)
+    roles = {i: "attention" if i < attention else "expert" for i in range(attention + experts)}
+    hosts = [f"h{i}" for i in roles]
+    plan = solve(workload, Cluster.local(len(roles), hosts=hosts), roles=roles, slots_per_rank=4)
+    lattice = list(losses(plan, min(2, len(roles) - 1)))
+    shapes = {
+        (sum(i < attention for i in set(roles) - d), sum(i >= attention for i in set(roles) - d)) for d in lattice
+    }
+    assert list(preparations(plan).values())[-1].compiles == len(shapes)
