@@ -65,13 +65,11 @@ def paged_attention_reference(
 ) -> jax.Array:
     """`paged_attention` by XLA."""
     Z, Q, N, H = q_ZQNH.shape
-    R, K, Hk = k_RKH.shape
+    R, K, _ = k_RKH.shape
     Hv = v_RKH.shape[-1]
     G = N // K
     q = (q_ZQNH * scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
     positions = jnp.repeat(positions_ZQ, G, axis=1)
-    pages_k = cache.k.reshape(len(cache.k), -1, page_size, K, Hk)
-    pages_v = cache.v.reshape(len(cache.v), -1, page_size, K, Hv)
 
     def page(i, carry):
         maximum, total, out = carry
@@ -79,8 +77,12 @@ def paged_attention_reference(
         at_S = i * page_size + jnp.arange(page_size)
         is_new_ZS = at_S >= cached_Z[:, None]
         row_ZS = jnp.clip(new_base_Z[:, None] + at_S - cached_Z[:, None], 0, R - 1)
-        k = jnp.where(is_new_ZS[..., None, None], k_RKH[row_ZS], pages_k[layer, ids_Z]).transpose(0, 2, 1, 3)
-        v = jnp.where(is_new_ZS[..., None, None], v_RKH[row_ZS], pages_v[layer, ids_Z]).transpose(0, 2, 1, 3)
+        # Entries are picked as they lie and shaped into heads afterwards: a cache shaped into heads as a whole is laid
+        # out anew by XLA for a TPU, all of it, on every layer.
+        entry_ZS = ids_Z[:, None] * page_size + jnp.arange(page_size)
+        old_k, old_v = (each[layer, entry_ZS].reshape(Z, page_size, K, -1) for each in (cache.k, cache.v))
+        k = jnp.where(is_new_ZS[..., None, None], k_RKH[row_ZS], old_k).transpose(0, 2, 1, 3)
+        v = jnp.where(is_new_ZS[..., None, None], v_RKH[row_ZS], old_v).transpose(0, 2, 1, 3)
         if latent:
             k = jnp.concatenate([v, k], axis=-1)
         seen = at_S <= positions[..., None]

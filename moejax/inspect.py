@@ -85,17 +85,15 @@ def active_parameters(cfg: ModelConfig) -> int:
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Values:
     """Where `moejax serve --ranks` would put things at first, and what each rank would hold; float32."""
-    moe = cfg.moe
-    if moe is None:
-        return {"ranks": ranks, "bytes_per_rank": 4 * parameter_count(cfg)}
+    experts, chosen = (cfg.moe.experts, cfg.moe.experts_per_token) if cfg.moe else (0, 0)
     one = expert_bytes(cfg)
-    rest = 4 * parameter_count(cfg) - cfg.n_moe_layers * moe.experts * one
+    rest = 4 * parameter_count(cfg) - cfg.n_moe_layers * experts * one
     workload = Workload(
         name=cfg.name,
         layers=cfg.n_layers,
         moe_layers=cfg.n_moe_layers,
-        experts=moe.experts,
-        experts_per_token=moe.experts_per_token,
+        experts=experts,
+        experts_per_token=chosen,
         expert_bytes=one,
         rest_bytes=rest,
         cache_bytes_per_token=bytes_per_token(cfg),
@@ -106,7 +104,7 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
         plan = solve(workload, Cluster.local(ranks), survive_ranks=min(1, ranks - 1), pages_per_rank=1)
     except NoFeasiblePlan as error:
         return {"ranks": ranks, "reason": str(error)}
-    spare = ranks * plan.slots_per_rank - moe.experts
+    spare = ranks * plan.slots_per_rank - experts
     return {
         "ranks": ranks,
         "slots_per_rank": plan.slots_per_rank,
@@ -183,7 +181,7 @@ def _plan_text(plan: Values) -> str:
     if "reason" in plan:
         return plan["reason"]
     text = f"{_size(plan['bytes_per_rank'])} of weights on each (float32)"
-    if "slots_per_rank" in plan:
+    if plan["slots_per_rank"]:
         text += (
             f", {plan['slots_per_rank']} expert slots per layer, {plan['second_copies_per_layer']} of all hold copies"
         )

@@ -16,7 +16,7 @@ from moejax.config import ModelConfig
 from moejax.download import cache_folder
 from moejax.executables import numerics
 from moejax.manifest import content_hash
-from moejax.params import parameter_count
+from moejax.params import expert_bytes, parameter_count
 from moejax.precision import held_bytes
 from moejax.store import HostStore
 
@@ -51,6 +51,21 @@ def prepare(name: str, weights: str = "float32") -> dict[str, object]:
         "weights": cfg.weights,
         "cache_bytes_per_token": bytes_per_token(cfg),
         "hidden_bytes": 4 * cfg.d_model,
+        "heads": cfg.n_heads,
+        **flops(cfg),
+    }
+
+
+def flops(cfg: ModelConfig) -> dict[str, float]:
+    """Work per token, a multiply-add being two: of one expert, of all else, and of attention per token of context."""
+    expert = expert_bytes(cfg, 1)
+    rest = parameter_count(cfg) - (cfg.n_moe_layers * cfg.moe.experts * expert if cfg.moe else 0)
+    looked_up = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
+    a_position = cfg.latent.d_rope + 2 * cfg.latent.d_latent if cfg.latent else 2 * cfg.d_head
+    return {
+        "expert_flops": 2.0 * expert,
+        "rest_flops": 2.0 * (rest - looked_up),
+        "context_flops": 2.0 * cfg.n_layers * cfg.n_heads * a_position,
     }
 
 

@@ -16,7 +16,7 @@ PARTNERS = 320  # slots of the coolest ranks that are tried as partners of one o
 def slot_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
     """Traffic of each slot, float [layers, ranks, slots]."""
     layers, experts = loads.shape
-    flat = np.where((table < 0) | (table >= experts), experts, table).reshape(layers, -1)
+    flat = np.where((table < 0) | (table >= experts), experts, table).reshape(layers, table.shape[1] * table.shape[2])
     row = np.arange(layers)[:, None]
     index = (row * (experts + 1) + flat).ravel()
     counts = np.bincount(index, minlength=layers * (experts + 1)).reshape(layers, experts + 1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from planner import commands
+from planner.degrade import REFUSABLE
 from planner.errors import NoFeasiblePlan, PlannerError
 from planner.export import FORMATS
 from planner.rebalance import MODES
@@ -26,8 +28,16 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "status": error.status}))
         print(f"moejax plan {options.command}: {error}", file=sys.stderr)
         return INFEASIBLE if isinstance(error, NoFeasiblePlan) else WRONG
-    print(json.dumps(answer.data) if options.json else answer.text)
+    _say(json.dumps(answer.data) if options.json else answer.text)
     return DONE if answer.good else INFEASIBLE
+
+
+def _say(text: str) -> None:
+    """Print; a reader that leaves early (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,14 +65,17 @@ def _command(subs, name: str, run, text: str) -> argparse.ArgumentParser:
 def _solve(subs) -> None:
     p = _command(subs, "solve", commands.solve, "the best mesh and placement, and why the others lost")
     p.add_argument("model", help="preset (deepseek-v3), config.json, its folder, or a JSON of workload numbers")
-    p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), or a TOML file")
+    p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), TOML file, or plan file")
     p.add_argument("--traffic", help="prompt=2048,output=512,tpot_ms=50,ttft_ms=5000,rps=10")
     p.add_argument("--survive", help="ranks=2,hosts=1: losses without new weight buffers (default ranks=1)")
     p.add_argument("--arch", choices=ARCHITECTURES, default="collocated")
     p.add_argument("--protect", choices=PROTECTION, default="copies", help="against single losses, without the store")
     p.add_argument("--slots", type=int, help="slots per rank (default: the best that survives)")
+    p.add_argument("--tensor", type=int, help="width of tensor groups (default: the best)")
+    p.add_argument("--dense", type=int, help="width of dense FFN groups (default: the best)")
     p.add_argument("--standby", type=int, default=0, help="ranks that wait for a loss")
     p.add_argument("--weights", help="format of the weights, such as bfloat16, fp8, int8, mxfp4")
+    p.add_argument("--cache", default="bfloat16", help="format of the cache (moejax serve: float32)")
     p.add_argument("--loads", help="JSON of measured expert loads [moe_layers][experts]")
     p.add_argument("--skew", type=float, help="instead of --loads: Zipf exponent of expert traffic")
     p.add_argument("--out", help="write the plan file that the other commands read")
@@ -74,9 +87,9 @@ def _degrade(subs) -> None:
     p = _command(subs, "degrade", commands.degrade, "what every loss costs")
     p.add_argument("plan", help="plan file of solve --out")
     p.add_argument("--kinds", default="rank,host,rack,pair", help="which losses (default: all kinds)")
-    p.add_argument("--pairs", type=int, default=500, help="pairs looked at; a sample when there are more")
+    p.add_argument("--pairs", default="500", help="pairs looked at (a sample when there are more), or all")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
-    p.add_argument("--without", default="", help="means not allowed, such as store,regrow")
+    p.add_argument("--without", default="", help=f"means not allowed, of {', '.join(REFUSABLE)}")
     p.add_argument("--mask", action="store_true", help="mask experts that nothing else can bring back")
     p.add_argument("--measured", help="JSON of benchmarks.recovery: phases as measured")
     p.add_argument("--gate", help="'survivable>=1.0, worst_stall_ms<=500': exit code 1 unless it holds")
@@ -113,8 +126,11 @@ def _show(subs) -> None:
     p = _command(subs, "verify", commands.verify, "predictions against the compiler and measurements")
     p.add_argument("plan", help="plan file")
     p.add_argument("--aot", metavar="TOPOLOGY", help="compile for a topology such as v5e:2x4 (needs libtpu)")
+    p.add_argument("--each-loss", action="store_true", help="compile what every loss leaves, not each size once")
     p.add_argument("--measured", help="JSON of benchmarks.throughput on this cluster")
-    p.add_argument("--out", help="write the plan file with the hardware calibrated")
+    p.add_argument(
+        "--out", help="write the plan file with what was found: hardware calibrated, figures of the compiler"
+    )
     p = _command(subs, "export", commands.export, "the plan for those who start the ranks")
     p.add_argument("plan", help="plan file")
     p.add_argument("--to", choices=FORMATS, required=True)

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from planner.errors import InputError, unknown_key
+from planner.errors import InputError, unknown_key, unknown_value
 
+MOST_DEVICES = 1_000_000
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "clusters"
 
 
@@ -54,7 +55,8 @@ class Hardware:
             value = getattr(self, f.name)
             if f.name == "name" or (f.name in ("memory_bytes", "flops_8bit") and value is None):
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
                 raise InputError(f"hardware {self.name!r}: {f.name} is {value!r}, it must be a number above 0")
 
 
@@ -145,7 +147,7 @@ def read_cluster(text: str) -> Cluster:
     path = Path(text)
     if not path.is_file():
         known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
-        raise InputError(f"{text!r} is neither a file nor one of the presets {', '.join(known)} (try h200:40x8)")
+        raise unknown_value(text, known, "neither a file nor a preset such as h200 or h200:40x8; presets are")
     return cluster_from(_read_toml(path), str(path))
 
 
@@ -159,21 +161,25 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
     """The cluster that the tables of a cluster file describe; `where` names the file in errors."""
     _known(data, ("name", "hardware", "hosts", "devices"), where)
-    hardware = dict(data.get("hardware", {}))
+    hardware = dict(_table(data.get("hardware", {}), f"{where} [hardware]"))
     if "preset" in hardware:
         base = _read_toml(_preset(hardware.pop("preset"), where))["hardware"]
         hardware = {**base, **hardware}
     _known(hardware, [f.name for f in fields(Hardware)], f"{where} [hardware]")
     devices: list[Device] = []
-    for row in data.get("devices", ()):
+    for row in _rows(data, "devices", where):
         _known(row, ("id", "host", "rack"), f"{where} [[devices]]")
-        devices.append(Device(id=_count(row, "id", where, 0), host=str(row["host"]), rack=str(row.get("rack", ""))))
+        host = _text(row, "host", where)
+        devices.append(Device(id=_count(row, "id", where, 0), host=host, rack=_text(row, "rack", where, "")))
     hosts = 0
-    for row in data.get("hosts", ()):
+    for row in _rows(data, "hosts", where):
         _known(row, ("count", "devices", "hosts_per_rack"), f"{where} [[hosts]]")
         per_rack = _count(row, "hosts_per_rack", where, 1) if "hosts_per_rack" in row else 1
-        for _ in range(_count(row, "count", where, 1)):
-            for _ in range(_count(row, "devices", where, 1)):
+        count, each = _count(row, "count", where, 1), _count(row, "devices", where, 1)
+        if len(devices) + count * each > MOST_DEVICES:
+            raise InputError(f"{where}: {count:,} hosts of {each:,} devices; a cluster has at most {MOST_DEVICES:,}")
+        for _ in range(count):
+            for _ in range(each):
                 rack = f"rack{hosts // per_rack}"
                 devices.append(Device(id=len(devices), host=f"host{hosts}", rack=rack))
             hosts += 1
@@ -184,7 +190,29 @@ def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
     return Cluster(name=name, devices=tuple(devices), hardware=Hardware(**hardware))
 
 
-def _preset(name: str, where: str) -> Path:
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is {value!r}, it must be a table")
+    return value
+
+
+def _rows(data: Mapping[str, Any], key: str, where: str) -> list[Mapping[str, Any]]:
+    rows = data.get(key, [])
+    if not isinstance(rows, list):
+        raise InputError(f"{where}: {key} is {rows!r}, it must be tables [[{key}]]")
+    return [_table(row, f"{where} [[{key}]]") for row in rows]
+
+
+def _text(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key} is {value!r}, it must be a name")
+    return value
+
+
+def _preset(name: object, where: str) -> Path:
+    if not isinstance(name, str):
+        raise InputError(f"{where} (hardware preset): {name!r} is no name of a preset")
     path = PRESETS / f"{name}.toml"
     if not path.is_file():
         raise unknown_key(name, [p.stem for p in PRESETS.glob("*.toml")], f"{where} (hardware preset)")

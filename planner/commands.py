@@ -13,16 +13,16 @@ import numpy as np
 
 from planner import explain as explanations
 from planner.calibration import calibrate, read_steps
-from planner.cluster import read_cluster
-from planner.degrade import MEANS, Losses
+from planner.cluster import Cluster, read_cluster
+from planner.degrade import MEANS, REFUSABLE, Losses
 from planner.deployment import Deployment, read_deployment, read_loads, read_survive, zipf_loads
 from planner.design import design
 from planner.diff import transfer
 from planner.errors import InputError, unknown_key
 from planner.export import export as export_plan
 from planner.foresight import check_gate, foresee, summarise
-from planner.huggingface import read_model
-from planner.lattice import preparation
+from planner.huggingface import model_in_numbers, read_source
+from planner.lattice import preparations
 from planner.plan import Plan
 from planner.rebalance import rebalance as rebalance_plan
 from planner.recovery import Recovery, read_recovery
@@ -32,7 +32,7 @@ from planner.simulate import timeline
 from planner.solve import solve as solve_plan
 from planner.throughput import Candidate, assess, pareto
 from planner.traffic import read_traffic
-from planner.verify import compile_ahead, verify_report
+from planner.verify import aot_figures, compile_ahead, verify_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,9 @@ class Answer:
 
 def solve(options: Namespace) -> Answer:
     """`solve MODEL CLUSTER`."""
-    workload = read_model(options.model, weights=options.weights)
-    cluster = read_cluster(options.cluster)
+    name, config = read_source(options.model)
+    workload = model_in_numbers(name, config, options.model, weights=options.weights, cache=options.cache)
+    cluster = _cluster(options.cluster)
     loads = None
     if options.loads:
         loads = np.array(read_loads(options.loads, workload))
@@ -63,8 +64,10 @@ def solve(options: Namespace) -> Answer:
         standby=options.standby,
         slots=options.slots,
         protect=options.protect,
+        tensor=options.tensor,
+        dense=options.dense,
     )
-    deployment = found.deployment
+    deployment = replace(found.deployment, config=config if "moe_layers" not in config else {})
     _write(options.out, deployment.to_json())
     lines = [design_report(found)]
     if options.pictures:
@@ -80,6 +83,11 @@ def solve(options: Namespace) -> Answer:
         "peak_load": found.peak,
     }
     return Answer(data=data, text="\n".join(lines))
+
+
+def _cluster(text: str) -> Cluster:
+    """A cluster as `read_cluster` takes it, or that of a plan file: `verify --measured --out` writes one calibrated."""
+    return read_deployment(text).cluster if text.endswith(".json") else read_cluster(text)
 
 
 def _candidate(c: Candidate) -> dict:
@@ -101,16 +109,18 @@ def _candidate(c: Candidate) -> dict:
 def degrade(options: Namespace) -> Answer:
     """`degrade PLAN`."""
     deployment = read_deployment(options.plan)
-    refused = _words(options.without, MEANS, "--without")
+    refused = _words(options.without, REFUSABLE, "--without")
     means = [m for m in MEANS if m not in refused and (m != "mask" or options.mask)]
     recovery = read_recovery(options.measured) if options.measured else Recovery()
     losses = Losses(deployment, recovery, means)
     kinds = [k for k in options.kinds.split(",") if k]
-    outcomes, sampled = foresee(losses, kinds=kinds, pairs=options.pairs, seed=options.seed)
+    if options.seed < 0:
+        raise InputError(f"--seed is {options.seed}; it must be at least 0")
+    outcomes, sampled = foresee(losses, kinds=kinds, pairs=_pairs(options.pairs), seed=options.seed)
     summary = summarise(outcomes)
     broken = check_gate(options.gate, summary) if options.gate else []
-    ready = preparation(deployment.plan)
-    lines = [degrade_report(summary, sampled), preparation_report(ready)]
+    ready = preparations(deployment.plan)
+    lines = [degrade_report(summary, sampled, recovery.source), preparation_report(ready)]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         drawn = _pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
@@ -120,7 +130,7 @@ def degrade(options: Namespace) -> Answer:
         "pairs_sampled_of": sampled,
         "losses": [o.to_dict() for o in outcomes],
         "gate_broken": broken,
-        "preparation": asdict(ready),
+        "preparation": {name: asdict(each) for name, each in ready.items()},
         "recovery": asdict(recovery),
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")
@@ -176,7 +186,7 @@ def _transfer(deployment: Deployment, old: Plan, new: Plan):
 def rebalance(options: Namespace) -> Answer:
     """`rebalance PLAN LOADS`."""
     deployment = read_deployment(options.plan)
-    rows = read_loads(options.loads, deployment.workload)
+    rows = read_loads(options.loads, deployment.workload) if deployment.workload.experts else ()
     deployment = replace(deployment, loads=rows)
     done = rebalance_plan(deployment.plan, deployment.load_array(), mode=options.mode, moves_per_layer=options.moves)
     after = replace(deployment, plan=done.plan)
@@ -204,11 +214,12 @@ def verify(options: Namespace) -> Answer:
     d = deployment
     best = assess(d.workload, d.cluster, d.shape, d.traffic)
     calibration = calibrate(d, read_steps(options.measured)) if options.measured else None
-    compiled = compile_ahead(d, options.aot) if options.aot else []
-    if calibration is not None:
-        _write(options.out, replace(d, cluster=calibration.cluster).to_json())
+    compiled = compile_ahead(d, options.aot, each_loss=options.each_loss) if options.aot else {}
+    figures = (*d.plan.cost, *(aot_figures(compiled) if compiled else ()))
+    cluster = calibration.cluster if calibration is not None else d.cluster
+    _write(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
     data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0)
-    return Answer(data=data, text=text, good=not any(row.get("error") for row in compiled))
+    return Answer(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
 
 
 def export(options: Namespace) -> Answer:
@@ -229,6 +240,15 @@ def _pictures() -> ModuleType:
         return importlib.import_module("planner.pictures")
     except ModuleNotFoundError as error:
         raise InputError(f"--pictures needs {error.name}: pip install matplotlib") from None
+
+
+def _pairs(text: str) -> int | None:
+    """How many pairs to look at, None for all of them."""
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise InputError(f"--pairs is {text!r}; give a number of at least 0, or all")
+    return int(text)
 
 
 def _words(text: str, known: tuple[str, ...], where: str) -> list[str]:

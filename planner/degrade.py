@@ -16,6 +16,7 @@ from planner.survivors import Outlook, Survivors, survivors
 from planner.throughput import Candidate
 
 MEANS = ("copy", "parity", "peer", "redirect", "store", "switch", "spare", "regrow", "mask")
+REFUSABLE = ("parity", "store", "switch", "spare", "regrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Outcome:
 
     `phases` are seconds that streams on surviving ranks wait; `moved_stall` is what streams of dead ranks
     wait in all. `capacity` is the part of tokens/s left; `traffic_lost` the share of expert traffic that is
-    masked, or would be while experts load; `score` the predicted part of task scores kept when masked.
+    masked, or would be while experts load; `score` the predicted part of task scores kept while the masked experts are
+    missing, from their share of the traffic or of the experts, whichever is more.
     """
 
     kind: str
@@ -87,7 +89,7 @@ class Losses:
         dead = tuple(sorted(dead))
         deployment, plan = self.deployment, self.deployment.plan
         head = {"kind": kind, "name": name or ",".join(map(str, dead)), "dead": dead}
-        left = survivors(deployment, frozenset(dead), self.outlook)
+        left = survivors(deployment, frozenset(dead), self.outlook, self.means)
         gone = [self.position[r] for r in dead if r in self.position]
         lost, touched = self._lost(gone)
         slots, reason = self._slots(left)
@@ -127,7 +129,7 @@ class Losses:
             cache_tokens=tokens,
             capacity=self.outlook.capacity(left, slots),
             traffic_lost=self._traffic(lost),
-            score=score_kept(share),
+            score=score_kept(max(share, self._traffic(self._masked_of(missing, masked)))),
         )
 
     def _lost(self, gone: list[int]) -> tuple[np.ndarray, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def read_survive(text: str | None) -> Survive:
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A plan and its world. `loads` is the traffic of each expert [moe_layers][experts], empty when even."""
+    """A plan and its world. `loads` is the traffic of each expert [moe_layers][experts], empty when even; `config` the
+    model's configuration as it was given, empty when only its numbers are known."""
 
     plan: Plan
     workload: Workload
@@ -57,12 +59,14 @@ class Deployment:
     traffic: Traffic = field(default_factory=Traffic)
     survive: Survive = field(default_factory=Survive)
     loads: tuple[tuple[float, ...], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def load_array(self) -> np.ndarray:
         """Each expert's share of its layer's traffic, float [moe_layers, experts]."""
         if self.loads:
             array = np.array(self.loads)
-            return array / array.sum(axis=1, keepdims=True)
+            total = array.sum(axis=1, keepdims=True)
+            return np.where(total > 0, array / np.where(total > 0, total, 1), 1 / max(1, self.workload.experts))
         return np.full((self.workload.moe_layers, self.workload.experts), 1 / max(1, self.workload.experts))
 
     @property
@@ -101,8 +105,11 @@ class Deployment:
                 traffic=_build(Traffic, data.get("traffic", {})),
                 survive=_build(Survive, data.get("survive", {})),
                 loads=tuple(tuple(float(x) for x in row) for row in data.get("loads", ())),
+                config=dict(data.get("config", {})),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"not a plan file: {type(error).__name__} {error}") from None
 
 
@@ -154,11 +161,15 @@ def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...],
         array = np.zeros(0)
     if array.shape != shape:
         raise InputError(f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}")
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise InputError(f"{path}: loads must be finite and at least 0, got {array.min()} to {array.max()}")
     return tuple(tuple(map(float, row)) for row in array.reshape(shape))
 
 
 def zipf_loads(workload: Workload, exponent: float, seed: int = 0) -> np.ndarray:
     """Loads that fall as 1/rank**exponent, in another order on each layer: float [moe_layers, experts]."""
+    if not isfinite(exponent) or exponent < 0:
+        raise InputError(f"--skew is {exponent}; a Zipf exponent is a number of at least 0 (0 is even)")
     row = np.arange(1, workload.experts + 1) ** -float(exponent)
     rows = np.tile(row / row.sum(), (workload.moe_layers, 1))
     return np.random.default_rng(seed).permuted(rows, axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -43,8 +44,11 @@ def design(
     standby: int = 0,
     slots: int | None = None,
     protect: str = "copies",
+    tensor: int | None = None,
+    dense: int | None = None,
 ) -> Design:
-    """The shape with the most tokens per second that meets `traffic` and can lose what `survive` says.
+    """The shape with the most tokens per second that meets `traffic` and can lose what `survive` says; with
+    `traffic.rps` the one that serves so many requests fastest. `slots`, `tensor` and `dense` are chosen unless given.
 
     Raises NoFeasiblePlan naming the best reason when no shape does.
     """
@@ -54,33 +58,37 @@ def design(
         raise InputError(f"{standby} standby ranks of {len(devices)}; at least one must serve")
     lost = survive.most_lost(cluster)
     load = even_or_checked(loads, workload)
+    uneven = loads is not None and workload.experts > 0
+
+    order = partial(_order, rps=traffic.rps)
 
     def assessed(shape: Shape, peak: float) -> Candidate:
         left = shape.holders - lost
         if left < 1 or left * shape.slots < workload.experts:
             slots_left = max(0, left) * shape.slots
-            reason = f"after losing {lost} ranks {slots_left} slots for {workload.experts} experts"
+            reason = f"after losing {lost} of {shape.holders} ranks {slots_left} slots for {workload.experts} experts"
             return Candidate(shape=shape, reason=reason)
         return assess(workload, cluster, shape, traffic, peak=peak)
 
     peaks: dict[tuple[int, int], float] = {}
     candidates = []
-    for shape in shapes(workload, cluster, devices, arch=arch, lost=lost, standby=standby, slots=slots):
+    widths = {"slots": slots, "tensor": tensor, "dense": dense}
+    for shape in shapes(workload, cluster, devices, arch=arch, lost=lost, standby=standby, **widths):
         key = (shape.slots, shape.holders)
         if key not in peaks:
-            peaks[key] = expected_peak(load, *key) if loads is not None else 1.0
+            peaks[key] = expected_peak(load, *key) if uneven else 1.0
         candidates.append(assessed(shape, peaks[key]))
-    candidates.sort(key=_order)
+    candidates.sort(key=order)
     if not candidates or candidates[0].reason:
         _explain_failure(workload, cluster, candidates, lost)
     plans: dict[Layout, tuple[Plan, float]] = {}
     while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
         best = candidates[0].shape
         plan = place_shape(workload, cluster, best, loads=loads, protect=protect)
-        peak = float(peak_load(plan, load).max()) if loads is not None else 1.0
+        peak = float(peak_load(plan, load).max()) if uneven else 1.0
         plans[best.layout] = plan, peak
         candidates = [assessed(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
-        candidates.sort(key=_order)
+        candidates.sort(key=order)
     chosen = next(c for c in candidates if c.shape.layout in plans)
     plan, peak = plans[chosen.shape.layout]
     deployment = Deployment(
@@ -95,8 +103,10 @@ def design(
     return Design(deployment=deployment, chosen=chosen, candidates=ranked, peak=peak)
 
 
-def _order(candidate: Candidate) -> tuple:
-    return (bool(candidate.reason), -candidate.tokens_per_second, candidate.shape.slots)
+def _order(candidate: Candidate, *, rps: float | None) -> tuple:
+    """Best first: the most tokens, or where so many requests are asked for, the fastest for a user."""
+    good = candidate.tokens_per_second_per_user if rps else candidate.tokens_per_second
+    return (bool(candidate.reason), -good, candidate.shape.slots)
 
 
 def _dressed(plan: Plan, chosen: Candidate, peak: float) -> Plan:

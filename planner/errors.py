@@ -42,3 +42,11 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> InputError:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
     return InputError(f"unknown key {key!r} in {where}. {hint}")
+
+
+def unknown_value(value: str, known: Iterable[str], what: str) -> InputError:
+    """An InputError for `value`, which is `what` the `known` ones are, naming the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return InputError(f"{value!r} is {what} {', '.join(known)}.{hint}")

@@ -36,7 +36,7 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
     if place.group >= 0:
         mates = [r.id for r in plan.ranks if r.group == place.group and r.id != rank]
         lines.append(f"attends in group {place.group}" + (f" with ranks {mates}" if mates else " alone"))
-    if place.role in HOLDS_EXPERTS:
+    if plan.experts and place.role in HOLDS_EXPERTS:
         slots, copies = plan.slots_of(rank), plan.copies()
         held = [(layer, int(e)) for layer, row in enumerate(slots) for e in row if e >= 0]
         sole = [(layer, e) for layer, e in held if copies[layer, e] == 1]
@@ -60,6 +60,8 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
 def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tuple[dict, str]:
     """Where the copies of an expert are, on one layer or summed up over all."""
     plan = deployment.plan
+    if not plan.experts:
+        raise InputError(f"{deployment.workload.name} is a dense model: there is no expert {expert} to explain")
     if not 0 <= expert < plan.experts:
         raise InputError(f"expert {expert} is not in the model, which has 0..{plan.experts - 1}")
     if layer is not None and not 0 <= layer < plan.moe_layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.deployment import Deployment
 from planner.errors import InputError
 from planner.export_hosts import kubernetes_hosts
+from planner.served import check_served, held_form, served_pages
 
 FORMATS = ("k8s", "env", "json")
 
@@ -15,6 +16,7 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
         raise InputError(f"--to {to!r} is none of {', '.join(FORMATS)}")
     if to == "json":
         return deployment.plan.to_json() + "\n"
+    check_served(deployment)
     if to == "env":
         return environment(deployment)
     if len({place.host for place in deployment.plan.ranks}) > 1:
@@ -22,15 +24,19 @@ def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", nam
     return kubernetes(deployment, image=image, name=name)
 
 
-def settings(deployment: Deployment) -> dict[str, int]:
+def settings(deployment: Deployment) -> dict[str, int | str]:
     """What `moejax serve` must be told so that it makes this plan."""
     plan = deployment.plan
+    some: dict[str, int | str] = {"slots_per_rank": plan.slots_per_rank} if plan.slots_per_rank else {}
+    if deployment.shape.arch == "disaggregated":
+        some |= {"arch": "disaggregated", "attention": len(plan.source_ids), "experts": len(plan.holder_ids)}
     return {
         "ranks": len(plan.ranks),
-        "slots_per_rank": plan.slots_per_rank,
+        **some,
         "survive": deployment.survive.ranks,
+        "data_type": held_form(deployment.workload),
         "page_size": deployment.workload.page_tokens,
-        "pages_per_rank": plan.pages_per_rank,
+        "pages_per_rank": served_pages(deployment),
     }
 
 

@@ -10,7 +10,7 @@ RANK_PORT = 50052
 _TLS = "/rank-tls"
 
 
-def kubernetes_hosts(deployment: Deployment, settings: Mapping[str, int], *, image: str, name: str) -> str:
+def kubernetes_hosts(deployment: Deployment, settings: Mapping[str, int | str], *, image: str, name: str) -> str:
     """A LeaderWorkerSet whose leader is the front and whose workers are hosts of ranks (`moejax rank --join`), a
     Service for the leader, a PodDisruptionBudget that lets one pod go at a time, and a NetworkPolicy for the ranks.
 

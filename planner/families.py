@@ -1,4 +1,4 @@
-"""Families of MoE models as data: how each `model_type` of Hugging Face spells its sizes."""
+"""Families of models as data: how each `model_type` of Hugging Face spells its sizes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one `model_type` spells its sizes. Keys name entries of config.json; flags name small parts."""
+    """How one `model_type` spells its sizes. Keys name entries of config.json; flags name small parts.
 
+    A family that is not `routed` has no experts.
+    """
+
+    routed: bool = True
     experts: str = "num_local_experts"
     expert_width: str = "intermediate_size"
     dense_width: str = "intermediate_size"
@@ -29,12 +33,12 @@ class Family:
 
 
 def _qwen_moe_layers(c: Config) -> int:
-    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
+    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
     return sum(1 for i in range(c["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
 def _after_dense(c: Config) -> int:
-    return c["num_hidden_layers"] - c.get("first_k_dense_replace", 0)
+    return c["num_hidden_layers"] - (c.get("first_k_dense_replace") or 0)
 
 
 def head_size(c: Config) -> int:
@@ -45,11 +49,15 @@ def head_size(c: Config) -> int:
 _DEEPSEEK = {
     "experts": "n_routed_experts",
     "expert_width": "moe_intermediate_size",
-    "shared_width": lambda c: c.get("n_shared_experts", 0) * c["moe_intermediate_size"],
+    "shared_width": lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"],
     "moe_layers": _after_dense,
 }
 
 FAMILIES: dict[str, Family] = {
+    "llama": Family(routed=False),
+    "mistral": Family(routed=False),
+    "qwen2": Family(routed=False, qkv_bias=True),
+    "qwen3": Family(routed=False, head_norm=lambda c: 2 * head_size(c)),
     "mixtral": Family(),
     "olmoe": Family(
         experts="num_experts",

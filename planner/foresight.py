@@ -15,9 +15,9 @@ KINDS = ("rank", "host", "rack", "pair")
 
 
 def foresee(
-    losses: Losses, *, kinds: Sequence[str] = KINDS, pairs: int = 500, seed: int = 0
+    losses: Losses, *, kinds: Sequence[str] = KINDS, pairs: int | None = 500, seed: int = 0
 ) -> tuple[list[Outcome], int]:
-    """Outcomes of every loss of the `kinds`, and how many pairs there are when only `pairs` were sampled.
+    """Outcomes of every loss of the `kinds`, and how many pairs there are when only `pairs` were sampled (None: all).
 
     Hosts and racks of one rank are left out, and a domain that is the whole cluster too.
     """
@@ -39,12 +39,12 @@ def foresee(
     return outcomes, sampled
 
 
-def _pairs(ids: Sequence[int], most: int, seed: int) -> tuple[list[tuple[int, int]], int]:
+def _pairs(ids: Sequence[int], most: int | None, seed: int) -> tuple[list[tuple[int, int]], int]:
     n = len(ids)
     total = n * (n - 1) // 2
     if n < 3:
         return [], 0
-    if total <= most:
+    if most is None or total <= most:
         return list(combinations(ids, 2)), total
     rng = np.random.default_rng(seed)
     chosen: set[tuple[int, int]] = set()
@@ -75,12 +75,14 @@ def summarise(outcomes: Iterable[Outcome]) -> list[dict]:
                 "from_memory": sum(o.from_memory for o in group),
                 "worst_stall_ms": worst.stall * 1e3 if worst else 0.0,
                 "worst_name": worst.name if worst else "",
+                "worst_phases_ms": {name: 1e3 * s for name, s in worst.phases.items()} if worst else {},
                 "worst_moved_stall_ms": max((o.moved_stall for o in good), default=0.0) * 1e3,
                 "worst_bytes": max((o.bytes_moved for o in good), default=0),
                 "worst_capacity": min((o.capacity for o in good), default=0.0),
                 "most_masked": max((o.masked for o in group), default=0),
                 "most_cache_tokens": max((o.cache_tokens for o in group), default=0),
                 "worst_traffic_lost": max((o.traffic_lost for o in group), default=0.0),
+                "worst_score": min((o.score for o in good), default=0.0),
                 "means": means,
                 "reasons": sorted({o.reason for o in group if o.reason})[:3],
             }
@@ -95,7 +97,15 @@ GATES = {
     "worst_moved_stall_ms": lambda rows: max((r["worst_moved_stall_ms"] for r in rows), default=0.0),
     "capacity": lambda rows: min((r["worst_capacity"] for r in rows), default=0.0),
     "masked": lambda rows: max((r["most_masked"] for r in rows), default=0),
+    "score": lambda rows: min((r["worst_score"] for r in rows), default=0.0),
 }
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def check_gate(text: str, summary: Sequence[dict]) -> list[str]:
@@ -109,12 +119,15 @@ def check_gate(text: str, summary: Sequence[dict]) -> list[str]:
         if not match:
             raise InputError(f"gate {part!r} is not NAME>=NUMBER or NAME<=NUMBER")
         kind, name, sign, bound = match.groups()
+        limit = _number(bound)
+        if limit is None:
+            raise InputError(f"gate {part!r} is not NAME>=NUMBER or NAME<=NUMBER: {bound!r} is no number")
         if name not in GATES:
             raise unknown_key(name, GATES, "--gate")
         rows = [r for r in summary if kind in (None, r["kind"])]
         if kind is not None and not rows:
             raise unknown_key(kind, [r["kind"] for r in summary], "--gate (kind of loss)")
         value = GATES[name](rows)
-        if not (value >= float(bound) if sign == ">=" else value <= float(bound)):
+        if not (value >= limit if sign == ">=" else value <= limit):
             broken.append(f"{part}: it is {value:.4g}")
     return broken

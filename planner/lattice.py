@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, islice
@@ -9,7 +10,7 @@ from math import comb
 
 from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan
-from planner.plan import Plan
+from planner.plan import HOLDS_EXPERTS, ROLES, SENDS_TOKENS, Plan
 from planner.solve import solve
 from planner.workload import Workload
 
@@ -76,14 +77,28 @@ def extended(
 class Preparation:
     """What preparing the losses of ranks, hosts and some pairs takes, without making their plans.
 
-    A program is compiled once for each mesh size and moved to every set of survivors: `MOVE_SECONDS` each, on
-    every rank at the same time. `table_bytes` is what the slot tables of all sets take in the front.
+    A program is compiled once for each mesh shape (how many ranks attend and how many hold experts, before any changes
+    its role) and moved to every set of survivors: `MOVE_SECONDS` each, on every rank at the same time. `table_bytes` is
+    what the slot tables of all sets take in the front.
     """
 
     sets: int
+    compiles: int
     mesh_sizes: tuple[int, ...]
     move_seconds: float
     table_bytes: int
+
+
+def preparations(plan: Plan) -> dict[str, Preparation]:
+    """The cost of lattices of growing size: ranks and hosts, the pairs of a host besides, every pair besides."""
+    ranks = len(plan.ranks)
+    of_a_host = sum(comb(n, 2) for n in Counter(r.host for r in plan.ranks).values())
+    found = {"every rank and host": preparation(plan)}
+    if ranks > 2:
+        if 0 < of_a_host < comb(ranks, 2):
+            found["and every pair of one host"] = preparation(plan, pairs=of_a_host)
+        found["and every pair"] = preparation(plan, pairs=comb(ranks, 2))
+    return found
 
 
 def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
@@ -91,18 +106,33 @@ def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     ranks = len(plan.ranks)
     singles = [dead for dead in losses(plan, 1) if len(dead) < ranks]
     sizes = {ranks - len(dead) for dead in singles} | ({ranks - 2} if pairs and ranks > 2 else set())
-    sets = len(singles) + min(pairs, comb(ranks, 2))
+    roles = {r.id: r.role for r in plan.ranks}
+    of_each_role = [i for role in ROLES for i in [i for i in roles if roles[i] == role][:2]]
+    examples = [*singles, *(combinations(of_each_role, 2) if pairs and ranks > 2 else ())]
+    shapes = {_sides(roles, len(plan.source_ids), len(plan.holders), dead) for dead in examples}
+    hosts_of_two = sum(n == 2 < ranks for n in Counter(r.host for r in plan.ranks).values())
+    sets = len(singles) + max(0, min(pairs, comb(ranks, 2)) - hosts_of_two)
     slots = len(plan.holders) * plan.slots_per_rank
     return Preparation(
         sets=sets,
+        compiles=len(shapes),
         mesh_sizes=tuple(sorted(sizes, reverse=True)),
         move_seconds=sets * MOVE_SECONDS,
         table_bytes=sets * plan.moe_layers * slots * 4,
     )
 
 
+def _sides(roles: Mapping[int, str], attending: int, holding: int, dead: Collection[int]) -> tuple[int, int]:
+    """How many ranks attend and how many hold experts after a loss, of so many before."""
+    gone = [roles[i] for i in dead]
+    return (
+        attending - sum(role in SENDS_TOKENS for role in gone),
+        holding - sum(role in HOLDS_EXPERTS for role in gone),
+    )
+
+
 def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
-    """Sets of dead ranks, each once: single ranks, then whole hosts, then pairs and so on up to `depth`."""
+    """Sets of dead ranks, each once: single ranks, hosts, then pairs, the likely first, and so on up to `depth`."""
     seen: set[frozenset[int]] = set()
     hosts: dict[str, set[int]] = {}
     for r in plan.ranks:
@@ -112,6 +142,8 @@ def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
         if depth >= 1:
             yield from (frozenset((r,)) for r in plan.rank_ids)
             yield from (frozenset(h) for h in hosts.values())
+        if depth >= 2:
+            yield from likely_pairs(plan)
         for size in range(2, depth + 1):
             yield from map(frozenset, combinations(plan.rank_ids, size))
 
@@ -119,3 +151,14 @@ def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
         if dead not in seen and len(dead) < len(plan.ranks):
             seen.add(dead)
             yield dead
+
+
+def likely_pairs(plan: Plan) -> Iterator[frozenset[int]]:
+    """The pairs that are likelier than others to be lost at once: two ranks of a host, then two of a rack."""
+    for domain in ("host", "rack"):
+        groups: dict[str, list[int]] = {}
+        for r in plan.ranks:
+            if getattr(r, domain):
+                groups.setdefault(getattr(r, domain), []).append(r.id)
+        for ids in groups.values():
+            yield from map(frozenset, combinations(ids, 2))

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from planner.balance import rank_loads
 from planner.degrade import Losses, Outcome
 from planner.deployment import Deployment
 from planner.design import Design
+from planner.errors import InputError
 from planner.shape import budget
 from planner.throughput import pareto
 
@@ -23,7 +25,10 @@ COLOURS = (COOL, "#edae49", "#66a182", MILD)
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure to `path`; its ending chooses the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--pictures: cannot make the folder {path.parent}: {error.strerror}") from None
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
@@ -45,12 +50,13 @@ def placement(deployment: Deployment) -> Figure:
     load = rank_loads(table, deployment.load_array()) * len(plan.holders)
     title = f"{deployment.workload.name}: expert traffic by rank (1 = even), hottest {load.max():.2f}"
     figure, axes = _axes(title, "rank, in slot order", "MoE layer", size=(9, 4))
-    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=1.5, interpolation="nearest")
+    span = max(0.05, float(np.abs(load - 1).max()))
+    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - span, vmax=1 + span, interpolation="nearest")
     hosts = [r.host for r in plan.holders]
     edges = [i for i in range(1, len(hosts)) if hosts[i] != hosts[i - 1]]
     if len(edges) <= 64:
         for i in edges:
-            axes.axvline(i - 0.5, color="white", linewidth=0.6)
+            axes.axvline(i - 0.5, color=MILD, linewidth=0.4)
     figure.colorbar(image, ax=axes, label="traffic, mean = 1")
     return figure
 
@@ -114,6 +120,7 @@ def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: i
     if len(points) > 1:
         axes.plot(*zip(*points, strict=True), "s--", color=WARM, markersize=4, label="whole hosts")
     axes.set_ylim(0, 1.05)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
@@ -147,12 +154,10 @@ def time_line(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def draw_design(design: Design, folder: str | Path, kind: str = "png") -> list[Path]:
-    """Placement, memory and trade-off of a design, as files in `folder`; returns their paths."""
-    figures = {
-        "placement": placement(design.deployment),
-        "memory": memory(design),
-        "pareto": trade_off(design),
-    }
+    """Placement (if there are experts), memory and trade-off of a design, as files in `folder`; returns their paths."""
+    figures = {"memory": memory(design), "pareto": trade_off(design)}
+    if design.deployment.plan.experts:
+        figures = {"placement": placement(design.deployment), **figures}
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
 
 

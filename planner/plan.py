@@ -177,7 +177,7 @@ class Plan:
                 parity=tuple(ParityGroup(**{**g, "members": tuple(g["members"])}) for g in data.get("parity", ())),
                 cost=tuple(Figure(**f) for f in data.get("cost", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidPlan(f"not a plan: {type(error).__name__} {error}") from None
         plan.validate()
         return plan
@@ -207,6 +207,11 @@ class Plan:
         if self._table.size and (self._table.min() < -1 or self._table.max() >= self.experts):
             bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]
             raise InvalidPlan(f"slot table names expert {bad[0]}; experts are 0..{self.experts - 1}, -1 is empty")
+        if self.experts * len(self.slots) > width * len(self.slots) + len(self.masked):
+            raise InvalidPlan(
+                f"{self.experts} experts on each of {len(self.slots)} layers, {width} slots and "
+                f"{len(self.masked)} masked: there is no slot for some"
+            )
         self._validate_masked()
         for g in self.parity:
             if not (0 <= g.layer < self.moe_layers and 0 <= g.slot < width):

@@ -34,6 +34,8 @@ def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_
     """
     if mode not in MODES:
         raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    if not plan.experts:
+        raise InputError("the plan is of a dense model: it has no experts to rebalance")
     if loads.shape != (plan.moe_layers, plan.experts):
         raise InputError(f"loads have shape {loads.shape}; the plan has {(plan.moe_layers, plan.experts)}")
     table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from planner.deployment import Deployment
 from planner.design import Design
@@ -12,6 +12,7 @@ from planner.plan import Plan
 from planner.shape import budget
 from planner.simulate import Account
 from planner.throughput import Candidate, gb
+from planner.workload import Workload
 
 BAR = 40  # characters of a full memory bar
 
@@ -38,8 +39,7 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     d, best = design.deployment, design.chosen
     w, hardware = d.workload, d.cluster.hardware
     lines = [
-        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {w.moe_layers} MoE layers x "
-        f"{w.experts} experts, top {w.experts_per_token}, {w.weight_format}",
+        f"{w.name}: {w.total_parameters / 1e9:,.1f} B parameters, {_layers(w)}, {w.weight_format}",
         f"{d.cluster.name}: {len(d.cluster.devices)} devices on {len(d.cluster.domains('host'))} hosts, "
         f"{gb(hardware.memory_bytes) if hardware.memory_bytes else 'no limit'} each",
         "",
@@ -52,21 +52,31 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
         lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}  [estimate]")
-    copies = d.plan.copies()
-    lines.append(
-        f"  hottest rank {design.peak:.3f} x the mean; {(copies >= 2).mean():.0%} of experts have "
-        f"two copies or more, {len(d.plan.parity)} parity slots"
-    )
+    if w.experts:
+        lines.append(
+            f"  hottest rank {design.peak:.3f} x the mean; {(d.plan.copies() >= 2).mean():.0%} of experts have "
+            f"two copies or more, {len(d.plan.parity)} parity slots"
+        )
+    if d.traffic.rps:
+        lines.append(f"  {best.tokens_per_second / d.traffic.output:.3g} requests/s, asked {d.traffic.rps:g}")
     lines += ["", "memory of a device", *memory_bars(d, best), "", "shapes compared, best first"]
-    rows = [_candidate_row(c, design.candidates[0]) for c in design.candidates[:runners_up]]
+    rows = [_candidate_row(c, design.candidates[0], rps=d.traffic.rps) for c in design.candidates[:runners_up]]
     lines.append(table(["shape", "tokens/s", "a device", "a user", "TTFT s", "why not"], rows))
     left = len(design.candidates) - runners_up
     return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
 
 
-def _candidate_row(c: Candidate, best: Candidate) -> list[str]:
+def _layers(w: Workload) -> str:
+    if not w.experts:
+        return f"{w.layers} dense layers"
+    return f"{w.moe_layers} MoE layers x {w.experts} experts, top {w.experts_per_token}"
+
+
+def _candidate_row(c: Candidate, best: Candidate, *, rps: float | None) -> list[str]:
     reason = c.reason
-    if not reason and c is not best:
+    if not reason and c is not best and rps:
+        reason = f"{1 - c.tokens_per_second_per_user / best.tokens_per_second_per_user:.1%} slower for a user"
+    elif not reason and c is not best:
         less = 1 - c.tokens_per_second / best.tokens_per_second
         reason = f"{less:.1%} fewer tokens/s" + _bottleneck(c, best)
         if less < 0:
@@ -102,8 +112,8 @@ def memory_bars(deployment: Deployment, candidate: Candidate) -> list[str]:
     return lines
 
 
-def degrade_report(summary: Sequence[dict], sampled: int) -> str:
-    """One line per kind of loss and a table of worst cases."""
+def degrade_report(summary: Sequence[dict], sampled: int, phases: str) -> str:
+    """One line per kind of loss and a table of worst cases; `phases` says where those of a recovery come from."""
     lines = []
     for r in summary:
         of = f" (a sample of {sampled:,})" if r["kind"] == "pair" and sampled else ""
@@ -115,8 +125,11 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
                 f"(streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms)"
             )
         lines.append(line)
+        if r["worst_phases_ms"]:
+            worst = " + ".join(f"{name} {ms:.0f}" for name, ms in r["worst_phases_ms"].items())
+            lines.append(f"  worst {r['worst_name']}: {worst} ms")
         lines += [f"  {reason}" for reason in r["reasons"]]
-    head = ["loss", "worst", "moved", "capacity", "masked", "cache tokens", "expert traffic", "means"]
+    head = ["loss", "worst", "moved", "capacity", "masked", "quality", "cache tokens", "expert traffic", "means"]
     rows = [
         [
             r["kind"],
@@ -124,23 +137,33 @@ def degrade_report(summary: Sequence[dict], sampled: int) -> str:
             gb(r["worst_bytes"]),
             f"{r['worst_capacity']:.1%}",
             r["most_masked"],
+            f"{r['worst_score']:.1%}",
             f"{r['most_cache_tokens']:,}",
             f"{r['worst_traffic_lost']:.2%}",
             ", ".join(f"{k} {v:,}" for k, v in r["means"].items()),
         ]
         for r in summary
     ]
-    return "\n".join([*lines, "", table(head, rows), "", "all figures are estimates unless calibrated"])
-
-
-def preparation_report(ready: Preparation) -> str:
-    """What it takes to have every rank and host loss prepared."""
-    sizes = ", ".join(map(str, ready.mesh_sizes))
-    return (
-        f"to prepare every rank and host: {ready.sets} sets of survivors, {len(ready.mesh_sizes)} compiles "
-        f"(meshes of {sizes} ranks), {ready.move_seconds:.1f} s to move executables, "
-        f"{ready.table_bytes / 1e6:.0f} MB of slot tables"
+    return "\n".join(
+        [*lines, "", table(head, rows), "", f"detection, abort and adoption [{phases}], all else [estimate]", ""]
     )
+
+
+def preparation_report(ready: Mapping[str, Preparation]) -> str:
+    """What it takes to have losses prepared, for more and more of them."""
+    head = ["to prepare", "sets of survivors", "compiles", "meshes of ranks", "moving executables", "slot tables"]
+    rows = [
+        [
+            name,
+            f"{r.sets:,}",
+            r.compiles,
+            ", ".join(map(str, r.mesh_sizes[:3])) + (", ..." if len(r.mesh_sizes) > 3 else ""),
+            f"{r.move_seconds:,.1f} s",
+            f"{r.table_bytes / 1e6:,.0f} MB",
+        ]
+        for name, r in ready.items()
+    ]
+    return table(head, rows)
 
 
 def simulate_report(accounts: Sequence[Account], days: float) -> str:
@@ -169,7 +192,7 @@ def simulate_report(accounts: Sequence[Account], days: float) -> str:
         for a in accounts
     ]
     first = accounts[0]
-    title = f"{days:g} days, {first.failures} failures, at most {first.most_dead} devices down at once"
+    title = f"{days:g} days [estimate], {first.failures} failures, at most {first.most_dead} devices down at once"
     return f"{title}\n{table(head, rows)}"
 
 

@@ -170,32 +170,52 @@ def shapes(
     lost: int = 1,
     standby: int = 0,
     slots: int | None = None,
+    tensor: int | None = None,
+    dense: int | None = None,
 ) -> Iterator[Shape]:
     """Shapes worth comparing on these devices, without asking whether they fit.
 
     `lost` is how many expert ranks may be lost before slots run out. Ranks of a host that fill no tensor
     group (the seventh of 7 with groups of 2) hold experts only. The last `standby` ranks do nothing.
     """
-    if arch not in ARCHITECTURES:
-        raise InputError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
+    _check_asked(workload, arch, slots, tensor, dense)
     active = devices[: len(devices) - standby]
     widest = max(Counter(d.host for d in active).values(), default=0)
-    for tensor in (t for t in (1, 2, 4, 8) if t <= widest and workload.heads % t == 0):
-        for dense in _dense_groups(workload, tensor, widest):
+    seen: set[Shape] = set()
+    wide = [t for t in (1, 2, 4, 8) if t <= widest and workload.heads % t == 0]
+    for width in (t for t in wide if tensor in (None, t)):
+        for divided in (d for d in _dense_groups(workload, width, widest) if dense in (None, d)):
             for attention in _attention_ranks(active, arch):
-                roles, groups = _group(active, attention, tensor, arch)
+                roles, groups = _group(active, attention, width, arch)
                 holders = sum(role in ("collocated", "expert") for role in roles)
                 if max(groups, default=-1) < 0 or not holders:
                     continue
                 for count in _slot_counts(workload, holders, lost, slots):
-                    yield Shape(
+                    shape = Shape(
                         arch=arch,
-                        tensor=tensor,
-                        dense=dense,
+                        tensor=width,
+                        dense=divided,
                         slots=count,
                         roles=(*roles, *["standby"] * standby),
                         groups=(*groups, *[-1] * standby),
                     )
+                    if shape not in seen:
+                        seen.add(shape)
+                        yield shape
+
+
+def _check_asked(workload: Workload, arch: str, slots: int | None, tensor: int | None, dense: int | None) -> None:
+    """InputError for what no mesh of this model can be."""
+    if arch not in ARCHITECTURES:
+        raise InputError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
+    if slots is not None and slots < 1:
+        raise InputError(f"--slots is {slots}; a rank that holds experts has at least 1")
+    if not workload.experts and (slots is not None or arch == "disaggregated"):
+        what = f"--slots {slots}" if slots is not None else "--arch disaggregated"
+        raise InputError(f"{what}: {workload.name} is a dense model, it has no experts to hold. Leave it out.")
+    for name, width in (("tensor", tensor), ("dense", dense)):
+        if width is not None and width not in (1, 2, 4, 8):
+            raise InputError(f"--{name} is {width}; groups are 1, 2, 4 or 8 ranks wide")
 
 
 def _dense_groups(workload: Workload, tensor: int, widest: int) -> list[int]:

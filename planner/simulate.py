@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from planner.deployment import Deployment
-from planner.errors import InputError
+from planner.errors import InputError, unknown_key
 from planner.plan import SENDS_TOKENS
 from planner.recovery import Recovery
 
@@ -66,8 +66,11 @@ def timeline(
     device = hardware.device_mtbf_hours if mtbf_hours is None else mtbf_hours
     host = hardware.host_mtbf_hours if host_mtbf_hours is None else host_mtbf_hours
     repair = hardware.repair_hours if repair_hours is None else repair_hours
-    if min(days, device, host, repair) <= 0:
-        raise InputError("days, mtbf and repair must be above 0")
+    for name, value in (("days", days), ("mtbf", device), ("host-mtbf", host), ("repair", repair)):
+        if not 0 < value < float("inf"):
+            raise InputError(f"--{name} is {value:g}; it must be a number above 0")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; it must be at least 0")
     rng = np.random.default_rng(seed)
     hours = days * 24
     hosts = [ids for ids in deployment.cluster.domains("host").values() if len(ids) > 1]
@@ -100,8 +103,13 @@ def simulate(
     policies = policies or tuple(p for p in POLICIES if p != "switch" or apart)
     for policy in policies:
         if policy not in POLICIES:
-            raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
-    spares = max(1, len(deployment.plan.ranks) // 100) if spares is None else spares
+            raise unknown_key(policy, POLICIES, "--policies")
+        if policy == "switch" and not apart:
+            raise InputError("policy switch: every rank of this plan attends; solve with --arch disaggregated")
+    ranks = len(deployment.plan.ranks)
+    spares = max(1, ranks // 100) if spares is None else spares
+    if not 0 <= spares < ranks:
+        raise InputError(f"--spares is {spares} of {ranks} ranks; it must be at least 0, and one at least must serve")
     return [
         _Run(deployment, policy, recovery or Recovery(), spares if policy == "spare" else 0, seed).play(events, days)
         for policy in policies

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from planner.deployment import Deployment, shape_of
-from planner.plan import HOLDS_EXPERTS, RankPlace
+from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, RankPlace
+from planner.roles import roles_after
 from planner.shape import Shape, rest_bytes
 from planner.throughput import Candidate, assess
 
@@ -96,18 +97,53 @@ def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict
     return {rank: number for number, ids in enumerate(groups) for rank in ids}
 
 
-def survivors(deployment: Deployment, dead: Collection[int], outlook: Outlook) -> Survivors:
+def survivors(
+    deployment: Deployment, dead: Collection[int], outlook: Outlook, means: Collection[str] = ("spare", "switch")
+) -> Survivors:
     """The ranks left of a plan after `dead` (ids), regrouped the way that is predicted to serve most.
 
-    Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks hold experts only,
-    or all groups become half as wide. Attention ranks switch to experts when slots would run short.
+    `means` are those allowed. Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks
+    hold experts only, or all groups become half as wide. Attention ranks switch to experts when slots would run short.
     """
     plan = deployment.plan
-    options = [_promoted(outlook, left, dead) for left in _regrouped(outlook, dead)]
+    if outlook.shape.arch == "disaggregated" and outlook.shape.tensor == 1 and not outlook.standby:
+        return _by_roles(outlook, dead, switch="switch" in means)
+    options = list(_regrouped(outlook, dead))
+    if "spare" in means:
+        options = [_promoted(outlook, left, dead) for left in options]
     best = options[0]
     if len(options) > 1:
         best = max(options, key=lambda left: outlook.capacity(left, plan.slots_per_rank))
-    return _switched(outlook, best, dead, plan.slots_per_rank, plan.experts)
+    return _switched(outlook, best, dead, plan.slots_per_rank, plan.experts) if "switch" in means else best
+
+
+def _by_roles(outlook: Outlook, dead: Collection[int], *, switch: bool) -> Survivors:
+    """What is left of attention ranks that attend alone and of expert ranks, with the roles of `planner.roles`."""
+    plan, shape = outlook.deployment.plan, outlook.shape
+    before = {r.id: r.role for r in plan.ranks}
+    alive = [rank for rank in plan.rank_ids if rank not in dead]
+    after = {rank: before[rank] for rank in alive}
+    if switch and alive:
+        after = roles_after(alive, before, experts=plan.experts, slots=plan.slots_per_rank)
+    changed = {rank: role for rank, role in after.items() if role != before[rank]}
+    left = [rank for rank in dead if before[rank] == "attention"]
+    emptied = [rank for rank in changed if before[rank] == "attention"]
+    begin = [rank for rank, role in changed.items() if role in SENDS_TOKENS and before[rank] == "expert"]
+    dense_broken = {outlook.dense_group[i] for i in (*left, *emptied) if i in outlook.dense_group}
+    return Survivors(
+        ranks=len(alive),
+        data=sum(role in SENDS_TOKENS for role in after.values()),
+        holders=sum(role in HOLDS_EXPERTS for role in after.values()),
+        tensor=shape.tensor,
+        dense=shape.dense,
+        broken_groups=len(left) + len(emptied),
+        roles=changed,
+        switched=tuple(changed),
+        peer_bytes=rest_bytes(outlook.deployment.workload, shape.tensor, shape.dense) if begin else 0,
+        peer_ranks=len(begin),
+        redirected=len(dense_broken),
+        dense_lost=len(dense_broken) == len(set(outlook.dense_group.values())) > 0,
+    )
 
 
 def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:

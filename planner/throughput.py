@@ -34,7 +34,7 @@ class Candidate:
 
 
 def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0) -> Candidate:
-    """What `shape` delivers with as many requests as memory and `traffic.tpot_ms` allow."""
+    """What `shape` delivers with as many requests as memory and `traffic.tpot_ms` allow, or as `traffic.rps` needs."""
     room = budget(cluster)
     rest = rest_bytes(workload, shape.tensor, shape.dense)
     collocated = shape.arch == "collocated"
@@ -60,15 +60,27 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
     if requests < 1:
         reason = f"a token of a single request takes {busy_with(1) * 1e3:.0f} ms, asked {traffic.tpot_ms:g} ms"
         return Candidate(shape=shape, reason=reason)
+    late = ""
+    if traffic.rps is not None:
+        wanted = traffic.rps * traffic.output
+
+        def short(count: int) -> bool:
+            return count * shape.data / busy_with(count) < wanted
+
+        if short(requests):
+            most = requests * shape.data / busy_with(requests) / traffic.output
+            late = f"serves {most:.3g} requests/s, asked {traffic.rps:g}"
+        else:
+            requests = _most(requests - 1, short) + 1
     step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
     busy = busy_with(requests)
     ttft = prefill + step.total
+    if ttft * 1e3 > traffic.ttft_ms:
+        late = f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
     cache = requests * traffic.longest * workload.cache_bytes_per_token // min(shape.tensor, workload.cache_splits)
     return Candidate(
         shape=shape,
-        reason=""
-        if ttft * 1e3 <= traffic.ttft_ms
-        else f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms",
+        reason=late,
         requests_per_group=requests,
         pages_per_rank=pages,
         step=step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import isfinite
 
 from planner.errors import InputError, unknown_key
 
@@ -55,6 +56,7 @@ def read_pairs(text: str, known: dict[str, type], where: str) -> dict:
             raise unknown_key(key, known, where)
         try:
             number = known[key](value)
+            number = number if isfinite(number) else None
         except ValueError:
             number = None
         if not equals or number is None:

@@ -17,7 +17,7 @@ import planner.cli
 from serving.app import serve as serve_until_stopped
 from serving.client import Client
 from serving.config import Settings
-from serving.errors import DeadlineExceeded, InvalidRequest, MoejaxError, StartError
+from serving.errors import DeadlineExceeded, InvalidRequest, MoejaxError, NoCapacity, StartError
 from serving.faults import ACTIONS, Action
 from serving.joining import rank, tokens
 from serving.operate import completion, doctor, keys
@@ -122,9 +122,16 @@ def chat(client: Client, system: str | None, **options: Any) -> None:
 @main.command()
 @connected
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@example("moejax status", "moejax status --json | jq .ranks[0].pid")
-def status(client: Client, as_json: bool) -> None:
+@click.option("--plan", "as_plan", is_flag=True, help="Print the plan in force, as a file that `moejax plan` reads.")
+@example("moejax status", "moejax status --json | jq .ranks[0].pid", "moejax status --plan > plan.json")
+def status(client: Client, as_json: bool, as_plan: bool) -> None:
     """Show ranks, mesh, slots, prepared losses and requests."""
+    if as_plan:
+        plan = client.plan()
+        if not plan:
+            raise NoCapacity("no rank is alive, so there is no plan in force.")
+        click.echo(plan)
+        return
     now, model = client.status(), client.model()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(now) | {"model": dataclasses.asdict(model)}))

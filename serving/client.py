@@ -329,6 +329,11 @@ class Client(_Calls):
             answer = self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata)
         return [wire.prospect_value(prospect) for prospect in answer.prospects]
 
+    def plan(self) -> str:
+        """The plan in force as the JSON of a plan file, which `moejax plan` reads; empty while no rank is alive."""
+        with _errors(self.address):
+            return self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata).plan
+
     def apply(self, action: Action, *ranks: int, **fields: Any) -> list[int]:
         """A planned change: pause, retry, drain, scale_down or scale_up, with the fields of `faults.Instruction`.
         Returns the ranks that serve when it is done."""
@@ -439,6 +444,11 @@ class AsyncClient(_Calls):
         with _errors(self.address):
             answer = await self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata)
         return [wire.prospect_value(prospect) for prospect in answer.prospects]
+
+    async def plan(self) -> str:
+        """The plan in force as the JSON of a plan file, which `moejax plan` reads; empty while no rank is alive."""
+        with _errors(self.address):
+            return (await self._resilience.WhatIf(resilience_pb2.WhatIfRequest(), metadata=self._metadata)).plan
 
     async def apply(self, action: Action, *ranks: int, **fields: Any) -> list[int]:
         """A planned change: pause, retry, drain, scale_down or scale_up, with the fields of `faults.Instruction`.

@@ -6,9 +6,10 @@ from the base plan, so the ranks alive alone decide where an expert sits.
 
 import asyncio
 import collections
+import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Failover:
         hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
         self.cluster = cluster or Cluster.local(settings.ranks, hosts=hosts)
         self.workload = model.workload(settings.page_size)
+        self.config: Mapping[str, Any] = json.loads(model.config)
+        """The model's configuration, as a rank gets it."""
         self.base = solve(
             self.workload,
             self.cluster,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.deployment import Deployment
+from planner.deployment import Deployment, Survive
 from serving import drain
 from serving.backlog import Backlog
 from serving.batch import Batch
@@ -354,19 +354,27 @@ class Loop:
 
     def what_if(self) -> tuple[Prospect, ...]:
         """See `serving.status.Backend.what_if`."""
-        failover, running = self.failover, self.state.running.values()
-        if failover.plan is None:
+        deployment, running = self.deployment(), self.state.running.values()
+        if deployment is None:
             return ()
+        recovery, failover = measured(self.events.past()), self.failover
+        return prospects(deployment, recovery, failover.is_ready_without, running, protected=failover.copies.on)
+
+    def deployment(self) -> Deployment | None:
+        """See `serving.status.Backend.deployment`."""
+        failover = self.failover
+        if failover.plan is None:
+            return None
         loads = self.expert_load if self.expert_load.size and self.expert_load.sum(1).all() else ()
-        deployment = Deployment(
+        return Deployment(
             plan=failover.plan,
             workload=failover.workload,
             cluster=failover.cluster,
-            traffic=traffic_now(running, self.model.max_context),
+            traffic=traffic_now(self.state.running.values(), self.model.max_context),
+            survive=Survive(ranks=self.settings.survive),
             loads=tuple(tuple(map(float, row)) for row in loads),
+            config=failover.config,
         )
-        recovery, ready = measured(self.events.past()), failover.is_ready_without
-        return prospects(deployment, recovery, ready, running, protected=failover.copies.on)
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.status.Backend.apply`."""

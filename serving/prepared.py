@@ -39,6 +39,10 @@ class Prepared:
     """A digest of the weights."""
     numerics: str = ""
     """The same on hosts that compute the same numbers to the last bit."""
+    heads: int = 1
+    expert_flops: float = 0.0
+    rest_flops: float = 0.0
+    context_flops: float = 0.0
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers."""
@@ -54,6 +58,10 @@ class Prepared:
             page_tokens=page_size,
             hidden_bytes=self.hidden_bytes,
             weight_format=self.weights,
+            heads=self.heads,
+            expert_flops=self.expert_flops,
+            rest_flops=self.rest_flops,
+            context_flops=self.context_flops,
         )
 
     def info(self) -> ModelInfo:

@@ -232,7 +232,9 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
     async def WhatIf(self, request: Any, context: Any) -> resilience_pb2.WhatIfResponse:
         """What the loss of each rank and host would cost now."""
         async with statuses(context):
-            return resilience_pb2.WhatIfResponse(prospects=map(wire.prospect_message, self._backend.what_if()))
+            prospects, deployment = map(wire.prospect_message, self._backend.what_if()), self._backend.deployment()
+            plan = deployment.to_json() if deployment is not None else ""
+            return resilience_pb2.WhatIfResponse(prospects=prospects, plan=plan)
 
     async def Apply(self, request: resilience_pb2.ApplyRequest, context: Any) -> resilience_pb2.ApplyResponse:
         """A planned change, for callers that may operate the server."""

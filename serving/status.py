@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
+from planner.deployment import Deployment
 from serving.faults import DeviceError, Instruction, Response
 from serving.ledger import Call
 from serving.request import Finished, Request, Scored, Token
@@ -215,6 +216,10 @@ class Backend(Protocol):
 
     def what_if(self) -> tuple[Prospect, ...]:
         """What the loss of each rank, and of each host of several, would cost now."""
+        ...
+
+    def deployment(self) -> Deployment | None:
+        """The plan in force with its model, cluster, measured loads and traffic; None while no rank is alive."""
         ...
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, Sequence
 
+from planner import Cluster, Workload, solve
+from planner.deployment import Deployment
 from serving.errors import MoejaxError, NoCapacity, NotPermitted, QueueFull, UnknownRequest
 from serving.faults import DeviceError, Instruction, Response
 from serving.ledger import Call
@@ -255,6 +257,14 @@ class FakeBackend:
         self.dead.discard(rank)
         self.epoch += 1
         await self.happen("rejoined", rank=rank)
+
+    def deployment(self) -> Deployment | None:
+        alive = [rank for rank in range(self._ranks) if rank not in self.dead]
+        if not alive:
+            return None
+        workload = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000)
+        cluster = Cluster.local(self._ranks)
+        return Deployment(plan=solve(workload, cluster, alive=alive), workload=workload, cluster=cluster)
 
     def what_if(self) -> tuple[Prospect, ...]:
         lost = (r for r in range(self._ranks) if r not in self.dead)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import planner.cli
+from planner.deployment import read_deployment
 from serving import cli, operate
 from serving.config import Settings
 from serving.http import application
@@ -66,8 +67,32 @@ def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # 
     assert planner.cli.main(["export", plan_file, "--to", "env"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
     settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
-    assert (settings.ranks, settings.pages_per_rank is not None) == (8, True)
-    assert len(lines) == 5
+    assert (settings.ranks, settings.data_type) == (8, "bfloat16")
+    planned = read_deployment(plan_file).plan.pages_per_rank
+    assert settings.pages_per_rank == planned // 2  # the plan counts two bytes a value, the server keeps four
+    assert len(lines) == 6
+
+
+def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_makes(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    words = ["solve", "olmoe-1b-7b", "h100", "--arch", "disaggregated", "--tensor", "1", "--out", path]
+    assert planner.cli.main(words) == 0
+    capsys.readouterr()
+    assert planner.cli.main(["export", path, "--to", "env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
+    plan = read_deployment(path).plan
+    assert (settings.arch, settings.attention) == ("disaggregated", len(plan.source_ids))
+    assert (settings.attention or 0) + (settings.experts or 0) == settings.ranks == 8
+
+
+def test_a_plan_that_the_server_does_not_make_is_not_exported(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert planner.cli.main(["solve", "olmoe-1b-7b", "h100", "--tensor", "2", "--out", path]) == 0
+    for to in ("k8s", "env"):
+        assert planner.cli.main(["export", path, "--to", to]) == 2
+        assert "tensor groups of 2" in capsys.readouterr().err
+    assert planner.cli.main(["export", path, "--to", "json"]) == 0
 
 
 def test_the_sample_settings_are_settings():

@@ -15,7 +15,9 @@ from planner.huggingface import parameters as published_parameters
 from tests.moejax.published import published_folder
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-8x22b"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-8x7b", "mixtral-8x22b", "llama-3.1-8b", "mistral-7b-v0.3", "qwen2.5-7b", "qwen3-8b"]
+)
 def test_parameters_are_those_that_the_authors_publish(name):
     found = describe(str(MODELS / f"{name}.json"))
     counted = published_parameters(json.loads((MODELS / f"{name}.json").read_text()))
@@ -61,6 +63,12 @@ def test_the_first_plan_holds_every_expert_and_survives_one_loss(ranks):
     assert plan["second_copies_per_layer"] == ranks * plan["slots_per_rank"] - experts
     rest = found["served_bytes"] - 4 * experts * found["expert_bytes"]
     assert plan["bytes_per_rank"] == rest + plan["bytes_of_experts_per_rank"]
+
+
+def test_a_dense_model_has_a_plan_like_any_other_without_slots():
+    found = describe(str(MODELS / "llama-3.1-8b.json"), 2)
+    assert found["plan"]["slots_per_rank"] == found["plan"]["bytes_of_experts_per_rank"] == 0
+    assert found["plan"]["bytes_per_rank"] == found["served_bytes"]
 
 
 def test_every_family_is_listed_once_with_its_state():

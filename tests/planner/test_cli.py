@@ -107,7 +107,7 @@ def test_export_for_kubernetes_environment_and_json(capsys, plan_file):
 
 def test_a_plan_over_several_hosts_is_exported_as_a_front_that_hosts_join(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
-    assert main(["solve", "deepseek-v3", "h200:4x8", "--out", path]) == 0
+    assert main(["solve", "deepseek-v3", "h200:4x8", "--tensor", "1", "--dense", "1", "--out", path]) == 0
     assert "MOEJAX_LAUNCHER=join" in text(capsys, "export", path, "--to", "env").splitlines()
     manifest = text(capsys, "export", path, "--to", "k8s", "--name", "moe")
     assert "size: 5" in manifest  # the front and four hosts
@@ -123,6 +123,7 @@ def test_verify_against_measurements(capsys, plan_file, tmp_path):
     found = data(capsys, "verify", plan_file, "--measured", str(measured), "--out", out)
     assert [r["concurrency"] for r in found["measured"]] == [1, 8, 32]
     assert data(capsys, "degrade", out)["summary"]
+    assert data(capsys, "solve", "olmoe-1b-7b", out)["deployment"]["cluster"]["hardware"] == found["hardware"]
     assert main(["verify", plan_file]) == 2
 
 

@@ -64,7 +64,7 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
 
 
 def test_an_unknown_cluster_lists_the_presets():
-    with pytest.raises(InputError, match=r"neither a file nor one of the presets .*h200"):
+    with pytest.raises(InputError, match=r"neither a file nor a preset .*presets are b200, .*Did you mean"):
         read_cluster("z900")
 
 

@@ -132,8 +132,31 @@ def test_attention_ranks_take_the_place_of_expert_ranks_when_slots_run_short():
     outcome = Losses(d).outcome(dead)
     assert outcome.survivable
     assert outcome.means["switch"] >= 1
+    refused = Losses(d, means=[m for m in MEANS if m not in ("switch", "regrow", "mask")]).outcome(dead)
+    assert not refused.survivable
+    assert "do not fit in" in refused.reason
     assert outcome.phases["weights"] > 0
-    assert Losses(d).outcome([r.id for r in d.plan.ranks if r.role == "attention"]).survivable is False
+    attending = [r.id for r in d.plan.ranks if r.role == "attention"]
+    assert not Losses(d, means=[m for m in MEANS if m != "switch"]).outcome(attending).survivable
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 12), st.data())
+def test_roles_after_a_loss_are_those_that_solve_gives(attention, experts, slots, data):
+    n = attention + experts
+    model = Workload(moe_layers=2, experts=8, experts_per_token=1, expert_bytes=100, hidden_bytes=8)
+    cluster = Cluster.local(n)
+    roles = {rank: "attention" if rank < attention else "expert" for rank in range(n)}
+    slots = max(slots, -(-8 // experts))
+    plan = solve(model, cluster, roles=roles, slots_per_rank=slots)
+    dead = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
+    after = solve(model, cluster, alive=set(range(n)) - dead, previous=plan)
+    d = Deployment(plan=plan, workload=model, cluster=cluster)
+    left = survivors(d, dead, Outlook(d), MEANS)
+    assert {r.id: left.roles.get(r.id, roles[r.id]) for r in after.ranks} == {r.id: r.role for r in after.ranks}
+    assert (left.data, left.holders) == (len(after.source_ids), len(after.holder_ids))
+    outcome = Losses(d).outcome(dead)
+    assert outcome.survivable
+    assert outcome.means.get("switch", 0) == sum(r.role != roles[r.id] for r in after.ranks)
 
 
 def test_standby_ranks_take_over():
@@ -142,6 +165,31 @@ def test_standby_ranks_take_over():
     outcome = Losses(d).outcome({0})
     assert outcome.means["spare"] == 1
     assert outcome.capacity == pytest.approx(1.0)
+    refused = Losses(d, means=[m for m in MEANS if m != "spare"]).outcome({0})
+    assert "spare" not in refused.means
+    assert refused.capacity < 1
+
+
+def test_masked_experts_cost_what_their_share_of_the_traffic_costs():
+    model = Workload(moe_layers=1, experts=8, experts_per_token=1, expert_bytes=100)
+    cluster = Cluster.local(4)
+    loads = ((65.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0),)
+    plan = solve(model, cluster, slots_per_rank=2)
+    losses = Losses(Deployment(plan=plan, workload=model, cluster=cluster, loads=loads), means=("copy", "mask"))
+    hot = next(rank for rank in plan.rank_ids if 0 in plan.slots_of(rank))
+    for rank in plan.rank_ids:
+        outcome = losses.outcome({rank})
+        assert outcome.masked == 2
+        assert outcome.score == pytest.approx(score_kept(0.70 if rank == hot else 0.25))
+
+
+def test_all_pairs_are_looked_at_when_asked_for():
+    model, cluster = read_model("olmoe-1b-7b"), read_cluster("h100:6x8")
+    losses = Losses(design(model, cluster).deployment)
+    sample, of = foresee(losses, kinds=["pair"], pairs=50)
+    assert (len(sample), of) == (50, 48 * 47 // 2)
+    whole, of = foresee(losses, kinds=["pair"], pairs=None)
+    assert (len({o.dead for o in whole}), of) == (48 * 47 // 2, 0)
 
 
 @settings(max_examples=10)

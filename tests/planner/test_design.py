@@ -94,7 +94,7 @@ def test_what_is_missing_is_said(model, cluster, text):
 
 
 def test_asking_for_more_losses_than_there_are_ranks_is_infeasible():
-    with pytest.raises(NoFeasiblePlan, match="after losing 8 ranks 0 slots for 8 experts"):
+    with pytest.raises(NoFeasiblePlan, match="after losing 8 of 8 ranks 0 slots for 8 experts"):
         design(read_model("mixtral-8x7b"), read_cluster("h100"), survive=Survive(hosts=1))
 
 

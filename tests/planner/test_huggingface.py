@@ -23,6 +23,10 @@ EXACT = {
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
     "phi-3.5-moe": 41_873_153_344,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 # Totals and active parameters in billions as the model cards round them.
 CARDS = {
@@ -46,6 +50,10 @@ CARDS = {
     "granite-3.1-3b-a800m": (3.3, 0.8),
     "granite-3.1-1b-a400m": (1.3, 0.4),
     "phi-3.5-moe": (41.9, 6.6),
+    "llama-3.1-8b": (8.0, 8.0),
+    "mistral-7b-v0.3": (7.2, 7.2),
+    "qwen2.5-7b": (7.6, 7.6),
+    "qwen3-8b": (8.2, 8.2),
 }
 # Cache bytes per token at two bytes a value; DeepSeek-V3 as in "Insights into DeepSeek-V3" (2025).
 CACHE = {"deepseek-v3": 70_272, "mixtral-8x7b": 131_072, "qwen3-235b-a22b": 192_512, "gpt-oss-20b": 24_576}

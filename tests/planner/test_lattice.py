@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import combinations
 
 from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import Cluster, Workload, build_lattice, solve
-from planner.lattice import extended, preparation
+from planner.lattice import extended, losses, preparation, preparations
 from tests.planner.strategies import cases
 
 
@@ -69,8 +70,46 @@ def test_a_loss_that_memory_cannot_survive_is_kept_with_its_reason():
 
 
 @given(cases())
+def test_pairs_of_one_host_are_prepared_before_all_others(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
+    host = {r.id: r.host for r in plan.ranks}
+    found = [dead for dead in losses(plan, 2) if len(dead) == 2 and len(dead) < case.ranks]
+    pairs = {frozenset(p) for p in combinations(plan.rank_ids, 2)} if case.ranks > 2 else set()
+    assert len(found) == len(set(found))
+    assert set(found) == pairs
+    together = [len({host[i] for i in dead}) == 1 for dead in found]
+    assert together == sorted(together, reverse=True)
+
+
+@given(cases())
+def test_a_lattice_of_every_pair_is_the_one_whose_cost_is_said(case):
+    plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
+    said = preparations(plan)
+    if case.ranks > 2:
+        lattice = list(losses(plan, 2))
+        assert said["and every pair"].sets == len(lattice)
+        assert said["and every pair"].mesh_sizes == tuple(sorted({case.ranks - len(d) for d in lattice}, reverse=True))
+    else:
+        assert list(said) == ["every rank and host"]
+
+
+@given(cases())
 def test_what_preparing_takes_is_what_the_lattice_then_holds(case):
     plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
     lattice, ready = build_lattice(case.workload, case.cluster, plan), preparation(plan)
     assert ready.sets == len(lattice.plans)
     assert ready.mesh_sizes == lattice.sizes
+    assert ready.compiles == len(lattice.sizes)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_ranks_that_attend_and_ranks_that_hold_experts_make_more_shapes_of_a_size(attention, experts):
+    workload = Workload(moe_layers=1, experts=4, experts_per_token=1, expert_bytes=1)
+    roles = {i: "attention" if i < attention else "expert" for i in range(attention + experts)}
+    hosts = [f"h{i}" for i in roles]
+    plan = solve(workload, Cluster.local(len(roles), hosts=hosts), roles=roles, slots_per_rank=4)
+    lattice = list(losses(plan, min(2, len(roles) - 1)))
+    shapes = {
+        (sum(i < attention for i in set(roles) - d), sum(i >= attention for i in set(roles) - d)) for d in lattice
+    }
+    assert list(preparations(plan).values())[-1].compiles == len(shapes)

@@ -92,7 +92,7 @@ def test_role_switch_is_compared_where_attention_is_apart():
 
 
 def test_wrong_policies_and_times_are_named():
-    with pytest.raises(InputError, match="policy 'pray' is none of"):
+    with pytest.raises(InputError, match="unknown key 'pray' in --policies"):
         simulate(small(), [], days=1, policies=("pray",))
     with pytest.raises(InputError, match="above 0"):
         timeline(small(), days=0)

@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from planner.deployment import read_deployment
 from serving import cli
 from serving.config import Settings
 from serving.guard import Guard
@@ -75,6 +76,19 @@ def test_status_shows_ranks_and_prepared_losses(server):  # noqa: F811
 def test_status_tells_how_caches_outlive_their_ranks(server):  # noqa: F811
     result = run("status", "--server", server.address)
     assert "copied (memory), 1 MiB; 0 entries of lost ranks restored" in result.output
+
+
+def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_path):  # noqa: F811
+    backend.dead.add(2)
+    plan = tmp_path / "plan.json"
+    plan.write_text(run("status", "--plan", "--server", server.address).output)
+    assert read_deployment(plan) == backend.deployment()
+    shown = run("plan", "degrade", str(plan), "--kinds", "rank")
+    assert "1-rank losses: 3/3 survivable" in shown.output
+    backend.dead.update(range(4))
+    refused = run("status", "--plan", "--server", server.address)
+    assert refused.exit_code == 1
+    assert "no rank is alive" in refused.output
 
 
 def test_status_as_json_is_the_whole_status(server, backend):  # noqa: F811

@@ -40,7 +40,7 @@ SETTINGS = Settings(
 )
 MODEL = Prepared(
     name="fake",
-    config="",
+    config="{}",
     folder="",
     store="",
     executables="",

@@ -225,10 +225,12 @@ class WhatIfRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WhatIfResponse(_message.Message):
-    __slots__ = ("prospects",)
+    __slots__ = ("prospects", "plan")
     PROSPECTS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     prospects: _containers.RepeatedCompositeFieldContainer[Prospect]
-    def __init__(self, prospects: _Optional[_Iterable[_Union[Prospect, _Mapping]]] = ...) -> None: ...
+    plan: str
+    def __init__(self, prospects: _Optional[_Iterable[_Union[Prospect, _Mapping]]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class Prospect(_message.Message):
     __slots__ = ("kind", "name", "ranks", "survivable", "reason", "prepared", "requests_moved", "tokens_recomputed", "experts_loaded", "stall_ms", "moved_stall_ms", "capacity", "traffic_lost")

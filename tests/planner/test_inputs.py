@@ -1,0 +1,162 @@
+"""Whatever is written in a file or an option: a plan, or one error that names what is wrong. Never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from planner.cli import main
+from planner.cluster import cluster_from, read_cluster
+from planner.deployment import Deployment
+from planner.design import design
+from planner.errors import NoFeasiblePlan, PlannerError
+from planner.huggingface import MODELS, read_config, read_model, workload
+from planner.traffic import Traffic
+from planner.workload import Workload
+
+JUNK = [None, -1, 0, "x", 1.5, [], {}, True, float("nan"), float("inf"), [1], "8", [{}], {"a": 1}, [[1]]]
+CLUSTER = {
+    "name": "ours",
+    "hardware": {"preset": "h100", "network_bandwidth": 25e9},
+    "hosts": [{"count": 2, "devices": 2, "hosts_per_rack": 4}],
+    "devices": [{"id": 9, "host": "a", "rack": "b"}],
+}
+PLAN = json.loads(design(read_model("olmoe-1b-7b"), read_cluster("h100:1x4")).deployment.to_json())
+CONFIGS = {path.stem: read_config(path) for path in sorted(MODELS.glob("*.json"))}
+
+
+def places(value, path=()):
+    """Paths to everything in a nested value, three of each list."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for i in range(min(3, len(value))):
+            yield from places(value[i], (*path, i))
+
+
+@st.composite
+def spoilt(draw, base: dict):
+    """`base` with one thing in it replaced by junk, left out, or under a wrong name."""
+    result = copy.deepcopy(base)
+    path = draw(st.sampled_from(sorted(places(base), key=str)))
+    inside = result
+    for step in path[:-1]:
+        inside = inside[step]
+    how = draw(st.sampled_from(["junk", "junk", "missing", "misspelt"])) if isinstance(inside, dict) else "junk"
+    if how == "junk":
+        inside[path[-1]] = draw(st.sampled_from(JUNK))
+    else:
+        value = inside.pop(path[-1])
+        if how == "misspelt":
+            inside[f"{path[-1]}s"] = value
+    return result
+
+
+@given(spoilt(CLUSTER))
+def test_a_spoilt_cluster_is_a_cluster_or_an_error(data):
+    with contextlib.suppress(PlannerError):
+        assert cluster_from(data, "file").devices
+
+
+@given(spoilt(PLAN))
+def test_a_spoilt_plan_file_is_a_plan_or_an_error(data):
+    with contextlib.suppress(PlannerError):
+        Deployment.from_json(json.dumps(data)).plan.validate()
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_spoilt_config_is_a_model_or_an_error(data):
+    name = data.draw(st.sampled_from(sorted(CONFIGS)))
+    with contextlib.suppress(PlannerError):
+        assert isinstance(workload(data.draw(spoilt(CONFIGS[name]))), Workload)
+
+
+OPTIONS = {
+    "--traffic": ["prompt=nan", "prompt=inf", "prompt=0", "promt=4", "prompt", "rps=0"],
+    "--survive": ["ranks=-1", "rank=1", "ranks=x"],
+    "--skew": ["nan", "-1"],
+    "--slots": ["0", "-3"],
+    "--tensor": ["3"],
+    "--dense": ["0"],
+    "--standby": ["4", "-1"],
+    "--weights": ["fp9"],
+    "--cache": ["fp9"],
+    "--loads": ["/nowhere"],
+    "--out": ["/nowhere/plan.json"],
+    "--pictures": ["/proc/nowhere"],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(o, v) for o, values in OPTIONS.items() for v in values])
+def test_a_wrong_option_of_solve_is_one_line_and_exit_code_2(option, value, capsys):
+    assert main(["solve", "olmoe-1b-7b", "h100:1x4", option, value]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    path.write_text(json.dumps(PLAN))
+    return str(path)
+
+
+WRONG = [
+    ("degrade", "--pairs", "-5"),
+    ("degrade", "--pairs", "some"),
+    ("degrade", "--seed", "-1"),
+    ("degrade", "--without", "copy"),
+    ("degrade", "--gate", "survivable>=1.0.0"),
+    ("degrade", "--gate", "survivabl>=1"),
+    ("simulate", "--days", "nan"),
+    ("simulate", "--mtbf", "inf"),
+    ("simulate", "--seed", "-1"),
+    ("simulate", "--spares", "4"),
+    ("simulate", "--spares", "-1"),
+    ("simulate", "--policies", "switch"),
+    ("explain", "rank", "4"),
+    ("verify",),
+]
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_a_wrong_option_of_the_other_commands_is_one_line_and_exit_code_2(words, plan_file, capsys):
+    assert main([words[0], plan_file, *words[1:]]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (("mixtral-8x8b", "h100"), "mixtral-8x7b"),
+        (("mixtral-8x7b", "h10"), "h100"),
+        (("mixtral-8x7b", "h100", "--traffic", "promt=1"), "prompt"),
+        (("mixtral-8x7b", "h100", "--weights", "bfloat"), "bfloat16"),
+    ],
+)
+def test_what_is_not_known_is_told_with_the_nearest_that_is(words, nearest, capsys):
+    assert main(["solve", *words]) == 2
+    assert f"Did you mean '{nearest}'?" in capsys.readouterr().err
+
+
+@given(st.floats(0.5, 400))
+@example(1e6)
+def test_a_plan_serves_the_requests_that_are_asked_for_or_is_none(rps):
+    model, cluster = read_model("olmoe-1b-7b"), read_cluster("h100:1x4")
+    traffic = Traffic(prompt=100, output=50, tpot_ms=500, rps=rps)
+    most = design(model, cluster, traffic=Traffic(prompt=100, output=50, tpot_ms=500)).chosen.tokens_per_second / 50
+    if rps > most * (1 + 1e-9):
+        with pytest.raises(NoFeasiblePlan, match=re.escape(f"asked {rps:g}")):
+            design(model, cluster, traffic=traffic)
+    elif rps < most * (1 - 1e-9):
+        chosen = design(model, cluster, traffic=traffic).chosen
+        assert chosen.tokens_per_second / 50 >= rps * (1 - 1e-9)
