@@ -11,10 +11,11 @@ from pathlib import Path
 
 from moejax.checkpoint import PARAMS, TOKENIZERS, CheckpointError
 from moejax.config import ConfigError
-from moejax.convert import convert, fingerprint, progress, published_name
+from moejax.convert import convert, progress
 from moejax.download import cache_folder
 from moejax.families import read_config
 from moejax.manifest import content_hash
+from moejax.published import fingerprint, published_name
 from moejax.random_model import build_random, load_random
 from moejax.smollm2 import build
 from moejax.split import Split

@@ -20,10 +20,10 @@ from moejax.assets import ensure_model, is_published
 from moejax.cache import bytes_per_token
 from moejax.checkpoint import TOKENIZERS
 from moejax.config import ModelConfig
-from moejax.convert import check, published_name
 from moejax.families import FAMILIES, read_config, tensor_names
 from moejax.manifest import Manifest
 from moejax.params import expert_bytes, parameter_count
+from moejax.published import check, published_name
 from moejax.safetensors_folder import SafetensorsFolder
 from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan

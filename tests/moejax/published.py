@@ -54,7 +54,7 @@ def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.
     return {
         name: (draw.normal(size=shape) / math.sqrt(shape[-1]) * (3 if len(shape) > 1 else 1)).astype(dtype)
         if "norm" not in name
-        else np.ones(shape, dtype)
+        else (1 + 0.2 * draw.normal(size=shape)).astype(dtype)
         for name, shape in shapes.items()
     }
 

@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 
 from moejax.families import FAMILIES
+from tests.moejax.families import answers
 from tests.moejax.families.published import CASES
-from tests.parity import compare
+from tests.parity.programs import compare
 
 MISSING = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
 ONE_OF_EACH = ("mixtral, window", "llama 3.1", "qwen3", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2")
@@ -29,6 +30,14 @@ def test_a_published_folder_gives_the_logits_and_tokens_of_transformers(name):
 def test_four_ranks_give_them_too(name):
     found = compare(CASES[name], seed=12, ranks=4)
     assert found.holds, found
+
+
+@compared
+@pytest.mark.parametrize("name", CASES)
+def test_the_answers_recorded_for_tests_without_torch_are_those_of_transformers(name):
+    found = answers.ask(name)
+    assert found.tokens == answers.recorded(name).tokens
+    assert found.margin > 3e-5, "a sum in another order must not change a token"
 
 
 def test_every_family_has_a_case():
