@@ -45,16 +45,16 @@ def test_an_ending_is_right_by_sum_and_by_character_and_a_word_by_its_tokens():
 
 
 def test_what_is_kept_is_not_asked_again_and_time_is_up_when_it_is_up(tmp_path):
-    file, about = tmp_path / "kept.json", {"model": "tiny", "items": 2}
-    first = Kept(file, about, None)
+    file = tmp_path / "kept.json"
+    first = Kept(file, "tiny", 2)
     row = first.row("most used", Fraction(1, 4), 0.4)
-    row["answers"]["piqa"] += [(True, False), (False, False)]
+    row["answers"]["piqa"] += [(True, False), (False, False), (True, True)]
     assert first.keep()
-    again = Kept(file, about, 0.0)
+    again = Kept(file, "tiny", 2, limit_s=0.0)
     row = again.row("most used", Fraction(1, 4), 0.4)
-    assert row["answers"]["piqa"] == [[True, False], [False, False]]
+    assert row["answers"]["piqa"] == [[True, False], [False, False], [True, True]]
     assert row["tasks"] == {"piqa": {"accuracy": 0.5, "accuracy_per_character": 0.0}}
     assert again.row("most used", Fraction(1, 2), 0.8)["answers"]["piqa"] == []
     assert not again.keep()
-    with pytest.raises(SystemExit, match="of another run: items 2 and not 3"):
-        Kept(file, about | {"items": 3}, None)
+    with pytest.raises(SystemExit, match="is of model tiny, not of other"):
+        Kept(file, "other", 2)

@@ -42,5 +42,6 @@ def reference_logits(model: Any, tokens: list[int]) -> np.ndarray:
     """Logits `[T, V]` of transformers at every position."""
     import torch
 
+    torch.set_num_threads(1)  # of so small a model more would wait for each other
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()

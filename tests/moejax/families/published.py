@@ -157,7 +157,14 @@ CASES = {
     ),
     "kimi-k2": Case(
         "deepseek_v3",
-        {**LATENT, "q_lora_rank": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.827,
+        },
         rewrite={"model_type": "kimi_k2"},
     ),
     "gpt-oss": Case(

@@ -2,6 +2,7 @@
 weights; broken ones are named before anything is written."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -29,14 +30,18 @@ from tests.parity.programs import load_folder
 
 CACHE = {"mixtral": 3 * 2 * 2 * 16, "deepseek-v3": 3 * (8 + 24), "gpt-oss": 4 * 2 * 2 * 24, "llama 3.1": 3 * 2 * 2 * 16}
 """Numbers kept for a token: layers x (keys and values x heads x size), or layers x (rotated key + latent)."""
-IN_FORMS = ("qwen2-moe", "deepseek-v3", "gpt-oss")
+TOLD = ("mixtral, window", "llama 3.1", "qwen2-moe", "olmoe", "deepseek-v2", "deepseek-v3", "gpt-oss", "granite-moe")
+TOLD += ("glm-4-moe", "phi-3.5-moe, long")
+IN_FORMS = (("deepseek-v3", "int8"), ("gpt-oss", "int8"), ("qwen2-moe", "bfloat16"))
 
 
 def quiet(done: int, total: int) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in TOLD else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_whole_folder_becomes_ours_and_says_what_transformers_says(name, tmp_path):
     small_folder(tmp_path / "hf", name)
     cfg = convert(tmp_path / "hf", tmp_path / "out", say=quiet)
@@ -139,9 +144,12 @@ def test_a_configuration_of_other_sizes_is_named_with_both(name, tmp_path):
     assert f"tensor model.layers.{layer}." in refused(folder)
 
 
-@pytest.mark.parametrize("form", ["int8", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", [name if name in IN_FORMS else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("name", "form"),
+    [
+        each if each in IN_FORMS else pytest.param(*each, marks=pytest.mark.slow)
+        for each in itertools.product(CASES, ("int8", "bfloat16"))
+    ],
 )
 def test_a_step_of_every_family_computes_with_the_numbers_its_form_stands_for(name, form, tmp_path):
     small_folder(tmp_path / "hf", name)
