@@ -57,8 +57,9 @@ def load(path: Path) -> dict[tuple[int, int, int, int], Record]:
 
 
 def versions() -> dict[str, str]:
-    """Of what was compared."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "transformers", "torch")}
+    """Of what was compared, and whether it ran on the kernels of `moejax.kernels`, where a model's parts have one."""
+    kind = "our CPU kernels" if kernels.active() else "XLA alone"
+    return {name: importlib.metadata.version(name) for name in ("jax", "transformers", "torch")} | {"with": kind}
 
 
 def save(path: Path, records: Iterable[Record]) -> None:

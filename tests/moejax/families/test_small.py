@@ -86,6 +86,30 @@ def test_the_store_gives_each_expert_alone(name, tmp_path):
             np.testing.assert_array_equal(ours_part, part)
 
 
+SIZES = {"vocab_size", "d_model", "d_ff", "max_context", "stop_tokens", "bos_token", "name"}
+FIXED = {"weights", "swiglu_alpha", "low_frequency", "high_frequency", "beta_fast", "beta_slow", "norm_eps"}
+"""Chosen by who serves, fixed in what is compared with, or numbers without a branch."""
+
+
+def test_every_choice_that_a_configuration_has_is_made_in_more_than_one_way():
+    models = [read_config(small_config(name)) for name in CASES]
+    for part in (
+        models,
+        *([getattr(m, p) for m in models if getattr(m, p)] for p in ("moe", "latent", "rope_scaling")),
+    ):
+        for field in dataclasses.fields(part[0]):
+            if field.name not in SIZES | FIXED:
+                assert len({str(getattr(each, field.name)) for each in part}) > 1, f"{type(part[0])}, {field.name}"
+    gates = {(m.moe.gate, m.moe.normalised, m.moe.groups > 1) for m in models if m.moe}
+    assert gates >= {("sigmoid", n, g) for n, g in ((True, True), (True, False), (False, True))}
+    assert gates >= {
+        ("share", False, True),
+        ("share", False, False),
+        ("softmax", False, False),
+        ("sparsemixer", False, False),
+    }
+
+
 def last_tensor(folder: Path) -> tuple[str, tuple[int, ...], Path]:
     """The tensor that the last feed-forward of the model begins with, its shape, and its file."""
     entries = [e for e in tensor_names(read_config(folder)) if e.path.endswith(("ffn.gate_up", "experts.gate_up"))]
