@@ -30,8 +30,7 @@ from tests.parity.programs import load_folder
 
 CACHE = {"mixtral": 3 * 2 * 2 * 16, "deepseek-v3": 3 * (8 + 24), "gpt-oss": 4 * 2 * 2 * 24, "llama 3.1": 3 * 2 * 2 * 16}
 """Numbers kept for a token: layers x (keys and values x heads x size), or layers x (rotated key + latent)."""
-TOLD = ("mixtral, window", "llama 3.1", "qwen2-moe", "olmoe", "deepseek-v2", "deepseek-v3", "gpt-oss", "granite-moe")
-TOLD += ("glm-4-moe", "phi-3.5-moe, long")
+TOLD = ("mixtral, window", "llama 3.1", "qwen2-moe", "deepseek-v3", "gpt-oss", "granite-moe", "phi-3.5-moe, long")
 IN_FORMS = (("deepseek-v3", "int8"), ("gpt-oss", "int8"), ("qwen2-moe", "bfloat16"))
 
 
