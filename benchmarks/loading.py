@@ -7,6 +7,9 @@ at once through the code that a rank of the server runs (weights, then the exper
 is the high-water mark of each process (VmHWM), less that of one that only imports the same modules; of a rank, less
 that before it reads, with JAX started and programs loaded.
 
+The same is done with the published folder read in place (`moejax serve --in-place`): its checksums are noted, and all
+ranks take their bytes out of the safetensors.
+
 Then one expert, one rank's share and the whole checkpoint are read: bytes are those the kernel counts (rchar). Files
 just written are in the page cache: seconds are those of memory, not of a disk.
 """
@@ -29,7 +32,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from benchmarks.machine import machine
+from benchmarks.machine import high_water, machine, read_bytes
 from moejax.checkpoint import load_params
 from moejax.config import ModelConfig
 from moejax.download import cache_folder
@@ -38,6 +41,7 @@ from moejax.families import read_config, tensor_names
 from moejax.inputs import Bucket
 from moejax.params import expert_bytes, parameter_count
 from moejax.programs import LocalPrograms, ModelShape
+from moejax.published_store import note_published, open_store
 from moejax.recovery import LiveArrays
 from moejax.store import HostStore
 from planner.cluster import Cluster
@@ -49,7 +53,7 @@ SHARD = 256 << 20
 REPEATS = 20
 MEASURED = """
 import importlib, sys
-from benchmarks.loading import high_water
+from benchmarks.machine import high_water
 module = importlib.import_module(sys.argv[1])
 status = module.main(sys.argv[2:]) if sys.argv[2:] else 0
 print(high_water())
@@ -117,6 +121,14 @@ def measured(module: str, *arguments: str) -> Values:
     return {"seconds": time.monotonic() - began, "peak_bytes": int(ended.stdout.split()[-1])}
 
 
+def noting(source: Path, place: Path) -> Values:
+    """Note the checksums of a published folder: seconds, and bytes written."""
+    began = time.monotonic()
+    note_published(source, place, name="model", say=lambda done, total: None)
+    seconds = time.monotonic() - began
+    return {"seconds": seconds, "bytes": sum(f.stat().st_size for f in place.iterdir())}
+
+
 def load_on_ranks(store: Path, ranks: int) -> Values:
     """All ranks load at once; what each of them says."""
     here = [sys.executable, "-m", "benchmarks.loading", "--as-rank"]
@@ -145,7 +157,7 @@ def be_a_rank(store: Path, rank: int, ranks: int) -> Values:
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.monotonic()
-    arrays = LiveArrays(shape, HostStore.open(store))
+    arrays = LiveArrays(shape, open_store(store))
     arrays.enter_device(device)
     arrays.fill(slots, programs, device)
     jax.block_until_ready([arrays.expert(0, 0), arrays.head])
@@ -174,12 +186,12 @@ def restore(folder: Path, store: Path, ranks: int) -> Values:
 
 
 def _timed(read: Callable[[], object], repeats: int) -> Values:
-    seconds, before = [], _read_bytes()
+    seconds, before = [], read_bytes()
     for _ in range(repeats):
         began = time.perf_counter()
         read()
         seconds.append(time.perf_counter() - began)
-    return {"ms": 1e3 * statistics.median(seconds), "bytes": (_read_bytes() - before) // repeats, "repeats": repeats}
+    return {"ms": 1e3 * statistics.median(seconds), "bytes": (read_bytes() - before) // repeats, "repeats": repeats}
 
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Plan:
@@ -205,16 +217,6 @@ def experts(cfg: ModelConfig) -> int:
     return cfg.n_moe_layers * (cfg.moe.experts if cfg.moe else 0)
 
 
-def high_water() -> int:
-    """The most memory this process has had, in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
-
-
-def _read_bytes() -> int:
-    return int(Path("/proc/self/io").read_text().split("\n")[0].split()[1])
-
-
 def benchmark(folder: Path, gib: float, ranks: int) -> Values:
     """All of it, in `folder`."""
     source, target, store = folder / "published", folder / "model", folder / "host" / "copy"
@@ -222,6 +224,7 @@ def benchmark(folder: Path, gib: float, ranks: int) -> Values:
     idle = measured("moejax.convert")
     conversion = measured("moejax.convert", str(source), str(target))
     again = measured("moejax.inspect", str(source))
+    noted = noting(source, folder / "noted")
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else folder) as host:
         store = Path(host) / "copy"
@@ -237,6 +240,8 @@ def benchmark(folder: Path, gib: float, ranks: int) -> Values:
             "convert": conversion | {"peak_over_imports_bytes": conversion["peak_bytes"] - idle["peak_bytes"]},
             "copy_to_host_memory": {"seconds": copy_s, "bytes": copied.bytes, "in_tmpfs": copied.folder == store},
             "load": load_on_ranks(copied.folder, ranks),
+            "note_in_place": noted,
+            "load_in_place": load_on_ranks(folder / "noted", ranks),
             "restore": restore(target, copied.folder, ranks),
         }
 
@@ -244,22 +249,29 @@ def benchmark(folder: Path, gib: float, ranks: int) -> Values:
 def report(result: Values) -> str:
     """The figures for people."""
     mib = 1 << 20
-    load, convert, restored = result["load"], result["convert"], result["restore"]
+    convert, noted, restored = result["convert"], result["note_in_place"], result["restore"]
     peak = convert["peak_over_imports_bytes"] / mib
-    over = [rank["peak_bytes"] / rank["share_bytes"] for rank in load["ranks"]]
     lines = [
         f"weights       {result['weights_bytes'] / mib:8.0f} MiB bfloat16, {result['layers']} layers",
         f"check headers {result['check_headers']['seconds']:8.1f} s with start of the process",
         f"convert       {convert['seconds']:8.1f} s, peak {peak:.0f} MiB over imports",
         f"copy          {result['copy_to_host_memory']['seconds']:8.1f} s to host memory",
-        f"load          {load['seconds']:8.1f} s on {len(load['ranks'])} ranks at once, of float32 "
-        f"{load['ranks'][0]['share_bytes'] / mib:.0f} MiB each; peak {max(over):.2f} times that",
+        f"load          {_loaded(result['load'])}",
+        f"note in place {noted['seconds']:8.1f} s, {noted['bytes'] >> 10} KiB written",
+        f"load in place {_loaded(result['load_in_place'])}",
     ]
     whole = restored["whole_checkpoint"]
     for name, row in restored.items():
         part = f"1/{whole['bytes'] / row['bytes']:.0f} of the bytes, 1/{whole['ms'] / row['ms']:.0f} of the time of all"
         lines.append(f"{name:<22} {row['ms']:9.1f} ms {row['bytes'] / mib:9.1f} MiB  ({part})")
     return "\n".join(lines)
+
+
+def _loaded(load: Values) -> str:
+    over = max(rank["peak_bytes"] / rank["share_bytes"] for rank in load["ranks"])
+    share = load["ranks"][0]["share_bytes"] >> 20
+    ranks = len(load["ranks"])
+    return f"{load['seconds']:8.1f} s on {ranks} ranks at once, of float32 {share} MiB each; peak {over:.2f} times that"
 
 
 def main() -> None:

@@ -20,3 +20,14 @@ def machine() -> dict[str, str | int | float]:
         "load_before": round(os.getloadavg()[0], 1),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def high_water() -> int:
+    """The most memory this process has had, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+def read_bytes() -> int:
+    """Bytes this process has read so far, from files in memory too."""
+    return int(Path("/proc/self/io").read_text().split("\n")[0].split()[1])

@@ -1,12 +1,16 @@
 """What answers are worth when experts are missing: four published tasks, scored through the server.
 
     python -m benchmarks.missing_experts [--items 200] [--shares 1/8,1/4,1/2] [--ranks 2] [--json FILE]
+    python -m benchmarks.missing_experts --json FILE --limit-s 450      a part; run it again until all is there
 
 For each share, experts are taken from every MoE layer of `smollm2-moe` in two ways: the most used ones (by the router's
 choices on the calibration text) and every n-th. The server then serves a copy of the model in which those experts are
 never chosen and would add nothing: the router takes the next best, as it does for experts lost at run time. Accuracy:
 LAMBADA, every token of the last word is the likeliest; HellaSwag, ARC-Easy, PIQA (no examples shown), the right
 ending has the highest log-probability, in sum and per character. Items come from the evaluation package of OLMo.
+
+FILE has the answer to every item as soon as it is known, and what it has is not asked again, also when more items are
+asked for later: 630,000 tokens are computed for all, an hour or two of two cores.
 """
 
 import argparse
@@ -15,9 +19,11 @@ import dataclasses
 import gzip
 import itertools
 import json
+import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,7 +59,13 @@ TASKS = {
     "piqa": "piqa/rc_0shot",
 }
 NEVER = -1e9
-STREAMS = 8
+STREAMS = 16
+KEPT = 32
+"""Items asked between two times that FILE is written."""
+UNFINISHED = 75
+"""Exit status when time was up (EX_TEMPFAIL)."""
+Right = tuple[bool, bool | None]
+"""Whether an item was answered rightly, and whether it was by log-probability per character, of items that have it."""
 _REAL_ITEMS = 1_000_000
 """Documents of the package with a higher number are not of the task."""
 
@@ -132,21 +144,27 @@ def score(client: Client, tokenizer: Tokenizer, item: Item) -> list[tuple[float,
     return scores
 
 
-def accuracy(items: Sequence[Item], scores: Sequence[list[tuple[float, bool, int]]]) -> dict[str, float]:
-    """Share of items answered rightly. A single ending is right when every token of it is the likeliest."""
-    right, per_character = [], []
-    for item, each in zip(items, scores, strict=True):
-        if len(each) == 1:
-            right.append(each[0][1])
-            continue
-        right.append(int(np.argmax([s[0] for s in each])) == item.label)
-        per_character.append(int(np.argmax([s[0] / s[2] for s in each])) == item.label)
-    found = {"accuracy": float(np.mean(right))}
+def judge(item: Item, scores: Sequence[tuple[float, bool, int]]) -> Right:
+    """Whether the scores of its endings answer an item rightly. A single ending is right when every token of it is the
+    likeliest."""
+    if len(scores) == 1:
+        return scores[0][1], None
+    by_sum, by_character = (int(np.argmax(each)) for each in zip(*((s[0], s[0] / s[2]) for s in scores), strict=True))
+    return by_sum == item.label, by_character == item.label
+
+
+def accuracy(answers: Sequence[Right]) -> dict[str, float]:
+    """Share of items answered rightly."""
+    found = {"accuracy": float(np.mean([right for right, _ in answers]))}
+    per_character = [right for _, right in answers if right is not None]
     return found | ({"accuracy_per_character": float(np.mean(per_character))} if per_character else {})
 
 
-def evaluate(folder: Path, items: dict[str, list[Item]], ranks: int) -> dict[str, dict[str, float]]:
-    """Serve a model folder and score every item."""
+def evaluate(
+    folder: Path, items: dict[str, list[Item]], ranks: int, known: dict[str, list[Right]], keep: Callable[[], bool]
+) -> None:
+    """Serve a model folder and score every item whose answer is not `known`. `keep` is called now and then to keep
+    what is known, and says whether to go on."""
     cfg = ModelConfig.load(folder)
     tokenizer = Tokenizer.load(folder, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens)
     with (
@@ -154,10 +172,13 @@ def evaluate(folder: Path, items: dict[str, list[Item]], ranks: int) -> dict[str
         Client(server) as client,
         concurrent.futures.ThreadPoolExecutor(STREAMS) as pool,
     ):
-        return {
-            task: accuracy(each, list(pool.map(lambda item: score(client, tokenizer, item), each)))
-            for task, each in items.items()
-        }
+        for task, each in items.items():
+            for first in range(len(known[task]), len(each), KEPT):
+                asked = each[first : first + KEPT]
+                scores = pool.map(lambda item: score(client, tokenizer, item), asked)
+                known[task] += [judge(item, found) for item, found in zip(asked, scores, strict=True)]
+                if not keep():
+                    return
 
 
 def cases(shares: Sequence[Fraction], used_LE: np.ndarray) -> Iterator[tuple[str, Fraction, np.ndarray]]:
@@ -167,45 +188,92 @@ def cases(shares: Sequence[Fraction], used_LE: np.ndarray) -> Iterator[tuple[str
         yield way, share, choose(way, share, used_LE)
 
 
-def benchmark(model: str, count: int, shares: Sequence[Fraction], ranks: int) -> dict[str, Any]:
-    """All cases of a model."""
+def benchmark(model: str, count: int, shares: Sequence[Fraction], ranks: int, kept: "Kept") -> bool:
+    """All cases of a model that `kept` has not; False when its time was up before."""
     source = ensure_model(model)
     cfg, params = ModelConfig.load(source), load_params(source)
     tokenizer_json, template = ((source / name).read_text() for name in ("tokenizer.json", "chat_template.jinja"))
     tokens_BT, _ = calibration_tokens(tokenizers.Tokenizer.from_str(tokenizer_json))
     used_LE = used(params, cfg, tokens_BT)
     items = {task: read_items(task, count) for task in TASKS}
-    rows = []
     for way, share, gone_LE in cases(shares, used_LE):
+        row = kept.row(way, share, float(used_LE[gone_LE].sum() / used_LE.sum()))
+        kept.keep()
+        if all(len(row["answers"][task]) >= len(each) for task, each in items.items()):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
             less = without_experts(params, cfg, gone_LE)
             save_model(target, cfg, less, tokenizer_json=tokenizer_json, chat_template=template)
-            traffic = float(used_LE[gone_LE].sum() / used_LE.sum())
-            scores = evaluate(target, items, ranks)
-        rows.append({"missing": way, "share": str(share), "traffic": traffic, "tasks": scores})
-        print(f"{way:<16} {share!s:>4} ({traffic:.0%} of choices)  {_line(scores)}", flush=True)
-    return {"machine": machine(), "model": model, "items": count, "rows": rows}
+            evaluate(target, items, ranks, row["answers"], kept.keep)
+        if kept.is_over:
+            return False
+        print(f"{way:<16} {share!s:>4} ({row['traffic']:.0%} of choices)  {_line(row['tasks'])}", flush=True)
+    return True
+
+
+class Kept:
+    """What is known so far, in a file if there is one, and what the first `items` of each task say. After `limit_s`
+    seconds its time is up."""
+
+    def __init__(self, path: Path | None, model: str, items: int, limit_s: float | None = None) -> None:
+        self._path = path
+        self._ends = None if limit_s is None else time.monotonic() + limit_s
+        self.values: dict[str, Any] = {"model": model, "machine": machine(), "rows": []}
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text())
+            if found["model"] != model:
+                raise SystemExit(f"{path} is of model {found['model']}, not of {model}. Give another file.")
+            self.values = found
+        self.values["items"] = items
+
+    @property
+    def is_over(self) -> bool:
+        """True when no more is to be asked."""
+        return self._ends is not None and time.monotonic() > self._ends
+
+    def row(self, way: str, share: Fraction, traffic: float) -> dict[str, Any]:
+        """The row of a case, new if it is not there."""
+        for row in self.values["rows"]:
+            if (row["missing"], row["share"]) == (way, str(share)):
+                return row
+        row = {"missing": way, "share": str(share), "traffic": traffic, "tasks": {}, "answers": {t: [] for t in TASKS}}
+        self.values["rows"].append(row)
+        return row
+
+    def keep(self) -> bool:
+        """Write everything; True while there is time."""
+        for row in self.values["rows"]:
+            first = {task: answers[: self.values["items"]] for task, answers in row["answers"].items()}
+            row["tasks"] = {task: accuracy(answers) for task, answers in first.items() if answers}
+        if self._path is not None:
+            draft = self._path.with_suffix(".draft")
+            draft.write_text(json.dumps(self.values) + "\n")
+            draft.replace(self._path)
+        return not self.is_over
 
 
 def _line(scores: dict[str, dict[str, float]]) -> str:
     return "  ".join(f"{task} {'/'.join(f'{v:.3f}' for v in each.values())}" for task, each in scores.items())
 
 
-def main() -> None:
-    """Run all cases, print a line each, and write them as JSON if asked."""
+def main() -> int:
+    """Run all cases, print a line each, and keep them as JSON if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-moe", help="default: smollm2-moe")
     parser.add_argument("--items", type=int, default=200, help="items of each task (default: 200)")
     parser.add_argument("--shares", default="1/8,1/4,1/2", help="shares of the experts (default: 1/8,1/4,1/2)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--limit-s", type=float, help="stop after so many seconds; what is in FILE stays")
     options = parser.parse_args()
     shares = [Fraction(text) for text in options.shares.split(",") if text]
-    result = benchmark(options.model, options.items, shares, options.ranks)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    kept = Kept(options.json, options.model, options.items, options.limit_s)
+    if not benchmark(options.model, options.items, shares, options.ranks, kept):
+        print(f"time is up; the same command goes on from {options.json}", file=sys.stderr)
+        return UNFINISHED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

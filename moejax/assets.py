@@ -11,10 +11,12 @@ from pathlib import Path
 
 from moejax.checkpoint import PARAMS, TOKENIZERS, CheckpointError
 from moejax.config import ConfigError
-from moejax.convert import convert, fingerprint, progress, published_name
+from moejax.convert import convert, progress
 from moejax.download import cache_folder
 from moejax.families import read_config
 from moejax.manifest import content_hash
+from moejax.published import fingerprint, published_name
+from moejax.published_store import note_published
 from moejax.random_model import build_random, load_random
 from moejax.smollm2 import build
 from moejax.split import Split
@@ -62,6 +64,18 @@ def ensure_converted(published: Path) -> Path:
         with progress(f"Converting {name}, once") as say:
             convert(published, folder, name=name, say=say)
     return checked_folder(folder)
+
+
+def ensure_noted(published: Path) -> Path:
+    """What is noted of a published folder to read it in place (`moejax.published_store`), found in the cache or made
+    there; made anew when one of its files changes."""
+    name = published_name(published)
+    cfg = read_config(published, name=name)
+    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-in-place"
+    if not folder.is_dir():
+        with progress(f"Noting the checksums of {name}, once") as say:
+            note_published(published, folder, name=name, say=say)
+    return folder
 
 
 def ensure_random(preset: Path) -> Path:

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import json
 import shutil
@@ -20,24 +19,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moejax.checkpoint import PARAMS, TOKENIZERS, replace_folder, write_skeleton
+from moejax.checkpoint import PARAMS, replace_folder, write_skeleton
 from moejax.config import ModelConfig
-from moejax.families import is_unused, read_config, tensor_names
+from moejax.families import tensor_names
 from moejax.families.source import Entry
-from moejax.manifest import FILE, CheckpointError, Manifest, Tensor, checksum, tensor_specs
+from moejax.manifest import FILE, CheckpointError, checksum, tensor_specs
+from moejax.published import (
+    DTYPES,
+    array_key,
+    copy_tokenizer,
+    fingerprint,
+    manifest_of,
+    open_published,
+    read_array,
+    stored_dtypes,
+)
 from moejax.safetensors_folder import SafetensorsFolder
 
-FORM = 1
-"""Of what is written; a change makes drafts and cached conversions anew."""
 JOURNAL = "journal.jsonl"
-DTYPES = ("float32", "bfloat16", "float16")
-TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
 IN_FLIGHT = 256 << 20
 """Bytes being written while the next array is read; one array may be more."""
 
@@ -53,12 +57,8 @@ def convert(source: Path, target: Path, *, name: str | None = None, dtype: str |
     for an architecture that is not served and for tensors that are missing, cut short, or of another shape.
     """
     source, target = Path(source), Path(target)
-    cfg = read_config(source, name=name or published_name(source))
-    weights = SafetensorsFolder.open(source)
-    check(cfg, weights)
-    if not any(file for pattern in TOKENIZERS for file in source.glob(pattern)):
-        raise CheckpointError(f"{source} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.")
-    dtypes = _dtypes(cfg, weights, dtype)
+    cfg, weights = open_published(source, name)
+    dtypes = stored_dtypes(cfg, weights, dtype)
     draft = target.parent / f".{target.name}.converting"
     target.parent.mkdir(parents=True, exist_ok=True)
     of = fingerprint(source, cfg, dtype)
@@ -67,58 +67,15 @@ def convert(source: Path, target: Path, *, name: str | None = None, dtype: str |
         _check_room(draft, cfg, dtypes)
         with _Journal(draft, of) as journal:
             _write_arrays(draft / PARAMS, cfg, weights, dtypes, journal, say)
-            manifest = _manifest(cfg, dtypes, journal.checksums)
+            manifest = manifest_of(cfg, dtypes, journal.checksums)
         manifest.check_config(cfg, draft)
         write_skeleton(draft / PARAMS, cfg)
-        _copy_tokenizer(source, draft)
+        copy_tokenizer(source, draft)
         (draft / FILE).write_text(manifest.to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
         (draft / JOURNAL).unlink()
         replace_folder(draft, target)
     return cfg
-
-
-def check(cfg: ModelConfig, weights: SafetensorsFolder) -> None:
-    """Raise CheckpointError unless the folder holds exactly the tensors of `cfg`, in their shapes."""
-    used = set()
-    for entry in tensor_names(cfg):
-        for tensor in entry.tensors:
-            if tensor.name not in used:
-                weights.check(tensor.name, tensor.shape, _label(entry))
-                used.add(tensor.name)
-    for name in sorted(weights.names() - used):
-        if not is_unused(cfg, name):
-            raise CheckpointError(
-                f"{weights.file(name)}: tensor {name} of shape {weights.shape(name)} has no place in the model that "
-                f"config.json describes ({cfg.family}, {cfg.n_layers} layers). The two belong to different models."
-            )
-
-
-def fingerprint(source: Path, cfg: ModelConfig, dtype: str | None) -> str:
-    """16 hexadecimal digits that change when a weight file, the configuration or the form written does."""
-    digest = hashlib.sha256(f"{FORM} {dtype} {cfg.to_json()}".encode())
-    for file in sorted(source.glob("*.safetensors*")) + [f for p in TOKENIZER_FILES for f in sorted(source.glob(p))]:
-        found = file.stat()
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def published_name(source: Path) -> str:
-    """The name of a published folder; in the cache of the Hugging Face hub, that of its repository."""
-    source = source.resolve()
-    hub = source.parent.parent.name
-    return hub.split("--")[-1] if source.parent.name == "snapshots" and hub.startswith("models--") else source.name
-
-
-def _dtypes(cfg: ModelConfig, weights: SafetensorsFolder, dtype: str | None) -> dict[str, np.dtype]:
-    """The stored format of each leaf: the one that holds all the tensors it is made of."""
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
-    found: dict[str, np.dtype] = {}
-    for entry in tensor_names(cfg):
-        for each in [weights.dtype(tensor.name) for tensor in entry.tensors] or [np.dtype(np.float32)]:
-            found[entry.path] = np.promote_types(found.get(entry.path, each), each)
-    return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
 
 
 def _write_arrays(
@@ -144,13 +101,13 @@ def _write_arrays(
         leaf = None
         for entry in entries:
             size = int(np.prod(entry.shape, dtype=np.int64)) * dtypes[path].itemsize
-            if _key(entry) not in journal.checksums or not _is_whole(params, entry, len(specs[path].shape), size):
+            if array_key(entry) not in journal.checksums or not _is_whole(params, entry, len(specs[path].shape), size):
                 leaf = leaf if leaf is not None else _leaf(params, entry, specs[path].shape, dtypes[path], context)
-                array = np.ascontiguousarray(_array(entry, weights, dtypes[path]))
+                array = np.ascontiguousarray(read_array(entry, weights, dtypes[path]))
                 place = tuple(i for i in (entry.repeat, entry.expert) if i is not None)
                 while flying and (flying[0][0].done() or sum(f[3] for f in flying) + size > IN_FLIGHT):
                     land()
-                flying.append((leaf[place].write(array), _key(entry), checksum(array), size))
+                flying.append((leaf[place].write(array), array_key(entry), checksum(array), size))
             done += size
             say(done, total)
     while flying:
@@ -162,12 +119,6 @@ def _is_whole(params: Path, entry: Entry, axes: int, size: int) -> bool:
     place = [i for i in (entry.repeat, entry.expert) if i is not None]
     file = params.joinpath("state", entry.path, "c", *map(str, place + [0] * (axes - len(place))))
     return file.is_file() and file.stat().st_size == size
-
-
-def _array(entry: Entry, weights: SafetensorsFolder, dtype: np.dtype) -> np.ndarray:
-    array = entry.array([weights.read(tensor.name, tensor.index) for tensor in entry.tensors], dtype)
-    assert array.shape == entry.shape, (entry, array.shape)
-    return array
 
 
 def _leaf(
@@ -189,19 +140,6 @@ def _leaf(
     return tensorstore.open(spec, open=True, create=True, context=context).result()
 
 
-def _manifest(cfg: ModelConfig, dtypes: dict[str, np.dtype], checksums: dict[str, int]) -> Manifest:
-    tensors = {}
-    for path, entries in itertools.groupby(tensor_names(cfg), key=lambda entry: entry.path):
-        crc32 = tuple(checksums[_key(entry)] for entry in entries)
-        tensors[path] = Tensor(tensor_specs(cfg)[path].shape, dtypes[path].name, crc32)
-    return Manifest(tensors)
-
-
-def _copy_tokenizer(source: Path, draft: Path) -> None:
-    for file in (f for pattern in TOKENIZER_FILES for f in source.glob(pattern)):
-        shutil.copyfile(file, draft / file.name)
-
-
 def _check_room(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> None:
     needed = sum(spec.size * dtypes[path].itemsize for path, spec in tensor_specs(cfg).items())
     there = sum(f.stat().st_size for f in draft.rglob("*") if f.is_file())
@@ -211,16 +149,6 @@ def _check_room(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> N
             f"{draft.parent} has {free >> 20} MiB free; the weights of {cfg.name} need {(needed - there) >> 20} MiB. "
             "Make room, or convert to another place: moejax convert SRC DST."
         )
-
-
-def _key(entry: Entry) -> str:
-    return f"{entry.path} {entry.repeat} {entry.expert}"
-
-
-def _label(entry: Entry) -> str:
-    where = "" if entry.layer is None else f" of layer {entry.layer}"
-    which = "" if entry.expert is None else f", expert {entry.expert}"
-    return f"{entry.path.split('.', 3)[-1]}{where}{which}"
 
 
 @contextlib.contextmanager

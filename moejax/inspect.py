@@ -1,29 +1,33 @@
 """What a model is and needs, before anything is served: configuration, parameters, bytes, cache, a first plan.
 
-    python -m moejax.inspect MODEL [--ranks 4] [--json]      a name, a folder (ours or published), or a config.json
-    python -m moejax.inspect --families [--json]             the model families and what can be done with each
+    python -m moejax.inspect MODEL [--ranks 4] [--data-type int8] [--json]
+    python -m moejax.inspect --families [--json]        the model families and what can be done with each
+
+MODEL is a name, a folder (ours or published), or a config.json.
 
 Of a published folder the headers of all files are read and checked against the configuration, no weight is.
 """
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from moejax.assets import ensure_model, is_published
 from moejax.cache import bytes_per_token
 from moejax.checkpoint import TOKENIZERS
-from moejax.config import ModelConfig
-from moejax.convert import check, published_name
+from moejax.config import ModelConfig, Weights
 from moejax.families import FAMILIES, read_config, tensor_names
 from moejax.manifest import Manifest
 from moejax.params import expert_bytes, parameter_count
+from moejax.precision import held_bytes
+from moejax.published import check, published_name
 from moejax.safetensors_folder import SafetensorsFolder
 from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan
@@ -36,8 +40,8 @@ SERVED, PLANS_ONLY = "served", "plans only (moejax plan)"
 Values = dict[str, Any]
 
 
-def describe(model: str, ranks: int = RANKS) -> Values:
-    """Everything about a model, as data; bytes unless the key says otherwise.
+def describe(model: str, ranks: int = RANKS, weights: Weights = "float32") -> Values:
+    """Everything about a model whose matrices ranks hold in this form, as data; bytes unless the key says otherwise.
 
     Raises ConfigError for an architecture that is not served, CheckpointError for weights that are not those of the
     configuration, AssetUnavailable when a model known by name cannot be had.
@@ -50,7 +54,7 @@ def describe(model: str, ranks: int = RANKS) -> Values:
     else:
         folder = ensure_model(model)
         cfg = ModelConfig.load(folder)
-    weights = _weights(folder, cfg) if folder is not None else {}
+    cfg = dataclasses.replace(cfg, weights=weights)
     return {
         "name": cfg.name,
         "family": cfg.family,
@@ -58,10 +62,10 @@ def describe(model: str, ranks: int = RANKS) -> Values:
         "config": json.loads(cfg.to_json()),
         "parameters": parameters(cfg),
         "active_parameters": active_parameters(cfg),
-        "weights": weights,
+        "weights": _weights(folder, cfg) if folder is not None else {},
         "tokenizer": _tokenizer(folder) if folder is not None else {},
-        "served_bytes": 4 * parameter_count(cfg),
-        "expert_bytes": expert_bytes(cfg),
+        "served_bytes": held_bytes(cfg, experts=True) + held_bytes(cfg, experts=False),
+        "expert_bytes": _one_expert(cfg),
         "cache_bytes_per_token": bytes_per_token(cfg),
         "cache_bytes_of_full_context": bytes_per_token(cfg) * cfg.max_context,
         "plan": first_plan(cfg, ranks),
@@ -84,10 +88,9 @@ def active_parameters(cfg: ModelConfig) -> int:
 
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Values:
-    """Where `moejax serve --ranks` would put things at first, and what each rank would hold; float32."""
+    """Where `moejax serve --ranks` would put things at first, and the bytes of what each rank would hold."""
     experts, chosen = (cfg.moe.experts, cfg.moe.experts_per_token) if cfg.moe else (0, 0)
-    one = expert_bytes(cfg)
-    rest = 4 * parameter_count(cfg) - cfg.n_moe_layers * experts * one
+    one, rest = _one_expert(cfg) if cfg.moe else 0, held_bytes(cfg, experts=False)
     workload = Workload(
         name=cfg.name,
         layers=cfg.n_layers,
@@ -98,7 +101,7 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
         rest_bytes=rest,
         cache_bytes_per_token=bytes_per_token(cfg),
         hidden_bytes=4 * cfg.d_model,
-        weight_format="float32",
+        weight_format=cfg.weights,
     )
     try:
         plan = solve(workload, Cluster.local(ranks), survive_ranks=min(1, ranks - 1), pages_per_rank=1)
@@ -112,6 +115,11 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
         "bytes_per_rank": rest + cfg.n_moe_layers * plan.slots_per_rank * one,
         "bytes_of_experts_per_rank": cfg.n_moe_layers * plan.slots_per_rank * one,
     }
+
+
+def _one_expert(cfg: ModelConfig) -> int:
+    """Bytes of one routed expert of one layer, as a rank holds it."""
+    return held_bytes(cfg, experts=True) // (cfg.n_moe_layers * cfg.moe.experts) if cfg.moe else 0
 
 
 def families() -> list[Values]:
@@ -173,14 +181,14 @@ def _report(found: Values) -> str:
         rows.append(("tokenizer", f"{', '.join(found['tokenizer']['files']) or 'missing'}, {chat} chat template"))
     cache = f"{_size(found['cache_bytes_per_token'])} per token, {_size(found['cache_bytes_of_full_context'])} at"
     rows.append(("cache", f"{cache} {found['config']['max_context']:,} tokens (float32)"))
-    rows.append((f"on {plan['ranks']} ranks", _plan_text(plan)))
+    rows.append((f"on {plan['ranks']} ranks", _plan_text(plan, found["config"]["weights"])))
     return "\n".join(f"{label:<12} {text}" for label, text in rows)
 
 
-def _plan_text(plan: Values) -> str:
+def _plan_text(plan: Values, form: str) -> str:
     if "reason" in plan:
         return plan["reason"]
-    text = f"{_size(plan['bytes_per_rank'])} of weights on each (float32)"
+    text = f"{_size(plan['bytes_per_rank'])} of weights on each ({form})"
     if plan["slots_per_rank"]:
         text += (
             f", {plan['slots_per_rank']} expert slots per layer, {plan['second_copies_per_layer']} of all hold copies"
@@ -207,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moejax inspect", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="a known name, a model folder (ours or published), or a config.json")
     parser.add_argument("--ranks", type=int, default=RANKS, help=f"ranks of the first plan (default: {RANKS})")
+    parser.add_argument("--data-type", choices=get_args(Weights), default="float32", help="form ranks hold matrices in")
     parser.add_argument("--families", action="store_true", help="list the model families instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     given = parser.parse_args(arguments)
@@ -215,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.ranks < 1:
         parser.error(f"--ranks is {given.ranks}; it must be at least 1")
     try:
-        found: Any = families() if given.families else describe(given.model, given.ranks)
+        found: Any = families() if given.families else describe(given.model, given.ranks, given.data_type)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 1

@@ -109,8 +109,8 @@ def norm(x_TD: Numbers, scale_D: Numbers, bias_D: Numbers | None, eps: float) ->
 def head_dot(x_TNH: Float[Numbers, "T N H"], w_NFH: Weight) -> Float[Numbers, "T N F"]:
     """Each head by its own weight `[out, in]`: `[T, N, F]`. One head after the other, for the sake of `row_dot`."""
 
-    def one(_: None, at: tuple[Numbers, Numbers]) -> tuple[None, Numbers]:
-        n, x_TH = at
+    def one(_: None, head: tuple[Numbers, Numbers]) -> tuple[None, Numbers]:
+        n, x_TH = head
         return None, row_dot(x_TH, w_NFH.at(n) if isinstance(w_NFH, Stacked) else at(w_NFH, (n,)))
 
     heads = jnp.arange(x_TNH.shape[1])

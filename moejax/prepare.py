@@ -1,6 +1,6 @@
 """Makes a model ready to be served: finds or builds its folder, copies its weights into the host's memory.
 
-    python -m moejax.prepare MODEL FORM   progress on standard error, one line of JSON on standard output
+    python -m moejax.prepare MODEL FORM [in-place]   progress on standard error, one line of JSON on standard output
 
 A process of its own, because the front of the server never imports JAX.
 """
@@ -8,9 +8,10 @@ A process of its own, because the front of the server never imports JAX.
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from moejax import kernels
-from moejax.assets import ensure_model
+from moejax.assets import ensure_model, ensure_noted, is_published
 from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
 from moejax.download import cache_folder
@@ -18,14 +19,20 @@ from moejax.executables import numerics
 from moejax.manifest import content_hash
 from moejax.params import expert_bytes, parameter_count
 from moejax.precision import held_bytes
+from moejax.published_store import PublishedStore
 from moejax.store import HostStore
 
 
-def prepare(name: str, weights: str = "float32") -> dict[str, object]:
+def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, object]:
     """What the front needs to know of a model whose matrices ranks hold in this form (`moejax.precision`); the field
-    names are those of `serving.prepared.Prepared`."""
-    folder = ensure_model(name)
-    store = HostStore.create(folder)
+    names are those of `serving.prepared.Prepared`. Published folders are converted, or read `in-place`."""
+    store: HostStore | PublishedStore
+    if how == "in-place" and is_published(Path(name)):
+        folder = ensure_noted(Path(name))
+        store = PublishedStore.open(folder)
+    else:
+        folder = ensure_model(name)
+        store = HostStore.create(folder)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     moe = cfg.moe
     in_experts = held_bytes(cfg, experts=True)

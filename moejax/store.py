@@ -12,34 +12,29 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 import tensorstore
 
 from moejax.config import ModelConfig
 from moejax.copies import ensure_copy, lease
-from moejax.manifest import Manifest, checksum, expert_place, is_expert, named
-from moejax.params import Params, is_spec, param_specs
+from moejax.known_weights import PARTS, KnownWeights, aligned, without_experts
+from moejax.manifest import Manifest, checksum, expert_place, is_expert
+from moejax.params import Params
 from moejax.store_errors import Expert, StoreCorrupt, StoreError, StoreMissing, StoreRefused
 
 __all__ = ["Expert", "HostStore", "StoreCorrupt", "StoreError", "StoreMissing", "StoreRefused"]
 
 WAY_OUT = "Delete the folder; it is copied anew from the model at the next start."
-PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
-"""The leaves of an expert, in the order they are read; a model has the first two at least."""
 IN_FLIGHT = 64 << 20
 """Bytes of reads under way at once; one read may be more."""
-ALIGNMENT = 64
-"""Bytes; XLA:CPU takes host arrays at such addresses as they are."""
 
 
-class HostStore:
+class HostStore(KnownWeights):
     """Reads the weights of one model. `cfg` and `folder` say which and where from."""
 
     def __init__(self, folder: Path, cfg: ModelConfig, manifest: Manifest) -> None:
+        super().__init__(cfg, manifest)
         self.folder = folder
-        self.cfg = cfg
-        self._manifest = manifest
         self._handles: dict[str, tensorstore.TensorStore] = {}
         self._context = tensorstore.Context({"file_io_concurrency": {"limit": 8}})
         self._lease = lease(folder)
@@ -64,11 +59,6 @@ class HostStore:
         """
         return cls.open(ensure_copy(Path(model_folder), place))
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all weights, as stored."""
-        return sum(tensor.bytes for tensor in self._manifest.tensors.values())
-
     def everything_but_experts(self, dtype: Any = np.float32) -> Params:
         """All parameters as NumPy arrays except the routed experts, which are `FeedForward(None, None)`.
 
@@ -76,12 +66,9 @@ class HostStore:
         """
         names = [n for n in self._manifest.tensors if not is_expert(n)]
         wanted = ((n, self._manifest.tensors[n].bytes, lambda n=n: self._handle(n).read()) for n in names)
-        arrays = {n: _aligned(self._whole(n, read), np.dtype(dtype)) for n, read in _ahead(wanted)}
+        arrays = {n: aligned(self._whole(n, read), np.dtype(dtype)) for n, read in _ahead(wanted)}
 
-        def leaf(path: Any, _: Any) -> np.ndarray | None:
-            return arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
-
-        return jax.tree_util.tree_map_with_path(leaf, param_specs(self.cfg), is_leaf=is_spec)
+        return without_experts(self.cfg, arrays)
 
     def read_experts(self, wanted: Iterable[Expert], dtype: Any = np.float32) -> dict[Expert, tuple[np.ndarray, ...]]:
         """Gate-up `[2F, D]` and down `[D, F]` of the wanted experts, and their biases if the model has them (`[2F]`,
@@ -104,32 +91,6 @@ class HostStore:
             first = next(iter(failed.values()))
             raise type(first)(str(first), failed)
         return found
-
-    def is_intact(self, expert: Expert, *parts: np.ndarray) -> bool:
-        """Whether these parts, as `read_experts` gives them, are in every bit what was stored for the expert."""
-        segment, position, repeat = expert_place(self.cfg, expert[0])
-        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in PARTS]
-        tensors = [self._manifest.tensors[name] for name in names if name in self._manifest.tensors]
-        return all(
-            checksum(array.astype(np.dtype(tensor.dtype), copy=False))
-            == tensor.crc32[repeat * tensor.shape[1] + expert[1]]
-            for tensor, array in zip(tensors, parts, strict=True)
-        )
-
-    def damaged(self, params: Params) -> list[str]:
-        """Names of the tensors of `params`, expert leaves left out, that are not as they were stored."""
-        arrays = {name: leaf for name, leaf in named(params).items() if leaf is not None and not is_expert(name)}
-        tensors = self._manifest.tensors
-        return [
-            name
-            for name, array in arrays.items()
-            if self._manifest.damaged(name, np.asarray(array).astype(np.dtype(tensors[name].dtype), copy=False))
-        ]
-
-    def _expert_bytes(self, expert: Expert) -> int:
-        segment, position, _ = expert_place(self.cfg, expert[0])
-        tensors = [self._manifest.tensors.get(f"segments.{segment}.{position}.moe.experts.{part}") for part in PARTS]
-        return sum(t.bytes // (t.shape[0] * t.shape[1]) for t in tensors if t is not None)
 
     def _start_reads(self, expert: Expert) -> list[tuple[str, int, Any]] | StoreError:
         """The tensor, the chunk number in it and the read in flight of each part of an expert."""
@@ -197,17 +158,6 @@ class HostStore:
         """tensorstore tells absence from damage only by the status at the head of its message."""
         kind, what = (StoreMissing, "missing") if "NOT_FOUND" in str(error)[:40] else (StoreCorrupt, "corrupt")
         return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {WAY_OUT}")
-
-
-def _aligned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in this format, at an address that a device of the host can use without a copy."""
-    if array.dtype == dtype and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    room = np.empty(array.size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    moved = room[start : start + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
-    np.copyto(moved, array, casting="unsafe")
-    return moved
 
 
 def _ahead(wanted: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:

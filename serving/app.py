@@ -62,7 +62,8 @@ class App:
         _raise_file_limit()
         guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
         say(f"preparing {settings.model}")
-        model = (await prepare(settings.model, settings.data_type)).with_context(settings.max_context)
+        model = await prepare(settings.model, settings.data_type, in_place=settings.in_place)
+        model = model.with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
             ledger = _ledger(settings, run)
             stack.callback(ledger.close)

@@ -46,6 +46,7 @@ class Settings:
     data_type: str = setting(
         "float32", "How ranks hold matrices; int8 has a scale for each output.", choices=DATA_TYPES
     )
+    in_place: bool = setting(False, "Read a published folder where it lies; otherwise it is converted once.")
     ranks: int = setting(4, "Rank processes, one per device.")
     arch: str = setting("collocated", "Every rank attends and holds experts, or each does one.", choices=ARCHITECTURES)
     attention: int | None = setting(

@@ -82,13 +82,13 @@ class Prepared:
         return dataclasses.replace(self, max_context=max_context)
 
 
-async def prepare(model: str, weights: str = "float32") -> Prepared:
+async def prepare(model: str, weights: str = "float32", *, in_place: bool = False) -> Prepared:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
     What it does is shown on this process's standard error. Raises StartError with its cause.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.prepare", model, weights),
+        *(sys.executable, "-m", "moejax.prepare", model, weights, *(["in-place"] if in_place else [])),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )

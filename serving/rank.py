@@ -37,11 +37,11 @@ from moejax.programs import (
     local_lowerings,
     mesh_lowerings,
 )
+from moejax.published_store import open_store
 from moejax.recovery import LiveArrays
 from moejax.role_programs import RolePrograms, compile_roles
 from moejax.shaping import RowShape, dense
 from moejax.shared import Arena
-from moejax.store import HostStore
 from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
 from moejax.world import World, configure_process
 from serving.dial import Way
@@ -122,7 +122,7 @@ class Rank:
         )
         self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
-        self._arrays = LiveArrays(self._shape, HostStore.open(Path(command.store)), attends=not command.experts_only)
+        self._arrays = LiveArrays(self._shape, open_store(Path(command.store)), attends=not command.experts_only)
         self._idle = [idle(bucket) for bucket in buckets]
         self._protector = Protector.of(command)
         return {"shares_memory": self._shape.shared}

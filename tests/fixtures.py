@@ -1,5 +1,5 @@
-"""Published tokenizers, chat templates and Node's gRPC client, fetched once by package name; tests that need them are
-skipped with the reason when they cannot be had."""
+"""Published tokenizers, chat templates and Node's gRPC client, fetched once by package name and checked; tests that
+need them are skipped with the reason when they cannot be had. Another file than the one expected is a failure."""
 
 import functools
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moejax.download import AssetUnavailable, Package, cache_folder, fetch
+from moejax.download import AssetChanged, AssetUnavailable, Package, cache_folder, fetch
 
 LLAMA_CPP = Package(
     "llama-cpp-python==0.3.36",
@@ -74,6 +74,8 @@ def _unpacked(package: Package, inside: str) -> Path:
     """One folder of a package, unpacked in the cache."""
     try:
         archive = fetch(package)
+    except AssetChanged:
+        raise
     except AssetUnavailable as error:
         pytest.skip(f"needs a published file: {error}")
     folder = cache_folder() / "fixtures" / archive.name

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.missing_experts import Item, accuracy, choose, without_experts
+from benchmarks.missing_experts import Item, Kept, accuracy, choose, judge, without_experts
 from moejax.dense import logits
 from tests.moejax.models import MIXTRAL, SHARED, random_params
 
@@ -35,7 +35,26 @@ def test_the_share_is_taken_from_every_layer():
 
 def test_an_ending_is_right_by_sum_and_by_character_and_a_word_by_its_tokens():
     items = [Item("a", ("x", "yyyy"), 1), Item("a", ("x", "yyyy"), 0)]
-    scores = [[(-2.0, False, 1), (-4.0, False, 4)], [(-2.0, False, 1), (-4.0, False, 4)]]
-    assert accuracy(items, scores) == {"accuracy": 0.5, "accuracy_per_character": 0.5}
-    assert accuracy(items[:1], scores[:1]) == {"accuracy": 0.0, "accuracy_per_character": 1.0}
-    assert accuracy([Item("a", ("x",), 0)] * 2, [[(-9.0, True, 1)], [(-1.0, False, 1)]]) == {"accuracy": 0.5}
+    scores = [(-2.0, False, 1), (-4.0, False, 4)]
+    answers = [judge(item, scores) for item in items]
+    assert answers == [(False, True), (True, False)]
+    assert accuracy(answers) == {"accuracy": 0.5, "accuracy_per_character": 0.5}
+    assert accuracy(answers[:1]) == {"accuracy": 0.0, "accuracy_per_character": 1.0}
+    words = [judge(Item("a", ("x",), 0), [(value, likeliest, 1)]) for value, likeliest in ((-9.0, True), (-1.0, False))]
+    assert accuracy(words) == {"accuracy": 0.5}
+
+
+def test_what_is_kept_is_not_asked_again_and_time_is_up_when_it_is_up(tmp_path):
+    file = tmp_path / "kept.json"
+    first = Kept(file, "tiny", 2)
+    row = first.row("most used", Fraction(1, 4), 0.4)
+    row["answers"]["piqa"] += [(True, False), (False, False), (True, True)]
+    assert first.keep()
+    again = Kept(file, "tiny", 2, limit_s=0.0)
+    row = again.row("most used", Fraction(1, 4), 0.4)
+    assert row["answers"]["piqa"] == [[True, False], [False, False], [True, True]]
+    assert row["tasks"] == {"piqa": {"accuracy": 0.5, "accuracy_per_character": 0.0}}
+    assert again.row("most used", Fraction(1, 2), 0.8)["answers"]["piqa"] == []
+    assert not again.keep()
+    with pytest.raises(SystemExit, match="is of model tiny, not of other"):
+        Kept(file, "other", 2)

@@ -54,7 +54,7 @@ def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.
     return {
         name: (draw.normal(size=shape) / math.sqrt(shape[-1]) * (3 if len(shape) > 1 else 1)).astype(dtype)
         if "norm" not in name
-        else np.ones(shape, dtype)
+        else (1 + 0.2 * draw.normal(size=shape)).astype(dtype)
         for name, shape in shapes.items()
     }
 
@@ -64,12 +64,14 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> N
     for old in folder.glob("*.safetensors*"):
         old.unlink()
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return
-    names = {}
+    names, size = {}, sum(array.nbytes for array in tensors.values())
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = dict(list(tensors.items())[i::shards])
-        save_file(part, folder / file)
+        save_file(part, folder / file, {"format": "pt"})
         names |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": names})
+    )

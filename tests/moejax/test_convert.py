@@ -21,6 +21,7 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.convert import JOURNAL, convert, main
 from moejax.families import read_config, tensor_names
 from moejax.manifest import CheckpointError, Manifest, named
+from moejax.published import published_name
 from moejax.store import HostStore
 from tests.moejax.published import MIXTRAL, published_folder, write_shards
 
@@ -148,13 +149,13 @@ def test_a_killed_conversion_is_taken_up_where_it_was(tmp_path, monkeypatch):
     with journal.open("a") as file:
         file.write('["cut sho')  # as a kill may leave it
     read: list[str] = []
-    array = converting._array
+    array = converting.read_array
 
     def counted(entry, *rest):
-        read.append(converting._key(entry))
+        read.append(converting.array_key(entry))
         return array(entry, *rest)
 
-    monkeypatch.setattr(converting, "_array", counted)
+    monkeypatch.setattr(converting, "read_array", counted)
     cfg = convert(source, target, say=quiet)
     entries = len(list(tensor_names(cfg)))
     assert len(read) == len(set(read)) == entries - written
@@ -256,8 +257,8 @@ def test_a_published_folder_is_converted_once(tmp_path, monkeypatch):
 def test_a_folder_of_the_hub_has_the_name_of_its_repository(tmp_path):
     folder = tmp_path / "models--mistralai--Mixtral-8x7B" / "snapshots" / "0123"
     folder.mkdir(parents=True)
-    assert converting.published_name(folder) == "Mixtral-8x7B"
-    assert converting.published_name(tmp_path) == tmp_path.name
+    assert published_name(folder) == "Mixtral-8x7B"
+    assert published_name(tmp_path) == tmp_path.name
 
 
 def test_without_room_nothing_is_begun(tmp_path, monkeypatch):

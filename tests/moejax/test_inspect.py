@@ -71,6 +71,15 @@ def test_a_dense_model_has_a_plan_like_any_other_without_slots():
     assert found["plan"]["bytes_per_rank"] == found["served_bytes"]
 
 
+def test_bytes_are_those_of_the_form_in_which_ranks_hold_weights():
+    plain, narrow, small = (describe("tiny", 4, form) for form in ("float32", "bfloat16", "int8"))
+    assert plain["expert_bytes"] == 2 * narrow["expert_bytes"]
+    for key in ("served_bytes", "expert_bytes"):
+        assert plain[key] > narrow[key] > small[key] > plain[key] / 4
+    assert small["plan"]["bytes_per_rank"] < narrow["plan"]["bytes_per_rank"] < plain["plan"]["bytes_per_rank"]
+    assert small["config"]["weights"] == "int8"
+
+
 def test_every_family_is_listed_once_with_its_state():
     rows = families()
     assert sorted(row["model_type"] for row in rows) == sorted(FAMILIES.keys() | PLANNED.keys())

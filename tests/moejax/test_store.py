@@ -13,6 +13,7 @@ from moejax import copies
 from moejax import store as store_module
 from moejax.checkpoint import load_params
 from moejax.convert import convert
+from moejax.known_weights import ALIGNMENT
 from moejax.manifest import CheckpointError
 from moejax.store import HostStore, StoreCorrupt, StoreError, StoreMissing, StoreRefused
 from tests.moejax.models import DENSE, MIXTRAL, SHARED, model_folder
@@ -180,4 +181,4 @@ def test_reading_starts_no_jax_backend(store):
 def test_weights_lie_where_a_device_takes_them_as_they_are(store, dtype):
     for array in jax.tree.leaves(store.everything_but_experts(dtype)):
         assert array.dtype == dtype
-        assert array.ctypes.data % store_module.ALIGNMENT == 0
+        assert array.ctypes.data % ALIGNMENT == 0

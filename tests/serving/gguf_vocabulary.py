@@ -13,6 +13,15 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    "ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_MARKS = "!-/:-~！-／：-～‘-‟　-。"
+CJK = "[一-龥ࠀ-一가-퟿]+"
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
@@ -30,6 +39,17 @@ PRE_TOKENIZERS = {
     "starcoder": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
     "refact": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
     "llama-bpe": [_split(LLAMA3), _bytes(False)],
+    "qwen2": [_split(QWEN), _bytes(False)],
+    "qwen35": [_split(QWEN35), _bytes(False)],
+    "command-r": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
+    "falcon": [_split(r"[\p{P}\$\+<=>\^~\|`]+"), _bytes(True), _split("[0-9][0-9][0-9]")],
+    "deepseek-llm": [
+        *(_split("[\r\n]"), _split(rf"\s?[{DEEPSEEK_LETTERS}]+"), _split(rf"\s?[{DEEPSEEK_MARKS}]+"), _split(r"\s+$")),
+        *(_split(CJK), _split(r"\p{N}+"), _bytes(False)),
+    ],
+    "deepseek-coder": [
+        *(_split("[\r\n]"), _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _split(CJK), _split(r"\p{N}"), _bytes(False)),
+    ],
 }
 """How each model cuts text before the merges, from its published tokenizer.json."""
 

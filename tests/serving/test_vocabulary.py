@@ -80,7 +80,9 @@ def grown(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
         "phi-3",
         "gpt-2",
         "starcoder",
-        *(pytest.param(n, marks=SLOW) for n in ("refact", "mpt", "llama-bpe")),
+        "deepseek-coder",
+        *(pytest.param(n, marks=SLOW) for n in ("refact", "mpt", "llama-bpe", "deepseek-llm", "falcon")),
+        *(pytest.param(n, marks=SLOW) for n in ("command-r", "qwen2", "qwen35")),
     ],
 )
 def test_ids_are_those_of_the_published_tokenizer(name, tmp_path):

@@ -125,6 +125,7 @@ CASES = {
         },
     ),
     "olmoe": Case("olmoe", {"num_experts": 8, "clip_qkv": 1.5}),
+    "olmoe, normalised, biased": Case("olmoe", {"num_experts": 6, "norm_topk_prob": True, "attention_bias": True}),
     "deepseek-v2-lite": Case(
         "deepseek_v2",
         {
@@ -155,9 +156,35 @@ CASES = {
             "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "deepseek-v3, not normalised": Case(
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 20,
+            "kv_lora_rank": 32,
+        },
+    ),
     "kimi-k2": Case(
         "deepseek_v3",
-        {**LATENT, "q_lora_rank": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.827,
+        },
         rewrite={"model_type": "kimi_k2"},
     ),
     "gpt-oss": Case(
@@ -184,6 +211,21 @@ CASES = {
             "topk_group": 1,
         },
     ),
+    "glm-4-moe, plain": Case(
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "head_dim": 16,
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "granite-moe, biased": Case("granitemoe", {"num_local_experts": 6, "attention_bias": True}),
     "granite-moe": Case(
         "granitemoe",
         {

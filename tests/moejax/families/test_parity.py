@@ -5,8 +5,10 @@ import importlib.util
 import pytest
 
 from moejax.families import FAMILIES
+from tests.moejax.families import answers
 from tests.moejax.families.published import CASES
-from tests.parity import compare
+from tests.parity.programs import compare
+from tests.parity.records import KILLED, PAGE, PROGRAMS, SERVER, load, page
 
 MISSING = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
 ONE_OF_EACH = ("mixtral, window", "llama 3.1", "qwen3", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2")
@@ -31,5 +33,23 @@ def test_four_ranks_give_them_too(name):
     assert found.holds, found
 
 
+@compared
+@pytest.mark.parametrize("name", CASES)
+def test_the_answers_recorded_for_tests_without_torch_are_those_of_transformers(name):
+    found = answers.ask(name)
+    assert found.tokens == answers.recorded(name).tokens
+    assert found.margin > 3e-5, "a sum in another order must not change a token"
+
+
 def test_every_family_has_a_case():
     assert {case.rewrite.get("model_type", case.model_type) for case in CASES.values()} == set(FAMILIES)
+
+
+def test_the_page_of_results_is_what_the_records_say_and_they_are_of_every_family():
+    records = load()
+    assert PAGE.read_text() == page()
+    assert all(record.found.holds for record in records.values())
+    compared = {(r.model, r.way, r.ranks, r.seed) for r in records.values()}
+    assert compared >= {(name, PROGRAMS, ranks, seed) for name in CASES for ranks in (1, 4) for seed in range(3)}
+    killed = ("qwen3-moe", "deepseek-v3", "gpt-oss")
+    assert compared >= {(name, way, 4, 0) for name in killed for way in (SERVER, KILLED)}

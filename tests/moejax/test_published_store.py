@@ -1,0 +1,169 @@
+"""Laws of a published folder read where it lies: what its conversion would give, only the bytes asked for, and absence
+told from damage."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax.assets import ensure_noted
+from moejax.convert import convert
+from moejax.known_weights import ALIGNMENT
+from moejax.manifest import CheckpointError
+from moejax.published_store import SOURCE, PublishedStore, note_published, open_store
+from moejax.store import HostStore, StoreCorrupt, StoreMissing
+from tests.moejax.families.published import CASES
+from tests.moejax.families.small import small_config, small_folder
+from tests.moejax.published import published_folder, write_shards
+
+EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+BUFFER = 4096
+"""Files are read in so many bytes at a time at least."""
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def noted(folder: Path) -> PublishedStore:
+    note_published(folder, folder.parent / "noted", name="model", say=quiet)
+    return PublishedStore.open(folder.parent / "noted")
+
+
+def all_experts(store: HostStore | PublishedStore) -> list[tuple[int, int]]:
+    experts = store.cfg.moe.experts if store.cfg.moe else 0
+    return [(layer, expert) for layer in range(store.cfg.n_moe_layers) for expert in range(experts)]
+
+
+def same(ours: PublishedStore, converted: HostStore) -> None:
+    assert ours.bytes == converted.bytes
+    jax.tree.map(np.testing.assert_array_equal, ours.everything_but_experts(), converted.everything_but_experts())
+    wanted = all_experts(converted)
+    there = converted.read_experts(wanted)
+    for expert, parts in ours.read_experts(wanted).items():
+        for part, expected in zip(parts, there[expert], strict=True):
+            np.testing.assert_array_equal(part, expected)
+        assert ours.is_intact(expert, *parts)
+        assert not ours.is_intact(expert, parts[0] + 1, *parts[1:])
+    assert not ours.damaged(ours.everything_but_experts())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_gives_what_the_conversion_of_the_folder_gives(name, tmp_path):
+    small_folder(tmp_path / "hf", name)
+    convert(tmp_path / "hf", tmp_path / "out", name="model", say=quiet)
+    same(noted(tmp_path / "hf"), HostStore.open(tmp_path / "out"))
+
+
+def quantised_folder(folder: Path, name: str) -> None:
+    """The folder with matrices as they are published: block-scaled float8, or experts in MXFP4 (groups of 32)."""
+    mxfp4 = name == "gpt-oss"
+    sizes = {"intermediate_size": 64} if mxfp4 else {"quantization_config": {"weight_block_size": [16, 16]}}
+    tensors = published_folder(folder, small_config(name) | sizes)
+    draw, form = np.random.default_rng(0), {}
+    for key, array in tensors.items():
+        if mxfp4 and key.endswith("_proj") and ".experts." in key:
+            experts, width, out = array.shape
+            form[f"{key}_blocks"] = draw.integers(0, 256, (experts, out, width // 32, 16), np.uint8)
+            form[f"{key}_scales"] = draw.integers(118, 124, (experts, out, width // 32), np.uint8)
+        elif not mxfp4 and key.endswith("_proj.weight"):
+            form[key] = array.astype(ml_dtypes.float8_e4m3fn)
+            form[f"{key}_scale_inv"] = draw.uniform(0.5, 2, [-(-n // 16) for n in array.shape]).astype(np.float32)
+        else:
+            form[key] = array.astype(ml_dtypes.bfloat16)
+    write_shards(folder, form, 2)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss"])
+def test_quantised_weights_are_widened_on_the_way(name, tmp_path):
+    quantised_folder(tmp_path / "hf", name)
+    convert(tmp_path / "hf", tmp_path / "out", name="model", say=quiet)
+    store = noted(tmp_path / "hf")
+    same(store, HostStore.open(tmp_path / "out"))
+    gate_up, *_ = store.read_experts([(0, 1)])[0, 1]
+    assert np.isfinite(gate_up).all()
+    assert np.unique(gate_up).size > 20
+
+
+def test_only_the_bytes_of_an_expert_are_read(tmp_path):
+    published_folder(tmp_path / "hf")
+    store = noted(tmp_path / "hf")
+    before = _read_bytes()
+    store.read_experts([(1, 2)])
+    read = _read_bytes() - before
+    assert 3 * 32 * 48 * 4 <= read < 3 * (32 * 48 * 4 + BUFFER) + BUFFER
+
+
+def _read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split("\n")[0].split()[1])
+
+
+def test_no_weight_is_written(tmp_path):
+    tensors = published_folder(tmp_path / "hf")
+    noted(tmp_path / "hf")
+    written = sorted(p.name for p in (tmp_path / "noted").iterdir())
+    assert written == ["checksums.json", "config.json", SOURCE, "tokenizer.json", "tokenizer_config.json"]
+    assert (tmp_path / "noted" / "checksums.json").stat().st_size < sum(a.nbytes for a in tensors.values()) / 10
+    assert isinstance(open_store(tmp_path / "noted"), PublishedStore)
+
+
+def test_absence_is_told_from_damage(tmp_path):
+    published_folder(tmp_path / "hf", shards=1)
+    store, file = noted(tmp_path / "hf"), tmp_path / "hf" / "model.safetensors"
+    whole, start = file.read_bytes(), store._weights._stored[EXPERT].start
+    os.truncate(file, start + 10)
+    with pytest.raises(StoreCorrupt, match=r"expert 3\) is corrupt: .*model\.safetensors ends within .*experts\.3\.w"):
+        store.read_experts([(2, 3)])
+    file.write_bytes(whole[:start] + bytes([whole[start] ^ 4]) + whole[start + 1 :])
+    with pytest.raises(StoreCorrupt, match=r"expert 3\) in .*model\.safetensors is corrupt: CRC-32") as error:
+        store.read_experts([(2, 2), (2, 3)])
+    assert list(error.value.failed) == [(2, 3)]
+    file.unlink()
+    with pytest.raises(StoreMissing, match=r"is missing: .*model\.safetensors is not there any more"):
+        store.read_experts([(2, 3)])
+    with pytest.raises(StoreMissing, match="has no expert 4 in MoE layer 0: it has 4"):
+        store.read_experts([(0, 4)])
+    file.write_bytes(whole)
+    assert store.read_experts([(2, 3)])
+
+
+def test_a_folder_that_changed_is_not_opened_and_is_noted_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    published_folder(tmp_path / "hf")
+    place = ensure_noted(tmp_path / "hf")
+    assert ensure_noted(tmp_path / "hf") == place
+    published_folder(tmp_path / "hf", seed=1)
+    with pytest.raises(CheckpointError, match="has changed since its checksums were noted"):
+        PublishedStore.open(place)
+    again = ensure_noted(tmp_path / "hf")
+    assert again != place
+    assert PublishedStore.open(again).read_experts([(0, 0)])
+
+
+def test_what_contradicts_is_named_before_anything_is_noted(tmp_path):
+    tensors = published_folder(tmp_path / "hf")
+    write_shards(tmp_path / "hf", tensors | {EXPERT: np.zeros((48, 32), np.float32)}, 1)
+    with pytest.raises(CheckpointError, match=rf"{EXPERT} has shape \(48, 32\), but config\.json says \(32, 48\)"):
+        note_published(tmp_path / "hf", tmp_path / "noted", name="model", say=quiet)
+    assert not (tmp_path / "noted").exists()
+
+
+def test_many_readers_at_once_read_the_same(tmp_path):
+    published_folder(tmp_path / "hf")
+    store = noted(tmp_path / "hf")
+    wanted = all_experts(store)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: store.read_experts(wanted), range(16)))
+    for expert in wanted:
+        assert len({result[expert][0].tobytes() for result in results}) == 1
+
+
+def test_weights_lie_where_a_device_takes_them_as_they_are(tmp_path):
+    published_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
+    for array in jax.tree.leaves(noted(tmp_path / "hf").everything_but_experts()):
+        assert array.dtype == np.float32
+        assert array.ctypes.data % ALIGNMENT == 0
