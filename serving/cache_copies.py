@@ -97,9 +97,10 @@ class CacheCopies:
         """A rank that attends has been told of a copy, or need not be."""
         return not self.on or rank in self._of
 
-    def fresh(self, rank: int, kind: type[Any] = link_pb2.Configure) -> Any:
+    def fresh(self, rank: int, kind: type[Any] = link_pb2.Configure, *, here: bool = True) -> Any:
         """An empty copy for a rank that begins to attend: the part of its configuration, or of a plan, that tells it.
-        Without memory for one the rank serves all the same, and `reason` says so."""
+        A path means nothing to one that is not `here`, on the front's machine: it tells what belongs there. Without
+        memory for a copy the rank serves all the same, and `reason` says so."""
         if not self.on:
             return kind()
         before = self._of.pop(rank, None)
@@ -111,10 +112,9 @@ class CacheCopies:
             self.reason = f"rank {rank} has no copy of its cache: {error}"
             return kind()
         self._numbers += 1
-        self._of[rank] = Kept(self._numbers, file, copy, told=self.way == "stream")
-        if self.way == "memory":
-            return kind(cache_copy=self._of[rank].path)
-        return kind(tell_copies=True)
+        told = self.way == "stream" or not here
+        self._of[rank] = Kept(self._numbers, file, copy, told)
+        return kind(tell_copies=True) if told else kind(cache_copy=self._of[rank].path)
 
     def told(self, rank: int, message: link_pb2.Copied) -> None:
         """A rank that cannot reach its copy tells what belongs there."""

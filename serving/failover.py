@@ -433,7 +433,7 @@ class Failover:
             experts_only=self.base.role(rank) == "expert",
         )
         if not configure.experts_only:
-            configure.MergeFrom(self.copies.fresh(rank))
+            configure.MergeFrom(self.copies.fresh(rank, here=home is None))
         self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
 
     def _stop_preparing(self) -> None:
@@ -622,7 +622,8 @@ class Failover:
         }
         for rank in plan.source_ids:
             if not self.copies.has(rank):
-                parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt))
+                here = self._home(rank) is None
+                parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt, here=here))
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan

@@ -49,6 +49,15 @@ def test_off_asks_nothing_of_a_rank_and_takes_nothing():
     assert off.salvage(Sequence(small_request("a"), 0, rank=0, computed=2, pages=(0,)), 8) is None
 
 
+def test_a_rank_of_another_machine_is_given_no_path_and_is_sent_entries():
+    made = copies("memory")
+    far, near = made.fresh(0, here=False), made.fresh(1)
+    assert far.WhichOneof("protection") == "tell_copies"
+    assert near.WhichOneof("protection") == "cache_copy"
+    assert [made.maps(rank) for rank in (0, 1)] == [False, True]
+    made.close()
+
+
 @pytest.mark.parametrize("way", ["memory", "stream"])
 def test_what_a_rank_wrote_is_there_after_it_and_none_of_its_successor(way):
     made = copies(way)
