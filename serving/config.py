@@ -99,7 +99,7 @@ class Settings:
     protect_cache: str = setting(
         "auto",
         "Copies of caches that outlive their ranks: in memory of this machine, told over the ranks' streams, or none; "
-        "auto is memory where there is enough.",
+        "auto is memory where there is enough and all ranks are here.",
         choices=PROTECTIONS,
     )
     heartbeat_s: float = setting(0.05, "Seconds between two heartbeats of a rank.")
@@ -191,6 +191,12 @@ class Settings:
                 f"rank_listen is {self.rank_listen}, and without TLS anybody on the way can read what is served and "
                 "take the join token. Give rank_tls_cert and rank_tls_key; or, on a network of yours, rank_plaintext.",
                 param="rank_tls_cert",
+            )
+        if self.protect_cache == "memory":
+            raise InvalidRequest(
+                f"protect_cache is memory with launcher {self.launcher}: ranks elsewhere cannot write to the memory of "
+                "this machine. Choose stream or off.",
+                param="protect_cache",
             )
         if self.hosts != 1:
             raise InvalidRequest(

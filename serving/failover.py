@@ -120,8 +120,9 @@ class Failover:
         """Measured traffic `[moe layers, experts]`."""
         self.on_trouble: Callable[[str], None] = lambda _: None
         """Hears what has broken the generation beside the loss of a rank."""
+        here = self._one_machine or settings.protect_cache != "auto"
         self.copies = CacheCopies.of(
-            settings.protect_cache,
+            settings.protect_cache if here else "off",
             settings.ranks,
             entries=self.base.pages_per_rank * settings.page_size,
             entry_bytes=model.cache_bytes_per_token,

@@ -69,6 +69,7 @@ def test_variables_that_are_no_settings_are_left_alone():
         ({"launcher": "join", "rank_tokens": "t", "rank_listen": "0.0.0.0:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "rank_listen": "10.0.0.1:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "ranks": 4, "hosts": 2}, "say themselves which host"),
+        ({"launcher": "ray", "protect_cache": "memory"}, "Choose stream or off"),
         ({"ranks": 2.5}, "'ranks' is 2.5"),
         ({"chaos": 3}, "'chaos' is 3"),
         ({"model": 3}, "'model' is 3"),
