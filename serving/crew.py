@@ -50,7 +50,9 @@ class Crew:
                 return None
             return tokens.why_not(shown, now) if tokens is not None else "this is no join token of this server"
 
-        order = link_pb2.PrepareModel(model=_as_elsewhere(settings.model), data_type=settings.data_type)
+        order = link_pb2.PrepareModel(
+            model=_as_elsewhere(settings.model), data_type=settings.data_type, in_place=settings.in_place
+        )
         places = Places(model, order, why_not)
         listener = RankListener(address=settings.rank_listen, tls=ServerTls.of_ranks(settings), places=places)
         return cls(launcher=places, listener=listener, places=places, secret=secret, engine=engine)

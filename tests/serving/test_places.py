@@ -26,7 +26,7 @@ from tests.serving.test_recovery_machine import MODEL
 
 pytestmark = pytest.mark.anyio
 
-OURS = dataclasses.replace(MODEL, content="0123", numerics="4567")
+OURS = dataclasses.replace(MODEL, config="ours", content="0123", numerics="4567")
 
 
 @pytest.fixture(scope="module")
