@@ -21,7 +21,8 @@ def test_published_configurations_have_the_parameters_that_the_planner_counts(na
     counted = parameters(json.loads(SERVED[name].read_text()))
     assert expert_bytes(cfg, itemsize=1) == counted.expert
     assert cfg.n_moe_layers == counted.moe_layers
-    spare = 0 if _has_router_bias(cfg.family) else cfg.n_moe_layers * cfg.moe.experts  # ours is always there
+    ours = cfg.moe is not None and not _has_router_bias(cfg.family)  # a bias that is always there
+    spare = cfg.n_moe_layers * cfg.moe.experts if ours else 0
     assert parameter_count(cfg) == counted.total + spare
 
 
