@@ -241,8 +241,9 @@ def _formats(c: Config, weights: str | None) -> tuple[str, str]:
     dtype = c.get("torch_dtype") or c.get("dtype") or "bfloat16"
     quantized = c.get("quantization_config") or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    if str(method or dtype) not in BYTES:
-        what = f"quantization {method!r}" if method else f"torch_dtype {dtype!r}"
+    named = dtype if method is None else method
+    if not isinstance(named, str) or named not in BYTES:
+        what = f"torch_dtype {dtype!r}" if method is None else f"quantization {method!r}"
         raise InputError(f"{what} is not known; pass --weights, one of {', '.join(BYTES)}")
     if method is None:
         return dtype, dtype

@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from serving.dial import Way
 from serving.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from serving.rank import Rank
@@ -21,7 +22,7 @@ class Programs:
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
     monkeypatch.setattr(Rank, "device", None)
-    rank = Rank(0)
+    rank = Rank(0, Way(front="127.0.0.1:1", address="127.0.0.1"))
     rank._shape = types.SimpleNamespace(shared=False)
     rank._meshes[MeshKey((0, 1), 2)] = Programs()
     return rank
