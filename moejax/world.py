@@ -113,13 +113,15 @@ class World:
         """
         import jax
         import jax.extend.backend
-        from jax._src import distributed
+        from jax._src import dispatch, distributed
         from jaxlib import _jax
 
         state = distributed.global_state
         if self._devices:
             # JAX's caches keep the old client alive; left connected, it would end the process with its service.
             self._leave()
+            # Exchanges through shared memory leave tokens behind; that of one that was aborted would raise for ever.
+            dispatch.runtime_tokens.clear()
             jax.clear_caches()
             jax.extend.backend.clear_backends()
             state.client = None

@@ -42,6 +42,8 @@ HEAL_SLOTS = 2
 """Experts that each rank loads at a time while steps go on."""
 JOIN_TIMEOUT_S = 30.0
 COLLECTIVE_TIMEOUT_S = 30
+REFUSALS = 3
+"""So often in a row a rank may fail to enter a generation before it is replaced."""
 SPARE_SEATS = 32
 """Replacements that a generation can take in; the next one after them costs a new generation, as every one does on
 a GPU (docs/decisions/0004)."""
@@ -97,6 +99,8 @@ class Failover:
         self.emptied: set[int] = set()
         """Ranks that were told to drop their cache, be it by a plan that never came into force."""
         self._connects = 0
+        self._refusals: collections.Counter[int] = collections.Counter()
+        """How often in a row each rank could not enter a generation."""
         self.connected: set[MeshKey] = set()
         self.loaded: collections.deque[MeshKey] = collections.deque()
         """Meshes whose executables are loaded and whose communicator waits to be connected."""
@@ -496,15 +500,24 @@ class Failover:
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
                 await self._all("join", joins)
+            self._refusals.clear()
         except (RankLost, RankRefused, TimeoutError) as error:
             # Whoever waits for the others in there is let go by the end of the service.
             await self._coordinator.stop()
+            if isinstance(error, RankRefused):
+                self._refuse(error)
             if isinstance(error, TimeoutError):
                 self._links.give_up(ranks, f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
             raise
         finally:
             if before is not None:
                 await before.stop()
+
+    def _refuse(self, error: RankRefused) -> None:
+        """A rank could not enter. One that never can must not keep the others out."""
+        self._refusals[error.rank] += 1
+        if self._refusals[error.rank] >= REFUSALS:
+            self._links.declare(error.rank, Cause("error", f"could not join: {error}"), time.monotonic())
 
     async def _mind(self, coordinator: Coordinator) -> None:
         """Without its coordinator a generation goes on, but connects no mesh any more."""
