@@ -130,6 +130,7 @@ class Loop:
         self._replacing: dict[int, asyncio.Task[None]] = {}
         self._joining: set[int] = set()
         self._resuming: _Resuming | None = None
+        self._to_replace: set[int] = set()
         self._ready_since: float | None = None
         self._admitted_at = 0.0
         self._foreseen_at = 0.0
@@ -635,11 +636,13 @@ class Loop:
             )
             self._resuming = _Resuming(min(losses, default=None), cause, tokens, phases, first, time.monotonic())
         if self.settings.restart:
-            for rank in losses.keys() - self.operations.out:
-                self.replace(rank)
+            self._to_replace |= losses.keys() - self.operations.out
 
     def _resumed(self) -> None:
-        """The first step after a recovery is in, or there is none to make."""
+        """The first step after a recovery is in, or there is none to make. Replacements start now: not beside it."""
+        for rank in self._to_replace:
+            self.replace(rank)
+        self._to_replace.clear()
         if self._resuming is not None:
             r, now, self._resuming = self._resuming, time.monotonic(), None
             ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
