@@ -88,6 +88,7 @@ class LiveArrays:
         if self.cache is not None:
             used = pages_used * self.shape.page_size
             self._host_cache = jax.tree.map(lambda a: np.array(np.asarray(a)[:, :used]), self.cache)
+        if self._experts:
             self._host_experts = jax.tree.map(np.array, self._experts)
         self.cache, self._weights, self._experts = None, None, {}
 

@@ -1,5 +1,6 @@
 """Attention ranks and expert ranks of a real server: the tokens of collocated ranks, whichever of them dies."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -8,19 +9,23 @@ import pytest
 from serving.app import Server
 from serving.client import Client
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until_whole
+from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 ATTENTION, EXPERTS = (0, 1), (2, 3)
 
 
 @pytest.fixture(scope="module")
-def apart(traffic: Traffic) -> Iterator[Client]:
-    """A client of two attention ranks and two expert ranks; `traffic` was recorded on collocated ones before."""
+def roles(traffic: Traffic) -> Iterator[Server]:
+    """Two attention ranks and two expert ranks; `traffic` was recorded on collocated ones before."""
     settings = {"buckets": ((8, 0), (8, 2)), "lattice_depth": 2, "survive": 1}
-    with (
-        Server(model=str(TINY), arch="disaggregated", attention=2, experts=2, **settings) as server,
-        Client(server) as client,
-    ):
+    with Server(model=str(TINY), arch="disaggregated", attention=2, experts=2, **settings) as server:
+        yield server
+
+
+@pytest.fixture
+def apart(roles: Server) -> Iterator[Client]:
+    """A client of them."""
+    with Client(roles) as client:
         yield client
 
 
@@ -49,6 +54,16 @@ def test_the_loss_of_either_kind_changes_no_token(apart: Client, traffic: Traffi
 def test_a_stopped_expert_rank_changes_no_token(apart: Client, traffic: Traffic) -> None:
     wait_until_whole(apart)
     traffic.during(apart, kill(apart, EXPERTS[0], signal.SIGSTOP))
+
+
+def test_a_new_generation_has_what_each_role_had(roles: Server, apart: Client, traffic: Traffic) -> None:
+    wait_until_whole(apart)
+    assert roles.app is not None
+    generation, pid = apart.status().generation, roles.app.failover.coordinator_pid
+    assert pid is not None
+    traffic.during(apart, lambda: os.kill(pid, signal.SIGKILL))
+    wait_until(lambda: apart.status().generation > generation, "there is a new generation")
+    traffic.during(apart, kill(apart, ATTENTION[1]))
 
 
 @pytest.mark.parametrize("side", [ATTENTION, EXPERTS])

@@ -44,6 +44,20 @@ def some_slots(cfg, seed: int) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_new_generation_finds_the_slots_as_they_were(model, attends):
+    folder, params, shape, programs = model
+    device, slots = jax.devices()[0], some_slots(shape.cfg, 0)
+    arrays = LiveArrays(shape, HostStore.open(folder), attends=attends)
+    arrays.enter_device(device)
+    arrays.fill(slots, programs, device)
+    for _ in range(2):  # the first time, entering may have failed half-way
+        arrays.leave_device(0)
+    arrays.enter_device(device)
+    assert (arrays.cache is not None) == attends
+    assert_holds(arrays, params, slots)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 1000])
 def test_slots_hold_the_experts_asked_for_in_batches_of_any_size(model, monkeypatch, batch):
     folder, params, shape, programs = model
