@@ -13,6 +13,7 @@ from moejax.cache import Cache
 from moejax.disaggregated import Attended, Pending, RolesShape, Stretch, stretches
 from moejax.executables import ExecutableStore, executable_name
 from moejax.inputs import packed_size
+from moejax.manifest import expert_place
 from moejax.mesh import global_array, make_mesh
 from moejax.model import StepOutputs
 from moejax.programs import (
@@ -141,7 +142,8 @@ class Answering:
     ) -> None:
         self._roles = roles
         self._exchange = exchange
-        self._places = moe_places(roles)
+        cfg = roles.step.cfg
+        self._places = [expert_place(cfg, layer) for layer in range(cfg.n_moe_layers)]
         self._repeats = [jax.device_put(np.int32(repeat), me) for _, _, repeat in self._places]
         self._programs = {
             (segment, position, micro): load(answer_lowering(shape, roles, (segment, position), micro, me))
@@ -162,18 +164,6 @@ class Answering:
                 outbox = self._programs[segment, position, micro](experts, inbox, self._repeats[layer])
             inbox = self._exchange(outbox)
         jax.block_until_ready(inbox)
-
-
-def moe_places(roles: RolesShape) -> list[tuple[int, int, int]]:
-    """Segment, position and repeat of each MoE layer."""
-    segments = enumerate(roles.step.cfg.segments)
-    return [
-        (i, j, r)
-        for i, (pattern, repeats) in segments
-        for r in range(repeats)
-        for j, kind in enumerate(pattern)
-        if kind == "moe"
-    ]
 
 
 def compile_roles(
