@@ -65,9 +65,9 @@ class Launched:
 
     @property
     def pid(self) -> int:
-        """The front's process, parent of all others but the supervisor, which is its own parent."""
+        """The front's process; the ranks are children of its supervisor as it is itself."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        return int(children[0])
+        return next(int(pid) for pid in children if b"serving.front" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
     @property
     def http(self) -> str:

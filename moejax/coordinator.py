@@ -5,6 +5,7 @@ python -m moejax.coordinator RANKS SEATS HOST      prints its port, then serves 
 The first RANKS of the SEATS processes are ranks at the start; the others are kept free for replacements.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -20,12 +21,12 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
-    service = host_coordination_service(seats, port, host)
+    _service = host_coordination_service(seats, port, host)  # lives as long as it is referred to
     print(port, flush=True)
     here = "127.0.0.1" if host == "0.0.0.0" else host
     keep_seats(f"{here}:{port}", range(ranks, seats), seats)
     sys.stdin.read()
-    del service
+    os._exit(0)  # an orderly end would be told to the ranks, whose runtime ends them then; they can do without
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from serving.ledger import Ledger
 from serving.links import Loss, RankLinks
 from serving.loop import Loop
 from serving.metrics import Metrics
-from serving.prepared import prepare
+from serving.prepared import Prepared, prepare
 from serving.run_folder import RunFolder
 from serving.tls import ServerTls
 from serving.tokens import Tokenizer
@@ -61,9 +61,7 @@ class App:
         """
         _raise_file_limit()
         guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
-        say(f"preparing {settings.model}")
-        model = await prepare(settings.model, settings.data_type, in_place=settings.in_place)
-        model = model.with_context(settings.max_context)
+        model = (await _prepared(settings, say, run)).with_context(settings.max_context)
         async with contextlib.AsyncExitStack() as stack:
             ledger = _ledger(settings, run)
             stack.callback(ledger.close)
@@ -76,7 +74,7 @@ class App:
                     hear(loss)
 
             health = HealthSettings(heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s)
-            crew = Crew.of(settings, model, logs)
+            crew = Crew.of(settings, model, logs, run)
             links = RankLinks(health, lost, crew.launcher)
             stack.push_async_callback(links.close)
             await links.open(crew.listener)
@@ -277,6 +275,17 @@ def _announce(app: App, say: Say) -> None:
             "anybody who reaches %s may call this server: set --api-keys (docs/security.md)", settings.host
         )
     say(f'try    scripts/moejax generate --server {grpc_at} "The capital of France is"')
+
+
+async def _prepared(settings: Settings, say: Say, run: RunFolder | None) -> Prepared:
+    """The model, prepared now or as a front before this one had it."""
+    if run is not None and run.prepared.exists():
+        return Prepared.from_json(run.prepared.read_text())
+    say(f"preparing {settings.model}")
+    model = await prepare(settings.model, settings.data_type, in_place=settings.in_place)
+    if run is not None:
+        run.prepared.write_text(model.to_json())
+    return model
 
 
 def _ledger(settings: Settings, run: RunFolder | None) -> Ledger:

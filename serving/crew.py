@@ -21,6 +21,8 @@ from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
 from serving.rank_listener import RankListener
 from serving.rank_process import Children, Launcher
+from serving.run_folder import RunFolder
+from serving.supervised import Supervised
 from serving.tls import ServerTls
 
 
@@ -37,10 +39,14 @@ class Crew:
     started: list[Any] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, settings: Settings, model: Prepared, logs: Path) -> Self:
-        """As the settings want it. Raises StartError or InvalidRequest when what they name is not there or wrong."""
+    def of(cls, settings: Settings, model: Prepared, logs: Path, run: RunFolder | None = None) -> Self:
+        """As the settings want it; `run` is the folder of a supervised front. Raises StartError or InvalidRequest when
+        what they name is not there or wrong."""
         if settings.launcher == "local":
-            return cls(launcher=Children(logs, threads_of_a_rank(settings.ranks)), listener=RankListener())
+            threads = threads_of_a_rank(settings.ranks)
+            if run is None:
+                return cls(launcher=Children(logs, threads), listener=RankListener())
+            return cls(launcher=Supervised(run.path, logs, threads), listener=RankListener(address=run.link))
         engine = _ray() if settings.launcher == "ray" else None
         tokens = None if settings.rank_tokens is None else JoinTokens.open(Path(settings.rank_tokens))
         secret = PREFIX + secrets.token_urlsafe(32) if engine is not None else ""

@@ -42,6 +42,8 @@ HEAL_SLOTS = 2
 """Experts that each rank loads at a time while steps go on."""
 JOIN_TIMEOUT_S = 30.0
 COLLECTIVE_TIMEOUT_S = 30
+TAKE_OVER_S = 5.0
+"""How long a rank of a front before this one may take to dial in."""
 REFUSALS = 3
 """So often in a row a rank may fail to enter a generation before it is replaced."""
 SPARE_SEATS = 32
@@ -110,6 +112,8 @@ class Failover:
         """Replacements that are being let into the generation."""
         self.seated: dict[int, int] = {}
         """Replacements that are in the generation and not yet in the plan, and the slots each has filled."""
+        self.taken_over = 0
+        """How many ranks a front before this one had started."""
         self._seats: dict[int, int] = {}
         self._free_seats: collections.deque[int] = collections.deque()
         self._processes = 0
@@ -206,6 +210,8 @@ class Failover:
         """From nothing to the base plan, with every single loss prepared; the deeper ones follow in the background.
         Raises StartError naming the rank."""
         ranks = self.base.rank_ids
+        if await self._take_over():
+            return
         try:
             self._say(f"starting {len(ranks)} ranks")
             for rank in ranks:
@@ -228,6 +234,40 @@ class Failover:
             process = self._links.get(error.rank)
             why = process.process.said() if process is not None else ""
             raise StartError(f"{error}. Its last words: {why}") from None
+
+    async def _take_over(self) -> bool:
+        """Go on with the ranks that a front before this one left, in a generation of their own: what they hold stays,
+        but for their caches, whose pages nobody knows any more. Those that do not come are ended. False without any."""
+        there = self._links.inherit()
+        if there:
+            self._say(f"taking over {len(there)} ranks")
+        came = [
+            rank for rank, comes in zip(there, await asyncio.gather(*map(self._comes, there)), strict=True) if comes
+        ]
+        while came:
+            try:
+                await self.regenerate(came, {})
+                self.taken_over = len(came)
+                return True
+            except (RankLost, RankRefused, TimeoutError) as error:
+                self._say(str(error) or "the ranks did not come together in time")
+            except NoCapacity as error:
+                raise StartError(str(error)) from None
+            came = [rank for rank in came if (each := self._links.get(rank)) is not None and each.loss is None]
+        return False
+
+    async def _comes(self, rank: int) -> bool:
+        """Whether a rank that was left dials in and can go on."""
+        try:
+            async with asyncio.timeout(TAKE_OVER_S):
+                hello = await self._links.attached(rank)
+            self.epoch, self.generation = max(self.epoch, hello.epoch), max(self.generation, hello.generation)
+            await self._welcome(rank)
+        except (RankLost, RankRefused, TimeoutError) as error:
+            why = str(error) or f"did not come back within {TAKE_OVER_S:.0f} s"
+            self._links.declare(rank, Cause("error", why), time.monotonic())
+            return False
+        return True
 
     def plan_for(self, alive: Collection[int]) -> Plan:
         """The plan for these ranks, foreseen or made now. Raises NoCapacity, saying what is missing."""

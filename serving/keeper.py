@@ -19,7 +19,7 @@ from serving.dial import Way
 from serving.errors import MoejaxError
 from serving.prepared import Prepared, prepare
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
-from serving.rank_process import Child
+from serving.rank_process import Child, Order
 from serving.version import build
 
 PAUSE_S, LONGEST_S, REFUSED_S = 0.5, 5.0, 30.0
@@ -99,15 +99,8 @@ class Keeper:
         self._end_child()
         incarnation, device = order.incarnation, self._offer.device
         variables = self._way.variables() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
-        child = Child(
-            order.rank,
-            self._way.front,
-            lambda _: self._ended(incarnation),
-            folder=logs,
-            threads=self._offer.threads,
-            token=order.token,
-            variables=variables,
-        )
+        process = Order.of(order.rank, self._way.front, logs, self._offer.threads, order.token, variables)
+        child = Child(process.start(), process, lambda _: self._ended(incarnation))
         self._child = incarnation, child
         self._tell(f"rank {order.rank} (pid {child.pid})")
         started = link_pb2.RankStarted(incarnation=incarnation, pid=child.pid)

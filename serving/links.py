@@ -70,7 +70,7 @@ class Incarnation:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.process: RankProcess
-        self.attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.attached: asyncio.Future[link_pb2.Hello] = asyncio.get_running_loop().create_future()
         self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
         self.pending: dict[int, tuple[str, asyncio.Future[link_pb2.Done]]] = {}
         self.step: tuple[int, asyncio.Future[link_pb2.StepDone]] | None = None
@@ -124,9 +124,18 @@ class RankLinks:
         self._ranks[rank] = self._tokens[each.process.token] = each
         return each
 
-    async def attached(self, rank: int) -> None:
-        """Wait until a started rank has dialled in. Raises RankLost."""
-        await self._ranks[rank].attached
+    def inherit(self) -> tuple[int, ...]:
+        """Take over the ranks that a front before this one left; they dial in by themselves. Which they are."""
+        left = self._launcher.left()
+        for rank, take_over in left.items():
+            each = Incarnation(rank)
+            each.process = take_over(lambda how, each=each: self._exited(each, how))
+            self._ranks[rank] = self._tokens[each.process.token] = each
+        return tuple(left)
+
+    async def attached(self, rank: int) -> link_pb2.Hello:
+        """What a rank says when it dials in, once it has. Raises RankLost."""
+        return await self._ranks[rank].attached
 
     def get(self, rank: int) -> Incarnation | None:
         """The incarnation that is this rank now."""
@@ -208,14 +217,15 @@ class RankLinks:
 
     async def Attach(self, reports: AsyncIterator[link_pb2.Report], context: Any) -> AsyncIterator[link_pb2.Command]:
         """A rank dials in: what it reports is heard, what is put in its outbox is sent."""
-        token = (await first_report(reports, context)).hello.token
+        hello = (await first_report(reports, context)).hello
+        token = hello.token
         each = self._tokens.pop(token, None)
         if each is None or not hmac.compare_digest(each.process.token, token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")
             return
         listener = asyncio.create_task(self._listen(each, reports))
         if not each.attached.done():
-            each.attached.set_result(None)
+            each.attached.set_result(hello)
         try:
             while (command := await each.outbox.get()) is not None:
                 yield command

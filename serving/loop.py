@@ -159,10 +159,14 @@ class Loop:
         """Begin to serve; the ranks are under their first plan."""
         self._take_plan(())
         self._restore()
-        self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks")
+        taken = f", {n} of them taken over" if (n := self.failover.taken_over) else ""
+        self.events.add("ready", self.failover.epoch, message=f"{len(self.failover.alive)} ranks{taken}")
         self._tell_unprotected()
         self._task = asyncio.create_task(self._run())
         settings = self.settings
+        if settings.restart:  # a front that takes over ranks may lack some
+            for rank in self.failover.base.rank_ids:
+                self.replace(rank)
         if self.ledger.keeps:
             self._watchers.append(asyncio.create_task(self._keep_journal()))
         if settings.scrub_s:
@@ -660,7 +664,7 @@ class Loop:
         for attempt in range(RESTARTS):
             try:
                 await self.failover.replace(rank)
-            except (RankLost, RankRefused) as error:
+            except (RankLost, RankRefused, OSError) as error:
                 self.events.add("restart_failed", self.failover.epoch, rank=rank, cause=str(error))
                 await asyncio.sleep(2**attempt)
                 continue

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -166,6 +166,10 @@ class Places:
         if kept.waits:
             SERVER.warning("rank %d waits for a place: none of %d is free", rank, len(self._places))
         return kept
+
+    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
+        """See `Launcher.left`. None: what runs in a place ends with the stream of its keeper."""
+        return {}
 
     async def Keep(
         self, reports: AsyncIterator[link_pb2.PlaceReport], context: Any

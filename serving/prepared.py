@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import Any, Self
 
 from planner.workload import Workload
 from serving.errors import InvalidRequest, StartError
@@ -43,6 +43,17 @@ class Prepared:
     expert_flops: float = 0.0
     rest_flops: float = 0.0
     context_flops: float = 0.0
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """As `to_json` writes it."""
+        values: dict[str, Any] = json.loads(text)
+        values["stop_tokens"] = tuple(values["stop_tokens"])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """For a front after this one."""
+        return json.dumps(dataclasses.asdict(self))
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers."""
@@ -100,6 +111,4 @@ async def prepare(model: str, weights: str = "float32", *, in_place: bool = Fals
         raise
     if process.returncode != 0:
         raise StartError(f"the model {model!r} could not be prepared; the cause stands above.")
-    values: dict[str, Any] = json.loads(out)
-    values["stop_tokens"] = tuple(values["stop_tokens"])
-    return Prepared(**values)
+    return Prepared.from_json(out)

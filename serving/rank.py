@@ -49,9 +49,11 @@ from serving.mesh_key import MeshKey
 from serving.orphans import die_with_parent
 from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
-from serving.rank_process import RANK, TOKEN
+from serving.rank_process import RANK, STAY, TOKEN
 
 HEARTBEAT_S = 0.05
+REDIAL_S = 0.05
+"""How soon a front that is gone is looked for again."""
 WARM_ROWS = 8
 """Steps of at most so many rows are loaded first, and run once before they are needed."""
 
@@ -79,6 +81,7 @@ class Rank:
         self._arrays: LiveArrays | None = None
         self._meshes: dict[MeshKey, MeshPrograms | RolePrograms] = {}
         self._local: dict[int, LocalPrograms] = {}
+        self._configured: link_pb2.Configure | None = None
         self._adopted: Adopted | None = None
         self._aborted = -1
         self._generation = 0
@@ -105,8 +108,33 @@ class Rank:
         if adopted is not None and adopted.epoch <= epoch:
             self.world.abort(adopted.mesh.ranks)
 
+    def hello(self, token: str) -> link_pb2.Report:
+        """What a front must know of this rank first."""
+        epoch = self._adopted.epoch if self._adopted is not None else 0
+        told = link_pb2.Hello(
+            pid=os.getpid(), token=token, epoch=max(epoch, self._aborted, 0), generation=self._generation
+        )
+        return link_pb2.Report(rank=self.rank, hello=told)
+
+    def forsaken(self) -> None:
+        """The front is gone: nothing that it began is waited for. From any thread."""
+        adopted = self._adopted
+        self.abort(adopted.epoch if adopted is not None else 0, 0)
+
     def configure(self, command: link_pb2.Configure) -> dict[str, Any]:
-        """Fix the shapes and read the common weights into host memory."""
+        """Fix the shapes and read the common weights into host memory; or take a new front's word for the same."""
+        told = link_pb2.Configure()
+        told.CopyFrom(command)
+        told.ClearField("protection")
+        if self._configured is None:
+            self._set_up(command)
+            self._configured = told
+        elif told != self._configured:
+            raise RuntimeError("this rank serves another model, or other shapes, than its new front asks for")
+        self._protector, self._uncopied, self._given_up = Protector.of(command), None, 0
+        return {"shares_memory": self.shape.shared}
+
+    def _set_up(self, command: link_pb2.Configure) -> None:
         configure_process(command.collective_timeout_s, self._way.address)
         try:
             kernels.load()
@@ -124,8 +152,6 @@ class Rank:
         self._executables = ExecutableStore(Path(command.executables))
         self._arrays = LiveArrays(self._shape, open_store(Path(command.store)), attends=not command.experts_only)
         self._idle = [idle(bucket) for bucket in buckets]
-        self._protector = Protector.of(command)
-        return {"shares_memory": self._shape.shared}
 
     def join(self, command: link_pb2.Join) -> dict[str, Any]:
         """Enter a generation with everything held."""
@@ -414,80 +440,110 @@ class StaleEpoch(RuntimeError):
     """A step of an epoch that this rank is not in."""
 
 
-class Link:
-    """The stream to the front: receives on a thread of its own, obeys on the main one."""
+class Attachment:
+    """One stream to a front, from hello to its end; what is said after that reaches nobody."""
 
-    def __init__(self, rank: Rank, channel: grpc.Channel, token: str) -> None:
-        self._rank = rank
-        self._orders: queue.Queue[tuple[link_pb2.Command, float] | None] = queue.Queue()
+    def __init__(self, channel: grpc.Channel, hello: link_pb2.Report) -> None:
+        self.over = False
         self._reports: queue.Queue[link_pb2.Report | None] = queue.Queue()
+        self._reports.put(hello)
+        self.commands: Iterator[link_pb2.Command] = link_pb2_grpc.RankLinkStub(channel).Attach(
+            iter(self._reports.get, None)
+        )
+
+    def say(self, report: link_pb2.Report) -> None:
+        """Send a report."""
+        if not self.over:
+            self._reports.put(report)
+
+    def end(self) -> None:
+        """The stream has ended."""
+        self.over = True
+        self._reports.put(None)
+
+
+class Link:
+    """The streams to the front, and to the next one when it dies and this rank is to stay: receives on a thread of its
+    own, obeys on the main one."""
+
+    def __init__(self, rank: Rank, way: Way, token: str, *, stays: bool) -> None:
+        self._rank = rank
+        self._way = way
+        self._token = token
+        self._stays = stays
+        self._orders: queue.Queue[tuple[Attachment, link_pb2.Command, float]] = queue.Queue()
+        self._attachment: Attachment | None = None
         self._loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
-        self._reports.put(link_pb2.Report(rank=rank.rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
-        self._commands = link_pb2_grpc.RankLinkStub(channel).Attach(self._sent())
 
     def run(self) -> None:
-        """Obey until the front says stop or is gone."""
+        """Obey until the front says stop or, unless this rank stays, is gone."""
         threading.Thread(target=self._receive, daemon=True, name="receiver").start()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
-        while (order := self._orders.get()) is not None:
-            command, received = order
+        while True:
+            front, command, received = self._orders.get()
             what = command.WhichOneof("what")
+            if front.over:
+                continue
             if what == "step":
-                self._reports.put(self._rank.step(command.step, received))
+                front.say(self._rank.step(command.step, received))
                 self._rank.protect()
-                self._tell()
+                self._tell(front)
             elif what == "prepare":
-                self._loader.submit(self._obey, command, what)
+                self._loader.submit(self._obey, front, command, what)
             else:
-                self._obey(command, what)
+                self._obey(front, command, what)
 
-    def _obey(self, command: link_pb2.Command, what: str) -> None:
+    def _obey(self, front: Attachment, command: link_pb2.Command, what: str) -> None:
         began = time.perf_counter()
         try:
             result = getattr(self._rank, what)(getattr(command, what))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             print(f"rank {self._rank.rank}: {what} failed: {text}", file=sys.stderr, flush=True)
-            self._reports.put(
-                link_pb2.Report(rank=self._rank.rank, failed=link_pb2.Failed(id=command.id, error=text[:2000]))
-            )
+            front.say(link_pb2.Report(rank=self._rank.rank, failed=link_pb2.Failed(id=command.id, error=text[:2000])))
             return
-        self._tell()
+        self._tell(front)
         done = link_pb2.Done(
             id=command.id,
             milliseconds=1e3 * (time.perf_counter() - began),
             compiles=self._rank.compiles.count,
             **result,
         )
-        self._reports.put(link_pb2.Report(rank=self._rank.rank, done=done))
+        front.say(link_pb2.Report(rank=self._rank.rank, done=done))
 
-    def _tell(self) -> None:
+    def _tell(self, front: Attachment) -> None:
         for report in self._rank.told():
-            self._reports.put(report)
+            front.say(report)
 
     def _receive(self) -> None:
-        try:
-            for command in self._commands:
-                what = command.WhichOneof("what")
-                if what == "abort":
-                    self._rank.abort(command.abort.epoch, command.abort.connecting)
-                elif what == "stop":
-                    break
-                else:
-                    self._orders.put((command, time.perf_counter()))
-        except grpc.RpcError as error:
-            print(f"rank {self._rank.rank}: the front is gone: {error.code().name}", file=sys.stderr, flush=True)
-        # Nothing here is worth an orderly end: a rank may be killed at any time, and a collective may hang.
-        os._exit(0)
+        while True:
+            with self._way.channel() as channel:
+                self._attachment = front = Attachment(channel, self._rank.hello(self._token))
+                try:
+                    for command in front.commands:
+                        what = command.WhichOneof("what")
+                        if what == "abort":
+                            self._rank.abort(command.abort.epoch, command.abort.connecting)
+                        elif what == "stop":
+                            os._exit(0)
+                        else:
+                            self._orders.put((front, command, time.perf_counter()))
+                    refused, why = False, "it closed the stream"
+                except grpc.RpcError as error:
+                    refused, why = error.code() == grpc.StatusCode.UNAUTHENTICATED, error.code().name
+                front.end()
+            if refused or not self._stays:
+                # Nothing here is worth an orderly end: a rank may be killed at any time, and a collective may hang.
+                print(f"rank {self._rank.rank}: the front is gone: {why}", file=sys.stderr, flush=True)
+                os._exit(0)
+            self._rank.forsaken()
+            time.sleep(REDIAL_S)
 
     def _beat(self) -> None:
         while True:
             time.sleep(HEARTBEAT_S)
-            self._reports.put(link_pb2.Report(rank=self._rank.rank, heartbeat=link_pb2.Heartbeat()))
-
-    def _sent(self) -> Iterator[link_pb2.Report]:
-        while (report := self._reports.get()) is not None:
-            yield report
+            if self._attachment is not None:
+                self._attachment.say(link_pb2.Report(rank=self._rank.rank, heartbeat=link_pb2.Heartbeat()))
 
 
 def _row_shape(row: link_pb2.RowShape) -> RowShape:
@@ -515,7 +571,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal or systemd tells the whole group; the front drains
     way = Way.given()
-    Link(Rank(int(os.environ[RANK]), way), way.channel(), os.environ[TOKEN]).run()
+    Link(Rank(int(os.environ[RANK]), way), way, os.environ[TOKEN], stays=STAY in os.environ).run()
 
 
 if __name__ == "__main__":

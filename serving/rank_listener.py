@@ -51,11 +51,16 @@ class Keeping(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankListener:
-    """`address` is host:port; port 0 takes a free one. Places are offered only where somebody hears of them."""
+    """`address` is host:port, port 0 taking a free one, or unix:PATH. Places are offered only where somebody hears of
+    them."""
 
     address: str = "127.0.0.1:0"
     tls: ServerTls | None = None
     places: Keeping | None = None
+
+    @property
+    def _local(self) -> bool:
+        return self.address.startswith("unix:")
 
     async def open(self, links: Attaching) -> tuple[grpc.aio.Server, str]:
         """The server, and the address it has in the end. Raises StartError when it cannot be had."""
@@ -70,7 +75,6 @@ class RankListener:
                 self.places.Keep, link_pb2.PlaceReport.FromString, link_pb2.PlaceOrder.SerializeToString
             )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        host = self.address.rpartition(":")[0]
         try:
             if self.tls is None:
                 port = server.add_insecure_port(self.address)
@@ -82,7 +86,7 @@ class RankListener:
                 "this machine. Choose another with --rank-listen HOST:PORT."
             ) from error
         await server.start()
-        return server, f"{host}:{port}"
+        return server, self.address if self._local else f"{self.address.rpartition(':')[0]}:{port}"
 
 
 async def first_report(reports: AsyncIterator[T], context: Any) -> T:

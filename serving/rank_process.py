@@ -1,4 +1,5 @@
-"""A rank's process as the front sees it: what it can know of one, and how it ends one. Here, a child of this process.
+"""A rank's process as the front sees it: what it can know of one, and how it ends one. Here, one of this machine: a
+child of this process, or of the supervisor (`serving.supervised`).
 
 `serving.places` has the other kind: a process that a host elsewhere starts and ends when it is told to.
 """
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 FENCE_POLL_S = 0.001
 PF_EXITING = 0x4
@@ -23,6 +24,8 @@ _SAID_LINES, _SAID_LETTERS = 8, 1000
 
 FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
 """Environment variables that a rank is started with: where its front listens, who it is, and the proof of it."""
+STAY = "MOEJAX_LINK_STAY"
+"""Environment variable of a rank that dials again when its front has died, instead of ending."""
 
 Ended = Callable[[str], None]
 """Hears once how a process ended."""
@@ -81,6 +84,64 @@ class Launcher(Protocol):
         """One more incarnation of a rank, which is to dial `front` (host:port). Returns at once."""
         ...
 
+    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
+        """Ranks that a front before this one left running, each as what takes it over."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """A rank process to be started. `variables` are of its environment, beside those of the process that starts it."""
+
+    rank: int
+    token: str
+    log: str
+    variables: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        rank: int,
+        front: str,
+        folder: Path,
+        threads: int,
+        token: str = "",
+        variables: Mapping[str, str] | None = None,
+    ) -> Self:
+        """For a rank that dials `front`, with a token of its own unless there is one, and a new log in `folder`."""
+        descriptor, log = tempfile.mkstemp(prefix=f"rank{rank}-", suffix=".log", dir=folder)
+        os.close(descriptor)
+        token = token or secrets.token_hex(16)
+        told = {FRONT: front, RANK: str(rank), TOKEN: token, "NPROC": str(threads)}
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
+        return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **told, **quiet})
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start it as a child of this process."""
+        with Path(self.log).open("wb") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "serving.rank"],
+                env={**os.environ, **self.variables},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+
+class Handle(Protocol):
+    """What can be asked of a process where its parent is: here of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal; None while it runs."""
+        ...
+
+    def wait(self) -> int:
+        """As `poll`, once it has ended."""
+        ...
+
 
 class Children:
     """Starts ranks as children of this process. Their output goes to files in `folder`."""
@@ -91,47 +152,27 @@ class Children:
 
     def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
         """See `Launcher.start`."""
-        return Child(rank, front, ended, folder=self._folder, threads=self._threads)
+        order = Order.of(rank, front, self._folder, self._threads)
+        return Child(order.start(), order, ended)
+
+    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
+        """None: they end with their parent."""
+        return {}
 
 
 class Child:
-    """A child of this process; see `RankProcess`."""
+    """A process of this machine; see `RankProcess`."""
 
     home: Home | None = None
 
-    def __init__(
-        self,
-        rank: int,
-        front: str,
-        ended: Ended,
-        *,
-        folder: Path,
-        threads: int,
-        token: str | None = None,
-        variables: Mapping[str, str] | None = None,
-    ) -> None:
-        self.token = token or secrets.token_hex(16)
+    def __init__(self, process: Handle, order: Order, ended: Ended) -> None:
+        self.token = order.token
         self._ended = ended
-        self._log = Path(tempfile.mkstemp(prefix=f"rank{rank}-", suffix=".log", dir=folder)[1])
-        environment = {
-            **os.environ,
-            **(variables or {}),
-            FRONT: front,
-            RANK: str(rank),
-            TOKEN: self.token,
-            "NPROC": str(threads),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "GRPC_VERBOSITY": "NONE",
-        }
-        with self._log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "serving.rank"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self._log = Path(order.log)
+        self._said: str | None = None
+        """Its last words, once it has ended: the log goes then."""
+        self._process = process
+        self._pidfd = os.pidfd_open(process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
 
     @property
@@ -156,32 +197,36 @@ class Child:
 
     def signal(self, name: str) -> None:
         """See `RankProcess.signal`."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(getattr(signal, name))
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, getattr(signal, name))
 
     async def fenced(self) -> None:
         """See `RankProcess.fenced`. The kernel may still be giving back its memory."""
-        while self._process.poll() is None and self.state not in ("Z", "X", ""):
+        while self.state not in ("Z", "X", ""):
             await asyncio.sleep(FENCE_POLL_S)
 
     def said(self) -> str:
         """See `RankProcess.said`."""
+        if self._said is not None:
+            return self._said
         lines = self._log.read_text(errors="replace").strip().splitlines()
         told = [line.strip() for line in lines if not line.startswith("[Gloo]")]
         return " | ".join(told[-_SAID_LINES:])[-_SAID_LETTERS:] or "it wrote nothing"
 
     def end(self) -> None:
         """See `RankProcess.end`."""
-        if self._process.poll() is None:
-            self._process.kill()
+        self.signal("SIGKILL")
         self._process.wait()
+        self._log.unlink(missing_ok=True)
         self._unwatch()
 
     def _exited(self) -> None:
         code = self._process.poll()
         self._unwatch()
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-        said = "" if code == -signal.SIGKILL else f": {self.said()}"
+        self._said = self.said()
+        self._log.unlink(missing_ok=True)
+        said = "" if code == -signal.SIGKILL else f": {self._said}"
         self._ended(f"process ended with {how}{said}")
 
     def _unwatch(self) -> None:

@@ -33,6 +33,16 @@ class RunFolder:
         return self.path / "journal"
 
     @property
+    def link(self) -> str:
+        """Where ranks of this machine dial, the same for every front."""
+        return f"unix:{self.path / 'link'}"
+
+    @property
+    def prepared(self) -> Path:
+        """What the first front found out about the model, as JSON."""
+        return self.path / "prepared.json"
+
+    @property
     def ports(self) -> dict[str, int]:
         """Ports that a front before had, by the name of their setting."""
         try:

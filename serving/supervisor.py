@@ -1,11 +1,13 @@
-"""Keeps a front running: one that dies is started again, on the same ports, and goes on from the journal.
+"""Keeps a front running: one that dies is started again, on the same ports, and goes on from the journal with the ranks
+that are there, which are this process's children too.
 
-The supervisor does nothing else, so it has little to die of. What they share is in a folder for their owner only,
-which goes when the server ends. A front dies with its supervisor, and ranks with their front.
+The supervisor does little else, so it has little to die of. What they share is in a folder for their owner only, which
+goes when the server ends. Fronts and ranks die with their supervisor.
 """
 
 import collections
 import os
+import selectors
 import shutil
 import signal
 import subprocess
@@ -18,15 +20,19 @@ from typing import Any
 from serving import logs
 from serving.config import Settings
 from serving.run_folder import RUN, RunFolder
+from serving.supervised import RankParent
 
 MOST_RESTARTS, WITHIN_S = 5, 120.0
 """A front that dies more often than so is not started again."""
+_LONG = 70
+"""Letters of a folder's path in which sockets can have names: the kernel takes 107 for all."""
 
 
 def supervise(settings: Settings) -> int:
     """Run a front until it ends in good order. Returns its exit status."""
     logs.configure(settings.log_format, settings.log_level)
-    run = RunFolder(Path(tempfile.mkdtemp(prefix="moejax-run-")))  # owner-only
+    within = "/tmp" if len(tempfile.gettempdir()) > _LONG else None
+    run = RunFolder(Path(tempfile.mkdtemp(prefix="moejax-run-", dir=within)))  # owner-only
     front: subprocess.Popen[bytes] | None = None
     stopping = False
 
@@ -39,12 +45,13 @@ def supervise(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     deaths: collections.deque[float] = collections.deque(maxlen=MOST_RESTARTS)
+    ranks = RankParent(run.path)
     try:
         run.settings.write_text(settings.to_toml())
         while True:
             command = [sys.executable, "-m", "serving.front"]
             front = subprocess.Popen(command, env=os.environ | {RUN: str(run.path)})
-            code = front.wait()
+            code = _wait(front, ranks)
             now = time.monotonic()
             often = len(deaths) == MOST_RESTARTS and now - deaths[0] < WITHIN_S
             if stopping or code == 0 or often or not run.was_ready(front.pid):
@@ -53,4 +60,22 @@ def supervise(settings: Settings) -> int:
             how = f"signal {-code}" if code < 0 else f"code {code}"
             logs.SERVER.error("the front ended with %s; starting it again, its requests go on", how)
     finally:
+        ranks.end()
         shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _wait(front: "subprocess.Popen[bytes]", ranks: RankParent) -> int:
+    """Do what the front asks until it ends. How it ended."""
+    ended = os.pidfd_open(front.pid)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(ended, selectors.EVENT_READ)
+            selector.register(ranks, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if ranks in ready:
+                    ranks.answer()
+                if ended in ready:
+                    return front.wait()
+    finally:
+        os.close(ended)

@@ -78,13 +78,11 @@ class FakeLinks:
 
     front_lag_s = 0.0
 
-    def __init__(
-        self, on_loss: Callable[[Loss], None], buckets: tuple[Bucket, ...], *, max_pages: int, layers: int = 2
-    ) -> None:
+    def __init__(self, buckets: tuple[Bucket, ...], *, max_pages: int, layers: int = 2) -> None:
         self.fails: Callable[[int, int, str], int | None] = lambda number, rank, what: None
         self.log: list[tuple[int, str]] = []
         self.damaged: set[tuple[int, int, int]] = set()
-        self._on_loss = on_loss
+        self.on_loss: Callable[[Loss], object] = lambda loss: None
         self._buckets = buckets
         self._max_pages = max_pages
         self._layers = layers
@@ -98,8 +96,12 @@ class FakeLinks:
         self._ranks[rank] = FakeProcess(self._pids)
         return self._ranks[rank]
 
-    async def attached(self, rank: int) -> None:
+    def inherit(self) -> tuple[int, ...]:
+        return tuple(rank for rank, each in self._ranks.items() if each.loss is None)
+
+    async def attached(self, rank: int) -> link_pb2.Hello:
         await asyncio.sleep(0)
+        return link_pb2.Hello(epoch=max(self._ranks[rank].epoch, 0))
 
     def get(self, rank: int) -> FakeProcess | None:
         return self._ranks.get(rank)
@@ -122,7 +124,7 @@ class FakeLinks:
         each = self._ranks[rank]
         if each.loss is None:
             each.loss = Loss(rank, cause, evidence_at, evidence_at)
-            self._on_loss(each.loss)
+            self.on_loss(each.loss)
 
     def kill(self, rank: int) -> None:
         """The process of a rank ends."""

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from serving.client import Client
+from serving.status import Event
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, pid_of, wait_until, wait_until_whole
+from tests.e2e.streams import Traffic, events_since, pid_of, wait_until, wait_until_whole
 from tests.e2e.test_processes import processes_of, read_until, start
 
 
@@ -36,7 +37,7 @@ class Supervised:
     def front(self) -> int:
         """The process that serves."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = (int(child) for child in children)
+        (pid,) = (int(child) for child in children if b"serving.front" in Path(f"/proc/{child}/cmdline").read_bytes())
         return pid
 
 
@@ -60,10 +61,15 @@ def known(server: Supervised) -> Traffic:
 
 def test_streams_go_on_by_themselves_when_the_front_is_killed(server: Supervised, known: Traffic) -> None:
     with Client(server.address) as client:
+        before = [rank.pid for rank in client.status().ranks]
         known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
-        kinds = [event.kind for event in _events(client)]
-        assert kinds[0] == "restored_calls"
+        events = list(_events(client))
+        assert events[0].kind == "restored_calls"
+        assert "2 of them taken over" in next(event.message for event in events if event.kind == "ready")
         wait_until_whole(client)
+        status = client.status()
+        assert [rank.pid for rank in status.ranks] == before, "ranks wait for the next front"
+        assert status.compiles_after_ready == 0
 
 
 def test_the_front_and_a_rank_may_die_together(server: Supervised, known: Traffic) -> None:
@@ -76,6 +82,21 @@ def test_the_front_and_a_rank_may_die_together(server: Supervised, known: Traffi
             os.kill(rank, signal.SIGKILL)
 
         known.during(client, kill_both, after=0.2)
+
+
+def test_a_rank_that_hangs_does_not_keep_the_next_front_waiting(server: Supervised, known: Traffic) -> None:
+    with Client(server.address) as client:
+        wait_until_whole(client)
+        hung = pid_of(client.status(), 0)
+
+        def stop_one() -> None:
+            os.kill(server.front(), signal.SIGKILL)
+            os.kill(hung, signal.SIGSTOP)
+
+        known.during(client, stop_one, after=0.2)
+        wait_until_whole(client)
+        assert pid_of(client.status(), 0) != hung
+        wait_until(lambda: not Path(f"/proc/{hung}").exists(), "the rank that hung is ended", 10)
 
 
 def test_an_http_stream_goes_on_after_the_last_event_that_came(server: Supervised) -> None:
@@ -135,7 +156,5 @@ def _parts(events: "Iterator[dict[str, str]] | list[dict[str, str]]") -> "dict[o
     return found
 
 
-def _events(client: Client) -> list[object]:
-    from tests.e2e.streams import events_since
-
+def _events(client: Client) -> list[Event]:
     return list(events_since(client, 0))

@@ -56,6 +56,16 @@ def test_a_signal_drains_the_server_and_leaves_no_process(how: signal.Signals) -
     wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
 
 
+def test_nothing_outlives_a_supervisor_that_is_killed_not_even_a_rank_that_is_stopped() -> None:
+    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0")
+    pids = re.findall(r"pid (\d+)", read_until(process, r"\btry\b"))
+    assert len(pids) == 2
+    os.kill(int(pids[0]), signal.SIGSTOP)
+    process.kill()
+    process.wait(10)
+    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+
+
 def test_a_port_that_is_taken_ends_the_start_with_the_cause_and_no_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -2,10 +2,14 @@
 
 import pytest
 
+import serving.failover
+import serving.loop
+import serving.restoration
 from serving.generation import Generation
 from serving.metrics import Metrics
 from serving.tokens import Tokenizer
 from tests.fake_backend import FakeBackend
+from tests.fake_links import FakeCoordinator
 from tests.fake_tokens import byte_tokenizer
 
 
@@ -27,3 +31,14 @@ def backend() -> FakeBackend:
 @pytest.fixture
 def generation(backend: FakeBackend, tokenizer: Tokenizer) -> Generation:
     return Generation(backend, tokenizer, Metrics(backend), draw=lambda: 7)
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loop and failover on `tests.fake_links`, in no time."""
+    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
+        monkeypatch.setattr(serving.loop, name, 0.005)
+    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
+    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
+    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)

@@ -10,20 +10,20 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-import serving.failover
-import serving.loop
-import serving.restoration
 from serving.app import _limits
 from serving.config import Settings
 from serving.failover import Failover
 from serving.faults import Instruction
 from serving.guided import Guides
+from serving.ledger import Ledger
 from serving.loop import Loop
 from serving.prepared import Prepared
 from serving.request import Finished, Token
-from tests.fake_links import FakeCoordinator, FakeLinks
+from tests.fake_links import FakeLinks
 from tests.fake_tokens import byte_tokenizer
 from tests.fakes import alone, small_request
+
+pytestmark = pytest.mark.usefixtures("no_processes")
 
 RANKS = 3
 LIMIT_S = 20.0
@@ -65,14 +65,15 @@ GUIDES = Guides(byte_tokenizer(), MODEL.vocab_size, MODEL.stop_tokens)
 
 
 class Machine:
-    """A server of fake ranks with requests on it."""
+    """A server of fake ranks with requests on it; its front may be one that takes over `links`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, links: FakeLinks | None = None, ledger: Ledger | None = None) -> None:
         losses: list[Callable] = []
         limits = _limits(settings, MODEL.max_context)
-        self.links = FakeLinks(lambda loss: [hear(loss) for hear in losses], limits.buckets, max_pages=limits.max_pages)
+        self.links = links or FakeLinks(limits.buckets, max_pages=limits.max_pages)
+        self.links.on_loss = lambda loss: [hear(loss) for hear in losses]
         self.failover = Failover(settings, MODEL, self.links, lambda _: None)
-        self.loop = Loop(settings, MODEL.info(), limits, self.links, self.failover, GUIDES)
+        self.loop = Loop(settings, MODEL.info(), limits, self.links, self.failover, GUIDES, ledger)
         losses.append(self.loop.lost)
         self.requests = [small_request(f"r{i}", range(i, i + 12), max_tokens=24, seed=i) for i in range(6)]
         self.tokens: dict[str, list[int]] = {request.id: [] for request in self.requests}
@@ -175,16 +176,6 @@ async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim
     finally:
         await m.loop.drain(0.0)
         await m.failover.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
-    for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
-        monkeypatch.setattr(serving.loop, name, 0.005)
-    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
-    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
-    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)
 
 
 @pytest.mark.parametrize(

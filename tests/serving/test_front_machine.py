@@ -1,0 +1,104 @@
+"""The front dies at every message, and so may a rank while the next front takes the others over: no token is changed,
+lost or told twice (docs/decisions/0003).
+
+As in test_recovery_machine, the real loop, failover, planner and journal run on ranks without processes.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from serving.config import Settings
+from serving.journal import Journal
+from serving.ledger import Call, Ledger
+from serving.request import Finished, Token
+from tests.fakes import alone
+from tests.serving.test_recovery_machine import APART, LIMIT_S, MODEL, RANKS, SETTINGS, Machine
+
+pytestmark = pytest.mark.usefixtures("no_processes")
+
+
+class FrontDied(BaseException):
+    """Nothing catches it but the end of the front."""
+
+
+async def ask(m: Machine) -> None:
+    """All requests, each a call of its own; read for as long as the front lives."""
+    for request in m.requests:
+        m.loop.remember(Call(id=request.id, requests=(request,)))
+    await asyncio.gather(*(m.read(request) for request in m.requests))
+
+
+async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
+    """What is left of a front that was killed: nothing that runs, and the ranks."""
+    m.loop.ledger.close()
+    running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop._replacing.values()]
+    running += [m.failover._preparing, m.failover._admitting, m.failover._minding]
+    for task in filter(None, running):
+        task.cancel()
+    await asyncio.gather(*filter(None, running), return_exceptions=True)
+
+
+async def play(folder: Path, settings: dict, at: int, then: int | None, victim: int) -> tuple[int, int]:
+    """The front dies at message `at` after its streams have begun; of the messages of the one after it, at number
+    `then` the victim dies. How many messages there were of either."""
+    chosen = Settings(**{**vars(SETTINGS), **settings})
+    journal, records = Journal.open(folder)
+    first = Machine(chosen, ledger=Ledger(journal, records))
+    await first.failover.start()
+    first.loop.start()
+    asking = asyncio.create_task(ask(first))
+    await first.begun(3)
+    since, dead = len(first.links.log), asyncio.Event()
+
+    def front_dies(number: int, rank: int, what: str) -> None:
+        if number == since + at:
+            dead.set()
+            raise FrontDied
+
+    first.links.fails = front_dies
+    async with asyncio.timeout(LIMIT_S):
+        done, _ = await asyncio.wait({asking, asyncio.create_task(dead.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    before = len(first.links.log) - since
+    await die(first, *({asking} - done))
+    told = {request: list(tokens) for request, tokens in first.tokens.items()}
+
+    journal, records = Journal.open(folder)
+    second = Machine(chosen, first.links, Ledger(journal, records))
+    began = len(second.links.log)
+    second.links.fails = lambda number, rank, what: victim if then is not None and number == began + then else None
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            await second.failover.start()
+            second.loop.start()
+            for request in second.requests:
+                items = [item async for item in second.loop.replay(request.id)]
+                said = [item.id for item in items if isinstance(item, Token)]
+                assert said == alone(request, MODEL.max_context)[0]
+                assert said[: len(told[request.id])] == told[request.id]
+                assert items[-1] == Finished("length")
+            while set(second.failover.alive) != set(range(RANKS)) or second.failover.healing:
+                await asyncio.sleep(0.001)
+        assert second.loop.counts.failed == 0
+        return before, len(second.links.log) - began
+    finally:
+        await second.loop.drain(0.0)
+        await second.failover.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"protect_cache": "off", **APART}])
+def test_a_front_may_die_at_any_message(tmp_path: Path, settings: dict) -> None:
+    for at in range(0, 40, 2):
+        asyncio.run(play(tmp_path / str(at), settings, at, None, 0))
+
+
+@pytest.mark.parametrize("settings", [{}, APART])
+def test_a_rank_may_die_at_any_message_of_the_front_that_takes_over(tmp_path: Path, settings: dict) -> None:
+    _, messages = asyncio.run(play(tmp_path / "whole", settings, 5, None, 0))
+    for then in range(min(messages, 30)):
+        for victim in range(RANKS):
+            try:
+                asyncio.run(play(tmp_path / f"{then}-{victim}", settings, 5, then, victim))
+            except BaseException as error:
+                raise AssertionError(f"rank {victim} died at message {then}") from error
