@@ -15,7 +15,8 @@ benchmarks.recovery); `tokens_again`, cache entries of lost or switched ranks th
 that ended in an error, `changed` streams with other tokens than known; `ratio_to_restart`, the warm restart to its
 first token over the median stall of all streams. The paper's scenarios (arXiv 2602.21140) are `attention rank`,
 `redundant experts`, `missing experts`, `role switch` and, collocated, `crash`. Streams move when their rank dies or
-switches its role. While experts are missing answers are other answers: their tokens are not compared. A slow rank is
+switches its role, and all do when the front dies: its ranks are taken over by the next front, without their caches.
+While experts are missing answers are other answers: their tokens are not compared. A slow rank is
 judged over minutes and no part of this.
 """
 
@@ -55,6 +56,8 @@ class Scenario:
     over: str
     expert: bool = False
     same_tokens: bool = True
+    everybody: bool = False
+    """All streams lose their cache, wherever they run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,10 @@ async def _device_reset(scene: Scene, victim: int) -> None:
     await scene.client.report(victim, 5, "benchmark")
 
 
+async def _front(scene: Scene, victim: int) -> None:
+    os.kill(scene.server.pid, signal.SIGKILL)
+
+
 async def _drain(scene: Scene, victim: int) -> None:
     scene.task = asyncio.create_task(scene.client.apply("drain", victim, replace=True))
 
@@ -137,6 +144,7 @@ COLLOCATED = (
     Scenario("not-a-number", _not_a_number, "poisoned", "restored"),
     Scenario("coordinator", _coordinator, "broken", "recovered"),
     Scenario("drain", _drain, "leaving", "drained"),
+    Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
 DISAGGREGATED = (
     Scenario("attention rank", _crash, "rank_lost", "recovered"),
@@ -147,6 +155,7 @@ DISAGGREGATED = (
     Scenario("not-a-number", _not_a_number, "poisoned", "restored", expert=True),
     Scenario("coordinator", _coordinator, "broken", "recovered"),
     Scenario("drain", _drain, "leaving", "drained"),
+    Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
 MASKING = (Scenario("missing experts", _crash, "rank_lost", "recovered", expert=True, same_tokens=False),)
@@ -178,6 +187,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     counts = running(before)
     experts = [rank.id for rank in before.ranks if rank.role == "expert"]
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
+    held = sum(scene.known.prompt_tokens(trace.ask) + len(trace.tokens) for trace in placed)
     moment = time.monotonic()
     await scenario.inject(scene, victim)
     first = await scene.feed.wait(scenario.told, moment)
@@ -189,6 +199,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     after = await until(client, whole)
     traces = await load.stop()
     gone = {r.id for r in before.ranks if r.host == before.ranks[victim].host} if scenario.name == "host" else {victim}
+    gone = set(roles) if scenario.everybody else gone
     gone |= {rank.id for rank in before.ranks if rank.role == "attention" and roles[rank.id] == "expert"}
 
     def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
@@ -206,7 +217,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
         "survivors": survivors,
         "moved": moved,
         "phases": {name: round(ms, 1) for name, ms in last.phases.items()},
-        "tokens_again": after.tokens_recomputed - before.tokens_recomputed,
+        "tokens_again": held if scenario.everybody else after.tokens_recomputed - before.tokens_recomputed,
         "requests": len(traces),
         "lost": scene.known.failed(traces),
         "changed": scene.known.changed(traces) if scenario.same_tokens else 0,

@@ -1,23 +1,25 @@
 """One loss of a rank under load: the kill, what the client's streams saw of it, and the record of it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import random
 import signal
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.stalls import Spread, added_stall_ms, longest_gap_ms, median_gap_ms
 from benchmarks.streams import Known, Load, Trace, until, whole
-from serving.client import AsyncClient
+from serving.client import AsyncClient, Unreachable
 from serving.status import Event, Status
 
 ADOPTION = ("fence", "plan", "adopt")
 """Phases of a recovery from the evidence to a mesh that can run the next step."""
 _QUIET_TOKENS = 16  # of each stream between the last placement and the kill, for its median gap
 _LIMIT_S = 180.0
+_AGAIN_S = 0.02
 _CLOCKS_S = 1e-3  # how far the two clocks may drift apart between two readings
 
 
@@ -67,12 +69,15 @@ class EventFeed:
         self._client = client
         self._events: list[Event] = []
         self._more = asyncio.Event()
-        self._task = asyncio.create_task(self._follow(client.watch()))
+        self._task = asyncio.create_task(self._follow())
 
-    async def _follow(self, events: AsyncIterator[Event]) -> None:
-        async for event in events:
-            self._events.append(event)
-            self._more.set()
+    async def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(Unreachable):  # the front died; the next one has events of its own
+                async for event in self._client.watch():
+                    self._events.append(event)
+                    self._more.set()
+            await asyncio.sleep(_AGAIN_S)
 
     def after(self, kind: str, moment: float, rank: int | None = None) -> Event | None:
         """The first event of a kind, and of a rank if given, since a moment of the monotonic clock."""

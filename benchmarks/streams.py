@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from serving.client import AsyncClient
+from serving.client import AsyncClient, Unreachable
 from serving.errors import MoejaxError
 from serving.status import Status
 
@@ -38,6 +38,8 @@ class Trace:
     times: list[float] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     error: str | None = None
+    unheard: bool = False
+    """No server was there to take it."""
     begun: asyncio.Event = dataclasses.field(default_factory=asyncio.Event, repr=False)
 
 
@@ -55,6 +57,7 @@ async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Tra
         trace.prompt_tokens = stream.complete.prompt_tokens if stream.complete else 0
     except MoejaxError as error:
         trace.error = f"{type(error).__name__}: {error}"
+        trace.unheard = isinstance(error, Unreachable) and not trace.tokens
     finally:
         trace.begun.set()
     return trace
@@ -152,6 +155,10 @@ class Load:
                 return
             if trace.error is not None:
                 await asyncio.sleep(_AFTER_ERROR_S)
+            if trace.unheard:  # no server took it: it is sent again
+                self.traces.remove(trace)
+                trace = None
+                continue
             ask, trace = next(self._turn), None
 
 
