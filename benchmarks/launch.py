@@ -70,6 +70,11 @@ class Launched:
         return next(int(pid) for pid in children if b"serving.front" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
     @property
+    def session(self) -> int:
+        """The session that all processes of the server are in; its first is the supervisor."""
+        return self._process.pid
+
+    @property
     def http(self) -> str:
         """host:port of HTTP."""
         found = re.search(r"HTTP +http://(\S+:\d+)", self.said())

@@ -174,10 +174,17 @@ def whole(status: Status) -> bool:
 
 async def until(client: AsyncClient, holds: Callable[[Status], bool], limit_s: float = 300.0) -> Status:
     """The first status that `holds`. Raises TimeoutError, saying what the ranks are doing instead."""
-    end = time.monotonic() + limit_s
-    while not holds(status := await client.status()):
-        if time.monotonic() > end:
+    end, said = time.monotonic() + limit_s, ""
+    while True:
+        try:
+            status = await client.status()
+        except Unreachable as error:  # the front may be coming back
+            said = str(error)
+        else:
+            if holds(status):
+                return status
             states = ", ".join(f"{rank.id} {rank.state}" for rank in status.ranks)
-            raise TimeoutError(f"not within {limit_s:.0f} s: ranks {states}; prepared {dict(status.lattice)}")
+            said = f"ranks {states}; prepared {dict(status.lattice)}"
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {limit_s:.0f} s: {said}")
         await asyncio.sleep(0.1)
-    return status

@@ -277,10 +277,12 @@ def adopt(
     epoch: int,
     fresh: Collection[int] = (),
     masked: Iterable[tuple[int, int]] = (),
+    known: Mapping[int, Mapping[int, Key]] | None = None,
 ) -> tuple[EngineState, tuple[Output, ...]]:
     """The ranks of a new epoch and their pages. A rank known before keeps its cache and its requests.
 
-    A rank has an empty cache when it is new, in `fresh`, or has another number of pages than before. A
+    A rank has an empty cache when it is new, in `fresh`, or has another number of pages than before; but for the pages
+    that are `known` of a new one, which has served before. A
     request that no rank can hold any more ends with NoCapacity; without any rank all requests wait. Prefixes
     are found only by requests that run with the same experts `masked`, (layer, expert), as those that made them.
     """
@@ -288,7 +290,10 @@ def adopt(
     emptied = {rank for rank, pool in state.pools.items() if rank in fresh or pages.get(rank) != pool.total}
     decode_first = state.decode_first or bool(emptied)
     state = lose(state, emptied)
-    pools = {rank: state.pools.get(rank) or PagePool.of(count) for rank, count in pages.items()}
+    known = known or {}
+    pools = {
+        rank: state.pools.get(rank) or PagePool.holding(count, known.get(rank, {})) for rank, count in pages.items()
+    }
     state = dataclasses.replace(state, pools=pools, epoch=epoch, decode_first=decode_first)
     most = max(pages.values(), default=None)
     if most is None:

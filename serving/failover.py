@@ -29,6 +29,8 @@ from serving.health import Cause
 from serving.links import RankLinks, RankLost, RankRefused
 from serving.mesh_key import MeshKey
 from serving.outlook import loss_costs
+from serving.page_index import read
+from serving.pages import Key
 from serving.places import at_home, placed
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
@@ -114,6 +116,8 @@ class Failover:
         """Replacements that are in the generation and not yet in the plan, and the slots each has filled."""
         self.taken_over = 0
         """How many ranks a front before this one had started."""
+        self.known: dict[int, dict[int, Key]] = {}
+        """What pages of these hold, by rank and page."""
         self._seats: dict[int, int] = {}
         self._free_seats: collections.deque[int] = collections.deque()
         self._processes = 0
@@ -236,28 +240,36 @@ class Failover:
             raise StartError(f"{error}. Its last words: {why}") from None
 
     async def _take_over(self) -> bool:
-        """Go on with the ranks that a front before this one left, in a generation of their own: what they hold stays,
-        but for their caches, whose pages nobody knows any more. Those that do not come are ended. False without any."""
+        """Go on with the ranks that a front before this one left. What they hold stays, and what they know of their
+        pages. Those that do not come are ended. False without any that had served."""
         there = self._links.inherit()
         if there:
             self._say(f"taking over {len(there)} ranks")
-        came = [
-            rank for rank, comes in zip(there, await asyncio.gather(*map(self._comes, there)), strict=True) if comes
-        ]
+        hellos = [hello for hello in await asyncio.gather(*map(self._comes, there)) if hello is not None]
+        came = {rank: hello for rank, hello in hellos if hello.generation}
+        self.newcomers = {rank for rank, _ in hellos} - came.keys()
+        known = {rank: read(hello.full) for rank, hello in came.items()}
+        together = len({hello.generation for hello in came.values()}) == 1
+        goes_on = self._shares_memory and together and all(hello.serves for hello in came.values())
         while came:
+            pages = {rank: max(known[rank], default=-1) + 1 for rank in came}
             try:
-                await self.regenerate(came, {})
-                self.taken_over = len(came)
+                await (self._settle(came) if goes_on else self.regenerate(came, pages))
+                self.known, self.taken_over = {rank: known[rank] for rank in came}, len(came)
                 return True
             except (RankLost, RankRefused, TimeoutError) as error:
                 self._say(str(error) or "the ranks did not come together in time")
             except NoCapacity as error:
                 raise StartError(str(error)) from None
-            came = [rank for rank in came if (each := self._links.get(rank)) is not None and each.loss is None]
+            came = {rank: h for rank, h in came.items() if (each := self._links.get(rank)) and each.loss is None}
+            goes_on = False
+        for rank in self.newcomers:
+            self._links.declare(rank, Cause("error", "nobody is left to join"), time.monotonic())
+        self.newcomers.clear()
         return False
 
-    async def _comes(self, rank: int) -> bool:
-        """Whether a rank that was left dials in and can go on."""
+    async def _comes(self, rank: int) -> tuple[int, link_pb2.Hello] | None:
+        """What a rank that was left says when it dials in; None if it does not, or cannot go on."""
         try:
             async with asyncio.timeout(TAKE_OVER_S):
                 hello = await self._links.attached(rank)
@@ -266,8 +278,8 @@ class Failover:
         except (RankLost, RankRefused, TimeoutError) as error:
             why = str(error) or f"did not come back within {TAKE_OVER_S:.0f} s"
             self._links.declare(rank, Cause("error", why), time.monotonic())
-            return False
-        return True
+            return None
+        return rank, hello
 
     def plan_for(self, alive: Collection[int]) -> Plan:
         """The plan for these ranks, foreseen or made now. Raises NoCapacity, saying what is missing."""
@@ -320,13 +332,20 @@ class Failover:
         """A new generation of exactly these ranks, under their plan. Raises RankLost, RankRefused or TimeoutError,
         after which another generation must be made."""
         ranks, phases = tuple(sorted(ranks)), {} if phases is None else phases
-        plan = self.plan_for(ranks)
+        self.plan_for(ranks)  # what cannot be planned for need not be tried
         for rank in ranks:
             self._links.unwatch(rank)
         self.broken = True
         self._stop_preparing()
         with _timed(phases, "join"):
             await self._enter(ranks, pages_used)
+        await self._settle(ranks, phases)
+        return phases
+
+    async def _settle(self, ranks: Iterable[int], phases: dict[str, float] | None = None) -> None:
+        """Put the plan of ranks that are in one generation into force, with nothing loaded or connected yet."""
+        ranks, phases = tuple(sorted(ranks)), {} if phases is None else phases
+        plan = self.plan_for(ranks)
         with _timed(phases, "load"):
             await self._load(MeshKey.of(plan), urgent=True)
         with _timed(phases, "adopt"):
@@ -336,7 +355,6 @@ class Failover:
         self.broken = False
         self._watch(ranks)
         self.foresee()
-        return phases
 
     def is_ready_without(self, ranks: Collection[int]) -> bool:
         """Whether the mesh without these ranks is loaded and connected."""
@@ -560,9 +578,11 @@ class Failover:
             self._links.declare(error.rank, Cause("error", f"could not join: {error}"), time.monotonic())
 
     async def _mind(self, coordinator: Coordinator) -> None:
-        """Without its coordinator a generation goes on, but connects no mesh any more."""
+        """Without its coordinator a generation goes on, but takes nobody in: the next replacement costs another one.
+        Where ranks do not share memory it connects no mesh either, and the other one is due at once."""
         code = await coordinator.process.wait()
-        self.broken = True
+        self._free_seats.clear()
+        self.broken |= not self._shares_memory
         self.on_trouble(f"the coordinator ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
 
     async def _compile(self, ranks: tuple[int, ...]) -> None:

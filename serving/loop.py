@@ -39,6 +39,7 @@ from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
 from serving.mesh_key import MeshKey
 from serving.operations import Operations
 from serving.outlook import measured
+from serving.page_index import PageNews
 from serving.policy import hottest, lost_share
 from serving.prospects import prospects, traffic_now
 from serving.proto.moejax.v1 import link_pb2
@@ -145,6 +146,7 @@ class Loop:
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.operations = Operations(self)
         self.restoration = Restoration(self, failover.copies)
+        self._news = PageNews()
         self._watchers: list[asyncio.Task[None]] = []
         self._paces = Paces()
         self._own_ms: dict[int, float] = {}
@@ -473,6 +475,9 @@ class Loop:
             )
             for rank in plan.rank_ids
         }
+        for rank, part in parts.items():
+            if rank in self.state.pools and (full := self._news.of(rank, self.state.pools[rank].keys)) is not None:
+                part.full.CopyFrom(full)
         try:
             answers = await self.links.step(parts)
         except RankLost:
@@ -741,7 +746,9 @@ class Loop:
         attending = failover.plan.source_ids if failover.plan is not None else ()
         pages = dict.fromkeys(attending, failover.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
-        self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked)
+        known, failover.known = failover.known, {}
+        self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known)
+        self._news.again()
         self._compiles = {rank: n for rank, n in self._compiles.items() if rank in failover.alive}
         for rank in failover.alive:
             process = self.links.get(rank)

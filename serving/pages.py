@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 Key = bytes
+KEY_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +37,18 @@ class PagePool:
         if total < 0:
             raise ValueError(f"a rank cannot have {total} pages; give it 0 or more.")
         return cls(total, tuple(range(total - 1, -1, -1)))
+
+    @classmethod
+    def holding(cls, total: int, keys: Mapping[int, Key]) -> "PagePool":
+        """A pool with the content of some pages known, and nobody's; the first to be known are kept longest."""
+        index = {key: page for page, key in reversed(keys.items()) if page < total}
+        keys = {page: key for key, page in index.items()}
+        return dataclasses.replace(
+            cls(total, tuple(page for page in range(total - 1, -1, -1) if page not in keys)),
+            kept=tuple(keys),
+            keys=keys,
+            index=index,
+        )
 
     @property
     def used(self) -> int:
@@ -121,7 +134,7 @@ def page_keys(tokens: Sequence[int], page_size: int, before: Key) -> tuple[Key, 
     keys = []
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[start : start + page_size], np.int64).tobytes()
-        before = hashlib.blake2b(page, digest_size=16, key=before).digest()
+        before = hashlib.blake2b(page, digest_size=KEY_BYTES, key=before).digest()
         keys.append(before)
     return tuple(keys)
 

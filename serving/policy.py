@@ -75,10 +75,13 @@ def may_serve(plan: Plan, policy: str, loads: np.ndarray, bound: float) -> bool:
 
 
 def hottest(plan: Plan, rank: int, loads: np.ndarray) -> tuple[int, int]:
-    """The (MoE layer, slot) of a rank whose expert has had the most traffic: what is spoilt to be noticed."""
-    slots = plan.slots_of(rank)
-    layers = np.arange(len(slots))[:, None]
-    traffic = np.where(slots >= 0, loads[layers, np.maximum(slots, 0)], -1)
+    """The (MoE layer, slot) of a rank with the most traffic: what is spoilt to be noticed. An expert's is shared out over
+    the ranks that send tokens; of several copies each serves some of them, or none."""
+    slots, routes = plan.slots_of(rank), plan.expert_to_slot()
+    layers, first = np.arange(len(slots))[:, None], plan.holder_ids.index(rank) * plan.slots_per_rank
+    here = first + np.arange(plan.slots_per_rank)
+    senders = (routes[:, layers, np.maximum(slots, 0)] == here).sum(0)
+    traffic = np.where(slots >= 0, loads[layers, np.maximum(slots, 0)] * senders, -1)
     layer, slot = np.unravel_index(int(traffic.argmax()), traffic.shape)
     return int(layer), int(slot)
 

@@ -47,6 +47,7 @@ from moejax.world import World, configure_process
 from serving.dial import Way
 from serving.mesh_key import MeshKey
 from serving.orphans import die_with_parent
+from serving.page_index import PageIndex
 from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.rank_process import RANK, STAY, TOKEN
@@ -93,6 +94,7 @@ class Rank:
         self._given_up = 0
         """Connect commands up to this number are void, also those that have not begun: a member is dead."""
         self._protector: Protector | None = None
+        self._index = PageIndex()
         self._uncopied: tuple[link_pb2.Step, np.ndarray, StepOutputs] | None = None
         """The last step, until what it wrote is copied."""
 
@@ -112,7 +114,12 @@ class Rank:
         """What a front must know of this rank first."""
         epoch = self._adopted.epoch if self._adopted is not None else 0
         told = link_pb2.Hello(
-            pid=os.getpid(), token=token, epoch=max(epoch, self._aborted, 0), generation=self._generation
+            pid=os.getpid(),
+            token=token,
+            epoch=max(epoch, self._aborted, 0),
+            generation=self._generation,
+            full=self._index.hello(),
+            serves=self._adopted is not None,
         )
         return link_pb2.Report(rank=self.rank, hello=told)
 
@@ -157,6 +164,7 @@ class Rank:
         """Enter a generation with everything held."""
         with self._backend:
             self.arrays.leave_device(command.pages_used)
+            self._index.keep(command.pages_used)
             self._meshes, self._local, self._adopted = {}, {}, None
             seats = dict(zip(command.members, command.seats, strict=True))
             self.world.join(self._way.beside_the_front(command.address), self.rank, seats, command.processes)
@@ -250,6 +258,7 @@ class Rank:
         if attends:
             routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(routes.shape)
         self.arrays.attend(attends, self.device)
+        self._index.keep(0)
         if command.WhichOneof("protection") is not None:
             self._protector = Protector.of(command)
         filled = self.arrays.fill(slots, self._local[key.slots], self.device)
@@ -281,6 +290,7 @@ class Rank:
         assert cache is not None, "Join comes first"
         assert adopted is not None, "Adopt comes first"
         entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
+        self._index.wrote(set((entries // self.shape.page_size).tolist()))
         sizes = [bucket.rows for bucket in self.shape.buckets]
         index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
         commit = self._local[adopted.mesh.slots].after_step(index)[1]
@@ -338,6 +348,7 @@ class Rank:
             if adopted is None or adopted.epoch != command.epoch or command.epoch <= self._aborted:
                 has = adopted.epoch if adopted else None
                 raise StaleEpoch(f"step {command.step} is of epoch {command.epoch}; this rank is in {has}")
+            self._index.note(command.full)
             programs = self._meshes[adopted.mesh]
             self.world.use(adopted.mesh.ranks)
             inputs = np.frombuffer(command.inputs, np.int32) if command.inputs else self._idle[command.bucket]
@@ -348,6 +359,9 @@ class Rank:
                 text = f"{len(poisoned)} rows came out as not-a-number or infinite"
                 failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
                 return link_pb2.Report(rank=self.rank, step_failed=failed)
+            if outputs is not None and command.inputs:
+                entries = written(inputs, self.shape.buckets[command.bucket]).entries
+                self._index.wrote(set((entries // self.shape.page_size).tolist()))
             answers = self._finish(outputs, packed, command, adopted.mesh)
             self._uncopied = None if outputs is None else (command, inputs, outputs)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()

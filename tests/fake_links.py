@@ -15,6 +15,7 @@ from serving.cache_copy import NotCopied
 from serving.health import Cause
 from serving.links import Loss, RankLost, RankRefused
 from serving.mesh_key import MeshKey
+from serving.page_index import PageIndex
 from serving.protector import Protector, restored_rows
 from serving.proto.moejax.v1 import link_pb2
 from tests.fakes import FakeRank
@@ -45,6 +46,8 @@ class FakeProcess:
         self.routes: np.ndarray | None = None
         self.mesh: MeshKey | None = None
         self.epoch = -1
+        self.generation = 0
+        self.index = PageIndex()
         self.protector: Protector | None = None
         self.uncopied: tuple[int, np.ndarray] | None = None
         """The last step and the entries it wrote, until they are copied: when the next message comes."""
@@ -89,6 +92,7 @@ class FakeLinks:
         self._ranks: dict[int, FakeProcess] = {}
         self._pids = 100
         self._page_size = 0
+        self.shares_memory = False
         self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
 
     def spawn(self, rank: int) -> FakeProcess:
@@ -101,7 +105,13 @@ class FakeLinks:
 
     async def attached(self, rank: int) -> link_pb2.Hello:
         await asyncio.sleep(0)
-        return link_pb2.Hello(epoch=max(self._ranks[rank].epoch, 0))
+        each = self._ranks[rank]
+        return link_pb2.Hello(
+            epoch=max(each.epoch, 0),
+            generation=each.generation,
+            full=each.index.hello(),
+            serves=each.epoch >= 0,
+        )
 
     def get(self, rank: int) -> FakeProcess | None:
         return self._ranks.get(rank)
@@ -150,9 +160,12 @@ class FakeLinks:
             arrays = self._arrays(parts[rank])
             assert each.cache is not None
             assert each.held is not None
+            each.index.note(parts[rank].full)
             tokens, logprobs = each.cache.step(arrays, {})
+            wrote = arrays["write"][arrays["write"] != DROPPED]
+            each.index.wrote(set((wrote // self._page_size).tolist()))
             each.cache.commit(arrays)
-            each.uncopied = parts[rank].step, arrays["write"][arrays["write"] != DROPPED]
+            each.uncopied = parts[rank].step, wrote
             load = np.zeros(each.routes.shape, np.int32)
             answers[rank] = link_pb2.StepDone(
                 tokens=tokens.tobytes(), logprobs=logprobs.tobytes(), expert_load=load.tobytes(), own_ms=1.0
@@ -161,20 +174,23 @@ class FakeLinks:
 
     # -- What ranks do ------------------------------------------------------------------------------------------
 
-    def _configure(self, rank: int, each: FakeProcess, m: link_pb2.Configure) -> None:
+    def _configure(self, rank: int, each: FakeProcess, m: link_pb2.Configure) -> dict:
         self._page_size = m.page_size
-        each.cache = FakeRank(m.pages, m.page_size)
-        each.protector = Protector.of(m)
+        each.cache = each.cache or FakeRank(m.pages, m.page_size)
+        each.protector, each.uncopied = Protector.of(m), None
+        return {"shares_memory": self.shares_memory}
 
     def _join(self, rank: int, each: FakeProcess, m: link_pb2.Join) -> None:
         used = m.pages_used * self._page_size
         assert each.cache is not None
         each.cache.token[used:] = each.cache.position[used:] = -1
-        each.epoch = -1
+        each.epoch, each.generation = -1, m.generation
+        each.index.keep(m.pages_used)
 
     def _adopt(self, rank: int, each: FakeProcess, m: link_pb2.Adopt) -> dict:
         key = MeshKey.read(m.mesh)
         wanted = np.frombuffer(m.slots, np.int32).reshape(self._layers, key.slots_of(rank))
+        each.index.keep(0)
         if m.WhichOneof("protection") is not None:
             each.protector = Protector.of(m)
         if not key.attends(rank):
@@ -195,6 +211,7 @@ class FakeLinks:
     def _write_cache(self, rank: int, each: FakeProcess, m: link_pb2.WriteCache) -> None:
         rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
         entries = self._entries(m)
+        each.index.wrote(set((entries // self._page_size).tolist()))
         each.cache.token[entries], each.cache.position[entries] = rows
         assert rows[0].tolist() == np.frombuffer(m.tokens, np.int32).tolist()
         self._copy(rank, each, entries)
@@ -202,6 +219,7 @@ class FakeLinks:
     def _restore_cache(self, rank: int, each: FakeProcess, m: link_pb2.RestoreCache) -> None:
         rows = restored_rows(m, self._page_size).view(np.int32).reshape(-1, 2)
         entries = self._entries(m)
+        each.index.wrote(set((entries // self._page_size).tolist()))
         each.cache.token[entries], each.cache.position[entries] = rows.T
         self._copy(rank, each, entries)
 

@@ -1,5 +1,6 @@
 """Beyond crashes: planned changes, damaged weights, slow ranks, the coordinator. No token is lost or wrong."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -211,6 +212,40 @@ def test_a_store_that_cannot_be_read_masks_what_is_lost_and_heals_when_it_can(tm
             chunks.with_name("gone").rename(chunks)
             wait_until(lambda: client.status().masked == (), "all experts are healed")
             known.during(client)
+
+
+def test_a_rank_that_is_slow_for_long_is_drained_and_replaced_and_no_token_changes() -> None:
+    settings = {"slow_block_steps": 4, "slow_factor": 1.8, "drain_slow": True}
+    with Server(model=str(TINY), ranks=3, **settings) as server, Client(server) as client:
+        wait_until_whole(client)
+        known = Traffic.record(client, streams=6, prompt_tokens=40, max_tokens=100)
+        slow, over = pid_of(client.status(), 1), threading.Event()
+
+        def hold_up() -> None:
+            """Nine tenths of the time its process stands still."""
+            with contextlib.suppress(ProcessLookupError):
+                while not over.wait(0.003):
+                    os.kill(slow, signal.SIGSTOP)
+                    time.sleep(0.027)
+                    os.kill(slow, signal.SIGCONT)
+
+        def is_drained() -> bool:
+            known.during(client)
+            return "drained" in kinds_since(client, 0)
+
+        thread = threading.Thread(target=hold_up)
+        thread.start()
+        try:
+            wait_until(is_drained, "the slow rank is drained", 60)
+        finally:
+            over.set()
+            thread.join()
+        kinds = kinds_since(client, 0)
+        assert kinds.index("slow") < kinds.index("drained")
+        assert "rank_lost" not in kinds
+        wait_until_whole(client)
+        assert pid_of(client.status(), 1) != slow
+        known.during(client)
 
 
 def test_what_if_says_for_each_rank_what_its_loss_would_cost(client: Client, known: Traffic) -> None:

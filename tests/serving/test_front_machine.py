@@ -40,12 +40,13 @@ async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*filter(None, running), return_exceptions=True)
 
 
-async def play(folder: Path, settings: dict, at: int, then: int | None, victim: int) -> tuple[int, int]:
+async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | None, victim: int) -> tuple[int, int]:
     """The front dies at message `at` after its streams have begun; of the messages of the one after it, at number
     `then` the victim dies. How many messages there were of either."""
     chosen = Settings(**{**vars(SETTINGS), **settings})
     journal, records = Journal.open(folder)
     first = Machine(chosen, ledger=Ledger(journal, records))
+    first.links.shares_memory = shares
     await first.failover.start()
     first.loop.start()
     asking = asyncio.create_task(ask(first))
@@ -72,6 +73,8 @@ async def play(folder: Path, settings: dict, at: int, then: int | None, victim: 
         async with asyncio.timeout(LIMIT_S):
             await second.failover.start()
             second.loop.start()
+            if then is None and at > 20:  # the first pages of all prompts are full by then
+                assert sum(len(pool.kept) for pool in second.loop.state.pools.values()) >= len(second.requests)
             for request in second.requests:
                 items = [item async for item in second.loop.replay(request.id)]
                 said = [item.id for item in items if isinstance(item, Token)]
@@ -87,18 +90,21 @@ async def play(folder: Path, settings: dict, at: int, then: int | None, victim: 
         await second.failover.close()
 
 
+@pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"protect_cache": "off", **APART}])
-def test_a_front_may_die_at_any_message(tmp_path: Path, settings: dict) -> None:
+def test_a_front_may_die_at_any_message(tmp_path: Path, settings: dict, shares: bool) -> None:
     for at in range(0, 40, 2):
-        asyncio.run(play(tmp_path / str(at), settings, at, None, 0))
+        asyncio.run(play(tmp_path / str(at), settings, shares, at, None, 0))
 
 
-@pytest.mark.parametrize("settings", [{}, APART])
-def test_a_rank_may_die_at_any_message_of_the_front_that_takes_over(tmp_path: Path, settings: dict) -> None:
-    _, messages = asyncio.run(play(tmp_path / "whole", settings, 5, None, 0))
+@pytest.mark.parametrize(("settings", "shares"), [({}, True), ({}, False), (APART, True)])
+def test_a_rank_may_die_at_any_message_of_the_front_that_takes_over(
+    tmp_path: Path, settings: dict, shares: bool
+) -> None:
+    _, messages = asyncio.run(play(tmp_path / "whole", settings, shares, 5, None, 0))
     for then in range(min(messages, 30)):
         for victim in range(RANKS):
             try:
-                asyncio.run(play(tmp_path / f"{then}-{victim}", settings, 5, then, victim))
+                asyncio.run(play(tmp_path / f"{then}-{victim}", settings, shares, 5, then, victim))
             except BaseException as error:
                 raise AssertionError(f"rank {victim} died at message {then}") from error

@@ -225,20 +225,30 @@ class Damage(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., nan: bool = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets")
+    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets", "full")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     SHAPES_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     bucket: int
     inputs: bytes
     shapes: _containers.RepeatedCompositeFieldContainer[RowShape]
     targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ...) -> None: ...
+    full: FullPages
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ...) -> None: ...
+
+class FullPages(_message.Message):
+    __slots__ = ("pages", "keys")
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    pages: bytes
+    keys: bytes
+    def __init__(self, pages: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class RowShape(_message.Message):
     __slots__ = ("segment", "tokens", "add", "seen", "repetition", "allowed")
@@ -297,16 +307,20 @@ class Report(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("pid", "token", "epoch", "generation")
+    __slots__ = ("pid", "token", "epoch", "generation", "full", "serves")
     PID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
     pid: int
     token: str
     epoch: int
     generation: int
-    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    full: FullPages
+    serves: bool
+    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
