@@ -142,7 +142,7 @@ COLLOCATED = (
     Scenario("host", _host, "rank_lost", "recovered"),
     Scenario("device error L5", _device_reset, "rank_lost", "recovered"),
     Scenario("not-a-number", _not_a_number, "poisoned", "restored"),
-    Scenario("coordinator", _coordinator, "broken", "recovered"),
+    Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
     Scenario("drain", _drain, "leaving", "drained"),
     Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
@@ -153,7 +153,7 @@ DISAGGREGATED = (
     Scenario("hang of experts", _hang, "rank_lost", "recovered", expert=True),
     Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
     Scenario("not-a-number", _not_a_number, "poisoned", "restored", expert=True),
-    Scenario("coordinator", _coordinator, "broken", "recovered"),
+    Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
     Scenario("drain", _drain, "leaving", "drained"),
     Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )

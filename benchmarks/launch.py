@@ -65,9 +65,9 @@ class Launched:
 
     @property
     def pid(self) -> int:
-        """The front's process; the ranks are children of its supervisor as it is itself."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"serving.front" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        """The front's process."""
+        with Client(self.address) as client:
+            return client.status().front_pid
 
     @property
     def session(self) -> int:

@@ -131,7 +131,7 @@ class Failover:
         self.loads: Callable[[], np.ndarray] = lambda: np.zeros((self.workload.moe_layers, self.workload.experts))
         """Measured traffic `[moe layers, experts]`."""
         self.on_trouble: Callable[[str], None] = lambda _: None
-        """Hears what has broken the generation beside the loss of a rank."""
+        """Hears how the coordinator ended."""
         here = self._one_machine or settings.protect_cache != "auto"
         self.copies = CacheCopies.of(
             settings.protect_cache if here else "off",

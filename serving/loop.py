@@ -6,6 +6,7 @@ The only place that holds the engine's state. It implements `serving.status.Back
 import asyncio
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from pathlib import Path
@@ -330,6 +331,7 @@ class Loop:
             protected_bytes=failover.copies.bytes,
             tokens_restored=self.restoration.restored,
             tokens_recomputed=self.restoration.recomputed,
+            front_pid=os.getpid(),
         )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
@@ -431,7 +433,7 @@ class Loop:
         self.events.add("device_error", self.failover.epoch, message=f"not understood: {text}")
 
     def _trouble(self, text: str) -> None:
-        self.events.add("broken", self.failover.epoch, cause=text)
+        self.events.add("coordinator_lost", self.failover.epoch, cause=text)
         self._wake.set()
 
     # -- The loop -----------------------------------------------------------------------------------------------

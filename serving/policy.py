@@ -75,8 +75,8 @@ def may_serve(plan: Plan, policy: str, loads: np.ndarray, bound: float) -> bool:
 
 
 def hottest(plan: Plan, rank: int, loads: np.ndarray) -> tuple[int, int]:
-    """The (MoE layer, slot) of a rank with the most traffic: what is spoilt to be noticed. An expert's is shared out over
-    the ranks that send tokens; of several copies each serves some of them, or none."""
+    """The (MoE layer, slot) of a rank with the most traffic: what is spoilt to be noticed. Each rank that sends tokens
+    sends them to one copy of an expert; some copies have none."""
     slots, routes = plan.slots_of(rank), plan.expert_to_slot()
     layers, first = np.arange(len(slots))[:, None], plan.holder_ids.index(rank) * plan.slots_per_rank
     here = first + np.arange(plan.slots_per_rank)

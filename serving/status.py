@@ -124,6 +124,8 @@ class Status:
     """Cache entries of requests whose rank died that were restored from a copy."""
     tokens_recomputed: int = 0
     """Of these, computed again."""
+    front_pid: int = 0
+    """The front's process, on its machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,10 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{model.name}, {model.experts} experts, context {model.max_context}"),
-        ("state", f"{state}, epoch {status.epoch}, generation {status.generation}"),
+        (
+            "state",
+            f"{state}, epoch {status.epoch}, generation {status.generation}, front pid {status.front_pid}",
+        ),
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
         ("experts masked", masked),

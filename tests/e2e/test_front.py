@@ -36,9 +36,8 @@ class Supervised:
 
     def front(self) -> int:
         """The process that serves."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = (int(child) for child in children if b"serving.front" in Path(f"/proc/{child}/cmdline").read_bytes())
-        return pid
+        with Client(self.address) as client:
+            return client.status().front_pid
 
 
 @pytest.fixture(scope="module")

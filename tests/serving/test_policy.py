@@ -91,6 +91,17 @@ def test_a_policy_lets_masked_experts_wait_or_not():
     assert not may_serve(masked, "auto", np.array([[10, 30, 40, 20]]), 0.05)
 
 
+@given(SIZES, st.integers(0, 3))
+def test_the_hottest_slot_is_one_that_somebody_sends_tokens_to(sizes, spare):
+    plan, _ = plans(*sizes, 0, spare)
+    routes = plan.expert_to_slot()
+    for place, rank in enumerate(plan.holder_ids):
+        layer, slot = hottest(plan, rank, np.ones((sizes[1], sizes[2])))
+        used = routes[:, layer] == place * plan.slots_per_rank + slot
+        here = (routes // plan.slots_per_rank == place).any()
+        assert used.any() or not here
+
+
 def test_the_hottest_slot_is_the_one_whose_expert_had_most_traffic():
     before, _ = plans(2, 2, 4, 0, 0)
     loads = np.zeros((2, 4))
