@@ -12,6 +12,9 @@ import numpy as np
 
 from serving.request import Request, Top
 
+UNKNOWN = -1
+"""Stands for a token that a step in flight will make."""
+
 TILE = 32
 """Rows of one prefill segment."""
 
@@ -106,6 +109,18 @@ def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int
         else:
             yield item, row, row
             row += 1
+
+
+def sources(before: Batch, batch: Batch, rank: int) -> np.ndarray:
+    """For each of the rank's decode rows the segment of the step before that chooses its token, -1 where the token is
+    known; int32."""
+    last = {item.request_id: segment + max(item.tiles, 1) - 1 for item, _, segment in _segments(before, rank)}
+    rows = [item for item, _, _ in _segments(batch, rank) if not item.tiles]
+    return np.array([last[item.request_id] if item.tokens[0] == UNKNOWN else -1 for item in rows], np.int32)
+
+
+def _segments(batch: Batch, rank: int) -> Iterator[tuple[Work, int, int]]:
+    return segments(batch.bucket, batch.work.get(rank, ()))
 
 
 def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:

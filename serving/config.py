@@ -80,6 +80,7 @@ class Settings:
     scrub_s: float = setting(60.0, "Seconds in which every weight is compared with its checksum once; 0 never.")
     drain_slow: bool = setting(False, "Drain and replace ranks that are slow for long, instead of only telling.")
     slow_factor: float = setting(3.0, "Slow: so many times the others' time for a rank's own part of the steps.")
+    lookahead: bool = setting(True, "Make a step while the one before it runs; off: when its results are there.")
     slow_block_steps: int = setting(50, "Steps over which that is judged; eight slow blocks in a row are long.")
     restart: bool = setting(True, "Replace ranks that died.")
     slots_per_rank: int | None = setting(None, "Expert slots per layer; the planner chooses when left out.")

@@ -25,7 +25,7 @@ def move(state: EngineState, request_id: str) -> tuple[EngineState, Sequence] | 
     The cache entries 0 .. computed - 1 must have been copied from its old pages to its new ones before the state is
     used. None when no open rank has room. The step in flight, if any, must be over.
     """
-    assert state.in_flight is None, "a request cannot move while its step runs"
+    assert not state.in_flight, "a request cannot move while its step runs"
     sequence = state.running[request_id]
     source = sequence.rank
     assert source is not None
@@ -51,7 +51,7 @@ def move(state: EngineState, request_id: str) -> tuple[EngineState, Sequence] | 
 
 def displace(state: EngineState, ranks: Collection[int]) -> EngineState:
     """The requests of these ranks at the front of the queue, as prompt + tokens so far, to be computed again."""
-    assert state.in_flight is None, "a request cannot move while its step runs"
+    assert not state.in_flight, "a request cannot move while its step runs"
     going = [sequence for sequence in state.running.values() if sequence.rank in ranks]
     pools = dict(state.pools)
     for sequence in going:

@@ -1,8 +1,9 @@
 """What the server knows about every open request, and what can happen to it. Values and pure transitions.
 
 A transition takes a state and returns its successor, with outputs where clients must hear of it. `schedule`
-(serving/scheduler.py) makes a step, `apply` takes its results in. A step that fails in between leaves no
-trace: go on from the state that `schedule` returned, of which `lose` makes the next. Not from the one before it:
+(serving/scheduler.py) makes a step, `apply` takes its results in; another step may be made before they are there, from
+the state as it will be, in which the tokens of the step in flight are UNKNOWN. Steps that fail in between leave no
+trace: go on from the state that the last `schedule` returned, of which `lose` makes the next. Not from one before it:
 a rank may have written on pages that `schedule` took from the prefix cache.
 """
 
@@ -11,12 +12,12 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
-from serving.batch import Batch, Bucket, Result, Work
+from serving.batch import UNKNOWN, Batch, Bucket, Result, Work
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
 from serving.fairness import GENERATED_WEIGHT, Shares
 from serving.pages import Key, PagePool, check_pages, page_keys
 from serving.request import Finished, FinishReason, Request, Scored, Token
-from serving.sequence import Salvage, Sequence
+from serving.sequence import Ahead, Salvage, Sequence
 
 Output = tuple[str, Scored | Token | Finished | MoejaxError]
 """What a client hears: scores of its prompt, a token, or the one end of its stream (Finished, or a typed error)."""
@@ -86,8 +87,8 @@ class EngineState:
     running: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
     step: int = 0
     """Steps made so far."""
-    in_flight: int | None = None
-    """The step whose results are awaited; results of any other are refused."""
+    in_flight: tuple[int, ...] = ()
+    """Steps whose results are awaited, in this order; results of any other are refused."""
     arrivals: int = 0
     preemptions: int = 0
     decode_first: bool = False
@@ -189,18 +190,18 @@ def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tu
     Requests that ended while the step ran are passed over. Raises ValueError when the step is not the one in
     flight: it is of an old epoch, or its results are in already.
     """
-    if batch.step != state.in_flight:
-        raise ValueError(f"results of step {batch.step} came, but step {state.in_flight} is in flight.")
+    if batch.step != next(iter(state.in_flight), None):
+        raise ValueError(f"results of step {batch.step} came, but steps {list(state.in_flight)} are in flight.")
     running, pools, outputs, ended = dict(state.running), dict(state.pools), [], []
     costs: dict[str, float] = {}
     for work in (work for part in batch.work.values() for work in part):
         sequence = running.get(work.request_id)
-        if sequence is None:
+        if sequence is None or next((each.step for each in sequence.ahead), None) != batch.step:
             continue
         result = results.get(work.request_id)
         sequence, told, reason = _advanced(state.limits, sequence, work, result, batch)
         outputs += ((work.request_id, item) for item in told)
-        made = len(sequence.generated) - len(running[work.request_id].generated)
+        made = sequence.known - running[work.request_id].known
         owner, cost = sequence.request.owner, made * GENERATED_WEIGHT / sequence.request.share
         costs[owner] = costs.get(owner, 0.0) + cost
         assert sequence.rank is not None
@@ -208,8 +209,37 @@ def apply(state: EngineState, batch: Batch, results: Mapping[str, Result]) -> tu
         if reason is not None:
             outputs.append((work.request_id, Finished(reason, sequence.reused or 0)))
             ended.append(work.request_id)
-    state = dataclasses.replace(state, running=running, pools=pools, in_flight=None, shares=state.shares.charged(costs))
+    state = dataclasses.replace(
+        state, running=running, pools=pools, in_flight=state.in_flight[1:], shares=state.shares.charged(costs)
+    )
     return (_without(state, ended) if ended else state), tuple(outputs)
+
+
+def foreseen(state: EngineState, batch: Batch) -> EngineState:
+    """The state once the step is in, as far as that is known: what was computed then, and that there will be tokens."""
+    running = dict(state.running)
+    for work in (work for part in batch.work.values() for work in part):
+        sequence = running[work.request_id]
+        samples = work.samples and sequence.request.max_tokens > 0
+        generated = (*sequence.generated, UNKNOWN) if samples else sequence.generated
+        full = _reason_of_length(state.limits, sequence.request, len(generated)) is not None
+        running[work.request_id] = dataclasses.replace(
+            sequence,
+            generated=generated,
+            computed=work.start + len(work.tokens),
+            ahead=(*sequence.ahead, Ahead(batch.step, work.start, samples, last=work.samples and full)),
+        )
+    return dataclasses.replace(state, running=running, in_flight=(*state.in_flight, batch.step))
+
+
+def is_foreseeable(state: EngineState) -> bool:
+    """Whether the next step can be made before the results of the one in flight are there: no choice of a token
+    depends on which tokens those are."""
+    return not any(
+        sequence.request.is_shaped(len(sequence.generated))
+        for sequence in state.running.values()
+        if sequence.known < len(sequence.generated)
+    )
 
 
 def _advanced(
@@ -218,7 +248,7 @@ def _advanced(
     """A sequence after its work was done, what its client hears of it, and why it ends if it does."""
     told: list[Scored | Token] = []
     reason: FinishReason | None = None
-    generated, scored = sequence.generated, sequence.scored
+    generated, scored, known = sequence.generated, sequence.scored, sequence.known
     if work.targets:
         assert result is not None
         logprobs, top = zip(*result.scores, strict=True)
@@ -233,7 +263,7 @@ def _advanced(
         else:
             told.append(
                 Token(
-                    len(generated),
+                    known,
                     result.token,
                     result.logprob,
                     batch.epoch,
@@ -242,16 +272,15 @@ def _advanced(
                     sequence.reused or 0,
                 )
             )
-            generated = (*generated, result.token)
-            reason = _reason_of_length(limits, sequence.request, len(generated))
-    computed = work.start + len(work.tokens)
-    return dataclasses.replace(sequence, generated=generated, scored=scored, computed=computed), told, reason
+            generated = (*generated[:known], result.token, *generated[known + 1 :])
+            reason = _reason_of_length(limits, sequence.request, known + 1)
+    return dataclasses.replace(sequence, generated=generated, scored=scored, ahead=sequence.ahead[1:]), told, reason
 
 
 def lose(state: EngineState, dead: Collection[int], salvage: Mapping[str, Salvage] | None = None) -> EngineState:
     """Ranks died: their requests go to the front of the queue as prompt + tokens so far. None is sent again.
 
-    The step in flight, if any, is forgotten: its results will be refused and its work is scheduled again. `salvage`
+    Steps in flight are forgotten: their results will be refused and their work is scheduled again. `salvage`
     is what outlived the ranks, by request; one that was being restored keeps what it is restored from.
     """
     found = salvage or {}
@@ -263,9 +292,9 @@ def lose(state: EngineState, dead: Collection[int], salvage: Mapping[str, Salvag
     return dataclasses.replace(
         state,
         pools={rank: pool for rank, pool in state.pools.items() if rank not in dead},
-        running={key: sequence for key, sequence in state.running.items() if sequence.rank not in dead},
+        running={key: each.withdrawn() for key, each in state.running.items() if each.rank not in dead},
         waiting=requeued(state.waiting, lost),
-        in_flight=None,
+        in_flight=(),
         decode_first=True,
     )
 
@@ -330,10 +359,10 @@ def _mixed(sequence: Sequence) -> Sequence:
 def sealed(state: EngineState, sequence: Sequence, pool: PagePool) -> tuple[Sequence, PagePool]:
     """The sequence and its rank's pool after its full pages were made known."""
     size, chain = state.limits.page_size, sequence.chain
-    if not state.limits.prefix_caching or chain is None or sequence.computed // size == len(chain):
+    if not state.limits.prefix_caching or chain is None or sequence.settled // size == len(chain):
         return sequence, pool
     start, before = len(chain) * size, chain[-1] if chain else state.root
-    fresh = page_keys(sequence.tokens(start, sequence.computed), size, before)
+    fresh = page_keys(sequence.tokens(start, sequence.settled), size, before)
     for page, key in zip(sequence.pages[len(chain) :], fresh, strict=False):
         pool = pool.seal(page, key)
     return dataclasses.replace(sequence, chain=chain + fresh), pool
@@ -359,13 +388,13 @@ def check_integrity(state: EngineState) -> None:
         assert key == sequence.id
         assert sequence.arrival < state.arrivals, f"{key} arrived as {sequence.arrival} of {state.arrivals}"
         assert not request.stop_tokens.intersection(sequence.generated), f"{key} is past its stop token"
-        over = sequence.generated and _reason_of_length(state.limits, request, len(sequence.generated))
+        over = sequence.known and _reason_of_length(state.limits, request, sequence.known)
         assert not over, f"{key} has all its tokens and is still open"
     for sequence in state.waiting.values():
         assert sequence == sequence.displaced(), f"{sequence.id} waits and holds {sequence.pages}"
     for sequence in state.running.values():
         assert sequence.rank in state.pools, f"{sequence.id} runs on rank {sequence.rank}, which is not there"
-        assert sequence.pending >= 1, f"{sequence.id} has nothing to compute"
+        assert sequence.pending >= 1 or sequence.ending, f"{sequence.id} has nothing to compute"
         room = len(sequence.pages) * state.limits.page_size
         assert sequence.computed <= room, f"{sequence.id} has {sequence.computed} entries in room for {room}"
     for rank, pool in state.pools.items():
@@ -374,7 +403,7 @@ def check_integrity(state: EngineState) -> None:
         assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
         check_pages(pool, [page for sequence in here for page in sequence.pages])
         for sequence in here:
-            for page in sequence.pages[sequence.computed // state.limits.page_size :]:
+            for page in sequence.pages[sequence.settled // state.limits.page_size :]:
                 assert pool.holders[page] == 1, f"{sequence.id} will write on page {page}, which others read"
                 assert page not in pool.keys, f"{sequence.id} will write on page {page}, which is sealed"
 

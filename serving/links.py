@@ -73,8 +73,10 @@ class Incarnation:
         self.attached: asyncio.Future[link_pb2.Hello] = asyncio.get_running_loop().create_future()
         self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
         self.pending: dict[int, tuple[str, asyncio.Future[link_pb2.Done]]] = {}
-        self.step: tuple[int, asyncio.Future[link_pb2.StepDone]] | None = None
+        self.steps: dict[int, asyncio.Future[link_pb2.StepDone]] = {}
+        """Those it has not answered yet, in order."""
         self.step_sent: float | None = None
+        """When it could begin with the first of them."""
         self.last_heartbeat = time.monotonic()
         self.gaps: collections.deque[float] = collections.deque(maxlen=200)
         self.step_times: collections.deque[float] = collections.deque(maxlen=200)
@@ -151,13 +153,14 @@ class RankLinks:
         return await future
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
-        """Run one step on all these ranks. Raises RankLost, Poisoned, or RankRefused when one failed and none is known
-        dead."""
+        """Run one step on all these ranks, after those they were given before. Raises RankLost, Poisoned, or
+        RankRefused when one failed and none is known dead."""
         now, ranks = time.monotonic(), [self._alive(rank) for rank in parts]
         futures: list[asyncio.Future[link_pb2.StepDone]] = []
         for each, part in zip(ranks, parts.values(), strict=True):
             futures.append(asyncio.get_running_loop().create_future())
-            each.step, each.step_sent = (part.step, futures[-1]), now
+            each.steps[part.step] = futures[-1]
+            each.step_sent = each.step_sent or now
             each.outbox.put_nowait(link_pb2.Command(step=part))
         try:
             answers = await asyncio.gather(*futures)
@@ -168,9 +171,10 @@ class RankLinks:
             errors = [f.exception() for f in futures if f.done() and not f.cancelled()]
             raise Poisoned({e.rank: e.poisoned for e in errors if isinstance(e, RankRefused) and e.poisoned}) from None
         finally:
-            for each, future in zip(ranks, futures, strict=True):
+            for each, part, future in zip(ranks, parts.values(), futures, strict=True):
                 future.cancel()
-                each.step, each.step_sent = None, None
+                each.steps.pop(part.step, None)
+                each.step_sent = each.step_sent if each.steps else None
         return dict(zip(parts, answers, strict=True))
 
     def abort(self, ranks: Iterable[int], epoch: int, *, connecting: int = 0) -> None:
@@ -252,22 +256,23 @@ class RankLinks:
             self._answer(each, report.failed.id, report.failed)
         elif what == "copied" and each.loss is None:
             self.on_copied(each.rank, report.copied)
-        elif what == "step_done" and (waiting := self._waits(each, report.step_done.step)):
-            if each.step_sent is not None:
-                each.step_times.append(now - each.step_sent)
-            each.step_sent, each.compiles = None, report.step_done.compiles
+        elif what == "step_done" and (waiting := self._answered(each, report.step_done.step, now)):
+            each.compiles = report.step_done.compiles
             waiting.set_result(report.step_done)
-        elif what == "step_failed" and (waiting := self._waits(each, report.step_failed.step)):
-            each.step_sent = None
+        elif what == "step_failed" and (waiting := self._answered(each, report.step_failed.step, now)):
             failed = report.step_failed
             waiting.set_exception(RankRefused(each.rank, "step", failed.error, tuple(failed.poisoned_rows)))
 
     @staticmethod
-    def _waits(each: Incarnation, step: int) -> "asyncio.Future[link_pb2.StepDone] | None":
+    def _answered(each: Incarnation, step: int, now: float) -> "asyncio.Future[link_pb2.StepDone] | None":
         """Who waits for the answer to this step, if anybody still does."""
-        if each.step is None or each.step[0] != step or each.step[1].done():
+        waiting = each.steps.pop(step, None)
+        if waiting is None or waiting.done():
             return None
-        return each.step[1]
+        if each.step_sent is not None:
+            each.step_times.append(now - each.step_sent)
+        each.step_sent = now if each.steps else None
+        return waiting
 
     @staticmethod
     def _answer(each: Incarnation, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:
@@ -295,8 +300,7 @@ class RankLinks:
         cause = str(each.loss.cause) if each.loss else "the server stops"
         error = RankLost(each.rank, cause)
         futures: list[asyncio.Future[Any]] = [future for _, future in each.pending.values()]
-        if each.step is not None:
-            futures.append(each.step[1])
+        futures += each.steps.values()
         for future in (*futures, each.attached):
             if not future.done():
                 future.set_exception(error)
@@ -322,8 +326,9 @@ class RankLinks:
         """All ranks are late and none can be named: the step has failed, and whoever asked for it makes the mesh anew.
         A rank that hangs is then the one that does not come along."""
         for each in self._ranks.values():
-            if each.step is not None and not each.step[1].done():
-                each.step[1].set_exception(RankRefused(each.rank, "step", "every rank is late with it"))
+            for waiting in each.steps.values():
+                if not waiting.done():
+                    waiting.set_exception(RankRefused(each.rank, "step", "every rank is late with it"))
 
     @staticmethod
     def _observe(each: Incarnation) -> Observation:

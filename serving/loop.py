@@ -4,6 +4,7 @@ The only place that holds the engine's state. It implements `serving.status.Back
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import os
@@ -18,7 +19,19 @@ from serving import drain
 from serving.backlog import Backlog
 from serving.batch import Batch
 from serving.config import Settings
-from serving.engine import EngineState, Limits, Output, adopt, apply, cancel, expire, lose, resubmit, submit
+from serving.engine import (
+    EngineState,
+    Limits,
+    Output,
+    adopt,
+    apply,
+    cancel,
+    expire,
+    is_foreseeable,
+    lose,
+    resubmit,
+    submit,
+)
 from serving.errors import (
     DeadlineExceeded,
     Draining,
@@ -66,7 +79,7 @@ UNREADABLE_S = 5.0
 FORESEE_S = 1.0
 """How soon what could not be prepared for a replacement is tried again."""
 TEND_S = 0.25
-"""How often the journal is looked after."""
+"""How often the journal is looked after, and what is due between two steps."""
 RESTARTS = 5
 """Attempts to replace a rank before it is given up, each after twice the pause."""
 
@@ -85,7 +98,7 @@ class Counts:
     rank_ms: float = 0.0
     """Of the slowest rank of each step, inside the compiled programs."""
     step_ms: float = 0.0
-    """From scheduling a step to having delivered its tokens."""
+    """From making a step, or the end of the one before it if that was later, to having delivered its tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,15 @@ class _Resuming:
     phases: dict[str, float]
     evidence_at: float
     adopted_at: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that was sent, made at a moment of the monotonic clock."""
+
+    batch: Batch
+    began: float
+    answers: "asyncio.Task[dict[int, link_pb2.StepDone]]"
 
 
 class Loop:
@@ -148,6 +170,10 @@ class Loop:
         self.operations = Operations(self)
         self.restoration = Restoration(self, failover.copies)
         self._news = PageNews()
+        self._flights: collections.deque[_Flight] = collections.deque()
+        """Steps whose results are awaited: one, or two where the second was made while the first runs."""
+        self._tended_at = 0.0
+        self._landed_at = 0.0
         self._watchers: list[asyncio.Task[None]] = []
         self._paces = Paces()
         self._own_ms: dict[int, float] = {}
@@ -192,6 +218,7 @@ class Loop:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
+        self._ground()
         self._end_all(Draining("the server shut down before the request was done."))
 
     def lost(self, loss: Loss) -> None:
@@ -441,53 +468,84 @@ class Loop:
     async def _run(self) -> None:
         try:
             while True:
-                await self._tend()
-                self.state, outputs = expire(self.state, time.monotonic())
-                self._deliver(outputs)
-                began = time.monotonic()
-                may = self.failover.plan is not None and not self.operations.paused
-                admitted = self.state.admitted
-                self.state, batch = schedule(self.state) if may else (self.state, None)
-                left, queued = self.state.admitted - admitted, bool(self.state.waiting)
-                self._backlog = self._backlog.looked(began, left=left, queued=queued)
-                if batch is None:
-                    self._resumed()
-                    await self._sleep()
-                    continue
-                await self._step(batch, began)
+                if not self._flights:
+                    await self._tend()
+                    self._tended_at = time.monotonic()
+                    if not self._launch():
+                        self._resumed()
+                        await self._sleep()
+                        continue
+                if self._may_look_ahead():
+                    self._launch()
+                await self._land()
         except Exception as error:
             self._ended = Internal(f"the engine stopped: {type(error).__name__}: {error}")
             self._end_all(self._ended)
             raise
 
-    async def _step(self, batch: Batch, began: float) -> None:
-        epoch, plan = self.failover.epoch, self.failover.plan
-        assert plan is not None
+    def _may_look_ahead(self) -> bool:
+        """Whether another step may be made while one is in flight: nothing is due that is done between steps, and now
+        and then it is looked what is."""
+        failover = self.failover
+        if not self.settings.lookahead or len(self._flights) > 1 or not is_foreseeable(self.state):
+            return False
+        lost = bool(self._losses) or failover.broken or failover.plan is None
+        coming = failover.may_admit or failover.may_grow or self._may_join()
+        due = self.operations.pending or self.restoration.pending or failover.healing or failover.loaded
+        return not (lost or coming or due) and time.monotonic() - self._tended_at < TEND_S
+
+    def _launch(self) -> bool:
+        """Make a step and send it. False when there is nothing to do."""
+        self.state, outputs = expire(self.state, time.monotonic())
+        self._deliver(outputs)
+        began = time.monotonic()
+        plan, epoch = self.failover.plan, self.failover.epoch
+        admitted, batch = self.state.admitted, None
+        if plan is not None and not self.operations.paused:
+            self.state, batch = schedule(self.state)
+        left, queued = self.state.admitted - admitted, bool(self.state.waiting)
+        self._backlog = self._backlog.looked(began, left=left, queued=queued)
+        if batch is None or plan is None:
+            return False
         batch = dataclasses.replace(batch, degraded=bool(plan.masked))
-        index = self.settings.buckets.index(tuple(batch.bucket))
-        parts = {
-            rank: step_message(
-                batch,
-                rank,
-                epoch=epoch,
-                bucket=index,
-                page_size=self.state.limits.page_size,
-                max_pages=self.state.limits.max_pages,
-                masks=self._guides.mask,
-            )
-            for rank in plan.rank_ids
-        }
-        for rank, part in parts.items():
-            if rank in self.state.pools and (full := self._news.of(rank, self.state.pools[rank].keys)) is not None:
-                part.full.CopyFrom(full)
+        before = self._flights[-1].batch if self._flights else None
+        parts = {rank: self._part(batch, rank, epoch, before) for rank in plan.rank_ids}
+        answers = asyncio.create_task(self.links.step(parts))
+        self._flights.append(_Flight(batch, began, answers))
+        return True
+
+    def _part(self, batch: Batch, rank: int, epoch: int, before: Batch | None) -> link_pb2.Step:
+        limits, pool = self.state.limits, self.state.pools.get(rank)
+        part = step_message(
+            batch,
+            rank,
+            epoch=epoch,
+            bucket=self.settings.buckets.index(tuple(batch.bucket)),
+            page_size=limits.page_size,
+            max_pages=limits.max_pages,
+            masks=self._guides.mask,
+            before=before,
+        )
+        full = self._news.of(rank, pool.keys) if pool is not None else None
+        if full is not None:
+            part.full.CopyFrom(full)
+        return part
+
+    async def _land(self) -> None:
+        """Take in the results of the step that was sent first. When it failed, those after it have too."""
+        flight = self._flights.popleft()
+        batch = flight.batch
         try:
-            answers = await self.links.step(parts)
+            answers = await flight.answers
         except RankLost:
+            self._ground()
             return
         except RankRefused as refusal:
+            self._ground()
             await self._explain(refusal)
             return
         except Poisoned as poison:
+            self._ground()
             self.state = lose(self.state, ())
             with contextlib.suppress(RankLost, RankRefused):
                 await self.operations.poisoned(batch, poison.rows)
@@ -505,12 +563,20 @@ class Loop:
         self._deliver(outputs)
         self._resumed()
         self._judge_paces()
+        now = time.monotonic()
+        took, self._landed_at = now - max(flight.began, self._landed_at), now
         self.counts.steps += 1
         self.counts.program_ms += max(answer.program_ms for answer in answers.values())
         self.counts.rank_ms += max(answer.total_ms for answer in answers.values())
-        took = time.monotonic() - began
         self.counts.step_ms += 1e3 * took
         self.restoration.stepped(batch, took)
+
+    def _ground(self) -> None:
+        """Wait for no step any more."""
+        for flight in self._flights:
+            flight.answers.cancel()
+            flight.answers.add_done_callback(lambda answers: answers.cancelled() or answers.exception())
+        self._flights.clear()
 
     async def _explain(self, refusal: RankRefused) -> None:
         """A step failed on a rank that lives: the death that explains it shows soon, or the mesh is broken."""

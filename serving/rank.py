@@ -95,6 +95,10 @@ class Rank:
         """Connect commands up to this number are void, also those that have not begun: a member is dead."""
         self._protector: Protector | None = None
         self._index = PageIndex()
+        self._last = (-1, -1)
+        """Epoch and number of the last step."""
+        self._chosen: np.ndarray | None = None
+        """The tokens it chose, by segment; None when they are void."""
         self._uncopied: tuple[link_pb2.Step, np.ndarray, StepOutputs] | None = None
         """The last step, until what it wrote is copied."""
 
@@ -352,10 +356,15 @@ class Rank:
             programs = self._meshes[adopted.mesh]
             self.world.use(adopted.mesh.ranks)
             inputs = np.frombuffer(command.inputs, np.int32) if command.inputs else self._idle[command.bucket]
+            if command.after:
+                inputs = self._continued(command, inputs)
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()
             outputs = programs.step(command.bucket)(adopted.arguments(packed))
-            if poisoned := self._poisoned(outputs, inputs, command.bucket):
+            poisoned = self._poisoned(outputs, inputs, command.bucket)
+            if poisoned or (command.after and self._chosen is None):
+                # The others may be in the step after this one already, and need this rank's part of its exchange.
+                self._last, self._chosen = (command.epoch, command.step), None
                 text = f"{len(poisoned)} rows came out as not-a-number or infinite"
                 failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
                 return link_pb2.Report(rank=self.rank, step_failed=failed)
@@ -363,6 +372,8 @@ class Rank:
                 entries = written(inputs, self.shape.buckets[command.bucket]).entries
                 self._index.wrote(set((entries // self.shape.page_size).tolist()))
             answers = self._finish(outputs, packed, command, adopted.mesh)
+            self._last = command.epoch, command.step
+            self._chosen = np.frombuffer(answers["tokens"], np.int32) if answers else np.zeros(0, np.int32)
             self._uncopied = None if outputs is None else (command, inputs, outputs)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended = time.perf_counter()
@@ -381,6 +392,18 @@ class Rank:
             own_ms=1e3 * (ended - self._sampled + began - received),
         )
         return link_pb2.Report(rank=self.rank, step_done=done)
+
+    def _continued(self, command: link_pb2.Step, inputs: np.ndarray) -> np.ndarray:
+        """The inputs of a step with the tokens that the step before it chose; as they are where that is void."""
+        if self._last != (command.epoch, command.after):
+            raise StaleEpoch(f"step {command.step} follows step {command.after}; the last one here was {self._last}")
+        sources = np.frombuffer(command.sources, np.int32)
+        rows = np.flatnonzero(sources >= 0)
+        if self._chosen is None or not len(rows):
+            return inputs
+        inputs = inputs.copy()
+        inputs[rows] = self._chosen[sources[rows]]  # tokens stand first in the packed inputs, decode rows first in them
+        return inputs
 
     def _poisoned(self, outputs: StepOutputs | None, inputs: np.ndarray, bucket: int) -> list[int]:
         """Rows of the step that are no numbers, padding left out. A failed collective shows itself here."""
@@ -493,15 +516,17 @@ class Link:
         """Obey until the front says stop or, unless this rank stays, is gone."""
         threading.Thread(target=self._receive, daemon=True, name="receiver").start()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        free_at = 0.0
         while True:
             front, command, received = self._orders.get()
             what = command.WhichOneof("what")
             if front.over:
                 continue
             if what == "step":
-                front.say(self._rank.step(command.step, received))
+                front.say(self._rank.step(command.step, max(received, free_at)))
                 self._rank.protect()
                 self._tell(front)
+                free_at = time.perf_counter()
             elif what == "prepare":
                 self._loader.submit(self._obey, front, command, what)
             else:

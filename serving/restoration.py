@@ -77,6 +77,7 @@ class Restoration:
         for sequence in state.running.values():
             if sequence.rank not in ranks or sequence.restoring:
                 continue
+            sequence = sequence.withdrawn()
             salvage = self.copies.salvage(sequence, state.limits.page_size)
             if salvage is not None and self._is_restored(sequence, salvage, ranks):
                 found[sequence.id] = salvage

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from serving.batch import TILE, Batch, Bucket, Shaped, Work
-from serving.engine import EngineState, requeued
+from serving.engine import EngineState, foreseen, requeued
 from serving.fairness import Turns
 from serving.pages import Key, page_keys
 from serving.sequence import Sequence
@@ -32,7 +32,8 @@ def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
     if not any(work.values()):
         return state, None
     successor = draft.state()
-    return successor, Batch(successor.step, state.epoch, _smallest(limits.buckets, work.values()), work)
+    batch = Batch(successor.step, state.epoch, _smallest(limits.buckets, work.values()), work)
+    return foreseen(successor, batch), batch
 
 
 def reserve(state: EngineState) -> EngineState:
@@ -71,14 +72,15 @@ class _Draft:
     @property
     def behind(self) -> int:
         """How many requests have yet to come that far: those that decode wait for them no longer than they would."""
-        return sum(map(len, self.ranks.values())) - self.decoding + len(self.waiting)
+        ending = sum(sequence.ending for sequences in self.ranks.values() for sequence in sequences)
+        return sum(map(len, self.ranks.values())) - ending - self.decoding + len(self.waiting)
 
     def grow(self, rank: int) -> None:
         """A page for every decode row that starts one: the oldest sequence first, at the youngest's cost."""
         sequences, page_size, at = self.ranks[rank], self.before.limits.page_size, 0
         while at < len(sequences):
             sequence = sequences[at]
-            if sequence.computed == len(sequence.pages) * page_size:
+            if sequence.computed == len(sequence.pages) * page_size and not sequence.ending:
                 if not self.pools[rank].available:
                     self.preempt(rank)
                     continue
@@ -164,7 +166,7 @@ class _Draft:
         first = next((other for other in running if other.id == family), None)
         if first is None or first.chain is None or first.rank in self.before.closed:
             return False
-        return first.computed < (len(sequence.request.prompt) - 1) // limits.page_size * limits.page_size
+        return first.settled < (len(sequence.request.prompt) - 1) // limits.page_size * limits.page_size
 
     def place(self, sequence: Sequence, keys: tuple[Key, ...]) -> int | None:
         """The rank for this sequence: of those that have room, the one with most of its pages, then the fewest
@@ -205,7 +207,6 @@ class _Draft:
             waiting=self.waiting,
             running={sequence.id: sequence for sequences in self.ranks.values() for sequence in sequences},
             step=step,
-            in_flight=step,
             preemptions=self.before.preemptions + self.preempted,
             decode_first=False,
             prefix_queries=self.before.prefix_queries + self.queried,
@@ -216,7 +217,7 @@ class _Draft:
 
 
 def _decodes(sequence: Sequence) -> bool:
-    return sequence.pending == 1 and not sequence.restoring
+    return sequence.pending == 1 and not (sequence.restoring or sequence.ending)
 
 
 def _arrival(sequence: Sequence) -> int:

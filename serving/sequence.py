@@ -18,11 +18,23 @@ class Salvage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Ahead:
+    """What a step in flight does for a request: it computes from position `start` on. It may make a token, and be the
+    last that is needed."""
+
+    step: int
+    start: int
+    samples: bool
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sequence:
     """A request and its state. Taking it off its rank forgets what is below `generated`, but for `salvage`.
 
     `arrival` orders requests for their whole life. Positions 0 .. computed - 1 are in the cache of `rank`,
-    in `pages`. The last token made is never in the cache: its keys and values come with the next step.
+    in `pages`, once the steps of `ahead` are in; those below `settled` are there now, and tokens that those steps make
+    are unknown. The last token made is never in the cache: its keys and values come with the next step.
     `chain` has the keys of its full pages; None when others must not find them. `reused` counts the prompt
     tokens that were found in the cache when it was first placed; `scored` those whose log-probabilities were told.
     With `salvage` and a rank it is being restored: positions up to `salvage.count` come from a copy, before any step
@@ -39,6 +51,7 @@ class Sequence:
     pages: tuple[int, ...] = ()
     chain: tuple[Key, ...] | None = ()
     salvage: Salvage | None = None
+    ahead: tuple[Ahead, ...] = ()
 
     @property
     def id(self) -> str:
@@ -53,6 +66,27 @@ class Sequence:
     def restoring(self) -> bool:
         """Whether it has a place and waits for its cache entries."""
         return self.rank is not None and self.salvage is not None
+
+    @property
+    def settled(self) -> int:
+        """Positions that are in the cache whatever becomes of the steps in flight."""
+        return self.ahead[0].start if self.ahead else self.computed
+
+    @property
+    def known(self) -> int:
+        """Tokens generated that are known."""
+        return len(self.generated) - sum(each.samples for each in self.ahead)
+
+    @property
+    def ending(self) -> bool:
+        """Whether a step in flight is its last."""
+        return any(each.last for each in self.ahead)
+
+    def withdrawn(self) -> "Sequence":
+        """The sequence as it is when no step in flight comes in."""
+        if not self.ahead:
+            return self
+        return dataclasses.replace(self, generated=self.generated[: self.known], computed=self.settled, ahead=())
 
     @property
     def length(self) -> int:
@@ -93,7 +127,7 @@ class Sequence:
 
     def displaced(self) -> "Sequence":
         """The sequence without a rank: prompt + tokens so far, to be computed again, but for what was salvaged."""
-        return dataclasses.replace(self, rank=None, computed=0, pages=(), chain=())
+        return dataclasses.replace(self.withdrawn(), rank=None, computed=0, pages=(), chain=())
 
     def forgotten(self) -> "Sequence":
         """The sequence without a rank, to be computed again from its first token."""

@@ -2,18 +2,30 @@
 
 import numpy as np
 
-from serving.batch import Batch, Result, assemble, harvest
+from serving.batch import Batch, Result, assemble, harvest, sources
 from serving.proto.moejax.v1 import link_pb2
 from serving.shaping import Masks, shapes, tiles
 
 
 def step_message(
-    batch: Batch, rank: int, *, epoch: int, bucket: int, page_size: int, max_pages: int, masks: Masks
+    batch: Batch,
+    rank: int,
+    *,
+    epoch: int,
+    bucket: int,
+    page_size: int,
+    max_pages: int,
+    masks: Masks,
+    before: Batch | None = None,
 ) -> link_pb2.Step:
-    """What a rank is told of a step; `bucket` is the index of its bucket."""
+    """What a rank is told of a step; `bucket` is the index of its bucket, `before` the step in flight, if any."""
     message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket)
+    if before is not None:
+        message.after = before.step
     if not batch.work.get(rank):
         return message
+    if before is not None:
+        message.sources = sources(before, batch, rank).tobytes()
     arrays = assemble(batch, rank, page_size=page_size, max_pages=max_pages)
     message.inputs = b"".join(array.tobytes() for array in arrays.values())
     for segment, row in shapes(batch, rank, masks).items():

@@ -48,6 +48,8 @@ class FakeProcess:
         self.epoch = -1
         self.generation = 0
         self.index = PageIndex()
+        self.last = 0
+        self.chosen: np.ndarray | None = None
         self.protector: Protector | None = None
         self.uncopied: tuple[int, np.ndarray] | None = None
         """The last step and the entries it wrote, until they are copied: when the next message comes."""
@@ -93,6 +95,9 @@ class FakeLinks:
         self._pids = 100
         self._page_size = 0
         self.shares_memory = False
+        self._turn = asyncio.Lock()
+        self.looked_ahead = 0
+        """Steps that were sent while another was in flight."""
         self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
 
     def spawn(self, rank: int) -> FakeProcess:
@@ -151,6 +156,11 @@ class FakeLinks:
             raise RankRefused(rank, what, str(error)) from None
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
+        self.looked_ahead += any(part.after for part in parts.values())
+        async with self._turn:  # ranks do one step after the other
+            return await self._step(parts)
+
+    async def _step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
         for rank in parts:
             await self._heard(rank, "step")
         ranks = {rank: self._alive(rank) for rank in parts}
@@ -161,11 +171,14 @@ class FakeLinks:
             assert each.cache is not None
             assert each.held is not None
             each.index.note(parts[rank].full)
+            for row, source in enumerate(np.frombuffer(parts[rank].sources, np.int32)):
+                if source >= 0:
+                    arrays["tokens"][row] = each.chosen[source]
             tokens, logprobs = each.cache.step(arrays, {})
             wrote = arrays["write"][arrays["write"] != DROPPED]
             each.index.wrote(set((wrote // self._page_size).tolist()))
             each.cache.commit(arrays)
-            each.uncopied = parts[rank].step, wrote
+            each.uncopied, each.last, each.chosen = (parts[rank].step, wrote), parts[rank].step, tokens
             load = np.zeros(each.routes.shape, np.int32)
             answers[rank] = link_pb2.StepDone(
                 tokens=tokens.tobytes(), logprobs=logprobs.tobytes(), expert_load=load.tobytes(), own_ms=1.0
@@ -270,6 +283,7 @@ class FakeLinks:
         for rank, each in ranks.items():
             if each.epoch != parts[rank].epoch:
                 raise RankRefused(rank, "step", f"epoch {parts[rank].epoch} is not {each.epoch}")
+            assert parts[rank].after in (0, each.last), f"a step after {parts[rank].after}, not {each.last}"
             assert set(each.mesh.ranks) == set(ranks), f"rank {rank} is in {each.mesh}, the step in {tuple(ranks)}"
             assert each.mesh.attends(rank) or not parts[rank].inputs, f"rank {rank} holds experts and was given work"
         for rank, each in ranks.items():
@@ -288,6 +302,6 @@ class FakeLinks:
             return padding
         packed, at, arrays = np.frombuffer(part.inputs, np.int32), 0, {}
         for name, like in padding.items():
-            arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape)
+            arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape).copy()
             at += like.size
         return arrays

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from serving.batch import DROPPED, TILE, Batch, Bucket, Result, Shaped, assemble, harvest
+from serving.batch import DROPPED, TILE, UNKNOWN, Batch, Bucket, Result, Shaped, assemble, harvest, segments
 from serving.engine import (
     EngineState,
     Limits,
@@ -157,6 +157,8 @@ class FakeServer:
     ranks: dict[int, FakeRank] = dataclasses.field(default_factory=dict)
     requests: dict[str, Request] = dataclasses.field(default_factory=dict)
     heard: dict[str, list[Scored | Token | Finished | Exception]] = dataclasses.field(default_factory=dict)
+    made: dict[str, int] = dataclasses.field(default_factory=dict)
+    """The last token that each request was given by a rank."""
 
     @classmethod
     def start(cls, limits: Limits, pages: Mapping[int, int]) -> "FakeServer":
@@ -184,12 +186,26 @@ class FakeServer:
         """Run a scheduled step on all ranks and take its results in."""
         results: dict[str, Result] = {}
         for rank in batch.work:
-            arrays = self.arrays(batch, rank)
-            tokens, logprobs = self.ranks[rank].step(arrays, shapes(batch, rank, allowed_by))
-            scores = [self.ranks[rank].scores(arrays, tile) for tile in tiles(batch, rank)]
-            results |= harvest(batch, rank, tokens, logprobs, (tokens[:, None], logprobs[:, None]), scores)
-            self.ranks[rank].commit(arrays)
+            results |= self.run(batch, rank)
         self._move(*apply(self.state, batch, results))
+
+    def run(self, batch: Batch, rank: int) -> dict[str, Result]:
+        """Run a rank's part of a step, and commit it."""
+        arrays = self.arrays(batch, rank)
+        self.fill(batch, rank, arrays)
+        tokens, logprobs = self.ranks[rank].step(arrays, shapes(batch, rank, allowed_by))
+        scores = [self.ranks[rank].scores(arrays, tile) for tile in tiles(batch, rank)]
+        results = harvest(batch, rank, tokens, logprobs, (tokens[:, None], logprobs[:, None]), scores)
+        self.ranks[rank].commit(arrays)
+        self.made |= {request_id: result.token for request_id, result in results.items()}
+        return results
+
+    def fill(self, batch: Batch, rank: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Tokens that were unknown when the step was made are those of the step before it."""
+        for work, row, _ in segments(batch.bucket, batch.work[rank]):
+            if UNKNOWN in work.tokens:
+                assert len(work.tokens) == 1
+                arrays["tokens"][row] = self.made[work.request_id]
 
     def step(self) -> Batch | None:
         batch = self.begin()

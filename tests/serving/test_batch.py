@@ -3,7 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.batch import DROPPED, TILE, Batch, Bucket, Work, assemble, harvest
+from serving.batch import DROPPED, TILE, UNKNOWN, Batch, Bucket, Work, assemble, harvest, sources
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -40,6 +40,13 @@ def test_a_decode_row_is_a_segment_of_its_own():
     assert (a["top_k"].tolist(), a["seed"].tolist()) == ([5, 0], [3, 0])
     for name, value in (("temperature", [0.7, 0]), ("top_p", [0.9, 1]), ("min_p", [0.1, 0])):
         np.testing.assert_array_equal(a[name], np.array(value, np.float32))
+
+
+def test_a_row_whose_token_is_unknown_names_the_segment_that_chooses_it():
+    before = batch_of((2, 2), work("b", 0, range(40), range(6)), work("a", 9, [50], [7, 8]))
+    rows = work("b", 40, [UNKNOWN], range(6)), work("c", 3, [9], [9]), work("a", 10, [UNKNOWN], [7, 8])
+    assert sources(before, batch_of((4, 0), *rows), 0).tolist() == [3, -1, 0]
+    assert sources(before, batch_of((4, 0), *rows), 1).tolist() == []
 
 
 def test_a_chunk_takes_consecutive_tiles_that_share_their_cache_and_first_row():

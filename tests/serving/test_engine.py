@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serving.batch import Result
-from serving.engine import apply, cancel, check_integrity, expire, lose, submit
+from serving.engine import apply, cancel, check_integrity, expire, is_foreseeable, lose, submit
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity, PromptTooLong, QueueFull
 from serving.request import Finished, Guide, Phase, Scored, Token
 from serving.scheduler import schedule
@@ -126,7 +126,7 @@ def test_results_count_once_and_not_after_a_loss():
     results = {"a": Result(1, 0.0)}
     after, _ = apply(state, batch, results)
     for refused in (after, lose(state, [1])):
-        with pytest.raises(ValueError, match=f"step {batch.step} came, but step None"):
+        with pytest.raises(ValueError, match=f"step {batch.step} came, but steps \\[\\] are"):
             apply(refused, batch, results)
 
 
@@ -479,14 +479,34 @@ class AnySchedule(RuleBasedStateMachine):
         if batch is not None:
             self.server.end(batch)
 
-    @rule(data=st.data(), in_flight=st.booleans(), replanned=st.booleans())
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), count=st.integers(1, 12))
+    def steps_that_are_made_before_the_last_is_in(self, data, count):
+        batches = []
+        for _ in range(count):
+            if len(batches) < 2 and (not batches or is_foreseeable(self.server.state)):
+                batch = self.server.begin()
+                batches += [batch] if batch is not None else []
+            if self.open and data.draw(st.booleans()):
+                self.server.cancel(data.draw(st.sampled_from(self.open)))
+            if batches and (len(batches) == 2 or data.draw(st.booleans())):
+                self.server.end(batches.pop(0))
+        for batch in batches:
+            self.server.end(batch)
+
+    @rule(data=st.data(), in_flight=st.integers(0, 2), replanned=st.booleans())
     def lose(self, data, in_flight, replanned):
+        """With up to two steps in flight, of which any rank may have made the first, or both."""
         ranks = sorted(self.server.ranks)
         dead = data.draw(st.sets(st.sampled_from(ranks))) if ranks else set()
-        batch = self.server.begin() if in_flight else None
-        if batch is not None:
-            for rank in data.draw(st.sets(st.sampled_from(ranks))):
-                self.server.ranks[rank].commit(self.server.arrays(batch, rank))
+        did = set(ranks)
+        for _ in range(in_flight):
+            batch = self.server.begin() if is_foreseeable(self.server.state) else None
+            if batch is None:
+                break
+            did = data.draw(st.sets(st.sampled_from(sorted(did)))) if did else set()
+            for rank in did:
+                self.server.run(batch, rank)
         self.server.lose(dead)
         if replanned:
             self.server.adopt({rank: pool.total for rank, pool in self.server.state.pools.items()})

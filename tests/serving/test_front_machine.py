@@ -34,6 +34,7 @@ async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     """What is left of a front that was killed: nothing that runs, and the ranks."""
     m.loop.ledger.close()
     running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop._replacing.values()]
+    running += [flight.answers for flight in m.loop._flights]
     running += [m.failover._preparing, m.failover._admitting, m.failover._minding]
     for task in filter(None, running):
         task.cancel()

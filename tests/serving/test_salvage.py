@@ -63,7 +63,7 @@ def test_a_page_that_another_request_wrote_last_and_was_not_copied_is_not_taken_
     s.step()
     s.submit(small_request("b", range(33), max_tokens=20))
     s.begin()  # shares what the step just made, of which nothing is copied
-    assert s.state.running["b"].computed == 24
+    assert s.state.running["b"].settled == 24
     s.lose_protected([0], part=3, worth=everything)
     assert s.state.waiting["b"].salvage is None
     back(s, 1)

@@ -225,7 +225,7 @@ class Damage(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., nan: bool = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets", "full")
+    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets", "full", "after", "sources")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,8 @@ class Step(_message.Message):
     SHAPES_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     bucket: int
@@ -240,7 +242,9 @@ class Step(_message.Message):
     shapes: _containers.RepeatedCompositeFieldContainer[RowShape]
     targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
     full: FullPages
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ...) -> None: ...
+    after: int
+    sources: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ...) -> None: ...
 
 class FullPages(_message.Message):
     __slots__ = ("pages", "keys")
