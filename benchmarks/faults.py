@@ -11,17 +11,19 @@ The server and this program share one clock.
 
 Of each scenario: `detect_ms` from the injection to the server's first word of it; `survivor_stall_ms` and
 `moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
-benchmarks.recovery); `tokens_again`, cache entries of lost or switched ranks that were computed again; `lost` streams
-that ended in an error, `changed` streams with other tokens than known; `ratio_to_restart`, the warm restart to its
-first token over the median stall of all streams. The paper's scenarios (arXiv 2602.21140) are `attention rank`,
-`redundant experts`, `missing experts`, `role switch` and, collocated, `crash`. Streams move when their rank dies or
-switches its role, and all do when the front dies: its ranks are taken over by the next front, without their caches.
-While experts are missing answers are other answers: their tokens are not compared. A slow rank is
-judged over minutes and no part of this.
+benchmarks.recovery); `back_s` and `tokens_missing`, from the fault until tokens of all streams together arrive at 95 %
+of their rate before it, for two seconds, and the tokens that were missing until then; `tokens_again`, cache entries of
+lost or switched ranks that were computed again; `lost` streams that ended in an error, `changed` streams with other
+tokens than known; `ratio_to_restart`, the warm restart to its first token over the median stall of all streams. The
+paper's scenarios (arXiv 2602.21140) are `attention rank`, `redundant experts`, `missing experts`, `role switch` and,
+collocated, `crash`. Streams move when their rank dies or switches its role, and all do when the front dies. While
+experts are missing answers are other answers: their tokens are not compared. A slow rank is one whose process stands
+still for nine tenths of the time, and the server is set to judge it sooner than by default.
 """
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,13 +39,16 @@ from benchmarks.launch import Launched, launched
 from benchmarks.losses import EventFeed, local, middle
 from benchmarks.machine import machine
 from benchmarks.recovery import first_token_s
-from benchmarks.stalls import added_stall_ms
+from benchmarks.stalls import added_stall_ms, goodput_loss
 from benchmarks.streams import Known, Load, Trace, running, until, whole
 from serving.client import AsyncClient
 from serving.health import p99
 
-_QUIET_S = 1.0
-_COLUMNS = "name, detect, survivors, moved, tokens again, requests, lost, changed, compiles, restart over stall"
+_QUIET_S = 2.5
+_COLUMNS = (
+    "name, detect, survivors, moved, s to 95 %, tokens missing, tokens again, requests, lost, changed, compiles, "
+    "restart over stall"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,21 @@ async def _drain(scene: Scene, victim: int) -> None:
     scene.task = asyncio.create_task(scene.client.apply("drain", victim, replace=True))
 
 
+async def _slow(scene: Scene, victim: int) -> None:
+    moment, pid = time.monotonic(), (await scene.client.status()).ranks[victim].pid
+    assert pid is not None
+
+    async def hold_up() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while scene.feed.after("drained", moment) is None:
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(0.027)
+                os.kill(pid, signal.SIGCONT)
+                await asyncio.sleep(0.003)
+
+    scene.task = asyncio.create_task(hold_up())
+
+
 async def _coordinator(scene: Scene, victim: int) -> None:
     listed = subprocess.run(
         ["ps", "--ppid", str(scene.server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
@@ -157,6 +177,7 @@ DISAGGREGATED = (
     Scenario("drain", _drain, "leaving", "drained"),
     Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
+SLOW = (Scenario("slow rank", _slow, "slow", "drained"),)
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
 MASKING = (Scenario("missing experts", _crash, "rank_lost", "recovered", expert=True, same_tokens=False),)
 
@@ -169,6 +190,7 @@ def _halves(ranks: int) -> list[str]:
 SETUPS = (
     Setup("collocated", lambda ranks: ["--hosts", "2"] if ranks % 2 == 0 else [], COLLOCATED),
     Setup("disaggregated", _halves, DISAGGREGATED),
+    Setup("collocated", lambda _: ["--slow-block-steps", "4", "--slow-factor", "1.8", "--drain-slow"], SLOW),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--role-switch", "always"], SWITCHING),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--survive", "0", "--on-lost-expert", "mask"], MASKING),
 )
@@ -206,6 +228,8 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
         found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in placed if belongs(t)]
         return [round(stall, 1) for stall in found if stall is not None]
 
+    arrivals = (time for trace in traces for time in trace.times)
+    loss = goodput_loss(arrivals, moment, since=quiet)
     survivors = stalls(lambda trace: trace.rank is not None and trace.rank not in gone)
     moved = stalls(lambda trace: trace.rank in gone)
     same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
@@ -217,6 +241,8 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
         "survivors": survivors,
         "moved": moved,
         "phases": {name: round(ms, 1) for name, ms in last.phases.items()},
+        "back_s": None if loss is None else round(loss[0], 2),
+        "tokens_missing": None if loss is None else round(loss[1]),
         "tokens_again": held if scenario.everybody else after.tokens_recomputed - before.tokens_recomputed,
         "requests": len(traces),
         "lost": scene.known.failed(traces),
@@ -240,6 +266,8 @@ def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[
             "detect_ms": middle(one["detect_ms"] for one in these),
             "survivor_stall_ms": {"median": middle(survivors), "p99": p99(survivors)},
             "moved_stall_ms": {"median": middle(moved), "p99": p99(moved)},
+            "back_s": middle(one["back_s"] for one in these),
+            "tokens_missing": middle(one["tokens_missing"] for one in these),
             "ratio_to_restart": round(1e3 * warm_restart_s / stall, 1) if stall else None,
         }
         sums = ("tokens_again", "requests", "lost", "changed", "compiles_between")
@@ -253,10 +281,14 @@ def line(row: dict[str, Any]) -> str:
     def shown(spread: dict[str, float | None]) -> str:
         return "-" if spread["median"] is None else f"{spread['median']:.0f} / {spread['p99']:.0f}"
 
+    def plain(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
     ratio = "-" if row["ratio_to_restart"] is None else f"{row['ratio_to_restart']:.0f}x"
     return (
         f"{row['arch'][:6]:6} {row['name']:22} {row['detect_ms']:8.1f} {shown(row['survivor_stall_ms']):>12} "
-        f"{shown(row['moved_stall_ms']):>12} {row['tokens_again']:6} {row['requests']:5} {row['lost']:4} "
+        f"{shown(row['moved_stall_ms']):>12} {plain(row['back_s']):>6} {plain(row['tokens_missing']):>5} "
+        f"{row['tokens_again']:6} {row['requests']:5} {row['lost']:4} "
         f"{row['changed']:7} {row['compiles_between']:8} {ratio:>8}"
     )
 

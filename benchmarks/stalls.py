@@ -1,5 +1,6 @@
 """From the arrival times of tokens to added stalls. Pure: times are arguments, in seconds of one clock."""
 
+import bisect
 import dataclasses
 import itertools
 import statistics
@@ -48,3 +49,22 @@ def added_stall_ms(times: Sequence[float], begin: float, end: float, *, since: f
     """
     usual, longest = median_gap_ms(times, since, begin), longest_gap_ms(times, begin, end)
     return None if usual is None or longest is None else longest - usual
+
+
+def goodput_loss(
+    times: Iterable[float], begin: float, *, since: float, window: float = 2.0, share: float = 0.95
+) -> tuple[float, float] | None:
+    """What an interruption at `begin` cost all streams together: (seconds until tokens arrive at `share` of their usual
+    rate for a window, tokens missing until then). `times` are those of all tokens; the usual rate is that of
+    [since, begin]. None when there is no such rate, or it is not reached again."""
+    arrivals = sorted(times)
+    first = bisect.bisect_left(arrivals, begin)
+    before = first - bisect.bisect_left(arrivals, since)
+    if begin <= since or not before:
+        return None
+    usual = before / (begin - since)
+    for i in range(first, len(arrivals)):
+        if bisect.bisect_left(arrivals, arrivals[i] + window) - i >= share * usual * window:
+            back = arrivals[i] - begin
+            return back, max(0.0, usual * back - (i - first))
+    return None

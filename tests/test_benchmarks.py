@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.losses import LossRecord, Moments, compiles_between, kill_order, rejoin_pause_ms, stalls_of
 from benchmarks.recovery import summarize
-from benchmarks.stalls import Spread, added_stall_ms, longest_gap_ms, median_gap_ms
+from benchmarks.stalls import Spread, added_stall_ms, goodput_loss, longest_gap_ms, median_gap_ms
 from benchmarks.streams import Ask, Known, Trace, running, whole
 from benchmarks.throughput import concurrencies, outside_share, percentile
 from benchmarks.throughput import summarize as summarize_run
@@ -179,3 +179,12 @@ def test_percentiles_and_lists_of_streams() -> None:
     assert percentile([3.0, 1.0, 2.0], 95) == 3.0
     assert percentile(list(range(1, 101)), 95) == 95
     assert concurrencies("1,8,32") == (1, 8, 32)
+
+
+def test_goodput_is_back_when_tokens_come_as_before_for_a_window() -> None:
+    before, after = [0.1 * i for i in range(30)], [5.0 + 0.1 * i for i in range(40)]
+    slow = [3.5, 4.2]
+    assert goodput_loss([*after, *before, *slow], 3.0, since=0.0) == pytest.approx((2.0, 18.0))
+    assert goodput_loss([*before, *slow], 3.0, since=0.0) is None
+    assert goodput_loss(after, 3.0, since=0.0) is None
+    assert goodput_loss([*before, *(3.0 + 0.1 * i for i in range(40))], 3.0, since=0.0) == pytest.approx((0.0, 0.0))
