@@ -164,7 +164,6 @@ COLLOCATED = (
     Scenario("not-a-number", _not_a_number, "poisoned", "restored"),
     Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
     Scenario("drain", _drain, "leaving", "drained"),
-    Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
 DISAGGREGATED = (
     Scenario("attention rank", _crash, "rank_lost", "recovered"),
@@ -175,9 +174,9 @@ DISAGGREGATED = (
     Scenario("not-a-number", _not_a_number, "poisoned", "restored", expert=True),
     Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
     Scenario("drain", _drain, "leaving", "drained"),
-    Scenario("front", _front, "restored_calls", "ready", everybody=True),
 )
-SLOW = (Scenario("slow rank", _slow, "slow", "drained"),)
+FRONT = Scenario("front", _front, "restored_calls", "ready", everybody=True)
+SLOW = Scenario("slow rank", _slow, "slow", "drained")
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
 MASKING = (Scenario("missing experts", _crash, "rank_lost", "recovered", expert=True, same_tokens=False),)
 
@@ -187,10 +186,14 @@ def _halves(ranks: int) -> list[str]:
     return ["--arch", "disaggregated", "--attention", str(attention), "--experts", str(ranks - attention)]
 
 
+_UNCACHED = "--no-prefix-caching"
+"""The same prompts are asked again and again: found in a cache, they would all go to one rank."""
+_HASTY = ["--slow-block-steps", "20", "--slow-factor", "1.8", "--drain-slow"]
 SETUPS = (
-    Setup("collocated", lambda ranks: ["--hosts", "2"] if ranks % 2 == 0 else [], COLLOCATED),
-    Setup("disaggregated", _halves, DISAGGREGATED),
-    Setup("collocated", lambda _: ["--slow-block-steps", "4", "--slow-factor", "1.8", "--drain-slow"], SLOW),
+    Setup("collocated", lambda ranks: [_UNCACHED, *(["--hosts", "2"] if ranks % 2 == 0 else [])], COLLOCATED),
+    Setup("disaggregated", lambda ranks: [_UNCACHED, *_halves(ranks)], DISAGGREGATED),
+    Setup("collocated", lambda _: _HASTY, (FRONT, SLOW)),
+    Setup("disaggregated", _halves, (FRONT,)),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--role-switch", "always"], SWITCHING),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--survive", "0", "--on-lost-expert", "mask"], MASKING),
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import SETUPS, Scenario, Scene, Setup
+from benchmarks.faults import FRONT, SETUPS, Scenario, Scene, Setup
 from benchmarks.launch import Launched, launched
 from benchmarks.losses import EventFeed
 from benchmarks.streams import Known, Load, running, until, whole
@@ -99,7 +99,7 @@ def test_nothing_fails_changes_or_grows_in_an_hour_of_faults(setup: Setup, monke
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # this process's own; the server runs as anywhere
         monkeypatch.delenv(name, raising=False)
     with launched(str(TINY), RANKS, options=setup.options(RANKS)) as server:
-        used = asyncio.run(endure(server, setup.scenarios, 30 * MINUTES))
+        used = asyncio.run(endure(server, (*setup.scenarios, FRONT), 30 * MINUTES))
     third = max(1, len(used) // 3)
     for field, share, more in (("processes", 0, 0), ("files", 0.05, 10), ("threads", 0.05, 10), ("kib", 0.1, 50 << 10)):
         taken = [getattr(use, field) for use in used]
