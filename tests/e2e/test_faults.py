@@ -244,7 +244,7 @@ def test_a_rank_that_is_slow_for_long_is_drained_and_replaced_and_no_token_chang
         thread = threading.Thread(target=hold_up)
         thread.start()
         try:
-            wait_until(is_drained, "the slow rank is drained", 60)
+            wait_until(is_drained, "the slow rank is drained", 150)
         finally:
             over.set()
             thread.join()
