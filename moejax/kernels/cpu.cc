@@ -1,4 +1,4 @@
-// Dots over weights, experts and paged attention on a CPU, as XLA custom calls.
+// Dots over weights, experts, paged attention and the choice of tokens on a CPU, as XLA custom calls.
 //
 // One rule throughout: every number of an answer is summed in an order that depends on its own row alone, never on
 // how many rows there are or which (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
@@ -39,18 +39,19 @@ constexpr int64_t SUMS = 8;
 constexpr bool MANY = false;
 #endif
 constexpr int64_t COLUMNS = 4;             // of a tile
-template <typename X>                      // Rows of a tile: its sums, weights and a row between them fill the registers.
+template <typename X>                      // rows of a tile: its sums and what they are made of fill the registers
 constexpr int64_t ROWS = MANY ? 6 : std::is_same_v<X, float> ? 3 : 2;
 constexpr int64_t STRETCH = 512 * SUMS;    // products that SUMS sums of 32 bits can hold: 512 * 127 * 32767 < 2^31
 constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
 constexpr int64_t PIECES = 8;              // that each thread may take, so that all end at about the same time
 constexpr int64_t LEAST_COLUMNS = 64;      // of an expert in a piece
-constexpr int64_t KEYS = 16;              // of a block of attention
-constexpr int64_t BESIDE = 8;             // vectors of values that are mixed side by side
-constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the second-level cache
+constexpr int64_t KEYS = 16;               // of a block of attention
+constexpr int64_t BESIDE = 8;              // vectors of values that are mixed side by side
+constexpr int64_t X_BYTES = 256 << 10;     // of the rows that should stay in the second-level cache
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
 typedef int32_t Sums __attribute__((vector_size(SUMS * sizeof(int32_t))));
 typedef int16_t Shorts __attribute__((vector_size(2 * SUMS * sizeof(int16_t)), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(2 * SUMS * sizeof(int8_t)), aligned(1), may_alias));
@@ -174,6 +175,46 @@ inline Vector exponential(Vector x) {
   return small ? Vector{} : e;
 }
 
+// log(x) within two units of the last place for positive numbers that are not denormal (Cephes).
+inline Vector logarithm(Vector x) {
+  Integers bits = reinterpret_cast<Integers&>(x), exponent = (bits >> 23) - 126;
+  bits = (bits & 0x007fffff) | 0x3f000000;
+  Vector m = reinterpret_cast<Vector&>(bits);  // 0.5 <= m < 1
+  auto low = m < all(0.707106781f);
+  Vector e = __builtin_convertvector(exponent, Vector);
+  e = low ? e - 1.0f : e;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  Vector p = all(7.0376836292e-2f), z = m * m;
+  for (float next : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                     2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+    p = fused(p, m, all(next));
+  return fused(e, all(0.693359375f), fused(p, m * z, fused(z, all(-0.5f), e * -2.12194440e-4f)) + m);
+}
+
+// Random bits number `at` of a key, as jax.random.bits makes them (Threefry 2x32, Salmon et al., SC 2011).
+inline Words random_bits(uint32_t first, uint32_t second, Words at) {
+  const uint32_t keys[3] = {first, second, first ^ second ^ 0x1BD11BDA};
+  constexpr int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  Words a = Words{} + first, b = at + second;
+#pragma GCC unroll 5
+  for (uint32_t i = 0; i < 5; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      a += b;
+      b = ((b << turns[i % 2][j]) | (b >> (32 - turns[i % 2][j]))) ^ a;
+    }
+    a += keys[(i + 1) % 3], b += keys[(i + 2) % 3] + i + 1;
+  }
+  return a ^ b;
+}
+
+// Numbers `at` of Gumbel's distribution, as jax.random.gumbel makes them of such bits.
+inline Vector gumbel(uint32_t first, uint32_t second, Words at) {
+  Words bits = (random_bits(first, second, at) >> 9) | 0x3f800000u;
+  Vector tiny = all(std::numeric_limits<float>::min()), uniform = reinterpret_cast<Vector&>(bits) - 1.0f + tiny;
+  return -logarithm(-logarithm(uniform));
+}
+
 // y[m][n] = x[m] . w[n] for M rows and N weights of D numbers.
 template <int M, int N, typename W>
 inline void tile(const float* const* x, const W* const* w, int64_t D, float y[M][N]) {
@@ -260,7 +301,7 @@ void block(const X* const* x, const W* const* w, int64_t rows, int64_t D, float*
   tile_rows<N>(x, w, rows, D, y, column);
 }
 
-// Weights that several tiles use are widened once; what is multiplied is the same.
+// Where registers are few, weights that several tiles use are widened once; what is multiplied is the same.
 template <int N>
 void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
            std::vector<float>& room) {
@@ -313,7 +354,8 @@ float to_integers(const float* row, int64_t D, int16_t* integers) {
   std::memcpy(&largest, &most, sizeof largest);
   bool usable = std::isfinite(largest) && largest > 1e-30f;
   float inverse = usable ? 32767 / largest : 0.0f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  for (int64_t d = 0; d < D; ++d) integers[d] = static_cast<int32_t>((usable ? row[d] : 0.0f) * inverse + magic - magic);
+  for (int64_t d = 0; d < D; ++d)
+    integers[d] = static_cast<int32_t>((usable ? row[d] : 0.0f) * inverse + magic - magic);
   return usable ? largest / 32767 : std::isfinite(largest) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -353,12 +395,6 @@ int64_t place(ffi::AnyBuffer::Dimensions stack, ffi::Span<const int32_t> index) 
   return at;
 }
 
-std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t stride) {
-  std::vector<const float*> p(rows);
-  for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
-  return p;
-}
-
 std::vector<float*> row_pointers(float* x, int64_t rows, int64_t stride) {
   std::vector<float*> p(rows);
   for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
@@ -394,7 +430,10 @@ std::vector<Row<W>> meeting(ffi::ThreadPool& pool, const std::vector<const float
   if constexpr (std::is_same_v<W, int8_t>) {
     room.resize(rows.size() * D);
     spread(pool, rows.size(), 1, (1 << 16) / D, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) met[i] = {room.data() + i * D, to_integers(rows[i], D, room.data() + i * D)};
+      for (int64_t i = first; i < last; ++i) {
+        int16_t* integers = room.data() + i * D;
+        met[i] = {integers, to_integers(rows[i], D, integers)};
+      }
     });
   } else {
     for (size_t i = 0; i < rows.size(); ++i) met[i] = {rows[i], 1.0f};
@@ -513,7 +552,9 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   auto in_form = [&](auto number) {
     using W = decltype(number);
     std::vector<int16_t> room;
-    std::vector<Row<W>> met = meeting<W>(pool, row_pointers(static_cast<const float*>(rows.typed_data()), rows.dimensions()[0], D), D, room);
+    std::vector<const float*> x(rows.dimensions()[0]);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = rows.typed_data() + i * D;
+    std::vector<Row<W>> met = meeting<W>(pool, x, D, room);
     std::vector<Expert<W>> all(S), busy;
     for (int64_t item = 0; item < items; ++item) {
       int64_t slot = wanted.typed_data()[item];
@@ -703,7 +744,51 @@ ffi::Error Likeliest(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Re
   return ffi::Error::Success();
 }
 
+// Of each row the first of the highest of logits [Z, V] / temperature [Z] + Gumbel noise of the row's key [Z, 2]; 0
+// where the temperature is 0.
+ffi::Error Drawn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature,
+                 ffi::Buffer<ffi::U32> keys, ffi::ResultBuffer<ffi::S32> tokens) {
+  int64_t Z = logits.dimensions()[0], V = logits.dimensions()[1];
+  Integers lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  spread(pool, Z, 1, 1, [&](int64_t first, int64_t last) {
+    for (int64_t z = first; z < last; ++z) {
+      tokens->typed_data()[z] = 0;
+      float heat = temperature.typed_data()[z];
+      if (!(heat > 0)) continue;
+      const float* row = logits.typed_data() + z * V;
+      const uint32_t* key = keys.typed_data() + 2 * z;
+      Vector most = all(-std::numeric_limits<float>::infinity());
+      Integers best = {};
+      for (int64_t v = 0; v < V; v += LANES) {
+        float rest[LANES];
+        if (v + LANES > V) {
+          std::fill(rest, rest + LANES, -std::numeric_limits<float>::infinity());
+          std::copy(row + v, row + V, rest);
+        }
+        Integers at = lanes + static_cast<int32_t>(v);
+        Vector x = load(v + LANES > V ? rest : row + v) / heat + gumbel(key[0], key[1], reinterpret_cast<Words&>(at));
+        best = x > most ? at : best;
+        most = x > most ? x : most;
+      }
+      int chosen = 0;
+      for (int i = 1; i < LANES; ++i)
+        if (most[i] > most[chosen] || (most[i] == most[chosen] && best[i] < best[chosen])) chosen = i;
+      tokens->typed_data()[z] = best[chosen];
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_drawn, Drawn,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_likeliest, Likeliest,
                               ffi::Ffi::Bind()

@@ -15,6 +15,7 @@ from moejax.experts import apply_experts_reference
 from moejax.layers import Stacked, row_dot_reference
 from moejax.params import FeedForward, ParamSpec
 from moejax.precision import Int8, hold
+from moejax.sampling import drawn_reference
 from tests.moejax.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not kernels.active(), reason="no C++ compiler on this machine")
@@ -141,6 +142,24 @@ def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
         scale=0.25,
     )
     np.testing.assert_array_equal(alone[0, 0], whole[1, 2])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 2048 + 77])
+def test_tokens_are_drawn_as_by_the_reference_and_rows_do_not_know_of_each_other(vocabulary) -> None:
+    logits = normal(300, vocabulary) * 2
+    heat = np.random.default_rng(1).choice([0.0, 0.3, 1.0, 5.0], 300).astype(np.float32)
+    keys = jax.vmap(jax.random.key)(np.arange(300, dtype=np.uint32) * 12_345_678)
+    ours = np.asarray(kernels.drawn(logits, heat, jax.random.key_data(keys)))
+    np.testing.assert_array_equal(ours, np.where(heat > 0, drawn_reference(logits, heat, keys), 0))
+    assert len(set(ours.tolist())) > min(vocabulary - 1, 100)
+    np.testing.assert_array_equal(kernels.drawn(logits[7:9], heat[7:9], jax.random.key_data(keys[7:9])), ours[7:9])
+
+
+def test_what_is_filtered_out_is_never_drawn() -> None:
+    logits = np.full((64, 37), -np.inf, np.float32)
+    logits[:, [3, 36]] = 0
+    keys = jax.random.key_data(jax.vmap(jax.random.key)(np.arange(64)))
+    assert set(np.asarray(kernels.drawn(logits, np.ones(64, np.float32), keys)).tolist()) == {3, 36}
 
 
 def test_an_index_outside_of_the_stack_is_an_error_not_a_read() -> None:
