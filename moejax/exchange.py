@@ -58,9 +58,10 @@ def dispatch(
     nth_TX: Int[Numbers, "T X"],
     exchange: Exchange,
 ) -> tuple[Float[Numbers, "nT D"], Int[Numbers, "nT A"]]:
-    """What this rank has to answer: rows `[n*T, D]` and the local slots each row wants `[n*T, A]`, -1 for none."""
+    """What this rank has to answer: rows `[n*T, D]` and the local slots each row wants `[n*T, A]`, -1 for none. A rank
+    by itself answers `[T, X]`, in router order."""
     if exchange.ranks == 1:
-        return x_TD, _wanted(slot_TX, rank_TX, nth_TX, exchange)[0]
+        return x_TD, slot_TX
     sent = outgoing(x_TD, slot_TX, rank_TX, nth_TX, exchange)
     return incoming(all_to_all(sent, exchange), exchange)
 
@@ -103,10 +104,10 @@ def combine(
     gates_TX: Float[Numbers, "T X"],
     exchange: Exchange,
 ) -> Float[Numbers, "T D"]:
-    """The gated sum `[T, D]` of the answers `[n*T, A, D]`, each token's in router order."""
-    back_nTAD = answers_rAD.reshape(exchange.ranks, -1, *answers_rAD.shape[1:])
-    if exchange.ranks > 1:
-        back_nTAD = all_to_all(back_nTAD, exchange)
+    """The gated sum `[T, D]` of the answers `[n*T, A, D]` to what `dispatch` gave, each token's in router order."""
+    if exchange.ranks == 1:
+        return _weighed(answers_rAD, rank_TX, gates_TX)
+    back_nTAD = all_to_all(answers_rAD.reshape(exchange.ranks, -1, *answers_rAD.shape[1:]), exchange)
     return gated_sum(back_nTAD, rank_TX, nth_TX, gates_TX)
 
 
@@ -117,12 +118,17 @@ def gated_sum(
     gates_TX: Float[Numbers, "T X"],
 ) -> Float[Numbers, "T D"]:
     """The sum of a token's answers, as they came back from each rank, in router order."""
-    T, X = rank_TX.shape
     A = back_nTAD.shape[2]
-    token_T1 = jnp.arange(T)[:, None]
+    token_T1 = jnp.arange(len(rank_TX))[:, None]
     y_TXD = back_nTAD[jnp.maximum(rank_TX, 0), token_T1, jnp.minimum(nth_TX, A - 1)]
+    return _weighed(y_TXD, rank_TX, gates_TX)
+
+
+def _weighed(
+    y_TXD: Float[Numbers, "T X D"], rank_TX: Int[Numbers, "T X"], gates_TX: Float[Numbers, "T X"]
+) -> Float[Numbers, "T D"]:
     gates_TX = jnp.where(rank_TX >= 0, gates_TX, 0.0)
     total = gates_TX[:, 0, None] * y_TXD[:, 0]
-    for x in range(1, X):
+    for x in range(1, gates_TX.shape[1]):
         total = total + gates_TX[:, x, None] * y_TXD[:, x]
     return total

@@ -74,18 +74,32 @@ def choose(logits_ZV: Float[Numbers, "Z V"], greedy_Z: Int[Numbers, " Z"], input
     warm_Z = inputs.temperature > 0
 
     def draw() -> Numbers:
-        scaled = logits_ZV / jnp.where(warm_Z, inputs.temperature, 1.0)[:, None]
         filters = warm_Z & ((inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0))
-        kept = lax.cond(
-            filters.any(),
-            lambda: filter_logits(scaled, inputs.top_k, inputs.top_p, inputs.min_p),
-            lambda: scaled,
-        )
         keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(inputs.seed, inputs.sample_position)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys)
-        return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+
+        def drawn_of_the_kept() -> Numbers:
+            scaled = logits_ZV / jnp.where(warm_Z, inputs.temperature, 1.0)[:, None]
+            kept = filter_logits(scaled, inputs.top_k, inputs.top_p, inputs.min_p)
+            return drawn(kept, warm_Z.astype(jnp.float32), keys)
+
+        return lax.cond(filters.any(), drawn_of_the_kept, lambda: drawn(logits_ZV, inputs.temperature, keys))
 
     return jnp.where(warm_Z, lax.cond(warm_Z.any(), draw, lambda: greedy_Z), greedy_Z)
+
+
+def drawn(logits_ZV: Numbers, temperature_Z: Numbers, keys_Z: Numbers) -> Numbers:
+    """Gumbel-max (arXiv 1411.0030): of each row of a temperature above 0 the token `[Z]` whose logit / temperature +
+    noise is highest."""
+    if kernels.active():
+        return kernels.drawn(logits_ZV, temperature_Z, jax.random.key_data(keys_Z))
+    return drawn_reference(logits_ZV, temperature_Z, keys_Z)
+
+
+def drawn_reference(logits_ZV: Numbers, temperature_Z: Numbers, keys_Z: Numbers) -> Numbers:
+    """`drawn` by XLA."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_ZV.shape[1:], jnp.float32))(keys_Z)
+    scaled = logits_ZV / jnp.where(temperature_Z > 0, temperature_Z, 1.0)[:, None]
+    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
 
 
 def summarize(logits_ZV: Numbers) -> tuple[Numbers, Numbers]:

@@ -21,7 +21,8 @@ import numpy as np
 from moejax.precision import Int8
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc"))
-TARGETS = ("moejax_row_dot", "moejax_experts", "moejax_paged_attention", "moejax_likeliest", "moejax_exchange")
+CALLS = ("row_dot", "experts", "paged_attention", "likeliest", "drawn", "exchange")
+TARGETS = tuple(f"moejax_{call}" for call in CALLS)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 
 _library: ctypes.CDLL | None = None
@@ -135,6 +136,12 @@ def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows = logits_ZV.shape[:1]
     outs = (jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32))
     return tuple(jax.ffi.ffi_call("moejax_likeliest", outs)(logits_ZV.astype(jnp.float32)))
+
+
+def drawn(logits_ZV: jax.Array, temperature_Z: jax.Array, keys_Z2: jax.Array) -> jax.Array:
+    """Tokens `[Z]` drawn by the noise of each row's key, given as uint32; 0 for rows of temperature 0."""
+    out = jax.ShapeDtypeStruct(logits_ZV.shape[:1], jnp.int32)
+    return jax.ffi.ffi_call("moejax_drawn", out)(logits_ZV, temperature_Z, keys_Z2)
 
 
 def exchange(x: jax.Array) -> jax.Array:

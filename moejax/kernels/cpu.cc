@@ -1,9 +1,13 @@
-// Dots over weights, experts and paged attention on a CPU, as XLA custom calls.
+// Dots over weights, experts, paged attention and the choice of tokens on a CPU, as XLA custom calls.
 //
 // One rule throughout: every number of an answer is summed in an order that depends on its own row alone, never on
 // how many rows there are or which (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
 // Weights are read where they lie, once per call, as float32, bfloat16, or int8 with a scale for each output.
+//
+// Rows meet int8 weights as integers of 16 bits with a scale for each row: of what a row is, a 65,000th of its largest
+// number is lost, a 256th of what int8 loses of the weights. Processors multiply twice as many of them at a time, and
+// sums of integers are the same in any order.
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +17,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX2__
@@ -25,17 +30,31 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t LANES = 8;
-constexpr int64_t ROWS = 3, COLUMNS = 4;  // of a tile: 12 accumulators and 4 weights fill 16 registers
+constexpr int64_t LANES = 8;               // of float32
+#ifdef __AVX512BW__
+constexpr int64_t SUMS = 16;  // of integers side by side
+constexpr bool MANY = true;   // registers: 32, else 16
+#else
+constexpr int64_t SUMS = 8;
+constexpr bool MANY = false;
+#endif
+constexpr int64_t COLUMNS = 4;             // of a tile
+template <typename X>                      // rows of a tile: its sums and what they are made of fill the registers
+constexpr int64_t ROWS = MANY ? 6 : std::is_same_v<X, float> ? 3 : 2;
+constexpr int64_t STRETCH = 512 * SUMS;    // products that SUMS sums of 32 bits can hold: 512 * 127 * 32767 < 2^31
 constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
 constexpr int64_t PIECES = 8;              // that each thread may take, so that all end at about the same time
 constexpr int64_t LEAST_COLUMNS = 64;      // of an expert in a piece
-constexpr int64_t KEYS = 16;              // of a block of attention
-constexpr int64_t X_BYTES = 256 << 10;    // of the rows that should stay in the second-level cache
+constexpr int64_t KEYS = 16;               // of a block of attention
+constexpr int64_t BESIDE = 8;              // vectors of values that are mixed side by side
+constexpr int64_t X_BYTES = 256 << 10;     // of the rows that should stay in the second-level cache
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(LANES * sizeof(int8_t)), aligned(1), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
+typedef int32_t Sums __attribute__((vector_size(SUMS * sizeof(int32_t))));
+typedef int16_t Shorts __attribute__((vector_size(2 * SUMS * sizeof(int16_t)), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(2 * SUMS * sizeof(int8_t)), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
 
 struct bfloat16 {
@@ -54,17 +73,19 @@ inline Vector load(const bfloat16* p) {
 #endif
 }
 
-inline Vector load(const int8_t* p) {
-#ifdef __AVX2__
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+inline Shorts load(const int16_t* p) { return *reinterpret_cast<const Shorts*>(p); }
+
+inline Shorts load(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vector);
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Shorts);
 #endif
 }
 
 inline float single(const float* p) { return *p; }
-
-inline float single(const int8_t* p) { return *p; }
 
 inline float single(const bfloat16* p) {
   uint32_t wide = uint32_t{p->bits} << 16;
@@ -92,6 +113,31 @@ inline Vector fused(Vector a, Vector b, Vector c) {
 #else
   for (int i = 0; i < LANES; ++i) c[i] = fused(a[i], b[i], c[i]);
   return c;
+#endif
+}
+
+// Products of a and b, neighbours added up, and c.
+inline Sums paired(Shorts a, Shorts b, Sums c) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Sums>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX512BW__)
+  return c + reinterpret_cast<Sums>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return c + reinterpret_cast<Sums>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  for (int i = 0; i < SUMS; ++i) c[i] += int32_t{a[2 * i]} * b[2 * i] + int32_t{a[2 * i + 1]} * b[2 * i + 1];
+  return c;
+#endif
+}
+
+// Sums as float32, those beyond the first LANES added to them.
+inline Vector folded(Sums v) {
+#ifdef __AVX512BW__
+  __m512i all = reinterpret_cast<__m512i>(v);
+  return _mm256_cvtepi32_ps(_mm512_castsi512_si256(all)) + _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(all, 1));
+#else
+  return __builtin_convertvector(v, Vector);
 #endif
 }
 
@@ -129,6 +175,46 @@ inline Vector exponential(Vector x) {
   return small ? Vector{} : e;
 }
 
+// log(x) within two units of the last place for positive numbers that are not denormal (Cephes).
+inline Vector logarithm(Vector x) {
+  Integers bits = reinterpret_cast<Integers&>(x), exponent = (bits >> 23) - 126;
+  bits = (bits & 0x007fffff) | 0x3f000000;
+  Vector m = reinterpret_cast<Vector&>(bits);  // 0.5 <= m < 1
+  auto low = m < all(0.707106781f);
+  Vector e = __builtin_convertvector(exponent, Vector);
+  e = low ? e - 1.0f : e;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  Vector p = all(7.0376836292e-2f), z = m * m;
+  for (float next : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                     2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+    p = fused(p, m, all(next));
+  return fused(e, all(0.693359375f), fused(p, m * z, fused(z, all(-0.5f), e * -2.12194440e-4f)) + m);
+}
+
+// Random bits number `at` of a key, as jax.random.bits makes them (Threefry 2x32, Salmon et al., SC 2011).
+inline Words random_bits(uint32_t first, uint32_t second, Words at) {
+  const uint32_t keys[3] = {first, second, first ^ second ^ 0x1BD11BDA};
+  constexpr int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  Words a = Words{} + first, b = at + second;
+#pragma GCC unroll 5
+  for (uint32_t i = 0; i < 5; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      a += b;
+      b = ((b << turns[i % 2][j]) | (b >> (32 - turns[i % 2][j]))) ^ a;
+    }
+    a += keys[(i + 1) % 3], b += keys[(i + 2) % 3] + i + 1;
+  }
+  return a ^ b;
+}
+
+// Numbers `at` of Gumbel's distribution, as jax.random.gumbel makes them of such bits.
+inline Vector gumbel(uint32_t first, uint32_t second, Words at) {
+  Words bits = (random_bits(first, second, at) >> 9) | 0x3f800000u;
+  Vector tiny = all(std::numeric_limits<float>::min()), uniform = reinterpret_cast<Vector&>(bits) - 1.0f + tiny;
+  return -logarithm(-logarithm(uniform));
+}
+
 // y[m][n] = x[m] . w[n] for M rows and N weights of D numbers.
 template <int M, int N, typename W>
 inline void tile(const float* const* x, const W* const* w, int64_t D, float y[M][N]) {
@@ -143,39 +229,83 @@ inline void tile(const float* const* x, const W* const* w, int64_t D, float y[M]
     }
   }
   for (int m = 0; m < M; ++m) {
-    totals<N>(sums[m], y[m]);
-    for (int64_t rest = d; rest < D; ++rest)
-      for (int n = 0; n < N; ++n) y[m][n] = fused(x[m][rest], single(w[n] + rest), y[m][n]);
+    Vector each[N];
+    for (int n = 0; n < N; ++n) each[n] = sums[m][n];
+    totals<N>(each, y[m]);
   }
+  for (; d < D; ++d)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) y[m][n] = fused(x[m][d], single(w[n] + d), y[m][n]);
 }
 
-template <int M, int N, typename W>
-inline void tile_into(const float* const* x, const W* const* w, int64_t D, float* const* y, int64_t column) {
+template <int M, int N>
+inline void tile(const int16_t* const* x, const int8_t* const* w, int64_t D, float y[M][N]) {
+  int64_t whole = D / (2 * SUMS) * (2 * SUMS), d = 0;
+  for (int m = 0; m < M; ++m) std::fill(y[m], y[m] + N, 0.0f);
+  while (d < whole) {
+    Sums sums[M][N] = {};
+    for (int64_t end = std::min(d + STRETCH, whole); d < end; d += 2 * SUMS) {
+      Shorts row[M];
+      for (int m = 0; m < M; ++m) row[m] = load(x[m] + d);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        Shorts weights = load(w[n] + d);
+        for (int m = 0; m < M; ++m) sums[m][n] = paired(row[m], weights, sums[m][n]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      Vector each[N];
+      float stretch[N];
+      for (int n = 0; n < N; ++n) each[n] = folded(sums[m][n]);
+      totals<N>(each, stretch);
+      for (int n = 0; n < N; ++n) y[m][n] += stretch[n];
+    }
+  }
+  for (; d < D; ++d)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) y[m][n] += int32_t{x[m][d]} * w[n][d];
+}
+
+template <int M, int N, typename X, typename W>
+inline void tile_into(const X* const* x, const W* const* w, int64_t D, float* const* y, int64_t column) {
   float out[M][N];
-  tile<M, N, W>(x, w, D, out);
+  if constexpr (std::is_same_v<X, float>)
+    tile<M, N, W>(x, w, D, out);
+  else
+    tile<M, N>(x, w, D, out);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) y[m][column + n] = out[m][n];
 }
 
-template <int N, typename W>
-void tile_rows(const float* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column) {
-  int64_t m = 0;
-  for (; m + ROWS <= rows; m += ROWS) tile_into<ROWS, N, W>(x + m, w, D, y + m, column);
-  if (rows - m == 2) tile_into<2, N, W>(x + m, w, D, y + m, column);
-  if (rows - m == 1) tile_into<1, N, W>(x + m, w, D, y + m, column);
+// One tile of `rows` rows, at most M.
+template <int M, int N, typename X, typename W>
+inline void tile_of(int64_t rows, const X* const* x, const W* const* w, int64_t D, float* const* y, int64_t column) {
+  if constexpr (M > 1)
+    if (rows < M) return tile_of<M - 1, N>(rows, x, w, D, y, column);
+  tile_into<M, N>(x, w, D, y, column);
 }
 
-template <int N>
-void block(const float* const* x, const float* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
+// In as few tiles as can be, of nearly the same size.
+template <int N, typename X, typename W>
+void tile_rows(const X* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column) {
+  for (int64_t m = 0, tiles = (rows + ROWS<X> - 1) / ROWS<X>; tiles > 0; --tiles) {
+    int64_t some = (rows - m + tiles - 1) / tiles;
+    tile_of<ROWS<X>, N>(some, x + m, w, D, y + m, column);
+    m += some;
+  }
+}
+
+template <int N, typename X, typename W>
+void block(const X* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
            std::vector<float>&) {
-  tile_rows<N, float>(x, w, rows, D, y, column);
+  tile_rows<N>(x, w, rows, D, y, column);
 }
 
-// Weights that several tiles use are widened once; what is multiplied is the same.
-template <int N, typename W>
-void block(const float* const* x, const W* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
+// Where registers are few, weights that several tiles use are widened once; what is multiplied is the same.
+template <int N>
+void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_t D, float* const* y, int64_t column,
            std::vector<float>& room) {
-  if (rows <= ROWS) return tile_rows<N, W>(x, w, rows, D, y, column);
+  if (MANY || rows <= ROWS<float>) return tile_rows<N>(x, w, rows, D, y, column);
   room.resize(N * D);
   const float* wide[N];
   for (int n = 0; n < N; ++n) {
@@ -185,7 +315,7 @@ void block(const float* const* x, const W* const* w, int64_t rows, int64_t D, fl
     for (; d < D; ++d) to[d] = single(w[n] + d);
     wide[n] = to;
   }
-  tile_rows<N, float>(x, wide, rows, D, y, column);
+  tile_rows<N>(x, wide, rows, D, y, column);
 }
 
 // Asks for what will be read next: rows of weights are too short for the processor to see them coming.
@@ -202,28 +332,57 @@ struct Matrix {
   const float* scale;
 };
 
+// What a row is when it meets weights of kind W.
+template <typename W>
+using Number = std::conditional_t<std::is_same_v<W, int8_t>, int16_t, float>;
+
+template <typename W>
+struct Row {
+  const Number<W>* x;
+  float scale;  // what each number counts
+};
+
+// Integers of at most 15 bits and a sign for D numbers, and what each of them counts: not a number, if one was none.
+float to_integers(const float* row, int64_t D, int16_t* integers) {
+  int32_t most = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    int32_t bits;
+    std::memcpy(&bits, row + d, sizeof bits);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  bool usable = std::isfinite(largest) && largest > 1e-30f;
+  float inverse = usable ? 32767 / largest : 0.0f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  for (int64_t d = 0; d < D; ++d)
+    integers[d] = static_cast<int32_t>((usable ? row[d] : 0.0f) * inverse + magic - magic);
+  return usable ? largest / 32767 : std::isfinite(largest) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+}
+
 // y[t][first..last) = x[t] . w[f] for `rows` rows.
 template <typename W>
-void dots(const float* const* x, Matrix<W> matrix, int64_t rows, int64_t D, int64_t first, int64_t last,
-          float* const* y) {
+void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last, float* const* y) {
   const W* w = matrix.numbers;
   std::vector<float> room;
-  int64_t most = std::max<int64_t>(ROWS, X_BYTES / (D * sizeof(float)) / ROWS * ROWS);
-  for (int64_t t = 0; t < rows; t += most) {
-    int64_t some = std::min(most, rows - t), f = first;
+  std::vector<const Number<W>*> x;
+  for (const Row<W>& row : rows) x.push_back(row.x);
+  int64_t size = rows.size(), fit = X_BYTES / (D * sizeof(Number<W>)), tile = ROWS<Number<W>>;
+  int64_t most = std::max<int64_t>(tile, fit / tile * tile);
+  for (int64_t t = 0; t < size; t += most) {
+    int64_t some = std::min(most, size - t), f = first;
     for (; f + COLUMNS <= last; f += COLUMNS) {
       ahead(w + (f + AHEAD) * D, w + std::min(f + AHEAD + COLUMNS, last) * D);
       const W* four[COLUMNS] = {w + f * D, w + (f + 1) * D, w + (f + 2) * D, w + (f + 3) * D};
-      block<COLUMNS>(x + t, four, some, D, y + t, f, room);
+      block<COLUMNS>(x.data() + t, four, some, D, y + t, f, room);
     }
     for (; f < last; ++f) {
       const W* one[1] = {w + f * D};
-      block<1>(x + t, one, some, D, y + t, f, room);
+      block<1>(x.data() + t, one, some, D, y + t, f, room);
     }
   }
-  if (matrix.scale)
-    for (int64_t t = 0; t < rows; ++t)
-      for (int64_t f = first; f < last; ++f) y[t][f] *= matrix.scale[f];
+  if constexpr (std::is_same_v<W, int8_t>)
+    for (int64_t t = 0; t < size; ++t)
+      for (int64_t f = first; f < last; ++f) y[t][f] *= rows[t].scale * matrix.scale[f];
 }
 
 // Where in a stack the matrix of these indices starts, in matrices; -1 when an index is outside.
@@ -234,12 +393,6 @@ int64_t place(ffi::AnyBuffer::Dimensions stack, ffi::Span<const int32_t> index) 
     at = at * stack[i] + index[i];
   }
   return at;
-}
-
-std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t stride) {
-  std::vector<const float*> p(rows);
-  for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
-  return p;
 }
 
 std::vector<float*> row_pointers(float* x, int64_t rows, int64_t stride) {
@@ -269,6 +422,25 @@ void spread(ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, W
   while (shared->done < pieces) std::this_thread::yield();
 }
 
+// Rows as they meet weights of kind W. `room` is where integers are kept.
+template <typename W>
+std::vector<Row<W>> meeting(ffi::ThreadPool& pool, const std::vector<const float*>& rows, int64_t D,
+                            std::vector<int16_t>& room) {
+  std::vector<Row<W>> met(rows.size());
+  if constexpr (std::is_same_v<W, int8_t>) {
+    room.resize(rows.size() * D);
+    spread(pool, rows.size(), 1, (1 << 16) / D, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        int16_t* integers = room.data() + i * D;
+        met[i] = {integers, to_integers(rows[i], D, integers)};
+      }
+    });
+  } else {
+    for (size_t i = 0; i < rows.size(); ++i) met[i] = {rows[i], 1.0f};
+  }
+  return met;
+}
+
 // Rows of zeros, as padding is, give zeros whatever the weights are, and are not multiplied.
 template <typename W>
 void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64_t F, float* y) {
@@ -284,8 +456,10 @@ void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64
       std::fill(y + t * F, y + (t + 1) * F, 0.0f);
     }
   }
+  std::vector<int16_t> room;
+  std::vector<Row<W>> met = meeting<W>(pool, rows, D, room);
   spread(pool, F, COLUMNS, (1 << 16) / D,
-         [&](int64_t first, int64_t last) { dots<W>(rows.data(), w, rows.size(), D, first, last, out.data()); });
+         [&](int64_t first, int64_t last) { dots<W>(met, w, D, first, last, out.data()); });
 }
 
 // The matrix number `at` of a stack of F x D numbers each, with its scale if there is one.
@@ -326,22 +500,23 @@ void silu_times(float* gate, const float* up, int64_t size) {
 }
 
 // One slot that somebody wants: its rows, what lies between its two matrices, and its answers.
+template <typename W>
 struct Expert {
   int64_t slot;
-  std::vector<const float*> x, gated;
+  std::vector<Row<W>> x, gated;
   std::vector<float*> hidden, y;
   std::vector<float> room;
+  std::vector<int16_t> gated_room;
 
   void begin(int64_t F) {
     room.resize(x.size() * 2 * F);
     hidden = row_pointers(room.data(), x.size(), 2 * F);
-    gated.assign(hidden.begin(), hidden.end());
   }
 };
 
 // Answers of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
 template <typename W, typename Weights>
-void answer(ffi::ThreadPool& pool, std::vector<Expert>& experts, Weights weights, int64_t D, int64_t F) {
+void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F) {
   auto each_part = [&](int64_t columns, auto work) {
     int64_t wanted = PIECES * pool.num_threads() / std::max<int64_t>(experts.size(), 1) + 1;
     int64_t size = std::max<int64_t>(LEAST_COLUMNS, (columns / wanted + COLUMNS) / COLUMNS * COLUMNS);
@@ -351,16 +526,16 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert>& experts, Weights weights
         work(experts[i / parts], i % parts * size, std::min((i % parts + 1) * size, columns));
     });
   };
-  for (Expert& each : experts) each.begin(F);
-  each_part(F, [&](Expert& e, int64_t first, int64_t last) {
+  for (Expert<W>& each : experts) each.begin(F);
+  each_part(F, [&](Expert<W>& e, int64_t first, int64_t last) {
     Matrix<W> gate_up = weights(e.slot).first;
-    int64_t n = e.x.size();
-    dots<W>(e.x.data(), gate_up, n, D, first, last, e.hidden.data());
-    dots<W>(e.x.data(), gate_up, n, D, F + first, F + last, e.hidden.data());
+    dots<W>(e.x, gate_up, D, first, last, e.hidden.data());
+    dots<W>(e.x, gate_up, D, F + first, F + last, e.hidden.data());
     for (float* row : e.hidden) silu_times(row + first, row + F + first, last - first);
   });
-  each_part(D, [&](Expert& e, int64_t first, int64_t last) {
-    dots<W>(e.gated.data(), weights(e.slot).second, e.x.size(), F, first, last, e.y.data());
+  for (Expert<W>& e : experts) e.gated = meeting<W>(pool, {e.hidden.begin(), e.hidden.end()}, F, e.gated_room);
+  each_part(D, [&](Expert<W>& e, int64_t first, int64_t last) {
+    dots<W>(e.gated, weights(e.slot).second, F, first, last, e.y.data());
   });
 }
 
@@ -374,23 +549,27 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   int64_t S = down.dimensions()[1], F = down.dimensions()[3];
   int64_t repeat = index.typed_data()[0];
   if (repeat < 0 || repeat >= down.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
-  std::vector<Expert> all(S), busy;
-  for (int64_t item = 0; item < items; ++item) {
-    int64_t slot = wanted.typed_data()[item];
-    float* answer = answers->typed_data() + item * D;
-    if (slot < 0 || slot >= S) {
-      std::fill(answer, answer + D, 0.0f);
-      continue;
-    }
-    all[slot].x.push_back(rows.typed_data() + item / A * D);
-    all[slot].y.push_back(answer);
-  }
-  for (int64_t slot = 0; slot < S; ++slot) {
-    all[slot].slot = slot;
-    if (!all[slot].x.empty()) busy.push_back(std::move(all[slot]));
-  }
   auto in_form = [&](auto number) {
     using W = decltype(number);
+    std::vector<int16_t> room;
+    std::vector<const float*> x(rows.dimensions()[0]);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = rows.typed_data() + i * D;
+    std::vector<Row<W>> met = meeting<W>(pool, x, D, room);
+    std::vector<Expert<W>> all(S), busy;
+    for (int64_t item = 0; item < items; ++item) {
+      int64_t slot = wanted.typed_data()[item];
+      float* answer = answers->typed_data() + item * D;
+      if (slot < 0 || slot >= S) {
+        std::fill(answer, answer + D, 0.0f);
+        continue;
+      }
+      all[slot].x.push_back(met[item / A]);
+      all[slot].y.push_back(answer);
+    }
+    for (int64_t slot = 0; slot < S; ++slot) {
+      all[slot].slot = slot;
+      if (!all[slot].x.empty()) busy.push_back(std::move(all[slot]));
+    }
     auto weights = [&](int64_t slot) {
       int64_t at = repeat * S + slot;
       return std::make_pair(matrix<W>(gate_up, gate_up_scale, at, 2 * F, D), matrix<W>(down, down_scale, at, D, F));
@@ -405,6 +584,11 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
     in_form(float{});
   return ffi::Error::Success();
 }
+
+// Where keys and values of a block begin.
+struct Entries {
+  const float *k[KEYS], *v[KEYS];
+};
 
 // The queries of one segment that share a key/value head: blocks of keys with a running maximum (arXiv 2205.14135).
 struct Queries {
@@ -424,11 +608,17 @@ struct Queries {
     for (float* row : out) std::fill(row, row + H, 0.0f);
   }
 
-  // Keys and values at positions first .. first + KEYS.
-  void see(int64_t first, const float* const* k, const float* const* v) {
+  // Keys and values at positions first .. first + KEYS. Those of `next` are asked for meanwhile, a few at a time.
+  void see(int64_t first, const Entries& now, const Entries& next, int64_t at) {
+    const float *k[KEYS], *v[KEYS];
+    for (int64_t s = 0; s < KEYS; ++s) k[s] = now.k[s] + at, v[s] = now.v[s] + at;
     int64_t n = q.size();
-    for (int64_t s = 0; s < KEYS; s += COLUMNS) tile_rows<COLUMNS, float>(q.data(), k + s, n, H, rows.data(), s);
+    for (int64_t s = 0; s < KEYS; s += COLUMNS) {
+      for (int64_t i = s; i < s + COLUMNS; ++i) ahead(next.k[i] + at, next.k[i] + at + H);
+      tile_rows<COLUMNS>(q.data(), k + s, n, H, rows.data(), s);
+    }
     for (int64_t i = 0; i < n; ++i) {
+      for (int64_t s = i * KEYS / n; s < (i + 1) * KEYS / n; ++s) ahead(next.v[s] + at, next.v[s] + at + H);
       int64_t seen = std::min(KEYS, position[i] + 1 - first);
       if (seen > 0) mix(rows[i], v, seen, maximum[i], sum[i], out[i]);
     }
@@ -437,6 +627,18 @@ struct Queries {
   void end() {
     for (size_t i = 0; i < q.size(); ++i)
       for (int64_t h = 0; h < H; ++h) out[i][h] = sum[i] > 0 ? out[i][h] / sum[i] : 0.0f;
+  }
+
+  // COUNT vectors side by side, each of which is a chain of sums.
+  template <int COUNT>
+  static void mix_at(const float* scores, const float* const* v, int64_t seen, Vector shrink, int64_t h, float* out) {
+    Vector mixed[COUNT];
+    for (int i = 0; i < COUNT; ++i) mixed[i] = load(out + h + i * LANES) * shrink;
+    for (int64_t s = 0; s < seen; ++s) {
+      Vector weight = all(scores[s]);
+      for (int i = 0; i < COUNT; ++i) mixed[i] = fused(load(v[s] + h + i * LANES), weight, mixed[i]);
+    }
+    for (int i = 0; i < COUNT; ++i) store(out + h + i * LANES, mixed[i]);
   }
 
   void mix(float* scores, const float* const* v, int64_t seen, float& maximum, float& sum, float* out) const {
@@ -452,11 +654,8 @@ struct Queries {
     sum = sum * shrink[0] + total(added);
     maximum = higher;
     int64_t h = 0;
-    for (; h + LANES <= H; h += LANES) {
-      Vector mixed = load(out + h) * shrink;
-      for (int64_t s = 0; s < seen; ++s) mixed = fused(load(v[s] + h), all(scores[s]), mixed);
-      store(out + h, mixed);
-    }
+    for (; h + BESIDE * LANES <= H; h += BESIDE * LANES) mix_at<BESIDE>(scores, v, seen, shrink, h, out);
+    for (; h + LANES <= H; h += LANES) mix_at<1>(scores, v, seen, shrink, h, out);
     for (; h < H; ++h) {
       float mixed = out[h] * shrink[0];
       for (int64_t s = 0; s < seen; ++s) mixed = fused(v[s][h], scores[s], mixed);
@@ -473,11 +672,11 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                           ffi::ResultBuffer<ffi::F32> out, int64_t page_size, float scale) {
   int64_t Z = q.dimensions()[0], Q = q.dimensions()[1], N = q.dimensions()[2], H = q.dimensions()[3];
   int64_t R = k_new.dimensions()[0], K = k_new.dimensions()[1], G = N / K;
-  int64_t L = k_pages.dimensions()[0], entries = k_pages.dimensions()[1], M = page_table.dimensions()[1];
+  int64_t L = k_pages.dimensions()[0], held = k_pages.dimensions()[1], M = page_table.dimensions()[1];
   int64_t at = layer.typed_data()[0];
   if (at < 0 || at >= L) return ffi::Error::InvalidArgument("paged_attention: no such layer");
-  const float* keys = k_pages.typed_data() + at * entries * K * H;
-  const float* values = v_pages.typed_data() + at * entries * K * H;
+  const float* keys = k_pages.typed_data() + at * held * K * H;
+  const float* values = v_pages.typed_data() + at * held * K * H;
   // Heads of a segment stay together where there are segments enough: their keys lie side by side in memory.
   int64_t together = Z >= 2 * pool.num_threads() ? K : 1, parts = K / together;
   spread(pool, Z * parts, 1, 1, [&](int64_t first, int64_t last) {
@@ -497,24 +696,22 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
         heads[own].out.push_back(out->typed_data() + n * H);
       }
       for (Queries& each : heads) each.begin();
-      for (int64_t block = 0; block < longest; block += KEYS) {
-        const float *k[KEYS], *v[KEYS];
+      auto entries = [&](int64_t block) {
+        Entries found;
         for (int64_t s = 0; s < KEYS; ++s) {
           int64_t p = std::min(block + s, longest - 1);
           int64_t row = base + p - old, entry = pages[p / page_size] * page_size + p % page_size;
           bool fresh = p >= old;
-          row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, entries - 1);
-          k[s] = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
-          v[s] = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
-          if (!fresh) {  // the block after the next lies next, most often
-            ahead(k[s] + KEYS * K * H, k[s] + KEYS * K * H + together * H);
-            ahead(v[s] + KEYS * K * H, v[s] + KEYS * K * H + together * H);
-          }
+          row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, held - 1);
+          found.k[s] = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
+          found.v[s] = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
         }
-        for (Queries& each : heads) {
-          each.see(block, k, v);
-          for (int64_t s = 0; s < KEYS; ++s) k[s] += H, v[s] += H;
-        }
+        return found;
+      };
+      Entries now, next = longest > 0 ? entries(0) : Entries{};
+      for (int64_t block = 0; block < longest; block += KEYS) {
+        now = next, next = entries(block + KEYS);
+        for (int64_t own = 0; own < together; ++own) heads[own].see(block, now, next, own * H);
       }
       for (Queries& each : heads) each.end();
     }
@@ -547,7 +744,51 @@ ffi::Error Likeliest(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Re
   return ffi::Error::Success();
 }
 
+// Of each row the first of the highest of logits [Z, V] / temperature [Z] + Gumbel noise of the row's key [Z, 2]; 0
+// where the temperature is 0.
+ffi::Error Drawn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature,
+                 ffi::Buffer<ffi::U32> keys, ffi::ResultBuffer<ffi::S32> tokens) {
+  int64_t Z = logits.dimensions()[0], V = logits.dimensions()[1];
+  Integers lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  spread(pool, Z, 1, 1, [&](int64_t first, int64_t last) {
+    for (int64_t z = first; z < last; ++z) {
+      tokens->typed_data()[z] = 0;
+      float heat = temperature.typed_data()[z];
+      if (!(heat > 0)) continue;
+      const float* row = logits.typed_data() + z * V;
+      const uint32_t* key = keys.typed_data() + 2 * z;
+      Vector most = all(-std::numeric_limits<float>::infinity());
+      Integers best = {};
+      for (int64_t v = 0; v < V; v += LANES) {
+        float rest[LANES];
+        if (v + LANES > V) {
+          std::fill(rest, rest + LANES, -std::numeric_limits<float>::infinity());
+          std::copy(row + v, row + V, rest);
+        }
+        Integers at = lanes + static_cast<int32_t>(v);
+        Vector x = load(v + LANES > V ? rest : row + v) / heat + gumbel(key[0], key[1], reinterpret_cast<Words&>(at));
+        best = x > most ? at : best;
+        most = x > most ? x : most;
+      }
+      int chosen = 0;
+      for (int i = 1; i < LANES; ++i)
+        if (most[i] > most[chosen] || (most[i] == most[chosen] && best[i] < best[chosen])) chosen = i;
+      tokens->typed_data()[z] = best[chosen];
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_drawn, Drawn,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_likeliest, Likeliest,
                               ffi::Ffi::Bind()

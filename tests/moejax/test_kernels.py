@@ -14,13 +14,15 @@ from moejax.cache import Cache
 from moejax.experts import apply_experts_reference
 from moejax.layers import Stacked, row_dot_reference
 from moejax.params import FeedForward, ParamSpec
-from moejax.precision import hold
+from moejax.precision import Int8, hold
+from moejax.sampling import drawn_reference
 from tests.moejax.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not kernels.active(), reason="no C++ compiler on this machine")
 FORMS = ["float32", "bfloat16", "int8"]
-ROUNDING = 2e-5
-"""Relative to the largest number: float32 sums of up to 1536 products in two orders."""
+ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5, "int8": 1e-4}
+"""Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8, rows of 16 bits, two in
+turn for experts."""
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -32,8 +34,8 @@ def held(values: np.ndarray, form: str):
     return jax.tree.map(jnp.asarray, hold(dataclasses.replace(MIXTRAL, weights=form), spec, values))
 
 
-def close(a, b) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * max(1.0, float(np.abs(b).max())))
+def close(a, b, form: str = "float32") -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING[form] * max(1.0, float(np.abs(b).max())))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -43,7 +45,7 @@ def test_a_row_dot_is_its_reference_and_rows_do_not_know_of_each_other(shape, fo
     x = normal(200, shape[1])
     dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (1, jnp.int32(2))))
     whole = np.asarray(dot(x))
-    close(whole, row_dot_reference(x, Stacked(stack, (1, 2))))
+    close(whole, row_dot_reference(x, Stacked(stack, (1, 2))), form)
     for rows in (1, 2, 3, 4, 5, 7, 40, 131):
         np.testing.assert_array_equal(dot(x[:rows]), whole[:rows])
         np.testing.assert_array_equal(dot(x[-rows:]), whole[-rows:])
@@ -56,6 +58,27 @@ def test_rows_of_zeros_give_zeros_and_change_no_other() -> None:
     dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (0,)))
     np.testing.assert_array_equal(dot(padded)[np.array([1, 5])], 0)
     np.testing.assert_array_equal(np.delete(dot(padded), [1, 5], axis=0), np.delete(dot(x), [1, 5], axis=0))
+
+
+def test_int8_sums_do_not_overflow_at_the_largest_numbers_there_are() -> None:
+    size = 20_011
+    stack = Int8(jnp.full((1, 5, size), 127, jnp.int8), jnp.ones((1, 5)))
+    rows = np.full((7, size), 32767, np.float32) * np.array([1, -1] * 3 + [1e-3], np.float32)[:, None]
+    np.testing.assert_allclose(
+        kernels.row_dot(rows, stack, (0,)), np.repeat(127 * rows.sum(1, keepdims=True), 5, axis=1), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_a_row_that_is_no_number_stays_none_and_spoils_no_other(damage, form) -> None:
+    stack, x = held(normal(1, 24, 70, seed=1), form), normal(9, 70)
+    spoilt = x.copy()
+    spoilt[4, 37] = damage
+    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (0,)))
+    answer = np.asarray(dot(spoilt))
+    assert not np.isfinite(answer[4]).any()
+    np.testing.assert_array_equal(np.delete(answer, 4, axis=0), np.delete(dot(x), 4, axis=0))
 
 
 def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
@@ -73,7 +96,7 @@ def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> Non
     rows, wanted = normal(70, 48), np.random.default_rng(4).integers(-1, 5, (70, 2)).astype(np.int32)
     ask = jax.jit(lambda r, w: kernels.experts(r, w, gate_up, down, jnp.int32(1)))
     whole = np.asarray(ask(rows, wanted))
-    close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, MIXTRAL.moe))
+    close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, MIXTRAL.moe), form)
     assert not whole[wanted < 0].any()
     for i in (0, 33, 69):
         np.testing.assert_array_equal(ask(rows[i : i + 1], wanted[i : i + 1])[0], whole[i])
@@ -119,6 +142,24 @@ def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
         scale=0.25,
     )
     np.testing.assert_array_equal(alone[0, 0], whole[1, 2])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 2048 + 77])
+def test_tokens_are_drawn_as_by_the_reference_and_rows_do_not_know_of_each_other(vocabulary) -> None:
+    logits = normal(300, vocabulary) * 2
+    heat = np.random.default_rng(1).choice([0.0, 0.3, 1.0, 5.0], 300).astype(np.float32)
+    keys = jax.vmap(jax.random.key)(np.arange(300, dtype=np.uint32) * 12_345_678)
+    ours = np.asarray(kernels.drawn(logits, heat, jax.random.key_data(keys)))
+    np.testing.assert_array_equal(ours, np.where(heat > 0, drawn_reference(logits, heat, keys), 0))
+    assert len(set(ours.tolist())) > min(vocabulary - 1, 100)
+    np.testing.assert_array_equal(kernels.drawn(logits[7:9], heat[7:9], jax.random.key_data(keys[7:9])), ours[7:9])
+
+
+def test_what_is_filtered_out_is_never_drawn() -> None:
+    logits = np.full((64, 37), -np.inf, np.float32)
+    logits[:, [3, 36]] = 0
+    keys = jax.random.key_data(jax.vmap(jax.random.key)(np.arange(64)))
+    assert set(np.asarray(kernels.drawn(logits, np.ones(64, np.float32), keys)).tolist()) == {3, 36}
 
 
 def test_an_index_outside_of_the_stack_is_an_error_not_a_read() -> None:

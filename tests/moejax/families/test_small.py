@@ -32,6 +32,9 @@ CACHE = {"mixtral": 3 * 2 * 2 * 16, "deepseek-v3": 3 * (8 + 24), "gpt-oss": 4 * 
 """Numbers kept for a token: layers x (keys and values x heads x size), or layers x (rotated key + latent)."""
 TOLD = ("mixtral, window", "llama 3.1", "qwen2-moe", "deepseek-v3", "gpt-oss", "granite-moe", "phi-3.5-moe, long")
 IN_FORMS = (("deepseek-v3", "int8"), ("gpt-oss", "int8"), ("qwen2-moe", "bfloat16"))
+ROUNDING = {"bfloat16": 1e-4, "int8": 3e-2}
+"""Of a step, against float32: sums in another order; with int8, rows of 16 bits in every dot, which lively weights make
+more of (seen: 1e-2)."""
 
 
 def quiet(done: int, total: int) -> None:
@@ -192,5 +195,5 @@ def test_a_step_of_every_family_computes_with_the_numbers_its_form_stands_for(na
         for each, weights in ((cfg, held), (dataclasses.replace(cfg, weights="float32"), plain))
     ]
     rows = slice(bucket.decode, bucket.decode + 20)
-    np.testing.assert_allclose(outcomes[0].hidden[rows], outcomes[1].hidden[rows], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(outcomes[0].hidden[rows], outcomes[1].hidden[rows], rtol=0, atol=ROUNDING[form])
     assert {name.split(".")[-1] for name in named(held)} >= ({"numbers", "scale"} if form == "int8" else set())
