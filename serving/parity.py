@@ -1,0 +1,205 @@
+"""Parity of the experts' weights, as the front has it made and used (docs/decisions/0009).
+
+Of up to `members` experts on different ranks another rank keeps the XOR. When all copies of one of them are lost, it is
+made again from that and the others. Bytes go through the front, a piece from each rank and their XOR to another: that
+is the same for ranks of this machine and of others, and no rank needs to know of any other.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import numpy as np
+
+from planner.parity import KeptGroup, Rebuild, homes, kept_groups, rebuilds
+from planner.plan import Plan
+from serving.links import RankLinks, RankLost, RankRefused
+from serving.proto.moejax.v1 import link_pb2
+
+PIECE_BYTES = 1 << 20
+"""Of one expert in one message: a step that comes behind it waits for less than a millisecond."""
+LOOK_S = 0.1
+"""How often it is looked whether there is another plan."""
+AGAIN_S = 5.0
+"""How soon groups that could not be made are tried again: a member was not intact, and is put right by a scrub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A group's parity as it was made: its bytes, and the checksums of members that the store has in another form."""
+
+    size: int
+    checksums: Mapping[int, tuple[int, ...]]
+
+
+class Parity:
+    """The parity of one server. With `members` 0 there is none."""
+
+    def __init__(self, links: RankLinks, members: int) -> None:
+        self._links = links
+        self._members = members
+        self._made: dict[KeptGroup, Made] = {}
+        self._untidy: set[int] = set()
+        """Layers of which ranks may keep something else, or half of it."""
+        self.wanted = 0
+        """Groups that the plan asks for; those made before may be others."""
+        self.rebuilt = 0
+        """Experts that were made again."""
+        self.tell: Callable[[str, str], None] = lambda kind, message: None
+        """Hears what has happened, and to what."""
+
+    @property
+    def groups(self) -> tuple[KeptGroup, ...]:
+        """Those that are made."""
+        return tuple(self._made)
+
+    @property
+    def bytes(self) -> int:
+        """Host memory of ranks that they take."""
+        return sum(made.size for made in self._made.values())
+
+    def forget(self, rank: int) -> None:
+        """A rank is gone, and what it kept."""
+        self._made = {group: made for group, made in self._made.items() if group.keeper != rank}
+
+    def took(self, experts: int) -> None:
+        """Ranks have put so many experts into slots that were made again for them."""
+        if experts:
+            self.rebuilt += experts
+            self.tell("rebuilt", f"{experts} experts from parity")
+
+    # -- Making it ----------------------------------------------------------------------------------------------
+
+    async def keep(self, settled: Callable[[], Plan | None]) -> None:
+        """Make the parity of each plan that `settled` names, beside its steps, until cancelled."""
+        tried: Plan | None = None
+        again = math.inf
+        while True:
+            plan = settled()
+            if plan is None or (plan is tried and time.monotonic() < again):
+                await asyncio.sleep(LOOK_S)
+                continue
+            whole = await self._make(plan, lambda plan=plan: settled() is plan)
+            tried, again = plan, math.inf if whole else time.monotonic() + AGAIN_S
+
+    async def _make(self, plan: Plan, holds: Callable[[], bool]) -> bool:
+        """Make what a plan asks for and is not there, as long as the plan `holds`. Each layer's parity before it stays
+        until the new one is there. True when nothing is left to be made."""
+        wanted = kept_groups(plan, self._members)
+        self.wanted = len(wanted)
+        whole, new = True, 0
+        for layer in range(plan.moe_layers):
+            groups = [group for group in wanted if group.layer == layer]
+            for group in groups:
+                if group in self._made:
+                    continue
+                self._untidy.add(layer)
+                try:
+                    made = await self._make_group(group, plan, holds)
+                except (RankLost, RankRefused):
+                    made = None
+                if not holds():
+                    return False
+                if made is None:
+                    whole = False
+                    continue
+                self._made[group] = made
+                new += 1
+            before = {group for group in self._made if group.layer == layer}
+            if whole and (layer in self._untidy or before.difference(groups)):
+                whole = await self._keep_only(layer, groups, plan)
+        if whole and new:
+            self.tell("parity_ready", f"{len(wanted)} groups, {self.bytes >> 20} MiB")
+        return whole
+
+    async def _make_group(self, group: KeptGroup, plan: Plan, holds: Callable[[], bool]) -> Made | None:
+        """A group's parity on its keeper; None when the plan is another one before it is there."""
+        here = homes(plan, plan.rank_ids)[group.layer]
+        sources = [(here[expert], _expert(group.layer, expert)) for expert in group.members]
+        size, first, checksums = 1, 0, {}
+        while first < size:
+            began = time.monotonic()
+            rows, answers = await self._read(sources, first)
+            if first == 0:
+                size = answers[0].size
+                checksums = {m: tuple(a.checksums) for m, a in zip(group.members, answers, strict=True)}
+            piece = link_pb2.WriteWeights(of=_parity(group), first=first, size=size, rows=rows)
+            await self._links.call(group.keeper, "write_weights", piece)
+            first += len(rows)
+            if not holds():
+                return None
+            await asyncio.sleep(time.monotonic() - began)  # no more than half of the time: ranks have steps to make
+        return Made(size, checksums)
+
+    async def _keep_only(self, layer: int, groups: Collection[KeptGroup], plan: Plan) -> bool:
+        """Have ranks forget what else they keep of a layer. False when one did not answer."""
+        self._made = {group: made for group, made in self._made.items() if group.layer != layer or group in groups}
+        keep = link_pb2.KeepParity(layer=layer, parities=map(_parity, groups))
+        try:
+            await asyncio.gather(*(self._links.call(rank, "keep_parity", keep) for rank in plan.rank_ids))
+        except (RankLost, RankRefused):
+            return False
+        self._untidy.discard(layer)
+        return True
+
+    # -- Using it -----------------------------------------------------------------------------------------------
+
+    def rebuilds(self, alive: Collection[int], held: Plan | None) -> Mapping[tuple[int, int], Rebuild]:
+        """What of the experts that no rank in `alive` holds under the plan `held` can be made again, by (MoE layer,
+        expert)."""
+        return rebuilds(self._made, held, alive) if self._made and held is not None else {}
+
+    async def provide(self, plan: Plan, held: Plan | None) -> None:
+        """Make again what `plan` has in slots and none of its ranks holds under `held`, and give it to the ranks that
+        are to have it. What cannot be is left to the store. Raises RankLost."""
+        lost = self.rebuilds(plan.rank_ids, held)
+        wanted = {rank: plan.slots_of(rank) for rank in plan.holder_ids} if lost else {}
+        tasks = [
+            asyncio.create_task(self._give(rank, {at: way for at, way in lost.items() if at[1] in slots[at[0]]}))
+            for rank, slots in wanted.items()
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _give(self, rank: int, lost: Mapping[tuple[int, int], Rebuild]) -> None:
+        for (layer, expert), way in lost.items():
+            made = self._made.get(way.group)
+            if made is None:
+                continue
+            try:
+                await self._rebuild(rank, layer, expert, way, made)
+            except RankRefused as error:
+                self._made.pop(way.group, None)
+                self.tell("rebuild_failed", str(error))
+
+    async def _rebuild(self, rank: int, layer: int, expert: int, way: Rebuild, made: Made) -> None:
+        sources = [(way.group.keeper, _parity(way.group))]
+        sources += [(holder, _expert(layer, other)) for other, holder in way.others]
+        for first in range(0, made.size, PIECE_BYTES):
+            rows, _ = await self._read(sources, first)
+            piece = link_pb2.WriteWeights(of=_expert(layer, expert), first=first, size=made.size, rows=rows)
+            piece.checksums.extend(made.checksums[expert])
+            await self._links.call(rank, "write_weights", piece)
+
+    async def _read(
+        self, sources: Iterable[tuple[int, link_pb2.Weights]], first: int
+    ) -> tuple[bytes, list[link_pb2.Done]]:
+        """The XOR of a piece of each of the (rank, weights), and the answers."""
+        reads = ((rank, link_pb2.ReadWeights(of=of, first=first, count=PIECE_BYTES)) for rank, of in sources)
+        answers = await asyncio.gather(*(self._links.call(rank, "read_weights", read) for rank, read in reads))
+        pieces = [np.frombuffer(answer.rows, np.uint8) for answer in answers]
+        return functools.reduce(np.bitwise_xor, pieces).tobytes(), answers
+
+
+def _expert(layer: int, expert: int) -> link_pb2.Weights:
+    return link_pb2.Weights(layer=layer, experts=[expert])
+
+
+def _parity(group: KeptGroup) -> link_pb2.Weights:
+    return link_pb2.Weights(layer=group.layer, experts=group.members, parity=True)
