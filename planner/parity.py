@@ -69,11 +69,12 @@ class KeptGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rebuild:
-    """How a lost expert comes back: from the group's XOR and the other members, each on a rank that holds it."""
+class Way:
+    """How an expert comes from the memory of ranks: it is the XOR of what `group` keeps, if there is one, and of
+    experts, each on a rank that holds it."""
 
-    group: KeptGroup
-    others: tuple[tuple[int, int], ...]
+    group: KeptGroup | None
+    held: tuple[tuple[int, int], ...]
     """(expert, rank)."""
 
 
@@ -118,13 +119,38 @@ def homes(held: Plan, alive: Collection[int]) -> list[dict[int, int]]:
     return found
 
 
-def rebuilds(groups: Iterable[KeptGroup], held: Plan, alive: Collection[int]) -> dict[tuple[int, int], Rebuild]:
-    """What of the experts that no rank in `alive` holds under the plan `held` comes back, by (MoE layer, expert)."""
-    found, by_layer = {}, homes(held, alive)
+def ways(groups: Iterable[KeptGroup], held: Plan, plan: Plan) -> dict[tuple[int, int], Way]:
+    """How the experts that no rank of `plan` has in place under `held` come to be there, by (MoE layer, expert).
+
+    Some rank of the plan may hold an expert that is to be on another one; else it takes a group of which nothing else
+    is lost. What neither has is left out.
+    """
+    here, found = homes(held, plan.rank_ids), {}
+    absent = _absent(held, plan)
+    for layer, expert in absent:
+        if expert in here[layer]:
+            found[layer, expert] = Way(group=None, held=((expert, here[layer][expert]),))
     for group in groups:
-        here = by_layer[group.layer]
-        lost = [expert for expert in group.members if expert not in here]
-        if group.keeper in alive and len(lost) == 1:
-            others = tuple((expert, here[expert]) for expert in group.members if expert in here)
-            found[group.layer, lost[0]] = Rebuild(group=group, others=others)
+        there = here[group.layer]
+        lost = [expert for expert in group.members if expert not in there]
+        if group.keeper in plan.rank_ids and len(lost) == 1 and (group.layer, lost[0]) in absent:
+            others = tuple((expert, there[expert]) for expert in group.members if expert in there)
+            found[group.layer, lost[0]] = Way(group=group, held=others)
     return found
+
+
+def _absent(held: Plan, plan: Plan) -> set[tuple[int, int]]:
+    """(MoE layer, expert) that a plan has in slots, but in none of a rank that holds them already. A rank that is new
+    has filled its slots before it came."""
+    before = {rank: held.slots_of(rank).tolist() for rank in held.holder_ids}
+    now = {rank: plan.slots_of(rank).tolist() for rank in plan.holder_ids}
+    absent: set[tuple[int, int]] = set()
+    for layer, row in enumerate(plan.slots):
+        in_place: set[int] = set()
+        for rank, slots in now.items():
+            if rank in before:
+                in_place |= {*slots[layer]} & {*before[rank][layer]}
+            elif rank not in held.rank_ids:
+                in_place |= {*slots[layer]}
+        absent |= {(layer, expert) for expert in {*row} - in_place - {-1}}
+    return absent

@@ -351,12 +351,12 @@ class Failover:
     def _look_on(self) -> None:
         self._next = None
         if self.plan is not None and self.goal is not None and self.plan.slots != self.goal.slots:
-            part = next_part(self.plan, self.goal, HEAL_SLOTS, but=self._out_of_reach(self.plan))
+            part = next_part(self.plan, self.goal, HEAL_SLOTS, but=self._out_of_reach(self.goal))
             self._next = part if part.slots != self.plan.slots else None
 
     def _out_of_reach(self, plan: Plan) -> set[tuple[int, int]]:
         """Experts that neither the store can give to the ranks of a plan, nor parity."""
-        return self.unreadable.keys() - self.parity.rebuilds(plan.rank_ids, self.plan)
+        return self.unreadable.keys() - self.parity.ways(self.plan, plan).keys()
 
     def foresee(self) -> None:
         """Load the executables of the next losses, and of the plan with those seated, in the background;
@@ -619,6 +619,9 @@ class Failover:
         else all of it."""
         assert self.plan is not None
         part, settings = at_once(goal, self.plan), self._settings
+        moved = {at for at, way in self.parity.ways(self.plan, goal).items() if way.group is None}
+        if moved:  # nobody has lost these: they need not be masked
+            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, only=moved)
         if not may_serve(part, settings.on_lost_expert, self.loads(), settings.lost_expert_bound):
             part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self._out_of_reach(goal))
         await self._adopt(part, goal)
@@ -651,10 +654,9 @@ class Failover:
             if not self.copies.has(rank):
                 here = self._home(rank) is None
                 parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt, here=here))
-        await self.parity.provide(plan, self.plan)
+        await self.parity.provide(self.plan, plan)
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
-        self.parity.took(sum(answer.experts_rebuilt for answer in answers))
         self.plan = plan
         for answer in answers:
             self.unreadable |= {(slot.layer, slot.expert): answer.trouble for slot in answer.missing}

@@ -1,8 +1,9 @@
 """Parity of the experts' weights, as the front has it made and used (docs/decisions/0009).
 
 Of up to `members` experts on different ranks another rank keeps the XOR. When all copies of one of them are lost, it is
-made again from that and the others. Bytes go through the front, a piece from each rank and their XOR to another: that
-is the same for ranks of this machine and of others, and no rank needs to know of any other.
+made again from that and the others; one that a rank holds and another is to have is moved. Bytes go through the front:
+a piece from each rank, their XOR to another. That is the same for ranks of this machine and of others, and no rank
+needs to know of any other.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from planner.parity import KeptGroup, Rebuild, homes, kept_groups, rebuilds
+from planner.parity import KeptGroup, Way, homes, kept_groups, ways
 from planner.plan import Plan
 from serving.links import RankLinks, RankLost, RankRefused
 from serving.proto.moejax.v1 import link_pb2
@@ -44,10 +45,12 @@ class Parity:
         self._made: dict[KeptGroup, Made] = {}
         self._untidy: set[int] = set()
         """Layers of which ranks may keep something else, or half of it."""
-        self.wanted = 0
-        """Groups that the plan asks for; those made before may be others."""
+        self._wanted: frozenset[KeptGroup] = frozenset()
+        """Groups that the plan asks for which was last looked at; those made before may be others."""
         self.rebuilt = 0
         """Experts that were made again."""
+        self.moved = 0
+        """Experts that were given to a rank by another one that held them."""
         self.tell: Callable[[str, str], None] = lambda kind, message: None
         """Hears what has happened, and to what."""
 
@@ -57,6 +60,11 @@ class Parity:
         return tuple(self._made)
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """How many of the groups that are wanted are made, and how many are wanted."""
+        return len(self._wanted.intersection(self._made)), len(self._wanted)
+
+    @property
     def bytes(self) -> int:
         """Host memory of ranks that they take."""
         return sum(made.size for made in self._made.values())
@@ -64,12 +72,6 @@ class Parity:
     def forget(self, rank: int) -> None:
         """A rank is gone, and what it kept."""
         self._made = {group: made for group, made in self._made.items() if group.keeper != rank}
-
-    def took(self, experts: int) -> None:
-        """Ranks have put so many experts into slots that were made again for them."""
-        if experts:
-            self.rebuilt += experts
-            self.tell("rebuilt", f"{experts} experts from parity")
 
     # -- Making it ----------------------------------------------------------------------------------------------
 
@@ -89,7 +91,7 @@ class Parity:
         """Make what a plan asks for and is not there, as long as the plan `holds`. Each layer's parity before it stays
         until the new one is there. True when nothing is left to be made."""
         wanted = kept_groups(plan, self._members)
-        self.wanted = len(wanted)
+        self._wanted = frozenset(wanted)
         whole, new = True, 0
         for layer in range(plan.moe_layers):
             groups = [group for group in wanted if group.layer == layer]
@@ -147,18 +149,18 @@ class Parity:
 
     # -- Using it -----------------------------------------------------------------------------------------------
 
-    def rebuilds(self, alive: Collection[int], held: Plan | None) -> Mapping[tuple[int, int], Rebuild]:
-        """What of the experts that no rank in `alive` holds under the plan `held` can be made again, by (MoE layer,
-        expert)."""
-        return rebuilds(self._made, held, alive) if self._made and held is not None else {}
+    def ways(self, held: Plan | None, plan: Plan) -> Mapping[tuple[int, int], Way]:
+        """How what `plan` has in slots and no rank of it has in place under `held` can come from the ranks' memory, by
+        (MoE layer, expert)."""
+        return ways(self._made, held, plan) if self._members and held is not None else {}
 
-    async def provide(self, plan: Plan, held: Plan | None) -> None:
-        """Make again what `plan` has in slots and none of its ranks holds under `held`, and give it to the ranks that
-        are to have it. What cannot be is left to the store. Raises RankLost."""
-        lost = self.rebuilds(plan.rank_ids, held)
-        wanted = {rank: plan.slots_of(rank) for rank in plan.holder_ids} if lost else {}
+    async def provide(self, held: Plan | None, plan: Plan) -> None:
+        """Give the ranks of a plan what can come from the ranks' memory, before they adopt it. What cannot is left to
+        the store. Raises RankLost."""
+        found, before = self.ways(held, plan), (self.rebuilt, self.moved)
+        wanted = {rank: plan.slots_of(rank) for rank in plan.holder_ids} if found else {}
         tasks = [
-            asyncio.create_task(self._give(rank, {at: way for at, way in lost.items() if at[1] in slots[at[0]]}))
+            asyncio.create_task(self._give(rank, {at: way for at, way in found.items() if at[1] in slots[at[0]]}))
             for rank, slots in wanted.items()
         ]
         try:
@@ -166,26 +168,37 @@ class Parity:
         finally:
             for task in tasks:
                 task.cancel()
+        rebuilt, moved = self.rebuilt - before[0], self.moved - before[1]
+        if rebuilt or moved:
+            self.tell("rebuilt", f"{rebuilt} experts from parity, {moved} from ranks that hold them")
 
-    async def _give(self, rank: int, lost: Mapping[tuple[int, int], Rebuild]) -> None:
-        for (layer, expert), way in lost.items():
-            made = self._made.get(way.group)
-            if made is None:
-                continue
+    async def _give(self, rank: int, wanted: Mapping[tuple[int, int], Way]) -> None:
+        for (layer, expert), way in wanted.items():
+            made = self._made.get(way.group) if way.group is not None else None
             try:
-                await self._rebuild(rank, layer, expert, way, made)
+                await self._bring(rank, layer, expert, way, made.checksums[expert] if made is not None else ())
             except RankRefused as error:
-                self._made.pop(way.group, None)
+                if way.group is not None:
+                    self._made.pop(way.group, None)
                 self.tell("rebuild_failed", str(error))
+                continue
+            self.rebuilt += way.group is not None
+            self.moved += way.group is None
 
-    async def _rebuild(self, rank: int, layer: int, expert: int, way: Rebuild, made: Made) -> None:
-        sources = [(way.group.keeper, _parity(way.group))]
-        sources += [(holder, _expert(layer, other)) for other, holder in way.others]
-        for first in range(0, made.size, PIECE_BYTES):
-            rows, _ = await self._read(sources, first)
-            piece = link_pb2.WriteWeights(of=_expert(layer, expert), first=first, size=made.size, rows=rows)
-            piece.checksums.extend(made.checksums[expert])
+    async def _bring(self, rank: int, layer: int, expert: int, way: Way, checksums: tuple[int, ...]) -> None:
+        sources = [(holder, _expert(layer, other)) for other, holder in way.held]
+        if way.group is not None:
+            sources.append((way.group.keeper, _parity(way.group)))
+        size, first = 1, 0
+        while first < size:
+            rows, answers = await self._read(sources, first)
+            size = answers[0].size
+            if first == 0 and way.group is None:
+                checksums = tuple(answers[0].checksums)
+            piece = link_pb2.WriteWeights(of=_expert(layer, expert), first=first, size=size, rows=rows)
+            piece.checksums.extend(checksums)
             await self._links.call(rank, "write_weights", piece)
+            first += len(rows)
 
     async def _read(
         self, sources: Iterable[tuple[int, link_pb2.Weights]], first: int

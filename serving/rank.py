@@ -232,12 +232,7 @@ class Rank:
         filled = self.arrays.fill(slots, self._local[key.slots], self.device)
         arguments = self._lay(key, routes)
         self._adopted = Adopted(command.epoch, key, arguments, routes)
-        return {
-            "experts_loaded": filled.read,
-            "experts_rebuilt": filled.given,
-            "missing": _expert_slots(filled.missing),
-            "trouble": filled.trouble,
-        }
+        return {"experts_loaded": filled.read, "missing": _expert_slots(filled.missing), "trouble": filled.trouble}
 
     def read_cache(self, command: link_pb2.ReadCache) -> dict[str, Any]:
         """Hand over cache entries of a sequence."""

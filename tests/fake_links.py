@@ -188,17 +188,16 @@ class FakeLinks:
             each.protector = Protector.of(m)
         if not key.attends(rank):
             each.cache.token[:] = each.cache.position[:] = -1
-        before, read, rebuilt, missing = self._experts(each), 0, 0, []
+        before, read, missing = self._experts(each), 0, []
         grown = each.held is None or each.held.shape != wanted.shape
         if grown:
             each.held = np.full(wanted.shape, -1, np.int32)
         for layer, slot in np.argwhere(wanted >= 0).tolist():
             expert, doubted = int(wanted[layer, slot]), (layer, slot) in each.doubted
-            if (layer, expert) in before if grown else (each.held[layer, slot] == expert and not doubted):
+            there = (layer, expert) in before if grown else each.held[layer, slot] == expert and not doubted
+            if there or (layer, expert) in each.given:
                 continue
-            if (layer, expert) in each.given:
-                rebuilt += 1
-            elif self.store:
+            if self.store:
                 read += 1
             else:
                 missing.append(link_pb2.ExpertSlot(layer=layer, slot=slot, expert=expert))
@@ -209,7 +208,7 @@ class FakeLinks:
         each.given.clear()
         each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(self._layers, -1)
         each.mesh, each.epoch = key, m.epoch
-        return {"experts_loaded": read, "experts_rebuilt": rebuilt, "missing": missing, "trouble": "gone"}
+        return {"experts_loaded": read, "missing": missing, "trouble": "gone"}
 
     def _read_weights(self, rank: int, each: FakeProcess, m: link_pb2.ReadWeights) -> dict:
         if m.of.parity:

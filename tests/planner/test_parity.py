@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from planner import Cluster, Hardware, Plan, RankPlace, Workload, solve
 from planner.degrade import Losses
 from planner.deployment import Deployment
-from planner.parity import homes, kept_groups, rebuilds
+from planner.parity import Way, homes, kept_groups, ways
 from planner.plan import as_tuples
 
 WORKLOAD = Workload(moe_layers=2, experts=64, experts_per_token=2, expert_bytes=100, cache_bytes_per_token=1)
@@ -111,6 +112,14 @@ def domains(plan: Plan, members: int) -> list[set[int]]:
     return list(by_host.values()) if len(by_host) > members else [{rank} for rank in plan.rank_ids]
 
 
+def everything_on(plan: Plan, alive: set[int]) -> Plan:
+    """A plan in which each of these ranks holds every expert that the plan has."""
+    places = tuple(replace(rank, role="collocated") for rank in plan.ranks if rank.id in alive)
+    slots = tuple(tuple(range(plan.experts)) * len(places) for _ in plan.slots)
+    after = replace(plan, ranks=places, slots=slots, slots_per_rank=plan.experts, masked=())
+    return after.with_masked(plan.masked)
+
+
 @given(placements(), st.integers(1, 6))
 def test_whatever_one_loss_takes_of_any_placement_comes_back_from_what_is_kept(plan, members):
     groups, apart = kept_groups(plan, members), domains(plan, members)
@@ -118,26 +127,61 @@ def test_whatever_one_loss_takes_of_any_placement_comes_back_from_what_is_kept(p
         alive = set(plan.rank_ids) - dead
         here, left = homes(plan, plan.rank_ids), homes(plan, alive)
         lost = {(layer, expert) for layer in range(plan.moe_layers) for expert in here[layer].keys() - left[layer]}
-        back = rebuilds(groups, plan, alive)
-        assert back.keys() == lost
-        for (layer, expert), way in back.items():
-            assert {expert, *dict(way.others)} == set(way.group.members)
+        found = ways(groups, plan, everything_on(plan, alive))
+        assert found.keys() == lost
+        for (layer, expert), way in found.items():
+            assert {expert, *dict(way.held)} == set(way.group.members)
             assert way.group.keeper in alive
-            for other, rank in way.others:
-                at = plan.holder_ids.index(rank) * plan.slots_per_rank
-                assert rank in alive
-                assert other in plan.slots[layer][at : at + plan.slots_per_rank]
+            check_held(plan, layer, way, alive)
+
+
+def check_held(plan: Plan, layer: int, way: Way, alive: set[int]) -> None:
+    """What a way reads of ranks is there."""
+    for expert, rank in way.held:
+        at = plan.holder_ids.index(rank) * plan.slots_per_rank
+        assert rank in alive
+        assert expert in plan.slots[layer][at : at + plan.slots_per_rank]
+
+
+@given(placements(), st.integers(1, 6), st.data())
+def test_wherever_the_next_plan_wants_an_expert_it_is_in_place_or_has_a_way_there(plan, members, data):
+    groups, apart = kept_groups(plan, members), domains(plan, members)
+    alive = set(plan.rank_ids) - (data.draw(st.sampled_from(apart)) if len(apart) > 1 else set())
+    after = everything_on(plan, alive)
+    table = after.slot_table().reshape(plan.moe_layers, len(after.ranks), -1)
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=table.size, max_size=table.size))).reshape(table.shape)
+    table[~keep] = -1
+    after = replace(after, slots=as_tuples(table.reshape(plan.moe_layers, -1)), masked=())
+    found = ways(groups, plan, after)
+    for layer in range(plan.moe_layers):
+        before = {rank: homes(plan, [rank])[layer].keys() for rank in alive}
+        for expert in {*after.slots[layer]} - {-1}:
+            wanted = [rank for rank in after.rank_ids if expert in homes(after, [rank])[layer]]
+            in_place = any(expert in before[rank] for rank in wanted)
+            assert ((layer, expert) in found) == (not in_place)
+            if not in_place:
+                way = found[layer, expert]
+                assert (way.group is None) == any(expert in held for held in before.values())
+                assert way.group is not None or [e for e, _ in way.held] == [expert]
+                check_held(plan, layer, way, alive)
+
+
+def test_a_rank_that_is_new_has_filled_its_slots_itself():
+    ranks = [RankPlace(id=i, host="h") for i in range(3)]
+    before = Plan(epoch=0, ranks=tuple(ranks[:2]), slots_per_rank=2, slots=((0, 1, 1, 2),), experts=3)
+    after = Plan(epoch=1, ranks=tuple(ranks), slots_per_rank=2, slots=((0, -1, 1, -1, 2, 0),), experts=3)
+    assert ways(kept_groups(before, 1), before, after) == {}
 
 
 @given(placements(), st.integers(1, 6), st.data())
 def test_of_a_group_that_lost_two_of_its_parts_nothing_comes_back(plan, members, data):
     groups = kept_groups(plan, members)
-    alive = data.draw(st.sets(st.sampled_from(plan.rank_ids)))
-    left, back = homes(plan, alive), rebuilds(groups, plan, alive)
+    alive = data.draw(st.sets(st.sampled_from(plan.rank_ids), min_size=1))
+    left, found = homes(plan, alive), ways(groups, plan, everything_on(plan, alive))
     for group in groups:
         lost = [expert for expert in group.members if expert not in left[group.layer]]
-        back_of = [expert for expert in group.members if (group.layer, expert) in back]
-        assert back_of == (lost if len(lost) == 1 and group.keeper in alive else [])
+        back = [expert for expert in group.members if (group.layer, expert) in found]
+        assert back == (lost if len(lost) == 1 and group.keeper in alive else [])
 
 
 @given(placements(), st.integers(1, 6))

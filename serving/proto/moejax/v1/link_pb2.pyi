@@ -357,7 +357,7 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory", "experts_rebuilt", "size", "checksums")
+    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory", "size", "checksums")
     ID_FIELD_NUMBER: _ClassVar[int]
     MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
@@ -368,7 +368,6 @@ class Done(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
     SHARES_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    EXPERTS_REBUILT_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     id: int
@@ -381,10 +380,9 @@ class Done(_message.Message):
     rows: bytes
     damaged: bool
     shares_memory: bool
-    experts_rebuilt: int
     size: int
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ..., experts_rebuilt: _Optional[int] = ..., size: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ..., size: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertSlot(_message.Message):
     __slots__ = ("layer", "slot", "expert")
