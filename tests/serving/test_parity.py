@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 import serving.failover
 import serving.loop
 import serving.parity
-from planner.parity import kept_groups
+from planner.parity import kept_groups, ways
 from serving.config import Settings
 from serving.errors import InvalidRequest
+from serving.failover import Failover
 from tests.fake_links import FakeCoordinator
 from tests.fakes import alone
 from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine, at_every_message, lose_one, spoil
@@ -108,6 +110,33 @@ def test_nor_does_the_next_one_once_parity_is_made_anew(first, second):
     asyncio.run(case())
 
 
+@pytest.mark.parametrize("policy", ["wait", "mask"])
+def test_an_expert_that_another_rank_is_to_have_is_moved_there_and_never_masked(policy):
+    async def case() -> None:
+        async with served(ranks=6, slots_per_rank=1, lattice_depth=2, on_lost_expert=policy) as m:
+            failover = m.failover
+            first, second, moved = next(found for found in moves(failover) if found[2])
+            m.links.store = False
+            await lose(m, first)
+            await protected(m)
+            m.links.kill(second)
+            await until(lambda: second not in failover.alive)
+            assert moved.isdisjoint(failover.plan.masked)
+            await until(lambda: failover.settled is not None)
+            assert failover.plan.masked == ()
+            assert failover.parity.moved == len(moved)
+
+    asyncio.run(case())
+
+
+def moves(failover: Failover) -> Iterator[tuple[int, int, set[tuple[int, int]]]]:
+    """Two ranks, one lost after the other, and the (MoE layer, expert) that the second loss moves among the others."""
+    ranks = set(failover.base.rank_ids)
+    for first, second in itertools.permutations(ranks, 2):
+        now, then = failover.plan_for(ranks - {first}), failover.plan_for(ranks - {first, second})
+        yield first, second, {at for at, way in ways((), now, then).items() if way.group is None}
+
+
 def test_two_losses_at_once_leave_to_the_store_what_they_took_two_of():
     async def case(store: bool) -> Machine:
         async with served() as m:
@@ -180,7 +209,14 @@ def test_ranks_keep_what_the_plan_asks_for_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("act", "policy"), [(lose_one, "wait"), pytest.param(lose_one, "mask", marks=pytest.mark.slow), (spoil, "mask")]
+    ("act", "policy"),
+    [
+        (lose_one, "wait"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((lose_one, "mask"), (spoil, "wait"), (spoil, "mask"))
+        ),
+    ],
 )
 def test_a_failure_at_any_message_changes_no_token(act, policy):
     at_every_message(act, {**BARE, "restart": True, "on_lost_expert": policy, "protect_cache": "off"})
