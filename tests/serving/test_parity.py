@@ -14,6 +14,7 @@ from planner.parity import kept_groups, ways
 from serving.config import Settings
 from serving.errors import InvalidRequest
 from serving.failover import Failover
+from serving.faults import Instruction
 from tests.fake_links import FakeCoordinator
 from tests.fakes import alone
 from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine, at_every_message, lose_one, spoil
@@ -167,6 +168,37 @@ def test_parity_that_gives_other_weights_is_refused_and_the_store_asked():
             assert m.failover.experts_loaded > loaded
             assert "rebuild_failed" in kinds(m)
             await protected(m)
+
+    asyncio.run(case())
+
+
+def test_where_neither_parity_nor_the_store_is_right_experts_are_masked_and_nobody_tries_for_ever():
+    async def case() -> None:
+        async with served(on_lost_expert="mask") as m:
+            for rank in (0, 1, 2):
+                for whole in m.links.get(rank).parity.values():
+                    whole[50] ^= 1
+            m.links.store = False
+            await lose(m, 1)
+            assert m.failover.plan.masked != ()
+            assert {"rebuild_failed", "store_unreadable"} <= {*kinds(m)}
+            assert kinds(m).count("rebuild_failed") == len(m.failover.plan.masked)
+
+    asyncio.run(case())
+
+
+def test_a_replacement_that_the_store_gives_nothing_is_given_experts_by_the_others(monkeypatch):
+    monkeypatch.setattr(serving.loop, "UNREADABLE_S", 1000.0)
+
+    async def case() -> None:
+        async with served() as m:
+            await lose(m, 2)
+            await protected(m)
+            m.links.store = False
+            await m.loop.apply(Instruction(action="scale_up", ranks=(2,)))
+            await until(lambda: set(m.failover.alive) == {0, 1, 2} and m.failover.settled is not None)
+            assert m.failover.plan.masked == ()
+            assert "store_unreadable" in kinds(m)
 
     asyncio.run(case())
 
