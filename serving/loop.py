@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from planner.deployment import Deployment, Survive
-from planner.parity import KeptGroup
 from serving import drain
 from serving.backlog import Backlog
 from serving.batch import Batch
@@ -142,7 +141,7 @@ class Loop:
         self._started_at = time.time()
         self._rank_ms: dict[int, float] = {}
         self._priced: dict[int, LossCost] = {}
-        self._priced_at: tuple[int, frozenset[MeshKey], tuple[KeptGroup, ...]] | None = None
+        self._priced_at: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.operations = Operations(self)
         self.restoration = Restoration(self, failover.copies)
@@ -820,7 +819,7 @@ class Loop:
     def _losses_priced(self) -> dict[int, LossCost]:
         """What each single loss would cost; worked out anew when the plan or what is prepared has changed."""
         failover = self.failover
-        at = (failover.epoch, frozenset(failover.connected), failover.parity.groups)
+        at = (failover.epoch, frozenset(failover.connected), failover.parity.progress)
         if failover.plan is not None and at != self._priced_at:
             recovery = measured(self.events.past())
             self._priced_at, self._priced = at, failover.loss_costs(self.expert_load, recovery)

@@ -90,8 +90,8 @@ class Parity:
     async def _make(self, plan: Plan, holds: Callable[[], bool]) -> bool:
         """Make what a plan asks for and is not there, as long as the plan `holds`. Each layer's parity before it stays
         until the new one is there. True when nothing is left to be made."""
-        wanted = kept_groups(plan, self._members)
-        self._wanted = frozenset(wanted)
+        wanted = await asyncio.to_thread(kept_groups, plan, self._members)
+        self._wanted, here = frozenset(wanted), homes(plan, plan.rank_ids)
         whole, new = True, 0
         for layer in range(plan.moe_layers):
             groups = [group for group in wanted if group.layer == layer]
@@ -100,7 +100,7 @@ class Parity:
                     continue
                 self._untidy.add(layer)
                 try:
-                    made = await self._make_group(group, plan, holds)
+                    made = await self._make_group(group, here[layer], holds)
                 except (RankLost, RankRefused):
                     made = None
                 if not holds():
@@ -110,16 +110,16 @@ class Parity:
                     continue
                 self._made[group] = made
                 new += 1
-            before = {group for group in self._made if group.layer == layer}
-            if whole and (layer in self._untidy or before.difference(groups)):
-                whole = await self._keep_only(layer, groups, plan)
+            there = {group for group in self._made if group.layer == layer}
+            if there.issuperset(groups) and (layer in self._untidy or there.difference(groups)):
+                whole &= await self._keep_only(layer, groups, plan)
         if whole and new:
             self.tell("parity_ready", f"{len(wanted)} groups, {self.bytes >> 20} MiB")
         return whole
 
-    async def _make_group(self, group: KeptGroup, plan: Plan, holds: Callable[[], bool]) -> Made | None:
-        """A group's parity on its keeper; None when the plan is another one before it is there."""
-        here = homes(plan, plan.rank_ids)[group.layer]
+    async def _make_group(self, group: KeptGroup, here: Mapping[int, int], holds: Callable[[], bool]) -> Made | None:
+        """A group's parity on its keeper; None when the plan is another one before it is there. `here` is the rank that
+        holds each expert."""
         sources = [(here[expert], _expert(group.layer, expert)) for expert in group.members]
         size, first, checksums = 1, 0, {}
         while first < size:
