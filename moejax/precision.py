@@ -1,7 +1,7 @@
 """The forms in which a rank holds its matrices: float32, bfloat16, or int8 with a scale for each output.
 
 Activations, sums, norms, biases and routers are float32 in all of them. On a CPU, rows are rounded to 16 bits where
-they meet int8 (docs/decisions/0009).
+they meet int8 (docs/decisions/0012).
 """
 
 from typing import Any

@@ -5,6 +5,7 @@ the bytes of the experts that are missing; the cache is kept. Nothing here waits
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -48,11 +49,13 @@ class ExpertSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """How many experts were read, the (MoE layer, slot, expert) that could not be, and why the first could not."""
+    """How many experts were read, the (MoE layer, slot, expert) that could not be, why the first could not, and how
+    many were given to the rank instead."""
 
     read: int
     missing: tuple[tuple[int, int, int], ...] = ()
     trouble: str = ""
+    given: int = 0
 
 
 class LiveArrays:
@@ -68,6 +71,8 @@ class LiveArrays:
         self._host_experts: dict[tuple[int, int], FeedForward] = {}
         self._weights: Params | None = None
         self._experts: dict[tuple[int, int], FeedForward] = {}
+        self._given: dict[tuple[int, int], FeedForward] = {}
+        """Experts, by (MoE layer, expert), that the next fill need not read."""
         self.held = np.full((shape.cfg.n_moe_layers, 0), -1, np.int32)
         self.cache: Cache | None = None
 
@@ -134,6 +139,27 @@ class LiveArrays:
         """Names of the weights that every rank has and that are not what came from the source."""
         return self._sums.damaged(self._weights) if self._weights is not None else []
 
+    def checksums(self, expert: tuple[int, int]) -> tuple[int, ...]:
+        """Of the weights of an expert that is held, unless the source knows them: it has those of float32."""
+        return self._sums.of(expert)
+
+    def give(self, expert: tuple[int, int], raw: np.ndarray, checksums: tuple[int, ...]) -> bool:
+        """Have the next fill take these bytes (uint8, the leaves one after the other) for an expert and not read it.
+        False, and nothing is taken, when they are not its weights; `checksums` are those of another rank."""
+        i, j, _ = self._places[expert[0]]
+        specs = param_specs(self.shape.cfg).segments[i][j].moe.experts
+        forms, tree = jax.tree.flatten(jax.tree.map(lambda s: held_shape(self.shape.cfg, s), specs, is_leaf=is_spec))
+        ends = np.cumsum([math.prod(form.shape[2:]) * form.dtype.itemsize for form in forms])
+        if raw.size != ends[-1]:
+            return False
+        parts = (_aligned(part) for part in np.split(raw, ends[:-1]))
+        leaves = [part.view(form.dtype).reshape(form.shape[2:]) for part, form in zip(parts, forms, strict=True)]
+        weights = jax.tree.unflatten(tree, leaves)
+        if not self._sums.vouch(expert, weights, checksums):
+            return False
+        self._given[expert] = weights
+        return True
+
     def put_expert(self, layer: int, slot: int, weights: FeedForward, local: LocalPrograms, device: jax.Device) -> None:
         """Write weights into a slot, which donates the leaves: arrays laid over a mesh before are gone."""
         i, j, repeat = self._places[layer]
@@ -145,8 +171,13 @@ class LiveArrays:
 
         `local` has the fill programs of this S; where S changes and experts are held, or without programs, the buffers
         are made anew on the host. Memory is that of the slots and of `BATCH_BYTES` of experts.
-        A slot whose expert the store cannot give counts as empty.
+        A slot whose expert the store cannot give counts as empty. What was given and is not wanted is forgotten.
         """
+        filled = self._fill(slots, local, device)
+        self._given.clear()
+        return filled
+
+    def _fill(self, slots: np.ndarray, local: LocalPrograms | None, device: jax.Device) -> Filled:
         if not slots.shape[1]:
             self._experts, self.held = {}, np.array(slots, np.int32)
             return Filled(0)
@@ -158,6 +189,7 @@ class LiveArrays:
         missing = np.argwhere((slots != self.held) & (slots >= 0))
         size = max(1, BATCH_BYTES // max(1, expert_bytes(self.shape.cfg)))
         unread, trouble = [], ""
+        given = sum((int(layer), int(slots[layer, s])) in self._given for layer, s in missing)
         for first in range(0, len(missing), size):
             if first:
                 jax.block_until_ready(self._experts)  # lets go of the experts of the batch before
@@ -172,10 +204,17 @@ class LiveArrays:
                 else:
                     self.held[layer, s] = -1
                     unread.append((int(layer), int(s), expert))
-        return Filled(len(missing) - len(unread), tuple(unread), trouble)
+        return Filled(len(missing) - len(unread) - given, tuple(unread), trouble, given)
 
     def _read(self, wanted: list[tuple[int, int]]) -> tuple[dict[tuple[int, int], FeedForward], str]:
-        """Those of the wanted experts that the store can give, and what it says of the first that it cannot."""
+        """Those of the wanted experts that were given or that the store can give, and what it says of the first that it
+        cannot."""
+        given = {expert: self._given.pop(expert) for expert in wanted if expert in self._given}
+        wanted = [expert for expert in wanted if expert not in given]
+        found, trouble = self._read_store(wanted)
+        return given | found, trouble
+
+    def _read_store(self, wanted: list[tuple[int, int]]) -> tuple[dict[tuple[int, int], FeedForward], str]:
         try:
             found = {
                 expert: self._held_expert(expert, parts) for expert, parts in self.source.read_experts(wanted).items()
@@ -183,7 +222,7 @@ class LiveArrays:
             return found, ""
         except StoreError as error:
             rest = [expert for expert in dict.fromkeys(wanted) if expert not in error.failed] if error.failed else []
-            return (self._read(rest)[0] if rest else {}), str(error)
+            return (self._read_store(rest)[0] if rest else {}), str(error)
 
     def _held_expert(self, expert: tuple[int, int], parts: tuple[np.ndarray, ...]) -> FeedForward:
         i, j, _ = self._places[expert[0]]
@@ -195,7 +234,9 @@ class LiveArrays:
         before = {place: jax.tree.map(np.asarray, leaves) for place, leaves in self._experts.items()}
         have = {(int(x), int(e)): s for x, row in enumerate(self.held) for s, e in enumerate(row) if e >= 0}
         wanted = sorted({(int(x), int(e)) for x, row in enumerate(slots) for e in row if e >= 0})
-        read, trouble = self._read([each for each in wanted if each not in have])
+        absent = [each for each in wanted if each not in have]
+        given = sum(each in self._given for each in absent)
+        read, trouble = self._read(absent)
         unread = []
         after = _empty_experts(self.shape.cfg, slots.shape[1])
         for layer, row in enumerate(slots):
@@ -215,7 +256,7 @@ class LiveArrays:
         self.held = np.array(slots, np.int32)
         for layer, s, _ in unread:
             self.held[layer, s] = -1
-        return Filled(len(read), tuple(unread), trouble)
+        return Filled(len(read) - given, tuple(unread), trouble, given)
 
     def lay_over(
         self, programs: MeshPrograms, expert_to_slot: np.ndarray
@@ -282,6 +323,15 @@ class _Sums:
     def note(self, expert: tuple[int, int], weights: FeedForward) -> None:
         if not self._same:
             self._experts[expert] = _checksums(weights)
+
+    def of(self, expert: tuple[int, int]) -> tuple[int, ...]:
+        return self._experts.get(expert, ())
+
+    def vouch(self, expert: tuple[int, int], weights: FeedForward, checksums: tuple[int, ...]) -> bool:
+        """Whether weights that came from elsewhere are the expert's; `checksums` tell where none are known here."""
+        if not self._same and checksums:
+            self._experts.setdefault(expert, checksums)
+        return self.is_intact(expert, weights)
 
     def is_intact(self, expert: tuple[int, int], weights: FeedForward) -> bool:
         if self._same:

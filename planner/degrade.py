@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from planner.adoption import adopt
 from planner.deployment import Deployment
+from planner.parity import KeptGroup
 from planner.plan import HOLDS_EXPERTS
 from planner.recovery import Recovery, score_kept
 from planner.shape import most_slots
@@ -61,7 +62,7 @@ class Outcome:
 
 class Losses:
     """Every loss of one deployment. `means` are those allowed; "mask" is used only when nothing else is. `recomputed`
-    is the share of a dead rank's cache that nobody has copied."""
+    is the share of a dead rank's cache that nobody has copied; `kept` are parity groups beside those of the plan."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Losses:
         means: Collection[str] = MEANS,
         *,
         recomputed: float = 1.0,
+        kept: Iterable[KeptGroup] = (),
     ) -> None:
         plan = deployment.plan
         self.deployment, self.recovery, self.means = deployment, recovery or Recovery(), frozenset(means)
@@ -82,7 +84,9 @@ class Losses:
         self.groups: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         for g in plan.parity:
             for expert in g.members:
-                self.groups[g.layer, expert] = (g.slot // plan.slots_per_rank, g.members)
+                self.groups[g.layer, expert] = (plan.holder_ids[g.slot // plan.slots_per_rank], g.members)
+        for g in kept:
+            self.groups |= {(g.layer, expert): (g.keeper, g.members) for expert in g.members}
 
     def outcome(self, dead: Collection[int], *, kind: str = "rank", name: str = "") -> Outcome:
         """What happens when exactly the ranks `dead` of the plan die at once."""
@@ -96,7 +100,7 @@ class Losses:
         if reason and ("mask" not in self.means or not (left.data and left.holders)):
             return Outcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(lost))
         means: dict[str, int] = {"copy": touched - int(lost.sum())} if touched else {}
-        rebuilt, missing, parity_bytes = self._parity(lost, gone)
+        rebuilt, missing, parity_bytes = self._parity(lost, dead)
         room = slots * left.holders
         masked = 0 if room >= plan.experts else (plan.experts - room) * plan.moe_layers
         store = int(missing.sum()) - masked
@@ -167,16 +171,16 @@ class Losses:
             f"{plan.experts} experts do not fit in {have} slots ({left.holders} ranks x {plan.slots_per_rank})"
         )
 
-    def _parity(self, lost: np.ndarray, gone: list[int]) -> tuple[int, np.ndarray, int]:
+    def _parity(self, lost: np.ndarray, dead: Collection[int]) -> tuple[int, np.ndarray, int]:
         """Pairs that parity groups rebuild, bool [layers, experts] of those they cannot, and bytes moved."""
         missing = lost.copy()
         if not self.groups or "parity" not in self.means:
             return 0, missing, 0
         rebuilt, moved = 0, 0
         for layer, expert in np.argwhere(lost):
-            slot_rank, members = self.groups.get((int(layer), int(expert)), (-1, ()))
+            keeper, members = self.groups.get((int(layer), int(expert)), (-1, ()))
             others = [m for m in members if m != expert]
-            if members and slot_rank not in gone and not lost[layer, others].any():
+            if members and keeper not in dead and not lost[layer, others].any():
                 missing[layer, expert] = False
                 rebuilt += 1
                 moved += len(members) * self.deployment.workload.expert_bytes

@@ -77,6 +77,11 @@ class Settings:
     device_errors: str | None = setting(None, "File to which a device plugin appends errors, one JSON object a line.")
     on_lost_expert: str = setting("wait", "While an expert that no rank holds is loaded.", choices=POLICIES)
     lost_expert_bound: float = setting(0.05, "With on-lost-expert auto: mask below this share of the traffic.")
+    parity: int = setting(
+        0,
+        "Experts of so many ranks share one parity in host memory of another: with it lost experts come back without "
+        "the store. 0 is none.",
+    )
     scrub_s: float = setting(60.0, "Seconds in which every weight is compared with its checksum once; 0 never.")
     drain_slow: bool = setting(False, "Drain and replace ranks that are slow for long, instead of only telling.")
     slow_factor: float = setting(3.0, "Slow: so many times the others' time for a rank's own part of the steps.")
@@ -136,6 +141,12 @@ class Settings:
             raise InvalidRequest(
                 f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",
                 param="survive",
+            )
+        if not 0 <= self.parity < self.ranks:
+            raise InvalidRequest(
+                f"parity is {self.parity} with {self.ranks} ranks: each expert of a group is on a rank of its own, and "
+                f"their parity on one more. Choose 0 to {self.ranks - 1}.",
+                param="parity",
             )
         if not 1 <= self.hosts <= self.ranks:
             raise InvalidRequest(

@@ -31,6 +31,7 @@ from serving.mesh_key import MeshKey
 from serving.outlook import loss_costs
 from serving.page_index import read
 from serving.pages import Key
+from serving.parity import Parity
 from serving.places import at_home, placed
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
@@ -140,6 +141,7 @@ class Failover:
             entry_bytes=model.cache_bytes_per_token,
         )
         links.on_copied = self.copies.told
+        self.parity = Parity(links, settings.parity)
         self._coordinator: Coordinator | None = None
         self._minding: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
@@ -208,7 +210,8 @@ class Failover:
         gone = frozenset(self.base.rank_ids) - frozenset(self.alive)
         foreseen = {rank: self.lattice.get(gone | {rank}) for rank in self.alive}
         prepared = [rank for rank, plan in foreseen.items() if plan is not None and MeshKey.of(plan) in self.connected]
-        return loss_costs(self.plan, self.workload, self.cluster, load, recovery, prepared)
+        kept = self.parity.groups
+        return loss_costs(self.plan, self.workload, self.cluster, load, recovery, prepared, kept=kept)
 
     async def start(self) -> None:
         """From nothing to the base plan, with every single loss prepared; the deeper ones follow in the background.
@@ -387,6 +390,11 @@ class Failover:
         """Experts are missing from the plan in force that can be loaded."""
         return self._next is not None
 
+    @property
+    def settled(self) -> Plan | None:
+        """The plan in force, if it is all that the ranks alive can hold now."""
+        return None if self.healing or self.broken else self.plan
+
     async def heal(self) -> None:
         """Load some of the missing experts, between two steps. Raises as `release` does."""
         assert self.goal is not None
@@ -401,8 +409,12 @@ class Failover:
     def _look_on(self) -> None:
         self._next = None
         if self.plan is not None and self.goal is not None and self.plan.slots != self.goal.slots:
-            part = next_part(self.plan, self.goal, HEAL_SLOTS, but=self.unreadable)
+            part = next_part(self.plan, self.goal, HEAL_SLOTS, but=self._out_of_reach(self.goal))
             self._next = part if part.slots != self.plan.slots else None
+
+    def _out_of_reach(self, plan: Plan) -> set[tuple[int, int]]:
+        """Experts that neither the store can give to the ranks of a plan, nor parity."""
+        return self.unreadable.keys() - self.parity.ways(self.plan, plan).keys()
 
     def foresee(self) -> None:
         """Load the executables of the next losses, and of the plan with those seated, in the background;
@@ -456,6 +468,7 @@ class Failover:
         self.entering.discard(rank)
         self.seated.pop(rank, None)
         self._seats.pop(rank, None)
+        self.parity.forget(rank)
         self.connected = {key for key in self.connected if rank not in key.ranks}
         self.loaded = collections.deque(key for key in self.loaded if rank not in key.ranks)
 
@@ -666,8 +679,11 @@ class Failover:
         else all of it."""
         assert self.plan is not None
         part, settings = at_once(goal, self.plan), self._settings
+        moved = {at for at, way in self.parity.ways(self.plan, goal).items() if way.group is None}
+        if moved:  # nobody has lost these: they need not be masked
+            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, only=moved)
         if not may_serve(part, settings.on_lost_expert, self.loads(), settings.lost_expert_bound):
-            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self.unreadable)
+            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self._out_of_reach(goal))
         await self._adopt(part, goal)
 
     async def _adopt(self, plan: Plan, goal: Plan) -> None:
@@ -698,6 +714,7 @@ class Failover:
             if not self.copies.has(rank):
                 here = self._home(rank) is None
                 parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt, here=here))
+        await self.parity.provide(self.plan, plan)
         answers = await self._all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan

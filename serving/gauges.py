@@ -68,6 +68,11 @@ def _own(status: Status, alive: list[RankStatus]) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "moejax_protected_bytes", "Host memory that copies of the ranks' caches take.", status.protected_bytes
     )
+    yield GaugeMetricFamily(
+        "moejax_parity_bytes", "Host memory that parity of experts takes on the ranks.", status.parity_bytes
+    )
+    made = status.parity_groups / status.parity_wanted if status.parity_wanted else 1.0
+    yield GaugeMetricFamily("moejax_parity_coverage", "Parity groups that are made, 1 is all.", made)
     yield GaugeMetricFamily("moejax_masked_experts", "Experts without a loaded copy.", len(status.masked))
     for name, text, value in (
         ("moejax_compiles_after_ready", "XLA compiles after warm-up; 0 is right.", status.compiles_after_ready),
@@ -77,6 +82,7 @@ def _own(status: Status, alive: list[RankStatus]) -> Iterator[Metric]:
         ("moejax_tokens_restored", "Cache entries of lost ranks restored from a copy.", status.tokens_restored),
         ("moejax_tokens_recomputed", "Cache entries of lost ranks computed again.", status.tokens_recomputed),
         ("moejax_experts_loaded", "Expert weights read from the host's store.", status.experts_loaded),
+        ("moejax_experts_rebuilt", "Expert weights made again from parity.", status.experts_rebuilt),
     ):
         yield CounterMetricFamily(name, text, value)
     coverage = GaugeMetricFamily("moejax_lattice_coverage", "Losses prepared for, 1 is all.", labels=["loss"])

@@ -165,7 +165,7 @@ class Loop:
         self._started_at = time.time()
         self._rank_ms: dict[int, float] = {}
         self._priced: dict[int, LossCost] = {}
-        self._priced_at: tuple[int, frozenset[MeshKey]] | None = None
+        self._priced_at: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.operations = Operations(self)
         self.restoration = Restoration(self, failover.copies)
@@ -204,6 +204,10 @@ class Loop:
         if settings.device_errors:
             watch = follow_errors(Path(settings.device_errors), self.report, self._misread)
             self._watchers.append(asyncio.create_task(watch))
+        if settings.parity:
+            self.failover.parity.tell = self._tell_of_parity
+            keep = self.failover.parity.keep(lambda: None if self._losses else self.failover.settled)
+            self._watchers.append(asyncio.create_task(keep))
 
     async def drain(self, grace_s: float) -> None:
         """Take no new requests, let the running ones end for `grace_s` seconds, then end the loop."""
@@ -356,6 +360,10 @@ class Loop:
             expert_load=tuple(map(tuple, self.expert_load.tolist())),
             protection=failover.copies.way,
             protected_bytes=failover.copies.bytes,
+            experts_rebuilt=failover.parity.rebuilt,
+            parity_groups=failover.parity.progress[0],
+            parity_wanted=failover.parity.progress[1],
+            parity_bytes=failover.parity.bytes,
             tokens_restored=self.restoration.restored,
             tokens_recomputed=self.restoration.recomputed,
             front_pid=os.getpid(),
@@ -394,7 +402,8 @@ class Loop:
         if deployment is None:
             return ()
         recovery, failover = measured(self.events.past()), self.failover
-        return prospects(deployment, recovery, failover.is_ready_without, running, protected=failover.copies.on)
+        there = {"protected": failover.copies.on, "kept": failover.parity.groups}
+        return prospects(deployment, recovery, failover.is_ready_without, running, **there)
 
     def deployment(self) -> Deployment | None:
         """See `serving.status.Backend.deployment`."""
@@ -458,6 +467,9 @@ class Loop:
 
     def _misread(self, text: str) -> None:
         self.events.add("device_error", self.failover.epoch, message=f"not understood: {text}")
+
+    def _tell_of_parity(self, kind: str, message: str) -> None:
+        self.events.add(kind, self.failover.epoch, message=message)
 
     def _trouble(self, text: str) -> None:
         self.events.add("coordinator_lost", self.failover.epoch, cause=text)
@@ -886,7 +898,7 @@ class Loop:
     def _losses_priced(self) -> dict[int, LossCost]:
         """What each single loss would cost; worked out anew when the plan or what is prepared has changed."""
         failover = self.failover
-        at = (failover.epoch, frozenset(failover.connected))
+        at = (failover.epoch, frozenset(failover.connected), failover.parity.progress)
         if failover.plan is not None and at != self._priced_at:
             recovery = measured(self.events.past())
             self._priced_at, self._priced = at, failover.loss_costs(self.expert_load, recovery)

@@ -8,6 +8,7 @@ import numpy as np
 from planner.cluster import Cluster
 from planner.degrade import Losses
 from planner.deployment import Deployment
+from planner.parity import KeptGroup
 from planner.plan import Plan
 from planner.recovery import Recovery
 from planner.workload import Workload
@@ -31,17 +32,24 @@ def measured(events: Iterable[Event]) -> Recovery:
 
 
 def loss_costs(
-    plan: Plan, workload: Workload, cluster: Cluster, load: np.ndarray, recovery: Recovery, prepared: Iterable[int]
+    plan: Plan,
+    workload: Workload,
+    cluster: Cluster,
+    load: np.ndarray,
+    recovery: Recovery,
+    prepared: Iterable[int],
+    *,
+    kept: Iterable[KeptGroup] = (),
 ) -> dict[int, LossCost]:
     """The cost of each single loss by rank. `load` counts tokens int [moe_layers, experts]; `prepared` are the ranks
-    whose loss has its mesh compiled, loaded and connected."""
+    whose loss has its mesh compiled, loaded and connected; `kept` the parity there is."""
     if len(plan.rank_ids) == 1:  # nobody would be left for the planner to price
         last = LossCost(survivable=False, prepared=False, stall_ms=0.0, experts_to_load=0, traffic=1.0, measured=False)
         return {plan.rank_ids[0]: last}
     seen = load.sum(axis=1).min() > 0 if load.size else False
     loads = tuple(map(tuple, load.astype(float).tolist())) if seen else ()
     losses, ready = (
-        Losses(Deployment(plan=plan, workload=workload, cluster=cluster, loads=loads), recovery),
+        Losses(Deployment(plan=plan, workload=workload, cluster=cluster, loads=loads), recovery, kept=kept),
         set(prepared),
     )
     costs = {}

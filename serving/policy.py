@@ -39,10 +39,17 @@ def at_once(goal: Plan, held: Plan) -> Plan:
     return _with_table(goal, table)
 
 
-def next_part(now: Plan, goal: Plan, most: int, *, but: Collection[tuple[int, int]] = ()) -> Plan:
+def next_part(
+    now: Plan,
+    goal: Plan,
+    most: int,
+    *,
+    but: Collection[tuple[int, int]] = (),
+    only: Collection[tuple[int, int]] | None = None,
+) -> Plan:
     """The plan `now` with up to `most` more slots on each rank as `goal` has them, masked experts first.
 
-    Experts in `but`, (MoE layer, expert), are left out: they cannot be read.
+    Experts in `but`, (MoE layer, expert), are left out: they cannot be read. With `only` all others are.
     """
     table, wanted = _by_rank(now), _by_rank(goal)
     masked = np.zeros((goal.moe_layers, goal.experts), bool)
@@ -52,6 +59,8 @@ def next_part(now: Plan, goal: Plan, most: int, *, but: Collection[tuple[int, in
     for at in range(table.shape[1]):
         missing = [(int(layer), int(slot)) for layer, slot in np.argwhere(table[:, at] != wanted[:, at])]
         missing = [(layer, s) for layer, s in missing if (layer, int(wanted[layer, at, s])) not in unreadable]
+        if only is not None:
+            missing = [(layer, s) for layer, s in missing if (layer, int(wanted[layer, at, s])) in only]
         missing.sort(key=lambda place: (not masked[place[0], wanted[place[0], at, place[1]]], place))
         for layer, slot in missing[:most]:
             table[layer, at, slot] = wanted[layer, at, slot]

@@ -1,10 +1,11 @@
 """What the loss of each rank, and of each host, would cost now: the planner's prediction, on what runs."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from planner.degrade import Losses
 from planner.deployment import Deployment
 from planner.errors import PlannerError
+from planner.parity import KeptGroup
 from planner.recovery import Recovery
 from planner.traffic import Traffic
 from serving.sequence import Sequence
@@ -28,10 +29,11 @@ def prospects(
     running: Collection[Sequence],
     *,
     protected: bool = False,
+    kept: Iterable[KeptGroup] = (),
 ) -> tuple[Prospect, ...]:
     """One for each rank of the plan, then one for each host that has several of them. What is `protected` is restored
-    from copies and not computed again."""
-    plan, losses = deployment.plan, Losses(deployment, recovery, recomputed=0.0 if protected else 1.0)
+    from copies and not computed again; `kept` is the parity of experts that there is."""
+    plan, losses = deployment.plan, Losses(deployment, recovery, recomputed=0.0 if protected else 1.0, kept=kept)
     alive = set(plan.rank_ids)
     domains = [("rank", str(rank), (rank,)) for rank in plan.rank_ids]
     hosts = deployment.cluster.domains("host").items()

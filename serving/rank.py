@@ -29,6 +29,7 @@ from moejax.executables import CompileCounter, ExecutableStore
 from moejax.inputs import Bucket, idle
 from moejax.integrity import damage, inspect, inspect_common
 from moejax.model import StepOutputs
+from moejax.parity import Shelf, Weights
 from moejax.programs import (
     LocalPrograms,
     MeshPrograms,
@@ -80,6 +81,7 @@ class Rank:
         self._shape: ModelShape | None = None
         self._executables: ExecutableStore | None = None
         self._arrays: LiveArrays | None = None
+        self._shelf: Shelf | None = None
         self._meshes: dict[MeshKey, MeshPrograms | RolePrograms] = {}
         self._local: dict[int, LocalPrograms] = {}
         self._configured: link_pb2.Configure | None = None
@@ -162,6 +164,7 @@ class Rank:
         self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
         self._arrays = LiveArrays(self._shape, open_store(Path(command.store)), attends=not command.experts_only)
+        self._shelf = Shelf(self._arrays)
         self._idle = [idle(bucket) for bucket in buckets]
 
     def join(self, command: link_pb2.Join) -> dict[str, Any]:
@@ -286,6 +289,21 @@ class Rank:
         """Take over cache entries of a sequence whose rank died."""
         rows = restored_rows(command, self.shape.page_size).view(np.float32)
         self._write(command, rows.reshape(command.count, self.shape.cfg.n_layers, -1).swapaxes(0, 1))
+        return {}
+
+    def read_weights(self, command: link_pb2.ReadWeights) -> dict[str, Any]:
+        """Hand over a piece of an expert's weights, or of a parity that is kept here."""
+        return self.shelf.read(_weights(command.of), command.first, command.count)._asdict()
+
+    def write_weights(self, command: link_pb2.WriteWeights) -> dict[str, Any]:
+        """Take over a piece of a parity, to keep it, or of an expert that was made again."""
+        checksums = tuple(command.checksums)
+        self.shelf.write(_weights(command.of), command.first, command.size, command.rows, checksums)
+        return {}
+
+    def keep_parity(self, command: link_pb2.KeepParity) -> dict[str, Any]:
+        """Forget what else is kept of a layer."""
+        self.shelf.keep_only(command.layer, [_weights(of) for of in command.parities])
         return {}
 
     def _write(self, command: link_pb2.WriteCache | link_pb2.RestoreCache, rows: np.ndarray) -> None:
@@ -469,6 +487,11 @@ class Rank:
         return self._arrays
 
     @property
+    def shelf(self) -> Shelf:
+        assert self._shelf is not None, "Configure comes first"
+        return self._shelf
+
+    @property
     def device(self) -> jax.Device:
         return self.world.devices([self.rank])[0]
 
@@ -593,6 +616,10 @@ def _row_shape(row: link_pb2.RowShape) -> RowShape:
         repetition=row.repetition,
         allowed=np.frombuffer(row.allowed, np.uint32),
     )
+
+
+def _weights(of: link_pb2.Weights) -> Weights:
+    return Weights(of.layer, tuple(of.experts), of.parity)
 
 
 def _likeliest(tokens: jax.Array, logprobs: jax.Array) -> link_pb2.Likeliest:

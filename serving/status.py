@@ -120,6 +120,13 @@ class Status:
     """How caches outlive their ranks: "memory", "stream" or "off"."""
     protected_bytes: int = 0
     """Host memory that copies of caches take now."""
+    experts_rebuilt: int = 0
+    """Experts that were made again from parity since the start."""
+    parity_groups: int = 0
+    parity_wanted: int = 0
+    """Parity groups that are made, and how many there are to be."""
+    parity_bytes: int = 0
+    """Host memory of ranks that they take."""
     tokens_restored: int = 0
     """Cache entries of requests whose rank died that were restored from a copy."""
     tokens_recomputed: int = 0

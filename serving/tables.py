@@ -21,6 +21,8 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
     masked = ", ".join(f"layer {layer} expert {expert}" for layer, expert in status.masked) or "none"
     copies = "not copied" if status.protection == "off" else f"copied ({status.protection})"
     given = f"{status.tokens_restored} entries of lost ranks restored, {status.tokens_recomputed} computed again"
+    parity = f"{status.parity_groups} of {status.parity_wanted} groups" if status.parity_wanted else "none"
+    lost = f"{status.experts_loaded} read from the store, {status.experts_rebuilt} made again from parity"
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{model.name}, {model.experts} experts, context {model.max_context}"),
@@ -31,6 +33,8 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
         ("experts masked", masked),
+        ("experts", lost),
+        ("parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
         ("caches", f"{copies}, {status.protected_bytes >> 20} MiB; {given}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),

@@ -32,6 +32,11 @@ class Process:
         return "nothing"
 
 
+def weights_of(layer: int, expert: int) -> bytes:
+    """The weights of an expert."""
+    return np.random.default_rng((layer, expert)).bytes(100)
+
+
 class FakeProcess:
     """One incarnation of a rank."""
 
@@ -43,6 +48,10 @@ class FakeProcess:
         self.held: np.ndarray | None = None
         self.doubted: set[tuple[int, int]] = set()
         """Slots found damaged: the next plan that wants something in them has it read again."""
+        self.parity: dict[tuple[int, tuple[int, ...]], bytearray] = {}
+        self.arriving = bytearray()
+        self.given: set[tuple[int, int]] = set()
+        """Experts that the next plan need not read."""
         self.routes: np.ndarray | None = None
         self.mesh: MeshKey | None = None
         self.epoch = -1
@@ -88,6 +97,8 @@ class FakeLinks:
         self.log: list[tuple[int, str]] = []
         self.damaged: set[tuple[int, int, int]] = set()
         self.on_loss: Callable[[Loss], object] = lambda loss: None
+        self.store = True
+        """Experts can be read from the store."""
         self._buckets = buckets
         self._max_pages = max_pages
         self._layers = layers
@@ -152,7 +163,7 @@ class FakeLinks:
             raise RankLost(rank, str(each.loss.cause))
         try:
             return link_pb2.Done(**(getattr(self, f"_{what}", lambda *_: None)(rank, each, message) or {}))
-        except NotCopied as error:
+        except (NotCopied, LookupError) as error:
             raise RankRefused(rank, what, str(error)) from None
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
@@ -208,14 +219,56 @@ class FakeLinks:
             each.protector = Protector.of(m)
         if not key.attends(rank):
             each.cache.token[:] = each.cache.position[:] = -1
-        if each.held is None or each.held.shape != wanted.shape:
+        before, read, missing = self._experts(each), 0, []
+        grown = each.held is None or each.held.shape != wanted.shape
+        if grown:
             each.held = np.full(wanted.shape, -1, np.int32)
-        read = int(((wanted != each.held) & (wanted >= 0)).sum())
+        for layer, slot in np.argwhere(wanted >= 0).tolist():
+            expert, doubted = int(wanted[layer, slot]), (layer, slot) in each.doubted
+            there = (layer, expert) in before if grown else each.held[layer, slot] == expert and not doubted
+            if there or (layer, expert) in each.given:
+                continue
+            if self.store:
+                read += 1
+            else:
+                missing.append(link_pb2.ExpertSlot(layer=layer, slot=slot, expert=expert))
         each.doubted = {(layer, slot) for layer, slot in each.doubted if wanted[layer, slot] < 0}
         each.held = np.where(wanted >= 0, wanted, each.held)
+        for lost in missing:
+            each.held[lost.layer, lost.slot] = -1
+        each.given.clear()
         each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(self._layers, -1)
         each.mesh, each.epoch = key, m.epoch
-        return {"experts_loaded": read}
+        return {"experts_loaded": read, "missing": missing, "trouble": "gone"}
+
+    def _read_weights(self, rank: int, each: FakeProcess, m: link_pb2.ReadWeights) -> dict:
+        if m.of.parity:
+            whole = bytes(each.parity[m.of.layer, tuple(m.of.experts)])
+        else:
+            layer, (expert,) = m.of.layer, m.of.experts
+            if (layer, expert) not in self._experts(each):
+                raise LookupError(f"expert {expert} of layer {layer} is not on rank {rank}")
+            whole = weights_of(layer, expert)
+        return {"rows": whole[m.first : m.first + m.count], "size": len(whole)}
+
+    def _write_weights(self, rank: int, each: FakeProcess, m: link_pb2.WriteWeights) -> None:
+        key = m.of.layer, tuple(m.of.experts)
+        if m.of.parity and m.first == 0:
+            each.parity[key] = bytearray()
+        elif m.first == 0:
+            each.arriving = bytearray()
+        whole = each.parity[key] if m.of.parity else each.arriving
+        assert len(whole) == m.first
+        whole += m.rows
+        if len(whole) == m.size and not m.of.parity:
+            layer, (expert,) = key
+            if whole != weights_of(layer, expert):
+                raise LookupError(f"expert {expert} of layer {layer} was made again with other weights")
+            each.given.add((layer, expert))
+
+    def _keep_parity(self, rank: int, each: FakeProcess, m: link_pb2.KeepParity) -> None:
+        kept = [(m.layer, tuple(of.experts)) for of in m.parities]
+        each.parity = {key: whole for key, whole in each.parity.items() if key[0] != m.layer or key in kept}
 
     def _read_cache(self, rank: int, each: FakeProcess, m: link_pb2.ReadCache) -> dict:
         entries = self._entries(m)
@@ -246,6 +299,11 @@ class FakeLinks:
         return {"missing": missing}
 
     # -- Behind it ----------------------------------------------------------------------------------------------
+
+    def _experts(self, each: FakeProcess) -> set[tuple[int, int]]:
+        """The (MoE layer, expert) that are in slots of a rank, intact."""
+        held = each.held if each.held is not None else np.zeros((0, 0))
+        return {(int(x), int(held[x, s])) for x, s in np.argwhere(held >= 0) if (int(x), int(s)) not in each.doubted}
 
     async def _heard(self, rank: int, what: str) -> None:
         victim = self.fails(len(self.log), rank, what)

@@ -78,6 +78,13 @@ def test_status_tells_how_caches_outlive_their_ranks(server):  # noqa: F811
     assert "copied (memory), 1 MiB; 0 entries of lost ranks restored" in result.output
 
 
+def test_status_tells_where_lost_experts_came_from(server, backend):  # noqa: F811
+    backend.epoch = 2
+    shown = run("status", "--server", server.address).output
+    assert "8 read from the store, 6 made again from parity" in shown
+    assert "7 of 8 groups, 5 MiB" in shown
+
+
 def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_path):  # noqa: F811
     backend.dead.add(2)
     plan = tmp_path / "plan.json"

@@ -115,6 +115,9 @@ async def test_load_of_experts_and_price_of_ranks_are_those_of_the_status(genera
     assert value(metrics, "moejax_rank_up", rank="0") == 0
     assert value(metrics, "moejax_rank_loss_stall_seconds", rank="0") is None
     assert value(metrics, "moejax_experts_loaded_total") == 4
+    assert value(metrics, "moejax_experts_rebuilt_total") == 3
+    assert value(metrics, "moejax_parity_bytes") == 5 << 20
+    assert value(metrics, "moejax_parity_coverage") == 7 / 8
     assert value(metrics, "moejax_protected_bytes") == 1 << 20
     assert value(metrics, "moejax_tokens_restored_total") == 510
     assert value(metrics, "moejax_tokens_recomputed_total") == 2

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Command(_message.Message):
-    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache")
+    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache", "read_weights", "write_weights", "keep_parity")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,9 @@ class Command(_message.Message):
     SEAT_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     RESTORE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    READ_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WRITE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_PARITY_FIELD_NUMBER: _ClassVar[int]
     id: int
     configure: Configure
     join: Join
@@ -42,7 +45,10 @@ class Command(_message.Message):
     seat: Seat
     hold: Hold
     restore_cache: RestoreCache
-    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ...) -> None: ...
+    read_weights: ReadWeights
+    write_weights: WriteWeights
+    keep_parity: KeepParity
+    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ..., read_weights: _Optional[_Union[ReadWeights, _Mapping]] = ..., write_weights: _Optional[_Union[WriteWeights, _Mapping]] = ..., keep_parity: _Optional[_Union[KeepParity, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
     __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies")
@@ -206,6 +212,48 @@ class RestoreCache(_message.Message):
     rows: bytes
     def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., tokens: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., from_pages: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
+class Weights(_message.Message):
+    __slots__ = ("layer", "experts", "parity")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    parity: bool
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., parity: bool = ...) -> None: ...
+
+class ReadWeights(_message.Message):
+    __slots__ = ("of", "first", "count")
+    OF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    of: Weights
+    first: int
+    count: int
+    def __init__(self, of: _Optional[_Union[Weights, _Mapping]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class WriteWeights(_message.Message):
+    __slots__ = ("of", "first", "size", "rows", "checksums")
+    OF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    of: Weights
+    first: int
+    size: int
+    rows: bytes
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, of: _Optional[_Union[Weights, _Mapping]] = ..., first: _Optional[int] = ..., size: _Optional[int] = ..., rows: _Optional[bytes] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class KeepParity(_message.Message):
+    __slots__ = ("layer", "parities")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    parities: _containers.RepeatedCompositeFieldContainer[Weights]
+    def __init__(self, layer: _Optional[int] = ..., parities: _Optional[_Iterable[_Union[Weights, _Mapping]]] = ...) -> None: ...
+
 class Inspect(_message.Message):
     __slots__ = ("first", "count")
     FIRST_FIELD_NUMBER: _ClassVar[int]
@@ -331,7 +379,7 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory")
+    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory", "size", "checksums")
     ID_FIELD_NUMBER: _ClassVar[int]
     MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +390,8 @@ class Done(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
     SHARES_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     id: int
     milliseconds: float
     compiles: int
@@ -352,7 +402,9 @@ class Done(_message.Message):
     rows: bytes
     damaged: bool
     shares_memory: bool
-    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ...) -> None: ...
+    size: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ..., size: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertSlot(_message.Message):
     __slots__ = ("layer", "slot", "expert")
