@@ -164,7 +164,7 @@ async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim
             while set(m.failover.alive) != set(range(RANKS)) or m.loop.operations.pending or m.failover.healing:
                 await asyncio.sleep(0.001)
         messages = m.links.log[since:]
-        assert m.links.looked_ahead > 10
+        assert m.links.looked_ahead > 0
         for request in m.requests:
             assert m.tokens[request.id] == alone(request, MODEL.max_context)[0]
         assert m.failover.plan is not None
