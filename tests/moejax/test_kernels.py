@@ -155,6 +155,12 @@ def test_tokens_are_drawn_as_by_the_reference_and_rows_do_not_know_of_each_other
     np.testing.assert_array_equal(kernels.drawn(logits[7:9], heat[7:9], jax.random.key_data(keys[7:9])), ours[7:9])
 
 
+def test_of_tokens_that_are_level_the_first_is_drawn() -> None:
+    logits = np.zeros((1, 37), np.float32)
+    logits[:, [3, 8, 32]] = 1e12  # which no noise can change
+    assert kernels.drawn(logits, np.ones(1, np.float32), np.array([[1, 2]], np.uint32)).tolist() == [3]
+
+
 def test_what_is_filtered_out_is_never_drawn() -> None:
     logits = np.full((64, 37), -np.inf, np.float32)
     logits[:, [3, 36]] = 0
