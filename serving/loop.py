@@ -363,7 +363,7 @@ class Loop:
             experts_rebuilt=failover.parity.rebuilt,
             parity_groups=failover.parity.progress[0],
             parity_wanted=failover.parity.progress[1],
-            parity_bytes=failover.parity.bytes,
+            parity_bytes=failover.parity.kept_bytes,
             tokens_restored=self.restoration.restored,
             tokens_recomputed=self.restoration.recomputed,
             front_pid=os.getpid(),

@@ -65,7 +65,7 @@ class Parity:
         return len(self._wanted.intersection(self._made)), len(self._wanted)
 
     @property
-    def bytes(self) -> int:
+    def kept_bytes(self) -> int:
         """Host memory of ranks that they take."""
         return sum(made.size for made in self._made.values())
 
@@ -114,7 +114,7 @@ class Parity:
             if there.issuperset(groups) and (layer in self._untidy or there.difference(groups)):
                 whole &= await self._keep_only(layer, groups, plan)
         if whole and new:
-            self.tell("parity_ready", f"{len(wanted)} groups, {self.bytes >> 20} MiB")
+            self.tell("parity_ready", f"{len(wanted)} groups, {self.kept_bytes >> 20} MiB")
         return whole
 
     async def _make_group(self, group: KeptGroup, here: Mapping[int, int], holds: Callable[[], bool]) -> Made | None:
