@@ -94,7 +94,10 @@ class Settings:
     max_queue: int = setting(1024, "Requests that may wait; more are refused at once.")
     max_context: int | None = setting(None, "Tokens of prompt and answer together; the model's when left out.")
     page_size: int = setting(32, "Tokens of a cache page.")
-    pages_per_rank: int | None = setting(None, "Cache pages of a rank; two contexts' worth when left out.")
+    pages_per_rank: int | None = setting(
+        None,
+        "Cache pages of a rank; left out: two contexts' worth, or 256 tokens for each row of a step in up to 128 MiB.",
+    )
     buckets: tuple[tuple[int, int], ...] = setting(
         ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8)), "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2)."
     )

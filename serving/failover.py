@@ -41,6 +41,8 @@ from serving.roles import roles
 from serving.shared_memory import shared_file
 from serving.status import LossCost
 
+SHORT_TOKENS, CHEAP_BYTES = 256, 128 << 20
+"""A short request, prompt and answer, and what of a rank's memory its cache may take in any case."""
 HEAL_SLOTS = 2
 """Experts that each rank loads at a time while steps go on."""
 JOIN_TIMEOUT_S = 30.0
@@ -85,7 +87,7 @@ class Failover:
             self.cluster,
             slots_per_rank=settings.slots_per_rank,
             survive_ranks=min(settings.survive, settings.ranks - 1),
-            pages_per_rank=pages_per_rank(settings, model.max_context),
+            pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
             roles=roles(settings, self.workload, self.cluster),
         )
         depth = min(settings.lattice_depth, settings.ranks - 1)
@@ -772,9 +774,12 @@ class Failover:
         return sorted(dict.fromkeys(keys), key=lambda key: -len(key.ranks))
 
 
-def pages_per_rank(settings: Settings, max_context: int) -> int:
-    """Pages of a rank's cache: as set, or two contexts' worth."""
-    return settings.pages_per_rank or 2 * -(-max_context // settings.page_size)
+def pages_per_rank(settings: Settings, max_context: int, bytes_per_token: int) -> int:
+    """Pages of a rank's cache: as set; or two contexts' worth, and more while that is cheap, until a short request has
+    room in every row of a step."""
+    rows = max(decode for decode, _ in settings.buckets)
+    tokens = min(rows * SHORT_TOKENS, CHEAP_BYTES // bytes_per_token)
+    return settings.pages_per_rank or max(2 * -(-max_context // settings.page_size), tokens // settings.page_size)
 
 
 class _timed:
