@@ -41,7 +41,7 @@ class PagePool:
     @classmethod
     def holding(cls, total: int, keys: Mapping[int, Key]) -> "PagePool":
         """A pool with the content of some pages known, and nobody's; the first to be known are kept longest."""
-        index = {key: page for page, key in reversed(keys.items()) if page < total}
+        index = {key: page for page, key in reversed(list(keys.items())) if page < total}
         keys = {page: key for key, page in index.items()}
         return dataclasses.replace(
             cls(total, tuple(page for page in range(total - 1, -1, -1) if page not in keys)),
