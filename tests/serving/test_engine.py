@@ -159,6 +159,48 @@ def test_after_a_loss_tokens_go_on_from_the_next_index_under_the_new_epoch():
     s.check_streams(all_ended=True)
 
 
+def test_a_step_in_flight_is_not_taken_for_that_of_a_new_request_with_its_id():
+    s = server()
+    s.submit(small_request("a", (5, 6), seed=3))
+    first = s.begin()
+    s.cancel("a")
+    s.submit(small_request("a", (7, 8, 9), seed=4))
+    second = s.begin()
+    s.end(first)
+    assert s.heard["a"] == []
+    s.end(second)
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
+def test_no_step_is_made_ahead_for_a_request_whose_last_token_is_in_flight():
+    s = server()
+    s.submit(small_request("a", range(8), max_tokens=1))
+    first = s.begin()
+    assert s.begin() is None
+    s.end(first)
+    s.check_streams(all_ended=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "foreseeable"),
+    [
+        ({}, True),
+        ({"frequency_penalty": 0.5}, False),
+        ({"guide": Guide("regex", "any")}, False),
+        ({"min_tokens": 3}, False),
+    ],
+)
+def test_no_step_is_made_ahead_of_a_choice_that_depends_on_the_token_in_flight(fields, foreseeable):
+    s = server()
+    s.submit(small_request("a", range(40), **fields))
+    s.end(s.begin())
+    first = s.begin()
+    assert is_foreseeable(s.state) is foreseeable
+    s.end(first)
+    assert is_foreseeable(s.state)
+
+
 def test_a_step_lost_in_flight_is_made_again():
     s = server((16, 16))
     s.submit(small_request("a", range(50)))
