@@ -61,8 +61,9 @@ def test_a_new_generation_has_what_each_role_had(roles: Server, apart: Client, t
     assert roles.app is not None
     generation, pid = apart.status().generation, roles.app.failover.coordinator_pid
     assert pid is not None
-    traffic.during(apart, lambda: os.kill(pid, signal.SIGKILL))
-    wait_until(lambda: apart.status().generation > generation, "there is a new generation")
+    traffic.during(apart, lambda: os.kill(pid, signal.SIGKILL), kill(apart, EXPERTS[1]))
+    wait_until(lambda: apart.status().generation > generation, "the replacement has cost a new generation")
+    wait_until_whole(apart)
     traffic.during(apart, kill(apart, ATTENTION[1]))
 
 
