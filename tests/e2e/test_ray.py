@@ -20,9 +20,20 @@ NODES = ("ash", "beech", "chestnut")
 def nodes() -> Iterator[tuple[Any, dict[str, Any]]]:
     """A cluster whose nodes have room for one rank each: its head, and the others by label."""
     utils = pytest.importorskip("ray.cluster_utils", reason="needs moejax[ray]")
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
-    with contextlib.closing(_Cluster(utils.Cluster(initialize_head=True, head_node_args=head))) as cluster:
+    with contextlib.closing(_Cluster(_started(utils))) as cluster:
         yield cluster.cluster, {name: cluster.add(name) for name in NODES}
+
+
+def _started(utils: Any) -> Any:
+    """A cluster of a head alone. Ray gives a node half a minute to start, which a busy machine may not have."""
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+    for attempt in range(3):
+        try:
+            return utils.Cluster(initialize_head=True, head_node_args=head)
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 class _Cluster:
