@@ -134,11 +134,18 @@ async def _drain(scene: Scene, victim: int) -> None:
 
 
 async def _coordinator(scene: Scene, victim: int) -> None:
-    listed = subprocess.run(
-        ["ps", "--ppid", str(scene.server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
-    )
-    pid = next(int(line.split()[0]) for line in listed.stdout.splitlines() if "moejax.coordinator" in line)
+    pid = coordinator_of(scene.server)
+    assert pid is not None, "the coordinator was killed before, and no replacement has come since"
     os.kill(pid, signal.SIGKILL)
+
+
+def coordinator_of(server: Launched) -> int | None:
+    """The process of the coordination service, if there is one."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
+    )
+    found = (int(line.split()[0]) for line in listed.stdout.splitlines() if "moejax.coordinator" in line)
+    return next(found, None)
 
 
 COLLOCATED = (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import FRONT, SETUPS, Scenario, Scene, Setup
+from benchmarks.faults import FRONT, SETUPS, Scenario, Scene, Setup, coordinator_of
 from benchmarks.launch import Launched, launched
 from benchmarks.losses import EventFeed
 from benchmarks.streams import Known, Load, running, until, whole
@@ -81,7 +81,8 @@ async def endure(server: Launched, scenarios: Sequence[Scenario], seconds: float
             await until(client, whole)
             used.append(Use.of(server.session))
             await asyncio.sleep(scene.draw.uniform(0, 1))
-            await strike(scene, scene.draw.choice(scenarios))
+            there = coordinator_of(server) is not None  # else the next replacement brings one
+            await strike(scene, scene.draw.choice([s for s in scenarios if there or s.name != "coordinator"]))
         status = await until(client, whole)
         traces = await load.stop()
         feed.close()
