@@ -4,7 +4,7 @@ A page is known from when it is full until it is written again. What a rank know
 front tells it anew in the next.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,9 +22,9 @@ class PageIndex:
         """Pages are full, and will not be written before somebody takes them for something else."""
         self._keys |= read(full)
 
-    def wrote(self, pages: Collection[int]) -> None:
-        """Pages are about to be written."""
-        for page in pages:
+    def wrote(self, pages: np.ndarray) -> None:
+        """Pages, int `[n]` with any of them any number of times, are about to be written."""
+        for page in set(pages.tolist()):
             self._keys.pop(page, None)
 
     def keep(self, pages: int) -> None:

@@ -43,7 +43,7 @@ from moejax.recovery import LiveArrays
 from moejax.role_programs import RolePrograms, compile_roles
 from moejax.shaping import RowShape, dense
 from moejax.shared import Arena
-from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
+from moejax.transfer import Written, entries_of, read_entries, rows_by_entry, write_entries, written
 from moejax.world import World, configure_process
 from serving.dial import Way
 from serving.mesh_key import MeshKey
@@ -101,7 +101,7 @@ class Rank:
         """Epoch and number of the last step."""
         self._chosen: np.ndarray | None = None
         """The tokens it chose, by segment; None when they are void."""
-        self._uncopied: tuple[link_pb2.Step, np.ndarray, StepOutputs] | None = None
+        self._uncopied: tuple[int, Written, StepOutputs] | None = None
         """The last step, until what it wrote is copied."""
 
     def abort(self, epoch: int, connecting: int) -> None:
@@ -312,7 +312,7 @@ class Rank:
         assert cache is not None, "Join comes first"
         assert adopted is not None, "Adopt comes first"
         entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
-        self._index.wrote(set((entries // self.shape.page_size).tolist()))
+        self._index.wrote(entries // self.shape.page_size)
         sizes = [bucket.rows for bucket in self.shape.buckets]
         index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
         commit = self._local[adopted.mesh.slots].after_step(index)[1]
@@ -335,12 +335,11 @@ class Rank:
             text = f"rank {self.rank}: the cache is not copied any more: {type(error).__name__}: {error}"
             print(text, file=sys.stderr, flush=True)
 
-    def _copy_step(self, command: link_pb2.Step, inputs: np.ndarray, outputs: StepOutputs) -> None:
+    def _copy_step(self, step: int, wrote: Written, outputs: StepOutputs) -> None:
         assert self._protector is not None
-        wrote = written(inputs, self.shape.buckets[command.bucket])
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
         self._protector.copy(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(new, wrote.rows))
-        self._protector.seal(command.step)
+        self._protector.seal(step)
 
     def told(self) -> list[link_pb2.Report]:
         """What the front must hear of copies before the next answer."""
@@ -386,13 +385,12 @@ class Rank:
                 text = f"{len(poisoned)} rows came out as not-a-number or infinite"
                 failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, poisoned_rows=poisoned)
                 return link_pb2.Report(rank=self.rank, step_failed=failed)
-            if outputs is not None and command.inputs:
-                entries = written(inputs, self.shape.buckets[command.bucket]).entries
-                self._index.wrote(set((entries // self.shape.page_size).tolist()))
+            wrote = written(inputs, self.shape.buckets[command.bucket])
+            self._index.wrote(wrote.entries // self.shape.page_size)
             answers = self._finish(outputs, packed, command, adopted.mesh)
             self._last = command.epoch, command.step
             self._chosen = np.frombuffer(answers["tokens"], np.int32) if answers else np.zeros(0, np.int32)
-            self._uncopied = None if outputs is None else (command, inputs, outputs)
+            self._uncopied = None if outputs is None else (command.step, wrote, outputs)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended = time.perf_counter()
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:

@@ -187,7 +187,7 @@ class FakeLinks:
                     arrays["tokens"][row] = each.chosen[source]
             tokens, logprobs = each.cache.step(arrays, {})
             wrote = arrays["write"][arrays["write"] != DROPPED]
-            each.index.wrote(set((wrote // self._page_size).tolist()))
+            each.index.wrote(wrote // self._page_size)
             each.cache.commit(arrays)
             each.uncopied, each.last, each.chosen = (parts[rank].step, wrote), parts[rank].step, tokens
             load = np.zeros(each.routes.shape, np.int32)
@@ -277,7 +277,7 @@ class FakeLinks:
     def _write_cache(self, rank: int, each: FakeProcess, m: link_pb2.WriteCache) -> None:
         rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
         entries = self._entries(m)
-        each.index.wrote(set((entries // self._page_size).tolist()))
+        each.index.wrote(entries // self._page_size)
         each.cache.token[entries], each.cache.position[entries] = rows
         assert rows[0].tolist() == np.frombuffer(m.tokens, np.int32).tolist()
         self._copy(rank, each, entries)
@@ -285,7 +285,7 @@ class FakeLinks:
     def _restore_cache(self, rank: int, each: FakeProcess, m: link_pb2.RestoreCache) -> None:
         rows = restored_rows(m, self._page_size).view(np.int32).reshape(-1, 2)
         entries = self._entries(m)
-        each.index.wrote(set((entries // self._page_size).tolist()))
+        each.index.wrote(entries // self._page_size)
         each.cache.token[entries], each.cache.position[entries] = rows.T
         self._copy(rank, each, entries)
 

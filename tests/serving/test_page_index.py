@@ -1,5 +1,6 @@
 """What ranks are told of their pages is enough for another front, and never too much."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def test_a_rank_knows_what_it_was_told_of_pages_that_were_not_written_since(acts
     def step(*pages: int) -> None:
         if (full := news.of(0, known)) is not None:
             rank.note(full)
-        rank.wrote(pages)
+        rank.wrote(np.array(pages, np.int32))
 
     for what, page, number in acts:
         if what == "fill" and page not in known:
