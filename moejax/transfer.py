@@ -41,9 +41,8 @@ def write_entries(
     """
     for at in range(0, len(entries), bucket.rows):
         some = entries[at : at + bucket.rows]
-        block = np.zeros((len(rows), bucket.rows, rows.shape[-1]), rows.dtype)
-        block[:, : len(some)] = rows[:, at : at + len(some)]
-        new = Cache(*np.split(block, [cache.k.shape[-1]], axis=-1))
+        new = Cache(*(np.zeros((len(rows), bucket.rows, part.shape[-1]), rows.dtype) for part in (cache.k, cache.v)))
+        new.k[:, : len(some)], new.v[:, : len(some)] = np.split(rows[:, at : at + len(some)], [new.k.shape[-1]], axis=-1)
         cache = commit(cache, *jax.device_put((new, _writing(bucket, some)), device))
     return cache
 

@@ -11,6 +11,7 @@ request left on the same page, the front knows from its page tables (`serving.re
 token and position all the same.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -34,15 +35,17 @@ class NotCopied(Exception):
 class CacheCopy:
     """A file in memory, mapped. The rank that it copies writes; the front and other ranks read once that has ended."""
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, file: int, memory: mmap.mmap) -> None:
         self._memory = memory
         self._header = np.frombuffer(memory, np.int64, _FIELDS)
         form, self.entries, self.entry_bytes, _ = self._header.tolist()
         if form != _FORM:
             raise NotCopied(f"this is no copy of a cache: it begins with {form:#x}, not {_FORM:#x}")
         self._tags = np.frombuffer(memory, np.int32, 2 * self.entries, _PAGE).reshape(-1, 2)
-        rows = _PAGE + _whole_pages(self._tags.nbytes)
-        self._rows = np.frombuffer(memory, np.uint8, self.entries * self.entry_bytes, rows).reshape(self.entries, -1)
+        self._at = _PAGE + _whole_pages(self._tags.nbytes)
+        rows = np.frombuffer(memory, np.uint8, self.entries * self.entry_bytes, self._at)
+        self._rows = rows.reshape(self.entries, -1)
+        self._file = os.dup(file)
 
     @classmethod
     def create(cls, file: int, entries: int, entry_bytes: int) -> Self:
@@ -53,13 +56,13 @@ class CacheCopy:
         tags = np.frombuffer(memory, np.int32, 2 * entries, _PAGE)
         tags[:] = -1
         header[:] = _FORM, entries, entry_bytes, NOTHING
-        return cls(memory)
+        return cls(file, memory)
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """The copy in a file. Raises OSError and NotCopied."""
         with path.open("r+b") as file:
-            return cls(mmap.mmap(file.fileno(), 0))
+            return cls(file.fileno(), mmap.mmap(file.fileno(), 0))
 
     @property
     def sealed(self) -> int:
@@ -67,9 +70,18 @@ class CacheCopy:
         return int(self._header[3])
 
     def write(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Copy entries `[n]`, each once, of these tokens and positions `[n]`; `rows [n, ...]` are entry_bytes each."""
+        """Copy entries `[n]`, each once, of these tokens and positions `[n]`, n > 0; `rows [n, ...]` are entry_bytes each.
+
+        Through the file: memory that is not there yet is a fault for every page of it when it is stored to as mapped.
+        Raises OSError when there is none.
+        """
         self._tags[entries] = -1
-        self._rows[entries] = np.ascontiguousarray(rows).reshape(len(entries), -1).view(np.uint8)
+        rows = np.ascontiguousarray(rows).reshape(len(entries), -1).view(np.uint8)
+        for run in np.split(np.arange(len(entries)), np.flatnonzero(np.diff(entries) != 1) + 1):
+            together = rows[run[0] : run[-1] + 1]
+            wrote = os.pwrite(self._file, together, self._at + int(entries[run[0]]) * self.entry_bytes)
+            if wrote < together.nbytes:
+                raise OSError(errno.ENOSPC, f"{wrote} of {together.nbytes} bytes of the copy could be written")
         self._tags[entries] = np.stack([tokens, positions], axis=-1)
 
     def seal(self, step: int) -> None:
@@ -93,6 +105,7 @@ class CacheCopy:
         """Let go of the memory; it is freed when all have."""
         del self._header, self._tags, self._rows
         self._memory.close()
+        os.close(self._file)
 
 
 def size_of(entries: int, entry_bytes: int) -> int:

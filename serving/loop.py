@@ -94,9 +94,9 @@ class Counts:
     tokens: int = 0
     steps: int = 0
     degraded: int = 0
-    program_ms: float = 0.0
-    rank_ms: float = 0.0
-    """Of the slowest rank of each step, inside the compiled programs."""
+    program_ms: dict[int, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    rank_ms: dict[int, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    """Of each rank, inside the compiled programs, and from having a step to its results."""
     step_ms: float = 0.0
     """From making a step, or the end of the one before it if that was later, to having delivered its tokens."""
 
@@ -343,8 +343,8 @@ class Loop:
             tokens=self.counts.tokens,
             steps=self.counts.steps,
             step_ms=self.counts.step_ms,
-            program_ms=self.counts.program_ms,
-            rank_ms=self.counts.rank_ms,
+            program_ms=max(self.counts.program_ms.values(), default=0.0),
+            rank_ms=max(self.counts.rank_ms.values(), default=0.0),
             preemptions=state.preemptions,
             prefix_queries=state.prefix_queries,
             prefix_hits=state.prefix_hits,
@@ -568,6 +568,8 @@ class Loop:
             self._compiles[rank] = answer.compiles
             self._rank_ms[rank] = answer.program_ms
             self._own_ms[rank] = self._own_ms.get(rank, 0.0) + answer.own_ms
+            self.counts.program_ms[rank] += answer.program_ms
+            self.counts.rank_ms[rank] += answer.total_ms
             if answer.expert_load:
                 self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
         self.state, outputs = apply(self.state, batch, results)
@@ -578,8 +580,6 @@ class Loop:
         now = time.monotonic()
         took, self._landed_at = now - max(flight.began, self._landed_at), now
         self.counts.steps += 1
-        self.counts.program_ms += max(answer.program_ms for answer in answers.values())
-        self.counts.rank_ms += max(answer.total_ms for answer in answers.values())
         self.counts.step_ms += 1e3 * took
         self.restoration.stepped(batch, took)
 

@@ -23,8 +23,9 @@ from serving.salvage import forget, restored, salvaged
 from serving.scheduler import reserve
 from serving.sequence import Salvage, Sequence
 
-BUDGET_S = 0.03
-"""How long requests are restored between two steps, one piece on each rank at least."""
+FEW_S, ALL_S = 0.03, 0.12
+"""How long requests are restored between two steps, one piece on each rank at least: when few of all wait for it, and
+when all do."""
 PIECE_ENTRIES = 256
 PIECE_BYTES = 16 << 20
 """Cache entries in one piece, and their bytes, at most."""
@@ -98,8 +99,12 @@ class Restoration:
             found=found,
             chunk=TILE * min(tiles, state.limits.most_tiles),
             piece=self._piece,
-            budget_s=BUDGET_S,
+            budget_s=self._budget_s(sum(other.rank in dead for other in state.running.values())),
         )
+
+    def _budget_s(self, waiting: int) -> float:
+        """Between two steps, when so many requests wait to be restored: what the others lose is theirs to gain."""
+        return FEW_S + (ALL_S - FEW_S) * waiting / max(1, len(self._engine.state.running))
 
     async def tend(self) -> None:
         """Restore for a while. Raises RankLost; nothing is lost by that."""
@@ -111,12 +116,13 @@ class Restoration:
         self._forget([each for each in wanted if each.salvage is not None and each.salvage.copy in gone])
         engine.state = reserve(engine.state)
         self._began = self._began or began
+        budget_s = self._budget_s(len(wanted))
         while first := self._next():
             ended = await asyncio.gather(*map(self._restore_piece, first), return_exceptions=True)
             for error in ended:
                 if isinstance(error, BaseException):
                     raise error
-            if time.monotonic() - began > BUDGET_S:
+            if time.monotonic() - began > budget_s:
                 break
         if not self.pending and self._requests:
             self._tell()

@@ -92,9 +92,10 @@ class Status:
     step_ms: float
     """Of all steps together, from scheduling a step to having delivered its tokens."""
     rank_ms: float
-    """Of these, from receiving a step to having its answer, on the slowest rank."""
+    """Of these, from taking up a step to having its answer, on the rank that spent most."""
     program_ms: float
-    """Of these, inside the compiled programs of each step's slowest rank."""
+    """Of these, inside the compiled programs, on the rank that spent most. Steps overlap where one is made ahead: the
+    slowest rank of each would count some time twice."""
     preemptions: int
     prefix_queries: int
     """Prompt tokens looked up in the prefix caches."""

@@ -41,4 +41,5 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(serving.loop, name, 0.005)
     monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
     monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
-    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)
+    monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
+    monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)

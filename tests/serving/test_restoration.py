@@ -95,7 +95,8 @@ def test_nothing_else_needs_to_run_for_a_restoration_to_go_on(monkeypatch):
     choose(monkeypatch, True)
     monkeypatch.setattr(serving.loop, "IDLE_S", 10 * LIMIT_S)
     monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 3)
-    monkeypatch.setattr(serving.restoration, "BUDGET_S", 0.0)
+    monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
+    monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)
     _, events = asyncio.run(lose_one(victim=0, streams=1))
     assert "of 1 requests" in events["cache_restored"].message
 
