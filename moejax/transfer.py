@@ -40,9 +40,9 @@ def write_entries(
     The cache is donated, as in every commit.
     """
     for at in range(0, len(entries), bucket.rows):
-        some = entries[at : at + bucket.rows]
+        some, block = entries[at : at + bucket.rows], rows[:, at : at + bucket.rows]
         new = Cache(*(np.zeros((len(rows), bucket.rows, part.shape[-1]), rows.dtype) for part in (cache.k, cache.v)))
-        new.k[:, : len(some)], new.v[:, : len(some)] = np.split(rows[:, at : at + len(some)], [new.k.shape[-1]], axis=-1)
+        new.k[:, : len(some)], new.v[:, : len(some)] = np.split(block, [new.k.shape[-1]], axis=-1)
         cache = commit(cache, *jax.device_put((new, _writing(bucket, some)), device))
     return cache
 

@@ -70,7 +70,8 @@ class CacheCopy:
         return int(self._header[3])
 
     def write(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Copy entries `[n]`, each once, of these tokens and positions `[n]`, n > 0; `rows [n, ...]` are entry_bytes each.
+        """Copy entries `[n]`, n > 0, each once, of these tokens and positions `[n]`; `rows [n, ...]` are entry_bytes
+        each.
 
         Through the file: memory that is not there yet is a fault for every page of it when it is stored to as mapped.
         Raises OSError when there is none.

@@ -1,12 +1,12 @@
 """What the server says of given tokens, and answers that ask for more than tokens, while ranks die."""
 
 import json
-import math
 import threading
 
 import httpx
 import pytest
 
+from benchmarks.precision import bits_per_byte
 from serving.app import Server
 from serving.client import Client
 from serving.request import Guide
@@ -22,21 +22,6 @@ ASKING = [
     {"min_tokens": 60, "ignore_eos": False, "temperature": 0.7, "seed": 6},
     {"prompt_logprobs": 2},
 ]
-
-
-def bits_per_byte(client: httpx.Client, text: str) -> tuple[float, list[list[float]]]:
-    """As `moejax.score`: windows of the context length, each on its own; asked as evaluation programs ask."""
-    ids = client.post("/tokenize", json={"prompt": text}).json()["tokens"]
-    windows = [ids[at : at + 512] for at in range(0, len(ids) - 511, 512)]
-    logprobs = []
-    for at in range(0, len(windows), 8):
-        body = {"prompt": windows[at : at + 8], "echo": True, "max_tokens": 0, "logprobs": 1}
-        answer = client.post("/v1/completions", json=body).raise_for_status().json()
-        logprobs += [choice["logprobs"]["token_logprobs"][1:] for choice in answer["choices"]]
-    counted = sum(
-        len(client.post("/detokenize", json={"tokens": window[1:]}).json()["prompt"].encode()) for window in windows
-    )
-    return -sum(map(sum, logprobs)) / math.log(2) / counted, logprobs
 
 
 def test_tiny_has_its_stated_bits_per_byte_through_the_server_also_after_a_rank_died(
