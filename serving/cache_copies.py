@@ -2,8 +2,8 @@
 needs them any more (docs/decisions/0006).
 
 A rank of this machine maps its copy and writes it itself; what another one tells of is written here. Either way it is
-memory of the front's machine, which does not go when a rank or its machine does. That of a front that dies goes with
-all ranks.
+memory of the front's machine, which does not go when a rank or its machine does. When the front dies, the next one takes
+over the copies that ranks map.
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from serving.batch import Batch
-from serving.cache_copy import CacheCopy, size_of
+from serving.cache_copy import NOTHING, CacheCopy, NotCopied, size_of
 from serving.proto.moejax.v1 import link_pb2
 from serving.salvage import copied, written_since
 from serving.sequence import Salvage, Sequence
@@ -30,27 +30,11 @@ as large, copies of dead ranks come on top, and so do the weights."""
 
 @dataclasses.dataclass
 class Kept:
-    """One copy: its file, the copy in it, and whether the rank tells what belongs there instead of writing it."""
+    """One copy, and whether the rank tells what belongs there instead of writing it."""
 
     number: int
-    file: int
     copy: CacheCopy
     told: bool
-
-    @property
-    def path(self) -> str:
-        """Where processes of this user on this machine can open it, as long as it is kept."""
-        return f"/proc/{os.getpid()}/fd/{self.file}"
-
-    @property
-    def bytes(self) -> int:
-        """Memory it takes now."""
-        return 512 * os.fstat(self.file).st_blocks
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.copy.close()
-        os.close(self.file)
 
 
 class CacheCopies:
@@ -91,7 +75,7 @@ class CacheCopies:
     @property
     def bytes(self) -> int:
         """Memory that all copies take now."""
-        return sum(kept.bytes for kept in (*self._of.values(), *self._lost.values()))
+        return sum(kept.copy.bytes for kept in (*self._of.values(), *self._lost.values()))
 
     def has(self, rank: int) -> bool:
         """A rank that attends has been told of a copy, or need not be."""
@@ -105,16 +89,39 @@ class CacheCopies:
             return kind()
         before = self._of.pop(rank, None)
         if before is not None:
-            before.close()
+            before.copy.close()
         try:
-            file, copy = _made(self._entries, self.entry_bytes)
+            copy = _made(self._entries, self.entry_bytes)
         except OSError as error:
             self.reason = f"rank {rank} has no copy of its cache: {error}"
             return kind()
-        self._numbers += 1
         told = self.way == "stream" or not here
-        self._of[rank] = Kept(self._numbers, file, copy, told)
-        return kind(tell_copies=True) if told else kind(cache_copy=self._of[rank].path)
+        self._keep(rank, copy, told=told)
+        return kind(tell_copies=True) if told else kind(cache_copy=copy.path)
+
+    def taken_over(self, rank: int, path: str) -> link_pb2.Configure | None:
+        """The copy that a rank of a front before this one writes, with what is in it: the part of its configuration
+        that tells it. None if it writes none, or one that is of no use here."""
+        if not path or self.way != "memory":
+            return None
+        try:
+            copy = CacheCopy.open(Path(path))
+        except (OSError, NotCopied):
+            return None
+        if (copy.entries, copy.entry_bytes) != (self._entries, self.entry_bytes):
+            copy.close()
+            return None
+        self._keep(rank, copy, told=False)
+        return link_pb2.Configure(cache_copy=copy.path)
+
+    def begun(self, rank: int) -> None:
+        """A rank will write nothing more for a front before this one, whose steps had other numbers."""
+        if rank in self._of:
+            self._of[rank].copy.seal(NOTHING)
+
+    def _keep(self, rank: int, copy: CacheCopy, *, told: bool) -> None:
+        self._numbers += 1
+        self._of[rank] = Kept(self._numbers, copy, told)
 
     def told(self, rank: int, message: link_pb2.Copied) -> None:
         """A rank that cannot reach its copy tells what belongs there."""
@@ -171,27 +178,26 @@ class CacheCopies:
         """Close the copies of dead ranks that nobody needs. Returns the numbers of those that had to go although
         somebody does: the oldest, when there are more than there are ranks."""
         for number in [number for number in self._lost if number not in numbers]:
-            self._lost.pop(number).close()
+            self._lost.pop(number).copy.close()
         over = sorted(self._lost)[: max(0, len(self._lost) - self._most_lost)]
         for number in over:
-            self._lost.pop(number).close()
+            self._lost.pop(number).copy.close()
         return set(over)
 
     def close(self) -> None:
         """Give all memory back."""
         for kept in (*self._of.values(), *self._lost.values()):
-            kept.close()
+            kept.copy.close()
         self._of.clear()
         self._lost.clear()
 
 
-def _made(entries: int, entry_bytes: int) -> tuple[int, CacheCopy]:
+def _made(entries: int, entry_bytes: int) -> CacheCopy:
     file = os.memfd_create("moejax-cache")
     try:
-        return file, CacheCopy.create(file, entries, entry_bytes)
-    except OSError:
+        return CacheCopy.create(file, entries, entry_bytes)
+    finally:
         os.close(file)
-        raise
 
 
 def free_bytes(root: Path = Path("/")) -> int:

@@ -65,6 +65,16 @@ class CacheCopy:
             return cls(file.fileno(), mmap.mmap(file.fileno(), 0))
 
     @property
+    def path(self) -> str:
+        """Where processes of this user on this machine can open it, as long as this process has it."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes now."""
+        return 512 * os.fstat(self._file).st_blocks
+
+    @property
     def sealed(self) -> int:
         """The last step of which everything is here."""
         return int(self._header[3])

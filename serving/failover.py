@@ -491,7 +491,7 @@ class Failover:
 
     async def _welcome(self, rank: int) -> None:
         model, settings = self._model, self._settings
-        await self._links.attached(rank)
+        hello = await self._links.attached(rank)
         home = self._home(rank)
         if home is not None and home.host != self.place_of(rank).host:
             self.cluster = at_home(self.cluster, rank, home)
@@ -510,9 +510,14 @@ class Failover:
             one_machine=self._one_machine,
             experts_only=self.base.role(rank) == "expert",
         )
-        if not configure.experts_only:
+        there = self.copies.taken_over(rank, hello.cache_copy)
+        if there is not None:
+            configure.MergeFrom(there)
+        elif not configure.experts_only:
             configure.MergeFrom(self.copies.fresh(rank, here=home is None))
         self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
+        if there is not None:
+            self.copies.begun(rank)
 
     def _stop_preparing(self) -> None:
         for task in (self._preparing, self._admitting):

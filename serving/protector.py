@@ -31,6 +31,11 @@ class Protector:
         except (OSError, NotCopied):
             return cls(None)
 
+    @property
+    def path(self) -> str:
+        """Where the next front can open what is shared with this one; "" if nothing is."""
+        return self._shared.path if self._shared is not None else ""
+
     def copy(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
         """Entries `[n]` of the cache have these tokens, positions and `rows [n, L, widths]` now."""
         if not len(entries):
@@ -52,6 +57,11 @@ class Protector:
             self._shared.seal(step)
         else:
             self._told.append(link_pb2.Copied(sealed=step))
+
+    def close(self) -> None:
+        """Let go of the copy; it stays with the front."""
+        if self._shared is not None:
+            self._shared.close()
 
     def told(self) -> list[link_pb2.Copied]:
         """What the front has not been told yet, in order; each once."""

@@ -126,6 +126,7 @@ class Rank:
             generation=self._generation,
             full=self._index.hello(),
             serves=self._adopted is not None,
+            cache_copy=protector.path if (protector := self._protector) is not None else "",
         )
         return link_pb2.Report(rank=self.rank, hello=told)
 
@@ -144,7 +145,8 @@ class Rank:
             self._configured = told
         elif told != self._configured:
             raise RuntimeError("this rank serves another model, or other shapes, than its new front asks for")
-        self._protector, self._uncopied, self._given_up = Protector.of(command), None, 0
+        self._protect_as(command)
+        self._uncopied, self._given_up = None, 0
         return {"shares_memory": self.shape.shared}
 
     def _set_up(self, command: link_pb2.Configure) -> None:
@@ -267,7 +269,7 @@ class Rank:
         self.arrays.attend(attends, self.device)
         self._index.keep(0)
         if command.WhichOneof("protection") is not None:
-            self._protector = Protector.of(command)
+            self._protect_as(command)
         filled = self.arrays.fill(slots, self._local[key.slots], self.device)
         arguments = self._lay(key, routes)
         self._adopted = Adopted(command.epoch, key, arguments, routes)
@@ -321,6 +323,12 @@ class Rank:
             tokens = np.frombuffer(command.tokens, np.int32)
             positions = np.arange(command.first, command.first + command.count, dtype=np.int32)
             self._protector.copy(entries, tokens, positions, rows.swapaxes(0, 1))
+
+    def _protect_as(self, command: link_pb2.Configure | link_pb2.Adopt) -> None:
+        """From now on the cache is copied as the front wants it."""
+        before, self._protector = self._protector, Protector.of(command)
+        if before is not None:
+            before.close()
 
     def protect(self) -> None:
         """Copy what the last step wrote to where it outlives this rank. After its report, so that nobody waits. A rank

@@ -168,7 +168,7 @@ class Restoration:
         tokens = np.array(sequence.tokens(first, first + count), np.int32)
         message = link_pb2.RestoreCache(pages=sequence.pages, first=first, count=count, tokens=tokens.tobytes())
         if self.copies.maps(sequence.rank):
-            message.cache_copy = kept.path
+            message.cache_copy = kept.copy.path
             message.from_pages.extend(salvage.pages)
         else:
             size = self._engine.state.limits.page_size

@@ -127,6 +127,7 @@ class FakeLinks:
             generation=each.generation,
             full=each.index.hello(),
             serves=each.epoch >= 0,
+            cache_copy=each.protector.path if each.protector is not None else "",
         )
 
     def get(self, rank: int) -> FakeProcess | None:

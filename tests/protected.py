@@ -61,7 +61,7 @@ class ProtectedServer(FakeServer):
             self.copies.lost(rank)
             del self.ranks[rank], self.protectors[rank]
         size, found = self.state.limits.page_size, {}
-        for sequence in self.state.running.values():
+        for sequence in map(Sequence.withdrawn, self.state.running.values()):
             if sequence.rank in dead and not sequence.restoring and worth(sequence):
                 found[sequence.id] = self.copies.salvage(sequence, size)
         self._move(lose(self.state, dead, {key: each for key, each in found.items() if each is not None}))

@@ -33,6 +33,7 @@ async def ask(m: Machine) -> None:
 async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     """What is left of a front that was killed: nothing that runs, and the ranks."""
     m.loop.ledger.close()
+    m.failover.copies.close()
     running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop._replacing.values()]
     running += [flight.answers for flight in m.loop._flights]
     running += [m.failover._preparing, m.failover._admitting, m.failover._minding]
@@ -89,6 +90,45 @@ async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | 
     finally:
         await second.loop.drain(0.0)
         await second.failover.close()
+
+
+async def lose_front_and_rank(folder: Path, shares: bool) -> None:
+    """The front dies once the first pages of all prompts are full, and a rank when the next one has all streams going
+    on: what the rank wrote for either is restored."""
+    journal, records = Journal.open(folder)
+    first = Machine(SETTINGS, ledger=Ledger(journal, records))
+    first.links.shares_memory = shares
+    await first.failover.start()
+    first.loop.start()
+    asking = asyncio.create_task(ask(first))
+    await first.begun(20)
+    await die(first, asking)
+
+    journal, records = Journal.open(folder)
+    second = Machine(SETTINGS, first.links, Ledger(journal, records))
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            await second.failover.start()
+            second.loop.start()
+            kept = second.loop.counts.tokens
+            while second.loop.counts.tokens < kept + len(second.requests):
+                await asyncio.sleep(0)
+            there = sum(s.withdrawn().computed for s in second.loop.state.running.values() if s.rank == 1)
+            second.links.kill(1)
+            for request in second.requests:
+                said = [item.id async for item in second.loop.replay(request.id) if isinstance(item, Token)]
+                assert said == alone(request, MODEL.max_context)[0]
+        assert second.loop.status().tokens_restored >= there > 0
+        assert second.loop.status().tokens_recomputed == 0
+        assert not [event for event in second.loop.events.past() if event.kind == "not_restored"]
+    finally:
+        await second.loop.drain(0.0)
+        await second.failover.close()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_copies_of_caches_outlive_the_front(tmp_path: Path, shares: bool) -> None:
+    asyncio.run(lose_front_and_rank(tmp_path, shares))
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -359,20 +359,22 @@ class Report(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("pid", "token", "epoch", "generation", "full", "serves")
+    __slots__ = ("pid", "token", "epoch", "generation", "full", "serves", "cache_copy")
     PID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     SERVES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
     pid: int
     token: str
     epoch: int
     generation: int
     full: FullPages
     serves: bool
-    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ...) -> None: ...
+    cache_copy: str
+    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ..., cache_copy: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
