@@ -2,8 +2,8 @@
 needs them any more (docs/decisions/0006).
 
 A rank of this machine maps its copy and writes it itself; what another one tells of is written here. Either way it is
-memory of the front's machine, which does not go when a rank or its machine does. When the front dies, the next one takes
-over the copies that ranks map.
+memory of the front's machine, which does not go when a rank or its machine does. When the front dies, the next one
+takes over the copies that ranks map.
 """
 
 import collections

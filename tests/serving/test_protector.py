@@ -57,8 +57,8 @@ def test_entries_are_found_by_the_pages_of_the_dead(first):
     protector = Protector.of(made.fresh(0))
     assert protector is not None
     protector.copy(np.array([8, 9, 10, 11, 4]), AT, AT, ROWS)  # pages 2 and 1 of four entries
-    tokens = AT[first:].astype(np.int32)
-    fields = {"pages": [0, 3], "from_pages": [2, 1], "first": first, "count": 5 - first, "cache_copy": made._of[0].copy.path}
+    tokens, path = AT[first:].astype(np.int32), made._of[0].copy.path
+    fields = {"pages": [0, 3], "from_pages": [2, 1], "first": first, "count": 5 - first, "cache_copy": path}
     command = link_pb2.RestoreCache(**fields, tokens=tokens.tobytes())
     assert restored_rows(command, 4).view(np.float32).tolist() == ROWS[first:].reshape(5 - first, -1).tolist()
     command.tokens = (tokens + 1).tobytes()
