@@ -94,6 +94,7 @@ def compile_mesh(shape: ModelShape, devices: Sequence[jax.Device], mesh: Mapping
         "seconds": cost.seconds(chosen[0].device_kind),
         "exchanges": cost.exchanges,
         "exchange_bytes": cost.exchange_bytes,
+        "kernels": cost.kernels,
         "unknown_loops": cost.unknown_loops,
         "source": "aot",
     }

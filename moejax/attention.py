@@ -4,6 +4,9 @@ One page at a time with a running maximum (arXiv 2205.14135), in page order, so 
 not depend on how long the other contexts are, nor on what was cached and what is new.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,12 +41,30 @@ def paged_attention(
     Scores are multiplied by `scale`. `sinks_N` is a score per head that takes its share of the weight and adds nothing
     (arXiv 2309.17453). If `latent`, queries meet the value followed by the key (`moejax.heads`).
     """
-    arguments = (q_ZQNH, k_RKH, v_RKH, cache, layer, page_table_ZM, cached_Z, new_base_Z, positions_ZQ, page_size)
-    if kernels.active() and window is None and sinks_N is None and not latent:
-        out = kernels.paged_attention(*arguments, scale=scale)
+    arguments = (q_ZQNH, k_RKH, v_RKH, cache, layer, page_table_ZM, cached_Z, new_base_Z, positions_ZQ)
+    plain = window is None and sinks_N is None and not latent
+    if plain and kernels.active():
+        out = kernels.paged_attention(*arguments, page_size, scale=scale)
+    elif plain:
+        out = _by_platform(*arguments, page_size=page_size, scale=scale)
     else:
-        out = paged_attention_reference(*arguments, scale=scale, window=window, sinks_N=sinks_N, latent=latent)
+        special = {"window": window, "sinks_N": sinks_N, "latent": latent}
+        out = paged_attention_reference(*arguments, page_size, scale=scale, **special)
     return out.astype(q_ZQNH.dtype)
+
+
+def _by_platform(*arguments: Any, page_size: int, scale: float) -> jax.Array:
+    """By the kernel of the platform that the program is lowered for, if it has one that covers these sizes."""
+    from moejax.pallas import gpu, tpu  # a CPU's rank can do without: a quarter of a second of its start
+
+    q, cache = arguments[0], arguments[3]
+    covers = {"cuda": gpu.takes_attention(q.shape[-1], page_size), "tpu": tpu.takes_attention(cache, page_size)}
+    kernel = {"cuda": gpu.paged_attention, "tpu": tpu.paged_attention}
+    ways = {
+        name: functools.partial(kernel[name], page_size=page_size, scale=scale) for name, does in covers.items() if does
+    }
+    reference = functools.partial(paged_attention_reference, page_size=page_size, scale=scale)
+    return lax.platform_dependent(*arguments, default=reference, **ways)
 
 
 def paged_attention_reference(

@@ -2,7 +2,8 @@
 
 The compiler for TPUs notes its estimate of cycles at every instruction it schedules. It counts the body of a loop
 once; here a body counts as often as it runs: loops over layers say how often, loops over pages and over tiles of rows
-depend on what a step is given, so the caller says. Exchanges carry no estimate and are counted by themselves.
+depend on what a step is given, so the caller says. Exchanges and kernels in Pallas carry no estimate and are counted by
+themselves.
 """
 
 import collections
@@ -23,6 +24,7 @@ _SCOPE = re.compile(rf'op_name="[^"]*/({"|".join(PARTS)})[/"]')
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")
 _EXCHANGE = re.compile(r" = \(?(\w+?)(\d+)\[([\d,]*)\].* all-to-all(?:-start)?\(")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _BOUND = re.compile(r"%?([\w.-]+) = s32\[\][^ ]* constant\((\d+)\)")
 _COMPARE = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
 
@@ -34,6 +36,8 @@ class CompiledCost:
     cycles: Mapping[str, float]
     exchanges: float
     exchange_bytes: float
+    kernels: Mapping[str, float]
+    """Calls of kernels, by part."""
     unknown_loops: int
     """Loops of which neither the program nor the caller says how often they run; counted once."""
 
@@ -47,6 +51,7 @@ def read_cost(text: str, runs: Mapping[str, float]) -> CompiledCost:
     """The cost of the program whose compiled text this is; `runs` says by part how often its inner loop runs."""
     computations, entry = _computations(text)
     cycles: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
     exchanges, sent, unknown = 0.0, 0.0, 0
 
     def walk(name: str, times: float) -> None:
@@ -56,6 +61,8 @@ def read_cost(text: str, runs: Mapping[str, float]) -> CompiledCost:
             part = scope[1] if scope else "rest"
             if found := _CYCLES.search(line):
                 cycles[part] += times * int(found[1])
+            if _KERNEL in line:
+                kernels[part] += times
             if found := _EXCHANGE.search(line):
                 exchanges += times
                 sent += times * math.prod(int(n) for n in found[3].split(",") if n) * int(found[2]) / 8
@@ -67,7 +74,7 @@ def read_cost(text: str, runs: Mapping[str, float]) -> CompiledCost:
                 walk(found[1], times)
 
     walk(entry, 1.0)
-    return CompiledCost(dict(cycles), exchanges, sent, unknown)
+    return CompiledCost(dict(cycles), exchanges, sent, dict(kernels), unknown)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -1,5 +1,7 @@
 """The experts of one rank: each slot's weights are read once, for the rows that want it and no others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,10 +24,21 @@ def apply_experts(
 
     `experts` leaves are `layers.Stacked` `[S, ...]` of a layer, so that no layer's weights are copied out.
     """
-    if not kernels.active() or moe.expert_bias:
-        return apply_experts_reference(rows_rD, wanted_rA, experts, slots, moe)
-    (layer,) = experts.down.index
-    answers = kernels.experts(rows_rD, wanted_rA, experts.gate_up.stack, experts.down.stack, layer)
+    reference = functools.partial(apply_experts_reference, experts=experts, slots=slots, moe=moe)
+    if moe.expert_bias:
+        return reference(rows_rD, wanted_rA)
+    if kernels.active():
+        (layer,) = experts.down.index
+        answers = kernels.experts(rows_rD, wanted_rA, experts.gate_up.stack, experts.down.stack, layer)
+        return answers.astype(rows_rD.dtype)
+    from moejax.pallas import gpu, tpu  # a CPU's rank can do without: a quarter of a second of its start
+
+    ways = {
+        platform: functools.partial(each.experts, gate_up=experts.gate_up, down=experts.down, slots=slots)
+        for platform, each in (("cuda", gpu), ("tpu", tpu))
+        if each.takes_experts(experts.gate_up, experts.down)
+    }
+    answers = lax.platform_dependent(rows_rD, wanted_rA, default=reference, **ways)
     return answers.astype(rows_rD.dtype)
 
 

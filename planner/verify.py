@@ -275,7 +275,7 @@ def _aot_lines(compiled: dict) -> list[str]:
     lines = [f"{compiled['topology']}: {compiled['notes'][0]}", *compiled["notes"][1:]]
     if rows:
         lines += ["", table(head, rows), "", "[aot] the compiler's milliseconds, in brackets the planner's [estimate]"]
-        lines += _exchange_line(compiled["meshes"])
+        lines += _exchange_line(compiled["meshes"]) + _kernel_line(compiled["meshes"])
     return lines + worse
 
 
@@ -288,6 +288,14 @@ def _exchange_line(rows: list[dict]) -> list[str]:
         f"the compiler prices no exchange: {whole['exchanges']:.0f} of them, {whole['exchange_bytes'] / 1e6:,.1f} MB a "
         f"device in all; {_ms(planned)} ms by the planner [estimate]"
     ]
+
+
+def _kernel_line(rows: list[dict]) -> list[str]:
+    kernels = next(row for row in rows if not row.get("error"))["kernels"]
+    if not kernels:
+        return []
+    told = ", ".join(f"{count:.0f} in {part}" for part, count in kernels.items())
+    return [f"nor kernels in Pallas ({told}): its milliseconds are of what is around them"]
 
 
 def _ms(seconds: float) -> str:

@@ -29,6 +29,7 @@ HloModule jit_run_step, is_scheduled=true
   %w.1 = (s32[]) while(%t), condition=%pages_condition, body=%pages_body, metadata={op_name="run/attention/while"}
   %e = f32[4,2,8]{2,1,0} all-to-all(%q), channel_id=1, dimensions={0}, metadata={op_name="run/dispatch/all_to_all"}
   %c = f32[8]{0} copy(%q) CYCLES 100
+  %k = f32[8]{0} custom-call(%c), custom_call_target="tpu_custom_call", metadata={op_name="run/experts/pallas_call"}
   ROOT %r = (s32[]) tuple(%i)
 }
 
@@ -57,6 +58,10 @@ def test_a_loop_of_which_nobody_says_how_often_it_runs_counts_once_and_is_told_o
 def test_exchanges_count_by_their_bytes() -> None:
     cost = read_cost(PROGRAM, {"attention": 1})
     assert (cost.exchanges, cost.exchange_bytes) == (5, 5 * 4 * 2 * 8 * 4)
+
+
+def test_kernels_are_counted_by_part() -> None:
+    assert read_cost(PROGRAM, {"attention": 1}).kernels == {"experts": 5}
 
 
 def test_seconds_follow_the_clock_of_the_device_and_an_unknown_one_has_none() -> None:

@@ -1,0 +1,224 @@
+"""Experts and paged attention on a GPU (Pallas through Triton, compute capability 8.0 and later).
+
+A program of the grid multiplies a tile of rows that want the same slot, so that what is read of the weights is what
+somebody wants; another one takes a segment and one of its key/value heads through its pages. Rows meet bfloat16 and
+int8 weights in bfloat16 with float32 sums; float32 stays float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from moejax.cache import Cache
+from moejax.layers import Stacked
+from moejax.pallas.grouping import by_slot
+from moejax.precision import Int8
+
+TILE = 16
+"""Rows of a tile: the fewest that tensor cores multiply."""
+NEGATIVE = -1e30
+_LEAST, _MOST_OUT, _MOST_IN = 16, 64, 128
+
+
+def takes_experts(gate_up: Stacked, down: Stacked) -> bool:
+    """Whether `experts` covers these weights: their sizes are multiples of 16."""
+    sizes = [size for weight in (gate_up, down) for size in _numbers(weight.stack).shape[-2:]]
+    return all(size % _LEAST == 0 for size in sizes) and _numbers(gate_up.stack).shape[-2] % (2 * _LEAST) == 0
+
+
+def experts(
+    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: Stacked, down: Stacked, slots: int, *, interpret: bool = False
+) -> jax.Array:
+    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
+    items = wanted_rA.size
+    tiles = min(items, slots) + items // TILE
+    there = by_slot(rows_rD, wanted_rA, slots, whole=TILE, places=tiles * TILE)
+    end_S = jnp.cumsum(-(-there.size_S // TILE))
+    number_T = jnp.arange(tiles)
+    slot_T = (number_T[:, None] >= end_S).sum(1, dtype=jnp.int32)
+    where = jnp.stack([jnp.broadcast_to(gate_up.index[0], slot_T.shape).astype(jnp.int32), slot_T], axis=1)
+    where = jnp.where(number_T[:, None] < end_S[-1], where, -1)
+    hidden = _multiplied(there.rows, where, gate_up.stack, gated=True, interpret=interpret)
+    return there.answers(_multiplied(hidden, where, down.stack, gated=False, interpret=interpret))
+
+
+def _multiplied(rows_PK: jax.Array, where_T2: jax.Array, stack: Any, *, gated: bool, interpret: bool) -> jax.Array:
+    """Tiles of rows by the matrices `[N, K]` at (layer, slot) of each, `[P, N]`; if `gated`, silu of the first half
+    times the second, `[P, N/2]`."""
+    numbers = _numbers(stack)
+    scale = stack.scale if isinstance(stack, Int8) else None
+    n = numbers.shape[-2] // (2 if gated else 1)
+    k = numbers.shape[-1]
+    out_block, in_block = _block(n, _MOST_OUT), _block(k, _MOST_IN)
+    kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block)
+    return pl.pallas_call(
+        kernel if scale is not None else functools.partial(_without_scale, kernel),
+        out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), jnp.float32),
+        grid=(len(where_T2), n // out_block),
+        in_specs=[
+            pl.BlockSpec((1, 2), lambda t, _: (t, 0)),
+            pl.BlockSpec((TILE, k), lambda t, _: (t, 0)),
+            *[pl.BlockSpec(each.shape, lambda t, _, each=each: (0,) * each.ndim) for each in _parts(stack)],
+        ],
+        out_specs=pl.BlockSpec((TILE, out_block), lambda t, o: (t, o)),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(where_T2, rows_PK, *_parts(stack))
+
+
+def _without_scale(kernel: Any, where_ref: Any, rows_ref: Any, stack_ref: Any, out_ref: Any) -> None:
+    kernel(where_ref, rows_ref, stack_ref, None, out_ref)
+
+
+def _multiply(
+    where_ref: Any, rows_ref: Any, stack_ref: Any, scale_ref: Any, out_ref: Any, *, n: int | None, in_block: int
+) -> None:
+    layer, slot = where_ref[0, 0], where_ref[0, 1]
+    out_block = out_ref.shape[1]
+    first = pl.program_id(1) * out_block
+
+    @pl.when(slot >= 0)
+    def _() -> None:
+        def product(offset: Any) -> jax.Array:
+            outs = pl.ds(offset + first, out_block)
+
+            def part(i: jax.Array, total: jax.Array) -> jax.Array:
+                ins = pl.ds(i * in_block, in_block)
+                return total + _dot(rows_ref[:, ins], stack_ref[layer, slot, outs, ins])
+
+            total = lax.fori_loop(0, rows_ref.shape[1] // in_block, part, jnp.zeros(out_ref.shape, jnp.float32))
+            return total if scale_ref is None else total * scale_ref[layer, slot, outs][None, :]
+
+        if n is None:
+            out_ref[...] = product(0)
+        else:
+            gate = product(0)
+            out_ref[...] = gate * jax.nn.sigmoid(gate) * product(n)
+
+
+def takes_attention(heads: int, page_size: int) -> bool:
+    """Whether `paged_attention` covers heads of this size, and pages: powers of two, 16 or more."""
+    return all(size >= _LEAST and size & (size - 1) == 0 for size in (heads, page_size))
+
+
+def paged_attention(
+    q_ZQNH: jax.Array,
+    k_RKH: jax.Array,
+    v_RKH: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    page_table_ZM: jax.Array,
+    cached_Z: jax.Array,
+    new_base_Z: jax.Array,
+    positions_ZQ: jax.Array,
+    page_size: int,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
+    Z, Q, N, H = q_ZQNH.shape
+    R, K, _ = k_RKH.shape
+    G = N // K
+    rows = max(_LEAST, 1 << (Q * G - 1).bit_length())
+    q = (q_ZQNH * scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
+    positions = jnp.pad(jnp.repeat(positions_ZQ, G, axis=1), ((0, 0), (0, rows - Q * G)), constant_values=-1)
+    facts = jnp.stack([jnp.broadcast_to(layer, Z), cached_Z, new_base_Z, positions_ZQ.max(1)], axis=1).astype(jnp.int32)
+    whole = lambda each: pl.BlockSpec(each.shape, lambda z, h: (0,) * each.ndim)  # noqa: E731
+    new = [each.reshape(R, K * H) for each in (k_RKH, v_RKH)]
+    out = pl.pallas_call(
+        functools.partial(_attend, page_size=page_size, size=H),
+        out_shape=jax.ShapeDtypeStruct((Z, K, rows, H), jnp.float32),
+        grid=(Z, K),
+        in_specs=[
+            pl.BlockSpec((1, 4), lambda z, h: (z, 0)),
+            pl.BlockSpec((1, page_table_ZM.shape[1]), lambda z, h: (z, 0)),
+            pl.BlockSpec((1, rows), lambda z, h: (z, 0)),
+            pl.BlockSpec((1, 1, rows, H), lambda z, h: (z, h, 0, 0)),
+            *map(whole, (*new, cache.k, cache.v)),
+        ],
+        out_specs=pl.BlockSpec((1, 1, rows, H), lambda z, h: (z, h, 0, 0)),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(facts, page_table_ZM, positions, q, *new, cache.k, cache.v)
+    return out[:, :, : Q * G].reshape(Z, K, Q, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, H)
+
+
+def _attend(
+    facts_ref: Any,
+    table_ref: Any,
+    positions_ref: Any,
+    q_ref: Any,
+    new_k_ref: Any,
+    new_v_ref: Any,
+    cache_k_ref: Any,
+    cache_v_ref: Any,
+    out_ref: Any,
+    *,
+    page_size: int,
+    size: int,
+) -> None:
+    layer, cached, base, last = (facts_ref[0, i] for i in range(4))
+    head = pl.ds(pl.program_id(1) * size, size)
+    q, positions = q_ref[0, 0], positions_ref[0]
+    at_P = jnp.arange(page_size)
+
+    def old(ref: Any, i: jax.Array) -> jax.Array:
+        return ref[layer, pl.ds(table_ref[0, i] * page_size, page_size), head]
+
+    def mixed(new_ref: Any, old_ref: Any, i: jax.Array) -> jax.Array:
+        """A page of which some is not in the cache yet."""
+        at = i * page_size + at_P
+        row = jnp.clip(base + at - cached, 0, new_ref.shape[0] - 1)
+        return jnp.where((at >= cached)[:, None], new_ref[row, head], old(old_ref, i))
+
+    def page(i: jax.Array, carry: Any, k: jax.Array, v: jax.Array) -> Any:
+        highest, total, out = carry
+        seen = (i * page_size + at_P)[None, :] <= positions[:, None]
+        scores = jnp.where(seen, _dot(q, k), NEGATIVE)
+        higher = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp(highest - higher)
+        return higher, total * shrink + weights.sum(-1), out * shrink[:, None] + _dot(weights, v.T)
+
+    def of_cache(i: jax.Array, carry: Any) -> Any:
+        return page(i, carry, old(cache_k_ref, i), old(cache_v_ref, i))
+
+    def of_both(i: jax.Array, carry: Any) -> Any:
+        return page(i, carry, mixed(new_k_ref, cache_k_ref, i), mixed(new_v_ref, cache_v_ref, i))
+
+    rows = q.shape[0]
+    start = (jnp.full(rows, NEGATIVE), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+    pages = (last + page_size) // page_size
+    full = jnp.minimum(cached // page_size, pages)
+    middle = lax.fori_loop(0, full, of_cache, start)
+    _, total, out = lax.fori_loop(full, pages, of_both, middle)
+    out_ref[0, 0] = out / jnp.maximum(total, 1e-30)[:, None]
+
+
+def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
+    """`a @ b.T` with float32 sums."""
+    dims = (((1,), (1,)), ((), ()))
+    if b_NK.dtype == jnp.float32:
+        return lax.dot_general(a_MK, b_NK, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    a_MK, b_NK = a_MK.astype(jnp.bfloat16), b_NK.astype(jnp.bfloat16)
+    return lax.dot_general(a_MK, b_NK, dims, preferred_element_type=jnp.float32)
+
+
+def _block(size: int, most: int) -> int:
+    """The largest power of two that divides a size, `most` at most."""
+    return min(most, size & -size)
+
+
+def _numbers(stack: Any) -> Any:
+    return stack.numbers if isinstance(stack, Int8) else stack
+
+
+def _parts(stack: Any) -> tuple[Any, ...]:
+    return (stack.numbers, stack.scale) if isinstance(stack, Int8) else (stack,)
