@@ -261,7 +261,7 @@ def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[
             "moved_stall_ms": {"median": middle(moved), "p99": p99(moved)},
             "back_s": middle(one["back_s"] for one in these),
             "tokens_missing": middle(one["tokens_missing"] for one in these),
-            "ratio_to_restart": round(1e3 * warm_restart_s / stall, 1) if stall else None,
+            "ratio_to_restart": round(1e3 * warm_restart_s / stall, 1) if stall and warm_restart_s else None,
         }
         sums = ("tokens_again", "requests", "lost", "changed", "compiles_between")
         rows.append(row | {key: sum(one[key] or 0 for one in these) for key in sums})
@@ -287,16 +287,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 async def measure(
-    server: Launched, arch: str, chosen: list[Scenario], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """All scenarios of a setup, round after round."""
+    server: Launched, arch: str, chosen: list[Scenario], arguments: argparse.Namespace, rounds: list[dict[str, Any]]
+) -> None:
+    """All scenarios of a setup, round after round, each added to `rounds` when it is over."""
     async with AsyncClient(server.address) as client:
         await until(client, whole)
         print(f"recording {arguments.streams} requests undisturbed", flush=True)
         known = await Known.record(client, arguments.streams, arguments.prompt_tokens, arguments.max_tokens)
         feed = EventFeed(client)
         scene = Scene(server, client, feed, known, random.Random(arguments.seed))
-        rounds = []
         try:
             for _ in range(arguments.rounds):
                 for scenario in chosen:
@@ -304,14 +303,23 @@ async def measure(
                     print(line(summarize(rounds[-1:], 0.0)[0]), flush=True)
         finally:
             feed.close()
-    return rounds
 
 
 def main() -> int:
-    """Measure, print, and write JSON. The exit status is 1 when a request was lost or a token changed."""
+    """Measure, print, and write JSON, also what there is when a scenario does not come to its end. The exit status is 1
+    when a request was lost or a token changed."""
     arguments = parse()
-    where = machine()
-    rounds, restarts = [], {}
+    rounds: list[dict[str, Any]] = []
+    restarts: dict[str, float] = {}
+    try:
+        play_setups(arguments, rounds, restarts)
+    finally:
+        rows = report(arguments, rounds, restarts)
+    return 1 if any(row["lost"] or row["changed"] for row in rows) else 0
+
+
+def play_setups(arguments: argparse.Namespace, rounds: list[dict[str, Any]], restarts: dict[str, float]) -> None:
+    """Every setup in turn, and a warm restart of each architecture's first; adds what it measures."""
     for setup in SETUPS:
         chosen = [s for s in setup.scenarios if not arguments.only or s.name in arguments.only]
         if not chosen or setup.arch not in arguments.arch:
@@ -319,14 +327,20 @@ def main() -> int:
         options = setup.options(arguments.ranks)
         print(f"\n{' '.join(['moejax serve', *options])}", flush=True)
         with launched(arguments.model, arguments.ranks, options=options) as server:
-            rounds += asyncio.run(measure(server, setup.arch, chosen, arguments))
+            asyncio.run(measure(server, setup.arch, chosen, arguments, rounds))
         if setup.arch not in restarts:
             print("restarting the server", flush=True)
             restarts[setup.arch] = first_token_s(arguments.model, arguments.ranks, options=options)
+
+
+def report(
+    arguments: argparse.Namespace, rounds: list[dict[str, Any]], restarts: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The table, printed and written; an architecture that was not restarted has no ratios."""
     rows = [
         row
-        for arch, warm_restart_s in restarts.items()
-        for row in summarize([one for one in rounds if one["arch"] == arch], warm_restart_s)
+        for arch in dict.fromkeys(one["arch"] for one in rounds)
+        for row in summarize([one for one in rounds if one["arch"] == arch], restarts.get(arch, 0.0))
     ]
     told = ", ".join(f"{arch} {seconds:.1f} s" for arch, seconds in restarts.items())
     print(f"\nmilliseconds, median / 99th percentile; warm restart: {told}\n{_COLUMNS}")
@@ -334,7 +348,7 @@ def main() -> int:
         print(line(row))
     if arguments.json is not None:
         result = {
-            "machine": where,
+            "machine": machine(),
             "model": arguments.model,
             "ranks": arguments.ranks,
             "warm_restart_s": {arch: round(seconds, 2) for arch, seconds in restarts.items()},
@@ -342,7 +356,7 @@ def main() -> int:
             "rounds": rounds,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if any(row["lost"] or row["changed"] for row in rows) else 0
+    return rows
 
 
 def parse() -> argparse.Namespace:

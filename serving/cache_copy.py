@@ -90,7 +90,7 @@ class CacheCopy:
         rows = np.ascontiguousarray(rows).reshape(len(entries), -1).view(np.uint8)
         for run in np.split(np.arange(len(entries)), np.flatnonzero(np.diff(entries) != 1) + 1):
             together = rows[run[0] : run[-1] + 1]
-            wrote = os.pwrite(self._file, memoryview(together), self._at + int(entries[run[0]]) * self.entry_bytes)
+            wrote = os.pwrite(self._file, together.data, self._at + int(entries[run[0]]) * self.entry_bytes)
             if wrote < together.nbytes:
                 raise OSError(errno.ENOSPC, f"{wrote} of {together.nbytes} bytes of the copy could be written")
         self._tags[entries] = np.stack([tokens, positions], axis=-1)
