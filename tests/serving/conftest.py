@@ -4,6 +4,7 @@ import pytest
 
 import serving.failover
 import serving.loop
+import serving.replacements
 import serving.restoration
 from serving.generation import Generation
 from serving.metrics import Metrics
@@ -37,8 +38,8 @@ def generation(backend: FakeBackend, tokenizer: Tokenizer) -> Generation:
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loop and failover on `tests.fake_links`, in no time."""
     monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
-    for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
-        monkeypatch.setattr(serving.loop, name, 0.005)
+    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
+        monkeypatch.setattr(module, name, 0.005)
     monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
     monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
     monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
