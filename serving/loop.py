@@ -141,7 +141,7 @@ class Loop:
         self._task = asyncio.create_task(self._run())
         settings = self.settings
         if settings.restart:  # a front that takes over ranks may lack some
-            for rank in self.failover.base.rank_ids:
+            for rank in self.failover.plans.base.rank_ids:
                 self.replace(rank)
         if self.ledger.keeps:
             watch = keep_journal(self.ledger, self._tell_of_journal, settings.journal_sync_s)
@@ -323,7 +323,7 @@ class Loop:
         self.delivery.tell([(request_id, error)])
 
     def _hosts(self) -> dict[int, str]:
-        return {rank: self.failover.place_of(rank).host for rank in self.failover.base.rank_ids}
+        return {rank: self.failover.plans.place_of(rank).host for rank in self.failover.plans.base.rank_ids}
 
     def _slots(self) -> int:
         plan = self.failover.plan
@@ -367,7 +367,7 @@ class Loop:
             return False
         lost = bool(self._losses) or failover.broken or failover.plan is None
         coming = failover.may_admit or failover.may_grow or self.replacements.may_join
-        due = self.operations.pending or self.restoration.pending or failover.healing or failover.loaded
+        due = self.operations.pending or self.restoration.pending or failover.healing or failover.meshes.loaded
         return not (lost or coming or due) and time.monotonic() - self._tended_at < TEND_S
 
     def _launch(self) -> bool:
@@ -467,10 +467,10 @@ class Loop:
         elif failover.stuck and time.monotonic() - self._foreseen_at > FORESEE_S:
             self._foreseen_at = time.monotonic()
             failover.foresee()
-        elif failover.loaded:
+        elif failover.meshes.loaded:
             with contextlib.suppress(RankLost, RankRefused, TimeoutError):
                 if await failover.connect_next():
-                    self.events.add("lattice_ready", failover.epoch, message=f"{len(failover.connected)} meshes")
+                    self.events.add("lattice_ready", failover.epoch, message=f"{len(failover.meshes.connected)} meshes")
         self._ask_for_unreadable()
 
     def _ask_for_unreadable(self) -> None:
@@ -502,7 +502,7 @@ class Loop:
         if self.restoration.underway and not failover.broken:
             await asyncio.sleep(0)
             return
-        if self._losses or failover.loaded or joining or (self.operations.pending and not failover.broken):
+        if self._losses or failover.meshes.loaded or joining or (self.operations.pending and not failover.broken):
             await asyncio.sleep(PENDING_S if self.operations.pending else 0)
             return
         if healing:
@@ -617,7 +617,7 @@ class Loop:
         failover.emptied.clear()
         self.state = lose(self.state, fresh & set(self.state.pools), salvage) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()
-        pages = dict.fromkeys(attending, failover.base.pages_per_rank)
+        pages = dict.fromkeys(attending, failover.plans.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
         known, failover.known = failover.known, {}
         self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known)

@@ -35,7 +35,7 @@ class Replacements:
     def may_join(self) -> bool:
         """Some are ready for a new generation, and nothing is gained by waiting for the others."""
         failover = self._failover
-        if not failover.newcomers and not (failover.torn and failover.seated):
+        if not failover.newcomers and not (failover.meshes.torn and failover.seated):
             return False
         coming = any(not task.done() for task in self.tasks)
         return not coming or (self._ready_since is not None and time.monotonic() - self._ready_since > GATHER_S)

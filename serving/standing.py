@@ -60,7 +60,7 @@ class Standing:
             ready=plan is not None and not (draining or operations.paused or ended),
             draining=draining,
             chaos=engine.settings.chaos,
-            ranks=tuple(self._rank(rank, rank in lost) for rank in failover.base.rank_ids),
+            ranks=tuple(self._rank(rank, rank in lost) for rank in failover.plans.base.rank_ids),
             axes=dict(plan.axes) if plan is not None else {},
             slots_per_rank=plan.slots_per_rank if plan is not None else 0,
             masked=plan.masked if plan is not None else (),
@@ -115,8 +115,8 @@ class Standing:
             return None
         return Deployment(
             plan=failover.plan,
-            workload=failover.workload,
-            cluster=failover.cluster,
+            workload=failover.plans.workload,
+            cluster=failover.plans.cluster,
             traffic=traffic_now(engine.state.running.values(), engine.model.max_context),
             survive=Survive(ranks=engine.settings.survive),
             loads=tuple(tuple(map(float, row)) for row in load) if load.size and load.sum(1).all() else (),
@@ -126,7 +126,7 @@ class Standing:
     def _costs(self) -> dict[int, LossCost]:
         """What each single loss would cost; worked out anew when the plan or what is prepared has changed."""
         failover = self._engine.failover
-        at = (failover.epoch, frozenset(failover.connected), failover.parity.progress)
+        at = (failover.epoch, frozenset(failover.meshes.connected), failover.parity.progress)
         if failover.plan is not None and at != self._priced_at:
             recovery = measured(self._engine.events.past())
             self._priced_at, self._priced = at, failover.loss_costs(self._engine.tally.expert_load, recovery)
@@ -145,14 +145,14 @@ class Standing:
         }
         state = next((name for name, holds in states.items() if holds), "dead")
         held = plan.slots_of(rank).tolist() if serving and plan is not None and rank in plan.holder_ids else ()
-        place = failover.place_of(rank)
+        place = failover.plans.place_of(rank)
         return RankStatus(
             id=rank,
             pid=process.process.pid if process is not None and process.loss is None else None,
             host=place.host,
             rack=place.rack,
             state=state,
-            role=plan.role(rank) if serving and plan is not None else failover.base.role(rank),
+            role=plan.role(rank) if serving and plan is not None else failover.plans.base.role(rank),
             slots=tuple(map(tuple, held)),
             pages=pool.total if pool else 0,
             pages_used=pool.used if pool else 0,

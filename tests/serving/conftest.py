@@ -2,8 +2,8 @@
 
 import pytest
 
-import serving.failover
 import serving.loop
+import serving.rendezvous
 import serving.replacements
 import serving.restoration
 from serving.generation import Generation
@@ -37,7 +37,7 @@ def generation(backend: FakeBackend, tokenizer: Tokenizer) -> Generation:
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loop and failover on `tests.fake_links`, in no time."""
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
     for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
         monkeypatch.setattr(module, name, 0.005)
     monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)

@@ -36,7 +36,7 @@ async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     m.failover.copies.close()
     running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop.replacements.tasks]
     running += m.loop._flights.answers
-    running += [m.failover._preparing, m.failover._admitting, m.failover._minding]
+    running += [m.failover.meshes._loading, m.failover._admitting, m.failover._rendezvous._minding]
     for task in filter(None, running):
         task.cancel()
     await asyncio.gather(*filter(None, running), return_exceptions=True)

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-import serving.failover
 import serving.loop
 import serving.parity
+import serving.rendezvous
 import serving.replacements
 from planner.parity import kept_groups, ways
 from serving.config import Settings
@@ -26,7 +26,7 @@ BARE = {"parity": 2, "restart": False, "survive": 0, "slots_per_rank": 2}
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
     monkeypatch.setattr(serving.parity, "PIECE_BYTES", 33)
     monkeypatch.setattr(serving.parity, "LOOK_S", 0.001)
     monkeypatch.setattr(serving.parity, "AGAIN_S", 0.01)
@@ -133,9 +133,9 @@ def test_an_expert_that_another_rank_is_to_have_is_moved_there_and_never_masked(
 
 def moves(failover: Failover) -> Iterator[tuple[int, int, set[tuple[int, int]]]]:
     """Two ranks, one lost after the other, and the (MoE layer, expert) that the second loss moves among the others."""
-    ranks = set(failover.base.rank_ids)
+    ranks = set(failover.plans.base.rank_ids)
     for first, second in itertools.permutations(ranks, 2):
-        now, then = failover.plan_for(ranks - {first}), failover.plan_for(ranks - {first, second})
+        now, then = failover.plans.of(ranks - {first}), failover.plans.of(ranks - {first, second})
         yield first, second, {at for at, way in ways((), now, then).items() if way.group is None}
 
 

@@ -118,8 +118,9 @@ async def spoil(m: Machine) -> None:
 
 
 async def coordinator(m: Machine) -> None:
-    assert m.failover._coordinator is not None
-    await m.failover._coordinator.stop()
+    service = m.failover._rendezvous.coordinator
+    assert service is not None
+    await service.stop()
 
 
 CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator)

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-import serving.failover
 import serving.loop
+import serving.rendezvous
 import serving.restoration
 from serving.config import Settings
 from serving.faults import Instruction
@@ -18,7 +18,7 @@ FREE = Settings(**{**vars(SETTINGS), "restart": False, "prefix_caching": False})
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
 
 
 async def lose_one(spoil=None, *, victim: int = 1, streams: int = 6) -> tuple[Machine, dict]:
