@@ -95,6 +95,16 @@ class Batch:
     degraded: bool = False
     """It runs while experts are masked."""
 
+    @property
+    def rows(self) -> int:
+        """Rows that all ranks together compute."""
+        return self.bucket.rows * len(self.work)
+
+    @property
+    def filled(self) -> int:
+        """Of these, rows that are a token of some work; the others are padding."""
+        return sum(len(item.tokens) for work in self.work.values() for item in work)
+
 
 class Placed(NamedTuple):
     """Work at its place in a step: its first row and its first segment."""

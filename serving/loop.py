@@ -412,7 +412,7 @@ class Loop:
         self.delivery.tell(outputs)
         self._resumed()
         self._judge_paces()
-        self.restoration.stepped(batch, self.tally.stepped(flight.began, time.monotonic()))
+        self.restoration.stepped(batch, self.tally.stepped(batch, flight.began, time.monotonic()))
 
     async def _explain(self, refusal: RankRefused) -> None:
         """A step failed on a rank that lives: the death that explains it shows soon, or the mesh is broken."""

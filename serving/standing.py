@@ -75,6 +75,8 @@ class Standing:
             step_ms=tally.step_ms,
             program_ms=tally.program_ms,
             rank_ms=tally.rank_ms,
+            rows=tally.rows,
+            rows_filled=tally.rows_filled,
             preemptions=state.preemptions,
             prefix_queries=state.prefix_queries,
             prefix_hits=state.prefix_hits,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from planner.plan import Plan
+from serving.batch import Batch
 from serving.config import Settings
 from serving.proto.moejax.v1 import link_pb2
 from serving.slowness import Paces, SlownessSettings, Verdict, judge
@@ -19,6 +20,9 @@ class Tally:
         self.steps = 0
         self.step_ms = 0.0
         """From making a step, or the end of the one before it if that was later, to having delivered its tokens."""
+        self.rows = 0
+        self.rows_filled = 0
+        """Rows that steps computed on all ranks, and of these, those that were not padding."""
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.last_ms: dict[int, float] = {}
         """Of each rank, inside the compiled programs of its last step."""
@@ -75,10 +79,12 @@ class Tally:
         if answer.expert_load:
             self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
 
-    def stepped(self, began: float, now: float) -> float:
+    def stepped(self, batch: Batch, began: float, now: float) -> float:
         """A step made at `began` is done; returns the seconds it took."""
         took, self._ended_at = now - max(began, self._ended_at), now
         self.steps += 1
+        self.rows += batch.rows
+        self.rows_filled += batch.filled
         self.step_ms += 1e3 * took
         return took
 
