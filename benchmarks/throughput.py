@@ -6,7 +6,8 @@ Closed loop: so many streams at once, each sending its next request when the las
 second are output tokens from the first request to the last token; `ttft_ms` and `itl_ms` are medians over
 requests and over gaps between tokens, on the client's clock. `outside_program_share` is the part of a step,
 from scheduling it to having delivered its tokens, that the slowest rank did not spend in compiled programs;
-the server counts it.
+`padding_share` is the part of the rows computed on all ranks that were padding, as a step runs in the smallest
+bucket that holds it. The server counts both.
 """
 
 import argparse
@@ -36,8 +37,10 @@ async def measure(address: str, arguments: argparse.Namespace) -> list[dict[str,
             await closed_loop(client, asks, concurrency, concurrency)  # warms up what depends on the load
             before = await client.status()
             traces = await closed_loop(client, asks, concurrency, arguments.rounds * concurrency)
+            after = await client.status()
             run = summarize(traces, concurrency) | {
-                "outside_program_share": outside_share(before, await client.status())
+                "outside_program_share": outside_share(before, after),
+                "padding_share": padding_share(before, after),
             }
             runs.append(run)
             print("  ".join(f"{name} {value}" for name, value in run.items()), flush=True)
@@ -87,6 +90,12 @@ def outside_share(before: Status, after: Status) -> float | None:
     return round(1 - programs_ms / steps_ms, 4) if steps_ms > 0 else None
 
 
+def padding_share(before: Status, after: Status) -> float | None:
+    """The part of the rows computed between two moments that was padding."""
+    rows, filled = after.rows - before.rows, after.rows_filled - before.rows_filled
+    return round(1 - filled / rows, 4) if rows > 0 else None
+
+
 def main() -> int:
     """Measure, print, and write JSON."""
     arguments, where = parse(), machine()
@@ -95,8 +104,9 @@ def main() -> int:
     with launched(arguments.model, arguments.ranks, options=options) as server, Client(server.address) as client:
         before = client.status()
         runs = asyncio.run(measure(server.address, arguments))
-        share = outside_share(before, client.status())
-    print(f"outside_program_share {share}")
+        after = client.status()
+    shares = {"outside_program_share": outside_share(before, after), "padding_share": padding_share(before, after)}
+    print("  ".join(f"{name} {value}" for name, value in shares.items()))
     if arguments.json is not None:
         result = {
             "machine": where,
@@ -106,7 +116,7 @@ def main() -> int:
             "prompt_tokens": arguments.prompt_tokens,
             "output_tokens": arguments.max_tokens,
             "runs": runs,
-            "outside_program_share": share,
+            **shares,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

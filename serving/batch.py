@@ -95,31 +95,54 @@ class Batch:
     degraded: bool = False
     """It runs while experts are masked."""
 
+    @property
+    def rows(self) -> int:
+        """Rows that all ranks together compute."""
+        return self.bucket.rows * len(self.work)
 
-def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[tuple[Work, int, int]]:
-    """(work, its first row, its first segment), decode rows from 0 and chunks from tile 0, in order."""
+    @property
+    def filled(self) -> int:
+        """Of these, rows that are a token of some work; the others are padding."""
+        return sum(len(item.tokens) for work in self.work.values() for item in work)
+
+
+class Placed(NamedTuple):
+    """Work at its place in a step: its first row and its first segment."""
+
+    work: Work
+    row: int
+    segment: int
+
+    @property
+    def last(self) -> int:
+        """Its last segment, the one that chooses the next token."""
+        return self.segment + max(self.work.tiles, 1) - 1
+
+
+def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[Placed]:
+    """Each at its place, decode rows from 0 and chunks from tile 0, in order."""
     rows, tiles = sum(not item.tiles for item in work), sum(item.tiles for item in work)
     assert rows <= bucket.decode, f"{rows} decode rows do not fit in {bucket}"
     assert tiles <= bucket.tiles, f"{tiles} tiles do not fit in {bucket}"
     row, tile = 0, 0
     for item in work:
         if item.tiles:
-            yield item, bucket.decode + TILE * tile, bucket.decode + tile
+            yield Placed(item, bucket.decode + TILE * tile, bucket.decode + tile)
             tile += item.tiles
         else:
-            yield item, row, row
+            yield Placed(item, row, row)
             row += 1
 
 
 def sources(before: Batch, batch: Batch, rank: int) -> np.ndarray:
     """For each of the rank's decode rows the segment of the step before that chooses its token, -1 where the token is
     known; int32."""
-    last = {item.request_id: segment + max(item.tiles, 1) - 1 for item, _, segment in _segments(before, rank)}
-    rows = [item for item, _, _ in _segments(batch, rank) if not item.tiles]
+    last = {placed.work.request_id: placed.last for placed in _segments(before, rank)}
+    rows = [placed.work for placed in _segments(batch, rank) if not placed.work.tiles]
     return np.array([last[item.request_id] if item.tokens[0] == UNKNOWN else -1 for item in rows], np.int32)
 
 
-def _segments(batch: Batch, rank: int) -> Iterator[tuple[Work, int, int]]:
+def _segments(batch: Batch, rank: int) -> Iterator[Placed]:
     return segments(batch.bucket, batch.work.get(rank, ()))
 
 
@@ -137,10 +160,12 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     arrays = _padding(bucket, max_pages)
     tokens, positions, write = arrays["tokens"], arrays["positions"], arrays["write"]
     decode, sampling = [], []
-    for item, row, segment in segments(bucket, work):
-        arrays["page_table"][segment : segment + max(item.tiles, 1), : len(item.pages)] = item.pages
+    for placed in segments(bucket, work):
+        item, row, segment = placed
+        stop = placed.last + 1
+        arrays["page_table"][segment:stop, : len(item.pages)] = item.pages
         if item.tiles:
-            count, stop = len(item.tokens), segment + item.tiles
+            count = len(item.tokens)
             at = np.arange(item.start, item.start + count)
             tokens[row : row + count] = item.tokens
             positions[row : row + count] = at
@@ -148,12 +173,12 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
             arrays["cached"][segment:stop] = item.start
             arrays["new_base"][segment:stop] = row
             if item.samples:
-                arrays["sample_row"][stop - 1] = row + count - 1
+                arrays["sample_row"][placed.last] = row + count - 1
         else:
             page, offset = divmod(item.start, page_size)
             decode.append((item.tokens[0], item.start, item.pages[page] * page_size + offset))
         if item.samples:
-            sampling.append((segment + max(item.tiles, 1) - 1, item))
+            sampling.append((placed.last, item))
     if decode:
         rows = np.array(decode, np.int32)
         tokens[: len(rows)], positions[: len(rows)], write[: len(rows)] = rows.T
@@ -178,14 +203,14 @@ def harvest(
     """
     chosen, values, told = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), iter(scores)
     results = {}
-    for item, _, segment in segments(batch.bucket, batch.work[rank]):
+    for placed in segments(batch.bucket, batch.work[rank]):
+        item, last = placed.work, placed.last
         scored: list[tuple[float, Top]] = []
         for at in range(0, len(item.targets), TILE):
             wanted = [i for i, target in enumerate(item.targets[at : at + TILE]) if target >= 0]
             if wanted:
                 given, ids, values_of = next(told)
                 scored += ((float(given[i]), _top(ids, values_of, i, item.prompt_top)) for i in wanted)
-        last = segment + max(item.tiles, 1) - 1
         if item.samples:
             best = _top(*top, last, item.top) if top is not None else ()
             results[item.request_id] = Result(chosen[last], values[last], best, tuple(scored))

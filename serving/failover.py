@@ -1,13 +1,10 @@
 """Which ranks serve under which plan: start, loss, rejoin, and getting ready for the next loss.
 
-Every stage may be cut short by another loss: it is then done again with the union of the dead. Plans are all derived
-from the base plan, so the ranks alive alone decide where an expert sits.
+Every stage may be cut short by another loss: it is then done again with the union of the dead.
 """
 
 import asyncio
-import collections
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,45 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from planner.cluster import Cluster, Device
-from planner.errors import NoFeasiblePlan
-from planner.lattice import Lattice, build_lattice, extended
+from planner.cluster import Cluster
 from planner.plan import Plan
 from planner.recovery import Recovery
-from planner.solve import solve
 from serving.cache_copies import CacheCopies
 from serving.config import Settings
-from serving.coordination import LOOPBACK, Coordinator
+from serving.coordination import LOOPBACK
 from serving.errors import NoCapacity, StartError
 from serving.health import Cause
 from serving.links import RankLinks, RankLost, RankRefused
 from serving.mesh_key import MeshKey
+from serving.meshes import COLLECTIVE_TIMEOUT_S, Meshes
 from serving.outlook import loss_costs
 from serving.page_index import read
 from serving.pages import Key
 from serving.parity import Parity
-from serving.places import at_home, placed
+from serving.places import placed
+from serving.plans import Plans
 from serving.policy import Slot, at_once, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
-from serving.rank_process import Home
-from serving.roles import roles
-from serving.shared_memory import shared_file
+from serving.rendezvous import JOIN_TIMEOUT_S, Rendezvous
 from serving.status import LossCost
 
-SHORT_TOKENS, CHEAP_BYTES = 256, 128 << 20
-"""A short request, prompt and answer, and what of a rank's memory its cache may take in any case."""
 HEAL_SLOTS = 2
 """Experts that each rank loads at a time while steps go on."""
-JOIN_TIMEOUT_S = 30.0
-COLLECTIVE_TIMEOUT_S = 30
 TAKE_OVER_S = 5.0
 """How long a rank of a front before this one may take to dial in."""
-REFUSALS = 3
-"""So often in a row a rank may fail to enter a generation before it is replaced."""
-SPARE_SEATS = 32
-"""Replacements that a generation can take in; the next one after them costs a new generation, as every one does on
-a GPU (docs/decisions/0004)."""
 
 
 class Failover:
@@ -75,42 +60,18 @@ class Failover:
         self._links = links
         self._say = say
         self._one_machine = cluster is None
-        self._host = host
-        """Where the coordination service is reached."""
         hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
-        self.cluster = cluster or Cluster.local(settings.ranks, hosts=hosts)
-        self.workload = model.workload(settings.page_size)
+        self.plans = Plans(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts))
+        self.meshes = Meshes(links, say)
+        self._rendezvous = Rendezvous(links, host, self._coordinator_ended)
         self.config: Mapping[str, Any] = json.loads(model.config)
         """The model's configuration, as a rank gets it."""
-        self.base = solve(
-            self.workload,
-            self.cluster,
-            slots_per_rank=settings.slots_per_rank,
-            survive_ranks=min(settings.survive, settings.ranks - 1),
-            pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
-            roles=roles(settings, self.workload, self.cluster),
-        )
-        depth = min(settings.lattice_depth, settings.ranks - 1)
-        self.lattice: Lattice = build_lattice(
-            self.workload, self.cluster, self.base, depth=depth, switch=settings.role_switch
-        )
         self.plan: Plan | None = None
         self.epoch = -1
-        self.generation = 0
         self.broken = False
         """The communicators of this generation cannot be trusted: a new one is needed."""
-        self.torn = False
-        """Ranks had to leave the coordination service: this generation can connect no further mesh."""
-        self._shares_memory = False
-        """Ranks exchange through memory, and connect without the coordination service."""
         self.emptied: set[int] = set()
         """Ranks that were told to drop their cache, be it by a plan that never came into force."""
-        self._connects = 0
-        self._refusals: collections.Counter[int] = collections.Counter()
-        """How often in a row each rank could not enter a generation."""
-        self.connected: set[MeshKey] = set()
-        self.loaded: collections.deque[MeshKey] = collections.deque()
-        """Meshes whose executables are loaded and whose communicator waits to be connected."""
         self.newcomers: set[int] = set()
         """Replacements that wait to be let in."""
         self.entering: set[int] = set()
@@ -121,9 +82,6 @@ class Failover:
         """How many ranks a front before this one had started."""
         self.known: dict[int, dict[int, Key]] = {}
         """What pages of these hold, by rank and page."""
-        self._seats: dict[int, int] = {}
-        self._free_seats: collections.deque[int] = collections.deque()
-        self._processes = 0
         self._admitting: asyncio.Task[None] | None = None
         self.experts_loaded = 0
         self.goal: Plan | None = None
@@ -131,7 +89,8 @@ class Failover:
         self._next: Plan | None = None
         self.unreadable: dict[tuple[int, int], str] = {}
         """(MoE layer, expert) that the store could not give, and why."""
-        self.loads: Callable[[], np.ndarray] = lambda: np.zeros((self.workload.moe_layers, self.workload.experts))
+        layers, experts = self.plans.workload.moe_layers, self.plans.workload.experts
+        self.loads: Callable[[], np.ndarray] = lambda: np.zeros((layers, experts))
         """Measured traffic `[moe layers, experts]`."""
         self.on_trouble: Callable[[str], None] = lambda _: None
         """Hears how the coordinator ended."""
@@ -139,19 +98,21 @@ class Failover:
         self.copies = CacheCopies.of(
             settings.protect_cache if here else "off",
             settings.ranks,
-            entries=self.base.pages_per_rank * settings.page_size,
+            entries=self.plans.base.pages_per_rank * settings.page_size,
             entry_bytes=model.cache_bytes_per_token,
         )
         links.on_copied = self.copies.told
         self.parity = Parity(links, settings.parity)
-        self._coordinator: Coordinator | None = None
-        self._minding: asyncio.Task[None] | None = None
-        self._preparing: asyncio.Task[None] | None = None
 
     @property
     def alive(self) -> tuple[int, ...]:
         """Ranks of the current plan."""
         return self.plan.rank_ids if self.plan is not None else ()
+
+    @property
+    def generation(self) -> int:
+        """How many times ranks came together anew."""
+        return self._rendezvous.generation
 
     @property
     def growing(self) -> tuple[int, ...]:
@@ -166,17 +127,18 @@ class Failover:
     @property
     def may_admit(self) -> bool:
         """True when there are newcomers that can be let in without a new generation."""
-        if self.plan is None or self.broken or self.torn or not (self._admitting is None or self._admitting.done()):
+        admitting = self._admitting is not None and not self._admitting.done()
+        if self.plan is None or self.broken or self.meshes.torn or admitting:
             return False
-        return 0 < len(self.newcomers) <= len(self._free_seats)
+        return 0 < len(self.newcomers) <= self._rendezvous.free
 
     @property
     def may_grow(self) -> bool:
         """True when the plan with those seated, and every single loss of it, is loaded and connected."""
         if not self.seated or self.broken:
             return False
-        singles = self._meshes_below(self.growing, min(1, len(self.growing) - 1))
-        return self.connected.issuperset((MeshKey.of(self.plan_for(self.growing)), *singles))
+        singles = self.plans.meshes_below(self.growing, min(1, len(self.growing) - 1))
+        return self.meshes.connected.issuperset((MeshKey.of(self.plans.of(self.growing)), *singles))
 
     @property
     def store(self) -> Path:
@@ -186,13 +148,13 @@ class Failover:
     @property
     def stuck(self) -> bool:
         """True when a mesh that those seated wait for could not be loaded or connected."""
-        done = self._preparing is not None and self._preparing.done() and not self.loaded
-        return bool(self.seated) and done and not (self.torn or self.may_grow)
+        return bool(self.seated) and self.meshes.idle and not (self.meshes.torn or self.may_grow)
 
     @property
     def coordinator_pid(self) -> int | None:
         """The process that hosts the coordination service of this generation."""
-        return self._coordinator.process.pid if self._coordinator is not None else None
+        service = self._rendezvous.coordinator
+        return service.process.pid if service is not None else None
 
     def coverage(self) -> dict[str, float]:
         """Of all losses of 1, 2, ... ranks the current plan could suffer, the share that is compiled, loaded and
@@ -201,24 +163,24 @@ class Failover:
             return {}
         alive, depth = self.alive, min(self._settings.lattice_depth, len(self.alive) - 1)
         losses: dict[int, list[bool]] = {}
-        for key in self._meshes_below(alive, depth):
-            losses.setdefault(len(alive) - len(key.ranks), []).append(key in self.connected)
+        for key in self.plans.meshes_below(alive, depth):
+            losses.setdefault(len(alive) - len(key.ranks), []).append(key in self.meshes.connected)
         return {f"{n} rank{'s' if n > 1 else ''}": sum(ok) / len(ok) for n, ok in sorted(losses.items())}
 
     def loss_costs(self, load: np.ndarray, recovery: Recovery) -> dict[int, LossCost]:
         """What the loss of each rank of the current plan would cost; `load` counts tokens int [moe_layers, experts]."""
         if self.plan is None:
             return {}
-        gone = frozenset(self.base.rank_ids) - frozenset(self.alive)
-        foreseen = {rank: self.lattice.get(gone | {rank}) for rank in self.alive}
-        prepared = [rank for rank, plan in foreseen.items() if plan is not None and MeshKey.of(plan) in self.connected]
+        foreseen = {rank: self.plans.foreseen(set(self.alive) - {rank}) for rank in self.alive}
+        connected = self.meshes.connected
+        prepared = [rank for rank, plan in foreseen.items() if plan is not None and MeshKey.of(plan) in connected]
         kept = self.parity.groups
-        return loss_costs(self.plan, self.workload, self.cluster, load, recovery, prepared, kept=kept)
+        return loss_costs(self.plan, self.plans.workload, self.plans.cluster, load, recovery, prepared, kept=kept)
 
     async def start(self) -> None:
         """From nothing to the base plan, with every single loss prepared; the deeper ones follow in the background.
         Raises StartError naming the rank."""
-        ranks = self.base.rank_ids
+        ranks = self.plans.base.rank_ids
         if await self._take_over():
             return
         try:
@@ -227,12 +189,13 @@ class Failover:
                 self._links.spawn(rank)
             await asyncio.gather(*(self._welcome(rank) for rank in ranks))
             await self._enter(ranks, {})
-            await self._compile(ranks)
-            meshes = [MeshKey.of(self.base), *self._meshes_below(ranks, min(1, len(ranks) - 1))]
+            depth = min(self._settings.lattice_depth, len(ranks) - 1)
+            await self.meshes.compile([MeshKey.of(self.plans.base), *self.plans.meshes_below(ranks, depth)])
+            meshes = [MeshKey.of(self.plans.base), *self.plans.meshes_below(ranks, min(1, len(ranks) - 1))]
             self._say(f"loading and connecting {len(meshes)} meshes")
             for key in meshes:
-                await self._load(key)
-            await self._adopt(self.base, self.base)
+                await self.meshes.load(key)
+            await self._adopt(self.plans.base, self.plans.base)
             if self.unreadable:
                 raise StartError(next(iter(self.unreadable.values())))
             for key in meshes:
@@ -255,7 +218,7 @@ class Failover:
         self.newcomers = {rank for rank, _ in hellos} - came.keys()
         known = {rank: read(hello.full) for rank, hello in came.items()}
         together = len({hello.generation for hello in came.values()}) == 1
-        goes_on = self._shares_memory and together and all(hello.serves for hello in came.values())
+        goes_on = self.meshes.shares_memory and together and all(hello.serves for hello in came.values())
         while came:
             pages = {rank: max(known[rank], default=-1) + 1 for rank in came}
             try:
@@ -278,27 +241,14 @@ class Failover:
         try:
             async with asyncio.timeout(TAKE_OVER_S):
                 hello = await self._links.attached(rank)
-            self.epoch, self.generation = max(self.epoch, hello.epoch), max(self.generation, hello.generation)
+            self.epoch = max(self.epoch, hello.epoch)
+            self._rendezvous.generation = max(self.generation, hello.generation)
             await self._welcome(rank)
         except (RankLost, RankRefused, TimeoutError) as error:
             why = str(error) or f"did not come back within {TAKE_OVER_S:.0f} s"
             self._links.declare(rank, Cause("error", why), time.monotonic())
             return None
         return rank, hello
-
-    def plan_for(self, alive: Collection[int]) -> Plan:
-        """The plan for these ranks, foreseen or made now. Raises NoCapacity, saying what is missing."""
-        alive = tuple(sorted(alive))
-        if alive == self.base.rank_ids:
-            return self.base
-        foreseen = self.lattice.get(frozenset(self.base.rank_ids) - frozenset(alive))
-        if foreseen is not None:
-            return foreseen
-        try:
-            switch = self._settings.role_switch
-            return solve(self.workload, self.cluster, alive=alive, previous=self.base, switch=switch)
-        except NoFeasiblePlan as error:
-            raise NoCapacity(str(error)) from None
 
     async def recover(self, lost: Callable[[], set[int]], pages_used: Callable[[], dict[int, int]]) -> dict[str, float]:
         """Go on without the ranks that `lost` names (asked again at each turn: more may die meanwhile). Returns
@@ -316,7 +266,7 @@ class Failover:
                 self.plan = None
                 raise NoCapacity("no rank is alive. Requests wait until one is back.")
             with _timed(phases, "plan"):
-                plan = self.plan_for(survivors)
+                plan = self.plans.of(survivors)
             try:
                 if self.broken:
                     await self.regenerate(survivors, pages_used(), phases)
@@ -337,7 +287,7 @@ class Failover:
         """A new generation of exactly these ranks, under their plan. Raises RankLost, RankRefused or TimeoutError,
         after which another generation must be made."""
         ranks, phases = tuple(sorted(ranks)), {} if phases is None else phases
-        self.plan_for(ranks)  # what cannot be planned for need not be tried
+        self.plans.of(ranks)  # what cannot be planned for need not be tried
         for rank in ranks:
             self._links.unwatch(rank)
         self.broken = True
@@ -350,9 +300,9 @@ class Failover:
     async def _settle(self, ranks: Iterable[int], phases: dict[str, float] | None = None) -> None:
         """Put the plan of ranks that are in one generation into force, with nothing loaded or connected yet."""
         ranks, phases = tuple(sorted(ranks)), {} if phases is None else phases
-        plan = self.plan_for(ranks)
+        plan = self.plans.of(ranks)
         with _timed(phases, "load"):
-            await self._load(MeshKey.of(plan), urgent=True)
+            await self.meshes.load(MeshKey.of(plan), urgent=True)
         with _timed(phases, "adopt"):
             await self._adopt(plan, plan)
         with _timed(phases, "connect"):
@@ -364,14 +314,14 @@ class Failover:
     def is_ready_without(self, ranks: Collection[int]) -> bool:
         """Whether the mesh without these ranks is loaded and connected."""
         left = [rank for rank in self.alive if rank not in ranks]
-        return bool(left) and MeshKey.of(self.plan_for(left)) in self.connected
+        return bool(left) and MeshKey.of(self.plans.of(left)) in self.meshes.connected
 
     async def release(self, ranks: Collection[int]) -> dict[str, float]:
         """Go on without these ranks, which run nothing any more, between two steps. Returns milliseconds by phase.
         Raises RankLost, RankRefused or TimeoutError, after which a recovery is due."""
         phases: dict[str, float] = {}
         with _timed(phases, "plan"):
-            plan = self.plan_for([rank for rank in self.alive if rank not in ranks])
+            plan = self.plans.of([rank for rank in self.alive if rank not in ranks])
         with _timed(phases, "adopt"):
             await self._make_ready(MeshKey.of(plan))
             await self._adopt_soon(plan)
@@ -385,7 +335,7 @@ class Failover:
         assert self.plan is not None
         slots, holders = self.plan.slots_per_rank, self.plan.holder_ids
         self.plan = without(self.plan, [each for each in damaged if each[0] in holders and each[2] < slots])
-        await self._adopt_soon(self.plan_for(self.alive))
+        await self._adopt_soon(self.plans.of(self.alive))
 
     @property
     def healing(self) -> bool:
@@ -421,24 +371,22 @@ class Failover:
     def foresee(self) -> None:
         """Load the executables of the next losses, and of the plan with those seated, in the background;
         `connect_next` finishes each."""
-        if self._preparing is not None:
-            self._preparing.cancel()
-        self.loaded.clear()
-        if self.torn:
+        if self.meshes.torn or self.plan is None:
+            self.meshes.stop()
             return
-        wanted = self._meshes_below(self.alive, min(1, len(self.alive) - 1))
+        wanted = self.plans.meshes_below(self.alive, min(1, len(self.alive) - 1))
         if self.seated:
-            wanted.append(MeshKey.of(self.plan_for(self.growing)))
-        wanted += self._meshes_below(self.growing, min(self._settings.lattice_depth, len(self.growing) - 1))
-        missing = [key for key in dict.fromkeys(wanted) if key not in self.connected]
-        self._preparing = asyncio.create_task(self._load_ahead(missing))
+            wanted.append(MeshKey.of(self.plans.of(self.growing)))
+        wanted += self.plans.meshes_below(self.growing, min(self._settings.lattice_depth, len(self.growing) - 1))
+        missing = [key for key in dict.fromkeys(wanted) if key not in self.meshes.connected]
+        self.meshes.load_ahead(MeshKey.of(self.plan), missing)
 
     async def connect_next(self) -> bool:
         """Connect one mesh that is loaded, between two steps. True when the lattice is complete with it."""
-        key = self.loaded.popleft()
+        key = self.meshes.loaded.popleft()
         if set(key.ranks) <= set(self.growing):
             await self._connect(key)
-        return not self.loaded and (self._preparing is None or self._preparing.done())
+        return self.meshes.idle
 
     def admit(self) -> None:
         """Let the newcomers into the generation, beside the steps; `may_grow` tells when the plan can have them."""
@@ -452,10 +400,10 @@ class Failover:
         seated, before = tuple(self.seated), self.alive
         with _timed(phases, "adopt"):
             try:
-                plan = self.plan_for(self.growing)
+                plan = self.plans.of(self.growing)
                 await self._adopt(plan, plan)
             except (RankLost, RankRefused):
-                plan = self.plan_for(before)
+                plan = self.plans.of(before)
                 await self._adopt(plan, plan)
                 raise
         for rank in seated:
@@ -469,10 +417,9 @@ class Failover:
         self.newcomers.discard(rank)
         self.entering.discard(rank)
         self.seated.pop(rank, None)
-        self._seats.pop(rank, None)
+        self._rendezvous.forget(rank)
+        self.meshes.forget(rank)
         self.parity.forget(rank)
-        self.connected = {key for key in self.connected if rank not in key.ranks}
-        self.loaded = collections.deque(key for key in self.loaded if rank not in key.ranks)
 
     async def replace(self, rank: int) -> None:
         """Start a rank anew until it is ready to join; raises RankLost or RankRefused when it cannot."""
@@ -483,56 +430,49 @@ class Failover:
     async def close(self) -> None:
         """Stop the coordinator and what runs in the background."""
         self._stop_preparing()
-        if self._minding is not None:
-            self._minding.cancel()
-        if self._coordinator is not None:
-            await self._coordinator.stop()
+        await self._rendezvous.close()
         self.copies.close()
 
     async def _welcome(self, rank: int) -> None:
         model, settings = self._model, self._settings
         hello = await self._links.attached(rank)
-        home = self._home(rank)
-        if home is not None and home.host != self.place_of(rank).host:
-            self.cluster = at_home(self.cluster, rank, home)
-            hosts = map(frozenset, self.cluster.domains("host").values())
-            switch = self._settings.role_switch
-            self.lattice = extended(self.lattice, self.workload, self.cluster, hosts, switch=switch)
+        home = self._links.home(rank)
+        if home is not None and home.host != self.plans.place_of(rank).host:
+            self.plans.move(rank, home)
         configure = link_pb2.Configure(
             model_config=model.config,
             store=model.store if home is None else home.store,
             executables=model.executables if home is None else home.executables,
             page_size=settings.page_size,
-            pages=self.base.pages_per_rank,
+            pages=self.plans.base.pages_per_rank,
             max_pages=-(-model.max_context // settings.page_size),
             buckets=[link_pb2.Bucket(decode=b, tiles=g) for b, g in settings.buckets],
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
             one_machine=self._one_machine,
-            experts_only=self.base.role(rank) == "expert",
+            experts_only=self.plans.base.role(rank) == "expert",
         )
         there = self.copies.taken_over(rank, hello.cache_copy)
         if there is not None:
             configure.MergeFrom(there)
         elif not configure.experts_only:
             configure.MergeFrom(self.copies.fresh(rank, here=home is None))
-        self._shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
+        self.meshes.shares_memory = (await self._links.call(rank, "configure", configure)).shares_memory
         if there is not None:
             self.copies.begun(rank)
 
     def _stop_preparing(self) -> None:
-        for task in (self._preparing, self._admitting):
-            if task is not None:
-                task.cancel()
+        self.meshes.stop()
+        if self._admitting is not None:
+            self._admitting.cancel()
 
     async def _admit(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
             if rank not in self.entering:
                 continue
-            self._seats[rank] = seat = self._free_seats.popleft()
             try:
                 async with asyncio.timeout(JOIN_TIMEOUT_S):
-                    await self._links.call(rank, "join", self._join(rank, 0))
-                    slots = _slots(self.plan_for({*self.growing, rank}), rank)
+                    seat = await self._rendezvous.admit(rank)
+                    slots = _slots(self.plans.of({*self.growing, rank}), rank)
                     hold = link_pb2.Hold(slots_per_rank=slots.shape[1], slots=slots.tobytes())
                     await self._links.call(rank, "hold", hold)
             except RankLost:
@@ -541,145 +481,34 @@ class Failover:
                 why = str(error) or f"no answer to join within {JOIN_TIMEOUT_S:.0f} s"
                 self._links.declare(rank, Cause("error", why), time.monotonic())
                 continue
-            told = (self._links.call(r, "seat", link_pb2.Seat(rank=rank, process=seat)) for r in self.growing)
-            await asyncio.gather(*told, return_exceptions=True)
+            await self._rendezvous.introduce(rank, seat, self.growing)
             self.entering.discard(rank)
             self.seated[rank] = slots.shape[1]
         self.foresee()
 
-    def _join(self, rank: int, pages_used: int) -> link_pb2.Join:
-        assert self._coordinator is not None
-        return link_pb2.Join(
-            generation=self.generation,
-            address=self._coordinator.address,
-            members=self._seats.keys(),
-            seats=self._seats.values(),
-            processes=self._processes,
-            pages_used=pages_used,
-        )
-
     async def _enter(self, ranks: tuple[int, ...], pages_used: dict[int, int]) -> None:
-        before = self._coordinator
-        if self._minding is not None:
-            self._minding.cancel()
-        self._processes = len(ranks) + (0 if "cuda" in os.environ.get("JAX_PLATFORMS", "") else SPARE_SEATS)
-        self._coordinator = await Coordinator.start(len(ranks), self._processes, self._host)
-        self._minding = asyncio.create_task(self._mind(self._coordinator))
-        self.generation += 1
+        await self._rendezvous.open(ranks)
         self.newcomers = self.joining - set(ranks)
         self.entering.clear()
         self.seated.clear()
-        self._seats = {rank: process for process, rank in enumerate(ranks)}
-        self._free_seats = collections.deque(range(len(ranks), self._processes))
-        self.torn = False
-        self.connected.clear()
-        self.loaded.clear()
-        joins = {rank: self._join(rank, pages_used.get(rank, 0)) for rank in ranks}
-        try:
-            async with asyncio.timeout(JOIN_TIMEOUT_S):
-                await self._all("join", joins)
-            self._refusals.clear()
-        except (RankLost, RankRefused, TimeoutError) as error:
-            # Whoever waits for the others in there is let go by the end of the service.
-            await self._coordinator.stop()
-            if isinstance(error, RankRefused):
-                self._refuse(error)
-            if isinstance(error, TimeoutError):
-                self._links.give_up(ranks, f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
-            raise
-        finally:
-            if before is not None:
-                await before.stop()
+        self.meshes.clear()
+        await self._rendezvous.gather(pages_used)
 
-    def _refuse(self, error: RankRefused) -> None:
-        """A rank could not enter. One that never can must not keep the others out."""
-        self._refusals[error.rank] += 1
-        if self._refusals[error.rank] >= REFUSALS:
-            self._links.declare(error.rank, Cause("error", f"could not join: {error}"), time.monotonic())
-
-    async def _mind(self, coordinator: Coordinator) -> None:
-        """Without its coordinator a generation goes on, but takes nobody in: the next replacement costs another one.
-        Where ranks do not share memory it connects no mesh either, and the other one is due at once."""
-        code = await coordinator.process.wait()
-        self._free_seats.clear()
-        self.broken |= not self._shares_memory
-        self.on_trouble(f"the coordinator ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
-
-    async def _compile(self, ranks: tuple[int, ...]) -> None:
-        """Compile what is missing, each mesh shape on one rank of those that share a store of executables."""
-        jobs: dict[tuple[int, int, int, str], tuple[MeshKey, list[int]]] = {}
-        depth = min(self._settings.lattice_depth, len(ranks) - 1)
-        for key in [MeshKey.of(self.base), *self._meshes_below(ranks, depth)]:
-            for disk, there in self._by_disk(key.ranks).items():
-                jobs.setdefault((len(key.ranks), key.slots, key.attention, disk), (key, there))
-        began = time.monotonic()
-        queue = collections.deque(sorted(jobs.values(), key=lambda job: -len(job[0].ranks)))
-        total, done = len(queue), 0
-        busy: set[int] = set()
-        self._say(f"compiling for {total} mesh shapes (found in the cache after the first start)")
-
-        async def one(rank: int, key: MeshKey) -> None:
-            nonlocal done
-            answer = await self._links.call(rank, "compile", link_pb2.Compile(mesh=key.message()))
-            done += 1
-            busy.discard(rank)
-            if answer.compiled:
-                self._say(
-                    f"compiled {answer.compiled} programs for {len(key.ranks)} ranks x {key.slots} slots "
-                    f"({done}/{total}, {time.monotonic() - began:.0f} s)"
-                )
-
-        running: set[asyncio.Task[None]] = set()
-        while queue or running:
-            for key, there in list(queue):
-                rank = next((r for r in there if r not in busy), None)
-                if rank is not None:
-                    queue.remove((key, there))
-                    busy.add(rank)
-                    running.add(asyncio.create_task(one(rank, key)))
-            finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
-                task.result()
+    def _coordinator_ended(self, how: str) -> None:
+        """The next replacement costs a new generation. Where ranks do not share memory this one connects no mesh
+        either, and the next is due at once."""
+        self.broken |= not self.meshes.shares_memory
+        self.on_trouble(how)
 
     async def _make_ready(self, key: MeshKey) -> None:
         """Nothing for a mesh that was foreseen; else compile, load and connect it now."""
-        if key not in self.connected:
-            compilers = [there[0] for there in self._by_disk(key.ranks).values()]
-            await self._all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
-            await self._load(key, urgent=True)
+        if key not in self.meshes.connected:
+            await self.meshes.make(key)
             await self._connect(key)
 
-    async def _load(self, key: MeshKey, *, urgent: bool = False) -> None:
-        await self._all("prepare", dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent)))
-
-    async def _load_ahead(self, keys: list[MeshKey]) -> None:
-        assert self.plan is not None
-        here = MeshKey.of(self.plan)
-        for key in (here, *keys):
-            try:
-                await self._load(key)
-            except (RankLost, RankRefused):
-                continue
-            if key != here:
-                self.loaded.append(key)
-
     async def _connect(self, key: MeshKey) -> None:
-        if self.torn:
-            raise RankRefused(key.ranks[0], "connect", "ranks have left the coordination service")
-        async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
-            warm = all(self._holds(rank) == (key.attends(rank), key.slots_of(rank)) for rank in key.ranks)
-            self._connects += 1
-            number = self._connects
-            try:
-                with shared_file() as exchange:
-                    connect = link_pb2.Connect(mesh=key.message(), warm=warm, exchange=exchange, number=number)
-                    await self._all("connect", dict.fromkeys(key.ranks, connect))
-            except (RankLost, RankRefused, asyncio.CancelledError) as error:  # the others must not wait for that one
-                self.torn = not self._shares_memory
-                gone = error.rank if isinstance(error, RankLost) else None
-                self._links.abort((r for r in key.ranks if r != gone), self.epoch, connecting=number)
-                raise
-        self.connected.add(key)
+        warm = all(self._holds(rank) == (key.attends(rank), key.slots_of(rank)) for rank in key.ranks)
+        await self.meshes.connect(key, self.epoch, warm=warm)
 
     async def _adopt_soon(self, goal: Plan) -> None:
         """Put into force what the ranks hold of `goal` already, if the policy lets the rest follow beside the steps;
@@ -705,7 +534,7 @@ class Failover:
 
     async def _adopt_once(self, plan: Plan) -> list[Slot]:
         self.epoch += 1
-        plan = placed(plan.with_epoch(self.epoch), self.cluster)
+        plan = placed(plan.with_epoch(self.epoch), self.plans.cluster)
         self._empty(set(plan.rank_ids) - set(plan.source_ids))
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
@@ -719,10 +548,10 @@ class Failover:
         }
         for rank in plan.source_ids:
             if not self.copies.has(rank):
-                here = self._home(rank) is None
+                here = self._links.home(rank) is None
                 parts[rank].MergeFrom(self.copies.fresh(rank, link_pb2.Adopt, here=here))
         await self.parity.provide(self.plan, plan)
-        answers = await self._all("adopt", parts)
+        answers = await self._links.call_all("adopt", parts)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         self.plan = plan
         for answer in answers:
@@ -736,55 +565,16 @@ class Failover:
             self.copies.lost(rank)
             self.emptied.add(rank)
 
-    async def _all(self, what: str, messages: dict[int, Any]) -> list[link_pb2.Done]:
-        """The answers of all; when one is lost or refuses, the others are not waited for."""
-        return await asyncio.gather(*(self._links.call(rank, what, message) for rank, message in messages.items()))
-
     def _holds(self, rank: int) -> tuple[bool, int]:
         """Whether a rank has what attending takes now, and the slots it has buffers for."""
         if rank in self.seated or self.plan is None:
-            return self.base.role(rank) != "expert", self.seated.get(rank, 0)
+            return self.plans.base.role(rank) != "expert", self.seated.get(rank, 0)
         key = MeshKey.of(self.plan)
         return key.attends(rank), key.slots_of(rank)
-
-    def place_of(self, rank: int) -> Device:
-        """The host and the rack that a rank is in, or was last."""
-        return self.cluster.alive([rank])[0]
-
-    def _home(self, rank: int) -> Home | None:
-        incarnation = self._links.get(rank)
-        return incarnation.process.home if incarnation is not None else None
-
-    def _by_disk(self, ranks: Iterable[int]) -> dict[str, list[int]]:
-        """These ranks by the store of executables they share; the front's own is ""."""
-        found: dict[str, list[int]] = {}
-        for rank in ranks:
-            home = self._home(rank)
-            found.setdefault("" if home is None else home.disk, []).append(rank)
-        return found
 
     def _watch(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
             self._links.watch(rank)
-
-    def _meshes_below(self, alive: Collection[int], depth: int) -> list[MeshKey]:
-        """The meshes after each foreseen loss among `alive`, the likeliest first."""
-        gone = frozenset(self.base.rank_ids) - frozenset(alive)
-        hosts = {frozenset(ids).intersection(alive) for ids in self.cluster.domains("host").values()}
-        keys = [
-            MeshKey.of(plan)
-            for dead, plan in self.lattice.plans.items()
-            if gone < dead and (len(dead) - len(gone) <= depth or dead - gone in hosts)
-        ]
-        return sorted(dict.fromkeys(keys), key=lambda key: -len(key.ranks))
-
-
-def pages_per_rank(settings: Settings, max_context: int, bytes_per_token: int) -> int:
-    """Pages of a rank's cache: as set; or two contexts' worth, and more while that is cheap, until a short request has
-    room in every row of a step."""
-    rows = max(decode for decode, _ in settings.buckets)
-    tokens = min(rows * SHORT_TOKENS, CHEAP_BYTES // bytes_per_token)
-    return settings.pages_per_rank or max(2 * -(-max_context // settings.page_size), tokens // settings.page_size)
 
 
 class _timed:

@@ -79,6 +79,8 @@ def _own(status: Status, alive: list[RankStatus]) -> Iterator[Metric]:
         ("moejax_steps", "Steps made.", status.steps),
         ("moejax_step_seconds", "Time spent on steps.", status.step_ms / 1e3),
         ("moejax_program_seconds", "Of it, inside the compiled programs.", status.program_ms / 1e3),
+        ("moejax_rows", "Rows computed in steps, on all ranks.", status.rows),
+        ("moejax_rows_filled", "Of these, not padding.", status.rows_filled),
         ("moejax_tokens_restored", "Cache entries of lost ranks restored from a copy.", status.tokens_restored),
         ("moejax_tokens_recomputed", "Cache entries of lost ranks computed again.", status.tokens_recomputed),
         ("moejax_experts_loaded", "Expert weights read from the host's store.", status.experts_loaded),

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ import grpc
 from serving.health import Cause, HealthSettings, Observation, stuck, suspects
 from serving.proto.moejax.v1 import link_pb2
 from serving.rank_listener import RankListener, first_report
-from serving.rank_process import Launcher, RankProcess
+from serving.rank_process import Home, Launcher, RankProcess
 
 WATCH_S = 0.01
 """How often ranks are looked at: whether they are late, and whether the kernel has ended them (a pidfd tells only
@@ -142,6 +142,14 @@ class RankLinks:
     def get(self, rank: int) -> Incarnation | None:
         """The incarnation that is this rank now."""
         return self._ranks.get(rank)
+
+    def home(self, rank: int) -> Home | None:
+        """The host that the rank is on now; None on the front's."""
+        return self._ranks[rank].process.home if rank in self._ranks else None
+
+    async def call_all(self, what: str, messages: Mapping[int, Any]) -> list[link_pb2.Done]:
+        """`call` each; when one is lost or refuses, the others are not waited for."""
+        return await asyncio.gather(*(self.call(rank, what, message) for rank, message in messages.items()))
 
     async def call(self, rank: int, what: str, message: Any) -> link_pb2.Done:
         """Tell a rank to do something and wait until it has. Raises RankLost or RankRefused."""

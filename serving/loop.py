@@ -4,25 +4,20 @@ The only place that holds the engine's state. It implements `serving.status.Back
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
-
-from planner.deployment import Deployment, Survive
+from planner.deployment import Deployment
 from serving import drain
 from serving.backlog import Backlog
-from serving.batch import Batch
 from serving.config import Settings
+from serving.delivery import Delivery
 from serving.engine import (
     EngineState,
     Limits,
-    Output,
     adopt,
     apply,
     cancel,
@@ -46,32 +41,29 @@ from serving.events import EventLog
 from serving.failover import Failover
 from serving.fairness import ahead
 from serving.faults import DeviceError, Instruction, Response
+from serving.flights import Flights
 from serving.guided import Guides
 from serving.health import Cause
-from serving.ledger import Call, Item, Ledger, scored, tokens
+from serving.ledger import Call, Ledger, scored, tokens
 from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
-from serving.mesh_key import MeshKey
 from serving.operations import Operations
-from serving.outlook import measured
-from serving.page_index import PageNews
 from serving.policy import hottest, lost_share
-from serving.prospects import prospects, traffic_now
 from serving.proto.moejax.v1 import link_pb2
+from serving.replacements import Replacements
 from serving.request import Finished, Request, Scored, Token
 from serving.restoration import Restoration
 from serving.scheduler import schedule
 from serving.sequence import Salvage
-from serving.slowness import Paces, SlownessSettings, judge
-from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS, Event, LossCost, ModelInfo, Prospect, RankStatus, Status
-from serving.step_wire import step_message, step_results
-from serving.watchers import follow_errors, scrub
+from serving.standing import Standing
+from serving.status import SIGNALS, SIGNALS_TO_WEIGHTS, Event, ModelInfo, Prospect, Status
+from serving.step_wire import step_results
+from serving.tally import Tally
+from serving.watchers import follow_errors, keep_journal, scrub
 
 SETTLE_S = 2.0
 """After a rank failed a step, how long to wait for the death that explains it before a new generation is made."""
 IDLE_S = 0.25
 """How often deadlines are looked at while nothing runs."""
-GATHER_S = 2.0
-"""How long a rank that is ready to join waits for others that are about to be."""
 PENDING_S = 0.005
 """How often an operation that waits for something is looked at while nothing runs."""
 UNREADABLE_S = 5.0
@@ -79,26 +71,7 @@ UNREADABLE_S = 5.0
 FORESEE_S = 1.0
 """How soon what could not be prepared for a replacement is tried again."""
 TEND_S = 0.25
-"""How often the journal is looked after, and what is due between two steps."""
-RESTARTS = 5
-"""Attempts to replace a rank before it is given up, each after twice the pause."""
-
-
-@dataclasses.dataclass
-class Counts:
-    """What has been counted since the start."""
-
-    finished: int = 0
-    failed: int = 0
-    recoveries: int = 0
-    tokens: int = 0
-    steps: int = 0
-    degraded: int = 0
-    program_ms: dict[int, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
-    rank_ms: dict[int, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
-    """Of each rank, inside the compiled programs, and from having a step to its results."""
-    step_ms: float = 0.0
-    """From making a step, or the end of the one before it if that was later, to having delivered its tokens."""
+"""How often it is looked what is due between two steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +85,6 @@ class _Resuming:
     phases: dict[str, float]
     evidence_at: float
     adopted_at: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flight:
-    """A step that was sent, made at a moment of the monotonic clock."""
-
-    batch: Batch
-    began: float
-    answers: "asyncio.Task[dict[int, link_pb2.StepDone]]"
 
 
 class Loop:
@@ -138,50 +102,33 @@ class Loop:
     ) -> None:
         self.model = model
         self.ledger = ledger or Ledger(None)
-        self.counts = Counts()
+        self.recoveries = 0
         self.events = EventLog()
         self.settings = settings
         self.links = links
         self.failover = failover
         self.state = EngineState.start(limits, {})
-        self._streams: dict[str, list[asyncio.Queue[Item]]] = {}
-        self._journal_trouble: str | None = None
-        self._guides = guides
+        self.delivery = Delivery(self.ledger, self._abandon)
         self._backlog = Backlog()
         self._losses: dict[int, Loss] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._replacing: dict[int, asyncio.Task[None]] = {}
-        self._joining: set[int] = set()
+        self.replacements = Replacements(failover, self.events, self._wake.set)
         self._resuming: _Resuming | None = None
-        self._to_replace: set[int] = set()
-        self._ready_since: float | None = None
         self._admitted_at = 0.0
         self._foreseen_at = 0.0
-        self._compiles: dict[int, int] = {}
-        self._compiles_before: dict[int, int] = {}
         self._draining = False
         self._ended: MoejaxError | None = None
-        self._started_at = time.time()
-        self._rank_ms: dict[int, float] = {}
-        self._priced: dict[int, LossCost] = {}
-        self._priced_at: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
-        self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
+        self.tally = Tally(settings, model)
         self.operations = Operations(self)
         self.restoration = Restoration(self, failover.copies)
-        self._news = PageNews()
-        self._flights: collections.deque[_Flight] = collections.deque()
-        """Steps whose results are awaited: one, or two where the second was made while the first runs."""
+        self._standing = Standing(self)
+        self._flights = Flights(settings, links, guides.mask)
         self._tended_at = 0.0
-        self._landed_at = 0.0
         self._watchers: list[asyncio.Task[None]] = []
-        self._paces = Paces()
-        self._own_ms: dict[int, float] = {}
-        self._block = 0
         self._unreadable: set[tuple[int, int]] = set()
         self._ask_again = 0.0
-        self._degraded: set[str] = set()
-        failover.loads = lambda: self.expert_load
+        failover.loads = lambda: self.tally.expert_load
         failover.on_trouble = self._trouble
 
     def start(self) -> None:
@@ -194,10 +141,11 @@ class Loop:
         self._task = asyncio.create_task(self._run())
         settings = self.settings
         if settings.restart:  # a front that takes over ranks may lack some
-            for rank in self.failover.base.rank_ids:
+            for rank in self.failover.plans.base.rank_ids:
                 self.replace(rank)
         if self.ledger.keeps:
-            self._watchers.append(asyncio.create_task(self._keep_journal()))
+            watch = keep_journal(self.ledger, self._tell_of_journal, settings.journal_sync_s)
+            self._watchers.append(asyncio.create_task(watch))
         if settings.scrub_s:
             watch = scrub(self._slots, self.operations.inspect_next, settings.scrub_s)
             self._watchers.append(asyncio.create_task(watch))
@@ -217,12 +165,12 @@ class Loop:
             async with asyncio.timeout(grace_s):
                 while self.state.running or self.state.waiting:
                     await asyncio.sleep(0.02)
-        for task in (self._task, *self._watchers, *self._replacing.values()):
+        for task in (self._task, *self._watchers, *self.replacements.tasks):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
-        self._ground()
+        self._flights.ground()
         self._end_all(Draining("the server shut down before the request was done."))
 
     def lost(self, loss: Loss) -> None:
@@ -251,13 +199,13 @@ class Loop:
         self.state = submit(self.state, request, retry_after_s=self._backlog.retry_s(len(self.state.waiting)))
         self.ledger.accepted(request.id)
         self._wake.set()
-        async with contextlib.aclosing(self._read(request.id, ())) as items:
+        async with contextlib.aclosing(self.delivery.read(request.id, ())) as items:
             async for item in items:
                 yield item
 
     async def replay(self, request_id: str) -> AsyncIterator[Scored | Token | Finished]:
         """See `serving.status.Backend.replay`."""
-        async with contextlib.aclosing(self._read(request_id, self.ledger.items(request_id))) as items:
+        async with contextlib.aclosing(self.delivery.read(request_id, self.ledger.items(request_id))) as items:
             async for item in items:
                 yield item
 
@@ -278,27 +226,6 @@ class Loop:
         """See `serving.status.Backend.recall`."""
         return self.ledger.recall(call_id, owner)
 
-    async def _read(self, request_id: str, past: Iterable[Item]) -> AsyncGenerator[Scored | Token | Finished, None]:
-        """What was told of a request, then what is told of it now. It is cancelled when its last reader leaves."""
-        queue: asyncio.Queue[Item] = asyncio.Queue()
-        for item in past:
-            queue.put_nowait(item)
-        readers = self._streams.setdefault(request_id, [])
-        readers.append(queue)
-        try:
-            while True:
-                item = await queue.get()
-                if isinstance(item, MoejaxError):
-                    raise item
-                yield item
-                if isinstance(item, Finished):
-                    return
-        finally:
-            readers.remove(queue)
-            if not readers and self._streams.get(request_id) is readers:
-                del self._streams[request_id]
-                self._deliver(self._cancelled(request_id))
-
     def _check_wait(self, request: Request) -> None:
         """Refuse now what could only end late. Raises DeadlineExceeded or QueueFull."""
         if request.deadline is None:
@@ -318,56 +245,12 @@ class Loop:
         """See `serving.status.Backend.abort`."""
         if self.state.find(request_id) is None:
             return False
-        self._deliver(self._cancelled(request_id))
+        self._abandon(request_id)
         return True
 
     def status(self) -> Status:
         """See `serving.status.Backend.status`."""
-        failover, plan, state = self.failover, self.failover.plan, self.state
-        return Status(
-            epoch=max(failover.epoch, 0),
-            generation=failover.generation,
-            ready=plan is not None and not (self._draining or self.operations.paused) and self._ended is None,
-            draining=self._draining,
-            chaos=self.settings.chaos,
-            ranks=tuple(self._rank_status(rank) for rank in failover.base.rank_ids),
-            axes=dict(plan.axes) if plan is not None else {},
-            slots_per_rank=plan.slots_per_rank if plan is not None else 0,
-            masked=plan.masked if plan is not None else (),
-            lattice=failover.coverage(),
-            running=len(state.running),
-            waiting=len(state.waiting),
-            finished=self.counts.finished,
-            failed=self.counts.failed,
-            recoveries=self.counts.recoveries,
-            tokens=self.counts.tokens,
-            steps=self.counts.steps,
-            step_ms=self.counts.step_ms,
-            program_ms=max(self.counts.program_ms.values(), default=0.0),
-            rank_ms=max(self.counts.rank_ms.values(), default=0.0),
-            preemptions=state.preemptions,
-            prefix_queries=state.prefix_queries,
-            prefix_hits=state.prefix_hits,
-            compiles_after_ready=sum(n - self._compiles_before[r] for r, n in self._compiles.items()),
-            started_at=self._started_at,
-            paused=self.operations.paused,
-            operable=self.settings.operate,
-            degraded=self.counts.degraded,
-            journal=("failing" if self.ledger.trouble else "on") if self.ledger.keeps else "off",
-            restored=self.operations.restored,
-            page_size=self.settings.page_size,
-            experts_loaded=failover.experts_loaded,
-            expert_load=tuple(map(tuple, self.expert_load.tolist())),
-            protection=failover.copies.way,
-            protected_bytes=failover.copies.bytes,
-            experts_rebuilt=failover.parity.rebuilt,
-            parity_groups=failover.parity.progress[0],
-            parity_wanted=failover.parity.progress[1],
-            parity_bytes=failover.parity.kept_bytes,
-            tokens_restored=self.restoration.restored,
-            tokens_recomputed=self.restoration.recomputed,
-            front_pid=os.getpid(),
-        )
+        return self._standing.status(draining=self._draining, ended=self._ended is not None, lost=self._losses.keys())
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """See `serving.status.Backend.watch`."""
@@ -392,34 +275,17 @@ class Loop:
             elif self.failover.plan is not None:
                 if victim not in self.failover.plan.holder_ids:
                     raise UnknownRequest(f"rank {victim} holds no experts whose weights could be spoilt.", param="rank")
-                layer, slot = hottest(self.failover.plan, victim, self.expert_load)
+                layer, slot = hottest(self.failover.plan, victim, self.tally.expert_load)
                 damage = link_pb2.Damage(layer=layer, slot=slot, nan=signal == "NAN")
                 await self.links.call(victim, "damage", damage)
 
     def what_if(self) -> tuple[Prospect, ...]:
         """See `serving.status.Backend.what_if`."""
-        deployment, running = self.deployment(), self.state.running.values()
-        if deployment is None:
-            return ()
-        recovery, failover = measured(self.events.past()), self.failover
-        there = {"protected": failover.copies.on, "kept": failover.parity.groups}
-        return prospects(deployment, recovery, failover.is_ready_without, running, **there)
+        return self._standing.what_if()
 
     def deployment(self) -> Deployment | None:
         """See `serving.status.Backend.deployment`."""
-        failover = self.failover
-        if failover.plan is None:
-            return None
-        loads = self.expert_load if self.expert_load.size and self.expert_load.sum(1).all() else ()
-        return Deployment(
-            plan=failover.plan,
-            workload=failover.workload,
-            cluster=failover.cluster,
-            traffic=traffic_now(self.state.running.values(), self.model.max_context),
-            survive=Survive(ranks=self.settings.survive),
-            loads=tuple(tuple(map(float, row)) for row in loads),
-            config=failover.config,
-        )
+        return self._standing.deployment()
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.status.Backend.apply`."""
@@ -441,13 +307,11 @@ class Loop:
 
     def replace(self, rank: int) -> None:
         """Start a rank anew beside the steps."""
-        if rank not in self.failover.alive and not self.is_coming(rank):
-            self._replacing[rank] = asyncio.create_task(self._replace(rank))
+        self.replacements.start(rank)
 
     def is_coming(self, rank: int) -> bool:
         """A rank is being started, or waits to join."""
-        starting = rank in self._replacing and not self._replacing[rank].done()
-        return starting or rank in self.failover.joining or rank in self._joining
+        return self.replacements.is_coming(rank)
 
     def taken(self) -> None:
         """A plan has come into force; the caches of its ranks are kept."""
@@ -456,10 +320,10 @@ class Loop:
     def end(self, request_id: str, error: MoejaxError) -> None:
         """End a request with an error."""
         self.state, _ = cancel(self.state, request_id)
-        self._deliver([(request_id, error)])
+        self.delivery.tell([(request_id, error)])
 
     def _hosts(self) -> dict[int, str]:
-        return {rank: self.failover.place_of(rank).host for rank in self.failover.base.rank_ids}
+        return {rank: self.failover.plans.place_of(rank).host for rank in self.failover.plans.base.rank_ids}
 
     def _slots(self) -> int:
         plan = self.failover.plan
@@ -502,14 +366,14 @@ class Loop:
         if not self.settings.lookahead or len(self._flights) > 1 or not is_foreseeable(self.state):
             return False
         lost = bool(self._losses) or failover.broken or failover.plan is None
-        coming = failover.may_admit or failover.may_grow or self._may_join()
-        due = self.operations.pending or self.restoration.pending or failover.healing or failover.loaded
+        coming = failover.may_admit or failover.may_grow or self.replacements.may_join
+        due = self.operations.pending or self.restoration.pending or failover.healing or failover.meshes.loaded
         return not (lost or coming or due) and time.monotonic() - self._tended_at < TEND_S
 
     def _launch(self) -> bool:
         """Make a step and send it. False when there is nothing to do."""
         self.state, outputs = expire(self.state, time.monotonic())
-        self._deliver(outputs)
+        self.delivery.tell(outputs)
         began = time.monotonic()
         plan, epoch = self.failover.plan, self.failover.epoch
         admitted, batch = self.state.admitted, None
@@ -520,44 +384,21 @@ class Loop:
         if batch is None or plan is None:
             return False
         batch = dataclasses.replace(batch, degraded=bool(plan.masked))
-        before = self._flights[-1].batch if self._flights else None
-        parts = {rank: self._part(batch, rank, epoch, before) for rank in plan.rank_ids}
-        answers = asyncio.create_task(self.links.step(parts))
-        self._flights.append(_Flight(batch, began, answers))
+        self._flights.send(batch, began, epoch=epoch, ranks=plan.rank_ids, state=self.state)
         return True
 
-    def _part(self, batch: Batch, rank: int, epoch: int, before: Batch | None) -> link_pb2.Step:
-        limits, pool = self.state.limits, self.state.pools.get(rank)
-        part = step_message(
-            batch,
-            rank,
-            epoch=epoch,
-            bucket=self.settings.buckets.index(tuple(batch.bucket)),
-            page_size=limits.page_size,
-            max_pages=limits.max_pages,
-            masks=self._guides.mask,
-            before=before,
-        )
-        full = self._news.of(rank, pool.keys) if pool is not None else None
-        if full is not None:
-            part.full.CopyFrom(full)
-        return part
-
     async def _land(self) -> None:
-        """Take in the results of the step that was sent first. When it failed, those after it have too."""
-        flight = self._flights.popleft()
+        """Take in the results of the step that was sent first."""
+        flight = self._flights.first
         batch = flight.batch
         try:
-            answers = await flight.answers
+            answers = await self._flights.land()
         except RankLost:
-            self._ground()
             return
         except RankRefused as refusal:
-            self._ground()
             await self._explain(refusal)
             return
         except Poisoned as poison:
-            self._ground()
             self.state = lose(self.state, ())
             with contextlib.suppress(RankLost, RankRefused):
                 await self.operations.poisoned(batch, poison.rows)
@@ -565,30 +406,13 @@ class Loop:
         results = {}
         for rank, answer in answers.items():
             results |= step_results(batch, rank, answer)
-            self._compiles[rank] = answer.compiles
-            self._rank_ms[rank] = answer.program_ms
-            self._own_ms[rank] = self._own_ms.get(rank, 0.0) + answer.own_ms
-            self.counts.program_ms[rank] += answer.program_ms
-            self.counts.rank_ms[rank] += answer.total_ms
-            if answer.expert_load:
-                self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
+            self.tally.answered(rank, answer)
         self.state, outputs = apply(self.state, batch, results)
         self.failover.copies.stepped(batch)
-        self._deliver(outputs)
+        self.delivery.tell(outputs)
         self._resumed()
         self._judge_paces()
-        now = time.monotonic()
-        took, self._landed_at = now - max(flight.began, self._landed_at), now
-        self.counts.steps += 1
-        self.counts.step_ms += 1e3 * took
-        self.restoration.stepped(batch, took)
-
-    def _ground(self) -> None:
-        """Wait for no step any more."""
-        for flight in self._flights:
-            flight.answers.cancel()
-            flight.answers.add_done_callback(lambda answers: answers.cancelled() or answers.exception())
-        self._flights.clear()
+        self.restoration.stepped(batch, self.tally.stepped(batch, flight.began, time.monotonic()))
 
     async def _explain(self, refusal: RankRefused) -> None:
         """A step failed on a rank that lives: the death that explains it shows soon, or the mesh is broken."""
@@ -626,9 +450,10 @@ class Loop:
         if self.operations.pending and failover.plan is not None:
             await self.operations.tend()
         if failover.may_admit:
-            self._admitted_at, self._ready_since = time.monotonic(), None
+            self._admitted_at = time.monotonic()
+            self.replacements.let_in()
             failover.admit()
-        elif self._may_join():
+        elif self.replacements.may_join:
             await self._rejoin()
         elif failover.plan is None:
             return
@@ -642,10 +467,10 @@ class Loop:
         elif failover.stuck and time.monotonic() - self._foreseen_at > FORESEE_S:
             self._foreseen_at = time.monotonic()
             failover.foresee()
-        elif failover.loaded:
+        elif failover.meshes.loaded:
             with contextlib.suppress(RankLost, RankRefused, TimeoutError):
                 if await failover.connect_next():
-                    self.events.add("lattice_ready", failover.epoch, message=f"{len(failover.connected)} meshes")
+                    self.events.add("lattice_ready", failover.epoch, message=f"{len(failover.meshes.connected)} meshes")
         self._ask_for_unreadable()
 
     def _ask_for_unreadable(self) -> None:
@@ -662,17 +487,8 @@ class Loop:
             self._ask_again = now + UNREADABLE_S
 
     def _judge_paces(self) -> None:
-        """Once in a block of steps: who is slow, and for so long that it should go."""
-        self._block += 1
-        if self._block < self.settings.slow_block_steps:
-            return
-        settings = SlownessSettings(block_steps=self.settings.slow_block_steps, factor=self.settings.slow_factor)
-        plan = self.failover.plan
-        roles = {place.id: place.role for place in plan.ranks} if plan is not None else {}
-        self._paces, verdicts = judge(self._paces, self._own_ms, time.monotonic(), settings, roles)
-        self._own_ms, self._block = {}, 0
-        for rank, verdict in verdicts.items():
-            cause = f"{self._paces.slowness[rank]:.1f} times as slow as the others"
+        for rank, verdict in self.tally.judge(time.monotonic(), self.failover.plan).items():
+            cause = f"{self.tally.slowness[rank]:.1f} times as slow as the others"
             kind = "pace_recovered" if verdict == "recovered" else "slow"
             self.events.add(kind, self.failover.epoch, rank=rank, cause=cause, message=verdict)
             if verdict == "drain" and self.settings.drain_slow:
@@ -682,11 +498,11 @@ class Loop:
         self._wake.clear()
         failover = self.failover
         healing = failover.plan is not None and failover.healing
-        joining = self._may_join() or failover.may_admit or failover.may_grow
+        joining = self.replacements.may_join or failover.may_admit or failover.may_grow
         if self.restoration.underway and not failover.broken:
             await asyncio.sleep(0)
             return
-        if self._losses or failover.loaded or joining or (self.operations.pending and not failover.broken):
+        if self._losses or failover.meshes.loaded or joining or (self.operations.pending and not failover.broken):
             await asyncio.sleep(PENDING_S if self.operations.pending else 0)
             return
         if healing:
@@ -715,7 +531,7 @@ class Loop:
         salvage, again = self.restoration.of_lost({*losses, *failover.emptied})
         self._take_plan(losses, salvage)
         if phases is not None:
-            self.counts.recoveries += 1
+            self.recoveries += 1
             first = min((loss.evidence_at for loss in losses.values()), default=began)
             judged = max((loss.seen_at for loss in losses.values()), default=began)
             cause = _causes(losses)
@@ -725,13 +541,11 @@ class Loop:
             )
             self._resuming = _Resuming(min(losses, default=None), cause, tokens, phases, first, time.monotonic())
         if self.settings.restart:
-            self._to_replace |= losses.keys() - self.operations.out
+            self.replacements.postpone(losses.keys() - self.operations.out)
 
     def _resumed(self) -> None:
         """The first step after a recovery is in, or there is none to make. Replacements start now: not beside it."""
-        for rank in self._to_replace:
-            self.replace(rank)
-        self._to_replace.clear()
+        self.replacements.resume()
         if self._resuming is not None:
             r, now, self._resuming = self._resuming, time.monotonic(), None
             ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
@@ -740,30 +554,9 @@ class Loop:
             )
             plan = self.failover.plan
             if plan is not None and plan.masked:
-                share = lost_share(plan, self.expert_load)
+                share = lost_share(plan, self.tally.expert_load)
                 text = f"{len(plan.masked)} experts with {share:.1%} of the traffic"
                 self.events.add("masked", self.failover.epoch, message=text)
-
-    async def _replace(self, rank: int) -> None:
-        """Start a lost rank again, until it is ready to join."""
-        for attempt in range(RESTARTS):
-            try:
-                await self.failover.replace(rank)
-            except (RankLost, RankRefused, OSError) as error:
-                self.events.add("restart_failed", self.failover.epoch, rank=rank, cause=str(error))
-                await asyncio.sleep(2**attempt)
-                continue
-            self._ready_since = self._ready_since or time.monotonic()
-            self._wake.set()
-            return
-
-    def _may_join(self) -> bool:
-        """Replacements are ready, and nothing is gained by waiting for the others."""
-        failover = self.failover
-        if not failover.newcomers and not (failover.torn and failover.seated):
-            return False
-        coming = any(not task.done() for task in self._replacing.values())
-        return not coming or (self._ready_since is not None and time.monotonic() - self._ready_since > GATHER_S)
 
     async def _grow(self) -> None:
         """Those seated become part of the plan."""
@@ -780,25 +573,25 @@ class Loop:
         """All ranks enter a new generation, replacements among them."""
         failover, began = self.failover, time.monotonic()
         newcomers = {*failover.newcomers, *failover.seated}
-        self._ready_since, self._joining = None, newcomers
+        self.replacements.let_in(newcomers)
         try:
             phases = await failover.regenerate((*failover.alive, *newcomers), self._pages_used())
         except (RankLost, RankRefused, TimeoutError) as error:
             self.events.add("rejoin_failed", failover.epoch, cause=str(error) or type(error).__name__)
-            self._joining = set()
+            self.replacements.entered()
             for rank in newcomers - failover.newcomers:
                 self.links.declare(rank, Cause("error", "could not join"), time.monotonic())
                 if rank not in failover.alive:  # else the recovery that follows replaces it, once it is fenced
                     self.replace(rank)
             return
         finally:
-            self._joining = set()
+            self.replacements.entered()
         self._joined(newcomers, phases | {"total": 1e3 * (time.monotonic() - began)})
 
     def _joined(self, newcomers: set[int], phases: dict[str, float]) -> None:
         for rank in newcomers:
-            self._compiles.pop(rank, None)
-            self._replacing.pop(rank, None)
+            self.tally.forget(rank)
+            self.replacements.joined(rank)
         self._take_plan(newcomers)
         for rank in sorted(newcomers):
             self.events.add("rejoined", self.failover.epoch, rank=rank, phases=phases)
@@ -824,42 +617,19 @@ class Loop:
         failover.emptied.clear()
         self.state = lose(self.state, fresh & set(self.state.pools), salvage) if fresh else self.state
         attending = failover.plan.source_ids if failover.plan is not None else ()
-        pages = dict.fromkeys(attending, failover.base.pages_per_rank)
+        pages = dict.fromkeys(attending, failover.plans.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
         known, failover.known = failover.known, {}
         self.state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known)
-        self._news.again()
-        self._compiles = {rank: n for rank, n in self._compiles.items() if rank in failover.alive}
-        for rank in failover.alive:
-            process = self.links.get(rank)
-            if process is not None and rank not in self._compiles:
-                self._compiles[rank] = self._compiles_before[rank] = process.compiles
+        self._flights.take_plan()
+        processes = {rank: self.links.get(rank) for rank in failover.alive}
+        self.tally.take_plan({rank: process.compiles for rank, process in processes.items() if process is not None})
         self.state = drain.close(self.state, set(failover.alive).intersection(self.operations.leaving))
-        self._own_ms, self._block = {}, 0
-        self._deliver(outputs)
+        self.delivery.tell(outputs)
 
-    def _deliver(self, outputs: Iterable[Output]) -> None:
-        outputs = tuple(outputs)
-        if self.ledger.keeps and outputs:
-            self.ledger.note(outputs)
-        for request_id, item in outputs:
-            readers = list(self._streams.get(request_id, ()))
-            if isinstance(item, Token):
-                self.counts.tokens += 1
-                if item.degraded:
-                    self._degraded.add(request_id)
-            elif not isinstance(item, Scored):
-                self._streams.pop(request_id, None)
-                self.counts.degraded += request_id in self._degraded
-                self._degraded.discard(request_id)
-                self.counts.finished += isinstance(item, Finished)
-                self.counts.failed += isinstance(item, MoejaxError)
-            for queue in readers:
-                queue.put_nowait(item)
-
-    def _cancelled(self, request_id: str) -> tuple[Output, ...]:
+    def _abandon(self, request_id: str) -> None:
         self.state, outputs = cancel(self.state, request_id)
-        return outputs
+        self.delivery.tell(outputs)
 
     def _restore(self) -> None:
         """Take up the requests that a front before this one left in the journal."""
@@ -870,71 +640,18 @@ class Loop:
                 reused = next((item.reused for item in items if isinstance(item, Token)), None)
                 said, told = tokens(items), scored(items)
                 self.state, outputs = resubmit(self.state, request, generated=said, scored=told, reused=reused)
-                self._deliver(outputs)
+                self.delivery.tell(outputs)
         if calls:
             text = f"{len(self.state.waiting)} requests of {len(calls)} calls go on"
             self.events.add("restored_calls", self.failover.epoch, message=text)
 
-    async def _keep_journal(self) -> None:
-        """Once in a while: forget what is over, tell of what cannot be written, and let the disk have the rest."""
-        synced = time.monotonic()
-        while True:
-            await asyncio.sleep(TEND_S)
-            ledger, before = self.ledger, self._journal_trouble
-            ledger.tend()
-            self._journal_trouble = ledger.trouble
-            if (ledger.trouble is None) != (before is None):
-                kind = "journal_back" if ledger.trouble is None else "journal_failed"
-                self.events.add(kind, self.failover.epoch, cause=ledger.trouble or "")
-            if ledger.dirty and time.monotonic() - synced >= self.settings.journal_sync_s:
-                await asyncio.to_thread(ledger.sync)
-                synced = time.monotonic()
+    def _tell_of_journal(self, trouble: str | None) -> None:
+        kind = "journal_back" if trouble is None else "journal_failed"
+        self.events.add(kind, self.failover.epoch, cause=trouble or "")
 
     def _end_all(self, error: MoejaxError) -> None:
-        for request_id in list(self._streams):
-            self.state, _ = cancel(self.state, request_id)
-            self._deliver([(request_id, error)])
-
-    def _losses_priced(self) -> dict[int, LossCost]:
-        """What each single loss would cost; worked out anew when the plan or what is prepared has changed."""
-        failover = self.failover
-        at = (failover.epoch, frozenset(failover.connected), failover.parity.progress)
-        if failover.plan is not None and at != self._priced_at:
-            recovery = measured(self.events.past())
-            self._priced_at, self._priced = at, failover.loss_costs(self.expert_load, recovery)
-        return self._priced
-
-    def _rank_status(self, rank: int) -> RankStatus:
-        plan, pool, process = self.failover.plan, self.state.pools.get(rank), self.links.get(rank)
-        serving = plan is not None and rank in plan.rank_ids and rank not in self._losses
-        starting = rank in self._replacing and not self._replacing[rank].done()
-        states = {
-            "draining": serving and rank in self.operations.leaving,
-            "serving": serving,
-            "joining": rank in self.failover.joining,
-            "starting": starting,
-            "out": rank in self.operations.out,
-        }
-        state = next((name for name, holds in states.items() if holds), "dead")
-        held = plan.slots_of(rank).tolist() if serving and plan is not None and rank in plan.holder_ids else ()
-        place = self.failover.place_of(rank)
-        return RankStatus(
-            id=rank,
-            pid=process.process.pid if process is not None and process.loss is None else None,
-            host=place.host,
-            rack=place.rack,
-            state=state,
-            role=plan.role(rank) if serving and plan is not None else self.failover.base.role(rank),
-            slots=tuple(map(tuple, held)),
-            pages=pool.total if pool else 0,
-            pages_used=pool.used if pool else 0,
-            running=sum(s.rank == rank for s in self.state.running.values()),
-            compiles=self._compiles.get(rank, 0),
-            step_ms=self._rank_ms.get(rank, 0.0),
-            slowness=self._paces.slowness.get(rank, 0.0),
-            level=self.operations.levels.get(rank, 0),
-            loss=self._losses_priced().get(rank) if serving else None,
-        )
+        for request_id in self.delivery.awaited:
+            self.end(request_id, error)
 
 
 def _causes(losses: dict[int, Loss]) -> str:

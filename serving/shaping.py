@@ -36,9 +36,9 @@ class Tile(NamedTuple):
 def shapes(batch: Batch, rank: int, masks: Masks) -> dict[int, RowShape]:
     """By segment, what bends the choices of a rank's part of a step."""
     return {
-        segment + max(item.tiles, 1) - 1: row_shape(item.shaped, masks)
-        for item, _, segment in segments(batch.bucket, batch.work[rank])
-        if item.shaped is not None
+        placed.last: row_shape(placed.work.shaped, masks)
+        for placed in segments(batch.bucket, batch.work[rank])
+        if placed.work.shaped is not None
     }
 
 

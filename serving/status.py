@@ -134,6 +134,10 @@ class Status:
     """Of these, computed again."""
     front_pid: int = 0
     """The front's process, on its machine."""
+    rows: int = 0
+    """Rows that steps have computed on all ranks: of the smallest bucket that held each."""
+    rows_filled: int = 0
+    """Of these, a token of some request; the others are padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,17 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("experts", lost),
         ("parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
+        ("steps", f"{status.steps}; {_padding(status)}"),
         ("caches", f"{copies}, {status.protected_bytes >> 20} MiB; {given}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
         ("compiles since ready", str(status.compiles_after_ready)),
     ):
         facts.add_row(Text(name, "bold"), Text.from_markup(value))
     return Group(facts, "", _ranks(status.ranks))
+
+
+def _padding(status: Status) -> str:
+    return f"{1 - status.rows_filled / status.rows:.0%} of their rows were padding" if status.rows else "no rows yet"
 
 
 def _ranks(ranks: Sequence[RankStatus]) -> Table:

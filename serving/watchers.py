@@ -1,14 +1,19 @@
-"""What runs beside the steps for as long as the server does: the scrub of weights, and the file of device errors."""
+"""What runs beside the steps for as long as the server does: the scrub of weights, the file of device errors, and the
+journal's upkeep."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from serving.errors import MoejaxError
 from serving.faults import DeviceError
+from serving.ledger import Ledger
 
 FOLLOW_S = 0.2
 """How often the file of device errors is looked at."""
+TEND_S = 0.25
+"""How often the journal is looked after."""
 
 
 async def scrub(slots: Callable[[], int], inspect: Callable[[int], Awaitable[None]], period_s: float) -> None:
@@ -50,3 +55,18 @@ async def follow_errors(path: Path, report: Callable[[DeviceError], object], say
                 report(DeviceError.parse(line.decode(errors="replace")))
             except MoejaxError as error:
                 say(str(error))
+
+
+async def keep_journal(ledger: Ledger, tell: Callable[[str | None], None], sync_s: float) -> None:
+    """Once in a while: forget what is over, `tell` why nothing can be written or that it can again, and let the disk
+    have the rest. Ends when cancelled."""
+    synced, before = time.monotonic(), None
+    while True:
+        await asyncio.sleep(TEND_S)
+        ledger.tend()
+        if (ledger.trouble is None) != (before is None):
+            tell(ledger.trouble)
+        before = ledger.trouble
+        if ledger.dirty and time.monotonic() - synced >= sync_s:
+            await asyncio.to_thread(ledger.sync)
+            synced = time.monotonic()

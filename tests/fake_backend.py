@@ -185,6 +185,8 @@ class FakeBackend:
             step_ms=20.0 * self._tokens,
             program_ms=15.0 * self._tokens,
             rank_ms=17.0 * self._tokens,
+            rows=40 * self._tokens,
+            rows_filled=10 * self._tokens,
             preemptions=3,
             prefix_queries=40,
             prefix_hits=24,

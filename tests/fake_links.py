@@ -133,6 +133,12 @@ class FakeLinks:
     def get(self, rank: int) -> FakeProcess | None:
         return self._ranks.get(rank)
 
+    def home(self, rank: int) -> None:
+        return self._ranks[rank].process.home if rank in self._ranks else None
+
+    async def call_all(self, what: str, messages) -> list[link_pb2.Done]:
+        return await asyncio.gather(*(self.call(rank, what, message) for rank, message in messages.items()))
+
     def watch(self, rank: int) -> None: ...
 
     def unwatch(self, rank: int) -> None: ...

@@ -10,7 +10,7 @@ from benchmarks.losses import LossRecord, Moments, compiles_between, kill_order,
 from benchmarks.recovery import summarize
 from benchmarks.stalls import Spread, added_stall_ms, goodput_loss, longest_gap_ms, median_gap_ms
 from benchmarks.streams import Ask, Known, Trace, running, whole
-from benchmarks.throughput import concurrencies, outside_share, percentile
+from benchmarks.throughput import concurrencies, outside_share, padding_share, percentile
 from benchmarks.throughput import summarize as summarize_run
 from tests.fake_backend import FakeBackend
 
@@ -173,6 +173,13 @@ def test_the_share_outside_the_program_is_of_the_steps_in_between() -> None:
     after = dataclasses.replace(before, step_ms=before.step_ms + 200, program_ms=before.program_ms + 150)
     assert outside_share(before, after) == 0.25
     assert outside_share(before, before) is None
+
+
+def test_the_share_of_padding_is_of_the_rows_in_between() -> None:
+    before = FakeBackend().status()
+    after = dataclasses.replace(before, rows=before.rows + 80, rows_filled=before.rows_filled + 20)
+    assert padding_share(before, after) == 0.75
+    assert padding_share(before, before) is None
 
 
 def test_percentiles_and_lists_of_streams() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-import serving.failover
 import serving.loop
+import serving.rendezvous
+import serving.replacements
 import serving.restoration
 from serving.generation import Generation
 from serving.metrics import Metrics
@@ -36,9 +37,9 @@ def generation(backend: FakeBackend, tokenizer: Tokenizer) -> Generation:
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loop and failover on `tests.fake_links`, in no time."""
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
-    for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
-        monkeypatch.setattr(serving.loop, name, 0.005)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
+    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
+        monkeypatch.setattr(module, name, 0.005)
     monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
     monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
     monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)

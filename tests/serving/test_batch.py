@@ -27,6 +27,13 @@ def test_a_bucket_has_a_row_for_each_decode_segment_and_32_for_each_tile():
     assert (Bucket(8, 2).rows, Bucket(8, 2).segments) == (72, 10)
 
 
+def test_what_work_does_not_fill_of_the_bucket_on_every_rank_is_padding():
+    both = {0: (work("a", 9, [50], [4, 7]), work("b", 0, range(40), range(5))), 1: (work("c", 3, [9], [9]),), 2: ()}
+    batch = Batch(step=1, epoch=0, bucket=Bucket(4, 2), work=both)
+    assert batch.rows == 3 * (4 + 2 * 32)
+    assert batch.filled == 1 + 40 + 1
+
+
 def test_a_decode_row_is_a_segment_of_its_own():
     a = arrays_of((2, 0), work("a", 9, [50], [4, 7]))
     assert a["tokens"].tolist() == [50, 0]

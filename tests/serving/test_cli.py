@@ -85,6 +85,14 @@ def test_status_tells_where_lost_experts_came_from(server, backend):  # noqa: F8
     assert "7 of 8 groups, 5 MiB" in shown
 
 
+def test_status_tells_how_much_of_the_steps_is_padding(server, backend):  # noqa: F811
+    assert "0; no rows yet" in run("status", "--server", server.address).output
+    run("generate", "hi", "--server", server.address)
+    assert (
+        f"{backend.status().steps}; 75% of their rows were padding" in run("status", "--server", server.address).output
+    )
+
+
 def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_path):  # noqa: F811
     backend.dead.add(2)
     plan = tmp_path / "plan.json"

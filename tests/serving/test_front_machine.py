@@ -34,9 +34,9 @@ async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     """What is left of a front that was killed: nothing that runs, and the ranks."""
     m.loop.ledger.close()
     m.failover.copies.close()
-    running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop._replacing.values()]
-    running += [flight.answers for flight in m.loop._flights]
-    running += [m.failover._preparing, m.failover._admitting, m.failover._minding]
+    running = [*tasks, m.loop._task, *m.loop._watchers, *m.loop.replacements.tasks]
+    running += m.loop._flights.answers
+    running += [m.failover.meshes._loading, m.failover._admitting, m.failover._rendezvous._minding]
     for task in filter(None, running):
         task.cancel()
     await asyncio.gather(*filter(None, running), return_exceptions=True)
@@ -85,7 +85,7 @@ async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | 
                 assert items[-1] == Finished("length")
             while set(second.failover.alive) != set(range(RANKS)) or second.failover.healing:
                 await asyncio.sleep(0.001)
-        assert second.loop.counts.failed == 0
+        assert second.loop.status().failed == 0
         return before, len(second.links.log) - began
     finally:
         await second.loop.drain(0.0)
@@ -110,8 +110,8 @@ async def lose_front_and_rank(folder: Path, shares: bool) -> None:
         async with asyncio.timeout(LIMIT_S):
             await second.failover.start()
             second.loop.start()
-            kept = second.loop.counts.tokens
-            while second.loop.counts.tokens < kept + len(second.requests):
+            kept = second.loop.status().tokens
+            while second.loop.status().tokens < kept + len(second.requests):
                 await asyncio.sleep(0)
             there = sum(s.withdrawn().computed for s in second.loop.state.running.values() if s.rank == 1)
             second.links.kill(1)

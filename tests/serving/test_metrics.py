@@ -111,6 +111,7 @@ async def test_load_of_experts_and_price_of_ranks_are_those_of_the_status(genera
     assert value(metrics, "moejax_expert_imbalance", layer="1") == pytest.approx(8 / 4.5)
     assert value(metrics, "moejax_rank_loss_stall_seconds", rank="2") == pytest.approx(0.082)
     assert value(metrics, "moejax_rank_up", rank="0") == 1
+    assert (value(metrics, "moejax_rows_total"), value(metrics, "moejax_rows_filled_total")) == (40 * 5, 10 * 5)
     await backend.lose(0)
     assert value(metrics, "moejax_rank_up", rank="0") == 0
     assert value(metrics, "moejax_rank_loss_stall_seconds", rank="0") is None

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-import serving.failover
 import serving.loop
 import serving.parity
+import serving.rendezvous
+import serving.replacements
 from planner.parity import kept_groups, ways
 from serving.config import Settings
 from serving.errors import InvalidRequest
@@ -25,12 +26,12 @@ BARE = {"parity": 2, "restart": False, "survive": 0, "slots_per_rank": 2}
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
     monkeypatch.setattr(serving.parity, "PIECE_BYTES", 33)
     monkeypatch.setattr(serving.parity, "LOOK_S", 0.001)
     monkeypatch.setattr(serving.parity, "AGAIN_S", 0.01)
-    for name in ("SETTLE_S", "GATHER_S", "IDLE_S"):
-        monkeypatch.setattr(serving.loop, name, 0.005)
+    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
+        monkeypatch.setattr(module, name, 0.005)
 
 
 @contextlib.asynccontextmanager
@@ -70,9 +71,9 @@ async def until(holds) -> None:
 
 async def lose(m: Machine, rank: int) -> None:
     """A rank dies, and the others go on."""
-    before = m.loop.counts.recoveries
+    before = m.loop.status().recoveries
     m.links.kill(rank)
-    await until(lambda: m.loop.counts.recoveries > before and not m.failover.healing)
+    await until(lambda: m.loop.status().recoveries > before and not m.failover.healing)
 
 
 def kinds(m: Machine) -> list[str]:
@@ -123,7 +124,7 @@ def test_an_expert_that_another_rank_is_to_have_is_moved_there_and_never_masked(
             m.links.kill(second)
             await until(lambda: second not in failover.alive)
             assert moved.isdisjoint(failover.plan.masked)
-            await until(lambda: m.loop.counts.recoveries == 2 and failover.settled is not None)
+            await until(lambda: m.loop.status().recoveries == 2 and failover.settled is not None)
             assert failover.plan.masked == ()
             assert failover.parity.moved == len(moved)
 
@@ -132,9 +133,9 @@ def test_an_expert_that_another_rank_is_to_have_is_moved_there_and_never_masked(
 
 def moves(failover: Failover) -> Iterator[tuple[int, int, set[tuple[int, int]]]]:
     """Two ranks, one lost after the other, and the (MoE layer, expert) that the second loss moves among the others."""
-    ranks = set(failover.base.rank_ids)
+    ranks = set(failover.plans.base.rank_ids)
     for first, second in itertools.permutations(ranks, 2):
-        now, then = failover.plan_for(ranks - {first}), failover.plan_for(ranks - {first, second})
+        now, then = failover.plans.of(ranks - {first}), failover.plans.of(ranks - {first, second})
         yield first, second, {at for at, way in ways((), now, then).items() if way.group is None}
 
 
@@ -144,7 +145,7 @@ def test_two_losses_at_once_leave_to_the_store_what_they_took_two_of():
             m.links.store = store
             m.links.kill(0)
             m.links.kill(1)
-            await until(lambda: m.loop.counts.recoveries > 0 and not m.failover.healing)
+            await until(lambda: m.loop.status().recoveries > 0 and not m.failover.healing)
             assert m.failover.alive == (2,)
             assert "ready" in kinds(m)
             return m

@@ -118,8 +118,9 @@ async def spoil(m: Machine) -> None:
 
 
 async def coordinator(m: Machine) -> None:
-    assert m.failover._coordinator is not None
-    await m.failover._coordinator.stop()
+    service = m.failover._rendezvous.coordinator
+    assert service is not None
+    await service.stop()
 
 
 CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator)
@@ -169,7 +170,7 @@ async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim
             assert m.tokens[request.id] == alone(request, MODEL.max_context)[0]
         assert m.failover.plan is not None
         assert m.failover.plan.masked == ()
-        assert m.loop.counts.failed == 0
+        assert m.loop.status().failed == 0
         restored, protection = m.loop.restoration.restored, settings["protect_cache"]
         assert restored > 0 or protection == "off" or act not in (lose_one, lose_two, lose_experts) or at is not None
         assert restored == 0 or protection != "off"

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-import serving.failover
 import serving.loop
+import serving.rendezvous
 import serving.restoration
 from serving.config import Settings
 from serving.faults import Instruction
@@ -18,7 +18,7 @@ FREE = Settings(**{**vars(SETTINGS), "restart": False, "prefix_caching": False})
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.failover, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
 
 
 async def lose_one(spoil=None, *, victim: int = 1, streams: int = 6) -> tuple[Machine, dict]:
@@ -122,14 +122,14 @@ def test_a_rank_that_cannot_open_copies_is_sent_the_entries(monkeypatch):
 def test_a_client_that_leaves_while_its_context_is_restored_takes_nothing_along(monkeypatch):
     choose(monkeypatch, True)
     m = asyncio.run(leave_in_the_middle())
-    assert m.loop.counts.failed == 0
+    assert m.loop.status().failed == 0
     assert all(not pool.used for pool in m.loop.state.pools.values())
     assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
 
 
 def test_a_client_that_leaves_while_another_request_is_moved_stays_gone():
     m = asyncio.run(leave_in_the_middle("read_cache"))
-    assert m.loop.counts.finished == len(m.requests)  # each once
+    assert m.loop.status().finished == len(m.requests)  # each once
     assert all(not pool.used for pool in m.loop.state.pools.values())
     assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
 
