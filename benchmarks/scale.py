@@ -1,0 +1,109 @@
+"""Step time and recovery time against the number of ranks: what is measured for the model, and its tables.
+
+    python -m benchmarks.scale [--json FILE] [--only fronts|servers] [--kills 2]
+    python -m benchmarks.scale --table FILE [--model deepseek-v3] [--cluster h200]
+
+The first measures what the model (planner/scale.py, docs/scale.md) takes from this machine. A real front runs steps,
+rounds of messages and a recovery on 4 to 1024 stand-ins: ranks that attach over the real protocol and answer at once.
+Then real servers of 1, 2, 4 and 8 ranks give the time of a step with 8 streams, and of recoveries from SIGKILL. With
+--only, the other half stays as FILE has it. The second prints the tables of docs/scale.md from such a file.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scale_front, scale_local, scale_tables
+from benchmarks.machine import machine
+from planner.huggingface import read_model
+from serving.prepared import prepare
+from serving.tokens import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+FRONTS = {"deepseek-v3": (4, 16, 64, 256, 1024), "tiny": (4, 16, 64)}
+"""Whose shapes the front's messages have, and on how many stand-ins."""
+SERVERS = (("tiny", "float32"), ("bench-mixtral", "int8"))
+LOCAL_RANKS = (1, 2, 4, 8)
+PER_RANK, MOST_ROWS = (2, 8), 2048
+"""Decoding requests on each rank, and the most on all where there may be fewer."""
+
+
+def measure_fronts() -> dict[str, Any]:
+    """What a front spends: on steps, rounds and a loss by model, and on ranks that do nothing."""
+    tokenizer = Tokenizer.load(ROOT / "models" / "tiny", bos_token=None, stop_tokens=())
+    shapes = {name: read_model(source(name)) for name in FRONTS}
+    alone = asyncio.run(scale_front.standing(tokenizer, shapes["tiny"]))
+    print(f"{'watching':14} {scale_front.line(alone)}", flush=True)
+    fronts = {
+        name: asyncio.run(scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS))
+        for name, counts in FRONTS.items()
+    }
+    return {"fronts": fronts, "standing": alone}
+
+
+def source(name: str) -> str:
+    """Where the planner reads a model of this repository, or one by its name."""
+    plain = ROOT / "configs" / "models" / "plain" / f"{name}.json"
+    return str(plain) if plain.exists() else name
+
+
+def measure_servers(kills: int) -> dict[str, Any]:
+    """Steps and recoveries of real servers, and their models in the planner's numbers."""
+    servers = {}
+    for name, data_type in SERVERS:
+        prepared = asyncio.run(prepare(name, data_type))
+        rows = scale_local.measure_servers(name, data_type, LOCAL_RANKS, kills)
+        servers[name] = {"workload": dataclasses.asdict(prepared.workload(32)), "rows": rows}
+    return {"servers": servers}
+
+
+def main() -> int:
+    """Measure and write JSON, or print the tables."""
+    arguments = parse()
+    if arguments.table is not None:
+        print(scale_tables.report(json.loads(arguments.table.read_text()), arguments.model, arguments.cluster))
+        return 0
+    file = arguments.json
+    result = json.loads(file.read_text()) if arguments.only and file is not None and file.exists() else {}
+    where = machine()
+    if arguments.only != "servers":
+        result |= {"fronts_machine": where} | measure_fronts()
+    if arguments.only != "fronts":
+        result |= {"servers_machine": where} | measure_servers(arguments.kills)
+    if file is not None:
+        file.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    return 0
+
+
+def rounded(value: Any) -> Any:
+    """With four digits behind the point of every number."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    about, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scale",
+        description=about,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, help="write what was measured here")
+    parser.add_argument("--only", choices=("fronts", "servers"), help="measure this half")
+    parser.add_argument("--kills", type=int, default=2, help="recoveries of each server")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of such a file")
+    parser.add_argument("--model", default="deepseek-v3", help="of the tables: one of configs/models")
+    parser.add_argument("--cluster", default="h200", help="of the tables: one of configs/clusters")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
