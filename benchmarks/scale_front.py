@@ -23,7 +23,9 @@ from serving.guided import Guides
 from serving.health import Cause, HealthSettings
 from serving.links import Loss, RankLinks
 from serving.loop import Loop
+from serving.mesh_key import MeshKey
 from serving.prepared import Prepared
+from serving.proto.moejax.v1 import link_pb2
 from serving.request import Request
 from serving.tokens import Tokenizer
 
@@ -175,14 +177,21 @@ class FrontOf:
         return list(self.loop.state.running.values())
 
     async def rounds(self) -> dict[str, float]:
-        """Messages to all, between steps: milliseconds of the front's core to say abort, and to have a plan adopted."""
-        aborts, adoptions, clocks = [], [], []
+        """Messages to all, between steps: milliseconds of the front's core to say abort, to have a mesh prepared, and a
+        plan adopted."""
+        aborts, preparations, adoptions, clocks = [], [], [], []
+        plan = self.failover.plan
+        assert plan is not None
+        prepare = link_pb2.Prepare(mesh=MeshKey.of(plan).message())
         for _ in range(ADOPTIONS):
             spent = time.process_time()
             self.links.abort(range(self.ranks), self.failover.epoch)
             while any(self.links.get(rank).outbox.qsize() for rank in range(self.ranks)):  # type: ignore[union-attr]
                 await asyncio.sleep(0)
             aborts.append(time.process_time() - spent)
+            spent = time.process_time()
+            await asyncio.gather(*(self.links.call(rank, "prepare", prepare) for rank in range(self.ranks)))
+            preparations.append(time.process_time() - spent)
             spent, began = time.process_time(), time.monotonic()
             await self.failover.release(())
             adoptions.append(time.process_time() - spent)
@@ -192,6 +201,7 @@ class FrontOf:
         return {
             "ranks": self.ranks,
             "abort_ms": 1e3 * min(aborts),
+            "prepare_ms": 1e3 * min(preparations),
             "adopt_ms": 1e3 * min(adoptions),
             "adopt_clock_ms": 1e3 * min(clocks),
         }

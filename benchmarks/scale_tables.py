@@ -82,11 +82,15 @@ def front_of(measured: dict[str, list[dict[str, float]]], standing: dict[str, fl
     fixed, each, row = fit([ones, ranks, [r["rows"] for r in steps]], [r["core_ms"] / 1e3 for r in steps])
     ranks, ones = [r["ranks"] for r in rounds], [1.0] * len(rounds)
     abort = fit([ones, ranks], [r["abort_ms"] / 1e3 for r in rounds])
-    adopt = fit([ones, ranks, [n * n for n in ranks]], [r["adopt_ms"] / 1e3 for r in rounds])
+    prepare, adopt = (
+        fit([ones, ranks, [n * n for n in ranks]], [r[name] / 1e3 for r in rounds])
+        for name in ("prepare_ms", "adopt_ms")
+    )
     return Front(
         step=Line(fixed=fixed, each=each),
         row=row,
         abort=Line(fixed=abort[0], each=abort[1]),
+        prepare=Line(fixed=prepare[0], each=prepare[1], pair=prepare[2]),
         adopt=Line(fixed=adopt[0], each=adopt[1], pair=adopt[2]),
         beat=standing["beat_ms"] / 1e3,
         look=standing["look_ms"] / 1e3,
@@ -95,11 +99,12 @@ def front_of(measured: dict[str, list[dict[str, float]]], standing: dict[str, fl
 
 def described(front: Front) -> str:
     """Its lines as formulas."""
-    s, a, d = front.step, front.abort, front.adopt
+    s, a, p, d = front.step, front.abort, front.prepare, front.adopt
     return (
         f"milliseconds of a core for n ranks and r tokens\n"
         f"  step     {s.fixed * 1e3:.2f} + {s.each * 1e3:.3f} n + {front.row * 1e3:.3f} r\n"
         f"  abort    {a.fixed * 1e3:.2f} + {a.each * 1e3:.3f} n\n"
+        f"  prepare  {p.fixed * 1e3:.2f} + {p.each * 1e3:.3f} n + {p.pair * 1e6:.2f} n^2 / 1000\n"
         f"  adopt    {d.fixed * 1e3:.2f} + {d.each * 1e3:.3f} n + {d.pair * 1e6:.2f} n^2 / 1000\n"
         f"  a heartbeat {front.beat * 1e3:.3f}, every {front.beat_s * 1e3:.0f} ms; "
         f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms: "
@@ -118,12 +123,13 @@ def front_table(measured: dict[str, list[dict[str, float]]], front: Front) -> st
         cells = [n, int(step["rows"]), f"{step['core_ms']:.1f}", f"{1e3 * line:.1f}"]
         if n not in seen:
             round_, loss = rounds[n], losses[n]
-            told = [round_["abort_ms"], 1e3 * front.abort.at(n), round_["adopt_ms"], 1e3 * front.adopt.at(n)]
-            cells += [f"{ms:.1f}" for ms in (*told, loss["core_ms"], loss["total"])]
+            for name, line in (("abort", front.abort), ("prepare", front.prepare), ("adopt", front.adopt)):
+                cells += [f"{ms:.1f}" for ms in (round_[f"{name}_ms"], 1e3 * line.at(n))]
+            cells += [f"{loss[name]:.1f}" for name in ("core_ms", "total")]
         seen.add(n)
-        rows.append(cells + ["-"] * (10 - len(cells)))
-    head = ["ranks", "tokens", "step", "by line", "abort", "by line", "adopt", "by line", "a loss", "on the clock"]
-    return table(head, rows)
+        rows.append(cells + ["-"] * (12 - len(cells)))
+    rounds_ = [x for name in ("step", "abort", "prepare", "adopt") for x in (name, "by line")]
+    return table(["ranks", "tokens", *rounds_, "a loss", "on the clock"], rows)
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
     rows = []
     for at in sizes:
         if at.step is None or at.shape is None:
-            rows.append([at.ranks, "does not fit", *["-"] * 9])
+            rows.append([at.ranks, "does not fit", *["-"] * 10])
             continue
         t = recovery_time(
             at.workload,
@@ -212,9 +218,11 @@ def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
             prefill=at.prefill,
         )
         phases = (t.detect, t.abort, t.abort_messages, t.adopt, t.adopt_messages, t.weights, t.resume)
-        rows.append([f"{at.ranks:,}", *map(milliseconds, (*phases, t.stall, t.replay, t.moved_stall))])
+        ready = front.preparing(at.ranks, at.ranks + len(at.cluster.domains("host")))
+        cells = map(milliseconds, (*phases, t.stall, t.replay, t.moved_stall))
+        rows.append([f"{at.ranks:,}", *cells, "never" if ready == inf else f"{ready:,.1f} s"])
     head = ["ranks", "detect", "abort", "messages", "adopt", "messages", "weights", "a step", "all others"]
-    return table([*head, "replay", "its own"], rows)
+    return table([*head, "replay", "its own", "prepared in"], rows)
 
 
 def limit_table(sizes: Sequence[Sized], front: Front) -> str:

@@ -33,13 +33,14 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """What a front's core spends: on a step (`row` for each token of it besides), on telling all ranks to abort and to
-    adopt, on hearing a heartbeat, and on looking once at a rank. A rank's heart beats each `beat_s`, and it is looked
-    at each `look_s`."""
+    """What a front's core spends: on a step (`row` for each token of it besides), on telling all ranks to abort, to
+    prepare a mesh and to adopt a plan, on hearing a heartbeat, and on looking once at a rank. A rank's heart beats each
+    `beat_s`, and it is looked at each `look_s`."""
 
     step: Line = Line()
     row: float = 0.0
     abort: Line = Line()
+    prepare: Line = Line()
     adopt: Line = Line()
     beat: float = 0.0
     look: float = 0.0
@@ -58,6 +59,10 @@ class Front:
     def step_seconds(self, n: int, rows: float) -> float:
         """For making a step of `rows` tokens on `n` ranks, sending it, and taking in its results."""
         return self.busy(n, self.step.at(n) + self.row * rows)
+
+    def preparing(self, n: int, losses: int) -> float:
+        """For having the mesh of each of so many losses loaded, then connected, by about `n` ranks."""
+        return self.busy(n, 2 * losses * self.prepare.at(n))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ FRONT = Front(
     step=Line(fixed=1e-3, each=2e-4),
     row=5e-5,
     abort=Line(fixed=1e-4, each=3e-5),
+    prepare=Line(fixed=1e-3, each=1e-4, pair=1e-8),
     adopt=Line(fixed=1e-3, each=2e-4, pair=1e-8),
     beat=3e-5,
     look=5e-6,
@@ -76,6 +77,11 @@ def test_a_front_that_only_watches_has_no_time_for_steps():
     assert each == pytest.approx(3e-5 / 0.05 + 5e-6 / 0.01)
     assert FRONT.step_seconds(int(0.999 / each), 0) < inf
     assert FRONT.step_seconds(int(1.01 / each), 0) == inf
+
+
+@given(n=st.integers(1, 400))
+def test_preparing_every_single_loss_grows_faster_than_the_ranks(n: int):
+    assert FRONT.preparing(n + 1, n + 1) >= FRONT.preparing(n, n) * (n + 1) / n
 
 
 @given(n=ranks, tokens=st.integers(1, 256))
