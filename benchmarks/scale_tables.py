@@ -34,6 +34,8 @@ BIG, LOCAL = "deepseek-v3", "tiny"
 RECOVERY = Recovery()
 OVERHEAD = 0.1
 """The front's part of a step that is still small."""
+GROUP = 8
+"""Ranks of a front in the table of many: a host's."""
 STREAMS, CONTEXT = 8, 160
 PUBLISHED = ((16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
 """Ranks, and microseconds of a dispatch and a combine, 128 tokens a rank: DeepEP's low-latency kernels on H800 and
@@ -57,6 +59,8 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
         recovery_table(sizes, big),
         "\nhow many ranks one front can have",
         limit_table(sizes, big),
+        f"\na step with a front for every {GROUP} ranks, and one that leads them (not built)",
+        group_table(sizes, big),
         "\none exchange of a MoE layer, there and back, and what is published for it",
         exchange_table(model, cluster),
     ]
@@ -226,10 +230,10 @@ def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
 
 
 def limit_table(sizes: Sequence[Sized], front: Front) -> str:
-    """Up to how many ranks one front is enough, for fewer and more requests on each."""
+    """Up to how many ranks one front is enough, for fewer and more requests on each, beside a step as on 320 ranks."""
     at = next(s for s in sizes if s.ranks == 320 and s.step is not None)
     rows = []
-    for requests in (1, 8, 32, at.requests):
+    for requests in sorted({1, 8, at.requests}):
         step = step_time(at.workload, at.cluster, at.shape, requests, Traffic().context).total
         cells = [str(requests), milliseconds(step)]
         for cost in (front, replace(front, beat=0.0, look=0.0)):
@@ -240,6 +244,22 @@ def limit_table(sizes: Sequence[Sized], front: Front) -> str:
     alone = most_ranks(lambda n: front.standing(n) < 1)
     head = ["requests a rank", "ranks' step", "front <= 10%", "front <= a step", "unwatched: <= 10%", "<= a step"]
     return table(head, rows) + f"\nwatching alone takes the whole core at {alone:,} ranks"
+
+
+def group_table(sizes: Iterable[Sized], front: Front) -> str:
+    """A step when every `GROUP` ranks have a front of their own, and one leads the fronts: it tells each what comes next,
+    and hears from each."""
+    rows = []
+    for at in sizes:
+        if at.step is None:
+            continue
+        fronts = -(-at.ranks // GROUP)
+        own = front.step_seconds(min(at.ranks, GROUP), min(at.ranks, GROUP) * at.requests)
+        lead = front.busy(fronts, front.prepare.fixed + front.prepare.each * fronts)
+        ahead = max(at.step.total, own, lead)
+        cells = [milliseconds(s) for s in (at.step.total, own, lead, ahead)]
+        rows.append([f"{at.ranks:,}", f"{fronts:,}", *cells, f"{ahead / at.step.total:.2f}"])
+    return table(["ranks", "fronts", "ranks' step", "a front", "the lead", "ahead", "over the ranks'"], rows)
 
 
 def exchange_table(model: str, cluster: str) -> str:
