@@ -35,7 +35,8 @@ def measure_fronts() -> dict[str, Any]:
     """What a front spends: on steps, rounds and a loss by model, and on ranks that do nothing."""
     tokenizer = Tokenizer.load(ROOT / "models" / "tiny", bos_token=None, stop_tokens=())
     shapes = {name: read_model(source(name)) for name in FRONTS}
-    alone = asyncio.run(scale_front.standing(tokenizer, shapes["tiny"]))
+    beat = asyncio.run(scale_front.beating(tokenizer, shapes["tiny"]))
+    alone = {"beat_ms": 1e3 * beat, "look_ms": 1e3 * scale_front.looking()}
     print(f"{'watching':14} {scale_front.line(alone)}", flush=True)
     fronts = {
         name: asyncio.run(scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS))
@@ -79,12 +80,12 @@ def main() -> int:
 
 
 def rounded(value: Any) -> Any:
-    """With four digits behind the point of every number."""
+    """With five digits behind the point of every number."""
     if isinstance(value, dict):
         return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(each) for each in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def parse() -> argparse.Namespace:

@@ -5,10 +5,12 @@ does not count.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from benchmarks.stand_ins import StandIns
@@ -20,7 +22,7 @@ from serving.config import Settings
 from serving.engine import Limits
 from serving.failover import Failover
 from serving.guided import Guides
-from serving.health import Cause, HealthSettings
+from serving.health import Cause, HealthSettings, Observation, stuck, suspects
 from serving.links import Loss, RankLinks
 from serving.loop import Loop
 from serving.mesh_key import MeshKey
@@ -34,7 +36,7 @@ PROMPT, LIMIT_S = 8, 120.0
 STEPS, LEAST_S = 12, 1.5
 """A measurement takes so many steps, and so long, at least."""
 ADOPTIONS = 3
-WATCHED, BEAT_S = 32, 0.02
+WATCHED, BEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
 
 
@@ -226,23 +228,36 @@ class FrontOf:
         return {"ranks": self.ranks, "core_ms": 1e3 * spent, **event.phases}
 
 
-async def standing(tokenizer: Tokenizer, workload: Workload, seconds: float = 3.0) -> dict[str, float]:
-    """Milliseconds of the front's core for a heartbeat, and for a look at a rank, of ranks that do nothing else."""
+async def beating(tokenizer: Tokenizer, workload: Workload, seconds: float = 4.0) -> float:
+    """Seconds of the front's core for a heartbeat, of ranks that do nothing else."""
     async with FrontOf.stand_ins(WATCHED, workload, tokenizer, beat_s=BEAT_S) as front:
-        await asyncio.sleep(200 * BEAT_S)  # until the front knows as many gaps of each as it keeps
+        await asyncio.sleep(seconds)
+        spent = time.process_time()
+        heard = [front.links.get(rank) for rank in range(WATCHED)]
+        last, beats, end = [each.last_heartbeat for each in heard if each], 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            await asyncio.sleep(BEAT_S / 2)
+            now = [each.last_heartbeat for each in heard if each]
+            beats, last = beats + sum(a != b for a, b in zip(last, now, strict=True)), now
+        return (time.process_time() - spent) / beats
 
-        async def spent() -> float:
-            before = time.process_time()
-            await asyncio.sleep(seconds)
-            return time.process_time() - before
 
-        beating = await spent()
-        for rank in range(WATCHED):
-            front.links.watch(rank)
-        await asyncio.sleep(200 * BEAT_S)
-        looked = await spent()
-    beats, looks = WATCHED * seconds / BEAT_S, WATCHED * seconds / 0.01
-    return {"ranks": WATCHED, "beat_ms": 1e3 * beating / beats, "look_ms": 1e3 * max(0.0, looked - beating) / looks}
+def looking(times: int = 50) -> float:
+    """Seconds of a core for a look at a rank that the front has known for long."""
+    draw = random.Random(0)
+    known = [collections.deque(draw.random() for _ in range(200)) for _ in range(2 * WATCHED)]
+    settings, spent = HealthSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S), time.process_time()
+    for _ in range(times):
+        seen = [_seen(rank, *known[2 * rank : 2 * rank + 2]) for rank in range(WATCHED)]
+        assert not suspects(seen, 0.0, settings)
+        assert not stuck(seen, 0.0, settings)
+    return (time.process_time() - spent) / (times * WATCHED)
+
+
+def _seen(rank: int, gaps: Iterable[float], steps: Iterable[float]) -> Observation:
+    return Observation(
+        rank=rank, last_heartbeat=0.0, heartbeat_gaps=tuple(gaps), step_sent=0.0, step_times=tuple(steps)
+    )
 
 
 async def measure(

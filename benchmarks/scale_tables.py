@@ -247,8 +247,8 @@ def limit_table(sizes: Sequence[Sized], front: Front) -> str:
 
 
 def group_table(sizes: Iterable[Sized], front: Front) -> str:
-    """A step when every `GROUP` ranks have a front of their own, and one leads the fronts: it tells each what comes next,
-    and hears from each."""
+    """A step when every `GROUP` ranks have a front of their own, and one leads the fronts: it tells each what comes
+    next, and hears from each."""
     rows = []
     for at in sizes:
         if at.step is None:
@@ -258,7 +258,8 @@ def group_table(sizes: Iterable[Sized], front: Front) -> str:
         lead = front.busy(fronts, front.prepare.fixed + front.prepare.each * fronts)
         ahead = max(at.step.total, own, lead)
         cells = [milliseconds(s) for s in (at.step.total, own, lead, ahead)]
-        rows.append([f"{at.ranks:,}", f"{fronts:,}", *cells, f"{ahead / at.step.total:.2f}"])
+        over = "-" if ahead == inf else f"{ahead / at.step.total:.2f}"
+        rows.append([f"{at.ranks:,}", f"{fronts:,}", *cells, over])
     return table(["ranks", "fronts", "ranks' step", "a front", "the lead", "ahead", "over the ranks'"], rows)
 
 

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
 
@@ -117,24 +117,29 @@ async def play(front: str, rank: int, token: str, answers: Answers, beat_s: floa
             request_serializer=link_pb2.Report.SerializeToString,
             response_deserializer=link_pb2.Command.FromString,
         )
-        stream = attach()
-        await stream.write(link_pb2.Report(rank=rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
-        beating = asyncio.create_task(_beat(stream, rank, beat_s)) if beat_s else None
+        stream, turn = attach(), asyncio.Lock()
+
+        async def say(report: link_pb2.Report) -> None:
+            async with turn:  # a stream takes one message at a time
+                await stream.write(report)
+
+        await say(link_pb2.Report(rank=rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
+        beating = asyncio.create_task(_beat(say, rank, beat_s)) if beat_s else None
         try:
             while isinstance(command := await stream.read(), link_pb2.Command):
                 answer = answers.to(rank, command)
                 if answer is not None:
-                    await stream.write(answer)
+                    await say(answer)
         finally:
             if beating is not None:
                 beating.cancel()
 
 
-async def _beat(stream: "grpc.aio.StreamStreamCall", rank: int, beat_s: float) -> None:
+async def _beat(say: Callable[[link_pb2.Report], Awaitable[None]], rank: int, beat_s: float) -> None:
     began = time.monotonic()
     for number in itertools.count(1):
         await asyncio.sleep(max(0.0, began + number * beat_s - time.monotonic()))
-        await stream.write(link_pb2.Report(rank=rank, heartbeat=link_pb2.Heartbeat()))
+        await say(link_pb2.Report(rank=rank, heartbeat=link_pb2.Heartbeat()))
 
 
 async def main() -> None:
