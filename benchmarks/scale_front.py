@@ -231,15 +231,11 @@ class FrontOf:
 async def beating(tokenizer: Tokenizer, workload: Workload, seconds: float = 4.0) -> float:
     """Seconds of the front's core for a heartbeat, of ranks that do nothing else."""
     async with FrontOf.stand_ins(WATCHED, workload, tokenizer, beat_s=BEAT_S) as front:
-        await asyncio.sleep(seconds)
-        spent = time.process_time()
-        heard = [front.links.get(rank) for rank in range(WATCHED)]
-        last, beats, end = [each.last_heartbeat for each in heard if each], 0, time.monotonic() + seconds
-        while time.monotonic() < end:
-            await asyncio.sleep(BEAT_S / 2)
-            now = [each.last_heartbeat for each in heard if each]
-            beats, last = beats + sum(a != b for a, b in zip(last, now, strict=True)), now
-        return (time.process_time() - spent) / beats
+        heard = [each for rank in range(WATCHED) if (each := front.links.get(rank)) is not None]
+        await asyncio.sleep(1.0)
+        beats, spent = sum(len(each.gaps) for each in heard), time.process_time()
+        await asyncio.sleep(seconds)  # before a rank has told of more gaps than are kept
+        return (time.process_time() - spent) / (sum(len(each.gaps) for each in heard) - beats)
 
 
 def looking(times: int = 50) -> float:
