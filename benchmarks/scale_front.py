@@ -33,8 +33,9 @@ from serving.tokens import Tokenizer
 
 PAGE, CONTEXT, ROWS = 32, 4096, 16
 PROMPT, LIMIT_S = 8, 120.0
-STEPS, LEAST_S = 12, 1.5
-"""A measurement takes so many steps, and so long, at least."""
+STEPS, LEAST_S, MOST_STEPS = 12, 1.5, 1000
+"""A measurement takes so many steps, and so long, at least; but no more than so many."""
+MAX_TOKENS = 2 * MOST_STEPS
 ADOPTIONS = 3
 WATCHED, BEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
@@ -54,7 +55,7 @@ def settings_of(ranks: int) -> AnyNumber:
         model="stand-in",
         page_size=PAGE,
         max_context=CONTEXT,
-        pages_per_rank=ROWS * 16,
+        pages_per_rank=ROWS * -(-(PROMPT + MAX_TOKENS) // PAGE),
         lattice_depth=0,
         buckets=((ROWS, 0), (ROWS, 4)),
         max_queue=1 << 20,
@@ -158,7 +159,7 @@ class FrontOf:
         count = rows * self.ranks
         prompt = tuple(range(1, PROMPT + 1))
         clients = [
-            asyncio.create_task(self.read(Request(id=f"{rows}-{i}", prompt=prompt, max_tokens=CONTEXT // 8, seed=i)))
+            asyncio.create_task(self.read(Request(id=f"{rows}-{i}", prompt=prompt, max_tokens=MAX_TOKENS, seed=i)))
             for i in range(count)
         ]
         counts = self.loop.counts
@@ -166,7 +167,7 @@ class FrontOf:
             while len(self.loop.state.running) < count or any(s.known <= PROMPT for s in self._running()):
                 await asyncio.sleep(0.02)
             first, began, spent = counts.steps, time.monotonic(), time.process_time()
-            while counts.steps < first + STEPS or time.monotonic() < began + LEAST_S:
+            while (made := counts.steps - first) < STEPS or (time.monotonic() < began + LEAST_S and made < MOST_STEPS):
                 await asyncio.sleep(0.005)
             steps, took, spent = counts.steps - first, time.monotonic() - began, time.process_time() - spent
         assert len(self.loop.state.running) == count, "no stream ends while it is measured"
@@ -211,7 +212,7 @@ class FrontOf:
     async def lose_one(self) -> dict[str, float]:
         """The last rank dies with a request on each rank: milliseconds by phase, as the front tells them."""
         prompt = tuple(range(1, PROMPT + 1))
-        requests = [Request(id=f"l-{i}", prompt=prompt, max_tokens=CONTEXT // 8, seed=i) for i in range(self.ranks)]
+        requests = [Request(id=f"l-{i}", prompt=prompt, max_tokens=MAX_TOKENS, seed=i) for i in range(self.ranks)]
         clients = [asyncio.create_task(self.read(request)) for request in requests]
         async with asyncio.timeout(LIMIT_S):
             while any(s.known <= PROMPT for s in self._running()) or len(self.loop.state.running) < self.ranks:
