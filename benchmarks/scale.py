@@ -1,6 +1,6 @@
 """Step time and recovery time against the number of ranks: what is measured for the model, and its tables.
 
-    python -m benchmarks.scale [--json FILE] [--only fronts|servers] [--kills 2]
+    python -m benchmarks.scale [--json FILE] [--only fronts|servers] [--ranks 1,2,4,8] [--kills 2]
     python -m benchmarks.scale --table FILE [--model deepseek-v3] [--cluster h200]
 
 The first measures what the model (planner/scale.py, docs/scale.md) takes from this machine. A real front runs steps,
@@ -13,11 +13,13 @@ import argparse
 import asyncio
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import scale_front, scale_local, scale_tables
 from benchmarks.machine import machine
+from benchmarks.throughput import concurrencies
 from planner.huggingface import read_model
 from serving.prepared import prepare
 from serving.tokens import Tokenizer
@@ -51,14 +53,12 @@ def source(name: str) -> str:
     return str(plain) if plain.exists() else name
 
 
-def measure_servers(kills: int) -> dict[str, Any]:
-    """Steps and recoveries of real servers, and their models in the planner's numbers."""
-    servers = {}
+def measure_servers(counts: Sequence[int], kills: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Model by model: steps and recoveries of real servers, and the model in the planner's numbers."""
     for name, data_type in SERVERS:
         prepared = asyncio.run(prepare(name, data_type))
-        rows = scale_local.measure_servers(name, data_type, LOCAL_RANKS, kills)
-        servers[name] = {"workload": dataclasses.asdict(prepared.workload(32)), "rows": rows}
-    return {"servers": servers}
+        rows = scale_local.measure_servers(name, data_type, counts, kills)
+        yield name, {"workload": dataclasses.asdict(prepared.workload(32)), "rows": rows}
 
 
 def main() -> int:
@@ -67,15 +67,21 @@ def main() -> int:
     if arguments.table is not None:
         print(scale_tables.report(json.loads(arguments.table.read_text()), arguments.model, arguments.cluster))
         return 0
-    file = arguments.json
+    file, where = arguments.json, machine()
     result = json.loads(file.read_text()) if arguments.only and file is not None and file.exists() else {}
-    where = machine()
+
+    def save(more: dict[str, Any]) -> None:
+        result.update(more)
+        if file is not None:
+            file.write_text(json.dumps(rounded(result), indent=1) + "\n")
+
     if arguments.only != "servers":
-        result |= {"fronts_machine": where} | measure_fronts()
+        save({"fronts_machine": where} | measure_fronts())
     if arguments.only != "fronts":
-        result |= {"servers_machine": where} | measure_servers(arguments.kills)
-    if file is not None:
-        file.write_text(json.dumps(rounded(result), indent=1) + "\n")
+        servers: dict[str, Any] = {}
+        for name, measured in measure_servers(arguments.ranks, arguments.kills):
+            servers[name] = measured
+            save({"servers_machine": where, "servers": servers})
     return 0
 
 
@@ -99,6 +105,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write what was measured here")
     parser.add_argument("--only", choices=("fronts", "servers"), help="measure this half")
+    parser.add_argument("--ranks", type=concurrencies, default=LOCAL_RANKS, metavar="1,2,4,8", help="of the servers")
     parser.add_argument("--kills", type=int, default=2, help="recoveries of each server")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of such a file")
     parser.add_argument("--model", default="deepseek-v3", help="of the tables: one of configs/models")
