@@ -55,8 +55,8 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
         f"\nThe front of {LOCAL}: " + described(fronts[LOCAL]),
         f"\n{model} on {cluster}: a step",
         step_table(sizes, big),
-        f"\n{model} on {cluster}: the loss of one rank, milliseconds",
-        recovery_table(sizes, big),
+        f"\n{model} on {cluster}: the loss of one rank, watching aside",
+        recovery_table(sizes, unwatched(big)),
         "\nhow many ranks one front can have",
         limit_table(sizes, big),
         f"\na step with a front for every {GROUP} ranks, and one that leads them (not built)",
@@ -180,12 +180,17 @@ def sized(ranks: int, model: str, cluster: str) -> Sized:
     return Sized(ranks, workload, there, shape, found.requests_per_group, found.step, prefill)
 
 
+def unwatched(front: Front) -> Front:
+    """The front if watching cost nothing."""
+    return replace(front, beat=0.0, look=0.0)
+
+
 def step_table(sizes: Iterable[Sized], front: Front) -> str:
     """What a step takes on the ranks and in the front."""
     rows = []
     for at in sizes:
         if at.step is None:
-            rows.append([at.ranks, "does not fit", *["-"] * 9])
+            rows.append([at.ranks, "does not fit", *["-"] * 10])
             continue
         scaled, parts = at.scaled(front), at.step
         rows.append(
@@ -195,13 +200,14 @@ def step_table(sizes: Iterable[Sized], front: Front) -> str:
                 at.requests,
                 *(milliseconds(s) for s in (parts.attention, parts.experts, parts.exchange, parts.total)),
                 f"{front.standing(at.ranks):.0%}",
+                milliseconds(at.scaled(unwatched(front)).front),
                 milliseconds(scaled.front),
                 milliseconds(scaled.ahead),
                 milliseconds(scaled.in_turn),
             ]
         )
     head = ["ranks", "slots", "requests a rank", "attention", "experts", "exchange", "ranks' step"]
-    return table([*head, "watching", "front", "ahead", "in turn"], rows)
+    return table([*head, "watching", "front", "beside watching", "ahead", "in turn"], rows)
 
 
 def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
@@ -236,7 +242,7 @@ def limit_table(sizes: Sequence[Sized], front: Front) -> str:
     for requests in sorted({1, 8, at.requests}):
         step = step_time(at.workload, at.cluster, at.shape, requests, Traffic().context).total
         cells = [str(requests), milliseconds(step)]
-        for cost in (front, replace(front, beat=0.0, look=0.0)):
+        for cost in (front, unwatched(front)):
             for share in (OVERHEAD, 1.0):
                 within = lambda n, c=cost, s=share: c.step_seconds(n, n * requests) <= s * step  # noqa: E731, B023
                 cells.append(f"{most_ranks(within):,}")
