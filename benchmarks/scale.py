@@ -33,15 +33,15 @@ PER_RANK, MOST_ROWS = (2, 8), 2048
 """Decoding requests on each rank, and the most on all where there may be fewer."""
 
 
-def measure_fronts() -> dict[str, Any]:
+async def measure_fronts() -> dict[str, Any]:
     """What a front spends: on steps, rounds and a loss by model, and on ranks that do nothing."""
     tokenizer = Tokenizer.load(ROOT / "models" / "tiny", bos_token=None, stop_tokens=())
     shapes = {name: read_model(source(name)) for name in FRONTS}
-    beat = asyncio.run(scale_front.beating(tokenizer, shapes["tiny"]))
+    beat = await scale_front.beating(tokenizer, shapes["tiny"])
     alone = {"beat_ms": 1e3 * beat, "look_ms": 1e3 * scale_front.looking()}
     print(f"{'watching':14} {scale_front.line(alone)}", flush=True)
     fronts = {
-        name: asyncio.run(scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS))
+        name: await scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS)
         for name, counts in FRONTS.items()
     }
     return {"fronts": fronts, "standing": alone}
@@ -53,11 +53,11 @@ def source(name: str) -> str:
     return str(plain) if plain.exists() else name
 
 
-def measure_servers(counts: Sequence[int], kills: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure_servers(runner: asyncio.Runner, counts: Sequence[int], kills: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Model by model: steps and recoveries of real servers, and the model in the planner's numbers."""
     for name, data_type in SERVERS:
-        prepared = asyncio.run(prepare(name, data_type))
-        rows = scale_local.measure_servers(name, data_type, counts, kills)
+        prepared = runner.run(prepare(name, data_type))
+        rows = scale_local.measure_servers(runner, name, data_type, counts, kills)
         yield name, {"workload": dataclasses.asdict(prepared.workload(32)), "rows": rows}
 
 
@@ -75,13 +75,14 @@ def main() -> int:
         if file is not None:
             file.write_text(json.dumps(rounded(result), indent=1) + "\n")
 
-    if arguments.only != "servers":
-        save({"fronts_machine": where} | measure_fronts())
-    if arguments.only != "fronts":
-        servers: dict[str, Any] = {}
-        for name, measured in measure_servers(arguments.ranks, arguments.kills):
-            servers[name] = measured
-            save({"servers_machine": where, "servers": servers})
+    with asyncio.Runner() as runner:  # gRPC wants one loop for all
+        if arguments.only != "servers":
+            save({"fronts_machine": where} | runner.run(measure_fronts()))
+        if arguments.only != "fronts":
+            servers: dict[str, Any] = {}
+            for name, measured in measure_servers(runner, arguments.ranks, arguments.kills):
+                servers[name] = measured
+                save({"servers_machine": where, "servers": servers})
     return 0
 
 

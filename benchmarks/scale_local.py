@@ -78,13 +78,15 @@ def medians(losses: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(phases.get(name, 0.0) for phases in losses) for name in names}
 
 
-def measure_servers(model: str, data_type: str, counts: Iterable[int], kills: int) -> list[dict[str, Any]]:
+def measure_servers(
+    runner: asyncio.Runner, model: str, data_type: str, counts: Iterable[int], kills: int
+) -> list[dict[str, Any]]:
     """A server for each number of ranks, one after the other."""
     rows = []
     for ranks in counts:
         options = ("--data-type", data_type, "--lattice-depth", "1")
         with launched(model, ranks, options=options) as server:
-            rows.append(asyncio.run(measure(server.address, server.session, ranks, kills)))
+            rows.append(runner.run(measure(server.address, server.session, ranks, kills)))
         told = ", ".join(f"{name} {ms:.1f}" for name, ms in rows[-1]["recovery_ms"].items())
         print(f"{model:14} ranks {ranks}  step {rows[-1]['step_ms']:.2f} ms  recovery {told or '-'}", flush=True)
     return rows
