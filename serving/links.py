@@ -343,9 +343,9 @@ class RankLinks:
         return Observation(
             rank=each.rank,
             last_heartbeat=each.last_heartbeat,
-            heartbeat_gaps=tuple(each.gaps),
+            heartbeat_gaps=each.gaps,
             stream_error=each.stream_error,
             process_state=each.process.state,
             step_sent=each.step_sent,
-            step_times=tuple(each.step_times),
+            step_times=each.step_times,
         )
