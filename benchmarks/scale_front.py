@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.stand_ins import StandIns
 from planner.cluster import Cluster, Hardware
-from planner.lattice import extended
 from planner.workload import Workload
 from serving.batch import Bucket
 from serving.config import Settings
@@ -126,8 +125,7 @@ class FrontOf:
         await links.open()
         cluster = Cluster.regular("stand-ins", -(-ranks // 8), min(8, ranks), hardware=Hardware())
         failover = Failover(settings, model, links, lambda _: None, cluster=cluster)
-        last = [frozenset({ranks - 1})] if ranks > 1 else []
-        failover.lattice = extended(failover.lattice, failover.workload, cluster, last)
+        failover.plans.foresee([frozenset({ranks - 1})] if ranks > 1 else [])
         try:
             await failover.start()
             limits = Limits(
@@ -162,7 +160,7 @@ class FrontOf:
             asyncio.create_task(self.read(Request(id=f"{rows}-{i}", prompt=prompt, max_tokens=MAX_TOKENS, seed=i)))
             for i in range(count)
         ]
-        counts = self.loop.counts
+        counts = self.loop.tally
         async with asyncio.timeout(LIMIT_S):
             while len(self.loop.state.running) < count or any(s.known <= PROMPT for s in self._running()):
                 await asyncio.sleep(0.02)

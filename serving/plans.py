@@ -1,7 +1,7 @@
 """The plan for every set of ranks of a server. All are derived from the base plan, so who is alive alone decides where
 an expert sits."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from planner.cluster import Cluster, Device
 from planner.errors import NoFeasiblePlan
@@ -73,8 +73,11 @@ class Plans:
     def move(self, rank: int, home: Home) -> None:
         """A rank is on another host from now on: the loss of that host is foreseen too."""
         self.cluster = at_home(self.cluster, rank, home)
-        hosts = map(frozenset, self.cluster.domains("host").values())
-        self._lattice = extended(self._lattice, self.workload, self.cluster, hosts, switch=self._switch)
+        self.foresee(map(frozenset, self.cluster.domains("host").values()))
+
+    def foresee(self, losses: Iterable[frozenset[int]]) -> None:
+        """Have plans for these losses too."""
+        self._lattice = extended(self._lattice, self.workload, self.cluster, losses, switch=self._switch)
 
 
 def pages_per_rank(settings: Settings, max_context: int, bytes_per_token: int) -> int:
