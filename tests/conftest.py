@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -12,6 +13,10 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # Compiles of the tests themselves are kept between runs; the server's own are not made this way.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moejax/tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# The machine may be shared: laws are asserted, never times.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 # Shapes and kinds of numbers in annotations are checked at every call.
 jaxtyping.install_import_hook(
