@@ -82,7 +82,7 @@ class Settings:
         "Experts of so many ranks share one parity in host memory of another: with it lost experts come back without "
         "the store. 0 is none.",
     )
-    scrub_s: float = setting(60.0, "Seconds in which every weight is compared with its checksum once; 0 never.")
+    scrub_s: float = setting(300.0, "Seconds in which every weight is compared with its checksum once; 0 never.")
     drain_slow: bool = setting(False, "Drain and replace ranks that are slow for long, instead of only telling.")
     slow_factor: float = setting(3.0, "Slow: so many times the others' time for a rank's own part of the steps.")
     lookahead: bool = setting(True, "Make a step while the one before it runs; off: when its results are there.")
