@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 from moejax.cache import Cache
 from moejax.layers import Stacked
 from moejax.pallas.grouping import by_slot
+from moejax.pallas.queries import Queries
 from moejax.precision import Int8
 
 TILE = 16
@@ -124,11 +125,8 @@ def paged_attention(
     """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
     Z, Q, N, H = q_ZQNH.shape
     R, K, _ = k_RKH.shape
-    G = N // K
-    rows = max(_LEAST, 1 << (Q * G - 1).bit_length())
-    q = (q_ZQNH * scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
-    positions = jnp.pad(jnp.repeat(positions_ZQ, G, axis=1), ((0, 0), (0, rows - Q * G)), constant_values=-1)
+    rows = max(_LEAST, 1 << (Q * N // K - 1).bit_length())
+    queries = Queries.of(q_ZQNH * scale, positions_ZQ, K, rows)
     facts = jnp.stack([jnp.broadcast_to(layer, Z), cached_Z, new_base_Z, positions_ZQ.max(1)], axis=1).astype(jnp.int32)
     whole = lambda each: pl.BlockSpec(each.shape, lambda z, h: (0,) * each.ndim)  # noqa: E731
     new = [each.reshape(R, K * H) for each in (k_RKH, v_RKH)]
@@ -146,8 +144,8 @@ def paged_attention(
         out_specs=pl.BlockSpec((1, 1, rows, H), lambda z, h: (z, h, 0, 0)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-    )(facts, page_table_ZM, positions, q, *new, cache.k, cache.v)
-    return out[:, :, : Q * G].reshape(Z, K, Q, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, H)
+    )(facts, page_table_ZM, queries.position, queries.rows, *new, cache.k, cache.v)
+    return queries.outputs(out, Q)
 
 
 def _attend(

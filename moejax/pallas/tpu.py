@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 from moejax.cache import Cache
 from moejax.layers import Stacked
 from moejax.pallas.grouping import by_slot
+from moejax.pallas.queries import Queries
 from moejax.precision import Int8
 
 LANES = 128
@@ -85,11 +86,9 @@ def paged_attention(
     """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
     Z, Q, N, H = q_ZQNH.shape
     R, K, _ = k_RKH.shape
-    G, M = N // K, page_table_ZM.shape[1]
-    rows = -(-Q * G // SUBLANES) * SUBLANES
-    q = (q_ZQNH * scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
-    positions = jnp.pad(jnp.repeat(positions_ZQ, G, axis=1), ((0, 0), (0, rows - Q * G)), constant_values=-1)
+    M = page_table_ZM.shape[1]
+    rows = -(-(Q * N // K) // SUBLANES) * SUBLANES
+    queries = Queries.of(q_ZQNH * scale, positions_ZQ, K, rows)
     # A page may begin before the step's new rows and end after them, and rows are read in whole vectors.
     after = page_size + SUBLANES - R % SUBLANES
     new = [jnp.pad(each.reshape(R, K * H), ((page_size, after), (0, 0))) for each in (k_RKH, v_RKH)]
@@ -121,9 +120,9 @@ def paged_attention(
         interpret=interpret,
     )(
         *(layer.reshape(1), page_table_ZM, cached_Z, new_base_Z, last),
-        *(positions[..., None], q, *new, cache.k, cache.v),
+        *(queries.position[..., None], queries.rows, *new, cache.k, cache.v),
     )
-    return out[:, :, : Q * G].reshape(Z, K, Q, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, H)
+    return queries.outputs(out, Q)
 
 
 def _attend(
