@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from moejax.attention import NEGATIVE
 from moejax.cache import Cache
 from moejax.layers import Stacked
 from moejax.pallas.grouping import by_slot
@@ -22,14 +23,13 @@ from moejax.precision import Int8
 
 TILE = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
-NEGATIVE = -1e30
 _LEAST, _MOST_OUT, _MOST_IN = 16, 64, 128
 
 
 def takes_experts(gate_up: Stacked, down: Stacked) -> bool:
-    """Whether `experts` covers these weights: their sizes are multiples of 16."""
-    sizes = [size for weight in (gate_up, down) for size in _numbers(weight.stack).shape[-2:]]
-    return all(size % _LEAST == 0 for size in sizes) and _numbers(gate_up.stack).shape[-2] % (2 * _LEAST) == 0
+    """Whether `experts` covers these weights: their sizes, F and D, are multiples of 16."""
+    sizes = [size for weight in (gate_up, down) for size in jax.tree.leaves(weight.stack)[0].shape[-2:]]
+    return all(size % _LEAST == 0 for size in sizes)
 
 
 def experts(
@@ -51,25 +51,25 @@ def experts(
 def _multiplied(rows_PK: jax.Array, where_T2: jax.Array, stack: Any, *, gated: bool, interpret: bool) -> jax.Array:
     """Tiles of rows by the matrices `[N, K]` at (layer, slot) of each, `[P, N]`; if `gated`, silu of the first half
     times the second, `[P, N/2]`."""
-    numbers = _numbers(stack)
-    scale = stack.scale if isinstance(stack, Int8) else None
+    parts = jax.tree.leaves(stack)  # of Int8 its scale besides
+    numbers = parts[0]
     n = numbers.shape[-2] // (2 if gated else 1)
     k = numbers.shape[-1]
     out_block, in_block = _block(n, _MOST_OUT), _block(k, _MOST_IN)
     kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block)
     return pl.pallas_call(
-        kernel if scale is not None else functools.partial(_without_scale, kernel),
+        kernel if isinstance(stack, Int8) else functools.partial(_without_scale, kernel),
         out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), jnp.float32),
         grid=(len(where_T2), n // out_block),
         in_specs=[
             pl.BlockSpec((1, 2), lambda t, _: (t, 0)),
             pl.BlockSpec((TILE, k), lambda t, _: (t, 0)),
-            *[pl.BlockSpec(each.shape, lambda t, _, each=each: (0,) * each.ndim) for each in _parts(stack)],
+            *[pl.BlockSpec(each.shape, lambda t, _, each=each: (0,) * each.ndim) for each in parts],
         ],
         out_specs=pl.BlockSpec((TILE, out_block), lambda t, o: (t, o)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-    )(where_T2, rows_PK, *_parts(stack))
+    )(where_T2, rows_PK, *parts)
 
 
 def _without_scale(kernel: Any, where_ref: Any, rows_ref: Any, stack_ref: Any, out_ref: Any) -> None:
@@ -212,11 +212,3 @@ def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
 def _block(size: int, most: int) -> int:
     """The largest power of two that divides a size, `most` at most."""
     return min(most, size & -size)
-
-
-def _numbers(stack: Any) -> Any:
-    return stack.numbers if isinstance(stack, Int8) else stack
-
-
-def _parts(stack: Any) -> tuple[Any, ...]:
-    return (stack.numbers, stack.scale) if isinstance(stack, Int8) else (stack,)

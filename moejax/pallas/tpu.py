@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
+from moejax.attention import NEGATIVE
 from moejax.cache import Cache
 from moejax.layers import Stacked
 from moejax.pallas.grouping import by_slot
@@ -25,7 +26,6 @@ from moejax.precision import Int8
 
 LANES = 128
 SUBLANES = 8
-NEGATIVE = -1e30
 _TILE_ROWS, _TILE = 128, 512
 
 

@@ -42,17 +42,23 @@ async def die(m: Machine, *tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*filter(None, running), return_exceptions=True)
 
 
-async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | None, victim: int) -> tuple[int, int]:
-    """The front dies at message `at` after its streams have begun; of the messages of the one after it, at number
-    `then` the victim dies. How many messages there were of either."""
-    chosen = Settings(**{**vars(SETTINGS), **settings})
+async def asked(folder: Path, settings: Settings, shares: bool, tokens: int) -> tuple[Machine, asyncio.Task[None]]:
+    """A front whose streams have so many tokens each, and what reads them."""
     journal, records = Journal.open(folder)
-    first = Machine(chosen, ledger=Ledger(journal, records))
+    first = Machine(settings, ledger=Ledger(journal, records))
     first.links.shares_memory = shares
     await first.failover.start()
     first.loop.start()
     asking = asyncio.create_task(ask(first))
-    await first.begun(3)
+    await first.begun(tokens)
+    return first, asking
+
+
+async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | None, victim: int) -> tuple[int, int]:
+    """The front dies at message `at` after its streams have begun; of the messages of the one after it, at number
+    `then` the victim dies. How many messages there were of either."""
+    chosen = Settings(**{**vars(SETTINGS), **settings})
+    first, asking = await asked(folder, chosen, shares, 3)
     since, dead = len(first.links.log), asyncio.Event()
 
     def front_dies(number: int, rank: int, what: str) -> None:
@@ -95,13 +101,7 @@ async def play(folder: Path, settings: dict, shares: bool, at: int, then: int | 
 async def lose_front_and_rank(folder: Path, shares: bool) -> None:
     """The front dies once the first pages of all prompts are full, and a rank when the next one has all streams going
     on: what the rank wrote for either is restored."""
-    journal, records = Journal.open(folder)
-    first = Machine(SETTINGS, ledger=Ledger(journal, records))
-    first.links.shares_memory = shares
-    await first.failover.start()
-    first.loop.start()
-    asking = asyncio.create_task(ask(first))
-    await first.begun(20)
+    first, asking = await asked(folder, SETTINGS, shares, 20)
     await die(first, asking)
 
     journal, records = Journal.open(folder)
