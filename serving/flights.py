@@ -63,12 +63,13 @@ class Flights:
     async def land(self) -> dict[int, link_pb2.StepDone]:
         """The answers to the step that was sent first. When it failed, those after it have too. Raises RankLost,
         RankRefused or Poisoned."""
-        flight = self._flights.popleft()
         try:
-            return await flight.answers
+            answers = await self.first.answers
         except Exception:
             self.ground()
             raise
+        self._flights.popleft()
+        return answers
 
     def ground(self) -> None:
         """Wait for no step any more."""

@@ -301,6 +301,11 @@ class Loop:
 
     # -- What operations need of it -----------------------------------------------------------------------------
 
+    @property
+    def stepping(self) -> bool:
+        """Results of a step are still to come."""
+        return bool(self._flights)
+
     def wake(self) -> None:
         """Look again at what is to be done."""
         self._wake.set()

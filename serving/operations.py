@@ -54,6 +54,11 @@ class Engine(Protocol):
     failover: Failover
     links: RankLinks
 
+    @property
+    def stepping(self) -> bool:
+        """Results of a step are still to come."""
+        ...
+
     def wake(self) -> None:
         """Look again at what is to be done."""
         ...
@@ -108,6 +113,8 @@ class Operations:
                     engine.replace(rank)
             engine.events.add("paused" if self.paused else "resumed", engine.failover.epoch)
             engine.wake()
+            while self.paused and engine.stepping:  # a pause is done when nothing moves any more
+                await asyncio.sleep(WAIT_S)
             return
         serving = [rank for rank in engine.failover.alive if rank not in self.leaving]
         ranks = instruction.chosen(hosts, serving)
