@@ -10,8 +10,9 @@ import tomllib
 from pathlib import Path
 
 from moejax.checkpoint import PARAMS, TOKENIZERS, CheckpointError
-from moejax.config import ConfigError
+from moejax.config import ConfigError, ModelConfig
 from moejax.convert import convert, progress
+from moejax.divide import divide, divided_config
 from moejax.download import cache_folder
 from moejax.families import read_config
 from moejax.manifest import content_hash
@@ -97,6 +98,19 @@ def ensure_smollm2(split: Split) -> Path:
     if not folder.is_dir():
         build(folder, name, split)
     return checked_folder(folder)
+
+
+def ensure_divided(folder: Path) -> Path:
+    """The folder of the same model with its dense layers divided (`moejax.divide`), found in the cache or made there;
+    the folder itself where the model has none. Raises ConfigError when they cannot be divided."""
+    cfg = ModelConfig.load(folder)
+    if divided_config(cfg) is None:
+        return folder
+    divided = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-divided-recipe{RECIPE}"
+    if not divided.is_dir():
+        with progress(f"Dividing the dense layers of {cfg.name}, once") as say:
+            divide(folder, divided, say)
+    return checked_folder(divided)
 
 
 def load_split(path: Path) -> Split:

@@ -14,6 +14,7 @@ class ConfigError(ValueError):
 
 Gate = Literal["softmax", "one", "share", "sigmoid", "sparsemixer"]
 Weights = Literal["float32", "bfloat16", "int8"]
+LayerKind = Literal["dense", "moe", "divided"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,9 @@ class ModelConfig:
     hold matrices (`moejax.precision`), chosen when a model is served.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
-    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense.
+    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. `divide_dense` has the
+    dense layers of a model with experts held as those are: cut into as many shards, in slots, all of them used by every
+    token. It is chosen when a model is served (`moejax.divide`).
 
     `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, except
     `full_layers`. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE). `sinks` gives
@@ -177,6 +180,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
+    divide_dense: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
@@ -207,6 +211,17 @@ class ModelConfig:
             raise ConfigError("head_bias is true with tied_head: only a head of its own can have a bias.")
         if self.latent is not None:
             self._check_latent(self.latent)
+        if self.divide_dense:
+            self._check_divided()
+
+    def _check_divided(self) -> None:
+        if self.moe is None or "divided" not in self.layer_kinds:
+            raise ConfigError(f"divide_dense is true, but {self.name} has no dense layers beside layers with experts.")
+        if self.d_ff % self.moe.experts:
+            raise ConfigError(
+                f"dense layers of width {self.d_ff} cannot be divided into {self.moe.experts} shards, one for each "
+                f"expert of {self.name}. Serve it with whole dense layers."
+            )
 
     def _check_latent(self, latent: LatentConfig) -> None:
         if self.d_head != latent.d_plain + latent.d_rope:
@@ -240,20 +255,22 @@ class ModelConfig:
         return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers))
 
     @property
-    def layer_kinds(self) -> tuple[Literal["dense", "moe"], ...]:
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer, in order."""
+        plain: LayerKind = "divided" if self.divide_dense else "dense"
         if self.moe is None:
-            return ("dense",) * self.n_layers
+            return (plain,) * self.n_layers
         routed = (i % self.moe_every == self.moe_every - 1 and i not in self.dense_layers for i in range(self.n_layers))
-        return tuple("moe" if r else "dense" for r in routed)
+        return tuple("moe" if r else plain for r in routed)
 
     @property
-    def segments(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+    def segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
         """The layers as (pattern, repeats): one scan each. 7 layers, every third routed:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
-        kinds: tuple[str, ...] = self.layer_kinds
-        whole = ("dense",) * (self.moe_every - 1) + ("moe",)
+        kinds = self.layer_kinds
+        plain: LayerKind = "divided" if self.divide_dense else "dense"
+        whole: tuple[LayerKind, ...] = (plain,) * (self.moe_every - 1) + ("moe",)
 
         def whole_at(i: int) -> bool:
             return kinds[i : i + len(whole)] == whole
@@ -274,8 +291,23 @@ class ModelConfig:
 
     @property
     def n_moe_layers(self) -> int:
-        """Layers that have routed experts."""
-        return self.layer_kinds.count("moe")
+        """Layers that have experts in slots: routed ones, and dense ones that are divided."""
+        return sum(map(in_slots, self.layer_kinds))
+
+    @property
+    def divided_layers(self) -> tuple[int, ...]:
+        """Which of the layers with experts in slots, counted by depth, are divided dense ones."""
+        kinds = [kind for kind in self.layer_kinds if in_slots(kind)]
+        return tuple(i for i, kind in enumerate(kinds) if kind == "divided")
+
+    def experts_of(self, kind: LayerKind) -> MoEConfig:
+        """The experts of layers of a kind that has them in slots; of a divided layer its shards, all of which every
+        token goes to."""
+        assert self.moe is not None
+        if kind == "moe":
+            return self.moe
+        shards = self.moe.experts
+        return MoEConfig(experts=shards, experts_per_token=shards, d_expert=self.d_ff // shards, gate="one")
 
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
@@ -297,6 +329,11 @@ class ModelConfig:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/.")
         return cls.from_json(path.read_text())
+
+
+def in_slots(kind: LayerKind) -> bool:
+    """Whether the weights of a layer's feed-forward part are held in slots."""
+    return kind != "dense"
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str):

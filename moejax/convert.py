@@ -102,7 +102,9 @@ def _write_arrays(
         for entry in entries:
             size = int(np.prod(entry.shape, dtype=np.int64)) * dtypes[path].itemsize
             if array_key(entry) not in journal.checksums or not _is_whole(params, entry, len(specs[path].shape), size):
-                leaf = leaf if leaf is not None else _leaf(params, entry, specs[path].shape, dtypes[path], context)
+                if leaf is None:
+                    shape = specs[path].shape
+                    leaf = open_leaf(params, path, shape, len(shape) - len(entry.shape), dtypes[path], context)
                 array = np.ascontiguousarray(read_array(entry, weights, dtypes[path]))
                 place = tuple(i for i in (entry.repeat, entry.expert) if i is not None)
                 while flying and (flying[0][0].done() or sum(f[3] for f in flying) + size > IN_FLIGHT):
@@ -121,14 +123,15 @@ def _is_whole(params: Path, entry: Entry, axes: int, size: int) -> bool:
     return file.is_file() and file.stat().st_size == size
 
 
-def _leaf(
-    params: Path, entry: Entry, shape: tuple[int, ...], dtype: np.dtype, context: tensorstore.Context
+def open_leaf(
+    params: Path, name: str, shape: tuple[int, ...], chunked: int, dtype: np.dtype, context: tensorstore.Context
 ) -> tensorstore.TensorStore:
-    """A leaf's array on disk as Orbax lays it out, one chunk per repeat and expert."""
-    chunk = [1] * (len(shape) - len(entry.shape)) + list(entry.shape)
+    """The array of tensor `name` on disk, made if need be, as Orbax lays it out: one chunk for each place in the first
+    `chunked` axes, which are repeat and expert."""
+    chunk = [1] * chunked + list(shape[chunked:])
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{params / 'state' / entry.path}/"},
+        "kvstore": {"driver": "file", "path": f"{params / 'state' / name}/"},
         "metadata": {
             "shape": list(shape),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},

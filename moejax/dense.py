@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from moejax.config import ModelConfig, MoEConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig
 from moejax.experts import always_on, one_expert
 from moejax.heads import join_heads, make_heads, score_scale
 from moejax.layers import norm, row_dot, swiglu
@@ -40,7 +40,10 @@ def forward(
 
     `alive_LE` is False for masked experts of each MoE layer (none by default). `capacity` bounds the tokens
     an expert computes, to train faster: with None each expert computes all, and nothing is ever left out.
+    Raises ConfigError for a model whose dense layers are divided.
     """
+    if cfg.divide_dense:
+        raise ConfigError(f"the dense layers of {cfg.name} are divided; give the parameters of the model they are of.")
     B, T = tokens_BT.shape
     if alive_LE is None:
         alive_LE = jnp.ones((cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 1), bool)

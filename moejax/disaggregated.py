@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from moejax.axes import Numbers
 from moejax.cache import Cache
-from moejax.config import ModelConfig
+from moejax.config import LayerKind, ModelConfig, in_slots
 from moejax.exchange import Exchange, gated_sum, incoming, outgoing
 from moejax.experts import apply_experts
 from moejax.inputs import TILE, Bucket, StepInputs
@@ -54,10 +54,9 @@ class RolesShape:
         """Ranks that hold experts."""
         return self.step.ranks - self.attention
 
-    @property
-    def exchange(self) -> Exchange:
-        """Sizes of what goes to the expert ranks."""
-        return dataclasses.replace(self.step.exchange, ranks=self.experts)
+    def exchange_of(self, kind: LayerKind) -> Exchange:
+        """Sizes of what goes to the expert ranks for a layer of this kind."""
+        return dataclasses.replace(self.step.exchange_of(kind), ranks=self.experts)
 
     @functools.cached_property
     def micros(self) -> tuple[Bucket, ...]:
@@ -71,7 +70,7 @@ class RolesShape:
     @property
     def part(self) -> int:
         """Numbers that a rank sends to one other in an exchange: rows and what they want, or answers."""
-        answers, width = self.exchange.answers, self.step.cfg.d_model
+        answers, width = self.step.exchange.answers, self.step.cfg.d_model
         return max(micro.rows for micro in self.micros) * max(width + answers, width * answers)
 
     @property
@@ -113,11 +112,11 @@ class Place:
 @dataclasses.dataclass(frozen=True)
 class Stretch:
     """The layers that attention ranks compute between two exchanges. Those of one value are one program; which repeat
-    of its last segment it stands at, is an argument. `first` begins with the tokens; `last` ends with the last norm,
-    all others with the routing of their last layer."""
+    of its last segment it stands at, is an argument. It begins with the answers to a layer of kind `after`, the first
+    with the tokens; `last` ends with the last norm, all others with the routing of their last layer."""
 
     layers: tuple[Place, ...]
-    first: bool
+    after: LayerKind | None
     last: bool
 
 
@@ -125,16 +124,17 @@ def stretches(cfg: ModelConfig) -> tuple[tuple[Stretch, int], ...]:
     """The stretches of a step, one more than there are MoE layers, and the repeat that each stands at."""
     found: list[tuple[Stretch, int]] = []
     layers: list[tuple[int, int, int]] = []
+    after: LayerKind | None = None
     for i, (pattern, repeats) in enumerate(cfg.segments):
         for r in range(repeats):
             for j, kind in enumerate(pattern):
                 layers.append((i, j, r))
-                if kind == "moe":
+                if in_slots(kind):
                     places = (Place(a, b, c - r if a == i else c, a == i) for a, b, c in layers)
-                    found.append((Stretch(tuple(places), not found, False), r))
-                    layers = []
+                    found.append((Stretch(tuple(places), after, False), r))
+                    layers, after = [], kind
     rest = tuple(Place(a, b, c, False) for a, b, c in layers)
-    return (*found, (Stretch(rest, not found, True), 0))
+    return (*found, (Stretch(rest, after, True), 0))
 
 
 @struct.dataclass
@@ -181,9 +181,9 @@ def attend_stretch(
     cfg, own = shape.step.cfg, shape.of_micro(micro)
     rows, segments = shape.places(micro)
     part = _part_of(inputs, rows, segments)
-    x = embed(params, part, cfg) if pending is None else _mixed(pending, inbox, shape, micro)
+    x = embed(params, part, cfg) if stretch.after is None else _mixed(pending, inbox, stretch.after, shape, micro)
     new_kv, chosen, all_rows = [], None, shape.step.bucket.rows
-    always_on = None
+    always_on, exchange = None, None
     for n, place in enumerate(stretch.layers):
         at = repeat + place.repeat if place.moves else jnp.int32(place.repeat)
         layer = layer_at(params.segments[place.segment][place.position], at)
@@ -193,12 +193,13 @@ def attend_stretch(
         if layer.moe is None:
             x = feed_forward(x, layer, cfg)
         else:
-            chosen = choose(x, layer, routes[_moe_depth(cfg, place, at)], part, shape.exchange, cfg)
+            exchange = shape.exchange_of(cfg.segments[place.segment][0][place.position])
+            chosen = choose(x, layer, routes[_moe_depth(cfg, place, at)], part, exchange, cfg)
             always_on = always(chosen.h, layer)
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *new_kv) if new_kv else None
-    if chosen is None:
+    if chosen is None or exchange is None:
         return Attended(pending=None, outbox=None, hidden=last_norm(x, params, cfg), new_kv=stacked, load=None)
-    sent = outgoing(chosen.h, chosen.slot, chosen.rank, chosen.nth, shape.exchange)
+    sent = outgoing(chosen.h, chosen.slot, chosen.rank, chosen.nth, exchange)
     return Attended(
         pending=Pending(x=x, always=always_on, rank=chosen.rank, nth=chosen.nth, gates=chosen.gates),
         outbox=_boxed(sent, shape.attention, 0, shape.part),
@@ -209,17 +210,22 @@ def attend_stretch(
 
 
 def answer(
-    experts: FeedForward, inbox: Float[Numbers, "n part"], repeat: Int[Numbers, ""], *, shape: RolesShape, micro: Micro
+    experts: FeedForward,
+    inbox: Float[Numbers, "n part"],
+    repeat: Int[Numbers, ""],
+    *,
+    shape: RolesShape,
+    kind: LayerKind,
+    micro: Micro,
 ) -> Float[Numbers, "n part"]:
     """What an expert rank sends back for the rows it got. `experts` leaves are the slots `[R, S, ...]` of a segment's
-    position."""
-    cfg, exchange = shape.step.cfg, shape.exchange
-    assert cfg.moe is not None
+    position, whose layers are of this kind."""
+    cfg, exchange = shape.step.cfg, shape.exchange_of(kind)
     T, width = shape.micros[micro].rows, cfg.d_model + exchange.answers
     rows, wanted = incoming(inbox[: shape.attention, : T * width].reshape(-1, T, width), exchange)
     is_int8 = lambda leaf: isinstance(leaf, Int8)  # noqa: E731
     layer = jax.tree.map(lambda leaf: Stacked(leaf, (repeat,)), experts, is_leaf=is_int8)
-    answers = apply_experts(rows, wanted, layer, shape.step.slots, cfg.moe)
+    answers = apply_experts(rows, wanted, layer, shape.step.slots, cfg.experts_of(kind))
     return _boxed(answers.reshape(shape.attention, T, -1), 0, shape.experts, shape.part)
 
 
@@ -256,8 +262,9 @@ def _among(rows: np.ndarray, count: int, before: Cache | None, k: jax.Array, v: 
     return put(before.k if before else None, k), put(before.v if before else None, v)
 
 
-def _mixed(pending: Pending, inbox: Any, shape: RolesShape, micro: Micro) -> jax.Array:
-    cfg, exchange = shape.step.cfg, shape.exchange
+def _mixed(pending: Pending | None, inbox: Any, after: LayerKind, shape: RolesShape, micro: Micro) -> jax.Array:
+    assert pending is not None
+    cfg, exchange = shape.step.cfg, shape.exchange_of(after)
     T = shape.micros[micro].rows
     size = T * exchange.answers * cfg.d_model
     back = inbox[shape.attention :, :size].reshape(-1, T, exchange.answers, cfg.d_model)
@@ -278,6 +285,7 @@ def _depth(cfg: ModelConfig, place: Place, repeat: jax.Array) -> jax.Array:
 
 def _moe_depth(cfg: ModelConfig, place: Place, repeat: jax.Array) -> jax.Array:
     """Number of a layer among those with experts."""
-    before = sum(pattern.count("moe") * repeats for pattern, repeats in cfg.segments[: place.segment])
+    count = lambda kinds: sum(map(in_slots, kinds))  # noqa: E731
+    before = sum(count(pattern) * repeats for pattern, repeats in cfg.segments[: place.segment])
     pattern = cfg.segments[place.segment][0]
-    return before + repeat * pattern.count("moe") + pattern[: place.position].count("moe")
+    return before + repeat * count(pattern) + count(pattern[: place.position])

@@ -25,7 +25,7 @@ from moejax.checkpoint import TOKENIZERS
 from moejax.config import ModelConfig, Weights
 from moejax.families import FAMILIES, read_config, tensor_names
 from moejax.manifest import Manifest
-from moejax.params import expert_bytes, parameter_count
+from moejax.params import expert_counts, parameter_count
 from moejax.precision import held_bytes
 from moejax.published import check, published_name
 from moejax.safetensors_folder import SafetensorsFolder
@@ -81,10 +81,8 @@ def parameters(cfg: ModelConfig) -> int:
 
 def active_parameters(cfg: ModelConfig) -> int:
     """Parameters that one token touches, embeddings included."""
-    if cfg.moe is None:
-        return parameters(cfg)
-    idle = cfg.n_moe_layers * (cfg.moe.experts - cfg.moe.experts_per_token)
-    return parameters(cfg) - idle * expert_bytes(cfg, 1)
+    held, used = expert_counts(cfg)
+    return parameters(cfg) - held + used
 
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Values:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import ConfigError, ModelConfig, in_slots
 from moejax.params import ParamSpec, is_spec, param_specs
 
 FILE = "checksums.json"
@@ -140,7 +140,8 @@ def is_expert(name: str) -> bool:
 
 
 def expert_place(cfg: ModelConfig, moe_layer: int) -> tuple[int, int, int]:
-    """Where MoE layer number `moe_layer` (only MoE layers count, by depth) is: (segment, position, repeat).
+    """Where MoE layer number `moe_layer` (only layers with experts in slots count, by depth) is: (segment, position,
+    repeat).
 
     Raises ConfigError when the model has no such layer.
     """
@@ -148,7 +149,7 @@ def expert_place(cfg: ModelConfig, moe_layer: int) -> tuple[int, int, int]:
         raise ConfigError(f"{cfg.name} has {cfg.n_moe_layers} MoE layers; there is no number {moe_layer}.")
     before = 0
     for segment, (pattern, repeats) in enumerate(cfg.segments):
-        positions = [i for i, kind in enumerate(pattern) if kind == "moe"]
+        positions = [i for i, kind in enumerate(pattern) if in_slots(kind)]
         inside = moe_layer - before
         if inside < repeats * len(positions):
             repeat, which = divmod(inside, len(positions))

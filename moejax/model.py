@@ -18,7 +18,7 @@ from jax import lax
 
 from moejax.attention import paged_attention
 from moejax.cache import Cache
-from moejax.config import ModelConfig
+from moejax.config import LayerKind, ModelConfig, in_slots
 from moejax.exchange import Exchange, combine, dispatch, place
 from moejax.experts import always_on, apply_experts
 from moejax.heads import join_heads, make_heads, score_scale
@@ -46,9 +46,14 @@ class StepShape:
 
     @property
     def exchange(self) -> Exchange:
-        """Sizes of its exchanges."""
-        moe = self.cfg.moe
-        chosen = moe.experts_per_token if moe else 1
+        """Sizes of the largest of its exchanges."""
+        if self.cfg.moe is None:
+            return Exchange(ranks=self.ranks, slots=self.slots, experts_per_token=1, shared=self.shared)
+        return self.exchange_of("divided" if self.cfg.divide_dense else "moe")
+
+    def exchange_of(self, kind: LayerKind) -> Exchange:
+        """Sizes of the exchanges of layers of a kind that has experts in slots."""
+        chosen = self.cfg.experts_of(kind).experts_per_token
         return Exchange(ranks=self.ranks, slots=self.slots, experts_per_token=chosen, shared=self.shared)
 
 
@@ -71,7 +76,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     new_kv, loads = [], []
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
-        moe_in_pattern = pattern.count("moe")
+        moe_in_pattern = sum(map(in_slots, pattern))
         these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
         routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
 
@@ -85,7 +90,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
                 if layer.moe is None:
                     x = feed_forward(x, layer, cfg)
                 else:
-                    x, count = _route_and_mix(x, layer, routes[len(counts)], inputs, shape)
+                    x, count = _route_and_mix(x, layer, pattern[j], routes[len(counts)], inputs, shape)
                     counts.append(count)
                 kvs.append(kv)
             return x, (jax.tree.map(lambda *rows: jnp.stack(rows), *kvs), jnp.stack(counts) if counts else None)
@@ -183,13 +188,13 @@ def _add(x: jax.Array, y: jax.Array, cfg: ModelConfig) -> jax.Array:
 def _route_and_mix(
     x: jax.Array,
     layer: Layer,
+    kind: LayerKind,
     route_E: jax.Array,
     inputs: StepInputs,
     shape: StepShape,
 ) -> tuple[jax.Array, jax.Array]:
     """x plus the gated experts, and the rows sent to each expert `[E]`. Padding rows go nowhere."""
-    exchange, moe = shape.exchange, shape.cfg.moe
-    assert moe is not None
+    exchange, moe = shape.exchange_of(kind), shape.cfg.experts_of(kind)
     sent = choose(x, layer, route_E, inputs, exchange, shape.cfg)
     with jax.named_scope("dispatch"):
         rows, wanted = dispatch(sent.h, sent.slot, sent.rank, sent.nth, exchange)
@@ -216,16 +221,20 @@ class Chosen:
 def choose(
     x: jax.Array, layer: Layer, route_E: jax.Array, inputs: StepInputs, exchange: Exchange, cfg: ModelConfig
 ) -> Chosen:
-    """Norm and router. `route_E` is the physical slot this rank uses of each expert, -1 where it is masked."""
-    moe = layer.moe
+    """Norm and router; rows of a divided layer go to all its shards. `route_E` is the physical slot this rank uses of
+    each expert, -1 where it is masked."""
+    moe, experts = layer.moe, route_E.shape[0]
     assert isinstance(moe, MoE)
-    assert cfg.moe is not None
     h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
     with jax.named_scope("route"):
-        chosen_TX, gates_TX = route(h, moe.router, moe.bias, route_E >= 0, cfg.moe)
+        if moe.router is None:
+            chosen_TX = jnp.broadcast_to(jnp.arange(experts), (len(h), experts))
+            gates_TX = jnp.ones(chosen_TX.shape, jnp.float32)
+        else:
+            chosen_TX, gates_TX = route(h, moe.router, moe.bias, route_E >= 0, cfg.experts_of("moe"))
         real_T1 = inputs.positions[:, None] >= 0
         slot_TX = jnp.where(real_T1, route_E[chosen_TX], -1)
-        load_E = ((chosen_TX[..., None] == jnp.arange(cfg.moe.experts)) & real_T1[..., None]).sum((0, 1))
+        load_E = ((chosen_TX[..., None] == jnp.arange(experts)) & real_T1[..., None]).sum((0, 1))
         rank_TX, nth_TX = place(slot_TX, exchange)
     return Chosen(h=h, slot=slot_TX, rank=rank_TX, nth=nth_TX, gates=gates_TX, load=load_E)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config import LatentConfig, ModelConfig, MoEConfig
+from moejax.config import LatentConfig, LayerKind, ModelConfig, in_slots
 
 
 @struct.dataclass
@@ -29,7 +29,8 @@ class FeedForward:
 
 @struct.dataclass
 class MoE:
-    """Router `[R, E, D]` and its bias `[R, E]`, an always-on expert or None, and the routed experts.
+    """Router `[R, E, D]` and its bias `[R, E]`, an always-on expert or None, and the routed experts. A divided dense
+    layer has its shards for experts, and no router.
 
     `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, S, ...]` in a rank, which
     holds slots. `shared_gate [R, 1, D]` weighs the always-on expert, or is None.
@@ -139,7 +140,7 @@ def param_specs(cfg: ModelConfig) -> Params:
     )
 
 
-def _layer(cfg: ModelConfig, kind: str, R: int) -> Layer:
+def _layer(cfg: ModelConfig, kind: LayerKind, R: int) -> Layer:
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     norm = ParamSpec((R, D), ("layer", "model"), 0)
     norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.norm == "layer" else None
@@ -153,7 +154,7 @@ def _layer(cfg: ModelConfig, kind: str, R: int) -> Layer:
         out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
         ffn_norm=norm,
         ffn=_feed_forward(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
-        moe=_moe(cfg, cfg.moe, R) if kind == "moe" and cfg.moe else None,
+        moe=_moe(cfg, kind, R) if in_slots(kind) else None,
         latent=_latent(cfg, latent, R) if latent else None,
         qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS) if cfg.qkv_bias else None,
         out_bias=ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.out_bias else None,
@@ -179,11 +180,12 @@ def _latent(cfg: ModelConfig, latent: LatentConfig, R: int) -> Latent:
     )
 
 
-def _moe(cfg: ModelConfig, moe: MoEConfig, R: int) -> MoE:
+def _moe(cfg: ModelConfig, kind: LayerKind, R: int) -> MoE:
+    moe, routed = cfg.experts_of(kind), kind == "moe"
     D, E = cfg.d_model, moe.experts
     return MoE(
-        router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02),
-        bias=ParamSpec((R, E), ("layer", "router"), BIAS),
+        router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02) if routed else None,
+        bias=ParamSpec((R, E), ("layer", "router"), BIAS) if routed else None,
         shared=_feed_forward(cfg, (R,), ("layer",), moe.d_shared) if moe.d_shared else None,
         experts=_feed_forward(cfg, (R, E), ("layer", "expert"), moe.d_expert, biased=moe.expert_bias),
         shared_gate=ParamSpec((R, 1, D), ("layer", "router", "model"), 0.02) if moe.shared_gate else None,
@@ -223,11 +225,21 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> P
 
 
 def expert_bytes(cfg: ModelConfig, itemsize: int = 4) -> int:
-    """Bytes of one routed expert of one layer, all its numbers of this size."""
-    if cfg.moe is None:
-        return 0
-    one = _feed_forward(cfg, (), (), cfg.moe.d_expert, biased=cfg.moe.expert_bias)
-    return itemsize * sum(s.size for s in jax.tree.leaves(one, is_leaf=is_spec))
+    """Bytes of one expert of one layer, the largest of the model, all its numbers of this size."""
+    return itemsize * max((_expert_size(cfg, kind) for kind in set(cfg.layer_kinds) if in_slots(kind)), default=0)
+
+
+def expert_counts(cfg: ModelConfig) -> tuple[int, int]:
+    """Parameters of all experts of a model, and of those that one token goes to."""
+    kinds = [kind for kind in cfg.layer_kinds if in_slots(kind)]
+    of = [(cfg.experts_of(kind), _expert_size(cfg, kind)) for kind in kinds]
+    return sum(moe.experts * size for moe, size in of), sum(moe.experts_per_token * size for moe, size in of)
+
+
+def _expert_size(cfg: ModelConfig, kind: LayerKind) -> int:
+    moe = cfg.experts_of(kind)
+    one = _feed_forward(cfg, (), (), moe.d_expert, biased=moe.expert_bias)
+    return sum(s.size for s in jax.tree.leaves(one, is_leaf=is_spec))
 
 
 def parameter_count(cfg: ModelConfig) -> int:

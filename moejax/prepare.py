@@ -1,6 +1,8 @@
 """Makes a model ready to be served: finds or builds its folder, copies its weights into the host's memory.
 
-    python -m moejax.prepare MODEL FORM [in-place]   progress on standard error, one line of JSON on standard output
+    python -m moejax.prepare MODEL FORM [in-place|divided]
+
+Progress on standard error, one line of JSON on standard output.
 
 A process of its own, because the front of the server never imports JAX.
 """
@@ -11,13 +13,13 @@ import sys
 from pathlib import Path
 
 from moejax import kernels
-from moejax.assets import ensure_model, ensure_noted, is_published
+from moejax.assets import ensure_divided, ensure_model, ensure_noted, is_published
 from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
 from moejax.download import cache_folder
 from moejax.executables import numerics
 from moejax.manifest import content_hash
-from moejax.params import expert_bytes, parameter_count
+from moejax.params import expert_counts, parameter_count
 from moejax.precision import held_bytes
 from moejax.published_store import PublishedStore
 from moejax.store import HostStore
@@ -25,13 +27,16 @@ from moejax.store import HostStore
 
 def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, object]:
     """What the front needs to know of a model whose matrices ranks hold in this form (`moejax.precision`); the field
-    names are those of `serving.prepared.Prepared`. Published folders are converted, or read `in-place`."""
+    names are those of `serving.prepared.Prepared`. Published folders are converted, or read `in-place`; dense layers
+    are whole, or `divided`."""
     store: HostStore | PublishedStore
     if how == "in-place" and is_published(Path(name)):
         folder = ensure_noted(Path(name))
         store = PublishedStore.open(folder)
     else:
         folder = ensure_model(name)
+        if how == "divided":
+            folder = ensure_divided(folder)
         store = HostStore.create(folder)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     moe = cfg.moe
@@ -50,6 +55,7 @@ def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, obj
         "bos_token": cfg.bos_token,
         "layers": cfg.n_layers,
         "moe_layers": cfg.n_moe_layers,
+        "divided_layers": cfg.divided_layers,
         "experts": moe.experts if moe else 0,
         "experts_per_token": moe.experts_per_token if moe else 0,
         "parameters": parameter_count(cfg),
@@ -64,13 +70,14 @@ def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, obj
 
 
 def flops(cfg: ModelConfig) -> dict[str, float]:
-    """Work per token, a multiply-add being two: of one expert, of all else, and of attention per token of context."""
-    expert = expert_bytes(cfg, 1)
-    rest = parameter_count(cfg) - (cfg.n_moe_layers * cfg.moe.experts * expert if cfg.moe else 0)
+    """Work per token, a multiply-add being two: of one expert (on average over all that a token goes to, the shards of
+    divided layers among them), of all else, and of attention per token of context."""
+    held, used = expert_counts(cfg)
+    rest = parameter_count(cfg) - held
     looked_up = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
     a_position = cfg.latent.d_rope + 2 * cfg.latent.d_latent if cfg.latent else 2 * cfg.d_head
     return {
-        "expert_flops": 2.0 * expert,
+        "expert_flops": 2.0 * used / (cfg.n_moe_layers * cfg.moe.experts_per_token) if cfg.moe else 0.0,
         "rest_flops": 2.0 * (rest - looked_up),
         "context_flops": 2.0 * cfg.n_layers * cfg.n_heads * a_position,
     }

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moejax import steps
 from moejax.cache import Cache, cache_shapes
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, in_slots
 from moejax.disaggregated import RolesShape
 from moejax.exchange import Exchange
 from moejax.executables import ExecutableStore, executable_name
@@ -248,7 +248,7 @@ def fill_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterato
 
 def expert_positions(cfg: ModelConfig) -> list[tuple[int, int]]:
     """(segment, position in its pattern) of everything that has experts."""
-    return [(i, j) for i, (pattern, _) in enumerate(cfg.segments) for j, kind in enumerate(pattern) if kind == "moe"]
+    return [(i, j) for i, (pattern, _) in enumerate(cfg.segments) for j, kind in enumerate(pattern) if in_slots(kind)]
 
 
 def compile_missing(store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[jax.Device]) -> int:

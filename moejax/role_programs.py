@@ -207,8 +207,7 @@ def exchange_lowering(shape: ModelShape, roles: RolesShape, devices: Sequence[ja
 def stretch_lowering(shape: ModelShape, roles: RolesShape, stretch: Stretch, micro: int, me: jax.Device) -> Lowering:
     """A stretch of attention ranks."""
     cfg, bucket = roles.step.cfg, roles.step.bucket
-    moe = cfg.moe
-    assert moe is not None
+    moe = cfg.experts_of(stretch.after or "moe")
     T, X, D = roles.micros[micro].rows, moe.experts_per_token, cfg.d_model
     local = steps.local_shapes(roles.step, shape.entries)
     own = RoleArguments(
@@ -231,7 +230,7 @@ def stretch_lowering(shape: ModelShape, roles: RolesShape, stretch: Stretch, mic
     rows = cache_on(me, cfg, bucket.rows)
     count = len(stretch.layers)
     before = Cache(*(on_device(me, (count, *part.shape[1:])) for part in (rows.k, rows.v))) if micro and count else None
-    between = (None, None) if stretch.first else (pending, inbox)
+    between = (pending, inbox) if stretch.after else (None, None)
     return (
         executable_name("stretch", roles, stretch, micro, shape.entries),
         lambda: steps.run_stretch.lower(
@@ -247,9 +246,10 @@ def answer_lowering(
     local = steps.local_shapes(roles.step, shape.entries).params.segments[place[0]][place[1]].moe.experts
     experts = jax.tree.map(lambda s: on_device(me, s.shape, s.dtype), local)
     inbox, repeat = on_device(me, (roles.step.ranks, roles.part)), on_device(me, (), jnp.int32)
+    kind = roles.step.cfg.segments[place[0]][0][place[1]]
     return (
         executable_name("answer", roles, place, micro),
-        lambda: steps.run_answer.lower(experts, inbox, repeat, shape=roles, micro=micro),
+        lambda: steps.run_answer.lower(experts, inbox, repeat, shape=roles, kind=kind, micro=micro),
     )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from moejax import kernels, model
 from moejax.axes import RANKS
 from moejax.cache import Cache, cache_shapes, commit
+from moejax.config import LayerKind
 from moejax.disaggregated import Attended, Pending, RolesShape, Stretch, answer, attend_stretch, gather
 from moejax.exchange import Exchange, all_to_all
 from moejax.inputs import TILE, Bucket, packed_size, unpack
@@ -180,12 +181,12 @@ def run_stretch(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "micro"))
+@functools.partial(jax.jit, static_argnames=("shape", "kind", "micro"))
 def run_answer(
-    experts: FeedForward, inbox: jax.Array, repeat: jax.Array, *, shape: RolesShape, micro: int
+    experts: FeedForward, inbox: jax.Array, repeat: jax.Array, *, shape: RolesShape, kind: LayerKind, micro: int
 ) -> jax.Array:
     """What an expert rank does between two exchanges; see `disaggregated.answer`."""
-    return answer(experts, inbox, repeat, shape=shape, micro=micro)
+    return answer(experts, inbox, repeat, shape=shape, kind=kind, micro=micro)
 
 
 @functools.partial(jax.jit, static_argnames=("shape",))

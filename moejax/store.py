@@ -70,6 +70,10 @@ class HostStore(KnownWeights):
 
         return without_experts(self.cfg, arrays)
 
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, as it is stored. Raises StoreMissing or StoreCorrupt."""
+        return self._whole(name, self._handle(name).read())
+
     def read_experts(self, wanted: Iterable[Expert], dtype: Any = np.float32) -> dict[Expert, tuple[np.ndarray, ...]]:
         """Gate-up `[2F, D]` and down `[D, F]` of the wanted experts, and their biases if the model has them (`[2F]`,
         `[D]`): only their bytes, many reads at once.

@@ -282,7 +282,7 @@ async def _prepared(settings: Settings, say: Say, run: RunFolder | None) -> Prep
     if run is not None and run.prepared.exists():
         return Prepared.from_json(run.prepared.read_text())
     say(f"preparing {settings.model}")
-    model = await prepare(settings.model, settings.data_type, in_place=settings.in_place)
+    model = await prepare(settings.model, settings.data_type, in_place=settings.in_place, dense=settings.dense)
     if run is not None:
         run.prepared.write_text(model.to_json())
     return model

@@ -30,6 +30,7 @@ _FOREIGN = re.compile(r"LINK_\w+|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_TCP
 PROTECTIONS = ("auto", "memory", "stream", "off")
 LAUNCHERS = ("local", "join", "ray")
 DATA_TYPES = ("float32", "bfloat16", "int8")
+DENSE = ("whole", "divided")
 _ENVIRONMENT_CLOSENESS = 0.75
 
 
@@ -45,6 +46,11 @@ class Settings:
     model: str = setting("smollm2-moe", "A known model (`moejax models`) or a model folder.")
     data_type: str = setting(
         "float32", "How ranks hold matrices; int8 has a scale for each output.", choices=DATA_TYPES
+    )
+    dense: str = setting(
+        "whole",
+        "Dense layers are whole on every rank, or divided into shards that ranks hold as experts.",
+        choices=DENSE,
     )
     in_place: bool = setting(False, "Read a published folder where it lies; otherwise it is converted once.")
     ranks: int = setting(4, "Rank processes, one per device.")
@@ -140,6 +146,11 @@ class Settings:
         if not 1 <= self.ranks <= 64:
             raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and 64 local ranks.", param="ranks")
         self._check_sides()
+        if self.in_place and self.dense == "divided":
+            raise InvalidRequest(
+                "dense is 'divided' with in_place: divided layers are written anew. Leave one of them out.",
+                param="dense",
+            )
         if not 0 <= self.survive < max(self.ranks, 1) and self.ranks > 1:
             raise InvalidRequest(
                 f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",

@@ -57,7 +57,10 @@ class Crew:
             return tokens.why_not(shown, now) if tokens is not None else "this is no join token of this server"
 
         order = link_pb2.PrepareModel(
-            model=_as_elsewhere(settings.model), data_type=settings.data_type, in_place=settings.in_place
+            model=_as_elsewhere(settings.model),
+            data_type=settings.data_type,
+            in_place=settings.in_place,
+            dense=settings.dense,
         )
         places = Places(model, order, why_not)
         listener = RankListener(address=settings.rank_listen, tls=ServerTls.of_ranks(settings), places=places)

@@ -29,7 +29,7 @@ from serving.pages import Key
 from serving.parity import Parity
 from serving.places import placed
 from serving.plans import Plans
-from serving.policy import Slot, at_once, may_serve, next_part, without
+from serving.policy import Slot, at_once, lost_share, may_serve, next_part, without
 from serving.prepared import Prepared
 from serving.proto.moejax.v1 import link_pb2
 from serving.rendezvous import JOIN_TIMEOUT_S, Rendezvous
@@ -90,6 +90,7 @@ class Failover:
         self.unreadable: dict[tuple[int, int], str] = {}
         """(MoE layer, expert) that the store could not give, and why."""
         layers, experts = self.plans.workload.moe_layers, self.plans.workload.experts
+        self._indispensable = frozenset(model.divided_layers)
         self.loads: Callable[[], np.ndarray] = lambda: np.zeros((layers, experts))
         """Measured traffic `[moe layers, experts]`."""
         self.on_trouble: Callable[[str], None] = lambda _: None
@@ -343,6 +344,26 @@ class Failover:
         return self._next is not None
 
     @property
+    def can_step(self) -> bool:
+        """There is a plan, and it has all shards of divided layers: a token needs every one of them."""
+        return self.plan is not None and not self._shards_amiss(self.plan)
+
+    def lost_share(self, plan: Plan) -> float:
+        """The share of measured traffic that the experts had which a plan masks."""
+        return lost_share(plan, self._routed_loads())
+
+    def _routed_loads(self) -> np.ndarray:
+        """Measured traffic of what a router chooses, all alike before there is any; 0 of divided layers."""
+        loads = np.array(self.loads(), float)
+        loads = loads if loads.any() else np.ones_like(loads)
+        loads[sorted(self._indispensable)] = 0.0
+        return loads
+
+    def _shards_amiss(self, plan: Plan) -> set[tuple[int, int]]:
+        """Shards of divided layers, (layer, shard), that a plan has in no slot."""
+        return {(layer, shard) for layer, shard in plan.masked if layer in self._indispensable}
+
+    @property
     def settled(self) -> Plan | None:
         """The plan in force, if it is all that the ranks alive can hold now."""
         return None if self.healing or self.broken else self.plan
@@ -516,9 +537,10 @@ class Failover:
         assert self.plan is not None
         part, settings = at_once(goal, self.plan), self._settings
         moved = {at for at, way in self.parity.ways(self.plan, goal).items() if way.group is None}
-        if moved:  # nobody has lost these: they need not be masked
-            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, only=moved)
-        if not may_serve(part, settings.on_lost_expert, self.loads(), settings.lost_expert_bound):
+        first = moved | self._shards_amiss(part)  # nobody has lost the ones, and no step can be made without the others
+        if first:
+            part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, only=first)
+        if not may_serve(part, settings.on_lost_expert, self._routed_loads(), settings.lost_expert_bound):
             part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self._out_of_reach(goal))
         await self._adopt(part, goal)
 

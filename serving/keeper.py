@@ -89,7 +89,7 @@ class Keeper:
         name = self._offer.model or order.model
         self._tell(f"let in by {self._way.front}; preparing {name}")
         try:
-            answer = _prepared(await prepare(name, order.data_type, in_place=order.in_place))
+            answer = _prepared(await prepare(name, order.data_type, in_place=order.in_place, dense=order.dense))
         except MoejaxError as error:
             answer = link_pb2.ModelPrepared(error=f"{error} (moejax rank --model says where this host has it)")
         self._reports.put_nowait(link_pb2.PlaceReport(prepared=answer))

@@ -47,7 +47,7 @@ from serving.health import Cause
 from serving.ledger import Call, Ledger, scored, tokens
 from serving.links import Loss, Poisoned, RankLinks, RankLost, RankRefused
 from serving.operations import Operations
-from serving.policy import hottest, lost_share
+from serving.policy import hottest
 from serving.proto.moejax.v1 import link_pb2
 from serving.replacements import Replacements
 from serving.request import Finished, Request, Scored, Token
@@ -380,9 +380,10 @@ class Loop:
         self.state, outputs = expire(self.state, time.monotonic())
         self.delivery.tell(outputs)
         began = time.monotonic()
-        plan, epoch = self.failover.plan, self.failover.epoch
+        failover = self.failover
+        plan, epoch = failover.plan, failover.epoch
         admitted, batch = self.state.admitted, None
-        if plan is not None and not self.operations.paused:
+        if failover.can_step and not self.operations.paused:
             self.state, batch = schedule(self.state)
         left, queued = self.state.admitted - admitted, bool(self.state.waiting)
         self._backlog = self._backlog.looked(began, left=left, queued=queued)
@@ -559,7 +560,7 @@ class Loop:
             )
             plan = self.failover.plan
             if plan is not None and plan.masked:
-                share = lost_share(plan, self.tally.expert_load)
+                share = self.failover.lost_share(plan)
                 text = f"{len(plan.masked)} experts with {share:.1%} of the traffic"
                 self.events.add("masked", self.failover.epoch, message=text)
 

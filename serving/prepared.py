@@ -35,6 +35,8 @@ class Prepared:
     cache_bytes_per_token: int
     hidden_bytes: int
     weights: str
+    divided_layers: tuple[int, ...] = ()
+    """Which of the MoE layers are dense ones that are divided: none of their experts can be masked."""
     content: str = ""
     """A digest of the weights."""
     numerics: str = ""
@@ -48,7 +50,8 @@ class Prepared:
     def from_json(cls, text: str | bytes) -> Self:
         """As `to_json` writes it."""
         values: dict[str, Any] = json.loads(text)
-        values["stop_tokens"] = tuple(values["stop_tokens"])
+        for name in ("stop_tokens", "divided_layers"):
+            values[name] = tuple(values[name])
         return cls(**values)
 
     def to_json(self) -> str:
@@ -93,13 +96,14 @@ class Prepared:
         return dataclasses.replace(self, max_context=max_context)
 
 
-async def prepare(model: str, weights: str = "float32", *, in_place: bool = False) -> Prepared:
+async def prepare(model: str, weights: str = "float32", *, in_place: bool = False, dense: str = "whole") -> Prepared:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
     What it does is shown on this process's standard error. Raises StartError with its cause.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.prepare", model, weights, *(["in-place"] if in_place else [])),
+        *(sys.executable, "-m", "moejax.prepare", model, weights),
+        *(["in-place"] if in_place else ["divided"] if dense == "divided" else []),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )

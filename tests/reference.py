@@ -34,6 +34,9 @@ def _layer(
     h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
         return x + cfg.residual_scale * _feed_forward(h, layer.ffn, (repeat,))
+    if layer.moe.router is None:  # a divided layer: the sum of its shards
+        shards = range(layer.moe.experts.down.shape[1])
+        return x + cfg.residual_scale * sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
     return x + cfg.residual_scale * np.stack([_mixture(row, layer.moe, repeat, cfg.moe, masked) for row in h])
 
 

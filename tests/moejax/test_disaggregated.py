@@ -9,11 +9,13 @@ from moejax.config import ModelConfig
 from moejax.disaggregated import RolesShape, stretches
 from moejax.inputs import Bucket
 from moejax.model import StepShape
+from moejax.programs import expert_positions
 from serving.batch import Bucket as Shape
 from tests.moejax.models import MIXTRAL, SHARED, lively_params
 from tests.moejax.roles import RoleStepper
 from tests.moejax.stepping import Stepper, work
 
+DIVIDED = dataclasses.replace(SHARED, name="divided", divide_dense=True)
 LEADING_DENSE = dataclasses.replace(MIXTRAL, name="leading-dense", n_layers=4, dense_layers=(0,))
 
 
@@ -23,7 +25,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("cfg", "attention", "experts"),
-    [(SHARED, 2, 2), (LEADING_DENSE, 1, 3)],
+    [(SHARED, 2, 2), (LEADING_DENSE, 1, 3), (DIVIDED, 1, 2)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int, experts: int) -> None:
@@ -51,12 +53,12 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
 
 
 def test_a_stretch_ends_at_every_moe_layer() -> None:
-    for cfg in (MIXTRAL, SHARED, LEADING_DENSE):
+    for cfg in (MIXTRAL, SHARED, LEADING_DENSE, DIVIDED):
         found = stretches(cfg)
         assert len(found) == cfg.n_moe_layers + 1
         assert sum(len(stretch.layers) for stretch, _ in found) == cfg.n_layers
         assert [stretch.last for stretch, _ in found].count(True) == 1
-        assert len({stretch for stretch, _ in found}) <= 3 + len(cfg.segments)
+        assert len({stretch for stretch, _ in found}) <= 3 + len(expert_positions(cfg))
 
 
 def test_micro_batches_have_every_row_and_segment_once() -> None:

@@ -1,5 +1,6 @@
 """Laws of the step: it is the model, on any number of ranks, and no bit of a row depends on anything but the row."""
 
+import dataclasses
 import functools
 
 import jax
@@ -112,6 +113,7 @@ CONFIGS = {
         moe=MoEConfig(experts=8, experts_per_token=3, d_expert=24, d_shared=40, shared_gate=True, gate="share"),
     ),
 }
+CONFIGS |= {f"{name}-divided": dataclasses.replace(CONFIGS[name], divide_dense=True) for name in ("shared", "deepseek")}
 PAGES = (5, 2, 9, 11)
 TABLES = {1: list(range(8)), 2: [*range(8), 0, 1], 3: [*range(8), 3], 4: [7, 6, 5, 4, 3, 2, 1, 0, 0, 3, 5, 7]}
 
@@ -158,7 +160,7 @@ def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: s
 def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: str) -> None:
     tokens, other = tokens_of(70), tokens_of(50, seed=1)
     kv, sampled = prefill(stepper(name, 1), tokens, 0, Bucket(8, 4))
-    for ranks in (1, 4) if name in ("mixtral", "shared") else (4,):
+    for ranks in (1, 4) if name in ("mixtral", "shared", "shared-divided") else (4,):
         model = stepper(name, ranks)
         rank = ranks - 1
         model.run(Bucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})

@@ -565,14 +565,16 @@ class PlaceOrder(_message.Message):
     def __init__(self, prepare: _Optional[_Union[PrepareModel, _Mapping]] = ..., start: _Optional[_Union[StartRank, _Mapping]] = ..., signal: _Optional[_Union[SignalRank, _Mapping]] = ...) -> None: ...
 
 class PrepareModel(_message.Message):
-    __slots__ = ("model", "data_type", "in_place")
+    __slots__ = ("model", "data_type", "in_place", "dense")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
     model: str
     data_type: str
     in_place: bool
-    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ...) -> None: ...
+    dense: str
+    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ...) -> None: ...
 
 class StartRank(_message.Message):
     __slots__ = ("incarnation", "rank", "token")

@@ -1,0 +1,100 @@
+"""The dense layers of a model cut into shards that are held as experts are: in slots, copied, and restored one by one.
+
+A dense feed-forward part is SwiGLU, so it is the sum of those of any cut of its width, as tensor parallelism cuts it.
+Cut into as many shards as there are experts, a layer needs nothing that experts have not: each rank holds some of its
+shards, a lost one comes from its copy or from the host's memory, and its rows are sent there. Divided, a layer differs
+from the whole one by the order of its sums.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+
+from moejax.checkpoint import PARAMS, replace_folder, write_skeleton
+from moejax.config import ModelConfig
+from moejax.convert import Say, open_leaf
+from moejax.manifest import FILE, Manifest, Tensor, tensor_specs
+from moejax.store import HostStore
+
+WHOLE, DIVIDED = ".ffn.", ".moe.experts."
+
+
+def divided_config(cfg: ModelConfig) -> ModelConfig | None:
+    """The configuration with its dense layers divided; None for a model that has none beside its routed ones. Raises
+    ConfigError when they cannot be cut into as many shards as there are experts."""
+    return replace(cfg, divide_dense=True) if {"dense", "moe"} <= set(cfg.layer_kinds) else None
+
+
+def divide(source: Path, target: Path, say: Say) -> None:
+    """Write the model folder `target`: that of `source` with its dense layers divided. Other weights are linked where
+    the file system can. Memory is that of the largest tensor of a dense layer.
+
+    Raises ConfigError as `divided_config` does, and StoreError for weights that are missing or damaged.
+    """
+    store = HostStore.open(source)
+    cfg = divided_config(store.cfg)
+    assert cfg is not None, f"{store.cfg.name} has dense layers"
+    manifest = Manifest.load(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tensors = dict(_write(store, cfg, manifest, draft / PARAMS, say))
+        divided = Manifest(tensors)
+        divided.check_config(cfg, draft)
+        write_skeleton(draft / PARAMS, cfg)
+        for file in (f for f in source.iterdir() if f.is_file() and f.name not in ("config.json", FILE)):
+            shutil.copy2(file, draft / file.name)
+        (draft / FILE).write_text(divided.to_json())
+        (draft / "config.json").write_text(cfg.to_json() + "\n")
+        draft.chmod(0o755)
+        replace_folder(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(
+    store: HostStore, cfg: ModelConfig, manifest: Manifest, params: Path, say: Say
+) -> Iterator[tuple[str, Tensor]]:
+    specs, done = tensor_specs(cfg), 0
+    total = sum(tensor.bytes for tensor in manifest.tensors.values())
+    context = tensorstore.Context({"file_io_concurrency": {"limit": 4}})
+    for name, tensor in manifest.tensors.items():
+        if WHOLE in name:
+            name = name.replace(WHOLE, DIVIDED)
+            cut = _cut_rows if name.endswith("gate_up") else _cut_columns
+            shards = cut(store.read(name.replace(DIVIDED, WHOLE)), specs[name].shape)
+            tensor = Manifest.of({name: shards}).tensors[name]
+            leaf = open_leaf(params, name, shards.shape, 2, shards.dtype, context)
+            for writing in [leaf[r, e].write(shards[r, e]) for r in range(len(shards)) for e in range(shards.shape[1])]:
+                writing.result()
+        else:
+            place = Path("state") / name
+            shutil.copytree(store.folder / PARAMS / place, params / place, copy_function=_link)
+        done += tensor.bytes
+        say(done, total)
+        yield name, tensor
+
+
+def _cut_rows(gate_up: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`[R, 2F, D]` as `[R, E, 2F / E, D]`: in each shard its gate stays above its up."""
+    R, E, _, D = shape
+    return np.ascontiguousarray(gate_up.reshape(R, 2, E, -1, D).transpose(0, 2, 1, 3, 4)).reshape(shape)
+
+
+def _cut_columns(down: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`[R, D, F]` as `[R, E, D, F / E]`."""
+    R, E, D, width = shape
+    return np.ascontiguousarray(down.reshape(R, D, E, width).transpose(0, 2, 1, 3))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
