@@ -98,6 +98,9 @@ class FakeLinks:
         self.damaged: set[tuple[int, int, int]] = set()
         self.on_loss: Callable[[Loss], object] = lambda loss: None
         self.store = True
+        self.masked_in_steps: set[tuple[int, int]] = set()
+        self.masked_in_plans: set[tuple[int, int]] = set()
+        """Experts, (layer, expert), that some step, or some plan, had to do without."""
         """Experts can be read from the store."""
         self._buckets = buckets
         self._max_pages = max_pages
@@ -188,6 +191,8 @@ class FakeLinks:
             arrays = self._arrays(parts[rank])
             assert each.cache is not None
             assert each.held is not None
+            if each.routes is not None:
+                self.masked_in_steps |= {(int(layer), int(e)) for layer, e in np.argwhere(each.routes < 0)}
             each.index.note(parts[rank].full)
             for row, source in enumerate(np.frombuffer(parts[rank].sources, np.int32)):
                 if source >= 0:
@@ -245,6 +250,7 @@ class FakeLinks:
             each.held[lost.layer, lost.slot] = -1
         each.given.clear()
         each.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(self._layers, -1)
+        self.masked_in_plans |= {(int(layer), int(e)) for layer, e in np.argwhere(each.routes < 0)}
         each.mesh, each.epoch = key, m.epoch
         return {"experts_loaded": read, "missing": missing, "trouble": "gone"}
 

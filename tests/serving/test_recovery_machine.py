@@ -67,13 +67,19 @@ GUIDES = Guides(byte_tokenizer(), MODEL.vocab_size, MODEL.stop_tokens)
 class Machine:
     """A server of fake ranks with requests on it; its front may be one that takes over `links`."""
 
-    def __init__(self, settings: Settings, links: FakeLinks | None = None, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        links: FakeLinks | None = None,
+        ledger: Ledger | None = None,
+        model: Prepared = MODEL,
+    ) -> None:
         losses: list[Callable] = []
-        limits = _limits(settings, MODEL.max_context)
+        limits = _limits(settings, model.max_context)
         self.links = links or FakeLinks(limits.buckets, max_pages=limits.max_pages)
         self.links.on_loss = lambda loss: [hear(loss) for hear in losses]
-        self.failover = Failover(settings, MODEL, self.links, lambda _: None)
-        self.loop = Loop(settings, MODEL.info(), limits, self.links, self.failover, GUIDES, ledger)
+        self.failover = Failover(settings, model, self.links, lambda _: None)
+        self.loop = Loop(settings, model.info(), limits, self.links, self.failover, GUIDES, ledger)
         losses.append(self.loop.lost)
         self.requests = [small_request(f"r{i}", range(i, i + 12), max_tokens=24, seed=i) for i in range(6)]
         self.tokens: dict[str, list[int]] = {request.id: [] for request in self.requests}
