@@ -3,10 +3,11 @@
     python -m moejax.ahead < PROBLEM        (JSON in, JSON out; `planner.verify` asks)
 
 A problem has a `topology` (`v5e:2x4`, which needs libtpu, or `cpu:4`), a model's `config` (as published, or ours) and
-`name`, the form of its `weights`, `page_tokens` and `pages` of a rank's cache, `rows` decoded in a step, `longest`
-tokens of a sequence, and `meshes`: a `name`, positions of `devices` in the topology, `slots` on each, and `tiles`, how
-many (slot, tile of rows) pairs a step multiplies. Each is compiled as a server does, by `moejax.programs`. The answer
-for a mesh has bytes of a device, the compiler's own seconds by part, or the `error` of a mesh that does not compile.
+`name`, the form of its `weights`, whether `dense` layers are `whole` or `divided`, `page_tokens` and `pages` of a
+rank's cache, `rows` decoded in a step, `longest` tokens of a sequence, and `meshes`: a `name`, positions of `devices`
+in the topology, `slots` on each, and `tiles`, how many (slot, tile of rows) pairs a step multiplies. Each is compiled
+as a server does, by `moejax.programs`. The answer for a mesh has bytes of a device, the compiler's own seconds by part,
+or the `error` of a mesh that does not compile.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from moejax import kernels
 from moejax.cache import bytes_per_token
 from moejax.compiled_cost import read_cost
 from moejax.config import ConfigError, ModelConfig
+from moejax.divide import divided_config
 from moejax.families import read_config
 from moejax.inputs import Bucket
 from moejax.programs import ModelShape, mesh_lowerings
@@ -54,6 +56,8 @@ def model_of(problem: Problem) -> ModelConfig:
         cfg = read_config(config, name=problem["name"])
     else:
         cfg = ModelConfig.from_json(json.dumps(config))
+    if problem["dense"] == "divided":
+        cfg = divided_config(cfg) or cfg
     return dataclasses.replace(cfg, weights=problem["weights"], max_context=max(cfg.max_context, problem["longest"]))
 
 

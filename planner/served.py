@@ -23,12 +23,23 @@ def served_pages(deployment: Deployment) -> int:
     return int(d.plan.pages_per_rank * d.workload.cache_bytes_per_token / (4 * whole_cache_elements(d.config)))
 
 
+def divides_dense(deployment: Deployment) -> bool:
+    """Whether the plan divides dense layers. `moejax serve` divides them over all ranks that hold experts, as experts:
+    a rank has as large a part of them as it has of those."""
+    return dict(deployment.plan.axes).get("dense", 1) > 1
+
+
 def check_served(deployment: Deployment) -> None:
     """InputError for a mesh that `moejax serve` does not make: its ranks attend alone, hold experts, or do both."""
     plan, axes = deployment.plan, dict(deployment.plan.axes)
     standby = sum(r.role == "standby" for r in plan.ranks)
     reasons = [f"{standby} ranks that stand by"] if standby else []
-    reasons += [f"{name} groups of {axes[name]}" for name in ("tensor", "dense") if axes.get(name, 1) > 1]
+    reasons += [f"tensor groups of {axes['tensor']}"] if axes.get("tensor", 1) > 1 else []
+    held, planned = plan.slots_per_rank / max(1, plan.experts), 1 / axes.get("dense", 1)
+    if held > planned < 1:
+        reasons.append(
+            f"dense groups of {axes['dense']}: {planned:.3g} of each dense layer on a rank, whose slots take {held:.3g}"
+        )
     if plan.parity:
         reasons.append(f"{len(plan.parity)} parity slots")
     if reasons:

@@ -23,8 +23,8 @@ from planner.errors import InputError, NoFeasiblePlan, PlannerError
 from planner.lattice import losses
 from planner.plan import Figure
 from planner.report import table
-from planner.served import check_served, held_form
-from planner.shape import Shape, slots_per_rank
+from planner.served import check_served, divides_dense, held_form
+from planner.shape import Shape, rest_bytes, slots_per_rank
 from planner.throughput import Candidate, assess
 
 PROGRAM = "moejax.ahead"
@@ -106,7 +106,8 @@ def _mesh(deployment: Deployment, best: Candidate, name: str, devices: tuple[int
             slots = slots_per_rank(d.workload, d.cluster, n, asked=None, before=slots, survive_ranks=0)
         except NoFeasiblePlan as error:
             reason = str(error)
-    shape = Shape(arch="collocated", tensor=1, dense=1, slots=slots, roles=("collocated",) * n, groups=tuple(range(n)))
+    dense, roles = d.shape.dense if divides_dense(d) else 1, ("collocated",) * n
+    shape = Shape(arch="collocated", tensor=1, dense=dense, slots=slots, roles=roles, groups=tuple(range(n)))
     requests = best.requests_per_group
     step = step_time(d.workload, d.cluster, shape, requests, d.traffic.context)
     cache = requests * d.traffic.longest * d.workload.cache_bytes_per_token
@@ -116,7 +117,7 @@ def _mesh(deployment: Deployment, best: Candidate, name: str, devices: tuple[int
         slots=slots,
         tiles=_tiles(requests * d.workload.experts_per_token, slots),
         planned=step.parts(),
-        planned_bytes=d.workload.rest_bytes + slots * d.workload.slot_bytes + cache,
+        planned_bytes=rest_bytes(d.workload, 1, dense) + slots * d.workload.slot_bytes + cache,
         reason=reason,
     )
 
@@ -149,6 +150,7 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "config": dict(d.config),
         "name": d.workload.name,
         "weights": held_form(d.workload),
+        "dense": "divided" if divides_dense(d) else "whole",
         "page_tokens": d.workload.page_tokens,
         "pages": best.requests_per_group * -(-longest // d.workload.page_tokens),
         "rows": best.requests_per_group,

@@ -11,12 +11,13 @@ import pytest
 from planner import InputError, solve, verify
 from planner.cli import main
 from planner.cluster import Cluster, read_cluster
-from planner.deployment import Deployment
+from planner.deployment import Deployment, Survive
 from planner.design import design
+from planner.export import export
 from planner.huggingface import MODELS, read_model, read_source, workload
 from planner.throughput import assess
 from planner.traffic import Traffic
-from planner.verify import CompilerUnavailable, aot_figures, aot_problem, compile_ahead, meshes, topology_devices
+from planner.verify import CompilerUnavailable, _ask, aot_figures, aot_problem, compile_ahead, meshes, topology_devices
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (moejax[tpu])")
@@ -115,6 +116,37 @@ def test_a_plan_that_moejax_does_not_run_is_refused_with_the_way_out():
         problem(replace(apart, config=TINY), "v5e:2x4")
     with pytest.raises(InputError, match="there is no model to compile"):
         problem(replace(small(), config={}), "cpu:4")
+
+
+def with_dense_groups(slots: int) -> Deployment:
+    """Two dense layers of three, divided by four; twelve experts on four ranks of so many slots."""
+    qwen = {"num_experts": 12, "moe_intermediate_size": 24, "mlp_only_layers": [0, 1], "model_type": "qwen3_moe"}
+    found = {key: value for key, value in TINY.items() if key != "num_local_experts"} | qwen
+    model = workload(found, name="small", cache="float32")
+    cluster = Cluster.local(4, memory_bytes=4_000_000)
+    none = Survive(ranks=0)
+    made = design(model, cluster, traffic=TRAFFIC, survive=none, tensor=1, dense=4, slots=slots).deployment
+    return replace(made, config=found)
+
+
+def test_dense_groups_are_served_divided_where_slots_take_no_more_of_them_than_planned():
+    d = with_dense_groups(slots=3)
+    assert dict(d.plan.axes)["dense"] == 4
+    assert problem(d, "cpu:4")["dense"] == "divided"
+    assert "MOEJAX_DENSE=divided" in export(d, "env")
+    assert problem(small(), "cpu:4")["dense"] == "whole"
+    assert "MOEJAX_DENSE" not in export(small(), "env")
+    with pytest.raises(InputError, match=r"dense groups of 4: 0\.25 of each dense layer on a rank.*take 0\.333"):
+        problem(with_dense_groups(slots=4), "cpu:4")
+
+
+@needs_jax
+def test_a_step_with_divided_layers_compiles_over_every_mesh():
+    asked = problem(with_dense_groups(slots=3), "cpu:4")
+    first, second = (_ask(asked | {"dense": how}, 600)["meshes"][0] for how in ("divided", "whole"))
+    assert "error" not in first
+    assert "error" not in second
+    assert first["argument_bytes"] < second["argument_bytes"]
 
 
 @needs_jax
