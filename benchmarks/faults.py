@@ -4,10 +4,10 @@
         [--only NAME ...] [--rounds N] [--json FILE]
 
 Starts `moejax serve` for each setup (collocated ranks on two hosts; attention ranks and expert ranks, half of each; the
-same with roles that always switch, and without spare slots), keeps streams running whose tokens are known from an
-undisturbed run, and injects one fault after the other at moments drawn from --seed; the next comes when all ranks serve
-again and every single loss is prepared. Where the rank matters it is the one with the most streams, or an expert rank.
-The server and this program share one clock.
+same with roles that always switch, without spare slots, and both with dense layers divided), keeps streams running
+whose tokens are known from an undisturbed run, and injects one fault after the other at moments drawn from --seed; the
+next comes when all ranks serve again and every single loss is prepared. Where the rank matters it is the one with the
+most streams, or an expert rank. The server and this program share one clock.
 
 Of each scenario: `detect_ms` from the injection to the server's first word of it; `survivor_stall_ms` and
 `moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
@@ -170,6 +170,7 @@ DISAGGREGATED = (
 )
 FRONT = Scenario("front", _front, "ready", "ready", everybody=True)
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
+SHARDS = Scenario("dense shards", _crash, "rank_lost", "recovered")
 MASKING = (Scenario("missing experts", _crash, "rank_lost", "recovered", expert=True, same_tokens=False),)
 
 
@@ -178,6 +179,7 @@ def _halves(ranks: int) -> list[str]:
     return ["--arch", "disaggregated", "--attention", str(attention), "--experts", str(ranks - attention)]
 
 
+_DIVIDED = ("--dense", "divided")
 _UNCACHED = "--no-prefix-caching"
 """The same prompts are asked again and again: found in a cache, they would all go to one rank."""
 SETUPS = (
@@ -187,6 +189,8 @@ SETUPS = (
     Setup("disaggregated", _halves, (FRONT,)),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--role-switch", "always"], SWITCHING),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--survive", "0", "--on-lost-expert", "mask"], MASKING),
+    Setup("collocated", lambda _: [_UNCACHED, *_DIVIDED], (SHARDS,)),
+    Setup("disaggregated", lambda n: [_UNCACHED, *_halves(n), *_DIVIDED], (dataclasses.replace(SHARDS, expert=True),)),
 )
 NAMES = tuple(dict.fromkeys(scenario.name for setup in SETUPS for scenario in setup.scenarios))
 
