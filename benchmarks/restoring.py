@@ -35,11 +35,10 @@ from moejax.inputs import Bucket, packed_size
 from moejax.mesh import make_mesh
 from moejax.params import init_params
 from moejax.store import HostStore
-from moejax.transfer import rows_by_entry, write_entries, written
+from moejax.transfer import EntryWriter, rows_by_entry, written
 from serving.batch import TILE, Batch, Work, assemble
 from serving.batch import Bucket as Shape
-from serving.cache_copy import CacheCopy
-from serving.restoration import PIECE_ENTRIES
+from serving.cache_copy import PIECE_ENTRIES, CacheCopy
 
 PREFILL, WRITE, DECODE = Shape(2, 2), Shape(32, 8), Shape(8, 0)
 """Buckets: of the steps that compute a context, of the programs that write one, and of the steps that are copied."""
@@ -59,6 +58,8 @@ class OneRank:
         self._routes = jnp.tile(jnp.arange(experts, dtype=jnp.int32), (1, cfg.n_moe_layers, 1))
         self._slots = experts
         self.cache = jax.device_put(empty_cache(cfg, self.pages * PAGE), self.device, may_alias=False)
+        self._writer = EntryWriter(cfg, [self.bucket(WRITE)])
+        self._piece = np.zeros((PIECE_ENTRIES, bytes_per_token(cfg)), np.uint8)
         file = os.memfd_create("moejax-cache")
         self.copy = CacheCopy.create(file, self.pages * PAGE, bytes_per_token(cfg))
         os.close(file)
@@ -86,9 +87,9 @@ class OneRank:
         """Copy a context from memory to the cache."""
         for first in range(0, tokens, PIECE_ENTRIES):
             at = np.arange(first, min(first + PIECE_ENTRIES, tokens))
-            rows = self.copy.read(at, np.full(len(at), 5), at).view(np.float32)
+            rows = self.copy.read(at, np.full(len(at), 5), at, self._piece).view(np.float32)
             rows = rows.reshape(len(at), self.cfg.n_layers, -1).swapaxes(0, 1)
-            self.cache = write_entries(self.cache, at, rows, self.bucket(WRITE), self._commit, self.device)
+            self.cache = self._writer.write(self.cache, at, rows, lambda _: self._commit, self.device)
         jax.block_until_ready(self.cache)
 
     def fill_copy(self, tokens: int) -> None:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moejax.cache import Cache
+from moejax.cache import Cache, cache_shapes
+from moejax.config import ModelConfig
 from moejax.inputs import Bucket, idle, layout
+from moejax.known_weights import aligned
 
 NOWHERE = 2**30
 """Where rows of padding are written to; see `serving.batch.DROPPED`."""
@@ -32,19 +34,51 @@ def read_entries(cache: Cache, entries: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(part)[:, entries] for part in (cache.k, cache.v)], axis=-1)
 
 
-def write_entries(
-    cache: Cache, entries: np.ndarray, rows: np.ndarray, bucket: Bucket, commit: Commit, device: jax.Device
-) -> Cache:
-    """The cache with `rows [L, count, widths]` in these entries, written by the commit program of `bucket`.
+class EntryWriter:
+    """Writes cache entries by the commit programs of a rank's buckets, through host memory that it keeps: memory that a
+    process has not touched yet takes several times as long as the copying does."""
 
-    The cache is donated, as in every commit.
-    """
-    for at in range(0, len(entries), bucket.rows):
-        some, block = entries[at : at + bucket.rows], rows[:, at : at + bucket.rows]
-        new = Cache(*(np.zeros((len(rows), bucket.rows, part.shape[-1]), rows.dtype) for part in (cache.k, cache.v)))
-        new.k[:, : len(some)], new.v[:, : len(some)] = np.split(block, [new.k.shape[-1]], axis=-1)
-        cache = commit(cache, *jax.device_put((new, _writing(bucket, some)), device))
-    return cache
+    def __init__(self, cfg: ModelConfig, buckets: Sequence[Bucket]) -> None:
+        self._cfg = cfg
+        self._buckets = tuple(buckets)
+        self._rows: dict[int, Cache] = {}
+
+    def write(
+        self, cache: Cache, entries: np.ndarray, rows: np.ndarray, commit: Callable[[int], Commit], device: jax.Device
+    ) -> Cache:
+        """The cache with `rows [L, count, widths]` in these entries, done when this returns; `commit` is the program of
+        the bucket of an index. The cache is donated, as in every commit."""
+        index = self._index(len(entries))
+        size = self._buckets[index].rows
+        for at in range(0, len(entries), size):
+            some, block = entries[at : at + size], rows[:, at : at + size]
+            new = self._kept(index)
+            width = new.k.shape[-1]
+            new.k[:, : len(some)], new.v[:, : len(some)] = block[..., :width], block[..., width:]
+            cache = self._commit(cache, index, some, commit, device)
+        return cache
+
+    def warm(self, cache: Cache, count: int, commit: Callable[[int], Commit], device: jax.Device) -> Cache:
+        """Write nothing, as `count` entries are written: the first time takes several times as long as the next."""
+        return self._commit(cache, self._index(count), np.zeros(0, np.int32), commit, device)
+
+    def _commit(
+        self, cache: Cache, index: int, entries: np.ndarray, commit: Callable[[int], Commit], device: jax.Device
+    ) -> Cache:
+        packed = _writing(self._buckets[index], entries)
+        arguments = jax.device_put((self._kept(index), packed), device)
+        return jax.block_until_ready(commit(index)(cache, *arguments))
+
+    def _index(self, count: int) -> int:
+        """The bucket with the fewest rows that has room for so many, or that with the most."""
+        sizes = [bucket.rows for bucket in self._buckets]
+        return sizes.index(min((size for size in sizes if size >= count), default=max(sizes)))
+
+    def _kept(self, index: int) -> Cache:
+        if index not in self._rows:
+            sizes = cache_shapes(self._cfg, self._buckets[index].rows)
+            self._rows[index] = Cache(*(aligned(np.zeros(size), np.dtype(np.float32)) for size in (sizes.k, sizes.v)))
+        return self._rows[index]
 
 
 class Written(NamedTuple):

@@ -12,11 +12,12 @@ token and position all the same.
 """
 
 import errno
+import itertools
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,6 +27,9 @@ _FIELDS = 4
 """int64 of the header: form, entries, bytes of an entry, seal."""
 NOTHING = -1
 """The seal before the first step."""
+PIECE_ENTRIES = 256
+PIECE_BYTES = 16 << 20
+"""Cache entries that are given back at once, and their bytes, at most."""
 
 
 class NotCopied(Exception):
@@ -43,8 +47,6 @@ class CacheCopy:
             raise NotCopied(f"this is no copy of a cache: it begins with {form:#x}, not {_FORM:#x}")
         self._tags = np.frombuffer(memory, np.int32, 2 * self.entries, _PAGE).reshape(-1, 2)
         self._at = _PAGE + _whole_pages(self._tags.nbytes)
-        rows = np.frombuffer(memory, np.uint8, self.entries * self.entry_bytes, self._at)
-        self._rows = rows.reshape(self.entries, -1)
         self._file = os.dup(file)
 
     @classmethod
@@ -88,9 +90,9 @@ class CacheCopy:
         """
         self._tags[entries] = -1
         rows = np.ascontiguousarray(rows).reshape(len(entries), -1).view(np.uint8)
-        for run in np.split(np.arange(len(entries)), np.flatnonzero(np.diff(entries) != 1) + 1):
-            together = rows[run[0] : run[-1] + 1]
-            wrote = os.pwrite(self._file, together.data, self._at + int(entries[run[0]]) * self.entry_bytes)
+        for run in _runs(entries):
+            together = rows[run]
+            wrote = os.pwrite(self._file, together.data, self._place(entries[run.start]))
             if wrote < together.nbytes:
                 raise OSError(errno.ENOSPC, f"{wrote} of {together.nbytes} bytes of the copy could be written")
         self._tags[entries] = np.stack([tokens, positions], axis=-1)
@@ -99,9 +101,14 @@ class CacheCopy:
         """Everything that was written up to this step is here."""
         self._header[3] = step
 
-    def read(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The rows of entries, bytes `[n, entry_bytes]`. Raises NotCopied unless they are of these tokens and
-        positions."""
+    def read(
+        self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The rows of entries, bytes `[n, entry_bytes]`, in memory of the caller's if it gives some. Raises NotCopied
+        unless they are of these tokens and positions.
+
+        Through the file, as `write`: a page that this process has not mapped yet is a fault as well.
+        """
         tags, wanted = self._tags[entries], np.stack([tokens, positions], axis=-1)
         wrong = np.flatnonzero((tags != wanted).any(axis=-1))
         if len(wrong):
@@ -110,11 +117,20 @@ class CacheCopy:
                 f"entry {int(entries[at])} of the copy has token {token} at position {position}, and token "
                 f"{int(tokens[at])} at position {int(positions[at])} is wanted ({len(wrong)} of {len(entries)} differ)"
             )
-        return self._rows[entries]
+        rows = np.empty((len(entries), self.entry_bytes), np.uint8) if into is None else into[: len(entries)]
+        for run in _runs(entries):
+            together = rows[run]
+            if os.preadv(self._file, [together.data], self._place(entries[run.start])) < together.nbytes:
+                raise NotCopied(f"the copy ends before entry {int(entries[run.stop - 1])}")
+        return rows
+
+    def _place(self, entry: Any) -> int:
+        """Where an entry's row is in the file."""
+        return self._at + int(entry) * self.entry_bytes
 
     def close(self) -> None:
         """Let go of the memory; it is freed when all have."""
-        del self._header, self._tags, self._rows
+        del self._header, self._tags
         self._memory.close()
         os.close(self._file)
 
@@ -128,6 +144,17 @@ def entries_of(pages: Sequence[int], page_size: int, first: int, count: int) -> 
     """The entries of positions `first` .. `first + count - 1` of a request in these pages, `[count]`."""
     at = np.arange(first, first + count)
     return np.array(pages, np.int64)[at // page_size] * page_size + at % page_size
+
+
+def piece_of(entry_bytes: int) -> int:
+    """Entries of these bytes that are given back at once."""
+    return max(1, min(PIECE_ENTRIES, PIECE_BYTES // max(1, entry_bytes)))
+
+
+def _runs(entries: np.ndarray) -> Iterator[slice]:
+    """The entries that lie one after the other."""
+    cuts = [0, *(np.flatnonzero(np.diff(entries) != 1) + 1).tolist(), len(entries)]
+    return (slice(first, after) for first, after in itertools.pairwise(cuts))
 
 
 def _whole_pages(count: int) -> int:

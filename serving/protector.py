@@ -69,15 +69,15 @@ class Protector:
         return told
 
 
-def restored_rows(command: link_pb2.RestoreCache, page_size: int) -> np.ndarray:
-    """The entries a rank is to take over, bytes `[count, entry bytes]`. Raises OSError, and NotCopied when the copy has
-    something else there."""
+def restored_rows(command: link_pb2.RestoreCache, page_size: int, into: np.ndarray | None = None) -> np.ndarray:
+    """The entries a rank is to take over, bytes `[count, entry bytes]`, read `into` memory of as many entries or more.
+    Raises OSError, and NotCopied when the copy has something else there."""
     if not command.cache_copy:
         return np.frombuffer(command.rows, np.uint8).reshape(command.count, -1)
     copy = CacheCopy.open(Path(command.cache_copy))
     try:
         entries = entries_of(command.from_pages, page_size, command.first, command.count)
         positions = np.arange(command.first, command.first + command.count)
-        return copy.read(entries, np.frombuffer(command.tokens, np.int32), positions)
+        return copy.read(entries, np.frombuffer(command.tokens, np.int32), positions, into)
     finally:
         copy.close()

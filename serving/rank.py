@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from moejax import kernels
+from moejax.cache import bytes_per_token
 from moejax.config import ModelConfig
 from moejax.executables import CompileCounter, ExecutableStore
 from moejax.inputs import Bucket, idle
@@ -43,8 +44,9 @@ from moejax.recovery import LiveArrays
 from moejax.role_programs import RolePrograms, compile_roles
 from moejax.shaping import RowShape, dense
 from moejax.shared import Arena
-from moejax.transfer import Written, entries_of, read_entries, rows_by_entry, write_entries, written
+from moejax.transfer import EntryWriter, Written, entries_of, read_entries, rows_by_entry, written
 from moejax.world import World, configure_process
+from serving.cache_copy import piece_of
 from serving.dial import Way
 from serving.mesh_key import MeshKey
 from serving.orphans import die_with_parent
@@ -96,6 +98,8 @@ class Rank:
         self._given_up = 0
         """Connect commands up to this number are void, also those that have not begun: a member is dead."""
         self._protector: Protector | None = None
+        self._piece = np.zeros((0, 0), np.uint8)
+        """Memory that is there for the entries that are given back at once."""
         self._index = PageIndex()
         self._last = (-1, -1)
         """Epoch and number of the last step."""
@@ -168,6 +172,7 @@ class Rank:
         self._arrays = LiveArrays(self._shape, open_store(Path(command.store)), attends=not command.experts_only)
         self._shelf = Shelf(self._arrays)
         self._idle = [idle(bucket) for bucket in buckets]
+        self._writer = EntryWriter(self._shape.cfg, buckets)
 
     def join(self, command: link_pb2.Join) -> dict[str, Any]:
         """Enter a generation with everything held."""
@@ -245,6 +250,9 @@ class Rank:
                     packed = jax.device_put(self._idle[index], self.device)
                     nothing = link_pb2.Step(bucket=index)
                     self._finish(programs.step(index)(arguments(packed)), packed, nothing, key)
+            if self.arrays.cache is not None and len(self._piece):
+                commit = self._commits(key.slots)
+                self.arrays.cache = self._writer.warm(self.arrays.cache, len(self._piece), commit, self.device)
         return {}
 
     def _arena(self, key: MeshKey, path: str) -> Arena | None:
@@ -289,7 +297,8 @@ class Rank:
 
     def restore_cache(self, command: link_pb2.RestoreCache) -> dict[str, Any]:
         """Take over cache entries of a sequence whose rank died."""
-        rows = restored_rows(command, self.shape.page_size).view(np.float32)
+        into = self._piece if len(self._piece) >= command.count else None
+        rows = restored_rows(command, self.shape.page_size, into).view(np.float32)
         self._write(command, rows.reshape(command.count, self.shape.cfg.n_layers, -1).swapaxes(0, 1))
         return {}
 
@@ -315,18 +324,23 @@ class Rank:
         assert adopted is not None, "Adopt comes first"
         entries = entries_of(command.pages, self.shape.page_size, command.first, command.count)
         self._index.wrote(entries // self.shape.page_size)
-        sizes = [bucket.rows for bucket in self.shape.buckets]
-        index = sizes.index(min((n for n in sizes if n >= len(entries)), default=max(sizes)))
-        commit = self._local[adopted.mesh.slots].after_step(index)[1]
-        self.arrays.cache = write_entries(cache, entries, rows, self.shape.buckets[index], commit, self.device)
+        commit = self._commits(adopted.mesh.slots)
+        self.arrays.cache = self._writer.write(cache, entries, rows, commit, self.device)
         if self._protector is not None:
             tokens = np.frombuffer(command.tokens, np.int32)
             positions = np.arange(command.first, command.first + command.count, dtype=np.int32)
             self._protector.copy(entries, tokens, positions, rows.swapaxes(0, 1))
 
+    def _commits(self, slots: int) -> Callable[[int], Callable[..., Any]]:
+        """The commit program of each bucket."""
+        return lambda index: self._local[slots].after_step(index)[1]
+
     def _protect_as(self, command: link_pb2.Configure | link_pb2.Adopt) -> None:
         """From now on the cache is copied as the front wants it."""
         before, self._protector = self._protector, Protector.of(command)
+        if self._protector is not None and not len(self._piece):
+            size = bytes_per_token(self.shape.cfg)
+            self._piece = np.full((piece_of(size), size), 0, np.uint8)
         if before is not None:
             before.close()
 

@@ -5,7 +5,9 @@ was salvaged stays where it is until all of it is in a cache.
 """
 
 import asyncio
+import math
 import time
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from serving.batch import TILE, Batch
 from serving.breakeven import Costs, is_restored
 from serving.cache_copies import CacheCopies
-from serving.cache_copy import NotCopied, entries_of
+from serving.cache_copy import NotCopied, entries_of, piece_of
 from serving.engine import EngineState
 from serving.events import EventLog
 from serving.failover import Failover
@@ -26,9 +28,6 @@ from serving.sequence import Salvage, Sequence
 FEW_S, ALL_S = 0.03, 0.12
 """How long requests are restored between two steps, one piece on each rank at least: when few of all wait for it, and
 when all do."""
-PIECE_ENTRIES = 256
-PIECE_BYTES = 16 << 20
-"""Cache entries in one piece, and their bytes, at most."""
 
 
 class Engine(Protocol):
@@ -49,7 +48,7 @@ class Restoration:
         self.costs = Costs.guess(copies.entry_bytes)
         self.restored = 0
         self.recomputed = 0
-        self._piece = max(1, min(PIECE_ENTRIES, PIECE_BYTES // max(1, copies.entry_bytes)))
+        self._piece = piece_of(copies.entry_bytes)
         self._began: float | None = None
         self._requests = 0
         self._tokens = 0
@@ -114,9 +113,9 @@ class Restoration:
         if not wanted:
             return
         self._forget([each for each in wanted if each.salvage is not None and each.salvage.copy in gone])
-        engine.state = reserve(engine.state)
-        self._began = self._began or began
         budget_s = self._budget_s(len(wanted))
+        engine.state = reserve(engine.state, at_once=self._pays_at_once(wanted, budget_s))
+        self._began = self._began or began
         while first := self._next():
             ended = await asyncio.gather(*map(self._restore_piece, first), return_exceptions=True)
             for error in ended:
@@ -126,6 +125,15 @@ class Restoration:
                 break
         if not self.pending and self._requests:
             self._tell()
+
+    def _pays_at_once(self, wanted: Collection[Sequence], budget_s: float) -> bool:
+        """Whether all can be restored before the first step after a loss, and that makes the streams that are waited
+        for wait less, taken together: a step for each of these, or the copying for each of the others."""
+        state, entries = self._engine.state, [each.salvage.count for each in wanted if each.salvage is not None]
+        copying = sum(self.costs.restore_s(count, self._piece, math.inf) for count in entries)
+        copying /= max(1, len(state.pools))  # ranks copy beside each other
+        others = sum(not each.restoring for each in state.running.values())
+        return copying < budget_s and others * copying < len(entries) * self.costs.step.fixed
 
     def _next(self) -> list[Sequence]:
         """Of each rank the request that is restored next: the one with the fewest entries left."""

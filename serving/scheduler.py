@@ -36,13 +36,13 @@ def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
     return foreseen(successor, batch), batch
 
 
-def reserve(state: EngineState) -> EngineState:
+def reserve(state: EngineState, *, at_once: bool = False) -> EngineState:
     """The state with places and pages given to requests whose cache entries outlived their rank, as far as there is
-    room; not before the survivors' streams have had the first step after the loss."""
+    room; unless `at_once`, not before the survivors' streams have had the first step after the loss."""
     if not any(sequence.salvage for sequence in state.waiting.values()):
         return state
     draft = _Draft(state)
-    if not (state.decode_first and draft.decoding):
+    if at_once or not (state.decode_first and draft.decoding):
         draft.admit_salvaged()
     return draft.reserved()
 

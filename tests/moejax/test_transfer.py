@@ -7,7 +7,7 @@ import pytest
 from moejax import steps
 from moejax.cache import Cache, cache_shapes, empty_cache
 from moejax.inputs import Bucket, idle
-from moejax.transfer import entries_of, read_entries, rows_by_entry, write_entries, written
+from moejax.transfer import EntryWriter, entries_of, read_entries, rows_by_entry, written
 from serving import cache_copy
 from serving.batch import Batch, assemble
 from serving.batch import Bucket as Shape
@@ -48,18 +48,23 @@ def test_a_step_wrote_its_tokens_at_their_positions_and_no_padding():
     assert len(written(idle(BUCKET), BUCKET).rows) == 0
 
 
-@pytest.mark.parametrize("size", [Bucket(decode=2, tiles=0, max_pages=1), Bucket(decode=8, tiles=2, max_pages=1)])
-def test_rows_copied_by_entry_are_the_bits_that_were_committed(size):
+@pytest.mark.parametrize("sizes", [((2, 0),), ((8, 2), (2, 0)), ((8, 0), (8, 1))])
+def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
+    sizes = [Bucket(decode=decode, tiles=tiles, max_pages=1) for decode, tiles in sizes]
     packed, new = packed_step(), random_rows(BUCKET.rows)
     here = steps.run_commit(new_cache(), new, packed, bucket=BUCKET)
     wrote = written(packed, BUCKET)
     rows = rows_by_entry(new, wrote.rows)
     np.testing.assert_array_equal(rows.swapaxes(0, 1), read_entries(here, wrote.entries))
 
-    def commit(cache, new, packed):
-        return steps.run_commit(cache, new, packed, bucket=size)
+    def commit(index):
+        return lambda cache, new, packed: steps.run_commit(cache, new, packed, bucket=sizes[index])
 
-    there = write_entries(new_cache(), wrote.entries, rows.swapaxes(0, 1), size, commit, jax.devices()[0])
+    writer, there, device = EntryWriter(MIXTRAL, sizes), new_cache(), jax.devices()[0]
+    there = writer.warm(there, len(wrote.entries), commit, device)
+    first, rest = wrote.entries[:5], wrote.entries[5:]
+    for entries, block in ((rest, rows[5:]), (first, rows[:5])):
+        there = writer.write(there, entries, block.swapaxes(0, 1), commit, device)
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+import serving.cache_copy
 import serving.loop
 import serving.rendezvous
 import serving.replacements
@@ -41,6 +42,6 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
         monkeypatch.setattr(module, name, 0.005)
     monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
-    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 5)
+    monkeypatch.setattr(serving.cache_copy, "PIECE_ENTRIES", 5)
     monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
     monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)

@@ -8,11 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 import serving.loop
-import serving.rendezvous
-import serving.replacements
 from serving.config import Settings
 from serving.errors import InvalidRequest
-from tests.fake_links import FakeCoordinator
 from tests.fakes import alone
 from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine
 
@@ -21,11 +18,7 @@ BARE = {"restart": False, "survive": 0, "slots_per_rank": 2, "protect_cache": "o
 """Four experts in six slots of three ranks: two of each layer have no second copy."""
 
 
-@pytest.fixture(autouse=True)
-def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
-    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
-        monkeypatch.setattr(module, name, 0.005)
+pytestmark = pytest.mark.usefixtures("no_processes")
 
 
 @contextlib.asynccontextmanager

@@ -4,9 +4,11 @@ import asyncio
 
 import pytest
 
+import serving.cache_copy
 import serving.loop
 import serving.rendezvous
 import serving.restoration
+from serving.breakeven import Costs, Line
 from serving.config import Settings
 from serving.faults import Instruction
 from tests.fake_links import FakeCoordinator
@@ -67,6 +69,25 @@ def test_where_it_would_be_slower_everything_is_computed_again(monkeypatch):
     assert all(what != "restore_cache" for _, what in m.links.log)
 
 
+@pytest.mark.parametrize(
+    ("piece_s", "step_s", "streams", "before"),
+    [(1e-3, 0.1, 6, True), (0.02, 0.1, 6, True), (0.049, 0.02, 6, False), (1.0, 10.0, 6, False), (0.02, 0.03, 2, True)],
+)
+def test_it_comes_before_the_first_step_where_streams_wait_less_for_it_taken_together(
+    piece_s, step_s, streams, before, monkeypatch
+):
+    choose(monkeypatch, True)
+    costs = Costs(step=Line.guess(step_s, 0.0, 64), piece=Line.guess(piece_s, 0.0, 256))
+
+    def spoil(m: Machine) -> None:
+        m.loop.restoration.costs = costs
+
+    m, _ = asyncio.run(lose_one(spoil, streams=streams))
+    said = [what for _, what in m.links.log]
+    after = said[len(said) - said[::-1].index("adopt") :]
+    assert (after.index("restore_cache") < after.index("step")) == before
+
+
 def test_a_copy_that_has_something_else_is_refused_and_the_requests_are_computed_again(monkeypatch):
     choose(monkeypatch, True)
 
@@ -94,7 +115,7 @@ def test_a_copy_that_is_gone_is_done_without(monkeypatch):
 def test_nothing_else_needs_to_run_for_a_restoration_to_go_on(monkeypatch):
     choose(monkeypatch, True)
     monkeypatch.setattr(serving.loop, "IDLE_S", 10 * LIMIT_S)
-    monkeypatch.setattr(serving.restoration, "PIECE_ENTRIES", 3)
+    monkeypatch.setattr(serving.cache_copy, "PIECE_ENTRIES", 3)
     monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
     monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)
     _, events = asyncio.run(lose_one(victim=0, streams=1))
