@@ -97,6 +97,8 @@ class RankLinks:
         self._tokens: dict[str, Incarnation] = {}
         self._ids = 0
         self._server: grpc.aio.Server | None = None
+        self._known = asyncio.Event()
+        """Whose tokens count is known: those of ranks that the last front has left, too."""
         self.address = ""
         """host:port that ranks of this machine dial."""
         self._watcher: asyncio.Task[None] | None = None
@@ -116,6 +118,7 @@ class RankLinks:
         for each in self._ranks.values():
             self._release(each)
             each.process.end()
+        await asyncio.gather(*(each.process.fenced() for each in self._ranks.values()))
         if self._server is not None:
             await self._server.stop(0)
 
@@ -124,6 +127,7 @@ class RankLinks:
         each = Incarnation(rank)
         each.process = self._launcher.start(rank, self.address, lambda how: self._exited(each, how))
         self._ranks[rank] = self._tokens[each.process.token] = each
+        self._known.set()
         return each
 
     def inherit(self) -> tuple[int, ...]:
@@ -133,6 +137,7 @@ class RankLinks:
             each = Incarnation(rank)
             each.process = take_over(lambda how, each=each: self._exited(each, how))
             self._ranks[rank] = self._tokens[each.process.token] = each
+        self._known.set()
         return tuple(left)
 
     async def attached(self, rank: int) -> link_pb2.Hello:
@@ -231,6 +236,7 @@ class RankLinks:
         """A rank dials in: what it reports is heard, what is put in its outbox is sent."""
         hello = (await first_report(reports, context)).hello
         token = hello.token
+        await self._known.wait()
         each = self._tokens.pop(token, None)
         if each is None or not hmac.compare_digest(each.process.token, token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")

@@ -5,13 +5,16 @@ as the front. A rank there is a process of its keeper's: the front orders its st
 
 Where that order does not arrive, the network is cut or the host is gone, and nothing the rank still does reaches
 anybody: the front has closed its stream, the survivors shut down their ends of its collectives, what it proved itself
-with counts once, and whatever it sent would be of an old epoch. It ends when it notices that its stream is broken.
+with counts once, and whatever it sent would be of an old epoch. Back in reach, it and its keeper are told to end it.
+
+A rank whose front is gone waits for the next one, whose first places are those with such ranks: it goes on with them.
 """
 
 import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -29,6 +32,8 @@ from serving.rank_listener import first_report
 from serving.rank_process import Ended, Home, RankProcess
 from serving.version import build
 
+SPARE_S = 3.0
+"""How long ranks that the last front has left are waited for before others take their places."""
 FENCE_S = 0.3
 """How long a lost rank's keeper may take to say that it has ended, before being cut off counts as the end."""
 UNKNOWN = "unknown"
@@ -48,6 +53,8 @@ class Place:
         self.orders: asyncio.Queue[link_pb2.PlaceOrder | None] = asyncio.Queue()
         self.home: Home | None = None
         self.rank: KeptRank | None = None
+        self.left = told.left if told.HasField("left") else None
+        """What runs here since before this front was."""
         self.trouble = ""
 
     @property
@@ -59,10 +66,10 @@ class Place:
 class KeptRank:
     """A rank that runs in a place, or waits for one; see `RankProcess`."""
 
-    def __init__(self, rank: int, incarnation: int, ended: Ended) -> None:
+    def __init__(self, rank: int, incarnation: int, ended: Ended, token: str = "") -> None:
         self.rank = rank
         self.incarnation = incarnation
-        self.token = secrets.token_hex(16)
+        self.token = token or secrets.token_hex(16)
         self.pid: int | None = None
         self.home: Home | None = None
         self.state = ""
@@ -78,10 +85,14 @@ class KeptRank:
 
     def take(self, place: Place) -> None:
         """Start in a place."""
-        self.place, self.home, place.rank = place, place.home, self
-        self._said = f"it is on {place.host}, whose keeper has the rest"
+        self.be_in(place)
         start = link_pb2.StartRank(incarnation=self.incarnation, rank=self.rank, token=self.token)
         place.orders.put_nowait(link_pb2.PlaceOrder(start=start))
+
+    def be_in(self, place: Place) -> None:
+        """Run there from now on."""
+        self.place, self.home, place.rank = place, place.home, self
+        self._said = f"it is on {place.host}, whose keeper has the rest"
 
     def signal(self, name: str) -> None:
         """See `RankProcess.signal`. One that waits for a place has no process, and ends by any."""
@@ -126,6 +137,8 @@ class Places:
         self._meant: dict[int, int] = {}
         """Numbers of the places that ranks were counted in at the start."""
         self._hosts: dict[int, str] = {}
+        self._takes_over = True
+        """Ranks that were left may come still."""
         self._changed = asyncio.Event()
 
     @property
@@ -134,27 +147,34 @@ class Places:
         return [place for place in self._places.values() if place.free]
 
     async def gather(self, ranks: int, address: str, timeout_s: float, say: Callable[[str], None]) -> Cluster:
-        """Wait for places for all ranks, and give them numbers so that those of a host follow each other. Raises
-        StartError, saying which are there."""
-        end, told = time.monotonic() + timeout_s, -1
+        """Wait for places for all ranks. Those that were left keep their numbers; others get them so that those of a
+        host follow each other. Raises StartError, saying which are there."""
+        began, told = time.monotonic(), -1
+        end = began + timeout_s
         while True:
-            free = self.free
-            if len(free) >= ranks:
+            free, left = self.free, self._left(ranks)
+            waited = not left or len(left) == ranks or time.monotonic() - began > SPARE_S
+            if len(free) >= ranks and waited:
                 break
             here = ", ".join(sorted(place.host for place in free)) or "none"
             text = f"{ranks - len(free)} of {ranks} ranks are missing (here: {here})"
-            if len(free) != told:
+            if len(free) not in (told, ranks):
                 told = len(free)
                 say(f"{text}; `moejax rank --join HOST:PORT` lets one in, this front listens on {address}")
             self._changed.clear()
             try:
-                async with asyncio.timeout(end - time.monotonic()):
+                async with asyncio.timeout((end if len(free) < ranks else began + SPARE_S) - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
+                if len(free) >= ranks:
+                    continue
                 raise StartError(f"{text} after {timeout_s:.0f} s. Start them, or serve with fewer --ranks.") from None
-        chosen = sorted(free[:ranks], key=lambda place: (place.rack, place.host, place.number))
-        self._meant = {rank: place.number for rank, place in enumerate(chosen)}
-        devices = tuple(Device(id=i, host=place.host, rack=place.rack) for i, place in enumerate(chosen))
+        others = [place for place in free if place not in left.values()][: ranks - len(left)]
+        others.sort(key=lambda place: (place.rack, place.host, place.number))
+        numbers = (rank for rank in range(ranks) if rank not in left)
+        chosen = left | dict(zip(numbers, others, strict=True))
+        self._meant = {rank: place.number for rank, place in chosen.items()}
+        devices = tuple(Device(id=i, host=chosen[i].host, rack=chosen[i].rack) for i in range(ranks))
         return Cluster(name="joined", devices=devices, hardware=Hardware())
 
     def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
@@ -168,8 +188,34 @@ class Places:
         return kept
 
     def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
-        """See `Launcher.left`. None: what runs in a place ends with the stream of its keeper."""
-        return {}
+        """See `Launcher.left`. What else was left is ended."""
+        self._takes_over = False
+        left = {rank: place for rank, place in self._left().items() if self._meant.get(rank) == place.number}
+        for place in self._places.values():
+            if place not in left.values():
+                self._end_left(place)
+        return {rank: functools.partial(self._take_over, place) for rank, place in left.items()}
+
+    def _left(self, ranks: int | None = None) -> dict[int, Place]:
+        """The places with ranks that were left, below this number: one for each."""
+        there = ((place.left.rank, place) for place in self.free if place.left is not None)
+        return {rank: place for rank, place in there if ranks is None or rank < ranks}
+
+    def _take_over(self, place: Place, ended: Ended) -> RankProcess:
+        left, place.left = place.left, None
+        assert left is not None
+        kept = KeptRank(left.rank, left.incarnation, ended, left.token)
+        kept.pid = left.pid
+        kept.be_in(place)
+        self._hosts[kept.rank] = place.host
+        self._numbers = max(self._numbers, left.incarnation)
+        return kept
+
+    def _end_left(self, place: Place) -> None:
+        if place.left is not None:
+            order = link_pb2.SignalRank(incarnation=place.left.incarnation, name="SIGKILL")
+            place.orders.put_nowait(link_pb2.PlaceOrder(signal=order))
+            place.left = None
 
     async def Keep(
         self, reports: AsyncIterator[link_pb2.PlaceReport], context: Any
@@ -238,6 +284,8 @@ class Places:
             host=place.host, rack=place.rack, store=told.store, executables=told.executables, disk=told.disk
         )
         SERVER.info("a place on %s%s", place.host, f", rack {place.rack}" if place.rack else "")
+        if not self._takes_over:
+            self._end_left(place)
         self._fill()
 
     def _leave(self, place: Place) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+import serving.places
 from planner import Cluster, Workload, solve
 from serving.dial import Way
 from serving.errors import StartError
@@ -80,7 +81,7 @@ class Host:
 
     async def offers(self, secret: str, host: str, rack: str = "", **differently: Any) -> None:
         """From the first word to a place that is free."""
-        told = {"token": secret, "host": host, "rack": rack, "build": build()}
+        told = {"token": secret, "host": host, "rack": rack, "build": build(), "left": None}
         await self.say(place=link_pb2.Place(**told | {k: v for k, v in differently.items() if k in told}))
         order = await self.order()
         assert order.prepare.model == "tiny"
@@ -249,6 +250,63 @@ async def test_a_rank_goes_back_to_its_host_before_it_takes_anothers_place(paper
         home = front.links.spawn(0).process.home
         assert home is not None
         assert home.host == "c", "the place of another rank is the last to be taken"
+
+
+def left_rank(rank: int, incarnation: int = 0) -> link_pb2.LeftRank:
+    """A rank that a front has left, which started it as its `incarnation`."""
+    return link_pb2.LeftRank(incarnation=incarnation or 40 + rank, rank=rank, token=f"of rank {rank}", pid=7000 + rank)
+
+
+async def test_the_next_front_goes_on_with_the_ranks_that_were_left_each_with_its_number(papers):
+    async with Front(papers) as front, contextlib.AsyncExitStack() as stack:
+        hosts = [await stack.enter_async_context(Host(front)) for _ in range(4)]
+        early = hosts[0].stub.Attach()
+        await early.write(link_pb2.Report(hello=link_pb2.Hello(token="of rank 2")))  # before the front knows of it
+        gathering = asyncio.create_task(front.places.gather(3, "here", 10, lambda _: None))
+        for each, host, rank in zip(hosts, "dcba", (None, 0, 2, 1), strict=True):
+            await each.offers(secret_of(papers), host, left=None if rank is None else left_rank(rank))
+        cluster = await gathering
+        assert [(d.id, d.host) for d in cluster.devices] == [(0, "c"), (1, "a"), (2, "b")], "the spare came first"
+        assert sorted(front.links.inherit()) == [0, 1, 2]
+        async with asyncio.timeout(10):
+            await front.links.attached(2)
+        for rank, each in ((0, hosts[1]), (1, hosts[3]), (2, hosts[2])):
+            front.links.declare(rank, Cause("heartbeat", "late"), 0.0)
+            order = await each.order()
+            assert (order.signal.incarnation, order.signal.name) == (40 + rank, "SIGKILL"), "and nothing was started"
+        assert front.links.spawn(0).process.home.host == "d"
+        assert (await hosts[0].order()).start.incarnation > 42
+        early.cancel()
+
+
+async def test_ranks_that_were_left_and_are_not_wanted_are_ended(papers):
+    async with Front(papers) as front, contextlib.AsyncExitStack() as stack:
+        hosts = [await stack.enter_async_context(Host(front)) for _ in range(4)]
+        for each, rank, incarnation in zip(hosts, (0, 0, 5), (1, 2, 3), strict=False):
+            await each.offers(secret_of(papers), "a", left=left_rank(rank, incarnation))
+        await until(lambda: len(front.places.free) == 3)
+        await front.places.gather(1, "here", 10, lambda _: None)
+        assert front.links.inherit() == (0,)
+        kept = {front.places._places[number].left is None for number in front.places._places}
+        assert kept == {True}
+        await hosts[3].offers(secret_of(papers), "a", left=left_rank(0, 4))
+        ended = {(await each.order()).signal.incarnation for each in (hosts[2], hosts[3])}
+        assert ended == {3, 4}, "of a number that is not served, and one that came too late"
+        either = [asyncio.create_task(each.order()) for each in hosts[:2]]
+        done, waiting = await asyncio.wait(either, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result().signal.name for task in done] == ["SIGKILL"], "of two that are one rank"
+        for task in waiting:
+            task.cancel()
+
+
+async def test_spares_take_the_places_of_ranks_that_were_left_and_do_not_come(papers, monkeypatch):
+    monkeypatch.setattr(serving.places, "SPARE_S", 0.1)
+    async with Front(papers) as front, places(front, secret_of(papers), ("b", ""), ("c", "")), Host(front) as host:
+        await host.offers(secret_of(papers), "a", left=left_rank(1))
+        await until(lambda: len(front.places.free) == 3)
+        cluster = await front.places.gather(2, "here", 10, lambda _: None)
+        assert [d.host for d in cluster.devices] == ["b", "a"]
+        assert front.links.inherit() == (1,)
 
 
 async def test_a_plan_made_before_a_rank_moved_says_where_it_is_now():

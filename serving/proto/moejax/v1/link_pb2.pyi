@@ -507,16 +507,30 @@ class PlaceReport(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., prepared: _Optional[_Union[ModelPrepared, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("token", "host", "rack", "build")
+    __slots__ = ("token", "host", "rack", "build", "left")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     RACK_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     token: str
     host: str
     rack: str
     build: str
-    def __init__(self, token: _Optional[str] = ..., host: _Optional[str] = ..., rack: _Optional[str] = ..., build: _Optional[str] = ...) -> None: ...
+    left: LeftRank
+    def __init__(self, token: _Optional[str] = ..., host: _Optional[str] = ..., rack: _Optional[str] = ..., build: _Optional[str] = ..., left: _Optional[_Union[LeftRank, _Mapping]] = ...) -> None: ...
+
+class LeftRank(_message.Message):
+    __slots__ = ("incarnation", "rank", "token", "pid")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    rank: int
+    token: str
+    pid: int
+    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., token: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class ModelPrepared(_message.Message):
     __slots__ = ("error", "config", "content", "store", "executables", "disk", "numerics")
