@@ -30,7 +30,20 @@ from moejax.exchange import Exchange, gated_sum, incoming, outgoing
 from moejax.experts import apply_experts
 from moejax.inputs import TILE, Bucket, StepInputs
 from moejax.layers import Stacked
-from moejax.model import StepOutputs, StepShape, always, attend, choose, embed, feed_forward, last_norm, layer_at, mix
+from moejax.model import (
+    StepOutputs,
+    StepShape,
+    always,
+    answered,
+    attend,
+    choose,
+    embed,
+    feed_forward,
+    last_norm,
+    layer_at,
+    marked,
+    mix,
+)
 from moejax.params import FeedForward, Params
 from moejax.precision import Int8
 
@@ -190,11 +203,12 @@ def attend_stretch(
         among = functools.partial(_among, rows, all_rows, jax.tree.map(lambda a, n=n: a[n], before))
         x, kv = attend(x, layer, cache, _depth(cfg, place, at), part, own, among)
         new_kv.append(kv)
+        wanted = answered(part, _depth(cfg, place, at), cfg)
         if layer.moe is None:
-            x = feed_forward(x, layer, cfg)
+            x = feed_forward(x, layer, wanted, cfg)
         else:
             exchange = shape.exchange_of(cfg.segments[place.segment][0][place.position])
-            chosen = choose(x, layer, routes[_moe_depth(cfg, place, at)], part, exchange, cfg)
+            chosen = choose(x, layer, routes[_moe_depth(cfg, place, at)], wanted, exchange, cfg)
             always_on = always(chosen.h, layer)
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *new_kv) if new_kv else None
     if chosen is None or exchange is None:
@@ -230,7 +244,12 @@ def answer(
 
 
 def gather(
-    hidden: tuple[Any, ...], new_kv: tuple[Cache, ...], loads: tuple[Any, ...], *, shape: RolesShape
+    hidden: tuple[Any, ...],
+    new_kv: tuple[Cache, ...],
+    loads: tuple[Any, ...],
+    inputs: StepInputs,
+    *,
+    shape: RolesShape,
 ) -> StepOutputs:
     """A step's outputs from those of its stretches: the last of each micro-batch, `new_kv` of the last micro-batch, and
     the loads of all."""
@@ -240,14 +259,13 @@ def gather(
         whole = whole.at[shape.places(micro)[0]].set(rows)
     moe = cfg.moe.experts if cfg.moe else 0
     by_layer = jnp.stack(loads).reshape(cfg.n_moe_layers, len(shape.micros), moe).sum(1)
-    return StepOutputs(
-        hidden=whole, new_kv=jax.tree.map(lambda *each: jnp.concatenate(each), *new_kv), expert_load=by_layer
-    )
+    new = jax.tree.map(lambda *each: jnp.concatenate(each), *new_kv)
+    return StepOutputs(hidden=marked(whole, new, inputs), new_kv=new, expert_load=by_layer)
 
 
 def _part_of(inputs: StepInputs, rows: np.ndarray, segments: np.ndarray) -> StepInputs:
     """The inputs of some rows and segments; `new_base` counts the rows of the whole step."""
-    by_row = ("tokens", "positions", "write")
+    by_row = ("tokens", "positions", "write", "read")
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
     return StepInputs(**{name: array[rows if name in by_row else segments] for name, array in fields.items()})
 

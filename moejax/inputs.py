@@ -53,6 +53,7 @@ class StepInputs:
     min_p: jax.Array
     seed: jax.Array
     sample_position: jax.Array
+    read: jax.Array
 
 
 def layout(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -73,6 +74,7 @@ def layout(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         "min_p": ((Z,), f32),
         "seed": ((Z,), u32),
         "sample_position": ((Z,), i32),
+        "read": ((R,), i32),
     }
 
 

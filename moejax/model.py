@@ -59,8 +59,8 @@ class StepShape:
 
 @struct.dataclass
 class StepOutputs:
-    """The rows after the last norm `[R, D]`, new keys and values (a Cache of `[L, R, width]`), and how many rows went
-    to each expert `[moe layers, E]`."""
+    """The rows after the last norm `[R, D]` (see `marked`), new keys and values (a Cache of `[L, R, width]`), and how
+    many rows went to each expert `[moe layers, E]`."""
 
     hidden: Any
     new_kv: Any
@@ -87,10 +87,11 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
                 layer = layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
                 x, kv = attend(x, layer, cache, index, inputs, shape)
+                wanted = answered(inputs, index, cfg)
                 if layer.moe is None:
-                    x = feed_forward(x, layer, cfg)
+                    x = feed_forward(x, layer, wanted, cfg)
                 else:
-                    x, count = _route_and_mix(x, layer, pattern[j], routes[len(counts)], inputs, shape)
+                    x, count = _route_and_mix(x, layer, pattern[j], routes[len(counts)], wanted, shape)
                     counts.append(count)
                 kvs.append(kv)
             return x, (jax.tree.map(lambda *rows: jnp.stack(rows), *kvs), jnp.stack(counts) if counts else None)
@@ -104,7 +105,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     hidden = last_norm(x, params, cfg)
     new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    return StepOutputs(hidden=hidden, new_kv=new, expert_load=load)
+    return StepOutputs(hidden=marked(hidden, new, inputs), new_kv=new, expert_load=load)
 
 
 def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
@@ -113,6 +114,21 @@ def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
     with jax.named_scope("embed"):
         x = jnp.where(inputs.positions[:, None] >= 0, look_up(params.embed, inputs.tokens), 0)
         return x if cfg.embed_scale == 1.0 else x * cfg.embed_scale
+
+
+def answered(inputs: StepInputs, index: jax.Array, cfg: ModelConfig) -> StepInputs:
+    """The inputs for what follows a layer's keys and values. Of the last layer the cache needs nothing else, so that
+    rows whose hidden state nobody reads are padding from there on."""
+    wanted = (index < cfg.n_layers - 1) | (inputs.read > 0)
+    return inputs.replace(positions=jnp.where(wanted, inputs.positions, -1))
+
+
+def marked(hidden: jax.Array, new_kv: Cache, inputs: StepInputs) -> jax.Array:
+    """Hidden rows `[R, D]` that are read; of the others zeros, or not-a-number where something that the last layer made
+    of them is no number, so that it is noticed before it is in the cache."""
+    made = (hidden, new_kv.k[-1], new_kv.v[-1])
+    sound = jnp.stack([jnp.isfinite(each).all(-1) for each in made]).all(0)
+    return jnp.where(inputs.read[:, None] > 0, hidden, jnp.where(sound, 0.0, jnp.nan)[:, None])
 
 
 def last_norm(x: jax.Array, params: Params, cfg: ModelConfig) -> jax.Array:
@@ -142,6 +158,7 @@ def attend(
     cfg, bucket = shape.cfg, shape.bucket
     with jax.named_scope("attention"):
         h = norm(x, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
+        wanted = answered(inputs, index, cfg)
         q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
         k, v = among(k, v)
         window = None
@@ -163,7 +180,7 @@ def attend(
                     inputs.page_table[segments],
                     inputs.cached[segments],
                     inputs.new_base[segments],
-                    inputs.positions[rows].reshape(Z, Q),
+                    wanted.positions[rows].reshape(Z, Q),
                     shape.page_size,
                     scale=score_scale(cfg),
                     window=window,
@@ -175,10 +192,16 @@ def attend(
     return x, Cache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
 
 
-def feed_forward(x: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
+def feed_forward(x: jax.Array, layer: Layer, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
     """x plus the dense feed-forward part of a layer."""
-    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
+    h = _normed(x, layer, inputs, cfg)
     return _add(x, swiglu(h, layer.ffn.gate_up, layer.ffn.down), cfg)
+
+
+def _normed(x: jax.Array, layer: Layer, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
+    """Rows as the feed-forward part takes them; padding is zero."""
+    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
+    return jnp.where(inputs.positions[:, None] >= 0, h, 0)
 
 
 def _add(x: jax.Array, y: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -225,7 +248,7 @@ def choose(
     each expert, -1 where it is masked."""
     moe, experts = layer.moe, route_E.shape[0]
     assert isinstance(moe, MoE)
-    h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
+    h = _normed(x, layer, inputs, cfg)
     with jax.named_scope("route"):
         if moe.router is None:
             chosen_TX = jnp.broadcast_to(jnp.arange(experts), (len(h), experts))

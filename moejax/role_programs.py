@@ -126,7 +126,7 @@ class Attending:
         hidden = tuple(each[-1].hidden for each in done)
         new_kv = tuple(each.new_kv for each in done[-1] if each.new_kv is not None)
         loads = tuple(each.load for layer in zip(*done, strict=True) for each in layer if each.load is not None)
-        return self._gather(hidden, new_kv, loads)
+        return self._gather(hidden, new_kv, loads, own.packed)
 
 
 class Answering:
@@ -265,7 +265,8 @@ def gather_lowering(roles: RolesShape, me: jax.Device) -> Lowering:
         if stretch.layers
     )
     loads = (on_device(me, (moe.experts,), jnp.int32),) * (cfg.n_moe_layers * len(roles.micros))
+    packed = on_device(me, (packed_size(roles.step.bucket),), jnp.int32)
     return (
         executable_name("gather", roles),
-        lambda: steps.run_gather.lower(hidden, new_kv, loads, shape=roles),
+        lambda: steps.run_gather.lower(hidden, new_kv, loads, packed, shape=roles),
     )

@@ -191,10 +191,15 @@ def run_answer(
 
 @functools.partial(jax.jit, static_argnames=("shape",))
 def run_gather(
-    hidden: tuple[Any, ...], new_kv: tuple[Cache, ...], loads: tuple[Any, ...], *, shape: RolesShape
+    hidden: tuple[Any, ...],
+    new_kv: tuple[Cache, ...],
+    loads: tuple[Any, ...],
+    packed: jax.Array,
+    *,
+    shape: RolesShape,
 ) -> StepOutputs:
     """A step's outputs from those of an attention rank's stretches."""
-    return gather(hidden, new_kv, loads, shape=shape)
+    return gather(hidden, new_kv, loads, unpack(packed, shape.step.bucket), shape=shape)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))

@@ -149,7 +149,8 @@ def _segments(batch: Batch, rank: int) -> Iterator[Placed]:
 def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:
     """The rank's part of a step as the arrays its program takes.
 
-    int32 [R]: `tokens`, `positions` (-1 padding), `write` (flat cache entry, DROPPED for padding).
+    int32 [R]: `tokens`, `positions` (-1 padding), `write` (flat cache entry, DROPPED for padding), `read` (1 where a
+    token is chosen or scored after the row).
     int32 [Z, max_pages]: `page_table`.
     int32 [Z]: `cached` (tokens of the sequence in the cache before the step), `new_base` (row of its first
     new token), `sample_row` (row whose logits give the next token), `sample_position` (where that token will
@@ -158,7 +159,7 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     """
     bucket, work = batch.bucket, batch.work[rank]
     arrays = _padding(bucket, max_pages)
-    tokens, positions, write = arrays["tokens"], arrays["positions"], arrays["write"]
+    by_row = tokens, positions, write, read = [arrays[name] for name in ("tokens", "positions", "write", "read")]
     decode, sampling = [], []
     for placed in segments(bucket, work):
         item, row, segment = placed
@@ -172,16 +173,20 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
             write[row : row + count] = np.array(item.pages)[at // page_size] * page_size + at % page_size
             arrays["cached"][segment:stop] = item.start
             arrays["new_base"][segment:stop] = row
+            read[row : row + len(item.targets)] = np.array(item.targets, np.int32) >= 0
             if item.samples:
                 arrays["sample_row"][placed.last] = row + count - 1
+                read[row + count - 1] = 1
         else:
             page, offset = divmod(item.start, page_size)
-            decode.append((item.tokens[0], item.start, item.pages[page] * page_size + offset))
+            is_read = item.samples or max(item.targets, default=-1) >= 0
+            decode.append((item.tokens[0], item.start, item.pages[page] * page_size + offset, is_read))
         if item.samples:
             sampling.append((placed.last, item))
     if decode:
         rows = np.array(decode, np.int32)
-        tokens[: len(rows)], positions[: len(rows)], write[: len(rows)] = rows.T
+        for array, values in zip(by_row, rows.T, strict=True):
+            array[: len(rows)] = values
         arrays["cached"][: len(rows)] = rows[:, 1]
     if sampling:
         _set_sampling(arrays, sampling)
@@ -242,6 +247,7 @@ def _padding(bucket: Bucket, max_pages: int) -> dict[str, np.ndarray]:
         "min_p": np.zeros(count, np.float32),
         "seed": np.zeros(count, np.uint32),
         "sample_position": np.zeros(count, np.int32),
+        "read": np.zeros(rows, np.int32),
     }
 
 

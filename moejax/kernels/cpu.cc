@@ -552,18 +552,25 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   auto in_form = [&](auto number) {
     using W = decltype(number);
     std::vector<int16_t> room;
-    std::vector<const float*> x(rows.dimensions()[0]);
-    for (size_t i = 0; i < x.size(); ++i) x[i] = rows.typed_data() + i * D;
+    std::vector<const float*> x;
+    std::vector<int64_t> nth(items, -1);  // of the rows that want something, that of each item
+    for (int64_t item = 0, last = -1; item < items; ++item) {
+      int64_t slot = wanted.typed_data()[item], row = item / A;
+      if (slot < 0 || slot >= S) continue;
+      if (row != last) x.push_back(rows.typed_data() + row * D);
+      last = row;
+      nth[item] = x.size() - 1;
+    }
     std::vector<Row<W>> met = meeting<W>(pool, x, D, room);
     std::vector<Expert<W>> all(S), busy;
     for (int64_t item = 0; item < items; ++item) {
-      int64_t slot = wanted.typed_data()[item];
       float* answer = answers->typed_data() + item * D;
-      if (slot < 0 || slot >= S) {
+      if (nth[item] < 0) {
         std::fill(answer, answer + D, 0.0f);
         continue;
       }
-      all[slot].x.push_back(met[item / A]);
+      int64_t slot = wanted.typed_data()[item];
+      all[slot].x.push_back(met[nth[item]]);
       all[slot].y.push_back(answer);
     }
     for (int64_t slot = 0; slot < S; ++slot) {
@@ -688,8 +695,12 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
       std::vector<Queries> heads(together, Queries{H});
       for (int64_t i = 0; i < together * Q * G; ++i) {
         int64_t own = i / (Q * G), nth = i % (Q * G), n = (z * Q + nth / G) * N + (head + own) * G + nth % G;
-        for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q.typed_data()[n * H + h] * scale;
         int64_t position = std::min<int64_t>(positions.typed_data()[z * Q + nth / G], M * page_size - 1);
+        if (position < 0) {
+          std::fill_n(out->typed_data() + n * H, H, 0.0f);
+          continue;
+        }
+        for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q.typed_data()[n * H + h] * scale;
         longest = std::max(longest, position + 1);
         heads[own].q.push_back(scaled.data() + i * H);
         heads[own].position.push_back(position);

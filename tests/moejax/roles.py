@@ -33,13 +33,14 @@ class RoleStepper:
         self._boxes: dict[int, np.ndarray] = {}
         self._barrier = threading.Barrier(self.ranks, timeout=120)
 
-    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]]) -> list[StepOutputs]:
-        """One step and its commit: the outputs of each attention rank."""
+    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]], *, all_read: bool = True) -> list[StepOutputs]:
+        """One step and its commit: the outputs of each attention rank. `all_read` as in `Stepper.run`."""
         static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=MAX_PAGES)
         shape = ModelShape(cfg=self.cfg, buckets=(static,), page_size=PAGE, pages=PAGES)
         roles = shape.roles(static, self.ranks, self.slots, self.attention)
         me = jax.devices()[0]
-        parts = packed_parts(Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.attention)}), static)
+        batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.attention)})
+        parts = packed_parts(batch, static, all_read=all_read)
 
         def one(rank: int) -> StepOutputs | None:
             run = Attending if rank < self.attention else Answering

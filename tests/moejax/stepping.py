@@ -1,6 +1,7 @@
 """Runs step programs over meshes inside this process, through the same inputs the server sends."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,11 +50,11 @@ class Stepper:
         self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
         self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * PAGE * PAGES), self._on(steps.SLOTS))
 
-    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]]) -> Outcome:
-        """One step and its commit."""
+    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]], *, all_read: bool = True) -> Outcome:
+        """One step and its commit. Unless `all_read`, rows have a hidden state where the server reads it."""
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
         shape = self._shape(bucket)
-        parts = packed_parts(batch, shape.bucket)
+        parts = packed_parts(batch, shape.bucket, all_read=all_read)
         packed = jax.device_put(np.concatenate(parts), self._on(steps.partition(shape).packed))
         arguments = steps.StepArguments(
             params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed
@@ -113,19 +114,19 @@ class Stepper:
         return NamedSharding(self.mesh, spec)
 
 
-def packed_parts(batch: Batch, bucket: Bucket) -> list[np.ndarray]:
-    """The packed inputs of every rank of a batch."""
-    return [
-        np.concatenate(
-            [a.reshape(-1).view(np.int32) for a in assemble(batch, r, page_size=PAGE, max_pages=MAX_PAGES).values()]
-        )
-        if batch.work[r]
-        else idle(bucket)
-        for r in sorted(batch.work)
-    ]
+def packed_parts(batch: Batch, bucket: Bucket, *, all_read: bool) -> list[np.ndarray]:
+    """The packed inputs of every rank of a batch; of all rows the hidden state is read, or as the server has it."""
+
+    def packed(rank: int) -> np.ndarray:
+        arrays = assemble(batch, rank, page_size=PAGE, max_pages=MAX_PAGES)
+        if all_read:
+            arrays["read"] = (arrays["positions"] >= 0).astype(np.int32)
+        return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
+
+    return [packed(rank) if batch.work[rank] else idle(bucket) for rank in sorted(batch.work)]
 
 
-def work(tokens: list[int], start: int, pages: tuple[int, ...], **sampling: float) -> Work:
+def work(tokens: list[int], start: int, pages: tuple[int, ...], **fields: Any) -> Work:
     """Work on these tokens at positions from `start`, sampling the next one greedily unless told otherwise."""
-    values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0} | sampling
-    return Work(request_id="r", start=start, tokens=tuple(tokens), pages=pages, samples=True, **values)
+    values = {"samples": True, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0} | fields
+    return Work(request_id="r", start=start, tokens=tuple(tokens), pages=pages, **values)

@@ -9,7 +9,7 @@ import pytest
 
 from moejax.config import LatentConfig, ModelConfig, MoEConfig
 from moejax.params import init_params
-from serving.batch import Bucket
+from serving.batch import Bucket, Work, segments
 from tests.moejax.models import lively_params
 from tests.moejax.stepping import Stepper, work
 from tests.reference import forward
@@ -200,3 +200,63 @@ def test_every_row_counts_once_for_each_expert_it_went_to() -> None:
     out = model.run(bucket, {2: (work(tokens_of(41), 0, PAGES),)})
     load = np.asarray(out.expert_load).reshape(4, 2, 8)
     assert load.sum((1, 2)).tolist() == [0, 0, 41 * 6 * 2, 0]
+
+
+def read_rows(bucket: Bucket, part: tuple[Work, ...]) -> np.ndarray:
+    """Which of a rank's rows `[R]` a token is chosen or scored after."""
+    read = np.zeros(bucket.rows, bool)
+    for placed in segments(bucket, part):
+        scored = np.flatnonzero(np.array(placed.work.targets, int) >= 0)
+        read[placed.row + scored] = True
+        read[placed.row + len(placed.work.tokens) - 1] |= placed.work.samples
+    return read
+
+
+@pytest.mark.parametrize(("name", "ranks"), [*((x, 2) for x in CONFIGS), ("mixtral", 1), ("shared", 4)])
+def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(name: str, ranks: int) -> None:
+    bucket, generator = Bucket(3, 4), np.random.default_rng(ranks)
+    targets = tuple(np.where(generator.random(40) < 0.3, generator.integers(0, 128, 40), -1).tolist())
+    one = (work(tokens_of(1, seed=5), 0, (0,)), work(tokens_of(1, seed=6), 0, (1,), samples=False, targets=(7,)))
+    part = (
+        *one,
+        work(tokens_of(33), 0, (2, 3)),
+        work(tokens_of(40, seed=1), 0, (4, 5), samples=False, targets=targets),
+    )
+    unread = work(tokens_of(64, seed=2), 0, (6, 7), samples=False)
+    works = {0: part, ranks - 1: (unread, *one)} if ranks > 1 else {0: part}
+    model = stepper(name, ranks)
+    fewer, whole = model.run(bucket, works, all_read=False), model.run(bucket, works)
+    read = np.concatenate([read_rows(bucket, works.get(rank, ())) for rank in range(ranks)])
+    np.testing.assert_array_equal(fewer.hidden[read], whole.hidden[read])
+    np.testing.assert_array_equal(fewer.hidden[~read], 0)
+    jax.tree.map(np.testing.assert_array_equal, fewer.new_kv, whole.new_kv)
+    for rank, items in works.items():
+        for placed in segments(bucket, items):
+            if placed.work.samples:
+                sampled = (model.segment(each, bucket, rank, placed.last) for each in (fewer, whole))
+                assert next(sampled) == next(sampled)
+    cfg = CONFIGS[name]
+    sent, all_sent = (each.expert_load.reshape(ranks, -1, cfg.moe.experts) for each in (fewer, whole))
+    ends_with_experts = cfg.layer_kinds[-1] == "moe"
+    np.testing.assert_array_equal(sent[:, :-1] if ends_with_experts else sent, all_sent[:, : sent.shape[1] - ends_with_experts])
+    if ends_with_experts:
+        rows = read.reshape(ranks, -1).sum(1)
+        np.testing.assert_array_equal(sent[:, -1].sum(1), rows * cfg.moe.experts_per_token)
+
+
+@pytest.mark.parametrize("spoilt", ["embed", "qkv"])
+def test_a_row_that_nobody_reads_tells_of_keys_and_values_that_are_no_numbers(spoilt: str) -> None:
+    whole = params("mixtral")
+    if spoilt == "embed":
+        broken = whole.replace(embed=whole.embed.at[5].set(np.nan))
+    else:
+        (layer,) = whole.segments[0]
+        broken = whole.replace(segments=((layer.replace(qkv=layer.qkv.at[-1, -1].set(np.nan)),),))
+    model = dataclasses.replace(stepper("mixtral", 1), params=broken)
+    chunk = work([3, 5, 4, *tokens_of(29)], 0, (0, 1), samples=False)
+    out = model.run(Bucket(2, 1), {0: (chunk,)}, all_read=False)
+    told = ~np.isfinite(out.hidden).all(-1)
+    assert told[3] and told[2:].all() == (spoilt == "qkv")
+    assert not told[:2].any()
+    made = np.concatenate([out.new_kv.k, out.new_kv.v], axis=-1)
+    assert not np.isfinite(made).all((0, 2))[told].any()
