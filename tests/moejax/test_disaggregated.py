@@ -28,7 +28,8 @@ def ids(count: int, seed: int) -> list[int]:
     [(SHARED, 2, 2), (LEADING_DENSE, 1, 3), (DIVIDED, 1, 2)],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int, experts: int) -> None:
+@pytest.mark.parametrize("all_read", [True, False])
+def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int, experts: int, all_read: bool) -> None:
     count = cfg.moe.experts
     slots = -(-count // experts) + 1
     table = np.resize(np.arange(count), experts * slots)
@@ -42,7 +43,7 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
         (Shape(2, 0), {0: (work(prompts[0][67:68], 67, pages[0]),)}),
     ]
     for bucket, parts in steps:
-        made, wanted = apart.run(bucket, parts), together.run(bucket, parts)
+        made, wanted = (each.run(bucket, parts, all_read=all_read) for each in (apart, together))
         for rank in parts:
             rows = slice(rank * bucket.rows, (rank + 1) * bucket.rows)
             np.testing.assert_array_equal(np.asarray(made[rank].hidden), wanted.hidden[rows])

@@ -130,6 +130,15 @@ def test_attention_is_its_reference(queries) -> None:
     close(kernels.paged_attention(*case, scale=0.3), paged_attention_reference(*case, scale=0.3))
 
 
+def test_queries_at_no_position_give_zeros_and_change_no_other() -> None:
+    *others, positions, page = attention_case(3)
+    fewer = positions.at[0, :2].set(-1).at[1, 1].set(-1)
+    attend = jax.jit(lambda at: kernels.paged_attention(*others, at, page, scale=0.3))
+    whole, some = np.asarray(attend(positions)), np.asarray(attend(fewer))
+    np.testing.assert_array_equal(some[fewer < 0], 0)
+    np.testing.assert_array_equal(some[fewer >= 0], whole[fewer >= 0])
+
+
 def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
     q, k, v, cache, layer, table, cached, base, positions, page = attention_case(3)
     whole = np.asarray(kernels.paged_attention(q, k, v, cache, layer, table, cached, base, positions, page, scale=0.25))

@@ -75,6 +75,15 @@ def test_attention_is_its_reference(kernel, queries) -> None:
 
 
 @BOTH
+def test_queries_at_no_position_give_zeros_and_change_no_other(kernel) -> None:
+    *others, positions, page = attention_case(3, page=16, size=64)
+    fewer = positions.at[0, :2].set(-1).at[1, 1].set(-1)
+    whole, some = (kernel.paged_attention(*others, at, page, scale=0.3, interpret=True) for at in (positions, fewer))
+    np.testing.assert_array_equal(some[fewer < 0], 0)
+    near(some[fewer >= 0], whole[fewer >= 0], 1e-6)
+
+
+@BOTH
 def test_attention_does_not_know_what_was_cached_nor_who_else_attends(kernel) -> None:
     q, k, v, cache, layer, table, cached, base, positions, page = attention_case(3, page=16, size=64)
     attend = functools.partial(kernel.paged_attention, scale=0.25, interpret=True)

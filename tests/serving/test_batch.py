@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.batch import DROPPED, TILE, UNKNOWN, Batch, Bucket, Work, assemble, harvest, sources
+from serving.batch import DROPPED, TILE, UNKNOWN, Batch, Bucket, Work, assemble, harvest, segments, sources
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -90,7 +92,7 @@ def test_arrays_have_the_types_of_the_program():
     floats = {"temperature", "top_p", "min_p"}
     expected = {name: "float32" if name in floats else "int32" for name in a} | {"seed": "uint32"}
     assert {name: str(array.dtype) for name, array in a.items()} == expected
-    assert len(a) == 13
+    assert len(a) == 14
 
 
 def test_work_that_does_not_fit_in_its_bucket_is_noticed():
@@ -149,6 +151,23 @@ def test_arrays_decode_back_to_the_work(part):
             assert (a["sample_position"][last], a["seed"][last]) == (item.start + count, item.seed)
     assert (a["positions"] >= 0).sum() == (a["write"] != DROPPED).sum() == valid
     assert (a["sample_position"] > 0).sum() == sum(item.samples for item in items)
+
+
+@UNHURRIED
+@given(parts(), st.data())
+def test_rows_that_are_read_are_those_a_token_is_chosen_or_scored_after(part, data):
+    bucket, items = part
+    targets = st.integers(-1, 2)
+    scored = [
+        dataclasses.replace(item, targets=tuple(data.draw(st.lists(targets, min_size=n, max_size=n))))
+        for item in items
+        for n in [data.draw(st.sampled_from([0, len(item.tokens)]))]
+    ]
+    expected = np.zeros(bucket.rows, int)
+    for item, row, _ in segments(bucket, tuple(scored)):
+        expected[[row + i for i, target in enumerate(item.targets) if target >= 0]] = 1
+        expected[row + len(item.tokens) - 1] |= item.samples
+    np.testing.assert_array_equal(arrays_of(bucket, *scored)["read"], expected)
 
 
 @UNHURRIED
