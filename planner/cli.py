@@ -131,6 +131,10 @@ def _show(subs) -> None:
     p.add_argument(
         "--out", help="write the plan file with what was found: hardware calibrated, figures of the compiler"
     )
+    p = _command(subs, "buckets", commands.buckets, "shapes of a step that leave fewer rows empty")
+    p.add_argument("counts", help="file that a server keeps of its steps, in the folder steps of its cache")
+    p.add_argument("--current", help="buckets to compare with, as 2,0;8,2 (default: those of the last server)")
+    p.add_argument("--count", type=int, help="most buckets (default: as many as now)")
     p = _command(subs, "export", commands.export, "the plan for those who start the ranks")
     p.add_argument("plan", help="plan file")
     p.add_argument("--to", choices=FORMATS, required=True)

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from planner import explain as explanations
+from planner.buckets import bucket_figures, choose, read_buckets, read_counts
 from planner.calibration import calibrate, read_steps
 from planner.cluster import Cluster, read_cluster
 from planner.degrade import MEANS, REFUSABLE, Losses
@@ -26,7 +27,14 @@ from planner.lattice import preparations
 from planner.plan import Plan
 from planner.rebalance import rebalance as rebalance_plan
 from planner.recovery import Recovery, read_recovery
-from planner.report import degrade_report, design_report, preparation_report, simulate_report, transfer_report
+from planner.report import (
+    buckets_report,
+    degrade_report,
+    design_report,
+    preparation_report,
+    simulate_report,
+    transfer_report,
+)
 from planner.simulate import simulate as run_policies
 from planner.simulate import timeline
 from planner.solve import solve as solve_plan
@@ -220,6 +228,23 @@ def verify(options: Namespace) -> Answer:
     _write(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
     data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0)
     return Answer(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
+
+
+def buckets(options: Namespace) -> Answer:
+    """`buckets COUNTS`."""
+    counts = read_counts(options.counts)
+    current = read_buckets(options.current) if options.current else counts.served
+    if not current:
+        raise InputError(f"{options.counts} does not say which buckets are served; give --current")
+    proposed = choose(counts, current, options.count)
+    sets = {"current": current, "proposed": proposed.buckets}
+    data = {
+        "about": dict(counts.about),
+        "steps": counts.steps,
+        "exact": proposed.exact,
+        **{name: bucket_figures(counts, each) for name, each in sets.items()},
+    }
+    return Answer(data=data, text=buckets_report(data))
 
 
 def export(options: Namespace) -> Answer:

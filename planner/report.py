@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from planner.deployment import Deployment
 from planner.design import Design
@@ -224,3 +225,22 @@ def slot_report(plan: Plan, *, layers: int = 4, ranks: int = 16) -> str:
         lines.append(f"rank {r.id:>4} {r.host:<10} {cells}")
     hidden = max(0, len(plan.holders) - ranks)
     return "\n".join(lines + ([f"... and {hidden} more ranks"] if hidden else []))
+
+
+def buckets_report(data: Mapping[str, Any]) -> str:
+    """The buckets there are beside those proposed, and what each of them is used for."""
+    about = ", ".join(f"{name} {value}" for name, value in data["about"].items() if name != "content")
+    how = "no others are better" if data["exact"] else "found by search"
+    lines = [f"{data['steps']:,} steps ({about})" if about else f"{data['steps']:,} steps"]
+    for name in ("current", "proposed"):
+        found = data[name]
+        note = f" ({how})" if name == "proposed" else ""
+        rows = [
+            (each["bucket"][0], each["bucket"][1], f"{each['steps']:,}", f"{each['padding']:.1%}")
+            for each in found["buckets"]
+        ]
+        lines += ["", f"{name}: {found['padding']:.1%} of {found['rows']:,} rows are padding{note}"]
+        lines.append(table(("decode rows", "tiles", "steps", "padding"), rows))
+    shapes = ";".join(f"{each['bucket'][0]},{each['bucket'][1]}" for each in data["proposed"]["buckets"])
+    lines += ["", f"moejax serve --buckets '{shapes}'"]
+    return "\n".join(lines)

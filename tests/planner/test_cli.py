@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from planner.buckets import StepCounts, Want, read_buckets
 from planner.cli import main
 from planner.deployment import Deployment
 
@@ -138,3 +139,31 @@ def test_pictures_are_drawn(capsys, plan_file, tmp_path):
         "recovery.svg",
     }
     assert all(p.stat().st_size > 3000 for p in tmp_path.iterdir())
+
+
+def test_buckets_are_proposed_of_what_a_server_counted(capsys, tmp_path):
+    file = tmp_path / "counts.json"
+    wanted = {(5, 0): Want(900, 3600, 6000), (1, 3): Want(100, 400, 9000)}
+    served = ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8))
+    file.write_text(StepCounts(wanted, served=served, about={"model": "tiny", "ranks": 4}).to_json())
+    found = data(capsys, "buckets", str(file))
+    assert found["exact"]
+    assert [each["bucket"] for each in found["current"]["buckets"]] == [list(bucket) for bucket in served]
+    used = {tuple(each["bucket"]): each["steps"] for each in found["proposed"]["buckets"] if each["steps"]}
+    assert used == {(5, 0): 900, (1, 3): 100}
+    assert found["proposed"]["rows"] == 3600 * 5 + 400 * 97
+    assert found["proposed"]["padding"] < found["current"]["padding"]
+    shown = text(capsys, "buckets", str(file))
+    assert "1,000 steps (model tiny, ranks 4)" in shown
+    assert re.search(r"proposed: \d+\.\d% of 56,800 rows are padding \(no others are better\)", shown)
+    served_with = re.search(r"serve --buckets '(.*)'", shown)
+    assert served_with is not None
+    assert [list(b) for b in read_buckets(served_with[1])] == [each["bucket"] for each in found["proposed"]["buckets"]]
+    fewer = data(capsys, "buckets", str(file), "--count", "2", "--current", "8,0;16,4")
+    assert [each["bucket"] for each in fewer["proposed"]["buckets"]][-1] == [16, 4]
+    assert len(fewer["proposed"]["buckets"]) <= 2
+    assert main(["buckets", str(file), "--current", "8"]) == 2
+    assert main(["buckets", str(file), "--count", "0"]) == 2
+    file.write_text(StepCounts(wanted).to_json())
+    assert main(["buckets", str(file)]) == 2
+    assert "give --current" in capsys.readouterr().err
