@@ -47,6 +47,7 @@ def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, obj
         "folder": str(folder),
         "store": str(store.folder),
         "executables": str(cache_folder() / "executables"),
+        "steps": str(cache_folder() / "steps"),
         "content": content_hash(folder),
         "numerics": numerics(),
         "vocab_size": cfg.vocab_size,

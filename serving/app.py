@@ -29,6 +29,7 @@ from serving.loop import Loop
 from serving.metrics import Metrics
 from serving.prepared import Prepared, prepare
 from serving.run_folder import RunFolder
+from serving.step_book import StepBook, with_buckets
 from serving.tls import ServerTls
 from serving.tokens import Tokenizer
 from serving.tracing import open_tracer
@@ -62,6 +63,8 @@ class App:
         _raise_file_limit()
         guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
         model = (await _prepared(settings, say, run)).with_context(settings.max_context)
+        book = StepBook.of(settings, model)
+        settings = with_buckets(settings, book, say, run)
         async with contextlib.AsyncExitStack() as stack:
             ledger = _ledger(settings, run)
             stack.callback(ledger.close)
@@ -99,6 +102,10 @@ class App:
             )
             app = cls(settings, generation, loop, failover)
             loop.start()
+            if book is not None:
+                stack.push_async_callback(book.save, loop.tally, settings.buckets)
+                counting = asyncio.create_task(book.keep(loop.tally, settings.buckets))
+                stack.callback(counting.cancel)
             stack.push_async_callback(loop.drain, 0.0)
             keeper = asyncio.create_task(generation.keep(ledger.running()))
             stack.callback(keeper.cancel)

@@ -96,6 +96,11 @@ class Batch:
     """It runs while experts are masked."""
 
     @property
+    def wanted(self) -> Bucket:
+        """What the bucket had to cover."""
+        return wanted(self.work.values())
+
+    @property
     def rows(self) -> int:
         """Rows that all ranks together compute."""
         return self.bucket.rows * len(self.work)
@@ -104,6 +109,12 @@ class Batch:
     def filled(self) -> int:
         """Of these, rows that are a token of some work; the others are padding."""
         return sum(len(item.tokens) for work in self.work.values() for item in work)
+
+
+def wanted(work: Iterable[tuple[Work, ...]]) -> Bucket:
+    """The most decode rows and the most tiles of any rank."""
+    tiles = [[item.tiles for item in part] for part in work]
+    return Bucket(max(part.count(0) for part in tiles), max(sum(part) for part in tiles))
 
 
 class Placed(NamedTuple):

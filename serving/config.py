@@ -41,7 +41,8 @@ def setting(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One server. Ports of 0 take a free one; `slots_per_rank` None lets the planner choose."""
+    """One server. Ports of 0 take a free one; `slots_per_rank` None lets the planner choose; no `buckets` are those
+    that the counts of earlier steps say are best."""
 
     model: str = setting("smollm2-moe", "A known model (`moejax models`) or a model folder.")
     data_type: str = setting(
@@ -105,7 +106,8 @@ class Settings:
         "Cache pages of a rank; left out: two contexts' worth, or 256 tokens for each row of a step in up to 128 MiB.",
     )
     buckets: tuple[tuple[int, int], ...] = setting(
-        ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8)), "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2)."
+        ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8)),
+        "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2); auto: chosen from what steps wanted until now.",
     )
     tiles_while_decoding: int = setting(
         2, "Prefill tiles in a step of which more requests decode than wait for their first token."
@@ -320,6 +322,8 @@ def _read(key: str, value: Any, hint: Any) -> Any:
     kind = kinds[0]
     try:
         if typing.get_origin(kind) is tuple:
+            if value == "auto":
+                return ()
             rows = [r.split(",") for r in value.split(";")] if isinstance(value, str) else value
             return tuple(tuple(int(n) for n in row) for row in rows)
         if kind is bool and isinstance(value, str):

@@ -39,6 +39,8 @@ class Prepared:
     """Which of the MoE layers are dense ones that are divided: none of their experts can be masked."""
     content: str = ""
     """A digest of the weights."""
+    steps: str = ""
+    """Folder of what is counted of steps; no counts are kept without one."""
     numerics: str = ""
     """The same on hosts that compute the same numbers to the last bit."""
     heads: int = 1

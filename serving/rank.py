@@ -59,7 +59,7 @@ HEARTBEAT_S = 0.05
 REDIAL_S = 0.05
 """How soon a front that is gone is looked for again."""
 WARM_ROWS = 8
-"""Steps of at most so many rows are loaded first, and run once before they are needed."""
+"""Steps of at most so many rows, or else the smallest, are loaded first, and run once before they are needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Rank:
     def prepare(self, command: link_pb2.Prepare) -> dict[str, Any]:
         """Load the executables of a mesh: all, or if urgent those of small steps; the others follow on demand."""
         key = MeshKey.read(command.mesh)
-        wanted = [i for i, bucket in enumerate(self.shape.buckets) if bucket.rows <= WARM_ROWS or not command.urgent]
+        wanted = [i for i, bucket in enumerate(self.shape.buckets) if self._is_small(bucket) or not command.urgent]
         with self._backend:
             generation = self._generation
             if key.slots not in self._local:
@@ -227,6 +227,9 @@ class Rank:
                     if key.attends(self.rank):
                         self._local[key.slots].after_step(index)
         return {}
+
+    def _is_small(self, bucket: Bucket) -> bool:
+        return bucket.rows <= max(WARM_ROWS, min(each.rows for each in self.shape.buckets))
 
     def _programs(self, key: MeshKey) -> MeshPrograms | RolePrograms:
         devices = self.world.devices(key.ranks)
@@ -246,7 +249,7 @@ class Rank:
         if command.warm:
             arguments = self._lay(key, np.full(self.arrays.routes_shape, -1, np.int32))
             for index, bucket in enumerate(self.shape.buckets):
-                if bucket.rows <= WARM_ROWS:
+                if self._is_small(bucket):
                     packed = jax.device_put(self._idle[index], self.device)
                     nothing = link_pb2.Step(bucket=index)
                     self._finish(programs.step(index)(arguments(packed)), packed, nothing, key)

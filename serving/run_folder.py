@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "prepared.json"
 
     @property
+    def buckets(self) -> Path:
+        """The counts of steps by which the first front chose buckets, and what it chose."""
+        return self.path / "buckets.json"
+
+    @property
     def ports(self) -> dict[str, int]:
         """Ports that a front before had, by the name of their setting."""
         try:

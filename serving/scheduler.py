@@ -11,7 +11,7 @@ cache entries outlived its rank is given its place by `reserve`, and no work bef
 import dataclasses
 from collections.abc import Iterable
 
-from serving.batch import TILE, Batch, Bucket, Shaped, Work
+from serving.batch import TILE, Batch, Bucket, Shaped, Work, wanted
 from serving.engine import EngineState, foreseen, requeued
 from serving.fairness import Turns
 from serving.pages import Key, page_keys
@@ -268,7 +268,5 @@ def _targets(sequence: Sequence, start: int, count: int) -> tuple[int, ...]:
 
 def _smallest(buckets: Iterable[Bucket], work: Iterable[tuple[Work, ...]]) -> Bucket:
     """The bucket with the fewest rows that covers every rank."""
-    tiles = [[item.tiles for item in part] for part in work]
-    most_rows = max(part.count(0) for part in tiles)
-    most_tiles = max(sum(part) for part in tiles)
-    return min((b for b in buckets if b.decode >= most_rows and b.tiles >= most_tiles), key=lambda b: b.rows)
+    most = wanted(work)
+    return min((b for b in buckets if b.decode >= most.decode and b.tiles >= most.tiles), key=lambda b: b.rows)

@@ -77,6 +77,7 @@ class Standing:
             rank_ms=tally.rank_ms,
             rows=tally.rows,
             rows_filled=tally.rows_filled,
+            buckets=engine.settings.buckets,
             preemptions=state.preemptions,
             prefix_queries=state.prefix_queries,
             prefix_hits=state.prefix_hits,

@@ -138,6 +138,8 @@ class Status:
     """Rows that steps have computed on all ranks: of the smallest bucket that held each."""
     rows_filled: int = 0
     """Of these, a token of some request; the others are padding."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """The shapes that steps are compiled for: decode rows, tiles of 32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("experts", lost),
         ("parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
-        ("steps", f"{status.steps}; {_padding(status)}"),
+        ("steps", f"{status.steps}; {_padding(status)}; {_shapes(status)}"),
         ("caches", f"{copies}, {status.protected_bytes >> 20} MiB; {given}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
         ("compiles since ready", str(status.compiles_after_ready)),
@@ -47,6 +47,10 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
 
 def _padding(status: Status) -> str:
     return f"{1 - status.rows_filled / status.rows:.0%} of their rows were padding" if status.rows else "no rows yet"
+
+
+def _shapes(status: Status) -> str:
+    return "compiled for " + " ".join(f"{rows},{tiles}" for rows, tiles in status.buckets)
 
 
 def _ranks(ranks: Sequence[RankStatus]) -> Table:

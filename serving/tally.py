@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from planner.buckets import Want
 from planner.plan import Plan
 from serving.batch import Batch
 from serving.config import Settings
@@ -23,6 +24,8 @@ class Tally:
         self.rows = 0
         self.rows_filled = 0
         """Rows that steps computed on all ranks, and of these, those that were not padding."""
+        self.wanted: dict[tuple[int, int], Want] = {}
+        """What steps wanted since it was last taken from here."""
         self.expert_load = np.zeros((model.moe_layers, model.experts), np.int64)
         self.last_ms: dict[int, float] = {}
         """Of each rank, inside the compiled programs of its last step."""
@@ -85,8 +88,15 @@ class Tally:
         self.steps += 1
         self.rows += batch.rows
         self.rows_filled += batch.filled
+        want, one = batch.wanted, Want(1, len(batch.work), batch.filled)
+        self.wanted[want] = one + self.wanted[want] if want in self.wanted else one
         self.step_ms += 1e3 * took
         return took
+
+    def take_wanted(self) -> dict[tuple[int, int], Want]:
+        """What steps wanted since this was last asked."""
+        taken, self.wanted = self.wanted, {}
+        return taken
 
     def judge(self, now: float, plan: Plan | None) -> dict[int, Verdict]:
         """Once in a block of steps: who is slow, and for so long that it should go."""

@@ -316,6 +316,7 @@ def status_message(status: Status) -> resilience_pb2.Status:
     values["ranks"] = [_rank_message(r) for r in status.ranks]
     values["masked"] = [resilience_pb2.MaskedExpert(layer=l, expert=e) for l, e in status.masked]
     values["expert_load"] = [resilience_pb2.ExpertLoad(tokens=row) for row in status.expert_load]
+    values["buckets"] = [resilience_pb2.StepShape(decode=rows, tiles=tiles) for rows, tiles in status.buckets]
     return resilience_pb2.Status(**values)
 
 
@@ -332,6 +333,7 @@ def status_value(message: resilience_pb2.Status) -> Status:
     values["ranks"] = tuple(_rank_value(r) for r in message.ranks)
     values["masked"] = tuple((m.layer, m.expert) for m in message.masked)
     values["expert_load"] = tuple(tuple(row.tokens) for row in message.expert_load)
+    values["buckets"] = tuple((shape.decode, shape.tiles) for shape in message.buckets)
     values["axes"], values["lattice"] = (
         dict(sorted(message.axes.items())),
         dict(sorted(message.lattice.items())),

@@ -28,6 +28,20 @@ def test_settings_written_as_toml_are_read_back(tmp_path_factory, ranks, chaos, 
     assert Settings.load(file, {}) == settings
 
 
+@pytest.mark.parametrize("source", ["flag", "variable", "file", "written"])
+def test_buckets_may_be_left_to_what_is_counted(source, tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text(Settings(buckets=()).to_toml() if source == "written" else 'buckets = "auto"')
+    settings = {
+        "flag": lambda: Settings.load(None, {}, buckets="auto"),
+        "variable": lambda: Settings.load(None, {"MOEJAX_BUCKETS": "auto"}),
+        "file": lambda: Settings.load(file, {}),
+        "written": lambda: Settings.load(file, {}),
+    }[source]()
+    assert settings.buckets == ()
+    assert Settings().buckets == Settings.buckets != ()
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

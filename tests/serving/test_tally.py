@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from planner.buckets import Want
 from serving.batch import Batch, Bucket, Work
 from serving.config import Settings
 from serving.proto.moejax.v1 import link_pb2
@@ -35,6 +36,15 @@ def test_rows_and_those_that_were_filled_are_added_up():
     told.stepped(BATCH, 0.0, 1.0)
     told.stepped(BATCH, 1.0, 2.0)
     assert (told.rows, told.rows_filled) == (2 * 2 * (4 + 32), 2 * (1 + 1 + 20))
+
+
+def test_what_steps_wanted_is_counted_until_it_is_taken():
+    told = tally()
+    told.stepped(BATCH, 0.0, 1.0)
+    told.stepped(BATCH, 1.0, 2.0)
+    told.stepped(Batch(step=3, epoch=0, bucket=Bucket(4, 0), work={0: (work(5),), 1: ()}), 2.0, 3.0)
+    assert told.take_wanted() == {(2, 1): Want(2, 4, 2 * 22), (1, 0): Want(1, 2, 1)}
+    assert told.take_wanted() == {}
 
 
 def test_a_step_made_while_another_ran_counts_from_the_end_of_that_one():

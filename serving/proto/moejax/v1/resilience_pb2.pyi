@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Status(_message.Message):
     PARITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FILLED_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -114,7 +115,16 @@ class Status(_message.Message):
     parity_bytes: int
     rows: int
     rows_filled: int
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ...) -> None: ...
+    buckets: _containers.RepeatedCompositeFieldContainer[StepShape]
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ...) -> None: ...
+
+class StepShape(_message.Message):
+    __slots__ = ("decode", "tiles")
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    decode: int
+    tiles: int
+    def __init__(self, decode: _Optional[int] = ..., tiles: _Optional[int] = ...) -> None: ...
 
 class ExpertLoad(_message.Message):
     __slots__ = ("tokens",)
