@@ -100,7 +100,9 @@ def main() -> int:
     """Measure, print, and write JSON."""
     arguments, where = parse(), machine()
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    options = ("--data-type", arguments.data_type)
+    options = ["--data-type", arguments.data_type]
+    if arguments.buckets is not None:
+        options += ["--buckets", arguments.buckets]
     with launched(arguments.model, arguments.ranks, options=options) as server, Client(server.address) as client:
         before = client.status()
         runs = asyncio.run(measure(server.address, arguments))
@@ -113,6 +115,7 @@ def main() -> int:
             "model": arguments.model,
             "ranks": arguments.ranks,
             "data_type": arguments.data_type,
+            "buckets": after.buckets,
             "prompt_tokens": arguments.prompt_tokens,
             "output_tokens": arguments.max_tokens,
             "runs": runs,
@@ -134,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--data-type", choices=DATA_TYPES, default="float32")
+    parser.add_argument("--buckets", help="as `moejax serve` takes them; auto after a run that had others")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="about")
     parser.add_argument("--max-tokens", type=int, default=128)
