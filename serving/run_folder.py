@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def buckets(self) -> Path:
-        """The counts of steps by which the first front chose buckets, and what it chose."""
+        """The buckets that the first front chose, as JSON."""
         return self.path / "buckets.json"
 
     @property
