@@ -114,7 +114,7 @@ class Restoration:
             return
         self._forget([each for each in wanted if each.salvage is not None and each.salvage.copy in gone])
         budget_s = self._budget_s(len(wanted))
-        engine.state = reserve(engine.state, at_once=self._pays_at_once(wanted, budget_s))
+        engine.state = reserve(engine.state, at_once=self._is_at_once(wanted, budget_s))
         self._began = self._began or began
         while first := self._next():
             ended = await asyncio.gather(*map(self._restore_piece, first), return_exceptions=True)
@@ -126,14 +126,14 @@ class Restoration:
         if not self.pending and self._requests:
             self._tell()
 
-    def _pays_at_once(self, wanted: Collection[Sequence], budget_s: float) -> bool:
-        """Whether all can be restored before the first step after a loss, and that makes the streams that are waited
-        for wait less, taken together: a step for each of these, or the copying for each of the others."""
+    def _is_at_once(self, wanted: Collection[Sequence], budget_s: float) -> bool:
+        """Whether all are restored before the first step after a loss: when no more streams wait for that step than for
+        the copying, which takes less."""
         state, entries = self._engine.state, [each.salvage.count for each in wanted if each.salvage is not None]
         copying = sum(self.costs.restore_s(count, self._piece, math.inf) for count in entries)
         copying /= max(1, len(state.pools))  # ranks copy beside each other
         others = sum(not each.restoring for each in state.running.values())
-        return copying < budget_s and others * copying < len(entries) * self.costs.step.fixed
+        return others <= len(entries) and copying < min(budget_s, self.costs.step.fixed)
 
     def _next(self) -> list[Sequence]:
         """Of each rank the request that is restored next: the one with the fewest entries left."""
