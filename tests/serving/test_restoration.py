@@ -24,7 +24,7 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def lose_one(spoil=None, *, victims: tuple[int, ...] = (1,), streams: int = 6) -> tuple[Machine, dict]:
-    """One rank or more die while all stream; `spoil` does something to the server then. The events after it, by kind."""
+    """Ranks die while all stream; `spoil` does something to the server then. The events after it, by kind."""
     m = Machine(FREE)
     m.requests = m.requests[:streams]
     m.tokens = {request.id: [] for request in m.requests}
