@@ -71,6 +71,11 @@ PANELS: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
             ("programs", f"rate(moejax_program_seconds_total{_RATE}) / rate(moejax_steps_total{_RATE})"),
         ],
     ),
+    (
+        "Padding of steps",
+        "percentunit",
+        [("padding", f"1 - rate(moejax_rows_filled_total{_RATE}) / rate(moejax_rows_total{_RATE})")],
+    ),
 )
 
 

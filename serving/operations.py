@@ -267,19 +267,22 @@ class Operations:
             engine.links.declare(rank, cause, time.monotonic())
 
     async def poisoned(self, batch: Batch, rows: Mapping[int, tuple[int, ...]]) -> None:
-        """A step came out as no numbers on some ranks, and was not applied. Inspect all weights; where they are intact,
-        the cache may hold the poison: the requests concerned are computed again, and end when that does not help."""
+        """A step came out as no numbers on some ranks, and was not applied. Inspect the experts and, where these are
+        intact, all other weights, which takes longer. Where all are the cache may hold the poison: the requests
+        concerned are computed again, and end when that does not help."""
         engine = self._engine
         epoch, found = engine.failover.epoch, len(self.damaged)
         concerned = {request for rank, bad in rows.items() for request in _requests_of(batch, rank, bad)}
         ranks = ", ".join(map(str, sorted(rows)))
         engine.events.add("poisoned", epoch, message=f"{len(concerned)} requests on ranks {ranks}; not sent")
-        alive = engine.failover.alive
-        answers = await asyncio.gather(*(engine.links.call(rank, "inspect", link_pb2.Inspect()) for rank in alive))
-        for rank, answer in zip(alive, answers, strict=True):
-            self.found_damaged(rank, answer)
-        if len(self.damaged) > found or any(answer.damaged for answer in answers):
-            return
+        alive, plan = engine.failover.alive, engine.failover.plan
+        slots = plan.moe_layers * plan.slots_per_rank if plan is not None else 0
+        for what in (link_pb2.Inspect(count=slots), link_pb2.Inspect()) if slots else (link_pb2.Inspect(),):
+            answers = await engine.links.call_all("inspect", dict.fromkeys(alive, what))
+            for rank, answer in zip(alive, answers, strict=True):
+                self.found_damaged(rank, answer)
+            if len(self.damaged) > found or any(answer.damaged for answer in answers):
+                return
         self._recompute |= {rank for rank in rows if rank in alive}
         for request_id in concerned:
             self._suspects[request_id] = self._suspects.get(request_id, 0) + 1
