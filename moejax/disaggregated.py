@@ -73,11 +73,13 @@ class RolesShape:
 
     @functools.cached_property
     def micros(self) -> tuple[Bucket, ...]:
-        """The micro-batches of the step: one, or two halves."""
+        """The micro-batches of the step: one, or two halves where both have rows."""
         whole = self.step.bucket
         if whole.rows < WORTH_CUTTING:
             return (whole,)
         later = dataclasses.replace(whole, decode=whole.decode // 2, tiles=whole.tiles // 2)
+        if not later.rows:
+            return (whole,)
         return dataclasses.replace(whole, decode=whole.decode - later.decode, tiles=whole.tiles - later.tiles), later
 
     @property

@@ -147,9 +147,12 @@ def bucket_figures(counts: StepCounts, buckets: Sequence[Bucket]) -> dict[str, A
 def read_buckets(text: str) -> tuple[Bucket, ...]:
     """Buckets from "2,0;8,2". Raises InputError."""
     try:
-        return tuple((a, t) for a, t in (_numbers(map(int, each.split(","))) for each in text.split(";")))
+        buckets = tuple((a, t) for a, t in (_numbers(map(int, each.split(","))) for each in text.split(";")))
     except ValueError:
         raise InputError(f"{text!r} is no buckets; give decode rows and tiles of each, as 2,0;8,2") from None
+    if (most := largest(buckets)) not in buckets or min(map(rows_of, buckets)) < 1:
+        raise InputError(f"{text!r}: every bucket needs rows, and one must cover all others; add {most[0]},{most[1]}")
+    return buckets
 
 
 class Choice(NamedTuple):

@@ -350,9 +350,9 @@ class Failover:
 
     def lost_share(self, plan: Plan) -> float:
         """The share of measured traffic that the experts had which a plan masks."""
-        return lost_share(plan, self._routed_loads())
+        return lost_share(plan, self.routed_loads())
 
-    def _routed_loads(self) -> np.ndarray:
+    def routed_loads(self) -> np.ndarray:
         """Measured traffic of what a router chooses, all alike before there is any; 0 of divided layers."""
         loads = np.array(self.loads(), float)
         loads = loads if loads.any() else np.ones_like(loads)
@@ -540,7 +540,7 @@ class Failover:
         first = moved | self._shards_amiss(part)  # nobody has lost the ones, and no step can be made without the others
         if first:
             part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, only=first)
-        if not may_serve(part, settings.on_lost_expert, self._routed_loads(), settings.lost_expert_bound):
+        if not may_serve(part, settings.on_lost_expert, self.routed_loads(), settings.lost_expert_bound):
             part = next_part(part, goal, goal.moe_layers * goal.slots_per_rank, but=self._out_of_reach(goal))
         await self._adopt(part, goal)
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -115,6 +116,9 @@ class Keeper:
             self._start(order.start, logs)
         elif what == "signal" and kept is not None and kept.order.incarnation == order.signal.incarnation:
             kept.child.signal(order.signal.name)
+        elif what == "signal":  # it ended before this front could hear of it
+            ended = link_pb2.RankEnded(incarnation=order.signal.incarnation, code=-signal.SIGKILL)
+            self._reports.put_nowait(link_pb2.PlaceReport(ended=ended))
 
     async def _prepare(self, order: link_pb2.PrepareModel) -> None:
         name = self._offer.model or order.model

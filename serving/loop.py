@@ -275,7 +275,7 @@ class Loop:
             elif self.failover.plan is not None:
                 if victim not in self.failover.plan.holder_ids:
                     raise UnknownRequest(f"rank {victim} holds no experts whose weights could be spoilt.", param="rank")
-                layer, slot = hottest(self.failover.plan, victim, self.tally.expert_load)
+                layer, slot = hottest(self.failover.plan, victim, self.failover.routed_loads())
                 damage = link_pb2.Damage(layer=layer, slot=slot, nan=signal == "NAN")
                 await self.links.call(victim, "damage", damage)
 
@@ -361,6 +361,7 @@ class Loop:
                 await self._land()
         except Exception as error:
             self._ended = Internal(f"the engine stopped: {type(error).__name__}: {error}")
+            self._flights.ground()
             self._end_all(self._ended)
             raise
 
@@ -486,7 +487,8 @@ class Loop:
         if new:
             self._unreadable |= new
             why, masked = failover.unreadable[min(new)], len(failover.plan.masked) if failover.plan else 0
-            self.events.add("store_unreadable", failover.epoch, cause=why, message=f"{masked} experts masked")
+            what = f"{masked} experts masked" if failover.can_step else f"no step is made without all {masked} of them"
+            self.events.add("store_unreadable", failover.epoch, cause=why, message=what)
             self._ask_again = now + UNREADABLE_S
         elif failover.unreadable and now > self._ask_again:
             failover.ask_again()
@@ -552,7 +554,7 @@ class Loop:
     def _resumed(self) -> None:
         """The first step after a recovery is in, or there is none to make. Replacements start now: not beside it."""
         self.replacements.resume()
-        if self._resuming is not None:
+        if self._resuming is not None and self.failover.can_step:
             r, now, self._resuming = self._resuming, time.monotonic(), None
             ends = {"resume": 1e3 * (now - r.adopted_at), "total": 1e3 * (now - r.evidence_at)}
             self.events.add(

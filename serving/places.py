@@ -5,7 +5,8 @@ as the front. A rank there is a process of its keeper's: the front orders its st
 
 Where that order does not arrive, the network is cut or the host is gone, and nothing the rank still does reaches
 anybody: the front has closed its stream, the survivors shut down their ends of its collectives, what it proved itself
-with counts once, and whatever it sent would be of an old epoch. Back in reach, it and its keeper are told to end it.
+with counts once for each front, and whatever it sent would be of an old epoch. Back in reach, both it and its keeper
+are told to end it.
 
 A rank whose front is gone waits for the next one, whose first places are those with such ranks: it goes on with them.
 """
@@ -37,6 +38,8 @@ SPARE_S = 3.0
 FENCE_S = 0.3
 """How long a lost rank's keeper may take to say that it has ended, before being cut off counts as the end."""
 UNKNOWN = "unknown"
+_MOST = 1 << 53
+"""No front has had so many incarnations."""
 
 WhyNot = Callable[[str, float], str | None]
 """Of a join token's secret and the time in seconds since the epoch: why it does not count, None when it does."""
@@ -53,7 +56,7 @@ class Place:
         self.orders: asyncio.Queue[link_pb2.PlaceOrder | None] = asyncio.Queue()
         self.home: Home | None = None
         self.rank: KeptRank | None = None
-        self.left = told.left if told.HasField("left") else None
+        self.left = told.left if told.left.token and told.left.incarnation < _MOST else None
         """What runs here since before this front was."""
         self.trouble = ""
 
@@ -158,7 +161,7 @@ class Places:
                 break
             here = ", ".join(sorted(place.host for place in free)) or "none"
             text = f"{ranks - len(free)} of {ranks} ranks are missing (here: {here})"
-            if len(free) not in (told, ranks):
+            if len(free) < ranks and len(free) != told:
                 told = len(free)
                 say(f"{text}; `moejax rank --join HOST:PORT` lets one in, this front listens on {address}")
             self._changed.clear()
@@ -208,7 +211,6 @@ class Places:
         kept.pid = left.pid
         kept.be_in(place)
         self._hosts[kept.rank] = place.host
-        self._numbers = max(self._numbers, left.incarnation)
         return kept
 
     def _end_left(self, place: Place) -> None:
@@ -229,7 +231,7 @@ class Places:
         if told.build != build():
             text = f"this host has moejax {told.build}, the front has {build()}. Install the same on every host."
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
-        self._numbers += 1
+        self._numbers = 1 + max(self._numbers, told.left.incarnation if told.left.incarnation < _MOST else 0)
         place = self._places[self._numbers] = Place(self._numbers, told, context.peer())
         place.orders.put_nowait(self._prepare)
         listener = asyncio.create_task(self._listen(place, reports))
@@ -263,6 +265,9 @@ class Places:
             killed = code == -9
             kept.over(f"process ended with {_how(code)}", "" if killed else f"on {place.host}: {report.ended.said}")
             self._fill()
+        elif what == "ended" and place.left is not None and place.left.incarnation == report.ended.incarnation:
+            place.left = None
+            self._changed.set()
 
     def _welcome(self, place: Place, told: link_pb2.ModelPrepared) -> None:
         """The host has the model, or says why not."""

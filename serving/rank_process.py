@@ -202,7 +202,7 @@ class Child:
 
     async def fenced(self) -> None:
         """See `RankProcess.fenced`. The kernel may still be giving back its memory."""
-        while self.state not in ("Z", "X", ""):
+        while self._pidfd >= 0 and self.state not in ("Z", "X", ""):  # else its number may be another's by now
             await asyncio.sleep(FENCE_POLL_S)
 
     def said(self) -> str:

@@ -98,10 +98,10 @@ class FakeLinks:
         self.damaged: set[tuple[int, int, int]] = set()
         self.on_loss: Callable[[Loss], object] = lambda loss: None
         self.store = True
+        """Experts can be read from the store."""
         self.masked_in_steps: set[tuple[int, int]] = set()
         self.masked_in_plans: set[tuple[int, int]] = set()
         """Experts, (layer, expert), that some step, or some plan, had to do without."""
-        """Experts can be read from the store."""
         self._buckets = buckets
         self._max_pages = max_pages
         self._layers = layers

@@ -63,10 +63,11 @@ def test_a_stretch_ends_at_every_moe_layer() -> None:
 
 
 def test_micro_batches_have_every_row_and_segment_once() -> None:
-    for decode, tiles in ((2, 0), (8, 2), (32, 0), (33, 3), (0, 5), (7, 8)):
+    for decode, tiles in ((2, 0), (8, 2), (32, 0), (33, 3), (0, 1), (1, 1), (0, 5), (7, 8)):
         bucket = Bucket(decode=decode, tiles=tiles, max_pages=4)
         step = StepShape(cfg=MIXTRAL, bucket=bucket, ranks=4, slots=2, page_size=32)
         roles = RolesShape(step=step, attention=2)
+        assert all(micro.rows for micro in roles.micros)
         rows, segments = zip(*(roles.places(micro) for micro in range(len(roles.micros))), strict=True)
         assert sorted(np.concatenate(rows)) == list(range(bucket.rows))
         assert sorted(np.concatenate(segments)) == list(range(bucket.segments))

@@ -162,3 +162,9 @@ def test_anything_else_is_no_counts(text, tmp_path):
         read_counts(str(file))
     with pytest.raises(InputError, match="cannot read"):
         read_counts(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("text", ["", "2", "2,x", "32,0;8,2", "0,0;8,2", "-1,2"])
+def test_buckets_that_cannot_be_are_refused(text):
+    with pytest.raises(InputError, match="buckets|bucket"):
+        buckets.read_buckets(text)

@@ -81,8 +81,12 @@ def test_without_a_shard_requests_wait_and_nobody_is_told_it_is_ready(policy, mo
             assert status.steps == steps
             assert not status.ready
             assert status.running + status.waiting == len(m.requests)
+            told = [event for event in m.loop.events.past() if event.kind in ("recovered", "store_unreadable")]
+            assert [event.kind for event in told] == ["store_unreadable"]
+            assert "no step is made without" in told[0].message
             m.links.store = True
             await until(lambda: m.loop.status().ready)
+            await until(lambda: "recovered" in {event.kind for event in m.loop.events.past()})
 
     asyncio.run(case())
 

@@ -108,3 +108,9 @@ async def test_a_rank_that_ended_while_no_front_was_there_is_not_told_of(address
     await until(lambda: not is_there(pid))
     async with Front(address) as front:
         assert front.inherited == ()
+        (place,) = front.places.free
+        kept = front.links.spawn(0).process
+        await front.pid()
+        place.orders.put_nowait(link_pb2.PlaceOrder(signal=link_pb2.SignalRank(incarnation=10**6, name="SIGKILL")))
+        kept.incarnation = 10**6
+        await until(lambda: place.rank is None)  # told that what it was to end has ended

@@ -299,6 +299,20 @@ async def test_ranks_that_were_left_and_are_not_wanted_are_ended(papers):
             task.cancel()
 
 
+async def test_a_left_rank_that_ends_while_others_are_waited_for_is_a_free_place(papers):
+    async with Front(papers) as front, Host(front) as host, Host(front) as other:
+        await host.offers(secret_of(papers), "a", left=left_rank(1, 9))
+        gathering = asyncio.create_task(front.places.gather(2, "here", 10, lambda _: None))
+        await until(lambda: len(front.places.free) == 1)
+        await host.say(ended=link_pb2.RankEnded(incarnation=9, code=-9))
+        await until(lambda: not front.places._left())
+        await other.offers(secret_of(papers), "b")
+        await gathering
+        assert front.links.inherit() == ()
+        assert [front.links.spawn(rank).process.home.host for rank in (0, 1)] == ["a", "b"]
+        assert (await host.order()).start.incarnation > 9
+
+
 async def test_spares_take_the_places_of_ranks_that_were_left_and_do_not_come(papers, monkeypatch):
     monkeypatch.setattr(serving.places, "SPARE_S", 0.1)
     async with Front(papers) as front, places(front, secret_of(papers), ("b", ""), ("c", "")), Host(front) as host:
