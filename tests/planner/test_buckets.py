@@ -166,5 +166,5 @@ def test_anything_else_is_no_counts(text, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "2", "2,x", "32,0;8,2", "0,0;8,2", "-1,2"])
 def test_buckets_that_cannot_be_are_refused(text):
-    with pytest.raises(InputError, match="buckets|bucket"):
+    with pytest.raises(InputError, match="bucket"):
         buckets.read_buckets(text)
