@@ -2,12 +2,12 @@
 
     python -m benchmarks.throughput [--model smollm2-moe|tiny] [--ranks 4] [--concurrency 1,8] [--json FILE]
 
-Closed loop: so many streams at once, each sending its next request when the last has ended. Tokens per
-second are output tokens from the first request to the last token; `ttft_ms` and `itl_ms` are medians over
-requests and over gaps between tokens, on the client's clock. `outside_program_share` is the part of a step,
-from scheduling it to having delivered its tokens, that the slowest rank did not spend in compiled programs;
-`padding_share` is the part of the rows computed on all ranks that were padding, as a step runs in the smallest
-bucket that holds it. The server counts both.
+Closed loop: so many streams at once, each sending its next request when the last has ended, with a prompt that was not
+asked before. Tokens per second are output tokens from the first request to the last token; `ttft_ms` and `itl_ms` are
+medians over requests and over gaps between tokens, on the client's clock. `outside_program_share` is the part of a
+step, from scheduling it to having delivered its tokens, that the slowest rank did not spend in compiled programs;
+`padding_share` is the part of the rows computed on all ranks that were padding, as a step runs in the smallest bucket
+that holds it. The server counts both.
 """
 
 import argparse
@@ -31,12 +31,15 @@ async def measure(address: str, arguments: argparse.Namespace) -> list[dict[str,
     """A run for each concurrency; prints a line for each."""
     runs = []
     async with AsyncClient(address) as client:
-        most = max(arguments.concurrency)
-        asks = await make_asks(client, most, arguments.prompt_tokens, arguments.max_tokens)
+        count = (1 + arguments.rounds) * sum(arguments.concurrency)
+        asks = await make_asks(client, count, arguments.prompt_tokens, arguments.max_tokens)
+        fresh = iter(asks)  # none is asked twice: nothing of it is in a cache
         for concurrency in arguments.concurrency:
-            await closed_loop(client, asks, concurrency, concurrency)  # warms up what depends on the load
+            warming = list(itertools.islice(fresh, concurrency))  # what depends on the load
+            await closed_loop(client, warming, concurrency, len(warming))
             before = await client.status()
-            traces = await closed_loop(client, asks, concurrency, arguments.rounds * concurrency)
+            measured = list(itertools.islice(fresh, arguments.rounds * concurrency))
+            traces = await closed_loop(client, measured, concurrency, len(measured))
             after = await client.status()
             run = summarize(traces, concurrency) | {
                 "outside_program_share": outside_share(before, after),
