@@ -84,7 +84,7 @@ def parts(model: str, data_type: str, rows: int) -> tuple[dict[str, Part], float
     from moejax.assets import ensure_model
     from moejax.cache import empty_cache
     from moejax.checkpoint import load_params
-    from moejax.config import ModelConfig
+    from moejax.config import ConfigError, ModelConfig
     from moejax.experts import always_on, apply_experts
     from moejax.inputs import Bucket, unpack
     from moejax.layers import norm, row_dot, swiglu
@@ -99,6 +99,8 @@ def parts(model: str, data_type: str, rows: int) -> tuple[dict[str, Part], float
     kernels.load()
     folder = ensure_model(model)
     cfg = dataclasses.replace(ModelConfig.load(folder), weights=data_type)
+    if cfg.divide_dense:
+        raise ConfigError(f"the dense layers of {folder} are divided; measure the model they are of.")
     specs = param_specs(cfg)
     params = jax.device_put(jax.tree.map(lambda s, v: hold(cfg, s, v), specs, load_params(folder), is_leaf=is_spec))
     pages = CONTEXT // PAGE + 2
