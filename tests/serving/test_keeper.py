@@ -90,7 +90,7 @@ async def test_the_next_front_is_told_of_the_rank_that_runs_here(address):
 
 
 async def test_a_rank_that_no_front_comes_for_is_ended(address, monkeypatch):
-    monkeypatch.setattr(serving.keeper, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(serving.keeper, "FORGOTTEN_S", 2.0)
     async with Front(address) as front:
         front.links.spawn(0)
         pid = await front.pid()
