@@ -28,6 +28,7 @@ def inputs_of(rows: int, temperature: float = 0.0) -> StepInputs:
         min_p=jnp.zeros(rows),
         seed=jnp.arange(rows, dtype=jnp.uint32),
         sample_position=zeros + 5,
+        read=zeros + 1,
     )
 
 

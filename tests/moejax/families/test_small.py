@@ -89,7 +89,16 @@ def test_the_store_gives_each_expert_alone(name, tmp_path):
 
 
 SIZES = {"vocab_size", "d_model", "d_ff", "max_context", "stop_tokens", "bos_token", "name"}
-FIXED = {"weights", "swiglu_alpha", "low_frequency", "high_frequency", "beta_fast", "beta_slow", "norm_eps"}
+FIXED = {
+    "weights",
+    "divide_dense",
+    "swiglu_alpha",
+    "low_frequency",
+    "high_frequency",
+    "beta_fast",
+    "beta_slow",
+    "norm_eps",
+}
 """Chosen by who serves, fixed in what is compared with, or numbers without a branch."""
 
 
