@@ -8,10 +8,12 @@ params/              an Orbax checkpoint of the `Params` tree, one chunk per rou
 checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,15 @@ def save_model(folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json
     Raises CheckpointError when they are not the tensors of `cfg`.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     host = jax.tree.map(np.asarray, params)
     manifest = Manifest.of(named(host))
     manifest.check_config(cfg, folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with drafted(folder) as draft:
         write_params(draft / PARAMS, host)
         (draft / FILE).write_text(manifest.to_json())
         (draft / "tokenizer.json").write_text(tokenizer_json)
         (draft / "chat_template.jinja").write_text(chat_template)
         (draft / "config.json").write_text(cfg.to_json() + "\n")
-        draft.chmod(0o755)
-        replace_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np.float32) -> Params:
@@ -121,6 +117,19 @@ def read_params(path: Path, specs: Any) -> Any:
         return np.asarray(found)
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
+
+
+@contextlib.contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place once it is written, and goes when that fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        replace_folder(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def replace_folder(draft: Path, folder: Path) -> None:

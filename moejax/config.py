@@ -255,9 +255,14 @@ class ModelConfig:
         return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers))
 
     @property
+    def _plain_kind(self) -> LayerKind:
+        """The kind of layers without a router."""
+        return "divided" if self.divide_dense else "dense"
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer, in order."""
-        plain: LayerKind = "divided" if self.divide_dense else "dense"
+        plain = self._plain_kind
         if self.moe is None:
             return (plain,) * self.n_layers
         routed = (i % self.moe_every == self.moe_every - 1 and i not in self.dense_layers for i in range(self.n_layers))
@@ -269,8 +274,7 @@ class ModelConfig:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
         kinds = self.layer_kinds
-        plain: LayerKind = "divided" if self.divide_dense else "dense"
-        whole: tuple[LayerKind, ...] = (plain,) * (self.moe_every - 1) + ("moe",)
+        whole: tuple[LayerKind, ...] = (self._plain_kind,) * (self.moe_every - 1) + ("moe",)
 
         def whole_at(i: int) -> bool:
             return kinds[i : i + len(whole)] == whole

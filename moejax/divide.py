@@ -8,7 +8,6 @@ from the whole one by the order of its sums.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from moejax.checkpoint import PARAMS, replace_folder, write_skeleton
+from moejax.checkpoint import PARAMS, drafted, write_skeleton
 from moejax.config import ModelConfig
 from moejax.convert import Say, open_leaf
 from moejax.manifest import FILE, Manifest, Tensor, tensor_specs
@@ -41,21 +40,14 @@ def divide(source: Path, target: Path, say: Say) -> None:
     cfg = divided_config(store.cfg)
     assert cfg is not None, f"{store.cfg.name} has dense layers"
     manifest = Manifest.load(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        tensors = dict(_write(store, cfg, manifest, draft / PARAMS, say))
-        divided = Manifest(tensors)
+    with drafted(target) as draft:
+        divided = Manifest(dict(_write(store, cfg, manifest, draft / PARAMS, say)))
         divided.check_config(cfg, draft)
         write_skeleton(draft / PARAMS, cfg)
         for file in (f for f in source.iterdir() if f.is_file() and f.name not in ("config.json", FILE)):
             shutil.copy2(file, draft / file.name)
         (draft / FILE).write_text(divided.to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
-        draft.chmod(0o755)
-        replace_folder(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(
@@ -64,11 +56,11 @@ def _write(
     specs, done = tensor_specs(cfg), 0
     total = sum(tensor.bytes for tensor in manifest.tensors.values())
     context = tensorstore.Context({"file_io_concurrency": {"limit": 4}})
-    for name, tensor in manifest.tensors.items():
-        if WHOLE in name:
-            name = name.replace(WHOLE, DIVIDED)
+    for source, tensor in manifest.tensors.items():
+        name = source.replace(WHOLE, DIVIDED)
+        if name != source:
             cut = _cut_rows if name.endswith("gate_up") else _cut_columns
-            shards = cut(store.read(name.replace(DIVIDED, WHOLE)), specs[name].shape)
+            shards = cut(store.read(source), specs[name].shape)
             tensor = Manifest.of({name: shards}).tensors[name]
             leaf = open_leaf(params, name, shards.shape, 2, shards.dtype, context)
             for writing in [leaf[r, e].write(shards[r, e]) for r in range(len(shards)) for e in range(shards.shape[1])]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ SEARCHED = 3e8
 FORM = 1
 
 Bucket = tuple[int, int]
+B = TypeVar("B", bound=Bucket)
 
 
 class Want(NamedTuple):
@@ -110,7 +111,7 @@ def largest(buckets: Iterable[Bucket]) -> Bucket:
     return max(b[0] for b in buckets), max(b[1] for b in buckets)
 
 
-def covering(buckets: Iterable[Bucket], want: Bucket) -> Bucket:
+def covering(buckets: Iterable[B], want: Bucket) -> B:
     """The one of the buckets that a step which wants this runs in. Raises ValueError when there is none."""
     return min((b for b in buckets if b[0] >= want[0] and b[1] >= want[1]), key=rows_of)
 

@@ -9,9 +9,9 @@ cache entries outlived its rank is given its place by `reserve`, and no work bef
 """
 
 import dataclasses
-from collections.abc import Iterable
 
-from serving.batch import TILE, Batch, Bucket, Shaped, Work, wanted
+from planner.buckets import covering
+from serving.batch import TILE, Batch, Shaped, Work, wanted
 from serving.engine import EngineState, foreseen, requeued
 from serving.fairness import Turns
 from serving.pages import Key, page_keys
@@ -32,7 +32,7 @@ def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
     if not any(work.values()):
         return state, None
     successor = draft.state()
-    batch = Batch(successor.step, state.epoch, _smallest(limits.buckets, work.values()), work)
+    batch = Batch(successor.step, state.epoch, covering(limits.buckets, wanted(work.values())), work)
     return foreseen(successor, batch), batch
 
 
@@ -264,9 +264,3 @@ def _targets(sequence: Sequence, start: int, count: int) -> tuple[int, ...]:
     if not sequence.unscored or first >= end:
         return ()
     return (-1,) * (first - start) + prompt[first + 1 : end + 1] + (-1,) * (stop - end)
-
-
-def _smallest(buckets: Iterable[Bucket], work: Iterable[tuple[Work, ...]]) -> Bucket:
-    """The bucket with the fewest rows that covers every rank."""
-    most = wanted(work)
-    return min((b for b in buckets if b.decode >= most.decode and b.tiles >= most.tiles), key=lambda b: b.rows)

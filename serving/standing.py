@@ -57,7 +57,7 @@ class Standing:
         return Status(
             epoch=max(failover.epoch, 0),
             generation=failover.generation,
-            ready=engine.failover.can_step and not (draining or operations.paused or ended),
+            ready=failover.can_step and not (draining or operations.paused or ended),
             draining=draining,
             chaos=engine.settings.chaos,
             ranks=tuple(self._rank(rank, rank in lost) for rank in failover.plans.base.rank_ids),
