@@ -36,7 +36,7 @@ def bytes_per_token(cfg: ModelConfig, itemsize: int = 4) -> int:
 
 
 def commit(cache: Cache, new: Cache, write_R: jax.Array) -> Cache:
-    """Write a step's new keys and values `[L, R, width]` into the entries `write_R`; 2**30 means nowhere.
+    """Write a step's new keys and values `[L, R, width]` into the entries `write_R`; 2**30 and above means nowhere.
 
     Writing the same step twice leaves the cache as once: a redone step needs no undo.
     """

@@ -143,6 +143,8 @@ class ModelConfig:
     `full_layers`. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE). `sinks` gives
     each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
     `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's.
+
+    With `tensor` > 1 this is what one rank of a tensor group computes (`share`): heads are counted of the rank.
     """
 
     name: str
@@ -181,6 +183,7 @@ class ModelConfig:
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
     divide_dense: bool = False
+    tensor: int = 1
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
@@ -233,6 +236,29 @@ class ModelConfig:
         for field, off in (("qk_norm", "none"), ("qkv_bias", False), ("out_bias", False), ("clip_qkv", None)):
             if getattr(self, field) != off:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; latent attention knows {off!r} only.")
+
+    def share(self, tensor: int) -> "ModelConfig":
+        """What one rank computes of a model whose heads are divided over `tensor` ranks. Raises ConfigError for a model
+        of which they cannot be."""
+        if tensor == 1:
+            return self
+        if self.latent is not None:
+            raise ConfigError(
+                f"tensor is {tensor}, but the heads of {self.name} share one latent, which every rank of a group would "
+                "hold whole. Serve it with tensor 1."
+            )
+        if self.qk_norm == "all":
+            raise ConfigError(
+                f"tensor is {tensor}, but {self.name} norms the queries of all heads at once. Serve it with tensor 1."
+            )
+        if tensor < 1 or self.n_kv_heads % tensor:
+            raise ConfigError(
+                f"{self.n_kv_heads} key/value heads of {self.name} cannot be divided over {tensor} ranks. "
+                f"Choose a tensor that divides {self.n_kv_heads}."
+            )
+        return dataclasses.replace(
+            self, n_heads=self.n_heads // tensor, n_kv_heads=self.n_kv_heads // tensor, tensor=tensor
+        )
 
     @property
     def rotated(self) -> int:

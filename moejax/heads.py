@@ -50,10 +50,19 @@ def make_heads(h_TD: jax.Array, layer: Layer, positions_T: jax.Array, cfg: Model
 
 def join_heads(mixed_TNH: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
     """What attention adds to the rows `[T, D]`, from the mixed values `[T, N, Hv]`."""
+    return biased(some_heads(mixed_TNH, layer, cfg), layer)
+
+
+def some_heads(mixed_TNH: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
+    """What these heads add to the rows `[T, D]`, without the bias that all heads have in common."""
     if cfg.latent is not None:
         mixed_TNH = head_dot(mixed_TNH, layer.latent.value_up)
-    out = row_dot(mixed_TNH.reshape(len(mixed_TNH), -1), layer.out)
-    return out if layer.out_bias is None else out + layer.out_bias
+    return row_dot(mixed_TNH.reshape(len(mixed_TNH), -1), layer.out)
+
+
+def biased(out_TD: jax.Array, layer: Layer) -> jax.Array:
+    """What all heads add to the rows, with its bias."""
+    return out_TD if layer.out_bias is None else out_TD + layer.out_bias
 
 
 def score_scale(cfg: ModelConfig) -> float:

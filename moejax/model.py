@@ -21,12 +21,13 @@ from moejax.cache import Cache
 from moejax.config import LayerKind, ModelConfig, in_slots
 from moejax.exchange import Exchange, combine, dispatch, place
 from moejax.experts import always_on, apply_experts
-from moejax.heads import join_heads, make_heads, score_scale
+from moejax.heads import biased, make_heads, score_scale, some_heads
 from moejax.inputs import TILE, Bucket, StepInputs
 from moejax.layers import Stacked, norm, swiglu
 from moejax.params import Layer, MoE, Params
 from moejax.precision import Int8, look_up
 from moejax.router import route
+from moejax.tensor import Group, swap
 
 UNSEEN = 2**30
 """A window that no context reaches."""
@@ -60,17 +61,26 @@ class StepShape:
 @struct.dataclass
 class StepOutputs:
     """The rows after the last norm `[R, D]` (see `marked`), new keys and values (a Cache of `[L, R, width]`), and how
-    many rows went to each expert `[moe layers, E]`."""
+    many rows went to each expert `[moe layers, E]`. Of a rank in a tensor group, new keys and values are of the rows of
+    all its members, one after the other, and `written` is what says where they go, packed; else that is None."""
 
     hidden: Any
     new_kv: Any
     expert_load: Any
+    written: Any = None
 
 
-def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepInputs, shape: StepShape) -> StepOutputs:
+def step(
+    params: Params,
+    cache: Cache,
+    expert_to_slot: jax.Array,
+    inputs: StepInputs,
+    shape: StepShape,
+    group: Group | None = None,
+) -> StepOutputs:
     """One step of one rank. `expert_to_slot [moe layers, E]` is this rank's row of the plan: the physical slot
     it sends each expert's tokens to, -1 where the expert is masked. Expert leaves of `params` hold slots; its head
-    is not used."""
+    is not used. `group` is there if the heads are divided (`ModelConfig.tensor`)."""
     cfg = shape.cfg
     x = embed(params, inputs, cfg)
     new_kv, loads = [], []
@@ -86,7 +96,7 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
             for j, stacked in enumerate(segment):
                 layer = layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
-                x, kv = attend(x, layer, cache, index, inputs, shape)
+                x, kv = attend(x, layer, cache, index, inputs, shape, group=group)
                 wanted = answered(inputs, index, cfg)
                 if layer.moe is None:
                     x = feed_forward(x, layer, wanted, cfg)
@@ -105,7 +115,8 @@ def step(params: Params, cache: Cache, expert_to_slot: jax.Array, inputs: StepIn
     hidden = last_norm(x, params, cfg)
     new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    return StepOutputs(hidden=marked(hidden, new, inputs), new_kv=new, expert_load=load)
+    written = None if group is None else group.packed
+    return StepOutputs(hidden=marked(hidden, new, inputs), new_kv=new, expert_load=load, written=written)
 
 
 def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
@@ -125,9 +136,10 @@ def answered(inputs: StepInputs, index: jax.Array, cfg: ModelConfig) -> StepInpu
 
 def marked(hidden: jax.Array, new_kv: Cache, inputs: StepInputs) -> jax.Array:
     """Hidden rows `[R, D]` that are read; of the others zeros, or not-a-number where something that the last layer made
-    of them is no number, so that it is noticed before it is in the cache."""
+    of them is no number, so that it is noticed before it is in the cache. In a tensor group what is made of one row is
+    of as many as the group has."""
     made = (hidden, new_kv.k[-1], new_kv.v[-1])
-    sound = jnp.stack([jnp.isfinite(each).all(-1) for each in made]).all(0)
+    sound = jnp.stack([jnp.isfinite(each).all(-1).reshape(-1, len(hidden)).all(0) for each in made]).all(0)
     return jnp.where(inputs.read[:, None] > 0, hidden, jnp.where(sound, 0.0, jnp.nan)[:, None])
 
 
@@ -152,44 +164,84 @@ def attend(
     inputs: StepInputs,
     shape: StepShape,
     among: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda k, v: (k, v),
+    group: Group | None = None,
 ) -> tuple[jax.Array, Cache]:
     """x plus attention, and the layer's new keys and values `[R, width]`. Where x is a part of the step's rows, `among`
-    puts its keys and values among those of the others, which `inputs.new_base` counts."""
-    cfg, bucket = shape.cfg, shape.bucket
+    puts its keys and values among those of the others, which `inputs.new_base` counts. In a tensor group the new keys
+    and values are those of all its rows."""
+    cfg = shape.cfg
     with jax.named_scope("attention"):
         h = norm(x, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
-        wanted = answered(inputs, index, cfg)
-        q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
-        k, v = among(k, v)
-        window = None
-        if cfg.window is not None:
-            window = jnp.array([w or UNSEEN for w in cfg.windows])[index]
-        out = []
-        for first_z, first_r, Z, Q in (
-            (0, 0, bucket.decode, 1),
-            (bucket.decode, bucket.decode, bucket.tiles, TILE),
-        ):
-            if Z:
-                segments, rows = slice(first_z, first_z + Z), slice(first_r, first_r + Z * Q)
-                mixed = paged_attention(
-                    q[rows].reshape(Z, Q, *q.shape[1:]),
-                    k,
-                    v,
-                    cache,
-                    index,
-                    inputs.page_table[segments],
-                    inputs.cached[segments],
-                    inputs.new_base[segments],
-                    wanted.positions[rows].reshape(Z, Q),
-                    shape.page_size,
-                    scale=score_scale(cfg),
-                    window=window,
-                    sinks_N=layer.sinks,
-                    latent=cfg.latent is not None,
-                )
-                out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
-        x = _add(x, join_heads(jnp.concatenate(out), layer, cfg), cfg)
-    return x, Cache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
+        if group is None:
+            out, kv = _own_heads(h, layer, cache, index, inputs, shape, among)
+        else:
+            out, kv = _heads_of_group(h, layer, cache, index, shape, group)
+        return _add(x, biased(out, layer), cfg), kv
+
+
+def _heads_of_group(
+    h: jax.Array, layer: Layer, cache: Cache, index: jax.Array, shape: StepShape, group: Group
+) -> tuple[jax.Array, Cache]:
+    """What all heads add to this rank's rows, and new keys and values of this rank's heads for the rows of all members
+    of the group `[T * R, width]`."""
+    members = len(group.inputs)
+    pages = cache.k.shape[1] // members // shape.page_size
+    rows = swap(jnp.broadcast_to(h, (members, *h.shape)), group.mates, shape.exchange)
+    outs, kvs = [], []
+    for t, inputs in enumerate(group.inputs):
+        there = inputs.replace(page_table=inputs.page_table + t * pages)
+        out, kv = _own_heads(rows[t], layer, cache, index, there, shape)
+        outs.append(out)
+        kvs.append(kv)
+    out, *others = swap(jnp.stack(outs), group.mates, shape.exchange)
+    for other in others:
+        out = out + other
+    return out, jax.tree.map(lambda *each: jnp.concatenate(each), *kvs)
+
+
+def _own_heads(
+    h: jax.Array,
+    layer: Layer,
+    cache: Cache,
+    index: jax.Array,
+    inputs: StepInputs,
+    shape: StepShape,
+    among: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda k, v: (k, v),
+) -> tuple[jax.Array, Cache]:
+    """What this rank's heads add to normed rows `[R, D]`, and their new keys and values `[R, width]`."""
+    cfg, bucket = shape.cfg, shape.bucket
+    wanted = answered(inputs, index, cfg)
+    q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
+    k, v = among(k, v)
+    window = None
+    if cfg.window is not None:
+        window = jnp.array([w or UNSEEN for w in cfg.windows])[index]
+    out = []
+    for first_z, first_r, Z, Q in (
+        (0, 0, bucket.decode, 1),
+        (bucket.decode, bucket.decode, bucket.tiles, TILE),
+    ):
+        if Z:
+            segments, rows = slice(first_z, first_z + Z), slice(first_r, first_r + Z * Q)
+            mixed = paged_attention(
+                q[rows].reshape(Z, Q, *q.shape[1:]),
+                k,
+                v,
+                cache,
+                index,
+                inputs.page_table[segments],
+                inputs.cached[segments],
+                inputs.new_base[segments],
+                wanted.positions[rows].reshape(Z, Q),
+                shape.page_size,
+                scale=score_scale(cfg),
+                window=window,
+                sinks_N=layer.sinks,
+                latent=cfg.latent is not None,
+            )
+            out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
+    added = some_heads(jnp.concatenate(out), layer, cfg)
+    return added, Cache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
 
 
 def feed_forward(x: jax.Array, layer: Layer, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:

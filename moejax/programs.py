@@ -37,8 +37,8 @@ class ModelShape:
 
     @property
     def entries(self) -> int:
-        """Cache entries of a rank."""
-        return self.pages * self.page_size
+        """Cache entries of a rank: in a tensor group, of its heads, for every member."""
+        return self.pages * self.page_size * self.cfg.tensor
 
     def step(self, bucket: Bucket, ranks: int, slots: int) -> StepShape:
         """The static shape of one step program."""
@@ -55,7 +55,8 @@ class ModelShape:
         if attention:
             return max(self.roles(bucket, ranks, slots, attention).outbox_bytes for bucket in self.buckets)
         exchanges = ((self.step(bucket, ranks, slots).exchange, bucket.rows) for bucket in self.buckets)
-        return max(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges)
+        packed = 4 * ranks * max(map(packed_size, self.buckets)) if self.cfg.tensor > 1 else 0
+        return max(packed, *(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges))
 
 
 Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
@@ -224,8 +225,8 @@ def commit_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering
     cfg = shape.cfg
     cache = cache_on(device, cfg, shape.entries)
     for bucket in shape.buckets:
-        new = cache_on(device, cfg, bucket.rows)
-        packed = on_device(device, (packed_size(bucket),), jnp.int32)
+        new = cache_on(device, cfg, bucket.rows * cfg.tensor)
+        packed = on_device(device, (packed_size(bucket) * cfg.tensor,), jnp.int32)
         yield (
             executable_name("commit", cfg, bucket, shape.entries),
             lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),

@@ -6,7 +6,7 @@ the bytes of the experts that are missing; the cache is kept. Nothing here waits
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from moejax.params import FeedForward, Head, Params, ParamSpec, expert_bytes, is
 from moejax.precision import held_shape, hold
 from moejax.programs import LocalPrograms, MeshPrograms, ModelShape, expert_positions
 from moejax.store import StoreError
+from moejax.tensor import share_of
 
 BATCH_BYTES = 64 << 20
 """Experts read at once when many slots are filled."""
@@ -61,9 +62,11 @@ class Filled:
 class LiveArrays:
     """What a rank holds: the common weights, experts in slots, and its cache."""
 
-    def __init__(self, shape: ModelShape, source: ExpertSource, *, attends: bool = True) -> None:
+    def __init__(self, shape: ModelShape, source: ExpertSource, *, attends: bool = True, shard: int = 0) -> None:
         self.shape = shape
         self.source = source
+        self.shard = shard
+        """Which share of the heads, of a rank in a tensor group (`moejax.tensor`)."""
         self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
         self._sums = _Sums(shape.cfg, source)
         self._host_weights = self._common() if attends else None
@@ -91,7 +94,8 @@ class LiveArrays:
     def leave_device(self, pages_used: int) -> None:
         """Copy to the host what a new generation must not lose: the experts, and the first pages of the cache."""
         if self.cache is not None:
-            used = pages_used * self.shape.page_size
+            divided = self.shape.cfg.tensor > 1
+            used = self.shape.entries if divided else pages_used * self.shape.page_size
             self._host_cache = jax.tree.map(lambda a: np.array(np.asarray(a)[:, :used]), self.cache)
         if self._experts:
             self._host_experts = jax.tree.map(np.array, self._experts)
@@ -104,16 +108,21 @@ class LiveArrays:
         if self._host_weights is not None:
             self._attend(device)
 
-    def attend(self, attends: bool, device: jax.Device) -> None:
-        """Have an empty cache and the weights that attending takes, or neither; what is there stays."""
+    def attend(self, attends: bool, device: jax.Device, shard: int | None = None) -> None:
+        """Have an empty cache and the weights that attending takes, or neither; what is there stays. `shard` is another
+        share of the heads than before, if it is given."""
         if not attends:
             self.cache, self._weights, self._host_weights = None, None, None
-        elif self._host_weights is None:
+        elif self._host_weights is None or shard not in (None, self.shard):
+            self.shard = self.shard if shard is None else shard
             self._host_weights = self._common()
             self._attend(device)
 
     def _common(self) -> Params:
-        weights = _held(self.shape.cfg, param_specs(self.shape.cfg), self.source.everything_but_experts())
+        cfg, values = self.shape.cfg, self.source.everything_but_experts()
+        if cfg.tensor > 1:
+            values = share_of(values, self.shard, cfg)
+        weights = _held(cfg, param_specs(cfg), values)
         self._sums.note_common(weights)
         return weights
 
@@ -259,11 +268,11 @@ class LiveArrays:
         return Filled(len(read) - given, tuple(unread), trouble, given)
 
     def lay_over(
-        self, programs: MeshPrograms, expert_to_slot: np.ndarray
+        self, programs: MeshPrograms, expert_to_slot: np.ndarray, mates: Sequence[int] = ()
     ) -> Callable[[jax.Array], steps.StepArguments]:
         """The arguments of a step over a mesh, from this rank's shards and without a copy. The returned function adds
         the step's packed inputs (this rank's part, on the device) and the cache as it is then.
-        `expert_to_slot` is `[moe layers, experts]`."""
+        `expert_to_slot` is `[moe layers, experts]`, `mates` where the members of its tensor group are in the mesh."""
         assert self._weights is not None
         mesh = programs.mesh
         spec = steps.partition(self.shape.step(self.shape.buckets[0], mesh.size, programs.slots))
@@ -271,6 +280,10 @@ class LiveArrays:
         params = jax.tree.map(lambda s, a: global_array(mesh, s, a), spec.params, local)
         device = mesh.local_devices[0]
         routes = global_array(mesh, spec.expert_to_slot, jax.device_put(expert_to_slot[None].astype(np.int32), device))
+        group, tensor = None, self.shape.cfg.tensor
+        if tensor > 1:
+            members = np.array([mates or (-1,) * tensor], np.int32)
+            group = global_array(mesh, spec.mates, jax.device_put(members, device))
 
         def arguments(packed: jax.Array) -> steps.StepArguments:
             return steps.StepArguments(
@@ -278,6 +291,7 @@ class LiveArrays:
                 cache=jax.tree.map(lambda a: global_array(mesh, steps.SLOTS, a), self.cache),
                 expert_to_slot=routes,
                 packed=global_array(mesh, spec.packed, packed),
+                mates=group,
             )
 
         return arguments
@@ -308,16 +322,17 @@ class LiveArrays:
 
 class _Sums:
     """Checksums of weights as they are held. Of float32 weights the source has them; of others they are taken when the
-    weights are made of the source's."""
+    weights are made of the source's, and so of a share of the heads."""
 
     def __init__(self, cfg: ModelConfig, source: ExpertSource) -> None:
         self._cfg, self._source = cfg, source
         self._same = cfg.weights == "float32"
+        self._same_common = self._same and cfg.tensor == 1
         self._experts: dict[tuple[int, int], tuple[int, ...]] = {}
         self._common: dict[str, int] = {}
 
     def note_common(self, weights: Params) -> None:
-        if not self._same:
+        if not self._same_common:
             self._common = {name: checksum(leaf) for name, leaf in named(weights).items()}
 
     def note(self, expert: tuple[int, int], weights: FeedForward) -> None:
@@ -339,7 +354,7 @@ class _Sums:
         return self._experts.get(expert) == _checksums(weights)
 
     def damaged(self, common: Params) -> list[str]:
-        if self._same:
+        if self._same_common:
             return self._source.damaged(common)
         return [name for name, leaf in named(common).items() if checksum(np.asarray(leaf)) != self._common[name]]
 

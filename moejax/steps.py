@@ -21,6 +21,7 @@ from moejax.params import FeedForward, Head, Layer, Params, is_spec, param_specs
 from moejax.precision import held_shape
 from moejax.sampling import sample, sample_shaped, score
 from moejax.shaping import Shaping
+from moejax.tensor import meet
 
 WHOLE = PartitionSpec()
 IN_TURN = PartitionSpec(RANKS)
@@ -35,6 +36,8 @@ class StepArguments:
     cache: Any
     expert_to_slot: Any
     packed: Any
+    mates: Any = None
+    """Who is in this rank's tensor group (`tensor.Group`) `[1, T]`, if heads are divided."""
 
 
 @struct.dataclass
@@ -59,6 +62,7 @@ def partition(shape: StepShape) -> StepArguments:
         cache=Cache(k=SLOTS, v=SLOTS),
         expert_to_slot=PartitionSpec(RANKS),
         packed=PartitionSpec(RANKS),
+        mates=PartitionSpec(RANKS) if shape.cfg.tensor > 1 else None,
     )
 
 
@@ -74,6 +78,7 @@ def local_shapes(shape: StepShape, entries: int) -> StepArguments:
         cache=Cache(k=jax.ShapeDtypeStruct(sizes.k, jnp.float32), v=jax.ShapeDtypeStruct(sizes.v, jnp.float32)),
         expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
         packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
+        mates=jax.ShapeDtypeStruct((1, cfg.tensor), jnp.int32) if cfg.tensor > 1 else None,
     )
 
 
@@ -90,13 +95,17 @@ def with_experts(params: Params, change) -> Params:
 def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepOutputs:
     """One step over `mesh`: contains the collectives, reads everything, donates nothing."""
 
+    divided = shape.cfg.tensor > 1
+
     def local(a: StepArguments) -> StepOutputs:
-        return model.step(a.params, a.cache, a.expert_to_slot[0], unpack(a.packed, shape.bucket), shape)
+        group = meet(a.packed, a.mates[0], shape.bucket, shape.exchange) if divided else None
+        return model.step(a.params, a.cache, a.expert_to_slot[0], unpack(a.packed, shape.bucket), shape, group)
 
     outputs = StepOutputs(
         hidden=PartitionSpec(RANKS),
         new_kv=Cache(k=SLOTS, v=SLOTS),
         expert_load=PartitionSpec(RANKS),
+        written=PartitionSpec(RANKS) if divided else None,
     )
     return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
 
@@ -131,8 +140,13 @@ def run_score(head: Head, hidden_RD: jax.Array, first_row: jax.Array, targets: j
 
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))
 def run_commit(cache: Cache, new_kv: Cache, packed: jax.Array, *, bucket: Bucket) -> Cache:
-    """Write a finished step into this rank's own cache. Donates it; no collective, so it cannot fail half-way."""
-    return commit(cache, new_kv, unpack(packed, bucket).write)
+    """Write a finished step into this rank's own cache. Donates it; no collective, so it cannot fail half-way.
+    `packed` has the inputs of one step, or those of each member of a tensor group, whose entries lie in its own part of
+    the cache."""
+    members = packed.reshape(-1, packed_size(bucket))
+    entries = cache.k.shape[1] // len(members)
+    write = [unpack(each, bucket).write + t * entries for t, each in enumerate(members)]
+    return commit(cache, new_kv, jnp.concatenate(write))
 
 
 @functools.partial(jax.jit, donate_argnames=("experts",))

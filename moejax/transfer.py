@@ -65,7 +65,8 @@ class EntryWriter:
     def _commit(
         self, cache: Cache, index: int, entries: np.ndarray, commit: Callable[[int], Commit], device: jax.Device
     ) -> Cache:
-        packed = _writing(self._buckets[index], entries)
+        bucket = self._buckets[index]
+        packed = np.concatenate([_writing(bucket, entries), *[idle(bucket)] * (self._cfg.tensor - 1)])
         arguments = jax.device_put((self._kept(index), packed), device)
         return jax.block_until_ready(commit(index)(cache, *arguments))
 
@@ -76,7 +77,7 @@ class EntryWriter:
 
     def _kept(self, index: int) -> Cache:
         if index not in self._rows:
-            sizes = cache_shapes(self._cfg, self._buckets[index].rows)
+            sizes = cache_shapes(self._cfg, self._buckets[index].rows * self._cfg.tensor)
             self._rows[index] = Cache(*(aligned(np.zeros(size), np.dtype(np.float32)) for size in (sizes.k, sizes.v)))
         return self._rows[index]
 

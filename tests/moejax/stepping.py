@@ -14,6 +14,7 @@ from moejax.inputs import Bucket, idle
 from moejax.mesh import make_mesh
 from moejax.model import StepShape
 from moejax.params import Params
+from moejax.tensor import share_of
 from serving.batch import Batch, Work, assemble
 from serving.batch import Bucket as Shape
 
@@ -40,6 +41,8 @@ class Stepper:
     ranks: int
     slots: int
     table: np.ndarray
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Tensor groups, if `cfg` is that of a share of the heads; `params` are whole."""
 
     def __post_init__(self) -> None:
         self.mesh = make_mesh(jax.devices()[: self.ranks])
@@ -47,8 +50,20 @@ class Stepper:
         spec = steps.partition(shape)
         experts = steps.with_experts(self.params, lambda leaf: leaf[:, self.table])
         self._params = jax.tree.map(lambda leaf, s: jax.device_put(leaf, self._on(s)), experts, spec.params)
+        self._mates = None
+        if self.groups:
+            self._params = self._shared_out(self._params)
+            mates = np.full((self.ranks, self.cfg.tensor), -1, np.int32)
+            for group in self.groups:
+                mates[list(group)] = group
+            self._mates = jax.device_put(mates, self._on(spec.mates))
         self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
-        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * PAGE * PAGES), self._on(steps.SLOTS))
+        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * self.entries), self._on(steps.SLOTS))
+
+    @property
+    def entries(self) -> int:
+        """Cache entries of a rank."""
+        return PAGE * PAGES * self.cfg.tensor
 
     def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]], *, all_read: bool = True) -> Outcome:
         """One step and its commit. Unless `all_read`, rows have a hidden state where the server reads it."""
@@ -57,11 +72,12 @@ class Stepper:
         parts = packed_parts(batch, shape.bucket, all_read=all_read)
         packed = jax.device_put(np.concatenate(parts), self._on(steps.partition(shape).packed))
         arguments = steps.StepArguments(
-            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed
+            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed, mates=self._mates
         )
         outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
         new_kv, hidden = jax.tree.map(np.asarray, outputs.new_kv), np.asarray(outputs.hidden)
-        self.cache = self._committed(shape.bucket, new_kv, parts)
+        written = parts if outputs.written is None else np.split(np.asarray(outputs.written), self.ranks)
+        self.cache = self._committed(shape.bucket, new_kv, written)
         sampled = [
             steps.run_sample(self.params.logits, rows, part, bucket=shape.bucket)
             for rows, part in zip(np.split(hidden, self.ranks), parts, strict=True)
@@ -87,14 +103,30 @@ class Stepper:
 
     def _committed(self, bucket: Bucket, new: Cache, parts: list[np.ndarray]) -> Cache:
         halves = []
+        rows = bucket.rows * self.cfg.tensor
         for rank, packed in enumerate(parts):
-            mine = jax.tree.map(lambda a, r=rank: a[:, r * bucket.rows : (r + 1) * bucket.rows], new)
+            mine = jax.tree.map(lambda a, r=rank: a[:, r * rows : (r + 1) * rows], new)
             before = jax.tree.map(
-                lambda a, r=rank: np.array(np.asarray(a)[:, r * PAGE * PAGES : (r + 1) * PAGE * PAGES]), self.cache
+                lambda a, r=rank: np.array(np.asarray(a)[:, r * self.entries : (r + 1) * self.entries]), self.cache
             )
             halves.append(steps.run_commit(jax.device_put(before), mine, packed, bucket=bucket))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis=1), *halves)
         return jax.device_put(whole, self._on(steps.SLOTS))
+
+    def _shared_out(self, params: Params) -> Params:
+        """On each rank its share of the heads, where all ranks would have the same."""
+        shares = {r: share_of(jax.tree.map(np.asarray, self.params), 0, self.cfg) for r in range(self.ranks)}
+        for group in self.groups:
+            for shard, rank in enumerate(group):
+                shares[rank] = share_of(jax.tree.map(np.asarray, self.params), shard, self.cfg)
+
+        def leaf(whole: jax.Array, *each: np.ndarray) -> jax.Array:
+            if not whole.sharding.is_fully_replicated:
+                return whole
+            here = [jax.device_put(value, device) for value, device in zip(each, self.mesh.devices, strict=True)]
+            return jax.make_array_from_single_device_arrays(each[0].shape, whole.sharding, here)
+
+        return jax.tree.map(leaf, params, *shares.values())
 
     def _preferred(self) -> np.ndarray:
         experts = self.cfg.moe.experts if self.cfg.moe else 0
