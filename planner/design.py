@@ -148,7 +148,9 @@ def place_shape(
     """A plan with the roles of a shape and its experts placed; memory is not asked about."""
     roles = {d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)}
     unlimited = replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
-    plan = solve(workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect)
+    plan = solve(
+        workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect, tensor=shape.tensor
+    )
     return replace(plan, axes=shape.axes)
 
 

@@ -21,7 +21,8 @@ SENDS_TOKENS = ("collocated", "attention")
 class RankPlace:
     """A rank alive: its id, the host and rack it shares its fate with, its role, and its tensor group.
 
-    `group` is the index along the data axis of the ranks that attend together, -1 when it does not attend.
+    `group` is the index along the data axis of the ranks that attend together, -1 when it does not attend; `shard` says
+    which share of the heads it has there.
     """
 
     id: int
@@ -29,6 +30,7 @@ class RankPlace:
     role: str = "collocated"
     rack: str = ""
     group: int = -1
+    shard: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,16 @@ class Plan:
             if place.id == rank_id:
                 return place.role
         raise KeyError(f"rank {rank_id} is not in the plan; ranks that are: {list(self.rank_ids)}")
+
+    @cached_property
+    def groups(self) -> dict[int, tuple[int, ...]]:
+        """The tensor group of each rank that attends: the ids of its members, in order of their shares."""
+        found: dict[int, list[RankPlace]] = {}
+        for place in self.ranks:
+            if place.group >= 0:
+                found.setdefault(place.group, []).append(place)
+        ordered = (tuple(p.id for p in sorted(places, key=lambda p: p.shard)) for places in found.values())
+        return {rank: ids for ids in ordered for rank in ids}
 
     @property
     def moe_layers(self) -> int:

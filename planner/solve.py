@@ -11,6 +11,7 @@ from planner.adoption import adopt, fill_new
 from planner.balance import peak, slot_loads, swap_down
 from planner.cluster import Cluster
 from planner.errors import InputError, NoFeasiblePlan
+from planner.groups import tensor_groups
 from planner.parity import form_groups, parity_slots
 from planner.placement import place
 from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, ParityGroup, Plan, RankPlace, as_tuples
@@ -40,6 +41,7 @@ def solve(
     roles: Mapping[int, str] | None = None,
     switch: str = "auto",
     protect: str = "copies",
+    tensor: int | None = None,
 ) -> Plan:
     """A plan for the `alive` ranks (ids; all when None), valid and complete: every expert in a slot.
 
@@ -48,7 +50,8 @@ def solve(
     copies, the slot count and the pages per rank stay as long as the experts fit. `roles` names the roles
     of ranks that are not collocated; else they have those of `previous`, but for what `switch` says of roles
     that too few ranks are left for (`planner.roles`). `protect` says how single losses are
-    survived without the store: by second copies, by parity groups, or not.
+    survived without the store: by second copies, by parity groups, or not. Ranks attend in groups of `tensor` (as in
+    `previous`, or alone); those left of a broken group regroup, or hold experts only (`planner.groups`).
     Raises NoFeasiblePlan, saying what is missing, when the ranks alive cannot hold the model.
     """
     traffic = even_or_checked(loads, workload)
@@ -58,9 +61,16 @@ def solve(
         raise InputError(f"protect is {protect!r}, none of {', '.join(PROTECTION)}")
     if previous is not None and roles is None:
         roles = _inherited(workload, cluster, alive, previous, switch)
-    ranks = _places(cluster, alive, previous, roles or {})
+    if tensor is None:
+        tensor = dict(previous.axes).get("tensor", 1) if previous else 1
+    ranks = _places(cluster, alive, previous, roles or {}, tensor)
     holders = [r for r in ranks if r.role in HOLDS_EXPERTS]
-    if not any(r.role in SENDS_TOKENS for r in ranks):
+    data = len({r.group for r in ranks if r.group >= 0})
+    if not data and tensor > 1:
+        raise NoFeasiblePlan(
+            f"the {len(ranks)} ranks alive make no tensor group of {tensor} ranks of a host. Bring one of theirs back."
+        )
+    if not data:
         raise NoFeasiblePlan(f"none of the {len(ranks)} ranks alive attends. Bring an attention rank back.")
     slots = choose_slots(
         workload,
@@ -78,8 +88,7 @@ def solve(
     else:
         table, groups = inherit(previous, holders, slots, traffic)
     if pages_per_rank is None:
-        pages_per_rank = previous.pages_per_rank if previous else cache_pages(workload, cluster, slots)
-    attending = sum(r.role in SENDS_TOKENS for r in ranks)
+        pages_per_rank = previous.pages_per_rank if previous else cache_pages(workload, cluster, slots, tensor=tensor)
     return Plan(
         epoch=epoch,
         ranks=tuple(ranks),
@@ -88,7 +97,7 @@ def solve(
         experts=workload.experts,
         pages_per_rank=pages_per_rank,
         parity=groups,
-        axes=(("data", attending), ("tensor", 1), ("expert", len(holders))),
+        axes=(("data", data), ("tensor", tensor), ("expert", len(holders))),
     )
 
 
@@ -98,23 +107,31 @@ def _inherited(
     """Roles of the ranks alive, where the plan before told attention from experts."""
     before = {r.id: r.role for r in previous.ranks}
     known = [d.id for d in cluster.alive(alive) if before.get(d.id) in ("attention", "expert")]
-    if not known:
+    if not known or "attention" not in before.values():
         return {}
     return roles_after(known, before, experts=workload.experts, slots=previous.slots_per_rank, switch=switch)
 
 
 def _places(
-    cluster: Cluster, alive: Collection[int] | None, previous: Plan | None, roles: Mapping[int, str]
+    cluster: Cluster, alive: Collection[int] | None, previous: Plan | None, roles: Mapping[int, str], tensor: int
 ) -> list[RankPlace]:
-    """The ranks alive with the role asked for, else the one they had, else collocated."""
+    """The ranks alive with the role asked for, else the one they had, else collocated. Of a collocated plan those that
+    are in no tensor group hold experts."""
     before = {r.id: r.role for r in previous.ranks} if previous else {}
-    places, group = [], 0
-    for d in cluster.alive(alive):
-        role = roles.get(d.id, before.get(d.id, "collocated"))
-        attends = role in SENDS_TOKENS
-        places.append(RankPlace(id=d.id, host=d.host, rack=d.rack, role=role, group=group if attends else -1))
-        group += attends
-    return places
+    devices = cluster.alive(alive)
+    role = {d.id: roles.get(d.id, before.get(d.id, "collocated")) for d in devices}
+    apart = "attention" in role.values()
+    regroup = ("expert",) if tensor > 1 and not apart else ()
+    able = [d for d in devices if role[d.id] in (*SENDS_TOKENS, *regroup)]
+    groups = tensor_groups(able, tensor, previous)
+    place = {rank: (group, shard) for group, ids in enumerate(groups) for shard, rank in enumerate(ids)}
+    attends = "attention" if apart else "collocated"
+    found = []
+    for d in devices:
+        group, shard = place.get(d.id, (-1, 0))
+        mine = role[d.id] if tensor == 1 or role[d.id] == "standby" else attends if group >= 0 else "expert"
+        found.append(RankPlace(id=d.id, host=d.host, rack=d.rack, role=mine, group=group, shard=shard))
+    return found
 
 
 def even_or_checked(loads: np.ndarray | None, workload: Workload) -> np.ndarray:

@@ -60,6 +60,7 @@ class Settings:
         None, "With arch disaggregated: ranks that attend; the planner chooses if left out."
     )
     experts: int | None = setting(None, "With arch disaggregated: ranks that hold experts; the others when left out.")
+    tensor: int = setting(1, "Ranks of a host that attend together, each with a share of the heads; with arch collocated.")
     role_switch: str = setting(
         "auto",
         "Ranks that attend take the place of lost expert ranks: when too few are left, or always.",
@@ -164,6 +165,7 @@ class Settings:
                 f"their parity on one more. Choose 0 to {self.ranks - 1}.",
                 param="parity",
             )
+        self._check_tensor()
         if not 1 <= self.hosts <= self.ranks:
             raise InvalidRequest(
                 f"hosts is {self.hosts} with {self.ranks} ranks. Choose 1 to {self.ranks}.", param="hosts"
@@ -231,6 +233,26 @@ class Settings:
                 f"hosts is {self.hosts} with launcher {self.launcher}: ranks elsewhere say themselves which host "
                 "they are on. Leave it out.",
                 param="hosts",
+            )
+
+    def _check_tensor(self) -> None:
+        if self.tensor < 1 or self.ranks % self.tensor:
+            raise InvalidRequest(
+                f"tensor is {self.tensor} with {self.ranks} ranks. Choose a divisor of {self.ranks}.", param="tensor"
+            )
+        if self.tensor == 1:
+            return
+        if self.arch != "collocated":
+            raise InvalidRequest(
+                f"tensor is {self.tensor} with arch {self.arch!r}: attention ranks of that attend alone. "
+                "Set tensor to 1, or arch to collocated.",
+                param="tensor",
+            )
+        if self.protect_cache in ("memory", "stream"):
+            raise InvalidRequest(
+                f"protect_cache is {self.protect_cache!r} with tensor {self.tensor}: caches that are divided over "
+                "several ranks are not copied. Choose off.",
+                param="protect_cache",
             )
 
     def _check_sides(self) -> None:

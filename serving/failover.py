@@ -72,6 +72,8 @@ class Failover:
         """The communicators of this generation cannot be trusted: a new one is needed."""
         self.emptied: set[int] = set()
         """Ranks that were told to drop their cache, be it by a plan that never came into force."""
+        self._groups: dict[int, tuple[int, ...]] = {}
+        """The tensor group of each rank that attends, under the plan before or in force."""
         self.newcomers: set[int] = set()
         """Replacements that wait to be let in."""
         self.entering: set[int] = set()
@@ -97,7 +99,7 @@ class Failover:
         """Hears how the coordinator ended."""
         here = self._one_machine or settings.protect_cache != "auto"
         self.copies = CacheCopies.of(
-            settings.protect_cache if here else "off",
+            settings.protect_cache if here and settings.tensor == 1 else "off",
             settings.ranks,
             entries=self.plans.base.pages_per_rank * settings.page_size,
             entry_bytes=model.cache_bytes_per_token,
@@ -224,7 +226,9 @@ class Failover:
             pages = {rank: max(known[rank], default=-1) + 1 for rank in came}
             try:
                 await (self._settle(came) if goes_on else self.regenerate(came, pages))
-                self.known, self.taken_over = {rank: known[rank] for rank in came}, len(came)
+                self.taken_over = len(came)
+                if self._settings.tensor == 1:  # a group may have changed while there was no front
+                    self.known = {rank: known[rank] for rank in came}
                 return True
             except (RankLost, RankRefused, TimeoutError) as error:
                 self._say(str(error) or "the ranks did not come together in time")
@@ -433,8 +437,13 @@ class Failover:
         self.foresee()
         return phases
 
+    def mates(self, rank: int) -> tuple[int, ...]:
+        """The tensor group of a rank in the plan in force; the rank alone if it is in none."""
+        return self.plan.groups.get(rank, (rank,)) if self.plan is not None else (rank,)
+
     def forget(self, rank: int) -> None:
-        """A rank is gone: so is every mesh with it."""
+        """A rank is gone: so is every mesh with it, and what others had in their caches of its heads."""
+        self._empty(set(self._groups.pop(rank, ())) - {rank})
         self.newcomers.discard(rank)
         self.entering.discard(rank)
         self.seated.pop(rank, None)
@@ -470,8 +479,11 @@ class Failover:
             buckets=[link_pb2.Bucket(decode=b, tiles=g) for b, g in settings.buckets],
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
             one_machine=self._one_machine,
-            experts_only=self.plans.base.role(rank) == "expert",
+            experts_only=not MeshKey.of(self.plans.base).attends(rank),
         )
+        if settings.tensor > 1:
+            configure.tensor = settings.tensor
+            configure.shard = self.plans.base.groups.get(rank, (rank,)).index(rank)
         there = self.copies.taken_over(rank, hello.cache_copy)
         if there is not None:
             configure.MergeFrom(there)
@@ -558,6 +570,8 @@ class Failover:
         self.epoch += 1
         plan = placed(plan.with_epoch(self.epoch), self.plans.cluster)
         self._empty(set(plan.rank_ids) - set(plan.source_ids))
+        self._empty(rank for rank, group in plan.groups.items() if self._groups.get(rank, group) != group)
+        self._groups = dict(plan.groups)
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
             rank: link_pb2.Adopt(
@@ -565,6 +579,7 @@ class Failover:
                 mesh=MeshKey.of(plan).message(),
                 slots=_slots(plan, rank).tobytes(),
                 expert_to_slot=routes[rank].tobytes() if rank in routes else b"",
+                mates=self._mates(plan, rank),
             )
             for rank in plan.rank_ids
         }
@@ -581,6 +596,11 @@ class Failover:
         both = zip(plan.rank_ids, answers, strict=True)
         return [(rank, slot.layer, slot.slot) for rank, answer in both for slot in answer.missing]
 
+    def _mates(self, plan: Plan, rank: int) -> list[int]:
+        """Where the members of a rank's tensor group are in the mesh, if heads are divided."""
+        group = plan.groups.get(rank, ()) if self._settings.tensor > 1 else ()
+        return [plan.rank_ids.index(mate) for mate in group]
+
     def _empty(self, ranks: Iterable[int]) -> None:
         """Ranks that attend are to drop their caches: what is left of these is in the copies there are."""
         for rank in set(ranks) - self.emptied:
@@ -590,7 +610,7 @@ class Failover:
     def _holds(self, rank: int) -> tuple[bool, int]:
         """Whether a rank has what attending takes now, and the slots it has buffers for."""
         if rank in self.seated or self.plan is None:
-            return self.plans.base.role(rank) != "expert", self.seated.get(rank, 0)
+            return MeshKey.of(self.plans.base).attends(rank), self.seated.get(rank, 0)
         key = MeshKey.of(self.plan)
         return key.attends(rank), key.slots_of(rank)
 

@@ -632,7 +632,7 @@ class Loop:
         self._flights.take_plan()
         processes = {rank: self.links.get(rank) for rank in failover.alive}
         self.tally.take_plan({rank: process.compiles for rank, process in processes.items() if process is not None})
-        self.state = drain.close(self.state, set(failover.alive).intersection(self.operations.leaving))
+        self.state = drain.close(self.state, self.operations.closed)
         self.delivery.tell(outputs)
 
     def _abandon(self, request_id: str) -> None:

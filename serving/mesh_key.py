@@ -17,7 +17,7 @@ class MeshKey(NamedTuple):
     @classmethod
     def of(cls, plan: Plan) -> Self:
         """The mesh of a plan."""
-        apart = plan.source_ids != plan.holder_ids
+        apart = not set(plan.source_ids).intersection(plan.holder_ids)
         ranks = plan.source_ids + plan.holder_ids if apart else plan.rank_ids
         return cls(ranks, plan.slots_per_rank, len(plan.source_ids) if apart else 0)
 

@@ -97,6 +97,13 @@ class Operations:
         self._suspects: dict[str, int] = {}
 
     @property
+    def closed(self) -> set[int]:
+        """Ranks that are to have no requests any more: those that leave, and those that cannot attend without them."""
+        failover = self._engine.failover
+        going = set(failover.alive).intersection(self.leaving)
+        return {mate for rank in going for mate in failover.mates(rank)}
+
+    @property
     def pending(self) -> bool:
         """There is something to carry out."""
         return bool(self.leaving or self._recompute or self.damaged)
@@ -177,7 +184,7 @@ class Operations:
             for rank in alive:
                 engine.events.add("drain_failed", engine.failover.epoch, rank=rank, cause="no other rank is left")
                 del self.leaving[rank]
-        engine.state = drain.close(engine.state, alive.intersection(self.leaving))
+        engine.state = drain.close(engine.state, self.closed)
         if self._recompute:
             ranks, self._recompute = self._recompute, set()
             engine.state = drain.displace(engine.state, ranks)
@@ -200,10 +207,11 @@ class Operations:
                     engine.state = moved[0]
             if time.monotonic() - began > MOVE_BUDGET_S:
                 break
-        late = {rank for rank, leaving in self.leaving.items() if began > leaving.until}
+        mates = engine.failover.mates
+        late = {mate for rank, each in self.leaving.items() if began > each.until for mate in mates(rank)}
         engine.state = drain.displace(engine.state, late)
         occupied = {sequence.rank for sequence in engine.state.running.values()}
-        empty = {rank: leaving for rank, leaving in self.leaving.items() if rank not in occupied}
+        empty = {rank: leaving for rank, leaving in self.leaving.items() if occupied.isdisjoint(mates(rank))}
         if not empty:
             return
         overdue = any(began > leaving.until + PREPARED_S for leaving in empty.values())
@@ -229,15 +237,24 @@ class Operations:
     async def _copy(self, before: Sequence, after: Sequence) -> None:
         """The cache entries of a request from the pages it had to those it gets."""
         links = self._engine.links
-        assert before.rank is not None
-        assert after.rank is not None
-        for first in range(0, before.computed, MOVE_ENTRIES):
-            count = min(MOVE_ENTRIES, before.computed - first)
-            read = link_pb2.ReadCache(pages=before.pages, first=first, count=count)
-            rows = (await links.call(before.rank, "read_cache", read)).rows
-            tokens = np.array(before.tokens(first, first + count), np.int32).tobytes()
-            write = link_pb2.WriteCache(pages=after.pages, first=first, count=count, rows=rows, tokens=tokens)
-            await links.call(after.rank, "write_cache", write)
+        places = zip(self._places(before), self._places(after), strict=True)
+        for (source, there), (target, here) in places:
+            for first in range(0, before.computed, MOVE_ENTRIES):
+                count = min(MOVE_ENTRIES, before.computed - first)
+                read = link_pb2.ReadCache(pages=there, first=first, count=count)
+                rows = (await links.call(source, "read_cache", read)).rows
+                tokens = np.array(before.tokens(first, first + count), np.int32).tobytes()
+                write = link_pb2.WriteCache(pages=here, first=first, count=count, rows=rows, tokens=tokens)
+                await links.call(target, "write_cache", write)
+
+    def _places(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
+        """Where the cache entries of a request are: the rank of each share of the heads, and the pages there. A rank of
+        a tensor group has those of the t-th member behind those of the members before it (`moejax.tensor`)."""
+        failover, rank = self._engine.failover, sequence.rank
+        assert rank is not None
+        group = failover.mates(rank)
+        before = group.index(rank) * failover.plans.base.pages_per_rank
+        return [(mate, [before + page for page in sequence.pages]) for mate in group]
 
     # -- Weights ------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class Plans:
             survive_ranks=min(settings.survive, settings.ranks - 1),
             pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
             roles=roles(settings, self.workload, cluster),
+            tensor=settings.tensor,
         )
         depth = min(settings.lattice_depth, settings.ranks - 1)
         self._lattice: Lattice = build_lattice(self.workload, cluster, self.base, depth=depth, switch=self._switch)

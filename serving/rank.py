@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Adopted:
     mesh: MeshKey
     arguments: Callable[[jax.Array], Any]
     routes: np.ndarray
+    mates: tuple[int, ...] = ()
 
 
 class Rank:
@@ -161,7 +162,7 @@ class Rank:
             print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
         buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets)
         self._shape = ModelShape(
-            cfg=ModelConfig.from_json(command.model_config),
+            cfg=ModelConfig.from_json(command.model_config).share(max(1, command.tensor)),
             buckets=buckets,
             page_size=command.page_size,
             pages=command.pages,
@@ -169,7 +170,8 @@ class Rank:
         )
         self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
-        self._arrays = LiveArrays(self._shape, open_store(Path(command.store)), attends=not command.experts_only)
+        store = open_store(Path(command.store))
+        self._arrays = LiveArrays(self._shape, store, attends=not command.experts_only, shard=command.shard)
         self._shelf = Shelf(self._arrays)
         self._idle = [idle(bucket) for bucket in buckets]
         self._writer = EntryWriter(self._shape.cfg, buckets)
@@ -264,10 +266,10 @@ class Rank:
         n, room = len(key.ranks), self.shape.outbox_bytes(len(key.ranks), key.slots, key.attention)
         return Arena(path, ranks=n, me=key.ranks.index(self.rank), outbox_bytes=room, timeout_s=self._timeout_s)
 
-    def _lay(self, key: MeshKey, routes: np.ndarray) -> Callable[[jax.Array], Any]:
+    def _lay(self, key: MeshKey, routes: np.ndarray, mates: Sequence[int] = ()) -> Callable[[jax.Array], Any]:
         if key.attention:
             return self.arrays.lay_here(routes, self.device)
-        return self.arrays.lay_over(self._meshes[key], routes)
+        return self.arrays.lay_over(self._meshes[key], routes, mates)
 
     def adopt(self, command: link_pb2.Adopt) -> dict[str, Any]:
         """Take one's part in a plan: hold what its role needs, fill the slots and lay the arrays over its mesh."""
@@ -275,15 +277,17 @@ class Rank:
         attends = key.attends(self.rank)
         slots = np.frombuffer(command.slots, np.int32).reshape(self.shape.cfg.n_moe_layers, key.slots_of(self.rank))
         routes = np.full(self.arrays.routes_shape, -1, np.int32)
-        if attends:
+        if command.expert_to_slot:
             routes = np.frombuffer(command.expert_to_slot, np.int32).reshape(routes.shape)
-        self.arrays.attend(attends, self.device)
+        mates = tuple(command.mates)
+        shard = mates.index(key.ranks.index(self.rank)) if mates else None
+        self.arrays.attend(attends, self.device, shard)
         self._index.keep(0)
         if command.WhichOneof("protection") is not None:
             self._protect_as(command)
         filled = self.arrays.fill(slots, self._local[key.slots], self.device)
-        arguments = self._lay(key, routes)
-        self._adopted = Adopted(command.epoch, key, arguments, routes)
+        arguments = self._lay(key, routes, mates)
+        self._adopted = Adopted(command.epoch, key, arguments, routes, mates)
         return {"experts_loaded": filled.read, "missing": _expert_slots(filled.missing), "trouble": filled.trouble}
 
     def read_cache(self, command: link_pb2.ReadCache) -> dict[str, Any]:
@@ -383,7 +387,7 @@ class Rank:
         assert adopted is not None, "Adopt comes first"
         local = self._local[adopted.mesh.slots]
         spoilt = damage(self.arrays, command.layer, command.slot, local, self.device, nan=command.nan)
-        arguments = self._lay(adopted.mesh, adopted.routes)
+        arguments = self._lay(adopted.mesh, adopted.routes, adopted.mates)
         self._adopted = dataclasses.replace(adopted, arguments=arguments)
         return {"missing": _expert_slots([spoilt])}
 
@@ -483,7 +487,8 @@ class Rank:
         jax.block_until_ready((sampled, scored))
         self._sampled = time.perf_counter()
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
-        self.arrays.cache = commit(self.arrays.cache, new, packed)
+        written = packed if outputs.written is None else outputs.written.addressable_data(0)
+        self.arrays.cache = commit(self.arrays.cache, new, written)
         return {
             "tokens": np.asarray(sampled[0]).tobytes(),
             "logprobs": np.asarray(sampled[1]).tobytes(),

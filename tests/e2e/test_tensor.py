@@ -1,0 +1,82 @@
+"""Tensor groups over real ranks: whichever rank dies, its group's requests go to whole groups, and not a token changes."""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from serving.app import Server
+from serving.client import Client
+from tests.e2e.conftest import TINY
+from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Four ranks in two groups."""
+    with Server(model=str(TINY), ranks=4, tensor=2, chaos=True, operate=True) as server:
+        yield server
+
+
+@pytest.fixture
+def whole(server: Server) -> Iterator[Client]:
+    """A client of the server, all of whose ranks serve."""
+    with Client(server) as client:
+        wait_until_whole(client)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def traffic(server: Server) -> Traffic:
+    """Requests and their answers, each alone."""
+    with Client(server) as client:
+        return Traffic.record(client, streams=8, prompt_tokens=70, max_tokens=40)
+
+
+def roles(client: Client) -> list[str]:
+    return [rank.role if rank.state == "serving" else rank.state for rank in client.status().ranks]
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
+    compiles, before = whole.status().compiles_after_ready, last_event(whole)
+
+    def and_look() -> None:
+        wait_until(lambda: roles(whole)[rank ^ 1] == "expert", "the other rank of the group holds experts only")
+
+    traffic.during(whole, kill(whole, rank), and_look)
+    assert "recovered" in {event.kind for event in events_since(whole, before)}
+    wait_until_whole(whole)
+    assert roles(whole) == ["collocated"] * 4
+    traffic.during(whole)
+    assert whole.status().compiles_after_ready == compiles == 0
+
+
+@pytest.mark.parametrize("victims", [(0, 2), (1, 2), (0, 1)], ids=str)
+def test_what_is_left_of_two_groups_is_a_group(whole: Client, traffic: Traffic, victims: tuple[int, int]) -> None:
+    traffic.during(whole, *(kill(whole, victim) for victim in victims))
+    wait_until_whole(whole)
+    traffic.during(whole)
+
+
+def test_without_a_whole_group_requests_wait_until_one_is_back(whole: Client, traffic: Traffic) -> None:
+    traffic.during(whole, *(kill(whole, victim) for victim in (0, 1, 3)))
+    wait_until_whole(whole)
+
+
+def test_a_rank_that_is_stopped_changes_no_token(whole: Client, traffic: Traffic) -> None:
+    traffic.during(whole, kill(whole, 3, signal.SIGSTOP))
+
+
+def test_a_rank_killed_during_the_recovery_from_another_changes_no_token(whole: Client, traffic: Traffic) -> None:
+    second = kill(whole, 2)
+    traffic.during(whole, kill(whole, 1), lambda: time.sleep(0.01), second)
+
+
+def test_a_drain_moves_the_requests_of_the_group_and_computes_nothing_again(whole: Client, traffic: Traffic) -> None:
+    before, computed = last_event(whole), whole.status().tokens_recomputed
+    traffic.during(whole, lambda: whole.apply("drain", 1, replace=True))
+    assert "drained" in {event.kind for event in events_since(whole, before)}
+    assert whole.status().tokens_recomputed == computed
+    wait_until_whole(whole)
