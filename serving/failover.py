@@ -257,7 +257,7 @@ class Failover:
 
     async def recover(self, lost: Callable[[], set[int]], pages_used: Callable[[], dict[int, int]]) -> dict[str, float]:
         """Go on without the ranks that `lost` names (asked again at each turn: more may die meanwhile). Returns
-        milliseconds by phase. Raises NoCapacity when nobody is left."""
+        milliseconds by phase. Raises NoCapacity when those that are left cannot serve: they wait for others."""
         phases: dict[str, float] = {}
         while True:
             with _timed(phases, "fence"):
@@ -267,11 +267,12 @@ class Failover:
                     self.forget(rank)
                 await asyncio.gather(*(self._links.fenced(rank) for rank in self.alive if rank in dead))
                 self._links.abort(survivors, self.epoch)
-            if not survivors:
-                self.plan = None
-                raise NoCapacity("no rank is alive. Requests wait until one is back.")
             with _timed(phases, "plan"):
-                plan = self.plans.of(survivors)
+                try:
+                    plan = self.plans.of(survivors)
+                except NoCapacity:
+                    self._wait(survivors)
+                    raise
             try:
                 if self.broken:
                     await self.regenerate(survivors, pages_used(), phases)
@@ -285,6 +286,20 @@ class Failover:
                 continue
             except (RankRefused, TimeoutError):
                 self.broken = True
+
+    def can_plan(self, ranks: Collection[int]) -> bool:
+        """Whether these ranks can serve without the others."""
+        try:
+            self.plans.of(ranks)
+        except NoCapacity:
+            return False
+        return True
+
+    def _wait(self, ranks: Collection[int]) -> None:
+        """No plan is in force: these ranks can serve only when others are back, in a new generation."""
+        self.plan = None
+        self._empty(ranks)
+        self.newcomers |= set(ranks)
 
     async def regenerate(
         self, ranks: Iterable[int], pages_used: dict[int, int], phases: dict[str, float] | None = None

@@ -194,7 +194,7 @@ class Loop:
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests.")
         if self.failover.plan is None:
-            raise NoCapacity("no rank is alive to serve the request. Try again later.", retry_after_s=2.0)
+            raise NoCapacity("the ranks that are alive cannot serve the request. Try again later.", retry_after_s=2.0)
         self._check_wait(request)
         self.state = submit(self.state, request, retry_after_s=self._backlog.retry_s(len(self.state.waiting)))
         self.ledger.accepted(request.id)

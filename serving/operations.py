@@ -15,7 +15,7 @@ import numpy as np
 from serving import drain
 from serving.batch import Batch, segments
 from serving.engine import EngineState
-from serving.errors import Internal, MoejaxError
+from serving.errors import Internal, MoejaxError, NoCapacity
 from serving.events import EventLog
 from serving.failover import Failover
 from serving.faults import DeviceError, Instruction, Response
@@ -132,6 +132,9 @@ class Operations:
             while any(engine.is_coming(rank) for rank in ranks):
                 await asyncio.sleep(WAIT_S)
             return
+        left = sorted(set(serving).difference(ranks))
+        if ranks and not engine.failover.can_plan(left):
+            raise NoCapacity(f"{action} of {list(ranks)} would leave ranks {left}, which cannot serve alone.")
         for rank in ranks:
             self.leave(rank, action, replace=instruction.replace, timeout_s=instruction.timeout_s)
         while any(rank in self.leaving for rank in ranks):
@@ -180,9 +183,11 @@ class Operations:
         """Carry out a part of what is wanted, so that steps are not held up for long."""
         engine = self._engine
         alive = set(engine.failover.alive)
-        if alive <= set(self.leaving):
-            for rank in alive:
-                engine.events.add("drain_failed", engine.failover.epoch, rank=rank, cause="no other rank is left")
+        going = alive.intersection(self.leaving)
+        if going and not engine.failover.can_plan(alive - going):
+            for rank in going:
+                cause = "the ranks that are left could not serve without it"
+                engine.events.add("drain_failed", engine.failover.epoch, rank=rank, cause=cause)
                 del self.leaving[rank]
         engine.state = drain.close(engine.state, self.closed)
         if self._recompute:

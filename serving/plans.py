@@ -42,6 +42,8 @@ class Plans:
     def of(self, alive: Collection[int]) -> Plan:
         """The plan for these ranks. Raises NoCapacity, saying what is missing."""
         alive = tuple(sorted(alive))
+        if not alive:
+            raise NoCapacity("no rank is alive. Requests wait until one is back.")
         if alive == self.base.rank_ids:
             return self.base
         plan = self.foreseen(alive)

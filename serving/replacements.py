@@ -33,9 +33,12 @@ class Replacements:
 
     @property
     def may_join(self) -> bool:
-        """Some are ready for a new generation, and nothing is gained by waiting for the others."""
+        """Some are ready for a new generation in which all can serve, and nothing is gained by waiting for the
+        others."""
         failover = self._failover
         if not failover.newcomers and not (failover.meshes.torn and failover.seated):
+            return False
+        if not failover.can_plan({*failover.growing, *failover.newcomers}):
             return False
         coming = any(not task.done() for task in self.tasks)
         return not coming or (self._ready_since is not None and time.monotonic() - self._ready_since > GATHER_S)

@@ -8,6 +8,7 @@ import pytest
 
 from serving.app import Server
 from serving.client import Client
+from serving.errors import NoCapacity
 from tests.e2e.conftest import TINY
 from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
@@ -61,8 +62,16 @@ def test_what_is_left_of_two_groups_is_a_group(whole: Client, traffic: Traffic, 
 
 
 def test_without_a_whole_group_requests_wait_until_one_is_back(whole: Client, traffic: Traffic) -> None:
+    before = last_event(whole)
     traffic.during(whole, *(kill(whole, victim) for victim in (0, 1, 3)))
+    said = [event.message for event in events_since(whole, before) if event.kind == "no_capacity"]
+    assert any("no tensor group of 2 ranks" in message for message in said), said
     wait_until_whole(whole)
+
+
+def test_ranks_without_which_nobody_could_serve_are_not_drained(whole: Client) -> None:
+    with pytest.raises(NoCapacity, match="cannot serve alone"):
+        whole.apply("drain", 0, 1, 2)
 
 
 def test_a_rank_that_is_stopped_changes_no_token(whole: Client, traffic: Traffic) -> None:
