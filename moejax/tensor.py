@@ -23,8 +23,8 @@ from moejax.params import Layer, Params
 
 @struct.dataclass
 class Group:
-    """A tensor group in one step: `mates [T]`, where its members are in the mesh, in order of their shares, -1 on a rank
-    that is in none; what all of them got for the step, packed, one after the other; and the same of each."""
+    """A tensor group in one step: `mates [T]`, where its members are in the mesh, in order of their shares, -1 on a
+    rank that is in none; what all of them got for the step, packed, one after the other; and the same of each."""
 
     mates: Any
     packed: Any
@@ -48,8 +48,8 @@ def swap(parts_T: jax.Array, mates_T: jax.Array, exchange: Exchange) -> jax.Arra
 
 
 def share_of(params: Params, shard: int, cfg: ModelConfig) -> Params:
-    """Of the weights that are no experts, as host arrays, what a rank that has the share `shard` holds; `cfg` is that of
-    a share. Nothing is copied but matrices of attention."""
+    """Of the weights that are no experts, as host arrays, what a rank that has the share `shard` holds; `cfg` is that
+    of a share. Nothing is copied but matrices of attention."""
     return params.replace(
         segments=tuple(tuple(_layer_share(each, shard, cfg) for each in segment) for segment in params.segments)
     )

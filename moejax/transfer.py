@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.cache import Cache, cache_shapes
 from moejax.config import ModelConfig
-from moejax.inputs import Bucket, idle, layout
+from moejax.inputs import Bucket, idle, layout, packed_size
 from moejax.known_weights import aligned
 
 NOWHERE = 2**30
@@ -91,15 +91,20 @@ class Written(NamedTuple):
     positions: np.ndarray
 
 
-def written(packed: np.ndarray, bucket: Bucket) -> Written:
-    """What the step of these packed inputs writes."""
-    fields, at = {}, 0
-    for name, (shape, _) in layout(bucket).items():
-        size = math.prod(shape)
-        fields[name] = packed[at : at + size]
-        at += size
-    rows = np.flatnonzero(fields["write"] < NOWHERE)
-    return Written(rows, *(fields[name][rows] for name in ("write", "tokens", "positions")))
+def written(packed: np.ndarray, bucket: Bucket, entries: int = 0) -> Written:
+    """What the step of these packed inputs writes; of a tensor group, whose packed inputs follow one another, for all
+    its members, each of which has `entries` in the cache."""
+    parts = []
+    for t, own in enumerate(packed.reshape(-1, packed_size(bucket))):
+        fields, at = {}, 0
+        for name, (shape, _) in layout(bucket).items():
+            size = math.prod(shape)
+            fields[name] = own[at : at + size]
+            at += size
+        rows = np.flatnonzero(fields["write"] < NOWHERE)
+        write, tokens, positions = (fields[name][rows] for name in ("write", "tokens", "positions"))
+        parts.append((rows + t * bucket.rows, write + t * entries, tokens, positions))
+    return Written(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def rows_by_entry(new: Cache, rows: np.ndarray) -> np.ndarray:

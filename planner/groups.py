@@ -11,8 +11,8 @@ from planner.plan import Plan
 def tensor_groups(devices: Sequence[Device], tensor: int, previous: Plan | None = None) -> list[tuple[int, ...]]:
     """The groups of `tensor` ranks of one host, each as its ids in order of their shares, by lowest id.
 
-    Groups of `previous` that are whole stay. The other ranks of a host are put together anew, each with the share that it
-    had where that can be; those that are too few for a group are in none.
+    Groups of `previous` that are whole stay. The other ranks of a host are put together anew, each with the share that
+    it had where that can be; those that are too few for a group are in none.
     """
     alive = {device.id for device in devices}
     before = dict.fromkeys(previous.groups.values()) if previous is not None else {}

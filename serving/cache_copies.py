@@ -9,7 +9,7 @@ takes over the copies that ranks map.
 import collections
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,13 +38,20 @@ class Kept:
 
 
 class CacheCopies:
-    """All copies of a server. `way` is memory, stream or off; `reason` says why, where it was not asked for."""
+    """All copies of a server. `way` is memory, stream or off; `reason` says why, where it was not asked for. A copy has
+    `entries` of a rank's own requests and, in a tensor group, as many of each other member (`moejax.tensor`)."""
 
-    def __init__(self, way: str, *, entries: int, entry_bytes: int, most_lost: int, reason: str = "") -> None:
+    def __init__(
+        self, way: str, *, entries: int, entry_bytes: int, most_lost: int, tensor: int = 1, reason: str = ""
+    ) -> None:
         self.way = way
         self.reason = reason
         self.entry_bytes = entry_bytes
         self._entries = entries
+        self._all_entries = entries * tensor
+        self._groups: dict[int, tuple[int, ...]] = {}
+        self._fell: dict[int, tuple[int, ...]] = {}
+        """The tensor group that each rank was in when it was lost."""
         self._most_lost = most_lost
         self._numbers = 0
         self._of: dict[int, Kept] = {}
@@ -53,19 +60,21 @@ class CacheCopies:
         self._steps: collections.deque[Batch] = collections.deque(maxlen=STEPS_KEPT)
 
     @classmethod
-    def of(cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, free: int | None = None) -> Self:
+    def of(
+        cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, tensor: int = 1, free: int | None = None
+    ) -> Self:
         """As the setting wants it: `auto` is `memory` where copies of all ranks' caches, when they are full, are no
-        more than a share of the memory that is free."""
+        more than a share of the memory that is free. `entry_bytes` are those of a rank's share of the heads."""
         way, reason = wanted, ""
         if wanted == "auto":
-            need, free = ranks * size_of(entries, entry_bytes), free_bytes() if free is None else free
+            need, free = ranks * size_of(entries * tensor, entry_bytes), free_bytes() if free is None else free
             way = "memory" if need <= SHARE * free else "off"
             if way == "off":
                 reason = (
                     f"copies of the caches may take {need >> 20} MiB, more than a quarter of the {free >> 20} MiB "
                     "free: not made. Lower --pages-per-rank or give --protect-cache memory."
                 )
-        return cls(way, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, reason=reason)
+        return cls(way, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, tensor=tensor, reason=reason)
 
     @property
     def on(self) -> bool:
@@ -91,7 +100,7 @@ class CacheCopies:
         if before is not None:
             before.copy.close()
         try:
-            copy = _made(self._entries, self.entry_bytes)
+            copy = _made(self._all_entries, self.entry_bytes)
         except OSError as error:
             self.reason = f"rank {rank} has no copy of its cache: {error}"
             return kind()
@@ -108,7 +117,7 @@ class CacheCopies:
             copy = CacheCopy.open(Path(path))
         except (OSError, NotCopied):
             return None
-        if (copy.entries, copy.entry_bytes) != (self._entries, self.entry_bytes):
+        if (copy.entries, copy.entry_bytes) != (self._all_entries, self.entry_bytes):
             copy.close()
             return None
         self._keep(rank, copy, told=False)
@@ -148,27 +157,37 @@ class CacheCopies:
         if self.on:
             self._steps.append(batch)
 
+    def grouped(self, groups: Mapping[int, tuple[int, ...]]) -> None:
+        """A plan is put into force, with these tensor groups."""
+        self._groups = dict(groups)
+
     def lost(self, rank: int) -> None:
-        """The process that was this rank has ended, or will: its copy is that of the rank's requests."""
+        """The process that was this rank has ended, or will, or its group is no more: its copy is that of the requests
+        there were."""
         kept = self._of.pop(rank, None)
         if kept is not None:
             self._lost[kept.number], self._last[rank] = kept, kept.number
+            self._fell[rank] = self._groups.get(rank, (rank,))
 
     def salvage(self, sequence: Sequence, page_size: int) -> Salvage | None:
-        """What the copy of the rank that a request ran on has of it, after the rank was lost."""
+        """What the copies of the rank that a request ran on, and of its group, have of it after the rank was lost."""
         rank = sequence.rank
         assert rank is not None
-        kept = self._lost.get(self._last.get(rank, 0))
-        if kept is None:
+        group = self._fell.get(rank, (rank,))
+        kept = [self._lost.get(self._last.get(mate, 0)) for mate in group]
+        copies = [each for each in kept if each is not None]
+        if len(copies) < len(group):
             return None
-        sealed = kept.copy.sealed
+        sealed = min(each.copy.sealed for each in copies)
         if len(self._steps) == STEPS_KEPT and self._steps[0].step > sealed:
             return None  # it fell behind further than is remembered
         count = copied(sequence, written_since(sealed, rank, self._steps, page_size), page_size)
         if count == 0:
             return None
         chain = None if sequence.chain is None else sequence.chain[: count // page_size]
-        return Salvage(kept.number, sequence.pages[: -(-count // page_size)], count, chain)
+        first = group.index(rank) * (self._entries // page_size)
+        pages = tuple(first + page for page in sequence.pages[: -(-count // page_size)])
+        return Salvage(tuple(each.number for each in copies), pages, count, chain)
 
     def find(self, number: int) -> Kept | None:
         """A copy of a rank that died."""

@@ -60,7 +60,9 @@ class Settings:
         None, "With arch disaggregated: ranks that attend; the planner chooses if left out."
     )
     experts: int | None = setting(None, "With arch disaggregated: ranks that hold experts; the others when left out.")
-    tensor: int = setting(1, "Ranks of a host that attend together, each with a share of the heads; with arch collocated.")
+    tensor: int = setting(
+        1, "Ranks of a host that attend together, each with a share of the heads; with arch collocated."
+    )
     role_switch: str = setting(
         "auto",
         "Ranks that attend take the place of lost expert ranks: when too few are left, or always.",
@@ -247,12 +249,6 @@ class Settings:
                 f"tensor is {self.tensor} with arch {self.arch!r}: attention ranks of that attend alone. "
                 "Set tensor to 1, or arch to collocated.",
                 param="tensor",
-            )
-        if self.protect_cache in ("memory", "stream"):
-            raise InvalidRequest(
-                f"protect_cache is {self.protect_cache!r} with tensor {self.tensor}: caches that are divided over "
-                "several ranks are not copied. Choose off.",
-                param="protect_cache",
             )
 
     def _check_sides(self) -> None:

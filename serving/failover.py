@@ -99,10 +99,11 @@ class Failover:
         """Hears how the coordinator ended."""
         here = self._one_machine or settings.protect_cache != "auto"
         self.copies = CacheCopies.of(
-            settings.protect_cache if here and settings.tensor == 1 else "off",
+            settings.protect_cache if here else "off",
             settings.ranks,
             entries=self.plans.base.pages_per_rank * settings.page_size,
-            entry_bytes=model.cache_bytes_per_token,
+            entry_bytes=model.cache_bytes_per_token // settings.tensor,
+            tensor=settings.tensor,
         )
         links.on_copied = self.copies.told
         self.parity = Parity(links, settings.parity)
@@ -456,6 +457,13 @@ class Failover:
         """The tensor group of a rank in the plan in force; the rank alone if it is in none."""
         return self.plan.groups.get(rank, (rank,)) if self.plan is not None else (rank,)
 
+    def places(self, rank: int, pages: Iterable[int]) -> list[tuple[int, list[int]]]:
+        """Where the entries of a request of `rank` with these pages are: on the rank of each share of the heads, and
+        the pages there. A rank of a tensor group has those of its members one after the other (`moejax.tensor`)."""
+        group, pages = self.mates(rank), list(pages)
+        first = group.index(rank) * self.plans.base.pages_per_rank
+        return [(mate, [first + page for page in pages]) for mate in group]
+
     def forget(self, rank: int) -> None:
         """A rank is gone: so is every mesh with it, and what others had in their caches of its heads."""
         self._empty(set(self._groups.pop(rank, ())) - {rank})
@@ -587,6 +595,7 @@ class Failover:
         self._empty(set(plan.rank_ids) - set(plan.source_ids))
         self._empty(rank for rank, group in plan.groups.items() if self._groups.get(rank, group) != group)
         self._groups = dict(plan.groups)
+        self.copies.grouped(plan.groups)
         routes = dict(zip(plan.source_ids, plan.expert_to_slot().astype(np.int32), strict=True))
         parts = {
             rank: link_pb2.Adopt(

@@ -242,7 +242,10 @@ class Operations:
     async def _copy(self, before: Sequence, after: Sequence) -> None:
         """The cache entries of a request from the pages it had to those it gets."""
         links = self._engine.links
-        places = zip(self._places(before), self._places(after), strict=True)
+        failover = self._engine.failover
+        assert before.rank is not None
+        assert after.rank is not None
+        places = zip(failover.places(before.rank, before.pages), failover.places(after.rank, after.pages), strict=True)
         for (source, there), (target, here) in places:
             for first in range(0, before.computed, MOVE_ENTRIES):
                 count = min(MOVE_ENTRIES, before.computed - first)
@@ -251,15 +254,6 @@ class Operations:
                 tokens = np.array(before.tokens(first, first + count), np.int32).tobytes()
                 write = link_pb2.WriteCache(pages=here, first=first, count=count, rows=rows, tokens=tokens)
                 await links.call(target, "write_cache", write)
-
-    def _places(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
-        """Where the cache entries of a request are: the rank of each share of the heads, and the pages there. A rank of
-        a tensor group has those of the t-th member behind those of the members before it (`moejax.tensor`)."""
-        failover, rank = self._engine.failover, sequence.rank
-        assert rank is not None
-        group = failover.mates(rank)
-        before = group.index(rank) * failover.plans.base.pages_per_rank
-        return [(mate, [before + page for page in sequence.pages]) for mate in group]
 
     # -- Weights ------------------------------------------------------------------------------------------------
 

@@ -106,8 +106,8 @@ class Rank:
         """Epoch and number of the last step."""
         self._chosen: np.ndarray | None = None
         """The tokens it chose, by segment; None when they are void."""
-        self._uncopied: tuple[int, Written, StepOutputs] | None = None
-        """The last step, until what it wrote is copied."""
+        self._uncopied: tuple[int, int, Written, StepOutputs] | None = None
+        """The last step and its bucket, until what it wrote is copied."""
 
     def abort(self, epoch: int, connecting: int) -> None:
         """Cut the collectives of an epoch, and a communicator that is being connected; or only such a one, if
@@ -364,9 +364,12 @@ class Rank:
             text = f"rank {self.rank}: the cache is not copied any more: {type(error).__name__}: {error}"
             print(text, file=sys.stderr, flush=True)
 
-    def _copy_step(self, step: int, wrote: Written, outputs: StepOutputs) -> None:
+    def _copy_step(self, step: int, bucket: int, wrote: Written, outputs: StepOutputs) -> None:
         assert self._protector is not None
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
+        if outputs.written is not None:
+            packed, shape = np.asarray(outputs.written.addressable_data(0)), self.shape
+            wrote = written(packed, shape.buckets[bucket], shape.pages * shape.page_size)
         self._protector.copy(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(new, wrote.rows))
         self._protector.seal(step)
 
@@ -419,7 +422,7 @@ class Rank:
             answers = self._finish(outputs, packed, command, adopted.mesh)
             self._last = command.epoch, command.step
             self._chosen = np.frombuffer(answers["tokens"], np.int32) if answers else np.zeros(0, np.int32)
-            self._uncopied = None if outputs is None else (command.step, wrote, outputs)
+            self._uncopied = None if outputs is None else (command.step, command.bucket, wrote, outputs)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended = time.perf_counter()
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:

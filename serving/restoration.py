@@ -109,10 +109,11 @@ class Restoration:
         """Restore for a while. Raises RankLost; nothing is lost by that."""
         engine, began = self._engine, time.monotonic()
         wanted = salvaged(engine.state)
-        gone = self.copies.keep_only({each.salvage.copy for each in wanted if each.salvage is not None})
+        needed = {number for each in wanted if each.salvage is not None for number in each.salvage.copies}
+        gone = self.copies.keep_only(needed)
         if not wanted:
             return
-        self._forget([each for each in wanted if each.salvage is not None and each.salvage.copy in gone])
+        self._forget([each for each in wanted if each.salvage is not None and gone.intersection(each.salvage.copies)])
         budget_s = self._budget_s(len(wanted))
         engine.state = reserve(engine.state, at_once=self._is_at_once(wanted, budget_s))
         self._began = self._began or began
@@ -170,19 +171,24 @@ class Restoration:
 
     async def _call(self, sequence: Sequence, salvage: Salvage, first: int, count: int) -> None:
         assert sequence.rank is not None
-        kept = self.copies.find(salvage.copy)
-        if kept is None:
-            raise NotCopied("the copy is there no more")
         tokens = np.array(sequence.tokens(first, first + count), np.int32)
-        message = link_pb2.RestoreCache(pages=sequence.pages, first=first, count=count, tokens=tokens.tobytes())
-        if self.copies.maps(sequence.rank):
-            message.cache_copy = kept.copy.path
-            message.from_pages.extend(salvage.pages)
-        else:
-            size = self._engine.state.limits.page_size
-            entries = entries_of(salvage.pages, size, first, count)
-            message.rows = kept.copy.read(entries, tokens, np.arange(first, first + count)).tobytes()
-        await self._engine.links.call(sequence.rank, "restore_cache", message)
+        messages = {}
+        for number, (rank, pages) in zip(
+            salvage.copies, self._engine.failover.places(sequence.rank, sequence.pages), strict=True
+        ):
+            kept = self.copies.find(number)
+            if kept is None:
+                raise NotCopied("the copy is there no more")
+            message = link_pb2.RestoreCache(pages=pages, first=first, count=count, tokens=tokens.tobytes())
+            if self.copies.maps(rank):
+                message.cache_copy = kept.copy.path
+                message.from_pages.extend(salvage.pages)
+            else:
+                size = self._engine.state.limits.page_size
+                entries = entries_of(salvage.pages, size, first, count)
+                message.rows = kept.copy.read(entries, tokens, np.arange(first, first + count)).tobytes()
+            messages[rank] = message
+        await self._engine.links.call_all("restore_cache", messages)
 
     def _forget(self, sequences: list[Sequence]) -> None:
         """These requests are computed again after all."""

@@ -8,10 +8,11 @@ from serving.request import Phase, Request
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Salvage:
-    """Cache entries that outlived their rank: those of positions 0 .. count - 1, in `pages` of the copy of that number
-    (serving/cache_copies.py). `chain` is that of the sequence there, as far as they reach."""
+    """Cache entries that outlived their rank: those of positions 0 .. count - 1, in `pages` of the copies of these
+    numbers (serving/cache_copies.py), one for each share of the heads. `chain` is that of the sequence there, as far as
+    they reach."""
 
-    copy: int
+    copies: tuple[int, ...]
     pages: tuple[int, ...]
     count: int
     chain: tuple[Key, ...] | None = ()

@@ -76,8 +76,9 @@ class ProtectedServer(FakeServer):
 
     def restore(self) -> None:
         """Give places to what can be restored, and restore a piece of it on each rank."""
-        gone = self.copies.keep_only({each.salvage.copy for each in salvaged(self.state) if each.salvage})
-        lost = [each.id for each in salvaged(self.state) if each.salvage and each.salvage.copy in gone]
+        needed = {number for each in salvaged(self.state) if each.salvage for number in each.salvage.copies}
+        gone = self.copies.keep_only(needed)
+        lost = [each.id for each in salvaged(self.state) if each.salvage and gone.intersection(each.salvage.copies)]
         self._move(forget(self.state, lost))
         self._move(reserve(self.state))
         for sequence in [each for each in self.state.running.values() if each.restoring]:
@@ -100,7 +101,11 @@ class ProtectedServer(FakeServer):
         assert sequence.rank is not None
         count = max(0, min(self.piece, salvage.count - first))
         if count:
-            kept, size, fake = self.copies.find(salvage.copy), self.state.limits.page_size, self.ranks[sequence.rank]
+            kept, size, fake = (
+                self.copies.find(salvage.copies[0]),
+                self.state.limits.page_size,
+                self.ranks[sequence.rank],
+            )
             assert kept is not None
             source = entries_of(salvage.pages, size, first, count)
             tokens = np.array(sequence.tokens(first, first + count))

@@ -1,4 +1,4 @@
-"""Tensor groups over real ranks: whichever rank dies, its group's requests go to whole groups, and not a token changes."""
+"""Tensor groups over real ranks: whichever rank dies, its group's requests go to whole groups, and no token changes."""
 
 import signal
 import time
@@ -41,7 +41,7 @@ def roles(client: Client) -> list[str]:
 
 @pytest.mark.parametrize("rank", range(4))
 def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
-    compiles, before = whole.status().compiles_after_ready, last_event(whole)
+    status, before = whole.status(), last_event(whole)
 
     def and_look() -> None:
         wait_until(lambda: roles(whole)[rank ^ 1] == "expert", "the other rank of the group holds experts only")
@@ -51,7 +51,20 @@ def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client,
     wait_until_whole(whole)
     assert roles(whole) == ["collocated"] * 4
     traffic.during(whole)
-    assert whole.status().compiles_after_ready == compiles == 0
+    assert whole.status().compiles_after_ready == 0
+    assert whole.status().tokens_recomputed == status.tokens_recomputed
+
+
+def test_contexts_come_back_from_the_copies_of_all_ranks_of_the_group(whole: Client, traffic: Traffic) -> None:
+    restored = whole.status().tokens_restored
+
+    def kill_a_busy_one() -> None:
+        busiest = max(whole.status().ranks, key=lambda rank: rank.running)
+        assert busiest.running
+        kill(whole, busiest.id)()
+
+    traffic.during(whole, kill_a_busy_one)
+    assert whole.status().tokens_restored > restored
 
 
 @pytest.mark.parametrize("victims", [(0, 2), (1, 2), (0, 1)], ids=str)

@@ -58,8 +58,9 @@ def test_no_bit_depends_on_who_is_in_the_group_or_on_its_other_requests(name: st
 
 
 def test_a_rank_keeps_its_heads_of_every_member_and_as_much_of_the_cache_as_alone() -> None:
-    whole, model = Stepper(CONFIGS["mixtral"], params("mixtral"), 2, 5, np.array(TABLES[2])), grouped(
-        "mixtral", 2, (0, 1)
+    whole, model = (
+        Stepper(CONFIGS["mixtral"], params("mixtral"), 2, 5, np.array(TABLES[2])),
+        grouped("mixtral", 2, (0, 1)),
     )
     assert [a.nbytes for a in jax.tree.leaves(model.cache)] == [a.nbytes for a in jax.tree.leaves(whole.cache)]
     for each in (whole, model):

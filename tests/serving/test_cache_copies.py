@@ -68,7 +68,7 @@ def test_what_a_rank_wrote_is_there_after_it_and_none_of_its_successor(way):
     assert (salvage.pages, salvage.count) == ((0, 1, 2), 20)
     filled(made, 0, 9, step=5)
     assert made.salvage(sequence, 8) == salvage
-    kept = made.find(salvage.copy)
+    kept = made.find(salvage.copies[0])
     assert kept is not None
     assert len(kept.copy.read(np.arange(20), np.arange(20), np.arange(20))) == 20
     made.close()
@@ -82,7 +82,7 @@ def test_copies_of_the_dead_go_when_nobody_needs_them_the_oldest_first_when_ther
         made.lost(1)
         salvage = made.salvage(sequence, 8)
         assert salvage is not None
-        numbers.append(salvage.copy)
+        numbers.append(salvage.copies[0])
     before = made.bytes
     assert made.keep_only(numbers[1:]) == {numbers[1]}
     assert made.bytes == before // 2
