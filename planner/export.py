@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.deployment import Deployment
 from planner.errors import InputError
 from planner.export_hosts import kubernetes_hosts
-from planner.served import check_served, divides_dense, held_form, served_pages
+from planner.served import check_served, divides_dense, held_form, served_pages, tensor_of
 
 FORMATS = ("k8s", "env", "json")
 
@@ -36,6 +36,7 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
         "survive": deployment.survive.ranks,
         "data_type": held_form(deployment.workload),
         **({"dense": "divided"} if divides_dense(deployment) else {}),
+        **({"tensor": tensor} if (tensor := tensor_of(deployment)) > 1 else {}),
         "page_size": deployment.workload.page_tokens,
         "pages_per_rank": served_pages(deployment),
     }

@@ -23,7 +23,7 @@ from planner.errors import InputError, NoFeasiblePlan, PlannerError
 from planner.lattice import losses
 from planner.plan import Figure
 from planner.report import table
-from planner.served import check_served, divides_dense, held_form
+from planner.served import check_served, divides_dense, held_form, tensor_of
 from planner.shape import Shape, rest_bytes, slots_per_rank
 from planner.throughput import Candidate, assess
 
@@ -138,6 +138,11 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         raise InputError(
             "ranks that attend and ranks that hold experts run programs of their own, which only their hosts put in "
             "order (docs/decisions/0007); --aot compiles the one program of collocated ranks."
+        )
+    if tensor_of(d) > 1:
+        raise InputError(
+            f"tensor groups of {tensor_of(d)}: --aot compiles the step of ranks that attend alone. "
+            "Solve with --tensor 1."
         )
     if not d.config:
         raise InputError(

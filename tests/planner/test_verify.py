@@ -109,7 +109,9 @@ def test_the_problem_has_the_sizes_of_the_plan(model):
 def test_a_plan_that_moejax_does_not_run_is_refused_with_the_way_out():
     w = read_model("olmoe-1b-7b")
     wide = design(w, read_cluster("h100"), tensor=2).deployment
-    with pytest.raises(InputError, match=r"tensor groups of 2.*--tensor 1 --dense 1"):
+    with pytest.raises(InputError, match=r"queries of all heads at once.*--tensor 1 --dense 1"):
+        problem(replace(wide, config=TINY | {"model_type": "olmoe"}), "v5e:2x4")
+    with pytest.raises(InputError, match=r"tensor groups of 2: --aot compiles the step of ranks that attend alone"):
         problem(replace(wide, config=TINY), "v5e:2x4")
     apart = design(w, read_cluster("h100"), arch="disaggregated", tensor=1).deployment
     with pytest.raises(InputError, match=r"programs of their own.*--aot compiles the one program of collocated ranks"):
