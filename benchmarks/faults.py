@@ -4,7 +4,8 @@
         [--only NAME ...] [--rounds N] [--json FILE]
 
 Starts `moejax serve` for each setup (collocated ranks on two hosts; attention ranks and expert ranks, half of each; the
-same with roles that always switch, without spare slots, and both with dense layers divided), keeps streams running
+same with roles that always switch, without spare slots, and both with dense layers divided; and bench-mixtral in tensor
+groups of two, which smollm2-moe with its three key/value heads has no four ranks for), keeps streams running
 whose tokens are known from an undisturbed run, and injects one fault after the other at moments drawn from --seed; the
 next comes when all ranks serve again and every single loss is prepared. Where the rank matters it is the one with the
 most streams, or an expert rank. The server and this program share one clock.
@@ -64,15 +65,19 @@ class Scenario:
     same_tokens: bool = True
     everybody: bool = False
     """All streams lose their cache, wherever they run."""
+    group: int = 1
+    """Streams of so many ranks lose their cache: those of the victim's tensor group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A server and what happens to it. `options` are flags of `moejax serve`, for so many ranks."""
+    """A server and what happens to it. `options` are flags of `moejax serve`, for so many ranks; `model` is another
+    than that asked for, where that cannot do it."""
 
     arch: str
     options: Callable[[int], list[str]]
     scenarios: tuple[Scenario, ...]
+    model: str = ""
 
 
 @dataclasses.dataclass
@@ -171,6 +176,7 @@ DISAGGREGATED = (
 FRONT = Scenario("front", _front, "ready", "ready", everybody=True)
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
 SHARDS = Scenario("dense shards", _crash, "rank_lost", "recovered")
+GROUP = Scenario("tensor group", _crash, "rank_lost", "recovered", group=2)
 MASKING = (Scenario("missing experts", _crash, "rank_lost", "recovered", expert=True, same_tokens=False),)
 
 
@@ -191,6 +197,7 @@ SETUPS = (
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--survive", "0", "--on-lost-expert", "mask"], MASKING),
     Setup("collocated", lambda _: [_UNCACHED, *_DIVIDED], (SHARDS,)),
     Setup("disaggregated", lambda n: [_UNCACHED, *_halves(n), *_DIVIDED], (dataclasses.replace(SHARDS, expert=True),)),
+    Setup("collocated", lambda _: [_UNCACHED, "--tensor", "2"], (GROUP,), model="bench-mixtral"),
 )
 NAMES = tuple(dict.fromkeys(scenario.name for setup in SETUPS for scenario in setup.scenarios))
 
@@ -219,6 +226,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     traces = await load.stop()
     gone = {r.id for r in before.ranks if r.host == before.ranks[victim].host} if scenario.name == "host" else {victim}
     gone = set(roles) if scenario.everybody else gone
+    gone |= {rank for rank in roles if rank // scenario.group == victim // scenario.group}
     gone |= {rank.id for rank in before.ranks if rank.role == "attention" and roles[rank.id] == "expert"}
 
     def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
@@ -323,18 +331,19 @@ def main() -> int:
 
 
 def play_setups(arguments: argparse.Namespace, rounds: list[dict[str, Any]], restarts: dict[str, float]) -> None:
-    """Every setup in turn, and a warm restart of each architecture's first; adds what it measures."""
+    """Every setup in turn, and a warm restart of the first of each architecture and model; adds what it measures."""
     for setup in SETUPS:
         chosen = [s for s in setup.scenarios if not arguments.only or s.name in arguments.only]
         if not chosen or setup.arch not in arguments.arch:
             continue
         options = setup.options(arguments.ranks)
         print(f"\n{' '.join(['moejax serve', *options])}", flush=True)
-        with launched(arguments.model, arguments.ranks, options=options) as server:
-            asyncio.run(measure(server, setup.arch, chosen, arguments, rounds))
-        if setup.arch not in restarts:
+        model, key = setup.model or arguments.model, f"{setup.arch} {setup.model}".strip()
+        with launched(model, arguments.ranks, options=options) as server:
+            asyncio.run(measure(server, key, chosen, arguments, rounds))
+        if key not in restarts:
             print("restarting the server", flush=True)
-            restarts[setup.arch] = first_token_s(arguments.model, arguments.ranks, options=options)
+            restarts[key] = first_token_s(model, arguments.ranks, options=options)
 
 
 def report(

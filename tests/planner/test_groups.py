@@ -88,6 +88,12 @@ def test_every_loss_of_one_rank_leaves_its_group_to_hold_experts() -> None:
         assert set(plan.source_ids) == set(base.rank_ids) - dead - {mate}
 
 
+@pytest.mark.parametrize(("alive", "group"), [([1, 2], (2, 1)), ([0, 3], (0, 3)), ([0, 2], (0, 2))])
+def test_what_is_left_of_two_groups_is_one_in_which_as_few_as_can_be_change_their_share(alive, group) -> None:
+    base = solve(WORKLOAD, Cluster.local(4), tensor=2)
+    assert tensor_groups(Cluster.local(4).alive(alive), 2, base) == [group]
+
+
 def test_without_a_whole_group_there_is_no_plan_and_it_says_why() -> None:
     with pytest.raises(NoFeasiblePlan, match=r"the 3 ranks alive make no tensor group of 4 ranks of a host"):
         solve(WORKLOAD, Cluster.local(8), alive=[0, 1, 2], tensor=4)
