@@ -1,5 +1,6 @@
 """Laws of a rank's slots: they hold the experts asked for, however they came there, and nothing else moved."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from moejax.params import expert_bytes
 from moejax.programs import ModelShape, expert_positions
 from moejax.recovery import LiveArrays
 from moejax.store import HostStore
+from moejax.tensor import share_of
 from tests.moejax.models import MIXTRAL, SHARED, model_folder
 
 SLOTS = 3
@@ -94,3 +96,26 @@ def test_more_slots_keep_what_is_held(model):
     more = np.concatenate([few, np.full((len(few), 1), -1, np.int32)], axis=1)
     assert arrays.fill(more, programs, device).read == 0
     assert_holds(arrays, params, more)
+
+
+def test_a_rank_takes_another_share_of_the_heads_and_notices_damage_in_it(model):
+    folder, params, shape, _ = model
+    if shape.cfg.n_kv_heads % 2:
+        pytest.skip("its heads cannot be divided by two")
+    cfg, device = shape.cfg.share(2), jax.devices()[0]
+    arrays = LiveArrays(dataclasses.replace(shape, cfg=cfg), HostStore.open(folder))
+    arrays.enter_device(device)
+    for shard in (1, 0):
+        cache = arrays.cache
+        arrays.attend(True, device, shard)
+        assert arrays.cache is not cache, "keys and values of other heads are of no use"
+        expected = share_of(params, shard, cfg).segments[0][0]
+        held = arrays._weights.segments[0][0]
+        np.testing.assert_array_equal(held.qkv, expected.qkv)
+        np.testing.assert_array_equal(held.out, expected.out)
+        assert arrays.damaged() == []
+    cache = arrays.cache
+    arrays.attend(True, device, 0)
+    assert arrays.cache is cache, "who keeps its share keeps its cache"
+    np.asarray(arrays._host_weights.segments[0][0].out)[0, 0, 0] += 1.0
+    assert arrays.damaged() == ["segments.0.0.out"]

@@ -48,6 +48,18 @@ def test_a_step_wrote_its_tokens_at_their_positions_and_no_padding():
     assert len(written(idle(BUCKET), BUCKET).rows) == 0
 
 
+def test_the_step_of_a_tensor_group_wrote_for_every_member_in_its_part_of_the_cache():
+    alone = written(packed_step(), BUCKET)
+    both = written(np.concatenate([packed_step(), idle(BUCKET), packed_step()]), BUCKET, ENTRIES)
+    n = len(alone.rows)
+    for first, t in ((0, 0), (n, 2)):
+        part = slice(first, first + n)
+        np.testing.assert_array_equal(both.rows[part], alone.rows + t * BUCKET.rows)
+        np.testing.assert_array_equal(both.entries[part], alone.entries + t * ENTRIES)
+        np.testing.assert_array_equal(both.tokens[part], alone.tokens)
+    assert len(both.rows) == 2 * n
+
+
 @pytest.mark.parametrize("sizes", [((2, 0),), ((8, 2), (2, 0)), ((8, 0), (8, 1))])
 def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
     sizes = [Bucket(decode=decode, tiles=tiles, max_pages=1) for decode, tiles in sizes]

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.batch import Batch, Bucket
 from serving.cache_copies import CacheCopies, free_bytes
 from serving.cache_copy import CacheCopy, size_of
 from serving.protector import Protector
 from serving.sequence import Sequence
 from tests.fakes import small_request
+from tests.moejax.stepping import work
 
 ENTRIES, ENTRY_BYTES = 64, 1024
 
@@ -71,6 +73,29 @@ def test_what_a_rank_wrote_is_there_after_it_and_none_of_its_successor(way):
     kept = made.find(salvage.copies[0])
     assert kept is not None
     assert len(kept.copy.read(np.arange(20), np.arange(20), np.arange(20))) == 20
+    made.close()
+
+
+def test_a_request_of_a_tensor_group_is_in_the_copies_of_all_its_ranks_as_far_as_the_slowest():
+    made = CacheCopies.of("memory", 4, entries=32, entry_bytes=ENTRY_BYTES, tensor=2)
+    made.grouped({3: (3, 1), 1: (3, 1), 0: (0, 2), 2: (0, 2)})
+    sequence = filled(made, 1, 20, step=3)
+    filled(made, 3, 20, step=4)
+    made.lost(3)
+    assert made.salvage(sequence, 8) is None, "the other rank of the group is not known to have lost it yet"
+    made.lost(1)
+    made.grouped({0: (0, 2), 2: (0, 2)})
+    salvage = made.salvage(sequence, 8)
+    assert salvage is not None
+    assert (salvage.pages, salvage.count) == ((4, 5, 6), 20), "rank 1 has the second part of each cache of its group"
+    found = [made.find(number) for number in salvage.copies]
+    assert [kept.copy.sealed for kept in found if kept is not None] == [4, 3], "in order of the shares"
+    for step in range(4, 6):
+        works = (work([1], 16, (0, 1, 2)),)
+        made.stepped(Batch(step, 0, Bucket(2, 0), {1: works}))
+    salvage = made.salvage(sequence, 8)
+    assert salvage is not None
+    assert salvage.count == 16, "what step 4 wrote is in one copy only"
     made.close()
 
 
