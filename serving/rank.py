@@ -58,6 +58,8 @@ from serving.rank_process import RANK, STAY, TOKEN
 HEARTBEAT_S = 0.05
 REDIAL_S = 0.05
 """How soon a front that is gone is looked for again."""
+EVERY_CONNECT = 1 << 62
+"""More connects than a front ever asks for."""
 WARM_ROWS = 8
 """Steps of at most so many rows, or else the smallest, are loaded first, and run once before they are needed."""
 
@@ -136,8 +138,10 @@ class Rank:
         return link_pb2.Report(rank=self.rank, hello=told)
 
     def forsaken(self) -> None:
-        """The front is gone: nothing that it began is waited for. From any thread."""
+        """The front is gone: nothing that it began is waited for, until the next configures this rank. From any
+        thread."""
         adopted = self._adopted
+        self._given_up = EVERY_CONNECT
         self.abort(adopted.epoch if adopted is not None else 0, 0)
 
     def configure(self, command: link_pb2.Configure) -> dict[str, Any]:

@@ -40,6 +40,13 @@ def test_a_mesh_that_was_given_up_before_its_turn_is_not_connected(rank: Rank) -
     assert not rank._meshes[MeshKey((0, 1), 2)].connected
 
 
+def test_what_a_front_that_is_gone_wanted_connected_is_not(rank: Rank) -> None:
+    rank.forsaken()
+    with pytest.raises(RuntimeError, match="given up"):
+        rank.connect(connect(1))
+    assert not rank._meshes[MeshKey((0, 1), 2)].connected
+
+
 def test_the_next_one_is_connected(rank: Rank) -> None:
     rank.abort(0, connecting=3)
     rank.connect(connect(4))
