@@ -16,8 +16,10 @@ from planner.shape import most_slots
 from planner.survivors import Outlook, Survivors, survivors
 from planner.throughput import Candidate
 
-MEANS = ("copy", "parity", "peer", "redirect", "store", "switch", "spare", "regrow", "mask")
-REFUSABLE = ("parity", "store", "switch", "spare", "regrow")
+MEANS = ("copy", "parity", "peer", "redirect", "store", "switch", "spare", "narrow", "regrow", "mask")
+REFUSABLE = ("parity", "store", "switch", "spare", "narrow", "regrow")
+SERVED = tuple(each for each in MEANS if each != "narrow")
+"""What `moejax serve` does: its tensor groups stay as wide as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ class Losses:
                 return Outcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(missing))
         means |= {"parity": rebuilt, "store": max(0, store), "mask": masked}
         means |= {"switch": len(left.switched), "spare": len(left.spares)}
+        means |= {"narrow": int(left.tensor < self.outlook.shape.tensor)}
         means |= {"regrow": int(slots > plan.slots_per_rank), "peer": int(left.peer_bytes > 0)}
         means["redirect"] = 0 if left.dense_lost else left.redirected
         load = lost & ~self._masked_of(missing, masked)

@@ -98,17 +98,21 @@ def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict
 
 
 def survivors(
-    deployment: Deployment, dead: Collection[int], outlook: Outlook, means: Collection[str] = ("spare", "switch")
+    deployment: Deployment,
+    dead: Collection[int],
+    outlook: Outlook,
+    means: Collection[str] = ("spare", "switch", "narrow"),
 ) -> Survivors:
     """The ranks left of a plan after `dead` (ids), regrouped the way that is predicted to serve most.
 
     `means` are those allowed. Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks
-    hold experts only, or all groups become half as wide. Attention ranks switch to experts when slots would run short.
+    hold experts only, or all groups become half as wide ("narrow"). Attention ranks switch to experts when slots would
+    run short.
     """
     plan = deployment.plan
     if outlook.shape.arch == "disaggregated" and outlook.shape.tensor == 1 and not outlook.standby:
         return _by_roles(outlook, dead, switch="switch" in means)
-    options = list(_regrouped(outlook, dead))
+    options = list(_regrouped(outlook, dead, narrow="narrow" in means))
     if "spare" in means:
         options = [_promoted(outlook, left, dead) for left in options]
     best = options[0]
@@ -146,8 +150,8 @@ def _by_roles(outlook: Outlook, dead: Collection[int], *, switch: bool) -> Survi
     )
 
 
-def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:
-    """Ways to go on with the tensor groups that broke: as wide as before, then half as wide."""
+def _regrouped(outlook: Outlook, dead: Collection[int], *, narrow: bool) -> Iterator[Survivors]:
+    """Ways to go on with the tensor groups that broke: as wide as before, then half as wide if they may be `narrow`."""
     workload, shape = outlook.deployment.workload, outlook.shape
     gone = [outlook.place[i] for i in dead]
     broken = {r.group for r in gone if r.group >= 0}
@@ -158,7 +162,7 @@ def _regrouped(outlook: Outlook, dead: Collection[int]) -> Iterator[Survivors]:
     hosts: dict[str, list[RankPlace]] = {}
     for r in left:
         hosts.setdefault(r.host, []).append(r)
-    for tensor in (t for t in (shape.tensor, shape.tensor // 2) if t >= 1):
+    for tensor in (t for t in (shape.tensor, *[shape.tensor // 2] * narrow) if t >= 1):
         again, alone = 0, []
         for members in hosts.values():
             again += len(members) // tensor

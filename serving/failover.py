@@ -335,7 +335,7 @@ class Failover:
     def is_ready_without(self, ranks: Collection[int]) -> bool:
         """Whether the mesh without these ranks is loaded and connected."""
         left = [rank for rank in self.alive if rank not in ranks]
-        return bool(left) and MeshKey.of(self.plans.of(left)) in self.meshes.connected
+        return self.can_plan(left) and MeshKey.of(self.plans.of(left)) in self.meshes.connected
 
     async def release(self, ranks: Collection[int]) -> dict[str, float]:
         """Go on without these ranks, which run nothing any more, between two steps. Returns milliseconds by phase.

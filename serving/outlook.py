@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from planner.cluster import Cluster
-from planner.degrade import Losses
+from planner.degrade import SERVED, Losses
 from planner.deployment import Deployment
 from planner.parity import KeptGroup
 from planner.plan import Plan
@@ -49,7 +49,7 @@ def loss_costs(
     seen = load.sum(axis=1).min() > 0 if load.size else False
     loads = tuple(map(tuple, load.astype(float).tolist())) if seen else ()
     losses, ready = (
-        Losses(Deployment(plan=plan, workload=workload, cluster=cluster, loads=loads), recovery, kept=kept),
+        Losses(Deployment(plan=plan, workload=workload, cluster=cluster, loads=loads), recovery, SERVED, kept=kept),
         set(prepared),
     )
     costs = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable
 
-from planner.degrade import Losses
+from planner.degrade import SERVED, Losses
 from planner.deployment import Deployment
 from planner.errors import PlannerError
 from planner.parity import KeptGroup
@@ -33,7 +33,10 @@ def prospects(
 ) -> tuple[Prospect, ...]:
     """One for each rank of the plan, then one for each host that has several of them. What is `protected` is restored
     from copies and not computed again; `kept` is the parity of experts that there is."""
-    plan, losses = deployment.plan, Losses(deployment, recovery, recomputed=0.0 if protected else 1.0, kept=kept)
+    plan, losses = (
+        deployment.plan,
+        Losses(deployment, recovery, SERVED, recomputed=0.0 if protected else 1.0, kept=kept),
+    )
     alive = set(plan.rank_ids)
     domains = [("rank", str(rank), (rank,)) for rank in plan.rank_ids]
     hosts = deployment.cluster.domains("host").items()
@@ -51,7 +54,9 @@ def _prospect(
     running: Collection[Sequence],
     protected: bool,
 ) -> Prospect:
-    moved = [sequence for sequence in running if sequence.rank in ranks]
+    groups = losses.deployment.plan.groups
+    concerned = {mate for rank in ranks for mate in groups.get(rank, ())}
+    moved = [sequence for sequence in running if sequence.rank in concerned]
     head = {"kind": kind, "name": name, "ranks": ranks, "requests_moved": len(moved)}
     head["tokens_recomputed"] = 0 if protected else sum(sequence.computed for sequence in moved)
     try:

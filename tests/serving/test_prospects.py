@@ -1,5 +1,7 @@
 """What-if: what the loss of each rank and host would cost, from the planner and what runs."""
 
+import dataclasses
+
 import pytest
 
 from planner.cluster import Cluster
@@ -41,6 +43,18 @@ def test_each_rank_is_told_with_the_requests_and_tokens_that_run_on_it():
     assert [(p.kind, p.name) for p in told] == [("rank", str(r)) for r in range(4)] + [("host", "localhost")]
     assert [p.requests_moved for p in told] == [1, 0, 2, 0, 3]
     assert [p.tokens_recomputed for p in told] == [40, 0, 22, 0, 62]
+
+
+def test_the_loss_of_a_rank_moves_the_requests_of_its_tensor_group():
+    here = [running(0, 40, "a"), running(1, 17, "b"), running(2, 5, "c")]
+    d = deployment(4)
+    grouped = dataclasses.replace(d, plan=solve(WORKLOAD, d.cluster, pages_per_rank=64, tensor=2))
+    told = prospects(grouped, None, lambda dead: True, here)
+    assert [p.requests_moved for p in told] == [2, 2, 1, 1, 3]
+    alone = dataclasses.replace(d, plan=solve(WORKLOAD, d.cluster, alive=[0, 1], pages_per_rank=64, tensor=2))
+    for each in prospects(alone, None, lambda dead: True, here):
+        assert not each.survivable, "the server does not make groups narrower"
+        assert "no rank is left that attends" in each.reason
 
 
 def test_what_is_protected_is_not_computed_again_and_its_streams_wait_less():
