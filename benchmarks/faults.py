@@ -20,8 +20,9 @@ restart to its first token over the median stall of all streams.
 
 The paper's scenarios (arXiv 2602.21140) are `attention rank`, `redundant experts`, `missing experts`, `role switch`
 and, collocated, `crash`. Streams move when their rank dies or switches its role, and all do when the front dies. While
-experts are missing answers are other answers: their tokens are not compared. A slow rank is judged over minutes and no
-part of this (tests/e2e/test_faults.py has one).
+experts are missing answers are other answers: their tokens are not compared. `crash in rejoin` kills another rank while
+the replacement of the first joins; its clock starts then, and all streams that run then are looked at. A slow rank is
+judged over minutes and no part of this (tests/e2e/test_faults.py has one).
 """
 
 import argparse
@@ -47,6 +48,8 @@ from serving.client import AsyncClient
 from serving.health import p99
 
 _QUIET_S = 2.5
+_PROMPTS = 4
+"""Requests that come together, so that their prompts are being computed when a rank dies."""
 _COLUMNS = (
     "name, detect, survivors, moved, s to 95 %, tokens missing, tokens again, requests, lost, changed, compiles, "
     "restart over stall"
@@ -58,13 +61,16 @@ class Scenario:
     """A fault: how it is injected at a victim of a role, the first event that tells of it, and the last."""
 
     name: str
-    inject: Callable[["Scene", int], Awaitable[None]]
+    inject: Callable[["Scene", int], Awaitable[float | None]]
+    """Returns when it happened, on the monotonic clock, if that was not at once."""
     told: str
     over: str
     expert: bool = False
     same_tokens: bool = True
     everybody: bool = False
     """All streams lose their cache, wherever they run."""
+    later: bool = False
+    """It happens when the streams that were placed may have ended: those that run then are looked at, all as moved."""
     group: int = 1
     """Streams of so many ranks lose their cache: those of the victim's tensor group."""
 
@@ -89,6 +95,7 @@ class Scene:
     feed: EventFeed
     known: Known
     draw: random.Random
+    load: Load
     task: asyncio.Task[Any] | None = None
 
     async def signal(self, rank: int, how: signal.Signals) -> None:
@@ -115,6 +122,24 @@ async def _crash_in_recovery(scene: Scene, victim: int) -> None:
     await scene.signal(victim, signal.SIGKILL)
     await scene.feed.wait("rank_lost", moment, victim)
     os.kill(pid, signal.SIGKILL)
+
+
+async def _crash_in_prefill(scene: Scene, victim: int) -> float:
+    scene.load.start(_PROMPTS)
+    await asyncio.sleep(scene.draw.uniform(0.05, 0.25))
+    moment = time.monotonic()
+    await scene.signal(victim, signal.SIGKILL)
+    return moment
+
+
+async def _crash_in_rejoin(scene: Scene, victim: int) -> float:
+    await scene.signal(victim, signal.SIGKILL)
+    await until(scene.client, lambda status: status.ranks[victim].state == "joining", every_s=0.01)
+    others = [rank for rank in running(await scene.client.status()) if rank != victim]
+    second = scene.draw.choice(others)
+    moment = time.monotonic()
+    await scene.signal(second, signal.SIGKILL)
+    return moment
 
 
 async def _host(scene: Scene, victim: int) -> None:
@@ -156,6 +181,8 @@ def coordinator_of(server: Launched) -> int | None:
 COLLOCATED = (
     Scenario("crash", _crash, "rank_lost", "recovered"),
     Scenario("hang", _hang, "rank_lost", "recovered"),
+    Scenario("crash in prefill", _crash_in_prefill, "rank_lost", "recovered"),
+    Scenario("crash in rejoin", _crash_in_rejoin, "rank_lost", "recovered", later=True),
     Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
     Scenario("host", _host, "rank_lost", "recovered"),
     Scenario("device error L5", _device_reset, "rank_lost", "recovered"),
@@ -168,6 +195,8 @@ DISAGGREGATED = (
     Scenario("redundant experts", _crash, "rank_lost", "recovered", expert=True),
     Scenario("hang of attention", _hang, "rank_lost", "recovered"),
     Scenario("hang of experts", _hang, "rank_lost", "recovered", expert=True),
+    Scenario("crash in prefill", _crash_in_prefill, "rank_lost", "recovered"),
+    Scenario("crash in rejoin", _crash_in_rejoin, "rank_lost", "recovered", expert=True, later=True),
     Scenario("crash during recovery", _crash_in_recovery, "rank_lost", "recovered"),
     Scenario("not-a-number", _not_a_number, "poisoned", "restored", expert=True),
     Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
@@ -206,7 +235,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     """Place streams, inject the fault, wait until all is well, and say what the streams saw."""
     client = scene.client
     await until(client, whole)
-    load = Load(client, scene.known.asks)
+    scene.load = load = Load(client, scene.known.asks)
     placed = await load.place(scene.known.asks[:streams])
     quiet = time.monotonic()
     await asyncio.sleep(_QUIET_S + scene.draw.uniform(0, 0.2))
@@ -215,7 +244,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     experts = [rank.id for rank in before.ranks if rank.role == "expert"]
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     moment = time.monotonic()
-    await scenario.inject(scene, victim)
+    moment = await scenario.inject(scene, victim) or moment
     first = await scene.feed.wait(scenario.told, moment)
     last = await scene.feed.wait(scenario.over, local(first))
     roles = {rank.id: rank.role for rank in (await client.status()).ranks}
@@ -225,18 +254,19 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     after = await until(client, whole)
     traces = await load.stop()
     gone = {r.id for r in before.ranks if r.host == before.ranks[victim].host} if scenario.name == "host" else {victim}
-    gone = set(roles) if scenario.everybody else gone
+    gone = set(roles) if scenario.everybody or scenario.later else gone
     gone |= {rank for rank in roles if rank // scenario.group == victim // scenario.group}
     gone |= {rank.id for rank in before.ranks if rank.role == "attention" and roles[rank.id] == "expert"}
 
     def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
-        found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in placed if belongs(t)]
+        seen = traces if scenario.later else placed
+        found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in seen if belongs(t)]
         return [round(stall, 1) for stall in found if stall is not None]
 
     arrivals = (time for trace in traces for time in trace.times)
     loss = goodput_loss(arrivals, moment, since=quiet)
     survivors = stalls(lambda trace: trace.rank is not None and trace.rank not in gone)
-    moved = stalls(lambda trace: trace.rank in gone)
+    moved = stalls(lambda trace: scenario.later or trace.rank in gone)
     same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
     return {
         "arch": arch,
@@ -307,7 +337,7 @@ async def measure(
         print(f"recording {arguments.streams} requests undisturbed", flush=True)
         known = await Known.record(client, arguments.streams, arguments.prompt_tokens, arguments.max_tokens)
         feed = EventFeed(client)
-        scene = Scene(server, client, feed, known, random.Random(arguments.seed))
+        scene = Scene(server, client, feed, known, random.Random(arguments.seed), Load(client, known.asks))
         try:
             for _ in range(arguments.rounds):
                 for scenario in chosen:

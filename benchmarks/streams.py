@@ -172,7 +172,9 @@ def whole(status: Status) -> bool:
     return all(rank.state == "serving" for rank in status.ranks) and status.lattice.get("1 rank", 1.0) == 1.0
 
 
-async def until(client: AsyncClient, holds: Callable[[Status], bool], limit_s: float = 300.0) -> Status:
+async def until(
+    client: AsyncClient, holds: Callable[[Status], bool], limit_s: float = 300.0, every_s: float = 0.1
+) -> Status:
     """The first status that `holds`. Raises TimeoutError, saying what the ranks are doing instead."""
     end, said = time.monotonic() + limit_s, ""
     while True:
@@ -187,4 +189,4 @@ async def until(client: AsyncClient, holds: Callable[[Status], bool], limit_s: f
             said = f"ranks {states}; prepared {dict(status.lattice)}"
         if time.monotonic() > end:
             raise TimeoutError(f"not within {limit_s:.0f} s: {said}")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(every_s)
