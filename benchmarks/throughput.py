@@ -1,6 +1,7 @@
 """How fast a real server is without failures.
 
-    python -m benchmarks.throughput [--model smollm2-moe|tiny] [--ranks 4] [--concurrency 1,8] [--json FILE]
+    python -m benchmarks.throughput [--model smollm2-moe|tiny] [--ranks 4] [--tensor 1] [--concurrency 1,8]
+        [--json FILE]
 
 Closed loop: so many streams at once, each sending its next request when the last has ended, with a prompt that was not
 asked before. Tokens per second are output tokens from the first request to the last token; `ttft_ms` and `itl_ms` are
@@ -103,7 +104,7 @@ def main() -> int:
     """Measure, print, and write JSON."""
     arguments, where = parse(), machine()
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    options = ["--data-type", arguments.data_type]
+    options = ["--data-type", arguments.data_type, "--tensor", str(arguments.tensor)]
     if arguments.buckets is not None:
         options += ["--buckets", arguments.buckets]
     with launched(arguments.model, arguments.ranks, options=options) as server, Client(server.address) as client:
@@ -117,6 +118,7 @@ def main() -> int:
             "machine": where,
             "model": arguments.model,
             "ranks": arguments.ranks,
+            "tensor": arguments.tensor,
             "data_type": arguments.data_type,
             "buckets": after.buckets,
             "prompt_tokens": arguments.prompt_tokens,
@@ -139,6 +141,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tensor", type=int, default=1, help="ranks of a tensor group")
     parser.add_argument("--data-type", choices=DATA_TYPES, default="float32")
     parser.add_argument("--buckets", help="as `moejax serve` takes them; auto after a run that had others")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
