@@ -39,6 +39,7 @@ from moejax.model import (
     choose,
     embed,
     feed_forward,
+    is_sound,
     last_norm,
     layer_at,
     marked,
@@ -262,7 +263,7 @@ def gather(
     moe = cfg.moe.experts if cfg.moe else 0
     by_layer = jnp.stack(loads).reshape(cfg.n_moe_layers, len(shape.micros), moe).sum(1)
     new = jax.tree.map(lambda *each: jnp.concatenate(each), *new_kv)
-    return StepOutputs(hidden=marked(whole, new, inputs), new_kv=new, expert_load=by_layer)
+    return StepOutputs(hidden=marked(whole, is_sound(new), inputs), new_kv=new, expert_load=by_layer)
 
 
 def _part_of(inputs: StepInputs, rows: np.ndarray, segments: np.ndarray) -> StepInputs:

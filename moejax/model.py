@@ -27,7 +27,7 @@ from moejax.layers import Stacked, norm, swiglu
 from moejax.params import Layer, MoE, Params
 from moejax.precision import Int8, look_up
 from moejax.router import route
-from moejax.tensor import Group, swap
+from moejax.tensor import Group, sound_in_group, swap
 
 UNSEEN = 2**30
 """A window that no context reaches."""
@@ -115,8 +115,10 @@ def step(
     hidden = last_norm(x, params, cfg)
     new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    written = None if group is None else group.packed
-    return StepOutputs(hidden=marked(hidden, new, inputs), new_kv=new, expert_load=load, written=written)
+    sound, written = is_sound(new), None
+    if group is not None:
+        sound, written = sound_in_group(sound, group, shape.exchange), group.packed
+    return StepOutputs(hidden=marked(hidden, sound, inputs), new_kv=new, expert_load=load, written=written)
 
 
 def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> jax.Array:
@@ -134,12 +136,15 @@ def answered(inputs: StepInputs, index: jax.Array, cfg: ModelConfig) -> StepInpu
     return inputs.replace(positions=jnp.where(wanted, inputs.positions, -1))
 
 
-def marked(hidden: jax.Array, new_kv: Cache, inputs: StepInputs) -> jax.Array:
+def is_sound(new_kv: Cache) -> jax.Array:
+    """Of which rows the last layer's new keys and values are numbers, bool `[R]`."""
+    return jnp.isfinite(new_kv.k[-1]).all(-1) & jnp.isfinite(new_kv.v[-1]).all(-1)
+
+
+def marked(hidden: jax.Array, sound_R: jax.Array, inputs: StepInputs) -> jax.Array:
     """Hidden rows `[R, D]` that are read; of the others zeros, or not-a-number where something that the last layer made
-    of them is no number, so that it is noticed before it is in the cache. In a tensor group what is made of one row is
-    of as many as the group has."""
-    made = (hidden, new_kv.k[-1], new_kv.v[-1])
-    sound = jnp.stack([jnp.isfinite(each).all(-1).reshape(-1, len(hidden)).all(0) for each in made]).all(0)
+    of them is no number, so that it is noticed before it is in the cache."""
+    sound = jnp.isfinite(hidden).all(-1) & sound_R
     return jnp.where(inputs.read[:, None] > 0, hidden, jnp.where(sound, 0.0, jnp.nan)[:, None])
 
 

@@ -69,7 +69,7 @@ class LiveArrays:
         """Which share of the heads, of a rank in a tensor group (`moejax.tensor`)."""
         self._places = [expert_place(shape.cfg, layer) for layer in range(shape.cfg.n_moe_layers)]
         self._sums = _Sums(shape.cfg, source)
-        self._host_weights = self._common() if attends else None
+        self._host_weights = self._common(shard) if attends else None
         self._host_cache: Cache | None = None
         self._host_experts: dict[tuple[int, int], FeedForward] = {}
         self._weights: Params | None = None
@@ -109,19 +109,21 @@ class LiveArrays:
             self._attend(device)
 
     def attend(self, attends: bool, device: jax.Device, shard: int | None = None) -> None:
-        """Have an empty cache and the weights that attending takes, or neither; what is there stays. `shard` is another
-        share of the heads than before, if it is given."""
+        """Have an empty cache and the weights that attending takes, or neither; what is there stays, unless `shard` is
+        given and is another share of the heads. Raises StoreError, and then all is as before."""
+        wanted = self.shard if shard is None else shard
         if not attends:
             self.cache, self._weights, self._host_weights = None, None, None
-        elif self._host_weights is None or shard not in (None, self.shard):
-            self.shard = self.shard if shard is None else shard
-            self._host_weights = self._common()
+        elif self._host_weights is None or wanted != self.shard:
+            weights = self._common(wanted)
+            self.cache, self._weights = None, None
+            self.shard, self._host_weights = wanted, weights
             self._attend(device)
 
-    def _common(self) -> Params:
+    def _common(self, shard: int) -> Params:
         cfg, values = self.shape.cfg, self.source.everything_but_experts()
         if cfg.tensor > 1:
-            values = share_of(values, self.shard, cfg)
+            values = share_of(values, shard, cfg)
         weights = _held(cfg, param_specs(cfg), values)
         self._sums.note_common(weights)
         return weights

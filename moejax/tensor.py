@@ -47,6 +47,13 @@ def swap(parts_T: jax.Array, mates_T: jax.Array, exchange: Exchange) -> jax.Arra
     return _where(mates_T >= 0, all_to_all(sent_n, exchange)[jnp.maximum(mates_T, 0)])
 
 
+def sound_in_group(sound_TR: jax.Array, group: Group, exchange: Exchange) -> jax.Array:
+    """Of which of this rank's rows all that the group has made is sound, bool `[R]`; from what each rank has of the
+    rows of all members, one after the other `[T * R]`."""
+    by_member = sound_TR.reshape(len(group.inputs), -1).astype(jnp.float32)
+    return (swap(by_member, group.mates, exchange) > 0).all(0)
+
+
 def share_of(params: Params, shard: int, cfg: ModelConfig) -> Params:
     """Of the weights that are no experts, as host arrays, what a rank that has the share `shard` holds; `cfg` is that
     of a share. Nothing is copied but matrices of attention."""

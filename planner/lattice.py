@@ -109,7 +109,10 @@ def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     roles = {r.id: r.role for r in plan.ranks}
     of_each_role = [i for role in ROLES for i in [i for i in roles if roles[i] == role][:2]]
     examples = [*singles, *(combinations(of_each_role, 2) if pairs and ranks > 2 else ())]
-    shapes = {_sides(roles, len(plan.source_ids), len(plan.holders), dead) for dead in examples}
+    if not {"attention", "standby"}.isdisjoint(roles.values()):
+        shapes = {_sides(roles, len(plan.source_ids), len(plan.holders), dead) for dead in examples}
+    else:  # which of collocated ranks attend, and with whom, is no matter of the program
+        shapes = {ranks - len(dead) for dead in examples}
     hosts_of_two = sum(n == 2 < ranks for n in Counter(r.host for r in plan.ranks).values())
     sets = len(singles) + max(0, min(pairs, comb(ranks, 2)) - hosts_of_two)
     slots = len(plan.holders) * plan.slots_per_rank

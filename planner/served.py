@@ -75,9 +75,11 @@ def _tensor_amiss(deployment: Deployment) -> list[str]:
         return [f"{groups}, which cannot share {w.cache_splits} key/value heads"]
     if d.config.get("model_type") in NORMS_ALL_HEADS:
         return [f"{groups}, of a model that norms the queries of all heads at once"]
-    room, need = budget(d.cluster), _undivided(d) + d.plan.slots_per_rank * w.slot_bytes + w.page_bytes
-    if room is not None and need > room:
-        return [f"{groups}, of which a rank would hold {need:,} bytes of the {room:,} it has room for"]
+    if w.cache_bytes_per_token and served_pages(d) < 1:
+        need, room = _undivided(d) + d.plan.slots_per_rank * w.slot_bytes, budget(d.cluster)
+        return [
+            f"{groups}, of which a rank holds {need:,} bytes of weights and leaves no cache of the {room:,} there are"
+        ]
     return []
 
 

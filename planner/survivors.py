@@ -156,11 +156,13 @@ def _regrouped(outlook: Outlook, dead: Collection[int], *, narrow: bool) -> Iter
     gone = [outlook.place[i] for i in dead]
     broken = {r.group for r in gone if r.group >= 0}
     left = [r for g in sorted(broken) for r in outlook.members[g] if r.id not in dead]
+    apart = shape.arch == "disaggregated"
+    idle = [r for r in outlook.place.values() if r.group < 0 and r.role == "expert" and r.id not in dead and not apart]
     holders = outlook.holders - sum(r.role in HOLDS_EXPERTS for r in gone)
     ranks = len(outlook.place) - len(gone)
     dense_broken = {outlook.dense_group[i] for i in dead if i in outlook.dense_group}
     hosts: dict[str, list[RankPlace]] = {}
-    for r in left:
+    for r in (*left, *idle):
         hosts.setdefault(r.host, []).append(r)
     for tensor in (t for t in (shape.tensor, *[shape.tensor // 2] * narrow) if t >= 1):
         again, alone = 0, []
@@ -170,7 +172,7 @@ def _regrouped(outlook: Outlook, dead: Collection[int], *, narrow: bool) -> Iter
         dense = tensor * max(1, shape.dense // shape.tensor)
         weights = rest_bytes(workload, tensor, dense)
         more = weights - rest_bytes(workload, shape.tensor, shape.dense)
-        roles = {r.id: "expert" for r in alone}
+        roles = {r.id: "expert" for r in alone if r.group >= 0}
         yield Survivors(
             ranks=ranks,
             data=(shape.data - len(broken)) * (shape.tensor // tensor) + again,

@@ -238,10 +238,14 @@ class Settings:
             )
 
     def _check_tensor(self) -> None:
-        if self.tensor < 1 or self.ranks % self.tensor:
-            raise InvalidRequest(
-                f"tensor is {self.tensor} with {self.ranks} ranks. Choose a divisor of {self.ranks}.", param="tensor"
-            )
+        on_host = [self.host_of(rank) for rank in range(self.ranks)]
+        for host in dict.fromkeys(on_host):
+            if self.tensor < 1 or on_host.count(host) % self.tensor:
+                raise InvalidRequest(
+                    f"tensor is {self.tensor} with {on_host.count(host)} ranks on {host}: a group is of one host. "
+                    f"Choose a divisor of {on_host.count(host)}.",
+                    param="tensor",
+                )
         if self.tensor == 1:
             return
         if self.arch != "collocated":

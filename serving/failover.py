@@ -75,7 +75,11 @@ class Failover:
         self._groups: dict[int, tuple[int, ...]] = {}
         """The tensor group of each rank that attends, under the plan before or in force."""
         self.newcomers: set[int] = set()
-        """Replacements that wait to be let in."""
+        """Ranks that wait to be let in: replacements, and those that cannot serve without them."""
+        self.waiting: set[int] = set()
+        """Those of them that served before."""
+        self.lacking = ""
+        """Why no plan is in force."""
         self.entering: set[int] = set()
         """Replacements that are being let into the generation."""
         self.seated: dict[int, int] = {}
@@ -139,7 +143,7 @@ class Failover:
     @property
     def may_grow(self) -> bool:
         """True when the plan with those seated, and every single loss of it, is loaded and connected."""
-        if not self.seated or self.broken:
+        if not self.seated or self.broken or self.plan is None:
             return False
         singles = self.plans.meshes_below(self.growing, min(1, len(self.growing) - 1))
         return self.meshes.connected.issuperset((MeshKey.of(self.plans.of(self.growing)), *singles))
@@ -161,7 +165,7 @@ class Failover:
         return service.process.pid if service is not None else None
 
     def coverage(self) -> dict[str, float]:
-        """Of all losses of 1, 2, ... ranks the current plan could suffer, the share that is compiled, loaded and
+        """Of all losses of 1, 2, ... ranks that the current plan can survive, the share that is compiled, loaded and
         connected."""
         if self.plan is None:
             return {}
@@ -185,6 +189,8 @@ class Failover:
         """From nothing to the base plan, with every single loss prepared; the deeper ones follow in the background.
         Raises StartError naming the rank."""
         ranks = self.plans.base.rank_ids
+        for warning in self.plans.warnings():
+            self._say(warning)
         if await self._take_over():
             return
         try:
@@ -234,7 +240,9 @@ class Failover:
             except (RankLost, RankRefused, TimeoutError) as error:
                 self._say(str(error) or "the ranks did not come together in time")
             except NoCapacity as error:
-                raise StartError(str(error)) from None
+                self.taken_over = len(came)
+                self._wait(came, str(error))
+                return True
             came = {rank: h for rank, h in came.items() if (each := self._links.get(rank)) and each.loss is None}
             goes_on = False
         for rank in self.newcomers:
@@ -271,8 +279,8 @@ class Failover:
             with _timed(phases, "plan"):
                 try:
                     plan = self.plans.of(survivors)
-                except NoCapacity:
-                    self._wait(survivors)
+                except NoCapacity as error:
+                    self._wait(survivors, str(error))
                     raise
             try:
                 if self.broken:
@@ -288,19 +296,34 @@ class Failover:
             except (RankRefused, TimeoutError):
                 self.broken = True
 
-    def can_plan(self, ranks: Collection[int]) -> bool:
-        """Whether these ranks can serve without the others."""
+    def why_not(self, ranks: Collection[int]) -> str:
+        """Why these ranks cannot serve without the others; "" if they can."""
         try:
             self.plans.of(ranks)
-        except NoCapacity:
-            return False
-        return True
+        except NoCapacity as error:
+            return str(error)
+        return ""
 
-    def _wait(self, ranks: Collection[int]) -> None:
-        """No plan is in force: these ranks can serve only when others are back, in a new generation."""
-        self.plan = None
+    def disturbed(self, going: Collection[int]) -> set[int]:
+        """The ranks in force that run nothing any more once some are gone: these, and those that attend with others
+        then."""
+        if self.plan is None:
+            return set(going)
+        left = set(self.alive).difference(going)
+        after = {} if self.why_not(left) else self.plans.of(left).groups
+        return {rank for rank, group in self.plan.groups.items() if after.get(rank) != group} | set(going)
+
+    def _wait(self, ranks: Collection[int], why: str) -> None:
+        """No plan is in force: these ranks, and those on their way, can serve only when others are back, in a new
+        generation."""
+        if self._admitting is not None:
+            self._admitting.cancel()
+        self.plan, self.lacking = None, why
         self._empty(ranks)
-        self.newcomers |= set(ranks)
+        self.waiting = set(ranks)
+        self.newcomers |= self.waiting | self.entering | self.seated.keys()
+        self.entering.clear()
+        self.seated.clear()
 
     async def regenerate(
         self, ranks: Iterable[int], pages_used: dict[int, int], phases: dict[str, float] | None = None
@@ -316,6 +339,7 @@ class Failover:
         with _timed(phases, "join"):
             await self._enter(ranks, pages_used)
         await self._settle(ranks, phases)
+        self.waiting.clear()
         return phases
 
     async def _settle(self, ranks: Iterable[int], phases: dict[str, float] | None = None) -> None:
@@ -335,7 +359,7 @@ class Failover:
     def is_ready_without(self, ranks: Collection[int]) -> bool:
         """Whether the mesh without these ranks is loaded and connected."""
         left = [rank for rank in self.alive if rank not in ranks]
-        return self.can_plan(left) and MeshKey.of(self.plans.of(left)) in self.meshes.connected
+        return not self.why_not(left) and MeshKey.of(self.plans.of(left)) in self.meshes.connected
 
     async def release(self, ranks: Collection[int]) -> dict[str, float]:
         """Go on without these ranks, which run nothing any more, between two steps. Returns milliseconds by phase.
@@ -468,6 +492,7 @@ class Failover:
         """A rank is gone: so is every mesh with it, and what others had in their caches of its heads."""
         self._empty(set(self._groups.pop(rank, ())) - {rank})
         self.newcomers.discard(rank)
+        self.waiting.discard(rank)
         self.entering.discard(rank)
         self.seated.pop(rank, None)
         self._rendezvous.forget(rank)

@@ -179,9 +179,11 @@ class Loop:
         if loss.rank in self.failover.alive:
             self._losses[loss.rank] = loss
             self.events.add("rank_lost", self.failover.epoch, rank=loss.rank, cause=str(loss.cause))
-        joining = loss.rank in self.failover.joining
+        joining, waited = loss.rank in self.failover.joining, loss.rank in self.failover.waiting
+        if waited:
+            self.events.add("rank_lost", self.failover.epoch, rank=loss.rank, cause=str(loss.cause))
         self.failover.forget(loss.rank)
-        if joining and not self._draining:
+        if joining and not self._draining and (self.settings.restart or not waited):
             self.replace(loss.rank)
         self._wake.set()
 
@@ -194,7 +196,7 @@ class Loop:
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests.")
         if self.failover.plan is None:
-            raise NoCapacity("the ranks that are alive cannot serve the request. Try again later.", retry_after_s=2.0)
+            raise NoCapacity(f"no request can be served now: {self.failover.lacking}", retry_after_s=2.0)
         self._check_wait(request)
         self.state = submit(self.state, request, retry_after_s=self._backlog.retry_s(len(self.state.waiting)))
         self.ledger.accepted(request.id)
@@ -580,21 +582,23 @@ class Loop:
     async def _rejoin(self) -> None:
         """All ranks enter a new generation, replacements among them."""
         failover, began = self.failover, time.monotonic()
-        newcomers = {*failover.newcomers, *failover.seated}
+        newcomers, waited = {*failover.newcomers, *failover.seated}, set(failover.waiting)
         self.replacements.let_in(newcomers)
         try:
             phases = await failover.regenerate((*failover.alive, *newcomers), self._pages_used())
         except (RankLost, RankRefused, TimeoutError) as error:
             self.events.add("rejoin_failed", failover.epoch, cause=str(error) or type(error).__name__)
             self.replacements.entered()
-            for rank in newcomers - failover.newcomers:
+            for rank in newcomers - failover.newcomers - failover.waiting:
                 self.links.declare(rank, Cause("error", "could not join"), time.monotonic())
                 if rank not in failover.alive:  # else the recovery that follows replaces it, once it is fenced
                     self.replace(rank)
+            if failover.plan is None:
+                failover.newcomers |= failover.waiting
             return
         finally:
             self.replacements.entered()
-        self._joined(newcomers, phases | {"total": 1e3 * (time.monotonic() - began)})
+        self._joined(newcomers - waited, phases | {"total": 1e3 * (time.monotonic() - began)})
 
     def _joined(self, newcomers: set[int], phases: dict[str, float]) -> None:
         for rank in newcomers:

@@ -101,7 +101,7 @@ class Operations:
         """Ranks that are to have no requests any more: those that leave, and those that cannot attend without them."""
         failover = self._engine.failover
         going = set(failover.alive).intersection(self.leaving)
-        return {mate for rank in going for mate in failover.mates(rank)}
+        return failover.disturbed(going) if going else going
 
     @property
     def pending(self) -> bool:
@@ -133,8 +133,8 @@ class Operations:
                 await asyncio.sleep(WAIT_S)
             return
         left = sorted(set(serving).difference(ranks))
-        if ranks and not engine.failover.can_plan(left):
-            raise NoCapacity(f"{action} of {list(ranks)} would leave ranks {left}, which cannot serve alone.")
+        if ranks and (why := engine.failover.why_not(left)):
+            raise NoCapacity(f"{action} of {list(ranks)} would leave ranks {left}: {why}")
         for rank in ranks:
             self.leave(rank, action, replace=instruction.replace, timeout_s=instruction.timeout_s)
         while any(rank in self.leaving for rank in ranks):
@@ -183,12 +183,13 @@ class Operations:
         """Carry out a part of what is wanted, so that steps are not held up for long."""
         engine = self._engine
         alive = set(engine.failover.alive)
-        going = alive.intersection(self.leaving)
-        if going and not engine.failover.can_plan(alive - going):
-            for rank in going:
-                cause = "the ranks that are left could not serve without it"
+        going: set[int] = set()
+        for rank in [rank for rank in self.leaving if rank in alive]:
+            if cause := engine.failover.why_not(alive - going - {rank}):
                 engine.events.add("drain_failed", engine.failover.epoch, rank=rank, cause=cause)
                 del self.leaving[rank]
+            else:
+                going.add(rank)
         engine.state = drain.close(engine.state, self.closed)
         if self._recompute:
             ranks, self._recompute = self._recompute, set()
@@ -212,12 +213,12 @@ class Operations:
                     engine.state = moved[0]
             if time.monotonic() - began > MOVE_BUDGET_S:
                 break
-        mates = engine.failover.mates
-        late = {mate for rank, each in self.leaving.items() if began > each.until for mate in mates(rank)}
-        engine.state = drain.displace(engine.state, late)
+        disturbed = engine.failover.disturbed
+        late = [rank for rank, leaving in self.leaving.items() if began > leaving.until]
+        engine.state = drain.displace(engine.state, disturbed(late) if late else ())
         occupied = {sequence.rank for sequence in engine.state.running.values()}
-        empty = {rank: leaving for rank, leaving in self.leaving.items() if occupied.isdisjoint(mates(rank))}
-        if not empty:
+        empty = {rank: leaving for rank, leaving in self.leaving.items() if occupied.isdisjoint(disturbed([rank]))}
+        if not empty or not occupied.isdisjoint(disturbed(empty)):
             return
         overdue = any(began > leaving.until + PREPARED_S for leaving in empty.values())
         if engine.failover.is_ready_without(empty) or overdue:

@@ -4,12 +4,12 @@ an expert sits."""
 from collections.abc import Collection, Iterable
 
 from planner.cluster import Cluster, Device
-from planner.errors import NoFeasiblePlan
+from planner.errors import NoFeasiblePlan, PlannerError
 from planner.lattice import Lattice, build_lattice, extended
 from planner.plan import Plan
 from planner.solve import solve
 from serving.config import Settings
-from serving.errors import NoCapacity
+from serving.errors import NoCapacity, StartError
 from serving.mesh_key import MeshKey
 from serving.places import at_home
 from serving.prepared import Prepared
@@ -21,21 +21,25 @@ SHORT_TOKENS, CHEAP_BYTES = 256, 128 << 20
 
 
 class Plans:
-    """Foreseen or made when asked for. `cluster` says where each rank is, or was last."""
+    """Foreseen or made when asked for. `cluster` says where each rank is, or was last. Raises StartError when they
+    cannot serve even if all are alive."""
 
     def __init__(self, settings: Settings, model: Prepared, cluster: Cluster) -> None:
         self._switch = settings.role_switch
         self.cluster = cluster
         self.workload = model.workload(settings.page_size)
-        self.base = solve(
-            self.workload,
-            cluster,
-            slots_per_rank=settings.slots_per_rank,
-            survive_ranks=min(settings.survive, settings.ranks - 1),
-            pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
-            roles=roles(settings, self.workload, cluster),
-            tensor=settings.tensor,
-        )
+        try:
+            self.base = solve(
+                self.workload,
+                cluster,
+                slots_per_rank=settings.slots_per_rank,
+                survive_ranks=min(settings.survive, settings.ranks - 1),
+                pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
+                roles=roles(settings, self.workload, cluster),
+                tensor=settings.tensor,
+            )
+        except PlannerError as error:
+            raise StartError(str(error)) from None
         depth = min(settings.lattice_depth, settings.ranks - 1)
         self._lattice: Lattice = build_lattice(self.workload, cluster, self.base, depth=depth, switch=self._switch)
 
@@ -53,6 +57,13 @@ class Plans:
             return solve(self.workload, self.cluster, alive=alive, previous=self.base, switch=self._switch)
         except NoFeasiblePlan as error:
             raise NoCapacity(str(error)) from None
+
+    def warnings(self) -> list[str]:
+        """What whoever starts the server should know of its plan."""
+        idle = [r.id for r in self.base.ranks if r.group < 0] if dict(self.base.axes)["tensor"] > 1 else []
+        said = [f"ranks {idle} are in no tensor group: they hold experts only"] if idle else []
+        alone = [min(dead) for dead in self._lattice.infeasible if len(dead) == 1]
+        return said + ([f"without any one of ranks {alone} requests wait for its replacement"] if alone else [])
 
     def foreseen(self, alive: Collection[int]) -> Plan | None:
         """The plan of the lattice for these ranks, if there is one."""

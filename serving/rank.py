@@ -149,6 +149,7 @@ class Rank:
         told = link_pb2.Configure()
         told.CopyFrom(command)
         told.ClearField("protection")
+        told.ClearField("shard")  # that of a new front's first plan; each plan says it anew
         if self._configured is None:
             self._set_up(command)
             self._configured = told

@@ -38,10 +38,10 @@ class Replacements:
         failover = self._failover
         if not failover.newcomers and not (failover.meshes.torn and failover.seated):
             return False
-        if not failover.can_plan({*failover.growing, *failover.newcomers}):
-            return False
         coming = any(not task.done() for task in self.tasks)
-        return not coming or (self._ready_since is not None and time.monotonic() - self._ready_since > GATHER_S)
+        if coming and (self._ready_since is None or time.monotonic() - self._ready_since <= GATHER_S):
+            return False
+        return not failover.why_not({*failover.growing, *failover.newcomers})
 
     def is_starting(self, rank: int) -> bool:
         """Its process is being started."""

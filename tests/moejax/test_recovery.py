@@ -12,7 +12,7 @@ from moejax.inputs import Bucket
 from moejax.params import expert_bytes
 from moejax.programs import ModelShape, expert_positions
 from moejax.recovery import LiveArrays
-from moejax.store import HostStore
+from moejax.store import HostStore, StoreError
 from moejax.tensor import share_of
 from tests.moejax.models import MIXTRAL, SHARED, model_folder
 
@@ -119,3 +119,25 @@ def test_a_rank_takes_another_share_of_the_heads_and_notices_damage_in_it(model)
     assert arrays.cache is cache, "who keeps its share keeps its cache"
     np.asarray(arrays._host_weights.segments[0][0].out)[0, 0, 0] += 1.0
     assert arrays.damaged() == ["segments.0.0.out"]
+
+
+def test_a_share_that_cannot_be_read_leaves_all_as_it_was(model, monkeypatch):
+    folder, _, shape, _ = model
+    if shape.cfg.n_kv_heads % 2:
+        pytest.skip("its heads cannot be divided by two")
+    device, store = jax.devices()[0], HostStore.open(folder)
+    arrays = LiveArrays(dataclasses.replace(shape, cfg=shape.cfg.share(2)), store)
+    arrays.enter_device(device)
+    before = arrays._weights, arrays.cache
+
+    def unreadable(_self):
+        raise StoreError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostStore, "everything_but_experts", unreadable)
+        with pytest.raises(StoreError, match="the disk is gone"):
+            arrays.attend(True, device, 1)
+    assert (arrays._weights, arrays.cache, arrays.shard) == (*before, 0)
+    arrays.attend(True, device, 1)
+    assert arrays.shard == 1
+    assert arrays.cache is not before[1]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.cache import Cache
 from moejax.config import ConfigError
 from serving.batch import Bucket
 from tests.moejax.stepping import Stepper, work
@@ -75,3 +76,17 @@ def test_a_rank_keeps_its_heads_of_every_member_and_as_much_of_the_cache_as_alon
 def test_a_model_whose_heads_cannot_be_divided_is_refused(name: str, tensor: int) -> None:
     with pytest.raises(ConfigError, match=f"over {tensor} ranks|tensor is {tensor}"):
         CONFIGS[name].share(tensor)
+
+
+def test_a_row_that_is_no_number_is_told_of_by_its_own_rank_alone() -> None:
+    model, tokens = grouped("mixtral", 2, (0, 1)), tokens_of(60)
+    model.run(Bucket(2, 2), {0: (work(tokens[:32], 0, PAGES),), 1: (work(tokens[:32], 0, PAGES),)})
+    spoilt = np.array(model.cache.v)
+    spoilt[:, model.entries + PAGES[0] * 32] = np.nan  # rank 1's share of the first entry of the request on rank 0
+    model.cache = jax.device_put(Cache(model.cache.k, spoilt), model.cache.k.sharding)
+    bucket = Bucket(2, 2)
+    works = {rank: (work(tokens[32:], 32, PAGES, samples=False),) for rank in (0, 1)}
+    out = model.run(bucket, works, all_read=False)
+    finite = np.isfinite(out.hidden).all(-1).reshape(2, -1)
+    assert not finite[0, bucket.decode : bucket.decode + 28].any()
+    assert finite[1].all()

@@ -57,6 +57,14 @@ def test_the_loss_of_a_rank_moves_the_requests_of_its_tensor_group():
         assert "no rank is left that attends" in each.reason
 
 
+def test_ranks_that_attend_to_nothing_are_counted_on_for_the_next_group():
+    d = deployment(4)
+    base = solve(WORKLOAD, d.cluster, pages_per_rank=64, tensor=2)
+    three = dataclasses.replace(d, plan=solve(WORKLOAD, d.cluster, alive=[1, 2, 3], previous=base))
+    assert [r.role for r in three.plan.ranks] == ["expert", "collocated", "collocated"]
+    assert all(each.survivable for each in prospects(three, None, lambda dead: True, ())[:3])
+
+
 def test_what_is_protected_is_not_computed_again_and_its_streams_wait_less():
     here = [running(0, 40, "a"), running(2, 17, "b")]
     told, bare = (prospects(deployment(4), None, lambda dead: True, here, protected=p)[0] for p in (True, False))
