@@ -1,5 +1,6 @@
 """Tensor groups over real ranks: whichever rank dies, its group's requests go to whole groups, and no token changes."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from serving.app import Server
 from serving.client import Client
 from serving.errors import NoCapacity
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
+from tests.e2e.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
+from tests.e2e.test_front import Supervised
+from tests.e2e.test_processes import start
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,38 @@ def test_a_drain_moves_the_requests_of_the_group_and_computes_nothing_again(whol
     assert "drained" in {event.kind for event in events_since(whole, before)}
     assert whole.status().tokens_recomputed == computed
     wait_until_whole(whole)
+
+
+def test_a_front_that_finds_no_whole_group_waits_for_one() -> None:
+    process = start("--model", str(TINY), "--ranks", "2", "--tensor", "2", "--grpc-port", "0")
+    server = Supervised(process)
+    with Client(server.address) as client:
+        wait_until_whole(client)
+        known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
+        known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
+        wait_until_whole(client)
+
+        def kill_both() -> None:
+            rank = pid_of(client.status(), 1)
+            os.kill(server.front(), signal.SIGKILL)
+            os.kill(rank, signal.SIGKILL)
+
+        known.during(client, kill_both, after=0.2)
+        wait_until_whole(client)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("protection", ["stream", "off"])
+def test_groups_of_two_hosts_in_another_form_whose_copies_are_told_or_not_made(protection: str) -> None:
+    settings = {"tensor": 2, "hosts": 2, "data_type": "int8", "protect_cache": protection}
+    with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
+        wait_until_whole(client)
+        known = Traffic.record(client, streams=6, prompt_tokens=60, max_tokens=40)
+        known.during(client, kill(client, 2))
+        wait_until_whole(client)
+        known.during(client, lambda: client.kill(0, host="host0"))
+        wait_until_whole(client)
+        status = client.status()
+        assert status.compiles_after_ready == 0
+        assert (status.tokens_restored > 0) == (protection == "stream")
