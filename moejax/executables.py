@@ -127,7 +127,7 @@ def _machine() -> tuple[str, ...]:
 
 _COMPILED_MODULES = (
     *("attention", "axes", "cache", "disaggregated", "exchange", "experts", "heads", "inputs", "layers"),
-    *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps"),
+    *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps", "tensor"),
 )
 
 
