@@ -42,7 +42,7 @@ def roles(client: Client) -> list[str]:
     return [rank.role if rank.state == "serving" else rank.state for rank in client.status().ranks]
 
 
-@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("rank", [0, 3])
 def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
     status, before = whole.status(), last_event(whole)
 
@@ -70,7 +70,7 @@ def test_contexts_come_back_from_the_copies_of_all_ranks_of_the_group(whole: Cli
     assert whole.status().tokens_restored > restored
 
 
-@pytest.mark.parametrize("victims", [(0, 2), (1, 2), (0, 1)], ids=str)
+@pytest.mark.parametrize("victims", [(1, 2), (0, 1)], ids=str)
 def test_what_is_left_of_two_groups_is_a_group(whole: Client, traffic: Traffic, victims: tuple[int, int]) -> None:
     traffic.during(whole, *(kill(whole, victim) for victim in victims))
     wait_until_whole(whole)
