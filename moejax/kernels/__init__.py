@@ -5,6 +5,7 @@
 Both keep the law that rows do not depend on their batch; their results differ in rounding.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,6 +37,19 @@ class KernelError(RuntimeError):
 def active() -> bool:
     """True once the kernels of this process are loaded."""
     return _library is not None
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """While it lasts, programs are traced by the references, as if the kernels were not loaded."""
+    global _library
+    loaded, _library = _library, None
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _library = loaded
+        jax.clear_caches()
 
 
 def library() -> ctypes.CDLL:
