@@ -1,8 +1,8 @@
 """Experts and paged attention on a GPU (Pallas through Triton, compute capability 8.0 and later).
 
 A program of the grid multiplies a tile of rows that want the same slot, so that what is read of the weights is what
-somebody wants; another one takes a segment and one of its key/value heads through its pages. Rows meet bfloat16 and
-int8 weights in bfloat16 with float32 sums; float32 stays float32.
+somebody wants; another one takes queries of a segment and one of its key/value heads through the pages. Rows meet
+bfloat16 and int8 weights in bfloat16 with float32 sums; float32 stays float32.
 """
 
 import functools
@@ -24,6 +24,8 @@ from moejax.precision import Int8
 TILE = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
 _LEAST, _MOST_OUT, _MOST_IN = 16, 64, 128
+_MOST_QUERIES = 64
+"""Rows of queries a program attends with: 256 of 128 numbers do not fit in the shared memory of an H100."""
 
 
 def takes_experts(gate_up: Stacked, down: Stacked) -> bool:
@@ -126,22 +128,23 @@ def paged_attention(
     Z, Q, N, H = q_ZQNH.shape
     R, K, _ = k_RKH.shape
     rows = max(_LEAST, 1 << (Q * N // K - 1).bit_length())
+    block = min(rows, _MOST_QUERIES)
     queries = Queries.of(q_ZQNH * scale, positions_ZQ, K, rows)
     facts = jnp.stack([jnp.broadcast_to(layer, Z), cached_Z, new_base_Z, positions_ZQ.max(1)], axis=1).astype(jnp.int32)
-    whole = lambda each: pl.BlockSpec(each.shape, lambda z, h: (0,) * each.ndim)  # noqa: E731
+    whole = lambda each: pl.BlockSpec(each.shape, lambda *_: (0,) * each.ndim)  # noqa: E731
     new = [each.reshape(R, K * H) for each in (k_RKH, v_RKH)]
     out = pl.pallas_call(
         functools.partial(_attend, page_size=page_size, size=H),
         out_shape=jax.ShapeDtypeStruct((Z, K, rows, H), jnp.float32),
-        grid=(Z, K),
+        grid=(Z, K, rows // block),
         in_specs=[
-            pl.BlockSpec((1, 4), lambda z, h: (z, 0)),
-            pl.BlockSpec((1, page_table_ZM.shape[1]), lambda z, h: (z, 0)),
-            pl.BlockSpec((1, rows), lambda z, h: (z, 0)),
-            pl.BlockSpec((1, 1, rows, H), lambda z, h: (z, h, 0, 0)),
+            pl.BlockSpec((1, 4), lambda z, h, b: (z, 0)),
+            pl.BlockSpec((1, page_table_ZM.shape[1]), lambda z, h, b: (z, 0)),
+            pl.BlockSpec((1, block), lambda z, h, b: (z, b)),
+            pl.BlockSpec((1, 1, block, H), lambda z, h, b: (z, h, b, 0)),
             *map(whole, (*new, cache.k, cache.v)),
         ],
-        out_specs=pl.BlockSpec((1, 1, rows, H), lambda z, h: (z, h, 0, 0)),
+        out_specs=pl.BlockSpec((1, 1, block, H), lambda z, h, b: (z, h, b, 0)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
     )(facts, page_table_ZM, queries.position, queries.rows, *new, cache.k, cache.v)
