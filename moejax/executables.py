@@ -106,10 +106,17 @@ class _Mover(serialize_executable._JaxPjrtUnpickler):
 
 
 def executable_name(kind: str, *parts: object) -> str:
-    """A name that changes with whatever the compiled code depends on: `parts`, the source of what is
-    compiled, the versions of
-    jax and jaxlib, the flags of XLA and the processor."""
-    about = (*map(repr, parts), *_machine(), os.environ.get("XLA_FLAGS", ""), os.environ.get("NPROC", ""))
+    """A name that changes with whatever the compiled code depends on: `parts`, the source of what is compiled, the
+    versions of jax and jaxlib, the flags of XLA, the processor, and the kind of device."""
+    device = jax.local_devices()[0]
+    about = (
+        *map(repr, parts),
+        *_machine(),
+        device.platform,
+        device.device_kind,
+        os.environ.get("XLA_FLAGS", ""),
+        os.environ.get("NPROC", ""),
+    )
     return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
 
 
@@ -128,6 +135,7 @@ def _machine() -> tuple[str, ...]:
 _COMPILED_MODULES = (
     *("attention", "axes", "cache", "disaggregated", "exchange", "experts", "heads", "inputs", "layers"),
     *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps", "tensor"),
+    *("pallas/gpu", "pallas/grouping", "pallas/queries", "pallas/tpu"),
 )
 
 

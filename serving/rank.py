@@ -161,17 +161,18 @@ class Rank:
 
     def _set_up(self, command: link_pb2.Configure) -> None:
         configure_process(command.collective_timeout_s, self._way.address)
-        try:
-            kernels.load()
-        except kernels.KernelError as error:
-            print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
+        if not any(platform in os.environ.get("JAX_PLATFORMS", "") for platform in ("cuda", "tpu")):
+            try:
+                kernels.load()
+            except kernels.KernelError as error:
+                print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
         buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets)
         self._shape = ModelShape(
             cfg=ModelConfig.from_json(command.model_config).share(max(1, command.tensor)),
             buckets=buckets,
             page_size=command.page_size,
             pages=command.pages,
-            shared=command.one_machine and kernels.active() and "cuda" not in os.environ.get("JAX_PLATFORMS", ""),
+            shared=command.one_machine and kernels.active(),
         )
         self._timeout_s = command.collective_timeout_s
         self._executables = ExecutableStore(Path(command.executables))
