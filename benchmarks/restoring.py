@@ -11,10 +11,7 @@ entries are copied, beside the front's work on the answer.
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.packed import packed
 from benchmarks.steady_state import PAGE
+from benchmarks.timing import median_ms
 from moejax import kernels, model, steps
 from moejax.assets import ensure_model
 from moejax.cache import bytes_per_token, empty_cache
 from moejax.config import ModelConfig
-from moejax.inputs import Bucket, packed_size
+from moejax.inputs import Bucket
 from moejax.mesh import make_mesh
 from moejax.params import init_params
 from moejax.store import HostStore
 from moejax.transfer import EntryWriter, rows_by_entry, written
-from serving.batch import TILE, Batch, Work, assemble
+from serving.batch import TILE, Work
 from serving.batch import Bucket as Shape
 from serving.cache_copy import PIECE_ENTRIES, CacheCopy
 
@@ -67,16 +66,14 @@ class OneRank:
     def step(self, shape: Shape, works: tuple[Work, ...]) -> tuple[np.ndarray, model.StepOutputs]:
         """One step and its commit; its inputs, and what it made."""
         bucket = self.bucket(shape)
-        arrays = assemble(Batch(0, 0, shape, {0: works}), 0, page_size=PAGE, max_pages=self.pages)
-        packed = np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
-        assert len(packed) == packed_size(bucket)
+        inputs = packed(shape, works, PAGE, self.pages)
         static = model.StepShape(cfg=self.cfg, bucket=bucket, ranks=1, slots=self._slots, page_size=PAGE)
         arguments = steps.StepArguments(
-            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=jnp.asarray(packed)
+            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=jnp.asarray(inputs)
         )
         out = steps.run_step(arguments, shape=static, mesh=self._mesh)
-        self.cache = jax.block_until_ready(steps.run_commit(self.cache, out.new_kv, packed, bucket=bucket))
-        return packed, out
+        self.cache = jax.block_until_ready(steps.run_commit(self.cache, out.new_kv, inputs, bucket=bucket))
+        return inputs, out
 
     def prefill(self, tokens: int) -> None:
         """Compute a context from its beginning."""
@@ -97,9 +94,9 @@ class OneRank:
         at = np.arange(tokens)
         self.copy.write(at, np.full(tokens, 5), at, np.zeros((tokens, self.copy.entry_bytes), np.uint8))
 
-    def protect(self, shape: Shape, packed: np.ndarray, out: model.StepOutputs) -> None:
+    def protect(self, shape: Shape, inputs: np.ndarray, out: model.StepOutputs) -> None:
         """What a rank does after a step's answer."""
-        wrote = written(packed, self.bucket(shape))
+        wrote = written(inputs, self.bucket(shape))
         self.copy.write(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(out.new_kv, wrote.rows))
         self.copy.seal(0)
 
@@ -113,19 +110,8 @@ class OneRank:
         """The bucket with room for the longest context."""
         return Bucket(decode=shape.decode, tiles=shape.tiles, max_pages=self.pages)
 
-    def _commit(self, cache, new, packed):
-        return steps.run_commit(cache, new, packed, bucket=self.bucket(WRITE))
-
-
-def median_ms(run: Callable[[], object], rounds: int) -> float:
-    """Of `rounds` runs after a first."""
-    took = []
-    for turn in range(rounds + 1):
-        began = time.perf_counter()
-        run()
-        if turn:
-            took.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(took)
+    def _commit(self, cache, new, inputs):
+        return steps.run_commit(cache, new, inputs, bucket=self.bucket(WRITE))
 
 
 def copying(rank: OneRank, rounds: int) -> dict[str, float]:
@@ -135,9 +121,9 @@ def copying(rank: OneRank, rounds: int) -> dict[str, float]:
         ("decode", DECODE, tuple(rank.work(start, 1) for start in range(DECODE.decode))),
         ("prefill", PREFILL, (rank.work(0, PREFILL.tiles * TILE),)),
     ):
-        packed, out = rank.step(shape, works)
+        inputs, out = rank.step(shape, works)
         found[f"{name}_step_ms"] = median_ms(lambda s=shape, w=works: rank.step(s, w), rounds)
-        found[f"{name}_copy_ms"] = median_ms(lambda s=shape, p=packed, o=out: rank.protect(s, p, o), rounds)
+        found[f"{name}_copy_ms"] = median_ms(lambda s=shape, p=inputs, o=out: rank.protect(s, p, o), rounds)
     return found
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.packed import packed
 from moejax import kernels, model, steps
 from moejax.assets import ensure_model
 from moejax.cache import Cache, commit, empty_cache
@@ -33,8 +34,8 @@ from moejax.inputs import Bucket, unpack
 from moejax.mesh import make_mesh
 from moejax.params import init_params
 from moejax.store import HostStore
-from serving.batch import Batch, Work, assemble
 from serving.batch import Bucket as Shape
+from serving.batch import Work
 
 PAGE, CONTEXT = 32, 256
 BUCKETS = (Shape(2, 0), Shape(8, 0), Shape(8, 2))
@@ -89,9 +90,7 @@ def packed_inputs(bucket: Shape, pages: int, context: int = CONTEXT) -> np.ndarr
 
     works = [work(i, 1) for i in range(bucket.decode)]
     works += [work(bucket.decode + i, 32) for i in range(bucket.tiles)]
-    batch = Batch(0, 0, bucket, {0: tuple(works)})
-    arrays = assemble(batch, 0, page_size=PAGE, max_pages=pages).values()
-    return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays])
+    return packed(bucket, tuple(works), PAGE, pages)
 
 
 def main() -> int:

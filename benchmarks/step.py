@@ -15,9 +15,7 @@ import asyncio
 import dataclasses
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads are this module's 
 from benchmarks.launch import launched
 from benchmarks.machine import machine
 from benchmarks.streams import make_asks, play
+from benchmarks.timing import median_ms
 from serving.client import AsyncClient
 from serving.config import DATA_TYPES, Settings
 
 CONTEXT, PAGE = 160, 32
 WATCHED_S = 6.0
+ROUNDS = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def parts(model: str, data_type: str, rows: int) -> tuple[dict[str, Part], float
 
         program = jax.jit(run)
         layers = [layer for layer, _, _ in chosen]
-        return _median(lambda: jax.block_until_ready(program(x, layers))) if chosen else 0.0
+        return median_ms(lambda: jax.block_until_ready(program(x, layers)), ROUNDS) if chosen else 0.0
 
     def routed(x, layer):
         h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
@@ -163,7 +163,7 @@ def parts(model: str, data_type: str, rows: int) -> tuple[dict[str, Part], float
 
     out = steps.run_step(arguments, shape=shape, mesh=make_mesh(jax.devices()[:1]))
     mesh = make_mesh(jax.devices()[:1])
-    whole = _median(lambda: jax.block_until_ready(steps.run_step(arguments, shape=shape, mesh=mesh)))
+    whole = median_ms(lambda: jax.block_until_ready(steps.run_step(arguments, shape=shape, mesh=mesh)), ROUNDS)
     head = params.logits
     logits_of = jax.jit(lambda head, x: row_dot(x, head.weight))
     logits = logits_of(head, x)
@@ -203,9 +203,11 @@ def parts(model: str, data_type: str, rows: int) -> tuple[dict[str, Part], float
         "experts": Part(expert_ms, touched * expert_weights[0], rows * share * 2 * expert_weights[1]),
         "dense": Part(dense_ms, *_twice(dense_weights, rows)),
         "between": Part(max(0.0, whole - attention_ms - routing_ms - expert_ms - dense_ms)),
-        "head": Part(_median(lambda: jax.block_until_ready(logits_of(head, x))), *_twice(head_weights, rows)),
-        "sampling": Part(_median(lambda: jax.block_until_ready(choose(logits, inputs))), 4.0 * rows * cfg.vocab_size),
-        "commit": Part(_median(commit), 2 * 4.0 * rows * cfg.n_layers * sum(cfg.cache_widths)),
+        "head": Part(median_ms(lambda: jax.block_until_ready(logits_of(head, x)), ROUNDS), *_twice(head_weights, rows)),
+        "sampling": Part(
+            median_ms(lambda: jax.block_until_ready(choose(logits, inputs)), ROUNDS), 4.0 * rows * cfg.vocab_size
+        ),
+        "commit": Part(median_ms(commit, ROUNDS), 2 * 4.0 * rows * cfg.n_layers * sum(cfg.cache_widths)),
     }
     return found, *_rates()
 
@@ -223,20 +225,10 @@ def _rates() -> tuple[float, float]:
     threads = int(os.environ["NPROC"])
     blocks = [np.ones(32 << 20, np.float32) for _ in range(threads)]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        read = _median(lambda: list(pool.map(np.add.reduce, blocks)), 7)
+        read = median_ms(lambda: list(pool.map(np.add.reduce, blocks)), 7)
         a, b = np.ones((threads, 768, 768), np.float32), np.ones((768, 768), np.float32)
-        product = _median(lambda: list(pool.map(lambda rows: rows @ b, a)), 15)
+        product = median_ms(lambda: list(pool.map(lambda rows: rows @ b, a)), 15)
     return threads * blocks[0].nbytes / read, threads * 2 * 768**3 / product
-
-
-def _median(run: Callable[[], Any], times: int = 21) -> float:
-    run()
-    took = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        took.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(took)
 
 
 def lines(served: dict[str, float], found: dict[str, Part], ranks: int, rates: tuple[float, float]) -> Iterator[dict]:

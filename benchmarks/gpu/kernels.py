@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.chains import chained, each_ms
 from benchmarks.gpu.models import random_array
 from benchmarks.gpu.rows import Row, attention_work, moe_work, relative
-from benchmarks.gpu.timing import chained, median_ms
 from moejax.attention import paged_attention, paged_attention_reference
 from moejax.cache import Cache
 from moejax.config import ModelConfig
@@ -52,7 +52,7 @@ def experts_rows(cfg: ModelConfig, device: jax.Device, cases: tuple[int, ...], t
         chosen = np.argsort(draw.random((rows, E)), axis=1)[:, :A].astype(np.int32)
         x = jax.device_put(draw.standard_normal((rows, D), np.float32), device)
         wanted = jax.device_put(chosen, device)
-        ms = median_ms(lambda x=x, w=wanted: jax.block_until_ready(run(x, (w, stacks))), times=times)
+        ms = each_ms(run, times, x, (wanted, stacks))
         part = slice(min(rows, COMPARED_ROWS))
         ours = once(x, wanted, stacks, apply=apply_experts)[part]
         theirs = once(x[part], wanted[part], stacks, apply=apply_experts_reference)
@@ -66,11 +66,12 @@ def attention_rows(
 ) -> Iterator[Row]:
     """`paged_attention` of (segments, new positions of each, cached positions of each)."""
     for segments, new, context in cases:
+        assert new in (1, TILE), f"{new} new positions: a step has 1 or {TILE} of each segment"
         yield _attention_row(cfg, device, segments, new, context, times)
 
 
 def _attention_row(cfg: ModelConfig, device: jax.Device, Z: int, Q: int, context: int, times: int) -> Row:
-    """Of segments that have pages of their own, in no order. More than a row each: chunks of a prompt, of TILE."""
+    """Of segments that have pages of their own, in no order."""
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     pages = -(-(context + Q) // PAGE)
     cache = Cache(*(random_array((LAYERS, Z * pages * PAGE, K * H), jnp.float32, seed, device) for seed in (0, 1)))
@@ -92,13 +93,12 @@ def _attention_row(cfg: ModelConfig, device: jax.Device, Z: int, Q: int, context
     run, once = chained(body, times), jax.jit(attend, static_argnames="by")
     k, v, table, cached, base, positions = rest
     operands = (k, v, cache, table, cached, base, positions)
-    ms = median_ms(lambda: jax.block_until_ready(run(q, operands)), times=times)
+    ms = each_ms(run, times, q, operands)
     some = slice(min(Z, COMPARED_SEGMENTS))
     fewer = (k, v, cache, table[some], cached[some], base[some], positions[some])
     ours = once(q, jnp.int32(1), operands, by=paged_attention)[some]
     theirs = once(q[some], jnp.int32(1), fewer, by=paged_attention_reference)
     size, flops = attention_work([context] * Z, Q, N, K, H)
-    assert Q == 1 or Q == TILE
     case = f"{Z} x {Q} after {context}"
     return Row(
         part="attention", model=cfg.name, case=case, ms=ms, bytes=size, flops=flops, error=relative(ours, theirs)

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.gpu.models import layers_that_fit, memory, random_array, random_params, with_layers
 from benchmarks.gpu.rows import Row, attention_work, moe_work, relative
-from benchmarks.gpu.timing import median_ms
 from benchmarks.packed import packed
+from benchmarks.timing import median_ms
 from moejax import kernels, steps
 from moejax.cache import Cache, cache_shapes
 from moejax.config import ModelConfig
@@ -35,7 +35,7 @@ from moejax.programs import (
 from serving.batch import Bucket as Shape
 from serving.batch import Work
 
-PAGE = 32
+PAGE, ROUNDS = 32, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def run(rank: Rank, index: int, case: Case, times: int) -> Row:
         np.asarray(tokens)
         jax.block_until_ready((out, rank.cache))
 
-    ms = median_ms(several, times=times, samples=5)
+    ms = median_ms(several, ROUNDS) / times
     out, _ = rank.step(index, inputs)
     size, flops = step_work(cfg, case, np.asarray(out.expert_load))
     whole = f"{cfg.n_layers} layers" + ("" if np.isfinite(np.asarray(out.hidden)).all() else ", NOT FINITE")
@@ -159,7 +159,7 @@ def run(rank: Rank, index: int, case: Case, times: int) -> Row:
         model=cfg.name,
         case=case.name,
         ms=ms,
-        alone_ms=median_ms(alone, samples=5),
+        alone_ms=median_ms(alone, ROUNDS),
         bytes=size,
         flops=flops,
         note=whole,

@@ -1,12 +1,14 @@
-"""Time of what runs on a device, without that of sending it there."""
+"""Programs that do the same many times, so that what is timed is the device and not what sends it work."""
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+
+from benchmarks.timing import median_ms
+
+SAMPLES = 7
 
 
 def chained(body: Callable[[jax.Array, jax.Array, Any], jax.Array], times: int) -> Callable[..., jax.Array]:
@@ -20,13 +22,6 @@ def chained(body: Callable[[jax.Array, jax.Array, Any], jax.Array], times: int) 
     return run
 
 
-def median_ms(run: Callable[[], Any], *, times: int = 1, samples: int = 7) -> float:
-    """Median milliseconds of one of the `times` that `run` does something, which it waits for; the first is not
-    counted."""
-    run()
-    took = []
-    for _ in range(samples):
-        began = time.perf_counter()
-        run()
-        took.append(1e3 * (time.perf_counter() - began) / times)
-    return statistics.median(took)
+def each_ms(program: Callable[..., jax.Array], times: int, x: jax.Array, operands: Any) -> float:
+    """Median milliseconds of one of the `times` that a chained program does something."""
+    return median_ms(lambda: jax.block_until_ready(program(x, operands)), SAMPLES) / times
