@@ -21,9 +21,13 @@ from moejax.pallas.grouping import by_slot
 from moejax.pallas.queries import Queries
 from moejax.precision import Int8
 
-TILE = 16
+_LEAST = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
-_LEAST, _MOST_OUT, _MOST_IN = 16, 64, 128
+_TILES = ((512, 128), (48, 64))
+"""Rows of a tile where a slot is wanted by so many rows or more on average: weights are read once for each tile. Not
+where rows and weights are float32, which tensor cores do not multiply."""
+_MOST_IN = 128
+"""Products of a row that are summed at a time, in tiles of any size: rows do not depend on their batch."""
 _MOST_QUERIES = 64
 """Rows of queries a program attends with: 256 of 128 numbers do not fit in the shared memory of an H100."""
 
@@ -39,37 +43,47 @@ def experts(
 ) -> jax.Array:
     """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
     items = wanted_rA.size
-    tiles = min(items, slots) + items // TILE
-    there = by_slot(rows_rD, wanted_rA, slots, whole=TILE, places=tiles * TILE)
-    end_S = jnp.cumsum(-(-there.size_S // TILE))
+    held = _met(gate_up.stack)
+    larger = _TILES if held == jnp.bfloat16 else ()
+    tile = next((tile for rows, tile in larger if items >= rows * slots), _LEAST)
+    tiles = min(items, slots) + items // tile
+    there = by_slot(rows_rD.astype(held), wanted_rA, slots, whole=tile, places=tiles * tile)
+    end_S = jnp.cumsum(-(-there.size_S // tile))
     number_T = jnp.arange(tiles)
     slot_T = (number_T[:, None] >= end_S).sum(1, dtype=jnp.int32)
     where = jnp.stack([jnp.broadcast_to(gate_up.index[0], slot_T.shape).astype(jnp.int32), slot_T], axis=1)
     where = jnp.where(number_T[:, None] < end_S[-1], where, -1)
-    hidden = _multiplied(there.rows, where, gate_up.stack, gated=True, interpret=interpret)
-    return there.answers(_multiplied(hidden, where, down.stack, gated=False, interpret=interpret))
+    hidden = _multiplied(there.rows, where, gate_up.stack, held, gated=True, interpret=interpret)
+    return there.answers(_multiplied(hidden, where, down.stack, jnp.float32, gated=False, interpret=interpret))
 
 
-def _multiplied(rows_PK: jax.Array, where_T2: jax.Array, stack: Any, *, gated: bool, interpret: bool) -> jax.Array:
+def _met(stack: Any) -> Any:
+    """The type in which rows meet weights."""
+    return jnp.float32 if not isinstance(stack, Int8) and stack.dtype == jnp.float32 else jnp.bfloat16
+
+
+def _multiplied(
+    rows_PK: jax.Array, where_T2: jax.Array, stack: Any, dtype: Any, *, gated: bool, interpret: bool
+) -> jax.Array:
     """Tiles of rows by the matrices `[N, K]` at (layer, slot) of each, `[P, N]`; if `gated`, silu of the first half
     times the second, `[P, N/2]`."""
     parts = jax.tree.leaves(stack)  # of Int8 its scale besides
-    numbers = parts[0]
+    numbers, tile = parts[0], rows_PK.shape[0] // len(where_T2)
     n = numbers.shape[-2] // (2 if gated else 1)
     k = numbers.shape[-1]
-    out_block, in_block = _block(n, _MOST_OUT), _block(k, _MOST_IN)
+    out_block, in_block = _block(n, 64 if tile == _LEAST else 128), _block(k, _MOST_IN)
     kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block)
     return pl.pallas_call(
         kernel if isinstance(stack, Int8) else functools.partial(_without_scale, kernel),
-        out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), dtype),
         grid=(len(where_T2), n // out_block),
         in_specs=[
             pl.BlockSpec((1, 2), lambda t, _: (t, 0)),
-            pl.BlockSpec((TILE, k), lambda t, _: (t, 0)),
+            pl.BlockSpec((tile, k), lambda t, _: (t, 0)),
             *[pl.BlockSpec(each.shape, lambda t, _, each=each: (0,) * each.ndim) for each in parts],
         ],
-        out_specs=pl.BlockSpec((TILE, out_block), lambda t, o: (t, o)),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        out_specs=pl.BlockSpec((tile, out_block), lambda t, o: (t, o)),
+        compiler_params=triton.CompilerParams(num_warps=8 if tile > 64 else 4, num_stages=3),
         interpret=interpret,
     )(where_T2, rows_PK, *parts)
 
@@ -98,10 +112,10 @@ def _multiply(
             return total if scale_ref is None else total * scale_ref[layer, slot, outs][None, :]
 
         if n is None:
-            out_ref[...] = product(0)
+            out_ref[...] = product(0).astype(out_ref.dtype)
         else:
             gate = product(0)
-            out_ref[...] = gate * jax.nn.sigmoid(gate) * product(n)
+            out_ref[...] = (gate * jax.nn.sigmoid(gate) * product(n)).astype(out_ref.dtype)
 
 
 def takes_attention(heads: int, page_size: int) -> bool:
