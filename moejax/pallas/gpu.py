@@ -2,7 +2,7 @@
 
 A program of the grid multiplies a tile of rows that want the same slot, so that what is read of the weights is what
 somebody wants; another one takes queries of a segment and one of its key/value heads through the pages. Rows meet
-bfloat16 and int8 weights in bfloat16 with float32 sums; float32 stays float32.
+bfloat16 and int8 weights in bfloat16 with float32 sums; float32 stays float32, but for the last bit.
 """
 
 import functools
@@ -25,7 +25,7 @@ _LEAST = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
 _TILES = ((512, 128), (48, 64))
 """Rows of a tile where a slot is wanted by so many rows or more on average: weights are read once for each tile. Not
-where rows and weights are float32, which tensor cores do not multiply."""
+where they are float32, of which so much does not fit in shared memory."""
 _MOST_IN = 128
 """Products of a row that are summed at a time, in tiles of any size: rows do not depend on their batch."""
 _MOST_QUERIES = 64
@@ -72,7 +72,7 @@ def _multiplied(
     n = numbers.shape[-2] // (2 if gated else 1)
     k = numbers.shape[-1]
     out_block, in_block = _block(n, 64 if tile == _LEAST else 128), _block(k, _MOST_IN)
-    kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block)
+    kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block, exact=_exact(interpret))
     return pl.pallas_call(
         kernel if isinstance(stack, Int8) else functools.partial(_without_scale, kernel),
         out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), dtype),
@@ -93,7 +93,15 @@ def _without_scale(kernel: Any, where_ref: Any, rows_ref: Any, stack_ref: Any, o
 
 
 def _multiply(
-    where_ref: Any, rows_ref: Any, stack_ref: Any, scale_ref: Any, out_ref: Any, *, n: int | None, in_block: int
+    where_ref: Any,
+    rows_ref: Any,
+    stack_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    *,
+    n: int | None,
+    in_block: int,
+    exact: Any,
 ) -> None:
     layer, slot = where_ref[0, 0], where_ref[0, 1]
     out_block = out_ref.shape[1]
@@ -106,7 +114,7 @@ def _multiply(
 
             def part(i: jax.Array, total: jax.Array) -> jax.Array:
                 ins = pl.ds(i * in_block, in_block)
-                return total + _dot(rows_ref[:, ins], stack_ref[layer, slot, outs, ins])
+                return total + _dot(rows_ref[:, ins], stack_ref[layer, slot, outs, ins], exact)
 
             total = lax.fori_loop(0, rows_ref.shape[1] // in_block, part, jnp.zeros(out_ref.shape, jnp.float32))
             return total if scale_ref is None else total * scale_ref[layer, slot, outs][None, :]
@@ -148,7 +156,7 @@ def paged_attention(
     whole = lambda each: pl.BlockSpec(each.shape, lambda *_: (0,) * each.ndim)  # noqa: E731
     new = [each.reshape(R, K * H) for each in (k_RKH, v_RKH)]
     out = pl.pallas_call(
-        functools.partial(_attend, page_size=page_size, size=H),
+        functools.partial(_attend, page_size=page_size, size=H, exact=_exact(interpret)),
         out_shape=jax.ShapeDtypeStruct((Z, K, rows, H), jnp.float32),
         grid=(Z, K, rows // block),
         in_specs=[
@@ -178,6 +186,7 @@ def _attend(
     *,
     page_size: int,
     size: int,
+    exact: Any,
 ) -> None:
     layer, cached, base, last = (facts_ref[0, i] for i in range(4))
     head = pl.ds(pl.program_id(1) * size, size)
@@ -196,11 +205,11 @@ def _attend(
     def page(i: jax.Array, carry: Any, k: jax.Array, v: jax.Array) -> Any:
         highest, total, out = carry
         seen = (i * page_size + at_P)[None, :] <= positions[:, None]
-        scores = jnp.where(seen, _dot(q, k), NEGATIVE)
+        scores = jnp.where(seen, _dot(q, k, exact), NEGATIVE)
         higher = jnp.maximum(highest, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         shrink = jnp.exp(highest - higher)
-        return higher, total * shrink + weights.sum(-1), out * shrink[:, None] + _dot(weights, v.T)
+        return higher, total * shrink + weights.sum(-1), out * shrink[:, None] + _dot(weights, v.T, exact)
 
     def of_cache(i: jax.Array, carry: Any) -> Any:
         return page(i, carry, old(cache_k_ref, i), old(cache_v_ref, i))
@@ -217,11 +226,17 @@ def _attend(
     out_ref[0, 0] = out / jnp.maximum(total, 1e-30)[:, None]
 
 
-def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
+def _exact(interpret: bool) -> Any:
+    """How float32 meets float32: as three products of TF32, which tensor cores make to about the last bit. A CPU has no
+    such thing, and needs none."""
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def _dot(a_MK: jax.Array, b_NK: jax.Array, exact: Any) -> jax.Array:
     """`a @ b.T` with float32 sums."""
     dims = (((1,), (1,)), ((), ()))
     if b_NK.dtype == jnp.float32:
-        return lax.dot_general(a_MK, b_NK, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return lax.dot_general(a_MK, b_NK, dims, precision=exact, preferred_element_type=jnp.float32)
     a_MK, b_NK = a_MK.astype(jnp.bfloat16), b_NK.astype(jnp.bfloat16)
     return lax.dot_general(a_MK, b_NK, dims, preferred_element_type=jnp.float32)
 
