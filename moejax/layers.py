@@ -52,10 +52,15 @@ def value(w: Weight) -> Numbers:
 
 def row_dot(x_TD: Float[Numbers, "T D"], w_FD: Weight) -> Float[Numbers, "T F"]:
     """`x @ w.T` `[T, F]` for a weight `[out, in]`, each row summed in the same order whatever T is."""
-    if not kernels.active():
-        return row_dot_reference(x_TD, w_FD)
     stack, index = (w_FD.stack, w_FD.index) if isinstance(w_FD, Stacked) else (w_FD, ())
-    return kernels.row_dot(x_TD, stack, index).astype(x_TD.dtype)
+    if kernels.active():
+        return kernels.row_dot(x_TD, stack, index).astype(x_TD.dtype)
+    if not isinstance(stack, Int8) and stack.dtype == jnp.float32:
+        return row_dot_reference(x_TD, w_FD)
+    from moejax.pallas import gpu  # a CPU's rank can do without: a quarter of a second of its start
+
+    ways = {"cuda": lambda x: gpu.row_dot(x, stack, index).astype(x.dtype)} if gpu.takes_rows(stack) else {}
+    return lax.platform_dependent(x_TD, default=lambda x: row_dot_reference(x, w_FD), **ways)
 
 
 def row_dot_reference(x_TD: Float[Numbers, "T D"], w_FD: Weight) -> Float[Numbers, "T F"]:

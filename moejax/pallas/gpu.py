@@ -1,4 +1,5 @@
-"""Experts and paged attention on a GPU (Pallas through Triton, compute capability 8.0 and later).
+"""Experts, products of a few rows, and paged attention on a GPU (Pallas through Triton, compute capability 8.0 and
+later).
 
 A program of the grid multiplies a tile of rows that want the same slot, so that what is read of the weights is what
 somebody wants; another one takes queries of a segment and one of its key/value heads through the pages. Rows meet
@@ -19,7 +20,7 @@ from moejax.cache import Cache
 from moejax.layers import Stacked
 from moejax.pallas.grouping import by_slot
 from moejax.pallas.queries import Queries
-from moejax.precision import Int8
+from moejax.precision import Int8, at
 
 _LEAST = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
@@ -28,6 +29,10 @@ _TILES = ((512, 128), (48, 64))
 where they are float32, of which so much does not fit in shared memory."""
 _MOST_IN = 128
 """Products of a row that are summed at a time, in tiles of any size: rows do not depend on their batch."""
+_MOST_ROWS = 64
+"""Rows that `row_dot` multiplies where the weights lie; with more XLA's own product pays."""
+_PROGRAMS = 256
+"""Programs that a grid should have: two for each processor of an H100, so that all of them read."""
 _MOST_QUERIES = 64
 """Rows of queries a program attends with: 256 of 128 numbers do not fit in the shared memory of an H100."""
 
@@ -72,6 +77,8 @@ def _multiplied(
     n = numbers.shape[-2] // (2 if gated else 1)
     k = numbers.shape[-1]
     out_block, in_block = _block(n, 64 if tile == _LEAST else 128), _block(k, _MOST_IN)
+    while tile == _LEAST and out_block > _LEAST and len(where_T2) * (n // out_block) < _PROGRAMS:
+        out_block //= 2
     kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block, exact=_exact(interpret))
     return pl.pallas_call(
         kernel if isinstance(stack, Int8) else functools.partial(_without_scale, kernel),
@@ -124,6 +131,29 @@ def _multiply(
         else:
             gate = product(0)
             out_ref[...] = (gate * jax.nn.sigmoid(gate) * product(n)).astype(out_ref.dtype)
+
+
+def takes_rows(stack: Any) -> bool:
+    """Whether `row_dot` covers a stack `[..., F, D]`: bfloat16 or int8, F and D multiples of 16."""
+    numbers = jax.tree.leaves(stack)[0]
+    narrow = isinstance(stack, Int8) or numbers.dtype == jnp.bfloat16
+    return narrow and all(size % _LEAST == 0 for size in numbers.shape[-2:])
+
+
+def row_dot(x_TD: jax.Array, stack: Any, index: tuple[Any, ...], *, interpret: bool = False) -> jax.Array:
+    """`x @ stack[index].T` `[T, F]` in float32; a few rows without copying the matrix out of its stack."""
+    rows = x_TD.astype(jnp.bfloat16)
+    if len(rows) > _MOST_ROWS:
+        numbers, *scale = jax.tree.leaves(at(stack, index))
+        product = _dot(rows, numbers, None)
+        return product * scale[0] if scale else product
+    lead = jax.tree.leaves(stack)[0].shape[:-2]
+    slot = functools.reduce(lambda slot, axis: slot * axis[0] + axis[1], zip(lead, index, strict=True), 0)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[len(lead) :]), stack)
+    tiles = -(-len(rows) // _LEAST)
+    where = jnp.stack([jnp.zeros(tiles, jnp.int32), jnp.full(tiles, slot, jnp.int32)], axis=1)
+    padded = jnp.pad(rows, ((0, tiles * _LEAST - len(rows)), (0, 0)))
+    return _multiplied(padded, where, flat, jnp.float32, gated=False, interpret=interpret)[: len(rows)]
 
 
 def takes_attention(heads: int, page_size: int) -> bool:

@@ -12,7 +12,7 @@ from moejax import kernels
 from moejax.attention import paged_attention, paged_attention_reference
 from moejax.cache import Cache
 from moejax.experts import apply_experts, apply_experts_reference
-from moejax.layers import Stacked
+from moejax.layers import Stacked, row_dot, row_dot_reference
 from moejax.pallas import gpu, tpu
 from moejax.params import FeedForward
 from tests.moejax.models import MIXTRAL
@@ -51,6 +51,19 @@ def test_experts_answer_as_their_reference_whoever_else_asks(kernel, form, rows)
     assert not whole[wanted < 0].any()
     last = slice(rows - 1, rows)
     np.testing.assert_array_equal(ask(jnp.asarray(x[last]), jnp.asarray(wanted[last]))[0], whole[-1])
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 40, 64, 65])
+def test_rows_are_multiplied_as_by_the_reference_wherever_the_matrix_lies(form, rows) -> None:
+    stack, x = held(normal(2, 3, 48, 80, seed=3), form), normal(rows, 80)
+    assert gpu.takes_rows(stack)
+    ours = np.asarray(gpu.row_dot(jnp.asarray(x), stack, (1, jnp.int32(2)), interpret=True))
+    near(ours, row_dot_reference(jnp.asarray(x), Stacked(stack, (1, 2))), 1e-2)
+    single = held(normal(2, 3, 48, 80, seed=3)[1, 2], form)
+    np.testing.assert_array_equal(gpu.row_dot(jnp.asarray(x), single, (), interpret=True), ours)
+    if rows < 65:
+        np.testing.assert_array_equal(gpu.row_dot(jnp.asarray(x[-1:]), single, (), interpret=True)[0], ours[-1])
 
 
 @BOTH
@@ -109,13 +122,14 @@ def test_sizes_that_a_kernel_does_not_cover_are_left_to_the_reference() -> None:
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
 def test_a_step_lowered_for_a_gpu_has_the_kernels_in_it(monkeypatch: pytest.MonkeyPatch, form) -> None:
     monkeypatch.setattr(kernels, "_library", None)
-    experts = weights(form, 128, 256)
+    experts, product = weights(form, 128, 256), form != "float32"  # by which XLA multiplies itself
 
     def layer(x, wanted, *case):
         attended = paged_attention(*case, 16, scale=0.3)
-        return attended, apply_experts(x, wanted, experts, SLOTS, MIXTRAL.moe)
+        projected = row_dot(x, experts.gate_up.at(0))
+        return attended, projected, apply_experts(x, wanted, experts, SLOTS, MIXTRAL.moe)
 
     arguments = (normal(20, 256), wanting(20), *attention_case(1, page=16, size=64)[:-1])
     lower = jax.jit(layer).trace(*arguments).lower
-    assert lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 3
+    assert lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 3 + product
     assert "triton" not in lower(lowering_platforms=("cpu",)).as_text()
