@@ -1,6 +1,7 @@
 """What a GPU makes of a step, beside what it can do: copy bandwidth and bfloat16 products measured in the same run.
 
-    python -m benchmarks.gpu [--json FILE] [--model mixtral-8x7b qwen3-30b-a3b] [--limit-s 560]
+    scripts/gpu [--json FILE] [--model mixtral-8x7b qwen3-30b-a3b] [--limit-s 560]
+    python -m benchmarks.gpu ...                            the same, where jax[cuda12] is installed
     JAX_PLATFORMS=cpu python -m benchmarks.gpu --small      the whole program at sizes for a CPU
 
 One device of 80 GB is enough. Weights are random bfloat16 of the published shapes, as many layers as fit (the note of a
@@ -103,6 +104,8 @@ def _run_part(options: argparse.Namespace) -> Result:
 
     device = jax.devices()[0]
     if device.platform == "cpu":
+        if not options.small:
+            sys.exit("JAX finds no GPU here. Install jax[cuda12] (scripts/gpu does), or measure a CPU with --small.")
         kernels.load()
     if options.part == "limits":
         return dataclasses.asdict(limits.measure(small=options.small)) | {"device": device.device_kind}

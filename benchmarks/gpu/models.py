@@ -17,7 +17,6 @@ from moejax.params import BIAS, Params, is_spec, param_specs
 from moejax.precision import held_bytes, held_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs/models"
-MODELS = ("mixtral-8x7b", "qwen3-30b-a3b")
 SHARE = 0.8
 """Of the memory that a process may take, for weights and cache. XLA's scheduler counts on 80 % of a device: where what
 a program is given takes more than that, it computes again what it could keep."""
