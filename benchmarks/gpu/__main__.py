@@ -102,6 +102,8 @@ def _run_part(options: argparse.Namespace) -> Result:
     from benchmarks.gpu import limits, models
     from moejax import kernels
 
+    # As in a rank: what comes out of JAX's own cache cannot be serialized again on a CPU.
+    jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]
     if device.platform == "cpu":
         if not options.small:
