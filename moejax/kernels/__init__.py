@@ -22,7 +22,7 @@ import numpy as np
 
 from moejax.precision import Int8
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc", "spread.h"))
 CALLS = ("row_dot", "experts", "paged_attention", "likeliest", "drawn", "exchange")
 TARGETS = tuple(f"moejax_{call}" for call in CALLS)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
@@ -75,7 +75,7 @@ def build(folder: Path | None = None) -> Path:
         )
     if not library.is_file():
         part = library.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(part)]
+        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", *(str(each) for each in SOURCES if each.suffix == ".cc"), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")

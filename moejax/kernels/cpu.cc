@@ -24,6 +24,7 @@
 #include <immintrin.h>
 #endif
 
+#include "spread.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -43,7 +44,6 @@ template <typename X>                      // rows of a tile: its sums and what 
 constexpr int64_t ROWS = MANY ? 6 : std::is_same_v<X, float> ? 3 : 2;
 constexpr int64_t STRETCH = 512 * SUMS;    // products that SUMS sums of 32 bits can hold: 512 * 127 * 32767 < 2^31
 constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
-constexpr int64_t PIECES = 8;              // that each thread may take, so that all end at about the same time
 constexpr int64_t LEAST_COLUMNS = 64;      // of an expert in a piece
 constexpr int64_t KEYS = 16;               // of a block of attention
 constexpr int64_t BESIDE = 8;              // vectors of values that are mixed side by side
@@ -399,27 +399,6 @@ std::vector<float*> row_pointers(float* x, int64_t rows, int64_t stride) {
   std::vector<float*> p(rows);
   for (int64_t i = 0; i < rows; ++i) p[i] = x + i * stride;
   return p;
-}
-
-// Runs work(first, last) over [0, size) in pieces of at least `least` and a multiple of `grain`, on the threads there
-// are. Whoever is free takes the next piece, the caller too, so it waits only for pieces that have begun.
-template <typename Work>
-void spread(ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, Work work) {
-  int64_t threads = std::min(pool.num_threads(), size / std::max<int64_t>(least, 1));
-  if (threads <= 1) return work(0, size);
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  int64_t piece = std::max(least, (size / (PIECES * threads) + grain - 1) / grain * grain);
-  piece = (piece + grain - 1) / grain * grain;
-  int64_t pieces = (size + piece - 1) / piece;
-  auto shared = std::make_shared<Shared>();
-  auto take = [shared, pieces, piece, size, &work] {
-    for (int64_t i; (i = shared->next++) < pieces; ++shared->done) work(i * piece, std::min((i + 1) * piece, size));
-  };
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule(std::decay_t<decltype(take)>(take));
-  take();
-  while (shared->done < pieces) std::this_thread::yield();
 }
 
 // Rows as they meet weights of kind W. `room` is where integers are kept.

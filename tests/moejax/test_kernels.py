@@ -1,7 +1,9 @@
 """Laws of the CPU kernels: they compute what their references do, and no bit of a row depends on its batch."""
 
 import dataclasses
+import os
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -206,3 +208,27 @@ def test_a_library_is_built_once(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", no_compile)
     assert kernels.build(tmp_path) == built
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_threads_that_help_keep_off_the_core_of_the_one_that_shares_work_out() -> None:
+    program = """
+import os, threading
+from pathlib import Path
+import jax.numpy as jnp
+from moejax import kernels
+kernels.load()
+cores = os.sched_getaffinity(0)
+for _ in range(20):
+    kernels.row_dot(jnp.ones((64, 512)), jnp.ones((1024, 512)), ()).block_until_ready()
+def allowed(task):
+    return os.sched_getaffinity(int(task.name))
+sets = [allowed(task) for task in Path("/proc/self/task").iterdir()]
+helping = [each for each in sets if each != cores]
+assert helping, "no thread has helped"
+assert all(len(each) == len(cores) - 1 and each < cores for each in helping), helping
+assert os.sched_getaffinity(0) == cores
+"""
+    told = {"NPROC": "2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | told)
+    assert done.returncode == 0, done.stderr
