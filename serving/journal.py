@@ -95,21 +95,20 @@ class Journal:
 
     def replace(self, records: Iterable[bytes]) -> None:
         """Have these records and no others, at once or not at all. Raises OSError with the old ones in place."""
-        data = MAGIC + b"".join(map(frame, records))
-        new = self._path.with_suffix(".new")
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            _write(file, data, 0)
-            os.fdatasync(file)
-            os.rename(new, self._path)
-        except OSError:
-            os.close(file)
-            with contextlib.suppress(OSError):
-                new.unlink()
-            raise
+        new = self.rewrite()
+        new.write(records)
+        self.take(new)
+
+    def rewrite(self) -> "Rewriting":
+        """Begin another file, which may be written beside this one and then taken. Raises OSError."""
+        return Rewriting(self._path.with_suffix(".new"))
+
+    def take(self, new: "Rewriting") -> None:
+        """Have what was written anew and nothing else. Raises OSError with the old records in place."""
+        new.finish(self._path)
         if self._file >= 0:
             os.close(self._file)
-        self._file, self.size, self.dirty = file, len(data), False
+        self._file, self.size, self.dirty = new.file, new.size, new.dirty
 
     def sync(self) -> None:
         """Wait until the disk has what was appended before. Safe from another thread. Raises OSError."""
@@ -123,6 +122,57 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.close(file)
         self._file = self._lock = -1
+
+
+class Rewriting:
+    """A file that is to take the place of a journal's. Until it does, the journal is what it was; a failure removes it.
+
+    The disk has what is written here before the file takes its place. What is added last it may lack, as it may of what
+    has been appended since the journal's last `sync`: there must be none between the beginning and the end of this.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # another process may still write to that one
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self.size = 0
+        self.dirty = False
+        self._path = path
+
+    def write(self, records: Iterable[bytes]) -> None:
+        """Write these first, from any thread. Raises OSError."""
+        with self._or_nothing():
+            self._write(MAGIC)
+            for record in records:
+                self._write(frame(record))
+            os.fdatasync(self.file)
+
+    def add(self, records: Iterable[bytes]) -> None:
+        """Write these behind. Raises OSError."""
+        data = b"".join(map(frame, records))
+        if data:
+            with self._or_nothing():
+                self._write(data)
+            self.dirty = True
+
+    def finish(self, place: Path) -> None:
+        """Be the file of this path. Raises OSError."""
+        with self._or_nothing():
+            os.rename(self._path, place)
+
+    def _write(self, data: bytes) -> None:
+        _write(self.file, data, self.size)
+        self.size += len(data)
+
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.close(self.file)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from serving import errors
 from serving.engine import Output
 from serving.errors import Internal, MoejaxError, UnknownRequest
-from serving.journal import Journal
+from serving.journal import Journal, Rewriting
 from serving.request import Finished, Guide, Request, Scored, Token
 
 LEAST_BYTES = 1 << 20
@@ -61,6 +61,7 @@ class Ledger:
         self._items: dict[str, list[Item]] = {}
         self._ended: dict[str, float] = {}
         self._live = 0
+        self._anew: Anew | None = None
         self._retry_at = 0.0
         self.trouble: str | None = None
         """Why the journal cannot be written, while it cannot."""
@@ -68,8 +69,9 @@ class Ledger:
             self._read(json.loads(record))
         now = clock()
         self._ended = dict.fromkeys((call for call in self._calls if self._is_over(call)), now)
-        if self.keeps:
-            self._compact()
+        if (anew := self.rewrite()) is not None:
+            anew.write()
+            self.rewritten(anew)
 
     @property
     def keeps(self) -> bool:
@@ -114,15 +116,13 @@ class Ledger:
         call = self._call_of.get(request_id)
         if call is not None and call not in self._written:
             self._written.add(call)
-            self._append([self._call_record(self._calls[call])])
+            self._append([_call_record(self._calls[call], self._shift)])
 
     def note(self, outputs: Iterable[Output]) -> None:
         """What clients are about to be told, of one step."""
         known = [(request_id, item) for request_id, item in outputs if self._add(request_id, item)]
         if known:
             self._append([_record({"told": [[request_id, *_item_json(item)] for request_id, item in known]})])
-        if self._journal is not None and self._journal.size > max(LEAST_BYTES, 4 * self._live):
-            self._compact()
 
     def left(self, call_id: str) -> None:
         """The caller has gone, or has all of it: what has not ended has been cancelled."""
@@ -135,12 +135,53 @@ class Ledger:
         self.note([(r.id, Finished("cancelled")) for r in call.requests if not _is_end(self._items[r.id])])
 
     def tend(self) -> None:
-        """Forget what ended long ago, and try again what could not be written."""
+        """Forget what ended long ago."""
         now = self._clock()
         for call_id in [call for call, at in self._ended.items() if at + self._keep_s <= now]:
             self._drop(call_id)
-        if self.trouble is not None and now >= self._retry_at:
-            self._compact()
+
+    @property
+    def overgrown(self) -> bool:
+        """The journal should be written anew: most of it is over, or it lacks something and may be tried again."""
+        if self._journal is None or self._anew is not None:
+            return False
+        if self.trouble is not None:
+            return self._clock() >= self._retry_at
+        return self._journal.size > max(LEAST_BYTES, 4 * self._live)
+
+    def rewrite(self) -> "Anew | None":
+        """Begin to write the journal anew with what is known and nothing else. The caller lets `Anew.write` run in
+        another thread, and gives it back to `rewritten`; `sync` is not called meanwhile. None when it cannot begin."""
+        if self._journal is None:
+            return None
+        known = [
+            (
+                self._calls[call_id],
+                [(r.id, self._items[r.id], len(self._items[r.id])) for r in self._calls[call_id].requests],
+            )
+            for call_id in self._calls
+            if call_id in self._written
+        ]
+        try:
+            self._anew = Anew(self._journal.rewrite(), known, self._shift)
+        except OSError as error:
+            self._failed(error)
+        return self._anew
+
+    def rewritten(self, anew: "Anew") -> None:
+        """What was written anew takes the journal's place, with what was noted meanwhile."""
+        self._anew = None
+        if self._journal is None:
+            return
+        try:
+            if anew.error is not None:
+                raise anew.error
+            anew.file.add(anew.meanwhile)
+            self._journal.take(anew.file)
+        except OSError as error:
+            self._failed(error)
+            return
+        self._live, self.trouble = self._journal.size, None
 
     @property
     def dirty(self) -> bool:
@@ -191,6 +232,8 @@ class Ledger:
         return all(_is_end(self._items[request.id]) for request in self._calls[call_id].requests)
 
     def _append(self, records: list[bytes]) -> None:
+        if self._anew is not None:
+            self._anew.meanwhile += records
         if self._journal is None or self.trouble is not None:
             return
         try:
@@ -198,30 +241,9 @@ class Ledger:
         except OSError as error:
             self._failed(error)
 
-    def _compact(self) -> None:
-        """Write what is known anew, and nothing else."""
-        if self._journal is None:
-            return
-        try:
-            self._journal.replace(self._records())
-        except OSError as error:
-            self._failed(error)
-            return
-        self._live, self.trouble = self._journal.size, None
-
     def _failed(self, error: OSError) -> None:
         self.trouble = f"the journal cannot be written: {error.strerror or error}"
         self._retry_at = self._clock() + RETRY_S
-
-    def _records(self) -> Iterator[bytes]:
-        for call_id in self._calls.keys() & self._written:
-            yield self._call_record(self._calls[call_id])
-            for request in self._calls[call_id].requests:
-                yield _record({"told": [[request.id, *_item_json(item)] for item in self._items[request.id]]})
-
-    def _call_record(self, call: Call) -> bytes:
-        value = dataclasses.asdict(call) | {"requests": [_request_json(r, self._shift) for r in call.requests]}
-        return _record({"call": value})
 
     def _read(self, value: Mapping[str, Any]) -> None:
         if "call" in value:
@@ -234,6 +256,36 @@ class Ledger:
                 self._written.add(call.id)
         for request_id, kind, parts in value.get("told", ()):
             self._add(request_id, _item_value(kind, parts))
+
+
+class Anew:
+    """The journal as it is being written anew: `known` calls with their requests' items, so many of each."""
+
+    def __init__(
+        self, file: Rewriting, known: list[tuple[Call, list[tuple[str, list[Item], int]]]], shift: float
+    ) -> None:
+        self.file = file
+        self.meanwhile: list[bytes] = []
+        """Records of what was noted since."""
+        self.error: OSError | None = None
+        """Why it could not be written."""
+        self._known = known
+        self._shift = shift
+
+    def write(self, pause_s: float = 0.0) -> None:
+        """Write what is known, from any thread, and let others run for so long after each record."""
+        try:
+            self.file.write(self._records(pause_s))
+        except OSError as error:
+            self.error = error
+
+    def _records(self, pause_s: float) -> Iterator[bytes]:
+        for call, requests in self._known:
+            yield _call_record(call, self._shift)
+            for request_id, items, count in requests:
+                yield _record({"told": [[request_id, *_item_json(item)] for item in items[:count]]})
+                if pause_s:
+                    time.sleep(pause_s)
 
 
 def tokens(items: Iterable[Item]) -> tuple[int, ...]:
@@ -257,6 +309,10 @@ def _is_end(items: list[Item]) -> bool:
 
 def _record(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _call_record(call: Call, shift: float) -> bytes:
+    return _record({"call": dataclasses.asdict(call) | {"requests": [_request_json(r, shift) for r in call.requests]}})
 
 
 def _request_json(request: Request, shift: float) -> dict[str, Any]:

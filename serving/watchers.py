@@ -14,6 +14,8 @@ FOLLOW_S = 0.2
 """How often the file of device errors is looked at."""
 TEND_S = 0.25
 """How often the journal is looked after."""
+PAUSE_S = 0.0002
+"""How long the steps have the interpreter to themselves after each request of a journal that is written anew."""
 
 
 async def scrub(slots: Callable[[], int], inspect: Callable[[int], Awaitable[None]], period_s: float) -> None:
@@ -58,12 +60,15 @@ async def follow_errors(path: Path, report: Callable[[DeviceError], object], say
 
 
 async def keep_journal(ledger: Ledger, tell: Callable[[str | None], None], sync_s: float) -> None:
-    """Once in a while: forget what is over, `tell` why nothing can be written or that it can again, and let the disk
-    have the rest. Ends when cancelled."""
+    """Once in a while: forget what is over, write the journal anew where that is due, `tell` why nothing can be written
+    or that it can again, and let the disk have the rest. Ends when cancelled."""
     synced, before = time.monotonic(), None
     while True:
         await asyncio.sleep(TEND_S)
         ledger.tend()
+        if ledger.overgrown and (anew := ledger.rewrite()) is not None:
+            await asyncio.to_thread(anew.write, PAUSE_S)
+            ledger.rewritten(anew)
         if (ledger.trouble is None) != (before is None):
             tell(ledger.trouble)
         before = ledger.trouble

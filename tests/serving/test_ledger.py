@@ -1,5 +1,6 @@
 """A call can be told again exactly, by this front and, from the journal, by the next."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import NoCapacity, UnknownRequest
-from serving.journal import Journal, frame, read
+from serving.journal import Journal, Rewriting, frame, read
 from serving.ledger import Call, Ledger
 from serving.request import Finished, Guide, Request, Scored, Token
 
@@ -45,6 +46,13 @@ def call(name: str, answers: int = 1, **fields: Any) -> Call:
 def opened(folder: str | Path, **fields: Any) -> Ledger:
     journal, records = Journal.open(Path(folder))
     return Ledger(journal, records, **fields)
+
+
+def renew(ledger: Ledger) -> None:
+    """The journal written anew, if that is due."""
+    if ledger.overgrown and (anew := ledger.rewrite()) is not None:
+        anew.write()
+        ledger.rewritten(anew)
 
 
 def told(ledger: Ledger, name: str) -> tuple[Any, ...]:
@@ -141,6 +149,7 @@ def test_the_journal_does_not_grow_with_what_is_over(tmp_path: Path) -> None:
         ledger.note([(f"{number}-0", Token(i, 5, -0.5, 1)) for i in range(100)])
         ledger.note([(f"{number}-0", Finished("length"))])
         ledger.tend()
+        renew(ledger)
     assert (tmp_path / "requests.journal").stat().st_size < 2 << 20
 
 
@@ -153,10 +162,10 @@ def test_a_journal_that_cannot_be_written_is_told_of_and_written_again_when_it_c
                 raise OSError(28, "No space left on device")
             super().append(records)
 
-        def replace(self, records: Any) -> None:
+        def rewrite(self) -> Rewriting:
             if self.full:
                 raise OSError(28, "No space left on device")
-            super().replace(records)
+            return super().rewrite()
 
     now = [0.0]
     journal, _ = Full.open(tmp_path)
@@ -168,9 +177,86 @@ def test_a_journal_that_cannot_be_written_is_told_of_and_written_again_when_it_c
     assert ledger.trouble is not None
     assert "No space left" in ledger.trouble
     ledger.note([("a-0", ITEMS[2])])
-    journal.full, now[0] = False, 10.0
-    ledger.tend()
+    now[0] = 10.0
+    renew(ledger)
+    assert ledger.trouble is not None
+    assert not ledger.overgrown
+    journal.full, now[0] = False, 20.0
+    renew(ledger)
     assert ledger.trouble is None
     ledger.note([("a-0", ITEMS[3])])
     ledger.close()
     assert told(opened(tmp_path), "a-0") == tuple(map(repr, ITEMS))
+
+
+@given(st.data())
+def test_a_kill_at_any_moment_of_a_rewriting_loses_nothing_that_was_told(data: st.DataObject) -> None:
+    names = ("a-0", "a-1", "b-0")
+    left = {name: [*ITEMS, ENDS[0]] for name in names}
+    heard: dict[str, list[Any]] = {name: [] for name in names}
+    moments: list[tuple[dict[str, bytes], dict[str, tuple[str, ...]]]] = []
+    pwrite, rename, writing = os.pwrite, os.rename, False
+
+    def note() -> None:
+        nonlocal writing
+        before, writing = writing, False
+        name = data.draw(st.sampled_from(names))
+        if left[name]:
+            item = left[name].pop(0)
+            ledger.note([(name, item)])
+            heard[name].append(item)
+        writing = before
+
+    def look() -> None:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        moments.append((files, {name: tuple(map(repr, items)) for name, items in heard.items()}))
+
+    def in_halves(file: int, written: Any, at: int) -> int:
+        half = len(written) // 2
+        pwrite(file, written[:half], at)
+        look()
+        pwrite(file, written[half:], at + half)
+        look()
+        if writing and data.draw(st.booleans()):
+            note()
+        return len(written)
+
+    def renamed(*paths: Any) -> None:
+        look()
+        rename(*paths)
+        look()
+
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        folder = Path(place) / "j"
+        ledger = opened(folder)
+        for one in (call("a", 2), call("b")):
+            ledger.remember(one)
+            ledger.accepted(f"{one.id}")
+        for _ in range(data.draw(st.integers(0, 12))):
+            note()
+        patch.setattr(os, "pwrite", in_halves)
+        patch.setattr(os, "rename", renamed)
+        for _ in range(data.draw(st.integers(1, 2))):
+            anew = ledger.rewrite()
+            assert anew is not None
+            writing = True
+            anew.write()
+            writing = False
+            note()
+            ledger.rewritten(anew)
+            note()
+        ledger.close()
+        patch.undo()
+        whole = tuple(map(repr, [*ITEMS, ENDS[0]]))
+        for number, (files, known) in enumerate(moments):
+            killed = Path(place) / str(number)
+            killed.mkdir()
+            for name, content in files.items():
+                (killed / name).write_bytes(content)
+            again = opened(killed)
+            assert all(again.is_kept(name) for name in names)
+            for name in names:
+                found = told(again, name)
+                assert found == whole[: len(found)]
+                assert found[: len(known[name])] == known[name]
+            again.close()
