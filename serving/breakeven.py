@@ -68,6 +68,11 @@ class Costs:
         """So many entries were restored in one message."""
         return dataclasses.replace(self, piece=self.piece.seen(entries, seconds))
 
+    def in_turn(self, tokens: int) -> bool:
+        """Whether prompts of so many tokens have their first token sooner, on the whole, one after the other than all
+        together: another step costs less than a prompt."""
+        return self.step.fixed < self.step.slope * tokens
+
     def recompute_s(self, tokens: int, chunk: int) -> float:
         """Until the next token of a request of which so many are to be computed, `chunk` of them in a step."""
         return -(-tokens // chunk) * self.step.fixed + tokens * self.step.slope

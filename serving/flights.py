@@ -6,9 +6,10 @@ There is one, or two where the second was made while the first runs.
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import Iterable
 
-from serving.batch import Batch
+from serving.batch import Batch, Bucket
 from serving.config import Settings
 from serving.engine import EngineState
 from serving.links import RankLinks
@@ -16,6 +17,13 @@ from serving.page_index import PageNews
 from serving.proto.moejax.v1 import link_pb2
 from serving.shaping import Masks
 from serving.step_wire import step_message
+
+TURNS = 3
+"""Of the event loop, until what was sent is with gRPC, and those told of the step before have heard."""
+KEPT = 8
+"""Steps of a bucket by which the next one is judged."""
+LEAST_S = 0.001
+"""What it is worth to wait for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,10 @@ class Flights:
         self._masks = masks
         self._news = PageNews()
         self._flights: collections.deque[Flight] = collections.deque()
+        self._took: dict[Bucket, collections.deque[float]] = {}
+        """Seconds that the last steps of each bucket took."""
+        self._free_at = 0.0
+        """When the step before the first one in flight was over."""
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -60,6 +72,16 @@ class Flights:
         parts = {rank: self._part(batch, rank, epoch, before, state) for rank in ranks}
         self._flights.append(Flight(batch, began, asyncio.create_task(self._links.step(parts))))
 
+    async def half(self) -> None:
+        """Wait for half of the first step, by the quickest of those like it, so that requests which come meanwhile are
+        in the next one; at least until it is on its way to the ranks."""
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        if self._flights and (took := self._took.get(self.first.batch.bucket)):
+            left = max(self.first.began, self._free_at) + min(took) / 2 - time.monotonic()
+            if left > LEAST_S:
+                await asyncio.wait([self.first.answers], timeout=left)
+
     async def land(self) -> dict[int, link_pb2.StepDone]:
         """The answers to the step that was sent first. When it failed, those after it have too. Raises RankLost,
         RankRefused or Poisoned."""
@@ -68,7 +90,10 @@ class Flights:
         except Exception:
             self.ground()
             raise
-        self._flights.popleft()
+        landed, now = self._flights.popleft(), time.monotonic()
+        took = self._took.setdefault(landed.batch.bucket, collections.deque(maxlen=KEPT))
+        took.append(now - max(landed.began, self._free_at))
+        self._free_at = now
         return answers
 
     def ground(self) -> None:

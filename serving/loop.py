@@ -358,6 +358,8 @@ class Loop:
                         self._resumed()
                         await self._sleep()
                         continue
+                if self.settings.lookahead:
+                    await self._flights.half()
                 if self._may_look_ahead():
                     self._launch()
                 await self._land()
@@ -387,7 +389,7 @@ class Loop:
         plan, epoch = failover.plan, failover.epoch
         admitted, batch = self.state.admitted, None
         if failover.can_step and not self.operations.paused:
-            self.state, batch = schedule(self.state)
+            self.state, batch = schedule(self.state, in_turn=self.restoration.in_turn)
         left, queued = self.state.admitted - admitted, bool(self.state.waiting)
         self._backlog = self._backlog.looked(began, left=left, queued=queued)
         if batch is None or plan is None:

@@ -358,8 +358,9 @@ class Rank:
             before.close()
 
     def protect(self) -> None:
-        """Copy what the last step wrote to where it outlives this rank. After its report, so that nobody waits. A rank
-        that cannot serves on without a copy, whose seal then stays behind."""
+        """Copy what the last step wrote to where it outlives this rank. After its report, and beside the next step if
+        that is there already, so that nobody waits. A rank that cannot serves on without a copy, whose seal then stays
+        behind."""
         step, self._uncopied = self._uncopied, None
         if step is None or self._protector is None:
             return
@@ -369,6 +370,11 @@ class Rank:
             self._protector = None
             text = f"rank {self.rank}: the cache is not copied any more: {type(error).__name__}: {error}"
             print(text, file=sys.stderr, flush=True)
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a step that has begun goes on without this thread."""
+        return self._adopted is not None and not self._adopted.mesh.attention
 
     def _copy_step(self, step: int, bucket: int, wrote: Written, outputs: StepOutputs) -> None:
         assert self._protector is not None
@@ -380,7 +386,7 @@ class Rank:
         self._protector.seal(step)
 
     def told(self) -> list[link_pb2.Report]:
-        """What the front must hear of copies before the next answer."""
+        """What the front has not heard of copies."""
         messages = self._protector.told() if self._protector is not None else []
         return [link_pb2.Report(rank=self.rank, copied=message) for message in messages]
 
@@ -416,6 +422,8 @@ class Rank:
             packed = jax.device_put(inputs, self.device)
             began = time.perf_counter()
             outputs = programs.step(command.bucket)(adopted.arguments(packed))
+            if self.runs_beside:
+                self.protect()
             poisoned = self._poisoned(outputs, inputs, command.bucket)
             if poisoned or (command.after and self._chosen is None):
                 # The others may be in the step after this one already, and need this rank's part of its exchange.
@@ -580,17 +588,23 @@ class Link:
         while True:
             front, command, received = self._orders.get()
             what = command.WhichOneof("what")
-            if front.over:
-                continue
-            if what == "step":
-                front.say(self._rank.step(command.step, max(received, free_at)))
-                self._rank.protect()
-                self._tell(front)
-                free_at = time.perf_counter()
-            elif what == "prepare":
-                self._loader.submit(self._obey, front, command, what)
-            else:
-                self._obey(front, command, what)
+            if not front.over:
+                if what == "step":
+                    report = self._rank.step(command.step, max(received, free_at))
+                    self._tell(front)
+                    front.say(report)
+                elif what == "prepare":
+                    self._loader.submit(self._obey, front, command, what)
+                else:
+                    self._protect(front)
+                    self._obey(front, command, what)
+            if self._orders.empty() or not self._rank.runs_beside:
+                self._protect(front)
+            free_at = time.perf_counter()
+
+    def _protect(self, front: Attachment) -> None:
+        self._rank.protect()
+        self._tell(front)
 
     def _obey(self, front: Attachment, command: link_pb2.Command, what: str) -> None:
         began = time.perf_counter()

@@ -63,6 +63,12 @@ class Restoration:
         """There are cache entries to copy now: those of requests that have a place."""
         return any(sequence.restoring for sequence in self._engine.state.running.values())
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether prompts that the smallest bucket holds are computed one after the other rather than together."""
+        least = min(bucket.tiles for bucket in self._engine.state.limits.buckets if bucket.tiles)
+        return self.costs.in_turn(TILE * least)
+
     def stepped(self, batch: Batch, seconds: float) -> None:
         """A step took so long."""
         tokens = max(sum(len(work.tokens) for work in part if work.tiles) for part in batch.work.values())

@@ -17,17 +17,23 @@ from serving.fairness import Turns
 from serving.pages import Key, page_keys
 from serving.sequence import Sequence
 
+DECODE_ROWS_OF_A_TILE = 4
+"""So many decode rows let one more tile of a prompt run beside them."""
 
-def schedule(state: EngineState) -> tuple[EngineState, Batch | None]:
-    """The state with the step's pages taken and places given, and the step, if there is anything to do."""
+
+def schedule(state: EngineState, *, in_turn: bool = False) -> tuple[EngineState, Batch | None]:
+    """The state with the step's pages taken and places given, and the step, if there is anything to do. With `in_turn`
+    a step that is for prompts has no more of them than fit in the bucket of the first."""
     limits, draft = state.limits, _Draft(state)
     for rank in state.pools:
         draft.grow(rank)
     tiles = 0
     if not (state.decode_first and draft.decoding):
         draft.admit()
-        bounded = draft.decoding >= draft.behind
-        tiles = min(limits.tiles_while_decoding, limits.most_tiles) if bounded else limits.most_tiles
+        if draft.decoding >= draft.behind:
+            tiles = draft.tiles_beside
+        else:
+            tiles = draft.tiles_of_first if in_turn else limits.most_tiles
     work = {rank: _rank_work(sequences, tiles) for rank, sequences in draft.ranks.items()}
     if not any(work.values()):
         return state, None
@@ -68,6 +74,27 @@ class _Draft:
     def decoding(self) -> int:
         """How many sequences are at their decode rows, on all ranks."""
         return sum(_decodes(sequence) for sequences in self.ranks.values() for sequence in sequences)
+
+    @property
+    def tiles_beside(self) -> int:
+        """Tiles of prompts in a step of those that decode: the more they are, the more prompts come in their time, and
+        the less each of them is held up by another tile."""
+        limits = self.before.limits
+        wanted = max(limits.tiles_while_decoding, self.decode_rows // DECODE_ROWS_OF_A_TILE)
+        return min(wanted, limits.most_tiles)
+
+    @property
+    def tiles_of_first(self) -> int:
+        """Tiles of the bucket that the first prompt of every rank fits in beside what decodes there."""
+        limits = self.before.limits
+        first = (next(iter(_prefills(sequences)), None) for sequences in self.ranks.values())
+        need = max((-(-each.pending // TILE) for each in first if each is not None), default=0)
+        return covering(limits.buckets, (self.decode_rows, min(need, limits.most_tiles))).tiles
+
+    @property
+    def decode_rows(self) -> int:
+        """Of the rank that has most."""
+        return max((sum(map(_decodes, sequences)) for sequences in self.ranks.values()), default=0)
 
     @property
     def behind(self) -> int:
@@ -228,13 +255,18 @@ def _rank_work(sequences: list[Sequence], tiles: int) -> tuple[Work, ...]:
     """A decode row for each sequence that needs just that, then chunks of the others in so many tiles."""
     work = [_work(sequence, 1) for sequence in sequences if _decodes(sequence)]
     if tiles:
-        prefill = [sequence for sequence in sequences if sequence.pending > 1 and not sequence.restoring]
-        for sequence in sorted(prefill, key=lambda sequence: not sequence.generated):
+        for sequence in _prefills(sequences):
             if tiles == 0:
                 break
             work.append(_work(sequence, min(sequence.pending, tiles * TILE)))
             tiles -= work[-1].tiles
     return tuple(work)
+
+
+def _prefills(sequences: list[Sequence]) -> list[Sequence]:
+    """Those with more than a token to compute, the next one first."""
+    prefill = [sequence for sequence in sequences if sequence.pending > 1 and not sequence.restoring]
+    return sorted(prefill, key=lambda sequence: not sequence.generated)
 
 
 def _work(sequence: Sequence, count: int) -> Work:

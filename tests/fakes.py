@@ -157,6 +157,8 @@ class FakeServer:
     ranks: dict[int, FakeRank] = dataclasses.field(default_factory=dict)
     requests: dict[str, Request] = dataclasses.field(default_factory=dict)
     heard: dict[str, list[Scored | Token | Finished | Exception]] = dataclasses.field(default_factory=dict)
+    in_turn: bool = False
+    """Prompts that fit in a small bucket are computed one after the other."""
     made: dict[str, int] = dataclasses.field(default_factory=dict)
     """The last token that each request was given by a rank."""
 
@@ -178,7 +180,7 @@ class FakeServer:
 
     def begin(self) -> Batch | None:
         """Schedule a step."""
-        state, batch = schedule(self.state)
+        state, batch = schedule(self.state, in_turn=self.in_turn)
         self._move(state)
         return batch
 

@@ -75,7 +75,15 @@ def build(folder: Path | None = None) -> Path:
         )
     if not library.is_file():
         part = library.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, *FLAGS, "-w", f"-I{jax.ffi.include_dir()}", *(str(each) for each in SOURCES if each.suffix == ".cc"), "-o", str(part)]
+        command = [
+            compiler,
+            *FLAGS,
+            "-w",
+            f"-I{jax.ffi.include_dir()}",
+            *(str(each) for each in SOURCES if each.suffix == ".cc"),
+            "-o",
+            str(part),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")

@@ -508,8 +508,9 @@ class AnySchedule(RuleBasedStateMachine):
         self.now += 1
         self.server.expire(self.now)
 
-    @rule(count=st.integers(1, 12))
-    def steps(self, count):
+    @rule(count=st.integers(1, 12), in_turn=st.booleans())
+    def steps(self, count, in_turn):
+        self.server.in_turn = in_turn
         for _ in range(count):
             self.server.step()
 

@@ -111,7 +111,9 @@ async def lose_front_and_rank(folder: Path, shares: bool) -> None:
             await second.failover.start()
             second.loop.start()
             kept = second.loop.status().tokens
-            while second.loop.status().tokens < kept + len(second.requests):
+            rank = second.links.get(1)
+            assert rank is not None
+            while second.loop.status().tokens < kept + len(second.requests) or rank.uncopied is not None:
                 await asyncio.sleep(0)
             there = sum(s.withdrawn().computed for s in second.loop.state.running.values() if s.rank == 1)
             second.links.kill(1)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from serving.batch import TILE, Batch, Bucket
 from serving.engine import EngineState
-from serving.scheduler import schedule
+from serving.scheduler import DECODE_ROWS_OF_A_TILE, schedule
 from tests.fakes import FakeServer, small_limits, small_request
 
 
@@ -47,10 +47,48 @@ def test_several_prompts_share_a_step():
     assert counts(s.step()) == {"a": 1, "b": 1, "c": 1}
 
 
+@given(st.lists(st.integers(2, 128), min_size=1, max_size=8), st.integers(0, 3))
+def test_prompts_in_turn_end_in_the_order_they_came_each_in_the_bucket_of_the_first(lengths, decoding):
+    s = server((200,), buckets=((4, 0), (4, 2), (16, 4)), prefix_caching=False, max_context=200)
+    for number in range(decoding):
+        s.submit(small_request(f"d{number}", (5,), max_tokens=50))
+        s.step()
+    s.in_turn = True
+    names = [f"p{number}" for number in range(len(lengths))]
+    for name, length in zip(names, lengths, strict=True):
+        s.submit(small_request(name, range(length), max_tokens=50))
+    begun: list[str] = []
+    while len(begun) < len(names):
+        waiting = names[len(begun) :]
+        computed = sequence.computed if (sequence := s.state.running.get(waiting[0])) else 0
+        tiles = -(-(lengths[len(begun)] - computed) // TILE)
+        batch = s.step()
+        assert batch is not None
+        rows = sum(not item.tiles for item in batch.work[0])
+        if rows < len(waiting):
+            assert batch.bucket.tiles == (2 if rows <= 4 and tiles <= 2 else 4)
+        begun += [name for name in waiting if s.heard[name]]
+    assert begun == names
+    s.drain()
+    s.check_streams(all_ended=True)
+
+
 def test_a_prompt_of_one_token_needs_no_tile():
     s = server()
     s.submit(small_request("a", (5,)))
     assert s.step().bucket == Bucket(2, 0)
+
+
+def test_the_more_decode_the_more_tiles_run_beside_them():
+    tiles = {}
+    for decoding in (8, 16, 24):
+        s = server((400,), buckets=((32, 8),), prefix_caching=False, max_context=200, max_queue=40)
+        for number in range(decoding):
+            s.submit(small_request(f"d{number}", (5,), max_tokens=50))
+        s.step()
+        s.submit(small_request("p", range(190), max_tokens=1))
+        tiles[decoding] = counts(s.step())["p"] // TILE
+    assert tiles == {8: 2, 16: 4, 24: 190 // TILE}
 
 
 def test_while_any_rank_decodes_prefill_gets_few_tiles_on_every_rank():
@@ -226,9 +264,10 @@ requests = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 96))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(requests, min_size=4, max_size=11), st.lists(st.integers(3, 8), min_size=1, max_size=3))
-def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pages):
+@given(st.lists(requests, min_size=4, max_size=11), st.lists(st.integers(3, 8), min_size=1, max_size=3), st.booleans())
+def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pages, in_turn):
     s = server((8, *pages))
+    s.in_turn = in_turn
     for number, (length, max_tokens, first) in enumerate(load):
         prompt = [(first + 5 * i) % 97 for i in range(length)]
         s.submit(small_request(f"r{number}", prompt, max_tokens=max_tokens, seed=number))
@@ -252,7 +291,8 @@ def check_step(before: EngineState, batch: Batch, s: FakeServer) -> None:
     assert batch.bucket in covers
     decoding = sum(not item.tiles for part in batch.work.values() for item in part)
     behind = len(before.running) + len(before.waiting) - decoding
-    assert tiles <= (limits.tiles_while_decoding if decoding >= max(behind, 1) else limits.most_tiles)
+    beside = max(limits.tiles_while_decoding, rows // DECODE_ROWS_OF_A_TILE)
+    assert tiles <= (beside if decoding >= max(behind, 1) else limits.most_tiles)
     for sequence in before.running.values():
         now = s.state.find(sequence.id)
         if sequence.pending == 1 and now is not None and now.rank == sequence.rank:
