@@ -1,13 +1,14 @@
 """What a server pays for being able to lose something while nothing is lost: the same server with and without.
 
-    python -m benchmarks.protections [--model smollm2-moe|tiny] [--ranks 4] [--streams 8] [--rounds 7] [--json FILE]
+    python -m benchmarks.protections [--model smollm2-moe|tiny] [--ranks 4] [--pairs 3] [--rounds 7] [--json FILE]
 
 Two servers run side by side and are asked turn about, first the one and then the other first, so that what else the
 machine does hits both alike. One is as it comes: caches are copied to memory that outlives the rank, requests and
 tokens go to the journal, weights are scrubbed, a second front stands by. The other does none of this. Heartbeats,
-epochs and the read-only cache with its commit are in both; what these cost `benchmarks.steady_state` says.
+epochs and the read-only cache with its commit are in both; what these cost `benchmarks.steady_state` says. Two servers
+that are started alike differ by some percent for as long as they live, so several pairs are started in turn.
 
-Printed are the milliseconds of a step, its median over the rounds, and the median over pairs of the rounds' ratios.
+Printed are the milliseconds of a step, its median over the rounds, and the median over the ratios of rounds.
 """
 
 import argparse
@@ -71,12 +72,21 @@ def summarize(took: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, and write JSON."""
     arguments = parse()
-    print(f"starting {arguments.model} on {arguments.ranks} ranks twice", flush=True)
-    with (
-        launched(arguments.model, arguments.ranks, options=WITH) as guarded,
-        launched(arguments.model, arguments.ranks, options=WITHOUT) as bare,
-    ):
-        took = asyncio.run(measure({"with": guarded.address, "without": bare.address}, arguments))
+    print(f"starting {arguments.model} on {arguments.ranks} ranks, {arguments.pairs} times two servers", flush=True)
+    took: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(arguments.pairs):
+        with (
+            launched(arguments.model, arguments.ranks, options=WITH if number % 2 else WITHOUT) as first,
+            launched(arguments.model, arguments.ranks, options=WITHOUT if number % 2 else WITH) as second,
+        ):
+            names = ("with", "without") if number % 2 else ("without", "with")
+            addresses = dict(zip(names, (first.address, second.address), strict=True))
+            pair = asyncio.run(measure(addresses, arguments))
+        print(
+            "  ".join(f"{name} {statistics.median(times):.2f} ms" for name, times in sorted(pair.items())), flush=True
+        )
+        for name, times in pair.items():
+            took[name] += times
     result = summarize(took)
     low, high = result["cost_quartiles"]
     print(
@@ -101,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=3, help="of servers")
     parser.add_argument("--rounds", type=int, default=7, help="on each server")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="about")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
