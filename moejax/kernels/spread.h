@@ -83,8 +83,6 @@ inline Helpers& helpers() {
   return *all;
 }
 
-// Runs work(first, last) over [0, size) in pieces of at least `least` and a multiple of `grain`, on the threads there
-// are. Whoever is free takes the next piece, the caller too, so it waits only for pieces that have begun.
 // A moment of a thread that waits and keeps its core.
 inline void relax() {
 #ifdef __x86_64__
