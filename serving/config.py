@@ -113,7 +113,8 @@ class Settings:
         "Compiled steps: decode rows, prefill tiles of 32 (2,0;8,2); auto: chosen from what steps wanted until now.",
     )
     tiles_while_decoding: int = setting(
-        2, "Prefill tiles in a step of which more requests decode than wait for their first token; more beside many rows."
+        2,
+        "Prefill tiles in a step of which more requests decode than wait for their first token; more beside many rows.",
     )
     prefix_caching: bool = setting(True, "Keep the pages of prompts for later ones that begin the same.")
     protect_cache: str = setting(

@@ -1,12 +1,12 @@
 """What the next step does: continuous batching with chunked prefill, a pure function of the engine's state.
 
-Every sequence with one token left to compute gets a decode row; the others get tiles of 32 rows, first those
-that have streamed before, then in order of arrival: few of them while most decode, else as many as the largest bucket
-has, or as the first prompt needs where a step costs less than a prompt. All ranks use one bucket. A rank that runs out of pages
-preempts its youngest sequence. Requests are admitted strictly in turn (serving/fairness.py), so nobody starves. A
-request goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than another.
-Of several answers to one prompt the first computes it; the others wait for that and share its pages. A request whose
-cache entries outlived its rank is given its place by `reserve`, and no work before they are there.
+Every sequence with one token left to compute gets a decode row; the others get tiles of 32 rows, first those that
+have streamed before, then in order of arrival: few of them while most decode, else as many as the largest bucket has,
+or as the first prompt needs where a step costs less than a prompt. All ranks use one bucket. A rank that runs out of
+pages preempts its youngest sequence. Requests are admitted strictly in turn (serving/fairness.py), so nobody starves.
+A request goes to the rank that has most of its prefix in the cache, unless that rank has much more to do than
+another. Of several answers to one prompt the first computes it; the others wait for that and share its pages. A
+request whose cache entries outlived its rank is given its place by `reserve`, and no work before they are there.
 """
 
 import dataclasses
