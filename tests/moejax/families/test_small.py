@@ -92,6 +92,7 @@ SIZES = {"vocab_size", "d_model", "d_ff", "max_context", "stop_tokens", "bos_tok
 FIXED = {
     "weights",
     "divide_dense",
+    "tensor",
     "swiglu_alpha",
     "low_frequency",
     "high_frequency",
