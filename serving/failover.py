@@ -215,7 +215,7 @@ class Failover:
         except (RankLost, RankRefused) as error:
             process = self._links.get(error.rank)
             why = process.process.said() if process is not None else ""
-            raise StartError(f"{error}. Its last words: {why}") from None
+            raise StartError(f"{str(error).removesuffix('.')}. Its last words: {why}") from None
 
     async def _take_over(self) -> bool:
         """Go on with the ranks that a front before this one left. What they hold stays, and what they know of their
