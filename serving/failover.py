@@ -309,8 +309,10 @@ class Failover:
         then."""
         if self.plan is None:
             return set(going)
-        left = set(self.alive).difference(going)
-        after = {} if self.why_not(left) else self.plans.of(left).groups
+        try:
+            after = self.plans.of(set(self.alive).difference(going)).groups
+        except NoCapacity:
+            after = {}
         return {rank for rank, group in self.plan.groups.items() if after.get(rank) != group} | set(going)
 
     def _wait(self, ranks: Collection[int], why: str) -> None:

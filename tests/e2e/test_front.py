@@ -29,6 +29,12 @@ class Supervised:
         self.url = re.search(r"HTTP +(\S+)", self.said)[1]  # type: ignore[index]
         threading.Thread(target=self._drain, daemon=True).start()
 
+    def kill_with(self, client: Client, rank: int) -> None:
+        """The front and a rank at once."""
+        pid = pid_of(client.status(), rank)
+        os.kill(self.front(), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+
     def _drain(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -74,13 +80,7 @@ def test_streams_go_on_by_themselves_when_the_front_is_killed(server: Supervised
 def test_the_front_and_a_rank_may_die_together(server: Supervised, known: Traffic) -> None:
     with Client(server.address) as client:
         wait_until_whole(client)
-
-        def kill_both() -> None:
-            rank = pid_of(client.status(), 1)
-            os.kill(server.front(), signal.SIGKILL)
-            os.kill(rank, signal.SIGKILL)
-
-        known.during(client, kill_both, after=0.2)
+        known.during(client, lambda: server.kill_with(client, 1), after=0.2)
 
 
 def test_a_rank_that_hangs_does_not_keep_the_next_front_waiting(server: Supervised, known: Traffic) -> None:

@@ -11,7 +11,7 @@ from serving.app import Server
 from serving.client import Client
 from serving.errors import NoCapacity
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
+from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 from tests.e2e.test_front import Supervised
 from tests.e2e.test_processes import start
 
@@ -115,13 +115,7 @@ def test_a_front_that_finds_no_whole_group_waits_for_one() -> None:
         known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
         known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
         wait_until_whole(client)
-
-        def kill_both() -> None:
-            rank = pid_of(client.status(), 1)
-            os.kill(server.front(), signal.SIGKILL)
-            os.kill(rank, signal.SIGKILL)
-
-        known.during(client, kill_both, after=0.2)
+        known.during(client, lambda: server.kill_with(client, 1), after=0.2)
         wait_until_whole(client)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
