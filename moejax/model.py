@@ -29,6 +29,7 @@ from moejax.precision import Int8, look_up
 from moejax.router import route
 from moejax.tensor import Group, sound_in_group, swap
 
+Among = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 UNSEEN = 2**30
 """A window that no context reaches."""
 
@@ -168,7 +169,7 @@ def attend(
     index: jax.Array,
     inputs: StepInputs,
     shape: StepShape,
-    among: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda k, v: (k, v),
+    among: Among | None = None,
     group: Group | None = None,
 ) -> tuple[jax.Array, Cache]:
     """x plus attention, and the layer's new keys and values `[R, width]`. Where x is a part of the step's rows, `among`
@@ -211,13 +212,14 @@ def _own_heads(
     index: jax.Array,
     inputs: StepInputs,
     shape: StepShape,
-    among: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda k, v: (k, v),
+    among: Among | None = None,
 ) -> tuple[jax.Array, Cache]:
     """What this rank's heads add to normed rows `[R, D]`, and their new keys and values `[R, width]`."""
     cfg, bucket = shape.cfg, shape.bucket
     wanted = answered(inputs, index, cfg)
     q, k, v = make_heads(h, layer, jnp.maximum(inputs.positions, 0), cfg)
-    k, v = among(k, v)
+    if among is not None:
+        k, v = among(k, v)
     window = None
     if cfg.window is not None:
         window = jnp.array([w or UNSEEN for w in cfg.windows])[index]
