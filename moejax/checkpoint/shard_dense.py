@@ -1,9 +1,9 @@
-"""The dense layers of a model cut into shards that are held as experts are: in slots, copied, and restored one by one.
+"""Cuts the dense layers of a model into shards that are stored as experts are: in slots, replicated, restored singly.
 
-A dense feed-forward part is SwiGLU, so it is the sum of those of any cut of its width, as tensor parallelism cuts it.
-Cut into as many shards as there are experts, a layer needs nothing that experts have not: each rank holds some of its
-shards, a lost one comes from its copy or from the host's memory, and its rows are sent there. Divided, a layer differs
-from the whole one by the order of its sums.
+A dense feed-forward part is a SwiGLU, so it is the sum of the SwiGLUs of any cut of its width (tensor parallelism).
+A layer that is cut into as many shards as there are experts needs only what experts have: each rank holds some of its
+shards, a lost shard comes from its replica or from the host's memory, and its rows are sent there. A sharded layer
+differs from the replicated one by the order of its sums.
 """
 
 import os
@@ -15,44 +15,45 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from moejax.checkpoint import PARAMS, drafted, write_skeleton
-from moejax.config import ModelConfig
-from moejax.convert import Say, open_leaf
-from moejax.manifest import FILE, Manifest, Tensor, tensor_specs
-from moejax.store import HostStore
+from moejax.checkpoint.checkpoint import PARAMS, draft_folder, write_metadata
+from moejax.checkpoint.convert import ProgressCallback, open_leaf
+from moejax.checkpoint.host_store import HostStore
+from moejax.checkpoint.manifest import FILE, Manifest, TensorRecord
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import tensor_specs
 
 WHOLE, DIVIDED = ".ffn.", ".moe.experts."
 
 
-def divided_config(cfg: ModelConfig) -> ModelConfig | None:
-    """The configuration with its dense layers divided; None for a model that has none beside its routed ones. Raises
+def sharded_dense_config(cfg: ModelConfig) -> ModelConfig | None:
+    """The configuration with sharded dense layers; None for a model that has none beside its routed ones. Raises
     ConfigError when they cannot be cut into as many shards as there are experts."""
-    return replace(cfg, divide_dense=True) if {"dense", "moe"} <= set(cfg.layer_kinds) else None
+    return replace(cfg, shard_dense=True) if {"dense", "moe"} <= set(cfg.layer_kinds) else None
 
 
-def divide(source: Path, target: Path, say: Say) -> None:
-    """Write the model folder `target`: that of `source` with its dense layers divided. Other weights are linked where
+def shard_dense(source: Path, target: Path, on_progress: ProgressCallback) -> None:
+    """Write the model folder `target`: that of `source` with sharded dense layers. Other weights are linked where
     the file system can. Memory is that of the largest tensor of a dense layer.
 
-    Raises ConfigError as `divided_config` does, and StoreError for weights that are missing or damaged.
+    Raises ConfigError as `sharded_dense_config` does, and StoreError for weights that are missing or damaged.
     """
     store = HostStore.open(source)
-    cfg = divided_config(store.cfg)
+    cfg = sharded_dense_config(store.cfg)
     assert cfg is not None, f"{store.cfg.name} has dense layers"
     manifest = Manifest.load(source)
-    with drafted(target) as draft:
-        divided = Manifest(dict(_write(store, cfg, manifest, draft / PARAMS, say)))
-        divided.check_config(cfg, draft)
-        write_skeleton(draft / PARAMS, cfg)
+    with draft_folder(target) as draft:
+        sharded = Manifest(dict(_write(store, cfg, manifest, draft / PARAMS, on_progress)))
+        sharded.check_config(cfg, draft)
+        write_metadata(draft / PARAMS, cfg)
         for file in (f for f in source.iterdir() if f.is_file() and f.name not in ("config.json", FILE)):
             shutil.copy2(file, draft / file.name)
-        (draft / FILE).write_text(divided.to_json())
+        (draft / FILE).write_text(sharded.to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
 
 
 def _write(
-    store: HostStore, cfg: ModelConfig, manifest: Manifest, params: Path, say: Say
-) -> Iterator[tuple[str, Tensor]]:
+    store: HostStore, cfg: ModelConfig, manifest: Manifest, params: Path, on_progress: ProgressCallback
+) -> Iterator[tuple[str, TensorRecord]]:
     specs, done = tensor_specs(cfg), 0
     total = sum(tensor.bytes for tensor in manifest.tensors.values())
     context = tensorstore.Context({"file_io_concurrency": {"limit": 4}})
@@ -66,10 +67,10 @@ def _write(
             for writing in [leaf[r, e].write(shards[r, e]) for r in range(len(shards)) for e in range(shards.shape[1])]:
                 writing.result()
         else:
-            place = Path("state") / name
-            shutil.copytree(store.folder / PARAMS / place, params / place, copy_function=_link)
+            leaf = Path("state") / name
+            shutil.copytree(store.folder / PARAMS / leaf, params / leaf, copy_function=_link)
         done += tensor.bytes
-        say(done, total)
+        on_progress(done, total)
         yield name, tensor
 
 

@@ -1,150 +1,46 @@
-"""What a model is, never where it is: frozen, validated, complete before it exists."""
+"""The configuration of a model: frozen, validated, and without anything about where the model runs."""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
+from moejax.config.attention_config import LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.config_values import ConfigError, build_config
+from moejax.config.moe_config import MoEConfig
 
-class ConfigError(ValueError):
-    """A model configuration that cannot be: the message names the field, both values and the way out."""
+WeightFormat = Literal["float32", "bfloat16", "int8"]
+LayerKind = Literal["dense", "moe", "sharded"]
+_STORED_NAMES = {"shard_dense": "divide_dense"}
+"""Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
 
-
-Gate = Literal["softmax", "one", "share", "sigmoid", "sparsemixer"]
-Weights = Literal["float32", "bfloat16", "int8"]
-LayerKind = Literal["dense", "moe", "divided"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The routed part of a Mixture-of-Experts layer.
-
-    `gate` says how the scores of the k chosen experts become weights:
-    `softmax` over the chosen (Mixtral, arXiv 2401.04088), `share` of the softmax over all (OLMoE, arXiv 2409.02060),
-    `sigmoid` of each, chosen by sigmoid plus the router's bias (DeepSeek-V3, arXiv 2412.19437), `sparsemixer`
-    (Phi-3.5-MoE, arXiv 2409.12136: each choice against those within `jitter` of it), or `one` (each chosen expert
-    counts in full: experts that are a split of a dense FFN).
-
-    The weights are divided by their sum if `normalised`, then multiplied by `gate_scale`. With `groups` > 1 only
-    experts of the best `groups_used` groups can be chosen; a group counts by its best expert (`share`) or the sum
-    of its two best (`sigmoid`).
-
-    `expert_bias` gives experts biases, `swiglu_limit` bounds their SwiGLU as gpt-oss does (`layers.biased_swiglu`);
-    `shared_gate` weighs the always-on expert by a sigmoid of its own (Qwen2-MoE).
-    """
-
-    experts: int
-    experts_per_token: int
-    d_expert: int
-    d_shared: int = 0
-    gate: Gate = "softmax"
-    normalised: bool = False
-    gate_scale: float = 1.0
-    groups: int = 1
-    groups_used: int = 1
-    jitter: float = 0.0
-    shared_gate: bool = False
-    expert_bias: bool = False
-    swiglu_limit: float | None = None
-    swiglu_alpha: float = 1.702
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.experts_per_token <= self.experts:
-            raise ConfigError(
-                f"experts_per_token is {self.experts_per_token} with {self.experts} experts. "
-                f"Choose between 1 and {self.experts}."
-            )
-        if self.gate not in get_args(Gate):
-            raise ConfigError(f"gate is {self.gate!r}; known gates are {', '.join(map(repr, get_args(Gate)))}.")
-        if self.shared_gate and not self.d_shared:
-            raise ConfigError("shared_gate is true with d_shared 0: there is no shared expert to weigh.")
-        if self.swiglu_limit is not None and not self.expert_bias:
-            raise ConfigError(f"swiglu_limit is {self.swiglu_limit} without expert_bias; gpt-oss has both.")
-        self._check_groups()
-
-    def _check_groups(self) -> None:
-        if self.groups == 1:
-            return
-        if self.gate not in ("share", "sigmoid"):
-            raise ConfigError(
-                f"groups is {self.groups} with gate {self.gate!r}; only 'share' and 'sigmoid' have groups."
-            )
-        if self.experts % self.groups or not 1 <= self.groups_used <= self.groups:
-            raise ConfigError(
-                f"{self.experts} experts in {self.groups} groups of which {self.groups_used} are used: "
-                "groups must divide the experts, and groups_used lie between 1 and groups."
-            )
-        if self.groups_used * (self.experts // self.groups) < self.experts_per_token:
-            raise ConfigError(
-                f"experts_per_token is {self.experts_per_token}, but {self.groups_used} groups of "
-                f"{self.experts // self.groups} experts hold fewer."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the context a model was first trained on (`moejax.rope`).
-
-    `linear`: divided by `factor`. `llama3` (Llama 3.1): by wavelength against `original_context`, between
-    `low_frequency` and `high_frequency`. `yarn` (arXiv 2309.00071): by rotations within `original_context`, between
-    `beta_slow` and `beta_fast`. `longrope` (arXiv 2402.13753): each divided by its own of `factors`.
-    Rotated vectors are multiplied by `magnitude`.
-    """
-
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
-    factor: float = 1.0
-    original_context: int = 0
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    factors: tuple[float, ...] = ()
-    magnitude: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3", "yarn", "longrope"):
-            raise ConfigError(f"rope scaling is {self.kind!r}; known are 'linear', 'llama3', 'yarn' and 'longrope'.")
-        if self.kind in ("llama3", "yarn") and self.original_context < 1:
-            raise ConfigError(f"rope scaling {self.kind!r} needs original_context; it is {self.original_context}.")
-        if self.factor <= 0 or any(f <= 0 for f in self.factors):
-            raise ConfigError(f"rope scaling factors must be positive: factor {self.factor}, factors {self.factors}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent of `d_latent` and one rotated key of
-    `d_rope` per position stand for the keys (`d_plain` unrotated numbers per head) and values (`d_value`) of all
-    heads. Queries go through `d_query` numbers, or straight from the model if 0."""
-
-    d_latent: int
-    d_rope: int
-    d_plain: int
-    d_value: int
-    d_query: int = 0
-    norm_eps: float = 1e-6
+_NESTED = {"moe": MoEConfig, "latent": LatentConfig, "rope_scaling": RopeScaling, "score_growth": ScoreGrowth}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder of attention and SwiGLU layers, some with routed experts. The defaults are Llama's.
 
-    `family` names the checkpoints its parameters come from (`moejax.families`); `weights` is the form in which ranks
-    hold matrices (`moejax.precision`), chosen when a model is served.
+    `family` names the checkpoints that its parameters come from (`moejax.checkpoint.families`); `weights` is the weight
+    format (`moejax.config.weight_formats`), chosen when a model is served.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
-    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. `divide_dense` has the
-    dense layers of a model with experts held as those are: cut into as many shards, in slots, all of them used by every
-    token. It is chosen when a model is served (`moejax.divide`).
+    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. With `shard_dense` the
+    dense layers of a model with experts are cut into as many shards as there are experts, and ranks hold those in slots
+    as they hold experts; every token uses all of them. It is chosen when a model is served
+    (`moejax.checkpoint.shard_dense`).
 
-    `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, except
-    `full_layers`. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE). `sinks` gives
-    each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
-    `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's.
+    `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, or with
+    `chunked` their chunk of so many positions (Llama 4), except `full_layers`; `unrotated_layers` have no rotary
+    embedding, and scores that grow as `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all`
+    heads at once (OLMoE), with `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only
+    where they are rotated (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid of the
+    layer's input, and `post_norms` norms the outputs of attention and feed-forward before they are added (both
+    Trinity). `sinks` gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries,
+    keys and values. `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are
+    Granite's.
 
-    With `tensor` > 1 this is what one rank of a tensor group computes (`share`): heads are counted of the rank.
+    With `tensor` > 1 this is one tp shard of a model (`tp_shard`): heads are those of one rank of a tensor group.
     """
 
     name: str
@@ -156,7 +52,7 @@ class ModelConfig:
     d_head: int
     d_ff: int
     family: str = "moejax"
-    weights: Weights = "float32"
+    weights: WeightFormat = "float32"
     rope_base: float = 10_000.0
     rope_dims: int | None = None
     rope_scaling: RopeScaling | None = None
@@ -166,11 +62,17 @@ class ModelConfig:
     head_bias: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["none", "head", "all"] = "none"
+    qk_norm: Literal["none", "head", "all", "l2"] = "none"
+    norm_after_rope: bool = False
+    attention_gate: bool = False
+    post_norms: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
     window: int | None = None
     full_layers: tuple[int, ...] = ()
+    chunked: bool = False
+    unrotated_layers: tuple[int, ...] = ()
+    score_growth: ScoreGrowth | None = None
     attention_scale: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -182,12 +84,12 @@ class ModelConfig:
     moe: MoEConfig | None = None
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
-    divide_dense: bool = False
+    shard_dense: bool = False
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise ConfigError(f"weights is {self.weights!r}; known are {', '.join(map(repr, get_args(Weights)))}.")
+        if self.weights not in get_args(WeightFormat):
+            raise ConfigError(f"weights is {self.weights!r}; known are {', '.join(map(repr, get_args(WeightFormat)))}.")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly. "
@@ -198,9 +100,14 @@ class ModelConfig:
                 f"moe_every is {self.moe_every} in a model of {self.n_layers} layers. "
                 f"Choose between 1 and {self.n_layers}."
             )
-        for field in ("dense_layers", "full_layers"):
+        for field in ("dense_layers", "full_layers", "unrotated_layers"):
             if beyond := [i for i in getattr(self, field) if not 0 <= i < self.n_layers]:
                 raise ConfigError(f"{field} names layer {beyond[0]} in a model of {self.n_layers} layers (0 is first).")
+        if self.moe is not None and "moe" not in self.layer_kinds:
+            raise ConfigError(
+                f"{self.name} has experts, but none of its {self.n_layers} layers is routed: moe_every is "
+                f"{self.moe_every}, dense_layers are {list(self.dense_layers)}. Leave a layer routed, or leave out moe."
+            )
         if self.window is not None and self.window < 1:
             raise ConfigError(f"window is {self.window}; a layer sees at least 1 position. Leave it out to see all.")
         if self.rotated % 2 or not 2 <= self.rotated <= self.d_head:
@@ -210,20 +117,22 @@ class ModelConfig:
                 f"rope_scaling has {len(self.rope_scaling.factors)} factors, but {self.rotated} rotated dimensions "
                 f"need {self.rotated // 2}."
             )
+        if self.norm_after_rope and self.qk_norm != "head":
+            raise ConfigError(f"norm_after_rope is true with qk_norm {self.qk_norm!r}; it needs norms by head.")
         if self.head_bias and self.tied_head:
             raise ConfigError("head_bias is true with tied_head: only a head of its own can have a bias.")
         if self.latent is not None:
             self._check_latent(self.latent)
-        if self.divide_dense:
-            self._check_divided()
+        if self.shard_dense:
+            self._check_sharded_dense()
 
-    def _check_divided(self) -> None:
-        if self.moe is None or "divided" not in self.layer_kinds:
-            raise ConfigError(f"divide_dense is true, but {self.name} has no dense layers beside layers with experts.")
+    def _check_sharded_dense(self) -> None:
+        if self.moe is None or "sharded" not in self.layer_kinds:
+            raise ConfigError(f"shard_dense is true, but {self.name} has no dense layers beside layers with experts.")
         if self.d_ff % self.moe.experts:
             raise ConfigError(
-                f"dense layers of width {self.d_ff} cannot be divided into {self.moe.experts} shards, one for each "
-                f"expert of {self.name}. Serve it with whole dense layers."
+                f"dense layers of width {self.d_ff} cannot be cut into {self.moe.experts} equal shards, one for each "
+                f"expert of {self.name}. Serve it with replicated dense layers."
             )
 
     def _check_latent(self, latent: LatentConfig) -> None:
@@ -233,13 +142,20 @@ class ModelConfig:
             )
         if self.n_kv_heads != self.n_heads:
             raise ConfigError(f"{self.n_kv_heads} key/value heads with latent attention; it has one per query head.")
-        for field, off in (("qk_norm", "none"), ("qkv_bias", False), ("out_bias", False), ("clip_qkv", None)):
+        for field, off in (
+            ("attention_gate", False),
+            ("unrotated_layers", ()),
+            ("qk_norm", "none"),
+            ("qkv_bias", False),
+            ("out_bias", False),
+            ("clip_qkv", None),
+        ):
             if getattr(self, field) != off:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; latent attention knows {off!r} only.")
 
-    def share(self, tensor: int) -> "ModelConfig":
-        """What one rank computes of a model whose heads are divided over `tensor` ranks. Raises ConfigError for a model
-        of which they cannot be."""
+    def tp_shard(self, tensor: int) -> "ModelConfig":
+        """The part of the model that one rank computes when its heads are sharded over `tensor` ranks. Raises
+        ConfigError for a model whose heads cannot be."""
         if tensor == 1:
             return self
         if self.latent is not None:
@@ -253,7 +169,7 @@ class ModelConfig:
             )
         if tensor < 1 or self.n_kv_heads % tensor:
             raise ConfigError(
-                f"{self.n_kv_heads} key/value heads of {self.name} cannot be divided over {tensor} ranks. "
+                f"{self.n_kv_heads} key/value heads of {self.name} cannot be sharded over {tensor} ranks. "
                 f"Choose a tensor that divides {self.n_kv_heads}."
             )
         return dataclasses.replace(
@@ -262,14 +178,22 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head's query and key are rotated."""
+        """Numbers of a head's query and key that are rotated."""
         if self.latent is not None:
             return self.latent.d_rope
         return self.d_head if self.rope_dims is None else self.rope_dims
 
     @property
+    def original_context(self) -> int:
+        """The longest context that is served with the factors of short sequences, where a longer one changes them
+        (LongRoPE); 0 where it does not."""
+        scaling = self.rope_scaling
+        changes = scaling is not None and scaling.for_context(self.max_context) != scaling
+        return scaling.original_context if scaling is not None and changes else 0
+
+    @property
     def cache_widths(self) -> tuple[int, int]:
-        """Numbers kept per position and layer, of keys and of values. Latent attention keeps the rotated key as
+        """Numbers cached per position and layer, of keys and of values. Latent attention caches the rotated key as
         the one and the latent as the other."""
         if self.latent is not None:
             return self.latent.d_rope, self.latent.d_latent
@@ -277,18 +201,18 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """How many positions each layer sees, None for all."""
+        """The positions that each layer sees, None for all."""
         return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers))
 
     @property
-    def _plain_kind(self) -> LayerKind:
+    def _dense_kind(self) -> LayerKind:
         """The kind of layers without a router."""
-        return "divided" if self.divide_dense else "dense"
+        return "sharded" if self.shard_dense else "dense"
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer, in order."""
-        plain = self._plain_kind
+        plain = self._dense_kind
         if self.moe is None:
             return (plain,) * self.n_layers
         routed = (i % self.moe_every == self.moe_every - 1 and i not in self.dense_layers for i in range(self.n_layers))
@@ -300,7 +224,7 @@ class ModelConfig:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
         kinds = self.layer_kinds
-        whole: tuple[LayerKind, ...] = (self._plain_kind,) * (self.moe_every - 1) + ("moe",)
+        whole: tuple[LayerKind, ...] = (self._dense_kind,) * (self.moe_every - 1) + ("moe",)
 
         def whole_at(i: int) -> bool:
             return kinds[i : i + len(whole)] == whole
@@ -321,18 +245,18 @@ class ModelConfig:
 
     @property
     def n_moe_layers(self) -> int:
-        """Layers that have experts in slots: routed ones, and dense ones that are divided."""
+        """Layers that have experts in slots: routed layers, and sharded dense layers."""
         return sum(map(in_slots, self.layer_kinds))
 
     @property
-    def divided_layers(self) -> tuple[int, ...]:
-        """Which of the layers with experts in slots, counted by depth, are divided dense ones."""
+    def sharded_layers(self) -> tuple[int, ...]:
+        """The layers with experts in slots, counted by depth, that are sharded dense layers."""
         kinds = [kind for kind in self.layer_kinds if in_slots(kind)]
-        return tuple(i for i, kind in enumerate(kinds) if kind == "divided")
+        return tuple(i for i, kind in enumerate(kinds) if kind == "sharded")
 
     def experts_of(self, kind: LayerKind) -> MoEConfig:
-        """The experts of layers of a kind that has them in slots; of a divided layer its shards, all of which every
-        token goes to."""
+        """The experts of layers of a kind that has them in slots; for a sharded dense layer its shards, to all of which
+        every token goes."""
         assert self.moe is not None
         if kind == "moe":
             return self.moe
@@ -341,19 +265,23 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        values = {_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return json.dumps(values, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "ModelConfig":
         """Read what `to_json` wrote. Raises ConfigError on an unknown or missing key."""
-        values = json.loads(text)
-        for key, kind in (("moe", MoEConfig), ("latent", LatentConfig), ("rope_scaling", RopeScaling)):
+        values: dict[str, Any] = json.loads(text)
+        for name, stored in _STORED_NAMES.items():
+            if stored in values:
+                values[name] = values.pop(stored)
+        for key, kind in _NESTED.items():
             if values.get(key) is not None:
-                values[key] = _build(kind, values[key], key)
-        return _build(cls, values, "model")
+                values[key] = build_config(kind, values[key], key)
+        return build_config(cls, values, "model")
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> "ModelConfig":
         """Read `config.json` of a model folder."""
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -362,18 +290,5 @@ class ModelConfig:
 
 
 def in_slots(kind: LayerKind) -> bool:
-    """Whether the weights of a layer's feed-forward part are held in slots."""
+    """True when the feed-forward weights of layers of this kind are held in slots."""
     return kind != "dense"
-
-
-def _build(kind: type, values: Mapping[str, Any], where: str):
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key {key!r} in the {where} configuration.{hint}")
-    missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"the {where} configuration lacks {', '.join(missing)}.")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

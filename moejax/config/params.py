@@ -1,20 +1,24 @@
-"""Every parameter once, as data: shape, what its axes mean, how it starts. All else is a map over this.
+"""Every parameter once, as data: shape, names of its axes, initial values. All else is a map over this.
 
-Weights lie `[out, in]`, as in the checkpoints models are published in; why it matters here: `layers.row_dot`.
+Weights lie `[out, in]`, as in published checkpoints; `moejax.model.layers.row_dot` says why it matters here.
 
-Shape suffixes: B batch, T query tokens, S key/value tokens, D model, F feed-forward, V vocabulary,
-N heads, K kv heads, H head size, E logical experts, P physical slots, X experts per token, L layers,
-M cache pages. R stands for the repeats of a segment (the scanned axis).
+Shape suffixes are explained in `moejax.config.axes`; R here stands for the repeats of a segment (the scanned axis).
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config import LatentConfig, LayerKind, ModelConfig, in_slots
+from moejax.config.attention_config import LatentConfig
+from moejax.config.model_config import LayerKind, ModelConfig, in_slots
+
+Position = tuple[int, int]
+"""A layer of a segment's pattern, which stands for all of its repeats: (segment, position in the pattern)."""
 
 
 @struct.dataclass
@@ -29,11 +33,11 @@ class FeedForward:
 
 @struct.dataclass
 class MoE:
-    """Router `[R, E, D]` and its bias `[R, E]`, an always-on expert or None, and the routed experts. A divided dense
-    layer has its shards for experts, and no router.
+    """Router `[R, E, D]` and its bias `[R, E]`, a shared expert or None, and the routed experts. A sharded dense layer
+    has its shards for experts, and no router.
 
-    `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, S, ...]` in a rank, which
-    holds slots. `shared_gate [R, 1, D]` weighs the always-on expert, or is None.
+    `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, P, ...]` in a rank, which holds
+    slots. `shared_gate [R, 1, D]` weighs the shared expert, or is None.
     """
 
     router: Any
@@ -45,10 +49,13 @@ class MoE:
 
 @struct.dataclass
 class Latent:
-    """Multi-head latent attention. `query [R, N * (plain + rope), D or d_query]`, after `query_down [R, d_query, D]`
-    and its norm if there are; `down [R, d_latent + d_rope, D]` makes the latent, which is normed, and the key to
-    rotate; per head, `key_up [R, N, d_latent, plain]` takes queries to the latent and `value_up [R, N, d_value,
-    d_latent]` the mixed latent to values."""
+    """Multi-head latent attention.
+
+    `query [R, N * (plain + rope), D or d_query]` follows `query_down [R, d_query, D]` and its norm, if the model has
+    them. `down [R, d_latent + d_rope, D]` makes the latent, which is normed, and the key, which is rotated. Per head,
+    `key_up [R, N, d_latent, plain]` takes queries to the latent and `value_up [R, N, d_value, d_latent]` takes the
+    mixed latent to values.
+    """
 
     query: Any
     query_down: Any
@@ -61,8 +68,8 @@ class Latent:
 
 @struct.dataclass
 class Layer:
-    """One decoder layer: exactly one of `ffn` and `moe` is there, one of `qkv` and `latent`, and biases, norms and
-    sinks as the configuration says."""
+    """One decoder layer, or one position of a segment with its leaves stacked over repeats. It has either `ffn` or
+    `moe`, either `qkv` or `latent`, and biases, norms, sinks and gate as the configuration says."""
 
     attention_norm: Any
     qkv: Any
@@ -78,6 +85,9 @@ class Layer:
     sinks: Any = None
     attention_norm_bias: Any = None
     ffn_norm_bias: Any = None
+    attention_gate: Any = None
+    attention_post_norm: Any = None
+    ffn_post_norm: Any = None
 
 
 @struct.dataclass
@@ -99,7 +109,7 @@ class Params:
 
 @struct.dataclass
 class Head:
-    """What makes logits of hidden rows: a weight `[V, D]`, and a bias `[V]` or None."""
+    """The language-model head, from hidden rows to logits: a weight `[V, D]`, and a bias `[V]` or None."""
 
     weight: Any
     bias: Any = None
@@ -107,7 +117,7 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape, names of its logical axes, standard deviation at the start (0: ones; `BIAS`: near 0)."""
+    """One parameter: shape, names of its logical axes, and initial standard deviation (0: ones; `BIAS_STD`: near 0)."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -115,15 +125,12 @@ class ParamSpec:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n
+        """Numbers in the parameter."""
+        return math.prod(self.shape)
 
 
-BIAS = 1e-9
-"""Standard deviation of what starts at zero."""
+BIAS_STD = 1e-9
+"""Standard deviation of parameters that start at (nearly) zero."""
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -135,34 +142,37 @@ def param_specs(cfg: ModelConfig) -> Params:
         final_norm=ParamSpec((D,), ("model",), 0),
         head=None if cfg.tied_head else ParamSpec((V, D), ("vocab", "model"), 0.02),
         segments=tuple(tuple(_layer(cfg, kind, repeats) for kind in pattern) for pattern, repeats in cfg.segments),
-        final_norm_bias=ParamSpec((D,), ("model",), BIAS) if layer_norm else None,
-        head_bias=ParamSpec((V,), ("vocab",), BIAS) if cfg.head_bias else None,
+        final_norm_bias=ParamSpec((D,), ("model",), BIAS_STD) if layer_norm else None,
+        head_bias=ParamSpec((V,), ("vocab",), BIAS_STD) if cfg.head_bias else None,
     )
 
 
 def _layer(cfg: ModelConfig, kind: LayerKind, R: int) -> Layer:
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     norm = ParamSpec((R, D), ("layer", "model"), 0)
-    norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.norm == "layer" else None
+    norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.norm == "layer" else None
     latent = cfg.latent
     mixed = N * (H if latent is None else latent.d_value)
-    normed = {"none": (0, 0), "head": (H, H), "all": (N * H, K * H)}[cfg.qk_norm]
+    normed = {"none": (0, 0), "head": (H, H), "all": (N * H, K * H), "l2": (0, 0)}[cfg.qk_norm]
     query_norm, key_norm = (ParamSpec((R, size), ("layer", "heads"), 0) if size else None for size in normed)
     return Layer(
         attention_norm=norm,
         qkv=None if latent else ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
         out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
         ffn_norm=norm,
-        ffn=_feed_forward(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
+        ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
         moe=_moe(cfg, kind, R) if in_slots(kind) else None,
         latent=_latent(cfg, latent, R) if latent else None,
-        qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS) if cfg.qkv_bias else None,
-        out_bias=ParamSpec((R, D), ("layer", "model"), BIAS) if cfg.out_bias else None,
+        qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
+        out_bias=ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.out_bias else None,
         query_norm=query_norm,
         key_norm=key_norm,
-        sinks=ParamSpec((R, N), ("layer", "heads"), BIAS) if cfg.sinks else None,
+        sinks=ParamSpec((R, N), ("layer", "heads"), BIAS_STD) if cfg.sinks else None,
         attention_norm_bias=norm_bias,
         ffn_norm_bias=norm_bias,
+        attention_gate=ParamSpec((R, mixed, D), ("layer", "heads", "model"), 0.02) if cfg.attention_gate else None,
+        attention_post_norm=norm if cfg.post_norms else None,
+        ffn_post_norm=norm if cfg.post_norms else None,
     )
 
 
@@ -185,22 +195,23 @@ def _moe(cfg: ModelConfig, kind: LayerKind, R: int) -> MoE:
     D, E = cfg.d_model, moe.experts
     return MoE(
         router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02) if routed else None,
-        bias=ParamSpec((R, E), ("layer", "router"), BIAS) if routed else None,
-        shared=_feed_forward(cfg, (R,), ("layer",), moe.d_shared) if moe.d_shared else None,
-        experts=_feed_forward(cfg, (R, E), ("layer", "expert"), moe.d_expert, biased=moe.expert_bias),
+        bias=ParamSpec((R, E), ("layer", "router"), BIAS_STD) if routed else None,
+        shared=feed_forward_specs(cfg, (R,), ("layer",), moe.d_shared) if moe.d_shared else None,
+        experts=feed_forward_specs(cfg, (R, E), ("layer", "expert"), moe.d_expert, biased=moe.expert_bias),
         shared_gate=ParamSpec((R, 1, D), ("layer", "router", "model"), 0.02) if moe.shared_gate else None,
     )
 
 
-def _feed_forward(
+def feed_forward_specs(
     cfg: ModelConfig, lead: tuple[int, ...], names: tuple[str, ...], width: int, *, biased: bool = False
 ) -> FeedForward:
+    """The ParamSpecs of SwiGLU weights of this width, after the axes `lead`."""
     D = cfg.d_model
     return FeedForward(
         gate_up=ParamSpec((*lead, 2 * width, D), (*names, "ffn", "model"), 0.02),
         down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), _out_std(cfg)),
-        gate_up_bias=ParamSpec((*lead, 2 * width), (*names, "ffn"), BIAS) if biased else None,
-        down_bias=ParamSpec((*lead, D), (*names, "model"), BIAS) if biased else None,
+        gate_up_bias=ParamSpec((*lead, 2 * width), (*names, "ffn"), BIAS_STD) if biased else None,
+        down_bias=ParamSpec((*lead, D), (*names, "model"), BIAS_STD) if biased else None,
     )
 
 
@@ -224,24 +235,55 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> P
     return jax.tree.unflatten(tree, leaves)
 
 
-def expert_bytes(cfg: ModelConfig, itemsize: int = 4) -> int:
-    """Bytes of one expert of one layer, the largest of the model, all its numbers of this size."""
-    return itemsize * max((_expert_size(cfg, kind) for kind in set(cfg.layer_kinds) if in_slots(kind)), default=0)
+def expert_positions(cfg: ModelConfig) -> list[Position]:
+    """The positions of all layers with experts in slots."""
+    return [(i, j) for i, (pattern, _) in enumerate(cfg.segments) for j, kind in enumerate(pattern) if in_slots(kind)]
 
 
-def expert_counts(cfg: ModelConfig) -> tuple[int, int]:
-    """Parameters of all experts of a model, and of those that one token goes to."""
-    kinds = [kind for kind in cfg.layer_kinds if in_slots(kind)]
-    of = [(cfg.experts_of(kind), _expert_size(cfg, kind)) for kind in kinds]
-    return sum(moe.experts * size for moe, size in of), sum(moe.experts_per_token * size for moe, size in of)
+def expert_specs(cfg: ModelConfig, position: Position) -> FeedForward:
+    """The ParamSpecs `[R, E, ...]` of the experts at a position."""
+    i, j = position
+    moe = param_specs(cfg).segments[i][j].moe
+    assert moe is not None, f"the layers at {position} have no experts"
+    return moe.experts
 
 
-def _expert_size(cfg: ModelConfig, kind: LayerKind) -> int:
-    moe = cfg.experts_of(kind)
-    one = _feed_forward(cfg, (), (), moe.d_expert, biased=moe.expert_bias)
-    return sum(s.size for s in jax.tree.leaves(one, is_leaf=is_spec))
+def map_layers(params: Params, change: Callable[[Position, Layer], Layer]) -> Params:
+    """Params with every stacked layer changed."""
+    segments = enumerate(params.segments)
+    return dataclasses.replace(
+        params, segments=tuple(tuple(change((i, j), each) for j, each in enumerate(segment)) for i, segment in segments)
+    )
 
 
-def parameter_count(cfg: ModelConfig) -> int:
-    """All parameters of a model, every expert counted once."""
-    return sum(s.size for s in jax.tree.leaves(param_specs(cfg), is_leaf=is_spec))
+def replace_experts(params: Params, change: Callable[[Position, FeedForward], Any]) -> Params:
+    """Params with other experts at every position that has some."""
+
+    def layer(position: Position, each: Layer) -> Layer:
+        if each.moe is None:
+            return each
+        moe = dataclasses.replace(each.moe, experts=change(position, each.moe.experts))
+        return dataclasses.replace(each, moe=moe)
+
+    return map_layers(params, layer)
+
+
+def map_experts(params: Params, change: Callable[[Any], Any]) -> Params:
+    """Params with every leaf of experts changed."""
+    return replace_experts(params, lambda _, experts: jax.tree.map(change, experts))
+
+
+def tensor_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """Every tensor of a model by name."""
+    return named_tensors(param_specs(cfg))
+
+
+def named_tensors(tree: Any) -> dict[str, Any]:
+    """The leaves of a `Params` tree (arrays or ParamSpecs), by tensor name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def is_expert(name: str) -> bool:
+    """True for the tensors of routed experts, whose first two axes are repeat and expert."""
+    return ".moe.experts." in name

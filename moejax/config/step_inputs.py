@@ -1,4 +1,4 @@
-"""What a rank gets for one step: a single int32 vector, so that a step costs one transfer.
+"""The inputs of one step on one rank, packed into a single int32 vector so that a step costs one transfer.
 
 A bucket has B decode segments of one row each, then G prefill tiles of TILE rows; R rows and Z segments in
 all. The front packs the fields in the order below; float fields travel as their bits.
@@ -7,19 +7,19 @@ all. The front packs the fields in the order below; float fields travel as their
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Float, Int, UInt32
 
-TILE = 32
-"""Rows of one prefill segment."""
+from moejax.config.axes import ArrayLike
+from planner.plan.step_layout import DROPPED, TILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """The static shape of a step: decode rows, prefill tiles, and pages a segment may have."""
+    """The static shape of a step: decode rows, prefill tiles, and the most pages of a segment."""
 
     decode: int
     tiles: int
@@ -38,22 +38,22 @@ class Bucket:
 
 @struct.dataclass
 class StepInputs:
-    """One rank's part of a step. Meanings as in `serving.batch.assemble`, which makes them."""
+    """One rank's part of a step. `serving.engine.batch.prepare_inputs` makes these fields and explains them."""
 
-    tokens: jax.Array
-    positions: jax.Array
-    page_table: jax.Array
-    cached: jax.Array
-    new_base: jax.Array
-    write: jax.Array
-    sample_row: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    seed: jax.Array
-    sample_position: jax.Array
-    read: jax.Array
+    tokens: Int[ArrayLike, " R"]
+    positions: Int[ArrayLike, " R"]
+    page_table: Int[ArrayLike, "Z M"]
+    cached: Int[ArrayLike, " Z"]
+    new_base: Int[ArrayLike, " Z"]
+    write: Int[ArrayLike, " R"]
+    sample_row: Int[ArrayLike, " Z"]
+    temperature: Float[ArrayLike, " Z"]
+    top_k: Int[ArrayLike, " Z"]
+    top_p: Float[ArrayLike, " Z"]
+    min_p: Float[ArrayLike, " Z"]
+    seed: UInt32[ArrayLike, " Z"]
+    sample_position: Int[ArrayLike, " Z"]
+    read: Int[ArrayLike, " R"]
 
 
 def layout(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -83,7 +83,18 @@ def packed_size(bucket: Bucket) -> int:
     return sum(math.prod(shape) for shape, _ in layout(bucket).values())
 
 
-def unpack(packed: jax.Array, bucket: Bucket) -> StepInputs:
+def host_field(packed: np.ndarray, bucket: Bucket, name: str) -> np.ndarray:
+    """One field of a packed vector, on the host."""
+    at = 0
+    for field, (shape, dtype) in layout(bucket).items():
+        size = math.prod(shape)
+        if field == name:
+            return packed[at : at + size].view(dtype).reshape(shape)
+        at += size
+    raise KeyError(name)
+
+
+def unpack(packed: Int[ArrayLike, " size"], bucket: Bucket) -> StepInputs:
     """The fields of a packed vector `[packed_size]`, inside a compiled program."""
     fields, at = {}, 0
     for name, (shape, dtype) in layout(bucket).items():
@@ -93,11 +104,11 @@ def unpack(packed: jax.Array, bucket: Bucket) -> StepInputs:
     return StepInputs(**fields)
 
 
-def idle(bucket: Bucket) -> np.ndarray:
-    """The packed vector of a rank that has nothing to do in a step."""
+def idle_inputs(bucket: Bucket) -> np.ndarray:
+    """The packed vector of a rank without work in a step."""
     parts = []
     for name, (shape, dtype) in layout(bucket).items():
-        fill = {"positions": -1, "write": 2**30, "top_p": 1.0}.get(name, 0)
+        fill = {"positions": -1, "write": DROPPED, "top_p": 1.0}.get(name, 0)
         value = np.full(shape, fill, dtype)
         if name in ("new_base", "sample_row"):
             tile_rows = bucket.decode + TILE * np.arange(bucket.tiles)

@@ -1,7 +1,7 @@
-"""The forms in which a rank holds its matrices: float32, bfloat16, or int8 with a scale for each output.
+"""Weight formats: float32, bfloat16, or int8 with a scale for each output.
 
-Activations, sums, norms, biases and routers are float32 in all of them. On a CPU, rows are rounded to 16 bits where
-they meet int8 (docs/decisions/0012).
+Only matrices are stored in the narrow formats: activations, sums, norms, biases and routers are always float32. On a
+CPU, rows are rounded to 16 bits before they multiply int8 (docs/decisions/0012).
 """
 
 from typing import Any
@@ -11,35 +11,43 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import struct
+from jaxtyping import Float, Int
 
-from moejax.config import ModelConfig
-from moejax.manifest import is_expert, tensor_specs
-from moejax.params import ParamSpec
+from moejax.config.axes import ArrayLike
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import FeedForward, ParamSpec, Position, expert_specs, is_expert, is_spec, tensor_specs
 
 
 @struct.dataclass
 class Int8:
-    """A stack of matrices: `numbers [..., F, D]` int8, each row of which counts `scale [..., F]` times."""
+    """A stack of int8 matrices: `numbers [..., F, D]`, each row multiplied by its `scale [..., F]`."""
 
     numbers: Any
     scale: Any
 
 
 def is_matrix(spec: ParamSpec) -> bool:
-    """Whether rows are multiplied by it, and it may be held in fewer bits. A router decides, so it may not."""
+    """True for matrices that can be stored in fewer bits. A router cannot: rounding would change its choices."""
     return len(set(spec.axes) - {"layer", "expert"}) >= 2 and "router" not in spec.axes
 
 
-def held_shape(cfg: ModelConfig, spec: ParamSpec) -> Any:
-    """The form in which a rank of `cfg` holds a parameter: a ShapeDtypeStruct, or an Int8 of two."""
+def weight_shape(cfg: ModelConfig, spec: ParamSpec) -> Any:
+    """Shape and dtype of a parameter in the format of `cfg`: a ShapeDtypeStruct, or an Int8 of two."""
     if cfg.weights == "int8" and is_matrix(spec):
         return Int8(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(spec.shape[:-1], jnp.float32))
     narrow = cfg.weights == "bfloat16" and is_matrix(spec)
     return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16 if narrow else jnp.float32)
 
 
-def hold(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray) -> Any:
-    """A parameter, or a part of its leading axes, in that form, from float32 values."""
+def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward:
+    """Shapes `[R, P, ...]` of the slots of a rank for the experts at a position."""
+    slot = lambda s: jax.ShapeDtypeStruct((s.shape[0], slots, *s.shape[2:]), s.dtype)  # noqa: E731
+    experts = expert_specs(cfg, position)
+    return jax.tree.map(lambda spec: jax.tree.map(slot, weight_shape(cfg, spec)), experts, is_leaf=is_spec)
+
+
+def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray) -> Any:
+    """Convert float32 values of a parameter, or of a part of its leading axes, to the format of `cfg`."""
     if not is_matrix(spec) or cfg.weights == "float32":
         return np.asarray(values, np.float32)
     if cfg.weights == "bfloat16":
@@ -49,24 +57,56 @@ def hold(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray) -> Any:
     return Int8(np.rint(values / scale[..., None]).astype(np.int8), scale)
 
 
-def held_bytes(cfg: ModelConfig, *, experts: bool) -> int:
-    """Bytes of all routed experts in that form, each counted once; or of all else."""
+def weight_bytes(cfg: ModelConfig, *, experts: bool) -> int:
+    """Bytes of all routed experts in the format of `cfg`, each counted once; or of all other weights."""
     specs = (spec for name, spec in tensor_specs(cfg).items() if is_expert(name) == experts)
-    return sum(leaf.size * leaf.dtype.itemsize for spec in specs for leaf in jax.tree.leaves(held_shape(cfg, spec)))
+    return sum(leaf.size * leaf.dtype.itemsize for spec in specs for leaf in jax.tree.leaves(weight_shape(cfg, spec)))
 
 
-def at(weight: Any, index: tuple[Any, ...]) -> Any:
-    """`weight[index]` over its leading axes, whatever its form."""
+def bytes_per_expert(cfg: ModelConfig) -> int:
+    """Bytes of one expert of one layer in the format of `cfg`, on average over the layers; 0 without experts."""
+    return weight_bytes(cfg, experts=True) // (cfg.n_moe_layers * cfg.moe.experts) if cfg.moe else 0
+
+
+def index_weight(weight: Any, index: tuple[Any, ...]) -> Any:
+    """`weight[index]` over its leading axes, in any format."""
     return jax.tree.map(lambda leaf: leaf[index], weight)
 
 
-def look_up(weight: Any, index: jax.Array) -> jax.Array:
-    """Rows of a matrix `[..., D]` in float32, as an embedding looks them up."""
+def look_up(weight: Any, index: Int[ArrayLike, "..."]) -> Float[ArrayLike, "... D"]:
+    """Rows of a matrix in float32: an embedding lookup."""
     if isinstance(weight, Int8):
         return weight.numbers[index].astype(jnp.float32) * weight.scale[index][..., None]
     return weight[index].astype(jnp.float32)
 
 
-def widened(weight: Any) -> Any:
-    """The numbers themselves: float32 if they are held as int8, as they are if not."""
-    return look_up(weight, ...) if isinstance(weight, Int8) else weight
+def dequantize(weight: Any) -> Any:
+    """The weight as one array: float32 if it is stored as int8, otherwise unchanged."""
+    return weight.numbers.astype(jnp.float32) * weight.scale[..., None] if isinstance(weight, Int8) else weight
+
+
+@struct.dataclass
+class StackSlice:
+    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]` or of an `Int8` stack. A kernel can multiply by
+    it without copying it out. `index` has a number for each leading axis that is fixed."""
+
+    stack: Any
+    index: tuple[Any, ...]
+
+    def read(self) -> ArrayLike:
+        """Copy the matrix out of its stack."""
+        return dequantize(index_weight(self.stack, self.index))
+
+    def at(self, *index: Any) -> "StackSlice":
+        """Fix further leading axes."""
+        return StackSlice(self.stack, (*self.index, *index))
+
+
+def is_int8(leaf: Any) -> bool:
+    """True for an `Int8`: as `is_leaf`, it keeps the two arrays of a weight together."""
+    return isinstance(leaf, Int8)
+
+
+def slice_stacks(weights: Any, *index: Any) -> Any:
+    """A tree of weights with every leaf `[..., F, D]` as a `StackSlice` at `index`."""
+    return jax.tree.map(lambda leaf: StackSlice(leaf, index), weights, is_leaf=is_int8)

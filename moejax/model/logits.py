@@ -1,35 +1,40 @@
-"""What bends a row's choice besides temperature and filters: penalties, biases and the tokens a grammar allows.
+"""Logits processing: penalties, biases, and the tokens that a grammar allows.
 
-The front says it in few numbers per row; `dense` makes arrays of them on the host of the rank, `shape_logits` applies
-them on the device. Rows that nobody bends keep every bit of their logits.
+The front sends a few numbers per row. `dense_adjustments` makes arrays of them on the rank's host, `adjust_logits`
+applies them on the device. Rows without adjustments keep every bit of their logits.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, UInt32
 
-WORD = 32
+from moejax.config.axes import ArrayLike
+
+MASK_BITS = 32
 """Tokens of one word of a bit mask: token t is bit t % 32 of word t // 32."""
 
 
 @struct.dataclass
-class Shaping:
-    """Of Z rows and V tokens: `add [Z, V]` float32, `seen` and `allowed [Z, ceil(V / 32)]` uint32 bit masks, and
-    `repetition [Z]` float32. Leaves are arrays or shapes."""
+class LogitsAdjustments:
+    """Adjustments of Z rows over V tokens. Leaves are arrays or shapes; W = ceil(V / 32)."""
 
-    add: jax.Array
-    seen: jax.Array
-    allowed: jax.Array
-    repetition: jax.Array
+    add: Any
+    """Added to the logits, float32 `[Z, V]`."""
+    seen: Any
+    """Bit mask of the tokens that the repetition penalty applies to, uint32 `[Z, W]`."""
+    allowed: Any
+    """Bit mask of the tokens that can be sampled, uint32 `[Z, W]`."""
+    repetition: Any
+    """Repetition penalty, float32 `[Z]`; 1 for none."""
 
 
-class RowShape(NamedTuple):
-    """One row's: `add[i]` for the logit of `tokens[i]`, the tokens `seen` that `repetition` makes less likely, and the
-    bit mask `allowed`, empty for all tokens."""
+class RowAdjustment(NamedTuple):
+    """Adjustments of one row: `add[i]` for the logit of `tokens[i]`, the tokens `seen` that the penalty `repetition`
+    makes less likely, and the bit mask `allowed`, empty for all tokens."""
 
     tokens: np.ndarray
     add: np.ndarray
@@ -38,38 +43,38 @@ class RowShape(NamedTuple):
     allowed: np.ndarray
 
 
-def words(vocab_size: int) -> int:
+def mask_words(vocab_size: int) -> int:
     """Words of a bit mask over the vocabulary."""
-    return -(-vocab_size // WORD)
+    return -(-vocab_size // MASK_BITS)
 
 
-def dense(rows: Mapping[int, RowShape], segments: int, vocab_size: int) -> Shaping:
-    """The arrays of a step of so many segments, neutral where `rows` has none."""
-    width = words(vocab_size)
+def dense_adjustments(rows: Mapping[int, RowAdjustment], segments: int, vocab_size: int) -> LogitsAdjustments:
+    """The arrays of a step with so many segments, neutral for segments that `rows` lacks."""
+    width = mask_words(vocab_size)
     add = np.zeros((segments, vocab_size), np.float32)
     seen = np.zeros((segments, width), np.uint32)
     allowed = np.full((segments, width), 0xFFFFFFFF, np.uint32)
     repetition = np.ones(segments, np.float32)
     for segment, row in rows.items():
         add[segment, row.tokens] = row.add
-        np.bitwise_or.at(seen[segment], row.seen // WORD, np.uint32(1) << (row.seen % WORD).astype(np.uint32))
+        np.bitwise_or.at(seen[segment], row.seen // MASK_BITS, np.uint32(1) << (row.seen % MASK_BITS).astype(np.uint32))
         repetition[segment] = row.repetition
         if row.allowed.size:
             allowed[segment, : row.allowed.size] = row.allowed[:width]
             allowed[segment, row.allowed.size :] = 0
-    return Shaping(add=add, seen=seen, allowed=allowed, repetition=repetition)
+    return LogitsAdjustments(add=add, seen=seen, allowed=allowed, repetition=repetition)
 
 
-def shape_logits(logits_ZV: jax.Array, shaping: Shaping) -> jax.Array:
-    """Logits after the repetition penalty of what was seen (divided when positive, multiplied when negative;
-    arXiv 1909.05858), then what is added, then -inf for what is not allowed."""
+def adjust_logits(logits_ZV: Float[ArrayLike, "Z V"], adjustments: LogitsAdjustments) -> Float[ArrayLike, "Z V"]:
+    """Logits after the repetition penalty (divided when positive, multiplied when negative; arXiv 1909.05858), then the
+    additions, then -inf for tokens that are not allowed."""
     size = logits_ZV.shape[-1]
-    factor = shaping.repetition[:, None]
-    punished = jnp.where(logits_ZV > 0, logits_ZV / factor, logits_ZV * factor)
-    bent = jnp.where(_bits(shaping.seen, size), punished, logits_ZV) + shaping.add
-    return jnp.where(_bits(shaping.allowed, size), bent, -jnp.inf)
+    factor_Z1 = adjustments.repetition[:, None]
+    penalized_ZV = jnp.where(logits_ZV > 0, logits_ZV / factor_Z1, logits_ZV * factor_Z1)
+    adjusted_ZV = jnp.where(_bits(adjustments.seen, size), penalized_ZV, logits_ZV) + adjustments.add
+    return jnp.where(_bits(adjustments.allowed, size), adjusted_ZV, -jnp.inf)
 
 
-def _bits(mask_ZW: jax.Array, size: int) -> jax.Array:
-    bits = (mask_ZW[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
+def _bits(mask_ZW: UInt32[ArrayLike, "Z W"], size: int) -> Bool[ArrayLike, "Z V"]:
+    bits = (mask_ZW[:, :, None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32)) & 1
     return bits.reshape(mask_ZW.shape[0], -1)[:, :size] == 1

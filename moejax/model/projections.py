@@ -9,25 +9,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from moejax.config import LatentConfig, ModelConfig
-from moejax.layers import head_dot, rms_norm, row_dot
-from moejax.params import Latent, Layer
-from moejax.rope import rotate
-
-
-class Heads(NamedTuple):
-    """Queries `[T, N, Hq]`, keys `[T, K, Hk]` and values `[T, K, Hv]` of rows: what is kept in the cache is keys and
-    values. With latent attention K is 1, and a query meets the value followed by the key: Hq = Hv + Hk."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+from moejax.config.attention_config import LatentConfig
+from moejax.config.axes import ArrayLike
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Latent, Layer
+from moejax.model.layers import head_dot, rms_norm, row_dot
+from moejax.model.rope import rotate
 
 
-def make_heads(h_TD: jax.Array, layer: Layer, positions_T: jax.Array, cfg: ModelConfig) -> Heads:
-    """Queries, keys and values of normed rows."""
+class QKV(NamedTuple):
+    """Queries, keys and values of rows; the cache holds keys and values.
+
+    With latent attention K is 1, and a query meets the value followed by the key: Hq = Hv + Hk.
+    """
+
+    q: Float[ArrayLike, "T N Hq"]
+    k: Float[ArrayLike, "T K Hk"]
+    v: Float[ArrayLike, "T K Hv"]
+
+
+def project_qkv(
+    h_TD: Float[ArrayLike, "T D"],
+    layer: Layer,
+    index: Int[ArrayLike, ""],
+    positions_T: Int[ArrayLike, " T"],
+    cfg: ModelConfig,
+) -> QKV:
+    """Queries, keys and values of the normed rows of layer `index`."""
     if cfg.latent is not None:
+        assert layer.latent is not None
         return _latent_heads(h_TD, layer.latent, positions_T, cfg, cfg.latent)
     T, N, K, H = len(h_TD), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     qkv = row_dot(h_TD, layer.qkv)
@@ -40,39 +52,79 @@ def make_heads(h_TD: jax.Array, layer: Layer, positions_T: jax.Array, cfg: Model
     if cfg.clip_qkv is not None:
         qkv = jnp.clip(qkv, -cfg.clip_qkv, cfg.clip_qkv)
     qkv = qkv.reshape(T, N + 2 * K, H)
-    if cfg.qk_norm == "head":
-        q = rms_norm(qkv[:, :N], layer.query_norm, cfg.norm_eps)
-        k = rms_norm(qkv[:, N : N + K], layer.key_norm, cfg.norm_eps)
-        qkv = jnp.concatenate([q, k, qkv[:, N + K :]], axis=1)
-    qk = rotate(qkv[:, : N + K], positions_T, cfg)
-    return Heads(qk[:, :N], qk[:, N:], qkv[:, N + K :])
+    qk = qkv[:, : N + K]
+    if cfg.qk_norm == "head" and not cfg.norm_after_rope:
+        qk = _norm_heads(qk, layer, cfg)
+    qk = _rotate_in_layer(qk, index, positions_T, cfg)
+    if cfg.norm_after_rope:
+        qk = _norm_heads(qk, layer, cfg)
+    return QKV(qk[:, :N], qk[:, N:], qkv[:, N + K :])
 
 
-def join_heads(mixed_TNH: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
-    """What attention adds to the rows `[T, D]`, from the mixed values `[T, N, Hv]`."""
-    return biased(some_heads(mixed_TNH, layer, cfg), layer)
+def _norm_heads(qk_TNH: Float[ArrayLike, "T NK H"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T NK H"]:
+    """Queries and keys, each head normed by itself."""
+    q = rms_norm(qk_TNH[:, : cfg.n_heads], layer.query_norm, cfg.norm_eps)
+    k = rms_norm(qk_TNH[:, cfg.n_heads :], layer.key_norm, cfg.norm_eps)
+    return jnp.concatenate([q, k], axis=1)
 
 
-def some_heads(mixed_TNH: jax.Array, layer: Layer, cfg: ModelConfig) -> jax.Array:
-    """What these heads add to the rows `[T, D]`, without the bias that all heads have in common."""
-    if cfg.latent is not None:
+def _rotate_in_layer(
+    qk_TNH: Float[ArrayLike, "T NK H"], index: Int[ArrayLike, ""], positions_T: Int[ArrayLike, " T"], cfg: ModelConfig
+) -> Float[ArrayLike, "T NK H"]:
+    """Queries and keys rotated by position, unless the layer has no rotary embedding."""
+    rotated = rotate(qk_TNH, positions_T, cfg)
+    if cfg.qk_norm == "l2":
+        rotated = rms_norm(rotated, jnp.ones(cfg.d_head), cfg.norm_eps)
+    if not cfg.unrotated_layers:
+        return rotated
+    is_rotated_L = jnp.array([i not in cfg.unrotated_layers for i in range(cfg.n_layers)])
+    return jnp.where(is_rotated_L[index], rotated, _grown(qk_TNH, positions_T, cfg))
+
+
+def _grown(
+    qk_TNH: Float[ArrayLike, "T NK H"], positions_T: Int[ArrayLike, " T"], cfg: ModelConfig
+) -> Float[ArrayLike, "T NK H"]:
+    """Queries multiplied as `cfg.score_growth` says, and keys as they are."""
+    growth = cfg.score_growth
+    if growth is None:
+        return qk_TNH
+    steps_T = jnp.floor((positions_T.astype(jnp.float32) + 1) / growth.every)
+    factor_T11 = (1 + growth.scale * jnp.log1p(steps_T))[:, None, None]
+    return jnp.concatenate([qk_TNH[:, : cfg.n_heads] * factor_T11, qk_TNH[:, cfg.n_heads :]], axis=1)
+
+
+def project_heads(
+    mixed_TNH: Float[ArrayLike, "T N H"], h_TD: Float[ArrayLike, "T D"], layer: Layer
+) -> Float[ArrayLike, "T D"]:
+    """The output of these heads from their mixed values and the layer's normed rows `h`, without what all heads have in
+    common (`finish_attention`)."""
+    if layer.latent is not None:
         mixed_TNH = head_dot(mixed_TNH, layer.latent.value_up)
-    return row_dot(mixed_TNH.reshape(len(mixed_TNH), -1), layer.out)
+    mixed_TF = mixed_TNH.reshape(len(mixed_TNH), -1)
+    if layer.attention_gate is not None:
+        mixed_TF = mixed_TF * jax.nn.sigmoid(row_dot(h_TD, layer.attention_gate))
+    return row_dot(mixed_TF, layer.out)
 
 
-def biased(out_TD: jax.Array, layer: Layer) -> jax.Array:
-    """What all heads add to the rows, with its bias."""
-    return out_TD if layer.out_bias is None else out_TD + layer.out_bias
+def finish_attention(out_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T D"]:
+    """The output of all heads with the bias of the output projection, normed if the model does so."""
+    if layer.out_bias is not None:
+        out_TD = out_TD + layer.out_bias
+    return out_TD if layer.attention_post_norm is None else rms_norm(out_TD, layer.attention_post_norm, cfg.norm_eps)
 
 
 def score_scale(cfg: ModelConfig) -> float:
-    """What scores are multiplied by before the softmax."""
+    """Factor of the scores before the softmax."""
     return cfg.d_head**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
 
 def _latent_heads(
-    h_TD: jax.Array, weights: Latent, positions_T: jax.Array, cfg: ModelConfig, latent: LatentConfig
-) -> Heads:
+    h_TD: Float[ArrayLike, "T D"],
+    weights: Latent,
+    positions_T: Int[ArrayLike, " T"],
+    cfg: ModelConfig,
+    latent: LatentConfig,
+) -> QKV:
     T, N, C = len(h_TD), cfg.n_heads, latent.d_latent
     low = h_TD
     if weights.query_down is not None:
@@ -83,4 +135,4 @@ def _latent_heads(
     key = rotate(down[:, None, C:], positions_T, cfg)
     plain = head_dot(query[..., : latent.d_plain], weights.key_up)
     rotated = rotate(query[..., latent.d_plain :], positions_T, cfg)
-    return Heads(jnp.concatenate([plain, rotated], axis=-1), key, value[:, None])
+    return QKV(jnp.concatenate([plain, rotated], axis=-1), key, value[:, None])

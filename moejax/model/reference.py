@@ -1,7 +1,7 @@
-"""The whole model on one device, written for reading: training, calibration, oracle of the sharded one.
+"""The whole model on one device, written for reading: for training, calibration, and as oracle of the served model.
 
-No mesh, no pages, no slots: every token of every sequence at once, experts in logical order. Attention sums
-in another order than the paged one: the numbers agree with the served model up to rounding, not bit for bit.
+No mesh, no pages, no slots: every token of every sequence at once, experts in logical order. Attention sums in another
+order than paged attention: results agree with the served model up to rounding, not bit for bit.
 """
 
 from functools import partial
@@ -11,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Bool, Float, Int
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig
-from moejax.experts import always_on, one_expert
-from moejax.heads import join_heads, make_heads, score_scale
-from moejax.layers import norm, row_dot, swiglu
-from moejax.params import Layer, MoE, Params
-from moejax.router import route
+from moejax.config.axes import ArrayLike
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.config.params import Layer, MoE, Params
+from moejax.model.experts import apply_expert, apply_shared_expert
+from moejax.model.feed_forward import finish_feed_forward
+from moejax.model.layers import norm, row_dot, swiglu
+from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
+from moejax.model.router import route
 
 
 @struct.dataclass
 class Routing:
-    """What the routers did: experts chosen `[L, B*T, X]`, and the balance loss of each MoE layer `[L]`."""
+    """The choices of the routers: experts `[L, B*T, X]`, and the balance loss of each MoE layer `[L]`."""
 
     chosen: jax.Array
     balance: jax.Array
@@ -31,33 +36,32 @@ class Routing:
 def forward(
     params: Params,
     cfg: ModelConfig,
-    tokens_BT: jax.Array,
+    tokens_BT: Int[ArrayLike, "B T"],
     *,
-    alive_LE: jax.Array | None = None,
+    alive_LE: Bool[ArrayLike, "L E"] | None = None,
     capacity: int | None = None,
-) -> tuple[jax.Array, Routing]:
+) -> tuple[Float[jax.Array, "B T V"], Routing]:
     """Logits `[B, T, V]` of the next token at every position, and the routing.
 
     `alive_LE` is False for masked experts of each MoE layer (none by default). `capacity` bounds the tokens
     an expert computes, to train faster: with None each expert computes all, and nothing is ever left out.
-    Raises ConfigError for a model whose dense layers are divided.
+    Raises ConfigError for a model whose dense layers are sharded.
     """
-    if cfg.divide_dense:
-        raise ConfigError(f"the dense layers of {cfg.name} are divided; give the parameters of the model they are of.")
+    if cfg.shard_dense:
+        raise ConfigError(f"the dense layers of {cfg.name} are sharded; give the model from which it was made.")
     B, T = tokens_BT.shape
     if alive_LE is None:
         alive_LE = jnp.ones((cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 1), bool)
     x_BTD = params.embed[tokens_BT] * cfg.embed_scale
-    windows = [T if window is None else window for window in cfg.windows]
-    routings, first = [], 0
+    routings, first, depth = [], 0, 0
     for (pattern, repeats), layers in zip(cfg.segments, params.segments, strict=True):
         routed = pattern.count("moe")
         alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, alive_LE.shape[1])
         first += repeats * routed
         body = partial(_pattern, cfg, pattern, capacity)
-        windows_RL = jnp.array(windows[: repeats * len(pattern)]).reshape(repeats, len(pattern))
-        windows = windows[repeats * len(pattern) :]
-        x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE, windows_RL))
+        depths_RL = depth + jnp.arange(repeats * len(pattern)).reshape(repeats, len(pattern))
+        depth += repeats * len(pattern)
+        x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE, depths_RL))
         if routed:
             routings.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing))
     x_BTD = norm(x_BTD, params.final_norm, params.final_norm_bias, cfg.norm_eps) * cfg.logit_scale
@@ -70,13 +74,13 @@ def forward(
 
 
 def _pattern(
-    cfg: ModelConfig, pattern: tuple[str, ...], capacity: int | None, x_BTD: jax.Array, step: tuple
+    cfg: ModelConfig, pattern: tuple[str, ...], capacity: int | None, x_BTD: Float[ArrayLike, "B T D"], step: tuple
 ) -> tuple[jax.Array, Routing | None]:
-    layers, alive_LE, windows_L = step
+    layers, alive_LE, depths_L = step
     routings = []
     for j, (kind, layer) in enumerate(zip(pattern, layers, strict=True)):
         h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
-        x_BTD = x_BTD + cfg.residual_scale * attention(layer, cfg, h_BTD, None if cfg.window is None else windows_L[j])
+        x_BTD = x_BTD + cfg.residual_scale * attention(layer, cfg, h_BTD, depths_L[j])
         h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
             y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down)
@@ -84,36 +88,42 @@ def _pattern(
             assert cfg.moe is not None
             y_TD, routing = mixture(layer.moe, cfg.moe, h_TD, alive_LE[len(routings)], capacity)
             routings.append(routing)
+        y_TD = finish_feed_forward(y_TD, layer.ffn_post_norm, cfg)
         x_BTD = x_BTD + cfg.residual_scale * y_TD.reshape(x_BTD.shape)
     return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *routings) if routings else None
 
 
-def attention(layer: Layer, cfg: ModelConfig, x_BTD: jax.Array, window: jax.Array | None = None) -> jax.Array:
-    """Causal grouped-query attention (arXiv 2305.13245) over whole sequences that start at position 0, of which each
-    position sees the last `window`."""
+def attention(
+    layer: Layer, cfg: ModelConfig, x_BTD: Float[ArrayLike, "B T D"], index: Int[ArrayLike, ""]
+) -> Float[jax.Array, "B T D"]:
+    """Causal grouped-query attention (arXiv 2305.13245) of layer `index` over whole sequences that start at position 0,
+    of which each position sees the last ones that its window holds."""
     B, T, D = x_BTD.shape
-    q, k, v = make_heads(x_BTD.reshape(B * T, D), layer, jnp.tile(jnp.arange(T), B), cfg)
+    q, k, v = project_qkv(x_BTD.reshape(B * T, D), layer, index, jnp.tile(jnp.arange(T), B), cfg)
     if cfg.latent is not None:
         k = jnp.concatenate([v, k], axis=-1)
     N, K = q.shape[1], k.shape[1]
     q_BTKGH = q.reshape(B, T, K, N // K, -1)
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k.reshape(B, T, K, -1)) * score_scale(cfg)
     seen = jnp.tril(jnp.ones((T, T), bool))
-    if window is not None:
-        seen &= jnp.arange(T)[:, None] - jnp.arange(T) < window
+    if cfg.window is not None:
+        window = jnp.array([each or T for each in cfg.windows])[index]
+        first_T = jnp.arange(T) // window * window if cfg.chunked else jnp.arange(T) - window + 1
+        seen &= jnp.arange(T) >= first_T[:, None]
     scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
     if layer.sinks is not None:
         sinks = jnp.broadcast_to(layer.sinks.reshape(K, N // K, 1, 1), (B, K, N // K, T, 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., :T].astype(x_BTD.dtype)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v.reshape(B, T, K, -1))
-    return join_heads(mixed.reshape(B * T, N, -1), layer, cfg).reshape(B, T, D)
+    out_TD = project_heads(mixed.reshape(B * T, N, -1), x_BTD.reshape(B * T, D), layer)
+    return finish_attention(out_TD, layer, cfg).reshape(B, T, D)
 
 
 def mixture(
-    moe: MoE, cfg: MoEConfig, x_TD: jax.Array, alive_E: jax.Array, capacity: int | None = None
-) -> tuple[jax.Array, Routing]:
-    """The routed feed-forward of `x_TD`, and what the router did (chosen `[T, X]`, balance a scalar).
+    moe: MoE, cfg: MoEConfig, x_TD: Float[ArrayLike, "T D"], alive_E: Bool[ArrayLike, " E"], capacity: int | None = None
+) -> tuple[Float[jax.Array, "T D"], Routing]:
+    """The routed feed-forward of `x_TD`, and the router's choices (chosen `[T, X]`, balance a scalar).
 
     The balance loss is Switch Transformer's (arXiv 2101.03961, eq. 4): E times the sum over experts of the
     share of choices and the mean probability; 1 when all are used alike.
@@ -122,21 +132,25 @@ def mixture(
     chosen_TX, gates_TX = route(x_TD, moe.router, moe.bias, alive_E, cfg)
     picked_TXE = jax.nn.one_hot(chosen_TX, cfg.experts, dtype=x_TD.dtype)
     gates_TE = jnp.einsum("tx,txe->te", gates_TX, picked_TXE)
-    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else always_on(x_TD, moe)
+    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe)
     for e in range(cfg.experts):
         weights = jax.tree.map(lambda leaf, e=e: leaf[e], moe.experts)
-        if capacity is None or capacity >= T:
-            y_TD = y_TD + gates_TE[:, e, None] * one_expert(x_TD, weights, cfg)
+        if cfg.gate == "input_sigmoid":
+            y_TD = y_TD + apply_expert(gates_TE[:, e, None] * x_TD, weights, cfg)
+        elif capacity is None or capacity >= T:
+            y_TD = y_TD + gates_TE[:, e, None] * apply_expert(x_TD, weights, cfg)
         else:
             rows = jnp.argsort(gates_TE[:, e] == 0, stable=True)[:capacity]
-            part = one_expert(x_TD[rows], weights, cfg)
+            part = apply_expert(x_TD[rows], weights, cfg)
             y_TD = y_TD.at[rows].add(gates_TE[rows, e, None] * part)
     probability_TE = jax.nn.softmax(row_dot(x_TD, moe.router) + moe.bias, axis=-1)
     share_E = picked_TXE.mean((0, 1))
     return y_TD, Routing(chosen_TX, cfg.experts * jnp.sum(share_E * probability_TE.mean(0)))
 
 
-def next_token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def next_token_losses(
+    logits_BTV: Float[ArrayLike, "B T V"], targets_BT: Int[ArrayLike, "B T"]
+) -> Float[jax.Array, "B T"]:
     """Negative log-likelihood of each target, in nats `[B, T]`."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     right = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -144,13 +158,17 @@ def next_token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def logits(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
+def logits(
+    params: Params, cfg: ModelConfig, tokens_BT: Int[ArrayLike, "B T"], alive_LE: Bool[ArrayLike, "L E"] | None = None
+) -> Float[jax.Array, "B T V"]:
     """`forward` compiled, logits `[B, T, V]` only."""
     return forward(params, cfg, tokens_BT, alive_LE=alive_LE)[0]
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def losses(params: Params, cfg: ModelConfig, tokens_BS: jax.Array, alive_LE: jax.Array | None = None) -> jax.Array:
+def losses(
+    params: Params, cfg: ModelConfig, tokens_BS: Int[ArrayLike, "B S"], alive_LE: Bool[ArrayLike, "L E"] | None = None
+) -> Float[jax.Array, "B rest"]:
     """Nats of tokens 1..S-1 of each sequence, given those before `[B, S-1]`."""
     out = forward(params, cfg, tokens_BS[:, :-1], alive_LE=alive_LE)[0]
     return next_token_losses(out, tokens_BS[:, 1:])

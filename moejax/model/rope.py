@@ -1,16 +1,21 @@
-"""Rotary position embedding (arXiv 2104.09864), halves rotated against each other, and how it is stretched."""
+"""Rotary position embedding (arXiv 2104.09864), halves rotated against each other, and its scaling for longer
+contexts."""
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from moejax.config import ModelConfig, RopeScaling
+from moejax.config.attention_config import RopeScaling
+from moejax.config.axes import ArrayLike
+from moejax.config.model_config import ModelConfig
 
 
-def rotate(x_TNH: jax.Array, positions_T: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Heads with their first `cfg.rotated` numbers rotated by position, the others as they are."""
+def rotate(
+    x_TNH: Float[ArrayLike, "T N H"], positions_T: Int[ArrayLike, " T"], cfg: ModelConfig
+) -> Float[ArrayLike, "T N H"]:
+    """Rotate the first `cfg.rotated` numbers of each head by position; the others stay."""
     dims = cfg.rotated
     if dims == x_TNH.shape[-1]:
         return rope(x_TNH, positions_T, frequencies(cfg), _magnitude(cfg))
@@ -18,8 +23,13 @@ def rotate(x_TNH: jax.Array, positions_T: jax.Array, cfg: ModelConfig) -> jax.Ar
     return jnp.concatenate([rotated, x_TNH[..., dims:]], axis=-1)
 
 
-def rope(x_TNH: jax.Array, positions_T: jax.Array, frequency: jax.Array, magnitude: float = 1.0) -> jax.Array:
-    """All of each head rotated: numbers i and i + H/2 by position times `frequency[i]`, times `magnitude`."""
+def rope(
+    x_TNH: Float[ArrayLike, "T N H"],
+    positions_T: Int[ArrayLike, " T"],
+    frequency: Float[ArrayLike, " half"],
+    magnitude: float = 1.0,
+) -> Float[ArrayLike, "T N H"]:
+    """Rotate all of each head: numbers i and i + H/2 by position times `frequency[i]`, then times `magnitude`."""
     half = x_TNH.shape[-1] // 2
     angle = positions_T.astype(jnp.float32)[:, None] * frequency
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
@@ -29,17 +39,18 @@ def rope(x_TNH: jax.Array, positions_T: jax.Array, frequency: jax.Array, magnitu
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def frequencies(cfg: ModelConfig) -> jax.Array:
-    """Radians per position of each pair `[cfg.rotated / 2]`, stretched as the configuration says."""
+def frequencies(cfg: ModelConfig) -> Float[ArrayLike, " half"]:
+    """Radians per position of each of the `cfg.rotated / 2` pairs, scaled as `cfg.rope_scaling` says."""
     half = cfg.rotated // 2
     plain = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if cfg.rope_scaling is None:
         return plain
-    return jnp.asarray(stretched(cfg.rope_base, cfg.rotated, cfg.rope_scaling), jnp.float32)
+    scaling = cfg.rope_scaling.for_context(cfg.max_context)
+    return jnp.asarray(scaled_frequencies(cfg.rope_base, cfg.rotated, scaling), jnp.float32)
 
 
-def stretched(base: float, dims: int, scaling: RopeScaling) -> np.ndarray:
-    """Frequencies `[dims / 2]` of a model that was trained on a shorter context than it serves, in float64."""
+def scaled_frequencies(base: float, dims: int, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
+    """Frequencies of a model that serves a longer context than it was first trained on, in float64."""
     plain = base ** (-np.arange(0, dims, 2) / dims)
     if scaling.kind == "linear":
         return plain / scaling.factor
@@ -50,15 +61,17 @@ def stretched(base: float, dims: int, scaling: RopeScaling) -> np.ndarray:
     return _yarn(plain, base, dims, scaling)
 
 
-def _llama3(plain: np.ndarray, s: RopeScaling) -> np.ndarray:
-    """Short waves stay, waves too long for the original context are slowed by `factor`, those between are mixed."""
+def _llama3(plain: Float[np.ndarray, " half"], s: RopeScaling) -> Float[np.ndarray, " half"]:
+    """Short waves stay, waves too long for the original context are slowed by `factor`, waves between are
+    interpolated."""
     turns = s.original_context * plain / (2 * math.pi)
     share = np.clip((turns - s.low_frequency) / (s.high_frequency - s.low_frequency), 0, 1)
     return share * plain + (1 - share) * plain / s.factor
 
 
-def _yarn(plain: np.ndarray, base: float, dims: int, s: RopeScaling) -> np.ndarray:
-    """The same by a ramp over the dimensions (arXiv 2309.00071, section 3.2), its ends whole numbers if `truncate`."""
+def _yarn(plain: Float[np.ndarray, " half"], base: float, dims: int, s: RopeScaling) -> Float[np.ndarray, " half"]:
+    """Interpolated by a ramp over the dimensions (arXiv 2309.00071, section 3.2), its ends whole numbers if
+    `truncate`."""
 
     def dimension(turns: float) -> float:
         return dims * math.log(s.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -72,4 +85,4 @@ def _yarn(plain: np.ndarray, base: float, dims: int, s: RopeScaling) -> np.ndarr
 
 
 def _magnitude(cfg: ModelConfig) -> float:
-    return 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.magnitude
+    return 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.for_context(cfg.max_context).magnitude

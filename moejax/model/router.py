@@ -1,30 +1,30 @@
-"""Which experts a token goes to, and how much each of them counts."""
+"""The router: the experts of each token, and the gate of each."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from moejax.axes import Numbers
-from moejax.config import MoEConfig
-from moejax.layers import Weight, ordered_sum, row_dot
+from moejax.config.axes import ArrayLike
+from moejax.config.moe_config import MoEConfig
+from moejax.model.layers import Weight, ordered_sum, row_dot
 
 
 def route(
-    x_TD: Float[Numbers, "T D"],
+    x_TD: Float[ArrayLike, "T D"],
     router_ED: Weight,
-    bias_E: Float[Numbers, " E"],
-    alive_E: Bool[Numbers, " E"],
+    bias_E: Float[ArrayLike, " E"],
+    alive_E: Bool[ArrayLike, " E"],
     moe: MoEConfig,
-) -> tuple[Int[Numbers, "T X"], Float[Numbers, "T X"]]:
-    """The chosen experts `[T, X]` in router order and their gates `[T, X]`, as `moe.gate` says (see MoEConfig).
+) -> tuple[Int[ArrayLike, "T X"], Float[ArrayLike, "T X"]]:
+    """The chosen experts in router order and their gates, as `moe.gate` says (see MoEConfig).
 
-    `alive_E` is False for masked experts: the next best takes over. Ties go to the lower expert, so that the
-    choice is the same wherever it is made.
+    `alive_E` is False for masked experts: the next best expert takes over. Ties go to the expert of the lower number,
+    so that every rank chooses alike.
     """
     logits_TE = row_dot(x_TD, router_ED).astype(jnp.float32)
     if moe.gate == "sparsemixer":
         return _sparsemixer(jnp.where(alive_E, logits_TE + bias_E, -jnp.inf), moe)
-    scores_TE = jax.nn.sigmoid(logits_TE) if moe.gate == "sigmoid" else logits_TE
+    scores_TE = _scores(logits_TE, moe)
     choice_TE = jnp.where(alive_E, scores_TE + bias_E, -jnp.inf)
     allowed_TE = choice_TE if moe.groups == 1 else _in_best_groups(choice_TE, moe)
     best_TX, chosen_TX = jax.lax.top_k(allowed_TE, moe.experts_per_token)
@@ -33,19 +33,31 @@ def route(
     elif moe.gate == "share":
         highest_T1 = choice_TE.max(-1, keepdims=True)
         gates_TX = jnp.exp(best_TX - highest_T1) / ordered_sum(jnp.exp(choice_TE - highest_T1))[:, None]
+    elif moe.gate == "input_sigmoid":
+        gates_TX = jax.nn.sigmoid(best_TX)
     else:
         full_TX = jnp.ones_like(best_TX) if moe.gate == "one" else jnp.take_along_axis(scores_TE, chosen_TX, axis=-1)
         gates_TX = jnp.where(jnp.isfinite(best_TX), full_TX, 0.0)
     return chosen_TX, _scaled(gates_TX, moe)
 
 
-def _scaled(gates_TX: Numbers, moe: MoEConfig) -> Numbers:
+def _scores(logits_TE: Float[ArrayLike, "T E"], moe: MoEConfig) -> Float[ArrayLike, "T E"]:
+    """The scores of the experts: the router's bias is added to them for the choice, gates are made of them alone."""
+    if moe.gate == "sigmoid":
+        return jax.nn.sigmoid(logits_TE)
+    if moe.gate != "biased_share":
+        return logits_TE
+    share_TE = jnp.exp(logits_TE - logits_TE.max(-1, keepdims=True))
+    return share_TE / ordered_sum(share_TE)[:, None]
+
+
+def _scaled(gates_TX: Float[ArrayLike, "T X"], moe: MoEConfig) -> Float[ArrayLike, "T X"]:
     if moe.normalised:
         gates_TX = gates_TX / (ordered_sum(gates_TX)[:, None] + 1e-20)
     return gates_TX if moe.gate_scale == 1.0 else gates_TX * moe.gate_scale
 
 
-def _in_best_groups(choice_TE: Numbers, moe: MoEConfig) -> Numbers:
+def _in_best_groups(choice_TE: Float[ArrayLike, "T E"], moe: MoEConfig) -> Float[ArrayLike, "T E"]:
     """Scores outside the best groups set to minus infinity (DeepSeek-V2, section 2.2.2; V3, section 2.1.2)."""
     size = moe.experts // moe.groups
     by_group = choice_TE.reshape(-1, moe.groups, size)
@@ -56,7 +68,9 @@ def _in_best_groups(choice_TE: Numbers, moe: MoEConfig) -> Numbers:
     return jnp.where(jnp.repeat(in_TG, size, axis=1), choice_TE, -jnp.inf)
 
 
-def _sparsemixer(scores_TE: Numbers, moe: MoEConfig) -> tuple[Numbers, Numbers]:
+def _sparsemixer(
+    scores_TE: Float[ArrayLike, "T E"], moe: MoEConfig
+) -> tuple[Int[ArrayLike, "T X"], Float[ArrayLike, "T X"]]:
     """One expert after the other: the best of those left, weighed by a softmax over those left whose score is within
     twice the jitter of it (arXiv 2409.12136, at inference)."""
     left_TE, chosen, gates = scores_TE, [], []

@@ -1,4 +1,6 @@
-"""The exchange between ranks that are processes of one machine: memory they have all mapped (`kernels/shared.cc`).
+"""The exchange between ranks that are processes of one machine, through memory they have all mapped.
+
+The native side is `moejax/ops/cpu/shared.cc`.
 
 On a CPU the collectives of XLA send each part through a socket and four threads; here a part is written once and read
 once, and a rank that waits is woken once.
@@ -7,15 +9,15 @@ once, and a rank that waits is woken once.
 import ctypes
 import os
 
-from moejax import kernels
+from moejax.ops import cpu
 
 
 class Arena:
-    """One rank's place in the exchange of a mesh. `path` names a file that all ranks of the mesh open, in memory;
+    """One rank's end of the exchange of a mesh. `path` names a file in memory that all ranks of the mesh open;
     `outbox_bytes` is the most that a rank sends at once. Raises OSError."""
 
     def __init__(self, path: str, *, ranks: int, me: int, outbox_bytes: int, timeout_s: int) -> None:
-        self._library = kernels.library()
+        self._library = cpu.library()
         self._library.moejax_arena_open.restype = ctypes.c_void_p
         file = os.open(path, os.O_RDWR)
         try:
@@ -28,15 +30,15 @@ class Arena:
         self._arena: ctypes.c_void_p | None = ctypes.c_void_p(opened)
 
     def use(self) -> None:
-        """All exchanges of this process go through this one from now on. Between steps only."""
+        """Send all exchanges of this process through this arena from now on. Between steps only."""
         self._library.moejax_arena_use(self._arena)
 
     def abort(self) -> None:
-        """Whoever waits here gets an error, now and ever after. From any thread."""
+        """Make every wait in this arena fail, now and later. From any thread."""
         self._library.moejax_arena_abort(self._arena)
 
     def close(self) -> None:
-        """Let go of the memory. Between steps only; nothing else may be called afterwards."""
+        """Unmap the memory. Between steps only; nothing else may be called afterwards."""
         arena, self._arena = self._arena, None
         if arena is not None:
             self._library.moejax_arena_close(arena)

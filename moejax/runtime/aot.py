@@ -1,13 +1,13 @@
-"""Compile the step a rank runs for devices that are not here, and say what it takes.
+"""Compiles the step of a rank for devices that this machine does not have, and reports memory and estimated time.
 
-    python -m moejax.ahead < PROBLEM        (JSON in, JSON out; `planner.verify` asks)
+    python -m moejax.runtime.aot < PROBLEM        (JSON in, JSON out; `planner.cli.compile_ahead` asks)
 
 A problem has a `topology` (`v5e:2x4`, which needs libtpu, or `cpu:4`), a model's `config` (as published, or ours) and
-`name`, the form of its `weights`, whether `dense` layers are `whole` or `divided`, `page_tokens` and `pages` of a
-rank's cache, `rows` decoded in a step, `longest` tokens of a sequence, and `meshes`: a `name`, positions of `devices`
-in the topology, `slots` on each, and `tiles`, how many (slot, tile of rows) pairs a step multiplies. Each is compiled
-as a server does, by `moejax.programs`. The answer for a mesh has bytes of a device, the compiler's own seconds by part,
-or the `error` of a mesh that does not compile.
+`name`, the format of its `weights`, whether `dense` layers are `replicated` or `sharded`, `page_tokens` and `pages` of
+a rank's cache, `rows` decoded in a step, `longest` tokens of a sequence, and `meshes`: a `name`, positions of `devices`
+in the topology, `slots` on each, and `tiles`, the number of (slot, tile of rows) pairs that a step multiplies. Each
+mesh is compiled as a server does, by `moejax.runtime.programs`. The answer for a mesh has the bytes of a device and the
+compiler's own seconds by part, or the `error` of a mesh that does not compile.
 """
 
 import contextlib
@@ -22,26 +22,28 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from moejax import kernels
-from moejax.cache import bytes_per_token
-from moejax.compiled_cost import read_cost
-from moejax.config import ConfigError, ModelConfig
-from moejax.divide import divided_config
-from moejax.families import read_config
-from moejax.inputs import Bucket
-from moejax.programs import ModelShape, mesh_lowerings
+from moejax.checkpoint.families import read_config
+from moejax.checkpoint.shard_dense import sharded_dense_config
+from moejax.config.config_values import ConfigError
+from moejax.config.kv_cache import bytes_per_token
+from moejax.config.mesh import JaxDevice
+from moejax.config.model_config import ModelConfig
+from moejax.config.step_inputs import Bucket
+from moejax.ops import cpu
+from moejax.runtime.compiled_cost import read_cost
+from moejax.runtime.programs import ModelShape, mesh_lowerings
 
 Problem = Mapping[str, Any]
 
 
-class NotHere(RuntimeError):
-    """The compiler for a topology cannot be had on this machine; says what to install."""
+class CompilerMissing(RuntimeError):
+    """The compiler for a topology is missing on this machine; says what to install."""
 
 
-def answer(problem: Problem) -> dict[str, Any]:
-    """What compiling each mesh of a problem gives. Raises ConfigError for a model that is not served, NotHere when the
-    topology's compiler is missing or does not know it."""
-    cfg = model_of(problem)
+def compile_problem(problem: Problem) -> dict[str, Any]:
+    """The result of compiling each mesh of a problem. Raises ConfigError for a model that is not served, NotHere when
+    the topology's compiler is missing or does not know it."""
+    cfg = problem_config(problem)
     devices = topology_devices(problem["topology"])
     bucket = Bucket(decode=problem["rows"], tiles=0, max_pages=-(-problem["longest"] // problem["page_tokens"]))
     shape = ModelShape(cfg=cfg, buckets=(bucket,), page_size=problem["page_tokens"], pages=problem["pages"])
@@ -49,34 +51,35 @@ def answer(problem: Problem) -> dict[str, Any]:
     return {"meshes": rows, "weights": cfg.weights, "cache_bytes_per_token": bytes_per_token(cfg)}
 
 
-def model_of(problem: Problem) -> ModelConfig:
-    """The model in the form it is to be held in, its context at least as long as a problem's longest sequence."""
+def problem_config(problem: Problem) -> ModelConfig:
+    """The model in its weight format, with a context at least as long as the problem's longest sequence."""
     config = problem["config"]
     if "model_type" in config:
         cfg = read_config(config, name=problem["name"])
     else:
         cfg = ModelConfig.from_json(json.dumps(config))
-    if problem["dense"] == "divided":
-        cfg = divided_config(cfg) or cfg
+    if problem["dense"] == "sharded":
+        cfg = sharded_dense_config(cfg) or cfg
     return dataclasses.replace(cfg, weights=problem["weights"], max_context=max(cfg.max_context, problem["longest"]))
 
 
-def topology_devices(topology: str) -> Sequence[jax.Device]:
+def topology_devices(topology: str) -> Sequence[JaxDevice]:
     """The devices of a topology, in its order."""
     if topology.startswith("cpu:"):
-        with contextlib.suppress(kernels.KernelError):
-            kernels.load()
+        with contextlib.suppress(cpu.KernelError):
+            cpu.load()
         return jax.devices("cpu")[: int(topology.removeprefix("cpu:"))]
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise NotHere(
-            f"no compiler for {topology!r} here: {why}. It takes `pip install moejax[tpu]` (libtpu)."
+        raise CompilerMissing(
+            f"no compiler for {topology!r} here: {why}. It takes libtpu. Run in the checkout of moejax: "
+            ".venv/bin/pip install -e '.[tpu]'"
         ) from None
 
 
-def compile_mesh(shape: ModelShape, devices: Sequence[jax.Device], mesh: Mapping[str, Any]) -> dict[str, Any]:
+def compile_mesh(shape: ModelShape, devices: Sequence[JaxDevice], mesh: Mapping[str, Any]) -> dict[str, Any]:
     """The step over some of the devices: bytes, the compiler's seconds by part, or why it does not compile."""
     chosen = [devices[i] for i in mesh["devices"]]
     row = {"name": mesh["name"], "devices": len(chosen), "slots": mesh["slots"]}
@@ -86,9 +89,11 @@ def compile_mesh(shape: ModelShape, devices: Sequence[jax.Device], mesh: Mapping
         compiled = lower().compile()
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         return row | {"error": " ".join(str(error).split())[:400]}
-    memory = compiled.memory_analysis()
-    runs = {"attention": shape.buckets[0].max_pages, "experts": mesh["tiles"]}
-    cost = read_cost(compiled.as_text(), runs)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "XLA's compilers for CPU and TPU report memory"
+    assert text is not None, "XLA's compilers for CPU and TPU give the compiled text"
+    trip_counts = {"attention": shape.buckets[0].max_pages, "experts": mesh["tiles"]}
+    cost = read_cost(text, trip_counts)
     return row | {
         "compile_s": time.perf_counter() - began,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -108,9 +113,9 @@ def main() -> None:
     """Answer the problem on standard input."""
     problem = json.load(sys.stdin)
     try:
-        result = answer(problem)
-    except (ConfigError, NotHere) as error:
-        result = {"refused": str(error), "unavailable": isinstance(error, NotHere)}
+        result = compile_problem(problem)
+    except (ConfigError, CompilerMissing) as error:
+        result = {"refused": str(error), "unavailable": isinstance(error, CompilerMissing)}
     json.dump(result, sys.stdout)
 
 

@@ -1,22 +1,22 @@
-"""What XLA's own cost model says of a compiled step, read from the text of the compiled program.
+"""XLA's own cost estimate of a compiled step, read from the text of the compiled program.
 
-The compiler for TPUs notes its estimate of cycles at every instruction it schedules. It counts the body of a loop
-once; here a body counts as often as it runs: loops over layers say how often, loops over pages and over tiles of rows
-depend on what a step is given, so the caller says. Exchanges and kernels in Pallas carry no estimate and are counted by
-themselves.
+The compiler for TPUs notes its estimate of cycles at every instruction that it schedules. It counts the body of a loop
+once; here a body counts as often as it runs. Loops over layers state their trip count; that of loops over pages and
+over tiles of rows depends on the inputs of a step, so the caller gives it. Exchanges and Pallas kernels carry no
+estimate and are counted separately.
 """
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 HERTZ = {"TPU v4": 1.05e9, "TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 """Clock by kind of device, from the published peak rate over what the matrix units multiply in a cycle."""
 
 PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "shared")
-"""The named scopes of `moejax.model`; what is in none of them is "rest"."""
+"""The named scopes of `moejax.model`; instructions outside of them count as "rest"."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -39,7 +39,7 @@ class CompiledCost:
     kernels: Mapping[str, float]
     """Calls of kernels, by part."""
     unknown_loops: int
-    """Loops of which neither the program nor the caller says how often they run; counted once."""
+    """Loops whose trip count neither the program nor the caller gives; counted once."""
 
     def seconds(self, device_kind: str) -> dict[str, float]:
         """Seconds by part on a kind of device; empty when its clock is not known or nothing was estimated."""
@@ -47,11 +47,11 @@ class CompiledCost:
         return {part: cycles / hertz for part, cycles in self.cycles.items()} if hertz else {}
 
 
-def read_cost(text: str, runs: Mapping[str, float]) -> CompiledCost:
-    """The cost of the program whose compiled text this is; `runs` says by part how often its inner loop runs."""
+def read_cost(text: str, trip_counts: Mapping[str, float]) -> CompiledCost:
+    """The cost of the program whose compiled text this is; `trip_counts` says by part how often its inner loop runs."""
     computations, entry = _computations(text)
-    cycles: collections.Counter[str] = collections.Counter()
-    kernels: collections.Counter[str] = collections.Counter()
+    cycles: dict[str, float] = collections.defaultdict(float)
+    kernels: dict[str, float] = collections.defaultdict(float)
     exchanges, sent, unknown = 0.0, 0.0, 0
 
     def walk(name: str, times: float) -> None:
@@ -67,7 +67,7 @@ def read_cost(text: str, runs: Mapping[str, float]) -> CompiledCost:
                 exchanges += times
                 sent += times * math.prod(int(n) for n in found[3].split(",") if n) * int(found[2]) / 8
             if found := _WHILE.search(line):
-                often = _counted(computations.get(found[1], ())) or runs.get(part)
+                often = _trip_count(computations.get(found[1], ())) or trip_counts.get(part)
                 unknown += often is None
                 walk(found[2], times * (1.0 if often is None else often))
             elif found := _CALL.search(line):
@@ -90,8 +90,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _counted(condition: list[str]) -> int | None:
-    """How often a loop runs whose condition compares a counter with a constant."""
+def _trip_count(condition: Sequence[str]) -> int | None:
+    """Trip count of a loop whose condition compares a counter with a constant; None for other loops."""
     constants = {found[1]: int(found[2]) for line in condition if (found := _BOUND.search(line))}
     compared = next((found for line in condition if (found := _COMPARE.search(line))), None)
     return constants.get(compared[2]) if compared else None

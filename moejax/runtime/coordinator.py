@@ -1,8 +1,10 @@
 """Hosts the coordination service of one generation, so that any rank may die. Imports jaxlib, not jax.
 
-python -m moejax.coordinator RANKS SEATS HOST      prints its port, then serves there until its standard input closes
+    python -m moejax.runtime.coordinator RANKS PROCESSES HOST
 
-The first RANKS of the SEATS processes are ranks at the start; the others are kept free for replacements.
+prints its port, then serves there until its standard input closes.
+
+The first RANKS of the PROCESSES process ids are ranks at the start; the others are spare ids for replacements.
 """
 
 import os
@@ -10,23 +12,23 @@ import signal
 import socket
 import sys
 
-from moejax.world import host_coordination_service, keep_seats
+from moejax.runtime.distributed import hold_spare_process_ids, host_coordination_service
 
 
 def main() -> None:
     """Serve one generation."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the front, which drains first and then ends this
-    ranks, seats, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+        signal.signal(number, signal.SIG_IGN)  # the front gets it too, drains first and then ends this process
+    ranks, processes, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with socket.socket() as probe:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
-    _service = host_coordination_service(seats, port, host)  # lives as long as it is referred to
+    _service = host_coordination_service(processes, port, host)  # lives as long as it is referred to
     print(port, flush=True)
     here = "127.0.0.1" if host == "0.0.0.0" else host
-    keep_seats(f"{here}:{port}", range(ranks, seats), seats)
+    hold_spare_process_ids(f"{here}:{port}", range(ranks, processes), processes)
     sys.stdin.read()
-    os._exit(0)  # an orderly end would be told to the ranks, whose runtime ends them then; they can do without
+    os._exit(0)  # after an orderly shutdown the runtime of every rank would end that rank
 
 
 if __name__ == "__main__":

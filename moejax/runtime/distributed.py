@@ -1,24 +1,24 @@
 """All private hooks into JAX's distributed runtime: the coordination service, generations, and abort.
 
-What JAX really does when a process dies is in docs/decisions/0002-what-jax-does-when-a-rank-dies.md; this module
-is the only one that relies on it.
+docs/decisions/0002-what-jax-does-when-a-rank-dies.md says how JAX behaves when a process dies; this module is the only
+one that relies on it.
 """
 
+import importlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
-from moejax.relay import Relay
-
-if TYPE_CHECKING:
-    from moejax.shared import Arena
+from moejax.runtime.relay import Relay
 
 HEARTBEAT_TIMEOUT_S = 10**8
-"""Of JAX's own service, in effect never: the front decides who is dead, and the service itself may die."""
+"""Heartbeat timeout of JAX's own service, in effect never: the front decides which rank is dead."""
 
 
+_EXCHANGE_FAILURES = re.compile(r"gloo|nccl|the exchange (was aborted|waited too long)", re.IGNORECASE)
 _GPU_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=false",
     "--xla_gpu_nccl_async_execution=true",
@@ -31,28 +31,26 @@ def host_coordination_service(processes: int, port: int, host: str = "127.0.0.1"
 
     Needs jaxlib only; importing it does not import jax.
     """
-    from jaxlib import _jax
-
-    return _jax.get_distributed_runtime_service(
+    return _native().get_distributed_runtime_service(
         f"{host}:{port}", processes, heartbeat_timeout=HEARTBEAT_TIMEOUT_S, shutdown_timeout=5, recoverable=True
     )
 
 
-def keep_seats(address: str, seats: Iterable[int], processes: int) -> None:
-    """Stand in for the processes `seats` of a generation until everybody knows everybody's devices, then leave.
+def hold_spare_process_ids(address: str, process_ids: Iterable[int], processes: int) -> None:
+    """Connect as each of the spare processes of a generation until all processes know all devices, then leave.
 
-    A process cannot come back to a coordination service, and one that was not there at the start is unknown to the
-    others. But a seat that was left in good order may be taken later: by a replacement, with no new generation.
+    A process cannot come back to a coordination service, and the others do not know a process that was missing at the
+    start. But a replacement can later use a process id that was left in good order, without a new generation.
     """
-    from jaxlib import _jax, xla_client
+    from jaxlib import xla_client
 
-    def keep(seat: int) -> None:
-        client = _connect(_jax, address, seat)
-        xla_client.make_cpu_client(distributed_client=client, node_id=seat, num_nodes=processes, num_devices=1)
+    def keep(process_id: int) -> None:
+        client = _connect(address, process_id)
+        xla_client.make_cpu_client(distributed_client=client, node_id=process_id, num_nodes=processes, num_devices=1)
         client.shutdown()
 
-    for seat in seats:
-        threading.Thread(target=keep, args=(seat,), daemon=True, name=f"seat {seat}").start()
+    for process_id in process_ids:
+        threading.Thread(target=keep, args=(process_id,), daemon=True, name=f"spare process id {process_id}").start()
 
 
 def configure_process(collective_timeout_s: int, address: str = "127.0.0.1") -> None:
@@ -74,22 +72,45 @@ def configure_process(collective_timeout_s: int, address: str = "127.0.0.1") -> 
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", 1)
-    # What comes out of JAX's own cache cannot be serialized again on CPU; the executable store takes its place.
+    # An executable from JAX's own cache cannot be serialized again on CPU; the executable store replaces that cache.
     jax.config.update("jax_enable_compilation_cache", False)
     _collectives_at(address)
 
 
 def _collectives_at(address: str) -> None:
-    """Have the CPU backend's collectives listen on one address, not on whatever the machine's name stands for."""
+    """Make the CPU backend's collectives listen on one address instead of the one that the host name resolves to."""
     from jax._src import distributed, xla_bridge
-    from jaxlib import _jax
 
     def client():
         service = distributed.global_state.client
-        gloo = _jax.make_gloo_tcp_collectives(distributed_client=service, hostname=address) if service else None
+        gloo = _native().make_gloo_tcp_collectives(distributed_client=service, hostname=address) if service else None
         return xla_bridge.make_cpu_client(gloo)
 
     xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
+
+
+def is_exchange_failure(error: Exception) -> bool:
+    """Whether an error of a program is that of an exchange between ranks: a connection that was lost, a wait that took
+    too long, or an abort. The texts are those of XLA's collectives and of `moejax/ops/cpu/shared.cc`."""
+    return type(error).__name__ == "JaxRuntimeError" and _EXCHANGE_FAILURES.search(str(error)) is not None
+
+
+@runtime_checkable
+class ExchangeMemory(Protocol):
+    """The memory through which the ranks of a mesh exchange: `moejax.model.shared_memory.Arena`, whose module imports
+    jax."""
+
+    def use(self) -> None:
+        """Send all exchanges of this process through this memory from now on."""
+        ...
+
+    def abort(self) -> None:
+        """Make every thread that waits for an exchange get an error."""
+        ...
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        ...
 
 
 class World:
@@ -99,22 +120,21 @@ class World:
         self._processes: dict[int, Any] = {}
         self._devices: dict[int, Any] = {}
         self._data_planes: dict[frozenset[int], dict[int, str]] = {}
-        self._arenas: dict[frozenset[int], Arena] = {}
-        self._connecting: _Connecting | None = None
+        self._arenas: dict[frozenset[int], ExchangeMemory] = {}
+        self._connecting: _Connection | None = None
         self._lock = threading.Lock()
         self._relay: Relay | None = None
         self._abandoned: list[object] = []
         """Clients of services that died, and their relays: ending either would end this process."""
 
-    def join(self, address: str, rank: int, seats: Mapping[int, int], processes: int) -> None:
-        """Enter the generation at `address` as process `seats[rank]` of `processes`, leaving the one before.
+    def join(self, address: str, rank: int, process_ids: Mapping[int, int], processes: int) -> None:
+        """Enter the generation at `address` as process `process_ids[rank]` of `processes`, leaving the one before.
 
         Every array of the old generation's backend is gone afterwards; copy to the host first.
         """
         import jax
         import jax.extend.backend
         from jax._src import dispatch, distributed
-        from jaxlib import _jax
 
         state = distributed.global_state
         if self._devices:
@@ -130,48 +150,51 @@ class World:
             self._data_planes.clear()
             self._close_arenas(self._arenas)
         state.coordinator_address = address
-        state.process_id = seats[rank]
+        state.process_id = process_ids[rank]
         state.num_processes = processes
-        state.client = _connect(_jax, self._relay.address, state.process_id)
+        state.client = _connect(self._relay.address, state.process_id)
         self._processes = {d.process_index: d for d in jax.devices()}
-        self._devices = {r: self._processes[seat] for r, seat in seats.items()}
+        self._devices = {r: self._processes[process_id] for r, process_id in process_ids.items()}
         self._relay.hold()
 
-    def seat(self, rank: int, process: int) -> None:
-        """`rank` is that process of the generation from now on; communicators with its predecessor are void."""
+    def set_process_id(self, rank: int, process_id: int) -> None:
+        """Make `rank` that process of the generation; communicators with its predecessor are dropped."""
         with self._lock:
             self._data_planes = {ranks: plane for ranks, plane in self._data_planes.items() if rank not in ranks}
             self._close_arenas(ranks for ranks in self._arenas if rank in ranks)
-        self._devices[rank] = self._processes[process]
+        self._devices[rank] = self._processes[process_id]
 
     def devices(self, ranks: Iterable[int]) -> list:
         """The devices of these ranks, in that order."""
         return [self._devices[r] for r in ranks]
 
-    def connecting(self, ranks: Iterable[int], arena: "Arena | None" = None) -> "_Connecting":
+    def connecting(self, ranks: Iterable[int], arena: ExchangeMemory | None = None) -> "_Connection":
         """A context in which the communicator of `ranks` is made: the sockets that appear are its data plane, and the
-        arena, if there is one, is that of its exchange."""
-        return _Connecting(self, frozenset(ranks), arena)
+        arena, if any, is the memory of its exchange."""
+        return _Connection(self, frozenset(ranks), arena)
 
     def use(self, ranks: Iterable[int]) -> None:
-        """The steps that follow are of this mesh."""
+        """Make the mesh of these ranks the one whose exchange the following steps use."""
         arena = self._arenas.get(frozenset(ranks))
         if arena is not None:
             arena.use()
 
     def abort(self, ranks: Iterable[int]) -> int:
-        """Shut down the sockets of one communicator, so that both ends see the end of the stream and no collective
-        waits for a timeout; and its exchange. Returns how many were shut down. Safe from any thread, at any time."""
+        """Shut down the sockets and the exchange of one communicator, so that both ends see the end of the stream and
+        no collective waits for a timeout. Returns how many sockets were shut down. Safe from any thread, at any
+        time."""
         with self._lock:
             arena = self._arenas.get(frozenset(ranks))
             if arena is not None:
                 arena.abort()
-            return _cut(self._data_planes.pop(frozenset(ranks), {}))
+            return _shut_down(self._data_planes.pop(frozenset(ranks), {}))
 
-    def give_up_connecting(self) -> None:
-        """Let go of a communicator that is being connected, if there is one: somebody in it is dead. Where XLA
-        connects, waiting for the dead ends only by leaving the coordination service, so this process can connect no
-        more in this generation; what is connected goes on. Safe from any thread, at any time."""
+    def abort_connecting(self) -> None:
+        """Abort the communicator that is being connected, if any: one of its members is dead.
+
+        Where XLA connects, only leaving the coordination service ends the wait for the dead member, so this process
+        cannot connect again in this generation; connected meshes keep working. Safe from any thread, at any time.
+        """
         with self._lock:
             if self._connecting is None:
                 return
@@ -179,7 +202,7 @@ class World:
                 self._connecting.arena.abort()
             else:
                 self._leave()
-                _cut(self._connecting.appeared())
+                _shut_down(self._connecting.appeared())
 
     def _leave(self) -> None:
         from jax._src import distributed
@@ -190,10 +213,12 @@ class World:
         if relay.silent:  # shutting down would fail, and that ends the process
             self._abandoned.append((distributed.global_state.client, relay))
         else:
-            distributed.global_state.client.shutdown()
+            client = distributed.global_state.client
+            assert client is not None, "a relay belongs to a client"
+            client.shutdown()
             relay.close()
 
-    def _begin_connecting(self, connecting: "_Connecting") -> None:
+    def _begin_connecting(self, connecting: "_Connection") -> None:
         with self._lock:
             self._connecting = connecting
 
@@ -201,7 +226,7 @@ class World:
         for each in list(ranks):
             self._arenas.pop(each).close()
 
-    def _connected(self, ranks: frozenset[int], plane: dict[int, str], arena: "Arena | None") -> None:
+    def _connected(self, ranks: frozenset[int], plane: dict[int, str], arena: ExchangeMemory | None) -> None:
         with self._lock:
             self._connecting = None
             if arena is not None:
@@ -210,8 +235,13 @@ class World:
             self._data_planes.setdefault(ranks, {}).update(plane)
 
 
-def _cut(plane: Mapping[int, str]) -> int:
-    """Shut down sockets, given by descriptor and inode; how many of them were still open."""
+def _native() -> Any:
+    """The native module of jaxlib: it has no types. Importing it does not import jax."""
+    return importlib.import_module("jaxlib._jax")
+
+
+def _shut_down(plane: Mapping[int, str]) -> int:
+    """Shut down sockets, given by descriptor and inode; returns how many of them were still open."""
     open_now = _sockets()
     cut = 0
     for descriptor, inode in plane.items():
@@ -225,17 +255,17 @@ def _cut(plane: Mapping[int, str]) -> int:
     return cut
 
 
-def _connect(jaxlib: Any, address: str, process: int):
+def _connect(address: str, process: int) -> Any:
     """A client of the coordination service, registered. Waits for all processes of the generation the first time."""
-    client = jaxlib.get_distributed_runtime_client(
+    client = _native().get_distributed_runtime_client(
         address, process, init_timeout=60, use_compression=True, heartbeat_timeout=HEARTBEAT_TIMEOUT_S
     )
     client.connect()
     return client
 
 
-class _Connecting:
-    def __init__(self, world: World, ranks: frozenset[int], arena: "Arena | None") -> None:
+class _Connection:
+    def __init__(self, world: World, ranks: frozenset[int], arena: ExchangeMemory | None) -> None:
         self._world, self._ranks, self.arena = world, ranks, arena
 
     def __enter__(self) -> None:

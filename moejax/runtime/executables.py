@@ -1,4 +1,4 @@
-"""Compiled programs: compiled once per mesh shape, kept in a store, moved to any set of devices in milliseconds.
+"""Compiled programs: compiled once per mesh shape, stored, and moved to any set of devices in milliseconds.
 
 An executable carries its device assignment. The public loader accepts only the devices it was compiled for;
 `_Mover` maps them and hands new compile options to the runtime. Loading an executable runs code: the store is a
@@ -20,7 +20,8 @@ import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
 
-from moejax import kernels
+from moejax.config.mesh import JaxDevice
+from moejax.ops import cpu
 
 
 class ExecutableStoreError(RuntimeError):
@@ -34,9 +35,10 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _heard(self, event: str, _duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == self.EVENT:
             self.count += 1
 
@@ -61,7 +63,7 @@ class ExecutableStore:
         """True when the executable was compiled before."""
         return (self.folder / name).is_file()
 
-    def put(self, name: str, compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> None:
+    def put(self, name: str, compiled: jax.stages.Compiled, devices: Sequence[JaxDevice]) -> None:
         """Keep a fresh compile. Written whole or not at all, so that several processes may do it at once."""
         blob = pickle.dumps((serialize_executable.serialize(compiled), [d.id for d in devices]))
         part = self.folder / f"{name}.{os.getpid()}.part"
@@ -69,7 +71,7 @@ class ExecutableStore:
             file.write(blob)
         part.rename(self.folder / name)
 
-    def load(self, name: str, devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    def load(self, name: str, devices: Sequence[JaxDevice]) -> Callable[..., Any]:
         """The executable `name` for `devices`, in mesh order; they may be others than it was compiled for."""
         (blob, in_tree, out_tree), compiled_for = self._read(name)
         unloaded, args, no_kwargs = _Mover(blob, compiled_for, devices).load()
@@ -90,7 +92,7 @@ class ExecutableStore:
 class _Mover(serialize_executable._JaxPjrtUnpickler):
     """Unpickles an executable onto other devices than it was compiled for."""
 
-    def __init__(self, blob: bytes, compiled_for: Sequence[int], devices: Sequence[jax.Device]) -> None:
+    def __init__(self, blob: bytes, compiled_for: Sequence[int], devices: Sequence[JaxDevice]) -> None:
         super().__init__(io.BytesIO(blob), devices[0].client, devices)
         self.devices_by_id = dict(zip(compiled_for, devices, strict=True))
         self.options = compiler.get_compile_options(
@@ -120,8 +122,8 @@ def executable_name(kind: str, *parts: object) -> str:
     return f"{kind}-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}"
 
 
-def numerics() -> str:
-    """The same on two hosts whose ranks give the same numbers to the last bit."""
+def numerics_fingerprint() -> str:
+    """A digest that is equal on two hosts whose ranks compute the same numbers to the last bit."""
     return hashlib.sha256(chr(0).join(_machine()).encode()).hexdigest()[:16]
 
 
@@ -129,20 +131,24 @@ def _machine() -> tuple[str, ...]:
     import jaxlib
 
     versions = jax.__version__, jaxlib.__version__
-    return _source_digest(), kernels.fingerprint(), *versions, platform.machine(), _cpu_flags()
+    return _source_digest(), cpu.fingerprint(), *versions, platform.machine(), _cpu_flags()
 
 
-_COMPILED_MODULES = (
-    *("attention", "axes", "cache", "disaggregated", "exchange", "experts", "heads", "inputs", "layers"),
-    *("mesh", "model", "params", "precision", "rope", "router", "sampling", "shaping", "steps", "tensor"),
-    *("pallas/gpu", "pallas/grouping", "pallas/queries", "pallas/tpu"),
-)
+_COMPILED = ("config", "model", "ops", "runtime/steps.py")
+"""The source of compiled programs, below `moejax/`: rooms with all of their modules, and single modules."""
+
+
+def compiled_sources() -> list[Path]:
+    """The files whose change makes every stored executable stale."""
+    root = Path(__file__).parents[1]
+    found = (root / name for name in _COMPILED)
+    return sorted(file for each in found for file in (each.rglob("*.py") if each.is_dir() else (each,)))
 
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for name in _COMPILED_MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for file in compiled_sources():
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Cache entries of a sequence out of one rank's cache and into another's, while both go on serving; and what a step has
-just written, as the entries it is.
+"""Copies cache entries of a sequence from one rank's cache to another's while both keep serving, and says which entries
+a step has written.
 
-Entries of positions that are in the cache never change, so that copying them needs nobody else to wait. They are
-written by the commit program that every step uses: nothing is compiled for it.
+Entries in the cache never change, so no step waits while they are copied. They are written by the commit program that
+every step uses: nothing is compiled for it.
 """
 
 import math
@@ -12,78 +12,79 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moejax.cache import Cache, cache_shapes
-from moejax.config import ModelConfig
-from moejax.inputs import Bucket, idle, layout, packed_size
-from moejax.known_weights import aligned
+from moejax.checkpoint.checksums import aligned_array
+from moejax.config.kv_cache import KVCache, cache_shapes
+from moejax.config.mesh import JaxDevice
+from moejax.config.model_config import ModelConfig
+from moejax.config.step_inputs import Bucket, idle_inputs, layout, packed_size
+from planner.plan.step_layout import DROPPED
 
-NOWHERE = 2**30
-"""Where rows of padding are written to; see `serving.batch.DROPPED`."""
-
-Commit = Callable[[Cache, Cache, jax.Array], Cache]
+Commit = Callable[[KVCache, KVCache, jax.Array], KVCache]
 
 
-def entries_of(pages: Sequence[int], page_size: int, first: int, count: int) -> np.ndarray:
+def entry_indices(pages: Sequence[int], page_size: int, first: int, count: int) -> np.ndarray:
     """The flat cache entries of positions `first` .. `first + count - 1` of a sequence in `pages`, int32 `[count]`."""
     at = np.arange(first, first + count)
     return (np.array(pages, np.int32)[at // page_size] * page_size + at % page_size).astype(np.int32)
 
 
-def read_entries(cache: Cache, entries: np.ndarray) -> np.ndarray:
+def read_entries(cache: KVCache, entries: np.ndarray) -> np.ndarray:
     """Keys and values of these entries next to each other, float32 `[L, count, widths]`."""
     return np.concatenate([np.asarray(part)[:, entries] for part in (cache.k, cache.v)], axis=-1)
 
 
 class EntryWriter:
-    """Writes cache entries by the commit programs of a rank's buckets, through host memory that it keeps: memory that a
-    process has not touched yet takes several times as long as the copying does."""
+    """Writes cache entries with the commit programs of a rank's buckets, through host memory that it reuses: memory
+    that a process has not touched yet takes several times as long as the copy."""
 
     def __init__(self, cfg: ModelConfig, buckets: Sequence[Bucket]) -> None:
         self._cfg = cfg
         self._buckets = tuple(buckets)
-        self._rows: dict[int, Cache] = {}
+        self._rows: dict[int, KVCache] = {}
 
     def write(
-        self, cache: Cache, entries: np.ndarray, rows: np.ndarray, commit: Callable[[int], Commit], device: jax.Device
-    ) -> Cache:
-        """The cache with `rows [L, count, widths]` in these entries, done when this returns; `commit` is the program of
-        the bucket of an index. The cache is donated, as in every commit."""
+        self, cache: KVCache, entries: np.ndarray, rows: np.ndarray, commit: Callable[[int], Commit], device: JaxDevice
+    ) -> KVCache:
+        """Write `rows [L, count, widths]` into these entries and return the cache when that is done. `commit` gives the
+        program of a bucket's index. The cache is donated, as in every commit."""
         index = self._index(len(entries))
         size = self._buckets[index].rows
         for at in range(0, len(entries), size):
             some, block = entries[at : at + size], rows[:, at : at + size]
-            new = self._kept(index)
+            new = self._host_rows(index)
             width = new.k.shape[-1]
             new.k[:, : len(some)], new.v[:, : len(some)] = block[..., :width], block[..., width:]
             cache = self._commit(cache, index, some, commit, device)
         return cache
 
-    def warm(self, cache: Cache, count: int, commit: Callable[[int], Commit], device: jax.Device) -> Cache:
-        """Write nothing, as `count` entries are written: the first time takes several times as long as the next."""
+    def warm(self, cache: KVCache, count: int, commit: Callable[[int], Commit], device: JaxDevice) -> KVCache:
+        """Run the write of `count` entries with none: the first run takes several times as long as the next."""
         return self._commit(cache, self._index(count), np.zeros(0, np.int32), commit, device)
 
     def _commit(
-        self, cache: Cache, index: int, entries: np.ndarray, commit: Callable[[int], Commit], device: jax.Device
-    ) -> Cache:
+        self, cache: KVCache, index: int, entries: np.ndarray, commit: Callable[[int], Commit], device: JaxDevice
+    ) -> KVCache:
         bucket = self._buckets[index]
-        packed = np.concatenate([_writing(bucket, entries), *[idle(bucket)] * (self._cfg.tensor - 1)])
-        arguments = jax.device_put((self._kept(index), packed), device)
+        packed = np.concatenate([_writing(bucket, entries), *[idle_inputs(bucket)] * (self._cfg.tensor - 1)])
+        arguments = jax.device_put((self._host_rows(index), packed), device)
         return jax.block_until_ready(commit(index)(cache, *arguments))
 
     def _index(self, count: int) -> int:
-        """The bucket with the fewest rows that has room for so many, or that with the most."""
+        """Index of the smallest bucket with room for so many rows, or of the largest bucket."""
         sizes = [bucket.rows for bucket in self._buckets]
         return sizes.index(min((size for size in sizes if size >= count), default=max(sizes)))
 
-    def _kept(self, index: int) -> Cache:
+    def _host_rows(self, index: int) -> KVCache:
         if index not in self._rows:
             sizes = cache_shapes(self._cfg, self._buckets[index].rows * self._cfg.tensor)
-            self._rows[index] = Cache(*(aligned(np.zeros(size), np.dtype(np.float32)) for size in (sizes.k, sizes.v)))
+            self._rows[index] = KVCache(
+                *(aligned_array(np.zeros(size), np.dtype(np.float32)) for size in (sizes.k, sizes.v))
+            )
         return self._rows[index]
 
 
-class Written(NamedTuple):
-    """What a step wrote: its rows `[n]`, the entries they went to, their tokens and positions."""
+class WrittenRows(NamedTuple):
+    """The rows `[n]` that a step wrote, the cache entries they went to, their tokens and positions."""
 
     rows: np.ndarray
     entries: np.ndarray
@@ -91,9 +92,9 @@ class Written(NamedTuple):
     positions: np.ndarray
 
 
-def written(packed: np.ndarray, bucket: Bucket, entries: int = 0) -> Written:
-    """What the step of these packed inputs writes; of a tensor group, whose packed inputs follow one another, for all
-    its members, each of which has `entries` in the cache."""
+def written_rows(packed: np.ndarray, bucket: Bucket, entries: int = 0) -> WrittenRows:
+    """The rows that the step of these packed inputs writes. For a tensor group, whose packed inputs follow one another,
+    those of all members, each of which has `entries` in the cache."""
     parts = []
     for t, own in enumerate(packed.reshape(-1, packed_size(bucket))):
         fields, at = {}, 0
@@ -101,21 +102,21 @@ def written(packed: np.ndarray, bucket: Bucket, entries: int = 0) -> Written:
             size = math.prod(shape)
             fields[name] = own[at : at + size]
             at += size
-        rows = np.flatnonzero(fields["write"] < NOWHERE)
+        rows = np.flatnonzero(fields["write"] < DROPPED)
         write, tokens, positions = (fields[name][rows] for name in ("write", "tokens", "positions"))
         parts.append((rows + t * bucket.rows, write + t * entries, tokens, positions))
-    return Written(*map(np.concatenate, zip(*parts, strict=True)))
+    return WrittenRows(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def rows_by_entry(new: Cache, rows: np.ndarray) -> np.ndarray:
-    """Keys and values of some rows of a step, `[n, L, widths]`: what belongs to one entry lies together."""
+def rows_by_entry(new: KVCache, rows: np.ndarray) -> np.ndarray:
+    """Keys and values of some rows of a step, `[n, L, widths]`: those of one entry lie together."""
     parts = [np.asarray(part)[:, rows].swapaxes(0, 1) for part in (new.k, new.v)]
     return np.concatenate(parts, axis=-1)
 
 
 def _writing(bucket: Bucket, entries: np.ndarray) -> np.ndarray:
-    """The packed inputs of a step that does nothing but write its first rows to these entries."""
-    packed, at = idle(bucket), 0
+    """The packed inputs of a step that only writes its first rows to these entries."""
+    packed, at = idle_inputs(bucket), 0
     for name, (shape, _) in layout(bucket).items():
         size = int(np.prod(shape))
         if name == "write":

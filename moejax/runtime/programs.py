@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,40 +10,47 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from moejax import steps
-from moejax.cache import Cache, cache_shapes
-from moejax.config import ModelConfig, in_slots
-from moejax.disaggregated import RolesShape
-from moejax.exchange import Exchange
-from moejax.executables import ExecutableStore, executable_name
-from moejax.inputs import TILE, Bucket, packed_size
-from moejax.mesh import global_array, make_mesh
-from moejax.model import StepOutputs, StepShape
-from moejax.params import Head, is_spec, param_specs
-from moejax.precision import held_shape
-from moejax.shaping import Shaping, words
+from moejax.config.kv_cache import KVCache, cache_shapes
+from moejax.config.mesh import JaxDevice, global_array, global_shape, make_mesh
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Head, expert_positions, is_spec, param_specs
+from moejax.config.step_inputs import Bucket, packed_size
+from moejax.config.weight_formats import weight_shape
+from moejax.model.decoder import StepOutputs
+from moejax.model.exchange import Exchange
+from moejax.model.logits import LogitsAdjustments, mask_words
+from moejax.model.stages import RolesShape
+from moejax.model.step_shape import StepShape
+from moejax.runtime import steps
+from moejax.runtime.executables import ExecutableStore, executable_name
+from planner.plan.step_layout import TILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What is the same for every program of a server: the model, its buckets, and the size of a rank's cache."""
+    """The shape that all programs of a server share: the model, its buckets, and the size of a rank's cache."""
 
     cfg: ModelConfig
     buckets: tuple[Bucket, ...]
     page_size: int
     pages: int
-    shared: bool = False
-    """The ranks are processes of one machine, and exchange through memory they share."""
+    shared_memory: bool = False
+    """The ranks are processes of one machine and exchange through memory that they share."""
 
     @property
     def entries(self) -> int:
-        """Cache entries of a rank: in a tensor group, of its heads, for every member."""
+        """Cache entries of a rank; in a tensor group it has entries for every member, of its own heads."""
         return self.pages * self.page_size * self.cfg.tensor
 
     def step(self, bucket: Bucket, ranks: int, slots: int) -> StepShape:
         """The static shape of one step program."""
         return StepShape(
-            cfg=self.cfg, bucket=bucket, ranks=ranks, slots=slots, page_size=self.page_size, shared=self.shared
+            cfg=self.cfg,
+            bucket=bucket,
+            ranks=ranks,
+            slots=slots,
+            page_size=self.page_size,
+            shared_memory=self.shared_memory,
         )
 
     def roles(self, bucket: Bucket, ranks: int, slots: int, attention: int) -> RolesShape:
@@ -51,7 +58,8 @@ class ModelShape:
         return RolesShape(step=self.step(bucket, ranks, slots), attention=attention)
 
     def outbox_bytes(self, ranks: int, slots: int, attention: int = 0) -> int:
-        """The most a rank of such a mesh sends at once; of `attention` ranks and expert ranks, or collocated if 0."""
+        """The most bytes that a rank of such a mesh sends at once. The mesh has `attention` ranks and expert ranks, or
+        collocated ranks if that is 0."""
         if attention:
             return max(self.roles(bucket, ranks, slots, attention).outbox_bytes for bucket in self.buckets)
         exchanges = ((self.step(bucket, ranks, slots).exchange, bucket.rows) for bucket in self.buckets)
@@ -63,9 +71,10 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
 
 
 class MeshPrograms:
-    """The step of every bucket over one mesh, each loaded when first wanted, and the exchange that connects it."""
+    """The step programs of every bucket over one mesh, each loaded at its first use, and the exchange that connects
+    it."""
 
-    def __init__(self, shape: ModelShape, devices: Sequence[jax.Device], slots: int, store: ExecutableStore) -> None:
+    def __init__(self, shape: ModelShape, devices: Sequence[JaxDevice], slots: int, store: ExecutableStore) -> None:
         self.mesh = make_mesh(devices)
         self.slots = slots
         self._devices = tuple(devices)
@@ -82,49 +91,51 @@ class MeshPrograms:
                 self._steps[bucket] = load_program(self._store, self._lowerings[bucket], self._devices)
             return self._steps[bucket]
 
-    def connect(self, me: jax.Device) -> None:
+    def connect(self, me: JaxDevice) -> None:
         """Run the smallest exchange; every rank of the mesh must do so."""
         row = jax.device_put(np.zeros((1, self.mesh.size), np.float32), me)
         jax.block_until_ready(self._connect(global_array(self.mesh, jax.P(steps.RANKS), row)))
 
 
-def mesh_lowerings(shape: ModelShape, devices: Sequence[jax.Device], slots: int) -> Iterator[Lowering]:
+def mesh_lowerings(shape: ModelShape, devices: Sequence[JaxDevice], slots: int) -> Iterator[Lowering]:
     """Name and lowering of each program of a mesh: the connecting exchange, then a step per bucket."""
     mesh, n = make_mesh(devices), len(devices)
-    yield connecting(shape, devices)
+    yield connect_lowering(shape, devices)
     for bucket in shape.buckets:
         step = shape.step(bucket, n, slots)
         local, spec = steps.local_shapes(step, shape.entries), steps.partition(step)
-        arguments = jax.tree.map(lambda a, s: _over(mesh, s, a), local, spec)
+        arguments = jax.tree.map(lambda a, s: _global_shape(mesh, s, a), local, spec)
         yield (
             executable_name("step", step, shape.entries),
             lambda a=arguments, s=step: steps.run_step.lower(a, shape=s, mesh=mesh),
         )
 
 
-def connecting(shape: ModelShape, devices: Sequence[jax.Device]) -> Lowering:
-    """The smallest exchange of a mesh, whatever its ranks do."""
+def connect_lowering(shape: ModelShape, devices: Sequence[JaxDevice]) -> Lowering:
+    """Name and lowering of the smallest exchange of a mesh, collocated or not."""
     mesh, n = make_mesh(devices), len(devices)
     row = jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, jax.P(steps.RANKS)))
-    exchange = Exchange(ranks=n, slots=1, experts_per_token=1, shared=shape.shared)
+    exchange = Exchange(ranks=n, slots=1, experts_per_token=1, shared_memory=shape.shared_memory)
     return (
-        executable_name("connect", n, shape.shared),
+        executable_name("connect", n, shape.shared_memory),
         lambda: steps.run_connect.lower(row, mesh=mesh, exchange=exchange),
     )
 
 
 class LocalPrograms:
-    """What a rank runs on its own device: sample and commit per bucket, each loaded when first wanted, and fill per
-    position of the experts."""
+    """The programs that a rank runs on its own device: sample and commit per bucket, each loaded at its first use, and
+    fill per position of experts."""
 
-    def __init__(self, shape: ModelShape, device: jax.Device, slots: int, store: ExecutableStore) -> None:
+    def __init__(self, shape: ModelShape, device: JaxDevice, slots: int, store: ExecutableStore) -> None:
         self._device = device
         self._store = store
         self._samples = list(sample_lowerings(shape, device))
         self._commits = list(commit_lowerings(shape, device))
-        self._steps: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-        self._extras = (dict(shaped_lowerings(shape, device)), dict(score_lowerings(shape, device)))
-        self._wanted: dict[tuple[int, int], Callable[..., Any]] = {}
+        self._adjusted_samples = dict(adjusted_sample_lowerings(shape, device))
+        self._scores = dict(score_lowerings(shape, device))
+        self._after_step: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        self._loaded_samples: dict[int, Callable[..., Any]] = {}
+        self._loaded_scores: dict[int, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         fills = (load_program(store, each, [device]) for each in fill_lowerings(shape, device, slots))
         self.fills = dict(zip(expert_positions(shape.cfg), fills, strict=True))
@@ -132,85 +143,92 @@ class LocalPrograms:
     def after_step(self, bucket: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The sample and commit programs of the bucket of this index. From any thread."""
         with self._lock:
-            if bucket not in self._steps:
+            if bucket not in self._after_step:
                 sample, commit = (
                     load_program(self._store, each[bucket], [self._device]) for each in (self._samples, self._commits)
                 )
-                self._steps[bucket] = sample, commit
-            return self._steps[bucket]
+                self._after_step[bucket] = sample, commit
+            return self._after_step[bucket]
 
-    def sample_shaped(self, bucket: int) -> Callable[..., Any]:
+    def sample_adjusted(self, bucket: int) -> Callable[..., Any]:
         """The sample program of penalties, biases, masks and alternatives of the bucket of this index."""
-        return self._extra(0, bucket)
+        return self._load(self._loaded_samples, self._adjusted_samples, bucket)
 
     def score(self, bucket: int) -> Callable[..., Any]:
         """The scoring program of a tile of the bucket of this index, which must have tiles."""
-        return self._extra(1, bucket)
+        return self._load(self._loaded_scores, self._scores, bucket)
 
-    def _extra(self, kind: int, bucket: int) -> Callable[..., Any]:
+    def _load(
+        self, loaded: dict[int, Callable[..., Any]], lowerings: Mapping[int, Lowering], bucket: int
+    ) -> Callable[..., Any]:
+        """The program of a bucket, loaded at its first use."""
         with self._lock:
-            if (kind, bucket) not in self._wanted:
-                self._wanted[kind, bucket] = load_program(self._store, self._extras[kind][bucket], [self._device])
-            return self._wanted[kind, bucket]
+            if bucket not in loaded:
+                loaded[bucket] = load_program(self._store, lowerings[bucket], [self._device])
+            return loaded[bucket]
 
 
-def local_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterator[Lowering]:
+def local_lowerings(shape: ModelShape, device: JaxDevice, slots: int) -> Iterator[Lowering]:
     """Name and lowering of each program of a rank alone."""
     yield from sample_lowerings(shape, device)
-    yield from (lowering for _, lowering in shaped_lowerings(shape, device))
+    yield from (lowering for _, lowering in adjusted_sample_lowerings(shape, device))
     yield from (lowering for _, lowering in score_lowerings(shape, device))
     yield from commit_lowerings(shape, device)
     yield from fill_lowerings(shape, device, slots)
 
 
-def sample_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering]:
+def _hidden_and_packed(
+    device: JaxDevice, cfg: ModelConfig, bucket: Bucket
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes of what a step leaves on a device: the last hidden rows, and its packed inputs."""
+    hidden = shape_on_device(device, (bucket.rows, cfg.d_model))
+    return hidden, shape_on_device(device, (packed_size(bucket),), jnp.int32)
+
+
+def sample_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[Lowering]:
     """Head and sampling, per bucket."""
     cfg = shape.cfg
     head = _head(device, cfg)
     for bucket in shape.buckets:
-        hidden, packed = (
-            on_device(device, (bucket.rows, cfg.d_model)),
-            on_device(device, (packed_size(bucket),), jnp.int32),
-        )
+        hidden, packed = _hidden_and_packed(device, cfg, bucket)
         yield (
             executable_name("sample", cfg, bucket),
             lambda b=bucket, h=hidden, p=packed: steps.run_sample.lower(head, h, p, bucket=b),
         )
 
 
-def shaped_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int, Lowering]]:
-    """Head and shaped sampling, by index of bucket."""
+def adjusted_sample_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[tuple[int, Lowering]]:
+    """Head and sampling with logits adjustments, by index of bucket."""
     cfg = shape.cfg
     head = _head(device, cfg)
     for index, bucket in enumerate(shape.buckets):
-        hidden, packed = (
-            on_device(device, (bucket.rows, cfg.d_model)),
-            on_device(device, (packed_size(bucket),), jnp.int32),
-        )
-        mask = on_device(device, (bucket.segments, words(cfg.vocab_size)), jnp.uint32)
-        shaping = Shaping(
-            add=on_device(device, (bucket.segments, cfg.vocab_size)),
+        hidden, packed = _hidden_and_packed(device, cfg, bucket)
+        mask = shape_on_device(device, (bucket.segments, mask_words(cfg.vocab_size)), jnp.uint32)
+        adjustments = LogitsAdjustments(
+            add=shape_on_device(device, (bucket.segments, cfg.vocab_size)),
             seen=mask,
             allowed=mask,
-            repetition=on_device(device, (bucket.segments,)),
+            repetition=shape_on_device(device, (bucket.segments,)),
         )
         yield (
             index,
             (
-                executable_name("sample-shaped", cfg, bucket),
-                lambda b=bucket, h=hidden, p=packed, s=shaping: steps.run_sample_shaped.lower(head, h, p, s, bucket=b),
+                executable_name("sample-adjusted", cfg, bucket),
+                lambda b=bucket, h=hidden, p=packed, s=adjustments: steps.run_sample_adjusted.lower(
+                    head, h, p, s, bucket=b
+                ),
             ),
         )
 
 
-def score_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int, Lowering]]:
+def score_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[tuple[int, Lowering]]:
     """Head and log-probabilities of given tokens for one tile, by index of the buckets that have tiles."""
     cfg = shape.cfg
-    head, row = _head(device, cfg), on_device(device, (), jnp.int32)
-    targets = on_device(device, (TILE,), jnp.int32)
+    head, row = _head(device, cfg), shape_on_device(device, (), jnp.int32)
+    targets = shape_on_device(device, (TILE,), jnp.int32)
     for index, bucket in enumerate(shape.buckets):
         if bucket.tiles:
-            hidden = on_device(device, (bucket.rows, cfg.d_model))
+            hidden = shape_on_device(device, (bucket.rows, cfg.d_model))
             yield (
                 index,
                 (
@@ -220,44 +238,39 @@ def score_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[tuple[int
             )
 
 
-def commit_lowerings(shape: ModelShape, device: jax.Device) -> Iterator[Lowering]:
+def commit_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[Lowering]:
     """The write of a step's keys and values, per bucket."""
     cfg = shape.cfg
-    cache = cache_on(device, cfg, shape.entries)
+    cache = cache_on_device(device, cfg, shape.entries)
     for bucket in shape.buckets:
-        new = cache_on(device, cfg, bucket.rows * cfg.tensor)
-        packed = on_device(device, (packed_size(bucket) * cfg.tensor,), jnp.int32)
+        new = cache_on_device(device, cfg, bucket.rows * cfg.tensor)
+        packed = shape_on_device(device, (packed_size(bucket) * cfg.tensor,), jnp.int32)
         yield (
             executable_name("commit", cfg, bucket, shape.entries),
             lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),
         )
 
 
-def fill_lowerings(shape: ModelShape, device: jax.Device, slots: int) -> Iterator[Lowering]:
+def fill_lowerings(shape: ModelShape, device: JaxDevice, slots: int) -> Iterator[Lowering]:
     """One expert's weights into a slot, per expert position."""
     cfg = shape.cfg
     local = steps.local_shapes(shape.step(shape.buckets[0], 1, slots), shape.entries).params
-    index = on_device(device, (), jnp.int32)
+    index = shape_on_device(device, (), jnp.int32)
     for i, j in expert_positions(cfg):
-        experts = jax.tree.map(lambda s: on_device(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
-        one = jax.tree.map(lambda s: on_device(device, s.shape[2:], s.dtype), experts)
+        experts = jax.tree.map(lambda s: shape_on_device(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
+        one = jax.tree.map(lambda s: shape_on_device(device, s.shape[2:], s.dtype), experts)
         yield (
             executable_name("fill", cfg, (i, j), slots),
             lambda e=experts, o=one: steps.run_fill.lower(e, o, index, index),
         )
 
 
-def expert_positions(cfg: ModelConfig) -> list[tuple[int, int]]:
-    """(segment, position in its pattern) of everything that has experts."""
-    return [(i, j) for i, (pattern, _) in enumerate(cfg.segments) for j, kind in enumerate(pattern) if in_slots(kind)]
-
-
-def compile_missing(store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[jax.Device]) -> int:
-    """Compile and store what the store lacks; how many that was. No collective is run."""
+def compile_missing(store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[JaxDevice]) -> int:
+    """Compile and store the programs that the store lacks; returns how many. Runs no collective."""
     return sum(_compile(store, lowering, devices) for lowering in lowerings)
 
 
-def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> bool:
+def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDevice]) -> bool:
     name, lower = lowering
     missing = not store.has(name)
     if missing:
@@ -265,29 +278,26 @@ def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.D
     return missing
 
 
-def load_program(store: ExecutableStore, lowering: Lowering, devices: Sequence[jax.Device]) -> Callable[..., Any]:
-    """The program from the store; compiled now, and counted, when it has gone from there."""
+def load_program(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDevice]) -> Callable[..., Any]:
+    """Load a program from the store; compile it first, which is counted, if the store lacks it."""
     _compile(store, lowering, devices)
     return store.load(lowering[0], devices)
 
 
-def on_device(device: jax.Device, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def shape_on_device(device: JaxDevice, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 
-def _head(device: jax.Device, cfg: ModelConfig) -> Head:
-    held = jax.tree.map(lambda spec: held_shape(cfg, spec), param_specs(cfg).logits, is_leaf=is_spec)
-    return jax.tree.map(lambda s: on_device(device, s.shape, s.dtype), held)
+def _head(device: JaxDevice, cfg: ModelConfig) -> Head:
+    held = jax.tree.map(lambda spec: weight_shape(cfg, spec), param_specs(cfg).logits, is_leaf=is_spec)
+    return jax.tree.map(lambda s: shape_on_device(device, s.shape, s.dtype), held)
 
 
-def cache_on(device: jax.Device, cfg: ModelConfig, entries: int) -> Cache:
+def cache_on_device(device: JaxDevice, cfg: ModelConfig, entries: int) -> KVCache:
     sizes = cache_shapes(cfg, entries)
-    return Cache(k=on_device(device, sizes.k), v=on_device(device, sizes.v))
+    return KVCache(k=shape_on_device(device, sizes.k), v=shape_on_device(device, sizes.v))
 
 
-def _over(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:
-    whole = tuple(
-        size * (mesh.size if axis < len(spec) and spec[axis] == steps.RANKS else 1)
-        for axis, size in enumerate(local.shape)
-    )
-    return jax.ShapeDtypeStruct(whole, local.dtype, sharding=NamedSharding(mesh, spec))
+def _global_shape(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:
+    shape = global_shape(mesh, spec, local.shape)
+    return jax.ShapeDtypeStruct(shape, local.dtype, sharding=NamedSharding(mesh, spec))

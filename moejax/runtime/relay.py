@@ -1,8 +1,8 @@
 """Keeps a rank's connection to its coordination service up when the service dies.
 
-JAX's client ends its process as soon as its connection to the service breaks. Nothing of a running mesh needs the
-service: it is where ranks meet when they connect. So the client talks to this relay, in its own process; when the
-service is gone the relay goes silent instead of closing, and the front makes a new generation when it suits.
+JAX's client ends its process as soon as its connection to the service breaks. A running mesh does not need the
+service: ranks use it to find one another when they connect. So the client talks to this relay, in its own process. When
+the service is gone, the relay goes silent instead of closing, and the front makes a new generation when it is ready.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ class Relay:
 
     @property
     def silent(self) -> bool:
-        """The service is gone, and the client has not been told."""
+        """True when the service is gone and the client does not know."""
         return self._holding and self._broken
 
     def hold(self) -> None:
-        """Keep the end of the service from the client from now on. Until then, whoever waits in there is let go."""
+        """Hide the end of the service from the client from now on. Until then the end reaches threads that wait in the
+        client."""
         self._holding = True
 
     def close(self) -> None:
@@ -60,11 +61,11 @@ class Relay:
                 continue
             with self._lock:
                 self._ends.append(far)
-            self._start(lambda near=near, far=far: _pass(near, far))
+            self._start(lambda near=near, far=far: _copy_bytes(near, far))
             self._start(lambda near=near, far=far: self._back(far, near))
 
     def _back(self, far: socket.socket, near: socket.socket) -> None:
-        _pass(far, near)
+        _copy_bytes(far, near)
         self._lost(near)
 
     def _lost(self, near: socket.socket) -> None:
@@ -78,8 +79,8 @@ class Relay:
         threading.Thread(target=run, daemon=True, name="relay").start()
 
 
-def _pass(source: socket.socket, sink: socket.socket) -> None:
-    """Bytes from one end to the other until either breaks. The other end is left as it is."""
+def _copy_bytes(source: socket.socket, sink: socket.socket) -> None:
+    """Pass bytes from one end to the other until either breaks. The other end stays open."""
     with contextlib.suppress(OSError):
         while data := source.recv(_CHUNK):
             sink.sendall(data)

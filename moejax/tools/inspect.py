@@ -1,7 +1,7 @@
-"""What a model is and needs, before anything is served: configuration, parameters, bytes, cache, a first plan.
+"""Describes a model before it is served: configuration, parameters, bytes, cache, a first plan.
 
-    python -m moejax.inspect MODEL [--ranks 4] [--data-type int8] [--json]
-    python -m moejax.inspect --families [--json]        the model families and what can be done with each
+    python -m moejax.tools.inspect MODEL [--ranks 4] [--data-type int8] [--json]
+    python -m moejax.tools.inspect --families [--json]        the model families and what can be done with each
 
 MODEL is a name, a folder (ours or published), or a config.json.
 
@@ -12,36 +12,37 @@ import argparse
 import collections
 import dataclasses
 import json
-import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from moejax.assets import ensure_model, is_published
-from moejax.cache import bytes_per_token
-from moejax.checkpoint import TOKENIZERS
-from moejax.config import ModelConfig, Weights
-from moejax.families import FAMILIES, read_config, tensor_names
-from moejax.manifest import Manifest
-from moejax.params import expert_counts, parameter_count
-from moejax.precision import held_bytes
-from moejax.published import check, published_name
-from moejax.safetensors_folder import SafetensorsFolder
-from planner.cluster import Cluster
+from moejax.checkpoint.checkpoint import TOKENIZERS
+from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES, array_sources, read_config
+from moejax.checkpoint.manifest import Manifest
+from moejax.checkpoint.published import check_tensors, published_name
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.kv_cache import bytes_per_token
+from moejax.config.model_config import ModelConfig, WeightFormat
+from moejax.config.parameter_counts import expert_counts, parameter_count
+from moejax.config.weight_formats import bytes_per_expert, weight_bytes
+from moejax.tools.resolve import ensure_model, is_published
 from planner.errors import NoFeasiblePlan
-from planner.families import FAMILIES as PLANNED
-from planner.solve import solve
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster
+from planner.inputs.published import CARDS_WITHOUT_EMBEDDING, FAMILIES, NOT_READ
+from planner.inputs.workload import Workload
+from planner.solver.problem import Problem
+from planner.solver.solve import solve
 
 RANKS = 4
-SERVED, PLANS_ONLY = "served", "plans only (moejax plan)"
+SERVED, PLANS_ONLY, NOT_YET = "served", "plans only (moejax plan)", "not yet"
 Values = dict[str, Any]
 
 
-def describe(model: str, ranks: int = RANKS, weights: Weights = "float32") -> Values:
-    """Everything about a model whose matrices ranks hold in this form, as data; bytes unless the key says otherwise.
+def describe(model: str, ranks: int = RANKS, weights: WeightFormat = "float32") -> Values:
+    """Everything about a model whose matrices ranks hold in this format, as data; bytes unless the key says otherwise.
 
     Raises ConfigError for an architecture that is not served, CheckpointError for weights that are not those of the
     configuration, AssetUnavailable when a model known by name cannot be had.
@@ -60,35 +61,29 @@ def describe(model: str, ranks: int = RANKS, weights: Weights = "float32") -> Va
         "family": cfg.family,
         "layers": dict(collections.Counter(cfg.layer_kinds)),
         "config": json.loads(cfg.to_json()),
-        "parameters": parameters(cfg),
+        "parameters": parameter_count(cfg),
         "active_parameters": active_parameters(cfg),
         "weights": _weights(folder, cfg) if folder is not None else {},
         "tokenizer": _tokenizer(folder) if folder is not None else {},
-        "served_bytes": held_bytes(cfg, experts=True) + held_bytes(cfg, experts=False),
-        "expert_bytes": _one_expert(cfg),
+        "served_bytes": weight_bytes(cfg, experts=True) + weight_bytes(cfg, experts=False),
+        "expert_bytes": bytes_per_expert(cfg),
         "cache_bytes_per_token": bytes_per_token(cfg),
         "cache_bytes_of_full_context": bytes_per_token(cfg) * cfg.max_context,
         "plan": first_plan(cfg, ranks),
     }
 
 
-def parameters(cfg: ModelConfig) -> int:
-    """Parameters as published: without those of ours that a family has no tensor for."""
-    if cfg.family not in FAMILIES:
-        return parameter_count(cfg)
-    return sum(math.prod(entry.shape) for entry in tensor_names(cfg) if entry.tensors)
-
-
 def active_parameters(cfg: ModelConfig) -> int:
-    """Parameters that one token touches, embeddings included."""
+    """Parameters that one token touches, as the family's model cards count them."""
     held, used = expert_counts(cfg)
-    return parameters(cfg) - held + used
+    uncounted = cfg.vocab_size * cfg.d_model if cfg.family in CARDS_WITHOUT_EMBEDDING and not cfg.tied_head else 0
+    return parameter_count(cfg) - held + used - uncounted
 
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Values:
-    """Where `moejax serve --ranks` would put things at first, and the bytes of what each rank would hold."""
+    """The first plan of `moejax serve --ranks`, and the bytes that each rank would hold."""
     experts, chosen = (cfg.moe.experts, cfg.moe.experts_per_token) if cfg.moe else (0, 0)
-    one, rest = _one_expert(cfg) if cfg.moe else 0, held_bytes(cfg, experts=False)
+    one, rest = bytes_per_expert(cfg), weight_bytes(cfg, experts=False)
     workload = Workload(
         name=cfg.name,
         layers=cfg.n_layers,
@@ -102,7 +97,8 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
         weight_format=cfg.weights,
     )
     try:
-        plan = solve(workload, Cluster.local(ranks), survive_ranks=min(1, ranks - 1), pages_per_rank=1)
+        survive = min(1, ranks - 1)
+        plan = solve(Problem(workload=workload, cluster=Cluster.local(ranks), survive_ranks=survive, pages_per_rank=1))
     except NoFeasiblePlan as error:
         return {"ranks": ranks, "reason": str(error)}
     spare = ranks * plan.slots_per_rank - experts
@@ -115,27 +111,31 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
     }
 
 
-def _one_expert(cfg: ModelConfig) -> int:
-    """Bytes of one routed expert of one layer, as a rank holds it."""
-    return held_bytes(cfg, experts=True) // (cfg.n_moe_layers * cfg.moe.experts) if cfg.moe else 0
-
-
 def families() -> list[Values]:
-    """Every family known here, what its config.json calls it, and what can be done with it."""
+    """Every known family: its `model_type`, whether it is served, planned only or neither, and why it is not served."""
     rows = [
-        {"model_type": kind, "architectures": list(family.architectures), "state": SERVED}
+        {
+            "model_type": kind,
+            "architectures": list(family.architectures),
+            "state": SERVED if kind in SERVED_FAMILIES else PLANS_ONLY,
+            "reason": "" if kind in SERVED_FAMILIES else f"the decoder lacks {NOT_SERVED[kind]}",
+        }
         for kind, family in FAMILIES.items()
     ]
-    rows += [{"model_type": kind, "architectures": [], "state": PLANS_ONLY} for kind in PLANNED if kind not in FAMILIES]
-    return sorted(rows, key=lambda row: (row["state"] != SERVED, row["model_type"]))
+    rows += [
+        {"model_type": kind, "architectures": [], "state": NOT_YET, "reason": f"the decoder lacks {reason}"}
+        for kind, reason in NOT_READ.items()
+    ]
+    order = (SERVED, PLANS_ONLY, NOT_YET)
+    return sorted(rows, key=lambda row: (order.index(row["state"]), row["model_type"]))
 
 
 def _weights(folder: Path, cfg: ModelConfig) -> Values:
     """Form, number formats and bytes of the stored weights, after checking them against the configuration."""
     if is_published(folder):
         stored = SafetensorsFolder.open(folder)
-        check(cfg, stored)
-        names = {tensor.name for entry in tensor_names(cfg) for tensor in entry.tensors}
+        check_tensors(cfg, stored)
+        names = {tensor.name for entry in array_sources(cfg) for tensor in entry.tensors}
         formats = {stored.dtype(name).name for name in names}
         return {"form": "safetensors", "tensors": len(names), "formats": sorted(formats), "bytes": stored.bytes}
     manifest = Manifest.load(folder)
@@ -152,9 +152,9 @@ def _weights(folder: Path, cfg: ModelConfig) -> Values:
 def _tokenizer(folder: Path) -> Values:
     files = sorted({file.name for pattern in TOKENIZERS for file in folder.glob(pattern)})
     settings = folder / "tokenizer_config.json"
-    template = (folder / "chat_template.jinja").is_file()
+    template = (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file()
     if not template and settings.is_file():
-        template = bool(json.loads(settings.read_text()).get("chat_template"))
+        template = bool(json.loads(settings.read_text("utf-8-sig")).get("chat_template"))
     return {"files": files, "chat_template": template}
 
 
@@ -203,26 +203,31 @@ def _size(count: float) -> str:
 
 
 def _families_report(rows: list[Values]) -> str:
-    lines = [(row["model_type"], ", ".join(row["architectures"]), row["state"]) for row in rows]
-    wide = max(len(line[1]) for line in lines)
-    return "\n".join(f"{kind:<14} {names:<{wide}} {state}" for kind, names, state in lines)
+    wide = max(len(", ".join(row["architectures"])) for row in rows)
+    return "\n".join(
+        f"{row['model_type']:<17} {', '.join(row['architectures']):<{wide}} {row['state']}"
+        f"{': ' if row['reason'] else ''}{row['reason']}"
+        for row in rows
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Say what the command line asks for; the exit status is 1 with one line of cause when the model is unusable."""
+    """Print the description; the exit status is 1, with the cause in one line, when the model is unusable."""
     parser = argparse.ArgumentParser(prog="moejax inspect", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="a known name, a model folder (ours or published), or a config.json")
     parser.add_argument("--ranks", type=int, default=RANKS, help=f"ranks of the first plan (default: {RANKS})")
-    parser.add_argument("--data-type", choices=get_args(Weights), default="float32", help="form ranks hold matrices in")
+    parser.add_argument(
+        "--data-type", choices=get_args(WeightFormat), default="float32", help="weight format of the ranks"
+    )
     parser.add_argument("--families", action="store_true", help="list the model families instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     given = parser.parse_args(arguments)
-    if given.model is None and not given.families:
+    if not given.model and not given.families:
         parser.error("MODEL is missing")
     if given.ranks < 1:
         parser.error(f"--ranks is {given.ranks}; it must be at least 1")
     try:
-        found: Any = families() if given.families else describe(given.model, given.ranks, given.data_type)
+        found: Any = families() if given.families else describe(str(given.model), given.ranks, given.data_type)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 1
@@ -234,4 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, for example `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

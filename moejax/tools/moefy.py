@@ -1,6 +1,6 @@
-"""Cut dense feed-forward layers into a shared part and routed experts, without training.
+"""Splits dense feed-forward layers into a shared expert and routed experts, without training.
 
-The neurons that contribute most on calibration text stay always on; the others are clustered by how they
+The neurons that contribute most on calibration text become the shared expert; the others are clustered by how they
 fire together (MoEfication, arXiv 2110.01786), into experts of one size. The router is a ridge regression from
 the layer's input to the logarithm of the norm of each expert's output. Each chosen expert counts in full, so
 with all experts chosen the layer is the dense one.
@@ -11,14 +11,17 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from scipy.optimize import linear_sum_assignment
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig
-from moejax.dense import attention
-from moejax.layers import rms_norm, swiglu
-from moejax.params import FeedForward, Layer, MoE, Params
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.config.params import FeedForward, Layer, MoE, Params
+from moejax.model.layers import rms_norm, swiglu
+from moejax.model.reference import attention
 
 ROUNDS = 12
 """Most rounds of balanced k-means; it settles in fewer."""
@@ -26,7 +29,8 @@ ROUNDS = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which layers to split and how: every `every`-th, `shared` neurons always on, the rest in experts.
+    """The layers to split and how: every `every`-th, `shared` neurons in the shared expert, the rest in routed
+    experts.
 
     `ridge` is the penalty of the router's regression per calibration token (inputs have unit variance).
     """
@@ -97,16 +101,17 @@ def _segments(cfg: ModelConfig, layers: list[Layer]) -> tuple[tuple[Layer, ...],
 
 @partial(jax.jit, static_argnames=("cfg",))
 def feed_forward_inputs(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
-    """What the feed-forward of each layer of a dense model reads `[L, B, T, D]`."""
+    """The inputs of the feed-forward part of each layer of a dense model `[L, B, T, D]`."""
 
-    def body(x_BTD: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    def body(x_BTD: jax.Array, at: tuple[Layer, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        layer, index = at
         assert layer.ffn is not None
-        x_BTD = x_BTD + attention(layer, cfg, rms_norm(x_BTD, layer.attention_norm, cfg.norm_eps))
+        x_BTD = x_BTD + attention(layer, cfg, rms_norm(x_BTD, layer.attention_norm, cfg.norm_eps), index)
         h_BTD = rms_norm(x_BTD, layer.ffn_norm, cfg.norm_eps)
         y_TD = swiglu(h_BTD.reshape(-1, cfg.d_model), layer.ffn.gate_up, layer.ffn.down)
         return x_BTD + y_TD.reshape(x_BTD.shape), h_BTD
 
-    return lax.scan(body, params.embed[tokens_BT], params.segments[0][0])[1]
+    return lax.scan(body, params.embed[tokens_BT], (params.segments[0][0], jnp.arange(cfg.n_layers)))[1]
 
 
 def split_layer(ffn: FeedForward, moe: MoEConfig, x_TD: np.ndarray, ridge: float) -> MoE:

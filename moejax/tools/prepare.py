@@ -1,6 +1,6 @@
-"""Makes a model ready to be served: finds or builds its folder, copies its weights into the host's memory.
+"""Makes a model ready to serve: finds or builds its folder and copies its weights into the host's memory.
 
-    python -m moejax.prepare MODEL FORM [in-place|divided]
+    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR]]
 
 Progress on standard error, one line of JSON on standard output.
 
@@ -12,35 +12,42 @@ import json
 import sys
 from pathlib import Path
 
-from moejax import kernels
-from moejax.assets import ensure_divided, ensure_model, ensure_noted, is_published
-from moejax.cache import bytes_per_token
-from moejax.config import ModelConfig
-from moejax.download import cache_folder
-from moejax.executables import numerics
-from moejax.manifest import content_hash
-from moejax.params import expert_counts, parameter_count
-from moejax.precision import held_bytes
-from moejax.published_store import PublishedStore
-from moejax.store import HostStore
+from moejax.checkpoint.download import cache_folder
+from moejax.checkpoint.families import read_config
+from moejax.checkpoint.host_store import HostStore
+from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.published_store import PublishedStore
+from moejax.config.kv_cache import bytes_per_token
+from moejax.config.model_config import ModelConfig
+from moejax.config.parameter_counts import expert_counts, parameter_count
+from moejax.config.weight_formats import bytes_per_expert, weight_bytes
+from moejax.ops import cpu
+from moejax.runtime.executables import numerics_fingerprint
+from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
 
 
-def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, object]:
-    """What the front needs to know of a model whose matrices ranks hold in this form (`moejax.precision`); the field
-    names are those of `serving.prepared.Prepared`. Published folders are converted, or read `in-place`; dense layers
-    are whole, or `divided`."""
+def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1") -> dict[str, object]:
+    """Prepare a model and describe it for the front.
+
+    `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format.
+    Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
+    `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
+    folders before anything is converted.
+    """
+    if is_published(Path(name)):
+        read_config(Path(name)).tp_shard(int(tensor))
     store: HostStore | PublishedStore
     if how == "in-place" and is_published(Path(name)):
-        folder = ensure_noted(Path(name))
+        folder = ensure_checksums(Path(name))
         store = PublishedStore.open(folder)
     else:
         folder = ensure_model(name)
-        if how == "divided":
-            folder = ensure_divided(folder)
+        if how == "sharded":
+            folder = ensure_sharded_dense(folder)
         store = HostStore.create(folder)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
+    cfg.tp_shard(int(tensor))
     moe = cfg.moe
-    in_experts = held_bytes(cfg, experts=True)
     return {
         "name": cfg.name,
         "config": cfg.to_json(),
@@ -49,19 +56,20 @@ def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, obj
         "executables": str(cache_folder() / "executables"),
         "steps": str(cache_folder() / "steps"),
         "content": content_hash(folder),
-        "numerics": numerics(),
+        "numerics": numerics_fingerprint(),
         "vocab_size": cfg.vocab_size,
         "max_context": cfg.max_context,
+        "original_context": cfg.original_context,
         "stop_tokens": cfg.stop_tokens,
         "bos_token": cfg.bos_token,
         "layers": cfg.n_layers,
         "moe_layers": cfg.n_moe_layers,
-        "divided_layers": cfg.divided_layers,
+        "divided_layers": cfg.sharded_layers,
         "experts": moe.experts if moe else 0,
         "experts_per_token": moe.experts_per_token if moe else 0,
         "parameters": parameter_count(cfg),
-        "expert_bytes": in_experts // (cfg.n_moe_layers * moe.experts) if moe else 0,
-        "rest_bytes": held_bytes(cfg, experts=False),
+        "expert_bytes": bytes_per_expert(cfg),
+        "rest_bytes": weight_bytes(cfg, experts=False),
         "weights": cfg.weights,
         "cache_bytes_per_token": bytes_per_token(cfg),
         "hidden_bytes": 4 * cfg.d_model,
@@ -72,7 +80,7 @@ def prepare(name: str, weights: str = "float32", how: str = "") -> dict[str, obj
 
 def flops(cfg: ModelConfig) -> dict[str, float]:
     """Work per token, a multiply-add being two: of one expert (on average over all that a token goes to, the shards of
-    divided layers among them), of all else, and of attention per token of context."""
+    sharded dense layers among them), of all else, and of attention per token of context."""
     held, used = expert_counts(cfg)
     rest = parameter_count(cfg) - held
     looked_up = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
@@ -85,10 +93,11 @@ def flops(cfg: ModelConfig) -> dict[str, float]:
 
 
 def _build_kernels() -> None:
-    """Once, before several ranks look for them; slower without. Loaded as well: they decide about the last bits."""
+    """Build the CPU kernels once, before several ranks need them, and load them: the last bits of results depend on
+    them."""
     try:
-        kernels.load()
-    except kernels.KernelError as error:
+        cpu.load()
+    except cpu.KernelError as error:
         print(error, file=sys.stderr)
 
 

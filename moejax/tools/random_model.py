@@ -1,4 +1,4 @@
-"""A model of random weights, for measuring speed: nothing to download, and its text means nothing."""
+"""A model of random weights, for measuring speed: it needs no download, and its text has no meaning."""
 
 import json
 import tomllib
@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moejax.checkpoint import save_model
-from moejax.config import ConfigError, ModelConfig
-from moejax.params import init_params
+from moejax.checkpoint.checkpoint import save_model
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import init_params
+from planner.inputs.shipped import shipped
 
 END = "<|end|>"
-TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+TEMPLATE = shipped("configs/templates/plain.jinja")
 
 
 def load_random(path: Path) -> tuple[ModelConfig, int]:
@@ -38,4 +40,4 @@ def build_random(folder: Path, cfg: ModelConfig, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     params = init_params(cfg, jax.random.key(seed), jnp.bfloat16)
-    save_model(folder, cfg, params, tokenizer_json=tokenizer.to_str(), chat_template=TEMPLATE)
+    save_model(folder, cfg, params, tokenizer_json=tokenizer.to_str(), chat_template=TEMPLATE.read_text("utf-8"))

@@ -9,22 +9,23 @@ import json
 import tomllib
 from pathlib import Path
 
-from moejax.checkpoint import PARAMS, TOKENIZERS, CheckpointError
-from moejax.config import ConfigError, ModelConfig
-from moejax.convert import convert, progress
-from moejax.divide import divide, divided_config
-from moejax.download import cache_folder
-from moejax.families import read_config
-from moejax.manifest import content_hash
-from moejax.published import fingerprint, published_name
-from moejax.published_store import note_published
-from moejax.random_model import build_random, load_random
-from moejax.smollm2 import build
-from moejax.split import Split
+from moejax.checkpoint.checkpoint import PARAMS, TOKENIZERS, CheckpointError
+from moejax.checkpoint.convert import convert, progress
+from moejax.checkpoint.download import cache_folder
+from moejax.checkpoint.families import read_config
+from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.published import fingerprint, published_name
+from moejax.checkpoint.published_store import record_checksums
+from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
+from moejax.config.config_values import ConfigError, build_config
+from moejax.config.model_config import ModelConfig
+from moejax.tools.moefy import Split
+from moejax.tools.random_model import build_random, load_random
+from moejax.tools.smollm2 import build
+from planner.inputs.shipped import shipped
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = 1
-"""Part of the name of made models: a change of how they are made raises it, and they are made anew."""
+RECIPE = 2
+"""Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 
 
 def ensure_model(name_or_path: str | Path) -> Path:
@@ -35,11 +36,11 @@ def ensure_model(name_or_path: str | Path) -> Path:
     architecture that is not served.
     """
     if str(name_or_path) == "tiny":
-        return checked_folder(ROOT / "models" / "tiny")
+        return checked_folder(shipped("models/tiny"))
     if str(name_or_path) == "smollm2-moe":
-        return ensure_smollm2(load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml"))
+        return ensure_smollm2(load_split(shipped("configs/presets/smollm2-moe.toml")))
     if str(name_or_path) == "bench-mixtral":
-        return ensure_random(ROOT / "configs" / "presets" / "bench-mixtral.toml")
+        return ensure_random(shipped("configs/presets/bench-mixtral.toml"))
     if is_published(Path(name_or_path)):
         return ensure_converted(Path(name_or_path))
     return checked_folder(Path(name_or_path))
@@ -51,31 +52,32 @@ def is_published(folder: Path) -> bool:
     if not path.is_file() or (folder / PARAMS).exists():
         return False
     try:
-        return "model_type" in json.loads(path.read_text())
+        return "model_type" in json.loads(path.read_text("utf-8-sig"))
     except (ValueError, TypeError):
         return False
 
 
 def ensure_converted(published: Path) -> Path:
-    """Our form of a published folder, found in the cache or made there; made anew when one of its files changes."""
+    """A published folder converted to our form, from the cache or made there; made again when one of its files
+    changes."""
     name = published_name(published)
     cfg = read_config(published, name=name)
     folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}"
     if not folder.is_dir():
-        with progress(f"Converting {name}, once") as say:
-            convert(published, folder, name=name, say=say)
+        with progress(f"Converting {name}, once") as on_progress:
+            convert(published, folder, name=name, on_progress=on_progress)
     return checked_folder(folder)
 
 
-def ensure_noted(published: Path) -> Path:
-    """What is noted of a published folder to read it in place (`moejax.published_store`), found in the cache or made
-    there; made anew when one of its files changes."""
+def ensure_checksums(published: Path) -> Path:
+    """The checksums with which a published folder is read in place (`moejax.checkpoint.published_store`), from the
+    cache or made there; made again when one of its files changes."""
     name = published_name(published)
     cfg = read_config(published, name=name)
     folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-in-place"
     if not folder.is_dir():
-        with progress(f"Noting the checksums of {name}, once") as say:
-            note_published(published, folder, name=name, say=say)
+        with progress(f"Noting the checksums of {name}, once") as on_progress:
+            record_checksums(published, folder, name=name, on_progress=on_progress)
     return folder
 
 
@@ -92,7 +94,7 @@ def ensure_random(preset: Path) -> Path:
 
 def ensure_smollm2(split: Split) -> Path:
     """The folder of SmolLM2 split in this way, found in the cache or made there."""
-    default = load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml")
+    default = load_split(shipped("configs/presets/smollm2-moe.toml"))
     name = "smollm2-moe" if split == default else f"smollm2-moe-{split.label}"
     folder = cache_folder() / "models" / f"smollm2-moe-{split.label}-recipe{RECIPE}"
     if not folder.is_dir():
@@ -100,17 +102,17 @@ def ensure_smollm2(split: Split) -> Path:
     return checked_folder(folder)
 
 
-def ensure_divided(folder: Path) -> Path:
-    """The folder of the same model with its dense layers divided (`moejax.divide`), found in the cache or made there;
-    the folder itself where the model has none. Raises ConfigError when they cannot be divided."""
+def ensure_sharded_dense(folder: Path) -> Path:
+    """The folder of the same model with sharded dense layers (`moejax.checkpoint.shard_dense`), from the cache or made
+    there; the folder itself if the model has no dense layers. Raises ConfigError when they cannot be sharded."""
     cfg = ModelConfig.load(folder)
-    if divided_config(cfg) is None:
+    if sharded_dense_config(cfg) is None:
         return folder
-    divided = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-divided-recipe{RECIPE}"
-    if not divided.is_dir():
-        with progress(f"Dividing the dense layers of {cfg.name}, once") as say:
-            divide(folder, divided, say)
-    return checked_folder(divided)
+    sharded = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-divided-recipe{RECIPE}"
+    if not sharded.is_dir():
+        with progress(f"Dividing the dense layers of {cfg.name}, once") as on_progress:
+            shard_dense(folder, sharded, on_progress)
+    return checked_folder(sharded)
 
 
 def load_split(path: Path) -> Split:
@@ -118,9 +120,11 @@ def load_split(path: Path) -> Split:
     with path.open("rb") as file:
         values = tomllib.load(file)
     try:
-        return Split(**values["split"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path}, table split: {error}.") from None
+        return build_config(Split, values["split"], "split")
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks the table {error}.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}, table split: {error}") from None
 
 
 def checked_folder(folder: Path) -> Path:

@@ -1,18 +1,19 @@
-"""How well a model knows a text: bits per byte, a measure that does not depend on the tokenizer."""
+"""The quality of a model on a text in bits per byte, a measure that does not depend on the tokenizer."""
 
 import math
 
-import jax
 import numpy as np
+from jaxtyping import Bool
 from tokenizers import Tokenizer
 
-from moejax.config import ModelConfig
-from moejax.dense import losses
-from moejax.params import Params
+from moejax.config.axes import ArrayLike
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params
+from moejax.model.reference import losses
 
 
 def bits_per_byte(
-    params: Params, cfg: ModelConfig, tokenizer: Tokenizer, text: str, *, alive_LE: jax.Array | None = None
+    params: Params, cfg: ModelConfig, tokenizer: Tokenizer, text: str, *, alive_LE: Bool[ArrayLike, "L E"] | None = None
 ) -> float:
     """Bits the model needs per byte of `text`, read in windows of the context length, each on its own.
 

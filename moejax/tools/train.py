@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,23 +30,26 @@ from rich.progress import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moejax.checkpoint import read_params, replace_folder, save_model, write_params
-from moejax.config import ConfigError, ModelConfig
-from moejax.corpus import Domain, load_domains
-from moejax.dense import forward, next_token_losses
-from moejax.params import Params, init_params
-from moejax.score import bits_per_byte
+from moejax.checkpoint.checkpoint import read_params, replace_folder, save_model, write_params
+from moejax.config.axes import ArrayLike
+from moejax.config.config_values import ConfigError, build_config
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, init_params
+from moejax.model.reference import forward, next_token_losses
+from moejax.tools.corpus import Domain, load_domains
+from moejax.tools.score import bits_per_byte
+from planner.inputs.shipped import shipped
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
+PRESETS = shipped("configs/presets")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = 6000
 """Characters of held-out text kept with the model."""
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+CHAT_TEMPLATE = shipped("configs/templates/plain.jinja")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of training with one shape of batch: `batch` sequences of `sequence` tokens per step."""
+class TrainingPhase:
+    """Part of a training run with one shape of batch: `batch` sequences of `sequence` tokens per step."""
 
     steps: int
     batch: int
@@ -54,7 +58,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained. `capacity_factor`: rows an expert computes over an even share of them."""
+    """The training of a model. `capacity_factor`: rows an expert computes over an even share of them."""
 
     learning_rate: float
     warmup: int
@@ -63,14 +67,14 @@ class TrainingConfig:
     capacity_factor: float
     seed: int
     save_every: int
-    phases: tuple[Phase, ...]
+    phases: tuple[TrainingPhase, ...]
 
     @property
     def steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def phase_at(self, step: int) -> Phase:
+    def phase_at(self, step: int) -> TrainingPhase:
         """The phase that step number `step`, from 0, belongs to."""
         left = step
         for phase in self.phases:
@@ -86,12 +90,14 @@ def load_preset(path: Path) -> tuple[ModelConfig, TrainingConfig]:
         tables = tomllib.load(file)
     try:
         training = dict(tables["training"])
-        training["phases"] = tuple(Phase(**phase) for phase in training["phases"])
-        return ModelConfig.from_json(json.dumps(tables["model"])), TrainingConfig(**training)
+        training["phases"] = tuple(build_config(TrainingPhase, phase, "phase") for phase in training["phases"])
+        model = ModelConfig.from_json(json.dumps(tables["model"]))
     except KeyError as error:
         raise ConfigError(f"{path} lacks the table or key {error}.") from None
-    except TypeError as error:
-        raise ConfigError(f"{path}, table training: {error}.") from None
+    try:
+        return model, build_config(TrainingConfig, training, "training")
+    except ConfigError as error:
+        raise ConfigError(f"{path}, table training: {error}") from None
 
 
 def train_tokenizer(domains: list[Domain], vocab_size: int) -> Tokenizer:
@@ -158,7 +164,7 @@ def optimizer(training: TrainingConfig) -> Any:
 
 @partial(jax.jit, static_argnames=("cfg", "training"), donate_argnames=("params", "state"))
 def train_step(
-    params: Params, state: Any, tokens_BS: jax.Array, cfg: ModelConfig, training: TrainingConfig
+    params: Params, state: Any, tokens_BS: Int[ArrayLike, "B S"], cfg: ModelConfig, training: TrainingConfig
 ) -> tuple[Params, Any, jax.Array]:
     """One step of AdamW on `tokens_BS`; the loss is in nats per token, without the balance part."""
 
@@ -237,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = train_tokenizer(domains, cfg.vocab_size)
     params = train(cfg, training, work, [encode_domain(tokenizer, d) for d in domains])
     half = jax.tree.map(lambda a: np.asarray(a, np.float16), params)
-    save_model(folder, cfg, half, tokenizer_json=tokenizer.to_str(), chat_template=CHAT_TEMPLATE)
+    save_model(folder, cfg, half, tokenizer_json=tokenizer.to_str(), chat_template=CHAT_TEMPLATE.read_text("utf-8"))
     shutil.rmtree(work)
     served = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), half)
     write_held_out(folder, domains, lambda text: bits_per_byte(served, cfg, tokenizer, text))

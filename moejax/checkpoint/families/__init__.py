@@ -1,7 +1,7 @@
-"""Published model families: a config reader and a name map each; the decoder is the same for all.
+"""Published model families that are served: a name map each; the decoder is the same for all.
 
     cfg = read_config(folder)                 # or the dict of a config.json
-    for entry in tensor_names(cfg):           # every array of the parameter tree, layer by layer, expert by expert
+    for entry in array_sources(cfg):           # every array of the parameter tree, layer by layer, expert by expert
         parts = [...]                         # read entry.tensors (name, shape, index on the first axis)
         array = entry.array(parts)            # ours, of entry.shape; goes to entry.path[entry.repeat, entry.expert]
     is_unused(cfg, name)                      # True: in the checkpoint on purpose, and not in the decoder
@@ -10,7 +10,7 @@ Names are those of unquantised checkpoints: `X.weight` of a block-scaled float8 
 `X.weight_scale_inv`, `X` of an MXFP4 one is `X_blocks` and `X_scales`, and shapes are those after dequantising.
 """
 
-from moejax.families.checkpoint import is_unused, tensor_names
-from moejax.families.reader import FAMILIES, read_config
+from moejax.checkpoint.families.array_sources import array_sources, is_unused
+from moejax.checkpoint.families.reader import NOT_SERVED, SERVED_FAMILIES, read_config
 
-__all__ = ["FAMILIES", "is_unused", "read_config", "tensor_names"]
+__all__ = ["NOT_SERVED", "SERVED_FAMILIES", "array_sources", "is_unused", "read_config"]

@@ -1,33 +1,40 @@
 """The tensors of a published checkpoint, one entry for each array of our parameter tree."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator
 
-from moejax.config import ConfigError, ModelConfig
-from moejax.families.family import Family, NameMap
-from moejax.families.reader import FAMILIES
-from moejax.families.source import Entry, Tensor
-from moejax.manifest import is_expert, tensor_specs
-from moejax.params import ParamSpec
+from moejax.checkpoint.families.family import NameMap, ServedFamily
+from moejax.checkpoint.families.reader import SERVED_FAMILIES
+from moejax.checkpoint.families.source import ArraySource, SourceTensor
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import ParamSpec, is_expert, tensor_specs
 
 
-def tensor_names(cfg: ModelConfig) -> Iterator[Entry]:
+def array_sources(cfg: ModelConfig) -> Iterator[ArraySource]:
     """Every array of the parameter tree of `cfg`: leaf by leaf, repeat by repeat, expert by expert.
 
     Raises ConfigError when `cfg` is not of a published family.
     """
-    names = _family(cfg).names(cfg)
+    family = _family(cfg)
+    names = {
+        key: dataclasses.replace(found, names=tuple(map(family.published, found.names)))
+        for key, found in family.names(cfg).items()
+    }
     for path, spec in tensor_specs(cfg).items():
         yield from _entries(cfg, names, path, spec)
 
 
 def is_unused(cfg: ModelConfig, name: str) -> bool:
     """True for a tensor that published checkpoints of this model hold and the decoder does not need."""
-    patterns = _family(cfg).unused(cfg) + (("lm_head.weight",) if cfg.tied_head else ())
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    family = _family(cfg)
+    patterns = family.unused(cfg) + (("lm_head.weight",) if cfg.tied_head else ())
+    named = (*map(family.published, patterns), *family.beside)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in named)
 
 
-def _entries(cfg: ModelConfig, names: NameMap, path: str, spec: ParamSpec) -> Iterator[Entry]:
+def _entries(cfg: ModelConfig, names: NameMap, path: str, spec: ParamSpec) -> Iterator[ArraySource]:
     if not path.startswith("segments."):
         yield _entry(names, path, path, (None, None, None), 0, spec.shape)
         return
@@ -48,19 +55,19 @@ def _entry(
     names: NameMap,
     path: str,
     key: str,
-    place: tuple[int | None, int | None, int | None],
+    index: tuple[int | None, int | None, int | None],
     experts: int,
     shape: tuple[int, ...],
-) -> Entry:
-    repeat, expert, layer = place
+) -> ArraySource:
+    repeat, expert, layer = index
     found = names[key]
     shapes = found.transform.shapes(shape) if found.names else ()
     tensors = []
     for name, each in zip(found.names, shapes, strict=True):
         fused = expert is not None and "{expert}" not in name
         full = name.format(layer=layer, expert=expert)
-        tensors.append(Tensor(full, (experts, *each), expert) if fused else Tensor(full, each))
-    return Entry(
+        tensors.append(SourceTensor(full, (experts, *each), expert) if fused else SourceTensor(full, each))
+    return ArraySource(
         path=path,
         repeat=repeat,
         expert=expert,
@@ -71,10 +78,10 @@ def _entry(
     )
 
 
-def _family(cfg: ModelConfig) -> Family:
-    if cfg.family not in FAMILIES:
+def _family(cfg: ModelConfig) -> ServedFamily:
+    if cfg.family not in SERVED_FAMILIES:
         raise ConfigError(
             f"{cfg.name} is of family {cfg.family!r}, which has no published checkpoints; "
-            f"those have {', '.join(sorted(FAMILIES))}."
+            f"those have {', '.join(sorted(SERVED_FAMILIES))}."
         )
-    return FAMILIES[cfg.family]
+    return SERVED_FAMILIES[cfg.family]

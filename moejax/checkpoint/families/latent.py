@@ -1,4 +1,4 @@
-"""Transforms of latent attention: rotated pairs to halves, and the two parts of the projection out of the latent."""
+"""Transforms of rotated pairs to halves, and of the two parts of the projection out of the latent."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,6 +23,26 @@ class PairsToHalves:
         plain, pairs = np.arange(rows - self.rotated), np.arange(rows - self.rotated, rows)
         order = np.concatenate([plain, pairs[::2], pairs[1::2]])
         return parts[0].reshape(self.heads, rows, -1)[:, order].reshape(parts[0].shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedHeads:
+    """Queries, keys and values below each other. The numbers that are rotated against each other, which are all of a
+    head, lie in pairs in queries and keys, as in PairsToHalves."""
+
+    heads: int
+    kv_heads: int
+    size: int
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return tuple((heads * self.size, *target[1:]) for heads in (self.heads, self.kv_heads, self.kv_heads))
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        q, k, v = parts
+        turned = [PairsToHalves(n, self.size)([each]) for n, each in ((self.heads, q), (self.kv_heads, k))]
+        return np.concatenate([*turned, v])
 
 
 @dataclasses.dataclass(frozen=True)

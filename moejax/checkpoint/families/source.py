@@ -1,26 +1,27 @@
-"""Where a parameter's numbers lie in a published checkpoint, and how they become ours: data, and NumPy of any dtype."""
+"""Where each parameter array lies in a published checkpoint, and the transform that makes it, in NumPy of any dtype."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class Transform(Protocol):
-    """From the tensors taken, in order, to one array of ours. It moves numbers and computes none."""
+    """Makes one parameter array of the tensors of a checkpoint, in order. It moves numbers and computes none."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors that make an array of shape `target`."""
         ...
 
     def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The array of ours."""
+        """The parameter array."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Same:
+class Identity:
     """The tensor as it is."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -32,11 +33,11 @@ class Same:
         return parts[0]
 
 
-SAME = Same()
+IDENTITY = Identity()
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ConcatRows:
     """Tensors below each other, of these many rows: queries, keys and values."""
 
     sizes: tuple[int, ...]
@@ -51,7 +52,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Halves:
+class ConcatHalves:
     """Two tensors of equal shape below each other: gate above up."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -64,7 +65,36 @@ class Halves:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class Transposed:
+    """`[in, out]` to `[out, in]`; with `alternate`, outputs 0, 2, 4 ... come first, then 1, 3, 5 ..."""
+
+    alternate: bool = False
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (target[::-1],)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        turned = parts[0].T
+        return np.concatenate([turned[::2], turned[1::2]]) if self.alternate else turned
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The only row of `[1, size]`."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return ((1, *target),)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTensor:
     """One tensor of a checkpoint: its name, the shape it must have there, and which `index` of its first axis is
     wanted (one contiguous range of bytes), or all of it (None)."""
 
@@ -74,11 +104,11 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class ArraySource:
     """One array of the parameter tree, and where it comes from.
 
-    `path` is the leaf's name as in `moejax.manifest.named` (`segments.0.1.moe.experts.down`), `repeat` the array's
-    place on the leaf's first axis (None outside the layers), `expert` on the second (None unless a routed
+    `path` is the leaf's name as in `moejax.checkpoint.manifest.named` (`segments.0.1.moe.experts.down`), `repeat` the
+    array's place on the leaf's first axis (None outside the layers), `expert` on the second (None unless a routed
     expert's), `shape` the array's own, `layer` the decoder layer it belongs to (None outside).
     """
 
@@ -87,7 +117,7 @@ class Entry:
     expert: int | None
     layer: int | None
     shape: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[SourceTensor, ...]
     transform: Transform
 
     def array(self, parts: Sequence[np.ndarray], dtype: Any = np.float32) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Compiled kernels for a CPU, behind the same functions as their JAX references.
 
-`load()` once per process, before anything is traced. From then on `active()` is true, and `moejax.layers`,
-`moejax.experts` and `moejax.attention` call the kernels. Before, or where it raises KernelError, the references run.
-Both keep the law that rows do not depend on their batch; their results differ in rounding.
+`load()` once per process, before anything is traced. From then on `active()` is true, and `moejax.model.layers`,
+`moejax.model.experts` and `moejax.model.attention` call the kernels. Before, or where it raises KernelError, the
+references run. Both keep the law that rows do not depend on their batch; their results differ in rounding.
 """
 
 import contextlib
@@ -19,8 +19,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, Shaped, UInt32
 
-from moejax.precision import Int8
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.axes import ArrayLike
+from moejax.config.weight_formats import Int8
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc", "spread.h"))
 CALLS = ("row_dot", "experts", "paged_attention", "likeliest", "drawn", "exchange")
@@ -31,7 +34,7 @@ _library: ctypes.CDLL | None = None
 
 
 class KernelError(RuntimeError):
-    """The kernels cannot be built here; says what is missing and what happens then."""
+    """The kernels cannot be built on this machine. The message says what is missing and what is used instead."""
 
 
 def active() -> bool:
@@ -40,8 +43,8 @@ def active() -> bool:
 
 
 @contextlib.contextmanager
-def set_aside() -> Iterator[None]:
-    """While it lasts, programs are traced by the references, as if the kernels were not loaded."""
+def disabled() -> Iterator[None]:
+    """A context in which programs are traced with the references, as if the kernels were not loaded."""
     global _library
     loaded, _library = _library, None
     jax.clear_caches()
@@ -53,14 +56,14 @@ def set_aside() -> Iterator[None]:
 
 
 def library() -> ctypes.CDLL:
-    """The kernels of this process; `load` comes first."""
-    assert _library is not None, "kernels.load() comes first"
+    """The shared library of the kernels; call `load` first."""
+    assert _library is not None, "moejax.ops.cpu.load() comes first"
     return _library
 
 
 def build(folder: Path | None = None) -> Path:
-    """The shared library, compiled with the C++ compiler of this machine unless it is in the cache. Raises
-    KernelError."""
+    """Compile the shared library with the C++ compiler of this machine, unless the cache has it; returns its path.
+    Raises KernelError."""
     folder = folder or Path(os.environ.get("MOEJAX_CACHE", Path.home() / ".cache/moejax")) / "kernels"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -92,7 +95,7 @@ def build(folder: Path | None = None) -> Path:
 
 
 def load(folder: Path | None = None) -> None:
-    """Build what is missing and give the kernels to JAX. Raises KernelError."""
+    """Build the kernels if necessary and register them with JAX. Raises KernelError."""
     global _library
     if _library is None:
         library = ctypes.CDLL(str(build(folder)), use_errno=True)
@@ -101,7 +104,9 @@ def load(folder: Path | None = None) -> None:
         _library = library
 
 
-def row_dot(x_TD: jax.Array, stack: jax.Array | Int8, index: tuple[jax.Array | int, ...]) -> jax.Array:
+def row_dot(
+    x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8, index: tuple[ArrayLike | int, ...]
+) -> Float[jax.Array, "T F"]:
     """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16 or Int8. Differentiable
     unless Int8."""
     if isinstance(stack, Int8):
@@ -110,11 +115,11 @@ def row_dot(x_TD: jax.Array, stack: jax.Array | Int8, index: tuple[jax.Array | i
 
 
 @jax.custom_vjp
-def _row_dot(x_TD: jax.Array, stack: jax.Array, index: jax.Array) -> jax.Array:
+def _row_dot(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike, index: ArrayLike) -> jax.Array:
     return _row_dot_by(x_TD, *_parts(stack), index)
 
 
-def _row_dot_by(x_TD: jax.Array, stack: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
+def _row_dot_by(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike, scale: ArrayLike, index: ArrayLike) -> jax.Array:
     out = jax.ShapeDtypeStruct((x_TD.shape[0], stack.shape[-2]), jnp.float32)
     return jax.ffi.ffi_call("moejax_row_dot", out)(x_TD.astype(jnp.float32), stack, scale, index)
 
@@ -133,8 +138,12 @@ _row_dot.defvjp(_row_dot_forward, _row_dot_backward)
 
 
 def experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: jax.Array | Int8, down: jax.Array | Int8, layer: jax.Array
-) -> jax.Array:
+    rows_rD: Float[ArrayLike, "r D"],
+    wanted_rA: Int[ArrayLike, "r A"],
+    gate_up: ArrayLike | Int8,
+    down: ArrayLike | Int8,
+    layer: ArrayLike | int,
+) -> Float[jax.Array, "r A D"]:
     """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
     out = jax.ShapeDtypeStruct((*wanted_rA.shape, rows_rD.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("moejax_experts", out)(
@@ -142,51 +151,53 @@ def experts(
     )
 
 
-def paged_attention(
-    q_ZQNH, k_RKH, v_RKH, cache, layer, page_table_ZM, cached_Z, new_base_Z, positions_ZQ, page_size, *, scale
-):
-    """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
-    return jax.ffi.ffi_call("moejax_paged_attention", jax.ShapeDtypeStruct(q_ZQNH.shape, jnp.float32))(
-        *(q_ZQNH, k_RKH, v_RKH, cache.k, cache.v),
-        *(_indices((layer,)), page_table_ZM, cached_Z, new_base_Z, positions_ZQ),
-        page_size=int(page_size),
-        scale=np.float32(scale),
+def paged_attention(inputs: AttentionInputs) -> Float[jax.Array, "Z Q N H"]:
+    """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
+    return jax.ffi.ffi_call("moejax_paged_attention", jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32))(
+        *(inputs.q, inputs.k, inputs.v, inputs.cache.k, inputs.cache.v),
+        *(_indices((inputs.layer,)), inputs.page_table, inputs.cached, inputs.new_base, inputs.positions),
+        page_size=int(inputs.page_size),
+        scale=np.float32(inputs.scale),
     )
 
 
-def likeliest(logits_ZV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each row the first of the highest logits `[Z]`, and log(sum(exp(logits))) `[Z]`."""
+def likeliest(logits_ZV: Float[ArrayLike, "Z V"]) -> tuple[Int[jax.Array, " Z"], Float[jax.Array, " Z"]]:
+    """The first of the highest logits of each row, and log(sum(exp(logits)))."""
     rows = logits_ZV.shape[:1]
     outs = (jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32))
-    return tuple(jax.ffi.ffi_call("moejax_likeliest", outs)(logits_ZV.astype(jnp.float32)))
+    token_Z, normalizer_Z = jax.ffi.ffi_call("moejax_likeliest", outs)(logits_ZV.astype(jnp.float32))
+    return token_Z, normalizer_Z
 
 
-def drawn(logits_ZV: jax.Array, temperature_Z: jax.Array, keys_Z2: jax.Array) -> jax.Array:
-    """Tokens `[Z]` drawn by the noise of each row's key, given as uint32; 0 for rows of temperature 0."""
+def draw_tokens(
+    logits_ZV: Float[ArrayLike, "Z V"], temperature_Z: Float[ArrayLike, " Z"], keys_Z2: UInt32[ArrayLike, "Z 2"]
+) -> Int[jax.Array, " Z"]:
+    """Tokens drawn with the noise of each row's key, given as uint32; 0 for rows of temperature 0."""
     out = jax.ShapeDtypeStruct(logits_ZV.shape[:1], jnp.int32)
     return jax.ffi.ffi_call("moejax_drawn", out)(logits_ZV, temperature_Z, keys_Z2)
 
 
-def exchange(x: jax.Array) -> jax.Array:
-    """`all_to_all` of the equal parts of the first axis, over the arena in use (`moejax.shared`)."""
+def exchange(x: Shaped[ArrayLike, "n ..."]) -> Shaped[jax.Array, "n ..."]:
+    """`all_to_all` of the equal parts of the first axis, over the arena in use (`moejax.model.shared_memory`)."""
     return jax.ffi.ffi_call("moejax_exchange", jax.ShapeDtypeStruct(x.shape, x.dtype), has_side_effect=True)(x)
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Changes with everything compiled code that calls the kernels depends on; empty while they are not active."""
+    """A digest of the kernels' sources, for the names of executables that call them; empty while they are not
+    active."""
     sources = (*SOURCES, Path(__file__))
     return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest() if active() else ""
 
 
-def _parts(weight: jax.Array | Int8) -> tuple[jax.Array, jax.Array]:
-    """A weight's numbers and their scale; an empty one if there is none."""
+def _parts(weight: ArrayLike | Int8) -> tuple[ArrayLike, ArrayLike]:
+    """A weight's numbers and its scale, which is empty unless the weight is int8."""
     if isinstance(weight, Int8):
         return weight.numbers, weight.scale
     return weight, jnp.zeros((0,), jnp.float32)
 
 
-def _indices(index: tuple[jax.Array | int, ...]) -> jax.Array:
+def _indices(index: tuple[ArrayLike | int, ...]) -> jax.Array:
     return jnp.array(index, jnp.int32).reshape(len(index))
 
 

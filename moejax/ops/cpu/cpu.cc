@@ -1,13 +1,13 @@
-// Dots over weights, experts, paged attention and the choice of tokens on a CPU, as XLA custom calls.
+// Dots over weights, experts, paged attention and sampling on a CPU, as XLA custom calls.
 //
-// One rule throughout: every number of an answer is summed in an order that depends on its own row alone, never on
-// how many rows there are or which (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
+// One rule throughout: every number of a result is summed in an order that depends on its own row alone, never on the
+// number of rows or on the other rows (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
-// Weights are read where they lie, once per call, as float32, bfloat16, or int8 with a scale for each output.
+// Weights are read where they are stored, once per call, as float32, bfloat16, or int8 with a scale for each output.
 //
-// Rows meet int8 weights as integers of 16 bits with a scale for each row: of what a row is, a 65,000th of its largest
-// number is lost, a 256th of what int8 loses of the weights. Processors multiply twice as many of them at a time, and
-// sums of integers are the same in any order.
+// Rows that multiply int8 weights are rounded to integers of 16 bits with a scale for each row: the error is at most a
+// 65,000th of the row's largest number, a 256th of the error of int8 weights. Processors multiply twice as many of them
+// at a time, and sums of integers are the same in any order (docs/decisions/0012).
 
 #include <algorithm>
 #include <atomic>
@@ -43,7 +43,7 @@ constexpr int64_t COLUMNS = 4;             // of a tile
 template <typename X>                      // rows of a tile: its sums and what they are made of fill the registers
 constexpr int64_t ROWS = MANY ? 6 : std::is_same_v<X, float> ? 3 : 2;
 constexpr int64_t STRETCH = 512 * SUMS;    // products that SUMS sums of 32 bits can hold: 512 * 127 * 32767 < 2^31
-constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between what is read and what is asked for
+constexpr int64_t AHEAD = 2 * COLUMNS;     // rows of weights between the one that is read and the one that is prefetched
 constexpr int64_t LEAST_COLUMNS = 64;      // of an expert in a piece
 constexpr int64_t KEYS = 16;               // of a block of attention
 constexpr int64_t BESIDE = 8;              // vectors of values that are mixed side by side
@@ -318,31 +318,31 @@ void block(const float* const* x, const bfloat16* const* w, int64_t rows, int64_
   tile_rows<N>(x, wide, rows, D, y, column);
 }
 
-// Asks for what will be read next: rows of weights are too short for the processor to see them coming.
+// Prefetches what is read next: rows of weights are too short for the processor's own prefetcher.
 template <typename W>
 inline void ahead(const W* first, const W* last) {
   for (const char* line = reinterpret_cast<const char*>(first); line < reinterpret_cast<const char*>(last); line += 64)
     __builtin_prefetch(line, 0, 2);
 }
 
-// A matrix [F, D], row after row, each of which counts `scale` times where there is one.
+// A matrix [F, D], row after row, each multiplied by its `scale` if there is one.
 template <typename W>
 struct Matrix {
   const W* numbers;
   const float* scale;
 };
 
-// What a row is when it meets weights of kind W.
+// The type of a row that multiplies weights of type W.
 template <typename W>
 using Number = std::conditional_t<std::is_same_v<W, int8_t>, int16_t, float>;
 
 template <typename W>
 struct Row {
   const Number<W>* x;
-  float scale;  // what each number counts
+  float scale;  // the factor of each number
 };
 
-// Integers of at most 15 bits and a sign for D numbers, and what each of them counts: not a number, if one was none.
+// Integers of at most 15 bits and a sign for D numbers, and their scale, which is NaN if one of them was.
 float to_integers(const float* row, int64_t D, int16_t* integers) {
   int32_t most = 0;
   for (int64_t d = 0; d < D; ++d) {
@@ -401,7 +401,7 @@ std::vector<float*> row_pointers(float* x, int64_t rows, int64_t stride) {
   return p;
 }
 
-// Rows as they meet weights of kind W. `room` is where integers are kept.
+// Rows of the type that multiplies weights of type W. Integers are stored in `room`.
 template <typename W>
 std::vector<Row<W>> meeting(ffi::ThreadPool& pool, const std::vector<const float*>& rows, int64_t D,
                             std::vector<int16_t>& room) {
@@ -478,7 +478,7 @@ void silu_times(float* gate, const float* up, int64_t size) {
   }
 }
 
-// One slot that somebody wants: its rows, what lies between its two matrices, and its answers.
+// One slot with rows: the rows, the values between its two matrices, and its outputs.
 template <typename W>
 struct Expert {
   int64_t slot;
@@ -493,7 +493,7 @@ struct Expert {
   }
 };
 
-// Answers of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
+// Outputs of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
 template <typename W, typename Weights>
 void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F) {
   auto each_part = [&](int64_t columns, auto work) {
@@ -518,8 +518,8 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weig
   });
 }
 
-// Answers [r, A, D] of the slots wanted [r, A] of layer `index`; each slot's weights are read once, for the rows that
-// want it and no others.
+// Outputs [r, A, D] of the wanted slots [r, A] of layer `index`; each slot's weights are read once, for the rows that
+// are routed to it and no others.
 ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::S32> wanted,
                    ffi::AnyBuffer gate_up, ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
                    ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> index,
@@ -532,7 +532,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
     using W = decltype(number);
     std::vector<int16_t> room;
     std::vector<const float*> x;
-    std::vector<int64_t> nth(items, -1);  // of the rows that want something, that of each item
+    std::vector<int64_t> nth(items, -1);  // of the rows that want a slot, the number of each item's row
     for (int64_t item = 0, last = -1; item < items; ++item) {
       int64_t slot = wanted.typed_data()[item], row = item / A;
       if (slot < 0 || slot >= S) continue;
@@ -594,7 +594,7 @@ struct Queries {
     for (float* row : out) std::fill(row, row + H, 0.0f);
   }
 
-  // Keys and values at positions first .. first + KEYS. Those of `next` are asked for meanwhile, a few at a time.
+  // Keys and values at positions first .. first + KEYS. Those of `next` are prefetched meanwhile, a few at a time.
   void see(int64_t first, const Entries& now, const Entries& next, int64_t at) {
     const float *k[KEYS], *v[KEYS];
     for (int64_t s = 0; s < KEYS; ++s) k[s] = now.k[s] + at, v[s] = now.v[s] + at;
@@ -650,7 +650,7 @@ struct Queries {
   }
 };
 
-// Outputs [Z, Q, N, H]; see moejax.attention.paged_attention for the arguments.
+// Outputs [Z, Q, N, H]; see moejax.model.attention.paged_attention for the arguments.
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k_new,
                           ffi::Buffer<ffi::F32> v_new, ffi::Buffer<ffi::F32> k_pages, ffi::Buffer<ffi::F32> v_pages,
                           ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached,
@@ -663,7 +663,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   if (at < 0 || at >= L) return ffi::Error::InvalidArgument("paged_attention: no such layer");
   const float* keys = k_pages.typed_data() + at * held * K * H;
   const float* values = v_pages.typed_data() + at * held * K * H;
-  // Heads of a segment stay together where there are segments enough: their keys lie side by side in memory.
+  // Heads of a segment stay together if there are enough segments: their keys are adjacent in memory.
   int64_t together = Z >= 2 * pool.num_threads() ? K : 1, parts = K / together;
   spread(pool, Z * parts, 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t job = first; job < last; ++job) {

@@ -1,9 +1,10 @@
 // All-to-all between processes of one machine, over memory that all of them have mapped.
 //
 // Each rank has an outbox of two halves, used in turn, and a count of how often it has filled it. A rank fills its
-// outbox, counts, and waits until the counts of all are as high; then it reads its part of every outbox. A half is
-// written again two exchanges later: by then every rank has filled its outbox for the exchange in between, which it does
-// after reading. Who waits sleeps on the bell (futex), which the last to arrive rings, once for all.
+// outbox, increments its count, and waits until the counts of all ranks are as high; then it reads its part of every
+// outbox. A half is written again two exchanges later: by then every rank has filled its outbox for the exchange in
+// between, which it does after reading. Waiting ranks sleep on the bell (a futex), which the last rank to arrive rings
+// once for all of them.
 
 #include <linux/futex.h>
 #include <sys/mman.h>
@@ -64,7 +65,7 @@ struct Arena {
 
 Arena* current = nullptr;
 
-// Whether all have arrived before the exchange was given up.
+// Whether all ranks have arrived before the exchange was aborted.
 bool wait(const Arena& arena) {
   bool spins = std::thread::hardware_concurrency() >= static_cast<unsigned>(arena.ranks);
   for (int i = 0; spins && i < SPINS; ++i) {
@@ -76,10 +77,10 @@ bool wait(const Arena& arena) {
   timespec began, now, nap{1, 0};
   clock_gettime(CLOCK_MONOTONIC, &began);
   while (true) {
-    uint32_t heard = arena.bell()->load();
+    uint32_t rung = arena.bell()->load();
     if (arena.aborted.load()) return false;
     if (arena.all_filled(arena.exchanges)) return true;
-    futex(arena.bell(), FUTEX_WAIT, heard, &nap);
+    futex(arena.bell(), FUTEX_WAIT, rung, &nap);
     clock_gettime(CLOCK_MONOTONIC, &now);
     if (now.tv_sec - began.tv_sec > arena.timeout_s) return false;
   }
@@ -130,7 +131,7 @@ void* moejax_arena_open(int file, int64_t outbox, int64_t ranks, int64_t me, int
 // The arena of the exchanges that follow in this process; null for none.
 void moejax_arena_use(void* arena) { current = static_cast<Arena*>(arena); }
 
-// Who waits in this process stops doing so, now and ever after; those of others wake, look, and sleep again.
+// Makes every wait in this process fail, now and later. Threads of other processes wake, check, and sleep again.
 void moejax_arena_abort(void* arena) {
   auto* it = static_cast<Arena*>(arena);
   it->aborted.store(true);

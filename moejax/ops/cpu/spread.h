@@ -1,8 +1,8 @@
-// Work shared out among the threads of a program, each on a core of its own.
+// Distributes work over the threads of a program, each on a core of its own.
 //
-// A kernel of an operating system may wake a thread on the core of whoever woke it, although another is free, and leave it
-// there for milliseconds: two threads that take turns on one core take twice as long. So the threads that help are kept
-// off the core of the one that shares work out, which waits for them; among the other cores they go where they like.
+// An operating system may wake a thread on the core of the thread that woke it, although another core is free, and leave
+// it there for milliseconds: two threads that take turns on one core take twice as long. So the helper threads are kept
+// off the core of the calling thread, which waits for them; they may run on any of the other cores.
 
 #pragma once
 
@@ -20,19 +20,19 @@
 
 #include "xla/ffi/api/ffi.h"
 
-constexpr int64_t PIECES = 8;       // that each thread may take, so that all end at about the same time
-constexpr int64_t PATIENCE = 2000;  // moments to wait before a core is given away, some 40 microseconds
+constexpr int64_t PIECES = 8;       // of work for each thread, so that all end at about the same time
+constexpr int64_t PATIENCE = 2000;  // spins before a waiting thread yields its core, some 40 microseconds
 
-// The threads that help.
+// The helper threads.
 class Helpers {
  public:
-  // The calling thread is one from now on, until it ends.
+  // The calling thread is a helper from now on, until it ends.
   void join() {
     thread_local Member member{*this};
     (void)member;
   }
 
-  // None of them runs on the calling thread's core, unless there is no other.
+  // Keeps all of them off the calling thread's core, unless there is no other core.
   void make_room() {
     int core = sched_getcpu();
     if (core < 0 || core == core_) return;
@@ -83,16 +83,16 @@ inline Helpers& helpers() {
   return *all;
 }
 
-// A moment of a thread that waits and keeps its core.
+// One spin of a thread that waits and keeps its core.
 inline void relax() {
 #ifdef __x86_64__
   __builtin_ia32_pause();
 #endif
 }
 
-// Runs work(first, last) over [0, size) in pieces of at least `least` and a multiple of `grain`, on the threads there
-// are. Whoever is free takes the next piece, the caller too, so it waits only for pieces that have begun: at first on its
-// core, for whoever gets that meanwhile keeps it for longer than a piece takes.
+// Runs work(first, last) over [0, size) in pieces of at least `least` and a multiple of `grain`, on all threads. A free
+// thread takes the next piece, the caller too, so that the caller waits only for pieces that have begun. It keeps its core
+// at first: another thread that got the core would keep it for longer than a piece takes.
 template <typename Work>
 void spread(xla::ffi::ThreadPool& pool, int64_t size, int64_t grain, int64_t least, Work work) {
   int64_t threads = std::min(pool.num_threads(), size / std::max<int64_t>(least, 1));

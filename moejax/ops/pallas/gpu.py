@@ -1,9 +1,9 @@
 """Experts, products of a few rows, and paged attention on a GPU (Pallas through Triton, compute capability 8.0 and
 later).
 
-A program of the grid multiplies a tile of rows that want the same slot, so that what is read of the weights is what
-somebody wants; another one takes queries of a segment and one of its key/value heads through the pages. Rows meet
-bfloat16 and int8 weights in bfloat16 with float32 sums; float32 stays float32, but for the last bit.
+For experts, a program of the grid multiplies a tile of rows that want the same slot, so that only wanted weights are
+read. For attention, it takes the queries of a segment and one of its key/value heads through the pages. Rows multiply
+bfloat16 and int8 weights in bfloat16 with float32 sums; float32 stays float32, except for the last bit.
 """
 
 import functools
@@ -14,72 +14,82 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jaxtyping import Float, Int
 
-from moejax.attention import NEGATIVE
-from moejax.cache import Cache
-from moejax.layers import Stacked
-from moejax.pallas.grouping import by_slot
-from moejax.pallas.queries import Queries
-from moejax.precision import Int8, at
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.config.weight_formats import Int8, StackSlice, index_weight
+from moejax.ops.pallas.grouping import group_by_slot
+from moejax.ops.pallas.queries import GroupedQueries, new_entries
 
-_LEAST = 16
+_MIN_TILE = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
-_TILES = ((512, 128), (48, 64))
-"""Rows of a tile where a slot is wanted by so many rows or more on average: weights are read once for each tile. Not
-where they are float32, of which so much does not fit in shared memory."""
-_MOST_IN = 128
-"""Products of a row that are summed at a time, in tiles of any size: rows do not depend on their batch."""
-_MOST_ROWS = 64
-"""Rows that `row_dot` multiplies where the weights lie; with more XLA's own product pays."""
+_LARGER_TILES = ((512, 128), (48, 64))
+"""(Average rows per slot, rows of a tile) above which larger tiles pay: weights are read once per tile. Not for
+float32, of which so much does not fit in shared memory."""
+_MAX_IN_BLOCK = 128
+"""Products of a row that are summed at a time. It is the same for tiles of any size, so that rows do not depend on
+their batch."""
+_MAX_ROWS = 64
+"""Most rows for which `row_dot` multiplies by the weights in their stack; with more rows XLA's own product is
+faster."""
 _PROGRAMS = 256
-"""Programs that a grid should have: two for each processor of an H100, so that all of them read."""
-_MOST_QUERIES = 64
-"""Rows of queries a program attends with: 256 of 128 numbers do not fit in the shared memory of an H100."""
+"""Programs that a grid should have: two for each multiprocessor of an H100, so that all of them read."""
+_MAX_QUERY_ROWS = 64
+"""Most rows of queries of a program: 256 rows of 128 numbers do not fit in the shared memory of an H100."""
 
 
-def takes_experts(gate_up: Stacked, down: Stacked) -> bool:
-    """Whether `experts` covers these weights: their sizes, F and D, are multiples of 16."""
+def supports_experts(gate_up: StackSlice, down: StackSlice) -> bool:
+    """True when `experts` covers these weights: their sizes, F and D, are multiples of 16."""
     sizes = [size for weight in (gate_up, down) for size in jax.tree.leaves(weight.stack)[0].shape[-2:]]
-    return all(size % _LEAST == 0 for size in sizes)
+    return all(size % _MIN_TILE == 0 for size in sizes)
 
 
 def experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: Stacked, down: Stacked, slots: int, *, interpret: bool = False
-) -> jax.Array:
-    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
+    rows_rD: Float[ArrayLike, "r D"],
+    wanted_rA: Int[ArrayLike, "r A"],
+    gate_up: StackSlice,
+    down: StackSlice,
+    slots: int,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "r A D"]:
+    """The answers of the slots that each row wants (-1: zeros), for one layer of `[R, P, 2F, D]` and `[R, P, D, F]`."""
     items = wanted_rA.size
-    held = _met(gate_up.stack)
-    larger = _TILES if held == jnp.bfloat16 else ()
-    tile = next((tile for rows, tile in larger if items >= rows * slots), _LEAST)
+    held = _compute_dtype(gate_up.stack)
+    larger = _LARGER_TILES if held == jnp.bfloat16 else ()
+    tile = next((tile for rows, tile in larger if items >= rows * slots), _MIN_TILE)
     tiles = min(items, slots) + items // tile
-    there = by_slot(rows_rD.astype(held), wanted_rA, slots, whole=tile, places=tiles * tile)
-    end_S = jnp.cumsum(-(-there.size_S // tile))
+    by_slot = group_by_slot(rows_rD.astype(held), wanted_rA, slots, whole=tile, places=tiles * tile)
+    end_S = jnp.cumsum(-(-by_slot.size_S // tile))
     number_T = jnp.arange(tiles)
     slot_T = (number_T[:, None] >= end_S).sum(1, dtype=jnp.int32)
     where = jnp.stack([jnp.broadcast_to(gate_up.index[0], slot_T.shape).astype(jnp.int32), slot_T], axis=1)
     where = jnp.where(number_T[:, None] < end_S[-1], where, -1)
-    hidden = _multiplied(there.rows, where, gate_up.stack, held, gated=True, interpret=interpret)
-    return there.answers(_multiplied(hidden, where, down.stack, jnp.float32, gated=False, interpret=interpret))
+    hidden = _grouped_matmul(by_slot.rows, where, gate_up.stack, held, gated=True, interpret=interpret)
+    return by_slot.answers(_grouped_matmul(hidden, where, down.stack, jnp.float32, gated=False, interpret=interpret))
 
 
-def _met(stack: Any) -> Any:
-    """The type in which rows meet weights."""
+def _compute_dtype(stack: Any) -> Any:
+    """The type in which rows multiply weights."""
     return jnp.float32 if not isinstance(stack, Int8) and stack.dtype == jnp.float32 else jnp.bfloat16
 
 
-def _multiplied(
-    rows_PK: jax.Array, where_T2: jax.Array, stack: Any, dtype: Any, *, gated: bool, interpret: bool
+def _grouped_matmul(
+    rows_PK: Float[ArrayLike, "P K"], where_T2: jax.Array, stack: Any, dtype: Any, *, gated: bool, interpret: bool
 ) -> jax.Array:
-    """Tiles of rows by the matrices `[N, K]` at (layer, slot) of each, `[P, N]`; if `gated`, silu of the first half
-    times the second, `[P, N/2]`."""
-    parts = jax.tree.leaves(stack)  # of Int8 its scale besides
+    """Multiply each tile of rows by the matrix `[N, K]` at its (layer, slot): `[P, N]`. If `gated`, silu of the first
+    half times the second half: `[P, N/2]`."""
+    parts = jax.tree.leaves(stack)  # of Int8 also the scale
     numbers, tile = parts[0], rows_PK.shape[0] // len(where_T2)
     n = numbers.shape[-2] // (2 if gated else 1)
     k = numbers.shape[-1]
-    out_block, in_block = _block(n, 64 if tile == _LEAST else 128), _block(k, _MOST_IN)
-    while tile == _LEAST and out_block > _LEAST and len(where_T2) * (n // out_block) < _PROGRAMS:
+    out_block, in_block = _block(n, 64 if tile == _MIN_TILE else 128), _block(k, _MAX_IN_BLOCK)
+    while tile == _MIN_TILE and out_block > _MIN_TILE and len(where_T2) * (n // out_block) < _PROGRAMS:
         out_block //= 2
-    kernel = functools.partial(_multiply, n=n if gated else None, in_block=in_block, exact=_exact(interpret))
+    kernel = functools.partial(
+        _multiply, n=n if gated else None, in_block=in_block, exact=_float32_precision(interpret)
+    )
     return pl.pallas_call(
         kernel if isinstance(stack, Int8) else functools.partial(_without_scale, kernel),
         out_shape=jax.ShapeDtypeStruct((rows_PK.shape[0], n), dtype),
@@ -133,60 +143,51 @@ def _multiply(
             out_ref[...] = (gate * jax.nn.sigmoid(gate) * product(n)).astype(out_ref.dtype)
 
 
-def takes_rows(stack: Any) -> bool:
-    """Whether `row_dot` covers a stack `[..., F, D]`: bfloat16 or int8, F and D multiples of 16."""
+def supports_row_dot(stack: Any) -> bool:
+    """True when `row_dot` covers a stack `[..., F, D]`: bfloat16 or int8, F and D multiples of 16."""
     numbers = jax.tree.leaves(stack)[0]
     narrow = isinstance(stack, Int8) or numbers.dtype == jnp.bfloat16
-    return narrow and all(size % _LEAST == 0 for size in numbers.shape[-2:])
+    return narrow and all(size % _MIN_TILE == 0 for size in numbers.shape[-2:])
 
 
-def row_dot(x_TD: jax.Array, stack: Any, index: tuple[Any, ...], *, interpret: bool = False) -> jax.Array:
-    """`x @ stack[index].T` `[T, F]` in float32; a few rows without copying the matrix out of its stack."""
+def row_dot(
+    x_TD: Float[ArrayLike, "T D"], stack: Any, index: tuple[Any, ...], *, interpret: bool = False
+) -> Float[jax.Array, "T F"]:
+    """`x @ stack[index].T` in float32. For a few rows the matrix is not copied out of its stack."""
     rows = x_TD.astype(jnp.bfloat16)
-    if len(rows) > _MOST_ROWS:
-        numbers, *scale = jax.tree.leaves(at(stack, index))
+    if len(rows) > _MAX_ROWS:
+        numbers, *scale = jax.tree.leaves(index_weight(stack, index))
         product = _dot(rows, numbers, None)
         return product * scale[0] if scale else product
     lead = jax.tree.leaves(stack)[0].shape[:-2]
     slot = functools.reduce(lambda slot, axis: slot * axis[0] + axis[1], zip(lead, index, strict=True), 0)
     flat = jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[len(lead) :]), stack)
-    tiles = -(-len(rows) // _LEAST)
+    tiles = -(-len(rows) // _MIN_TILE)
     where = jnp.stack([jnp.zeros(tiles, jnp.int32), jnp.full(tiles, slot, jnp.int32)], axis=1)
-    padded = jnp.pad(rows, ((0, tiles * _LEAST - len(rows)), (0, 0)))
-    return _multiplied(padded, where, flat, jnp.float32, gated=False, interpret=interpret)[: len(rows)]
+    padded = jnp.pad(rows, ((0, tiles * _MIN_TILE - len(rows)), (0, 0)))
+    return _grouped_matmul(padded, where, flat, jnp.float32, gated=False, interpret=interpret)[: len(rows)]
 
 
-def takes_attention(heads: int, page_size: int) -> bool:
-    """Whether `paged_attention` covers heads of this size, and pages: powers of two, 16 or more."""
-    return all(size >= _LEAST and size & (size - 1) == 0 for size in (heads, page_size))
+def supports_attention(inputs: AttentionInputs) -> bool:
+    """True when `paged_attention` covers these sizes: of heads and pages, powers of two, 16 or more."""
+    sizes = (inputs.q.shape[-1], inputs.page_size)
+    return all(size >= _MIN_TILE and size & (size - 1) == 0 for size in sizes)
 
 
-def paged_attention(
-    q_ZQNH: jax.Array,
-    k_RKH: jax.Array,
-    v_RKH: jax.Array,
-    cache: Cache,
-    layer: jax.Array,
-    page_table_ZM: jax.Array,
-    cached_Z: jax.Array,
-    new_base_Z: jax.Array,
-    positions_ZQ: jax.Array,
-    page_size: int,
-    *,
-    scale: float,
-    interpret: bool = False,
-) -> jax.Array:
-    """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
-    Z, Q, N, H = q_ZQNH.shape
-    R, K, _ = k_RKH.shape
-    rows = max(_LEAST, 1 << (Q * N // K - 1).bit_length())
-    block = min(rows, _MOST_QUERIES)
-    queries = Queries.of(q_ZQNH * scale, positions_ZQ, K, rows)
-    facts = jnp.stack([jnp.broadcast_to(layer, Z), cached_Z, new_base_Z, positions_ZQ.max(1)], axis=1).astype(jnp.int32)
+def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Float[jax.Array, "Z Q N H"]:
+    """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
+    page_table_ZM, cache, page_size = inputs.page_table, inputs.cache, inputs.page_size
+    (Z, Q, N, H), K = inputs.q.shape, inputs.k.shape[1]
+    rows = max(_MIN_TILE, 1 << (Q * N // K - 1).bit_length())
+    block = min(rows, _MAX_QUERY_ROWS)
+    queries = GroupedQueries.of(inputs, rows)
+    facts = jnp.stack(
+        [jnp.broadcast_to(inputs.layer, Z), inputs.cached, inputs.new_base, inputs.last_positions()], axis=1
+    ).astype(jnp.int32)
     whole = lambda each: pl.BlockSpec(each.shape, lambda *_: (0,) * each.ndim)  # noqa: E731
-    new = [each.reshape(R, K * H) for each in (k_RKH, v_RKH)]
+    new = new_entries(inputs)
     out = pl.pallas_call(
-        functools.partial(_attend, page_size=page_size, size=H, exact=_exact(interpret)),
+        functools.partial(_attend, page_size=page_size, size=H, exact=_float32_precision(interpret)),
         out_shape=jax.ShapeDtypeStruct((Z, K, rows, H), jnp.float32),
         grid=(Z, K, rows // block),
         in_specs=[
@@ -227,7 +228,7 @@ def _attend(
         return ref[layer, pl.ds(table_ref[0, i] * page_size, page_size), head]
 
     def mixed(new_ref: Any, old_ref: Any, i: jax.Array) -> jax.Array:
-        """A page of which some is not in the cache yet."""
+        """A page with some positions that are not in the cache yet."""
         at = i * page_size + at_P
         row = jnp.clip(base + at - cached, 0, new_ref.shape[0] - 1)
         return jnp.where((at >= cached)[:, None], new_ref[row, head], old(old_ref, i))
@@ -235,7 +236,7 @@ def _attend(
     def page(i: jax.Array, carry: Any, k: jax.Array, v: jax.Array) -> Any:
         highest, total, out = carry
         seen = (i * page_size + at_P)[None, :] <= positions[:, None]
-        scores = jnp.where(seen, _dot(q, k, exact), NEGATIVE)
+        scores = jnp.where(seen, _dot(q, k, exact), MASKED_SCORE)
         higher = jnp.maximum(highest, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         shrink = jnp.exp(highest - higher)
@@ -248,7 +249,7 @@ def _attend(
         return page(i, carry, mixed(new_k_ref, cache_k_ref, i), mixed(new_v_ref, cache_v_ref, i))
 
     rows = q.shape[0]
-    start = (jnp.full(rows, NEGATIVE), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+    start = (jnp.full(rows, MASKED_SCORE), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
     pages = (last + page_size) // page_size
     full = jnp.minimum(cached // page_size, pages)
     middle = lax.fori_loop(0, full, of_cache, start)
@@ -256,13 +257,13 @@ def _attend(
     out_ref[0, 0] = out / jnp.maximum(total, 1e-30)[:, None]
 
 
-def _exact(interpret: bool) -> Any:
-    """How float32 meets float32: as three products of TF32, which tensor cores make to about the last bit. A CPU has no
-    such thing, and needs none."""
+def _float32_precision(interpret: bool) -> Any:
+    """Precision of products of float32: three products of TF32, which tensor cores compute to about the last bit. A
+    CPU, where kernels are interpreted, has plain float32."""
     return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
-def _dot(a_MK: jax.Array, b_NK: jax.Array, exact: Any) -> jax.Array:
+def _dot(a_MK: Any, b_NK: Any, exact: Any) -> Any:
     """`a @ b.T` with float32 sums."""
     dims = (((1,), (1,)), ((), ()))
     if b_NK.dtype == jnp.float32:

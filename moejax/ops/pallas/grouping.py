@@ -1,4 +1,4 @@
-"""Rows sorted by the slot they want, so that each slot's weights are multiplied by rows that lie together."""
+"""Rows sorted by the slot that they want, so that the rows of a slot lie together."""
 
 from typing import NamedTuple
 
@@ -6,26 +6,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.axes import Numbers
+from moejax.config.axes import ArrayLike
 
 
-class Sorted(NamedTuple):
-    """`rows [P, D]`, those of one slot together, in the order of the slots; `size_S` of each slot, and the place of
-    every answer `[r, A]`, P for none."""
+class GroupedRows(NamedTuple):
+    """Rows in the order of their slots, the rows of each slot, and the place of every answer."""
 
-    rows: jax.Array
-    size_S: jax.Array
-    place: jax.Array
+    rows: Float[ArrayLike, "P D"]
+    size_S: Int[ArrayLike, " S"]
+    place: Int[ArrayLike, "r A"]
+    """P for no answer."""
 
-    def answers(self, sorted_PD: jax.Array) -> jax.Array:
-        """What came out for each place, `[r, A, D]`; zeros for none."""
+    def answers(self, sorted_PD: Float[ArrayLike, "P D"]) -> Float[jax.Array, "r A D"]:
+        """The answers in the order of the rows; zeros for none."""
         return sorted_PD.at[self.place].get(mode="fill", fill_value=0)
 
 
-def by_slot(
-    rows_rD: Float[Numbers, "r D"], wanted_rA: Int[Numbers, "r A"], slots: int, *, whole: int, places: int
-) -> Sorted:
-    """Each row as often as it wants a slot (-1 for none), in `places`; every slot's begin at a multiple of `whole`."""
+def group_by_slot(
+    rows_rD: Float[ArrayLike, "r D"], wanted_rA: Int[ArrayLike, "r A"], slots: int, *, whole: int, places: int
+) -> GroupedRows:
+    """Sort rows by slot, each row once for every slot that it wants (-1 for none), into `places`. The rows of each slot
+    begin at a multiple of `whole`."""
     r, A = wanted_rA.shape
     slot_i = jnp.where(wanted_rA >= 0, wanted_rA, slots).reshape(-1)
     order = jnp.argsort(slot_i, stable=True)
@@ -41,4 +42,4 @@ def by_slot(
         .at[place_i]
         .set(rows_rD[jnp.arange(r * A) // A], mode="drop")
     )
-    return Sorted(rows, size_S, place_i.reshape(r, A))
+    return GroupedRows(rows, size_S, place_i.reshape(r, A))

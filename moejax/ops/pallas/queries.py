@@ -1,26 +1,33 @@
-"""Queries laid by the key/value head that they read, padded to the rows that a kernel multiplies."""
+"""Inputs of attention kernels, prepared: queries grouped by the key/value head that they read, and new keys
+and values as rows of the cache."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.axes import ArrayLike
 
 
-class Queries(NamedTuple):
-    """`rows [Z, K, rows, H]`, those of one key/value head together; `position [Z, rows]` of each, -1 if none."""
+class GroupedQueries(NamedTuple):
+    """Queries grouped by key/value head, `rows [Z, K, rows, H]`, and the `position [Z, rows]` of each, -1 for
+    padding."""
 
-    rows: jax.Array
-    position: jax.Array
+    rows: Float[ArrayLike, "Z K rows H"]
+    position: Int[ArrayLike, "Z rows"]
     of_segment: int
-    """How many of the rows of a head are queries: those of each position together."""
+    """Rows of a head that are queries, the others being padding."""
 
     @classmethod
-    def of(cls, q_ZQNH: jax.Array, positions_ZQ: jax.Array, heads: int, rows: int) -> "Queries":
-        """Of `heads` key/value heads, in so many rows."""
-        Z, Q, N, H = q_ZQNH.shape
-        G = N // heads
-        by_head = q_ZQNH.reshape(Z, Q, heads, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, heads, Q * G, H)
-        position = jnp.repeat(positions_ZQ, G, axis=1)
+    def of(cls, inputs: AttentionInputs, rows: int) -> "GroupedQueries":
+        """Scale the queries, and group them by key/value head, each padded to `rows`."""
+        (Z, Q, N, H), K = inputs.q.shape, inputs.k.shape[1]
+        G = N // K
+        scaled = (inputs.q * inputs.scale).reshape(Z, Q, K, G, H)
+        by_head = scaled.transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
+        position = jnp.repeat(inputs.positions, G, axis=1)
         more = rows - Q * G
         return cls(
             jnp.pad(by_head, ((0, 0), (0, 0), (0, more), (0, 0))),
@@ -28,8 +35,14 @@ class Queries(NamedTuple):
             Q * G,
         )
 
-    def outputs(self, out_ZKRH: jax.Array, queries: int) -> jax.Array:
-        """What came out for each row, as `[Z, Q, N, H]` again."""
+    def outputs(self, out_ZKRH: Float[ArrayLike, "Z K R H"], queries: int) -> Float[jax.Array, "Z Q N H"]:
+        """The outputs of the rows in the order of the queries."""
         Z, K, _, H = out_ZKRH.shape
         out = out_ZKRH[:, :, : self.of_segment].reshape(Z, K, queries, -1, H)
         return out.transpose(0, 2, 1, 3, 4).reshape(Z, queries, -1, H)
+
+
+def new_entries(inputs: AttentionInputs) -> tuple[Float[ArrayLike, "R KH"], Float[ArrayLike, "R KH"]]:
+    """The step's new keys and values, a row each, as the cache holds them."""
+    k, v = (each.reshape(len(each), -1) for each in (inputs.k, inputs.v))
+    return k, v

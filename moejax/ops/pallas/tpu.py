@@ -1,10 +1,10 @@
 """Experts and paged attention on a TPU.
 
-Experts multiply by JAX's own kernel for groups of rows (Megablox). In attention, steps of the grid take a segment
-through its pages; which page comes next is known from the page table before the step, so that it is on its way while
-the one before is computed. (JAX's own `ragged_paged_attention` wants keys and values in one array, the step's own among
-them: here the cache is only read until the step has come to its end.) Rows meet bfloat16 weights in bfloat16 with
-float32 sums; float32 stays float32. Weights of int8 are left to the reference.
+Experts use JAX's own kernel for groups of rows (Megablox). In attention, the steps of the grid take a segment through
+its pages. The page table says which page comes next, so it is fetched while the page before is computed. (JAX's own
+`ragged_paged_attention` wants old and new keys and values in one array; here the cache is not written before the step
+has ended.) Rows multiply bfloat16 weights in bfloat16 with float32 sums; float32 stays float32. int8 weights are left
+to the reference (`supports_experts`).
 """
 
 import functools
@@ -16,38 +16,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+from jaxtyping import Float, Int
 
-from moejax.attention import NEGATIVE
-from moejax.cache import Cache
-from moejax.layers import Stacked
-from moejax.pallas.grouping import by_slot
-from moejax.pallas.queries import Queries
-from moejax.precision import Int8
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.config.kv_cache import KVCache
+from moejax.config.weight_formats import Int8, StackSlice
+from moejax.ops.pallas.grouping import group_by_slot
+from moejax.ops.pallas.queries import GroupedQueries, new_entries
 
 LANES = 128
 SUBLANES = 8
 _TILE_ROWS, _TILE = 128, 512
 
 
-def takes_experts(gate_up: Stacked, down: Stacked) -> bool:
-    """Whether `experts` covers these weights: numbers of a float type, in whole vectors of lanes."""
+def supports_experts(gate_up: StackSlice, down: StackSlice) -> bool:
+    """True when `experts` covers these weights: of a float type, with sizes in whole vectors of lanes."""
     stacks = (gate_up.stack, down.stack)
     return all(not isinstance(each, Int8) and all(size % LANES == 0 for size in each.shape[-2:]) for each in stacks)
 
 
 def experts(
-    rows_rD: jax.Array, wanted_rA: jax.Array, gate_up: Stacked, down: Stacked, slots: int, *, interpret: bool = False
-) -> jax.Array:
-    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
+    rows_rD: Float[ArrayLike, "r D"],
+    wanted_rA: Int[ArrayLike, "r A"],
+    gate_up: StackSlice,
+    down: StackSlice,
+    slots: int,
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "r A D"]:
+    """The answers of the slots that each row wants (-1: zeros), for one layer of `[R, P, 2F, D]` and `[R, P, D, F]`."""
     tile = min(_TILE_ROWS, -(-wanted_rA.size // SUBLANES) * SUBLANES)
     places = -(-wanted_rA.size // tile) * tile
-    there = by_slot(rows_rD, wanted_rA, slots, whole=1, places=places)
+    by_slot = group_by_slot(rows_rD, wanted_rA, slots, whole=1, places=places)
 
-    def grouped(rows_PK: jax.Array, weight: Stacked) -> jax.Array:
-        """Rows by the matrices of their slots. The stack is taken whole, with no rows for its other layers: one layer's
-        weights would be copied out."""
+    def grouped(rows_PK: Float[ArrayLike, "P K"], weight: StackSlice) -> jax.Array:
+        """Multiply rows by the matrices of their slots. The whole stack is passed, with no rows for its other layers:
+        otherwise the weights of one layer would be copied out."""
         stack, (layer,) = weight.stack, weight.index
-        size_G = jnp.zeros((stack.shape[0], slots), jnp.int32).at[layer].set(there.size_S).reshape(-1)
+        size_G = jnp.zeros((stack.shape[0], slots), jnp.int32).at[layer].set(by_slot.size_S).reshape(-1)
         n, k = stack.shape[-2:]
         return gmm(
             rows_PK.astype(stack.dtype),
@@ -58,44 +65,29 @@ def experts(
             interpret=interpret,
         )
 
-    gate, up = jnp.split(grouped(there.rows, gate_up), 2, axis=-1)
-    return there.answers(grouped(jax.nn.silu(gate) * up, down))
+    gate, up = jnp.split(grouped(by_slot.rows, gate_up), 2, axis=-1)
+    return by_slot.answers(grouped(jax.nn.silu(gate) * up, down))
 
 
-def takes_attention(cache: Cache, page_size: int) -> bool:
-    """Whether `paged_attention` covers a cache and its pages: entries and pages in whole vectors."""
-    widths = [each.shape[-1] for each in (cache.k, cache.v)]
-    return all(width % LANES == 0 for width in widths) and page_size % SUBLANES == 0
+def supports_attention(inputs: AttentionInputs) -> bool:
+    """True when `paged_attention` covers the cache and its pages: entries and pages are whole vectors."""
+    widths = [each.shape[-1] for each in (inputs.cache.k, inputs.cache.v)]
+    return all(width % LANES == 0 for width in widths) and inputs.page_size % SUBLANES == 0
 
 
-def paged_attention(
-    q_ZQNH: jax.Array,
-    k_RKH: jax.Array,
-    v_RKH: jax.Array,
-    cache: Cache,
-    layer: jax.Array,
-    page_table_ZM: jax.Array,
-    cached_Z: jax.Array,
-    new_base_Z: jax.Array,
-    positions_ZQ: jax.Array,
-    page_size: int,
-    *,
-    scale: float,
-    interpret: bool = False,
-) -> jax.Array:
-    """Outputs `[Z, Q, N, H]`; the arguments are those of `moejax.attention.paged_attention`."""
-    Z, Q, N, H = q_ZQNH.shape
-    R, K, _ = k_RKH.shape
+def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Float[jax.Array, "Z Q N H"]:
+    """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
+    page_table_ZM, cache, page_size = inputs.page_table, inputs.cache, inputs.page_size
+    (Z, Q, N, H), (R, K, _) = inputs.q.shape, inputs.k.shape
     M = page_table_ZM.shape[1]
     rows = -(-(Q * N // K) // SUBLANES) * SUBLANES
-    queries = Queries.of(q_ZQNH * scale, positions_ZQ, K, rows)
+    queries = GroupedQueries.of(inputs, rows)
     # A page may begin before the step's new rows and end after them, and rows are read in whole vectors.
     after = page_size + SUBLANES - R % SUBLANES
-    new = [jnp.pad(each.reshape(R, K * H), ((page_size, after), (0, 0))) for each in (k_RKH, v_RKH)]
-    last = positions_ZQ.max(1)
+    new = [jnp.pad(each, ((page_size, after), (0, 0))) for each in new_entries(inputs)]
 
     def page_of(z: Any, i: Any, layer: Any, table: Any, cached: Any, base: Any, last: Any) -> tuple[Any, ...]:
-        """The page a grid step reads; again the last one that counts when there is nothing left to read."""
+        """The page that a grid step reads: the last page again when no page is left."""
         most = jnp.maximum(jnp.minimum(last[z], cached[z] - 1), 0) // page_size
         return layer[0], table[z, jnp.minimum(i, most)], 0
 
@@ -116,10 +108,10 @@ def paged_attention(
                 pltpu.VMEM((K, rows, H), jnp.float32),
             ],
         ),
-        cost_estimate=_longest(Z * M * page_size, rows, K, H, cache),
+        cost_estimate=_cost_estimate(Z * M * page_size, rows, K, H, cache),
         interpret=interpret,
     )(
-        *(layer.reshape(1), page_table_ZM, cached_Z, new_base_Z, last),
+        *(inputs.layer.reshape(1), page_table_ZM, inputs.cached, inputs.new_base, inputs.last_positions()),
         *(queries.position[..., None], queries.rows, *new, cache.k, cache.v),
     )
     return queries.outputs(out, Q)
@@ -144,13 +136,13 @@ def _attend(
     *,
     page_size: int,
 ) -> None:
-    del layer_ref, table_ref  # they have chosen the page
+    del layer_ref, table_ref  # `page_of` has used them
     z, i = pl.program_id(0), pl.program_id(1)
     heads, _, size = mixed_ref.shape
 
     @pl.when(i == 0)
     def _() -> None:
-        highest_ref[...] = jnp.full(highest_ref.shape, NEGATIVE)
+        highest_ref[...] = jnp.full(highest_ref.shape, MASKED_SCORE)
         total_ref[...] = jnp.zeros(total_ref.shape)
         mixed_ref[...] = jnp.zeros(mixed_ref.shape)
 
@@ -170,7 +162,7 @@ def _attend(
         seen = first + lax.broadcasted_iota(jnp.int32, (1, page_size), 1) <= positions_ref[0]
         for head in range(heads):
             own = slice(head * size, (head + 1) * size)
-            scores = jnp.where(seen, _dot(q_ref[0, head], k[:, own], 1), NEGATIVE)
+            scores = jnp.where(seen, _dot(q_ref[0, head], k[:, own], 1), MASKED_SCORE)
             higher = jnp.maximum(highest_ref[head], scores.max(-1, keepdims=True))
             weights = jnp.where(seen, jnp.exp(scores - higher), 0.0)
             shrink = jnp.exp(highest_ref[head] - higher)
@@ -183,8 +175,8 @@ def _attend(
         out_ref[0] = mixed_ref[...] / jnp.maximum(total_ref[...], 1e-30)
 
 
-def _longest(entries: int, rows: int, heads: int, size: int, cache: Cache) -> pl.CostEstimate:
-    """What so many entries of the cache take, all pages full, for the compiler."""
+def _cost_estimate(entries: int, rows: int, heads: int, size: int, cache: KVCache) -> pl.CostEstimate:
+    """The cost of attention over so many cache entries, all pages full, for the compiler's scheduler."""
     return pl.CostEstimate(
         flops=4 * entries * heads * rows * size,
         bytes_accessed=entries * heads * size * (cache.k.dtype.itemsize + cache.v.dtype.itemsize),
@@ -193,6 +185,6 @@ def _longest(entries: int, rows: int, heads: int, size: int, cache: Cache) -> pl
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """`a` by `b`, summed over the last axis of `a` and this one of `b`, in float32."""
+    """The product of `a` and `b`, summed over the last axis of `a` and this axis of `b`, in float32."""
     dims = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

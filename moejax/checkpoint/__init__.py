@@ -1,0 +1,1 @@
+"""Model folders: published and converted weights, host copies, checksums."""

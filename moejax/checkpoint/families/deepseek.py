@@ -1,0 +1,64 @@
+"""DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 and R1 (arXiv 2412.19437), Kimi-K2, which is V3 in other sizes,
+Kimi-K2.5, whose decoder stands beside a vision tower, and GLM-4.7-Flash.
+
+Their rotated dimensions lie in pairs; ours lie in halves. Queries and keys are both reordered, so that scores are the
+same. The layer for multi-token prediction that V3's checkpoints carry is left out.
+"""
+
+import dataclasses
+
+from moejax.checkpoint.families.decoder import ATTENTION, MLP, decoder_names, expert_names
+from moejax.checkpoint.families.family import NameMap, ServedFamily, TensorNames
+from moejax.checkpoint.families.latent import KeyUp, PairsToHalves, ValueUp
+from moejax.config.model_config import ModelConfig
+
+PLAIN = {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
+
+
+def names(cfg: ModelConfig) -> NameMap:
+    """Their name map."""
+    return decoder_names(cfg) | _latent_names(cfg) | shared_expert_names(cfg)
+
+
+def shared_expert_names(cfg: ModelConfig) -> dict[str, TensorNames]:
+    """Names of a routed layer: V2's and V3's, also GLM-4's and dots1's."""
+    routed = expert_names(MLP + "gate.weight", MLP + "experts.", shared=MLP + "shared_experts.")
+    if cfg.moe is not None and cfg.moe.gate == "sigmoid":
+        routed["moe.bias"] = TensorNames((MLP + "gate.e_score_correction_bias",))
+    return routed
+
+
+def _latent_names(cfg: ModelConfig) -> dict[str, TensorNames]:
+    latent = cfg.latent
+    assert latent is not None
+    sizes = (cfg.n_heads, latent.d_plain, latent.d_value)
+    key_value = (ATTENTION + "kv_b_proj.weight",)
+    return {
+        "latent.query": TensorNames(
+            (ATTENTION + ("q_b_proj.weight" if latent.d_query else "q_proj.weight"),),
+            PairsToHalves(cfg.n_heads, latent.d_rope),
+        ),
+        "latent.query_down": TensorNames((ATTENTION + "q_a_proj.weight",)),
+        "latent.query_norm": TensorNames((ATTENTION + "q_a_layernorm.weight",)),
+        "latent.down": TensorNames((ATTENTION + "kv_a_proj_with_mqa.weight",), PairsToHalves(1, latent.d_rope)),
+        "latent.norm": TensorNames((ATTENTION + "kv_a_layernorm.weight",)),
+        "latent.key_up": TensorNames(key_value, KeyUp(*sizes)),
+        "latent.value_up": TensorNames(key_value, ValueUp(*sizes)),
+    }
+
+
+def next_token_layers(cfg: ModelConfig) -> tuple[str, ...]:
+    """Tensors of the layers after the last: multi-token prediction."""
+    return ("*.rotary_emb.inv_freq", f"model.layers.{cfg.n_layers}.*")
+
+
+DEEPSEEK_V2 = ServedFamily(names=names, only=PLAIN | {"scoring_func": "softmax", "norm_topk_prob": False})
+DEEPSEEK_V3 = KIMI_K2 = ServedFamily(
+    names=names, only=PLAIN | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}, unused=next_token_layers
+)
+GLM4_MOE_LITE = ServedFamily(names=names, only=DEEPSEEK_V3.only, unused=next_token_layers)
+KIMI_K25 = dataclasses.replace(
+    DEEPSEEK_V3,
+    moved={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    beside=("vision_tower.*", "mm_projector.*"),
+)

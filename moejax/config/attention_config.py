@@ -1,0 +1,67 @@
+"""The configuration of attention that only some models have: scaled rotary frequencies, growing scores, and latent
+attention."""
+
+import dataclasses
+from typing import Literal
+
+from moejax.config.config_values import ConfigError
+from planner.inputs.latent_attention import LatentAttention
+from planner.inputs.score_growth import PublishedScoreGrowth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Scaling of rotary frequencies beyond the context that a model was first trained on (`moejax.model.rope`).
+
+    `linear`: divided by `factor`. `llama3` (Llama 3.1): by wavelength against `original_context`, between
+    `low_frequency` and `high_frequency`. `yarn` (arXiv 2309.00071): by rotations within `original_context`, between
+    `beta_slow` and `beta_fast`; with `truncate` their dimensions are whole numbers. `longrope` (arXiv 2402.13753): each
+    divided by its own of `factors`, or of `long_factors` where the context is longer than `original_context`. Rotated
+    vectors are multiplied by `magnitude`, with `long_factors` by `long_magnitude`.
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: float = 1.0
+    original_context: int = 0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    magnitude: float = 1.0
+    long_magnitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn", "longrope"):
+            raise ConfigError(f"rope scaling is {self.kind!r}; known are 'linear', 'llama3', 'yarn' and 'longrope'.")
+        if self.kind in ("llama3", "yarn") and self.original_context < 1:
+            raise ConfigError(f"rope scaling {self.kind!r} needs original_context; it is {self.original_context}.")
+        if self.factor <= 0 or any(f <= 0 for f in self.factors + self.long_factors):
+            raise ConfigError(f"rope scaling factors must be positive: factor {self.factor}, factors {self.factors}.")
+
+    def for_context(self, context: int) -> "RopeScaling":
+        """The scaling of a model that is served with a context of so many tokens: one set of factors for all of them,
+        because keys in the cache cannot change theirs when a sequence grows past `original_context`."""
+        if not self.long_factors or context <= self.original_context:
+            return self
+        return dataclasses.replace(
+            self, factors=self.long_factors, magnitude=self.long_magnitude, long_factors=(), long_magnitude=1.0
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreGrowth(PublishedScoreGrowth):
+    """How much scores grow with the position of the query, validated."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"score_growth has every {self.every}; it must be at least 1 position.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig(LatentAttention):
+    """Multi-head latent attention, and the epsilon of the norms of its latents."""
+
+    norm_eps: float = 1e-6

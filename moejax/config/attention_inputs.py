@@ -1,0 +1,53 @@
+"""The arguments of paged attention, one value for every implementation: reference, CPU, GPU and TPU kernels."""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Float, Int
+
+from moejax.config.axes import ArrayLike
+from moejax.config.kv_cache import KVCache
+
+
+@struct.dataclass
+class AttentionInputs:
+    """Queries of Z segments, Q of each, and where the keys and values that they see are.
+
+    A query at position p sees positions 0..p of its segment's sequence, or the last `window` of them, or those since
+    the last multiple of `chunk`: positions below `cached` in the pages of the cache, the others in the step's own new
+    rows `new_base + position - cached` of `k`, `v`.
+    """
+
+    q: Float[ArrayLike, "Z Q N Hq"]
+    k: Float[ArrayLike, "R K Hk"]
+    """New keys of the step."""
+    v: Float[ArrayLike, "R K Hv"]
+    """New values of the step."""
+    cache: KVCache
+    layer: Int[ArrayLike, ""]
+    """Layer of the cache that is read."""
+    page_table: Int[ArrayLike, "Z M"]
+    """Page of the cache by segment and page of the sequence."""
+    cached: Int[ArrayLike, " Z"]
+    """Positions of the sequence that are in the cache."""
+    new_base: Int[ArrayLike, " Z"]
+    """Row of `k` and `v` that has the first position that is not."""
+    positions: Int[ArrayLike, "Z Q"]
+    """Position of each query; -1 for padding, whose output is zero."""
+    page_size: int = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False)
+    """Factor of the scores."""
+    window: Int[ArrayLike, ""] | None = None
+    chunk: Int[ArrayLike, ""] | None = None
+    sinks: Float[ArrayLike, " N"] | None = None
+    """A score per head that takes its share of the weight and adds nothing (arXiv 2309.17453)."""
+    latent: bool = struct.field(pytree_node=False, default=False)
+    """Queries meet the value followed by the key (`moejax.model.projections`): Hq = Hv + Hk."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True when there is no window, no chunk, no sink and no latent: the case that the kernels cover."""
+        return self.window is None and self.chunk is None and self.sinks is None and not self.latent
+
+    def last_positions(self) -> Int[ArrayLike, " Z"]:
+        """The highest position of each segment's queries `[Z]`."""
+        return jnp.max(self.positions, axis=1)

@@ -1,0 +1,1 @@
+"""The decoder: pure functions over JAX arrays, with the mesh passed in."""

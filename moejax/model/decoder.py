@@ -1,0 +1,250 @@
+"""One rank's part of one step: embed and layers. Runs inside `shard_map` over the ranks; head and sampling follow
+on each rank alone (`steps.run_sample`).
+
+    tokens -> embed -> [ norm -> attention over pages and new tokens -> + ] per layer -> norm
+                       [ norm -> dense FFN, or route -> dispatch -> experts -> combine -> + ]
+
+The step reads the cache and never donates it: a step that fails leaves no trace. Layers of one pattern are scanned.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.axes import ArrayLike
+from moejax.config.kv_cache import KVCache
+from moejax.config.model_config import ModelConfig, in_slots
+from moejax.config.params import Layer, Params
+from moejax.config.step_inputs import StepInputs
+from moejax.config.weight_formats import StackSlice, is_int8, look_up
+from moejax.model.attention import paged_attention
+from moejax.model.feed_forward import add_residual, feed_forward, routed_feed_forward
+from moejax.model.layers import norm
+from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
+from moejax.model.step_shape import StepShape
+from moejax.model.tensor_parallel import TensorGroup, finite_in_group, group_all_to_all
+from planner.plan.step_layout import TILE
+
+MergeKV = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""Puts the keys and values `[T, K, H]` of a micro-batch among those of the whole step `[R, K, H]`."""
+NO_WINDOW = 2**30
+"""A window that no context reaches."""
+
+
+@struct.dataclass
+class StepOutputs:
+    """The outputs of one rank's part of a step. Leaves are arrays or partition specs."""
+
+    hidden: Any
+    """Rows after the last norm `[R, D]`; see `tag_nonfinite`."""
+    new_kv: Any
+    """New keys and values: KVCache of `[L, R, width]`. On a rank of a tensor group those of the rows of all members,
+    one member after the other."""
+    expert_load: Any
+    """Rows sent to each expert `[moe layers, E]`."""
+    group_inputs: Any = None
+    """Packed inputs of all members of a tensor group, which say where the rows of `new_kv` are written; else None."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Everything that the attention of any layer reads besides rows and weights."""
+
+    cache: KVCache
+    inputs: StepInputs
+    shape: StepShape
+    merge_kv: MergeKV | None = None
+    """Set where rows are those of a micro-batch: `inputs.new_base` counts the rows of the whole step."""
+    group: TensorGroup | None = None
+    """Set where heads are sharded over a tensor group (`ModelConfig.tensor`)."""
+
+
+def step(
+    params: Params,
+    cache: KVCache,
+    expert_to_slot: Int[ArrayLike, "moe E"],
+    inputs: StepInputs,
+    shape: StepShape,
+    group: TensorGroup | None = None,
+) -> StepOutputs:
+    """One step of one rank.
+
+    `expert_to_slot` is this rank's row of the plan: the physical slot to which it sends each expert's tokens, -1 where
+    the expert is masked. Expert leaves of `params` hold slots; the head of `params` is not used.
+    """
+    cfg = shape.cfg
+    context = StepContext(cache=cache, inputs=inputs, shape=shape, group=group)
+    x_RD = embed(params, inputs, cfg)
+    new_kv, loads = [], []
+    depth = moe_depth = 0
+    for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
+        moe_in_pattern = sum(map(in_slots, pattern))
+        these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
+        routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
+
+        def body(x_RD, at, segment=segment, first=depth, pattern=pattern):
+            routes, repeat = at
+            kvs, counts = [], []
+            for j, stacked in enumerate(segment):
+                layer = layer_at(stacked, repeat)
+                index = first + repeat * len(pattern) + j
+                x_RD, kv = attend(x_RD, layer, index, context)
+                wanted = rows_needed(inputs, index, cfg)
+                if layer.moe is None:
+                    x_RD = feed_forward(x_RD, layer, wanted, cfg)
+                else:
+                    x_RD, count = routed_feed_forward(x_RD, layer, pattern[j], routes[len(counts)], wanted, shape)
+                    counts.append(count)
+                kvs.append(kv)
+            return x_RD, (jax.tree.map(lambda *rows: jnp.stack(rows), *kvs), jnp.stack(counts) if counts else None)
+
+        x_RD, (kv, count) = lax.scan(body, x_RD, (routes, jnp.arange(repeats)))
+        new_kv.append(jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), kv))
+        if count is not None:
+            loads.append(count.reshape(-1, count.shape[-1]))
+        depth += repeats * len(pattern)
+        moe_depth += repeats * moe_in_pattern
+    hidden_RD = last_norm(x_RD, params, cfg)
+    new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
+    load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
+    finite_R, group_inputs = is_finite(new), None
+    if group is not None:
+        finite_R, group_inputs = finite_in_group(finite_R, group, shape.exchange), group.packed
+    return StepOutputs(
+        hidden=tag_nonfinite(hidden_RD, finite_R, inputs), new_kv=new, expert_load=load, group_inputs=group_inputs
+    )
+
+
+def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> Float[ArrayLike, "R D"]:
+    """Embedding rows of the tokens. Rows of padding are zero and stay so through every layer without biases; the CPU
+    kernels skip such rows."""
+    with jax.named_scope("embed"):
+        x_RD = jnp.where(inputs.positions[:, None] >= 0, look_up(params.embed, inputs.tokens), 0)
+        return x_RD if cfg.embed_scale == 1.0 else x_RD * cfg.embed_scale
+
+
+def rows_needed(inputs: StepInputs, index: Int[ArrayLike, ""], cfg: ModelConfig) -> StepInputs:
+    """The inputs for what follows the keys and values of layer `index`.
+
+    After the last layer's keys and values only rows that are sampled or scored are needed; the others become padding.
+    """
+    wanted_R = (index < cfg.n_layers - 1) | (inputs.read > 0)
+    return dataclasses.replace(inputs, positions=jnp.where(wanted_R, inputs.positions, -1))
+
+
+def is_finite(new_kv: KVCache) -> Bool[ArrayLike, " R"]:
+    """True for rows whose new keys and values in the last layer are all finite."""
+    return jnp.isfinite(new_kv.k[-1]).all(-1) & jnp.isfinite(new_kv.v[-1]).all(-1)
+
+
+def tag_nonfinite(
+    hidden_RD: Float[ArrayLike, "R D"], finite_R: Bool[ArrayLike, " R"], inputs: StepInputs
+) -> Float[ArrayLike, "R D"]:
+    """The rows of `hidden` that are read; of the others zeros, or not-a-number where the row, or its keys or values in
+    the last layer, are not finite. So the host notices before the step is committed to the cache."""
+    finite_R = jnp.isfinite(hidden_RD).all(-1) & finite_R
+    return jnp.where(inputs.read[:, None] > 0, hidden_RD, jnp.where(finite_R, 0.0, jnp.nan)[:, None])
+
+
+def last_norm(x_RD: Float[ArrayLike, "R D"], params: Params, cfg: ModelConfig) -> Float[ArrayLike, "R D"]:
+    """The rows that the head takes."""
+    hidden_RD = norm(x_RD, params.final_norm, params.final_norm_bias, cfg.norm_eps)
+    return hidden_RD if cfg.logit_scale == 1.0 else hidden_RD * cfg.logit_scale
+
+
+def layer_at(layer: Layer, repeat: Int[ArrayLike, ""]) -> Layer:
+    """One layer of a segment: vectors are read, matrices stay in their stack."""
+
+    def read(leaf: Any) -> Any:
+        is_vector = not is_int8(leaf) and leaf.ndim == 2
+        return leaf[repeat] if is_vector else StackSlice(leaf, (repeat,))
+
+    return jax.tree.map(read, layer, is_leaf=is_int8)
+
+
+def attend(
+    x_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+) -> tuple[Float[ArrayLike, "T D"], KVCache]:
+    """x plus attention, and the new keys and values `[R, width]` of layer `index`.
+
+    R are the rows of the whole step; in a tensor group those of all its members.
+    """
+    cfg = context.shape.cfg
+    with jax.named_scope("attention"):
+        h_TD = norm(x_TD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
+        attend_normed = _attend_heads if context.group is None else _attend_in_group
+        out_TD, kv = attend_normed(h_TD, layer, index, context)
+        return add_residual(x_TD, finish_attention(out_TD, layer, cfg), cfg), kv
+
+
+def _attend_in_group(
+    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+) -> tuple[Float[ArrayLike, "T D"], KVCache]:
+    """The sum of all heads' outputs for this rank's rows, and the new keys and values of this rank's heads for the rows
+    of all members of the group `[members * T, width]`."""
+    group, shape = context.group, context.shape
+    assert group is not None
+    members = len(group.inputs)
+    pages = context.cache.k.shape[1] // members // shape.page_size
+    rows = group_all_to_all(jnp.broadcast_to(h_TD, (members, *h_TD.shape)), group.tp_peers, shape.exchange)
+    outs, kvs = [], []
+    for t, inputs in enumerate(group.inputs):
+        member = dataclasses.replace(inputs, page_table=inputs.page_table + t * pages)
+        out, kv = _attend_heads(rows[t], layer, index, dataclasses.replace(context, inputs=member))
+        outs.append(out)
+        kvs.append(kv)
+    out, *others = group_all_to_all(jnp.stack(outs), group.tp_peers, shape.exchange)
+    for other in others:
+        out = out + other
+    return out, jax.tree.map(lambda *each: jnp.concatenate(each), *kvs)
+
+
+def _attend_heads(
+    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+) -> tuple[Float[ArrayLike, "T D"], KVCache]:
+    """The output of this rank's heads for normed rows, and their new keys and values `[R, width]`."""
+    cfg, bucket, inputs = context.shape.cfg, context.shape.bucket, context.inputs
+    wanted = rows_needed(inputs, index, cfg)
+    q, k, v = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
+    if context.merge_kv is not None:
+        k, v = context.merge_kv(k, v)
+    window = chunk = None
+    if cfg.window is not None:
+        window = jnp.array([w or NO_WINDOW for w in cfg.windows])[index]
+        window, chunk = (None, window) if cfg.chunked else (window, None)
+    out = []
+    for first_z, first_r, Z, Q in (
+        (0, 0, bucket.decode, 1),
+        (bucket.decode, bucket.decode, bucket.tiles, TILE),
+    ):
+        if Z:
+            segments, rows = slice(first_z, first_z + Z), slice(first_r, first_r + Z * Q)
+            mixed = paged_attention(
+                AttentionInputs(
+                    q=q[rows].reshape(Z, Q, *q.shape[1:]),
+                    k=k,
+                    v=v,
+                    cache=context.cache,
+                    layer=index,
+                    page_table=inputs.page_table[segments],
+                    cached=inputs.cached[segments],
+                    new_base=inputs.new_base[segments],
+                    positions=wanted.positions[rows].reshape(Z, Q),
+                    window=window,
+                    chunk=chunk,
+                    sinks=layer.sinks,
+                    page_size=context.shape.page_size,
+                    scale=score_scale(cfg),
+                    latent=cfg.latent is not None,
+                )
+            )
+            out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
+    out_TD = project_heads(jnp.concatenate(out), h_TD, layer)
+    return out_TD, KVCache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))

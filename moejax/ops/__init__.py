@@ -1,0 +1,1 @@
+"""Kernels for CPUs (C++ through the FFI), GPUs and TPUs (Pallas)."""

@@ -1,0 +1,1 @@
+"""Programs that make, prepare, inspect and train models."""
