@@ -1,7 +1,7 @@
-"""`python -m planner …`: the same as `moejax plan …`."""
+"""Runs `python -m planner …`, the same as `moejax plan …`."""
 
 import sys
 
-from planner.cli import main
+from planner.cli.main import main
 
 sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,9 @@
-"""Everything the planner raises.
+"""All errors that the planner raises.
 
 PlannerError
-├── InputError        a file, an option or a value the caller gave is wrong   INVALID_ARGUMENT
+├── InputError        a file, an option or a value of the caller is wrong   INVALID_ARGUMENT
 │   └── InvalidPlan   a plan contradicts itself                               INVALID_ARGUMENT
-└── NoFeasiblePlan    right input, but the ranks alive cannot hold the model  UNAVAILABLE
+└── NoFeasiblePlan    the input is right, but the ranks alive cannot hold the model  UNAVAILABLE
 
 `status` is the gRPC status code a server answers with when the error reaches it.
 """
@@ -45,7 +45,7 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> InputError:
 
 
 def unknown_value(value: str, known: Iterable[str], what: str) -> InputError:
-    """An InputError for `value`, which is `what` the `known` ones are, naming the nearest of them."""
+    """An InputError that reads "`value` is `what` (the `known` values)", naming the nearest of them."""
     known = sorted(known)
     near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

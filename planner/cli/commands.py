@@ -1,62 +1,63 @@
-"""What each command does: read its inputs, ask the planner, say it as data and as text."""
+"""The commands: each reads its inputs, calls the planner, and returns the result as data and as text."""
 
 from __future__ import annotations
 
 import importlib
 import json
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from types import ModuleType
 
 import numpy as np
 
-from planner import explain as explanations
-from planner.buckets import bucket_figures, choose, read_buckets, read_counts
-from planner.calibration import calibrate, read_steps
-from planner.cluster import Cluster, read_cluster
-from planner.degrade import MEANS, REFUSABLE, Losses
-from planner.deployment import Deployment, read_deployment, read_loads, read_survive, zipf_loads
-from planner.design import design
-from planner.diff import transfer
-from planner.errors import InputError, unknown_key
-from planner.export import export as export_plan
-from planner.foresight import check_gate, foresee, summarise
-from planner.huggingface import model_in_numbers, read_source
-from planner.lattice import preparations
-from planner.plan import Plan
-from planner.rebalance import rebalance as rebalance_plan
-from planner.recovery import Recovery, read_recovery
-from planner.report import (
+from planner.cli import explain as explanations
+from planner.cli.command import CommandResult, read_words, with_store, write_text
+from planner.cli.compile_ahead import aot_figures, compile_ahead
+from planner.cli.kubernetes import export as export_plan
+from planner.cli.report import (
     buckets_report,
     degrade_report,
     design_report,
+    pace_line,
     preparation_report,
     simulate_report,
+    stall_line,
     transfer_report,
 )
-from planner.simulate import simulate as run_policies
-from planner.simulate import timeline
-from planner.solve import solve as solve_plan
-from planner.throughput import Candidate, assess, pareto
-from planner.traffic import read_traffic
-from planner.verify import aot_figures, compile_ahead, verify_report
+from planner.cli.table import terminal_width
+from planner.cli.verify import verify_report
+from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
+from planner.cost.calibration import calibrate, read_steps
+from planner.cost.design import design
+from planner.cost.front import pace_of
+from planner.cost.throughput import assess
+from planner.errors import InputError
+from planner.failures.loss_forecast import check_gate, forecast_losses, summarise
+from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
+from planner.failures.simulate import simulate as run_policies
+from planner.failures.simulate import timeline
+from planner.inputs.cluster import Cluster, read_cluster
+from planner.inputs.published import find_published, is_published, workload_from
+from planner.inputs.recovery_times import read_recovery_times
+from planner.inputs.traffic import read_traffic
+from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
+from planner.plan.expert_loads import read_loads, zipf_loads
+from planner.plan.plan import Plan
+from planner.plan.transfer import Transfer, transfer
+from planner.solver.lattice import preparations
+from planner.solver.problem import Problem
+from planner.solver.rebalance import rebalance as rebalance_plan
+from planner.solver.shapes import without_memory_limit
+from planner.solver.solve import solve as solve_problem
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a command found: data for --json, text for people, and whether it is good news."""
-
-    data: object
-    text: str
-    good: bool = True
-
-
-def solve(options: Namespace) -> Answer:
+def solve(options: Namespace) -> CommandResult:
     """`solve MODEL CLUSTER`."""
-    name, config = read_source(options.model)
-    workload = model_in_numbers(name, config, options.model, weights=options.weights, cache=options.cache)
+    name, config = find_published(options.model)
+    workload = workload_from(config, name=name, where=options.model, weights=options.weights, cache=options.cache)
     cluster = _cluster(options.cluster)
+    if options.engine:
+        cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine))
     loads = None
     if options.loads:
         loads = np.array(read_loads(options.loads, workload))
@@ -66,7 +67,7 @@ def solve(options: Namespace) -> Answer:
         workload,
         cluster,
         traffic=read_traffic(options.traffic),
-        survive=read_survive(options.survive),
+        survive=read_fault_tolerance(options.survive),
         arch=options.arch,
         loads=loads,
         standby=options.standby,
@@ -75,60 +76,52 @@ def solve(options: Namespace) -> Answer:
         tensor=options.tensor,
         dense=options.dense,
     )
-    deployment = replace(found.deployment, config=config if "moe_layers" not in config else {})
-    _write(options.out, deployment.to_json())
-    lines = [design_report(found)]
+    deployment = replace(found.deployment, config=config if is_published(config) else {})
+    write_text(options.out, deployment.to_json())
+    first = LossModel(deployment).outcome(deployment.plan.rank_ids[:1])
+    kept = pace_of(workload, found.chosen)
+    lines = [design_report(found, width=terminal_width()), "", stall_line(first), pace_line(kept)]
     if options.pictures:
         lines += [
             f"drew {p}" for p in _pictures().draw_design(found, options.pictures, "svg" if options.svg else "png")
         ]
-    shapes = [c.shape for c in found.candidates if c.step]
-    front = pareto(workload, cluster, shapes, deployment.traffic, peak=found.peak)
     data = {
         "deployment": json.loads(deployment.to_json()),
-        "candidates": [_candidate(c) for c in found.candidates],
-        "pareto": front,
+        "candidates": [{**c.to_dict(), **found.ranges(c)} for c in found.candidates],
+        "pareto": found.pareto,
         "peak_load": found.peak,
+        "first_loss": first.to_dict(),
+        "front": kept.to_dict() if kept else None,
     }
-    return Answer(data=data, text="\n".join(lines))
+    return CommandResult(data=data, text="\n".join(lines))
 
 
 def _cluster(text: str) -> Cluster:
-    """A cluster as `read_cluster` takes it, or that of a plan file: `verify --measured --out` writes one calibrated."""
+    """A cluster as `read_cluster` takes it, or that of a plan file (`verify --measured --out` calibrates it)."""
     return read_deployment(text).cluster if text.endswith(".json") else read_cluster(text)
 
 
-def _candidate(c: Candidate) -> dict:
-    return {
-        "shape": c.shape.describe(),
-        "reason": c.reason,
-        "tokens_per_second": c.tokens_per_second,
-        "tokens_per_second_per_device": c.per_device(),
-        "tokens_per_second_per_user": c.tokens_per_second_per_user,
-        "ttft_s": c.ttft_seconds,
-        "requests_per_group": c.requests_per_group,
-        "pages_per_rank": c.pages_per_rank,
-        "step_s": c.step.parts() if c.step else {},
-        "memory_bytes": dict(c.memory),
-        "source": "estimate",
-    }
-
-
-def degrade(options: Namespace) -> Answer:
+def degrade(options: Namespace) -> CommandResult:
     """`degrade PLAN`."""
     deployment = read_deployment(options.plan)
-    refused = _words(options.without, REFUSABLE, "--without")
+    refused = read_words(options.without, OPTIONAL_MEANS, "--without")
     means = [m for m in MEANS if m not in refused and (m != "mask" or options.mask)]
-    recovery = read_recovery(options.measured) if options.measured else Recovery()
-    losses = Losses(deployment, recovery, means)
+    deployment = with_store(deployment, options.store)
+    losses = LossModel(deployment, read_recovery_times(options.measured) if options.measured else None, means)
+    recovery, kept = losses.recovery.times, pace_of(deployment.workload, losses.capacity_model.whole)
     kinds = [k for k in options.kinds.split(",") if k]
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; it must be at least 0")
-    outcomes, sampled = foresee(losses, kinds=kinds, pairs=_pairs(options.pairs), seed=options.seed)
+    outcomes, sampled = forecast_losses(losses, kinds=kinds, pairs=_pairs(options.pairs), seed=options.seed)
     summary = summarise(outcomes)
     broken = check_gate(options.gate, summary) if options.gate else []
     ready = preparations(deployment.plan)
-    lines = [degrade_report(summary, sampled, recovery.source), preparation_report(ready)]
+    width = terminal_width()
+    lines = [
+        degrade_report(summary, sampled, recovery.source, width=width),
+        preparation_report(ready, width=width),
+        pace_line(kept),
+    ]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         drawn = _pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
@@ -140,12 +133,13 @@ def degrade(options: Namespace) -> Answer:
         "gate_broken": broken,
         "preparation": {name: asdict(each) for name, each in ready.items()},
         "recovery": asdict(recovery),
+        "front": kept.to_dict() if kept else None,
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")
-    return Answer(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
+    return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
 
 
-def simulate(options: Namespace) -> Answer:
+def simulate(options: Namespace) -> CommandResult:
     """`simulate PLAN`."""
     deployment = read_deployment(options.plan)
     events = timeline(
@@ -161,44 +155,44 @@ def simulate(options: Namespace) -> Answer:
         events,
         days=options.days,
         policies=tuple(options.policies.split(",")) if options.policies else None,
-        recovery=read_recovery(options.measured) if options.measured else None,
+        recovery=read_recovery_times(options.measured) if options.measured else None,
         spares=options.spares,
         seed=options.seed,
     )
     data = {"days": options.days, "seed": options.seed, "policies": [a.to_dict() for a in accounts]}
-    return Answer(data=data, text=simulate_report(accounts, options.days))
+    return CommandResult(data=data, text=simulate_report(accounts, options.days, width=terminal_width()))
 
 
-def diff(options: Namespace) -> Answer:
+def diff(options: Namespace) -> CommandResult:
     """`diff PLAN_A PLAN_B`."""
     a, b = read_deployment(options.plan_a), read_deployment(options.plan_b)
     moved = _transfer(b, a.plan, b.plan)
-    return Answer(data=moved.to_dict(), text=transfer_report(moved))
+    return CommandResult(data=moved.to_dict(), text=transfer_report(moved))
 
 
-def _transfer(deployment: Deployment, old: Plan, new: Plan):
+def _transfer(deployment: Deployment, old: Plan, new: Plan) -> Transfer:
+    """The transfer between two plans of a deployment, compared with a fresh placement on the ranks of `new`."""
     d = deployment
-    roles = {r.id: r.role for r in new.ranks}
-    unlimited = replace(d.cluster, hardware=replace(d.cluster.hardware, memory_bytes=None))
-    naive = solve_plan(
-        d.workload,
-        unlimited,
+    problem = Problem(
+        workload=d.workload,
+        cluster=without_memory_limit(d.cluster),
         alive=new.rank_ids,
         slots_per_rank=new.slots_per_rank,
-        roles=roles,
+        roles={r.id: r.role for r in new.ranks},
         loads=d.load_array(),
     )
+    naive = solve_problem(problem)
     return transfer(old, new, expert_bytes=d.workload.expert_bytes, hardware=d.cluster.hardware, naive=naive)
 
 
-def rebalance(options: Namespace) -> Answer:
+def rebalance(options: Namespace) -> CommandResult:
     """`rebalance PLAN LOADS`."""
     deployment = read_deployment(options.plan)
     rows = read_loads(options.loads, deployment.workload) if deployment.workload.experts else ()
     deployment = replace(deployment, loads=rows)
     done = rebalance_plan(deployment.plan, deployment.load_array(), mode=options.mode, moves_per_layer=options.moves)
     after = replace(deployment, plan=done.plan)
-    _write(options.out, after.to_json())
+    write_text(options.out, after.to_json())
     moved = _transfer(after, deployment.plan, done.plan)
     head = (
         f"hottest rank {done.before.max():.3f} -> {done.after.max():.3f} x the mean on the worst layer, "
@@ -211,10 +205,10 @@ def rebalance(options: Namespace) -> Answer:
         "transfer": moved.to_dict(),
         "deployment": json.loads(after.to_json()),
     }
-    return Answer(data=data, text=f"{head}\n{transfer_report(moved)}")
+    return CommandResult(data=data, text=f"{head}\n{transfer_report(moved)}")
 
 
-def verify(options: Namespace) -> Answer:
+def verify(options: Namespace) -> CommandResult:
     """`verify PLAN`."""
     if not options.aot and not options.measured:
         raise InputError("verify against what? Give --aot TOPOLOGY, --measured FILE, or both.")
@@ -225,18 +219,18 @@ def verify(options: Namespace) -> Answer:
     compiled = compile_ahead(d, options.aot, each_loss=options.each_loss) if options.aot else {}
     figures = (*d.plan.cost, *(aot_figures(compiled) if compiled else ()))
     cluster = calibration.cluster if calibration is not None else d.cluster
-    _write(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
+    write_text(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
     data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0)
-    return Answer(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
+    return CommandResult(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
 
 
-def buckets(options: Namespace) -> Answer:
+def buckets(options: Namespace) -> CommandResult:
     """`buckets COUNTS`."""
     counts = read_counts(options.counts)
     current = read_buckets(options.current) if options.current else counts.served
     if not current:
         raise InputError(f"{options.counts} does not say which buckets are served; give --current")
-    proposed = choose(counts, current, options.count)
+    proposed = choose_buckets(counts, current, options.count)
     sets = {"current": current, "proposed": proposed.buckets}
     data = {
         "about": dict(counts.about),
@@ -244,49 +238,33 @@ def buckets(options: Namespace) -> Answer:
         "exact": proposed.exact,
         **{name: bucket_figures(counts, each) for name, each in sets.items()},
     }
-    return Answer(data=data, text=buckets_report(data))
+    return CommandResult(data=data, text=buckets_report(data))
 
 
-def export(options: Namespace) -> Answer:
+def export(options: Namespace) -> CommandResult:
     """`export PLAN --to FORMAT`."""
     text = export_plan(read_deployment(options.plan), options.to, image=options.image, name=options.name)
-    return Answer(data={"to": options.to, "text": text}, text=text.rstrip("\n"))
+    return CommandResult(data={"to": options.to, "text": text}, text=text.rstrip("\n"), verbatim=True)
 
 
-def explain(options: Namespace) -> Answer:
+def explain(options: Namespace) -> CommandResult:
     """`explain PLAN WHAT`."""
     data, text = explanations.explain(read_deployment(options.plan), " ".join(options.what))
-    return Answer(data=data, text=text)
+    return CommandResult(data=data, text=text)
 
 
 def _pictures() -> ModuleType:
-    """The module that draws, which needs a library the other commands do not."""
+    """The module of plots, imported here since it needs matplotlib, which other commands do not."""
     try:
-        return importlib.import_module("planner.pictures")
+        return importlib.import_module("planner.cli.plots")
     except ModuleNotFoundError as error:
         raise InputError(f"--pictures needs {error.name}: pip install matplotlib") from None
 
 
 def _pairs(text: str) -> int | None:
-    """How many pairs to look at, None for all of them."""
+    """The number of pairs to sample, None for all of them."""
     if text == "all":
         return None
     if not text.isdigit():
         raise InputError(f"--pairs is {text!r}; give a number of at least 0, or all")
     return int(text)
-
-
-def _words(text: str, known: tuple[str, ...], where: str) -> list[str]:
-    words = [w.strip() for w in text.split(",") if w.strip()]
-    for word in words:
-        if word not in known:
-            raise unknown_key(word, known, where)
-    return words
-
-
-def _write(path: str | None, text: str) -> None:
-    if path:
-        try:
-            Path(path).write_text(text)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -1,7 +1,7 @@
-"""Predictions held against the compiler and against measurements.
+"""Ahead-of-time compilation of a plan's step: the meshes to compile, and the figures of the compiler.
 
-The compiler runs in a process of its own (`moejax.ahead`), since the planner does not import JAX. What it compiles is
-the step that `moejax serve` runs, over the whole mesh and over those that are left after the losses of the lattice.
+The compiler runs in a process of its own (`moejax.runtime.aot`), since the planner does not import JAX. It compiles the
+step that `moejax serve` runs, over the whole mesh and over the meshes left after the losses of the lattice.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil, exp
 from typing import Any
 
-from planner.calibration import Calibration
-from planner.cost import step_time
-from planner.deployment import Deployment
+from planner.cost.roofline import step_time
+from planner.cost.throughput import Candidate, assess
 from planner.errors import InputError, NoFeasiblePlan, PlannerError
-from planner.lattice import losses
-from planner.plan import Figure
-from planner.report import table
-from planner.served import check_served, divides_dense, held_form, tensor_of
-from planner.shape import Shape, rest_bytes, slots_per_rank
-from planner.throughput import Candidate, assess
+from planner.plan.deployment import Deployment
+from planner.plan.plan import Figure
+from planner.plan.shape import Shape
+from planner.solver.lattice import loss_sets
+from planner.solver.servable import check_servable, served_weight_format, shards_dense, tensor_width
+from planner.solver.shapes import rest_bytes, slots_per_rank
 
-PROGRAM = "moejax.ahead"
-TILE = 32  # rows that a slot multiplies at a time (moejax.experts)
+PROGRAM = "moejax.runtime.aot"
+TILE = 32  # rows that a slot multiplies at a time (moejax.model.experts)
 
 
 class CompilerUnavailable(PlannerError):
-    """The ahead-of-time compiler cannot be had here; the text says what to install."""
+    """The ahead-of-time compiler is not available here; the text says what to install."""
 
     status = "UNAVAILABLE"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """A mesh to compile: positions of its devices in the topology, slots on each, and the losses it is left by.
+class MeshToCompile:
+    """A mesh to compile: the positions of its devices in the topology, and the slots on each.
 
-    `reason` says why there is nothing to compile: the experts do not fit. `planned` are the planner's seconds by part.
+    `name` says which losses leave it. `reason` says why there is nothing to compile, when the experts do not fit.
+    `planned` are the planner's seconds by part, `planned_bytes` its bytes on a device.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Mesh:
 
 
 def topology_devices(topology: str) -> int:
-    """Devices of a topology such as `v5e:2x4`, or `cpu:4`."""
+    """The number of devices of a topology such as `v5e:2x4` or `cpu:4`. InputError for any other text."""
     match = re.fullmatch(r"[\w-]+:(\d+(?:x\d+)*)", topology)
     if not match:
         raise InputError(f"topology {topology!r} is not of the form v5e:2x4")
@@ -66,21 +66,22 @@ def topology_devices(topology: str) -> int:
     return count
 
 
-def meshes(deployment: Deployment, topology: str, best: Candidate, *, each_loss: bool = False) -> list[Mesh]:
-    """The meshes of a plan on a topology: the whole, and what each loss of a rank or host leaves, those of one size and
-    with the same slots once unless `each_loss`. A topology smaller than the plan stands for a part of it: the slots and
-    requests of a rank stay, and one device is lost.
+def meshes(deployment: Deployment, topology: str, best: Candidate, *, each_loss: bool = False) -> list[MeshToCompile]:
+    """The meshes of a plan on a topology: the whole mesh, and the mesh that each loss of a rank or host leaves.
+
+    Meshes of the same size and slots are compiled once, unless `each_loss`. A topology smaller than the plan stands for
+    a part of it: the slots and requests of a rank stay, and one device is lost.
     """
-    n, there = len(deployment.plan.ranks), topology_devices(topology)
-    whole = tuple(range(min(n, there)))
-    found = [_mesh(deployment, best, "all", whole)]
-    if there < n:
-        return found + ([_mesh(deployment, best, "without one", whole[:-1])] if there > 1 else [])
+    n, devices = len(deployment.plan.ranks), topology_devices(topology)
+    whole = tuple(range(min(n, devices)))
+    found = [_mesh_to_compile(deployment, best, "all", whole)]
+    if devices < n:
+        return found + ([_mesh_to_compile(deployment, best, "without one", whole[:-1])] if devices > 1 else [])
     at = {rank: i for i, rank in enumerate(deployment.plan.rank_ids)}
     alike: dict[tuple[int, str], int] = {}
     for name, dead in _named_losses(deployment):
         left = tuple(i for i in whole if i not in {at[rank] for rank in dead})
-        mesh = _mesh(deployment, best, f"without {name}", left)
+        mesh = _mesh_to_compile(deployment, best, f"without {name}", left)
         key = (len(left), mesh.reason)
         if each_loss or key not in alike:
             alike[key] = len(found)
@@ -93,12 +94,13 @@ def meshes(deployment: Deployment, topology: str, best: Candidate, *, each_loss:
 def _named_losses(deployment: Deployment) -> Iterator[tuple[str, frozenset[int]]]:
     """The losses that the lattice prepares: every rank, then every host of several."""
     places = {r.id: r for r in deployment.plan.ranks}
-    for dead in losses(deployment.plan, 1):
+    for dead in loss_sets(deployment.plan, 1):
         first = places[min(dead)]
         yield (f"rank {first.id}" if len(dead) == 1 else first.host), dead
 
 
-def _mesh(deployment: Deployment, best: Candidate, name: str, devices: tuple[int, ...]) -> Mesh:
+def _mesh_to_compile(deployment: Deployment, best: Candidate, name: str, devices: tuple[int, ...]) -> MeshToCompile:
+    """The mesh of these devices, with the slots and the predictions that the planner has for it."""
     d, n, reason = deployment, len(devices), ""
     slots = d.plan.slots_per_rank
     if n < len(d.plan.ranks) <= n + max(map(len, d.cluster.domains("host").values())):
@@ -106,12 +108,12 @@ def _mesh(deployment: Deployment, best: Candidate, name: str, devices: tuple[int
             slots = slots_per_rank(d.workload, d.cluster, n, asked=None, before=slots, survive_ranks=0)
         except NoFeasiblePlan as error:
             reason = str(error)
-    dense, roles = d.shape.dense if divides_dense(d) else 1, ("collocated",) * n
+    dense, roles = d.shape.dense if shards_dense(d) else 1, ("collocated",) * n
     shape = Shape(arch="collocated", tensor=1, dense=dense, slots=slots, roles=roles, groups=tuple(range(n)))
     requests = best.requests_per_group
     step = step_time(d.workload, d.cluster, shape, requests, d.traffic.context)
     cache = requests * d.traffic.longest * d.workload.cache_bytes_per_token
-    return Mesh(
+    return MeshToCompile(
         name=name,
         devices=devices,
         slots=slots,
@@ -123,25 +125,25 @@ def _mesh(deployment: Deployment, best: Candidate, name: str, devices: tuple[int
 
 
 def _tiles(items: float, slots: int) -> float:
-    """(slot, tile of rows) pairs that `items` rows on `slots` slots make: each slot hit has one or more."""
+    """The expected number of (slot, tile of rows) pairs of `items` rows spread over `slots` slots."""
     if not slots:
         return 0.0
     hit = slots * (1 - exp(-items / slots))
     return hit * ceil(items / hit / TILE) if hit else 0.0
 
 
-def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: list[Mesh]) -> dict:
-    """What `moejax.ahead` is asked. Raises InputError for a plan that moejax does not run, or without a model."""
-    check_served(deployment)
+def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: list[MeshToCompile]) -> dict:
+    """The input of `moejax.runtime.aot`. Raises InputError for a plan that moejax cannot run, or without a model."""
+    check_servable(deployment)
     d = deployment
     if d.shape.arch == "disaggregated":
         raise InputError(
             "ranks that attend and ranks that hold experts run programs of their own, which only their hosts put in "
             "order (docs/decisions/0007); --aot compiles the one program of collocated ranks."
         )
-    if tensor_of(d) > 1:
+    if tensor_width(d) > 1:
         raise InputError(
-            f"tensor groups of {tensor_of(d)}: --aot compiles the step of ranks that attend alone. "
+            f"tensor groups of {tensor_width(d)}: --aot compiles the step of ranks that attend alone. "
             "Solve with --tensor 1."
         )
     if not d.config:
@@ -154,8 +156,8 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "topology": topology,
         "config": dict(d.config),
         "name": d.workload.name,
-        "weights": held_form(d.workload),
-        "dense": "divided" if divides_dense(d) else "whole",
+        "weights": served_weight_format(d.workload),
+        "dense": "sharded" if shards_dense(d) else "replicated",
         "page_tokens": d.workload.page_tokens,
         "pages": best.requests_per_group * -(-longest // d.workload.page_tokens),
         "rows": best.requests_per_group,
@@ -169,9 +171,9 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
 def compile_ahead(
     deployment: Deployment, topology: str, *, each_loss: bool = False, timeout: float = 3600.0
 ) -> dict[str, Any]:
-    """The compiler's figures for each mesh, tagged "aot", beside the planner's: {"meshes": [...], "notes": [...]}.
+    """The compiler's figures for each mesh beside the planner's: {"topology": ..., "meshes": [...], "notes": [...]}.
 
-    Raises InputError for what moejax does not run, CompilerUnavailable when JAX or libtpu are missing.
+    Raises InputError for a plan that moejax cannot run, CompilerUnavailable when JAX or libtpu is missing.
     """
     d = deployment
     best = assess(d.workload, d.cluster, d.shape, d.traffic)
@@ -179,7 +181,7 @@ def compile_ahead(
         raise NoFeasiblePlan(f"there is no step to compile: {best.reason}")
     chosen = meshes(d, topology, best, each_loss=each_loss)
     problem = aot_problem(d, topology, best, chosen)
-    answer = _ask(problem, timeout)
+    answer = _run_compiler(problem, timeout)
     compiled = {row["name"]: row for row in answer["meshes"]}
     rows = []
     for mesh in chosen:
@@ -189,7 +191,8 @@ def compile_ahead(
     return {"topology": topology, "meshes": rows, "notes": _notes(d, topology, best, problem, answer)}
 
 
-def _ask(problem: dict, timeout: float) -> dict:
+def _run_compiler(problem: dict, timeout: float) -> dict:
+    """The answer of `moejax.runtime.aot`, run in a process of its own for at most `timeout` seconds."""
     cpus = problem["topology"].removeprefix("cpu:") if problem["topology"].startswith("cpu:") else "1"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cpus}"
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
@@ -207,7 +210,10 @@ def _ask(problem: dict, timeout: float) -> dict:
         raise CompilerUnavailable(f"{PROGRAM} did not finish in {timeout:.0f} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CompilerUnavailable(f"{PROGRAM} failed: {last}. It needs jax, and `pip install moejax[tpu]` for TPUs.")
+        raise CompilerUnavailable(
+            f"{PROGRAM} failed: {last}. It needs jax, and for TPUs libtpu. Run in the checkout of moejax: "
+            ".venv/bin/pip install -e '.[tpu]'"
+        )
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     if "refused" in answer:
         raise (CompilerUnavailable if answer["unavailable"] else InputError)(answer["refused"])
@@ -215,15 +221,15 @@ def _ask(problem: dict, timeout: float) -> dict:
 
 
 def _notes(d: Deployment, topology: str, best: Candidate, problem: dict, answer: dict) -> list[str]:
-    """What must be known to compare the two."""
-    n, there = len(d.plan.ranks), topology_devices(topology)
+    """Notes for the comparison: the batch, the formats, and where the topology is smaller than the plan."""
+    n, devices = len(d.plan.ranks), topology_devices(topology)
     notes = [
         f"a step of {best.requests_per_group} requests a rank, each up to {d.traffic.longest:g} tokens long; "
         f"weights held as {answer['weights']}"
     ]
-    if there < n:
+    if devices < n:
         notes.append(
-            f"{topology} stands for {there} of the plan's {n} ranks: slots and requests of a rank are the same"
+            f"{topology} stands for {devices} of the plan's {n} ranks: slots and requests of a rank are the same"
         )
     if answer["cache_bytes_per_token"] != d.workload.cache_bytes_per_token:
         notes.append(
@@ -236,7 +242,7 @@ def _notes(d: Deployment, topology: str, best: Candidate, problem: dict, answer:
 
 
 def aot_figures(compiled: dict) -> tuple[Figure, ...]:
-    """What the compiler said of the whole mesh, as figures of a plan."""
+    """The compiler's figures for the whole mesh, as figures of a plan."""
     whole = compiled["meshes"][0]
     if whole.get("error"):
         return ()
@@ -245,65 +251,3 @@ def aot_figures(compiled: dict) -> tuple[Figure, ...]:
         value = sum(whole["seconds"].values())
         found.append(Figure(name="step_without_exchange", value=value, unit="s", source="aot"))
     return tuple(found)
-
-
-def verify_report(compiled: dict, calibration: Calibration | None, estimate: float) -> tuple[dict, str]:
-    """Both comparisons as data and as text; `estimate` is the predicted step in seconds."""
-    data: dict = {"estimate_step_s": estimate, "aot": compiled, "measured": []}
-    lines = [f"step by roofline, as many requests as fit: {estimate * 1e3:.2f} ms   [estimate]"]
-    if compiled:
-        lines += _aot_lines(compiled)
-    if calibration is not None:
-        data["measured"] = [{**asdict(r), "error": r.error} for r in calibration.rows]
-        data["hardware"] = asdict(calibration.cluster.hardware)
-        for r in calibration.rows:
-            lines.append(
-                f"concurrency {r.concurrency:>3}: measured {r.measured * 1e3:8.2f} ms, as described "
-                f"{r.described * 1e3:8.2f} ms, fitted to the others {r.fitted * 1e3:8.2f} ms ({r.error:+.0%})"
-            )
-    return data, "\n".join(lines)
-
-
-def _aot_lines(compiled: dict) -> list[str]:
-    head = ["mesh", "devices", "slots", "memory", "planned", "compiled in", "step ms", "attention", "experts", "rest"]
-    rows, worse = [], []
-    for row in compiled["meshes"]:
-        if row.get("error"):
-            worse.append(f"{row['name']} ({row['devices']} devices) does not compile: {row['error']}")
-            continue
-        planned = row["planned_s"]
-        seconds = dict(row["seconds"])
-        total, parts = sum(seconds.values()), [seconds.pop("attention", 0.0), seconds.pop("experts", 0.0)]
-        parts.append(sum(seconds.values()))
-        mine = [planned["attention"] + planned["experts"], planned["attention"], planned["experts"], 0.0]
-        both = [f"{_ms(a) if total else '-'} ({_ms(b)})" for a, b in zip([total, *parts], mine, strict=True)]
-        memory = [f"{row['device_bytes'] / 1e9:.2f} GB", f"{row['planned_bytes'] / 1e9:.2f} GB"]
-        rows.append([row["name"], row["devices"], row["slots"], *memory, f"{row['compile_s']:.1f} s", *both])
-    lines = [f"{compiled['topology']}: {compiled['notes'][0]}", *compiled["notes"][1:]]
-    if rows:
-        lines += ["", table(head, rows), "", "[aot] the compiler's milliseconds, in brackets the planner's [estimate]"]
-        lines += _exchange_line(compiled["meshes"]) + _kernel_line(compiled["meshes"])
-    return lines + worse
-
-
-def _exchange_line(rows: list[dict]) -> list[str]:
-    whole = next(row for row in rows if not row.get("error"))
-    if not whole["exchanges"]:
-        return []
-    planned = whole["planned_s"]["exchange"]
-    return [
-        f"the compiler prices no exchange: {whole['exchanges']:.0f} of them, {whole['exchange_bytes'] / 1e6:,.1f} MB a "
-        f"device in all; {_ms(planned)} ms by the planner [estimate]"
-    ]
-
-
-def _kernel_line(rows: list[dict]) -> list[str]:
-    kernels = next(row for row in rows if not row.get("error"))["kernels"]
-    if not kernels:
-        return []
-    told = ", ".join(f"{count:.0f} in {part}" for part, count in kernels.items())
-    return [f"nor kernels in Pallas ({told}): its milliseconds are of what is around them"]
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"

@@ -1,4 +1,4 @@
-"""Why a plan is as it is, for one rank or one expert, in words."""
+"""Explanations in words: one rank or one expert of a plan."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 
 import numpy as np
 
-from planner.balance import rank_loads
-from planner.degrade import Losses, Outcome
-from planner.deployment import Deployment
 from planner.errors import InputError
-from planner.plan import HOLDS_EXPERTS
+from planner.failures.loss_model import LossModel, LossOutcome
+from planner.plan.deployment import Deployment
+from planner.plan.plan import EXPERT_ROLES
+from planner.solver.balance import relative_rank_loads
 
 
 def explain(deployment: Deployment, what: str) -> tuple[dict, str]:
-    """Facts about `rank 3` (or `3`) or `expert 17` (optionally `expert 17 layer 4`), as data and as text."""
+    """Facts on `rank 3` (or `3`), `expert 17` or `expert 17 layer 4`, as data and as text; else InputError."""
     match = re.fullmatch(r"(?:(rank|expert)[ :]*)?(\d+)(?:[ ,@]*layer[ :]*(\d+))?", what.strip())
     if not match:
         raise InputError(f"cannot explain {what!r}; say `rank 3`, `expert 17` or `expert 17 layer 4`")
@@ -25,24 +25,23 @@ def explain(deployment: Deployment, what: str) -> tuple[dict, str]:
 
 
 def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
-    """What one rank does and holds, and what its loss costs."""
+    """The role, experts and traffic of a rank, and the cost of its loss."""
     plan = deployment.plan
     if rank not in plan.rank_ids:
         raise InputError(f"rank {rank} is not in the plan, which has {plan.rank_ids[0]}..{plan.rank_ids[-1]}")
     place = plan.ranks[plan.rank_ids.index(rank)]
-    outcome = Losses(deployment).outcome({rank})
+    outcome = LossModel(deployment).outcome({rank})
     facts = {"rank": rank, "host": place.host, "rack": place.rack, "role": place.role, "group": place.group}
     lines = [f"rank {rank} is {place.role} on {place.host} ({place.rack or 'no rack'})"]
     if place.group >= 0:
-        mates = [r.id for r in plan.ranks if r.group == place.group and r.id != rank]
-        lines.append(f"attends in group {place.group}" + (f" with ranks {mates}" if mates else " alone"))
-    if plan.experts and place.role in HOLDS_EXPERTS:
+        peers = [r.id for r in plan.ranks if r.group == place.group and r.id != rank]
+        lines.append(f"attends in group {place.group}" + (f" with ranks {peers}" if peers else " alone"))
+    if plan.experts and place.role in EXPERT_ROLES:
         slots, copies = plan.slots_of(rank), plan.copies()
         held = [(layer, int(e)) for layer, row in enumerate(slots) for e in row if e >= 0]
         sole = [(layer, e) for layer, e in held if copies[layer, e] == 1]
-        table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
-        load = rank_loads(table, deployment.load_array()) * len(plan.holders)
-        mine = load[:, plan.holder_ids.index(rank)]
+        load = relative_rank_loads(plan, deployment.load_array())
+        mine = load[:, plan.expert_rank_ids.index(rank)]
         facts |= {"slots": len(held), "sole_copies": len(sole), "mean_load": float(mine.mean())}
         facts["hottest_layer"] = int(mine.argmax())
         lines.append(
@@ -53,12 +52,12 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
             f"serves {mine.mean():.2f} x the mean expert traffic, at most {mine.max():.2f} x on layer {mine.argmax()}"
         )
     facts["loss"] = outcome.to_dict()
-    lines.append("if it dies: " + sentence(outcome))
+    lines.append("if it dies: " + outcome_sentence(outcome))
     return facts, "\n".join(lines)
 
 
 def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tuple[dict, str]:
-    """Where the copies of an expert are, on one layer or summed up over all."""
+    """The ranks with copies of an expert, on one MoE layer or on all of them."""
     plan = deployment.plan
     if not plan.experts:
         raise InputError(f"{deployment.workload.name} is a dense model: there is no expert {expert} to explain")
@@ -71,7 +70,7 @@ def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tu
     rows, lines = [], [f"expert {expert} of {plan.experts}"]
     for at in layers:
         slots = np.flatnonzero(table[at] == expert)
-        ranks = [plan.holders[int(s) // plan.slots_per_rank] for s in slots]
+        ranks = [plan.expert_ranks[int(s) // plan.slots_per_rank] for s in slots]
         group = next((g for g in plan.parity if g.layer == at and expert in g.members), None)
         hosts = sorted({r.host for r in ranks})
         rows.append(
@@ -94,7 +93,7 @@ def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tu
     return {"expert": expert, "layers": rows}, "\n".join(lines)
 
 
-def sentence(outcome: Outcome) -> str:
+def outcome_sentence(outcome: LossOutcome) -> str:
     """One loss in one line."""
     if not outcome.survivable:
         return f"not survivable: {outcome.reason}"

@@ -1,4 +1,4 @@
-"""Pictures of a plan and of what losses do to it, as PNG or SVG (needs matplotlib)."""
+"""Pictures of a plan and of the cost of its losses, as PNG or SVG (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from planner.balance import rank_loads
-from planner.degrade import Losses, Outcome
-from planner.deployment import Deployment
-from planner.design import Design
+from planner.cost.design import Design
+from planner.cost.throughput import decode_speed
 from planner.errors import InputError
-from planner.shape import budget
-from planner.throughput import pareto
+from planner.failures.loss_forecast import worst_by_kind
+from planner.failures.loss_model import LossModel, LossOutcome
+from planner.plan.deployment import Deployment
+from planner.solver.balance import relative_rank_loads
+from planner.solver.shapes import memory_budget
 
 INK, MILD, WARM, COOL = "#1b2a38", "#9fb3c8", "#d1495b", "#2e86ab"
-COLOURS = (COOL, "#edae49", "#66a182", MILD)
+COLOURS = (COOL, "#edae49", "#66a182", MILD, "#8d6a9f", "#c98b6b")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure to `path`; its ending chooses the format."""
+    """Write a figure to `path`; the suffix chooses the format. InputError when the folder cannot be made."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,15 +45,14 @@ def _axes(title: str, x: str, y: str, *, size: tuple[float, float] = (7.2, 4.0))
 
 
 def placement(deployment: Deployment) -> Figure:
-    """Heat map of each rank's expert traffic on each MoE layer, with hosts marked."""
+    """A heat map of each rank's expert traffic on each MoE layer, with hosts marked."""
     plan = deployment.plan
-    table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
-    load = rank_loads(table, deployment.load_array()) * len(plan.holders)
+    load = relative_rank_loads(plan, deployment.load_array())
     title = f"{deployment.workload.name}: expert traffic by rank (1 = even), hottest {load.max():.2f}"
     figure, axes = _axes(title, "rank, in slot order", "MoE layer", size=(9, 4))
     span = max(0.05, float(np.abs(load - 1).max()))
     image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - span, vmax=1 + span, interpolation="nearest")
-    hosts = [r.host for r in plan.holders]
+    hosts = [r.host for r in plan.expert_ranks]
     edges = [i for i in range(1, len(hosts)) if hosts[i] != hosts[i - 1]]
     if len(edges) <= 64:
         for i in edges:
@@ -62,18 +62,20 @@ def placement(deployment: Deployment) -> Figure:
 
 
 def memory(design: Design) -> Figure:
-    """Memory of a device by use, for the best shapes compared."""
-    room = budget(design.deployment.cluster)
-    shown = [c for c in design.candidates if c.memory][:6]
+    """Memory of a device by use, for the best shapes compared; apart, an attention and an expert device of each."""
+    room = memory_budget(design.deployment.cluster)
+    shapes = [c for c in design.candidates if c.memory][:6]
+    shown = [(c.shape.describe(), device, dict(uses)) for c in shapes for device, uses in c.memory_by_device().items()]
     figure, axes = _axes("memory of a device", "GB", "", size=(9, 0.6 * len(shown) + 1.6))
     left = np.zeros(len(shown))
-    for i, (name, _) in enumerate(shown[0].memory):
-        sizes = np.array([c.memory[i][1] / 1e9 for c in shown])
-        axes.barh(range(len(shown)), sizes, left=left, color=COLOURS[i], label=name)
+    for colour, (name, _) in zip(COLOURS, shapes[0].memory, strict=False):
+        sizes = np.array([uses.get(name, 0) / 1e9 for _, _, uses in shown])
+        axes.barh(range(len(shown)), sizes, left=left, color=colour, label=name)
         left += sizes
     if room:
         axes.axvline(room / 1e9, color=WARM, linestyle="--", label="for weights and cache")
-    axes.set_yticks(range(len(shown)), [c.shape.describe() for c in shown], fontsize=8)
+    names = [shape if device == "a device" else f"{device}: {shape}" for shape, device, _ in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.invert_yaxis()
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     return figure
@@ -81,22 +83,20 @@ def memory(design: Design) -> Figure:
 
 def trade_off(design: Design) -> Figure:
     """Tokens/s a device against tokens/s a user over shapes and batch sizes, with the front drawn."""
-    d = design.deployment
-    shapes = [c.shape for c in design.candidates if c.step]
-    front = pareto(d.workload, d.cluster, shapes, d.traffic, peak=design.peak)
+    front = design.pareto
     figure, axes = _axes("decode: what speed for a user costs", "tokens/s a user", "tokens/s a device")
     axes.plot([p["per_user"] for p in front], [p["per_device"] for p in front], "o-", color=COOL, markersize=4)
     chosen = design.chosen
     if chosen.step:
-        speed = chosen.requests_per_group * chosen.shape.data / chosen.step.total / len(chosen.shape.roles)
-        axes.plot(1 / chosen.step.total, speed, "D", color=WARM, label="chosen (decode alone)")
+        speed = decode_speed(chosen.shape, chosen.requests_per_group, chosen.step)
+        axes.plot(speed["per_user"], speed["per_device"], "D", color=WARM, label="chosen (decode alone)")
         axes.legend(frameon=False)
     axes.set_yscale("log")
     return figure
 
 
-def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: int = 0) -> Figure:
-    """Throughput left against devices lost at once, random losses and whole hosts."""
+def capacity(losses: LossModel, *, most: int | None = None, tries: int = 5, seed: int = 0) -> Figure:
+    """Throughput left against the number of devices lost at once, for random losses and for whole hosts."""
     plan = losses.deployment.plan
     ids = list(plan.rank_ids)
     most = most or max(1, len(ids) // 2)
@@ -125,12 +125,9 @@ def capacity(losses: Losses, *, most: int | None = None, tries: int = 5, seed: i
     return figure
 
 
-def time_line(outcomes: Sequence[Outcome]) -> Figure:
-    """Recovery by phase for the worst loss of each kind: other streams, then those of dead ranks."""
-    worst: dict[str, Outcome] = {}
-    for o in outcomes:
-        if o.survivable and (o.kind not in worst or o.stall > worst[o.kind].stall):
-            worst[o.kind] = o
+def time_line(outcomes: Sequence[LossOutcome]) -> Figure:
+    """Phases of recovery for the worst loss of each kind: streams of survivors, then streams of dead ranks."""
+    worst = worst_by_kind(outcomes)
     title = "worst loss of each kind, phase by phase"
     figure, axes = _axes(title, "milliseconds since the loss", "", size=(8, 0.7 * len(worst) + 1.6))
     for row, o in enumerate(worst.values()):
@@ -149,19 +146,21 @@ def time_line(outcomes: Sequence[Outcome]) -> Figure:
         )
     axes.set_yticks(range(len(worst)), [f"{o.kind} {o.name}" for o in worst.values()])
     axes.invert_yaxis()
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=5)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
 def draw_design(design: Design, folder: str | Path, kind: str = "png") -> list[Path]:
-    """Placement (if there are experts), memory and trade-off of a design, as files in `folder`; returns their paths."""
+    """Draw placement (if there are experts), memory and trade-off of a design into `folder`; returns the paths."""
     figures = {"memory": memory(design), "pareto": trade_off(design)}
     if design.deployment.plan.experts:
         figures = {"placement": placement(design.deployment), **figures}
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]
 
 
-def draw_losses(losses: Losses, outcomes: Sequence[Outcome], folder: str | Path, kind: str = "png") -> list[Path]:
-    """Capacity against losses and the recovery time line, as files in `folder`; returns their paths."""
+def draw_losses(
+    losses: LossModel, outcomes: Sequence[LossOutcome], folder: str | Path, kind: str = "png"
+) -> list[Path]:
+    """Draw capacity against losses and the phases of recovery into `folder`; returns the paths."""
     figures = {"capacity": capacity(losses), "recovery": time_line(outcomes)}
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures.items()]

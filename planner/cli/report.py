@@ -1,41 +1,27 @@
-"""Plans and forecasts as text tables for a terminal."""
+"""Reports: plans and forecasts as text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
-from planner.deployment import Deployment
-from planner.design import Design
-from planner.diff import Transfer
-from planner.lattice import Preparation
-from planner.plan import Plan
-from planner.shape import budget
-from planner.simulate import Account
-from planner.throughput import Candidate, gb
-from planner.workload import Workload
+from planner.cli.table import table
+from planner.cost.design import Design
+from planner.cost.front import Pace
+from planner.cost.throughput import Candidate, gb
+from planner.failures.loss_model import LossOutcome
+from planner.failures.simulate import PolicyResult
+from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment
+from planner.plan.transfer import Transfer
+from planner.solver.lattice import Preparation
+from planner.solver.shapes import memory_budget
 
 BAR = 40  # characters of a full memory bar
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns wide enough for their longest cell, numbers to the right."""
-    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = [all(_numeric(row[i]) for row in cells[1:]) for i in range(len(head))]
-    lines = []
-    for row in cells:
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        lines.append("  ".join(parts).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def _numeric(text: str) -> bool:
-    return text.strip()[:1].isdigit() or text.strip() in ("", "-")
-
-
-def design_report(design: Design, *, runners_up: int = 8) -> str:
+def design_report(design: Design, *, runners_up: int = 8, width: int | None = None) -> str:
     """The chosen plan, memory of a device, and the shapes that lost with the reason."""
     d, best = design.deployment, design.chosen
     w, hardware = d.workload, d.cluster.hardware
@@ -53,6 +39,7 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
         lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}  [estimate]")
+        lines += _band_lines(design)
     if w.experts:
         lines.append(
             f"  hottest rank {design.peak:.3f} x the mean; {(d.plan.copies() >= 2).mean():.0%} of experts have "
@@ -60,11 +47,24 @@ def design_report(design: Design, *, runners_up: int = 8) -> str:
         )
     if d.traffic.rps:
         lines.append(f"  {best.tokens_per_second / d.traffic.output:.3g} requests/s, asked {d.traffic.rps:g}")
-    lines += ["", "memory of a device", *memory_bars(d, best), "", "shapes compared, best first"]
+    for device, uses in best.memory_by_device().items():
+        lines += ["", f"memory of {device}", *memory_bars(d, uses)]
+    lines += ["", "shapes compared, best first"]
     rows = [_candidate_row(c, design.candidates[0], rps=d.traffic.rps) for c in design.candidates[:runners_up]]
-    lines.append(table(["shape", "tokens/s", "a device", "a user", "TTFT s", "why not"], rows))
+    lines.append(table(["shape", "tokens/s", "a device", "a user", "TTFT s", "why not"], rows, width=width))
     left = len(design.candidates) - runners_up
     return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
+
+
+def _band_lines(design: Design) -> list[str]:
+    """The figures of the chosen shape as ranges, and why they are as wide."""
+    best, band = design.chosen, design.band(design.chosen)
+    return [
+        f"  a token every {band.text(1e3 / best.tokens_per_second_per_user, 'tpot', 'ms')}, "
+        f"the first after {band.text(best.ttft_seconds, 'ttft', 's')}, "
+        f"{band.text(best.tokens_per_second, 'rate', 'tokens/s')}",
+        f"  {band.source()}",
+    ]
 
 
 def _layers(w: Workload) -> str:
@@ -88,7 +88,7 @@ def _candidate_row(c: Candidate, best: Candidate, *, rps: float | None) -> list[
 
 
 def _bottleneck(c: Candidate, best: Candidate) -> str:
-    """What the slower shape spends its step on that the best does not."""
+    """The part of a step that the slower shape `c` spends most extra time on, or its lack of room for requests."""
     if c.step is None or best.step is None:
         return ""
     if c.requests_per_group * c.shape.data < best.requests_per_group * best.shape.data:
@@ -99,22 +99,25 @@ def _bottleneck(c: Candidate, best: Candidate) -> str:
     return f": {worst} takes {(ours[worst] - theirs[worst]) * 1e3:.1f} ms more"
 
 
-def memory_bars(deployment: Deployment, candidate: Candidate) -> list[str]:
-    """One bar for each use of a device's memory, as text."""
-    room = budget(deployment.cluster)
-    total = room or max(1, sum(size for _, size in candidate.memory))
+def memory_bars(deployment: Deployment, uses: Sequence[tuple[str, int]]) -> list[str]:
+    """A bar of text for each use of the memory of a device, as (name, bytes)."""
+    room = memory_budget(deployment.cluster)
+    total = room or max(1, sum(size for _, size in uses))
     lines = []
-    for name, size in candidate.memory:
+    for name, size in uses:
         bar = "#" * min(BAR, round(BAR * size / total))
         lines.append(f"  {name:<38} {gb(size):>10}  {bar}")
     if room:
-        free = room - sum(size for _, size in candidate.memory)
+        free = room - sum(size for _, size in uses)
         lines.append(f"  {'free':<38} {gb(free):>10}")
     return lines
 
 
-def degrade_report(summary: Sequence[dict], sampled: int, phases: str) -> str:
-    """One line per kind of loss and a table of worst cases; `phases` says where those of a recovery come from."""
+def degrade_report(summary: Sequence[dict], sampled: int, phases: str, *, width: int | None = None) -> str:
+    """A few lines for each kind of loss, and a table of the worst losses, each with its own figures.
+
+    `phases` is the source of the phases of a recovery; `width` is that of the table, None without a limit.
+    """
     lines = []
     for r in summary:
         of = f" (a sample of {sampled:,})" if r["kind"] == "pair" and sampled else ""
@@ -122,36 +125,44 @@ def degrade_report(summary: Sequence[dict], sampled: int, phases: str) -> str:
         line = f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable"
         if r["survivable"]:
             line += (
-                f", {r['from_memory']} of them without the store, worst stall {r['worst_stall_ms']:.0f} ms "
+                f", {r['from_memory']} of them without the store, worst stall {r['worst_stall_ms']:,.0f} ms "
                 f"(streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms)"
             )
         lines.append(line)
         if r["worst_phases_ms"]:
-            worst = " + ".join(f"{name} {ms:.0f}" for name, ms in r["worst_phases_ms"].items())
+            worst = " + ".join(f"{name} {ms:,.0f}" for name, ms in r["worst_phases_ms"].items())
             lines.append(f"  worst {r['worst_name']}: {worst} ms")
         lines += [f"  {reason}" for reason in r["reasons"]]
-    head = ["loss", "worst", "moved", "capacity", "masked", "quality", "cache tokens", "expert traffic", "means"]
-    rows = [
-        [
-            r["kind"],
-            r["worst_name"],
-            gb(r["worst_bytes"]),
-            f"{r['worst_capacity']:.1%}",
-            r["most_masked"],
-            f"{r['worst_score']:.1%}",
-            f"{r['most_cache_tokens']:,}",
-            f"{r['worst_traffic_lost']:.2%}",
-            ", ".join(f"{k} {v:,}" for k, v in r["means"].items()),
-        ]
-        for r in summary
+    worst = [(f"{r['kind']} {w['name']}", w) for r in summary for w in r["worst"]]
+    if worst:
+        masked = any(w["masked"] for _, w in worst)
+        more = ["masked", "quality"] if masked else []
+        head = ["loss", "stall ms", "its own", "moved", "capacity", *more, "cache tokens", "expert traffic"]
+        rows = [[name, *_loss_cells(w, masked=masked), ", ".join(w["worst_in"])] for name, w in worst]
+        lines += ["", table([*head, "the worst in"], rows, width=width), ""]
+        for name, w in worst:
+            means = ", ".join(f"{means} {count:,}" for means, count in w["means"].items())
+            lines.append(f"{name}: {means or 'nothing to restore'}")
+    messages = "messages [measured on simulated ranks, docs/scale.md]"
+    return "\n".join([*lines, "", f"detection, abort and adoption [{phases}], {messages}, all else [estimate]", ""])
+
+
+def _loss_cells(loss: Mapping[str, Any], *, masked: bool) -> list[str]:
+    """The figures of one loss as cells of a table, those of masking only where some loss masks experts."""
+    quality = [str(loss["masked"]), f"{loss['score']:.1%}"] if masked else []
+    return [
+        f"{loss['stall_ms']:,.0f}",
+        f"{loss['moved_stall_ms']:,.0f}",
+        gb(loss["bytes"]),
+        f"{loss['capacity']:.1%}",
+        *quality,
+        f"{loss['cache_tokens']:,}",
+        f"{loss['traffic_lost']:.2%}",
     ]
-    return "\n".join(
-        [*lines, "", table(head, rows), "", f"detection, abort and adoption [{phases}], all else [estimate]", ""]
-    )
 
 
-def preparation_report(ready: Mapping[str, Preparation]) -> str:
-    """What it takes to have losses prepared, for more and more of them."""
+def preparation_report(ready: Mapping[str, Preparation], *, width: int | None = None) -> str:
+    """A table of the cost of preparing losses, for lattices of growing size."""
     head = ["to prepare", "sets of survivors", "compiles", "meshes of ranks", "moving executables", "slot tables"]
     rows = [
         [
@@ -164,11 +175,34 @@ def preparation_report(ready: Mapping[str, Preparation]) -> str:
         ]
         for name, r in ready.items()
     ]
-    return table(head, rows)
+    return table(head, rows, width=width)
 
 
-def simulate_report(accounts: Sequence[Account], days: float) -> str:
-    """Policies side by side."""
+def pace_line(pace: Pace | None) -> str:
+    """Whether one front keeps pace with the ranks of a plan, and where not how far it would; empty without a step."""
+    if pace is None:
+        return ""
+    ranks = pace.ranks_step * 1e3
+    need = f"{pace.front_step * 1e3:,.0f} ms" if pace.front_step < inf else "all its time to watch the ranks"
+    if pace.kept:
+        return f"one front keeps pace: a step takes it {need}, the ranks {ranks:,.1f} ms"
+    each = pace.requests / pace.ranks
+    return (
+        f"beyond what one front can pace: a step with {pace.requests:,} requests takes it {need}, "
+        f"the ranks {ranks:,.1f} ms; it paces {pace.most_ranks:,} ranks with {each:.3g} requests each (docs/scale.md)"
+    )
+
+
+def stall_line(outcome: LossOutcome) -> str:
+    """How long the loss of a rank stalls the streams of others, by phase."""
+    if not outcome.survivable:
+        return f"the loss of rank {outcome.name} is not survivable: {outcome.reason}"
+    phases = " + ".join(f"{name} {seconds * 1e3:,.0f}" for name, seconds in outcome.phases.items())
+    return f"the loss of rank {outcome.name} stalls other streams {outcome.stall * 1e3:,.0f} ms: {phases}  [estimate]"
+
+
+def simulate_report(accounts: Sequence[PolicyResult], days: float, *, width: int | None = None) -> str:
+    """A table of policies side by side."""
     head = [
         "policy",
         "availability",
@@ -194,16 +228,16 @@ def simulate_report(accounts: Sequence[Account], days: float) -> str:
     ]
     first = accounts[0]
     title = f"{days:g} days [estimate], {first.failures} failures, at most {first.most_dead} devices down at once"
-    return f"{title}\n{table(head, rows)}"
+    return f"{title}\n{table(head, rows, width=width)}"
 
 
 def transfer_report(transfer: Transfer, *, most: int = 20) -> str:
-    """What moves, in rounds, with the first moves listed."""
+    """The rounds, seconds and bytes of a transfer, and its first moves."""
     links = ", ".join(f"{link} {gb(size)}" for link, size in transfer.bytes_by_link.items() if size) or "nothing"
     lines = [
         f"{len(transfer.moves)} experts move in {len(transfer.rounds)} rounds, "
         f"{transfer.seconds * 1e3:.1f} ms: {links}",
-        f"placing everything anew would move {transfer.naive_moves}",
+        f"a fresh placement would move {transfer.naive_moves}",
     ]
     rows = [
         [m.layer, m.expert, m.rank, m.slot, m.source if m.peer is None else f"rank {m.peer}"]
@@ -216,19 +250,8 @@ def transfer_report(transfer: Transfer, *, most: int = 20) -> str:
     return "\n".join(lines)
 
 
-def slot_report(plan: Plan, *, layers: int = 4, ranks: int = 16) -> str:
-    """The slot table as text: a line per rank, the experts of each layer in its columns."""
-    lines = [f"{len(plan.ranks)} ranks, {plan.slots_per_rank} slots, {plan.experts} experts, epoch {plan.epoch}"]
-    for r in plan.holders[:ranks]:
-        slots = plan.slots_of(r.id)[:layers]
-        cells = " | ".join(" ".join(f"{e:>3}" for e in row) for row in slots)
-        lines.append(f"rank {r.id:>4} {r.host:<10} {cells}")
-    hidden = max(0, len(plan.holders) - ranks)
-    return "\n".join(lines + ([f"... and {hidden} more ranks"] if hidden else []))
-
-
 def buckets_report(data: Mapping[str, Any]) -> str:
-    """The buckets there are beside those proposed, and what each of them is used for."""
+    """The current buckets beside those proposed, with the steps and the padding of each."""
     about = ", ".join(f"{name} {value}" for name, value in data["about"].items() if name != "content")
     how = "no others are better" if data["exact"] else "found by search"
     lines = [f"{data['steps']:,} steps ({about})" if about else f"{data['steps']:,} steps"]

@@ -1,7 +1,7 @@
-"""Which shapes of a step to compile: those that leave the fewest rows empty over what steps wanted.
+"""The choice of buckets, the shapes of a step to compile, so that counted steps would compute the fewest padding rows.
 
-A bucket is (decode rows, tiles); a step runs in the one with the fewest rows that has as many of both as any rank
-wants. All of it is counting: no model, no clock.
+A bucket is (decode rows, prefill tiles); a step runs in the bucket with the fewest rows that has enough of both for
+every rank.
 """
 
 from __future__ import annotations
@@ -16,73 +16,76 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from planner.errors import InputError
+from planner.plan.step_layout import TILE
 
-TILE = 32
-"""Rows of a tile."""
 HEDGE = 0.01
-"""Share of the steps that are taken to want the given buckets instead, evenly: tomorrow's load may be another."""
+"""Share of the steps that count as demand for the given buckets, evenly, since tomorrow's load may differ."""
 SEARCHED = 3e8
-"""Comparisons up to which all choices are looked at."""
+"""Comparisons up to which the search is exhaustive."""
 FORM = 1
+"""Version of the counts file."""
 
-Bucket = tuple[int, int]
-B = TypeVar("B", bound=Bucket)
+BucketSize = tuple[int, int]
+B = TypeVar("B", bound=BucketSize)
 
 
-class Want(NamedTuple):
-    """Steps that wanted the same: how many, their ranks summed up, and the rows they filled on all of these."""
+class StepDemand(NamedTuple):
+    """Steps with the same demand: their number, the sum of their ranks, and the rows that they filled on all ranks."""
 
     steps: int
     ranks: int
     filled: int
 
-    def __add__(self, other: tuple[int, ...]) -> Want:  # type: ignore[override]
-        return Want(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[int, ...]) -> StepDemand:  # type: ignore[override]
+        return StepDemand(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCounts:
-    """What steps wanted, by the most decode rows and the most tiles of any rank; `served` are the buckets they ran in
-    last, `chosen` is the last choice made of such counts, and `about` says whose they are."""
+    """The demand of counted steps, by the most decode rows and the most tiles of any rank.
 
-    wanted: Mapping[Bucket, Want]
-    served: tuple[Bucket, ...] = ()
-    chosen: tuple[Bucket, ...] = ()
+    `served` are the buckets of the last server, `chosen` the last choice made from such counts, and `about` describes
+    the server.
+    """
+
+    wanted: Mapping[BucketSize, StepDemand]
+    served: tuple[BucketSize, ...] = ()
+    chosen: tuple[BucketSize, ...] = ()
     about: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
-        """All of them."""
+        """The number of steps counted."""
         return sum(want.steps for want in self.wanted.values())
 
-    def plus(self, wanted: Mapping[Bucket, Want]) -> StepCounts:
-        """With those of further steps."""
+    def merged(self, wanted: Mapping[BucketSize, StepDemand]) -> StepCounts:
+        """The counts with those of further steps added."""
         sums = dict(self.wanted)
         for bucket, want in wanted.items():
             sums[bucket] = want + sums[bucket] if bucket in sums else want
         return dataclasses.replace(self, wanted=sums)
 
-    def faded(self, steps: int) -> StepCounts:
-        """The same shares of at most so many steps: old ones count less than those that follow."""
+    def scaled_to(self, steps: int) -> StepCounts:
+        """The same shares of at most `steps` steps, so that old steps count less than later ones."""
         if self.steps <= steps:
             return self
-        less = {b: Want(*(n * steps // self.steps for n in want)) for b, want in self.wanted.items()}
-        return dataclasses.replace(self, wanted={b: want for b, want in less.items() if want.steps})
+        scaled = {b: StepDemand(*(n * steps // self.steps for n in want)) for b, want in self.wanted.items()}
+        return dataclasses.replace(self, wanted={b: want for b, want in scaled.items() if want.steps})
 
     def to_json(self) -> str:
-        """As `from_json` reads it."""
+        """JSON text; `from_json` gives back equal counts."""
         wanted = [[*bucket, *want] for bucket, want in sorted(self.wanted.items())]
         sets = {"served": self.served, "chosen": self.chosen}
         return json.dumps({"form": FORM, "about": dict(self.about), **sets, "wanted": wanted})
 
     @classmethod
     def from_json(cls, text: str) -> StepCounts:
-        """Raises InputError for anything else."""
+        """The counts written by `to_json`. Raises InputError for any other text."""
         try:
             values: dict[str, Any] = json.loads(text)
             if values["form"] != FORM:
                 raise ValueError(f"its form is {values['form']!r}, not {FORM}")
-            wanted = {(a, t): Want(*want) for a, t, *want in map(_numbers, values["wanted"])}
+            wanted = {(a, t): StepDemand(*want) for a, t, *want in map(_numbers, values["wanted"])}
             served, chosen = (tuple((a, t) for a, t in map(_numbers, values[name])) for name in ("served", "chosen"))
             return cls(wanted, served, chosen, dict(values["about"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -90,7 +93,7 @@ class StepCounts:
 
 
 def read_counts(path: str) -> StepCounts:
-    """The counts in a file. Raises InputError."""
+    """The counts in a file. Raises InputError when it cannot be read or is no file of counts."""
     try:
         with open(path, encoding="utf-8") as file:
             return StepCounts.from_json(file.read())
@@ -100,39 +103,39 @@ def read_counts(path: str) -> StepCounts:
         raise InputError(f"{path} holds {error}") from None
 
 
-def rows_of(bucket: Bucket) -> int:
+def rows_of(bucket: BucketSize) -> int:
     """Rows of a step in this bucket on each rank."""
     return bucket[0] + TILE * bucket[1]
 
 
-def largest(buckets: Iterable[Bucket]) -> Bucket:
+def largest_bucket(buckets: Iterable[BucketSize]) -> BucketSize:
     """The smallest bucket that covers all of these."""
     buckets = list(buckets)
     return max(b[0] for b in buckets), max(b[1] for b in buckets)
 
 
-def covering(buckets: Iterable[B], want: Bucket) -> B:
-    """The one of the buckets that a step which wants this runs in. Raises ValueError when there is none."""
+def covering_bucket(buckets: Iterable[B], want: BucketSize) -> B:
+    """The bucket in which a step with this demand runs. Raises ValueError when no bucket is large enough."""
     return min((b for b in buckets if b[0] >= want[0] and b[1] >= want[1]), key=rows_of)
 
 
-def computed(counts: StepCounts, buckets: Sequence[Bucket]) -> int:
-    """Rows that the counted steps would compute on all ranks. What is beyond the largest bucket counts as that."""
-    most = largest(buckets)
-    return sum(want.ranks * rows_of(covering(buckets, _within(b, most))) for b, want in counts.wanted.items())
+def computed_rows(counts: StepCounts, buckets: Sequence[BucketSize]) -> int:
+    """Rows that the counted steps would compute on all ranks; larger demand counts as the largest bucket."""
+    most = largest_bucket(buckets)
+    return sum(want.ranks * rows_of(covering_bucket(buckets, _clipped(b, most))) for b, want in counts.wanted.items())
 
 
-def padding(counts: StepCounts, buckets: Sequence[Bucket]) -> float:
-    """The share of these rows that no token would fill."""
-    rows = computed(counts, buckets)
+def padding_share(counts: StepCounts, buckets: Sequence[BucketSize]) -> float:
+    """The share of the computed rows that would be padding."""
+    rows = computed_rows(counts, buckets)
     return max(0.0, 1 - sum(want.filled for want in counts.wanted.values()) / rows) if rows else 0.0
 
 
-def bucket_figures(counts: StepCounts, buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """Rows, padding, and of each bucket the share of steps that run in it and of their rows that are padding."""
-    most, ran = largest(buckets), {bucket: Want(0, 0, 0) for bucket in buckets}
+def bucket_figures(counts: StepCounts, buckets: Sequence[BucketSize]) -> dict[str, Any]:
+    """For JSON: the rows, the padding share, and for each bucket the number of its steps and their padding share."""
+    most, ran = largest_bucket(buckets), {bucket: StepDemand(0, 0, 0) for bucket in buckets}
     for bucket, want in counts.wanted.items():
-        at = covering(buckets, _within(bucket, most))
+        at = covering_bucket(buckets, _clipped(bucket, most))
         ran[at] = want + ran[at]
     each = [
         {
@@ -142,30 +145,32 @@ def bucket_figures(counts: StepCounts, buckets: Sequence[Bucket]) -> dict[str, A
         }
         for bucket, want in ran.items()
     ]
-    return {"rows": computed(counts, buckets), "padding": padding(counts, buckets), "buckets": each}
+    return {"rows": computed_rows(counts, buckets), "padding": padding_share(counts, buckets), "buckets": each}
 
 
-def read_buckets(text: str) -> tuple[Bucket, ...]:
-    """Buckets from "2,0;8,2". Raises InputError."""
+def read_buckets(text: str) -> tuple[BucketSize, ...]:
+    """Buckets from "2,0;8,2". Raises InputError when the text is none, or no bucket covers all others."""
     try:
         buckets = tuple((a, t) for a, t in (_numbers(map(int, each.split(","))) for each in text.split(";")))
     except ValueError:
         raise InputError(f"{text!r} is no buckets; give decode rows and tiles of each, as 2,0;8,2") from None
-    if (most := largest(buckets)) not in buckets or min(map(rows_of, buckets)) < 1:
+    if (most := largest_bucket(buckets)) not in buckets or min(map(rows_of, buckets)) < 1:
         raise InputError(f"{text!r}: every bucket needs rows, and one must cover all others; add {most[0]},{most[1]}")
     return buckets
 
 
-class Choice(NamedTuple):
-    """Buckets, and whether no others are better."""
+class BucketChoice(NamedTuple):
+    """Chosen buckets; `exact` when an exhaustive search found no better ones."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[BucketSize, ...]
     exact: bool
 
 
-def choose(counts: StepCounts, given: Sequence[Bucket], count: int | None = None) -> Choice:
-    """At most `count` buckets, as many as `given` if left out, with the largest of the given ones among them, for which
-    the counted steps compute the fewest rows: never more than for the given ones, if as many are allowed.
+def choose_buckets(counts: StepCounts, given: Sequence[BucketSize], count: int | None = None) -> BucketChoice:
+    """The at most `count` buckets (default: as many as `given`) for which the counted steps compute the fewest rows.
+
+    The largest of the given ones is among them. They never compute more rows than the given ones, if as many are
+    allowed.
 
     Raises InputError when `count` is less than 1.
     """
@@ -176,46 +181,54 @@ def choose(counts: StepCounts, given: Sequence[Bucket], count: int | None = None
     free = min(count - 1, len(search.corners))
     effort = math.comb(len(search.corners), max(free - 1, 0)) * search.rows.size
     if effort <= SEARCHED:
-        return Choice(search.buckets(search.best(free)), True)
+        return BucketChoice(search.buckets(search.best(free)), True)
     starts = [search.greedy(free)]
     if len(given) <= count:
         starts.append([search.corners.index(b) for b in given if b != search.most])
-    return Choice(search.buckets(min(map(search.improved, starts), key=search.cost)), False)
+    return BucketChoice(search.buckets(min(map(search.improved, starts), key=search.cost)), False)
 
 
-def settle(counts: StepCounts, given: Sequence[Bucket], *, steps: int, saves: float) -> tuple[Bucket, ...]:
-    """The buckets to serve with: those chosen last, or the given ones, unless there are counts of so many `steps` and
-    others compute less of the rows by the share `saves`: what is new has to be compiled."""
-    last = counts.chosen if counts.chosen and largest(counts.chosen) == largest(given) else tuple(given)
+def buckets_to_serve(
+    counts: StepCounts, given: Sequence[BucketSize], *, steps: int, saves: float
+) -> tuple[BucketSize, ...]:
+    """The buckets to serve with: those chosen last, or the given ones, until others are worth their compilation.
+
+    They are once at least `steps` steps are counted and others save the share `saves` of the rows.
+    """
+    last = counts.chosen if counts.chosen and largest_bucket(counts.chosen) == largest_bucket(given) else tuple(given)
     if counts.steps < steps:
         return last
-    proposed = choose(counts, given).buckets
-    return proposed if computed(counts, proposed) <= (1 - saves) * computed(counts, last) else last
+    proposed = choose_buckets(counts, given).buckets
+    return proposed if computed_rows(counts, proposed) <= (1 - saves) * computed_rows(counts, last) else last
 
 
 @dataclasses.dataclass
 class _Search:
-    """`rows[p, c]` are those of corner c where it covers what p wants, infinite where not; `none[p]` those of the
-    largest bucket, which covers all; `weight[p]` says how often p is wanted."""
+    """The search for buckets: demand points p, and corners c, the candidates for buckets.
 
-    most: Bucket
-    corners: list[Bucket]
+    `rows[p, c]` are the rows of corner c where it covers p, else infinite; `none[p]` those of the largest bucket, which
+    covers all; `weight[p]` is how often p is wanted.
+    """
+
+    most: BucketSize
+    corners: list[BucketSize]
     rows: np.ndarray
     none: np.ndarray
     weight: np.ndarray
 
     @classmethod
-    def of(cls, counts: StepCounts, given: Sequence[Bucket]) -> _Search:
-        most = largest(given)
-        weights: dict[Bucket, float] = {}
+    def of(cls, counts: StepCounts, given: Sequence[BucketSize]) -> _Search:
+        """The search over the counted demand, with a share of it (HEDGE) for the given buckets."""
+        most = largest_bucket(given)
+        weights: dict[BucketSize, float] = {}
         for bucket, want in counts.wanted.items():
-            at = _within(bucket, most)
+            at = _clipped(bucket, most)
             weights[at] = weights.get(at, 0.0) + want.ranks
         share = HEDGE * max(sum(weights.values()), 1.0) / len(given)
         for bucket in given:
             weights[bucket] = weights.get(bucket, 0.0) + share
-        # A bucket can be shrunk to what its steps want at most of each: a corner of two of them.
-        corners = {largest(pair) for pair in itertools.product(weights, repeat=2)} - {most}
+        # A bucket can shrink to the largest demand of its steps in each direction, which two of them set: a corner.
+        corners = {largest_bucket(pair) for pair in itertools.product(weights, repeat=2)} - {most}
         points, order = np.array(list(weights)), sorted(corners, key=lambda b: (rows_of(b), b))
         at = np.array(order, int).reshape(-1, 2)
         covers = (at[None] >= points[:, None]).all(-1)
@@ -223,17 +236,17 @@ class _Search:
         rows = np.where(covers, sizes, np.inf)
         return cls(most, order, rows, np.full(len(points), float(rows_of(most))), np.array(list(weights.values())))
 
-    def buckets(self, chosen: Iterable[int]) -> tuple[Bucket, ...]:
-        """Of the corners chosen, those that something runs in, and the largest."""
+    def buckets(self, chosen: Iterable[int]) -> tuple[BucketSize, ...]:
+        """The chosen corners and the largest bucket, by rows."""
         kept = sorted({*(self.corners[c] for c in chosen), self.most}, key=lambda b: (rows_of(b), b))
         return tuple(kept)
 
     def cost(self, chosen: Sequence[int]) -> float:
-        """Rows of all that is wanted."""
+        """Rows computed for all demand with the `chosen` corners."""
         return float(self.weight @ self._least(chosen))
 
     def best(self, free: int) -> list[int]:
-        """The `free` corners that cost least, of all there are."""
+        """The `free` corners with the lowest cost, by exhaustive search."""
         if not free:
             return []
         found: tuple[float, list[int]] = (math.inf, [])
@@ -244,14 +257,14 @@ class _Search:
         return found[1]
 
     def greedy(self, free: int) -> list[int]:
-        """One corner after the other."""
+        """`free` corners, chosen one after the other."""
         chosen: list[int] = []
         for _ in range(free):
             chosen.append(self._one_more(chosen)[1])
         return chosen
 
     def improved(self, chosen: list[int]) -> list[int]:
-        """The same with one corner for another as long as that costs less."""
+        """The chosen corners, with one exchanged for another as long as that lowers the cost."""
         cost = self.cost(chosen)
         while True:
             others = [chosen[:i] + chosen[i + 1 :] for i in range(len(chosen))]
@@ -261,19 +274,23 @@ class _Search:
             cost, chosen = found[0], [*found[2], found[1]]
 
     def _one_more(self, chosen: Sequence[int]) -> tuple[float, int]:
+        """The lowest cost with one corner more than the `chosen` ones, and that corner."""
         costs = self.weight @ np.minimum(self._least(chosen)[:, None], self.rows)
         best = int(costs.argmin())
         return float(costs[best]), best
 
     def _least(self, chosen: Sequence[int]) -> np.ndarray:
+        """Rows of the smallest chosen corner that covers each point, float [points]."""
         return np.minimum(self.none, self.rows[:, list(chosen)].min(1, initial=np.inf))
 
 
-def _within(bucket: Bucket, most: Bucket) -> Bucket:
+def _clipped(bucket: BucketSize, most: BucketSize) -> BucketSize:
+    """The bucket, at most as large as `most` in each direction."""
     return min(bucket[0], most[0]), min(bucket[1], most[1])
 
 
 def _numbers(row: Iterable[Any]) -> list[int]:
+    """The row as a list of whole numbers of at least 0. Raises ValueError for anything else."""
     row = list(row)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in row):
         raise ValueError(f"{row!r} is not of whole numbers")

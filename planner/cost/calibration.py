@@ -1,4 +1,4 @@
-"""The cost model fitted to measured steps, and how far its predictions are off."""
+"""Calibration: the cost model fitted to measured steps, and the error of its predictions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.cluster import Cluster
-from planner.cost import step_time
-from planner.deployment import Deployment
+from planner.cost.roofline import step_time
 from planner.errors import InputError
+from planner.inputs.cluster import Cluster
+from planner.plan.deployment import Deployment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Seconds per token of a stream at one concurrency: measured, described, and fitted without this row."""
+    """Seconds per token of a stream at one concurrency.
+
+    `described` is predicted from the hardware as described, `fitted` from a fit to the other measurements.
+    """
 
     concurrency: int
     measured: float
@@ -25,13 +28,13 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction that has not seen this measurement."""
+        """Relative error of `fitted`, the prediction made without this measurement."""
         return self.fitted / self.measured - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A cluster whose hardware matches the measurements, and the predictions behind it."""
+    """A cluster with hardware fitted to the measurements, and the comparison of predictions with them."""
 
     cluster: Cluster
     rows: tuple[Comparison, ...]
@@ -43,6 +46,8 @@ def read_steps(path: str | Path) -> list[tuple[int, float]]:
         data = json.loads(Path(path).read_text())
         runs = []
         for run in data["runs"]:
+            if run.get("surface", "grpc") != "grpc":  # the same steps once more, seen through HTTP
+                continue
             itl = run["itl_ms"]
             runs.append((int(run["concurrency"]), float(itl["median"] if isinstance(itl, dict) else itl) / 1e3))
     except OSError as error:
@@ -57,9 +62,9 @@ def read_steps(path: str | Path) -> list[tuple[int, float]]:
 def calibrate(deployment: Deployment, runs: list[tuple[int, float]]) -> Calibration:
     """Latencies and efficiency scaled so that predicted steps fit `runs` of (concurrency, seconds per token).
 
-    Two factors are fitted by least squares on relative errors: one on what a step costs whatever its size
-    (overhead and collective latency), one on what grows with its bytes and flops. Each row of the
-    comparison is predicted by a fit to the other rows.
+    Two factors are fitted by least squares on relative errors: one on the fixed cost of a step (overhead and collective
+    latency), one on the cost that grows with its bytes and flops. Each row of the comparison is predicted by a fit to
+    the other rows.
     """
     parts = np.array([_parts(deployment, c) for c, _ in runs])
     measured = np.array([seconds for _, seconds in runs])
@@ -87,16 +92,16 @@ def calibrate(deployment: Deployment, runs: list[tuple[int, float]]) -> Calibrat
 
 
 def _parts(deployment: Deployment, concurrency: int) -> tuple[float, float]:
-    """Seconds of a step that do not depend on its size, and those that do."""
+    """The fixed seconds of a step, and the seconds that grow with its size."""
     d, shape = deployment, deployment.shape
     requests = max(1, -(-concurrency // shape.data))
     step = step_time(d.workload, d.cluster, shape, requests, d.traffic.context)
-    latency = 2 * d.workload.moe_layers * d.cluster.hardware.collective_latency * (shape.holders > 1)
+    latency = 2 * d.workload.moe_layers * d.cluster.hardware.collective_latency * (shape.expert_rank_count > 1)
     return step.overhead + latency, step.total - step.overhead - latency
 
 
 def _fit(parts: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """Factors of both parts, above 0; a part that would get a negative factor keeps 5 % of its own."""
+    """Factors of both parts, above 0: a part with a negative factor in the fit gets 0.05 instead."""
     scaled = parts / measured[:, None]
     if len(parts) == 1:
         factor = float(1 / scaled.sum())

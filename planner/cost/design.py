@@ -1,23 +1,28 @@
-"""From a model, a cluster and a traffic to the best mesh with its placement, and why the others lost."""
+"""Design: the best mesh and placement for a model, a cluster and a traffic, and why the other shapes lost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 
 import numpy as np
 
-from planner.cluster import Cluster
-from planner.copies import copy_counts
-from planner.deployment import Deployment, Survive
+from planner.cost.band import Band, band_of
+from planner.cost.throughput import Candidate, assess, pareto
 from planner.errors import InputError, NoFeasiblePlan
-from planner.plan import Figure, Plan
-from planner.shape import Shape, rest_bytes, shapes, slots_per_rank
-from planner.solve import even_or_checked, peak_load, solve
-from planner.throughput import Candidate, assess
-from planner.traffic import Traffic
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment, FaultTolerance
+from planner.plan.expert_loads import load_shares
+from planner.plan.plan import Figure, Plan
+from planner.plan.shape import Shape
+from planner.solver.balance import peak_load
+from planner.solver.problem import Problem
+from planner.solver.replicas import copy_counts
+from planner.solver.shapes import mesh_shapes, rest_bytes, slots_per_rank, without_memory_limit
+from planner.solver.solve import solve
 
 PLACEMENTS = 3  # most placements made to compare shapes by their real balance
 Layout = tuple[int, tuple[str, ...]]
@@ -25,12 +30,42 @@ Layout = tuple[int, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """The chosen deployment, what is predicted for it, and every shape compared, best first."""
+    """The chosen deployment, the prediction for it, and every shape compared, best first.
+
+    `peak` is the highest load of a rank over the mean, on the worst layer.
+    """
 
     deployment: Deployment
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     peak: float
+
+    @cached_property
+    def pareto(self) -> list[dict]:
+        """The trade-off between speed for a user and for a device, over the shapes compared (`throughput.pareto`)."""
+        d, shapes = self.deployment, [c.shape for c in self.candidates if c.step]
+        return pareto(d.workload, d.cluster, shapes, d.traffic, peak=self.peak)
+
+    def band(self, candidate: Candidate) -> Band:
+        """How far off predictions of the candidate's kind were."""
+        d = self.deployment
+        return band_of(d.workload, d.cluster, candidate.shape, candidate.requests_per_group, d.traffic.prompt)
+
+    def ranges(self, candidate: Candidate) -> dict:
+        """The figures of a candidate as {low, mid, high}, and the band's source, for JSON; empty without a
+        prediction."""
+        if candidate.step is None:
+            return {}
+        band = self.band(candidate)
+        per_user = candidate.tokens_per_second_per_user
+        figures = {
+            "tpot_s": band.around(1 / per_user, "tpot"),
+            "step_s": band.around(candidate.step.total, "tpot"),
+            "ttft_s": band.around(candidate.ttft_seconds, "ttft"),
+            "tokens_per_second": band.around(candidate.tokens_per_second, "rate"),
+            "tokens_per_second_per_user": band.around(per_user, "tpot"),
+        }
+        return {"band": band.to_dict(), "ranges": figures}
 
 
 def design(
@@ -38,7 +73,7 @@ def design(
     cluster: Cluster,
     *,
     traffic: Traffic | None = None,
-    survive: Survive | None = None,
+    survive: FaultTolerance | None = None,
     arch: str = "collocated",
     loads: np.ndarray | None = None,
     standby: int = 0,
@@ -47,70 +82,117 @@ def design(
     tensor: int | None = None,
     dense: int | None = None,
 ) -> Design:
-    """The shape with the most tokens per second that meets `traffic` and can lose what `survive` says; with
-    `traffic.rps` the one that serves so many requests fastest. `slots`, `tensor` and `dense` are chosen unless given.
+    """The deployment with the most tokens per second that meets `traffic` and tolerates the losses of `survive`.
 
-    Raises NoFeasiblePlan naming the best reason when no shape does.
+    With `traffic.rps` it is the shape that serves this request rate fastest for a user. `slots`, `tensor` and `dense`
+    are chosen unless given; the last `standby` ranks wait for a loss. Raises NoFeasiblePlan, with the reasons of the
+    nearest shapes, when none will do.
     """
-    traffic, survive = traffic or Traffic(), survive or Survive()
-    devices = cluster.devices
-    if not 0 <= standby < len(devices):
-        raise InputError(f"{standby} standby ranks of {len(devices)}; at least one must serve")
-    lost = survive.most_lost(cluster)
-    load = even_or_checked(loads, workload)
-    uneven = loads is not None and workload.experts > 0
-
-    order = partial(_order, rps=traffic.rps)
-
-    def assessed(shape: Shape, peak: float) -> Candidate:
-        left = shape.holders - lost
-        if left < 1 or left * shape.slots < workload.experts:
-            slots_left = max(0, left) * shape.slots
-            reason = f"after losing {lost} of {shape.holders} ranks {slots_left} slots for {workload.experts} experts"
-            return Candidate(shape=shape, reason=reason)
-        return assess(workload, cluster, shape, traffic, peak=peak)
-
-    peaks: dict[tuple[int, int], float] = {}
-    candidates = []
-    widths = {"slots": slots, "tensor": tensor, "dense": dense}
-    for shape in shapes(workload, cluster, devices, arch=arch, lost=lost, standby=standby, **widths):
-        key = (shape.slots, shape.holders)
-        if key not in peaks:
-            peaks[key] = expected_peak(load, *key) if uneven else 1.0
-        candidates.append(assessed(shape, peaks[key]))
-    candidates.sort(key=order)
+    traffic, survive = traffic or Traffic(), survive or FaultTolerance()
+    if not 0 <= standby < len(cluster.devices):
+        raise InputError(f"{standby} standby ranks of {len(cluster.devices)}; at least one must serve")
+    shares = load_shares(loads, workload)
+    comparison = _Comparison(
+        workload=workload,
+        cluster=cluster,
+        traffic=traffic,
+        lost=survive.most_lost(cluster),
+        shares=shares,
+        uneven=loads is not None and workload.experts > 0,
+    )
+    shapes = mesh_shapes(
+        workload,
+        cluster,
+        cluster.devices,
+        arch=arch,
+        lost=comparison.lost,
+        standby=standby,
+        slots=slots,
+        tensor=tensor,
+        dense=dense,
+    )
+    candidates = comparison.assess_all(shapes)
     if not candidates or candidates[0].reason:
-        _explain_failure(workload, cluster, candidates, lost)
-    plans: dict[Layout, tuple[Plan, float]] = {}
-    while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
-        best = candidates[0].shape
-        plan = place_shape(workload, cluster, best, loads=loads, protect=protect)
-        peak = float(peak_load(plan, load).max()) if uneven else 1.0
-        plans[best.layout] = plan, peak
-        candidates = [assessed(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
-        candidates.sort(key=order)
+        _raise_infeasible(workload, cluster, candidates, survive)
+    candidates, plans = comparison.place_best(candidates, loads, protect)
     chosen = next(c for c in candidates if c.shape.layout in plans)
     plan, peak = plans[chosen.shape.layout]
     deployment = Deployment(
-        plan=_dressed(plan, chosen, peak),
+        plan=_with_predictions(plan, chosen, peak),
         workload=workload,
         cluster=cluster,
         traffic=traffic,
         survive=survive,
-        loads=() if loads is None else tuple(map(tuple, load.tolist())),
+        loads=() if loads is None else tuple(map(tuple, shares.tolist())),
     )
     ranked = (chosen, *(c for c in candidates if c is not chosen))
     return Design(deployment=deployment, chosen=chosen, candidates=ranked, peak=peak)
 
 
-def _order(candidate: Candidate, *, rps: float | None) -> tuple:
-    """Best first: the most tokens, or where so many requests are asked for, the fastest for a user."""
-    good = candidate.tokens_per_second_per_user if rps else candidate.tokens_per_second
-    return (bool(candidate.reason), -good, candidate.shape.slots)
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """Assesses shapes for one model, cluster and traffic when any `lost` ranks may be lost.
+
+    `shares` are the experts' shares of their layer's traffic, float [moe_layers, experts]; `uneven` is False when no
+    loads were given, so that balance is left out.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    traffic: Traffic
+    lost: int
+    shares: np.ndarray
+    uneven: bool
+
+    def assess_all(self, shapes: Iterable[Shape]) -> list[Candidate]:
+        """Every shape, best first, with the least imbalance that a placement of it could reach."""
+        peaks: dict[tuple[int, int], float] = {}
+        candidates = []
+        for shape in shapes:
+            key = (shape.slots, shape.expert_rank_count)
+            if key not in peaks:
+                peaks[key] = expected_peak(self.shares, *key) if self.uneven else 1.0
+            candidates.append(self._assess(shape, peaks[key]))
+        return sorted(candidates, key=self._order)
+
+    def place_best(
+        self, candidates: list[Candidate], loads: np.ndarray | None, protect: str
+    ) -> tuple[list[Candidate], dict[Layout, tuple[Plan, float]]]:
+        """The candidates, best first, once the experts of the best ones are placed and their real balance is known.
+
+        Also the plans of the layouts placed (at most PLACEMENTS), each with the load of its hottest rank over the mean.
+        """
+        plans: dict[Layout, tuple[Plan, float]] = {}
+        while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
+            best = candidates[0].shape
+            plan = place_shape(self.workload, self.cluster, best, loads=loads, protect=protect)
+            peak = float(peak_load(plan, self.shares).max()) if self.uneven else 1.0
+            plans[best.layout] = plan, peak
+            candidates = [self._assess(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
+            candidates.sort(key=self._order)
+        return candidates, plans
+
+    def _assess(self, shape: Shape, peak: float) -> Candidate:
+        left, experts = shape.expert_rank_count - self.lost, self.workload.experts
+        if left < 1:
+            return Candidate(
+                shape=shape, reason=f"no rank is left after losing {self.lost} of {shape.expert_rank_count}"
+            )
+        if left * shape.slots < experts:
+            ranks, slots = shape.expert_rank_count, left * shape.slots
+            return Candidate(
+                shape=shape, reason=f"after losing {self.lost} of {ranks} ranks {slots} slots for {experts} experts"
+            )
+        return assess(self.workload, self.cluster, shape, self.traffic, peak=peak)
+
+    def _order(self, candidate: Candidate) -> tuple:
+        """Best first: the most tokens, or where a request rate is asked for, the fastest for a user."""
+        good = candidate.tokens_per_second_per_user if self.traffic.rps else candidate.tokens_per_second
+        return (bool(candidate.reason), -good, candidate.shape.slots)
 
 
-def _dressed(plan: Plan, chosen: Candidate, peak: float) -> Plan:
-    """A placement with the groups, axes, pages and predictions of the shape that was chosen."""
+def _with_predictions(plan: Plan, chosen: Candidate, peak: float) -> Plan:
+    """A placement with the tensor groups, axes, cache pages and predictions of the chosen shape."""
     ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, chosen.shape.groups, strict=True))
     return replace(
         plan,
@@ -121,20 +203,32 @@ def _dressed(plan: Plan, chosen: Candidate, peak: float) -> Plan:
     )
 
 
-def _explain_failure(workload: Workload, cluster: Cluster, candidates: Sequence[Candidate], lost: int) -> None:
-    """Raise NoFeasiblePlan with the reason of the shape that came closest."""
-    n = len(cluster.devices)
+def _raise_infeasible(
+    workload: Workload, cluster: Cluster, candidates: Sequence[Candidate], survive: FaultTolerance
+) -> None:
+    """Raise NoFeasiblePlan with the reasons of the shapes that came closest, and the losses that they would survive."""
+    n, lost = len(cluster.devices), survive.most_lost(cluster)
     rest = min((rest_bytes(workload, c.shape.tensor, c.shape.dense) for c in candidates), default=None)
     slots_per_rank(workload, cluster, n, asked=None, before=None, survive_ranks=lost, rest=rest)
     reasons = list(dict.fromkeys(c.reason for c in candidates))
     detail = "; ".join(reasons[:3]) or "no tensor group fits on a host"
-    raise NoFeasiblePlan(f"{workload.name} on {n} devices of {cluster.name}: {detail}. Add devices or relax a limit.")
+    way_out = "Add devices or relax a limit."
+    bearable = max((_most_losses(workload, c.shape) for c in candidates), default=lost)
+    if bearable < lost:
+        way_out = f"Add devices, or ask for fewer losses than --survive {survive}: --survive ranks={bearable}."
+    raise NoFeasiblePlan(f"{workload.name} on {n} devices of {cluster.name}: {detail}. {way_out}")
 
 
-def expected_peak(loads: np.ndarray, slots: int, holders: int) -> float:
-    """The least load of the hottest rank over the mean that a placement can reach: its busiest copy alone."""
-    counts = copy_counts(loads, slots * holders, holders)
-    return float(max(1.0, (loads / counts).max() * holders / loads.sum(axis=1).max()))
+def _most_losses(workload: Workload, shape: Shape) -> int:
+    """The most ranks that a shape may lose: one rank must be left, and a slot for every expert."""
+    needed = -(-workload.experts // shape.slots) if shape.slots else 1
+    return shape.expert_rank_count - max(1, needed)
+
+
+def expected_peak(loads: np.ndarray, slots: int, expert_rank_count: int) -> float:
+    """The lowest possible peak over mean of a placement: that of a rank with nothing but the busiest copy."""
+    counts = copy_counts(loads, slots * expert_rank_count, expert_rank_count)
+    return float(max(1.0, (loads / counts).max() * expert_rank_count / loads.sum(axis=1).max()))
 
 
 def place_shape(
@@ -145,17 +239,21 @@ def place_shape(
     loads: np.ndarray | None = None,
     protect: str = "copies",
 ) -> Plan:
-    """A plan with the roles of a shape and its experts placed; memory is not asked about."""
-    roles = {d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)}
-    unlimited = replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
-    plan = solve(
-        workload, unlimited, roles=roles, slots_per_rank=shape.slots, loads=loads, protect=protect, tensor=shape.tensor
+    """A plan with the roles of a shape and its experts placed, as if memory had no limit."""
+    problem = Problem(
+        workload=workload,
+        cluster=without_memory_limit(cluster),
+        roles={d.id: role for d, role in zip(cluster.devices, shape.roles, strict=True)},
+        slots_per_rank=shape.slots,
+        loads=loads,
+        protect=protect,
+        tensor=shape.tensor,
     )
-    return replace(plan, axes=shape.axes)
+    return replace(solve(problem), axes=shape.axes)
 
 
 def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
-    """What is predicted for a candidate, as the plan's cost; every figure is an estimate."""
+    """The predictions for a candidate as the cost of a plan; every figure is an estimate."""
     step = candidate.step
     rows = [
         ("tokens_per_second", candidate.tokens_per_second, "tokens/s"),

@@ -1,22 +1,25 @@
-"""What a shape delivers under a traffic: requests that fit, tokens per second, delays, and the trade-off."""
+"""Requests that fit on a shape, its tokens per second and delays under a traffic, and the trade-off between shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from planner.cluster import Cluster
-from planner.cost import StepTime, prefill_time, step_time
-from planner.shape import Shape, budget, cache_pages, rest_bytes
-from planner.traffic import Traffic
-from planner.workload import Workload
+from planner.cost.roofline import StepTime, first_token_time, prefill_time, step_time
+from planner.inputs.cluster import Cluster
+from planner.inputs.engine import engine_of
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+from planner.solver.shapes import cache_pages, memory_budget, rest_bytes
 
-UNLIMITED = 256  # requests a group when neither memory nor delay limits them
+EXPERT_SLOTS = "expert slots"
+UNLIMITED = 256  # requests of a group when neither memory nor delay limits them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A shape and what is predicted for it; `reason` says why it is out, empty when it is feasible."""
+    """A shape and the prediction for it; `reason` says why it is out, empty when it is feasible."""
 
     shape: Shape
     reason: str = ""
@@ -29,13 +32,40 @@ class Candidate:
     memory: tuple[tuple[str, int], ...] = ()
 
     def per_device(self) -> float:
-        """Tokens per second and device, counting the ranks that only stand by."""
+        """Tokens per second and device, with standby ranks among the devices."""
         return self.tokens_per_second / len(self.shape.roles)
+
+    def memory_by_device(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        """The uses of memory, (name, bytes), of each kind of device: apart, attention and experts share none."""
+        if self.shape.arch == "collocated":
+            return {"a device": self.memory}
+        held = tuple(use for use in self.memory if use[0] == EXPERT_SLOTS)
+        return {
+            "an attention device": tuple(use for use in self.memory if use not in held),
+            "an expert device": held,
+        }
+
+    def to_dict(self) -> dict:
+        """The prediction for JSON; every number is an estimate."""
+        return {
+            "shape": self.shape.describe(),
+            "reason": self.reason,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_per_device": self.per_device(),
+            "tokens_per_second_per_user": self.tokens_per_second_per_user,
+            "ttft_s": self.ttft_seconds,
+            "requests_per_group": self.requests_per_group,
+            "pages_per_rank": self.pages_per_rank,
+            "step_s": self.step.parts() if self.step else {},
+            "memory_bytes": dict(self.memory),
+            "memory_bytes_by_device": {device: dict(uses) for device, uses in self.memory_by_device().items()},
+            "source": "estimate",
+        }
 
 
 def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0) -> Candidate:
-    """What `shape` delivers with as many requests as memory and `traffic.tpot_ms` allow, or as `traffic.rps` needs."""
-    room = budget(cluster)
+    """The prediction for `shape` with as many requests as memory and `traffic` (its `tpot_ms`, its `rps`) allow."""
+    room = memory_budget(cluster)
     rest = rest_bytes(workload, shape.tensor, shape.dense)
     collocated = shape.arch == "collocated"
     attending = rest + (shape.slots * workload.slot_bytes if collocated else 0)
@@ -44,7 +74,7 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
         return Candidate(shape=shape, reason=f"weights leave no room for cache: {gb(missing)} short per rank")
     slots = shape.slots if collocated else 0
     pages = cache_pages(workload, cluster, slots, tensor=shape.tensor, rest=rest)
-    fits = _requests_that_fit(workload, pages, traffic)
+    fits = requests_that_fit(workload, pages, traffic)
     if fits < 1:
         tokens = pages * workload.page_tokens
         reason = f"{tokens:,} cache tokens a rank hold no request of {traffic.longest:,}"
@@ -52,13 +82,18 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
     prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak)
 
     def busy_with(count: int) -> float:
-        """Seconds per token of a stream: a step, and the prefill of the requests that begin in it."""
+        """Seconds of a group per token of each stream: a step, and the prefill of the requests that begin in it."""
         step = step_time(workload, cluster, shape, count, traffic.context, peak=peak)
         return step.total + count / traffic.output * prefill
 
-    requests = _most(fits, lambda count: busy_with(count) <= traffic.tpot_ms / 1e3)
+    def gap_with(count: int) -> float:
+        """Seconds between two tokens of a stream."""
+        step = step_time(workload, cluster, shape, count, traffic.context, peak=peak)
+        return token_gap(step.total, prefill, count, traffic.output, engine_of(cluster.hardware).interference)
+
+    requests = largest_count(fits, lambda count: gap_with(count) <= traffic.tpot_ms / 1e3)
     if requests < 1:
-        reason = f"a token of a single request takes {busy_with(1) * 1e3:.0f} ms, asked {traffic.tpot_ms:g} ms"
+        reason = f"a token of a single request takes {gap_with(1) * 1e3:.0f} ms, asked {traffic.tpot_ms:g} ms"
         return Candidate(shape=shape, reason=reason)
     late = ""
     if traffic.rps is not None:
@@ -71,10 +106,10 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
             most = requests * shape.data / busy_with(requests) / traffic.output
             late = f"serves {most:.3g} requests/s, asked {traffic.rps:g}"
         else:
-            requests = _most(requests - 1, short) + 1
+            requests = largest_count(requests - 1, short) + 1
     step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
     busy = busy_with(requests)
-    ttft = prefill + step.total
+    ttft = first_token_time(workload, cluster, prefill, step.total)
     if ttft * 1e3 > traffic.ttft_ms:
         late = f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
     cache = requests * traffic.longest * workload.cache_bytes_per_token // min(shape.tensor, workload.cache_splits)
@@ -85,27 +120,36 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
         pages_per_rank=pages,
         step=step,
         tokens_per_second=requests * shape.data / busy,
-        tokens_per_second_per_user=1 / busy,
+        tokens_per_second_per_user=1 / gap_with(requests),
         ttft_seconds=ttft,
         memory=(
             ("attention, shared, dense, embeddings", rest),
-            ("expert slots", shape.slots * workload.slot_bytes),
+            (EXPERT_SLOTS, shape.slots * workload.slot_bytes),
             ("cache in use", cache),
         ),
     )
 
 
-def _requests_that_fit(workload: Workload, pages: int, traffic: Traffic) -> int:
+def token_gap(step: float, prefill: float, count: float, output: int, interference: float) -> float:
+    """Seconds between two tokens of a stream among `count` of a group: a `step`, and the share of the `prefill` of the
+    others that begin in it which falls between tokens. The rest of their prefills wait for each other."""
+    if interference < 1:
+        return step + interference * max(0.0, count - 1) / output * prefill
+    return step + count / output * prefill
+
+
+def requests_that_fit(workload: Workload, pages: int, traffic: Traffic) -> int:
+    """The number of requests of a group whose cache fits in `pages` at their longest."""
     if not pages:
         return UNLIMITED
-    each = traffic.longest
+    each: float = traffic.longest
     if workload.cache_bytes_per_token:
-        each += workload.cache_bytes_per_request / workload.cache_bytes_per_token
+        each = workload.cache_bytes(traffic.longest) / workload.cache_bytes_per_token
     return int(pages * workload.page_tokens // each)
 
 
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to `limit` for which `fits`, which is false from some count on; 0 if none is."""
+def largest_count(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to `limit` for which `fits` is true, where it is false from some count on; 0 if none is."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -113,12 +157,17 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def decode_speed(shape: Shape, requests: int, step: StepTime) -> dict[str, float]:
+    """Tokens per second of decoding alone, `requests` on every group: {per_user, per_device}."""
+    return {"per_user": 1 / step.total, "per_device": requests * shape.data / step.total / len(shape.roles)}
+
+
 def pareto(
     workload: Workload, cluster: Cluster, shapes: list[Shape], traffic: Traffic, *, peak: float = 1.0
 ) -> list[dict]:
     """Points that no other beats in both tokens/s/user and tokens/s/device, over shapes and batch sizes.
 
-    Each is {shape, requests_per_group, per_user, per_device}, by falling speed per user.
+    Each is {shape, requests_per_group, per_user, per_device}, by descending speed per user.
     """
     points = []
     for shape in shapes:
@@ -130,8 +179,7 @@ def pareto(
                 {
                     "shape": shape.describe(),
                     "requests_per_group": requests,
-                    "per_user": 1 / step.total,
-                    "per_device": requests * shape.data / step.total / len(shape.roles),
+                    **decode_speed(shape, requests, step),
                 }
             )
     points.sort(key=lambda p: (-p["per_user"], -p["per_device"]))

@@ -1,4 +1,4 @@
-"""All losses worth asking about: every rank, host and rack, and pairs; their summary; and gates on it."""
+"""Forecasts over all losses of interest (ranks, hosts, racks, pairs): their outcomes, a summary, and gates on it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from itertools import combinations
 
 import numpy as np
 
-from planner.degrade import Losses, Outcome
 from planner.errors import InputError, unknown_key
+from planner.failures.loss_model import LossModel, LossOutcome
 
 KINDS = ("rank", "host", "rack", "pair")
 
 
-def foresee(
-    losses: Losses, *, kinds: Sequence[str] = KINDS, pairs: int | None = 500, seed: int = 0
-) -> tuple[list[Outcome], int]:
-    """Outcomes of every loss of the `kinds`, and how many pairs there are when only `pairs` were sampled (None: all).
+def forecast_losses(
+    losses: LossModel, *, kinds: Sequence[str] = KINDS, pairs: int | None = 500, seed: int = 0
+) -> tuple[list[LossOutcome], int]:
+    """Outcomes of every loss of the `kinds`, and the number of all pairs when only `pairs` of them are sampled.
 
-    Hosts and racks of one rank are left out, and a domain that is the whole cluster too.
+    `pairs` None takes all. Hosts and racks with a single rank are left out, and a domain that is the whole cluster,
+    except for the rank of a plan with one.
     """
     cluster, plan = losses.deployment.cluster, losses.deployment.plan
     alive = set(plan.rank_ids)
@@ -34,7 +35,7 @@ def foresee(
             continue
         for name, ids in cluster.domains(kind).items():
             dead = alive.intersection(ids)
-            if dead and len(dead) < len(alive) and (kind == "rank" or len(dead) > 1):
+            if dead and (kind == "rank" or 1 < len(dead) < len(alive)):
                 outcomes.append(losses.outcome(dead, kind=kind, name=name))
     return outcomes, sampled
 
@@ -54,19 +55,77 @@ def _pairs(ids: Sequence[int], most: int | None, seed: int) -> tuple[list[tuple[
     return sorted(chosen), total
 
 
-def summarise(outcomes: Iterable[Outcome]) -> list[dict]:
-    """One row per kind of loss: cases, survivable, from memory alone, worst figures, pairs by means."""
-    rows: dict[str, list[Outcome]] = {}
+def worst_by_kind(outcomes: Iterable[LossOutcome]) -> dict[str, LossOutcome]:
+    """Of each kind of loss, the survivable one with the longest stall; the first of several."""
+    worst: dict[str, LossOutcome] = {}
+    for o in outcomes:
+        if o.survivable and (o.kind not in worst or o.stall > worst[o.kind].stall):
+            worst[o.kind] = o
+    return worst
+
+
+WORST = {
+    "stall": lambda o: o.stall,
+    "its own stall": lambda o: o.moved_stall,
+    "moved": lambda o: o.bytes_moved,
+    "capacity": lambda o: -o.capacity,
+    "masked": lambda o: o.masked,
+    "cache tokens": lambda o: o.cache_tokens,
+    "expert traffic": lambda o: o.traffic_lost,
+    "quality": lambda o: -o.score,
+}
+"""Figures of a loss, each larger where the loss is worse."""
+
+
+def worst_losses(outcomes: Iterable[LossOutcome]) -> list[tuple[LossOutcome, list[str]]]:
+    """The survivable losses that are the worst in a figure of WORST, each with those figures; as few as that takes.
+
+    Figures in which all losses are alike are left out, but for the stall.
+    """
+    good = [o for o in outcomes if o.survivable]
+    chosen: list[tuple[LossOutcome, list[str]]] = []
+    for name, figure in WORST.items():
+        values = [figure(o) for o in good]
+        if not values or (min(values) == max(values) and name != "stall"):
+            continue
+        known = next((names for o, names in chosen if figure(o) == max(values)), None)
+        if known is None:
+            chosen.append((good[values.index(max(values))], known := []))
+        known.append(name)
+    return chosen
+
+
+def _figures_of(outcome: LossOutcome, worst_in: list[str]) -> dict:
+    """The figures of one loss, for a row of a table."""
+    return {
+        "name": outcome.name,
+        "worst_in": worst_in,
+        "stall_ms": outcome.stall * 1e3,
+        "moved_stall_ms": outcome.moved_stall * 1e3,
+        "bytes": outcome.bytes_moved,
+        "capacity": outcome.capacity,
+        "masked": outcome.masked,
+        "cache_tokens": outcome.cache_tokens,
+        "traffic_lost": outcome.traffic_lost,
+        "score": outcome.score,
+        "means": outcome.means,
+    }
+
+
+def summarise(outcomes: Sequence[LossOutcome]) -> list[dict]:
+    """One row per kind of loss: cases, survivable cases, those from memory alone, and the worst of each figure.
+
+    Figures named `worst_` or `most_` may be of different losses, as gates need them; `worst` has whole losses
+    (`worst_losses`), each with its own figures.
+    """
+    rows: dict[str, list[LossOutcome]] = {}
     for o in outcomes:
         rows.setdefault(o.kind, []).append(o)
+    longest = worst_by_kind(outcomes)
     result = []
     for kind, group in rows.items():
         good = [o for o in group if o.survivable]
-        worst = max(good, key=lambda o: o.stall, default=None)
-        means: dict[str, int] = {}
-        for o in group:
-            for name, count in o.means.items():
-                means[name] = means.get(name, 0) + count
+        worst = longest.get(kind)
         result.append(
             {
                 "kind": kind,
@@ -83,7 +142,7 @@ def summarise(outcomes: Iterable[Outcome]) -> list[dict]:
                 "most_cache_tokens": max((o.cache_tokens for o in group), default=0),
                 "worst_traffic_lost": max((o.traffic_lost for o in group), default=0.0),
                 "worst_score": min((o.score for o in good), default=0.0),
-                "means": means,
+                "worst": [_figures_of(*each) for each in worst_losses(group)],
                 "reasons": sorted({o.reason for o in group if o.reason})[:3],
             }
         )
@@ -109,9 +168,9 @@ def _number(text: str) -> float | None:
 
 
 def check_gate(text: str, summary: Sequence[dict]) -> list[str]:
-    """What of a gate such as `survivable>=1.0, worst_stall_ms<=500` does not hold; empty when all does.
+    """The parts of a gate such as `survivable>=1.0, worst_stall_ms<=500` that do not hold, each with the value.
 
-    Names are those of GATES, over all kinds of loss; `host.worst_stall_ms` looks at one kind only.
+    Names are those of GATES, over all kinds of loss; `host.worst_stall_ms` is of one kind. InputError for a wrong gate.
     """
     broken = []
     for part in filter(None, (p.strip() for p in text.split(","))):

@@ -1,35 +1,39 @@
-"""What every loss costs: whether it is survived, by which means, how long streams wait, what is left."""
+"""The cost of a loss: whether it is survivable, by which means, how long streams wait, and the capacity left."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from planner.adoption import adopt
-from planner.deployment import Deployment
-from planner.parity import KeptGroup
-from planner.plan import HOLDS_EXPERTS
-from planner.recovery import Recovery, score_kept
-from planner.shape import most_slots
-from planner.survivors import Outlook, Survivors, survivors
-from planner.throughput import Candidate
+from planner.cost.front import FrontCost
+from planner.cost.recovery_model import RecoveryModel, store_seconds
+from planner.cost.remaining_score import remaining_score
+from planner.cost.throughput import Candidate
+from planner.failures.survivors import CapacityModel, Survivors, survivors
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.plan.deployment import Deployment
+from planner.plan.plan import EXPERT_ROLES
+from planner.solver.backfill import place_lost_experts
+from planner.solver.parity_groups import HostParityGroup
+from planner.solver.shapes import most_slots
 
 MEANS = ("copy", "parity", "peer", "redirect", "store", "switch", "spare", "narrow", "regrow", "mask")
-REFUSABLE = ("parity", "store", "switch", "spare", "narrow", "regrow")
-SERVED = tuple(each for each in MEANS if each != "narrow")
-"""What `moejax serve` does: its tensor groups stay as wide as they are."""
+OPTIONAL_MEANS = ("parity", "store", "switch", "spare", "narrow", "regrow")
+SERVED_MEANS = tuple(each for each in MEANS if each != "narrow")
+"""The means of `moejax serve`, whose tensor groups keep their width."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One loss. Bytes and seconds; `means` counts (layer, expert) pairs or ranks handled each way.
+class LossOutcome:
+    """The predicted outcome of one loss, in bytes and seconds.
 
-    `phases` are seconds that streams on surviving ranks wait; `moved_stall` is what streams of dead ranks
-    wait in all. `capacity` is the part of tokens/s left; `traffic_lost` the share of expert traffic that is
-    masked, or would be while experts load; `score` the predicted part of task scores kept while the masked experts are
-    missing, from their share of the traffic or of the experts, whichever is more.
+    `means` counts the (layer, expert) pairs or ranks handled by each of MEANS. `phases` are seconds that streams on
+    surviving ranks wait, `moved_stall` the seconds that streams of dead ranks wait in all. `capacity` is the share of
+    tokens/s left, `traffic_lost` the share of expert traffic that is masked, or would be while experts load. `score` is
+    the predicted share of task scores left while the masked experts are missing (`remaining_score` of their share of
+    the traffic or of the experts, whichever is more).
     """
 
     kind: str
@@ -54,56 +58,65 @@ class Outcome:
 
     @property
     def from_memory(self) -> bool:
-        """Survived without reading a store: copies, parity and peers were enough."""
+        """True when the loss is survived without a read from the store: copies, parity and peers are enough."""
         return self.survivable and not any(self.means.get(m) for m in ("store", "switch", "regrow", "mask"))
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """The outcome for JSON."""
         return {**asdict(self), "stall": self.stall, "from_memory": self.from_memory}
 
 
-class Losses:
-    """Every loss of one deployment. `means` are those allowed; "mask" is used only when nothing else is. `recomputed`
-    is the share of a dead rank's cache that nobody has copied; `kept` are parity groups beside those of the plan."""
+class LossModel:
+    """Predicts the outcome of any loss of one deployment.
+
+    `recovery` are the fixed phases: the given ones, or else those of the deployment's own server, or else estimates.
+    `means` are the means allowed; "mask" is the last resort. `recomputed` is the share of a dead rank's KV cache that
+    has no replica. `host_groups` are parity groups in host memory, beside those in slots of the plan. Without
+    `one_front` the front's work is left out.
+    """
 
     def __init__(
         self,
         deployment: Deployment,
-        recovery: Recovery | None = None,
+        recovery: RecoveryTimes | None = None,
         means: Collection[str] = MEANS,
         *,
         recomputed: float = 1.0,
-        kept: Iterable[KeptGroup] = (),
+        one_front: bool = True,
+        host_groups: Iterable[HostParityGroup] = (),
     ) -> None:
         plan = deployment.plan
-        self.deployment, self.recovery, self.means = deployment, recovery or Recovery(), frozenset(means)
+        self.deployment, self.means = deployment, frozenset(means)
+        self.recovery = RecoveryModel.of(deployment.workload, recovery or deployment.recovery)
+        if not one_front:
+            self.recovery = replace(self.recovery, front=FrontCost())
         self.recomputed = recomputed
-        self.outlook = Outlook(deployment)
+        self.capacity_model = CapacityModel(deployment)
         self.loads = deployment.load_array()
-        self.table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+        self.table = plan.slots_by_rank()
         self.copies = plan.copies()
-        self.position = {rank: at for at, rank in enumerate(plan.holder_ids)}
+        self.position = {rank: at for at, rank in enumerate(plan.expert_rank_ids)}
         self.groups: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         for g in plan.parity:
             for expert in g.members:
-                self.groups[g.layer, expert] = (plan.holder_ids[g.slot // plan.slots_per_rank], g.members)
-        for g in kept:
-            self.groups |= {(g.layer, expert): (g.keeper, g.members) for expert in g.members}
+                self.groups[g.layer, expert] = (plan.expert_rank_ids[g.slot // plan.slots_per_rank], g.members)
+        for g in host_groups:
+            self.groups |= {(g.layer, expert): (g.rank, g.members) for expert in g.members}
 
-    def outcome(self, dead: Collection[int], *, kind: str = "rank", name: str = "") -> Outcome:
-        """What happens when exactly the ranks `dead` of the plan die at once."""
+    def outcome(self, dead: Collection[int], *, kind: str = "rank", name: str = "") -> LossOutcome:
+        """The outcome when exactly the ranks `dead` of the plan die at once."""
         dead = tuple(sorted(dead))
         deployment, plan = self.deployment, self.deployment.plan
         head = {"kind": kind, "name": name or ",".join(map(str, dead)), "dead": dead}
-        left = survivors(deployment, frozenset(dead), self.outlook, self.means)
+        left = survivors(deployment, frozenset(dead), self.capacity_model, self.means)
         gone = [self.position[r] for r in dead if r in self.position]
         lost, touched = self._lost(gone)
-        slots, reason = self._slots(left)
-        if reason and ("mask" not in self.means or not (left.data and left.holders)):
-            return Outcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(lost))
+        slots, reason = self.slots_after(left)
+        if reason and ("mask" not in self.means or not (left.data and left.expert_rank_count)):
+            return LossOutcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(lost))
         means: dict[str, int] = {"copy": touched - int(lost.sum())} if touched else {}
         rebuilt, missing, parity_bytes = self._parity(lost, dead)
-        room = slots * left.holders
+        room = slots * left.expert_rank_count
         masked = 0 if room >= plan.experts else (plan.experts - room) * plan.moe_layers
         store = int(missing.sum()) - masked
         if masked or (store > 0 and "store" not in self.means):
@@ -111,22 +124,21 @@ class Losses:
             store = int(missing.sum()) - masked
             if "mask" not in self.means:
                 reason = f"{masked} (layer, expert) pairs have no copy, parity group or store"
-                return Outcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(missing))
+                return LossOutcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(missing))
         means |= {"parity": rebuilt, "store": max(0, store), "mask": masked}
         means |= {"switch": len(left.switched), "spare": len(left.spares)}
-        means |= {"narrow": int(left.tensor < self.outlook.shape.tensor)}
+        means |= {"narrow": int(left.tensor < self.capacity_model.shape.tensor)}
         means |= {"regrow": int(slots > plan.slots_per_rank), "peer": int(left.peer_bytes > 0)}
         means["redirect"] = 0 if left.dense_lost else left.redirected
         load = lost & ~self._masked_of(missing, masked)
         weights, moved = self._weights(load, left, frozenset(dead), parity_bytes)
-        fixed = self.recovery
-        phases = {"detect": fixed.detect, "abort": fixed.abort, "adopt": fixed.adopt, "weights": weights}
-        after = self.outlook.of(left, slots)
-        tokens, moved_stall = self._recompute(left, after)
+        after = self.capacity_model.predict(left, slots)
+        phases = self.phases(left, after, weights)
+        tokens, moved_stall = self.recompute(left, after)
         share = masked / max(1, plan.moe_layers * plan.experts)
-        return Outcome(
+        return LossOutcome(
             **head,
-            survivable=after.tokens_per_second > 0 or not self.outlook.whole.tokens_per_second,
+            survivable=after.tokens_per_second > 0 or not self.capacity_model.whole.tokens_per_second,
             reason=after.reason if not after.tokens_per_second else "",
             means={k: v for k, v in means.items() if v},
             bytes_moved=moved,
@@ -134,13 +146,23 @@ class Losses:
             moved_stall=sum(phases.values()) + moved_stall,
             masked=masked,
             cache_tokens=tokens,
-            capacity=self.outlook.capacity(left, slots),
+            capacity=self.capacity_model.capacity(left, slots),
             traffic_lost=self._traffic(lost),
-            score=score_kept(max(share, self._traffic(self._masked_of(missing, masked)))),
+            score=remaining_score(max(share, self._traffic(self._masked_of(missing, masked)))),
         )
 
+    def lost_pairs(self, dead: Collection[int]) -> int:
+        """The number of (layer, expert) pairs whose last copy a loss takes."""
+        return int(self._lost([self.position[rank] for rank in dead if rank in self.position])[0].sum())
+
+    def phases(self, left: Survivors, after: Candidate, weights: float) -> dict[str, float]:
+        """Seconds of each phase of the recovery; `after` is the prediction for the ranks left."""
+        requests = self.capacity_model.whole.requests_per_group * left.data
+        ranks_step = after.step.total if after.step else 0.0
+        return self.recovery.phases(left.ranks, weights=weights, requests=requests, ranks_step=ranks_step)
+
     def _lost(self, gone: list[int]) -> tuple[np.ndarray, int]:
-        """Pairs without a copy left, bool [layers, experts], and how many pairs the dead ranks held."""
+        """The pairs without a copy left, bool [layers, experts], and the number of pairs that the dead ranks held."""
         lost = np.zeros(self.copies.shape, bool)
         if not gone or not lost.size:
             return lost, 0
@@ -156,34 +178,35 @@ class Losses:
         away = away[:, :-1]
         return (away > 0) & (away == self.copies), int((away > 0).sum())
 
-    def _slots(self, left: Survivors) -> tuple[int, str]:
-        """Slots per rank afterwards (more when buffers may grow), and why the experts do not fit, if so."""
+    def slots_after(self, left: Survivors) -> tuple[int, str]:
+        """Slots per rank afterwards (more when buffers may grow), and the reason when the experts do not fit."""
         plan, workload = self.deployment.plan, self.deployment.workload
         if not left.data:
             return plan.slots_per_rank, "no rank is left that attends"
-        if not left.holders:
+        if not left.expert_rank_count:
             return plan.slots_per_rank, "no rank is left that holds experts"
-        if left.holders * plan.slots_per_rank >= plan.experts:
+        if left.expert_rank_count * plan.slots_per_rank >= plan.experts:
             return plan.slots_per_rank, ""
-        least = -(-plan.experts // left.holders)
+        least = -(-plan.experts // left.expert_rank_count)
         most = most_slots(workload, self.deployment.cluster)
         if "regrow" in self.means and (most is None or least <= most):
             return least, ""
-        have = left.holders * plan.slots_per_rank
+        ranks = left.expert_rank_count
         return plan.slots_per_rank, (
-            f"{plan.experts} experts do not fit in {have} slots ({left.holders} ranks x {plan.slots_per_rank})"
+            f"{plan.experts} experts do not fit in {ranks * plan.slots_per_rank} slots "
+            f"({ranks} ranks x {plan.slots_per_rank})"
         )
 
     def _parity(self, lost: np.ndarray, dead: Collection[int]) -> tuple[int, np.ndarray, int]:
-        """Pairs that parity groups rebuild, bool [layers, experts] of those they cannot, and bytes moved."""
+        """The number of pairs that parity groups rebuild, bool [layers, experts] of the others, and bytes moved."""
         missing = lost.copy()
         if not self.groups or "parity" not in self.means:
             return 0, missing, 0
         rebuilt, moved = 0, 0
         for layer, expert in np.argwhere(lost):
-            keeper, members = self.groups.get((int(layer), int(expert)), (-1, ()))
+            rank, members = self.groups.get((int(layer), int(expert)), (-1, ()))
             others = [m for m in members if m != expert]
-            if members and keeper not in dead and not lost[layer, others].any():
+            if members and rank not in dead and not lost[layer, others].any():
                 missing[layer, expert] = False
                 rebuilt += 1
                 moved += len(members) * self.deployment.workload.expert_bytes
@@ -199,7 +222,7 @@ class Losses:
         return chosen
 
     def _weights(self, lost: np.ndarray, left: Survivors, dead: frozenset[int], parity_bytes: int) -> tuple[float, int]:
-        """Seconds until the busiest rank and host have their weights, and bytes loaded by all."""
+        """Seconds until the rank and the host with most to load have their weights, and the bytes loaded by all."""
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware
         peers = left.peer_bytes / hardware.link_bandwidth
@@ -210,37 +233,67 @@ class Losses:
         if not count:
             return peers, moved
         alive = [r for r in plan.ranks if r.id not in dead]
-        holders = [r for r in alive if left.roles.get(r.id, r.role) in HOLDS_EXPERTS]
-        fills = self._fills(lost, [self.position.get(r.id, -1) for r in holders])
+        expert_ranks = [r for r in alive if left.roles.get(r.id, r.role) in EXPERT_ROLES]
+        fills = self._fills(lost, [self.position.get(r.id, -1) for r in expert_ranks])
         by_host: dict[str, int] = {}
-        for rank, fill in zip(holders, fills, strict=True):
+        for rank, fill in zip(expert_ranks, fills, strict=True):
             by_host[rank.host] = by_host.get(rank.host, 0) + int(fill)
         busiest, host = (
             int(fills.max()) * workload.expert_bytes,
             max(by_host.values()) * workload.expert_bytes,
         )
-        store = max(busiest / hardware.host_to_device_bandwidth, host / hardware.store_bandwidth)
-        spread = parity_bytes / max(1, len(holders)) / hardware.network_bandwidth
+        store = store_seconds(hardware, busiest, host, count * workload.expert_bytes)
+        spread = parity_bytes / max(1, len(expert_ranks)) / hardware.network_bandwidth
         if left.switched:
             store = max(store, plan.slots_per_rank * workload.slot_bytes / hardware.host_to_device_bandwidth)
         return peers + store + spread, moved
 
+    def weights_at_most(self, left: Survivors, lost: int, dead: int) -> float:
+        """Seconds that loading weights takes at most for any loss of `dead` ranks that leaves `left` and takes the last
+        copy of at most `lost` (layer, expert) pairs.
+
+        Each term of the seconds of such a loss is at most the one here: a rank loads no more than all lost pairs, nor
+        more than it has slots (where no buffer grows); a host no more than its ranks; parity groups no more than the
+        largest group for each pair; dense layers are lost only where ranks that died or changed their role are as many
+        as there are dense groups.
+        """
+        plan, workload = self.deployment.plan, self.deployment.workload
+        hardware = self.deployment.cluster.hardware
+        seconds = left.peer_bytes / hardware.link_bandwidth
+        groups = len(set(self.capacity_model.dense_group.values()))
+        if 0 < groups <= dead + len(left.switched):
+            seconds += workload.dense_bytes / left.dense / hardware.host_to_device_bandwidth
+        if not lost:
+            return seconds
+        slots = plan.slots_per_rank * plan.moe_layers
+        grown = left.expert_rank_count * plan.slots_per_rank < plan.experts
+        rank = lost if grown else min(lost, slots)
+        host = min(lost, rank * self.deployment.cluster.per_host)
+        store = store_seconds(hardware, *(count * workload.expert_bytes for count in (rank, host, lost)))
+        if left.switched:
+            store = max(store, plan.slots_per_rank * workload.slot_bytes / hardware.host_to_device_bandwidth)
+        members = max((len(members) for _, members in self.groups.values()), default=0)
+        parity = lost * members * workload.expert_bytes / max(1, left.expert_rank_count)
+        return seconds + store + parity / hardware.network_bandwidth
+
     def _fills(self, lost: np.ndarray, positions: list[int]) -> np.ndarray:
-        """Experts each holder loads, int [holders]; `positions` are rows of the table, -1 for new ranks."""
+        """Experts that each expert rank loads, int [ranks]; `positions` are rows of the table, -1 for new ranks."""
         at = np.array(positions)
         rows = np.where((at >= 0)[None, :, None], self.table[:, np.maximum(at, 0)], -1)
         room = len(at) * rows.shape[2]
         if room < self.deployment.plan.experts:
-            return np.full(len(at), -(-int(lost.sum()) // len(at)))
-        after = adopt(rows, lost, self.loads)
+            each, more = divmod(int(lost.sum()), len(at))
+            return each + (np.arange(len(at)) < more)
+        after = place_lost_experts(rows, lost, self.loads)
         return ((after != rows) & (after >= 0)).sum(axis=(0, 2))
 
-    def _recompute(self, left: Survivors, after: Candidate) -> tuple[int, float]:
-        """Cache tokens of broken groups, and seconds until the last of their requests streams again."""
-        whole, traffic = self.outlook.whole, self.deployment.traffic
+    def recompute(self, left: Survivors, after: Candidate) -> tuple[int, float]:
+        """Cache tokens of broken groups to recompute, and seconds until the last of their requests streams again."""
+        whole, traffic = self.capacity_model.whole, self.deployment.traffic
         requests = left.broken_groups * whole.requests_per_group
         rounds = -(-requests // max(1, left.data)) * self.recomputed
         return int(requests * traffic.context * self.recomputed), rounds * (after.ttft_seconds or whole.ttft_seconds)
 
     def _traffic(self, lost: np.ndarray) -> float:
+        """The share of all expert traffic that the pairs `lost` take, bool [layers, experts]."""
         return float((self.loads * lost).sum() / max(1, len(self.loads)))

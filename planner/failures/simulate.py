@@ -1,7 +1,7 @@
-"""Months of failures in seconds: what each policy makes of the same random timeline.
+"""Months of failures, simulated in seconds: the same random timeline under each policy.
 
 Devices and hosts fail independently (exponential times) and come back after an exponential repair. All
-policies see the same timeline. Throughput is taken as proportional to the tensor groups that are whole.
+policies see the same timeline. Throughput is taken as proportional to the tensor groups without a failed rank.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from planner.deployment import Deployment
+from planner.cost.recovery_model import RecoveryModel, store_seconds
 from planner.errors import InputError, unknown_key
-from planner.plan import SENDS_TOKENS
-from planner.recovery import Recovery
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.plan.deployment import Deployment
+from planner.plan.plan import ATTENTION_ROLES
+from planner.solver.balance import host_index
 
 POLICIES = ("restart", "mask", "copy", "spare", "switch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """At `hour` the ranks `ids` die (`up` False) or come back."""
+class FailureEvent:
+    """At `hour` the ranks `ids` die (`up` False) or come back (`up` True)."""
 
     hour: float
     ids: tuple[int, ...]
@@ -29,10 +31,10 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
-    """What one policy cost. Shares are of the whole time or of the tokens a faultless cluster would make.
+class PolicyResult:
+    """The cost of one policy; shares are of the whole time, or of the tokens of a cluster without failures.
 
-    `degraded_hours` had experts masked, `reduced_hours` less than full throughput, `outage_hours` none.
+    In `degraded_hours` experts were masked, in `reduced_hours` throughput was below full, in `outage_hours` zero.
     """
 
     policy: str
@@ -48,7 +50,7 @@ class Account:
     most_dead: int
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """The result for JSON."""
         return asdict(self)
 
 
@@ -60,7 +62,7 @@ def timeline(
     host_mtbf_hours: float | None = None,
     repair_hours: float | None = None,
     seed: int = 0,
-) -> list[Event]:
+) -> list[FailureEvent]:
     """Failures and repairs in order of time over `days`, of single devices and of whole hosts."""
     hardware = deployment.cluster.hardware
     device = hardware.device_mtbf_hours if mtbf_hours is None else mtbf_hours
@@ -80,24 +82,24 @@ def timeline(
         count = rng.poisson(len(units) * hours / mtbf)
         for start, unit in zip(rng.uniform(0, hours, count), rng.integers(0, max(1, len(units)), count), strict=True):
             end = start + rng.exponential(repair)
-            events.append(Event(hour=float(start), ids=tuple(units[unit]), up=False))
-            events.append(Event(hour=float(end), ids=tuple(units[unit]), up=True))
+            events.append(FailureEvent(hour=float(start), ids=tuple(units[unit]), up=False))
+            events.append(FailureEvent(hour=float(end), ids=tuple(units[unit]), up=True))
     return sorted((e for e in events if e.hour < hours), key=lambda e: (e.hour, e.up, e.ids))
 
 
 def simulate(
     deployment: Deployment,
-    events: list[Event],
+    events: list[FailureEvent],
     *,
     days: float,
     policies: tuple[str, ...] | None = None,
-    recovery: Recovery | None = None,
+    recovery: RecoveryTimes | None = None,
     spares: int | None = None,
     seed: int = 0,
-) -> list[Account]:
-    """One account per policy over the same events. `spares` ranks stand by under the policy "spare".
+) -> list[PolicyResult]:
+    """One result per policy over the same events. `spares` ranks stand by under the policy "spare".
 
-    "switch" is compared only where attention and experts are on different ranks.
+    "switch" is for disaggregated plans only. InputError for an unknown policy or number of spares.
     """
     apart = any(r.role == "attention" for r in deployment.plan.ranks)
     policies = policies or tuple(p for p in POLICIES if p != "switch" or apart)
@@ -110,35 +112,37 @@ def simulate(
     spares = max(1, ranks // 100) if spares is None else spares
     if not 0 <= spares < ranks:
         raise InputError(f"--spares is {spares} of {ranks} ranks; it must be at least 0, and one at least must serve")
+    model = RecoveryModel.of(deployment.workload, recovery or deployment.recovery)
     return [
-        _Run(deployment, policy, recovery or Recovery(), spares if policy == "spare" else 0, seed).play(events, days)
+        _PolicyRun(deployment, policy, model, spares if policy == "spare" else 0, seed).play(events, days)
         for policy in policies
     ]
 
 
-class _Run:
-    """The state of one policy as events pass: who is dead, who holds which expert, and the bill so far."""
+class _PolicyRun:
+    """The state of one policy while events pass: dead ranks, the expert in each slot, and the totals so far."""
 
-    def __init__(self, deployment: Deployment, policy: str, recovery: Recovery, spares: int, seed: int) -> None:
+    def __init__(self, deployment: Deployment, policy: str, recovery: RecoveryModel, spares: int, seed: int) -> None:
         plan = deployment.plan
         self.deployment, self.policy, self.recovery, self.spares = deployment, policy, recovery, spares
         self.rng = np.random.default_rng(seed)
-        self.table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+        self.table = plan.slots_by_rank()
         self.original = self.table.copy()
         self.counts = plan.copies().astype(np.int64)
-        self.position = {rank: at for at, rank in enumerate(plan.holder_ids)}
-        self.alive = np.ones(len(plan.holders), bool)
-        self.group_of = {r.id: r.group for r in plan.ranks if r.role in SENDS_TOKENS}
+        self.position = {rank: at for at, rank in enumerate(plan.expert_rank_ids)}
+        self.alive = np.ones(len(plan.expert_ranks), bool)
+        self.host = host_index(plan.expert_ranks)
+        self.group_of = {r.id: r.group for r in plan.ranks if r.role in ATTENTION_ROLES}
         self.broken: dict[int, int] = {}
         self.down: dict[int, int] = {}
-        whole = next((f.value for f in plan.cost if f.name == "requests_per_group"), 1.0)
+        whole = plan.figure("requests_per_group", 1.0)
         self.cache_tokens = whole * deployment.traffic.context
         self.groups = max(1, len(set(self.group_of.values())))
         self.bill = dict.fromkeys(("outage", "lost", "degraded", "reduced", "stall", "tokens", "store"), 0.0)
         self.most_dead = self.failures = 0
 
-    def play(self, events: list[Event], days: float) -> Account:
-        """Run through all events and close the account."""
+    def play(self, events: list[FailureEvent], days: float) -> PolicyResult:
+        """Apply all events in order, and return the totals."""
         now, end = 0.0, days * 24
         queue = [(e.hour, i) for i, e in enumerate(events)]
         heapq.heapify(queue)
@@ -149,7 +153,7 @@ class _Run:
             (self._up if events[i].up else self._down)(events[i].ids)
         self._pass(end - now)
         bill = self.bill
-        return Account(
+        return PolicyResult(
             policy=self.policy,
             failures=self.failures,
             availability=1 - (bill["outage"] + bill["stall"] / 3600) / end,
@@ -164,7 +168,7 @@ class _Run:
         )
 
     def _pass(self, hours: float) -> None:
-        """Time goes by in the present state."""
+        """Add `hours` in the present state to the totals."""
         capacity = self._capacity()
         fixed = self.spares / len(self.deployment.plan.ranks)
         if capacity == 0:
@@ -176,7 +180,7 @@ class _Run:
         self.bill["degraded"] += hours * bool((self.counts == 0).any())
 
     def _capacity(self) -> float:
-        """Part of full throughput; 0 when the experts do not fit or nobody attends."""
+        """The share of full throughput; 0 when the experts do not fit or no attention rank is left."""
         plan = self.deployment.plan
         fits = int(self.alive.sum()) * plan.slots_per_rank >= plan.experts or self.policy == "mask"
         broken = max(0, len(self.broken) - self.spares)
@@ -197,7 +201,7 @@ class _Run:
                 group = self.group_of[i]
                 self.broken[group] = self.broken.get(group, 0) + 1
         rows = [self.position[i] for i in new if i in self.position]
-        fixed = self.recovery
+        fixed = self.recovery.times
         if self.policy == "restart":
             self._vacate(rows)
             self._refill()
@@ -206,10 +210,14 @@ class _Run:
             return
         self._vacate(rows)
         self.bill["tokens"] += self.cache_tokens * len(fresh)
-        seconds = fixed.detect + fixed.abort + fixed.adopt
+        weights = 0.0
         if self.policy != "mask":
-            seconds += self._refill(whole_rank=self.policy == "switch" and bool(rows))
-        self.bill["stall"] += seconds
+            weights = self._refill(whole_rank=self.policy == "switch" and bool(rows))
+        plan, left = self.deployment.plan, len(self.deployment.plan.ranks) - sum(map(bool, self.down.values()))
+        requests = plan.figure("requests_per_group", 0.0) * max(0, self.groups - len(self.broken))
+        step = plan.figure("step", 0.0)
+        phases = self.recovery.phases(left, weights=weights, requests=requests, ranks_step=step)
+        self.bill["stall"] += sum(phases.values())
 
     def _up(self, ids: tuple[int, ...]) -> None:
         back = []
@@ -221,11 +229,12 @@ class _Run:
             return
         self._return(back)
         restart = self.policy == "restart"
-        self.bill["stall"] += self.recovery.restart if restart else self.recovery.rejoin
+        times = self.recovery.times
+        self.bill["stall"] += times.restart if restart else times.rejoin
         self.bill["tokens"] += self.cache_tokens * (self.groups - len(self.broken)) * restart
 
     def _return(self, ids) -> None:
-        """Ranks serve again, with the experts they had at first."""
+        """Put ranks back into service, with the experts that they had at first."""
         for i in ids:
             group = self.group_of.get(i)
             if group is not None and self.broken.get(group):
@@ -250,7 +259,7 @@ class _Run:
         np.add.at(self.counts, (layer, self.table[layer, at, slot]), sign)
 
     def _refill(self, *, whole_rank: bool = False) -> float:
-        """Lost experts into spare slots, from the store: seconds until the busiest rank has its own."""
+        """Load lost experts into spare slots from the store: seconds until the rank with most to load is done."""
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware
         lost = np.argwhere(self.counts == 0)
@@ -268,4 +277,5 @@ class _Run:
             fills[rank] += 1
         self.bill["store"] += len(lost) * workload.expert_bytes
         most = plan.slots_per_rank * plan.moe_layers if whole_rank else int(fills.max())
-        return most * workload.expert_bytes / hardware.host_to_device_bandwidth
+        host = max(most, int(np.bincount(self.host, weights=fills).max()))
+        return store_seconds(hardware, *(count * workload.expert_bytes for count in (most, host, len(lost))))

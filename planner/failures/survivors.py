@@ -1,30 +1,34 @@
-"""The mesh left after a loss: broken tensor groups, spares, role switches, and how much it still serves."""
+"""The mesh left after a loss (broken tensor groups, spares, role switches) and the capacity it has."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 
-from planner.deployment import Deployment, shape_of
-from planner.plan import HOLDS_EXPERTS, SENDS_TOKENS, RankPlace
-from planner.roles import roles_after
-from planner.shape import Shape, rest_bytes
-from planner.throughput import Candidate, assess
+from planner.cost.roofline import prefill_time, step_time
+from planner.cost.throughput import Candidate, assess, token_gap
+from planner.inputs.engine import engine_of
+from planner.plan.deployment import Deployment, shape_of
+from planner.plan.plan import ATTENTION_ROLES, EXPERT_ROLES, PlannedRank
+from planner.plan.shape import Shape
+from planner.solver.roles import roles_after
+from planner.solver.shapes import rest_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survivors:
-    """What is left, in numbers: ranks, tensor groups (`data`), ranks that hold experts.
+    """The mesh left after a loss: the numbers of ranks, of tensor groups (`data`) and of expert ranks.
 
-    `roles` are the ids whose role changed. `switched` of them turned from attention to experts, `spares`
-    stood by. `peer_ranks` ranks each load `peer_bytes` of attention and dense weights from their peers.
-    Tokens of `redirected` dense groups that lost a shard go to whole ones, unless none is (`dense_lost`).
+    `roles` are the new roles of ranks whose role changes; `switched` of them changed from attention to experts,
+    `spares` were standby ranks. `peer_ranks` ranks, all with attention, each load `peer_bytes` of attention and dense
+    weights from peers. Tokens of `redirected` dense groups that lost a shard go to complete groups, unless there is
+    none (`dense_lost`).
     """
 
     ranks: int
     data: int
-    holders: int
+    expert_rank_count: int
     tensor: int
     dense: int
     broken_groups: int = 0
@@ -37,8 +41,8 @@ class Survivors:
     dense_lost: bool = False
 
 
-class Outlook:
-    """Predicted throughput of what is left of one deployment; remembers the shapes it has seen."""
+class CapacityModel:
+    """Predicts the throughput of the ranks left of one deployment; caches the predictions of shapes."""
 
     def __init__(self, deployment: Deployment) -> None:
         plan = deployment.plan
@@ -46,47 +50,80 @@ class Outlook:
         self.shape = shape_of(plan)
         self.standby = [r.id for r in plan.ranks if r.role == "standby"]
         self.place = {r.id: r for r in plan.ranks}
-        self.members: dict[int, list[RankPlace]] = {}
+        self.members: dict[int, list[PlannedRank]] = {}
         for r in plan.ranks:
             if r.group >= 0:
                 self.members.setdefault(r.group, []).append(r)
-        self.holders = len(plan.holders)
+        self.expert_rank_count = len(plan.expert_ranks)
         self.dense_group = _dense_groups(plan.ranks, self.shape.tensor, self.shape.dense)
-        self._peak = next((f.value for f in plan.cost if f.name == "peak_load"), 1.0)
-        self._seen: dict[tuple, Candidate] = {}
+        self._peak = plan.figure("peak_load", 1.0)
+        self._predictions: dict[tuple, Candidate] = {}
+        self._token_seconds: dict[tuple, float] = {}
         self.whole = self._assess(self.shape)
 
     def _assess(self, shape: Shape) -> Candidate:
         d = self.deployment
         return assess(d.workload, d.cluster, shape, d.traffic, peak=self._peak)
 
-    def of(self, left: Survivors, slots: int) -> Candidate:
+    def predict(self, left: Survivors, slots: int) -> Candidate:
         """The prediction for `left` with `slots` slots a rank."""
-        key = (left.ranks, left.data, left.holders, left.tensor, left.dense, slots)
-        if key not in self._seen:
-            idle = ["standby"] * max(0, left.ranks - left.holders)
-            groups = [g for g in range(left.data) for _ in range(left.tensor)]
-            shape = replace(
-                self.shape,
-                tensor=left.tensor,
-                dense=left.dense,
-                slots=slots,
-                roles=(*["expert"] * left.holders, *idle),
-                groups=tuple(groups),
-            )
-            self._seen[key] = self._assess(shape)
-        return self._seen[key]
+        key = _mesh(left, slots)
+        if key not in self._predictions:
+            self._predictions[key] = self._assess(self._shape_of(left, slots))
+        return self._predictions[key]
+
+    def _shape_of(self, left: Survivors, slots: int) -> Shape:
+        """The mesh of `left` as a shape."""
+        idle = ["standby"] * max(0, left.ranks - left.expert_rank_count)
+        groups = [g for g in range(left.data) for _ in range(left.tensor)]
+        return replace(
+            self.shape,
+            tensor=left.tensor,
+            dense=left.dense,
+            slots=slots,
+            roles=(*["expert"] * left.expert_rank_count, *idle),
+            groups=tuple(groups),
+        )
+
+    def token_seconds(self, left: Survivors, slots: int, requests: int) -> float:
+        """Seconds between two tokens of a stream while `left` runs `requests` requests, with prefills of new ones.
+
+        Infinite when the ranks left have no room for the cache of so many.
+        """
+        key = (*_mesh(left, slots), requests)
+        if key not in self._token_seconds:
+            self._token_seconds[key] = self._assess_requests(self._shape_of(left, slots), requests)
+        return self._token_seconds[key]
+
+    def _assess_requests(self, shape: Shape, requests: int) -> float:
+        d = self.deployment
+        if not shape.data or not shape.expert_rank_count:
+            return inf
+        each = ceil(requests / shape.data)
+        patient = replace(d.traffic, tpot_ms=inf, ttft_ms=inf, rps=None)
+        room = assess(d.workload, d.cluster, shape, patient, peak=self._peak).requests_per_group
+        if each > room:
+            return inf
+        step = step_time(d.workload, d.cluster, shape, each, d.traffic.context, peak=self._peak).total
+        prefill = prefill_time(d.workload, d.cluster, shape, d.traffic.prompt, peak=self._peak)
+        share = engine_of(d.cluster.hardware).interference
+        return token_gap(step, prefill, each, d.traffic.output, share)
 
     def capacity(self, left: Survivors, slots: int) -> float:
-        """Tokens per second of `left` as a part of the whole deployment's; 0 when it cannot serve."""
+        """The share of the whole deployment's tokens per second that `left` has; 0 when it cannot serve."""
         whole = self.whole.tokens_per_second
-        if not left.data or not left.holders:
+        if not left.data or not left.expert_rank_count:
             return 0.0
-        return self.of(left, slots).tokens_per_second / whole if whole else 1.0
+        return self.predict(left, slots).tokens_per_second / whole if whole else 1.0
 
 
-def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict[int, int]:
-    """Dense FFN group of each attending rank, where those are wider than tensor groups."""
+def _mesh(left: Survivors, slots: int) -> tuple[int, ...]:
+    """The numbers that the prediction for ranks left depends on."""
+    return left.ranks, left.data, left.expert_rank_count, left.tensor, left.dense, slots
+
+
+def _dense_groups(ranks: Collection[PlannedRank], tensor: int, dense: int) -> dict[int, int]:
+    """The dense FFN group of each attention rank, where dense groups are wider than tensor groups."""
     if dense <= tensor:
         return {}
     hosts: dict[str, list[int]] = {}
@@ -100,30 +137,34 @@ def _dense_groups(ranks: Collection[RankPlace], tensor: int, dense: int) -> dict
 def survivors(
     deployment: Deployment,
     dead: Collection[int],
-    outlook: Outlook,
+    capacity_model: CapacityModel,
     means: Collection[str] = ("spare", "switch", "narrow"),
 ) -> Survivors:
-    """The ranks left of a plan after `dead` (ids), regrouped the way that is predicted to serve most.
+    """The ranks left of a plan after the loss of `dead` (ids), regrouped for the highest predicted throughput.
 
-    `means` are those allowed. Standby ranks take the roles of dead ones. Where a tensor group broke, its other ranks
-    hold experts only, or all groups become half as wide ("narrow"). Attention ranks switch to experts when slots would
-    run short.
+    `means` are the means allowed. Standby ranks take the roles of dead ones ("spare"). Where a tensor group broke, its
+    other ranks hold experts only, or all groups become half as wide ("narrow"). Attention ranks become expert ranks
+    when there are too few slots ("switch").
     """
     plan = deployment.plan
-    if outlook.shape.arch == "disaggregated" and outlook.shape.tensor == 1 and not outlook.standby:
-        return _by_roles(outlook, dead, switch="switch" in means)
-    options = list(_regrouped(outlook, dead, narrow="narrow" in means))
+    if capacity_model.shape.arch == "disaggregated" and capacity_model.shape.tensor == 1 and not capacity_model.standby:
+        return _by_roles(capacity_model, dead, switch="switch" in means)
+    options = list(_regroupings(capacity_model, dead, narrow="narrow" in means))
     if "spare" in means:
-        options = [_promoted(outlook, left, dead) for left in options]
+        options = [_with_spares(capacity_model, left, dead) for left in options]
     best = options[0]
     if len(options) > 1:
-        best = max(options, key=lambda left: outlook.capacity(left, plan.slots_per_rank))
-    return _switched(outlook, best, dead, plan.slots_per_rank, plan.experts) if "switch" in means else best
+        best = max(options, key=lambda left: capacity_model.capacity(left, plan.slots_per_rank))
+    return (
+        _with_switched_roles(capacity_model, best, dead, plan.slots_per_rank, plan.experts)
+        if "switch" in means
+        else best
+    )
 
 
-def _by_roles(outlook: Outlook, dead: Collection[int], *, switch: bool) -> Survivors:
-    """What is left of attention ranks that attend alone and of expert ranks, with the roles of `planner.roles`."""
-    plan, shape = outlook.deployment.plan, outlook.shape
+def _by_roles(capacity_model: CapacityModel, dead: Collection[int], *, switch: bool) -> Survivors:
+    """The ranks left of a disaggregated plan without tensor groups, with the roles of `planner.solver.roles`."""
+    plan, shape = capacity_model.deployment.plan, capacity_model.shape
     before = {r.id: r.role for r in plan.ranks}
     alive = [rank for rank in plan.rank_ids if rank not in dead]
     after = {rank: before[rank] for rank in alive}
@@ -131,37 +172,41 @@ def _by_roles(outlook: Outlook, dead: Collection[int], *, switch: bool) -> Survi
         after = roles_after(alive, before, experts=plan.experts, slots=plan.slots_per_rank)
     changed = {rank: role for rank, role in after.items() if role != before[rank]}
     left = [rank for rank in dead if before[rank] == "attention"]
-    emptied = [rank for rank in changed if before[rank] == "attention"]
-    begin = [rank for rank, role in changed.items() if role in SENDS_TOKENS and before[rank] == "expert"]
-    dense_broken = {outlook.dense_group[i] for i in (*left, *emptied) if i in outlook.dense_group}
+    invalidated = [rank for rank in changed if before[rank] == "attention"]
+    begin = [rank for rank, role in changed.items() if role in ATTENTION_ROLES and before[rank] == "expert"]
+    dense_broken = {capacity_model.dense_group[i] for i in (*left, *invalidated) if i in capacity_model.dense_group}
     return Survivors(
         ranks=len(alive),
-        data=sum(role in SENDS_TOKENS for role in after.values()),
-        holders=sum(role in HOLDS_EXPERTS for role in after.values()),
+        data=sum(role in ATTENTION_ROLES for role in after.values()),
+        expert_rank_count=sum(role in EXPERT_ROLES for role in after.values()),
         tensor=shape.tensor,
         dense=shape.dense,
-        broken_groups=len(left) + len(emptied),
+        broken_groups=len(left) + len(invalidated),
         roles=changed,
         switched=tuple(changed),
-        peer_bytes=rest_bytes(outlook.deployment.workload, shape.tensor, shape.dense) if begin else 0,
+        peer_bytes=rest_bytes(capacity_model.deployment.workload, shape.tensor, shape.dense) if begin else 0,
         peer_ranks=len(begin),
         redirected=len(dense_broken),
-        dense_lost=len(dense_broken) == len(set(outlook.dense_group.values())) > 0,
+        dense_lost=len(dense_broken) == len(set(capacity_model.dense_group.values())) > 0,
     )
 
 
-def _regrouped(outlook: Outlook, dead: Collection[int], *, narrow: bool) -> Iterator[Survivors]:
-    """Ways to go on with the tensor groups that broke: as wide as before, then half as wide if they may be `narrow`."""
-    workload, shape = outlook.deployment.workload, outlook.shape
-    gone = [outlook.place[i] for i in dead]
+def _regroupings(capacity_model: CapacityModel, dead: Collection[int], *, narrow: bool) -> Iterator[Survivors]:
+    """The ways to regroup broken tensor groups: as wide as before, then half as wide if `narrow` is allowed."""
+    workload, shape = capacity_model.deployment.workload, capacity_model.shape
+    gone = [capacity_model.place[i] for i in dead]
     broken = {r.group for r in gone if r.group >= 0}
-    left = [r for g in sorted(broken) for r in outlook.members[g] if r.id not in dead]
+    left = [r for g in sorted(broken) for r in capacity_model.members[g] if r.id not in dead]
     apart = shape.arch == "disaggregated"
-    idle = [r for r in outlook.place.values() if r.group < 0 and r.role == "expert" and r.id not in dead and not apart]
-    holders = outlook.holders - sum(r.role in HOLDS_EXPERTS for r in gone)
-    ranks = len(outlook.place) - len(gone)
-    dense_broken = {outlook.dense_group[i] for i in dead if i in outlook.dense_group}
-    hosts: dict[str, list[RankPlace]] = {}
+    idle = [
+        r
+        for r in capacity_model.place.values()
+        if r.group < 0 and r.role == "expert" and r.id not in dead and not apart
+    ]
+    expert_rank_count = capacity_model.expert_rank_count - sum(r.role in EXPERT_ROLES for r in gone)
+    ranks = len(capacity_model.place) - len(gone)
+    dense_broken = {capacity_model.dense_group[i] for i in dead if i in capacity_model.dense_group}
+    hosts: dict[str, list[PlannedRank]] = {}
     for r in (*left, *idle):
         hosts.setdefault(r.host, []).append(r)
     for tensor in (t for t in (shape.tensor, *[shape.tensor // 2] * narrow) if t >= 1):
@@ -173,53 +218,56 @@ def _regrouped(outlook: Outlook, dead: Collection[int], *, narrow: bool) -> Iter
         weights = rest_bytes(workload, tensor, dense)
         more = weights - rest_bytes(workload, shape.tensor, shape.dense)
         roles = {r.id: "expert" for r in alone if r.group >= 0}
+        data = (shape.data - len(broken)) * (shape.tensor // tensor) + again
         yield Survivors(
             ranks=ranks,
-            data=(shape.data - len(broken)) * (shape.tensor // tensor) + again,
-            holders=holders + sum(r.role == "attention" for r in alone),
+            data=data,
+            expert_rank_count=expert_rank_count + sum(r.role == "attention" for r in alone),
             tensor=tensor,
             dense=dense,
             broken_groups=len(broken),
             redirected=len(dense_broken) if tensor == shape.tensor else 0,
-            dense_lost=len(dense_broken) == len(set(outlook.dense_group.values())) > 0,
+            dense_lost=len(dense_broken) == len(set(capacity_model.dense_group.values())) > 0,
             roles=roles,
             peer_bytes=more if more > 0 else weights if again else 0,
-            peer_ranks=ranks if more > 0 else again * tensor,
+            peer_ranks=(data if more > 0 else again) * tensor,
         )
         if not left:
             return
 
 
-def _promoted(outlook: Outlook, left: Survivors, dead: Collection[int]) -> Survivors:
-    """Standby ranks in the roles of dead ones; they attend only where groups have one rank."""
-    lost = [outlook.place[i].role for i in sorted(dead) if outlook.place[i].role != "standby"]
-    free = [i for i in outlook.standby if i not in dead]
+def _with_spares(capacity_model: CapacityModel, left: Survivors, dead: Collection[int]) -> Survivors:
+    """`left` with standby ranks in the roles of dead ones; they take attention only without tensor groups."""
+    lost = [capacity_model.place[i].role for i in sorted(dead) if capacity_model.place[i].role != "standby"]
+    free = [i for i in capacity_model.standby if i not in dead]
     role = dict(zip(free, lost, strict=False))
     if not role:
         return left
     attends = [i for i, r in role.items() if r != "expert" and left.tensor == 1]
     role = {i: r if i in attends else "expert" for i, r in role.items()}
-    weights = rest_bytes(outlook.deployment.workload, left.tensor, left.dense)
+    weights = rest_bytes(capacity_model.deployment.workload, left.tensor, left.dense) if attends else 0
     return replace(
         left,
         data=left.data + len(attends),
-        holders=left.holders + sum(r in HOLDS_EXPERTS for r in role.values()),
+        expert_rank_count=left.expert_rank_count + sum(r in EXPERT_ROLES for r in role.values()),
         roles={**left.roles, **role},
         spares=tuple(role),
         peer_bytes=max(left.peer_bytes, weights),
-        peer_ranks=left.peer_ranks + len(role),
+        peer_ranks=left.peer_ranks + len(attends),
     )
 
 
-def _switched(outlook: Outlook, left: Survivors, dead: Collection[int], slots: int, experts: int) -> Survivors:
-    """Attention ranks turned into expert ranks, whole tensor groups from the last, until all experts fit."""
-    missing = ceil(experts / slots) - left.holders if slots else 0
+def _with_switched_roles(
+    capacity_model: CapacityModel, left: Survivors, dead: Collection[int], slots: int, experts: int
+) -> Survivors:
+    """`left` with attention ranks turned into expert ranks, by tensor group from the last, until all experts fit."""
+    missing = ceil(experts / slots) - left.expert_rank_count if slots else 0
     if missing <= 0:
         return left
     chosen: list[int] = []
     groups = 0
-    for group in sorted(outlook.members, reverse=True):
-        members = outlook.members[group]
+    for group in sorted(capacity_model.members, reverse=True):
+        members = capacity_model.members[group]
         whole = all(r.role == "attention" and r.id not in dead for r in members)
         if whole and len(chosen) < missing and left.data - groups > 1:
             chosen += [r.id for r in members]
@@ -227,7 +275,7 @@ def _switched(outlook: Outlook, left: Survivors, dead: Collection[int], slots: i
     return replace(
         left,
         data=left.data - groups,
-        holders=left.holders + len(chosen),
+        expert_rank_count=left.expert_rank_count + len(chosen),
         roles={**left.roles, **dict.fromkeys(chosen, "expert")},
         switched=tuple(chosen),
     )

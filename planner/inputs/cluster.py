@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, unknown_key, unknown_value
+from planner.inputs.shipped import shipped
 
 MOST_DEVICES = 1_000_000
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "clusters"
+OPTIONAL = ("memory_bytes", "flops_8bit", "flops_4bit")
+PRESETS = shipped("configs/clusters")
+STORES = ("memory", "disk", "network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,14 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What one device and its surroundings can do. Bytes, bytes/s, flop/s, seconds, hours.
+    """The capabilities of one device and of its surroundings, in bytes, bytes/s, flop/s, seconds, hours.
 
-    Bandwidths are per device and one direction; `store_bandwidth` is per host. `memory_bytes=None`
+    Bandwidths are per device and one direction; `store_bandwidth` (a host's memory) and `disk_bandwidth` are per host,
+    `shared_store_bandwidth` of all hosts together. `store` is where lost experts are read from: the memory of the host,
+    its disk, or over the network from a store that all hosts share. `memory_bytes=None`
     means that memory is not a limit worth planning for. `efficiency` is the share of peak flops and
     bandwidth that a well-written step reaches; latencies are seconds for a collective and for a step.
+    `engine` names the constants of a step (`planner.inputs.engine`): "jax" takes those above, others have their own.
     """
 
     name: str = "cpu"
@@ -42,18 +48,25 @@ class Hardware:
     network_bandwidth: float = 1e9
     host_to_device_bandwidth: float = 4e9
     store_bandwidth: float = 2e9
+    disk_bandwidth: float = 2e9
+    shared_store_bandwidth: float = 5e9
+    store: str = "memory"
     collective_latency: float = 3e-4
     step_overhead: float = 1e-3
     flops_8bit: float | None = None
+    flops_4bit: float | None = None
     efficiency: float = 0.7
     device_mtbf_hours: float = 50_000.0
     host_mtbf_hours: float = 100_000.0
     repair_hours: float = 24.0
+    engine: str = "jax"
 
     def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise unknown_value(self.store, STORES, f"the store of hardware {self.name!r}, none of")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "name" or (f.name in ("memory_bytes", "flops_8bit") and value is None):
+            if f.name in ("name", "engine", "store") or (f.name in OPTIONAL and value is None):
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):

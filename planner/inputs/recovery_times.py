@@ -1,34 +1,27 @@
-"""How long each phase of a recovery takes, and what it costs in answers when experts are missing."""
+"""The length of the phases of a recovery: estimates, or measured by benchmarks or by a server in its own recoveries."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
-
-import numpy as np
+from statistics import median
 
 from planner.errors import InputError
 
-# Share of experts masked against the average score of ten tasks, worst-case choice of experts
-# (ReviveMoE, arXiv 2602.21140); the generation task GSM8k falls faster: 0.641, 0.540 at 1/8, 0.318 at 1/4.
-SCORES = (
-    (0.0, 0.683),
-    (1 / 64, 0.681),
-    (1 / 32, 0.681),
-    (1 / 16, 0.675),
-    (1 / 8, 0.663),
-    (1 / 4, 0.625),
-    (1 / 2, 0.542),
-)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """Seconds of the phases whose length does not depend on the loss. `source` tags where they come from.
+class RecoveryTimes:
+    """Seconds of the phases whose length does not depend on the loss; `source` is "estimate" or "measured".
 
-    detect: death to suspicion; abort: collectives of survivors ended; adopt: executables and arrays of the
-    prepared mesh in place; restart: the whole server again, caches warm; rejoin: pause for a returning rank.
+    detect: from the death to its suspicion; abort: until the collectives of survivors have ended; adopt: until
+    executables and arrays of the prepared mesh are in place; first_step: the first step after it, None where that is
+    left to the model; restart: of the whole server, with warm caches; rejoin: the pause of streams while a rank
+    returns.
+
+    Estimates are of a server so small that the front's messages take no time (`ranks` 0). Measured phases hold the
+    messages to the `ranks` ranks that were left.
     """
 
     detect: float = 0.020
@@ -36,19 +29,24 @@ class Recovery:
     adopt: float = 0.050
     restart: float = 83.1
     rejoin: float = 1.0
+    first_step: float | None = None
+    ranks: int = 0
     source: str = "estimate"
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "source" and (not isinstance(value, (int, float)) or value < 0):
+            if f.name == "source" or (f.name == "first_step" and value is None):
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
                 raise InputError(f"recovery: {f.name} is {value!r}, it must be a number of at least 0")
 
 
-def read_recovery(path: str | Path) -> Recovery:
+def read_recovery_times(path: str | Path) -> RecoveryTimes:
     """Phases measured by `python -m benchmarks.recovery --json FILE`: medians of its kills and its summary.
 
-    What survivors' streams wait beyond detection and adoption counts as abort.
+    The stall of survivors' streams beyond detection and adoption counts as abort, with the messages and the first step
+    in it. InputError for any other file.
     """
     try:
         data = json.loads(Path(path).read_text())
@@ -56,14 +54,16 @@ def read_recovery(path: str | Path) -> Recovery:
         kills = data.get("kills") or data.get("runs") or []
         detect = _milliseconds(summary["detect_ms"])
         adopt = [k["adopt_ms"] for k in kills if k.get("adopt_ms") is not None]
-        adopt_ms = float(np.median(adopt)) if adopt else 0.0
+        adopt_ms = float(median(adopt)) if adopt else 0.0
         stall = _milliseconds(summary["survivor_stall_ms"])
-        return Recovery(
+        return RecoveryTimes(
             detect=detect / 1e3,
             adopt=adopt_ms / 1e3,
             abort=max(0.0, stall - detect - adopt_ms) / 1e3,
-            restart=float(summary.get("warm_restart_s") or Recovery.restart),
+            restart=float(summary.get("warm_restart_s") or RecoveryTimes.restart),
             rejoin=(_milliseconds(summary.get("rejoin_pause_ms")) or 1e3) / 1e3,
+            first_step=0.0,
+            ranks=max(0, int(data.get("ranks", 1)) - 1),
             source="measured",
         )
     except OSError as error:
@@ -76,9 +76,3 @@ def _milliseconds(value: object) -> float:
     if isinstance(value, dict):
         value = value.get("median")
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def score_kept(share: float) -> float:
-    """Part of the average task score left when `share` of the experts is masked (SCORES, linear between)."""
-    x, y = zip(*SCORES, strict=True)
-    return float(np.interp(share, x, y) / SCORES[0][1])

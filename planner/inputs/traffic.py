@@ -1,4 +1,4 @@
-"""What users send: lengths, rates and the delays they accept."""
+"""The traffic of users: lengths, rates and the delays they accept."""
 
 from __future__ import annotations
 

@@ -16,9 +16,16 @@ class Workload:
     `rest_bytes` is everything but the routed experts (attention, shared experts, dense layers, router,
     embeddings), held by every rank when attention is data-parallel. `hidden_bytes` is one token's
     hidden state on the wire. `context_flops` is attention's work per token and per token of context.
-    `cache_bytes_per_request` is what layers with a sliding window keep; `cache_splits` is how many tensor
-    ranks the cache can be divided among (1 for a latent cache, the kv heads otherwise). `dense_bytes` and
-    `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups divide.
+    `cache_bytes_per_request` is what layers with a sliding window (or chunks) of `cache_window` tokens keep, once a
+    request is as long as that; `cache_splits` is how many tensor ranks the cache can be sharded over (1 for a latent
+    cache, the kv heads otherwise). `dense_bytes` and
+    `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups shard, `lookup_bytes` the part of which
+    a step reads single rows only (the embeddings, where the head is another matrix).
+
+    `head_flops` is the part of `rest_flops` that only the last token of a prompt takes. `prompt_context_flops` is
+    `context_flops` for the tokens of a prompt (0: the same), `windowed_share` the share of layers that see
+    `cache_window` tokens at most. `kernels` is the number of kernels that one step launches, `groups_used` the most
+    groups of experts that a token is routed to (0: any).
     """
 
     moe_layers: int
@@ -32,6 +39,7 @@ class Workload:
     attention_bytes: int = 0
     cache_bytes_per_token: int = 0
     cache_bytes_per_request: int = 0
+    cache_window: int = 0
     cache_splits: int = 1
     heads: int = 1
     page_tokens: int = 16
@@ -39,6 +47,12 @@ class Workload:
     expert_flops: float = 0.0
     rest_flops: float = 0.0
     context_flops: float = 0.0
+    head_flops: float = 0.0
+    prompt_context_flops: float = 0.0
+    windowed_share: float = 0.0
+    lookup_bytes: int = 0
+    kernels: int = 0
+    groups_used: int = 0
     weight_format: str = "bfloat16"
     total_parameters: int = 0
     active_parameters: int = 0
@@ -64,6 +78,15 @@ class Workload:
     def slot_bytes(self) -> int:
         """Bytes of one slot on every MoE layer: what one more slot per rank costs a rank."""
         return self.moe_layers * self.expert_bytes
+
+    def cache_bytes(self, context: float) -> float:
+        """Bytes that a request with `context` tokens keeps in the cache."""
+        filled = min(1.0, context / self.cache_window) if self.cache_window else 1.0
+        return context * self.cache_bytes_per_token + filled * self.cache_bytes_per_request
+
+    def seen(self, context: float) -> float:
+        """Tokens that a token with `context` before it attends to, on average over the layers."""
+        return context - self.windowed_share * max(0.0, context - self.cache_window)
 
     @property
     def page_bytes(self) -> int:

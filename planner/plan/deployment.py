@@ -1,27 +1,28 @@
-"""A plan with everything it was made for, in one file: model, cluster, traffic and what it must survive."""
+"""A plan with everything it was made for, in one file: model, cluster, traffic and the losses it must survive."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from planner.cluster import Cluster, Device, Hardware
 from planner.errors import InputError, unknown_key
-from planner.plan import Plan
-from planner.shape import Shape
-from planner.traffic import Traffic, read_pairs
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster, Device, Hardware
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.inputs.traffic import Traffic, read_pairs
+from planner.inputs.workload import Workload
+from planner.plan.expert_loads import load_shares
+from planner.plan.plan import Plan
+from planner.plan.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survive:
-    """How many ranks, hosts and racks may be lost at once without new weight buffers."""
+class FaultTolerance:
+    """How many ranks, hosts and racks may be lost at once without new weight buffers (`--survive`)."""
 
     ranks: int = 1
     hosts: int = 0
@@ -33,41 +34,45 @@ class Survive:
                 raise InputError(f"--survive {f.name}={getattr(self, f.name)}: must be at least 0")
 
     def most_lost(self, cluster: Cluster) -> int:
-        """The most ranks lost in any of those cases."""
+        """The largest number of ranks that any of these losses takes."""
         worst = [self.ranks]
         for kind, count in (("host", self.hosts), ("rack", self.racks)):
             sizes = sorted((len(ids) for ids in cluster.domains(kind).values()), reverse=True)
             worst.append(sum(sizes[:count]))
         return max(worst)
 
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name)) or "ranks=0"
 
-def read_survive(text: str | None) -> Survive:
-    """Survive from `ranks=2,hosts=1`; one rank when nothing is said."""
+
+def read_fault_tolerance(text: str | None) -> FaultTolerance:
+    """FaultTolerance from `ranks=2,hosts=1`; one rank when the text is empty."""
     if not text:
-        return Survive()
-    return Survive(**read_pairs(text, {f.name: int for f in fields(Survive)}, "--survive"))
+        return FaultTolerance()
+    return FaultTolerance(**read_pairs(text, {f.name: int for f in fields(FaultTolerance)}, "--survive"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A plan and its world. `loads` is the traffic of each expert [moe_layers][experts], empty when even; `config` the
-    model's configuration as it was given, empty when only its numbers are known."""
+    """A plan, and the model, cluster and traffic it was made for: the content of a plan file.
+
+    `survive` is the fault tolerance that was asked for, `loads` the traffic of each expert [moe_layers][experts] (empty
+    when even), `config` the model's configuration as it was given (empty when only its numbers are known), `recovery`
+    the phases of a server's own recoveries (None: it had none). The names of the fields are keys of plan files.
+    """
 
     plan: Plan
     workload: Workload
     cluster: Cluster
     traffic: Traffic = field(default_factory=Traffic)
-    survive: Survive = field(default_factory=Survive)
+    survive: FaultTolerance = field(default_factory=FaultTolerance)
     loads: tuple[tuple[float, ...], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    recovery: RecoveryTimes | None = None
 
     def load_array(self) -> np.ndarray:
         """Each expert's share of its layer's traffic, float [moe_layers, experts]."""
-        if self.loads:
-            array = np.array(self.loads)
-            total = array.sum(axis=1, keepdims=True)
-            return np.where(total > 0, array / np.where(total > 0, total, 1), 1 / max(1, self.workload.experts))
-        return np.full((self.workload.moe_layers, self.workload.experts), 1 / max(1, self.workload.experts))
+        return load_shares(np.array(self.loads) if self.loads else None, self.workload)
 
     @property
     def shape(self) -> Shape:
@@ -83,7 +88,10 @@ class Deployment:
 
     @classmethod
     def from_json(cls, text: str) -> Deployment:
-        """The deployment written by `to_json`, alone or as "deployment" in a larger object."""
+        """The deployment written by `to_json`, alone or as "deployment" in a larger object.
+
+        Raises InputError when the text is no plan file, naming the key or the value that is wrong.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -103,9 +111,10 @@ class Deployment:
                 workload=_build(Workload, data["workload"]),
                 cluster=Cluster(name=cluster["name"], devices=devices, hardware=_build(Hardware, cluster["hardware"])),
                 traffic=_build(Traffic, data.get("traffic", {})),
-                survive=_build(Survive, data.get("survive", {})),
+                survive=_build(FaultTolerance, data.get("survive", {})),
                 loads=tuple(tuple(float(x) for x in row) for row in data.get("loads", ())),
                 config=dict(data.get("config", {})),
+                recovery=_build(RecoveryTimes, data["recovery"]) if data.get("recovery") else None,
             )
         except InputError:
             raise
@@ -114,6 +123,7 @@ class Deployment:
 
 
 def _build(kind: type, table: Mapping[str, Any]) -> Any:
+    """A dataclass from a JSON object with its fields as keys. InputError naming a key that it does not have."""
     known = [f.name for f in fields(kind)]
     for key in table:
         if key not in known:
@@ -137,39 +147,9 @@ def shape_of(plan: Plan) -> Shape:
 
 
 def read_deployment(path: str | Path) -> Deployment:
-    """The deployment in a plan file."""
+    """The deployment in a plan file. Raises InputError when the file cannot be read or is none."""
     try:
         text = Path(path).read_text()
     except OSError as error:
         raise InputError(f"cannot read plan file {path}: {error.strerror}") from None
     return Deployment.from_json(text)
-
-
-def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...], ...]:
-    """Measured loads from JSON: a list of rows, one per MoE layer, alone or under the key "loads"."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"cannot read loads {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    rows = data.get("loads") if isinstance(data, dict) else data
-    shape = (workload.moe_layers, workload.experts)
-    try:
-        array = np.array(rows, np.float64)
-    except (TypeError, ValueError):
-        array = np.zeros(0)
-    if array.shape != shape:
-        raise InputError(f"{path}: loads have shape {array.shape}; the model has [moe_layers, experts] = {shape}")
-    if not np.isfinite(array).all() or (array < 0).any():
-        raise InputError(f"{path}: loads must be finite and at least 0, got {array.min()} to {array.max()}")
-    return tuple(tuple(map(float, row)) for row in array.reshape(shape))
-
-
-def zipf_loads(workload: Workload, exponent: float, seed: int = 0) -> np.ndarray:
-    """Loads that fall as 1/rank**exponent, in another order on each layer: float [moe_layers, experts]."""
-    if not isfinite(exponent) or exponent < 0:
-        raise InputError(f"--skew is {exponent}; a Zipf exponent is a number of at least 0 (0 is even)")
-    row = np.arange(1, workload.experts + 1) ** -float(exponent)
-    rows = np.tile(row / row.sum(), (workload.moe_layers, 1))
-    return np.random.default_rng(seed).permuted(rows, axis=1)

@@ -1,28 +1,28 @@
-"""The Plan: which ranks are alive, which expert sits in which slot, and what that costs."""
+"""The Plan: the ranks alive, the expert in each of their slots, and the predicted cost."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from planner.errors import InvalidPlan, unknown_key
-from planner.routing import route
+from planner.plan.routing import route
 
 ROLES = ("collocated", "attention", "expert", "standby")
-HOLDS_EXPERTS = ("collocated", "expert")
-SENDS_TOKENS = ("collocated", "attention")
+EXPERT_ROLES = ("collocated", "expert")
+ATTENTION_ROLES = ("collocated", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankPlace:
-    """A rank alive: its id, the host and rack it shares its fate with, its role, and its tensor group.
+class PlannedRank:
+    """A rank of a plan: its id, its fault domains (host and rack), its role, and its place in a tensor group.
 
-    `group` is the index along the data axis of the ranks that attend together, -1 when it does not attend; `shard` says
-    which share of the heads it has there.
+    `group` is the index of its tensor group along the data axis, -1 for a rank without attention; `shard` is the index
+    of its shard of the heads within the group.
     """
 
     id: int
@@ -35,7 +35,7 @@ class RankPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One predicted or measured number and where it comes from: estimate, aot or measured."""
+    """One predicted or measured number and its source: "estimate", "aot" (the compiler) or "measured"."""
 
     name: str
     value: float
@@ -47,7 +47,7 @@ class Figure:
 class ParityGroup:
     """Physical slot `slot` of MoE layer `layer` holds the XOR of the weights of the experts `members`.
 
-    Any one of them can be made again from the others. The slot counts as empty in the slot table.
+    Any one of them can be rebuilt from the others. The slot counts as empty in the slot table.
     """
 
     layer: int
@@ -57,14 +57,15 @@ class ParityGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A frozen answer to "who holds what". Slot tables are rank-major over the ranks that hold experts.
+    """Which rank does what and holds which experts. Field names are keys of plan files.
 
-    `slots[layer][position * slots_per_rank + s]` is the logical expert in slot `s` of the rank at
-    `position` among `holders`, or -1 when the slot is empty. `parity` slots hold no expert of their own.
+    `slots[layer][position * slots_per_rank + s]` is the logical expert in slot `s` of the rank at `position` among
+    `expert_ranks`, or -1 when the slot is empty. Slots with `parity` count as empty. `masked` are the
+    (MoE layer, expert) pairs without a slot.
     """
 
     epoch: int
-    ranks: tuple[RankPlace, ...]
+    ranks: tuple[PlannedRank, ...]
     slots_per_rank: int
     slots: tuple[tuple[int, ...], ...]
     experts: int
@@ -80,22 +81,22 @@ class Plan:
         return tuple(r.id for r in self.ranks)
 
     @cached_property
-    def holders(self) -> tuple[RankPlace, ...]:
-        """The ranks that hold experts, in slot order."""
-        return tuple(r for r in self.ranks if r.role in HOLDS_EXPERTS)
+    def expert_ranks(self) -> tuple[PlannedRank, ...]:
+        """The ranks with experts, in slot order."""
+        return tuple(r for r in self.ranks if r.role in EXPERT_ROLES)
 
     @cached_property
-    def holder_ids(self) -> tuple[int, ...]:
-        """Ids of the ranks that hold experts, in slot order."""
-        return tuple(r.id for r in self.holders)
+    def expert_rank_ids(self) -> tuple[int, ...]:
+        """Ids of the ranks with experts, in slot order."""
+        return tuple(r.id for r in self.expert_ranks)
 
     @cached_property
-    def source_ids(self) -> tuple[int, ...]:
+    def attention_rank_ids(self) -> tuple[int, ...]:
         """Ids of the ranks that send tokens to experts, in mesh order."""
-        return tuple(r.id for r in self.ranks if r.role in SENDS_TOKENS)
+        return tuple(r.id for r in self.ranks if r.role in ATTENTION_ROLES)
 
     def role(self, rank_id: int) -> str:
-        """The role of a rank. KeyError if it is none of the plan."""
+        """The role of a rank. KeyError when the plan does not have it."""
         for place in self.ranks:
             if place.id == rank_id:
                 return place.role
@@ -103,8 +104,8 @@ class Plan:
 
     @cached_property
     def groups(self) -> dict[int, tuple[int, ...]]:
-        """The tensor group of each rank that attends: the ids of its members, in order of their shares."""
-        found: dict[int, list[RankPlace]] = {}
+        """The tensor group of each attention rank: the ids of its members, in order of their shards."""
+        found: dict[int, list[PlannedRank]] = {}
         for place in self.ranks:
             if place.group >= 0:
                 found.setdefault(place.group, []).append(place)
@@ -117,19 +118,23 @@ class Plan:
         return len(self.slots)
 
     def slot_table(self) -> np.ndarray:
-        """Logical expert of each physical slot, int32 [moe_layers, holders * slots_per_rank]."""
+        """Logical expert of each physical slot, int32 [moe_layers, expert_ranks * slots_per_rank]."""
         return self._table.copy()
+
+    def slots_by_rank(self) -> np.ndarray:
+        """The slot table with an axis for ranks, int32 [moe_layers, expert ranks, slots_per_rank]."""
+        return self._table.reshape(self.moe_layers, len(self.expert_ranks), self.slots_per_rank).copy()
 
     @cached_property
     def _table(self) -> np.ndarray:
-        width = len(self.holders) * self.slots_per_rank
+        width = len(self.expert_ranks) * self.slots_per_rank
         return np.array(self.slots, dtype=np.int32).reshape(len(self.slots), width)
 
     def slots_of(self, rank_id: int) -> np.ndarray:
-        """The slots of one rank, int32 [moe_layers, slots_per_rank]. KeyError if it holds no experts."""
-        if rank_id not in self.holder_ids:
-            raise KeyError(f"rank {rank_id} holds no experts; ranks that do: {list(self.holder_ids)}")
-        at = self.holder_ids.index(rank_id) * self.slots_per_rank
+        """The slots of one rank, int32 [moe_layers, slots_per_rank]. KeyError when it holds no experts."""
+        if rank_id not in self.expert_rank_ids:
+            raise KeyError(f"rank {rank_id} holds no experts; ranks that do: {list(self.expert_rank_ids)}")
+        at = self.expert_rank_ids.index(rank_id) * self.slots_per_rank
         return self._table[:, at : at + self.slots_per_rank].copy()
 
     def copies(self) -> np.ndarray:
@@ -140,25 +145,21 @@ class Plan:
         return counts[:, : self.experts]
 
     def expert_to_slot(self) -> np.ndarray:
-        """Physical slot each source rank sends an expert's tokens to, int32 [sources, moe_layers, experts].
+        """Physical slot to which each attention rank sends an expert's tokens: int32 [ranks, moe_layers, experts].
 
-        A rank's own copy first; the other sources are dealt out over the copies so that every copy
-        serves as many. -1 where the expert is masked.
+        A rank with a copy of its own sends to that one; the others are spread evenly over the copies. -1 where the
+        expert is masked.
         """
-        owner = np.repeat(np.array(self.holder_ids, np.int64), self.slots_per_rank)
-        return route(self._table, owner, np.array(self.source_ids, np.int64), self.experts)
+        owner = np.repeat(np.array(self.expert_rank_ids, np.int64), self.slots_per_rank)
+        return route(self._table, owner, np.array(self.attention_rank_ids, np.int64), self.experts)
+
+    def figure(self, name: str, default: float) -> float:
+        """The predicted or measured figure of this name; `default` when the plan has none."""
+        return next((figure.value for figure in self.cost if figure.name == name), default)
 
     def with_epoch(self, epoch: int) -> Plan:
         """The same plan under another epoch."""
         return replace(self, epoch=epoch)
-
-    def with_masked(self, pairs: Collection[tuple[int, int]]) -> Plan:
-        """The same plan with these (moe_layer, expert) pairs taken out of every slot and masked."""
-        table = self.slot_table()
-        for layer, expert in pairs:
-            table[layer][table[layer] == expert] = -1
-        masked = tuple(sorted({*self.masked, *((int(a), int(b)) for a, b in pairs)}))
-        return replace(self, slots=as_tuples(table), masked=masked)
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal plan."""
@@ -166,7 +167,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan written by `to_json`. InvalidPlan when it is none, or contradicts itself."""
+        """The plan written by `to_json`. InvalidPlan when the text is no plan, or its parts contradict each other."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -179,7 +180,7 @@ class Plan:
         try:
             plan = cls(
                 epoch=data["epoch"],
-                ranks=tuple(RankPlace(**r) for r in data["ranks"]),
+                ranks=tuple(PlannedRank(**r) for r in data["ranks"]),
                 slots_per_rank=data["slots_per_rank"],
                 slots=as_tuples(data["slots"]),
                 experts=data["experts"],
@@ -210,11 +211,12 @@ class Plan:
                 f"(or both 0, without layers of slots: a dense model), "
                 f"pages_per_rank {self.pages_per_rank} and epoch {self.epoch} at least 0"
             )
-        width = len(self.holders) * self.slots_per_rank
+        width = len(self.expert_ranks) * self.slots_per_rank
         for layer, row in enumerate(self.slots):
             if len(row) != width:
                 raise InvalidPlan(
-                    f"layer {layer} has {len(row)} slots; {len(self.holders)} ranks x {self.slots_per_rank} = {width}"
+                    f"layer {layer} has {len(row)} slots; "
+                    f"{len(self.expert_ranks)} ranks x {self.slots_per_rank} = {width}"
                 )
         if self._table.size and (self._table.min() < -1 or self._table.max() >= self.experts):
             bad = [int(e) for e in (self._table.min(), self._table.max()) if not -1 <= e < self.experts]

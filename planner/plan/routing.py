@@ -1,4 +1,4 @@
-"""Which copy of an expert each source rank sends its tokens to."""
+"""Routing of tokens: the copy of an expert to which each attention rank sends."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def copy_lists(row: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
 def route(table: np.ndarray, owner: np.ndarray, sources: np.ndarray, experts: int) -> np.ndarray:
     """Physical slot per source, layer and expert: int32 [sources, layers, experts], -1 where masked.
 
-    `table` is [layers, slots], `owner` the rank id of each slot and `sources` ascending rank ids. A
-    source's own copy comes first; the other sources are dealt out over the copies in turn.
+    `table` [layers, slots] is the expert in each slot, `owner` [slots] the rank id of each slot, `sources` the
+    ascending ids of the attention ranks. A source that has a copy itself sends there; the others take copies in turn.
     """
     out = np.full((len(sources), len(table), experts), -1, np.int32)
     if not len(sources):

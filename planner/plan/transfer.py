@@ -1,20 +1,23 @@
-"""From one plan to another: bytes on each kind of link, in rounds, against placing everything anew."""
+"""The transfer from one plan to another: bytes on each kind of link, in rounds, compared with a fresh placement."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.cluster import Hardware
-from planner.moves import Move, moves
-from planner.plan import Plan
+from planner.inputs.cluster import Hardware
+from planner.plan.moves import Move, moves
+from planner.plan.plan import Plan
 
 LINKS = ("local", "host", "network", "store")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What moves between two plans. Bytes by link; in a round a rank sends and receives once at most."""
+    """The moves between two plans, in rounds in which a rank sends and receives at most one expert; bytes by link.
+
+    `naive_moves` is the number of moves to a fresh placement instead.
+    """
 
     moves: tuple[Move, ...]
     rounds: tuple[tuple[Move, ...], ...]
@@ -23,7 +26,7 @@ class Transfer:
     naive_moves: int
 
     def to_dict(self) -> dict:
-        """For JSON, moves as [layer, expert, rank, slot, source, peer]."""
+        """The transfer for JSON, moves as [layer, expert, rank, slot, source, peer]."""
         rows = [[m.layer, m.expert, m.rank, m.slot, m.source, m.peer] for m in self.moves]
         return {
             "moves": len(self.moves),
@@ -36,7 +39,7 @@ class Transfer:
 
 
 def transfer(old: Plan, new: Plan, *, expert_bytes: int, hardware: Hardware, naive: Plan) -> Transfer:
-    """The transfer from `old` to `new`; `naive` is the plan that a placement from nothing gives."""
+    """The transfer from `old` to `new`; `naive` is the plan of a fresh placement on the same ranks."""
     made = moves(old, new)
     hosts = {r.id: r.host for r in (*old.ranks, *new.ranks)}
     kinds = [link_of(m, hosts) for m in made]
@@ -58,7 +61,7 @@ def transfer(old: Plan, new: Plan, *, expert_bytes: int, hardware: Hardware, nai
 
 
 def link_of(move: Move, hosts: dict[int, str]) -> str:
-    """The slowest link a move takes: local, host (same host), network or store."""
+    """The slowest link of a move: local, host (same host), network or store."""
     if move.peer is None:
         return move.source
     return "host" if hosts[move.peer] == hosts[move.rank] else "network"

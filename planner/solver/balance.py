@@ -1,4 +1,4 @@
-"""How hot each rank is, and swaps between ranks that cool the hottest.
+"""The balance of expert traffic over ranks, and swaps between ranks that lower the highest load.
 
 Tables are int32 [layers, ranks, slots], -1 for an empty slot and numbers from `experts` up for parity
 slots, which take no traffic; `loads` is float [layers, experts]; `domain` is int [ranks], the host of each
@@ -7,10 +7,20 @@ rank. An expert's traffic is split evenly over its copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from planner.plan.plan import Plan, PlannedRank
 
 NEAR = 1.00001  # peak over mean at which a layer is balanced enough
 PARTNERS = 320  # slots of the coolest ranks that are tried as partners of one of the hottest
+
+
+def host_index(ranks: Sequence[PlannedRank]) -> np.ndarray:
+    """Index of the host of each rank, int [ranks]; hosts are numbered as they appear."""
+    hosts = {h: i for i, h in enumerate(dict.fromkeys(r.host for r in ranks))}
+    return np.array([hosts[r.host] for r in ranks], np.int64)
 
 
 def slot_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
@@ -30,14 +40,29 @@ def rank_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
     return slot_loads(table, loads).sum(axis=2)
 
 
-def peak(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
-    """The hottest rank's load over the mean rank's, float [layers]; 1 is perfect balance."""
+def peak_over_mean(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
+    """The highest load of a rank over the mean, float [layers]; 1 is perfect balance."""
     by_rank = rank_loads(table, loads)
     return by_rank.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1e-300)
 
 
-def swap_down(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None) -> np.ndarray:
-    """The table after swaps that each cool a layer's hottest rank, one swap per layer and round.
+def peak_load(plan: Plan, loads: np.ndarray) -> np.ndarray:
+    """Load of the hottest rank of a plan over the mean, float [moe_layers]."""
+    return peak_over_mean(plan.slots_by_rank(), loads)
+
+
+def relative_rank_loads(plan: Plan, shares: np.ndarray) -> np.ndarray:
+    """Traffic of each expert rank of a plan, where 1 is its even share: float [moe_layers, expert ranks].
+
+    `shares` are the experts' shares of their layer's traffic, float [moe_layers, experts].
+    """
+    return rank_loads(plan.slots_by_rank(), shares) * len(plan.expert_ranks)
+
+
+def balance_by_swaps(
+    table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None
+) -> np.ndarray:
+    """The table after swaps that each lower the highest load of a rank, one swap per layer and round.
 
     A swap never puts an expert twice on a rank and never brings copies that are on two hosts onto one.
     Stops when no swap helps, or after `rounds`.
@@ -60,7 +85,7 @@ def swap_down(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, round
 
 
 def _host_counts(table: np.ndarray, domain: np.ndarray, experts: int) -> np.ndarray:
-    """Copies of each expert on each host, int16 [layers, experts + 1, hosts]; the last row is empty slots."""
+    """Copies of each expert on each host, int16 [layers, experts + 1, hosts]; the last row counts empty slots."""
     layers, _, slots = table.shape
     counts = np.zeros((layers, experts + 1, int(domain.max()) + 1), np.int16)
     host = np.repeat(domain, slots)[None, :]
@@ -76,9 +101,10 @@ def _swap_once(
     domain: np.ndarray,
     live: np.ndarray,
 ) -> np.ndarray:
-    """The best swap of the hottest rank on each of the `live` layers, in place: bool [live] where done.
+    """Make the best swap of the rank with the highest load on each of the `live` layers: bool [live], where made.
 
-    `on_host` [layers, experts + 1, hosts] counts copies, `span` [layers, experts + 1] hosts that have one.
+    Changes its arrays in place. `on_host` [layers, experts + 1, hosts] counts copies, `span` [layers, experts + 1] the
+    hosts that have one.
     """
     row = np.arange(len(live))
     by_rank = weight[live].sum(axis=2)
@@ -96,8 +122,8 @@ def _swap_once(
     mine, partner, theirs = np.unravel_index(pick, gain.shape[1:])
     rank = cool[row, partner]
     a, b = (live[done], hot[done], mine[done]), (live[done], rank[done], theirs[done])
-    here, there = domain[hot[done]], domain[rank[done]]
-    for expert, gone, come in ((table[a], here, there), (table[b], there, here)):
+    hot_host, cool_host = domain[hot[done]], domain[rank[done]]
+    for expert, gone, come in ((table[a], hot_host, cool_host), (table[b], cool_host, hot_host)):
         np.subtract.at(on_host, (live[done], expert, gone), 1)
         np.add.at(on_host, (live[done], expert, come), 1)
         span[live[done], expert] = (on_host[live[done], expert] > 0).sum(axis=1)
@@ -115,21 +141,21 @@ def _legal(
     hot: np.ndarray,
     cool: np.ndarray,
 ) -> np.ndarray:
-    """Swaps that keep copies apart: bool [live, slots of the hot rank, cool ranks, slots].
+    """The swaps that keep copies apart: bool [live, slots of the hot rank, cool ranks, slots].
 
     On the same host only ranks matter; between hosts an expert must stay on two hosts if it is on two.
     """
     mine, theirs = table[live, hot], table[live[:, None], cool]
-    here, there = domain[hot], domain[cool]
+    hot_host, cool_host = domain[hot], domain[cool]
     held = (theirs[:, None] == mine[:, :, None, None]).any(axis=3, keepdims=True)
     holds = (mine[:, :, None, None] == theirs[:, None]).any(axis=1, keepdims=True) & (theirs[:, None] >= 0)
-    same = (there == here[:, None])[:, None, :, None]
+    same = (cool_host == hot_host[:, None])[:, None, :, None]
 
     def fewer(expert: np.ndarray, layer: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
         change = (on_host[layer, expert, new] == 0).astype(int) - (on_host[layer, expert, old] == 1)
         return (expert >= 0) & (span[layer, expert] + change < np.minimum(span[layer, expert], 2))
 
     wide = live[:, None, None]
-    mine_suffers = fewer(mine[:, :, None], wide, here[:, None, None], there[:, None, :])
-    theirs_suffers = fewer(theirs, wide, there[:, :, None], here[:, None, None])
+    mine_suffers = fewer(mine[:, :, None], wide, hot_host[:, None, None], cool_host[:, None, :])
+    theirs_suffers = fewer(theirs, wide, cool_host[:, :, None], hot_host[:, None, None])
     return ~held & ~holds & (same | ~(mine_suffers[:, :, :, None] | theirs_suffers[:, None]))

@@ -1,4 +1,4 @@
-"""Plans for every loss that was foreseen, ready before it happens."""
+"""The lattice: plans for sets of lost ranks, ready before the loss."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from itertools import combinations, islice
 from math import comb
 
-from planner.cluster import Cluster
 from planner.errors import NoFeasiblePlan
-from planner.plan import HOLDS_EXPERTS, ROLES, SENDS_TOKENS, Plan
-from planner.solve import solve
-from planner.workload import Workload
+from planner.plan.plan import ATTENTION_ROLES, EXPERT_ROLES, ROLES, Plan
+from planner.solver.problem import Problem
+from planner.solver.solve import solve
 
 MOVE_SECONDS = 0.02  # to move a loaded executable to another set of devices, measured on a CPU: 3 to 20 ms
 
@@ -21,7 +20,7 @@ MOVE_SECONDS = 0.02  # to move a loaded executable to another set of devices, me
 class Lattice:
     """The plan for each prepared set of dead ranks, all derived from `plan`.
 
-    `infeasible` has the losses that were tried and cannot be survived, with the reason.
+    `infeasible` has the losses that cannot be survived, each with the reason.
     """
 
     plan: Plan
@@ -29,7 +28,7 @@ class Lattice:
     infeasible: Mapping[frozenset[int], str] = field(default_factory=dict)
 
     def get(self, dead: Collection[int]) -> Plan | None:
-        """The plan for when exactly these ranks of `plan` are dead, or None when it was not prepared."""
+        """The plan for the loss of exactly these ranks of `plan`, or None when it was not prepared."""
         return self.plans.get(frozenset(dead))
 
     def coverage(self) -> dict[int, float]:
@@ -42,32 +41,26 @@ class Lattice:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The numbers of ranks left for which a program must be compiled, descending."""
+        """The numbers of surviving ranks for which a program must be compiled, descending."""
         return tuple(sorted({len(p.ranks) for p in self.plans.values()}, reverse=True))
 
 
-def build_lattice(
-    workload: Workload, cluster: Cluster, plan: Plan, *, depth: int = 1, limit: int = 4096, switch: str = "auto"
-) -> Lattice:
+def build_lattice(problem: Problem, plan: Plan, *, depth: int = 1, limit: int = 4096) -> Lattice:
     """Plans for every loss of up to `depth` ranks and of every host, single losses first, at most `limit`.
 
-    Each is derived from `plan` itself, with weights in place kept, and has the next epoch. `switch`: see `solve`.
+    `plan` is the solution of `problem`. Each plan is derived from it: weights in place stay, and its epoch is the next.
     """
-    none = Lattice(plan=plan, plans={})
-    return extended(none, workload, cluster, islice(losses(plan, depth), limit), switch=switch)
+    return extend_lattice(Lattice(plan=plan, plans={}), problem, islice(loss_sets(plan, depth), limit))
 
 
-def extended(
-    lattice: Lattice, workload: Workload, cluster: Cluster, more: Iterable[frozenset[int]], *, switch: str = "auto"
-) -> Lattice:
-    """The lattice with plans for more losses; those it has already, or the loss of all, are left out."""
+def extend_lattice(lattice: Lattice, problem: Problem, more: Iterable[frozenset[int]]) -> Lattice:
+    """The lattice with plans for more losses; losses that it has already, or of all ranks, are left out."""
     plan, plans, infeasible = lattice.plan, dict(lattice.plans), dict(lattice.infeasible)
     for dead in more:
         if dead in plans or dead in infeasible or len(dead) >= len(plan.ranks):
             continue
         try:
-            alive = [r for r in plan.rank_ids if r not in dead]
-            plans[dead] = solve(workload, cluster, alive=alive, previous=plan, epoch=plan.epoch + 1, switch=switch)
+            plans[dead] = solve(problem.after_loss(plan, [r for r in plan.rank_ids if r not in dead]))
         except NoFeasiblePlan as error:
             infeasible[dead] = str(error)
     return Lattice(plan=plan, plans=plans, infeasible=infeasible)
@@ -75,11 +68,11 @@ def extended(
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What preparing the losses of ranks, hosts and some pairs takes, without making their plans.
+    """The cost of preparing the losses of ranks, hosts and some pairs, without their plans.
 
-    A program is compiled once for each mesh shape (how many ranks attend and how many hold experts, before any changes
-    its role) and moved to every set of survivors: `MOVE_SECONDS` each, on every rank at the same time. `table_bytes` is
-    what the slot tables of all sets take in the front.
+    A program is compiled once for each mesh shape (the numbers of attention and expert ranks before any role change)
+    and moved to every set of survivors: `MOVE_SECONDS` each, on every rank at the same time. `table_bytes` is the size
+    of the slot tables of all sets in the front.
     """
 
     sets: int
@@ -90,7 +83,7 @@ class Preparation:
 
 
 def preparations(plan: Plan) -> dict[str, Preparation]:
-    """The cost of lattices of growing size: ranks and hosts, the pairs of a host besides, every pair besides."""
+    """The cost of lattices of growing size: ranks and hosts; with the pairs of each host; with every pair."""
     ranks = len(plan.ranks)
     of_a_host = sum(comb(n, 2) for n in Counter(r.host for r in plan.ranks).values())
     found = {"every rank and host": preparation(plan)}
@@ -104,18 +97,18 @@ def preparations(plan: Plan) -> dict[str, Preparation]:
 def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     """The cost of a lattice of every single rank, every host of the plan and `pairs` pairs of ranks."""
     ranks = len(plan.ranks)
-    singles = [dead for dead in losses(plan, 1) if len(dead) < ranks]
+    singles = [dead for dead in loss_sets(plan, 1) if len(dead) < ranks]
     sizes = {ranks - len(dead) for dead in singles} | ({ranks - 2} if pairs and ranks > 2 else set())
     roles = {r.id: r.role for r in plan.ranks}
     of_each_role = [i for role in ROLES for i in [i for i in roles if roles[i] == role][:2]]
     examples = [*singles, *(combinations(of_each_role, 2) if pairs and ranks > 2 else ())]
     if not {"attention", "standby"}.isdisjoint(roles.values()):
-        shapes = {_sides(roles, len(plan.source_ids), len(plan.holders), dead) for dead in examples}
-    else:  # which of collocated ranks attend, and with whom, is no matter of the program
+        shapes = {_mesh_sides(roles, len(plan.attention_rank_ids), len(plan.expert_ranks), dead) for dead in examples}
+    else:  # the program of collocated ranks does not depend on which of them have attention
         shapes = {ranks - len(dead) for dead in examples}
     hosts_of_two = sum(n == 2 < ranks for n in Counter(r.host for r in plan.ranks).values())
     sets = len(singles) + max(0, min(pairs, comb(ranks, 2)) - hosts_of_two)
-    slots = len(plan.holders) * plan.slots_per_rank
+    slots = len(plan.expert_ranks) * plan.slots_per_rank
     return Preparation(
         sets=sets,
         compiles=len(shapes),
@@ -125,17 +118,17 @@ def preparation(plan: Plan, *, pairs: int = 0) -> Preparation:
     )
 
 
-def _sides(roles: Mapping[int, str], attending: int, holding: int, dead: Collection[int]) -> tuple[int, int]:
-    """How many ranks attend and how many hold experts after a loss, of so many before."""
+def _mesh_sides(roles: Mapping[int, str], attending: int, holding: int, dead: Collection[int]) -> tuple[int, int]:
+    """The numbers of attention and of expert ranks after a loss, `attending` and `holding` before."""
     gone = [roles[i] for i in dead]
     return (
-        attending - sum(role in SENDS_TOKENS for role in gone),
-        holding - sum(role in HOLDS_EXPERTS for role in gone),
+        attending - sum(role in ATTENTION_ROLES for role in gone),
+        holding - sum(role in EXPERT_ROLES for role in gone),
     )
 
 
-def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
-    """Sets of dead ranks, each once: single ranks, hosts, then pairs, the likely first, and so on up to `depth`."""
+def loss_sets(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
+    """Sets of dead ranks, each once: ranks, hosts, pairs (the likely first), and so on up to `depth` ranks."""
     seen: set[frozenset[int]] = set()
     hosts: dict[str, set[int]] = {}
     for r in plan.ranks:
@@ -157,7 +150,7 @@ def losses(plan: Plan, depth: int) -> Iterator[frozenset[int]]:
 
 
 def likely_pairs(plan: Plan) -> Iterator[frozenset[int]]:
-    """The pairs that are likelier than others to be lost at once: two ranks of a host, then two of a rack."""
+    """The pairs most likely to be lost at once: two ranks of a host, then two of a rack."""
     for domain in ("host", "rack"):
         groups: dict[str, list[int]] = {}
         for r in plan.ranks:

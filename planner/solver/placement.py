@@ -1,22 +1,68 @@
-"""Experts to slots: on which rank each copy sits.
+"""Placement of experts: the rank of each copy, on every layer at once.
 
-All functions work on every layer at once. `loads` is float [layers, experts], the share of traffic each
-expert takes; `domain` is int [ranks], the index of the host each rank is on; tables are int32
-[layers, ranks, slots], -1 for an empty slot.
+`loads` is float [layers, experts], each expert's share of the traffic; `domain` is int [ranks], the index of each
+rank's host; tables are int32 [layers, ranks, slots], -1 for an empty slot.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from planner.balance import slot_loads
-from planner.copies import copy_counts
+from planner.plan.plan import ParityGroup
+from planner.solver.balance import balance_by_swaps, peak_over_mean, slot_loads
+from planner.solver.parity_groups import parity_slots, slot_parity_groups
+from planner.solver.replicas import copy_counts
 
-FAR = 1e9  # larger than any sum of loads: orders what must not be before what is merely slow
-PACKED = 5e7  # layers x ranks x copies up to which every copy is packed, not dealt
+FAR = 1e9  # larger than any sum of loads, for choices that are wrong rather than slow
+PACKED = 5e7  # layers x ranks x copies up to which copies are packed one by one, not dealt out in rounds
+TRIES_WORK = 2e6  # layers x copies squared that placements in several orders may cost
+NOISE = (0.0, 0.2, 0.6, 0.1)  # how far the orders tried in turn depart from heaviest first
+EVEN = 1.0002  # highest load over the mean, or over the busiest copy alone, at which the search stops
+PATIENCE = 12  # orders without improvement after which the search stops
 
 
-def place(
+def place_afresh(
+    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: str = "copies"
+) -> tuple[np.ndarray, tuple[ParityGroup, ...]]:
+    """A fresh placement: slot table int32 [layers, ranks, slots] and parity groups."""
+    ranks, experts = len(domain), loads.shape[1]
+    hosts = int(domain.max()) + 1
+    apart = domain if hosts > 2 else np.arange(ranks)
+    members = max(1, min(8, (int(apart.max()) + 1) * 3 // 4))
+    spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
+    tries = max(1, min(60, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
+    table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
+    if not spare:
+        return table, ()
+    groups = tuple(
+        ParityGroup(layer=a, slot=b, members=c) for a, b, c in slot_parity_groups(table, experts, apart, members)
+    )
+    return np.where(table >= experts, -1, table), groups
+
+
+def _best_start(loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int) -> np.ndarray:
+    """The best balanced of placements counted and packed in several orders and improved by swaps, layer by layer."""
+    best, lowest, without_gain = None, None, 0
+    rng = np.random.default_rng(0)
+    for attempt in range(tries):
+        noise = 1 + NOISE[attempt % len(NOISE)] * rng.random(loads.shape)
+        table = place_experts(loads, domain, slots, protect=protect, parity=spare, order=noise)
+        table = balance_by_swaps(table, loads, domain)
+        hottest = peak_over_mean(table, loads)
+        if best is None or lowest is None:
+            best, lowest = table, hottest
+        better = hottest < lowest
+        best = np.where(better[:, None, None], table, best)
+        lowest = np.where(better, hottest, lowest)
+        without_gain = 0 if better.any() else without_gain + 1
+        alone = slot_loads(best, loads).max(axis=(1, 2)) * len(domain)
+        if without_gain > PATIENCE or (lowest <= np.maximum(alone, 1.0) * EVEN).all():
+            break
+    assert best is not None
+    return best
+
+
+def place_experts(
     loads: np.ndarray,
     domain: np.ndarray,
     slots: int,
@@ -25,15 +71,15 @@ def place(
     parity: int = 0,
     order: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A fresh slot table: copies on different ranks and on two hosts at least, then the load even.
+    """A slot table with the copies of an expert on different ranks and on at least two hosts, and then balanced load.
 
-    `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity
-    slots per layer, numbered from `experts` up in the table. `order` are factors near 1 on the loads by which
-    copies are counted and sorted, to try something else, float [layers, experts].
+    `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity slots per layer,
+    numbered from `experts` up in the table. `order`, float [layers, experts], are factors near 1 on the loads by which
+    copies are counted and sorted, to try other placements.
 
-    Items (copies, heaviest first) go to the rank with the least load that has a slot left and no copy of the
-    same expert, on a host with no more than its part of them. On the largest clusters they are dealt out
-    instead, which takes less time and balances a little less well.
+    Items (copies, heaviest first) go to the rank with the least load that has a free slot and no copy of the same
+    expert, on a host with no more than its share of the copies. On the largest clusters they are dealt out in rounds
+    instead, which takes less time and balances slightly less well.
     """
     layers, experts = loads.shape
     ranks = len(domain)
@@ -49,11 +95,11 @@ def place(
     else:
         at = _deal(item, domain, slots)
     table = _fill(item, at, ranks, slots)
-    return separate(table, slot_loads(table, loads), domain)
+    return separate_copies(table, slot_loads(table, loads), domain)
 
 
 def _items(counts: np.ndarray, loads: np.ndarray, order: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Every copy as an item, heaviest first: expert and load, both [layers, items]; -1 pads."""
+    """Every copy as an item, heaviest first: expert and load, both [layers, items]; padded with -1."""
     layers = len(counts)
     width = int(counts.sum(axis=1).max())
     item = np.full((layers, width), -1, np.int64)
@@ -71,9 +117,9 @@ def _items(counts: np.ndarray, loads: np.ndarray, order: np.ndarray | None) -> t
 
 
 def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray) -> np.ndarray:
-    """Rank of each item, int [layers, items], -1 for pads; `room` is the slots of each rank [layers, ranks].
+    """The rank of each item, int [layers, items], -1 for padding; `room` is the slots of each rank [layers, ranks].
 
-    Copies of an expert go to different ranks and evenly to the domains where there is room.
+    Copies of an expert go to different ranks, evenly over the hosts that have free slots.
     """
     layers, ranks = room.shape
     at = np.full(item.shape, -1, np.int64)
@@ -86,10 +132,10 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, 
     copies = np.zeros((layers, experts), np.int64)
     np.add.at(copies, (rows[:, None], item), item >= 0)
     quota = -(-copies // hosts)
-    turn = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
+    tie_break = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
     for i in range(item.shape[1]):
         expert = item[:, i]
-        key = load + turn - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
+        key = load + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
         key += FAR / 100 * (hosted[rows, expert][:, domain] >= quota[rows, expert][:, None])
         best = key.argmin(axis=1)
         live = expert >= 0
@@ -102,33 +148,33 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, 
 
 
 def _deal(item: np.ndarray, domain: np.ndarray, slots: int) -> np.ndarray:
-    """As `_pack`, for the largest clusters: dealt in rounds, to and fro, neighbours on different hosts."""
+    """As `_pack`, for the largest clusters: items are dealt out in rounds, forwards and backwards, across hosts."""
     ranks = len(domain)
-    seat = np.zeros(ranks, np.int64)
+    position = np.zeros(ranks, np.int64)
     for host in range(int(domain.max()) + 1):
         members = np.flatnonzero(domain == host)
-        seat[members] = np.arange(len(members))
-    order = np.lexsort((domain, seat))
+        position[members] = np.arange(len(members))
+    order = np.lexsort((domain, position))
     turns = np.concatenate([order if i % 2 == 0 else order[::-1] for i in range(slots)])
     return np.where(item >= 0, turns[None, : item.shape[1]], -1)
 
 
 def _fill(item: np.ndarray, at: np.ndarray, ranks: int, slots: int) -> np.ndarray:
-    """Items on the ranks `at`, both [layers, items], as a table [layers, ranks, slots]."""
+    """The table [layers, ranks, slots] with each item on its rank `at`; both are [layers, items]."""
     layers = len(item)
     table = np.full((layers * ranks, slots), -1, np.int32)
     row, column = np.nonzero(at >= 0)
-    seat = row * ranks + at[row, column]
-    order = np.argsort(seat, kind="stable")
-    nth = np.arange(len(order)) - np.searchsorted(seat[order], seat[order])
-    table[seat[order], nth] = item[row, column][order]
+    owner = row * ranks + at[row, column]
+    order = np.argsort(owner, kind="stable")
+    nth = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
+    table[owner[order], nth] = item[row, column][order]
     return table.reshape(layers, ranks, slots)
 
 
-def separate(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """The table with no expert twice on a rank, nor all its copies on one host, where a swap can avoid it.
+def separate_copies(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """The table with no expert twice on a rank and no expert on one host alone, where a swap can avoid it.
 
-    `weight` is the load of each slot, float [layers, ranks, slots]; swaps are between slots of like load.
+    `weight` is the load of each slot, float [layers, ranks, slots]; swaps are between slots of similar load.
     """
     table, weight = table.copy(), weight.copy()
     ordered = np.sort(table, axis=2)
@@ -147,7 +193,7 @@ def separate(table: np.ndarray, weight: np.ndarray, domain: np.ndarray) -> np.nd
 
 
 def _sharing_a_host(rows: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """Experts of one layer [ranks, slots] that have several copies, all on one host."""
+    """The experts of one layer [ranks, slots] that have several copies, all on one host."""
     flat, host = rows.ravel(), np.repeat(domain, rows.shape[1])
     held = np.flatnonzero(flat >= 0)
     size = int(flat.max(initial=0)) + 1
@@ -168,8 +214,8 @@ def _swap_out(
 ) -> bool:
     """Swap a slot of one layer [ranks, slots] with the slot of nearest weight on a rank without its expert.
 
-    With `other_host` that rank is on another host, and what comes back stays on two hosts if it is on two.
-    False when there is no such slot.
+    With `other_host` that rank is on another host, and the expert that comes in exchange stays on two hosts if it is on
+    two. False when there is no such slot.
     """
     expert = rows[rank, slot]
     free = ~(rows == expert).any(axis=1)
@@ -179,8 +225,8 @@ def _swap_out(
         size = int(rows.max()) + 2
         on_host = np.zeros((size, int(domain.max()) + 1), np.int64)
         np.add.at(on_host, (rows, domain[:, None]), 1)
-        here = on_host[rows, domain[rank]] > 0
-        clash |= here & (on_host[rows, domain[:, None]] < 2)
+        on_this_host = on_host[rows, domain[rank]] > 0
+        clash |= on_this_host & (on_host[rows, domain[:, None]] < 2)
     fits = free[:, None] & ((rows < 0) | ~clash)
     if not fits.any():
         return False

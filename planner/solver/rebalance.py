@@ -1,4 +1,4 @@
-"""Placement moved towards measured loads, a few experts at a time, keeping what survival needs."""
+"""Rebalancing: a placement is moved towards measured loads, a few experts at a time, and stays fault tolerant."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.balance import peak, rank_loads, swap_down
 from planner.errors import InputError
-from planner.plan import Plan, as_tuples
-from planner.solve import domain_index
+from planner.plan.plan import Plan, as_tuples
+from planner.solver.balance import balance_by_swaps, host_index, peak_over_mean, rank_loads
 
 MODES = ("global", "hierarchical")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rebalance:
-    """The new plan and the hottest rank's load over the mean, before and after, float [moe_layers]."""
+    """The new plan, and the highest load of a rank over the mean, before and after: float [moe_layers]."""
 
     plan: Plan
     before: np.ndarray
@@ -27,10 +26,10 @@ class Rebalance:
 def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_layer: int = 64) -> Rebalance:
     """`plan` with experts recopied and swapped towards `loads`, float [moe_layers, experts].
 
-    An expert with two copies, or copies on two hosts, keeps that. "hierarchical" swaps inside hosts only,
-    so nothing crosses the network. At most `moves_per_layer` slots are given to other experts on a layer and
-    as many swapped (on each host, when hierarchical). Parity slots stay; where there are any, nothing is
-    swapped.
+    An expert with two copies, or with copies on two hosts, still has them afterwards. The mode "hierarchical" swaps
+    within hosts only, so that no expert crosses the network. On each layer at most `moves_per_layer` slots go to other
+    experts and as many are swapped (on each host, when hierarchical). Parity slots stay; a plan that has any gets no
+    swaps. InputError for a dense model, an unknown mode, or loads of another shape.
     """
     if mode not in MODES:
         raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -38,30 +37,30 @@ def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_
         raise InputError("the plan is of a dense model: it has no experts to rebalance")
     if loads.shape != (plan.moe_layers, plan.experts):
         raise InputError(f"loads have shape {loads.shape}; the plan has {(plan.moe_layers, plan.experts)}")
-    table = plan.slot_table().reshape(plan.moe_layers, len(plan.holders), plan.slots_per_rank)
+    table = plan.slots_by_rank()
     reserved = {(g.layer, g.slot) for g in plan.parity}
     for layer, slot in reserved:
         table[layer].reshape(-1)[slot] = plan.experts
-    domain = domain_index(plan.holders)
+    domain = host_index(plan.expert_ranks)
     start = table.copy()
     for layer in range(len(table)):
         _recopy(table[layer], loads[layer], domain, moves_per_layer, inside=mode == "hierarchical")
     if not reserved:
-        swap = swap_down if mode == "global" else _swap_inside
+        swap = balance_by_swaps if mode == "global" else _swap_inside
         table = swap(table, loads, domain, rounds=moves_per_layer // 2)
-    better = peak(table, loads) < peak(start, loads)
+    better = peak_over_mean(table, loads) < peak_over_mean(start, loads)
     table = np.where(better[:, None, None], table, start)
     slots = np.where(table >= plan.experts, -1, table).reshape(plan.moe_layers, -1)
     return Rebalance(
         plan=replace(plan, slots=as_tuples(slots), epoch=plan.epoch + 1),
-        before=peak(start, loads),
-        after=peak(table, loads),
+        before=peak_over_mean(start, loads),
+        after=peak_over_mean(table, loads),
         moved=int((table != start).sum()),
     )
 
 
 def _swap_inside(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int) -> np.ndarray:
-    """Swaps between ranks of one host only."""
+    """The table after swaps between ranks of the same host only."""
     table = table.copy()
     for host in range(int(domain.max()) + 1):
         ranks = np.flatnonzero(domain == host)
@@ -70,7 +69,7 @@ def _swap_inside(table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, ro
 
 
 def _with_counts(table: np.ndarray, loads: np.ndarray, ranks: np.ndarray, rounds: int) -> np.ndarray:
-    """`swap_down` on some ranks, with each copy's load as it is in the whole table."""
+    """`balance_by_swaps` on some ranks, with each copy's load taken from the whole table."""
     layers, experts = loads.shape
     flat = np.where((table < 0) | (table >= experts), experts, table).reshape(layers, -1)
     whole, part = np.zeros((layers, experts + 1)), np.zeros((layers, experts + 1))
@@ -78,11 +77,11 @@ def _with_counts(table: np.ndarray, loads: np.ndarray, ranks: np.ndarray, rounds
     np.add.at(whole, (row, flat), 1)
     np.add.at(part, (row, flat.reshape(table.shape)[:, ranks].reshape(layers, -1)), 1)
     scaled = loads * part[:, :-1] / np.maximum(whole[:, :-1], 1)
-    return swap_down(table[:, ranks], scaled, np.zeros(len(ranks), np.int64), rounds=rounds)
+    return balance_by_swaps(table[:, ranks], scaled, np.zeros(len(ranks), np.int64), rounds=rounds)
 
 
 def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, *, inside: bool) -> None:
-    """Copies of cold experts become copies of the expert that heats the hottest rank, while that helps.
+    """Give slots of experts with little load to the busiest expert of the rank with the highest load, while that helps.
 
     `rows` is one layer [ranks, slots], changed in place; `inside` stays on hosts that hold the expert.
     """
@@ -111,9 +110,9 @@ def _victim(
     *,
     inside: bool,
 ) -> tuple[int, int] | None:
-    """The slot best given up for one more copy of `expert`: an empty one, or one of three copies or more.
+    """The best slot to give up for one more copy of `expert`: an empty one, or one of at least three copies.
 
-    None when every choice would leave a rank as hot as the hottest is now.
+    None when every choice would leave the highest load of a rank as it is.
     """
     experts = len(load)
     real = (rows >= 0) & (rows < experts)

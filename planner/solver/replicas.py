@@ -1,6 +1,6 @@
-"""How many copies each expert gets: spare slots to the experts that need them most.
+"""The number of copies of each expert: spare slots go to the experts with the most load per copy.
 
-`loads` is float [layers, experts], the share of its layer's traffic that each expert takes.
+`loads` is float [layers, experts], each expert's share of its layer's traffic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def copy_counts(loads: np.ndarray, slots: int, ranks: int, *, protect: bool = Tr
     target = min(slots, experts * ranks)
     base = 2 if protect and ranks > 1 and target >= 2 * experts else 1
     weight = loads + 1e-9 * (1 + loads.mean(axis=1, keepdims=True))
-    turn = (np.arange(experts)[None, :] + np.arange(layers)[:, None] * max(1, target - experts)) % experts
-    weight = weight * (1 + 1e-7 * turn / experts)
+    tie_break = (np.arange(experts)[None, :] + np.arange(layers)[:, None] * max(1, target - experts)) % experts
+    weight = weight * (1 + 1e-7 * tie_break / experts)
     counts = _fill_level(weight, base, target, ranks)
     rows = np.arange(layers)
     for _ in range(int((target - counts.sum(axis=1)).max(initial=0))):
@@ -30,7 +30,7 @@ def copy_counts(loads: np.ndarray, slots: int, ranks: int, *, protect: bool = Tr
 
 
 def _fill_level(weight: np.ndarray, base: int, target: int, cap: int) -> np.ndarray:
-    """Counts with every weight/count at one level, at most `target` in all: bisection on the level."""
+    """Counts with weight/count at the same level for all experts, at most `target` in sum: bisection on the level."""
     low, high = np.zeros((len(weight), 1)), weight.sum(axis=1, keepdims=True) + 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -1,4 +1,7 @@
-"""Who attends and who holds experts after a loss, where these are different ranks (ReviveMoE's role switch)."""
+"""Roles after a loss in a disaggregated plan: which ranks are attention ranks and which expert ranks.
+
+The role switch is ReviveMoE's (arXiv 2602.21140).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ def roles_after(
     slots: int,
     switch: str = "auto",
 ) -> dict[int, str]:
-    """The role of each rank alive, from those of all ranks of a disaggregated plan `before` some were lost.
+    """The role of each rank alive; `before` has the roles of all ranks of a disaggregated plan before the loss.
 
-    Ranks keep their roles unless one side would be too few: somebody must attend, and enough ranks must hold
-    experts for `experts` to fit in `slots` on each, as long as two attend. Then the ranks of the other side with the
-    highest ids take the lost ones' place; `switch` "always" makes up for every expert rank lost, as long as somebody
-    attends. A last rank does both.
+    Ranks keep their roles unless one side would be too small: at least one attention rank is needed, and enough expert
+    ranks for `experts` to fit in `slots` slots each, as long as two attention ranks are left. Then ranks of the other
+    side with the highest ids replace the lost ones. With `switch` "always" every lost expert rank is replaced, as long
+    as one attention rank is left. A single rank left takes both roles.
     """
     if len(alive) == 1:
         return {alive[0]: "collocated"}

@@ -1,54 +1,63 @@
-"""What of a plan `moejax serve` runs."""
+"""The plans that `moejax serve` can run, and its settings for them."""
 
 from __future__ import annotations
 
 from math import ceil
 
-from planner.deployment import Deployment
 from planner.errors import InputError
-from planner.huggingface import whole_cache_elements
-from planner.shape import budget, rest_bytes
-from planner.workload import Workload
+from planner.inputs.published import published_model, unwindowed_cache_elements
+from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment
+from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
-FORMS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 
-def held_form(workload: Workload) -> str:
-    """The form of `moejax serve --data-type` that comes nearest to the plan's weights."""
-    return FORMS.get(workload.weight_format, "int8")
+def served_weight_format(workload: Workload) -> str:
+    """The value of `moejax serve --data-type` nearest to the weight format of the plan."""
+    return SERVED_WEIGHT_FORMATS.get(workload.weight_format, "int8")
 
 
 def served_pages(deployment: Deployment) -> int:
-    """Pages for the requests of a rank in the room that the plan has for them: `moejax serve` keeps float32, and
-    divides less over tensor groups. A rank of one has as many pages of each other member, of its share of the heads."""
-    d, w, tensor = deployment, deployment.workload, tensor_of(deployment)
+    """Cache pages of a rank that fit in the memory that the plan has for them.
+
+    `moejax serve` stores the cache in float32, and shards only attention over tensor groups. A rank of a tensor group
+    also holds the same number of pages of each other member, for its shard of the heads.
+    """
+    d, w, tensor = deployment, deployment.workload, tensor_width(deployment)
     if not w.cache_bytes_per_token:
         return d.plan.pages_per_rank // tensor
-    whole = w.cache_bytes_per_token if "model_type" not in d.config else 4 * whole_cache_elements(d.config)
+    whole = w.cache_bytes_per_token if "model_type" not in d.config else 4 * _unwindowed(d)
     room = d.plan.pages_per_rank * w.page_bytes / tensor
     if tensor > 1:
-        room -= _undivided(d) - rest_bytes(w, tensor, d.shape.dense)
+        room -= _served_rest_bytes(d) - rest_bytes(w, tensor, d.shape.dense)
     return int(room / (w.page_tokens * whole))
 
 
-def tensor_of(deployment: Deployment) -> int:
-    """Ranks of a tensor group."""
+def _unwindowed(deployment: Deployment) -> int:
+    return unwindowed_cache_elements(published_model(deployment.config, weights="bfloat16"))
+
+
+def tensor_width(deployment: Deployment) -> int:
+    """The number of ranks of a tensor group."""
     return dict(deployment.plan.axes).get("tensor", 1)
 
 
-def divides_dense(deployment: Deployment) -> bool:
-    """Whether the plan divides dense layers further than its tensor groups do. `moejax serve` divides them over all
-    ranks that hold experts, as experts: a rank has as large a part of them as it has of those."""
+def shards_dense(deployment: Deployment) -> bool:
+    """Whether the plan shards dense layers further than its tensor groups do.
+
+    `moejax serve` shards them over all expert ranks, like experts: a rank has the same share of them as of the experts.
+    """
     return dict(deployment.plan.axes).get("dense", 1) > 1
 
 
-def check_served(deployment: Deployment) -> None:
-    """InputError for a mesh that `moejax serve` does not make: its ranks attend, hold experts, or do both."""
+def check_servable(deployment: Deployment) -> None:
+    """Raise InputError for a mesh that `moejax serve` cannot make, with all reasons."""
     plan, axes = deployment.plan, dict(deployment.plan.axes)
     standby = sum(r.role == "standby" for r in plan.ranks)
     reasons = [f"{standby} ranks that stand by"] if standby else []
-    reasons += _tensor_amiss(deployment)
+    reasons += _tensor_group_problems(deployment)
     held, planned = plan.slots_per_rank / max(1, plan.experts), 1 / axes.get("dense", 1)
     if held > planned < 1:
         reasons.append(
@@ -63,9 +72,9 @@ def check_served(deployment: Deployment) -> None:
         )
 
 
-def _tensor_amiss(deployment: Deployment) -> list[str]:
-    """Why the plan's tensor groups are not served. `moejax serve` divides attention over them, and nothing else."""
-    d, tensor = deployment, tensor_of(deployment)
+def _tensor_group_problems(deployment: Deployment) -> list[str]:
+    """The reasons why `moejax serve` cannot run the plan's tensor groups; it shards attention alone over them."""
+    d, tensor = deployment, tensor_width(deployment)
     if tensor == 1:
         return []
     w, groups = d.workload, f"tensor groups of {tensor}"
@@ -76,16 +85,18 @@ def _tensor_amiss(deployment: Deployment) -> list[str]:
     if d.config.get("model_type") in NORMS_ALL_HEADS:
         return [f"{groups}, of a model that norms the queries of all heads at once"]
     if w.cache_bytes_per_token and served_pages(d) < 1:
-        need, room = _undivided(d) + d.plan.slots_per_rank * w.slot_bytes, budget(d.cluster)
+        need, room = _served_rest_bytes(d) + d.plan.slots_per_rank * w.slot_bytes, memory_budget(d.cluster)
         return [
             f"{groups}, of which a rank holds {need:,} bytes of weights and leaves no cache of the {room:,} there are"
         ]
     return []
 
 
-def _undivided(deployment: Deployment) -> int:
-    """Bytes of all but experts that a rank of a tensor group holds: a share of attention, and the rest whole, but for
-    dense layers where these are divided as experts are."""
+def _served_rest_bytes(deployment: Deployment) -> int:
+    """Bytes of everything but experts on a rank of a tensor group.
+
+    That is its shard of attention and all of the rest, without dense layers where these are sharded as experts.
+    """
     d, w = deployment, deployment.workload
-    whole = w.rest_bytes - w.attention_bytes + ceil(w.attention_bytes / tensor_of(d))
-    return whole - w.dense_bytes if divides_dense(d) else whole
+    whole = w.rest_bytes - w.attention_bytes + ceil(w.attention_bytes / tensor_width(d))
+    return whole - w.dense_bytes if shards_dense(d) else whole

@@ -1,81 +1,42 @@
-"""Mesh shapes: which ranks attend and in what tensor groups, which hold experts, and in how many slots."""
+"""Mesh shapes to choose from, the slots of a rank, and the memory that weights and cache take."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from math import ceil
 
-from planner.cluster import Cluster, Device
 from planner.errors import InputError, NoFeasiblePlan
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster, Device
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
 
 MEMORY_SHARE = 0.92  # of device memory that weights and cache may take; the rest is for activations
-COPIES_SHARE = 1 / 16  # of a rank's weights that more slots may take, for a loss to be survived without reading any
+COPIES_SHARE = 1 / 16  # of a rank's weights that slots for second copies may take, so that a loss reads no weights
 ARCHITECTURES = ("collocated", "disaggregated")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A mesh before it has a placement.
-
-    `roles` and `groups` have one entry per rank: its role, and the index of its tensor group of `tensor`
-    ranks on one host (-1 outside attention). Dense layers are divided over `dense` ranks.
-    """
-
-    arch: str
-    tensor: int
-    dense: int
-    slots: int
-    roles: tuple[str, ...]
-    groups: tuple[int, ...]
-
-    @cached_property
-    def data(self) -> int:
-        """Tensor groups, each of which attends for requests of its own."""
-        return max(self.groups, default=-1) + 1
-
-    @cached_property
-    def holders(self) -> int:
-        """Ranks that hold experts."""
-        return sum(role in ("collocated", "expert") for role in self.roles)
-
-    @property
-    def layout(self) -> tuple[int, tuple[str, ...]]:
-        """What a placement depends on: slots and roles."""
-        return self.slots, self.roles
-
-    @property
-    def axes(self) -> tuple[tuple[str, int], ...]:
-        """Mesh axes and their sizes."""
-        dense = (("dense", self.dense),) if self.dense != self.tensor else ()
-        return (("data", self.data), ("tensor", self.tensor), *dense, ("expert", self.holders))
-
-    def describe(self) -> str:
-        """One line: architecture, axes, slots and ranks that do something else."""
-        axes = " x ".join(f"{name} {size}" for name, size in self.axes)
-        idle = {role: self.roles.count(role) for role in ("attention", "expert", "standby")}
-        others = "".join(f", {count} {role}" for role, count in idle.items() if count)
-        return f"{self.arch} {axes}, {self.slots} slots{others}"
-
-
-def budget(cluster: Cluster) -> int | None:
-    """Bytes of one device that weights and cache may take, None without a limit."""
+def memory_budget(cluster: Cluster) -> int | None:
+    """Bytes of a device that weights and cache may take, None without a limit."""
     memory = cluster.hardware.memory_bytes
     return None if memory is None else int(memory * MEMORY_SHARE)
 
 
+def without_memory_limit(cluster: Cluster) -> Cluster:
+    """The cluster with devices on which everything fits, to ask for a placement alone."""
+    return replace(cluster, hardware=replace(cluster.hardware, memory_bytes=None))
+
+
 def rest_bytes(workload: Workload, tensor: int, dense: int) -> int:
-    """Bytes on one rank of everything but routed experts, with tensor groups and dense groups."""
-    undivided = workload.rest_bytes - workload.dense_bytes
-    return ceil(undivided / tensor) + ceil(workload.dense_bytes / max(tensor, dense))
+    """Bytes of everything but routed experts on a rank, with tensor groups of `tensor`, dense groups of `dense`."""
+    without_dense = workload.rest_bytes - workload.dense_bytes
+    return ceil(without_dense / tensor) + ceil(workload.dense_bytes / max(tensor, dense))
 
 
 def most_slots(workload: Workload, cluster: Cluster, rest: int | None = None) -> int | None:
     """Slots per rank that fit next to `rest` bytes of weights and one cache page; None without a limit."""
-    room = budget(cluster)
+    room = memory_budget(cluster)
     if room is None:
         return None
     rest = workload.rest_bytes if rest is None else rest
@@ -92,11 +53,11 @@ def slots_per_rank(
     survive_ranks: int,
     rest: int | None = None,
 ) -> int:
-    """Slots per rank on `ranks` ranks: `asked`, or what the plan `before` had, or enough to lose some.
+    """Slots per rank on `ranks` expert ranks: as `asked`, as `before` in the previous plan, or enough to lose some.
 
     The default is ceil(E / (n - survive_ranks)), less when memory is short, never below ceil(E / n); more where
     two copies of every expert cost little (`COPIES_SHARE`), so that any one loss is survived without reading weights.
-    A dense model has none. NoFeasiblePlan when even that does not fit.
+    A dense model has none. NoFeasiblePlan, with the numbers and a way out, when the experts do not fit.
     """
     rest = workload.rest_bytes if rest is None else rest
     experts, most = workload.experts, most_slots(workload, cluster, rest)
@@ -106,8 +67,6 @@ def slots_per_rank(
         return _no_slots(workload, cluster, rest)
     least = ceil(experts / ranks)
     if asked is not None:
-        if asked < 1:
-            raise InputError(f"slots_per_rank is {asked}; it must be at least 1")
         if asked < least:
             raise NoFeasiblePlan(
                 f"{experts} experts do not fit in {asked * ranks} slots "
@@ -130,7 +89,7 @@ def slots_per_rank(
         weights = rest + chosen * workload.slot_bytes
         raise NoFeasiblePlan(
             f"{chosen} slots per rank need {weights:,} bytes of weights on each of {ranks} ranks, which have "
-            f"{budget(cluster):,} bytes for weights and cache: room for {most} slots. "
+            f"{memory_budget(cluster):,} bytes for weights and cache: room for {most} slots. "
             + (
                 f"Add ranks: {ceil(experts / most)} would do."
                 if most
@@ -142,7 +101,7 @@ def slots_per_rank(
 
 def _no_slots(workload: Workload, cluster: Cluster, rest: int) -> int:
     """0 slots for a dense model; NoFeasiblePlan when its weights and one cache page do not fit on a rank."""
-    room = budget(cluster)
+    room = memory_budget(cluster)
     if room is not None and rest + workload.page_bytes > room:
         raise NoFeasiblePlan(
             f"{workload.name} needs {rest + workload.page_bytes:,} bytes on each rank for weights and one cache page; "
@@ -153,7 +112,7 @@ def _no_slots(workload: Workload, cluster: Cluster, rest: int) -> int:
 
 def cache_pages(workload: Workload, cluster: Cluster, slots: int, *, tensor: int = 1, rest: int | None = None) -> int:
     """Cache pages that fit beside the weights of one rank; 0 when memory or cache size is not given."""
-    room = budget(cluster)
+    room = memory_budget(cluster)
     if room is None or not workload.page_bytes:
         return 0
     page = ceil(workload.page_bytes / min(tensor, workload.cache_splits))
@@ -161,7 +120,7 @@ def cache_pages(workload: Workload, cluster: Cluster, slots: int, *, tensor: int
     return max(0, (room - rest - slots * workload.slot_bytes) // page)
 
 
-def shapes(
+def mesh_shapes(
     workload: Workload,
     cluster: Cluster,
     devices: Sequence[Device],
@@ -173,10 +132,10 @@ def shapes(
     tensor: int | None = None,
     dense: int | None = None,
 ) -> Iterator[Shape]:
-    """Shapes worth comparing on these devices, without asking whether they fit.
+    """The shapes worth comparing on these devices, whether they fit in memory or not.
 
-    `lost` is how many expert ranks may be lost before slots run out. Ranks of a host that fill no tensor
-    group (the seventh of 7 with groups of 2) hold experts only. The last `standby` ranks do nothing.
+    `lost` is the number of expert ranks that may be lost before slots run out. Ranks of a host that fill no tensor
+    group (the seventh of 7 with groups of 2) hold experts only. The last `standby` ranks wait for a loss.
     """
     _check_asked(workload, arch, slots, tensor, dense)
     active = devices[: len(devices) - standby]
@@ -184,17 +143,17 @@ def shapes(
     seen: set[Shape] = set()
     wide = [t for t in (1, 2, 4, 8) if t <= widest and workload.heads % t == 0]
     for width in (t for t in wide if tensor in (None, t)):
-        for divided in (d for d in _dense_groups(workload, width, widest) if dense in (None, d)):
+        for dense_width in (d for d in _dense_groups(workload, width, widest) if dense in (None, d)):
             for attention in _attention_ranks(active, arch):
                 roles, groups = _group(active, attention, width, arch)
-                holders = sum(role in ("collocated", "expert") for role in roles)
-                if max(groups, default=-1) < 0 or not holders:
+                expert_rank_count = sum(role in ("collocated", "expert") for role in roles)
+                if max(groups, default=-1) < 0 or not expert_rank_count:
                     continue
-                for count in _slot_counts(workload, holders, lost, slots):
+                for count in _slot_counts(workload, expert_rank_count, lost, slots):
                     shape = Shape(
                         arch=arch,
                         tensor=width,
-                        dense=divided,
+                        dense=dense_width,
                         slots=count,
                         roles=(*roles, *["standby"] * standby),
                         groups=(*groups, *[-1] * standby),
@@ -205,7 +164,7 @@ def shapes(
 
 
 def _check_asked(workload: Workload, arch: str, slots: int | None, tensor: int | None, dense: int | None) -> None:
-    """InputError for what no mesh of this model can be."""
+    """Raise InputError for options that no mesh of this model can have."""
     if arch not in ARCHITECTURES:
         raise InputError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
     if slots is not None and slots < 1:
@@ -219,12 +178,12 @@ def _check_asked(workload: Workload, arch: str, slots: int | None, tensor: int |
 
 
 def _dense_groups(workload: Workload, tensor: int, widest: int) -> list[int]:
-    """Sizes of dense FFN groups worth trying: as attention, or wider where there are dense layers."""
+    """Widths of dense FFN groups worth trying: that of tensor groups, or wider where the model has dense layers."""
     return [tensor] + [d for d in (4, 8) if workload.dense_bytes and tensor < d <= widest]
 
 
 def _attention_ranks(devices: Sequence[Device], arch: str) -> list[int]:
-    """How many leading ranks attend: all, or several splits at host boundaries when there are hosts."""
+    """Numbers of leading ranks to have attention: all, or several splits, at host boundaries when there are hosts."""
     n = len(devices)
     if arch == "collocated":
         return [n]
@@ -252,11 +211,11 @@ def _group(devices: Sequence[Device], attention: int, tensor: int, arch: str) ->
     return roles, groups
 
 
-def _slot_counts(workload: Workload, holders: int, lost: int, asked: int | None) -> list[int]:
-    """Slot counts worth trying: enough to lose `lost` ranks, enough for two copies of every expert."""
+def _slot_counts(workload: Workload, expert_rank_count: int, lost: int, asked: int | None) -> list[int]:
+    """Numbers of slots worth trying: enough to lose `lost` ranks, and enough for two copies of every expert."""
     if asked is not None:
         return [asked]
     experts = workload.experts
-    enough = ceil(experts / (holders - lost)) if holders > lost else experts
-    twice = ceil(2 * experts / max(1, holders - lost))
+    enough = ceil(experts / (expert_rank_count - lost)) if expert_rank_count > lost else experts
+    twice = ceil(2 * experts / max(1, expert_rank_count - lost))
     return sorted({min(experts, s) for s in (enough, enough + 1, twice, twice + 1)})

@@ -1,0 +1,1 @@
+"""The commands of `moejax plan`: reports, explanations, plots and exports."""

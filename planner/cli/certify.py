@@ -1,0 +1,121 @@
+"""`moejax plan certify`: whether every loss keeps the service levels, as text and as a signed file."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from math import ceil
+
+from planner.cli.command import CommandResult, read_words, with_store, write_text
+from planner.cli.table import table, terminal_width
+from planner.errors import InputError, NoFeasiblePlan
+from planner.failures.certificate import LossesOfASize, Terms, Verdict, certify, read_service_levels
+from planner.failures.certificate_file import Certificate, certificate, read_certificate, read_key
+from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
+from planner.inputs.recovery_times import read_recovery_times
+from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
+
+
+def run(options: Namespace) -> CommandResult:
+    """`certify PLAN`: makes a certificate, or with --check reads one."""
+    deployment = with_store(read_deployment(options.plan), options.store)
+    if options.check:
+        return _checked(deployment, read_certificate(options.check), options)
+    if not options.slo:
+        raise InputError("--slo is missing; give the service levels, as --slo tpot_ms=50,stall_ms=500")
+    if not 0 < options.load <= 1:
+        raise InputError(f"--load is {options.load}; it is a share of the requests of the plan, above 0 and up to 1")
+    survive = read_fault_tolerance(options.survive) if options.survive else deployment.survive
+    refused = read_words(options.without, OPTIONAL_MEANS, "--without")
+    losses = LossModel(
+        deployment,
+        read_recovery_times(options.measured) if options.measured else None,
+        [m for m in MEANS if m not in refused and m != "mask"],
+        one_front=not options.without_front,
+    )
+    whole = losses.capacity_model.whole
+    most = whole.requests_per_group * whole.shape.data
+    if not most:
+        raise NoFeasiblePlan(f"the plan runs no request, so there is nothing to certify: {whole.reason}")
+    terms = Terms(survive=survive, levels=read_service_levels(options.slo), requests=ceil(options.load * most))
+    verdict = certify(losses, terms)
+    made = certificate(losses, terms, verdict, one_front=not options.without_front)
+    if options.key:
+        made = made.signed(read_key(options.key))
+    write_text(options.out, made.to_json())
+    lines = [*_heading(terms, most), *_verdict_lines(verdict)]
+    if not verdict.holds:
+        lines.append(_way_out(losses, terms, most))
+    if options.out:
+        lines.append(f"wrote {options.out}, " + ("signed" if made.signature else "not signed (--key FILE signs it)"))
+    return CommandResult(data=_data(made), text="\n".join(filter(None, lines)), good=verdict.holds)
+
+
+def _heading(terms: Terms, most: int) -> list[str]:
+    levels = ", ".join(f"{name} {value:g}" for name, value in vars(terms.levels).items() if value is not None)
+    return [f"{levels} after any loss of {terms.survive}, with {terms.requests:,} of {most:,} requests running"]
+
+
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    rows = [_row(s) for s in verdict.sizes]
+    head = ["losses", "of them", "priced", "tpot ms", "stall ms", "its own", "capacity", "kept"]
+    lines = ["", table(head, rows, width=terminal_width()), ""] if rows else []
+    if any(s.priced < s.losses and not s.failing for s in verdict.sizes):
+        lines.append(
+            "losses that were not priced are proven by a bound (docs/planner.md); figures are the worst [estimate]"
+        )
+    if verdict.missed:
+        lines.append(f"does not hold: {verdict.missed}")
+    elif (worst := verdict.failing) is not None and worst.failing is not None:
+        ranks = len(worst.failing.dead)
+        of = f"{worst.kind} {worst.failing.name}" + (f", {ranks} ranks" if worst.kind != "rank" else "")
+        lines.append(f"does not hold: the smallest loss that misses it is {of}: {worst.missed}")
+    elif not verdict.holds:
+        lines.append("not proven: there are more losses than the bound covers and could be priced")
+    else:
+        lines.append("holds: every loss keeps it")
+    return lines
+
+
+def _row(size: LossesOfASize) -> list[str]:
+    worst = size.worst
+    figures = [f"{worst[name]:,.1f}" if name in worst else "-" for name in ("tpot_ms", "stall_ms", "moved_stall_ms")]
+    capacity = f"{worst['capacity']:.1%}" if worst else "-"
+    kept = "no" if size.failing else "not proven" if size.unfinished else "yes"
+    return [f"{size.lost} {size.kind}", f"{size.losses:,}", f"{size.priced:,}", *figures, capacity, kept]
+
+
+def _way_out(losses: LossModel, terms: Terms, most: int) -> str:
+    """The largest load with which the certificate holds; empty where no load helps."""
+    low, high = 0, terms.requests - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        held = certify(losses, replace(terms, requests=middle), each=0).holds
+        low, high = (middle, high) if held else (low, middle - 1)
+    if not low:
+        return ""
+    return f"it holds with {low:,} requests: --load {int(1e4 * low / most) / 1e4:g}"
+
+
+def _checked(deployment: Deployment, given: Certificate, options: Namespace) -> CommandResult:
+    """The report on a certificate: its signature, the plan it is of, and its verdict."""
+    if options.key:
+        given.check(read_key(options.key))
+    other = given.differences(deployment)
+    lines = ["signed with this key" if options.key else "signature not checked (--key FILE)"]
+    lines.append(f"of another {', '.join(other)}" if other else "of this plan, model, cluster and loads")
+    lines.append("holds" if given.holds else "does not hold")
+    data = _data(given) | {"differences": other}
+    return CommandResult(data=data, text="\n".join(lines), good=given.holds and not other)
+
+
+def _data(made: Certificate) -> dict:
+    """The certificate for --json."""
+    return {
+        "holds": made.holds,
+        "signed": bool(made.signature),
+        "requests": made.terms.requests,
+        "verdict": dict(made.verdict),
+        "sha256": dict(made.hashes),
+        "signature": made.signature,
+    }

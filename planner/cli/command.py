@@ -1,0 +1,48 @@
+"""Shared by all commands: their result, and the reading and writing of common options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planner.errors import InputError, unknown_key
+from planner.plan.deployment import Deployment
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandResult:
+    """The result of a command: data for --json, text for a terminal, and `good`, False for exit code 1.
+
+    Lines of the text are folded to the terminal's width, unless it is `verbatim`.
+    """
+
+    data: object
+    text: str
+    good: bool = True
+    verbatim: bool = False
+
+
+def with_store(deployment: Deployment, store: str | None) -> Deployment:
+    """The deployment with lost experts read from `store`; as it is when None."""
+    if store is None:
+        return deployment
+    cluster = deployment.cluster
+    return replace(deployment, cluster=replace(cluster, hardware=replace(cluster.hardware, store=store)))
+
+
+def read_words(text: str, known: tuple[str, ...], where: str) -> list[str]:
+    """The comma-separated words of `text`. InputError naming a word that is not `known`."""
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    for word in words:
+        if word not in known:
+            raise unknown_key(word, known, where)
+    return words
+
+
+def write_text(path: str | None, text: str) -> None:
+    """Write `text` to `path`, if there is one."""
+    if path:
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,113 @@
+"""The errors of the planner: its predictions beside measured settings, also with constants that never saw their
+kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from planner.cost.engine_fit import SettingArrays, fit_engine, predict, settings_of
+from planner.cost.measurements import Measurement
+from planner.inputs.engine import Engine, engine_names, read_profile
+
+KINDS = ("model", "chip", "engine")
+FULL = 64
+"""The concurrency from which on tokens/s count as those of a server at full load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorFigures:
+    """The errors of `count` predictions: `bias` is the geometric mean of predicted over measured, `factor` (geometric
+    error factor) that of the larger over the smaller of both, `within_125` and `within_2` the shares within these
+    factors."""
+
+    count: int
+    bias: float
+    factor: float
+    within_125: float
+    within_2: float
+
+
+def error_figures(errors: np.ndarray) -> ErrorFigures | None:
+    """The figures of natural logarithms of predicted over measured; None without any."""
+    if not len(errors):
+        return None
+    size = np.abs(errors)
+    return ErrorFigures(
+        count=len(errors),
+        bias=float(np.exp(errors.mean())),
+        factor=float(np.exp(size.mean())),
+        within_125=float((size <= np.log(1.25)).mean()),
+        within_2=float((size <= np.log(2)).mean()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Predictions for measured settings. Errors are natural logarithms of predicted over measured, one for each.
+
+    `first_tokens` is `Engine.prompt_kernel` by the engine that was measured (`fit_first_tokens`).
+    """
+
+    measurements: Sequence[Measurement]
+    settings: SettingArrays
+    engine: Engine
+    first_tokens: Mapping[str, float]
+
+    @cached_property
+    def tpot(self) -> np.ndarray:
+        """Errors of the time per output token, with the planner's constants."""
+        return np.log(predict(self.settings, self.engine).tpot / self.settings.tpot)
+
+    @cached_property
+    def ttft(self) -> np.ndarray:
+        """Errors of the time to first token, with the planner's constants; nan where none was measured."""
+        measured = np.where(self.settings.ttft > 0, self.settings.ttft, np.nan)
+        return np.log(predict(self.settings, self.engine, self.first_tokens).ttft / measured)
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """Errors of tokens/s at a concurrency of `FULL` and more; nan elsewhere. Measured tokens/s are those of
+        requests that begin again as they end."""
+        s = self.settings
+        measured = s.concurrency * s.output / (s.ttft + s.output * s.tpot)
+        loaded = (s.concurrency >= FULL) & (s.ttft > 0)
+        return np.log(predict(s, self.engine).rate / np.where(loaded, measured, np.nan))
+
+    def labels(self, kind: str) -> np.ndarray:
+        """The model, chip, engine, or batch (concurrency, in steps of 4) of each setting, as text."""
+        if kind == "batch":
+            edges = 4 ** np.ceil(np.log(np.maximum(1, self.settings.concurrency)) / np.log(4)).astype(int)
+            return np.array([f"up to {edge}" for edge in edges])
+        return np.array([getattr(m, kind) for m in self.measurements])
+
+    @cached_property
+    def left_out(self) -> Mapping[str, np.ndarray]:
+        """Errors of the time per output token, each with constants fitted without any setting of its model (its chip,
+        its engine), by kind. nan where all settings are of one."""
+        found = {}
+        for kind in KINDS:
+            labels, errors = self.labels(kind), np.full(len(self.measurements), np.nan)
+            for label in np.unique(labels):
+                inside = labels == label
+                if inside.all():
+                    continue
+                engine = fit_engine(self.settings.only(~inside), start=self.engine)
+                held = self.settings.only(inside)
+                errors[inside] = np.log(predict(held, engine).tpot / held.tpot)
+            found[kind] = errors
+        return found
+
+
+def accuracy_of(measurements: Sequence[Measurement], name: str) -> Accuracy:
+    """The predictions for `measurements` with the constants of the engine `name`, and of its variants where these are
+    what was measured."""
+    variants = {m.engine for m in measurements} & set(engine_names())
+    first_tokens = {each: read_profile(each)[0].prompt_kernel for each in variants}
+    settings = settings_of(measurements)
+    return Accuracy(
+        measurements=measurements, settings=settings, engine=read_profile(name)[0], first_tokens=first_tokens
+    )

@@ -1,0 +1,100 @@
+"""The band around a predicted figure: how far measured settings of its kind were from their predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.inputs.cluster import Cluster
+from planner.inputs.engine import HERE, engine_of, read_profile
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+
+UNCHECKED = 2.0
+"""The error factor of figures of an engine that was never compared with measurements, an assumption."""
+BEYOND = 1.5
+"""The least error factor of figures beyond what was measured, an assumption: published figures of wide expert parallel
+deployments lie within it but for one prompt rate, which is 1.7 times the planned one
+(docs/results/planner_accuracy.md)."""
+FEW = 10
+QUANTITIES = ("tpot", "ttft", "rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """The error factors of a prediction's figures: of the time per output token, the time to first token and tokens/s.
+
+    They are those of `count` measured settings of this kind, unless `beyond` says in which way the prediction leaves
+    what was measured.
+    """
+
+    tpot: float
+    ttft: float
+    rate: float
+    count: int = 0
+    beyond: str = ""
+
+    def around(self, value: float, quantity: str) -> dict[str, float]:
+        """`value` as {low, mid, high}; `quantity` is one of QUANTITIES."""
+        factor = getattr(self, quantity)
+        return {"low": value / factor, "mid": value, "high": value * factor}
+
+    def text(self, value: float, quantity: str, unit: str) -> str:
+        """`value` as a range, such as "18-26 ms"."""
+        ends = self.around(value, quantity)
+        return f"{short(ends['low'])}-{short(ends['high'])} {unit}"
+
+    def source(self, quantity: str = "tpot") -> str:
+        """The reason for the width of the band, in brackets."""
+        factor = getattr(self, quantity)
+        if self.beyond:
+            return f"[outside of what was measured: {self.beyond}; error factor {factor:.2g} assumed]"
+        return f"[measured settings of this kind: error factor {factor:.3g}, n = {self.count}]"
+
+    def to_dict(self) -> dict:
+        """The band for JSON."""
+        factors = {name: getattr(self, name) for name in QUANTITIES}
+        return {"error_factor": factors, "settings": self.count, "outside_of_measured": self.beyond}
+
+
+def short(value: float) -> str:
+    """A number with three digits."""
+    if value >= 999.5:
+        value = float(f"{value:.3g}")
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def band_of(workload: Workload, cluster: Cluster, shape: Shape, requests: float, prompt: float) -> Band:
+    """The band of the prediction for a model on a shape, with `requests` on each tensor group and `prompt` tokens."""
+    engine = engine_of(cluster.hardware)
+    if engine.name == HERE:
+        where = f"engine {HERE} on {cluster.hardware.name}, never compared"
+        return Band(tpot=UNCHECKED, ttft=UNCHECKED, rate=UNCHECKED, beyond=where)
+    checked = read_profile(engine.name)[1]
+    limits, kinds = checked["limits"], checked["kinds"]
+    beyond = _beyond(limits, cluster, shape, requests, prompt)
+    chip, model = cluster.hardware.name, workload.name
+    own = kinds.get(f"{chip} {model}")
+    if own is None or own["count"] < FEW:
+        own = kinds.get(chip)
+    if own is None:
+        own, beyond = kinds["all"], [*beyond, f"chip {chip}"]
+    factors = {name: own[name] for name in QUANTITIES}
+    if beyond:
+        factors = {name: max(BEYOND, factor) for name, factor in factors.items()}
+    return Band(count=own["count"], beyond=", ".join(beyond), **factors)
+
+
+def _beyond(limits: dict, cluster: Cluster, shape: Shape, requests: float, prompt: float) -> list[str]:
+    """The ways in which a prediction leaves what was measured."""
+    devices, found = len(shape.roles), []
+    if shape.arch != "collocated":
+        found.append(f"{shape.arch} ranks")
+    if devices > limits["devices"]:
+        found.append(f"{devices:,} devices, measured up to {limits['devices']}")
+    elif len(cluster.domains("host")) > 1:
+        found.append("more than one host")
+    if requests > limits["requests"]:
+        found.append(f"{requests:,.0f} requests a group, measured up to {limits['requests']}")
+    if prompt > limits["prompt"]:
+        found.append(f"prompts of {prompt:,.0f}, measured up to {limits['prompt']:,}")
+    return found

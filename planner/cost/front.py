@@ -1,0 +1,179 @@
+"""The front's work for a step, for its messages to all ranks and for watching them, by the number of ranks.
+
+The constants (`configs/front.json`) are fitted by `python -m benchmarks.scale --fit FILE` to measurements of a real
+front on simulated ranks, for the messages of two models; docs/scale.md has the measurements and what they leave out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from math import inf
+from typing import Any
+
+from planner.cost.throughput import Candidate
+from planner.inputs.shipped import shipped
+from planner.inputs.workload import Workload
+
+MOST_RANKS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCurve:
+    """Seconds for n ranks: `fixed + each * n + pair * n * n`."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+    pair: float = 0.0
+
+    def at(self, n: int) -> float:
+        """Seconds for `n` ranks."""
+        return self.fixed + self.each * n + self.pair * n * n
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontCost:
+    """Seconds of the front's core: for a step (and `row` for each token of it), for messages to all ranks to abort, to
+    prepare a mesh and to adopt a plan, for receiving one heartbeat (`beat`), and for one check of a rank (`look`).
+
+    A rank sends a heartbeat every `beat_s`, and is checked every `look_s`.
+    """
+
+    step: CostCurve = CostCurve()
+    row: float = 0.0
+    abort: CostCurve = CostCurve()
+    prepare: CostCurve = CostCurve()
+    adopt: CostCurve = CostCurve()
+    beat: float = 0.0
+    look: float = 0.0
+    beat_s: float = 0.05
+    look_s: float = 0.01
+
+    @classmethod
+    def measured(cls, workload: Workload) -> FrontCost:
+        """The front as it was measured, with messages of this model's size.
+
+        Their size follows the (layer, expert) pairs, which routes and router counts name: each constant is the line
+        through its two measurements. Where the larger model's is the lower, which is the error of measurement, that
+        one holds for all larger models.
+        """
+        small, large = measured_fronts()
+        pairs = workload.moe_layers * workload.experts
+        at = max(0.0, (pairs - small.pairs) / (large.pairs - small.pairs))
+        return from_constants(_between(small.constants, large.constants, at))
+
+    def unwatched(self) -> FrontCost:
+        """The front as if watching ranks took no time."""
+        return replace(self, beat=0.0, look=0.0)
+
+    def watch_share(self, n: int) -> float:
+        """The share of the core that watching `n` ranks takes, without any step."""
+        return n * (self.beat / self.beat_s + self.look / self.look_s)
+
+    def busy(self, n: int, work: float) -> float:
+        """Seconds that `work` takes while the core also watches `n` ranks; infinite when watching takes all of it."""
+        left = 1 - self.watch_share(n)
+        return work / left if left > 0 else inf
+
+    def step_seconds(self, n: int, rows: float) -> float:
+        """Seconds to make a step of `rows` tokens on `n` ranks, send it, and receive its results."""
+        return self.busy(n, self.step.at(n) + self.row * rows)
+
+    def preparing(self, n: int, losses: int) -> float:
+        """Seconds until about `n` ranks have loaded and then connected the mesh of each of `losses` losses."""
+        return self.busy(n, 2 * losses * self.prepare.at(n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredFront:
+    """The constants of a front whose messages are those of a model with `pairs` (layer, expert) pairs."""
+
+    model: str
+    pairs: int
+    constants: Mapping[str, Any]
+
+
+@cache
+def measured_fronts() -> tuple[MeasuredFront, MeasuredFront]:
+    """The shipped measurements: of a small model, then of a large one."""
+    data = json.loads(shipped("configs/front.json").read_text())
+    small, large = sorted((MeasuredFront(**row) for row in data["fronts"]), key=lambda each: each.pairs)
+    return small, large
+
+
+def from_constants(constants: Mapping[str, Any]) -> FrontCost:
+    """A front from its constants, as JSON has them."""
+    values: dict[str, Any] = {
+        name: CostCurve(**value) if isinstance(value, Mapping) else value for name, value in constants.items()
+    }
+    return FrontCost(**values)
+
+
+def constants_of(front: FrontCost) -> dict[str, Any]:
+    """The constants of a front for JSON."""
+    return asdict(front)
+
+
+def _between(small: Any, large: Any, at: float) -> Any:
+    """Constants on the line through `small` (at 0) and `large` (at 1)."""
+    if isinstance(small, Mapping):
+        return {name: _between(small[name], large[name], at) for name in small}
+    return small + (large - small) * (at if large >= small else min(at, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Whether one front can pace a plan: its seconds for a step beside those of the ranks.
+
+    `requests` run on all `ranks` ranks together. `watching` is the share of the front's core that watching them takes.
+    `most_ranks` is the largest number of ranks, with as many requests on each, that one front paces.
+    """
+
+    ranks: int
+    requests: int
+    ranks_step: float
+    front_step: float
+    watching: float
+    most_ranks: int
+
+    @property
+    def kept(self) -> bool:
+        """True when the front makes the next step in the time of one."""
+        return self.front_step <= self.ranks_step
+
+    def to_dict(self) -> dict:
+        """For JSON: infinite seconds, of a front that only watches, are None."""
+        seconds = self.front_step if self.front_step < inf else None
+        return {**asdict(self), "front_step": seconds, "kept": self.kept}
+
+
+def pace_of(workload: Workload, best: Candidate) -> Pace | None:
+    """The pace of one front for the requests of a prediction; None where no step was predicted."""
+    if best.step is None:
+        return None
+    requests = best.requests_per_group * best.shape.data
+    return pace(FrontCost.measured(workload), len(best.shape.roles), requests, best.step.total)
+
+
+def pace(front: FrontCost, ranks: int, requests: int, ranks_step: float) -> Pace:
+    """The pace of one front for `requests` requests on `ranks` ranks whose step takes `ranks_step` seconds."""
+    each = requests / ranks
+    return Pace(
+        ranks=ranks,
+        requests=requests,
+        ranks_step=ranks_step,
+        front_step=front.step_seconds(ranks, requests),
+        watching=front.watch_share(ranks),
+        most_ranks=most_ranks(lambda n: front.step_seconds(n, n * each) <= ranks_step),
+    )
+
+
+def most_ranks(fits: Callable[[int], bool], most: int = MOST_RANKS) -> int:
+    """The largest number of ranks up to `most` for which `fits`, false from some number on; 0 if none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

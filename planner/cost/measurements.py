@@ -1,0 +1,256 @@
+"""Measured settings of other engines, as the planner would express them, from a table of AIConfigurator's form.
+
+The table (CSV) has one row for each setting: model, chip (`system`), engine (`backend`), precision, lengths of prompt
+and output, concurrency, parallelism, and the measured time to first token and time per output token. What the planner
+cannot express is counted with the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from planner.cost.throughput import requests_that_fit
+from planner.errors import InputError
+from planner.inputs.cluster import Cluster, read_cluster
+from planner.inputs.published import PublishedModel, WeightForm, find_published, published_model, workload_of
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+from planner.solver.shapes import cache_pages, memory_budget, rest_bytes
+
+COLUMNS = (
+    *("backend", "backend_version", "model_path", "system", "precision", "mode", "isl", "osl", "batch_size"),
+    *("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size"),
+    *("silicon_ttft_ms", "silicon_tpot_ms", "silicon_data_source"),
+)
+
+LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+QWEN3_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "intermediate_size": 25600}
+MINIMAX_M2 = {
+    "hidden_size": 3072,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "vocab_size": 200064,
+}
+MODELS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    (r"deepseek-(r1|v3)", "deepseek-v3", "deepseek-v3", {}),
+    (r"kimi-k2", "kimi-k2", "kimi-k2", {}),
+    (r"gpt-oss-120b", "gpt-oss-120b", "gpt-oss-120b", {}),
+    (r"gpt-oss-20b", "gpt-oss-20b", "gpt-oss-20b", {}),
+    (r"qwen3-235b", "qwen3-235b-a22b", "qwen3-235b-a22b", {}),
+    (r"qwen3-30b", "qwen3-30b-a3b", "qwen3-30b-a3b", {}),
+    (r"minimax-m2", "minimax-m2", "qwen3-235b-a22b", MINIMAX_M2),
+    (r"llama-3\.1-70b", "llama-3.1-70b", "llama-3.1-8b", LLAMA_70B),
+    (r"llama-3\.1-8b", "llama-3.1-8b", "llama-3.1-8b", {}),
+    (r"qwen3-32b", "qwen3-32b", "qwen3-8b", QWEN3_32B),
+    (r"qwen3-8b", "qwen3-8b", "qwen3-8b", {}),
+    (r"mixtral-8x7b", "mixtral-8x7b", "mixtral-8x7b", {}),
+)
+"""Models of measured settings: a pattern of `model_path`, the name, the shipped configuration with matrices of this
+kind, and the sizes that differ from it. MiniMax-M2's matrices are those of a Qwen3-MoE of its sizes."""
+
+TOGETHER_MS, MANY = 6.0, 512
+"""At a concurrency of `MANY` and more, rows with a shorter time per token were not served together (the table's
+note)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A measured setting: what ran, on which shape, with `running` requests on each tensor group, and its seconds.
+
+    `running` is the concurrency, or as many requests as fit in memory; the others waited.
+    """
+
+    name: str
+    model: str
+    chip: str
+    engine: str
+    workload: Workload
+    cluster: Cluster
+    shape: Shape
+    traffic: Traffic
+    concurrency: int
+    running: float
+    tpot: float
+    ttft: float
+
+
+def read_measurements(path: str | Path) -> tuple[list[Measurement], Counter[str]]:
+    """The settings of a table that the planner expresses, each once, and the number of rows left out by reason.
+
+    Raises InputError for a file that is no such table.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            if missing:
+                raise InputError(f"{path} has no column {missing[0]}; it is no table of measured settings")
+            return _select(list(rows), str(path))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text; a table of measured settings is CSV") from None
+
+
+def _select(rows: list[dict[str, str]], where: str) -> tuple[list[Measurement], Counter[str]]:
+    found: dict[tuple, Measurement] = {}
+    left: Counter[str] = Counter()
+    for number, row in enumerate(rows, start=2):
+        try:
+            got = _measurement(row)
+        except ValueError as error:
+            raise InputError(f"{where}, line {number}: {error}") from None
+        if isinstance(got, str):
+            left[got] += 1
+            continue
+        key = (got.model, got.chip, got.engine, got.workload.weight_format, got.shape.axes, got.traffic)
+        key = (*key, got.concurrency, round(got.tpot, 6))
+        if key in found:
+            left["the same measurement again"] += 1
+        found.setdefault(key, got)
+    return list(found.values()), left
+
+
+def _measurement(row: Mapping[str, str]) -> Measurement | str:
+    """The measurement of a row, or why the planner does not express it."""
+    if row["mode"] != "agg":
+        return "prompts and answers on pools of their own"
+    if (model := _model(row["model_path"])) is None:
+        return f"model {row['model_path']}"
+    if (chip := _chip(row["system"])) is None:
+        return f"chip {row['system']}"
+    name, published = model
+    if _may_speculate(name, row):
+        return "may predict several tokens a step, which its row does not say"
+    parallel = _parallelism(row)
+    if isinstance(parallel, str):
+        return parallel
+    tensor, data, concurrency = parallel
+    traffic = Traffic(prompt=int(row["isl"]), output=int(row["osl"]))
+    tpot, ttft = float(row["silicon_tpot_ms"]) / 1e3, float(row["silicon_ttft_ms"] or 0) / 1e3
+    if concurrency >= MANY and tpot * 1e3 < TOGETHER_MS:
+        return f"concurrency of {MANY} and more that was not served together"
+    if tensor > chip.per_host or published.heads % tensor:
+        return "tensor groups wider than a host, or that do not divide the heads"
+    workload = workload_of(replace(published, form=_form(published, row)), name=name)
+    count = tensor * data
+    shape = Shape(
+        arch="collocated",
+        tensor=tensor,
+        dense=tensor,
+        slots=ceil(workload.experts / count),
+        roles=("collocated",) * count,
+        groups=tuple(i // tensor for i in range(count)),
+    )
+    hosts = ceil(count / chip.per_host)
+    cluster = Cluster.regular(chip.name, hosts, ceil(count / hosts), hardware=chip.hardware)
+    fits = _fits(workload, cluster, shape, traffic)
+    if fits < 1:
+        return "weights and one request do not fit by the planner's count"
+    return Measurement(
+        name=row.get("id", ""),
+        model=name,
+        chip=chip.name,
+        engine=row["backend"],
+        workload=workload,
+        cluster=cluster,
+        shape=shape,
+        traffic=traffic,
+        concurrency=concurrency,
+        running=min(concurrency / data, fits),
+        tpot=tpot,
+        ttft=ttft,
+    )
+
+
+def _parallelism(row: Mapping[str, str]) -> tuple[int, int, int] | str:
+    """Ranks of a tensor group, number of tensor groups, and the concurrency, or the reason why they are not clear.
+
+    Some rows name the product of two widths that are the same ranks: `tp4_ep4` on four devices as a tensor width of 16
+    with experts over 4 x 4, and attention on n devices, each for itself, as a tensor width of n times n groups.
+    """
+    given = row["attention_dp_size"]
+    tensor, data = int(row["tp_size"] or 1), int(given or 1)
+    inner, outer = int(row["moe_tp_size"] or 1), int(row["moe_ep_size"] or 1)
+    batch = int(row["batch_size"])
+    named = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
+    concurrency = int(named[1]) if named else batch * data
+    if int(row["pp_size"] or 1) != 1:
+        return "pipelines"
+    if concurrency != batch * data:
+        return "a concurrency that is not its batch times its attention groups"
+    if data == tensor > 1 and outer == tensor * data:
+        tensor = 1
+    elif inner == outer > 1 and tensor == inner * outer and data == 1:
+        tensor = inner
+    elif inner == outer > 1 and data == inner * outer and tensor == 1:
+        data = inner
+    return tensor, data, concurrency
+
+
+def _may_speculate(model: str, row: Mapping[str, str]) -> bool:
+    """Whether a row may be of a server that predicts several tokens a step: DeepSeek-V3 on TensorRT-LLM of builds with
+    which B200s gave 0.5 to 0.65 of the time per token of the builds between them."""
+    version = row["backend_version"]
+    builds = "rc6.post3" in version or (version == "1.1.0rc2.post2" and row["system"].startswith("b200"))
+    return model == "deepseek-v3" and row["backend"] == "trtllm" and builds
+
+
+def _fits(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic) -> int:
+    rest = rest_bytes(workload, shape.tensor, shape.dense)
+    room = memory_budget(cluster)
+    if room is None or rest + shape.slots * workload.slot_bytes > room:
+        return 0
+    pages = cache_pages(workload, cluster, shape.slots, tensor=shape.tensor, rest=rest)
+    return requests_that_fit(workload, pages, traffic) if pages else 0
+
+
+@lru_cache
+def _model(path: str) -> tuple[str, PublishedModel] | None:
+    for pattern, name, base, sizes in MODELS:
+        if re.search(pattern, path.lower()):
+            return name, published_model({**find_published(base)[1], **sizes})
+    return None
+
+
+@lru_cache
+def _chip(system: str) -> Cluster | None:
+    try:
+        return read_cluster(system.removesuffix("_sxm"))
+    except InputError:
+        return None
+
+
+def _form(model: PublishedModel, row: Mapping[str, str]) -> WeightForm:
+    """The form of the weights: `fp4` is NVFP4 on all matrices but those of latent attention, as published for these
+    models, `int4` that of experts alone; gpt-oss has its own."""
+    if model.family == "gpt_oss":
+        return model.form
+    path = row["model_path"]
+    precision = "fp8" if "FP8" in path else "fp4" if "NVFP4" in path else row["precision"]
+    name, low = {"fp8": ("fp8", 1.0), "fp4": ("nvfp4", 0.5625), "int4": ("int4", 0.5625)}.get(
+        precision, ("bfloat16", 2.0)
+    )
+    latent = model.latent is not None
+    return WeightForm(
+        format=name,
+        base=2.0,
+        attention=2.0 if name == "int4" or (latent and name == "nvfp4") else low,
+        dense=2.0 if name == "int4" else low,
+        shared=2.0 if name == "int4" else low,
+        experts=low,
+    )

@@ -1,0 +1,156 @@
+"""The work of a step in numbers that no constant of an engine is in: bytes, flops, kernels and collectives of a
+rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Any
+
+from planner.inputs.cluster import Cluster, Hardware
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+from planner.solver.shapes import rest_bytes
+
+EIGHT_BIT = ("fp8", "int8")
+FOUR_BIT = ("mxfp4", "nvfp4")
+NARROW = 1.5
+"""Numbers of two bytes that a token's hidden state takes in dispatch and combine together, when it is sent in 8
+bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """The work of the busiest rank in a step. Each field is a number, or an array with a number for each of many steps.
+
+    Bytes read of weights, of cache and of experts; flops of products with weights, of attention over the cache, and of
+    experts, whose products have `rows` rows each; `kernels` launched; `requests` of a tensor group; reductions within
+    tensor groups and the bytes that a rank moves in them; exchanges with other ranks and their bytes over links and
+    over the network. `bandwidth`, `flops`, `ratio` (of the rate of narrow numbers to `flops`), `link` and `network`
+    are the hardware's peaks.
+    """
+
+    weights: Any
+    cache: Any
+    products: Any
+    context: Any
+    expert_weights: Any
+    expert_products: Any
+    rows: Any
+    kernels: Any
+    requests: Any
+    reductions: Any
+    reduced: Any
+    exchanges: Any
+    linked: Any
+    networked: Any
+    bandwidth: Any
+    flops: Any
+    ratio: Any
+    link: Any
+    network: Any
+
+    def added(self) -> StepWork:
+        """The work that these tokens add to a step that is made anyway: its weights are read and its kernels
+        launched."""
+        none = {"weights": 0.0, "cache": 0.0, "expert_weights": 0.0, "kernels": 0.0, "requests": 0.0}
+        return replace(self, **none, reductions=0.0, exchanges=0.0)
+
+
+def rate_ratio(workload: Workload, hardware: Hardware) -> float:
+    """The rate of products with these weights over that with 16-bit numbers, by the hardware's description."""
+    narrow = None
+    if workload.weight_format in FOUR_BIT:
+        narrow = hardware.flops_4bit
+    elif workload.weight_format in EIGHT_BIT:
+        narrow = hardware.flops_8bit
+    return (narrow or hardware.flops) / hardware.flops
+
+
+def step_work(
+    workload: Workload,
+    cluster: Cluster,
+    shape: Shape,
+    tokens: float,
+    context: float,
+    *,
+    requests: float | None = None,
+    peak: float = 1.0,
+    reduces_experts: bool = False,
+) -> StepWork:
+    """The work of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
+
+    `requests` is the number of requests that those tokens belong to (one for each token when None, as in decode);
+    `peak` is the highest load of an expert rank over the mean. With `reduces_experts` the experts of a single tensor
+    group are one more reduction, since its ranks hold the same tokens, and no exchange.
+    """
+    hardware, w = cluster.hardware, workload
+    in_prompt = requests is not None and requests < tokens
+    requests = tokens if requests is None else requests
+    cache = requests * w.cache_bytes(context) / min(shape.tensor, w.cache_splits)
+    per_context = w.prompt_context_flops if in_prompt and w.prompt_context_flops else w.context_flops
+    products = tokens * (w.rest_flops - w.head_flops) + requests * w.head_flops
+    routed = tokens * shape.data * w.experts_per_token / max(1, shape.expert_rank_count)
+    touched = shape.slots * (1 - exp(-routed / shape.slots)) if shape.slots else 0.0
+    alone = reduces_experts and shape.data == 1 and shape.arch == "collocated"
+    sent = (0.0, 0.0, 0.0) if alone else _exchange(w, cluster, shape, tokens, routed * peak, in_prompt=in_prompt)
+    reductions, reduced = _reductions(w, shape, tokens)
+    return StepWork(
+        weights=rest_bytes(w, shape.tensor, shape.dense) - w.lookup_bytes / shape.tensor,
+        cache=cache,
+        products=products / shape.tensor,
+        context=tokens * w.seen(context) * per_context / shape.tensor,
+        expert_weights=touched * w.slot_bytes,
+        expert_products=routed * peak * w.moe_layers * w.expert_flops,
+        rows=routed * peak / shape.slots if shape.slots else 1.0,
+        kernels=float(w.kernels),
+        requests=requests,
+        reductions=reductions,
+        reduced=reduced,
+        exchanges=sent[0],
+        linked=sent[1],
+        networked=sent[2],
+        bandwidth=hardware.memory_bandwidth,
+        flops=hardware.flops,
+        ratio=rate_ratio(w, hardware),
+        link=hardware.link_bandwidth,
+        network=hardware.network_bandwidth,
+    )
+
+
+def _reductions(workload: Workload, shape: Shape, tokens: float) -> tuple[float, float]:
+    """The all-reduces of tensor groups (two a layer) and of wider dense groups, and the bytes that a rank moves in
+    them."""
+    count, moved = 0.0, 0.0
+    if shape.tensor > 1:
+        count += 2 * workload.layers
+        moved += 2 * workload.layers * 2 * (shape.tensor - 1) / shape.tensor * tokens * workload.hidden_bytes
+    if shape.dense > shape.tensor:
+        dense_layers = workload.layers - workload.moe_layers
+        count += 2 * dense_layers
+        moved += 2 * dense_layers * 2 * (shape.dense - 1) * tokens * workload.hidden_bytes
+    return count, moved
+
+
+def _exchange(
+    workload: Workload, cluster: Cluster, shape: Shape, tokens: float, routed: float, *, in_prompt: bool
+) -> tuple[float, float, float]:
+    """Dispatches and combines of all MoE layers, and their bytes over links and network of the busier of a sending and
+    a receiving rank. In prompts a token is sent once to each host with experts for it, of at most `groups_used` groups,
+    and from there over links; in decode, where latency counts, once to each expert."""
+    if not workload.moe_layers or (shape.expert_rank_count == 1 and shape.arch == "collocated"):
+        return 0.0, 0.0, 0.0
+    w, per_host = workload, cluster.per_host
+    wire = w.hidden_bytes * (NARROW if w.weight_format in EIGHT_BIT + FOUR_BIT else 2.0)
+    sent = tokens / shape.tensor * w.experts_per_token
+    inside = min(per_host, shape.expert_rank_count) / shape.expert_rank_count if shape.arch == "collocated" else 0.0
+    if len(shape.roles) <= per_host:
+        inside = 1.0
+    moved = max(sent, routed)
+    linked, networked = moved * inside, moved * (1 - inside)
+    if in_prompt and inside < 1:
+        hosts = shape.expert_rank_count / per_host
+        reached = hosts * (1 - (1 - 1 / hosts) ** w.experts_per_token) if hosts > 1 else 1.0
+        reached = min(reached, w.groups_used or reached)
+        linked, networked = moved, networked * min(1.0, reached / w.experts_per_token)
+    return 2.0 * w.moe_layers, w.moe_layers * linked * wire, w.moe_layers * networked * wire

@@ -1,0 +1,1 @@
+"""Failures: the cost of every loss, forecasts over all of them, and simulated months."""

@@ -1,0 +1,173 @@
+"""The table of architectures that are read, and of others that people ask for and that are not read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from planner.inputs.published.afmoe import read_afmoe
+from planner.inputs.published.config_fields import ConfigFields
+from planner.inputs.published.deepseek import read_deepseek_v2, reader_of_v3
+from planner.inputs.published.dots1 import read_dots1
+from planner.inputs.published.ernie4_5_moe import read_ernie4_5_moe
+from planner.inputs.published.exaone_moe import read_exaone_moe
+from planner.inputs.published.glm4_moe import read_glm4_moe, read_glm4_moe_lite, read_glm4v_moe, read_solar_open
+from planner.inputs.published.gpt_oss import read_gpt_oss
+from planner.inputs.published.granite_moe import read_granite_moe, read_granite_moe_shared
+from planner.inputs.published.hunyuan import read_hunyuan_v1_moe, read_hy_v3
+from planner.inputs.published.llama import read_llama, read_mistral, read_qwen2, read_qwen3
+from planner.inputs.published.llama4 import read_llama4
+from planner.inputs.published.minimax_m2 import read_minimax_m2
+from planner.inputs.published.mixtral import read_mixtral
+from planner.inputs.published.olmoe import read_olmoe
+from planner.inputs.published.phimoe import read_phimoe
+from planner.inputs.published.qwen_moe import read_qwen2_moe, read_qwen3_moe, read_qwen3_vl_moe
+
+
+@dataclass(frozen=True)
+class PublishedFamily:
+    """An architecture: the classes that config.json may name beside its `model_type`, its reader, which gives the
+    fields of PublishedModel but for `family` and `form`, and what is special `about` it."""
+
+    architectures: tuple[str, ...]
+    read: Callable[[ConfigFields], dict[str, Any]]
+    about: str
+
+
+FAMILIES: dict[str, PublishedFamily] = {
+    "llama": PublishedFamily(("LlamaForCausalLM",), read_llama, "no experts"),
+    "mistral": PublishedFamily(
+        ("MistralForCausalLM",), read_mistral, "no experts; sliding window, if the config has one"
+    ),
+    "qwen2": PublishedFamily(("Qwen2ForCausalLM",), read_qwen2, "no experts; biases on queries, keys and values"),
+    "qwen3": PublishedFamily(("Qwen3ForCausalLM",), read_qwen3, "no experts; queries and keys normed by head"),
+    "mixtral": PublishedFamily(
+        ("MixtralForCausalLM",), read_mixtral, "softmax over the chosen experts; sliding window, if the config has one"
+    ),
+    "olmoe": PublishedFamily(
+        ("OlmoeForCausalLM",),
+        read_olmoe,
+        "queries and keys normed over all heads and clipped; the gates are a part of the softmax over all experts",
+    ),
+    "qwen2_moe": PublishedFamily(("Qwen2MoeForCausalLM",), read_qwen2_moe, "gated shared expert and biases"),
+    "qwen3_moe": PublishedFamily(("Qwen3MoeForCausalLM",), read_qwen3_moe, "queries and keys normed by head"),
+    "deepseek_v2": PublishedFamily(
+        ("DeepseekV2ForCausalLM",),
+        read_deepseek_v2,
+        "latent attention (the cache holds latents), shared experts, dense first layers, expert groups, YaRN",
+    ),
+    "deepseek_v3": PublishedFamily(
+        ("DeepseekV3ForCausalLM",),
+        reader_of_v3(groups=8, used=4, scale=2.5, dense=3),
+        "the same with sigmoid routing and a bias",
+    ),
+    "kimi_k2": PublishedFamily(
+        ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
+        reader_of_v3(groups=1, used=1, scale=2.827, dense=1),
+        "DeepSeek-V3 in other sizes",
+    ),
+    "glm4_moe": PublishedFamily(
+        ("Glm4MoeForCausalLM",),
+        read_glm4_moe,
+        "DeepSeek-V3's routing over grouped-query attention; half of each head is rotated",
+    ),
+    "gpt_oss": PublishedFamily(
+        ("GptOssForCausalLM",),
+        read_gpt_oss,
+        "attention sinks, a sliding window on every other layer, biases everywhere, clamped SwiGLU",
+    ),
+    "llama4": PublishedFamily(
+        ("Llama4ForConditionalGeneration",),
+        read_llama4,
+        "the decoder of text: chunks, layers without rotary embedding whose scores grow, one expert of scaled input",
+    ),
+    "llama4_text": PublishedFamily(
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), read_llama4, "the same, published by itself"
+    ),
+    "granitemoe": PublishedFamily(
+        ("GraniteMoeForCausalLM",), read_granite_moe, "scales on embeddings, residuals, attention scores and logits"
+    ),
+    "granitemoeshared": PublishedFamily(
+        ("GraniteMoeSharedForCausalLM",), read_granite_moe_shared, "Granite-MoE with a shared expert"
+    ),
+    "phimoe": PublishedFamily(
+        ("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        read_phimoe,
+        "SparseMixer routing, layer norm, LongRoPE (served up to the original context, unless asked for more)",
+    ),
+    "glm4_moe_lite": PublishedFamily(
+        ("Glm4MoeLiteForCausalLM",), read_glm4_moe_lite, "GLM-4.7-Flash: DeepSeek-V3's latent attention and routing"
+    ),
+    "dots1": PublishedFamily(
+        ("Dots1ForCausalLM",), read_dots1, "dots.llm1: DeepSeek-V3's routing, queries and keys normed by head"
+    ),
+    "solar_open": PublishedFamily(
+        ("SolarOpenForCausalLM",), read_solar_open, "Solar Open: DeepSeek-V3's routing over grouped-query attention"
+    ),
+    "minimax_m2": PublishedFamily(
+        ("MiniMaxM2ForCausalLM",),
+        read_minimax_m2,
+        "M2, M2.1, M2.5, M2.7: sigmoid routing with bias, queries and keys normed over all heads, half rotated",
+    ),
+    "hy_v3": PublishedFamily(
+        ("HYV3ForCausalLM",), read_hy_v3, "Hy3: DeepSeek-V3's routing, queries and keys normed by head"
+    ),
+    "hunyuan_v1_moe": PublishedFamily(
+        ("HunYuanMoEV1ForCausalLM",),
+        read_hunyuan_v1_moe,
+        "Hunyuan-A13B: queries and keys normed after they are rotated, NTK-alpha scaling",
+    ),
+    "ernie4_5_moe": PublishedFamily(
+        ("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoEForCausalLM"),
+        read_ernie4_5_moe,
+        "ERNIE 4.5: experts chosen by softmax plus bias",
+    ),
+    "afmoe": PublishedFamily(
+        ("AfmoeForCausalLM",), read_afmoe, "Trinity: windows, gated attention, norms before and after each part"
+    ),
+    "exaone_moe": PublishedFamily(
+        ("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
+        read_exaone_moe,
+        "K-EXAONE: windows, no rotary embedding on the other layers",
+    ),
+    "kimi_k25": PublishedFamily(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        reader_of_v3(groups=8, used=4, scale=2.5, dense=3),
+        "the decoder of text of K2.5, K2.6 and K2.7, which is DeepSeek-V3's",
+    ),
+    "qwen3_vl_moe": PublishedFamily(
+        ("Qwen3VLMoeForConditionalGeneration",), read_qwen3_vl_moe, "the decoder of text of Qwen3-VL"
+    ),
+    "glm4v_moe": PublishedFamily(
+        ("Glm4vMoeForConditionalGeneration",), read_glm4v_moe, "the decoder of text of GLM-4.5V and 4.6V"
+    ),
+}
+"""Architectures by `model_type`: that of the whole model, or of its `text_config`."""
+
+NOT_READ = {
+    "bailing_hybrid": "linear attention and latent attention, whose context is a state",
+    "deepseek_v32": "the lightning indexer, which chooses the positions that a query sees",
+    "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
+    "gemma4": "a dense part beside the experts, and head sizes by kind of layer",
+    "glm_moe_dsa": "the lightning indexer, which chooses the positions that a query sees",
+    "granitemoehybrid": "Mamba-2 layers, whose context is a state",
+    "jamba": "Mamba layers, whose context is a state",
+    "kimi_linear": "Kimi delta attention, whose context is a state",
+    "laguna": "numbers of heads by layer, and rotary embeddings of two sizes",
+    "lfm2_moe": "short convolutions, whose context is a state",
+    "longcat_flash": "two attention parts in a layer, and experts that compute nothing",
+    "mimo_v2_flash": "numbers of key/value heads by layer, and values of another size than keys",
+    "minimax_m3": "block-sparse attention",
+    "minimax_m3_vl": "block-sparse attention",
+    "mistral4": "latent attention with softmax routing",
+    "nemotron_h": "Mamba-2 layers, whose context is a state",
+    "qwen3_5_moe": "gated delta nets, whose context is a state",
+    "qwen3_5": "gated delta nets, whose context is a state",
+    "qwen3_next": "gated delta nets, whose context is a state",
+    "step3p7": "numbers of heads by layer, and rotary embeddings of two sizes",
+}
+"""Architectures that people ask for and that neither planner nor server know, and what the decoder lacks."""
+
+CARDS_WITHOUT_EMBEDDING = ("gpt_oss",)
+"""Families whose model cards leave the input embedding out of the active parameters (gpt-oss: arXiv 2508.10925)."""

@@ -1,0 +1,111 @@
+"""A published model as a value: sizes, layers and weight form, as its config.json describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from planner.inputs.latent_attention import LatentAttention
+from planner.inputs.published.weight_form import WeightForm
+from planner.inputs.routed_experts import RoutedExperts
+from planner.inputs.score_growth import PublishedScoreGrowth
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRope:
+    """Rotary position embedding: base `theta`, `size` rotated numbers of each head, and how frequencies are scaled.
+
+    `kind` is the `rope_type`: `default`, `linear`, `llama3`, `yarn`, `longrope`, or one that is not read further.
+    `magnitude` multiplies rotated vectors (`long_magnitude`: beyond `original_context`, where LongRoPE divides
+    frequencies by `long_factors` instead of `short_factors`).
+    """
+
+    theta: float
+    size: int
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    magnitude: float = 1.0
+    long_magnitude: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A decoder of attention and SwiGLU layers, some of them with routed experts. The defaults are Llama's.
+
+    With `experts`, layers `sparse_step - 1`, `2 * sparse_step - 1`, ... are routed, except `dense_layers`; the others
+    are dense, of width `dense_width`. `windows` has the positions that each layer sees at most (None: all); if
+    `chunked`, a layer sees its chunk of that many positions instead of the last ones.
+
+    `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
+    over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
+    multiplies mixed values by a sigmoid of the layer's input, `post_norms` norms what attention and feed-forward add.
+    `sinks` gives each head a score that takes weight and adds nothing. `score_scale` multiplies attention scores
+    (head_size ** -0.5 by default). `context` is the longest published context in tokens.
+    """
+
+    family: str
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    dense_width: int
+    context: int
+    rope: PublishedRope
+    form: WeightForm
+    stop_tokens: tuple[int, ...] = ()
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    head_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "all", "l2"] = "none"
+    norm_after_rope: bool = False
+    unrotated_layers: tuple[int, ...] = ()
+    score_growth: PublishedScoreGrowth | None = None
+    attention_gate: bool = False
+    post_norms: bool = False
+    clip_qkv: float | None = None
+    sinks: bool = False
+    windows: tuple[int | None, ...] = ()
+    chunked: bool = False
+    score_scale: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    latent: LatentAttention | None = None
+    experts: RoutedExperts | None = None
+    sparse_step: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+    @cached_property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers with routed experts, ascending."""
+        if self.experts is None:
+            return ()
+        last = self.sparse_step - 1
+        return tuple(i for i in range(self.layers) if i % self.sparse_step == last and i not in self.dense_layers)
+
+    @property
+    def window(self) -> int | None:
+        """The positions that windowed layers see at most; None in a model without windows."""
+        return max((w for w in self.windows if w is not None), default=None)
+
+    @property
+    def cache_elements_per_layer(self) -> int:
+        """Numbers that one layer caches per position."""
+        if self.latent is not None:
+            return self.latent.d_latent + self.latent.d_rope
+        return 2 * self.kv_heads * self.head_size

@@ -1,0 +1,122 @@
+"""Parameters and cache of a published model, counted part by part as in the modelling code of `transformers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from planner.inputs.latent_attention import LatentAttention
+from planner.inputs.published.families import CARDS_WITHOUT_EMBEDDING
+from planner.inputs.published.model import PublishedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Parameters by part. `expert` is one routed expert; the others are summed over all layers. `uncounted` is the part
+    of `embedding` that the model's card leaves out of the active parameters."""
+
+    expert: int
+    shared: int
+    dense: int
+    attention: int
+    router: int
+    norms: int
+    embedding: int
+    head: int
+    moe_layers: int
+    experts: int
+    experts_per_token: int
+    uncounted: int = 0
+
+    @property
+    def rest(self) -> int:
+        """Everything but the routed experts."""
+        parts = (self.shared, self.dense, self.attention, self.router, self.norms, self.embedding, self.head)
+        return sum(parts)
+
+    @property
+    def total(self) -> int:
+        """All parameters, without multi-token-prediction layers."""
+        return self.rest + self.moe_layers * self.experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token touches, as model cards count them: with the input embedding, except gpt-oss's."""
+        return self.rest - self.uncounted + self.moe_layers * self.experts_per_token * self.expert
+
+
+def count_parameters(model: PublishedModel) -> ParameterCounts:
+    """Parameter counts of a model."""
+    d, layers, experts = model.hidden_size, model.layers, model.experts
+    moe = len(model.routed_layers)
+    norms = ((4 if model.post_norms else 2) * layers + 1) * d * (2 if model.norm == "layer" else 1)
+    embedding = model.vocabulary * d
+    head = 0 if model.tied_head else embedding + (model.vocabulary if model.head_bias else 0)
+    counts = ParameterCounts(
+        expert=0,
+        shared=0,
+        dense=(layers - moe) * _feed_forward(d, model.dense_width, biased=model.mlp_bias),
+        attention=layers * _attention(model),
+        router=0,
+        norms=norms,
+        embedding=embedding,
+        head=head,
+        moe_layers=moe,
+        experts=0,
+        experts_per_token=0,
+        uncounted=embedding if model.family in CARDS_WITHOUT_EMBEDDING and not model.tied_head else 0,
+    )
+    if experts is None or not moe:
+        return counts
+    shared = _feed_forward(d, experts.d_shared, biased=model.mlp_bias) if experts.d_shared else 0
+    return replace(
+        counts,
+        expert=_feed_forward(d, experts.d_expert, biased=experts.expert_bias),
+        shared=moe * (shared + (d if experts.shared_gate else 0)),
+        router=moe * experts.experts * (d + (1 if experts.router_bias else 0)),
+        experts=experts.experts,
+        experts_per_token=experts.experts_per_token,
+    )
+
+
+def cache_elements(model: PublishedModel) -> tuple[int, int]:
+    """Numbers cached per token in layers that see everything, and per request in layers with a window or chunks, once
+    the request is as long as those. A model of windows alone counts as if it had none: memory is planned in pages,
+    which grow with a request."""
+    each = model.cache_elements_per_layer
+    windowed = [window for window in model.windows if window is not None]
+    if len(windowed) == model.layers:
+        return model.layers * each, 0
+    return (model.layers - len(windowed)) * each, sum(windowed) * each
+
+
+def unwindowed_cache_elements(model: PublishedModel) -> int:
+    """Numbers cached per token when layers with a window keep everything too, as `moejax serve` does."""
+    return model.layers * model.cache_elements_per_layer
+
+
+def _feed_forward(d: int, width: int, *, biased: bool) -> int:
+    """SwiGLU: gate, up and down, and their biases."""
+    return 3 * d * width + (2 * width + d if biased else 0)
+
+
+def _attention(model: PublishedModel) -> int:
+    d, n, k, h = model.hidden_size, model.heads, model.kv_heads, model.head_size
+    if model.latent is not None:
+        return _latent_attention(model, model.latent)
+    count = 2 * d * n * h + 2 * d * k * h
+    count += {"head": 2 * h, "all": (n + k) * h}.get(model.qk_norm, 0)
+    count += (n + 2 * k) * h if model.qkv_bias else 0
+    count += d if model.out_bias else 0
+    count += d * n * h if model.attention_gate else 0
+    return count + (n if model.sinks else 0)
+
+
+def _latent_attention(model: PublishedModel, latent: LatentAttention) -> int:
+    """Projections down to the latents have biases (`qkv_bias`), those out of them none."""
+    d, n = model.hidden_size, model.heads
+    low, down, query = latent.d_query, latent.d_latent + latent.d_rope, n * model.head_size
+    queries = d * low + low + low * query if low else d * query
+    count = queries + d * down + latent.d_latent
+    count += latent.d_latent * n * (latent.d_plain + latent.d_value) + n * latent.d_value * d
+    count += low + down if model.qkv_bias else 0
+    return count + (d if model.out_bias else 0)

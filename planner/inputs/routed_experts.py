@@ -1,0 +1,46 @@
+"""The routed experts of a model, and how the router weighs them: the numbers that planner and server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RouterGate = Literal["softmax", "one", "share", "biased_share", "sigmoid", "sparsemixer", "input_sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedExperts:
+    """The routed part of a Mixture-of-Experts layer: `experts` of width `d_expert`, of which a token uses
+    `experts_per_token`.
+
+    `gate` says how the scores of the k chosen experts become weights: `softmax` over the chosen (Mixtral, arXiv
+    2401.04088), `share` of the softmax over all (OLMoE, arXiv 2409.02060), `biased_share` the same, chosen by that
+    share plus the router's bias (ERNIE 4.5 technical report, 2025), `sigmoid` of each, chosen by sigmoid plus the
+    router's bias (DeepSeek-V3, arXiv 2412.19437), `sparsemixer` (Phi-3.5-MoE, arXiv 2409.12136: each choice against
+    those within `jitter` of it), `input_sigmoid` (Llama 4: the sigmoid scales the expert's input), or `one` (each
+    chosen expert counts in full: experts that are a split of a dense FFN).
+
+    The weights are divided by their sum if `normalised`, then multiplied by `gate_scale`. With `groups` > 1 only
+    experts of the best `groups_used` groups can be chosen; a group counts by its best expert (`share`) or the sum
+    of its two best (`sigmoid`).
+
+    `router_bias` says that the router's bias is a published parameter, not zeros. `expert_bias` gives experts biases,
+    `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);
+    `shared_gate` weights it by a sigmoid of its own (Qwen2-MoE).
+    """
+
+    experts: int
+    experts_per_token: int
+    d_expert: int
+    d_shared: int = 0
+    gate: RouterGate = "softmax"
+    normalised: bool = False
+    gate_scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    jitter: float = 0.0
+    shared_gate: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702

@@ -1,0 +1,1 @@
+"""The solver: mesh shapes, placement, roles, tensor and parity groups, and the lattice of prepared losses."""
