@@ -1,5 +1,5 @@
-"""`python -m serving` is `moejax`."""
+"""Runs the command line: `python -m serving` is the same as `moejax`."""
 
-from serving.cli import main
+from serving.cli.main import main
 
-main()
+main(prog_name="moejax")

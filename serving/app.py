@@ -1,52 +1,54 @@
-"""A whole server: prepares the model, starts the ranks, opens the surfaces, and leaves nothing behind."""
+"""The application: prepares the model, starts the ranks, opens gRPC and HTTP, and ends all of it again."""
 
 import asyncio
 import contextlib
+import dataclasses
 import resource
-import signal
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from serving import http, logs, rpc
-from serving.batch import Bucket
-from serving.config import Settings
-from serving.crew import Crew
-from serving.engine import Limits
-from serving.errors import MoejaxError, StartError
-from serving.failover import Failover
-from serving.generation import Generation
-from serving.guard import Guard
-from serving.guided import Guides
-from serving.health import HealthSettings
-from serving.journal import Journal
-from serving.ledger import Ledger
-from serving.links import Loss, RankLinks
-from serving.loop import Loop
-from serving.metrics import Metrics
-from serving.prepared import Prepared, prepare
-from serving.run_folder import RunFolder
-from serving.step_book import StepBook, with_buckets
-from serving.tls import ServerTls
-from serving.tokens import Tokenizer
-from serving.tracing import open_tracer
+from serving.api.grpc.server import start_grpc
+from serving.api.http.server import start_http
+from serving.auth.limits import CallLimits
+from serving.auth.tls import ServerTls
+from serving.config import Settings, listed
+from serving.core.bucket_counts import BucketCounts, resolve_buckets
+from serving.core.journal import Journal
+from serving.core.loop import Loop
+from serving.core.request_log import RequestLog
+from serving.core.request_processor import RequestProcessor
+from serving.core.step_stats import StepStats
+from serving.engine.limits import Limits
+from serving.executor.executor import RankExecutor
+from serving.executor.failure_detector import FailureDetectorSettings
+from serving.launch.launcher import Launcher
+from serving.launch.run_folder import RunFolder
+from serving.observability.metrics import Metrics
+from serving.observability.tracing import open_tracer
+from serving.protocol.events import EventLog
+from serving.protocol.prepared_model import PreparedModel, prepare_model
+from serving.recovery.certificate_watch import read_signed
+from serving.recovery.failover import Failover
+from serving.text.generation_config import load_sampling_defaults
+from serving.text.structured_output import GrammarMatcher
+from serving.text.tokenizer import Tokenizer
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
+"""Takes a line for the user who starts the server."""
 
 
-def quiet(_: str) -> None:
-    """Say nothing."""
+def no_log(_: str) -> None:
+    """Log nothing."""
 
 
 class App:
     """A running server in this event loop. `await App.start(settings)`, then `await app.stop()`."""
 
-    def __init__(self, settings: Settings, generation: Generation, loop: Loop, failover: Failover) -> None:
+    def __init__(self, settings: Settings, processor: RequestProcessor, loop: Loop, failover: Failover) -> None:
         self.settings = settings
-        self.generation = generation
+        self.processor = processor
         self.loop = loop
         self.failover = failover
         self.grpc_port = 0
@@ -54,268 +56,205 @@ class App:
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
-    async def start(cls, settings: Settings, say: Say = quiet, run: RunFolder | None = None) -> Self:
-        """Start everything and return when the first request can be served with the whole lattice ready.
+    async def start(cls, settings: Settings, log: Log = no_log, run: RunFolder | None = None) -> Self:
+        """Start a server, and return when it can serve its first request and every planned loss is prepared for.
 
-        Raises StartError naming the process and the cause; nothing is left running then. `run` is the folder of a
-        supervised front.
+        `run` is the folder of a supervised front. Raises StartError naming the process and the cause; nothing keeps
+        running then.
         """
         _raise_file_limit()
-        guard, tls = Guard.of(settings), ServerTls.of(settings)  # what is wrong with them shows before the long part
-        model = (await _prepared(settings, say, run)).with_context(settings.max_context)
-        book = StepBook.of(settings, model)
-        settings = with_buckets(settings, book, say, run)
+        limits, tls = CallLimits.of(settings), ServerTls.of(settings)  # their errors come before the slow part
+        if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
+            read_signed(settings)
+        model = (await _prepared(settings, log, run)).with_context(settings.max_context, log).with_known_tokens(log)
+        tokenizer = _load_tokenizer(settings, model)
+        off = settings.generation_config == "off"
+        defaults = None if off else load_sampling_defaults(Path(model.folder), model.vocab_size)
+        saved_counts = BucketCounts.for_server(settings, model)
+        settings = resolve_buckets(settings, saved_counts, log, run)
         async with contextlib.AsyncExitStack() as stack:
-            ledger = _ledger(settings, run)
-            stack.callback(ledger.close)
-            within = None if run is None else run.path
-            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-", dir=within)))
-            hearers: list[Callable[[Loss], None]] = []
-
-            def lost(loss: Loss) -> None:
-                for hear in hearers:
-                    hear(loss)
-
-            health = HealthSettings(heartbeat_floor_s=settings.heartbeat_floor_s, step_floor_s=settings.step_floor_s)
-            crew = Crew.of(settings, model, logs, run)
-            links = RankLinks(health, lost, crew.launcher)
-            stack.push_async_callback(links.close)
-            await links.open(crew.listener)
-            stack.push_async_callback(crew.close)
-            cluster = await crew.gather(settings, links.address, say)
-            failover = Failover(settings, model, links, say, cluster=cluster, host=crew.host)
-            failover.epoch = ledger.epoch
-            stack.push_async_callback(failover.close)
-            async with asyncio.timeout(settings.start_timeout_s):
-                await failover.start()
-            tokenizer = Tokenizer.load(Path(model.folder), bos_token=model.bos_token, stop_tokens=model.stop_tokens)
+            request_log = _open_request_log(settings, run)
+            stack.callback(request_log.close)
+            events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
+            failover, executor = await _start_ranks(
+                stack,
+                settings,
+                model,
+                log,
+                run,
+                events=events,
+                step_stats=step_stats,
+                wake=wake,
+                epoch=request_log.epoch,
+            )
             info = model.info()
-            guides = Guides(tokenizer, info.vocab_size, info.stop_tokens)
-            loop = Loop(settings, info, _limits(settings, model.max_context), links, failover, guides, ledger)
-            hearers.append(loop.lost)
+            tokenizer.check_begin_tokens(info.vocab_size)
+            if names := listed(settings.served_model_name):
+                info = dataclasses.replace(info, name=names[0])
+            grammar_matcher = GrammarMatcher(tokenizer, info.vocab_size, info.stop_tokens)
+            loop = Loop(
+                settings,
+                info,
+                Limits.of(settings, model.max_context),
+                executor,
+                failover,
+                grammar_matcher,
+                request_log,
+                events=events,
+                step_stats=step_stats,
+                wake=wake,
+            )
             tracer = None
             if settings.otlp_endpoint is not None:
                 tracer = open_tracer(settings.otlp_endpoint)
                 stack.callback(tracer.close)
-            generation = Generation(
-                loop, tokenizer, Metrics(loop, tracer), guides, max_prompt_tokens=settings.max_prompt_tokens
+            processor = RequestProcessor(
+                loop,
+                tokenizer,
+                Metrics(loop, tracer),
+                grammar_matcher,
+                max_prompt_tokens=settings.max_prompt_tokens,
+                sampling_defaults=defaults,
             )
-            app = cls(settings, generation, loop, failover)
+            app = cls(settings, processor, loop, failover)
             loop.start()
-            if book is not None:
-                stack.push_async_callback(book.save, loop.tally, settings.buckets)
-                counting = asyncio.create_task(book.keep(loop.tally, settings.buckets))
+            if saved_counts is not None:
+                stack.push_async_callback(saved_counts.save, step_stats, settings.buckets)
+                counting = asyncio.create_task(saved_counts.save_periodically(step_stats, settings.buckets))
                 stack.callback(counting.cancel)
             stack.push_async_callback(loop.drain, 0.0)
-            keeper = asyncio.create_task(generation.keep(ledger.running()))
-            stack.callback(keeper.cancel)
-            ports = {"grpc_port": settings.grpc_port, "http_port": settings.http_port}
-            ports |= {name: port for name, port in (run.ports if run is not None else {}).items() if not ports[name]}
-            grpc_server = await rpc.start(
-                generation,
-                host=settings.host,
-                port=settings.grpc_port or ports.get("grpc_port", 0),
-                guard=guard,
-                tls=tls,
-                vllm=settings.vllm_grpc,
-            )
-            stack.push_async_callback(grpc_server.stop, 1.0)
-            http_server = await http.start(
-                generation,
-                host=settings.host,
-                port=settings.http_port or ports.get("http_port", 0),
-                guard=guard,
-                tls=tls,
-            )
-            stack.push_async_callback(http_server.stop, 1.0)
-            app.grpc_port, app.http_port = grpc_server.port, http_server.port
-            if run is not None:
-                run.announce(grpc_port=app.grpc_port, http_port=app.http_port)
+            reader = asyncio.create_task(processor.read_unattended(request_log.running()))
+            stack.callback(reader.cancel)
+            await app._open_surfaces(stack, limits, tls, run)
             app._stack = stack.pop_all()
             return app
         raise AssertionError("unreachable: the block above returns or raises")
 
+    async def _open_surfaces(
+        self, stack: contextlib.AsyncExitStack, limits: CallLimits, tls: ServerTls | None, run: RunFolder | None
+    ) -> None:
+        """Start gRPC and HTTP. A port of 0 is the port of the front before this one, if there was one."""
+        settings, earlier = self.settings, {} if run is None else run.ports
+        grpc_server = await start_grpc(
+            self.processor,
+            host=settings.host,
+            port=settings.grpc_port or earlier.get("grpc_port", 0),
+            limits=limits,
+            tls=tls,
+            vllm=settings.vllm_grpc,
+        )
+        stack.push_async_callback(grpc_server.stop, 1.0)
+        http_server = await start_http(
+            self.processor,
+            host=settings.host,
+            port=settings.http_port or earlier.get("http_port", 0),
+            limits=limits,
+            tls=tls,
+            settings=settings,
+        )
+        stack.push_async_callback(http_server.stop, 1.0)
+        self.grpc_port, self.http_port = grpc_server.port, http_server.port
+        if run is not None:
+            run.announce(grpc_port=self.grpc_port, http_port=self.http_port)
+
     async def stop(self, grace_s: float | None = None) -> None:
-        """Drain for `grace_s` seconds (the settings' when None), then end every process."""
+        """Drain for `grace_s` seconds (None: those of the settings), then end every process."""
         await self.loop.drain(self.settings.grace_s if grace_s is None else grace_s)
         await self._stack.aclose()
 
 
-class Server:
-    """A server of this program's own: starts on entering, stops on leaving.
-
-    >>> from serving import Client, Server
-    >>> with Server(model="tiny", ranks=2) as server, Client(server) as client:   # doctest: +SKIP
-    ...     print(client.generate("ROMEO:", max_tokens=20).text)
-
-    Takes the fields of `serving.config.Settings`; ports default to free ones. In a coroutine use
-    `async with Server(...)` and `AsyncClient`.
-    """
-
-    def __init__(self, *, say: Say = quiet, **settings: Any) -> None:
-        values: dict[str, Any] = {"grpc_port": 0, "http_port": 0} | settings
-        self.settings = Settings.load(None, {}, **values)
-        self._say = say
-        self._thread: threading.Thread | None = None
-        self._stopping: Callable[[], object] = lambda: None
-        self.app: App | None = None
-
-    @property
-    def address(self) -> str:
-        """host:port of gRPC. Raises StartError when the server does not run."""
-        return f"{self.settings.host}:{self._running().grpc_port}"
-
-    @property
-    def url(self) -> str:
-        """http://host:port of HTTP. Raises StartError when the server does not run."""
-        return f"http://{self.settings.host}:{self._running().http_port}"
-
-    def _running(self) -> App:
-        if self.app is None:
-            raise StartError("the server does not run. Use it as a context manager: with Server(...) as server.")
-        return self.app
-
-    def __enter__(self) -> Self:
-        started: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                asyncio.run(self._serve(started))
-            except BaseException as error:
-                if not started.done():
-                    started.set_exception(error)
-
-        self._thread = threading.Thread(target=run, name="moejax-server")
-        self._thread.start()
-        try:
-            started.result()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the loop is closed when the start failed by itself
-                self._stopping()
-            self._thread.join()
-            raise
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping()
-        if self._thread is not None:
-            self._thread.join()
-        self.app = None
-
-    async def _serve(self, started: "Future[None]") -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        self._stopping = lambda: loop.call_soon_threadsafe(stop.set)
-        self.app = await App.start(self.settings, self._say)
-        started.set_result(None)
-        await stop.wait()
-        await self.app.stop(0.0)
-
-    async def __aenter__(self) -> Self:
-        self.app = await App.start(self.settings, self._say)
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        await self._running().stop(0.0)
-        self.app = None
+async def _start_ranks(
+    stack: contextlib.AsyncExitStack,
+    settings: Settings,
+    model: PreparedModel,
+    log: Log,
+    run: RunFolder | None,
+    *,
+    events: EventLog,
+    step_stats: StepStats,
+    wake: asyncio.Event,
+    epoch: int,
+) -> tuple[Failover, RankExecutor]:
+    """Start the ranks, or take over those of an earlier front, under their first plan. `stack` ends them."""
+    within = None if run is None else run.path
+    log_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-", dir=within)))
+    health = FailureDetectorSettings(
+        heartbeat_floor_s=(
+            settings.heartbeat_floor_s
+            if settings.launcher == "local"
+            else max(settings.heartbeat_floor_s, settings.network_heartbeat_floor_s)
+        ),
+        step_floor_s=settings.step_floor_s,
+        starved_factor=settings.starved_factor,
+    )
+    launcher = Launcher.of(settings, model, log_folder, run)
+    executor = RankExecutor(
+        health,
+        lambda loss: failover.on_rank_lost(loss),
+        launcher.starter,
+        on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
+        on_starved=lambda rank, evidence: failover.on_rank_starved(rank, evidence),
+    )
+    stack.push_async_callback(executor.close)
+    await executor.open(launcher.listener)
+    stack.push_async_callback(launcher.close)
+    cluster = await launcher.wait_for_ranks(settings, executor.address, log)
+    failover = Failover(
+        settings,
+        model,
+        executor,
+        log,
+        events=events,
+        expert_load=lambda: step_stats.expert_load,
+        wake=wake.set,
+        cluster=cluster,
+        host=launcher.host,
+        epoch=epoch,
+    )
+    stack.push_async_callback(failover.close)
+    async with asyncio.timeout(settings.start_timeout_s):
+        await failover.start()
+    return failover, executor
 
 
-def serve(settings: Settings, run: RunFolder | None = None) -> int:
-    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status. `run` is the folder of a supervised front."""
-    try:
-        return asyncio.run(_serve(settings, run))
-    except KeyboardInterrupt:
-        return 130
-
-
-async def _serve(settings: Settings, run: RunFolder | None) -> int:
-    logs.configure(settings.log_format, settings.log_level)
-    say = logs.SERVER.info
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    main = asyncio.current_task()
-    app: App | None = None
-
-    def stopping() -> None:
-        if app is None and main is not None:
-            main.cancel()
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping)
-    try:
-        app = await App.start(settings, say, run)
-    except asyncio.CancelledError:
-        say("stopped before it was ready")
-        return 130
-    except (MoejaxError, TimeoutError) as error:
-        logs.SERVER.error(str(error) or f"not ready within {settings.start_timeout_s:.0f} s")
-        return 1
-    _announce(app, say)
-    follower = asyncio.create_task(_log_events(app.loop))
-    await stop.wait()
-    follower.cancel()
-    running = app.loop.status().running + app.loop.status().waiting
-    say(f"draining {running} requests for up to {settings.grace_s:.0f} s" if running else "stopping")
-    await app.stop()
-    say("stopped")
-    return 0
-
-
-async def _log_events(loop: Loop) -> None:
-    async for event in loop.watch():
-        logs.log_event(event)
-
-
-def _announce(app: App, say: Say) -> None:
-    status, settings = app.loop.status(), app.settings
-    mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items() if size > 1)
-    coverage = ", ".join(f"{loss} {share:.0%}" for loss, share in status.lattice.items())
-    scheme = "https" if settings.tls_cert else "http"
-    http_at, grpc_at = f"{scheme}://{settings.host}:{app.http_port}", f"{settings.host}:{app.grpc_port}"
-    say(f"ready: {app.loop.model.name} on {len(status.ranks)} ranks (mesh {mesh or 'of one'})")
-    say(f"       {status.slots_per_rank} slots per rank; losses prepared: {coverage or 'none'}")
-    say(f"       ranks: {', '.join(f'{r.id} (pid {r.pid})' for r in status.ranks)}")
-    say(f"gRPC   {grpc_at}")
-    say(f"HTTP   {http_at}  (dashboard, /v1/completions, /v1/chat/completions, /metrics)")
-    if not settings.loopback and settings.api_keys is None:
-        logs.SERVER.warning(
-            "anybody who reaches %s may call this server: set --api-keys (docs/security.md)", settings.host
-        )
-    say(f'try    scripts/moejax generate --server {grpc_at} "The capital of France is"')
-
-
-async def _prepared(settings: Settings, say: Say, run: RunFolder | None) -> Prepared:
-    """The model, prepared now or as a front before this one had it."""
+async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> PreparedModel:
+    """The model, prepared now or by an earlier front of the same supervisor."""
     if run is not None and run.prepared.exists():
-        return Prepared.from_json(run.prepared.read_text())
-    say(f"preparing {settings.model}")
-    model = await prepare(settings.model, settings.data_type, in_place=settings.in_place, dense=settings.dense)
+        return PreparedModel.from_json(run.prepared.read_text())
+    log(f"preparing {settings.model}")
+    model = await prepare_model(
+        settings.model,
+        settings.data_type,
+        in_place=settings.in_place,
+        dense=settings.dense,
+        tensor=settings.tensor,
+    )
     if run is not None:
         run.prepared.write_text(model.to_json())
     return model
 
 
-def _ledger(settings: Settings, run: RunFolder | None) -> Ledger:
-    """The calls that a front before this one left, and a journal for the next, as the settings want it."""
-    if settings.journal == "off" or (settings.journal is None and run is None):
-        return Ledger(None)
-    folder = run.journal if run is not None and settings.journal is None else Path(settings.journal or "")
-    journal, records = Journal.open(folder)
-    return Ledger(journal, records, keep_s=settings.resume_s)
-
-
-def _limits(settings: Settings, max_context: int) -> Limits:
-    return Limits(
-        page_size=settings.page_size,
-        max_context=max_context,
-        max_queue=settings.max_queue,
-        buckets=tuple(Bucket(*bucket) for bucket in settings.buckets),
-        tiles_while_decoding=settings.tiles_while_decoding,
-        prefix_caching=settings.prefix_caching,
+def _load_tokenizer(settings: Settings, model: PreparedModel) -> Tokenizer:
+    return Tokenizer.load(
+        Path(model.folder),
+        bos_token=model.bos_token,
+        stop_tokens=model.stop_tokens,
+        chat_template=None if settings.chat_template is None else Path(settings.chat_template),
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
     )
 
 
+def _open_request_log(settings: Settings, run: RunFolder | None) -> RequestLog:
+    """The calls that a front before this one left, and a journal for the next, as the settings want it."""
+    if settings.journal == "off" or (settings.journal is None and run is None):
+        return RequestLog(None)
+    folder = run.journal if run is not None and settings.journal is None else Path(settings.journal or "")
+    journal, records = Journal.open(folder)
+    return RequestLog(journal, records, retention_s=settings.resume_s)
+
+
 def _raise_file_limit() -> None:
-    """Thousands of streams need as many sockets."""
+    """Raise the limit on open files: every stream needs a socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if soft < hard else (soft, hard))

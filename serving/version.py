@@ -1,4 +1,4 @@
-"""Which moejax this is."""
+"""The version of moejax."""
 
 import functools
 import hashlib

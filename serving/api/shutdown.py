@@ -1,4 +1,4 @@
-"""The end of streams that have none of their own: a server that stops must not wait for them."""
+"""Ends the streams that would otherwise never end, so that a server that stops need not wait for them."""
 
 import asyncio
 import contextlib
@@ -10,18 +10,18 @@ from serving.errors import Draining
 T = TypeVar("T")
 
 
-class Closing:
-    """Set once, when the server stops."""
+class Shutdown:
+    """The state of one server: running, or shutting down once `begin` is called."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def set(self) -> None:
-        """End every stream under `until`."""
+    def begin(self) -> None:
+        """End every stream that goes through `until`."""
         self._event.set()
 
     async def until(self, items: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-        """The items as they come; raises Draining when the server stops first."""
+        """The items as they come. Raises Draining when the server shuts down before the end."""
         stopped = asyncio.ensure_future(self._event.wait())
         step: asyncio.Future[T] | None = None
         try:

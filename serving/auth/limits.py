@@ -1,4 +1,4 @@
-"""Who may call what, and how much at once: the same rules for HTTP and gRPC, without either."""
+"""The rules for accepting calls, and their number at once: the same for HTTP and gRPC."""
 
 import collections
 import contextlib
@@ -6,42 +6,44 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving.config import Settings
+from serving.auth.api_keys import CALLER, SHARE, ApiKeyFile
+from serving.config import SecuritySettings
 from serving.errors import NotPermitted, QueueFull, Unauthenticated
-from serving.keys import CALLER, SHARE, KeyFile
 
 RETRY_S = 1.0
+"""Seconds after which a caller that was refused a stream should try again."""
 
 
 @dataclasses.dataclass
-class Guard:
-    """The rules of one server. Without `keys` everybody may call; what --chaos guards stays guarded."""
+class CallLimits:
+    """The rules of one server, and its open streams. Without `keys` everybody may call, but kills still need
+    --chaos."""
 
-    keys: KeyFile | None
+    keys: ApiKeyFile | None
     max_streams: int
     max_body_bytes: int
     max_header_bytes: int
     slow_client_s: float
     streams: int = 0
-    """Generating calls now."""
-    by_key: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """Of these, how many came with each key."""
+    """Generating calls that are open now."""
+    streams_by_key: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """Open generating calls by the name of their key."""
 
     @classmethod
-    def of(cls, settings: Settings) -> "Guard":
-        """The rules that settings ask for. Raises KeyFileError when the keys cannot be read."""
+    def of(cls, settings: SecuritySettings) -> "CallLimits":
+        """The rules that the settings ask for. Raises ApiKeyFileError when the keys cannot be read."""
         return cls(
-            keys=None if settings.api_keys is None else KeyFile.open(Path(settings.api_keys)),
+            keys=None if settings.api_keys is None else ApiKeyFile.open(Path(settings.api_keys)),
             max_streams=settings.max_streams,
             max_body_bytes=settings.max_body_bytes,
             max_header_bytes=settings.max_header_bytes,
             slow_client_s=settings.slow_client_s,
         )
 
-    def admit(self, authorization: str | None, *, admin: bool = False) -> None:
-        """Let a call through by its Authorization header and note whose it is.
+    def authorize(self, authorization: str | None, *, admin: bool = False) -> None:
+        """Check a call's Authorization header, and set CALLER and SHARE to those of its key.
 
-        Raises Unauthenticated without a known key, NotPermitted when the call is for admin keys only.
+        Raises Unauthenticated without a known key, and NotPermitted when the call needs an admin key.
         """
         if self.keys is None:
             return
@@ -57,13 +59,14 @@ class Guard:
         SHARE.set(key.share)
 
     @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        """The place of one generating call. A key may have as many as are free, so that there are some for others.
-        Raises QueueFull when there is none."""
+    def open_stream(self) -> Iterator[None]:
+        """Count one generating call as open while the context is entered. A key may have as many streams as are free,
+        so that others get some. Raises QueueFull when there is none for it."""
         key, free = CALLER.get(), self.max_streams - self.streams
-        if key and 0 < free <= self.by_key[key]:
+        own = self.streams_by_key[key]
+        if key and 0 < free <= own:
             raise QueueFull(
-                f"{self.by_key[key]} streams of the key {key!r} are open, and {free} of {self.max_streams} are left "
+                f"{own} streams of the key {key!r} are open, and {free} of {self.max_streams} are left "
                 "for others. Try again later.",
                 retry_after_s=RETRY_S,
             )
@@ -73,9 +76,9 @@ class Guard:
                 retry_after_s=RETRY_S,
             )
         self.streams += 1
-        self.by_key[key] += 1
+        self.streams_by_key[key] += 1
         try:
             yield
         finally:
             self.streams -= 1
-            self.by_key[key] -= 1
+            self.streams_by_key[key] -= 1

@@ -1,4 +1,4 @@
-"""Certificates of the two surfaces, and what a client needs to trust them."""
+"""TLS files of the servers (HTTP, gRPC, and where ranks dial in), and of their clients."""
 
 import dataclasses
 import ssl
@@ -7,26 +7,27 @@ from typing import Any, Self
 
 import grpc
 
-from serving.config import Settings
+from serving.config import LaunchSettings, SecuritySettings
 from serving.errors import InvalidRequest, StartError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerTls:
-    """PEM files of a server. With `client_ca` only clients with a certificate of that authority get in."""
+    """PEM files of a server. With `client_ca` clients need a certificate of that authority."""
 
     cert: Path
     key: Path
     client_ca: Path | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> Self | None:
-        """What settings ask for; None for plain text. Raises StartError when a file is missing or wrong."""
+    def of(cls, settings: SecuritySettings) -> Self | None:
+        """The files that the settings name for HTTP and gRPC; None without TLS. Raises StartError when a file is
+        missing or wrong."""
         return cls._from(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
     @classmethod
-    def of_ranks(cls, settings: Settings) -> Self | None:
-        """The same for where ranks dial in."""
+    def of_ranks(cls, settings: LaunchSettings) -> Self | None:
+        """The files that the settings name for the port where ranks dial in."""
         return cls._from(settings.rank_tls_cert, settings.rank_tls_key, settings.rank_tls_client_ca)
 
     @classmethod
@@ -38,7 +39,7 @@ class ServerTls:
         return made
 
     def check(self) -> None:
-        """Raises StartError naming the file that cannot be used; both surfaces would say less."""
+        """Raise StartError naming the file that cannot be used: uvicorn and gRPC would not name it."""
         for path in (self.cert, self.key, self.client_ca):
             if path is not None:
                 _bytes(path)
@@ -54,14 +55,14 @@ class ServerTls:
                 raise StartError(f"{self.client_ca} holds no certificate of an authority: {error}.") from None
 
     def uvicorn(self) -> dict[str, Any]:
-        """Options of uvicorn."""
+        """Options for uvicorn."""
         options: dict[str, Any] = {"ssl_certfile": str(self.cert), "ssl_keyfile": str(self.key)}
         if self.client_ca is not None:
             options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
         return options
 
     def grpc(self) -> grpc.ServerCredentials:
-        """Credentials of a gRPC port."""
+        """Credentials for a gRPC port."""
         return grpc.ssl_server_credentials(
             [(_bytes(self.key), _bytes(self.cert))],
             root_certificates=None if self.client_ca is None else _bytes(self.client_ca),
@@ -71,7 +72,7 @@ class ServerTls:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientTls:
-    """Whom a client trusts (`ca`), and who it is (`cert` with `key`) where the server wants to know."""
+    """PEM files of a client: the authority it trusts (`ca`), and its certificate with its key for mutual TLS."""
 
     ca: Path | None = None
     cert: Path | None = None
@@ -82,7 +83,7 @@ class ClientTls:
             raise InvalidRequest("a client certificate needs both its certificate and its key.", param="cert")
 
     def grpc(self) -> grpc.ChannelCredentials:
-        """Credentials of a channel; without `ca` the authorities of gRPC count."""
+        """Credentials for a channel. Without `ca`, the client trusts gRPC's own authorities."""
         return grpc.ssl_channel_credentials(
             root_certificates=None if self.ca is None else _bytes(self.ca),
             private_key=None if self.key is None else _bytes(self.key),

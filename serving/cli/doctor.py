@@ -1,4 +1,4 @@
-"""`moejax doctor`: looks at the machine and says what to do. Every check is a function of what it reads."""
+"""The checks of `moejax doctor`. Each check is a function of the values that it judges."""
 
 import dataclasses
 import importlib.metadata
@@ -15,7 +15,7 @@ from pathlib import Path
 from serving.config import Settings
 
 MEMORY_PER_RANK = 900 << 20
-"""Bytes a rank of a small model takes beside its weights: the interpreter, JAX, its buffers."""
+"""Bytes that a rank of a small model needs beside its weights: the interpreter, JAX, its buffers."""
 NEEDED_STREAM_FILES = 4096
 JAX_LIMIT_S = 60.0
 VERSIONS = ("jax", "jaxlib", "numpy", "grpcio", "protobuf", "orbax-checkpoint", "starlette", "uvicorn")
@@ -27,7 +27,7 @@ print(json.dumps([[d.platform, d.device_kind] for d in jax.devices()]))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One check. `state` is ok, warning or problem; `advice` says what to do about it."""
+    """The result of one check. `state` is ok, warning or problem; `advice` says what to do."""
 
     name: str
     state: str
@@ -35,36 +35,36 @@ class Finding:
     advice: str = ""
 
 
-def examine(settings: Settings, cache: Path) -> Iterator[Finding]:
-    """All checks for a server with these settings, the slow one (JAX) last."""
-    yield python(sys.version_info[:2])
-    yield from versions()
+def run_checks(settings: Settings, cache: Path) -> Iterator[Finding]:
+    """All checks for a server with these settings. The slow one, of JAX, is the last."""
+    yield check_python(sys.version_info[:2])
+    yield from check_packages()
     for name in ("grpc_port", "http_port"):
-        yield port(settings.host, getattr(settings, name), f"--{name.replace('_', '-')}")
+        yield check_port(settings.host, getattr(settings, name), f"--{name.replace('_', '-')}")
     ranks_here = settings.ranks
     if settings.launcher != "local":
         host, _, number = settings.rank_listen.rpartition(":")
-        yield port(host, int(number), "--rank-listen")
+        yield check_port(host, int(number), "--rank-listen")
         ranks_here = 0
-    yield memory(_available_memory(), ranks_here)
-    yield host_store(Path("/dev/shm"))
-    yield folder(cache)
-    yield cores(len(os.sched_getaffinity(0)), ranks_here)
-    yield files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    yield exposure(settings)
-    yield devices()
+    yield check_memory(_available_memory(), ranks_here)
+    yield check_host_store(Path("/dev/shm"))
+    yield check_cache(cache)
+    yield check_cores(len(os.sched_getaffinity(0)), ranks_here)
+    yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    yield check_exposure(settings)
+    yield check_devices()
 
 
-def python(version: tuple[int, int]) -> Finding:
-    """The interpreter."""
+def check_python(version: tuple[int, int]) -> Finding:
+    """The version of Python."""
     text = ".".join(map(str, version))
     if version < (3, 11):
         return Finding(name="python", state="problem", text=text, advice="Install Python 3.11 or newer.")
     return Finding(name="python", state="ok", text=text)
 
 
-def versions() -> Iterator[Finding]:
-    """Packages that must be there."""
+def check_packages() -> Iterator[Finding]:
+    """The packages that a server needs."""
     found: dict[str, str] = {}
     for name in VERSIONS:
         try:
@@ -74,36 +74,36 @@ def versions() -> Iterator[Finding]:
     yield Finding(name="packages", state="ok", text=", ".join(f"{n} {v}" for n, v in found.items()))
 
 
-def port(host: str, number: int, flag: str) -> Finding:
-    """Whether a server could listen there."""
+def check_port(host: str, number: int, flag: str) -> Finding:
+    """The port, and if a server can listen on it."""
     name = f"port {number}"
     if number == 0:
-        return Finding(name=name, state="ok", text=f"{flag} takes a free one")
+        return Finding(name=name, state="ok", text=f"{flag} 0: any free port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, number))
     except OSError as error:
-        advice = f"Stop what listens there, or choose another with {flag}; 0 takes a free one."
+        advice = f"Stop the program that listens there, or choose another port with {flag} (0: any free port)."
         return Finding(name=name, state="problem", text=f"{host}: {error.strerror}", advice=advice)
     return Finding(name=name, state="ok", text=f"free on {host}")
 
 
-def memory(available: int, ranks: int) -> Finding:
-    """Free memory against what so many ranks take at least."""
+def check_memory(available: int, ranks: int) -> Finding:
+    """Available memory, compared with the least that this many ranks need."""
     needed = ranks * MEMORY_PER_RANK
-    text = f"{available / 1e9:.1f} GB available, {needed / 1e9:.1f} GB for {ranks} ranks without their weights"
+    text = f"{available / 1e9:.1f} GB available, {ranks} ranks need {needed / 1e9:.1f} GB beside their weights"
     if available >= needed:
         return Finding(name="memory", state="ok", text=text)
     fewer = max(1, available // MEMORY_PER_RANK)
     return Finding(name="memory", state="problem", text=text, advice=f"Free memory, or start with --ranks {fewer}.")
 
 
-def host_store(path: Path) -> Finding:
-    """The memory file system that holds the host's copy of the weights."""
+def check_host_store(path: Path) -> Finding:
+    """The file system in memory that holds the host store of weights."""
     if not path.is_dir() or not os.access(path, os.W_OK):
-        advice = f"Mount a tmpfs at {path}; lost experts are read from the disk otherwise, which is slower."
+        advice = f"Mount a tmpfs at {path}. Without it, lost experts are read from disk, which is slower."
         return Finding(name="tmpfs", state="warning", text=f"{path} cannot be written", advice=advice)
     free = shutil.disk_usage(path).free
     if free < 1 << 30:
@@ -112,8 +112,8 @@ def host_store(path: Path) -> Finding:
     return Finding(name="tmpfs", state="ok", text=f"{free / 1e9:.1f} GB free in {path}")
 
 
-def folder(path: Path) -> Finding:
-    """The cache of models and compiled programs."""
+def check_cache(path: Path) -> Finding:
+    """The folder that caches models and compiled programs."""
     at = path
     while not at.exists():
         at = at.parent
@@ -127,25 +127,25 @@ def folder(path: Path) -> Finding:
     return Finding(name="cache", state="ok", text=text)
 
 
-def cores(count: int, ranks: int) -> Finding:
-    """Processor cores against ranks, which are one thread each on a CPU."""
+def check_cores(count: int, ranks: int) -> Finding:
+    """The number of processor cores: on a CPU, a rank computes with one thread."""
     text = f"{count} cores for {ranks} ranks and the front"
     if count < ranks:
-        advice = "On a CPU, ranks beyond the cores take turns: correct, but slower. Start with fewer --ranks."
+        advice = "On a CPU, more ranks than cores take turns: correct, but slower. Start with fewer --ranks."
         return Finding(name="cores", state="warning", text=text, advice=advice)
     return Finding(name="cores", state="ok", text=text)
 
 
-def files(limit: int) -> Finding:
-    """Open files a process may have: each stream takes one."""
+def check_open_files(limit: int) -> Finding:
+    """The limit on open files: each stream needs one."""
     text = f"{limit} open files at most"
     if limit < NEEDED_STREAM_FILES:
         return Finding(name="files", state="warning", text=text, advice="Raise it: ulimit -Hn 65536.")
     return Finding(name="files", state="ok", text=text)
 
 
-def exposure(settings: Settings) -> Finding:
-    """Who can reach the server."""
+def check_exposure(settings: Settings) -> Finding:
+    """Who can reach the server, and how it is protected."""
     if settings.loopback:
         return Finding(name="exposure", state="ok", text=f"{settings.host}: this machine only")
     missing = [
@@ -157,8 +157,8 @@ def exposure(settings: Settings) -> Finding:
     return Finding(name="exposure", state="ok", text=f"{settings.host}: with API keys and TLS")
 
 
-def devices() -> Finding:
-    """What JAX sees, asked in a process of its own as the front never imports it."""
+def check_devices() -> Finding:
+    """The devices that JAX finds, in a process of its own because the front never imports JAX."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=JAX_LIMIT_S, check=True
@@ -168,9 +168,9 @@ def devices() -> Finding:
         text, advice = f"JAX did not answer within {JAX_LIMIT_S:.0f} s", "Another process may hold the device."
         return Finding(name="jax", state="problem", text=text, advice=advice)
     except (subprocess.CalledProcessError, ValueError, IndexError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        output = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         advice = "Install jax for this machine: pip install 'jax[cuda12]' on NVIDIA, 'jax[tpu]' on TPU, jax on a CPU."
-        return Finding(name="jax", state="problem", text=said[-1] if said else "failed", advice=advice)
+        return Finding(name="jax", state="problem", text=output[-1] if output else "failed", advice=advice)
     kinds = sorted({f"{platform} ({kind})" for platform, kind in found})
     return Finding(
         name="jax", state="ok", text=f"{len(found)} device{'s' if len(found) > 1 else ''}: {', '.join(kinds)}"

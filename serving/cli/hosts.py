@@ -1,4 +1,4 @@
-"""Commands of hosts that join a server: keeping places for its ranks, and the tokens that let them in."""
+"""The commands for hosts that join a server: `moejax rank` runs the host agent, `moejax tokens` edits join tokens."""
 
 import asyncio
 import datetime
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from serving import logs
+from serving.auth.join_tokens import JoinTokens, read_secret
+from serving.auth.tls import ClientTls
+from serving.cli.options import example
 from serving.config import is_loopback
-from serving.dial import Way, address_towards
 from serving.errors import InvalidRequest
-from serving.join_tokens import JoinTokens, read_secret
-from serving.keeper import Offer, keep
-from serving.options import example
-from serving.tls import ClientTls
+from serving.launch.host_agent import SlotOffer, run_agents
+from serving.launch.rank_channel import RankChannel, local_address_towards
+from serving.observability import logs
 
 _DAY_S = 86400.0
 
@@ -27,28 +27,41 @@ _file = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="MOEJAX_RANK_TOKENS",
     required=True,
-    help="The file of tokens that `serve --rank-tokens` reads; also MOEJAX_RANK_TOKENS.",
+    help="The token file that `moejax serve --rank-tokens` reads. Also the variable MOEJAX_RANK_TOKENS.",
 )
 
 
-@click.command()
-@click.option("--join", required=True, metavar="HOST:PORT", help="Where the front listens for ranks (--rank-listen).")
+@click.command(short_help="Offer this host's devices to a server as ranks.")
+@click.option(
+    "--join", required=True, metavar="HOST:PORT", help="Address on which the front listens for ranks (--rank-listen)."
+)
 @click.option(
     "--token-file",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="MOEJAX_TOKEN_FILE",
-    help="File with the secret that `moejax tokens add` printed; nobody else may read it.",
+    help="File with the secret that `moejax tokens add` printed. Only its owner may read it.",
 )
-@click.option("--host", help="The host this counts as: its ranks can be lost together.  [default: its name]")
-@click.option("--rack", default="", help="The rack it counts as being in.")
-@click.option("--model", help="Where this host has the model, if not where the front has it.")
-@click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to keep places for.")
-@click.option("--address", help="Where other ranks reach this host.  [default: from where it reaches the front]")
-@click.option("--ca", type=_pem, envvar="MOEJAX_CA", help="Use TLS and trust this authority (PEM).")
-@click.option("--cert", type=_pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate to show to the front.")
-@click.option("--key", type=_pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --cert.")
-@click.option("--plaintext", is_flag=True, help="Dial over a network without TLS.")
+@click.option("--host", help="Name of this host in plans: its ranks can be lost together.  [default: the host name]")
+@click.option("--rack", default="", help="Name of the rack of this host in plans.")
+@click.option("--model", help="Folder of the model on this host.  [default: the same as on the front]")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Number of host slots to offer, one rank each.",
+)
+@click.option(
+    "--address",
+    help="Address at which other ranks reach this host.  [default: the address from which it reaches the front]",
+)
+@click.option("--ca", type=_pem, envvar="MOEJAX_CA", help="Use TLS and trust this certificate authority (PEM).")
+@click.option(
+    "--cert", type=_pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate that this host presents to the front (PEM)."
+)
+@click.option("--key", type=_pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --cert (PEM).")
+@click.option("--plaintext", is_flag=True, help="Connect over a network without TLS.")
 @example(
     "moejax rank --join front.example:50052 --token-file token --ca ca.pem",
     "moejax rank --join 127.0.0.1:50052 --token-file token --count 4",
@@ -66,9 +79,9 @@ def rank(
     key: Path | None,
     plaintext: bool,
 ) -> None:
-    """Let this host's devices serve as ranks of the front at HOST:PORT, until Ctrl-C.
+    """Offer the devices of this host as ranks to the front at HOST:PORT, until Ctrl-C.
 
-    Dials until it is let in, and again whenever the front is gone. Everything else the front says.
+    The command connects again whenever the front is gone. The front decides which ranks run here, with which settings.
     """
     name, _, port = join.rpartition(":")
     if not (name and port.isdecimal()):
@@ -76,15 +89,15 @@ def rank(
     tls = ClientTls(ca=ca, cert=cert, key=key) if ca or cert or key else None
     if tls is None and not plaintext and not is_loopback(name):
         raise InvalidRequest(
-            f"{join} would be dialled without TLS, and whoever is on the way could take the join token. Give --ca, "
-            "or --plaintext on a network of yours.",
+            f"the connection to {join} would be without TLS, and others on the network could read the join token. "
+            "Give --ca, or --plaintext on a private network.",
             param="ca",
         )
     logs.configure("text", "info")
-    way = Way(front=join, address=address or _address(join), tls=tls)
+    channel = RankChannel(front=join, address=address or _own_address(join), tls=tls)
     cores = len(os.sched_getaffinity(0))
     offers = [
-        Offer(
+        SlotOffer(
             secret=read_secret(token_file),
             host=host or socket.gethostname(),
             rack=rack,
@@ -94,43 +107,50 @@ def rank(
         )
         for number in range(count)
     ]
-    asyncio.run(_until_told(way, offers))
+    asyncio.run(_run_until_signal(channel, offers))
 
 
-async def _until_told(way: Way, offers: list[Offer]) -> None:
-    keeping = asyncio.ensure_future(keep(way, offers, logs.SERVER.info))
+async def _run_until_signal(channel: RankChannel, offers: list[SlotOffer]) -> None:
+    agents = asyncio.ensure_future(run_agents(channel, offers, logs.SERVER.info))
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, keeping.cancel)
-    await asyncio.wait([keeping])
-    keeping.result()
+        asyncio.get_running_loop().add_signal_handler(number, agents.cancel)
+    await asyncio.wait([agents])
+    agents.result()
 
 
-def _address(front: str) -> str:
-    """Where others reach this host. A name that is not known yet may be in a while: pods start in any order."""
-    told = False
+def _own_address(front: str) -> str:
+    """The address of this host as seen from the front. Waits until the name of the front resolves."""
+    logged = False
     while True:
         try:
-            return address_towards(front)
+            return local_address_towards(front)
         except OSError as error:
-            if not told:
+            if not logged:
                 logs.SERVER.info("%s: %s; trying again", front, error.strerror or error)
-            told = True
+            logged = True
             time.sleep(1.0)
 
 
-@click.group()
+@click.group(short_help="Add, list and remove join tokens of hosts.")
 @example("moejax tokens add pods --file tokens.json > token", "moejax serve --launcher join --rank-tokens tokens.json")
 def tokens() -> None:
-    """Make, list and remove join tokens, which let ranks on other hosts in. A running server notices at once."""
+    """Add, list and remove join tokens, with which other hosts join a server.
+
+    A change takes effect at once, also in a running server.
+    """
 
 
 @tokens.command("add")
 @click.argument("name")
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Days it counts for.  [default: for ever]")
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Days for which the token is valid.  [default: for ever]",
+)
 @_file
 @example("(umask 077; moejax tokens add pods --file tokens.json --days 30 > token)")
 def add_token(name: str, days: float | None, file: Path) -> None:
-    """Make a token called NAME and print its secret. It is shown this once; the file keeps its hash."""
+    """Add a token called NAME and print its secret. It is printed only now: the file keeps a hash of it."""
     click.echo(JoinTokens(file).add(name, valid_s=None if days is None else days * _DAY_S))
 
 
@@ -149,7 +169,7 @@ def list_tokens(file: Path) -> None:
 @_file
 @example("moejax tokens remove pods --file tokens.json")
 def remove_token(name: str, file: Path) -> None:
-    """Forget the token called NAME. Ranks that it let in stay until they end."""
+    """Remove the token called NAME. Hosts that have joined with it stay until the front ends."""
     JoinTokens(file).remove(name)
     click.echo(f"removed {name}")
 

@@ -1,24 +1,26 @@
-"""Options that several commands share: the settings of a server, how to reach one, how to sample."""
+"""Options that several commands share: the settings of a server, the connection to one, and sampling."""
 
 import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from serving.client import DEFAULT_ADDRESS, Client
-from serving.config import Settings
-from serving.tls import ClientTls
+from serving.api.client import DEFAULT_ADDRESS, Client
+from serving.auth.tls import ClientTls
+from serving.config import GROUPS, RENAMED, RENAMED_VALUES, Settings
 
 Command = Callable[..., Any]
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 
 def example(*lines: str) -> Callable[[Command], Command]:
-    """Show lines as the end of a command's --help."""
+    """Add an example of these lines to the --help of a command."""
 
     def decorate(function: Command) -> Command:
         shown = "\n".join(f"  {line}" for line in lines)
@@ -29,21 +31,26 @@ def example(*lines: str) -> Callable[[Command], Command]:
 
 
 def settings_options(function: Command) -> Command:
-    """One flag for each field of Settings, and --config; the command gets `settings`.
+    """One flag for each field of Settings, and --config; the command gets `settings`. For a `SettingsCommand`.
 
-    What is not given stays None, so that the environment and the file have their say: a default is written in
-    `Settings` alone.
+    A flag that is not given is None, so that the environment and the file decide: a default is written in `Settings`
+    alone.
     """
     hints = typing.get_type_hints(Settings)
 
     @functools.wraps(function)
     def call(config: Path | None, **given: Any) -> Any:
-        flags = {field.name: given.pop(field.name) for field in dataclasses.fields(Settings)}
+        names = [field.name for field in dataclasses.fields(Settings)]
+        flags = {name: given.pop(name) for name in (*names, *RENAMED)}
         return function(settings=Settings.load(config, **flags), **given)
 
     wrapped: Command = call
-    for field in reversed(dataclasses.fields(Settings)):
-        wrapped = _flag(field, hints[field.name])(wrapped)
+    for group in reversed(GROUPS):
+        for field in reversed(dataclasses.fields(group)):
+            wrapped = _flag(field, hints[field.name], group.title)(wrapped)
+    for old, new in RENAMED.items():
+        text = f"The name of --{_flag_name(new)} before this release."
+        wrapped = click.option(f"--{_flag_name(old)}", default=None, hidden=True, help=text)(wrapped)
     return click.option(
         "--config",
         envvar="MOEJAX_CONFIG",
@@ -52,24 +59,63 @@ def settings_options(function: Command) -> Command:
     )(wrapped)
 
 
-def _flag(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[Command], Command]:
-    name, default = f"--{field.name.replace('_', '-')}", field.default
+def _flag_name(setting: str) -> str:
+    return setting.replace("_", "-")
+
+
+class _SettingOption(click.Option):
+    """A flag of a setting, which the help shows under its group."""
+
+    def __init__(self, *names: Any, group: str, **given: Any) -> None:
+        super().__init__(*names, **given)
+        self.group = group
+
+
+class SettingsCommand(click.Command):
+    """A command whose help shows the flags of settings by group, after its other options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section of help for each group of options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = param.group if isinstance(param, _SettingOption) else "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _flag(field: "dataclasses.Field[Any]", hint: Any, group: str) -> Callable[[Command], Command]:
+    name, default = f"--{_flag_name(field.name)}", field.default
     text = field.metadata["help"]
     if isinstance(default, bool):
-        return click.option(
-            f"{name}/--no-{name[2:]}", default=None, help=f"{text}  [default: {'yes' if default else 'no'}]"
-        )
+        text = f"{text}  [default: {'yes' if default else 'no'}]"
+        return click.option(f"{name}/--no-{name[2:]}", cls=_SettingOption, group=group, default=None, help=text)
     if default is not None:
         shown = ";".join(",".join(map(str, row)) for row in default) if isinstance(default, tuple) else default
         text = f"{text}  [default: {shown}]"
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind in (int, float)]
     choices = field.metadata["choices"]
-    kind: Any = click.Choice(choices) if choices else kinds[0] if kinds else str
-    return click.option(name, default=None, type=kind, help=text)
+    kind: Any = _SettingChoice(choices, RENAMED_VALUES.get(field.name, ())) if choices else kinds[0] if kinds else str
+    return click.option(name, cls=_SettingOption, group=group, default=None, type=kind, help=text)
 
 
-def connected(function: Command) -> Command:
-    """Options that say which server to talk to; the command gets `client`."""
+class _SettingChoice(click.Choice[str]):
+    """One of several words, or of those used before this release, which the help does not show."""
+
+    def __init__(self, choices: Sequence[str], renamed: Collection[str]) -> None:
+        super().__init__(choices)
+        self._renamed = renamed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word as it was given."""
+        return value if value in self._renamed else super().convert(value, param, ctx)
+
+
+def client_options(function: Command) -> Command:
+    """Options for the connection to a running server. The command gets a `client`."""
 
     @functools.wraps(function)
     def call(
@@ -88,10 +134,12 @@ def connected(function: Command) -> Command:
     pem = click.Path(exists=True, dir_okay=False, path_type=Path)
     wrapped: Command = call
     for option in (
-        click.option("--client-key", type=pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --client-cert."),
-        click.option("--client-cert", type=pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate to show to the server."),
-        click.option("--ca", type=pem, envvar="MOEJAX_CA", help="Use TLS and trust this authority (PEM)."),
-        click.option("--api-key", envvar="MOEJAX_API_KEY", metavar="KEY", help="Key of a server that wants one."),
+        click.option("--client-key", type=pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --client-cert (PEM)."),
+        click.option(
+            "--client-cert", type=pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate that this client presents (PEM)."
+        ),
+        click.option("--ca", type=pem, envvar="MOEJAX_CA", help="Use TLS and trust this certificate authority (PEM)."),
+        click.option("--api-key", envvar="MOEJAX_API_KEY", metavar="KEY", help="API key, if the server requires one."),
         click.option(
             "--server",
             default=DEFAULT_ADDRESS,
@@ -106,15 +154,37 @@ def connected(function: Command) -> Command:
 
 
 def sampling_options(function: Command) -> Command:
-    """The options of SamplingParams; what is not given is the server's default."""
+    """The options of SamplingParams. An option that is not given has the server's default."""
     for option in (
-        click.option("--max-tokens", type=int, help="Length of the answer.  [default: what fits]"),
-        click.option("--temperature", type=float, help="0 is greedy.  [default: 1]"),
-        click.option("--top-k", type=int, help="Only the k most likely tokens."),
-        click.option("--top-p", type=float, help="Only tokens that together reach this probability."),
-        click.option("--min-p", type=float, help="Only tokens this likely relative to the likeliest."),
-        click.option("--seed", type=int, help="The same seed gives the same text."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: up to the context limit]"),
+        click.option(
+            "--temperature",
+            type=float,
+            help="Randomness of the sampling; 0 takes the likeliest token.  [default: the model's]",
+        ),
+        click.option(
+            "--top-k", type=int, help="Sample only from the k likeliest tokens; 0 for all.  [default: the model's]"
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            help="Sample only from the likeliest tokens that together have this probability.  [default: the model's]",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            help="Sample only tokens with at least this share of the likeliest token's probability.  "
+            "[default: the model's]",
+        ),
+        click.option(
+            "--seed", type=int, help="Seed of the sampling: the same seed gives the same text.  [default: random]"
+        ),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="Text before which the output ends. May be given several times.",
+        ),
     ):
         function = option(function)
     return function

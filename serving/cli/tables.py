@@ -1,31 +1,47 @@
-"""What the command line shows of a server: its status and events as tables."""
+"""The status, the loss forecasts and the events of a server as text for a terminal or a pipe."""
 
+import dataclasses
 import datetime
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from serving.status import Event, ModelInfo, Prospect, RankStatus, Status
+from serving.protocol.events import Event, EventKind, Severity
+from serving.protocol.prepared_model import ModelInfo
+from serving.protocol.sampling import SamplingDefaults
+from serving.protocol.status import LossForecast, RankStatus, Status
 
-_COLOURS = {"serving": "green", "joining": "yellow", "starting": "yellow", "dead": "red", "failed": "red"}
-_EVENT_COLOURS = {"rank_lost": "red", "no_capacity": "red", "recovered": "green", "rejoined": "green"}
+_PIPED_WIDTH = 1 << 14
+"""Columns of output that is not a terminal: more than any line has, so that a pipe gets whole lines."""
+_EXPERTS_WIDTH = 48
+_COLOURS = {"serving": "green", "joining": "yellow", "starting": "yellow", "draining": "yellow", "dead": "red"}
+_EVENT_COLOURS = {Severity.BAD: "red", Severity.GOOD: "green"}
+_KIND_WIDTH = max(map(len, EventKind))
+
+
+def console() -> Console:
+    """A console for standard output, as wide as its terminal."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_PIPED_WIDTH if piped else None)
 
 
 def status_view(status: Status, model: ModelInfo) -> RenderableType:
-    """The whole server on one screen."""
+    """The status of a server on one screen."""
     state = "[green]ready[/]" if status.ready else "[red]not ready[/]"
     mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items()) or "none"
     lattice = ", ".join(f"{loss}: {share:.0%}" for loss, share in status.lattice.items()) or "none"
     masked = ", ".join(f"layer {layer} expert {expert}" for layer, expert in status.masked) or "none"
-    copies = "not copied" if status.protection == "off" else f"copied ({status.protection})"
-    given = f"{status.tokens_restored} entries of lost ranks restored, {status.tokens_recomputed} computed again"
+    recovered = f"{status.tokens_restored} tokens of lost ranks restored, {status.tokens_recomputed} recomputed"
     parity = f"{status.parity_groups} of {status.parity_wanted} groups" if status.parity_wanted else "none"
-    lost = f"{status.experts_loaded} read from the store, {status.experts_rebuilt} made again from parity"
+    reloaded = f"{status.experts_loaded} read from the host store, {status.experts_rebuilt} rebuilt from parity"
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{model.name}, {model.experts} experts, context {model.max_context}"),
+        ("sampling", _sampling(model.sampling_defaults)),
         (
             "state",
             f"{state}, epoch {status.epoch}, generation {status.generation}, front pid {status.front_pid}",
@@ -33,16 +49,39 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
         ("experts masked", masked),
-        ("experts", lost),
-        ("parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
+        ("experts reloaded", reloaded),
+        ("expert parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
         ("steps", f"{status.steps}; {_padding(status)}; {_shapes(status)}"),
-        ("caches", f"{copies}, {status.protected_bytes >> 20} MiB; {given}"),
+        ("KV replicas", f"{status.protection}, {status.protected_bytes >> 20} MiB; {recovered}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
+        ("poison", f"{status.suspects} requests suspected, {status.convicted} ended"),
+        ("certificate", _certificate(status)),
         ("compiles since ready", str(status.compiles_after_ready)),
     ):
         facts.add_row(Text(name, "bold"), Text.from_markup(value))
-    return Group(facts, "", _ranks(status.ranks))
+    return Group(facts, "", _ranks(status.ranks), *_failures(status.ranks))
+
+
+def _failures(ranks: Sequence[RankStatus]) -> list[Text]:
+    """How ranks failed of themselves the last time, one on each line."""
+    return [Text(f"rank {rank.id} {rank.last_failure}", "red") for rank in ranks if rank.last_failure]
+
+
+def _certificate(status: Status) -> str:
+    """Whether the certificate holds, else why not and with which ranks it would."""
+    if status.certificate != "does not hold":
+        return status.certificate or "none"
+    repair = f"; it would with {status.certificate_repair}" if status.certificate_repair else ""
+    return f"[red]does not hold[/], {status.certificate_reason}{repair}"
+
+
+def _sampling(defaults: SamplingDefaults) -> str:
+    """The model's own defaults."""
+    neutral = dataclasses.asdict(SamplingDefaults())
+    own = {name: value for name, value in dataclasses.asdict(defaults).items() if value != neutral[name]}
+    given = ", ".join(f"{name} {value:g}" for name, value in own.items())
+    return f"{given} unless a request says otherwise" if given else "temperature 1 unless a request says otherwise"
 
 
 def _padding(status: Status) -> str:
@@ -50,7 +89,7 @@ def _padding(status: Status) -> str:
 
 
 def _shapes(status: Status) -> str:
-    return "compiled for " + " ".join(f"{rows},{tiles}" for rows, tiles in status.buckets)
+    return "buckets " + (" ".join(f"{rows},{tiles}" for rows, tiles in status.buckets) or "unknown")
 
 
 def _ranks(ranks: Sequence[RankStatus]) -> Table:
@@ -60,11 +99,9 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
         table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
     if several:
         table.add_column("host", no_wrap=True)
-    table.add_column("experts in slots of the first layers")
+    table.add_column("experts in slots")
     for rank in ranks:
         cache = f"{rank.pages_used}/{rank.pages}" if rank.pages else "-"
-        experts = " | ".join(" ".join(map(str, row)) for row in rank.slots[:3])
-        more = f" | +{len(rank.slots) - 3} layers" if len(rank.slots) > 3 else ""
         table.add_row(
             str(rank.id),
             Text(rank.state, _COLOURS.get(rank.state, "")),
@@ -74,18 +111,27 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
             cache,
             f"{rank.step_ms:.1f}",
             *([rank.host] if several else []),
-            experts + more,
+            _experts(rank),
         )
     return table
 
 
-def prospects_view(prospects: Iterable[Prospect]) -> Table:
-    """What each loss would cost, a line each."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("loss", "prepared", "requests", "tokens again", "experts", "stall ms", "moved ms", "capacity"):
-        table.add_column(column, justify="left" if column in ("loss", "prepared") else "right", no_wrap=True)
-    for p in prospects:
-        prepared = ("yes" if p.prepared else "no") if p.survivable else f"impossible: {p.reason}"
+def _experts(rank: RankStatus) -> str:
+    """The experts in the slots of as many layers as fit, at least of the first."""
+    rows = [" ".join(map(str, row)) for row in rank.slots]
+    count = max((n for n in range(1, len(rows) + 1) if len(" | ".join(rows[:n])) <= _EXPERTS_WIDTH), default=1)
+    more = f" | +{len(rows) - count} layers" if len(rows) > count else ""
+    return " | ".join(rows[:count]) + more
+
+
+def loss_forecast_view(forecasts: Sequence[LossForecast]) -> RenderableType:
+    """The loss forecasts, one on each line, and below them why some losses are not survivable."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in ("loss", "prepared", "requests", "recomputed", "experts", "stall ms", "moved ms", "capacity"):
+        text = column in ("loss", "prepared")
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for p in forecasts:
+        prepared = ("yes" if p.prepared else "no") if p.survivable else "impossible"
         figures = (
             p.requests_moved,
             p.tokens_recomputed,
@@ -94,13 +140,18 @@ def prospects_view(prospects: Iterable[Prospect]) -> Table:
             f"{p.moved_stall_ms:.0f}",
         )
         table.add_row(f"{p.kind} {p.name}", prepared, *map(str, figures), f"{p.capacity:.0%}")
-    return table
+    refused = [Text(f"{p.kind} {p.name} is not survivable: {p.reason}") for p in forecasts if not p.survivable]
+    return Group(table, *(["", *refused] if refused else []))
+
+
+def _event_colour(event: Event) -> str:
+    return next((colour for severity, colour in _EVENT_COLOURS.items() if severity == event.severity), "bold")
 
 
 def event_line(event: Event) -> Text:
     """One event on one line."""
     time = datetime.datetime.fromtimestamp(event.time).strftime("%H:%M:%S.%f")[:-3]
-    line = Text.assemble((time, "dim"), "  ", (f"{event.kind:<14}", _EVENT_COLOURS.get(event.kind, "bold")))
+    line = Text.assemble((time, "dim"), "  ", (f"{event.kind:<{_KIND_WIDTH}}", _event_colour(event)))
     line.append(f"  epoch {event.epoch}")
     if event.rank is not None:
         line.append(f"  rank {event.rank}")
@@ -113,5 +164,5 @@ def event_line(event: Event) -> Text:
 
 
 def printable(text: str) -> str:
-    """A model's text without what could steer the terminal: control characters but new line and tab."""
+    """The text with control characters replaced, except new line and tab, so that it cannot control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 0x9F else "\ufffd" for c in text)

@@ -1,26 +1,26 @@
-"""What runs beside the steps for as long as the server does: the scrub of weights, the file of device errors, and the
-journal's upkeep."""
+"""Tasks that run beside the steps while the server does: the scrub of weights, the file of device errors, and the
+maintenance of the journal."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from serving.core.request_log import RequestLog
 from serving.errors import MoejaxError
-from serving.faults import DeviceError
-from serving.ledger import Ledger
+from serving.protocol import clock
+from serving.protocol.instructions import DeviceError
 
-FOLLOW_S = 0.2
-"""How often the file of device errors is looked at."""
-TEND_S = 0.25
-"""How often the journal is looked after."""
-PAUSE_S = 0.0002
-"""How long the steps have the interpreter to themselves after each request of a journal that is written anew."""
+DEVICE_ERRORS_POLL_S = 0.2
+"""Seconds between two reads of the file of device errors."""
+JOURNAL_POLL_S = 0.25
+"""Seconds between two rounds of journal maintenance."""
+COMPACTION_PAUSE_S = 0.0002
+"""Seconds of pause after each record of a compaction, in which steps have the interpreter to themselves."""
 
 
-async def scrub(slots: Callable[[], int], inspect: Callable[[int], Awaitable[None]], period_s: float) -> None:
-    """Inspect slot after slot, evenly, so that each is seen once in `period_s` seconds. `slots` is how many there are
-    on a rank now, over all layers. Ends when cancelled."""
+async def scrub_weights(slots: Callable[[], int], inspect: Callable[[int], Awaitable[None]], period_s: float) -> None:
+    """Inspect one slot after the other, evenly, each once in `period_s` seconds, until cancelled. `slots` gives the
+    current number of slots of a rank, over all layers."""
     number = 0
     while True:
         count = slots()
@@ -31,13 +31,15 @@ async def scrub(slots: Callable[[], int], inspect: Callable[[int], Awaitable[Non
             number += 1
 
 
-async def follow_errors(path: Path, report: Callable[[DeviceError], object], say: Callable[[str], None]) -> None:
-    """Report each line appended to a file from now on; a line that is none is said and passed over. The file may come
-    later, be cut short or be replaced. Ends when cancelled."""
+async def follow_device_errors(
+    path: Path, report: Callable[[DeviceError], object], on_unreadable: Callable[[str], None]
+) -> None:
+    """Report each device error that is appended to a file, until cancelled. `on_unreadable` gets the message about a
+    line that is not one. The file may appear later, be truncated or be replaced."""
     at = path.stat().st_size if path.is_file() else 0
     rest = b""
     while True:
-        await asyncio.sleep(FOLLOW_S)
+        await asyncio.sleep(DEVICE_ERRORS_POLL_S)
         try:
             size = path.stat().st_size
             if size < at:
@@ -54,24 +56,24 @@ async def follow_errors(path: Path, report: Callable[[DeviceError], object], say
         *lines, rest = (rest + read).split(b"\n")
         for line in filter(bytes.strip, lines):
             try:
-                report(DeviceError.parse(line.decode(errors="replace")))
+                report(DeviceError.from_line(line.decode(errors="replace")))
             except MoejaxError as error:
-                say(str(error))
+                on_unreadable(str(error))
 
 
-async def keep_journal(ledger: Ledger, tell: Callable[[str | None], None], sync_s: float) -> None:
-    """Once in a while: forget what is over, write the journal anew where that is due, `tell` why nothing can be written
-    or that it can again, and let the disk have the rest. Ends when cancelled."""
-    synced, before = time.monotonic(), None
+async def maintain_journal(request_log: RequestLog, on_change: Callable[[str | None], None], sync_s: float) -> None:
+    """Maintain the journal until cancelled: forget expired calls, compact it when most of it is stale, sync it to disk
+    every `sync_s` seconds. `on_change` gets the reason when it cannot be written any more, None when it can again."""
+    synced, before = clock.now(), None
     while True:
-        await asyncio.sleep(TEND_S)
-        ledger.tend()
-        if ledger.overgrown and (anew := ledger.rewrite()) is not None:
-            await asyncio.to_thread(anew.write, PAUSE_S)
-            ledger.rewritten(anew)
-        if (ledger.trouble is None) != (before is None):
-            tell(ledger.trouble)
-        before = ledger.trouble
-        if ledger.dirty and time.monotonic() - synced >= sync_s:
-            await asyncio.to_thread(ledger.sync)
-            synced = time.monotonic()
+        await asyncio.sleep(JOURNAL_POLL_S)
+        request_log.forget_expired()
+        if request_log.needs_compaction and (compaction := request_log.begin_compaction()) is not None:
+            await asyncio.to_thread(compaction.write, COMPACTION_PAUSE_S)
+            request_log.finish_compaction(compaction)
+        if (request_log.write_error is None) != (before is None):
+            on_change(request_log.write_error)
+        before = request_log.write_error
+        if request_log.dirty and clock.now() - synced >= sync_s:
+            await asyncio.to_thread(request_log.sync)
+            synced = clock.now()

@@ -1,7 +1,7 @@
-"""What steps wanted, kept across restarts in a small file, and the buckets that are chosen of it (`--buckets auto`).
+"""Counts of step shapes, kept in a small file across restarts, and the buckets chosen from them (`--buckets auto`).
 
-One file for each model, number of ranks and architecture, in the cache's folder: traffic of another kind wants other
-buckets. It is read at the start, and written every few minutes and at the end, beside the steps.
+There is one file for each model, number of ranks and architecture, in the cache folder. The server reads it at the
+start, and adds its counts every few minutes and at the end.
 """
 
 import asyncio
@@ -14,26 +14,26 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from planner.buckets import Bucket, StepCounts, Want, padding, read_counts, settle
+from planner.cost.buckets import BucketSize, StepCounts, StepDemand, buckets_to_serve, padding_share, read_counts
 from planner.errors import InputError
 from serving.config import Settings
-from serving.logs import SERVER
-from serving.prepared import Prepared
-from serving.run_folder import RunFolder
-from serving.tally import Tally
+from serving.core.step_stats import StepStats
+from serving.launch.run_folder import RunFolder
+from serving.observability.logs import SERVER
+from serving.protocol.prepared_model import PreparedModel
 
-KEEP_S = 180.0
-"""How often counts are written."""
-ENOUGH_STEPS = 2000
-"""Steps below which nothing is chosen of them."""
-SAVES = 0.05
-"""Share of the rows that other buckets must save to be worth compiling."""
-MOST_STEPS = 1_000_000
-"""Older steps fade beyond so many."""
+SAVE_PERIOD_S = 180.0
+"""Seconds between two writes of the counts."""
+MIN_STEPS = 2000
+"""Number of counted steps below which the default buckets stay."""
+MIN_SAVING = 0.05
+"""Share of the rows that other buckets must save to be worth a compilation."""
+MAX_STEPS = 1_000_000
+"""Number of steps beyond which all counts are scaled down, so that older steps count less."""
 
 
-class StepBook:
-    """The counts of one model's steps in a file."""
+class BucketCounts:
+    """The file with the counts of one model's steps."""
 
     def __init__(self, path: Path, about: Mapping[str, str | int]) -> None:
         self.path = path
@@ -41,8 +41,8 @@ class StepBook:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, settings: Settings, model: Prepared) -> "StepBook | None":
-        """Of a server like this one; None when the cache has no folder for it."""
+    def for_server(cls, settings: Settings, model: PreparedModel) -> "BucketCounts | None":
+        """The file of a server with these settings; None when the cache has no folder for counts."""
         if not model.steps:
             return None
         about = {"model": model.name, "content": model.content, "ranks": settings.ranks, "arch": settings.arch}
@@ -50,19 +50,20 @@ class StepBook:
         return cls(Path(model.steps) / f"{model.name}-{digest}.json", about)
 
     def read(self) -> StepCounts:
-        """What there is; nothing when there is no file, or another thing in it."""
+        """The counts in the file; none when there is no file, or it cannot be read as counts."""
         if self.path.exists():
             try:
                 return read_counts(str(self.path))
             except InputError as error:
-                SERVER.warning("%s; it is begun anew", error)
+                SERVER.warning("%s; a new file is begun", error)
         return StepCounts({}, about=self._about)
 
-    def add(self, wanted: Mapping[Bucket, Want] | None = None, **sets: tuple[Bucket, ...]) -> None:
-        """Add steps to those in the file, and note what is `served` or `chosen`. From any thread. Raises OSError."""
+    def add(self, wanted: Mapping[BucketSize, StepDemand] | None = None, **sets: tuple[BucketSize, ...]) -> None:
+        """Add steps to the file, and write which buckets are `served` or `chosen`. Safe from any thread. Raises
+        OSError."""
         with self._lock:
             self._write(
-                dataclasses.replace(self.read().plus(wanted or {}).faded(MOST_STEPS), about=self._about, **sets)
+                dataclasses.replace(self.read().merged(wanted or {}).scaled_to(MAX_STEPS), about=self._about, **sets)
             )
 
     def _write(self, counts: StepCounts) -> None:
@@ -76,9 +77,9 @@ class StepBook:
             Path(part).unlink(missing_ok=True)
             raise
 
-    async def save(self, tally: Tally, served: tuple[Bucket, ...]) -> None:
-        """Add what has been counted since the last time. What cannot be written is told and lost."""
-        taken = tally.take_wanted()
+    async def save(self, step_stats: StepStats, served: tuple[BucketSize, ...]) -> None:
+        """Add the steps counted since the last call. If the file cannot be written, they are lost, with a warning."""
+        taken = step_stats.take_demand()
         if not taken:
             return
         try:
@@ -86,39 +87,39 @@ class StepBook:
         except OSError as error:
             SERVER.warning("counts of %d steps are lost: %s", sum(want.steps for want in taken.values()), error)
 
-    async def keep(self, tally: Tally, served: tuple[Bucket, ...]) -> None:
-        """Save now and then. Ends when cancelled."""
+    async def save_periodically(self, step_stats: StepStats, served: tuple[BucketSize, ...]) -> None:
+        """Save every SAVE_PERIOD_S seconds until cancelled."""
         while True:
-            await asyncio.sleep(KEEP_S)
-            await self.save(tally, served)
+            await asyncio.sleep(SAVE_PERIOD_S)
+            await self.save(step_stats, served)
 
 
-def with_buckets(
-    settings: Settings, book: StepBook | None, say: Callable[[str], None], run: RunFolder | None
+def resolve_buckets(
+    settings: Settings, saved_counts: BucketCounts | None, log: Callable[[str], None], run: RunFolder | None
 ) -> Settings:
-    """The settings with buckets: their own, or chosen of what the book says. A front that takes over ranks has those
-    of the front before it."""
+    """Settings whose buckets are decided: as given, or chosen from the saved counts. A front that takes over ranks uses
+    the buckets of the front before it."""
     if settings.buckets:
         return settings
     if run is not None and run.buckets.exists():
         before = json.loads(run.buckets.read_text())
         return dataclasses.replace(settings, buckets=tuple(map(tuple, before)))
-    counts, usual = book.read() if book is not None else StepCounts({}), Settings.buckets
-    chosen = settle(counts, usual, steps=ENOUGH_STEPS, saves=SAVES)
-    say(_reason(counts, usual, chosen))
+    counts, usual = saved_counts.read() if saved_counts is not None else StepCounts({}), Settings.buckets
+    chosen = buckets_to_serve(counts, usual, steps=MIN_STEPS, saves=MIN_SAVING)
+    log(_reason(counts, usual, chosen))
     if run is not None:
         run.buckets.write_text(json.dumps(chosen))
-    if book is not None:
+    if saved_counts is not None:
         try:
-            book.add(chosen=chosen)
+            saved_counts.add(chosen=chosen)
         except OSError as error:
-            SERVER.warning("which buckets were chosen is not noted: %s", error)
+            SERVER.warning("the chosen buckets are not written: %s", error)
     return dataclasses.replace(settings, buckets=chosen)
 
 
-def _reason(counts: StepCounts, usual: tuple[Bucket, ...], chosen: tuple[Bucket, ...]) -> str:
+def _reason(counts: StepCounts, usual: tuple[BucketSize, ...], chosen: tuple[BucketSize, ...]) -> str:
     shapes = f"steps are compiled for {' '.join(f'{rows},{tiles}' for rows, tiles in chosen)}"
-    if counts.steps < ENOUGH_STEPS:
-        return f"{shapes}: others are chosen when {ENOUGH_STEPS} steps are counted, now {counts.steps}"
-    now, before = (f"{padding(counts, each):.0%}" for each in (chosen, usual))
+    if counts.steps < MIN_STEPS:
+        return f"{shapes}: others are chosen when {MIN_STEPS} steps are counted, now {counts.steps}"
+    now, before = (f"{padding_share(counts, each):.0%}" for each in (chosen, usual))
     return f"{shapes}: of {counts.steps} steps {now} would have been padding, {before} with the usual ones"

@@ -1,8 +1,8 @@
-"""An append-only file of records that outlives the process that writes it, however that ends.
+"""An append-only file of records that survives the death of the process that writes it.
 
-Each record stands as its length, its CRC-32 and its bytes (little-endian). A record that is cut off or damaged ends
-the file: what follows is dropped when it is opened. What has been appended is the kernel's before `append` returns, so
-the death of the process loses nothing; `sync` makes it the disk's, for the death of the machine.
+Each record is stored as its length, its CRC-32 (both 32 bits, little-endian) and its bytes. A record that is cut off or
+damaged ends the file: opening it drops what follows. `append` returns when the kernel has the records, so that the
+death of the process loses none; `sync` returns when the disk has them, for the death of the machine.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ _HEAD = struct.Struct("<II")
 
 
 def frame(record: bytes) -> bytes:
-    """A record as it stands in the file."""
+    """The bytes of a record in the file."""
     return _HEAD.pack(len(record), zlib.crc32(record)) + record
 
 
-def read(data: bytes) -> tuple[list[bytes], int]:
-    """The whole records of a file's bytes, and how many bytes they take with what stands before them."""
+def read_records(data: bytes) -> tuple[list[bytes], int]:
+    """The intact records in the bytes of a file, and the number of bytes up to the end of the last one."""
     if not data.startswith(MAGIC):
         return [], 0
     records, at = [], len(MAGIC)
@@ -42,21 +42,21 @@ def read(data: bytes) -> tuple[list[bytes], int]:
 
 
 class Journal:
-    """The records of one folder, which is this process's alone while the journal is open."""
+    """The journal in one folder. A lock keeps other processes out while it is open."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         self._path = folder / "requests.journal"
         self._lock = lock
         self._file = -1
         self.size = 0
-        """Bytes of the file."""
+        """Bytes in the file."""
         self.dirty = False
-        """Something was appended since the last `sync`."""
+        """True when something was appended since the last `sync`."""
 
     @classmethod
     def open(cls, folder: Path) -> tuple[Self, list[bytes]]:
-        """A journal and the records in it; folder and file are for their owner only. Raises StartError when they
-        cannot be had, or another server has them."""
+        """Open the journal of a folder; returns it and its records. Only the owner can read folder and file. Raises
+        StartError when they cannot be opened, or when another server has them open."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -67,7 +67,7 @@ class Journal:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal = cls(folder, lock)
             data = journal._path.read_bytes() if journal._path.exists() else b""
-            records, journal.size = read(data)
+            records, journal.size = read_records(data)
             if not journal.size:
                 journal.replace([])
             else:
@@ -80,12 +80,12 @@ class Journal:
         return journal, records
 
     def append(self, records: Iterable[bytes]) -> None:
-        """Add records, all or none. Raises OSError (the disk is full, say) with nothing added."""
+        """Append all records or none. Raises OSError, for example when the disk is full, with nothing appended."""
         data = b"".join(map(frame, records))
         if not data:
             return
         try:
-            _write(self._file, data, self.size)
+            _write_at(self._file, data, self.size)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self.size)
@@ -94,78 +94,79 @@ class Journal:
         self.dirty = True
 
     def replace(self, records: Iterable[bytes]) -> None:
-        """Have these records and no others, at once or not at all. Raises OSError with the old ones in place."""
-        new = self.rewrite()
+        """Replace all records, atomically. Raises OSError with the old records in place."""
+        new = self.begin_replacement()
         new.write(records)
-        self.take(new)
+        self.install(new)
 
-    def rewrite(self) -> "Rewriting":
-        """Begin another file, which may be written beside this one and then taken. Raises OSError."""
-        return Rewriting(self._path.with_suffix(".new"))
+    def begin_replacement(self) -> "JournalReplacement":
+        """Begin a file that can be written beside the journal and then installed. Raises OSError."""
+        return JournalReplacement(self._path.with_suffix(".new"))
 
-    def take(self, new: "Rewriting") -> None:
-        """Have what was written anew and nothing else. Raises OSError with the old records in place."""
-        new.finish(self._path)
+    def install(self, new: "JournalReplacement") -> None:
+        """Make a replacement the journal's file. Raises OSError with the old records in place."""
+        new.rename_to(self._path)
         if self._file >= 0:
             os.close(self._file)
         self._file, self.size, self.dirty = new.file, new.size, new.dirty
 
     def sync(self) -> None:
-        """Wait until the disk has what was appended before. Safe from another thread. Raises OSError."""
+        """Wait until the disk has what was appended before the call. Safe from another thread. Raises OSError."""
         self.dirty = False
         with _duplicate(self._file) as file:
             os.fdatasync(file)
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Close the file, and release the lock of the folder."""
         for file in (self._file, self._lock):
             with contextlib.suppress(OSError):
                 os.close(file)
         self._file = self._lock = -1
 
 
-class Rewriting:
-    """A file that is to take the place of a journal's. Until it does, the journal is what it was; a failure removes it.
+class JournalReplacement:
+    """A file that will replace the journal's file. Until it is installed, the journal stays as it was; a failure
+    removes the new file.
 
-    The disk has what is written here before the file takes its place. What is added last it may lack, as it may of what
-    has been appended since the journal's last `sync`: there must be none between the beginning and the end of this.
+    The disk has what `write` wrote before the file is installed. It may lack what `append` added, and what was appended
+    to the journal since its last `sync`: so `sync` must not be called between the beginning and the installation.
     """
 
     def __init__(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # another process may still write to that one
+            path.unlink()  # the file of a process that died may still be there
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self.size = 0
         self.dirty = False
         self._path = path
 
     def write(self, records: Iterable[bytes]) -> None:
-        """Write these first, from any thread. Raises OSError."""
-        with self._or_nothing():
-            self._write(MAGIC)
+        """Write the first records, from any thread. Raises OSError."""
+        with self._removed_on_error():
+            self._write_at(MAGIC)
             for record in records:
-                self._write(frame(record))
+                self._write_at(frame(record))
             os.fdatasync(self.file)
 
-    def add(self, records: Iterable[bytes]) -> None:
-        """Write these behind. Raises OSError."""
+    def append(self, records: Iterable[bytes]) -> None:
+        """Append records. Raises OSError."""
         data = b"".join(map(frame, records))
         if data:
-            with self._or_nothing():
-                self._write(data)
+            with self._removed_on_error():
+                self._write_at(data)
             self.dirty = True
 
-    def finish(self, place: Path) -> None:
-        """Be the file of this path. Raises OSError."""
-        with self._or_nothing():
-            os.rename(self._path, place)
+    def rename_to(self, path: Path) -> None:
+        """Rename the file to this path. Raises OSError."""
+        with self._removed_on_error():
+            os.rename(self._path, path)
 
-    def _write(self, data: bytes) -> None:
-        _write(self.file, data, self.size)
+    def _write_at(self, data: bytes) -> None:
+        _write_at(self.file, data, self.size)
         self.size += len(data)
 
     @contextlib.contextmanager
-    def _or_nothing(self) -> Iterator[None]:
+    def _removed_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -177,7 +178,7 @@ class Rewriting:
 
 @contextlib.contextmanager
 def _duplicate(file: int) -> Iterator[int]:
-    """Another descriptor of the same file: the first may be closed meanwhile."""
+    """Another descriptor of the same file, because the first may be closed during a `sync`."""
     other = os.dup(file)
     try:
         yield other
@@ -185,7 +186,7 @@ def _duplicate(file: int) -> Iterator[int]:
         os.close(other)
 
 
-def _write(file: int, data: bytes, at: int) -> None:
+def _write_at(file: int, data: bytes, at: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(file, view, at)

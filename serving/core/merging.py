@@ -1,4 +1,4 @@
-"""Several streams as one, without running ahead of the reader by more than an item of each."""
+"""Merges several streams into one, at most one item of each ahead of the reader."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -8,8 +8,8 @@ T = TypeVar("T")
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """(index of the source, item) as items come; items of one source stay in order. The first error ends it. All
-    sources are closed when it ends or is left."""
+    """Yield (index of the source, item) as items come; items of one source stay in order. The first error ends the
+    merged stream. All sources are closed at its end, or when it is closed."""
     waiting = {asyncio.ensure_future(anext(source)): index for index, source in enumerate(sources)}
     try:
         while waiting:

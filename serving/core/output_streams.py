@@ -1,36 +1,51 @@
-"""What becomes of requests, told to whoever reads it: to the ledger first, then to each reader's queue."""
+"""Streams of tokens to their readers: each item goes to the request log first, then to the queue of each reader."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 
-from serving.engine import Output
+from serving.core.call_records import StreamItem
+from serving.core.request_log import RequestLog
+from serving.engine.state import Output
 from serving.errors import MoejaxError
-from serving.ledger import Item, Ledger
-from serving.request import Finished, Scored, Token
+from serving.protocol.request import Finished, Scored, Token
 
 
-class Delivery:
-    """The readers of a server's requests, and counts of what they were told."""
+class OutputStreams:
+    """The readers of all requests of a server, and counts of what was sent to them."""
 
-    def __init__(self, ledger: Ledger, abandoned: Callable[[str], None]) -> None:
+    def __init__(self, request_log: RequestLog, on_abandoned: Callable[[str], None]) -> None:
         self.finished = 0
         self.failed = 0
         self.tokens = 0
         self.degraded = 0
-        """Requests that ended with tokens made while experts were masked."""
-        self._ledger = ledger
-        self._abandoned = abandoned
-        self._readers: dict[str, list[asyncio.Queue[Item]]] = {}
+        """Number of requests that ended with tokens computed while experts were masked."""
+        self._request_log = request_log
+        self._on_abandoned = on_abandoned
+        self._readers: dict[str, list[asyncio.Queue[StreamItem]]] = {}
         self._degraded: set[str] = set()
+        self._first_steps: dict[str, float] = {}
 
     @property
-    def awaited(self) -> tuple[str, ...]:
-        """Requests that are read and have not ended."""
+    def open_requests(self) -> tuple[str, ...]:
+        """Ids of the requests that have readers and have not ended."""
         return tuple(self._readers)
 
-    async def read(self, request_id: str, past: Iterable[Item]) -> AsyncGenerator[Scored | Token | Finished, None]:
-        """What was told of a request, then what is told of it now. It is abandoned when its last reader leaves."""
-        queue: asyncio.Queue[Item] = asyncio.Queue()
+    def record_step(self, request_ids: Iterable[str], now: float) -> None:
+        """A step with these requests has been made at `now`."""
+        for request_id in request_ids:
+            if request_id in self._readers:
+                self._first_steps.setdefault(request_id, now)
+
+    def first_step_at(self, request_id: str) -> float | None:
+        """When the first step with a request that is being read was made, in seconds of the front's clock."""
+        return self._first_steps.get(request_id)
+
+    async def read(
+        self, request_id: str, past: Iterable[StreamItem]
+    ) -> AsyncGenerator[Scored | Token | Finished, None]:
+        """Yield the `past` items of a request, then each further item until its end. Raises MoejaxError if the request
+        ends with one. `on_abandoned` gets the id when the last reader leaves before the end."""
+        queue: asyncio.Queue[StreamItem] = asyncio.Queue()
         for item in past:
             queue.put_nowait(item)
         readers = self._readers.setdefault(request_id, [])
@@ -45,15 +60,17 @@ class Delivery:
                     return
         finally:
             readers.remove(queue)
+            if not readers:
+                self._first_steps.pop(request_id, None)
             if not readers and self._readers.get(request_id) is readers:
                 del self._readers[request_id]
-                self._abandoned(request_id)
+                self._on_abandoned(request_id)
 
-    def tell(self, outputs: Iterable[Output]) -> None:
-        """Note these, then let their readers have them."""
+    def send(self, outputs: Iterable[Output]) -> None:
+        """Record the outputs of a step, then send them to their readers."""
         outputs = tuple(outputs)
-        if self._ledger.keeps and outputs:
-            self._ledger.note(outputs)
+        if self._request_log.enabled and outputs:
+            self._request_log.record(outputs)
         for request_id, item in outputs:
             readers = list(self._readers.get(request_id, ()))
             if isinstance(item, Token):

@@ -1,53 +1,30 @@
-// The dashboard: asks for the status twice a second, listens to events, and streams a chat. No dependencies.
-"use strict";
+// The dashboard: reads the status twice a second, follows the events, and streams a chat. It has no dependencies.
+import { addLoss, recentFailures } from "./chart.js";
+import { showHeadline, showUnreachable } from "./headline.js";
+import { byId, call, clock, count, element } from "./parts.js";
 
-const byId = (id) => document.getElementById(id);
-const PHASES = ["detect", "fence", "plan", "adopt", "resume", "join", "load", "connect"]; // each has its colour
+const PHASES = ["detect", "fence", "plan", "adopt", "resume", "join", "load", "connect"]; // each has its own colour
 const SHOWN_LAYERS = 12;
 const SHOWN_RECOVERIES = 8;
 const HEAT_WINDOW_S = 15;
-const BAD_EVENTS = new Set(["rank_lost", "no_capacity", "step_failed", "restart_failed", "rejoin_failed"]);
-const GOOD_EVENTS = new Set(["ready", "recovered", "rejoined", "lattice_ready", "cache_restored"]);
-const WINDOW_S = 60;
 const INTERVAL_MS = 500;
 const MAX_EVENTS = 200;
 
-let server = null; // the last status
-let samples = []; // {at, rate}, seconds
-let losses = []; // when ranks were lost, seconds
-let last = null; // {at, tokens} of the last status
-let conversation = []; // the conversation
-let answering = null; // AbortController of the answer that is being written
-let lostMeanwhile = []; // ranks to mark in the answer, at its next space
-let loads = []; // {at, load} of the last statuses, for the heat map
-let recoveries = []; // events with phases, the latest first
-let seen = 0; // sequence of the last event
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "style") Object.assign(node.style, value);
-    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
+let server = null; // the latest status
+let samples = []; // {at, tokens} of the latest statuses, seconds
+let events = []; // the latest first
+let conversation = []; // the messages so far
+let answering = null; // AbortController of the answer that is being streamed
+let lostMeanwhile = []; // lost ranks to mark in the answer, at its next space
+let loads = []; // {at, load} of recent statuses, for the heat map
+let recoveries = []; // events with phases, latest first
+let lastSequence = 0; // sequence of the latest event
 
 // -- The server -----------------------------------------------------------------------------------------------
 
-// As fetch, with the API key when there is one; asks for it when the server wants one.
-async function call(path, options = {}) {
-  const key = sessionStorage.getItem("key");
-  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  const answer = await fetch(path, { cache: "no-store", ...options, headers });
-  if (answer.status === 401 && !byId("key-dialog").open) byId("key-dialog").showModal();
-  return answer;
-}
-
-// The JSON of server-sent events, as they come.
-async function* frames(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+// Yields the JSON objects of server-sent events as they come.
+async function* frames(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -71,11 +48,12 @@ byId("key-form").addEventListener("submit", () => {
 
 async function refresh() {
   try {
-    const answer = await call("fault_tolerance/status");
-    if (answer.ok) show(await answer.json());
-    else badge(answer.status === 401 ? "API key needed" : `error ${answer.status}`, "bad");
+    const response = await call("fault_tolerance/status");
+    if (response.ok) show(await response.json());
+    else badge(response.status === 401 ? "API key needed" : `error ${response.status}`, "bad");
   } catch (error) {
     badge("not reachable", "bad");
+    showUnreachable();
     if (!(error instanceof TypeError)) console.error(error);
   } finally {
     setTimeout(refresh, INTERVAL_MS);
@@ -84,7 +62,8 @@ async function refresh() {
 
 function show(now) {
   server = now;
-  badge(now.draining ? "draining" : now.ready ? "ready" : "no capacity", now.ready && !now.draining ? "good" : "bad");
+  const state = now.draining ? "draining" : now.paused ? "paused" : now.ready ? "ready" : "no capacity";
+  badge(state, state === "ready" ? "good" : "bad");
   const model = now.model;
   byId("model").textContent =
     `${model.name} · ${model.experts} experts in ${model.moe_layers} of ${model.layers} layers · ` +
@@ -105,12 +84,12 @@ function show(now) {
   coverage(now);
   facts(now);
   experts(now);
-  draw();
+  showHeadline(now, recentFailures(), events);
 }
 
 function badge(text, kind) {
   const node = byId("state");
-  if (node.textContent !== text) node.textContent = text; // a screen reader speaks changes only
+  if (node.textContent !== text) node.textContent = text; // a screen reader announces changes only
   node.className = `badge ${kind}`;
 }
 
@@ -131,6 +110,11 @@ function coverage(now) {
   byId("lattice").replaceChildren(...rows);
 }
 
+function certificateText(now) {
+  const why = [now.certificate_reason, now.certificate_repair && `it would with ${now.certificate_repair}`];
+  return [now.certificate, ...why.filter(Boolean)].join("; ");
+}
+
 function facts(now) {
   const masked = now.masked.map(([layer, expert]) => `${layer}:${expert}`);
   const values = {
@@ -138,7 +122,9 @@ function facts(now) {
     "experts masked": masked.length > 6 ? masked.length : masked.join(", ") || "none",
     "requests finished": now.finished,
     "requests failed": now.failed,
+    "requests that broke ranks": `${now.convicted} ended, ${now.suspects} run alone`,
     "compiles since ready": now.compiles_after_ready,
+    ...(now.certificate ? {certificate: certificateText(now)} : {}),
   };
   byId("facts").replaceChildren(
     ...Object.entries(values).map(([name, value]) =>
@@ -146,7 +132,7 @@ function facts(now) {
   );
 }
 
-// Tiles are kept and changed in place, so that a button under the pointer or with the focus stays what it is.
+// Tiles are updated in place, so that a button under the pointer or with the focus stays the same element.
 function ranks(now) {
   const box = byId("ranks");
   for (const rank of now.ranks) {
@@ -158,6 +144,7 @@ function ranks(now) {
     const used = rank.pages ? Math.round((100 * rank.pages_used) / rank.pages) : 0;
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
+    tile.title = rank.last_failure;
     tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack].filter(Boolean).join(" · ");
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
     tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;
@@ -183,19 +170,19 @@ function newTile(id) {
   );
 }
 
-// What the planner says the loss of this rank would cost now.
+// The forecast of the loss of this rank.
 function price(rank) {
   if (!rank.loss) return "";
   if (!rank.loss.survivable) return "if lost: requests wait";
   const wait = `${rank.loss.measured ? "" : "~"}${rank.loss.stall_ms.toFixed(0)} ms`;
-  const load = rank.loss.experts_to_load ? `, loads ${rank.loss.experts_to_load}` : "";
+  const load = rank.loss.experts_to_load ? `, reload ${count(rank.loss.experts_to_load, "expert")}` : "";
   return `if lost: ${wait}${load}${rank.loss.prepared ? "" : ", not prepared"}`;
 }
 
 // -- Experts --------------------------------------------------------------------------------------------------
 
-// Rows are MoE layers, columns the slots of each rank; the shade is an expert's tokens of the last seconds, shared by
-// its copies, against the busiest.
+// Rows are MoE layers, columns the slots of each rank. The shade is the number of tokens that the expert got in the last
+// seconds, divided by its replicas, relative to the busiest expert.
 function experts(now) {
   const at = performance.now() / 1000;
   loads.push({ at, load: now.expert_load });
@@ -206,9 +193,9 @@ function experts(now) {
   const ranks = now.ranks.filter((rank) => rank.slots.length);
   const layers = Math.min(SHOWN_LAYERS, now.expert_load.length);
   const shares = counts.slice(0, layers).map((row, layer) => {
-    const copies = new Map();
-    for (const rank of ranks) for (const expert of rank.slots[layer]) copies.set(expert, (copies.get(expert) ?? 0) + 1);
-    return row.map((count, expert) => count / (copies.get(expert) || 1));
+    const replicas = new Map();
+    for (const rank of ranks) for (const expert of rank.slots[layer]) replicas.set(expert, (replicas.get(expert) ?? 0) + 1);
+    return row.map((count, expert) => count / (replicas.get(expert) || 1));
   });
   const top = Math.max(1, ...shares.flat());
   const cell = (layer, expert) => {
@@ -234,58 +221,33 @@ function experts(now) {
 }
 
 async function killRank(rank, signal) {
-  const answer = await call("fault_tolerance/kill", {
+  const response = await call("fault_tolerance/kill", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ rank, signal }),
   });
-  if (!answer.ok) addTurn("error", (await answer.json()).error.message);
+  if (!response.ok) addTurn("error", (await response.json()).error.message);
 }
 
 // -- Token rate -----------------------------------------------------------------------------------------------
 
+// Tokens per second over the last two seconds.
 function measure(tokens) {
   const at = performance.now() / 1000;
-  if (last && tokens >= last.tokens) samples.push({ at, rate: (tokens - last.tokens) / (at - last.at) });
-  last = { at, tokens };
-  samples = samples.filter((sample) => sample.at > at - WINDOW_S);
-  const recent = samples.slice(-4);
-  return recent.length ? recent.reduce((sum, sample) => sum + sample.rate, 0) / recent.length : 0;
-}
-
-function draw() {
-  const svg = byId("rate");
-  const width = 600, height = 84, now = performance.now() / 1000;
-  const top = Math.max(10, ...samples.map((sample) => sample.rate));
-  const x = (at) => width * (1 - (now - at) / WINDOW_S);
-  const points = samples.map((sample) => `${x(sample.at).toFixed(1)},${(height - (height - 4) * sample.rate / top).toFixed(1)}`);
-  byId("peak").textContent = `last minute, peak ${samples.length ? Math.max(...samples.map((s) => s.rate)).toFixed(0) : 0}`;
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const shape = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    return node;
-  };
-  losses = losses.filter((at) => at > now - WINDOW_S);
-  const marks = losses.map((at) => shape("line", { x1: x(at), x2: x(at), y1: 0, y2: height }));
-  if (!points.length) return svg.replaceChildren(...marks);
-  const first = x(samples[0].at).toFixed(1), end = x(samples.at(-1).at).toFixed(1);
-  svg.replaceChildren(
-    shape("polygon", { points: `${first},${height} ${points.join(" ")} ${end},${height}` }),
-    shape("polyline", { points: points.join(" ") }),
-    ...marks,
-  );
+  if (samples.length && tokens < samples.at(-1).tokens) samples = []; // another front counts from 0
+  samples = [...samples, { at, tokens }].slice(-5);
+  return samples.length > 1 ? (tokens - samples[0].tokens) / (at - samples[0].at) : 0;
 }
 
 // -- Events ---------------------------------------------------------------------------------------------------
 
-// Events as they happen; goes on after the last one when the connection breaks.
+// Shows events as they happen. Continues after the latest one when the connection breaks.
 async function listen() {
   try {
-    const answer = await call(`fault_tolerance/events?after=${seen}`);
-    if (answer.ok) {
-      for await (const event of frames(answer)) {
-        seen = event.sequence;
+    const response = await call(`fault_tolerance/events?after=${lastSequence}`);
+    if (response.ok) {
+      for await (const event of frames(response)) {
+        lastSequence = event.sequence;
         addEvent(event);
       }
     }
@@ -296,27 +258,23 @@ async function listen() {
 }
 
 function addEvent(event) {
-  const kind = BAD_EVENTS.has(event.kind) ? "bad" : GOOD_EVENTS.has(event.kind) ? "good" : "";
   const time = new Date(event.time * 1000);
   const text = [event.kind.replaceAll("_", " ")];
   if (event.rank !== null) text.push(`rank ${event.rank}`);
   text.push(`epoch ${event.epoch}`);
   if (event.cause) text.push(event.cause);
   if (event.message) text.push(event.message);
-  byId("events").prepend(element("li", { class: kind }, clock(time), text.join(" · ")));
+  byId("events").prepend(element("li", { class: event.severity }, clock(time), text.join(" · ")));
   while (byId("events").children.length > MAX_EVENTS) byId("events").lastChild.remove();
   if (event.kind === "recovered" || event.kind === "rejoined") addRecovery(event);
-  if (event.kind === "rank_lost" && Date.now() - time < 5000) {
-    losses.push(performance.now() / 1000);
-    if (answering) lostMeanwhile.push(event.rank);
+  events = [event, ...events].slice(0, MAX_EVENTS);
+  if (event.kind === "rank_lost") {
+    addLoss(event.time);
+    if (answering && Date.now() - time < 5000) lostMeanwhile.push(event.rank);
   }
 }
 
-function clock(time) {
-  return element("time", { datetime: time.toISOString() }, time.toLocaleTimeString([], { hour12: false }));
-}
-
-// The last recoveries and returns, one bar each, on one scale of milliseconds.
+// Shows the latest recoveries and rejoins, one bar each, on a common scale of milliseconds.
 function addRecovery(event) {
   const phases = Object.entries(event.phases).filter(([name]) => name !== "total");
   if (!phases.length || recoveries.some((r) => r.event.kind === "rejoined" && r.event.epoch === event.epoch)) return;
@@ -330,7 +288,7 @@ function addRecovery(event) {
 function recoveryBar({ event, phases, total }, longest) {
   const colour = (name) => `var(--p${PHASES.indexOf(name) < 0 ? PHASES.length : PHASES.indexOf(name)})`;
   const label = phases.map(([name, ms]) => `${name} ${ms.toFixed(1)} ms`).join(", ");
-  const what = event.kind === "recovered" ? `rank ${event.rank ?? "?"} lost` : `rank ${event.rank} back`;
+  const what = event.kind === "recovered" ? `rank ${event.rank ?? "?"} lost` : `rank ${event.rank} rejoined`;
   return element("li", {},
     element("div", { class: "what" }, clock(new Date(event.time * 1000)), element("b", {}, what),
       element("span", { class: "quiet" }, `epoch ${event.epoch} · ${total.toFixed(1)} ms`)),
@@ -350,7 +308,7 @@ function addTurn(role, text) {
   return turn;
 }
 
-// Stay at the end, unless the reader has scrolled up.
+// Scrolls to the end, unless the reader has scrolled up.
 function follow(always) {
   const box = byId("turns");
   if (always || box.scrollHeight - box.scrollTop - box.clientHeight < 80) box.scrollTop = box.scrollHeight;
@@ -392,19 +350,19 @@ async function ask(text) {
   }
 }
 
-// The answer to the conversation so far, as the JSON objects of OpenAI's stream. A model without a chat template
+// Yields the answer to the conversation as the JSON objects of OpenAI's stream. A model without a chat template
 // continues the text instead.
 async function* stream(signal) {
   const chat = !server || server.model.has_chat_template;
   const question = chat ? { messages: conversation } : { prompt: conversation.map((turn) => turn.content).join("") };
-  const answer = await call(chat ? "v1/chat/completions" : "v1/completions", {
+  const response = await call(chat ? "v1/chat/completions" : "v1/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...question, stream: true, stream_options: { include_usage: true }, temperature: 0.7 }),
+    body: JSON.stringify({ ...question, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
-  yield* frames(answer);
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  yield* frames(response);
 }
 
 function busy(yes) {

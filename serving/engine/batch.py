@@ -1,7 +1,7 @@
-"""One step's work, and its form as arrays for a rank's compiled program.
+"""The requests of one step, and their form as arrays for a rank's compiled program.
 
-A bucket has B decode segments of one row, then G tiles of 32 rows: R = B + 32 G rows and Z = B + G segments.
-A chunk of a prompt takes consecutive tiles; a step may have chunks of several prompts.
+A bucket has B decode segments of one row, then G tiles of 32 rows: R = B + 32 G rows and Z = B + G segments. A chunk
+of a prompt takes consecutive tiles; a step may have chunks of several prompts.
 """
 
 import dataclasses
@@ -10,19 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serving.request import Request, Top
+from planner.plan.step_layout import DROPPED, TILE
+from serving.protocol.request import LogitsParams
+from serving.protocol.sampling import ResolvedSampling, TopLogprobs
 
-UNKNOWN = -1
-"""Stands for a token that a step in flight will make."""
-
-TILE = 32
-"""Rows of one prefill segment."""
-
-DROPPED = 2**30
-"""Cache entry of rows that are padding: beyond every cache, so that the write is dropped."""
+PLACEHOLDER_TOKEN = -1
+"""Takes the place of a token that a step in flight will sample."""
 
 
-class Bucket(NamedTuple):
+class StepBucket(NamedTuple):
     """A shape the step program is compiled for: `decode` rows and `tiles` of 32 rows on every rank."""
 
     decode: int
@@ -37,30 +33,24 @@ class Bucket(NamedTuple):
         return self.decode + self.tiles
 
 
-class Shaped(NamedTuple):
-    """A request whose next token is bent by what it asks for and has generated so far."""
-
-    request: Request
-    generated: tuple[int, ...]
-
-
-class Result(NamedTuple):
-    """What a step says of a request: the next token (-1 when it does not sample), its log-probability, the likeliest
-    instead, and (log-probability, likeliest) of each target."""
+class StepResult(NamedTuple):
+    """The result of one step for one request: the next token (-1 when none was sampled), its log-probability, the
+    likeliest tokens in its place, and (log-probability, likeliest tokens) of each target."""
 
     token: int
     logprob: float
-    top: Top = ()
-    scores: tuple[tuple[float, Top], ...] = ()
+    top: TopLogprobs = ()
+    scores: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Work:
-    """What one step does for one request: `tokens` at positions from `start` on; `samples` the next one?
+class ScheduledRequest:
+    """The part of one request that a step computes: `tokens` at positions from `start` on. `samples` says whether the
+    step samples the next token.
 
-    `seed` enters the program modulo 2**32. `targets` are the tokens to score after each of `tokens`, -1 for none;
-    empty when there are none. `shaped` where the choice of the next one takes more than the fields here.
-    `top` and `prompt_top` are how many of the likeliest tokens to tell.
+    `targets` are the tokens to score after each of `tokens`, -1 for none; empty when nothing is scored.
+    `logits_params` are set where choosing the next token takes more than temperature and filters. The seed enters the
+    program modulo 2**32.
     """
 
     request_id: str
@@ -68,96 +58,90 @@ class Work:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     samples: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
+    sampling: ResolvedSampling
     targets: tuple[int, ...] = ()
-    shaped: Shaped | None = None
-    top: int = 0
-    prompt_top: int = 0
+    logits_params: LogitsParams | None = None
 
     @property
     def tiles(self) -> int:
-        """Prefill tiles it takes; a single token takes a decode row instead."""
+        """Number of prefill tiles; 0 for a single token, which takes a decode row instead."""
         return 0 if len(self.tokens) == 1 else -(-len(self.tokens) // TILE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A step: every rank runs the program of `bucket` on its own `work`, which may be empty."""
+    """A step: every rank runs the program of `bucket` on the requests that `scheduled` has for it, if any."""
 
     step: int
     epoch: int
-    bucket: Bucket
-    work: Mapping[int, tuple[Work, ...]]
+    bucket: StepBucket
+    scheduled: Mapping[int, tuple[ScheduledRequest, ...]]
     degraded: bool = False
-    """It runs while experts are masked."""
+    """The step runs while experts are masked."""
 
     @property
-    def wanted(self) -> Bucket:
-        """What the bucket had to cover."""
-        return wanted(self.work.values())
+    def required_bucket(self) -> StepBucket:
+        """The smallest bucket that would hold this step."""
+        return required_bucket(self.scheduled.values())
 
     @property
     def rows(self) -> int:
-        """Rows that all ranks together compute."""
-        return self.bucket.rows * len(self.work)
+        """Number of rows that all ranks together compute."""
+        return self.bucket.rows * len(self.scheduled)
 
     @property
-    def filled(self) -> int:
-        """Of these, rows that are a token of some work; the others are padding."""
-        return sum(len(item.tokens) for work in self.work.values() for item in work)
+    def rows_filled(self) -> int:
+        """Number of those rows that are a token of a request; the others are padding."""
+        return sum(len(item.tokens) for work in self.scheduled.values() for item in work)
 
 
-def wanted(work: Iterable[tuple[Work, ...]]) -> Bucket:
+def required_bucket(work: Iterable[tuple[ScheduledRequest, ...]]) -> StepBucket:
     """The most decode rows and the most tiles of any rank."""
     tiles = [[item.tiles for item in part] for part in work]
-    return Bucket(max(part.count(0) for part in tiles), max(sum(part) for part in tiles))
+    return StepBucket(max(part.count(0) for part in tiles), max(sum(part) for part in tiles))
 
 
-class Placed(NamedTuple):
-    """Work at its place in a step: its first row and its first segment."""
+class RequestRows(NamedTuple):
+    """The rows of a scheduled request in a step: its first row and its first segment."""
 
-    work: Work
+    scheduled: ScheduledRequest
     row: int
     segment: int
 
     @property
     def last(self) -> int:
-        """Its last segment, the one that chooses the next token."""
-        return self.segment + max(self.work.tiles, 1) - 1
+        """The last segment, whose logits choose the next token."""
+        return self.segment + max(self.scheduled.tiles, 1) - 1
 
 
-def segments(bucket: Bucket, work: tuple[Work, ...]) -> Iterator[Placed]:
-    """Each at its place, decode rows from 0 and chunks from tile 0, in order."""
+def layout(bucket: StepBucket, work: tuple[ScheduledRequest, ...]) -> Iterator[RequestRows]:
+    """The rows of each request, in order: decode rows from row 0, chunks from tile 0."""
     rows, tiles = sum(not item.tiles for item in work), sum(item.tiles for item in work)
     assert rows <= bucket.decode, f"{rows} decode rows do not fit in {bucket}"
     assert tiles <= bucket.tiles, f"{tiles} tiles do not fit in {bucket}"
     row, tile = 0, 0
     for item in work:
         if item.tiles:
-            yield Placed(item, bucket.decode + TILE * tile, bucket.decode + tile)
+            yield RequestRows(item, bucket.decode + TILE * tile, bucket.decode + tile)
             tile += item.tiles
         else:
-            yield Placed(item, row, row)
+            yield RequestRows(item, row, row)
             row += 1
 
 
-def sources(before: Batch, batch: Batch, rank: int) -> np.ndarray:
-    """For each of the rank's decode rows the segment of the step before that chooses its token, -1 where the token is
+def token_sources(before: Batch, batch: Batch, rank: int) -> np.ndarray:
+    """For each decode row of a rank, the segment of the step before that samples its token, -1 where the token is
     known; int32."""
-    last = {placed.work.request_id: placed.last for placed in _segments(before, rank)}
-    rows = [placed.work for placed in _segments(batch, rank) if not placed.work.tiles]
-    return np.array([last[item.request_id] if item.tokens[0] == UNKNOWN else -1 for item in rows], np.int32)
+    last = {placed.scheduled.request_id: placed.last for placed in _segments(before, rank)}
+    rows = [placed.scheduled for placed in _segments(batch, rank) if not placed.scheduled.tiles]
+    return np.array([last[item.request_id] if item.tokens[0] == PLACEHOLDER_TOKEN else -1 for item in rows], np.int32)
 
 
-def _segments(batch: Batch, rank: int) -> Iterator[Placed]:
-    return segments(batch.bucket, batch.work.get(rank, ()))
+def _segments(batch: Batch, rank: int) -> Iterator[RequestRows]:
+    return layout(batch.bucket, batch.scheduled.get(rank, ()))
 
 
-def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:
+def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict[str, np.ndarray]:
     """The rank's part of a step as the arrays its program takes.
 
     int32 [R]: `tokens`, `positions` (-1 padding), `write` (flat cache entry, DROPPED for padding), `read` (1 where a
@@ -168,11 +152,11 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     stand), `top_k`. float32 [Z]: `temperature`, `top_p`, `min_p`. uint32 [Z]: `seed`.
     A segment that does not sample is greedy and reads its own first row.
     """
-    bucket, work = batch.bucket, batch.work[rank]
+    bucket, scheduled = batch.bucket, batch.scheduled[rank]
     arrays = _padding(bucket, max_pages)
     by_row = tokens, positions, write, read = [arrays[name] for name in ("tokens", "positions", "write", "read")]
     decode, sampling = [], []
-    for placed in segments(bucket, work):
+    for placed in layout(bucket, scheduled):
         item, row, segment = placed
         stop = placed.last + 1
         arrays["page_table"][segment:stop, : len(item.pages)] = item.pages
@@ -204,43 +188,44 @@ def assemble(batch: Batch, rank: int, *, page_size: int, max_pages: int) -> dict
     return arrays
 
 
-def harvest(
+def collect_results(
     batch: Batch,
     rank: int,
     tokens: np.ndarray,
     logprobs: np.ndarray,
     top: tuple[np.ndarray, np.ndarray] | None = None,
     scores: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]] = (),
-) -> dict[str, Result]:
-    """Results by request id, of the work that samples or has targets.
+) -> dict[str, StepResult]:
+    """Results by request id, for the requests that sample or have targets.
 
-    `tokens` and `logprobs` are [Z]; `top` the likeliest tokens and their log-probabilities [Z, K], which the rank
-    gives when any segment is shaped; `scores` has log-probabilities [32], then as `top`, of each tile with targets.
+    `tokens` and `logprobs` are [Z]. `top` are the likeliest tokens and their log-probabilities [Z, K]; a rank sends
+    them when any segment needs logits processing. `scores` has, for each tile with targets, log-probabilities [32],
+    then likeliest tokens as in `top`.
     """
-    chosen, values, told = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), iter(scores)
+    chosen, values, tile_scores = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), iter(scores)
     results = {}
-    for placed in segments(batch.bucket, batch.work[rank]):
-        item, last = placed.work, placed.last
-        scored: list[tuple[float, Top]] = []
+    for placed in layout(batch.bucket, batch.scheduled[rank]):
+        item, last = placed.scheduled, placed.last
+        scored: list[tuple[float, TopLogprobs]] = []
         for at in range(0, len(item.targets), TILE):
-            wanted = [i for i, target in enumerate(item.targets[at : at + TILE]) if target >= 0]
-            if wanted:
-                given, ids, values_of = next(told)
-                scored += ((float(given[i]), _top(ids, values_of, i, item.prompt_top)) for i in wanted)
+            rows = [i for i, target in enumerate(item.targets[at : at + TILE]) if target >= 0]
+            if rows:
+                given, ids, values_of = next(tile_scores)
+                scored += ((float(given[i]), _top(ids, values_of, i, item.sampling.prompt_logprobs or 0)) for i in rows)
         if item.samples:
-            best = _top(*top, last, item.top) if top is not None else ()
-            results[item.request_id] = Result(chosen[last], values[last], best, tuple(scored))
+            best = _top(*top, last, item.sampling.top_logprobs) if top is not None else ()
+            results[item.request_id] = StepResult(chosen[last], values[last], best, tuple(scored))
         elif scored:
-            results[item.request_id] = Result(-1, 0.0, (), tuple(scored))
+            results[item.request_id] = StepResult(-1, 0.0, (), tuple(scored))
     return results
 
 
-def _top(tokens: np.ndarray, logprobs: np.ndarray, row: int, count: int) -> Top:
+def _top(tokens: np.ndarray, logprobs: np.ndarray, row: int, count: int) -> TopLogprobs:
     return tuple(zip(tokens[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
 
 
-def _padding(bucket: Bucket, max_pages: int) -> dict[str, np.ndarray]:
-    """The arrays of a rank that has nothing to do."""
+def _padding(bucket: StepBucket, max_pages: int) -> dict[str, np.ndarray]:
+    """The inputs of a rank without requests."""
     rows, count = bucket.rows, bucket.segments
     first_row = np.arange(count, dtype=np.int32)
     first_row[bucket.decode :] += (TILE - 1) * np.arange(bucket.tiles, dtype=np.int32)
@@ -262,12 +247,12 @@ def _padding(bucket: Bucket, max_pages: int) -> dict[str, np.ndarray]:
     }
 
 
-def _set_sampling(arrays: dict[str, np.ndarray], sampling: list[tuple[int, Work]]) -> None:
+def _set_sampling(arrays: dict[str, np.ndarray], sampling: list[tuple[int, ScheduledRequest]]) -> None:
     at = [segment for segment, _ in sampling]
     work = [item for _, item in sampling]
-    arrays["temperature"][at] = [item.temperature for item in work]
-    arrays["top_k"][at] = [item.top_k for item in work]
-    arrays["top_p"][at] = [item.top_p for item in work]
-    arrays["min_p"][at] = [item.min_p for item in work]
-    arrays["seed"][at] = [item.seed & 0xFFFFFFFF for item in work]
+    arrays["temperature"][at] = [item.sampling.temperature for item in work]
+    arrays["top_k"][at] = [item.sampling.top_k for item in work]
+    arrays["top_p"][at] = [item.sampling.top_p for item in work]
+    arrays["min_p"][at] = [item.sampling.min_p for item in work]
+    arrays["seed"][at] = [item.sampling.seed & 0xFFFFFFFF for item in work]
     arrays["sample_position"][at] = [item.start + len(item.tokens) for item in work]

@@ -1,54 +1,55 @@
-"""Whose request is next. A value: tokens served so far by owner (the API key of a request), and an order from them.
+"""The order in which owners' requests get a rank: virtual token counters (arXiv 2401.00588). A value.
 
-Virtual token counters (arXiv 2401.00588): the next place goes to the owner that has been served least for its share.
-One that comes back after a pause starts level with those that wait, so that nobody saves up; whoever waits is served
-before others get more than a bounded number of tokens ahead. Among the requests of one owner the lower `priority`
-goes first, then the earlier arrival. Requests that ran before (their rank died, or its pages ran out) go before all.
+An owner is the API key of a request. The next request to run is one of the owner that was served the fewest tokens for
+its share. An owner that returns after a pause starts level with the owners that wait, so that no owner saves up
+service; no waiting owner falls behind another by more than a bounded number of tokens. Among the requests of one owner
+the lower `priority` goes first, then the earlier arrival. Requests that ran before (their rank died, or its pages ran
+out) go before all others.
 """
 
 import dataclasses
 import heapq
 from collections.abc import Collection, Iterable, Mapping
 
-from serving.sequence import Sequence
+from serving.engine.sequence import Sequence
 
 GENERATED_WEIGHT = 2.0
-"""What a generated token counts beside one of a prompt (as in that paper)."""
+"""Cost of a generated token relative to a prompt token (as in the paper)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
+class TokenCounters:
     """Tokens served by owner, each divided by the owner's share; `level` is the count of the owner served last."""
 
     used: Mapping[str, float] = dataclasses.field(default_factory=dict)
     level: float = 0.0
 
     def of(self, owner: str) -> float:
-        """What an owner has had; one that is not known stands at the level."""
+        """An owner's counter; the level for an owner without one."""
         return self.used.get(owner, self.level)
 
-    def arrived(self, owner: str, waiting: Collection[str]) -> "Shares":
-        """A request of `owner` joins those of the owners `waiting`."""
+    def on_arrival(self, owner: str, waiting: Collection[str]) -> "TokenCounters":
+        """The counters after a request of `owner` has joined those of the owners `waiting`."""
         if owner in waiting:
             return self
         floor = min(map(self.of, waiting), default=self.level)
         used = {o: u for o, u in self.used.items() if o in waiting or u > self.level}
-        return Shares({**used, owner: max(self.of(owner), floor)}, self.level)
+        return TokenCounters({**used, owner: max(self.of(owner), floor)}, self.level)
 
-    def charged(self, costs: Mapping[str, float]) -> "Shares":
-        """Owners were served so many tokens, divided by their shares."""
+    def charge(self, costs: Mapping[str, float]) -> "TokenCounters":
+        """The counters after owners were served: tokens divided by the share, by owner."""
         return dataclasses.replace(self, used={**self.used, **{o: self.of(o) + c for o, c in costs.items()}})
 
-    def served(self, owner: str, cost: float) -> "Shares":
-        """An owner's request was given a place."""
-        return Shares({**self.used, owner: self.of(owner) + cost}, max(self.level, self.of(owner)))
+    def admit(self, owner: str, cost: float) -> "TokenCounters":
+        """The counters after a request of an owner was given a rank."""
+        return TokenCounters({**self.used, owner: self.of(owner) + cost}, max(self.level, self.of(owner)))
 
 
-class Turns:
-    """Waiting sequences in the order in which they get places; mutable, for the making of one step."""
+class AdmissionOrder:
+    """The waiting sequences in order of admission. Mutable, for scheduling one step."""
 
-    def __init__(self, waiting: Iterable[Sequence], shares: Shares) -> None:
-        self.shares = shares
+    def __init__(self, waiting: Iterable[Sequence], shares: TokenCounters) -> None:
+        self.counters = shares
         self._returning: list[tuple[int, str, Sequence]] = []
         self._fresh: dict[str, list[tuple[int, int, str, Sequence]]] = {}
         for each in waiting:
@@ -56,23 +57,24 @@ class Turns:
                 heapq.heappush(self._returning, (each.arrival, each.id, each))
             else:
                 row = self._fresh.setdefault(each.request.owner, [])
-                heapq.heappush(row, (each.request.priority, each.arrival, each.id, each))
+                heapq.heappush(row, (each.request.sampling.priority, each.arrival, each.id, each))
 
-    def head(self) -> Sequence | None:
-        """Who is next."""
+    def peek(self) -> Sequence | None:
+        """The next sequence, None when there is none."""
         if self._returning:
             return self._returning[0][-1]
-        owner = min(self._fresh, key=lambda o: (self.shares.of(o), self._fresh[o][0][1]), default=None)
+        owner = min(self._fresh, key=lambda o: (self.counters.of(o), self._fresh[o][0][1]), default=None)
         return None if owner is None else self._fresh[owner][0][-1]
 
-    def take(self, sequence: Sequence, tokens: int) -> None:
-        """The head was given a place, with so many tokens to compute, and is charged if that is its first."""
+    def admit(self, sequence: Sequence, tokens: int) -> None:
+        """Remove the next sequence, which was given a rank with `tokens` to compute. The owner is charged for it the
+        first time."""
         self.skip(sequence)
         if not sequence.started:
-            self.shares = self.shares.served(sequence.request.owner, tokens / sequence.request.share)
+            self.counters = self.counters.admit(sequence.request.owner, tokens / sequence.request.share)
 
     def skip(self, sequence: Sequence) -> None:
-        """The head gets no place this time and holds nobody up."""
+        """Remove the next sequence, which gets no rank in this step and must not hold up others."""
         if sequence.started:
             heapq.heappop(self._returning)
             return
@@ -82,15 +84,15 @@ class Turns:
             del self._fresh[sequence.request.owner]
 
 
-def ahead(waiting: Iterable[Sequence], owner: str, priority: int) -> int:
-    """How many of those that wait are likely to get a place before a new request: those that ran before, the owner's
-    own of no lower rank, and of each other owner as many as the owner's turns."""
+def count_ahead(waiting: Iterable[Sequence], owner: str, priority: int) -> int:
+    """Number of waiting requests likely to be admitted before a new one: requests that ran before, the owner's
+    own of the same or a better priority, and of each other owner as many as the owner's turns."""
     started, own, others = 0, 0, dict[str, int]()
     for each in waiting:
         if each.started:
             started += 1
         elif each.request.owner != owner:
             others[each.request.owner] = others.get(each.request.owner, 0) + 1
-        elif each.request.priority <= priority:
+        elif each.request.sampling.priority <= priority:
             own += 1
     return started + own + sum(min(count, own + 1) for count in others.values())

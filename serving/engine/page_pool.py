@@ -1,8 +1,8 @@
-"""The pages of one rank's key/value cache: who holds them, and what those hold that nobody does. A value.
+"""The pages of one rank's KV cache, with reference counts and a prefix index. A value.
 
-A full page is known by a key, a digest of every token up to its end, so equal prefixes have equal keys. A known
-page may be held by several sequences at once. When the last lets go it is kept, with its content, until its room
-is wanted: then the page that was let go first is taken.
+The key of a full page is a digest of every token up to its end, so equal prefixes have equal keys. Several sequences
+may hold a page whose key is known. When the last of them releases it, the page keeps its content until its room is
+needed; the page released first is evicted first.
 """
 
 import collections
@@ -12,61 +12,62 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-Key = bytes
+PageKey = bytes
 KEY_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PagePool:
-    """Pages 0 .. total - 1. Each is in one of three places: `free` (holds nothing; the next to be taken stands last),
-    `kept` (nobody's, with content; the next to be evicted stands first) or `holders` (page -> how many hold it).
+    """Pages 0 .. total - 1. Each is in one of three places: `free` (without content; the last is the next to be
+    allocated), `evictable` (held by nobody, with content; the first is the next to be evicted) or `ref_counts` (page
+    -> number of holders).
 
-    `keys` names the content of pages held or kept, where it is known, and `index` finds them by it.
+    `keys` has the keys of held and evictable pages, where they are known; `index` is its inverse.
     """
 
     total: int
     free: tuple[int, ...]
-    kept: tuple[int, ...] = ()
-    holders: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    keys: Mapping[int, Key] = dataclasses.field(default_factory=dict)
-    index: Mapping[Key, int] = dataclasses.field(default_factory=dict)
+    evictable: tuple[int, ...] = ()
+    ref_counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    keys: Mapping[int, PageKey] = dataclasses.field(default_factory=dict)
+    index: Mapping[PageKey, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, total: int) -> "PagePool":
-        """A pool with every page free. Pages are handed out from 0 upwards."""
+    def empty(cls, total: int) -> "PagePool":
+        """A pool in which every page is free. Pages are allocated from 0 upwards."""
         if total < 0:
             raise ValueError(f"a rank cannot have {total} pages; give it 0 or more.")
         return cls(total, tuple(range(total - 1, -1, -1)))
 
     @classmethod
-    def holding(cls, total: int, keys: Mapping[int, Key]) -> "PagePool":
-        """A pool with the content of some pages known, and nobody's; the first to be known are kept longest."""
+    def with_cached_pages(cls, total: int, keys: Mapping[int, PageKey]) -> "PagePool":
+        """A pool in which pages with known keys are evictable; the first of `keys` are evicted last."""
         index = {key: page for page, key in reversed(list(keys.items())) if page < total}
         keys = {page: key for key, page in index.items()}
         return dataclasses.replace(
             cls(total, tuple(page for page in range(total - 1, -1, -1) if page not in keys)),
-            kept=tuple(keys),
+            evictable=tuple(keys),
             keys=keys,
             index=index,
         )
 
     @property
     def used(self) -> int:
-        """How many pages somebody holds."""
-        return len(self.holders)
+        """Number of held pages."""
+        return len(self.ref_counts)
 
     @property
     def available(self) -> int:
-        """How many pages nobody holds."""
-        return len(self.free) + len(self.kept)
+        """Number of pages that nobody holds."""
+        return len(self.free) + len(self.evictable)
 
     @property
     def extent(self) -> int:
-        """Pages from the first on that have all content worth keeping among them."""
-        return max((*self.holders, *self.kept), default=-1) + 1
+        """Number of leading pages that include every held or evictable one."""
+        return max((*self.ref_counts, *self.evictable), default=-1) + 1
 
-    def match(self, keys: Iterable[Key]) -> tuple[int, ...]:
-        """The pages of the longest beginning of `keys` that is here."""
+    def match(self, keys: Iterable[PageKey]) -> tuple[int, ...]:
+        """The pages of the longest prefix of `keys` that is in the pool."""
         pages = []
         for key in keys:
             if (page := self.index.get(key)) is None:
@@ -74,63 +75,64 @@ class PagePool:
             pages.append(page)
         return tuple(pages)
 
-    def available_beside(self, pages: Sequence[int]) -> int:
-        """How many pages nobody would hold if somebody held these."""
-        return self.available - sum(page not in self.holders for page in pages)
+    def available_after_sharing(self, pages: Sequence[int]) -> int:
+        """Number of pages that nobody would hold if a sequence held these."""
+        return self.available - sum(page not in self.ref_counts for page in pages)
 
     def share(self, pages: Sequence[int]) -> "PagePool":
-        """Hold known pages once more."""
-        holders = dict(self.holders)
+        """Add a holder to pages with known keys."""
+        holders = dict(self.ref_counts)
         for page in pages:
             assert page in self.keys, f"page {page} has no known content to share"
             holders[page] = holders.get(page, 0) + 1
         taken = set(pages)
-        kept = tuple(page for page in self.kept if page not in taken)
-        return dataclasses.replace(self, kept=kept, holders=holders)
+        kept = tuple(page for page in self.evictable if page not in taken)
+        return dataclasses.replace(self, evictable=kept, ref_counts=holders)
 
     def alloc(self, count: int) -> tuple["PagePool", tuple[int, ...]]:
-        """Take `count` pages to write on: free ones, then the kept ones in order. The caller has made sure that they
-        are there."""
+        """Allocate `count` pages to write on: free ones, then evictable ones in order. The caller checks that they
+        are available."""
         assert 0 <= count <= self.available, f"{count} pages wanted, {self.available} of {self.total} available"
         evict = max(0, count - len(self.free))
-        evicted, kept = self.kept[:evict], self.kept[evict:]
+        evicted, evictable = self.evictable[:evict], self.evictable[evict:]
         left = len(self.free) - (count - evict)
         pages = (*reversed(self.free[left:]), *evicted)
-        holders = dict(self.holders)
+        holders = dict(self.ref_counts)
         holders.update(dict.fromkeys(pages, 1))
         keys, index = self.keys, self.index
         if evicted:
             gone = set(evicted)
             keys = {page: key for page, key in keys.items() if page not in gone}
             index = {key: page for key, page in index.items() if page not in gone}
-        return PagePool(self.total, self.free[:left], kept, holders, keys, index), pages
+        return PagePool(self.total, self.free[:left], evictable, holders, keys, index), pages
 
-    def seal(self, page: int, key: Key) -> "PagePool":
-        """A held page is full and will not be written again. A second page of the same content stays unknown."""
-        assert page in self.holders, f"page {page} is sealed by nobody who holds it"
+    def seal(self, page: int, key: PageKey) -> "PagePool":
+        """Record the key of a held page that is full. A second page with the same content stays without a key."""
+        assert page in self.ref_counts, f"page {page} is sealed without a holder"
         if key in self.index or page in self.keys:
             return self
         return dataclasses.replace(self, keys={**self.keys, page: key}, index={**self.index, key: page})
 
     def release(self, pages: Sequence[int]) -> "PagePool":
-        """Let go of pages. Those with known content are kept, the last to be evicted last of all; of the rest, the
-        first is the next to be taken."""
-        holders, kept, free = dict(self.holders), [], []
+        """Remove a holder from pages. Pages with known keys become evictable, the first page last; of the others, the
+        first is the next to be allocated."""
+        holders, kept, free = dict(self.ref_counts), [], []
         for page in reversed(pages):  # a page is of no use without those before it: the last goes first
             count = holders.pop(page, 0)
-            assert count, f"page {page} is given back by nobody who holds it"
+            assert count, f"page {page} is released without a holder"
             if count > 1:
                 holders[page] = count - 1
             elif page in self.keys:
                 kept.append(page)
             else:
                 free.append(page)
-        return dataclasses.replace(self, free=(*self.free, *free), kept=(*self.kept, *kept), holders=holders)
+        return dataclasses.replace(
+            self, free=(*self.free, *free), evictable=(*self.evictable, *kept), ref_counts=holders
+        )
 
 
-def page_keys(tokens: Sequence[int], page_size: int, before: Key) -> tuple[Key, ...]:
-    """The keys of the full pages of `tokens`; `before` is the key of the page before them, or of what every first
-    page depends on."""
+def hash_pages(tokens: Sequence[int], page_size: int, before: PageKey) -> tuple[PageKey, ...]:
+    """The keys of the full pages of `tokens`; `before` is the key of the page before them, or the root key."""
     keys = []
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[start : start + page_size], np.int64).tobytes()
@@ -140,16 +142,18 @@ def page_keys(tokens: Sequence[int], page_size: int, before: Key) -> tuple[Key, 
 
 
 def check_pages(pool: PagePool, held: Iterable[int]) -> None:
-    """Every page is free, kept or held, in one place, and held as often as it occurs in `held`. Raises
-    AssertionError naming the pages that are not."""
+    """Check that every page is free, evictable or held, in one place only, and held as often as it occurs in `held`.
+    Raises AssertionError naming the pages that are not."""
     holders = collections.Counter(held)
-    pages = sorted((*pool.free, *pool.kept, *holders))
+    pages = sorted((*pool.free, *pool.evictable, *holders))
     twice = sorted(page for page, count in collections.Counter(pages).items() if count > 1)
     missing = sorted(set(range(pool.total)) - set(pages))
     foreign = sorted(set(pages) - set(range(pool.total)))
     assert pages == list(range(pool.total)), f"pages in two places {twice}, lost {missing}, not ours {foreign}"
-    wrong = sorted(page for page in holders if holders[page] != pool.holders.get(page))
-    assert dict(holders) == dict(pool.holders), f"pages held otherwise than counted {wrong or sorted(pool.holders)}"
+    wrong = sorted(page for page in holders if holders[page] != pool.ref_counts.get(page))
+    assert dict(holders) == dict(pool.ref_counts), (
+        f"pages held otherwise than counted {wrong or sorted(pool.ref_counts)}"
+    )
     assert {key: page for page, key in pool.keys.items()} == dict(pool.index), "a key does not lead to its page"
-    assert pool.keys.keys() >= set(pool.kept), "a page is kept whose content nobody knows"
+    assert pool.keys.keys() >= set(pool.evictable), "an evictable page has no key"
     assert not pool.keys.keys() & set(pool.free), "a page is free and has content"

@@ -1,27 +1,26 @@
-"""One accepted request on its way: its tokens so far, its rank, and how much of it is in the rank's cache."""
+"""A request in the engine: its tokens so far, its rank, and how much of it is in the cache."""
 
 import dataclasses
 
-from serving.pages import Key
-from serving.request import Phase, Request
+from serving.engine.page_pool import PageKey
+from serving.protocol.request import Request, RequestPhase
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Salvage:
-    """Cache entries that outlived their rank: those of positions 0 .. count - 1, in `pages` of the copies of these
-    numbers (serving/cache_copies.py), one for each share of the heads. `chain` is that of the sequence there, as far as
-    they reach."""
+class RecoverableKV:
+    """KV entries of a lost rank that replicas hold: positions 0 .. count - 1, in `pages` of the KV replicas with these
+    numbers (serving/recovery/kv_replicas.py), one for each tp shard. `page_keys`: keys of the full pages."""
 
-    copies: tuple[int, ...]
+    replicas: tuple[int, ...]
     pages: tuple[int, ...]
     count: int
-    chain: tuple[Key, ...] | None = ()
+    page_keys: tuple[PageKey, ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ahead:
-    """What a step in flight does for a request: it computes from position `start` on. It may make a token, and be the
-    last that is needed."""
+class InFlightStep:
+    """The part of a step in flight for one request: it computes positions from `start` on, may sample a token, and
+    may be the last step that the request needs."""
 
     step: int
     start: int
@@ -31,28 +30,28 @@ class Ahead:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request and its state. Taking it off its rank forgets what is below `generated`, but for `salvage`.
+    """A request and its state. Preemption keeps the fields above `rank`, and `recoverable`.
 
-    `arrival` orders requests for their whole life. Positions 0 .. computed - 1 are in the cache of `rank`,
-    in `pages`, once the steps of `ahead` are in; those below `settled` are there now, and tokens that those steps make
-    are unknown. The last token made is never in the cache: its keys and values come with the next step.
-    `chain` has the keys of its full pages; None when others must not find them. `reused` counts the prompt
-    tokens that were found in the cache when it was first placed; `scored` those whose log-probabilities were told.
-    With `salvage` and a rank it is being restored: positions up to `salvage.count` come from a copy, before any step
-    works on it.
+    `arrival` orders requests for their whole life. Once the steps in `in_flight` are done, the cache of `rank` holds
+    the keys and values of positions 0 .. computed - 1, in `pages`; those below `committed` are there already. The last
+    generated token is never in the cache: the next step computes its keys and values. `page_keys` are the keys of the
+    full pages, None when other requests must not share them. `cached_tokens` counts the prompt tokens that the prefix
+    cache held when the request was first given a rank, `scored` those whose log-probabilities were sent. A sequence
+    with a rank and `recoverable` is being restored: a replica gives positions below `recoverable.count` before the
+    first step.
     """
 
     request: Request
     arrival: int
     generated: tuple[int, ...] = ()
-    reused: int | None = None
+    cached_tokens: int | None = None
     scored: int = 0
     rank: int | None = None
     computed: int = 0
     pages: tuple[int, ...] = ()
-    chain: tuple[Key, ...] | None = ()
-    salvage: Salvage | None = None
-    ahead: tuple[Ahead, ...] = ()
+    page_keys: tuple[PageKey, ...] | None = ()
+    recoverable: RecoverableKV | None = None
+    in_flight: tuple[InFlightStep, ...] = ()
 
     @property
     def id(self) -> str:
@@ -60,55 +59,57 @@ class Sequence:
 
     @property
     def started(self) -> bool:
-        """Whether it has had a place on a rank before."""
-        return self.reused is not None
+        """Whether the request was given a rank before."""
+        return self.cached_tokens is not None
 
     @property
     def restoring(self) -> bool:
-        """Whether it has a place and waits for its cache entries."""
-        return self.rank is not None and self.salvage is not None
+        """Whether the sequence has a rank and waits for its KV to be restored."""
+        return self.rank is not None and self.recoverable is not None
 
     @property
-    def settled(self) -> int:
-        """Positions that are in the cache whatever becomes of the steps in flight."""
-        return self.ahead[0].start if self.ahead else self.computed
+    def committed(self) -> int:
+        """Number of leading positions that are in the cache whatever happens to the steps in flight."""
+        return self.in_flight[0].start if self.in_flight else self.computed
 
     @property
-    def known(self) -> int:
-        """Tokens generated that are known."""
-        return len(self.generated) - sum(each.samples for each in self.ahead)
+    def known_tokens(self) -> int:
+        """Number of generated tokens whose ids are known."""
+        return len(self.generated) - sum(each.samples for each in self.in_flight)
 
     @property
     def ending(self) -> bool:
-        """Whether a step in flight is its last."""
-        return any(each.last for each in self.ahead)
+        """Whether a step in flight is the last one."""
+        return any(each.last for each in self.in_flight)
 
-    def withdrawn(self) -> "Sequence":
-        """The sequence as it is when no step in flight comes in."""
-        if not self.ahead:
+    def without_in_flight(self) -> "Sequence":
+        """The sequence as it is when the steps in flight are dropped."""
+        if not self.in_flight:
             return self
-        return dataclasses.replace(self, generated=self.generated[: self.known], computed=self.settled, ahead=())
+        return dataclasses.replace(
+            self, generated=self.generated[: self.known_tokens], computed=self.committed, in_flight=()
+        )
 
     @property
     def length(self) -> int:
-        """Tokens so far: the prompt and those generated."""
+        """Number of tokens: prompt and generated."""
         return len(self.request.prompt) + len(self.generated)
 
     @property
     def pending(self) -> int:
-        """Tokens whose keys and values are not in the cache. One means that a decode row is all it needs."""
+        """Number of tokens that are not in the cache. One token needs just a decode row."""
         return self.length - self.computed
 
     @property
     def unscored(self) -> int:
-        """Prompt tokens whose log-probabilities are still to be told."""
-        return 0 if self.request.prompt_logprobs is None else len(self.request.prompt) - 1 - self.scored
+        """Number of prompt tokens still to be scored."""
+        return 0 if self.request.sampling.prompt_logprobs is None else len(self.request.prompt) - 1 - self.scored
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> RequestPhase:
         if self.rank is None:
-            return Phase.WAITING
-        return Phase.DECODE if self.pending == 1 and not self.restoring else Phase.PREFILL
+            return RequestPhase.WAITING
+        return RequestPhase.DECODE if self.pending == 1 and not self.restoring else RequestPhase.PREFILL
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens at positions start .. stop - 1 of prompt + generated."""
@@ -119,17 +120,19 @@ class Sequence:
             return prompt[start:stop]
         return prompt[start:] + self.generated[: stop - len(prompt)]
 
-    def placed(
-        self, rank: int, pages: tuple[int, ...], *, computed: int = 0, chain: tuple[Key, ...] | None = ()
+    def placed_on(
+        self, rank: int, pages: tuple[int, ...], *, computed: int = 0, page_keys: tuple[PageKey, ...] | None = ()
     ) -> "Sequence":
-        """The sequence on a rank whose cache has the first `computed` positions of it, in full pages."""
-        reused = computed if self.reused is None else self.reused
-        return dataclasses.replace(self, rank=rank, reused=reused, computed=computed, pages=pages, chain=chain)
+        """The sequence on a rank whose cache has its first `computed` positions, in full pages."""
+        reused = computed if self.cached_tokens is None else self.cached_tokens
+        return dataclasses.replace(
+            self, rank=rank, cached_tokens=reused, computed=computed, pages=pages, page_keys=page_keys
+        )
 
-    def displaced(self) -> "Sequence":
-        """The sequence without a rank: prompt + tokens so far, to be computed again, but for what was salvaged."""
-        return dataclasses.replace(self.withdrawn(), rank=None, computed=0, pages=(), chain=())
+    def preempted(self) -> "Sequence":
+        """The sequence without a rank: prompt + generated tokens, to be computed again unless they are restored."""
+        return dataclasses.replace(self.without_in_flight(), rank=None, computed=0, pages=(), page_keys=())
 
-    def forgotten(self) -> "Sequence":
-        """The sequence without a rank, to be computed again from its first token."""
-        return dataclasses.replace(self.displaced(), salvage=None)
+    def restarted(self) -> "Sequence":
+        """The sequence without a rank and without recoverable KV."""
+        return dataclasses.replace(self.preempted(), recoverable=None)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from serving.batch import Batch, Result, assemble, harvest, sources
+from serving.engine.batch import Batch, StepResult, collect_results, prepare_inputs, token_sources
+from serving.engine.logits import MaskFunction, logits_adjustments, scored_tiles
 from serving.proto.moejax.v1 import link_pb2
-from serving.shaping import Masks, shapes, tiles
 
 
 def step_message(
@@ -15,21 +15,21 @@ def step_message(
     bucket: int,
     page_size: int,
     max_pages: int,
-    masks: Masks,
+    masks: MaskFunction,
     before: Batch | None = None,
 ) -> link_pb2.Step:
-    """What a rank is told of a step; `bucket` is the index of its bucket, `before` the step in flight, if any."""
+    """The message of a step to one rank. `bucket` is the index of its bucket, `before` the step in flight, if any."""
     message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket)
     if before is not None:
         message.after = before.step
-    if not batch.work.get(rank):
+    if not batch.scheduled.get(rank):
         return message
     if before is not None:
-        message.sources = sources(before, batch, rank).tobytes()
-    arrays = assemble(batch, rank, page_size=page_size, max_pages=max_pages)
+        message.sources = token_sources(before, batch, rank).tobytes()
+    arrays = prepare_inputs(batch, rank, page_size=page_size, max_pages=max_pages)
     message.inputs = b"".join(array.tobytes() for array in arrays.values())
-    for segment, row in shapes(batch, rank, masks).items():
-        message.shapes.add(
+    for segment, row in logits_adjustments(batch, rank, masks).items():
+        message.adjustments.add(
             segment=segment,
             tokens=row.tokens.tobytes(),
             add=row.add.tobytes(),
@@ -37,14 +37,14 @@ def step_message(
             repetition=row.repetition,
             allowed=row.allowed.tobytes(),
         )
-    for tile in tiles(batch, rank):
+    for tile in scored_tiles(batch, rank):
         message.targets.add(row=tile.row, targets=tile.targets.tobytes())
     return message
 
 
-def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str, Result]:
-    """What a rank's answer says of each request it worked on."""
-    if not batch.work.get(rank):
+def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str, StepResult]:
+    """The results of a rank's answer, by request."""
+    if not batch.scheduled.get(rank):
         return {}
     tokens, logprobs = np.frombuffer(answer.tokens, np.int32), np.frombuffer(answer.logprobs, np.float32)
     top = _likeliest(answer.likeliest, len(tokens)) if answer.HasField("likeliest") else None
@@ -52,7 +52,7 @@ def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str
     for score in answer.scores:
         given = np.frombuffer(score.logprobs, np.float32)
         scores.append((given, *_likeliest(score.likeliest, len(given))))
-    return harvest(batch, rank, tokens, logprobs, top, scores)
+    return collect_results(batch, rank, tokens, logprobs, top, scores)
 
 
 def _likeliest(message: link_pb2.Likeliest, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,107 +1,112 @@
-"""Steps on their way: sent to the ranks, and their results not taken in yet.
+"""The steps in flight: sent to the ranks, and their results not received yet.
 
-There is one, or two where the second was made while the first runs.
+There is one; or there are two, where the second was scheduled while the first runs.
 """
 
 import asyncio
 import collections
 import dataclasses
-import time
 from collections.abc import Iterable
 
-from serving.batch import Batch, Bucket
-from serving.config import Settings
-from serving.engine import EngineState
-from serving.links import RankLinks
-from serving.page_index import PageNews
+from serving.config import SchedulingSettings
+from serving.engine.batch import Batch, StepBucket
+from serving.engine.logits import MaskFunction
+from serving.engine.state import EngineState
+from serving.executor.executor import RankExecutor
+from serving.executor.prefix_index import PrefixUpdates
+from serving.executor.step_messages import step_message
 from serving.proto.moejax.v1 import link_pb2
-from serving.shaping import Masks
-from serving.step_wire import step_message
+from serving.protocol import clock
 
-TURNS = 3
-"""Of the event loop, until what was sent is with gRPC, and those told of the step before have heard."""
-KEPT = 8
-"""Steps of a bucket by which the next one is judged."""
-LEAST_S = 0.001
-"""What it is worth to wait for."""
+LOOP_TURNS = 3
+"""Turns of the event loop to yield, so that gRPC sends the step and readers of the step before run."""
+HISTORY = 8
+"""Durations of the last steps of a bucket, by which the next one is estimated."""
+MIN_WAIT_S = 0.001
+"""Seconds that are worth waiting for."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
-    """A step that was sent, made at a moment of the monotonic clock."""
+class StepInFlight:
+    """A step that was sent; `began` is when it was scheduled, on the monotonic clock."""
 
     batch: Batch
     began: float
     answers: "asyncio.Task[dict[int, link_pb2.StepDone]]"
 
 
-class Flights:
-    """The steps in flight of one server, and what each rank has been told with them of its pages."""
+class StepPipeline:
+    """The steps in flight of one server, and the full pages that were sent to each rank with them."""
 
-    def __init__(self, settings: Settings, links: RankLinks, masks: Masks) -> None:
+    def __init__(self, settings: SchedulingSettings, executor: RankExecutor, masks: MaskFunction) -> None:
         self._settings = settings
-        self._links = links
+        self._executor = executor
         self._masks = masks
-        self._news = PageNews()
-        self._flights: collections.deque[Flight] = collections.deque()
-        self._took: dict[Bucket, collections.deque[float]] = {}
-        """Seconds that the last steps of each bucket took."""
-        self._free_at = 0.0
-        """When the step before the first one in flight was over."""
+        self._updates = PrefixUpdates()
+        self._steps: collections.deque[StepInFlight] = collections.deque()
+        self._durations: dict[StepBucket, collections.deque[float]] = {}
+        """Seconds of the last steps of each bucket."""
+        self._previous_done_at = 0.0
+        """When the step before the first one in flight was done."""
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._steps)
 
     @property
-    def first(self) -> Flight:
+    def first(self) -> StepInFlight:
         """The step that was sent first."""
-        return self._flights[0]
+        return self._steps[0]
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """The steps in flight."""
+        return tuple(step.batch for step in self._steps)
 
     @property
     def answers(self) -> tuple["asyncio.Task[dict[int, link_pb2.StepDone]]", ...]:
-        """What is waited for."""
-        return tuple(flight.answers for flight in self._flights)
+        """The tasks that wait for answers."""
+        return tuple(step.answers for step in self._steps)
 
-    def take_plan(self) -> None:
-        """A plan has come into force: its ranks know nothing of their pages."""
-        self._news.again()
+    def forget_sent_pages(self) -> None:
+        """A plan has come into force: its ranks know no pages."""
+        self._updates.reset()
 
     def send(self, batch: Batch, began: float, *, epoch: int, ranks: Iterable[int], state: EngineState) -> None:
-        """Send a step, made at `began`, to all `ranks`; `state` has its pages taken."""
-        before = self._flights[-1].batch if self._flights else None
+        """Send a step that was scheduled at `began` to all `ranks`; `state` is that after scheduling it."""
+        before = self._steps[-1].batch if self._steps else None
         parts = {rank: self._part(batch, rank, epoch, before, state) for rank in ranks}
-        self._flights.append(Flight(batch, began, asyncio.create_task(self._links.step(parts))))
+        self._steps.append(StepInFlight(batch, began, asyncio.create_task(self._executor.step(parts))))
 
-    async def half(self) -> None:
-        """Wait for half of the first step, by the quickest of those like it, so that requests which come meanwhile are
-        in the next one; at least until it is on its way to the ranks."""
-        for _ in range(TURNS):
+    async def wait_half(self) -> None:
+        """Wait for half of the first step's time, estimated by the quickest of its bucket, so that requests which
+        arrive meanwhile are in the next step; at least until it was sent to the ranks."""
+        for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
-        if self._flights and (took := self._took.get(self.first.batch.bucket)):
-            left = max(self.first.began, self._free_at) + min(took) / 2 - time.monotonic()
-            if left > LEAST_S:
+        if self._steps and (took := self._durations.get(self.first.batch.bucket)):
+            left = max(self.first.began, self._previous_done_at) + min(took) / 2 - clock.now()
+            if left > MIN_WAIT_S:
                 await asyncio.wait([self.first.answers], timeout=left)
 
-    async def land(self) -> dict[int, link_pb2.StepDone]:
-        """The answers to the step that was sent first. When it failed, those after it have too. Raises RankLost,
-        RankRefused or Poisoned."""
+    async def receive(self) -> dict[int, link_pb2.StepDone]:
+        """Wait for the answers to the step that was sent first. When it failed, the steps after it are discarded.
+        Raises RankLost, CommandFailed or NonFiniteStep."""
         try:
             answers = await self.first.answers
         except Exception:
-            self.ground()
+            self.discard()
             raise
-        landed, now = self._flights.popleft(), time.monotonic()
-        took = self._took.setdefault(landed.batch.bucket, collections.deque(maxlen=KEPT))
-        took.append(now - max(landed.began, self._free_at))
-        self._free_at = now
+        done, now = self._steps.popleft(), clock.now()
+        took = self._durations.setdefault(done.batch.bucket, collections.deque(maxlen=HISTORY))
+        took.append(now - max(done.began, self._previous_done_at))
+        self._previous_done_at = now
         return answers
 
-    def ground(self) -> None:
-        """Wait for no step any more."""
+    def discard(self) -> None:
+        """Drop all steps in flight."""
         for answers in self.answers:
             answers.cancel()
             answers.add_done_callback(lambda answers: answers.cancelled() or answers.exception())
-        self._flights.clear()
+        self._steps.clear()
 
     def _part(self, batch: Batch, rank: int, epoch: int, before: Batch | None, state: EngineState) -> link_pb2.Step:
         limits, pool = state.limits, state.pools.get(rank)
@@ -115,7 +120,7 @@ class Flights:
             masks=self._masks,
             before=before,
         )
-        full = self._news.of(rank, pool.keys) if pool is not None else None
+        full = self._updates.update_for(rank, pool.keys) if pool is not None else None
         if full is not None:
             part.full.CopyFrom(full)
         return part

@@ -1,4 +1,4 @@
-"""The coordination service of one generation, in a process of its own (`moejax.coordinator`)."""
+"""The process that hosts the JAX coordination service of one generation (`moejax.runtime.coordinator`)."""
 
 import asyncio
 import sys
@@ -9,21 +9,22 @@ LOOPBACK = "127.0.0.1"
 
 
 class Coordinator:
-    """The process that hosts one generation's coordination service."""
+    """A running coordination service. `address` is host:port, with an empty host for the front's own machine."""
 
     def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         self.process = process
         self.address = address
 
     @classmethod
-    async def start(cls, ranks: int, seats: int, host: str = LOOPBACK) -> "Coordinator":
-        """Start the service for so many ranks, and seats in all, on an address of this machine. Raises StartError."""
+    async def start(cls, ranks: int, process_ids: int, host: str = LOOPBACK) -> "Coordinator":
+        """Start the service on an address of this machine, for `ranks` processes that join at once and `process_ids` in
+        all: the others are spare ids, for ranks that are started later. Raises StartError."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "moejax.coordinator",
+            "moejax.runtime.coordinator",
             str(ranks),
-            str(seats),
+            str(process_ids),
             host,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -33,11 +34,11 @@ class Coordinator:
         line = await process.stdout.readline()
         if not line.strip().isdigit():
             raise StartError(f"the coordinator did not start: it ended with code {await process.wait()}")
-        # Ranks elsewhere know the front by a name of their own; the service is at the same one.
+        # Ranks on other hosts reach the front by a name that only they know; the service is at the same one.
         return cls(process, f"{'' if host != LOOPBACK else host}:{int(line)}")
 
     async def stop(self) -> None:
-        """End the service at once."""
+        """Kill the service."""
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()

@@ -1,9 +1,9 @@
-"""`moejax rank --join`: keeps a place for a rank on this host. Dials the front until it is let in, prepares the model
-here, starts the rank's process when told to, ends it when told to, and dials again when the front is gone: the next
-one is told of the rank that the last has left, and goes on with it.
+"""The host agent (`moejax rank --join`): keeps a slot for one rank on this host.
 
-Every incarnation of a rank is a process of its own. This one has no JAX in it and little to die of; it is the agent
-that can end a rank which hangs. It leaves nothing behind: the kernel ends the rank with it.
+The agent dials the front until the front accepts it, prepares the model on this host, starts a rank's process when the
+front orders it, and kills it when the front orders that. When the front is gone the agent dials again, and offers the
+next front the rank that is still running. Every incarnation of a rank is a process of its own. The agent imports no
+JAX, so that it can always kill a rank that hangs; the kernel kills the rank when the agent ends.
 """
 
 import asyncio
@@ -18,28 +18,31 @@ from pathlib import Path
 
 import grpc
 
-from serving.dial import Way
 from serving.errors import MoejaxError
-from serving.prepared import Prepared, prepare
+from serving.launch.rank_channel import RankChannel
+from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
-from serving.rank_process import STAY, Child, Order
+from serving.protocol.prepared_model import PreparedModel, prepare_model
 from serving.version import build
 
-PAUSE_S, LONGEST_S, REFUSED_S = 0.5, 5.0, 30.0
-"""How long to wait before the front is dialled again: twice as long each time up to a bound, a higher one where the
-front is there and does not want this host."""
-AGAIN_S = 0.1
-"""The same while a rank waits for the next front."""
-FORGOTTEN_S = 60.0
-"""How long it waits before it is ended."""
+REDIAL_S, REDIAL_MAX_S, REFUSED_MAX_S = 0.5, 5.0, 30.0
+"""Seconds before the front is dialed again. The wait doubles each time up to a bound, which is higher when the front
+answered and refused this host."""
+REDIAL_WITH_RANK_S = 0.1
+"""Seconds before the front is dialed again while a rank waits for it."""
+ORPHAN_TIMEOUT_S = 60.0
+"""Seconds that a rank waits for the next front before the agent kills it."""
+CONDITION_S, CONDITION_STEP_S = 0.25, 0.02
+"""Seconds between two looks at the rank's process, and by how much its run delay must have grown to be reported."""
 REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Offer:
-    """What this host says of a place, and what its ranks are started with. `model` is where this host has the model,
-    when not where the front has it; `device` the number of the GPU, when there are several."""
+class SlotOffer:
+    """A slot as this host offers it, and what its ranks are started with. `secret` is the join token; `model` is where
+    this host has the model, when that is not where the front has it; `device` is the number of the GPU, when there are
+    several."""
 
     secret: str
     host: str
@@ -50,154 +53,179 @@ class Offer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """The rank that runs here: as it was ordered, and its process."""
+class RunningRank:
+    """The rank that runs in the slot: the order that started it, and its process."""
 
     order: link_pb2.StartRank
-    child: Child
+    process: ChildProcess
+
+    def condition(self) -> link_pb2.RankCondition:
+        """How the kernel sees the process now."""
+        incarnation, state = self.order.incarnation, self.process.state
+        return link_pb2.RankCondition(incarnation=incarnation, state=state, run_delay_s=self.process.run_delay_s())
 
 
-class Keeper:
-    """One place. `await run()` returns only when cancelled, and leaves no process then."""
+class HostAgent:
+    """The agent of one slot. `await run()` returns only when it is cancelled, and leaves no process then."""
 
-    def __init__(self, way: Way, offer: Offer, say: Callable[[str], None]) -> None:
-        self._way = way
+    def __init__(self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None]) -> None:
+        self._channel = channel
         self._offer = offer
-        self._say = say
-        self._told = ""
+        self._log_line = log
+        self._last_line = ""
         self._reports: asyncio.Queue[link_pb2.PlaceReport | None] = asyncio.Queue()
-        self._kept: Kept | None = None
-        self._alone_since: float | None = None
-        """When the front of the rank that runs here was gone, on the monotonic clock."""
+        self._running: RunningRank | None = None
+        self._condition: link_pb2.RankCondition | None = None
+        """The condition of the rank that was reported last to this front."""
+        self._front_lost_at: float | None = None
+        """When the front was lost, on the monotonic clock; None while there is one."""
         self._prepared: tuple[link_pb2.PrepareModel, link_pb2.ModelPrepared] | None = None
-        """What the front was told last of the model, and what it had asked for."""
+        """The last order to prepare the model, and the answer to it."""
         self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Keep the place."""
-        pause = PAUSE_S
+        """Keep the slot until cancelled."""
+        pause, watching = REDIAL_S, asyncio.create_task(self._watch_rank())
         with tempfile.TemporaryDirectory(prefix="moejax-rank-") as logs:
             try:
                 while True:
-                    bound = LONGEST_S
+                    bound = REDIAL_MAX_S
                     try:
                         async for order in self._orders():
-                            pause = PAUSE_S if order.HasField("start") else pause
+                            pause = REDIAL_S if order.HasField("start") else pause
                             self._obey(order, Path(logs))
-                        self._tell("the front has ended")
+                        self._log("the front has ended")
                     except grpc.RpcError as error:
                         code, why = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
-                        self._tell(f"{self._way.front}: {why or code.name}")
+                        self._log(f"{self._channel.front}: {why or code.name}")
                         if code in REFUSALS:
-                            bound = REFUSED_S
-                            self._end_child()
-                    self._left()
-                    await asyncio.sleep(pause if self._kept is None else AGAIN_S)
+                            bound = REFUSED_MAX_S
+                            self._kill_rank()
+                    self._front_lost()
+                    await asyncio.sleep(pause if self._running is None else REDIAL_WITH_RANK_S)
                     pause = min(bound, 2 * pause)
             finally:
-                self._left()
-                self._end_child()
+                watching.cancel()
+                self._front_lost()
+                self._kill_rank()
 
-    def _left(self) -> None:
-        """The front is gone. What runs here waits for the next one, for a while."""
+    async def _watch_rank(self) -> None:
+        """Report the condition of the rank to the front whenever it has changed. It ends with the rank: how that ended
+        is reported by itself."""
+        while True:
+            await asyncio.sleep(CONDITION_S)
+            now, before = None if self._running is None else self._running.condition(), self._condition
+            if now is None or now.state in ("", "X", "Z"):
+                continue
+            unchanged = before is not None and (before.incarnation, before.state) == (now.incarnation, now.state)
+            if before is None or not unchanged or now.run_delay_s - before.run_delay_s >= CONDITION_STEP_S:
+                self._condition = now
+                self._reports.put_nowait(link_pb2.PlaceReport(condition=now))
+
+    def _front_lost(self) -> None:
+        """Stop preparing for the lost front. The rank that runs here waits for the next one, for ORPHAN_TIMEOUT_S."""
         if self._preparing is not None:
             self._preparing.cancel()
         now = time.monotonic()
-        self._alone_since = self._alone_since or now
-        if self._kept is not None and now - self._alone_since > FORGOTTEN_S:
-            self._tell(f"rank {self._kept.order.rank} is ended: no front has come for {FORGOTTEN_S:.0f} s")
-            self._end_child()
+        self._front_lost_at = self._front_lost_at or now
+        if self._running is not None and now - self._front_lost_at > ORPHAN_TIMEOUT_S:
+            self._log(f"rank {self._running.order.rank} is ended: no front has come for {ORPHAN_TIMEOUT_S:.0f} s")
+            self._kill_rank()
 
     def _obey(self, order: link_pb2.PlaceOrder, logs: Path) -> None:
-        what, kept, self._alone_since = order.WhichOneof("what"), self._kept, None
-        if what == "prepare":
+        kind, running, self._front_lost_at = order.WhichOneof("what"), self._running, None
+        if kind == "prepare":
             self._preparing = asyncio.create_task(self._prepare(order.prepare))
-        elif what == "start":
+        elif kind == "start":
             self._start(order.start, logs)
-        elif what == "signal" and kept is not None and kept.order.incarnation == order.signal.incarnation:
-            kept.child.signal(order.signal.name)
-        elif what == "signal":  # it ended before this front could hear of it
+        elif kind == "signal" and running is not None and running.order.incarnation == order.signal.incarnation:
+            running.process.signal(order.signal.name)
+        elif kind == "signal":  # that rank ended before this front was there to be informed of it
             ended = link_pb2.RankEnded(incarnation=order.signal.incarnation, code=-signal.SIGKILL)
             self._reports.put_nowait(link_pb2.PlaceReport(ended=ended))
 
     async def _prepare(self, order: link_pb2.PrepareModel) -> None:
         name = self._offer.model or order.model
-        if self._kept is not None and self._prepared is not None and self._prepared[0] == order:
-            self._tell(f"let in by {self._way.front} with rank {self._kept.order.rank}")
+        if self._running is not None and self._prepared is not None and self._prepared[0] == order:
+            self._log(f"let in by {self._channel.front} with rank {self._running.order.rank}")
             self._reports.put_nowait(link_pb2.PlaceReport(prepared=self._prepared[1]))
             return
-        self._tell(f"let in by {self._way.front}; preparing {name}")
+        self._log(f"let in by {self._channel.front}; preparing {name}")
         try:
-            answer = _prepared(await prepare(name, order.data_type, in_place=order.in_place, dense=order.dense))
+            answer = _message(await prepare_model(name, order.data_type, in_place=order.in_place, dense=order.dense))
         except MoejaxError as error:
             answer = link_pb2.ModelPrepared(error=f"{error} (moejax rank --model says where this host has it)")
         self._prepared = order, answer
         self._reports.put_nowait(link_pb2.PlaceReport(prepared=answer))
-        self._tell(answer.error or f"{name} is here; waiting for a rank to be")
+        self._log(answer.error or f"{name} is prepared; waiting for a rank to start")
 
     def _start(self, order: link_pb2.StartRank, logs: Path) -> None:
-        self._end_child()
+        self._kill_rank()
         incarnation, device = order.incarnation, self._offer.device
-        variables = self._way.variables() | {STAY: "1"}
+        variables = self._channel.variables() | {ENV_STAY: "1"}
         variables |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
-        process = Order.of(order.rank, self._way.front, logs, self._offer.threads, order.token, variables)
-        child = Child(process.start(), process, lambda _: self._ended(incarnation))
-        self._kept = Kept(order, child)
-        self._tell(f"rank {order.rank} (pid {child.pid})")
-        started = link_pb2.RankStarted(incarnation=incarnation, pid=child.pid)
+        spec = LaunchSpec.of(order.rank, self._channel.front, logs, self._offer.threads, order.token, variables)
+        process = ChildProcess(spec.start(), spec, lambda _: self._rank_exited(incarnation))
+        self._running = RunningRank(order, process)
+        self._log(f"rank {order.rank} (pid {process.pid})")
+        started = link_pb2.RankStarted(incarnation=incarnation, pid=process.pid)
         self._reports.put_nowait(link_pb2.PlaceReport(started=started))
 
-    def _ended(self, incarnation: int) -> None:
-        if self._kept is None or self._kept.order.incarnation != incarnation:
+    def _rank_exited(self, incarnation: int) -> None:
+        if self._running is None or self._running.order.incarnation != incarnation:
             return
-        child, self._kept = self._kept.child, None
-        said, code = child.said(), child.code or 0
-        self._tell(f"the rank ended with {f'signal {-code}' if code < 0 else f'code {code}: {said}'}")
-        ended = link_pb2.RankEnded(incarnation=incarnation, code=code, said=said)
+        process, self._running = self._running.process, None
+        output, code = process.last_output(), process.code or 0
+        self._log(f"the rank ended with {f'signal {-code}' if code < 0 else f'code {code}: {output}'}")
+        ended = link_pb2.RankEnded(incarnation=incarnation, code=code, said=output)
         self._reports.put_nowait(link_pb2.PlaceReport(ended=ended))
 
-    def _end_child(self) -> None:
-        if self._kept is not None:
-            self._kept.child.end()
-            self._kept = None
+    def _kill_rank(self) -> None:
+        if self._running is not None:
+            self._running.process.end()
+            self._running = None
 
     async def _orders(self) -> AsyncIterator[link_pb2.PlaceOrder]:
-        """What a front says, from being dialled until it is gone."""
+        """Dial the front and yield its orders until it is gone."""
         reports = self._reports = asyncio.Queue()
+        self._condition = None
         try:
-            async with self._way.aio_channel() as channel:
-                async for order in link_pb2_grpc.RankLinkStub(channel).Keep(self._sent(reports)):
+            async with self._channel.open_aio() as connection:
+                async for order in link_pb2_grpc.RankLinkStub(connection).Keep(self._outgoing(reports)):
                     yield order
         finally:
             reports.put_nowait(None)
 
-    async def _sent(self, reports: "asyncio.Queue[link_pb2.PlaceReport | None]") -> AsyncIterator[link_pb2.PlaceReport]:
+    async def _outgoing(
+        self, reports: "asyncio.Queue[link_pb2.PlaceReport | None]"
+    ) -> AsyncIterator[link_pb2.PlaceReport]:
+        """The reports of one stream: the offer of the slot, then what is put in the queue, until that is None."""
         offer = self._offer
         place = link_pb2.Place(token=offer.secret, host=offer.host, rack=offer.rack, build=build())
-        if self._kept is not None:
-            order, pid = self._kept.order, self._kept.child.pid
-            left = link_pb2.LeftRank(incarnation=order.incarnation, rank=order.rank, token=order.token, pid=pid)
-            place.left.CopyFrom(left)
+        if self._running is not None:
+            order, pid = self._running.order, self._running.process.pid
+            orphan = link_pb2.LeftRank(incarnation=order.incarnation, rank=order.rank, token=order.token, pid=pid)
+            place.left.CopyFrom(orphan)
         yield link_pb2.PlaceReport(place=place)
         while (report := await reports.get()) is not None:
             yield report
 
-    def _tell(self, text: str) -> None:
-        """Say something that is not what was said last: a front that is not there is dialled again and again."""
-        if text != self._told:
-            self._told = text
-            self._say(text)
+    def _log(self, line: str) -> None:
+        """Log a line that differs from the last one: a front that is not there is dialed many times."""
+        if line != self._last_line:
+            self._last_line = line
+            self._log_line(line)
 
 
-async def keep(way: Way, offers: Sequence[Offer], say: Callable[[str], None]) -> None:
-    """Keep several places until cancelled."""
+async def run_agents(channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None]) -> None:
+    """Run one agent for each slot until cancelled."""
     with contextlib.suppress(asyncio.CancelledError):
         async with asyncio.TaskGroup() as group:
             for offer in offers:
-                group.create_task(Keeper(way, offer, say).run())
+                group.create_task(HostAgent(channel, offer, log).run())
 
 
-def _prepared(model: Prepared) -> link_pb2.ModelPrepared:
+def _message(model: PreparedModel) -> link_pb2.ModelPrepared:
     executables = Path(model.executables)
     executables.mkdir(mode=0o700, parents=True, exist_ok=True)
     where = os.stat(executables)

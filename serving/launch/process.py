@@ -1,14 +1,27 @@
-"""Memory that ranks of this machine share for an exchange."""
+"""Processes of one machine: a child that ends with its parent, and memory that ranks share."""
 
 import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, at once if the parent has ended already. The setting
+    survives exec."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def shared_file() -> Iterator[str]:
-    """The path of an empty file in memory that processes of this user can open meanwhile. It has no name that could
-    outlive this process, and lasts as long as somebody has mapped it."""
+    """Yield the path of an empty file in memory, which processes of this user can open while the context is entered.
+    The file has no name that could outlive this process, and its memory lasts as long as some process maps it."""
     descriptor = os.memfd_create("moejax-exchange")
     try:
         yield f"/proc/{os.getpid()}/fd/{descriptor}"

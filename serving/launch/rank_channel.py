@@ -1,4 +1,4 @@
-"""The way from a rank, or from who keeps a place for one, to the front."""
+"""The gRPC channel to the front, of a rank or of a host agent."""
 
 import dataclasses
 import os
@@ -9,52 +9,55 @@ from typing import Self
 
 import grpc
 
-from serving.rank_listener import OPTIONS
-from serving.rank_process import FRONT
-from serving.tls import ClientTls
+from serving.auth.tls import ClientTls
+from serving.launch.rank_listener import GRPC_OPTIONS
+from serving.launch.rank_process import ENV_FRONT
 
-CA, CERT, KEY, ADDRESS = "MOEJAX_LINK_CA", "MOEJAX_LINK_CERT", "MOEJAX_LINK_KEY", "MOEJAX_LINK_ADDRESS"
-"""Environment variables that a rank elsewhere is started with: files of TLS, and where other ranks reach it."""
+ENV_CA, ENV_CERT, ENV_KEY = "MOEJAX_LINK_CA", "MOEJAX_LINK_CERT", "MOEJAX_LINK_KEY"
+ENV_ADDRESS = "MOEJAX_LINK_ADDRESS"
+"""Environment variables of a rank on a joined host: TLS files, and the address at which other ranks reach it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Way:
-    """`front` is host:port, where it listens for ranks; `address` that at which other ranks reach this machine."""
+class RankChannel:
+    """How this machine reaches the front and is reached. `front` is the host:port where the front listens for ranks,
+    `address` the one at which other ranks reach this machine."""
 
     front: str
     address: str
     tls: ClientTls | None = None
 
     @classmethod
-    def given(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """As a rank is told it; of a rank of the front's own machine, nothing leaves that."""
-        ca, cert, key = (Path(environment[name]) if name in environment else None for name in (CA, CERT, KEY))
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The channel of a rank. Without an address in the environment the rank is on the front's own machine."""
+        names = (ENV_CA, ENV_CERT, ENV_KEY)
+        ca, cert, key = (Path(environment[name]) if name in environment else None for name in names)
         tls = ClientTls(ca=ca, cert=cert, key=key) if ca or cert else None
-        return cls(front=environment[FRONT], address=environment.get(ADDRESS, "127.0.0.1"), tls=tls)
+        return cls(front=environment[ENV_FRONT], address=environment.get(ENV_ADDRESS, "127.0.0.1"), tls=tls)
 
     def variables(self) -> dict[str, str]:
-        """What a rank must be told, beside its front, to find the same way."""
-        files = {CA: self.tls.ca, CERT: self.tls.cert, KEY: self.tls.key} if self.tls is not None else {}
-        return {ADDRESS: self.address} | {name: str(path) for name, path in files.items() if path is not None}
+        """The environment variables that make a rank open the same channel, except ENV_FRONT."""
+        files = {ENV_CA: self.tls.ca, ENV_CERT: self.tls.cert, ENV_KEY: self.tls.key} if self.tls is not None else {}
+        return {ENV_ADDRESS: self.address} | {name: str(path) for name, path in files.items() if path is not None}
 
-    def channel(self) -> grpc.Channel:
-        """A channel to the front for a rank."""
+    def open(self) -> grpc.Channel:
+        """Open a channel to the front, for a rank's threads."""
         if self.tls is None:
-            return grpc.insecure_channel(self.front, options=OPTIONS)
-        return grpc.secure_channel(self.front, self.tls.grpc(), options=OPTIONS)
+            return grpc.insecure_channel(self.front, options=GRPC_OPTIONS)
+        return grpc.secure_channel(self.front, self.tls.grpc(), options=GRPC_OPTIONS)
 
-    def aio_channel(self) -> grpc.aio.Channel:
-        """A channel to the front for who keeps places."""
+    def open_aio(self) -> grpc.aio.Channel:
+        """Open a channel to the front, for a host agent's event loop."""
         if self.tls is None:
-            return grpc.aio.insecure_channel(self.front, options=OPTIONS)
-        return grpc.aio.secure_channel(self.front, self.tls.grpc(), options=OPTIONS)
+            return grpc.aio.insecure_channel(self.front, options=GRPC_OPTIONS)
+        return grpc.aio.secure_channel(self.front, self.tls.grpc(), options=GRPC_OPTIONS)
 
-    def beside_the_front(self, address: str) -> str:
-        """An address that may lack its host (":port"): then it is where the front is."""
+    def with_host(self, address: str) -> str:
+        """The address host:port, with the front's host for one that has none (":port")."""
         return address if not address.startswith(":") else self.front.rpartition(":")[0] + address
 
 
-def address_towards(front: str) -> str:
+def local_address_towards(front: str) -> str:
     """The address of this machine that packets to `front` (host:port) leave from. Raises OSError."""
     host, _, port = front.rpartition(":")
     family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]

@@ -1,4 +1,4 @@
-"""Where ranks dial in: an address, who is let in there, and how soon a broken connection is noticed at either end."""
+"""The gRPC server that ranks and host agents dial: its address, and how soon either end notices a broken connection."""
 
 import asyncio
 import dataclasses
@@ -7,72 +7,84 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from serving.auth.tls import ServerTls
+from serving.config import Settings
 from serving.errors import StartError
 from serving.proto.moejax.v1 import link_pb2
-from serving.tls import ServerTls
 
 T = TypeVar("T")
 
 SERVICE = link_pb2.DESCRIPTOR.services_by_name["RankLink"].full_name
 MESSAGE_BYTES = 64 << 20
-SILENT_MS = 2000
-"""A connection on which nothing came for so long is asked for a sign of life, and given up after as long again."""
-FIRST_S = 10.0
-"""How long a caller may take to say who it is."""
-OPTIONS = (
+KEEPALIVE_MS = 2000
+"""A connection that was silent for so long is pinged, and given up after as long again without an answer."""
+HELLO_TIMEOUT_S = 10.0
+"""Seconds within which a caller must send its first message, which says who it is."""
+HEARTBEAT_METADATA = "moejax-heartbeat-s"
+"""Key in the initial metadata of a stream to a rank: seconds between two heartbeats that the front wants."""
+HEARTBEAT_S = Settings.heartbeat_s
+"""The interval where a front does not send one."""
+GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", SILENT_MS),
-    ("grpc.keepalive_timeout_ms", SILENT_MS),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", SILENT_MS // 2),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
 )
-"""Of both ends of the streams between the front, ranks and those who keep places for them."""
+"""Channel options of both ends of the streams between the front and its ranks and host agents."""
 
 
-class Attaching(Protocol):
-    """Who hears the ranks: see `serving.links`."""
+class AttachService(Protocol):
+    """Serves the streams of ranks: `serving.executor.executor`."""
 
     def Attach(self, reports: AsyncIterator[link_pb2.Report], context: Any) -> AsyncIterator[link_pb2.Command]:
-        """A rank dials in."""
+        """The stream of one rank."""
         ...
 
 
-class Keeping(Protocol):
-    """Who hears those who keep places: see `serving.places`."""
+class KeepService(Protocol):
+    """Serves the streams of host agents: `serving.launch.host_pool`."""
 
     def Keep(self, reports: AsyncIterator[link_pb2.PlaceReport], context: Any) -> AsyncIterator[link_pb2.PlaceOrder]:
-        """A host offers a place."""
+        """The stream of one host slot."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankListener:
-    """`address` is host:port, port 0 taking a free one, or unix:PATH. Places are offered only where somebody hears of
-    them."""
+    """Where the front listens for ranks. `address` is host:port, where port 0 takes a free one, or unix:PATH. Host
+    agents are served only with a `host_pool`. Ranks send a heartbeat every `heartbeat_s` seconds."""
 
     address: str = "127.0.0.1:0"
     tls: ServerTls | None = None
-    places: Keeping | None = None
+    host_pool: KeepService | None = None
+    heartbeat_s: float = HEARTBEAT_S
 
     @property
-    def _local(self) -> bool:
+    def _is_local(self) -> bool:
         return self.address.startswith("unix:")
 
-    async def open(self, links: Attaching) -> tuple[grpc.aio.Server, str]:
-        """The server, and the address it has in the end. Raises StartError when it cannot be had."""
-        server = grpc.aio.server(options=OPTIONS)
+    @property
+    def stream_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The initial metadata of a stream to a rank."""
+        return ((HEARTBEAT_METADATA, str(self.heartbeat_s)),)
+
+    async def open(self, executor: AttachService) -> tuple[grpc.aio.Server, str]:
+        """Start the server. Returns it and its address, with the port it got. Raises StartError when the address
+        cannot be used."""
+        server = grpc.aio.server(options=GRPC_OPTIONS)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Attach": grpc.stream_stream_rpc_method_handler(
-                links.Attach, link_pb2.Report.FromString, link_pb2.Command.SerializeToString
+                executor.Attach, link_pb2.Report.FromString, link_pb2.Command.SerializeToString
             )
         }
-        if self.places is not None:
+        if self.host_pool is not None:
             handlers["Keep"] = grpc.stream_stream_rpc_method_handler(
-                self.places.Keep, link_pb2.PlaceReport.FromString, link_pb2.PlaceOrder.SerializeToString
+                self.host_pool.Keep, link_pb2.PlaceReport.FromString, link_pb2.PlaceOrder.SerializeToString
             )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
@@ -86,14 +98,14 @@ class RankListener:
                 "this machine. Choose another with --rank-listen HOST:PORT."
             ) from error
         await server.start()
-        return server, self.address if self._local else f"{self.address.rpartition(':')[0]}:{port}"
+        return server, self.address if self._is_local else f"{self.address.rpartition(':')[0]}:{port}"
 
 
 async def first_report(reports: AsyncIterator[T], context: Any) -> T:
-    """The first message of a stream; one that does not come ends the call."""
+    """The first message of a stream. Ends the call if none comes within HELLO_TIMEOUT_S."""
     try:
-        async with asyncio.timeout(FIRST_S):
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
             return await anext(aiter(reports))
     except (TimeoutError, StopAsyncIteration):
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "nothing was said")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no first message came")
         raise AssertionError("unreachable: abort raises") from None

@@ -1,7 +1,7 @@
-"""A rank's process as the front sees it: what it can know of one, and how it ends one. Here, one of this machine: a
-child of this process, or of the supervisor (`serving.supervised`).
+"""A rank's process as the front sees it, and the processes of ranks on the front's own machine.
 
-`serving.places` has the other kind: a process that a host elsewhere starts and ends when it is told to.
+A process on this machine is a child of the front, or of the supervisor (`serving.launch.supervised`). A rank on a
+joined host is a process of that host's agent (`serving.launch.host_pool`).
 """
 
 import asyncio
@@ -17,24 +17,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
+from serving.launch.last_words import last_words
+from serving.launch.run_delay import run_delay_s
+
 FENCE_POLL_S = 0.001
 PF_EXITING = 0x4
-"""Of the flags in /proc/PID/stat (linux/sched.h)."""
-_SAID_LINES, _SAID_LETTERS = 8, 1000
+"""A flag in /proc/PID/stat (linux/sched.h): the process has begun to exit."""
 
-FRONT, RANK, TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
-"""Environment variables that a rank is started with: where its front listens, who it is, and the proof of it."""
-STAY = "MOEJAX_LINK_STAY"
-"""Environment variable of a rank that dials again when its front has died, instead of ending."""
+ENV_FRONT, ENV_RANK, ENV_TOKEN = "MOEJAX_LINK_FRONT", "MOEJAX_LINK_RANK", "MOEJAX_LINK_TOKEN"
+"""Environment variables of a rank: where its front listens, its number, and the secret that proves who it is."""
+ENV_STAY = "MOEJAX_LINK_STAY"
+"""Environment variable of a rank that dials the next front when its front has died, instead of ending."""
 
-Ended = Callable[[str], None]
-"""Hears once how a process ended."""
+OnExit = Callable[[str], None]
+"""Called once with how a process ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Home:
-    """A host that is not the front's, as a rank needs it: its fault domains, its copy of the weights, its compiled
-    programs. `disk` is the same where those folders are."""
+class HostPaths:
+    """A joined host as a rank there needs it: its fault domains, its copy of the weights and its compiled programs.
+    Hosts with the same `disk` share those folders."""
 
     host: str
     rack: str
@@ -44,54 +46,66 @@ class Home:
 
 
 class RankProcess(Protocol):
-    """One incarnation of a rank, from its start to its end. `token` is what it proves itself with, once; `home` is None
-    for one on the front's own machine."""
+    """One incarnation of a rank, from its start to its end. It proves who it is with `token`, once. `host_paths` is
+    None for a rank on the front's own machine."""
 
     token: str
-    home: Home | None
+    host_paths: HostPaths | None
 
     @property
     def pid(self) -> int | None:
-        """Its number on its machine, if it has one by now."""
+        """Its process id on its machine; None before it is known."""
         ...
 
     @property
     def state(self) -> str:
-        """The kernel's letter for it, where that can be had; empty elsewhere."""
+        """The kernel's letter for its state: now on this machine, as last reported by the host agent on another host.
+        "" before it is known."""
+        ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs, or when nobody knows."""
+        ...
+
+    def run_delay_s(self) -> float | None:
+        """Seconds for which its threads together have waited for a processor, since its start: now on this machine, as
+        last reported by the host agent on another host. None when nobody knows."""
         ...
 
     def signal(self, name: str) -> None:
-        """Send it a signal, by name; nothing when it has ended."""
+        """Send it a signal by name. Does nothing when it has ended."""
         ...
 
     async def fenced(self) -> None:
-        """Wait until it runs no more of its program, or whatever it still does reaches nobody."""
+        """Wait until it runs no more of its program, or whatever it still does reaches no other process."""
         ...
 
-    def said(self) -> str:
+    def last_output(self) -> str:
         """The last lines it wrote."""
         ...
 
     def end(self) -> None:
-        """End it for certain and take away what is left of it. Nobody hears of that."""
+        """Kill it and remove what it leaves behind. `OnExit` is not called for that."""
         ...
 
 
-class Launcher(Protocol):
+class RankStarter(Protocol):
     """Starts rank processes."""
 
-    def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
-        """One more incarnation of a rank, which is to dial `front` (host:port). Returns at once."""
+    def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
+        """Start one more incarnation of a rank, which will dial `front` (host:port). Returns at once."""
         ...
 
-    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
-        """Ranks that a front before this one left running, each as what takes it over."""
+    def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
+        """Ranks that an earlier front left running, each as a function that takes it over."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
-    """A rank process to be started. `variables` are of its environment, beside those of the process that starts it."""
+class LaunchSpec:
+    """How to start a rank's process. `variables` are added to the environment of the process that starts it; its output
+    goes to the file `log`."""
 
     rank: int
     token: str
@@ -108,19 +122,20 @@ class Order:
         token: str = "",
         variables: Mapping[str, str] | None = None,
     ) -> Self:
-        """For a rank that dials `front`, with a token of its own unless there is one, and a new log in `folder`."""
+        """A spec for a rank that dials `front` and computes with `threads` threads, with a new log in `folder`. Without
+        a token it gets a new one."""
         descriptor, log = tempfile.mkstemp(prefix=f"rank{rank}-", suffix=".log", dir=folder)
         os.close(descriptor)
         token = token or secrets.token_hex(16)
-        told = {FRONT: front, RANK: str(rank), TOKEN: token, "NPROC": str(threads)}
+        link = {ENV_FRONT: front, ENV_RANK: str(rank), ENV_TOKEN: token, "NPROC": str(threads)}
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
-        return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **told, **quiet})
+        return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **link, **quiet})
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """Start it as a child of this process."""
+        """Start the process as a child of this one."""
         with Path(self.log).open("wb") as out:
             return subprocess.Popen(
-                [sys.executable, "-m", "serving.rank"],
+                [sys.executable, "-m", "serving.worker.main"],
                 env={**os.environ, **self.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -128,49 +143,56 @@ class Order:
             )
 
 
-class Handle(Protocol):
-    """What can be asked of a process where its parent is: here of `subprocess.Popen`."""
+class ProcessHandle(Protocol):
+    """A process as its parent can query it; `subprocess.Popen` is one."""
 
     @property
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """Its exit code, or minus the signal; None while it runs."""
+        """Its exit code, or minus the signal that ended it; None while it runs."""
         ...
 
     def wait(self) -> int:
-        """As `poll`, once it has ended."""
+        """As `poll`, after waiting for its end."""
         ...
 
 
-class Children:
+def describe_exit(code: int | None, output: str) -> str:
+    """How a process ended, with its last output unless it was killed: then that says nothing."""
+    how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+    return f"process ended with {how}" + ("" if code == -signal.SIGKILL or not output else f": {output}")
+
+
+class LocalStarter:
     """Starts ranks as children of this process. Their output goes to files in `folder`."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         self._folder = folder
         self._threads = threads
 
-    def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
-        """See `Launcher.start`."""
-        order = Order.of(rank, front, self._folder, self._threads)
-        return Child(order.start(), order, ended)
+    def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
+        """See `RankStarter.start`."""
+        spec = LaunchSpec.of(rank, front, self._folder, self._threads)
+        return ChildProcess(spec.start(), spec, on_exit)
 
-    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
-        """None: they end with their parent."""
+    def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
+        """No ranks: children end with their parent."""
         return {}
 
 
-class Child:
-    """A process of this machine; see `RankProcess`."""
+class ChildProcess:
+    """A rank's process on this machine; see `RankProcess`."""
 
-    home: Home | None = None
+    host_paths: HostPaths | None = None
 
-    def __init__(self, process: Handle, order: Order, ended: Ended) -> None:
-        self.token = order.token
-        self._ended = ended
-        self._log = Path(order.log)
-        self._said: str | None = None
-        """Its last words, once it has ended: the log goes then."""
+    def __init__(self, process: ProcessHandle, spec: LaunchSpec, on_exit: OnExit) -> None:
+        self.token = spec.token
+        self._on_exit = on_exit
+        self._code: int | None = None
+        self._log = Path(spec.log)
+        self._output: str | None = None
+        """Its last output, once it has ended: the log is removed then."""
         self._process = process
         self._pidfd = os.pidfd_open(process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
@@ -182,18 +204,28 @@ class Child:
 
     @property
     def state(self) -> str:
-        """See `RankProcess.state`. X too when it has begun to end: its parent is told only when all its memory is given
-        back, which takes longer than all the rest of a recovery."""
-        try:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
-        except OSError:
-            return ""
-        return "X" if int(fields[6]) & PF_EXITING else fields[0]
+        """See `RankProcess.state`. X already when the process has begun to exit: the kernel informs its parent only
+        after it has freed all of its memory, which takes longer than the rest of a recovery."""
+        fields = self._stat()
+        return "" if not fields else "X" if int(fields[6]) & PF_EXITING else fields[0]
+
+    @property
+    def exit_code(self) -> int | None:
+        """See `RankProcess.exit_code`. Known as soon as the process begins to exit."""
+        if self._code is not None:
+            return self._code
+        fields = self._stat()
+        ended = bool(fields) and (fields[0] == "Z" or int(fields[6]) & PF_EXITING != 0)
+        return os.waitstatus_to_exitcode(int(fields[-1])) if ended else None
 
     @property
     def code(self) -> int | None:
-        """How it ended: its code, or minus the signal."""
+        """Its exit code, or minus the signal that ended it; None while it runs."""
         return self._process.poll()
+
+    def run_delay_s(self) -> float | None:
+        """See `RankProcess.run_delay_s`."""
+        return run_delay_s(self.pid) if self._pidfd >= 0 else None
 
     def signal(self, name: str) -> None:
         """See `RankProcess.signal`."""
@@ -201,17 +233,16 @@ class Child:
             signal.pidfd_send_signal(self._pidfd, getattr(signal, name))
 
     async def fenced(self) -> None:
-        """See `RankProcess.fenced`. The kernel may still be giving back its memory."""
-        while self._pidfd >= 0 and self.state not in ("Z", "X", ""):  # else its number may be another's by now
+        """See `RankProcess.fenced`. The kernel may still be freeing its memory afterwards."""
+        while self.state not in ("Z", "X", ""):
             await asyncio.sleep(FENCE_POLL_S)
 
-    def said(self) -> str:
-        """See `RankProcess.said`."""
-        if self._said is not None:
-            return self._said
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        told = [line.strip() for line in lines if not line.startswith("[Gloo]")]
-        return " | ".join(told[-_SAID_LINES:])[-_SAID_LETTERS:] or "it wrote nothing"
+    def last_output(self) -> str:
+        """See `RankProcess.last_output`."""
+        if self._output is not None:
+            return self._output
+        lines = self._log.read_text(errors="replace").splitlines()
+        return last_words([line for line in lines if not line.startswith("[Gloo]")])
 
     def end(self) -> None:
         """See `RankProcess.end`."""
@@ -220,14 +251,21 @@ class Child:
         self._log.unlink(missing_ok=True)
         self._unwatch()
 
+    def _stat(self) -> list[str]:
+        """The fields of /proc/PID/stat from the state on; none once the process is gone. The pid may be reused then."""
+        if self._pidfd < 0:
+            return []
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            return []
+
     def _exited(self) -> None:
-        code = self._process.poll()
+        self._code = self._process.poll()
         self._unwatch()
-        how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-        self._said = self.said()
+        self._output = self.last_output()
         self._log.unlink(missing_ok=True)
-        said = "" if code == -signal.SIGKILL else f": {self._said}"
-        self._ended(f"process ended with {how}{said}")
+        self._on_exit(describe_exit(self._code, self._output))
 
     def _unwatch(self) -> None:
         if self._pidfd >= 0:

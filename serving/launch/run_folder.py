@@ -1,4 +1,4 @@
-"""What a supervisor and the fronts it starts know of each other: a folder for their owner only."""
+"""The folder that a supervisor and the fronts it starts share, readable for their owner only."""
 
 import dataclasses
 import json
@@ -6,20 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-RUN = "MOEJAX_LINK_RUN"
+ENV_RUN = "MOEJAX_LINK_RUN"
 """Environment variable that names a supervised front's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """What a supervisor and its fronts know of each other."""
+    """The files that a supervisor and its fronts share."""
 
     path: Path
 
     @classmethod
     def of_this_front(cls) -> "RunFolder | None":
-        """The folder of this process, if it is supervised."""
-        path = os.environ.get(RUN)
+        """The folder of this process, if it is a supervised front."""
+        path = os.environ.get(ENV_RUN)
         return cls(Path(path)) if path else None
 
     @property
@@ -29,17 +29,17 @@ class RunFolder:
 
     @property
     def journal(self) -> Path:
-        """The journal, where the settings name no other."""
+        """The folder of the journal, where the settings name no other."""
         return self.path / "journal"
 
     @property
     def link(self) -> str:
-        """Where ranks of this machine dial, the same for every front."""
+        """The address that ranks of this machine dial, the same for every front."""
         return f"unix:{self.path / 'link'}"
 
     @property
     def prepared(self) -> Path:
-        """What the first front found out about the model, as JSON."""
+        """The prepared model of the first front, as JSON."""
         return self.path / "prepared.json"
 
     @property
@@ -49,20 +49,20 @@ class RunFolder:
 
     @property
     def ports(self) -> dict[str, int]:
-        """Ports that a front before had, by the name of their setting."""
+        """The ports of the last front that was ready, by the name of their setting."""
         try:
             return {name: int(port) for name, port in self._ready()["ports"].items()}
         except (OSError, ValueError, KeyError):
             return {}
 
     def announce(self, **ports: int) -> None:
-        """The front that runs this is ready."""
+        """Note that the front in this process is ready, on these ports."""
         new = self.path / "ready.new"
         new.write_text(json.dumps({"pid": os.getpid(), "ports": ports}))
         new.rename(self.path / "ready.json")
 
     def was_ready(self, pid: int) -> bool:
-        """Whether that front has been ready."""
+        """True if the front with this pid has been ready."""
         try:
             return self._ready()["pid"] == pid
         except (OSError, ValueError, KeyError):

@@ -1,6 +1,7 @@
-"""Ranks as children of the supervisor, so that they outlive the front that had them started.
+"""Ranks as child processes of the supervisor, so that they survive the front that had them started.
 
-The front asks over a socket in the run folder, one JSON object a connection: to start a rank, how one ended, which run.
+The front sends requests over a socket in the run folder, one JSON object a connection: start a rank, report how a rank
+ended, or list the ranks that run.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from serving.rank_process import STAY, Child, Ended, Order, RankProcess
+from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, OnExit, RankProcess
 
 SOCKET = "ranks"
 """Name of the socket in the run folder."""
 _REQUEST_BYTES = 1 << 20
-_PATIENCE_S = 1.0
+_REQUEST_TIMEOUT_S = 1.0
 _POLL_S = 0.001
 
 
@@ -32,41 +33,43 @@ class RankParent:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(folder / SOCKET))
         self._socket.listen()
-        self._children: dict[int, tuple[Order, subprocess.Popen[bytes]]] = {}
+        self._children: dict[int, tuple[LaunchSpec, subprocess.Popen[bytes]]] = {}
 
     def fileno(self) -> int:
-        """For a selector: readable when `answer` has something to do."""
+        """A descriptor for a selector: readable when a request waits for `answer`."""
         return self._socket.fileno()
 
     def answer(self) -> None:
-        """Answer one request. A front that dies or stops in the middle of it is not waited for."""
+        """Answer one request. A front that dies or stops in the middle of it delays this by `_REQUEST_TIMEOUT_S` at
+        most."""
         connection, _ = self._socket.accept()
         with connection, contextlib.suppress(OSError, ValueError):
-            connection.settimeout(_PATIENCE_S)
-            with connection.makefile("rb") as request:
-                asked = json.loads(request.readline(_REQUEST_BYTES))
+            connection.settimeout(_REQUEST_TIMEOUT_S)
+            with connection.makefile("rb") as lines:
+                request = json.loads(lines.readline(_REQUEST_BYTES))
             try:
-                answer = {"is": self._obey(**asked)}
+                answer = {"is": self._handle(**request)}
             except OSError as error:
                 answer = {"error": str(error)}
             connection.sendall(json.dumps(answer).encode() + b"\n")
 
-    def _obey(self, start: dict[str, Any] | None = None, ended: int | None = None) -> Any:
+    def _handle(self, start: dict[str, Any] | None = None, ended: int | None = None) -> Any:
+        """The answer to a request: the pid of a started rank, the exit code of the process `ended`, or all that run."""
         if start is not None:
-            order = Order(**start)
-            process = order.start()
-            self._children[process.pid] = order, process
+            spec = LaunchSpec(**start)
+            process = spec.start()
+            self._children[process.pid] = spec, process
             return process.pid
         if ended is not None:
             code = self._children[ended][1].poll()
             if code is not None:
                 del self._children[ended]
             return code
-        running = {pid: order for pid, (order, process) in self._children.items() if process.poll() is None}
-        return [[pid, dataclasses.asdict(order)] for pid, order in running.items()]
+        running = {pid: spec for pid, (spec, process) in self._children.items() if process.poll() is None}
+        return [[pid, dataclasses.asdict(spec)] for pid, spec in running.items()]
 
     def end(self) -> None:
-        """End every rank there is."""
+        """Kill every rank."""
         for _, process in self._children.values():
             process.kill()
         for _, process in self._children.values():
@@ -74,57 +77,58 @@ class RankParent:
         self._socket.close()
 
 
-class Supervised:
-    """Has the supervisor start ranks. Their output goes to files in `logs`, `folder` is the run folder."""
+class SupervisedStarter:
+    """Has the supervisor start ranks. `folder` is the run folder; the ranks' output goes to files in `logs`."""
 
     def __init__(self, folder: Path, logs: Path, threads: int) -> None:
-        self._ask = functools.partial(_ask, folder / SOCKET)
+        self._request = functools.partial(_request, folder / SOCKET)
         self._logs = logs
         self._threads = threads
 
-    def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
-        """See `Launcher.start`."""
-        order = Order.of(rank, front, self._logs, self._threads, variables={STAY: "1"})
-        pid = self._ask(start=dataclasses.asdict(order))
-        return Child(SupervisedProcess(pid, self._ask), order, ended)
+    def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
+        """See `RankStarter.start`."""
+        spec = LaunchSpec.of(rank, front, self._logs, self._threads, variables={ENV_STAY: "1"})
+        pid = self._request(start=dataclasses.asdict(spec))
+        return ChildProcess(SupervisedProcess(pid, self._request), spec, on_exit)
 
-    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
-        """See `Launcher.left`. Of two that are the same rank the older one was about to be replaced, and is ended."""
-        found: dict[int, tuple[int, Order]] = {}
-        for pid, told in self._ask():
-            order = Order(**told)
-            if order.rank in found:
+    def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
+        """See `RankStarter.orphans`. Of two processes of one rank the older was about to be replaced: it is killed."""
+        found: dict[int, tuple[int, LaunchSpec]] = {}
+        for pid, fields in self._request():
+            spec = LaunchSpec(**fields)
+            if spec.rank in found:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(found[order.rank][0], signal.SIGKILL)
-            found[order.rank] = pid, order
+                    os.kill(found[spec.rank][0], signal.SIGKILL)
+            found[spec.rank] = pid, spec
         return {
-            rank: functools.partial(Child, SupervisedProcess(pid, self._ask), order)
-            for rank, (pid, order) in found.items()
+            rank: functools.partial(ChildProcess, SupervisedProcess(pid, self._request), spec)
+            for rank, (pid, spec) in found.items()
         }
 
 
 class SupervisedProcess:
-    """A child of the supervisor; see `serving.rank_process.Handle`."""
+    """A child of the supervisor; see `serving.launch.rank_process.ProcessHandle`."""
 
-    def __init__(self, pid: int, ask: Callable[..., Any]) -> None:
+    def __init__(self, pid: int, request: Callable[..., Any]) -> None:
         self.pid = pid
-        self._ask = ask
+        self._request = request
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """See `Handle.poll`."""
+        """See `ProcessHandle.poll`."""
         if self._code is None:
-            self._code = self._ask(ended=self.pid)
+            self._code = self._request(ended=self.pid)
         return self._code
 
     def wait(self) -> int:
-        """See `Handle.wait`."""
+        """See `ProcessHandle.wait`."""
         while (code := self.poll()) is None:
             time.sleep(_POLL_S)
         return code
 
 
-def _ask(path: Path, **request: Any) -> Any:
+def _request(path: Path, **request: Any) -> Any:
+    """Send one request to the supervisor's socket and return its answer. Raises OSError."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.sendall(json.dumps(request).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What the server writes to standard error: lines for people, or one JSON object per line for machines."""
+"""Logs on standard error: lines for people, or one JSON object per line for machines."""
 
 import json
 import logging
@@ -6,18 +6,18 @@ import sys
 import time
 from typing import Any, TextIO
 
-from serving.status import Event
+from serving.protocol.events import Event
 
 SERVER = logging.getLogger("moejax")
-"""What an operator should know. Its records may carry `fields`."""
+"""The logger of all that an operator should know. Its records may carry `fields`, a dict for the JSON object."""
 REQUESTS = logging.getLogger("moejax.requests")
-"""One record for each request that ended, at level debug."""
+"""The logger of requests: one record for each that ended, at level debug."""
 
 
 def configure(form: str, level: str, stream: TextIO | None = None) -> None:
-    """Send the logs of this program to `stream` (standard error), as text or json, from `level` on."""
+    """Send the logs of this program from `level` on to `stream`, or to standard error. `form` is text or json."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonLines() if form == "json" else Lines())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -26,8 +26,9 @@ def configure(form: str, level: str, stream: TextIO | None = None) -> None:
 
 
 def log_event(event: Event) -> None:
-    """Log what happened to the server."""
-    level = logging.WARNING if event.kind in ("rank_lost", "no_capacity") or "failed" in event.kind else logging.INFO
+    """Log an event: a loss or a failure as a warning, any other as info."""
+    warned = event.kind in ("rank_lost", "no_capacity", "suspected", "convicted") or "failed" in event.kind
+    level = logging.WARNING if warned else logging.INFO
     words = [event.kind.replace("_", " "), f"epoch {event.epoch}"]
     words += [] if event.rank is None else [f"rank {event.rank}"]
     words += [text for text in (event.cause, event.message) if text]
@@ -37,25 +38,26 @@ def log_event(event: Event) -> None:
     SERVER.log(level, "; ".join(words), extra={"fields": fields})
 
 
-class Lines(logging.Formatter):
-    """Seconds since the start and the message; the level where it is a warning or worse, the traceback below."""
+class TextFormatter(logging.Formatter):
+    """Formats a record as a line: seconds since the start, the level from warning on, and the message. A traceback
+    follows on lines of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self._began = time.time()
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record."""
+        """Format one record."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
         return f"[{record.created - self._began:6.1f} s] {level}{record.getMessage()}{trace}"
 
 
-class JsonLines(logging.Formatter):
-    """An object with time, level, logger and message, the record's own fields beside them."""
+class JsonFormatter(logging.Formatter):
+    """Formats a record as a JSON object: time, level, logger, message, and the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record."""
+        """Format one record."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{at}.{int(record.msecs):03d}Z",

@@ -1,7 +1,7 @@
 """Prometheus metrics: vLLM's names, so that its dashboards and autoscalers work, and moejax's own.
 
-Gauges and counters of the backend are read when Prometheus asks; times of requests and recoveries are
-observed as they happen.
+`serving.observability.status_metrics` reads the server's status at each scrape. Here are the metrics that are observed
+as they happen: times of requests, tokens and recoveries.
 """
 
 import re
@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from serving.gauges import StatusCollector
-from serving.keys import CALLER
-from serving.logs import REQUESTS
-from serving.request import Request
-from serving.status import Backend, Event
-from serving.tracing import TRACEPARENT, Tracer
+from serving.auth.api_keys import CALLER
+from serving.observability.logs import REQUESTS
+from serving.observability.status_metrics import StatusCollector
+from serving.observability.tracing import TRACEPARENT, Tracer
+from serving.protocol.backend import Backend
+from serving.protocol.events import Event
+from serving.protocol.request import Request
 
 # Buckets in seconds, as vLLM has them.
 _FIRST_TOKEN = (
@@ -50,31 +51,66 @@ class Metrics:
         def counter(name: str, text: str) -> prometheus_client.Counter:
             return prometheus_client.Counter(name, text, list(model), registry=self.registry).labels(**model)
 
-        self.first_token = histogram("vllm:time_to_first_token_seconds", "From request to first token.", _FIRST_TOKEN)
-        self.inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _INTER_TOKEN)
-        self.request = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", _REQUEST)
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a token.")
+        self.first_token = histogram(
+            "vllm:time_to_first_token_seconds", "Seconds from the start of a request to its first token.", _FIRST_TOKEN
+        )
+        self.inter_token = histogram(
+            "vllm:inter_token_latency_seconds", "Seconds between two tokens of a request.", _INTER_TOKEN
+        )
+        self.request = histogram(
+            "vllm:e2e_request_latency_seconds", "Seconds from the start of a request to its end.", _REQUEST
+        )
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that have got a token.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self.answer_length = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self.prompt_length = histogram("vllm:request_prompt_tokens", "Number of prompt tokens of a request.", _TOKENS)
+        self.output_length = histogram(
+            "vllm:request_generation_tokens", "Number of tokens generated for a request.", _TOKENS
+        )
+        self.queue_time = histogram(
+            "vllm:request_queue_time_seconds", "Seconds from the start of a request to its first step.", _REQUEST
+        )
+        self.prefill_time = histogram(
+            "vllm:request_prefill_time_seconds",
+            "Seconds from the first step of a request to its first token.",
+            _REQUEST,
+        )
+        self.decode_time = histogram(
+            "vllm:request_decode_time_seconds", "Seconds from the first token of a request to its last.", _REQUEST
+        )
+        self.inference_time = histogram(
+            "vllm:request_inference_time_seconds",
+            "Seconds from the first step of a request to its last token.",
+            _REQUEST,
+        )
+        self.max_output_length = histogram(
+            "vllm:request_max_num_generation_tokens", "Number of tokens of the longest answer of a call.", _TOKENS
+        )
+        self.max_tokens = histogram(
+            "vllm:request_params_max_tokens", "Number of tokens that a call allows each answer.", _TOKENS
+        )
         self._success = prometheus_client.Counter(
             "vllm:request_success",
-            "Requests by how they ended.",
+            "Requests that ended, by how.",
             ["finished_reason", *model],
             registry=self.registry,
         )
         self._recoveries = prometheus_client.Counter(
             "moejax_recoveries",
-            "Recoveries by cause, and by outcome: resumed (prepared mesh), regenerated, no_capacity.",
+            "Recoveries by cause and outcome: resumed (on a prepared mesh), regenerated, or no_capacity.",
             ["cause", "outcome"],
             registry=self.registry,
         )
-        self._returns = prometheus_client.Counter(
-            "moejax_rejoins", "Ranks that came back, by outcome.", ["outcome"], registry=self.registry
+        self._rejoins = prometheus_client.Counter(
+            "moejax_rejoins", "Attempts of lost ranks to rejoin, by outcome.", ["outcome"], registry=self.registry
+        )
+        self._starved = prometheus_client.Counter(
+            "moejax_ranks_starved",
+            "Reports that a rank was late because its process waited for a processor.",
+            registry=self.registry,
         )
         self._phases = prometheus_client.Histogram(
             "moejax_recovery_phase_seconds",
-            "Recovery by phase.",
+            "Seconds of a recovery, by phase.",
             ["phase"],
             buckets=_PHASE,
             registry=self.registry,
@@ -82,7 +118,7 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(finished_reason=reason, **model)
         for outcome in ("joined", "failed"):
-            self._returns.labels(outcome=outcome)
+            self._rejoins.labels(outcome=outcome)
         self.registry.register(StatusCollector(backend))
 
     def ended(self, reason: str) -> None:
@@ -90,53 +126,66 @@ class Metrics:
         self._success.labels(finished_reason=reason, model_name=self.model_name).inc()
 
     async def follow(self) -> None:
-        """Count recoveries as the backend reports them, until cancelled."""
+        """Count recoveries and rejoins as the backend reports them, until cancelled."""
         async for event in self._backend.watch():
-            self._heard(event)
+            self.count_event(event)
 
-    def _heard(self, event: Event) -> None:
+    def count_event(self, event: Event) -> None:
+        """Count an event, and trace it if it is a recovery. Ignores events that no metric is made of."""
         if event.kind == "recovered":
             outcome = "regenerated" if "join" in event.phases else "resumed"
-            self._recoveries.labels(cause=_kind(event.cause), outcome=outcome).inc()
+            self._recoveries.labels(cause=_cause_label(event.cause), outcome=outcome).inc()
             for phase, milliseconds in event.phases.items():
                 self._phases.labels(phase=phase).observe(milliseconds / 1e3)
             if self.tracer is not None:
                 phases = {name: ms for name, ms in event.phases.items() if name != "total"}
                 self.tracer.phases("recovery", event.time, phases, {"epoch": event.epoch, "cause": event.cause})
         elif event.kind == "no_capacity":
-            self._recoveries.labels(cause=_kind(event.cause), outcome="no_capacity").inc()
+            self._recoveries.labels(cause=_cause_label(event.cause), outcome="no_capacity").inc()
         elif event.kind in ("rejoined", "rejoin_failed"):
-            self._returns.labels(outcome="joined" if event.kind == "rejoined" else "failed").inc()
+            self._rejoins.labels(outcome="joined" if event.kind == "rejoined" else "failed").inc()
+        elif event.kind == "starved":
+            self._starved.inc()
 
     def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
 
 
-def _kind(cause: str) -> str:
-    """The kinds in "rank 1 exit: signal 9; rank 2 exit: signal 9": a label must have few values."""
+def _cause_label(cause: str) -> str:
+    """The kinds of loss in a cause: "exit" for "rank 1 exit: signal 9; rank 2 exit: signal 9". A label must have few
+    values."""
     parts = (re.sub(r"^ *rank \d+ ", "", part).partition(":")[0].strip() for part in cause.split(";"))
     return "+".join(sorted({part for part in parts if part})) or "unknown"
 
 
 class RequestTimer:
-    """Observes one request: call `token` for each token and `finished` once."""
+    """Times one request: its owner calls `token` for each token, and `finished` once. `first_step_at` says when it left
+    the queue, by the same clock."""
 
-    def __init__(self, metrics: Metrics, request: Request, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        request: Request,
+        clock: Callable[[], float],
+        first_step_at: Callable[[str], float | None] = lambda _: None,
+    ) -> None:
         self._metrics = metrics
         self._request = request
         self._clock = clock
+        self._first_step_at = first_step_at
         self._started = clock()
         self._first: float | None = None
+        self._first_step: float | None = None
         self._last = self._started
         self._tokens = 0
         self._epochs: list[int] = []
 
     def token(self, epoch: int) -> None:
-        """A token came, of the mesh of this epoch."""
+        """Observe a token that was computed in this epoch."""
         now, self._tokens = self._clock(), self._tokens + 1
         if self._first is None:
-            self._first = now
+            self._first, self._first_step = now, self._first_step_at(self._request.id)
             self._metrics.first_token.observe(now - self._started)
             self._metrics.prompt_tokens.inc(len(self._request.prompt))
         else:
@@ -147,12 +196,18 @@ class RequestTimer:
         self._last = now
 
     def finished(self, reason: str) -> None:
-        """The stream ended."""
+        """Observe the end of the request: stop, length, abort or error."""
         took = self._clock() - self._started
         self._metrics.ended(reason)
         self._metrics.request.observe(took)
         self._metrics.prompt_length.observe(len(self._request.prompt))
-        self._metrics.answer_length.observe(self._tokens)
+        self._metrics.output_length.observe(self._tokens)
+        if self._first is not None:
+            scheduled = self._started if self._first_step is None else self._first_step
+            self._metrics.queue_time.observe(max(0.0, scheduled - self._started))
+            self._metrics.prefill_time.observe(max(0.0, self._first - scheduled))
+            self._metrics.decode_time.observe(self._last - self._first)
+            self._metrics.inference_time.observe(max(0.0, self._last - scheduled))
         first = None if self._first is None else self._first - self._started
         fields = {
             "request_id": self._request.id,
@@ -171,15 +226,16 @@ class RequestTimer:
             self._trace(took, first, reason)
 
     def _trace(self, took: float, first: float | None, reason: str) -> None:
-        """Attribute names are those of OpenTelemetry's conventions for generative models, and vLLM's."""
+        """Send the span of the request. Attributes are named as in OpenTelemetry's conventions for generative models,
+        and as in vLLM."""
         assert self._metrics.tracer is not None
         request, now = self._request, time.time()
         attributes = {
             "gen_ai.request.id": request.id,
             "gen_ai.request.model": self._metrics.model_name,
-            "gen_ai.request.max_tokens": request.max_tokens,
-            "gen_ai.request.temperature": request.temperature,
-            "gen_ai.request.top_p": request.top_p,
+            "gen_ai.request.sampling.max_tokens": request.sampling.max_tokens,
+            "gen_ai.request.sampling.temperature": request.sampling.temperature,
+            "gen_ai.request.sampling.top_p": request.sampling.top_p,
             "gen_ai.response.finish_reasons": [reason],
             "gen_ai.usage.input_tokens": len(request.prompt),
             "gen_ai.usage.output_tokens": self._tokens,

@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry (optional extra `otel`): imported only when a server is told to send them."""
+"""Traces by OpenTelemetry (optional extra `otel`): imported only when the settings ask for traces."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from serving.version import version
 
 
 class OtlpTracer:
-    """Sends spans in batches, off the event loop. See `serving.tracing.Tracer`."""
+    """Sends spans in batches, in a thread of its own. See `serving.observability.tracing.Tracer`."""
 
     def __init__(self, endpoint: str, exporter: SpanExporter | None = None) -> None:
         resource = Resource.create({"service.name": "moejax", "service.version": version()})
@@ -26,7 +26,7 @@ class OtlpTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def span(self, name: str, start: float, end: float, attributes: Mapping[str, Any], *, parent: str = "") -> None:
-        """See `serving.tracing.Tracer.span`."""
+        """See `serving.observability.tracing.Tracer.span`."""
         context = self._propagator.extract({"traceparent": parent}) if parent else Context()
         span = self._tracer.start_span(
             name, context, trace.SpanKind.SERVER, attributes=dict(attributes), start_time=_nanoseconds(start)
@@ -34,7 +34,7 @@ class OtlpTracer:
         span.end(_nanoseconds(end))
 
     def phases(self, name: str, end: float, phases: Mapping[str, float], attributes: Mapping[str, Any]) -> None:
-        """See `serving.tracing.Tracer.phases`."""
+        """See `serving.observability.tracing.Tracer.phases`."""
         at = end - sum(phases.values()) / 1e3
         whole = self._tracer.start_span(name, Context(), attributes=dict(attributes), start_time=_nanoseconds(at))
         for phase, milliseconds in phases.items():
@@ -44,7 +44,7 @@ class OtlpTracer:
         whole.end(_nanoseconds(end))
 
     def close(self) -> None:
-        """See `serving.tracing.Tracer.close`."""
+        """See `serving.observability.tracing.Tracer.close`."""
         self._provider.shutdown()
 
 

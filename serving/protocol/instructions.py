@@ -1,4 +1,4 @@
-"""What operators and devices may ask of a running server, as values: instructions, device errors and what they mean."""
+"""Instructions of operators and reports of devices to a running server, as values."""
 
 import dataclasses
 import enum
@@ -13,27 +13,27 @@ ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_u
 LOOPBACK = ("127.", "::1", "localhost")
 
 
-class Response(enum.Enum):
-    """What a device error leads to."""
+class ErrorResponse(enum.Enum):
+    """The action that a device error leads to."""
 
     IGNORE = "ignored"
     RECOMPUTE = "recompute"
-    """The rank's requests are computed again, elsewhere or here."""
+    """The requests of the rank are computed again, there or elsewhere."""
     DRAIN = "drain"
-    """The rank hands over its requests, then its process is replaced."""
+    """The rank hands over its requests; then its process is replaced."""
     RESTART = "restart"
     """The rank is killed at once and replaced."""
     ISOLATE = "isolate"
-    """The rank is killed at once and stays out until somebody scales up."""
+    """The rank is killed at once and stays out until an operator scales up."""
 
 
-LEVELS = {
-    1: Response.IGNORE,
-    2: Response.RECOMPUTE,
-    3: Response.DRAIN,
-    4: Response.DRAIN,
-    5: Response.RESTART,
-    6: Response.ISOLATE,
+RESPONSE_BY_LEVEL = {
+    1: ErrorResponse.IGNORE,
+    2: ErrorResponse.RECOMPUTE,
+    3: ErrorResponse.DRAIN,
+    4: ErrorResponse.DRAIN,
+    5: ErrorResponse.RESTART,
+    6: ErrorResponse.ISOLATE,
 }
 """Error levels as accelerator plugins grade them: 1 needs no handling, 2 the request restarted, 3 the work
 restarted, 4 the device reset when it is free, 5 the device reset now, 6 the device isolated."""
@@ -41,7 +41,7 @@ restarted, 4 the device reset when it is free, 5 the device reset now, 6 the dev
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceError:
-    """An error of a rank's device, as its plugin tells of it. `level` is 1 to 6."""
+    """An error of a rank's device, as reported by its plugin. `level` is 1 to 6."""
 
     rank: int
     level: int
@@ -49,21 +49,21 @@ class DeviceError:
     message: str = ""
 
     @property
-    def response(self) -> Response:
-        """What is done about it."""
-        return LEVELS[self.level]
+    def response(self) -> ErrorResponse:
+        """The action for this level."""
+        return RESPONSE_BY_LEVEL[self.level]
 
     def __str__(self) -> str:
         return f"device error L{self.level}" + "".join(f" {text}" for text in (self.code, self.message) if text)
 
     @classmethod
-    def read(cls, value: Any) -> Self:
+    def from_json(cls, value: Any) -> Self:
         """From JSON: {"rank": 2, "level": "L5" or 5, "code": "", "message": ""}. Raises InvalidRequest."""
         fields = _fields(value, {"rank", "level", "code", "message"})
         level = fields.get("level")
         if isinstance(level, str) and level.upper().startswith("L") and level[1:].isdigit():
             level = int(level[1:])
-        if type(level) is not int or level not in LEVELS:
+        if type(level) is not int or level not in RESPONSE_BY_LEVEL:
             raise InvalidRequest(f"level is {level!r}; it must be L1 to L6.", param="level")
         rank = fields.get("rank")
         if type(rank) is not int or rank < 0:
@@ -74,10 +74,10 @@ class DeviceError:
         return cls(rank=rank, level=level, code=fields.get("code", "")[:100], message=fields.get("message", "")[:500])
 
     @classmethod
-    def parse(cls, line: str) -> Self:
+    def from_line(cls, line: str) -> Self:
         """From a line of a report file. Raises InvalidRequest."""
         try:
-            return cls.read(json.loads(line))
+            return cls.from_json(json.loads(line))
         except json.JSONDecodeError as error:
             raise InvalidRequest(f"{line[:80]!r} is not JSON: {error}", param="report") from None
 
@@ -112,8 +112,8 @@ class Instruction:
             raise InvalidRequest(f"replace goes with drain, not with {self.action}.", param="replace")
 
     @classmethod
-    def read(cls, value: Any) -> Self:
-        """From JSON. vLLM's names `fault_tolerance_instruction` and `fault_tolerance_timeout` are understood too."""
+    def from_json(cls, value: Any) -> Self:
+        """From JSON. vLLM's names `fault_tolerance_instruction` and `fault_tolerance_timeout` are accepted too."""
         names = {"fault_tolerance_instruction": "action", "fault_tolerance_timeout": "timeout_s"}
         value = {names.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else value
         fields = _fields(value, {f.name for f in dataclasses.fields(cls)})
@@ -130,11 +130,11 @@ class Instruction:
             raise InvalidRequest(f"action is missing; it must be one of {', '.join(ACTIONS)}.", param="action")
         return cls(ranks=tuple(ranks), **fields)
 
-    def chosen(self, hosts: Mapping[int, str], serving: Collection[int]) -> tuple[int, ...]:
-        """The ranks that drain, scale_down or scale_up means. `hosts` has every rank of the server.
+    def select_ranks(self, hosts: Mapping[int, str], serving: Collection[int]) -> tuple[int, ...]:
+        """The ranks that a drain, scale_down or scale_up is about. `hosts` has the host of every rank.
 
-        Down, ranks go from the highest; up, they come from the lowest. Raises InvalidRequest when it names none,
-        and NoCapacity when it would leave nobody to serve.
+        Scaling down takes the highest ranks, scaling up the lowest. Raises InvalidRequest when the instruction names
+        no rank, and NoCapacity when no rank would be left to serve.
         """
         up = self.action == "scale_up"
         absent = sorted(set(hosts) - set(serving))
@@ -160,11 +160,11 @@ class Instruction:
         return tuple(sorted(set(named) & set(absent if up else serving)))
 
 
-def permit(*, chaos: bool, operable: bool, key: str, peer: str) -> None:
+def check_may_operate(*, chaos: bool, operable: bool, key: str, peer: str) -> None:
     """Raises NotPermitted unless the server lets this caller operate it.
 
-    A caller with an API key has shown before that it is an admin's. Where no keys are needed, only callers on the
-    server's own machine may (`peer` is an address), and only with --operate or --chaos.
+    A caller with an API key was checked to be an admin before. Where no keys are needed, only callers on the server's
+    own machine may operate it (`peer` is an address), and only with --operate or --chaos.
     """
     if key:
         return

@@ -4,23 +4,22 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
-from planner.workload import Workload
+from planner.inputs.workload import Workload
 from serving.errors import InvalidRequest, StartError
-from serving.status import ModelInfo
+from serving.protocol.sampling import SamplingDefaults
+
+JSON_KEYS = {"divided_layers": "sharded_layers"}
+"""Fields that have another name in JSON, where fronts of 0.1.0 read them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What `python -m moejax.prepare` says of a model. `weights` is the form ranks hold matrices in, and
-    bytes are those of that form."""
+class ModelInfo:
+    """The model being served, as callers may know it."""
 
     name: str
-    config: str
-    folder: str
-    store: str
-    executables: str
     vocab_size: int
     max_context: int
     stop_tokens: tuple[int, ...]
@@ -30,19 +29,37 @@ class Prepared:
     experts: int
     experts_per_token: int
     parameters: int
+    has_chat_template: bool = False
+    """Known to clients: the front finds out with the model's tokenizer."""
+    sampling_defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
+    """Known to clients: the front reads them from the model's `generation_config.json`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedModel(ModelInfo):
+    """The output of `python -m moejax.tools.prepare`: a model in host memory, with its numbers and paths. `weights` is
+    the format in which ranks hold matrices; byte counts are those of that format."""
+
+    config: str
+    folder: str
+    store: str
+    executables: str
     expert_bytes: int
     rest_bytes: int
     cache_bytes_per_token: int
     hidden_bytes: int
     weights: str
-    divided_layers: tuple[int, ...] = ()
-    """Which of the MoE layers are dense ones that are divided: none of their experts can be masked."""
+    original_context: int = 0
+    """The longest context up to which a model with LongRoPE is served as `transformers` does, where it was made for a
+    longer one; else 0."""
+    sharded_layers: tuple[int, ...] = ()
+    """MoE layers that are shards of dense layers: none of their experts can be masked."""
     content: str = ""
     """A digest of the weights."""
     steps: str = ""
-    """Folder of what is counted of steps; no counts are kept without one."""
+    """Folder of the counts of step shapes; empty: none are kept."""
     numerics: str = ""
-    """The same on hosts that compute the same numbers to the last bit."""
+    """Equal on hosts whose results agree to the last bit."""
     heads: int = 1
     expert_flops: float = 0.0
     rest_flops: float = 0.0
@@ -50,62 +67,98 @@ class Prepared:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """As `to_json` writes it."""
+        """The inverse of `to_json`."""
         values: dict[str, Any] = json.loads(text)
-        for name in ("stop_tokens", "divided_layers"):
+        for key, name in JSON_KEYS.items():
+            values[name] = values.pop(key)
+        for name in ("stop_tokens", "sharded_layers"):
             values[name] = tuple(values[name])
+        values.pop("sampling_defaults", None)
         return cls(**values)
 
     def to_json(self) -> str:
-        """For a front after this one."""
-        return json.dumps(dataclasses.asdict(self))
+        """A JSON object, read by this front and by the one after it."""
+        values = dataclasses.asdict(self)
+        for key, name in JSON_KEYS.items():
+            values[key] = values.pop(name)
+        return json.dumps(values)
 
     def workload(self, page_size: int) -> Workload:
         """The model in the planner's numbers."""
-        return Workload(
-            name=self.name,
-            layers=self.layers,
-            moe_layers=self.moe_layers,
-            experts=self.experts,
-            experts_per_token=self.experts_per_token,
-            expert_bytes=self.expert_bytes,
-            rest_bytes=self.rest_bytes,
-            cache_bytes_per_token=self.cache_bytes_per_token,
-            page_tokens=page_size,
-            hidden_bytes=self.hidden_bytes,
-            weight_format=self.weights,
-            heads=self.heads,
-            expert_flops=self.expert_flops,
-            rest_flops=self.rest_flops,
-            context_flops=self.context_flops,
-        )
+        names = {field.name for field in dataclasses.fields(self)} & {
+            each.name for each in dataclasses.fields(Workload)
+        }
+        shared = {name: getattr(self, name) for name in names}
+        return Workload(**shared, page_tokens=page_size, weight_format=self.weights)
 
     def info(self) -> ModelInfo:
-        """What callers may know of the model."""
+        """The part that callers may know."""
         names = [field.name for field in dataclasses.fields(ModelInfo)]
         return ModelInfo(**{name: getattr(self, name) for name in names})
 
-    def with_context(self, max_context: int | None) -> "Prepared":
-        """The same model with a shorter context. Raises InvalidRequest for a longer one than it was made for."""
-        if max_context is None:
+    def with_known_tokens(self, log: Callable[[str], None]) -> Self:
+        """The same model without stop tokens and a begin token that its vocabulary lacks: they can neither be sampled
+        nor computed. Logs a warning for each."""
+        size, known = self.vocab_size, range(self.vocab_size)
+        named = [("stop token", token) for token in self.stop_tokens]
+        named += [] if self.bos_token is None else [("begin token", self.bos_token)]
+        for what, token in named:
+            if token not in known:
+                log(
+                    f"the files of {self.name} name {what} {token}, and its vocabulary has {size} tokens, 0 to "
+                    f"{size - 1}: it is ignored. Correct eos_token_id or bos_token_id in config.json and "
+                    "generation_config.json."
+                )
+        return dataclasses.replace(
+            self,
+            stop_tokens=tuple(token for token in self.stop_tokens if token in known),
+            bos_token=self.bos_token if self.bos_token in known else None,
+        )
+
+    def with_context(self, max_context: int | None, log: Callable[[str], None]) -> "PreparedModel":
+        """The same model with a shorter context; None: the longest in which it is right at every length. Raises
+        InvalidRequest for a longer one than it was made for.
+
+        A model with LongRoPE has factors for sequences up to its original context and others for longer ones. Keys in
+        the cache cannot change theirs when a sequence grows, so that one set serves a whole context, which is logged.
+        """
+        if max_context is None and not self.original_context:
             return self
+        if max_context is None:
+            max_context = self.original_context
+            log(
+                f"{self.name} is served with a context of {max_context} tokens, within which its LongRoPE has one set "
+                f"of factors. With --max-context up to {self.max_context} it serves longer texts with the factors of "
+                "those, which change what it says to shorter ones."
+            )
+        elif max_context > self.original_context > 0:
+            log(
+                f"{self.name} is served with a context of {max_context} tokens, and so with LongRoPE's factors of long "
+                f"texts: answers to texts up to {self.original_context} tokens differ from those of transformers."
+            )
         if not 2 <= max_context <= self.max_context:
             raise InvalidRequest(
                 f"max_context is {max_context}; {self.name} was made for at most {self.max_context} tokens, and "
                 "at least 2 are needed.",
                 param="max_context",
             )
-        return dataclasses.replace(self, max_context=max_context)
+        config = self.config
+        if self.original_context:
+            config = json.dumps(json.loads(config) | {"max_context": max_context})
+        return dataclasses.replace(self, max_context=max_context, config=config)
 
 
-async def prepare(model: str, weights: str = "float32", *, in_place: bool = False, dense: str = "whole") -> Prepared:
+async def prepare_model(
+    model: str, weights: str = "float32", *, in_place: bool = False, dense: str = "replicated", tensor: int = 1
+) -> PreparedModel:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
-    What it does is shown on this process's standard error. Raises StartError with its cause.
+    A model whose heads cannot be sharded over groups of `tensor` ranks is refused before it is converted. The process
+    shows its progress on standard error. Raises StartError with its cause.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.prepare", model, weights),
-        *(["in-place"] if in_place else ["divided"] if dense == "divided" else []),
+        *(sys.executable, "-m", "moejax.tools.prepare", model, weights),
+        *("in-place" if in_place else dense, str(tensor)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -116,5 +169,5 @@ async def prepare(model: str, weights: str = "float32", *, in_place: bool = Fals
         await process.wait()
         raise
     if process.returncode != 0:
-        raise StartError(f"the model {model!r} could not be prepared; the cause stands above.")
-    return Prepared.from_json(out)
+        raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
+    return PreparedModel.from_json(out)

@@ -1,40 +1,14 @@
-"""What can be asked of a running server, as values, and the one seam between the surfaces and the loop."""
+"""The status of a running server, as values."""
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
-
-from planner.deployment import Deployment
-from serving.faults import DeviceError, Instruction, Response
-from serving.ledger import Call
-from serving.request import Finished, Request, Scored, Token
-
-SIGNALS = ("SIGKILL", "SIGSTOP")
-SIGNALS_TO_WEIGHTS = ("NAN", "BITFLIP")
-"""What `Backend.kill` can do to a rank's process, and to the weights of an expert it holds."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """The model being served."""
-
-    name: str
-    vocab_size: int
-    max_context: int
-    stop_tokens: tuple[int, ...]
-    bos_token: int | None
-    layers: int
-    moe_layers: int
-    experts: int
-    experts_per_token: int
-    parameters: int
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossCost:
-    """What the loss of one rank would cost. `stall_ms` is how long streams on the other ranks would wait, `traffic`
-    the share of expert traffic whose only copy is there, `experts_to_load` (layer, expert) pairs read from the host's
-    store. `measured` tells whether the phases are this server's own or estimates."""
+    """The predicted cost of losing one rank: `stall_ms` for which streams on other ranks would wait, `traffic` the
+    share of expert traffic whose only copy is on the rank, `experts_to_load` (layer, expert) pairs to read from the
+    host's store. `measured` says whether the phases are this server's own or estimates."""
 
     survivable: bool
     prepared: bool
@@ -46,9 +20,9 @@ class LossCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """One rank. `state` is starting, serving, draining, dead, joining, out or failed; `role` collocated, attention or
-    expert; `slots[moe_layer]` the experts held. `slowness` is how much slower than the others its own work is of late
-    (0: unknown), `level` that of the last device error (0: none)."""
+    """The status of one rank. `state` is starting, serving, draining, dead, joining or out; `role` collocated,
+    attention or expert; `slots[moe_layer]` are the experts held. `slowness` is the ratio of its own work to that of
+    other ranks lately (0: unknown), `level` the level of the last device error (0: none)."""
 
     id: int
     pid: int | None
@@ -64,12 +38,14 @@ class RankStatus:
     slowness: float = 0.0
     level: int = 0
     rack: str = ""
+    last_failure: str = ""
+    """How a process of this rank failed of itself the last time: its exception or crash; empty if none did."""
     loss: LossCost | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """The whole server at one moment. Times are in seconds since the epoch, coverage between 0 and 1."""
+    """The status of a server at one moment. Times are in seconds since the epoch, coverage is between 0 and 1."""
 
     epoch: int
     generation: int
@@ -90,17 +66,17 @@ class Status:
     tokens: int
     steps: int
     step_ms: float
-    """Of all steps together, from scheduling a step to having delivered its tokens."""
+    """Milliseconds of all steps, from scheduling a step to delivering its tokens."""
     rank_ms: float
-    """Of these, from taking up a step to having its answer, on the rank that spent most."""
+    """Milliseconds of them from receiving a step to its result, on the slowest rank."""
     program_ms: float
-    """Of these, inside the compiled programs, on the rank that spent most. Steps overlap where one is made ahead: the
-    slowest rank of each would count some time twice."""
+    """Milliseconds of them inside the compiled programs. The maximum over ranks of their sums, not the sum of the
+    maxima: steps overlap, and time would count twice."""
     preemptions: int
     prefix_queries: int
     """Prompt tokens looked up in the prefix caches."""
     prefix_hits: int
-    """Of these, found there."""
+    """Prompt tokens found there."""
     compiles_after_ready: int
     started_at: float
     page_size: int
@@ -114,37 +90,47 @@ class Status:
     degraded: int = 0
     """Requests that ended with tokens made while experts were masked."""
     restored: int = 0
-    """Weights that were found damaged and put right."""
+    """Damaged weights that were loaded again."""
     journal: str = "off"
     """"on", "off", or "failing": requests are served and would not outlive this front."""
     protection: str = "off"
-    """How caches outlive their ranks: "memory", "stream" or "off"."""
+    """How KV caches are replicated: "memory", "stream" or "off"."""
     protected_bytes: int = 0
-    """Host memory that copies of caches take now."""
+    """Host memory of the KV replicas, in bytes."""
     experts_rebuilt: int = 0
-    """Experts that were made again from parity since the start."""
+    """Experts rebuilt from parity since the start."""
     parity_groups: int = 0
     parity_wanted: int = 0
-    """Parity groups that are made, and how many there are to be."""
+    """Parity groups that are made, and that the plan asks for."""
     parity_bytes: int = 0
-    """Host memory of ranks that they take."""
+    """Host memory of parity on all ranks, in bytes."""
     tokens_restored: int = 0
-    """Cache entries of requests whose rank died that were restored from a copy."""
+    """KV entries of lost ranks restored from a replica."""
     tokens_recomputed: int = 0
-    """Of these, computed again."""
+    """KV entries of lost ranks computed again."""
     front_pid: int = 0
-    """The front's process, on its machine."""
+    """Process id of the front, on its machine."""
     rows: int = 0
-    """Rows that steps have computed on all ranks: of the smallest bucket that held each."""
+    """Rows computed in steps on all ranks, padding included."""
     rows_filled: int = 0
-    """Of these, a token of some request; the others are padding."""
+    """Rows that were a token of a request."""
+    suspects: int = 0
+    """Requests that run alone, because ranks failed while they ran."""
+    convicted: int = 0
+    """Requests that were ended since the start, because ranks failed whenever they ran."""
     buckets: tuple[tuple[int, int], ...] = ()
-    """The shapes that steps are compiled for: decode rows, tiles of 32."""
+    """Buckets that steps are compiled for: decode rows, tiles of 32."""
+    certificate: str = ""
+    """"holds", "does not hold" or "checking"; empty without a certificate."""
+    certificate_reason: str = ""
+    """Why it does not hold."""
+    certificate_repair: str = ""
+    """The ranks with which it would hold again; empty when none are known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prospect:
-    """What the loss of a rank or a host would cost at this moment. Stalls are predicted, in milliseconds."""
+class LossForecast:
+    """The predicted cost of losing a rank or a host at this moment. Stalls are in milliseconds."""
 
     kind: str
     name: str
@@ -159,90 +145,3 @@ class Prospect:
     moved_stall_ms: float
     capacity: float
     traffic_lost: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that happened. `phases` holds milliseconds by phase (detect, fence, plan, adopt, resume ...).
-
-    `kind` is one of: ready, draining, paused, resumed (of the server); rank_lost, recovered, no_capacity, broken,
-    step_failed, rejoined, rejoin_failed, restart_failed, lattice_ready, cache_restored, not_restored, unprotected
-    (recovery); leaving, drained, drain_failed
-    (planned); device_error, slow, pace_recovered (ranks); poisoned, damaged, restored, masked, healed,
-    store_unreadable (weights); restored_calls, journal_failed, journal_back (the journal).
-    """
-
-    sequence: int
-    time: float
-    kind: str
-    epoch: int
-    rank: int | None = None
-    cause: str = ""
-    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    message: str = ""
-
-
-class Backend(Protocol):
-    """What HTTP, gRPC and the in-process client need. Implemented by `serving.loop.Loop` and by a fake in tests."""
-
-    model: ModelInfo
-
-    @property
-    def resumable(self) -> bool:
-        """Whether calls are kept to be told again."""
-        ...
-
-    def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
-        """Accept a request and yield scores of its prompt, its tokens, then one Finished. Raises QueueFull,
-        NoCapacity, Draining, DeadlineExceeded, Cancelled or PromptTooLong. Leaving the iterator cancels the request."""
-        ...
-
-    def replay(self, request_id: str) -> AsyncIterator[Scored | Token | Finished]:
-        """All that `stream` has yielded for a request of a call that `recall` knows, then as `stream`."""
-        ...
-
-    def remember(self, call: Call) -> None:
-        """A call whose requests will be streamed: it can be told again, by the front after this one too."""
-        ...
-
-    def left(self, call_id: str) -> None:
-        """The caller of a call has gone, or has all of it."""
-        ...
-
-    def recall(self, call_id: str, owner: str) -> Call:
-        """A call of that owner's. Raises UnknownRequest."""
-        ...
-
-    def abort(self, request_id: str) -> bool:
-        """Cancel a request; False when it is not known."""
-        ...
-
-    def status(self) -> Status:
-        """The server now."""
-        ...
-
-    def watch(self, after: int = 0) -> AsyncIterator[Event]:
-        """Events with a sequence above `after`, past ones first, then as they happen."""
-        ...
-
-    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
-        """Kill or stop a rank process (or, with SIGNALS_TO_WEIGHTS, spoil an expert of it), or all of a host, for tests
-        and demonstrations. Raises NotPermitted without --chaos."""
-        ...
-
-    def what_if(self) -> tuple[Prospect, ...]:
-        """What the loss of each rank, and of each host of several, would cost now."""
-        ...
-
-    def deployment(self) -> Deployment | None:
-        """The plan in force with its model, cluster, measured loads and traffic; None while no rank is alive."""
-        ...
-
-    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
-        """Carry out a planned change; returns the ranks that serve when it is done. The caller has been checked
-        (`serving.faults.permit`). Raises InvalidRequest and NoCapacity."""
-        ...
-
-    def report(self, error: DeviceError) -> Response:
-        """Take note of a device's error; returns what is done about it. Raises UnknownRequest."""
-        ...

@@ -1,166 +1,187 @@
-"""Parity of the experts' weights, as the front has it made and used (docs/decisions/0009).
+"""Parity of experts: a rank keeps the XOR of experts of other ranks, from which a lost one is rebuilt
+(docs/decisions/0009).
 
-Of up to `members` experts on different ranks another rank keeps the XOR. When all copies of one of them are lost, it is
-made again from that and the others; one that a rank holds and another is to have is moved. Bytes go through the front:
-a piece from each rank, their XOR to another. That is the same for ranks of this machine and of others, and no rank
-needs to know of any other.
+Of up to `members` experts on different ranks another rank keeps the XOR. When all copies of one expert are lost, it is
+rebuilt from the XOR and the other experts; an expert that one rank holds and another is to have is moved. The bytes go
+through the front: a piece from each rank, and their XOR to another. That is the same for ranks of this host and of
+others, and no rank needs to know of another.
 """
 
 import asyncio
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from planner.parity import KeptGroup, Way, homes, kept_groups, ways
-from planner.plan import Plan
-from serving.links import RankLinks, RankLost, RankRefused
+from planner.plan.plan import Plan
+from planner.solver.parity_groups import (
+    ExpertSource,
+    HostParityGroup,
+    expert_locations,
+    expert_sources,
+    host_parity_groups,
+)
+from serving.executor.executor import RankExecutor
+from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol import clock
+from serving.protocol.events import EventKind
 
 PIECE_BYTES = 1 << 20
-"""Of one expert in one message: a step that comes behind it waits for less than a millisecond."""
-LOOK_S = 0.1
-"""How often it is looked whether there is another plan."""
-AGAIN_S = 5.0
-"""How soon groups that could not be made are tried again: a member was not intact, and is put right by a scrub."""
+"""Bytes of one expert in one message: a step queued behind it waits for less than a millisecond."""
+POLL_S = 0.1
+"""Seconds between two looks for another plan."""
+RETRY_S = 5.0
+"""Seconds after which groups that could not be made are tried again: a member was damaged, and a scrub reloads it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """A group's parity as it was made: its bytes, and the checksums of members that the store has in another form."""
+class StoredParity:
+    """The parity of a group on its rank: its size in bytes, and the checksums by member of experts that the store has
+    in another format."""
 
     size: int
     checksums: Mapping[int, tuple[int, ...]]
 
 
-class Parity:
-    """The parity of one server. With `members` 0 there is none."""
+class ExpertParity:
+    """The parity groups of one server; with `members` 0 there are none. `on_event` is called with the kind and the text
+    of each event."""
 
-    def __init__(self, links: RankLinks, members: int) -> None:
-        self._links = links
+    def __init__(
+        self,
+        executor: RankExecutor,
+        members: int,
+        on_event: Callable[[EventKind, str], None] = lambda kind, message: None,
+    ) -> None:
+        self._executor = executor
         self._members = members
-        self._made: dict[KeptGroup, Made] = {}
-        self._untidy: set[int] = set()
-        """Layers of which ranks may keep something else, or half of it."""
-        self._wanted: frozenset[KeptGroup] = frozenset()
-        """Groups that the plan asks for which was last looked at; those made before may be others."""
+        self._on_event = on_event
+        self._stored: dict[HostParityGroup, StoredParity] = {}
+        self._stale_layers: set[int] = set()
+        """Layers of which ranks may keep other parity, or a part of one."""
+        self._wanted: frozenset[HostParityGroup] = frozenset()
+        """The groups of the plan that was looked at last; groups made before may differ."""
         self.rebuilt = 0
-        """Experts that were made again."""
+        """Experts rebuilt from parity."""
         self.moved = 0
-        """Experts that were given to a rank by another one that held them."""
-        self.tell: Callable[[str, str], None] = lambda kind, message: None
-        """Hears what has happened, and to what."""
+        """Experts moved to a rank from another one that held them."""
 
     @property
-    def groups(self) -> tuple[KeptGroup, ...]:
-        """Those that are made."""
-        return tuple(self._made)
+    def groups(self) -> tuple[HostParityGroup, ...]:
+        """The groups whose parity is stored."""
+        return tuple(self._stored)
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How many of the groups that are wanted are made, and how many are wanted."""
-        return len(self._wanted.intersection(self._made)), len(self._wanted)
+        """How many of the groups of the plan are made, and how many it has."""
+        return len(self._wanted.intersection(self._stored)), len(self._wanted)
 
     @property
-    def kept_bytes(self) -> int:
-        """Host memory of ranks that they take."""
-        return sum(made.size for made in self._made.values())
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the parity takes on all ranks."""
+        return sum(stored.size for stored in self._stored.values())
 
     def forget(self, rank: int) -> None:
-        """A rank is gone, and what it kept."""
-        self._made = {group: made for group, made in self._made.items() if group.keeper != rank}
+        """A rank was lost, and the parity it kept."""
+        self._stored = {group: stored for group, stored in self._stored.items() if group.rank != rank}
 
     # -- Making it ----------------------------------------------------------------------------------------------
 
-    async def keep(self, settled: Callable[[], Plan | None]) -> None:
-        """Make the parity of each plan that `settled` names, beside its steps, until cancelled."""
+    async def maintain(self, settled: Callable[[], Plan | None]) -> None:
+        """Make the parity of each plan that `settled` returns, beside the steps, until cancelled."""
         tried: Plan | None = None
         again = math.inf
         while True:
             plan = settled()
-            if plan is None or (plan is tried and time.monotonic() < again):
-                await asyncio.sleep(LOOK_S)
+            if plan is None or (plan is tried and clock.now() < again):
+                await asyncio.sleep(POLL_S)
                 continue
-            whole = await self._make(plan, lambda plan=plan: settled() is plan)
-            tried, again = plan, math.inf if whole else time.monotonic() + AGAIN_S
+            whole = await self._build(plan, lambda plan=plan: settled() is plan)
+            tried, again = plan, math.inf if whole else clock.now() + RETRY_S
 
-    async def _make(self, plan: Plan, holds: Callable[[], bool]) -> bool:
-        """Make what a plan asks for and is not there, as long as the plan `holds`. Each layer's parity before it stays
-        until the new one is there. True when nothing is left to be made."""
-        wanted = await asyncio.to_thread(kept_groups, plan, self._members)
-        self._wanted, here = frozenset(wanted), homes(plan, plan.rank_ids)
+    async def _build(self, plan: Plan, still_settled: Callable[[], bool]) -> bool:
+        """Make the groups of a plan that are missing, while the plan is `still_settled`. The former parity of a layer
+        stays until the new one is made. True when no group is left to be made."""
+        wanted = await asyncio.to_thread(host_parity_groups, plan, self._members)
+        self._wanted, holders = frozenset(wanted), expert_locations(plan, plan.rank_ids)
         whole, new = True, 0
         for layer in range(plan.moe_layers):
             groups = [group for group in wanted if group.layer == layer]
             for group in groups:
-                if group in self._made:
+                if group in self._stored:
                     continue
-                self._untidy.add(layer)
+                self._stale_layers.add(layer)
                 try:
-                    made = await self._make_group(group, here[layer], holds)
-                except (RankLost, RankRefused):
-                    made = None
-                if not holds():
+                    stored = await self._build_group(group, holders[layer], still_settled)
+                except (RankLost, CommandFailed):
+                    stored = None
+                if not still_settled():
                     return False
-                if made is None:
+                if stored is None:
                     whole = False
                     continue
-                self._made[group] = made
+                self._stored[group] = stored
                 new += 1
-            there = {group for group in self._made if group.layer == layer}
-            if there.issuperset(groups) and (layer in self._untidy or there.difference(groups)):
-                whole &= await self._keep_only(layer, groups, plan)
+            made = {group for group in self._stored if group.layer == layer}
+            if made.issuperset(groups) and (layer in self._stale_layers or made.difference(groups)):
+                whole &= await self._drop_others(layer, groups, plan)
         if whole and new:
-            self.tell("parity_ready", f"{len(wanted)} groups, {self.kept_bytes >> 20} MiB")
+            self._on_event(EventKind.PARITY_READY, f"{len(wanted)} groups, {self.host_bytes >> 20} MiB")
         return whole
 
-    async def _make_group(self, group: KeptGroup, here: Mapping[int, int], holds: Callable[[], bool]) -> Made | None:
-        """A group's parity on its keeper; None when the plan is another one before it is there. `here` is the rank that
-        holds each expert."""
-        sources = [(here[expert], _expert(group.layer, expert)) for expert in group.members]
+    async def _build_group(
+        self, group: HostParityGroup, holders: Mapping[int, int], still_settled: Callable[[], bool]
+    ) -> StoredParity | None:
+        """Make the parity of a group on its rank; None when another plan came before it was made. `holders` has the
+        rank of each expert."""
+        sources = [(holders[expert], _expert(group.layer, expert)) for expert in group.members]
         size, first, checksums = 1, 0, {}
         while first < size:
-            began = time.monotonic()
+            began = clock.now()
             rows, answers = await self._read(sources, first)
             if first == 0:
                 size = answers[0].size
                 checksums = {m: tuple(a.checksums) for m, a in zip(group.members, answers, strict=True)}
             piece = link_pb2.WriteWeights(of=_parity(group), first=first, size=size, rows=rows)
-            await self._links.call(group.keeper, "write_weights", piece)
+            await self._executor.call(group.rank, "write_weights", piece)
             first += len(rows)
-            if not holds():
+            if not still_settled():
                 return None
-            await asyncio.sleep(time.monotonic() - began)  # no more than half of the time: ranks have steps to make
-        return Made(size, checksums)
+            await asyncio.sleep(clock.now() - began)  # at most half of the time: ranks have steps to run
+        return StoredParity(size, checksums)
 
-    async def _keep_only(self, layer: int, groups: Collection[KeptGroup], plan: Plan) -> bool:
-        """Have ranks forget what else they keep of a layer. False when one did not answer."""
-        self._made = {group: made for group, made in self._made.items() if group.layer != layer or group in groups}
+    async def _drop_others(self, layer: int, groups: Collection[HostParityGroup], plan: Plan) -> bool:
+        """Have the ranks drop all other parity of a layer. False when one did not answer."""
+        self._stored = {
+            group: stored for group, stored in self._stored.items() if group.layer != layer or group in groups
+        }
         keep = link_pb2.KeepParity(layer=layer, parities=map(_parity, groups))
         try:
-            await asyncio.gather(*(self._links.call(rank, "keep_parity", keep) for rank in plan.rank_ids))
-        except (RankLost, RankRefused):
+            await asyncio.gather(*(self._executor.call(rank, "keep_parity", keep) for rank in plan.rank_ids))
+        except (RankLost, CommandFailed):
             return False
-        self._untidy.discard(layer)
+        self._stale_layers.discard(layer)
         return True
 
     # -- Using it -----------------------------------------------------------------------------------------------
 
-    def ways(self, held: Plan | None, plan: Plan) -> Mapping[tuple[int, int], Way]:
-        """How what `plan` has in slots and no rank of it has in place under `held` can come from the ranks' memory, by
-        (MoE layer, expert)."""
-        return ways(self._made, held, plan) if self._members and held is not None else {}
+    def sources(self, held: Plan | None, plan: Plan) -> Mapping[tuple[int, int], ExpertSource]:
+        """The sources in the memory of ranks for experts that `plan` has in slots and no rank of it has in place under
+        `held`, by (MoE layer, expert)."""
+        return expert_sources(self._stored, held, plan) if self._members and held is not None else {}
 
-    async def provide(self, held: Plan | None, plan: Plan) -> None:
-        """Give the ranks of a plan what can come from the ranks' memory, before they adopt it. What cannot is left to
-        the store. Raises RankLost."""
-        found, before = self.ways(held, plan), (self.rebuilt, self.moved)
-        wanted = {rank: plan.slots_of(rank) for rank in plan.holder_ids} if found else {}
+    async def supply(self, held: Plan | None, plan: Plan) -> None:
+        """Send the ranks of a plan the experts that come from the memory of ranks, before they adopt it. The others are
+        read from the store. Raises RankLost."""
+        found, before = self.sources(held, plan), (self.rebuilt, self.moved)
+        wanted = {rank: plan.slots_of(rank) for rank in plan.expert_rank_ids} if found else {}
         tasks = [
-            asyncio.create_task(self._give(rank, {at: way for at, way in found.items() if at[1] in slots[at[0]]}))
+            asyncio.create_task(
+                self._inject(rank, {at: source for at, source in found.items() if at[1] in slots[at[0]]})
+            )
             for rank, slots in wanted.items()
         ]
         try:
@@ -170,42 +191,46 @@ class Parity:
                 task.cancel()
         rebuilt, moved = self.rebuilt - before[0], self.moved - before[1]
         if rebuilt or moved:
-            self.tell("rebuilt", f"{rebuilt} experts from parity, {moved} from ranks that hold them")
+            self._on_event(EventKind.REBUILT, f"{rebuilt} experts from parity, {moved} from ranks that hold them")
 
-    async def _give(self, rank: int, wanted: Mapping[tuple[int, int], Way]) -> None:
-        for (layer, expert), way in wanted.items():
-            made = self._made.get(way.group) if way.group is not None else None
+    async def _inject(self, rank: int, wanted: Mapping[tuple[int, int], ExpertSource]) -> None:
+        for (layer, expert), source in wanted.items():
+            stored = self._stored.get(source.group) if source.group is not None else None
             try:
-                await self._bring(rank, layer, expert, way, made.checksums[expert] if made is not None else ())
-            except RankRefused as error:
-                if way.group is not None:
-                    self._made.pop(way.group, None)
-                self.tell("rebuild_failed", str(error))
+                await self._transfer(
+                    rank, layer, expert, source, stored.checksums[expert] if stored is not None else ()
+                )
+            except CommandFailed as error:
+                if source.group is not None:
+                    self._stored.pop(source.group, None)
+                self._on_event(EventKind.REBUILD_FAILED, str(error))
                 continue
-            self.rebuilt += way.group is not None
-            self.moved += way.group is None
+            self.rebuilt += source.group is not None
+            self.moved += source.group is None
 
-    async def _bring(self, rank: int, layer: int, expert: int, way: Way, checksums: tuple[int, ...]) -> None:
-        sources = [(holder, _expert(layer, other)) for other, holder in way.held]
-        if way.group is not None:
-            sources.append((way.group.keeper, _parity(way.group)))
+    async def _transfer(
+        self, rank: int, layer: int, expert: int, source: ExpertSource, checksums: tuple[int, ...]
+    ) -> None:
+        sources = [(holder, _expert(layer, other)) for other, holder in source.experts]
+        if source.group is not None:
+            sources.append((source.group.rank, _parity(source.group)))
         size, first = 1, 0
         while first < size:
             rows, answers = await self._read(sources, first)
             size = answers[0].size
-            if first == 0 and way.group is None:
+            if first == 0 and source.group is None:
                 checksums = tuple(answers[0].checksums)
             piece = link_pb2.WriteWeights(of=_expert(layer, expert), first=first, size=size, rows=rows)
             piece.checksums.extend(checksums)
-            await self._links.call(rank, "write_weights", piece)
+            await self._executor.call(rank, "write_weights", piece)
             first += len(rows)
 
     async def _read(
         self, sources: Iterable[tuple[int, link_pb2.Weights]], first: int
     ) -> tuple[bytes, list[link_pb2.Done]]:
-        """The XOR of a piece of each of the (rank, weights), and the answers."""
+        """The XOR of a piece of each of the (rank, weights), from byte `first` on, and the answers."""
         reads = ((rank, link_pb2.ReadWeights(of=of, first=first, count=PIECE_BYTES)) for rank, of in sources)
-        answers = await asyncio.gather(*(self._links.call(rank, "read_weights", read) for rank, read in reads))
+        answers = await asyncio.gather(*(self._executor.call(rank, "read_weights", read) for rank, read in reads))
         pieces = [np.frombuffer(answer.rows, np.uint8) for answer in answers]
         return functools.reduce(np.bitwise_xor, pieces).tobytes(), answers
 
@@ -214,5 +239,5 @@ def _expert(layer: int, expert: int) -> link_pb2.Weights:
     return link_pb2.Weights(layer=layer, experts=[expert])
 
 
-def _parity(group: KeptGroup) -> link_pb2.Weights:
+def _parity(group: HostParityGroup) -> link_pb2.Weights:
     return link_pb2.Weights(layer=group.layer, experts=group.members, parity=True)

@@ -1,9 +1,8 @@
-"""The copies of the ranks' caches, kept by the front: one for each rank, and those of ranks that died until nobody
-needs them any more (docs/decisions/0006).
+"""The replicas of the ranks' KV caches on the front's host: one for each attention rank, and those of lost ranks while
+a request needs them (docs/decisions/0006).
 
-A rank of this machine maps its copy and writes it itself; what another one tells of is written here. Either way it is
-memory of the front's machine, which does not go when a rank or its machine does. When the front dies, the next one
-takes over the copies that ranks map.
+A rank of this host maps its replica and writes it itself; the front writes what another rank streams to it. Either way
+the memory outlives the rank and its host. When the front dies, the next one takes over the replicas that ranks map.
 """
 
 import collections
@@ -15,212 +14,221 @@ from typing import Any, Self
 
 import numpy as np
 
-from serving.batch import Batch
-from serving.cache_copy import NOTHING, CacheCopy, NotCopied, size_of
+from serving.engine.batch import Batch
+from serving.engine.kv_restore import replicated_entries, written_since
+from serving.engine.sequence import RecoverableKV, Sequence
+from serving.executor.kv_replica import UNSEALED, KVReplica, NotReplicated, replica_bytes
 from serving.proto.moejax.v1 import link_pb2
-from serving.salvage import copied, written_since
-from serving.sequence import Salvage, Sequence
 
 STEPS_KEPT = 8
-"""Steps whose work is remembered, for what was not copied yet when a rank died: it is the last one or none."""
-SHARE = 0.25
-"""Of the memory that is free at the start, what copies of all caches may take with `auto`: the caches themselves are
-as large, copies of dead ranks come on top, and so do the weights."""
+"""Steps that are remembered, for entries that were not replicated yet when a rank died: those of the last step."""
+AUTO_MEMORY_SHARE = 0.25
+"""The part of the memory that is free at the start which the replicas of all caches may take with `auto`. The caches
+themselves are as large, replicas of lost ranks come on top, and so do the weights."""
 
 
 @dataclasses.dataclass
-class Kept:
-    """One copy, and whether the rank tells what belongs there instead of writing it."""
+class RankReplica:
+    """The replica of one rank, and whether the rank streams its entries instead of writing them."""
 
     number: int
-    copy: CacheCopy
-    told: bool
+    replica: KVReplica
+    streamed: bool
 
 
-class CacheCopies:
-    """All copies of a server. `way` is memory, stream or off; `reason` says why, where it was not asked for. A copy has
-    `entries` of a rank's own requests and, in a tensor group, as many of each other member (`moejax.tensor`)."""
+class KVReplicas:
+    """All KV replicas of a server. `channel` is memory, stream or off; `reason` says why it is off although it was not
+    asked to be. A replica has `entries` of a rank's own requests and, in a tensor group, as many of each other member
+    (`moejax.model.tensor_parallel`); `entry_bytes` are those of one entry on one rank; replicas of at most `most_lost`
+    lost ranks are kept."""
 
     def __init__(
-        self, way: str, *, entries: int, entry_bytes: int, most_lost: int, tensor: int = 1, reason: str = ""
+        self, channel: str, *, entries: int, entry_bytes: int, most_lost: int, tensor: int = 1, reason: str = ""
     ) -> None:
-        self.way = way
+        self.channel = channel
         self.reason = reason
         self.entry_bytes = entry_bytes
         self._entries = entries
         self._all_entries = entries * tensor
         self._groups: dict[int, tuple[int, ...]] = {}
-        self._fell: dict[int, tuple[int, ...]] = {}
-        """The tensor group that each rank was in when it was lost."""
+        self._group_at_loss: dict[int, tuple[int, ...]] = {}
+        """The tensor group of each lost rank when it was lost."""
         self._most_lost = most_lost
         self._numbers = 0
-        self._of: dict[int, Kept] = {}
-        self._lost: dict[int, Kept] = {}
-        self._last: dict[int, int] = {}
+        self._live: dict[int, RankReplica] = {}
+        self._lost: dict[int, RankReplica] = {}
+        self._last_lost: dict[int, int] = {}
         self._steps: collections.deque[Batch] = collections.deque(maxlen=STEPS_KEPT)
 
     @classmethod
-    def of(
+    def create(
         cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, tensor: int = 1, free: int | None = None
     ) -> Self:
-        """As the setting wants it: `auto` is `memory` where copies of all ranks' caches, when they are full, are no
-        more than a share of the memory that is free. `entry_bytes` are those of a rank's share of the heads."""
-        way, reason = wanted, ""
+        """The replicas for a setting: memory, stream, off, or auto, which is memory where the replicas of all full
+        caches take no more than AUTO_MEMORY_SHARE of the `free` bytes. `entry_bytes` are those of a rank's shard of the
+        heads."""
+        channel, reason = wanted, ""
         if wanted == "auto":
-            need, free = ranks * size_of(entries * tensor, entry_bytes), free_bytes() if free is None else free
-            way = "memory" if need <= SHARE * free else "off"
-            if way == "off":
+            need, free = ranks * replica_bytes(entries * tensor, entry_bytes), free_bytes() if free is None else free
+            channel = "memory" if need <= AUTO_MEMORY_SHARE * free else "off"
+            if channel == "off":
                 reason = (
                     f"copies of the caches may take {need >> 20} MiB, more than a quarter of the {free >> 20} MiB "
-                    "free: not made. Lower --pages-per-rank or give --protect-cache memory."
+                    "free: not made. Lower --pages-per-rank or give --kv-replication memory."
                 )
-        return cls(way, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, tensor=tensor, reason=reason)
+        return cls(channel, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, tensor=tensor, reason=reason)
 
     @property
     def on(self) -> bool:
-        """Caches are copied."""
-        return self.way != "off"
+        """True when caches are replicated."""
+        return self.channel != "off"
 
     @property
     def bytes(self) -> int:
-        """Memory that all copies take now."""
-        return sum(kept.copy.bytes for kept in (*self._of.values(), *self._lost.values()))
+        """Bytes of memory that all replicas take now."""
+        return sum(held.replica.bytes for held in (*self._live.values(), *self._lost.values()))
+
+    def take_warning(self) -> str:
+        """Why caches are not replicated although they should be; "" after the first call, and if they are."""
+        taken, self.reason = self.reason, ""
+        return taken
 
     def has(self, rank: int) -> bool:
-        """A rank that attends has been told of a copy, or need not be."""
-        return not self.on or rank in self._of
+        """Whether an attention rank has a replica, or needs none."""
+        return not self.on or rank in self._live
 
-    def fresh(self, rank: int, kind: type[Any] = link_pb2.Configure, *, here: bool = True) -> Any:
-        """An empty copy for a rank that begins to attend: the part of its configuration, or of a plan, that tells it.
-        A path means nothing to one that is not `here`, on the front's machine: it tells what belongs there. Without
-        memory for a copy the rank serves all the same, and `reason` says so."""
+    def assign(self, rank: int, kind: type[Any] = link_pb2.Configure, *, on_front_host: bool = True) -> Any:
+        """Make an empty replica for a rank that becomes an attention rank. Returns the fields of its Configure, or
+        Adopt, message that say where it is. A rank that is not `on_front_host` cannot open it and streams its entries.
+        When there is no memory for a replica the rank serves without one, and `reason` says so."""
         if not self.on:
             return kind()
-        before = self._of.pop(rank, None)
+        before = self._live.pop(rank, None)
         if before is not None:
-            before.copy.close()
+            before.replica.close()
         try:
-            copy = _made(self._all_entries, self.entry_bytes)
+            replica = _new_replica(self._all_entries, self.entry_bytes)
         except OSError as error:
             self.reason = f"rank {rank} has no copy of its cache: {error}"
             return kind()
-        told = self.way == "stream" or not here
-        self._keep(rank, copy, told=told)
-        return kind(tell_copies=True) if told else kind(cache_copy=copy.path)
+        streamed = self.channel == "stream" or not on_front_host
+        self._assign(rank, replica, streamed=streamed)
+        return kind(tell_copies=True) if streamed else kind(cache_copy=replica.path)
 
-    def taken_over(self, rank: int, path: str) -> link_pb2.Configure | None:
-        """The copy that a rank of a front before this one writes, with what is in it: the part of its configuration
-        that tells it. None if it writes none, or one that is of no use here."""
-        if not path or self.way != "memory":
+    def reopen(self, rank: int, path: str) -> link_pb2.Configure | None:
+        """Open the replica that a rank of an earlier front writes, with the entries in it. Returns the fields of its
+        Configure message that say where it is; None if the rank has none, or one of another shape."""
+        if not path or self.channel != "memory":
             return None
         try:
-            copy = CacheCopy.open(Path(path))
-        except (OSError, NotCopied):
+            replica = KVReplica.open(Path(path))
+        except (OSError, NotReplicated):
             return None
-        if (copy.entries, copy.entry_bytes) != (self._all_entries, self.entry_bytes):
-            copy.close()
+        if (replica.entries, replica.entry_bytes) != (self._all_entries, self.entry_bytes):
+            replica.close()
             return None
-        self._keep(rank, copy, told=False)
-        return link_pb2.Configure(cache_copy=copy.path)
+        self._assign(rank, replica, streamed=False)
+        return link_pb2.Configure(cache_copy=replica.path)
 
-    def begun(self, rank: int) -> None:
-        """A rank will write nothing more for a front before this one, whose steps had other numbers."""
-        if rank in self._of:
-            self._of[rank].copy.seal(NOTHING)
+    def unseal(self, rank: int) -> None:
+        """A rank writes no more for an earlier front: the seal of its replica, a step of that front, is reset."""
+        if rank in self._live:
+            self._live[rank].replica.seal(UNSEALED)
 
-    def _keep(self, rank: int, copy: CacheCopy, *, told: bool) -> None:
+    def _assign(self, rank: int, replica: KVReplica, *, streamed: bool) -> None:
         self._numbers += 1
-        self._of[rank] = Kept(self._numbers, copy, told)
+        self._live[rank] = RankReplica(self._numbers, replica, streamed)
 
-    def told(self, rank: int, message: link_pb2.Copied) -> None:
-        """A rank that cannot reach its copy tells what belongs there."""
-        kept = self._of.get(rank)
-        if kept is None:
+    def receive(self, rank: int, message: link_pb2.Copied) -> None:
+        """Write the entries that a rank streams into its replica."""
+        held = self._live.get(rank)
+        if held is None:
             return
-        kept.told = True
+        held.streamed = True
         entries, tokens, positions = (
             np.frombuffer(field, np.int32) for field in (message.entries, message.tokens, message.positions)
         )
         if len(entries):
             rows = np.frombuffer(message.rows, np.uint8).reshape(len(entries), -1)
-            kept.copy.write(entries, tokens, positions, rows)
+            held.replica.write(entries, tokens, positions, rows)
         if message.HasField("sealed"):
-            kept.copy.seal(message.sealed)
+            held.replica.seal(message.sealed)
 
-    def maps(self, rank: int) -> bool:
-        """A rank can open copies itself, as far as is known."""
-        kept = self._of.get(rank)
-        return self.way == "memory" and (kept is None or not kept.told)
+    def can_map(self, rank: int) -> bool:
+        """Whether a rank can open replicas itself, as far as is known."""
+        held = self._live.get(rank)
+        return self.channel == "memory" and (held is None or not held.streamed)
 
-    def stepped(self, batch: Batch) -> None:
-        """The results of a step are in."""
+    def record_step(self, batch: Batch) -> None:
+        """Remember a step whose results were applied."""
         if self.on:
             self._steps.append(batch)
 
-    def grouped(self, groups: Mapping[int, tuple[int, ...]]) -> None:
-        """A plan is put into force, with these tensor groups."""
+    def set_groups(self, groups: Mapping[int, tuple[int, ...]]) -> None:
+        """A plan with these tensor groups is being adopted."""
         self._groups = dict(groups)
 
-    def lost(self, rank: int) -> None:
-        """The process that was this rank has ended, or will, or its group is no more: its copy is that of the requests
-        there were."""
-        kept = self._of.pop(rank, None)
-        if kept is not None:
-            self._lost[kept.number], self._last[rank] = kept, kept.number
-            self._fell[rank] = self._groups.get(rank, (rank,))
+    def retire(self, rank: int) -> None:
+        """A rank was lost, or its cache is invalidated: its replica has what is left of its requests' entries."""
+        held = self._live.pop(rank, None)
+        if held is not None:
+            self._lost[held.number], self._last_lost[rank] = held, held.number
+            self._group_at_loss[rank] = self._groups.get(rank, (rank,))
 
-    def salvage(self, sequence: Sequence, page_size: int) -> Salvage | None:
-        """What the copies of the rank that a request ran on, and of its group, have of it after the rank was lost."""
+    def recoverable(self, sequence: Sequence, page_size: int) -> RecoverableKV | None:
+        """The KV entries of a request that the replicas of its lost rank, and of its tensor group, have; None if there
+        are none."""
         rank = sequence.rank
         assert rank is not None
-        group = self._fell.get(rank, (rank,))
-        kept = [self._lost.get(self._last.get(mate, 0)) for mate in group]
-        copies = [each for each in kept if each is not None]
-        if len(copies) < len(group):
+        group = self._group_at_loss.get(rank, (rank,))
+        held = [self._lost.get(self._last_lost.get(peer, 0)) for peer in group]
+        replicas = [each for each in held if each is not None]
+        if len(replicas) < len(group):
             return None
-        sealed = min(each.copy.sealed for each in copies)
+        sealed = min(each.replica.sealed for each in replicas)
         if len(self._steps) == STEPS_KEPT and self._steps[0].step > sealed:
-            return None  # it fell behind further than is remembered
-        count = copied(sequence, written_since(sealed, rank, self._steps, page_size), page_size)
+            return None  # it is further behind than steps are remembered
+        count = replicated_entries(sequence, written_since(sealed, rank, self._steps, page_size), page_size)
         if count == 0:
             return None
-        chain = None if sequence.chain is None else sequence.chain[: count // page_size]
+        page_keys = None if sequence.page_keys is None else sequence.page_keys[: count // page_size]
         first = group.index(rank) * (self._entries // page_size)
         pages = tuple(first + page for page in sequence.pages[: -(-count // page_size)])
-        return Salvage(tuple(each.number for each in copies), pages, count, chain)
+        return RecoverableKV(tuple(each.number for each in replicas), pages, count, page_keys)
 
-    def find(self, number: int) -> Kept | None:
-        """A copy of a rank that died."""
+    def lost_replica(self, number: int) -> RankReplica | None:
+        """The replica of a lost rank, by its number."""
         return self._lost.get(number)
 
-    def keep_only(self, numbers: Collection[int]) -> set[int]:
-        """Close the copies of dead ranks that nobody needs. Returns the numbers of those that had to go although
-        somebody does: the oldest, when there are more than there are ranks."""
+    def discard_except(self, numbers: Collection[int]) -> set[int]:
+        """Close the replicas of lost ranks but for these. Returns the numbers of replicas that are closed although
+        they are needed: the oldest, when there are more than `most_lost`."""
         for number in [number for number in self._lost if number not in numbers]:
-            self._lost.pop(number).copy.close()
+            self._lost.pop(number).replica.close()
         over = sorted(self._lost)[: max(0, len(self._lost) - self._most_lost)]
         for number in over:
-            self._lost.pop(number).copy.close()
+            self._lost.pop(number).replica.close()
         return set(over)
 
     def close(self) -> None:
-        """Give all memory back."""
-        for kept in (*self._of.values(), *self._lost.values()):
-            kept.copy.close()
-        self._of.clear()
+        """Free all memory."""
+        for held in (*self._live.values(), *self._lost.values()):
+            held.replica.close()
+        self._live.clear()
         self._lost.clear()
 
 
-def _made(entries: int, entry_bytes: int) -> CacheCopy:
+def _new_replica(entries: int, entry_bytes: int) -> KVReplica:
     file = os.memfd_create("moejax-cache")
     try:
-        return CacheCopy.create(file, entries, entry_bytes)
+        return KVReplica.create(file, entries, entry_bytes)
     finally:
         os.close(file)
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may still take: of the machine, and of its control group where that has a bound."""
+    """Bytes of memory that this process may still take: of the machine, and of its control group where that has a
+    bound."""
     lines = (root / "proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     group = root / "sys/fs/cgroup"

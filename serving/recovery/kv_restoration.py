@@ -1,217 +1,226 @@
-"""After the loss of a rank: what of its requests' caches is restored from a copy, piece by piece between two steps.
+"""Restores the KV entries of requests whose rank was lost from its replica, piece by piece between two steps.
 
-A piece is one message to the rank that has the request now. Whatever is cut short by another loss is done again: what
-was salvaged stays where it is until all of it is in a cache.
+A piece is one message to the rank that has the request now. When another loss interrupts a request's restoration it
+begins again: its recoverable entries stay in the replica until all of them are in a cache.
 """
 
 import asyncio
 import math
-import time
 from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 
-from serving.batch import TILE, Batch
-from serving.breakeven import Costs, is_restored
-from serving.cache_copies import CacheCopies
-from serving.cache_copy import NotCopied, entries_of, piece_of
-from serving.engine import EngineState
-from serving.events import EventLog
-from serving.failover import Failover
-from serving.links import RankLinks, RankRefused
+from planner.plan.step_layout import TILE
+from serving.engine.batch import Batch
+from serving.engine.kv_restore import drop_recoverable, mark_restored, sequences_to_restore
+from serving.engine.restore_cost import RestoreCosts, should_restore
+from serving.engine.scheduler import reserve_for_restore
+from serving.engine.sequence import RecoverableKV, Sequence
+from serving.engine.state import EngineState
+from serving.executor.executor import RankExecutor
+from serving.executor.kv_replica import NotReplicated, entry_indices, piece_entries
+from serving.executor.rank_errors import CommandFailed
 from serving.proto.moejax.v1 import link_pb2
-from serving.salvage import forget, restored, salvaged
-from serving.scheduler import reserve
-from serving.sequence import Salvage, Sequence
+from serving.protocol import clock
+from serving.protocol.events import EventKind, EventLog
+from serving.recovery.failover import Failover
+from serving.recovery.kv_replicas import KVReplicas
 
-FEW_S, ALL_S = 0.03, 0.12
-"""How long requests are restored between two steps, one piece on each rank at least: when few of all wait for it, and
-when all do."""
+MIN_BUDGET_S, MAX_BUDGET_S = 0.03, 0.12
+"""Seconds for which requests are restored between two steps, one piece on each rank at least: when a small part of all
+requests waits for it, and when all do."""
 
 
-class Engine(Protocol):
-    """What a restoration needs of the loop that carries it out."""
+class RestoringServer(Protocol):
+    """The parts of the engine's loop that a restoration uses."""
 
     state: EngineState
     events: EventLog
     failover: Failover
-    links: RankLinks
+    executor: RankExecutor
 
 
-class Restoration:
-    """Restores what the copies of a server have; counts tokens restored and computed again."""
+class KVRestoration:
+    """Restores what the KV replicas of a server have, and counts the entries restored and computed again."""
 
-    def __init__(self, engine: Engine, copies: CacheCopies) -> None:
-        self._engine = engine
-        self.copies = copies
-        self.costs = Costs.guess(copies.entry_bytes)
+    def __init__(self, server: RestoringServer, replicas: KVReplicas) -> None:
+        self._server = server
+        self.replicas = replicas
+        self.costs = RestoreCosts.guess(replicas.entry_bytes)
         self.restored = 0
         self.recomputed = 0
-        self._piece = piece_of(copies.entry_bytes)
+        self._piece = piece_entries(replicas.entry_bytes)
         self._began: float | None = None
         self._requests = 0
         self._tokens = 0
 
     @property
     def pending(self) -> bool:
-        """Requests wait to be restored."""
-        return bool(salvaged(self._engine.state))
+        """True when requests wait to be restored."""
+        return bool(sequences_to_restore(self._server.state))
 
     @property
-    def underway(self) -> bool:
-        """There are cache entries to copy now: those of requests that have a place."""
-        return any(sequence.restoring for sequence in self._engine.state.running.values())
+    def in_progress(self) -> bool:
+        """True when entries can be copied now: a request to restore has pages on a rank."""
+        return any(sequence.restoring for sequence in self._server.state.running.values())
 
     @property
-    def in_turn(self) -> bool:
-        """Whether prompts that the smallest bucket holds are computed one after the other rather than together."""
-        least = min(bucket.tiles for bucket in self._engine.state.limits.buckets if bucket.tiles)
-        return self.costs.in_turn(TILE * least)
+    def serial_prefill(self) -> bool:
+        """Whether prompts that fit the smallest bucket are computed one after the other rather than together."""
+        least = min(bucket.tiles for bucket in self._server.state.limits.buckets if bucket.tiles)
+        return self.costs.serial_prefill(TILE * least)
 
-    def stepped(self, batch: Batch, seconds: float) -> None:
-        """A step took so long."""
-        tokens = max(sum(len(work.tokens) for work in part if work.tiles) for part in batch.work.values())
-        self.costs = self.costs.stepped(tokens, seconds)
+    def record_step(self, batch: Batch, seconds: float) -> None:
+        """Take the seconds of a step into the estimates of costs."""
+        tokens = max(sum(len(work.tokens) for work in part if work.tiles) for part in batch.scheduled.values())
+        self.costs = self.costs.with_step(tokens, seconds)
 
-    def of_lost(self, ranks: set[int]) -> tuple[dict[str, Salvage], int]:
-        """What is to be restored of the requests of ranks that were lost, by request, and how many cache entries of
-        theirs will be computed again instead."""
-        state = self._engine.state
-        found: dict[str, Salvage] = {}
+    def recoverable_of(self, ranks: set[int]) -> tuple[dict[str, RecoverableKV], int]:
+        """The KV entries to restore of the requests of lost ranks, by request, and the number of their entries that are
+        computed again instead."""
+        state = self._server.state
+        found: dict[str, RecoverableKV] = {}
         again = 0
         for sequence in state.running.values():
             if sequence.rank not in ranks or sequence.restoring:
                 continue
-            sequence = sequence.withdrawn()
-            salvage = self.copies.salvage(sequence, state.limits.page_size)
-            if salvage is not None and self._is_restored(sequence, salvage, ranks):
-                found[sequence.id] = salvage
-            again += sequence.computed - (salvage.count if sequence.id in found and salvage is not None else 0)
+            sequence = sequence.without_in_flight()
+            recoverable = self.replicas.recoverable(sequence, state.limits.page_size)
+            if recoverable is not None and self._should_restore(sequence, recoverable, ranks):
+                found[sequence.id] = recoverable
+            again += sequence.computed - (recoverable.count if sequence.id in found and recoverable is not None else 0)
         self.recomputed += again
         return found, again
 
-    def _is_restored(self, sequence: Sequence, salvage: Salvage, dead: set[int]) -> bool:
-        state = self._engine.state
+    def _should_restore(self, sequence: Sequence, recoverable: RecoverableKV, dead: set[int]) -> bool:
+        state = self._server.state
         pools = [pool for rank, pool in state.pools.items() if rank not in dead]
         others = any(other.rank not in dead for other in state.running.values())
-        found = max((len(pool.match(salvage.chain or ())) for pool in pools), default=0) * state.limits.page_size
-        tiles = state.limits.tiles_while_decoding if others else state.limits.most_tiles
-        return is_restored(
+        found = (
+            max((len(pool.match(recoverable.page_keys or ())) for pool in pools), default=0) * state.limits.page_size
+        )
+        tiles = state.limits.tiles_while_decoding if others else state.limits.max_tiles
+        return should_restore(
             self.costs,
             sequence.length,
-            salvage.count,
+            recoverable.count,
             found=found,
-            chunk=TILE * min(tiles, state.limits.most_tiles),
+            chunk=TILE * min(tiles, state.limits.max_tiles),
             piece=self._piece,
             budget_s=self._budget_s(sum(other.rank in dead for other in state.running.values())),
         )
 
     def _budget_s(self, waiting: int) -> float:
-        """Between two steps, when so many requests wait to be restored: what the others lose is theirs to gain."""
-        return FEW_S + (ALL_S - FEW_S) * waiting / max(1, len(self._engine.state.running))
+        """Seconds to restore for between two steps when `waiting` requests wait for it: the larger their part of all
+        requests, the less others lose by the pause."""
+        return MIN_BUDGET_S + (MAX_BUDGET_S - MIN_BUDGET_S) * waiting / max(1, len(self._server.state.running))
 
-    async def tend(self) -> None:
-        """Restore for a while. Raises RankLost; nothing is lost by that."""
-        engine, began = self._engine, time.monotonic()
-        wanted = salvaged(engine.state)
-        needed = {number for each in wanted if each.salvage is not None for number in each.salvage.copies}
-        gone = self.copies.keep_only(needed)
+    async def run(self) -> None:
+        """Restore for the time there is between two steps. Raises RankLost, after which it can be called again."""
+        server, began = self._server, clock.now()
+        wanted = sequences_to_restore(server.state)
+        needed = {number for each in wanted if each.recoverable is not None for number in each.recoverable.replicas}
+        gone = self.replicas.discard_except(needed)
         if not wanted:
             return
-        self._forget([each for each in wanted if each.salvage is not None and gone.intersection(each.salvage.copies)])
+        self._compute_again(
+            [each for each in wanted if each.recoverable is not None and gone.intersection(each.recoverable.replicas)]
+        )
         budget_s = self._budget_s(len(wanted))
-        engine.state = reserve(engine.state, at_once=self._is_at_once(wanted, budget_s))
+        server.state = reserve_for_restore(server.state, at_once=self._is_at_once(wanted, budget_s))
         self._began = self._began or began
         while first := self._next():
             ended = await asyncio.gather(*map(self._restore_piece, first), return_exceptions=True)
             for error in ended:
                 if isinstance(error, BaseException):
                     raise error
-            if time.monotonic() - began > budget_s:
+            if clock.now() - began > budget_s:
                 break
         if not self.pending and self._requests:
-            self._tell()
+            self._report()
 
     def _is_at_once(self, wanted: Collection[Sequence], budget_s: float) -> bool:
-        """Whether all are restored before the first step after a loss: when no more streams wait for that step than for
-        the copying, which takes less."""
-        state, entries = self._engine.state, [each.salvage.count for each in wanted if each.salvage is not None]
+        """Whether all requests are restored before the first step after a loss: when no more requests wait for that
+        step than for the restoration, and the restoration takes less time."""
+        state, entries = self._server.state, [each.recoverable.count for each in wanted if each.recoverable is not None]
         copying = sum(self.costs.restore_s(count, self._piece, math.inf) for count in entries)
         copying /= max(1, len(state.pools))  # ranks copy beside each other
         others = sum(not each.restoring for each in state.running.values())
         return others <= len(entries) and copying < min(budget_s, self.costs.step.fixed)
 
     def _next(self) -> list[Sequence]:
-        """Of each rank the request that is restored next: the one with the fewest entries left."""
+        """The request that each rank restores next: the one with the fewest entries left."""
         first: dict[int | None, Sequence] = {}
-        for sequence in sorted(self._engine.state.running.values(), key=_quickest):
+        for sequence in sorted(self._server.state.running.values(), key=_quickest):
             if sequence.restoring:
                 first.setdefault(sequence.rank, sequence)
         return list(first.values())
 
     async def _restore_piece(self, sequence: Sequence) -> None:
-        """The next entries of a request, and the state with them."""
-        engine, salvage, first = self._engine, sequence.salvage, sequence.computed
+        """Restore the next entries of a request, and note it in the engine's state."""
+        server, recoverable, first = self._server, sequence.recoverable, sequence.computed
         assert sequence.rank is not None
-        assert salvage is not None
-        count = min(self._piece, salvage.count - first)
-        began = time.monotonic()
+        assert recoverable is not None
+        count = min(self._piece, recoverable.count - first)
+        began = clock.now()
         if count > 0:
             try:
-                await self._call(sequence, salvage, first, count)
-            except (NotCopied, RankRefused) as refusal:
-                cause = f"{type(refusal).__name__}: {refusal}"
-                engine.events.add("not_restored", engine.failover.epoch, rank=sequence.rank, cause=cause)
-                self._forget([sequence])
+                await self._call(sequence, recoverable, first, count)
+            except (NotReplicated, CommandFailed) as error:
+                cause = f"{type(error).__name__}: {error}"
+                server.events.emit(EventKind.NOT_RESTORED, server.failover.epoch, rank=sequence.rank, cause=cause)
+                self._compute_again([sequence])
                 return
-        if engine.state.running.get(sequence.id) is not sequence:
+        if server.state.running.get(sequence.id) is not sequence:
             return  # it ended meanwhile
-        engine.state = restored(engine.state, sequence.id, max(first, first + count))
+        server.state = mark_restored(server.state, sequence.id, max(first, first + count))
         if count > 0:
-            self.costs = self.costs.copied(count, time.monotonic() - began)
-        if not engine.state.running[sequence.id].restoring:
+            self.costs = self.costs.with_copy(count, clock.now() - began)
+        if not server.state.running[sequence.id].restoring:
             self._requests += 1
-            self._tokens += salvage.count
-            self.restored += salvage.count
+            self._tokens += recoverable.count
+            self.restored += recoverable.count
 
-    async def _call(self, sequence: Sequence, salvage: Salvage, first: int, count: int) -> None:
+    async def _call(self, sequence: Sequence, recoverable: RecoverableKV, first: int, count: int) -> None:
         assert sequence.rank is not None
         tokens = np.array(sequence.tokens(first, first + count), np.int32)
         messages = {}
         for number, (rank, pages) in zip(
-            salvage.copies, self._engine.failover.places(sequence.rank, sequence.pages), strict=True
+            recoverable.replicas,
+            self._server.failover.adoption.kv_locations(sequence.rank, sequence.pages),
+            strict=True,
         ):
-            kept = self.copies.find(number)
-            if kept is None:
-                raise NotCopied("the copy is there no more")
+            lost = self.replicas.lost_replica(number)
+            if lost is None:
+                raise NotReplicated("the replica was closed")
             message = link_pb2.RestoreCache(pages=pages, first=first, count=count, tokens=tokens.tobytes())
-            if self.copies.maps(rank):
-                message.cache_copy = kept.copy.path
-                message.from_pages.extend(salvage.pages)
+            if self.replicas.can_map(rank):
+                message.cache_copy = lost.replica.path
+                message.from_pages.extend(recoverable.pages)
             else:
-                size = self._engine.state.limits.page_size
-                entries = entries_of(salvage.pages, size, first, count)
-                message.rows = kept.copy.read(entries, tokens, np.arange(first, first + count)).tobytes()
+                size = self._server.state.limits.page_size
+                entries = entry_indices(recoverable.pages, size, first, count)
+                message.rows = lost.replica.read(entries, tokens, np.arange(first, first + count)).tobytes()
             messages[rank] = message
-        await self._engine.links.call_all("restore_cache", messages)
+        await self._server.executor.call_all("restore_cache", messages)
 
-    def _forget(self, sequences: list[Sequence]) -> None:
-        """These requests are computed again after all."""
+    def _compute_again(self, sequences: list[Sequence]) -> None:
+        """Compute these requests again after all."""
         for sequence in sequences:
-            assert sequence.salvage is not None
-            self.recomputed += sequence.salvage.count
-        self._engine.state = forget(self._engine.state, [sequence.id for sequence in sequences])
+            assert sequence.recoverable is not None
+            self.recomputed += sequence.recoverable.count
+        self._server.state = drop_recoverable(self._server.state, [sequence.id for sequence in sequences])
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         assert self._began is not None
         text = f"{self._tokens} cache entries of {self._requests} requests"
-        phases = {"restore": 1e3 * (time.monotonic() - self._began)}
-        self._engine.events.add("cache_restored", self._engine.failover.epoch, message=text, phases=phases)
+        phases = {"restore": 1e3 * (clock.now() - self._began)}
+        self._server.events.emit(EventKind.CACHE_RESTORED, self._server.failover.epoch, message=text, phases=phases)
         self._began, self._requests, self._tokens = None, 0, 0
 
 
 def _quickest(sequence: Sequence) -> tuple[int, int]:
-    """The fewest entries to restore first, then the first to arrive."""
-    count = sequence.salvage.count if sequence.salvage is not None else 0
+    """The sort key of requests to restore: the fewest entries first, then the first to arrive."""
+    count = sequence.recoverable.count if sequence.recoverable is not None else 0
     return count - sequence.computed, sequence.arrival

@@ -1,76 +1,102 @@
-"""The plan for every set of ranks of a server. All are derived from the base plan, so who is alive alone decides where
-an expert sits."""
+"""The plan for every set of ranks of a server. All are derived from the base plan: the set of ranks alone decides on
+which rank an expert is."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from planner.cluster import Cluster, Device
+from planner.cost.throughput import assess
 from planner.errors import NoFeasiblePlan, PlannerError
-from planner.lattice import Lattice, build_lattice, extended
-from planner.plan import Plan
-from planner.solve import solve
-from serving.config import Settings
-from serving.errors import NoCapacity, StartError
-from serving.mesh_key import MeshKey
-from serving.places import at_home
-from serving.prepared import Prepared
-from serving.rank_process import Home
-from serving.roles import roles
+from planner.inputs.cluster import Cluster, Device
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.plan import Plan
+from planner.solver.lattice import Lattice, build_lattice, extend_lattice
+from planner.solver.problem import Problem
+from planner.solver.shapes import mesh_shapes
+from planner.solver.solve import solve
+from serving.config import MeshSettings, Settings
+from serving.errors import InvalidRequest, NoCapacity, StartError
+from serving.executor.mesh_key import MeshKey
+from serving.launch.host_pool import with_rank_moved
+from serving.launch.rank_process import HostPaths
+from serving.protocol.prepared_model import PreparedModel
 
-SHORT_TOKENS, CHEAP_BYTES = 256, 128 << 20
-"""A short request, prompt and answer, and what of a rank's memory its cache may take in any case."""
+SHORT_REQUEST_TOKENS, MIN_CACHE_BYTES = 256, 128 << 20
+"""Tokens of a short request, prompt and answer; and bytes of memory that the KV cache of a rank may take in any
+case."""
 
 
-class Plans:
-    """Foreseen or made when asked for. `cluster` says where each rank is, or was last. Raises StartError when they
-    cannot serve even if all are alive."""
+class PlanCatalog:
+    """The plans of one server. Those for likely losses (the lattice) are solved at the start, others when they are
+    asked for. `cluster` has the host of each rank. Raises StartError when the ranks cannot serve even if all are
+    alive."""
 
-    def __init__(self, settings: Settings, model: Prepared, cluster: Cluster) -> None:
-        self._switch = settings.role_switch
-        self.cluster = cluster
-        self.workload = model.workload(settings.page_size)
+    def __init__(self, settings: Settings, model: PreparedModel, cluster: Cluster) -> None:
+        workload = model.workload(settings.page_size)
         try:
-            self.base = solve(
-                self.workload,
-                cluster,
+            self._problem = Problem(
+                workload=workload,
+                cluster=cluster,
                 slots_per_rank=settings.slots_per_rank,
                 survive_ranks=min(settings.survive, settings.ranks - 1),
                 pages_per_rank=pages_per_rank(settings, model.max_context, model.cache_bytes_per_token),
-                roles=roles(settings, self.workload, cluster),
+                roles=rank_roles(settings, workload, cluster),
+                switch=settings.role_switch,
                 tensor=settings.tensor,
             )
+            self.base = solve(self._problem)
         except PlannerError as error:
             raise StartError(str(error)) from None
         depth = min(settings.lattice_depth, settings.ranks - 1)
-        self._lattice: Lattice = build_lattice(self.workload, cluster, self.base, depth=depth, switch=self._switch)
+        self._lattice: Lattice = build_lattice(self._problem, self.base, depth=depth)
+
+    @property
+    def workload(self) -> Workload:
+        """The model in numbers."""
+        return self._problem.workload
+
+    @property
+    def cluster(self) -> Cluster:
+        """The host of each rank, or its last one."""
+        return self._problem.cluster
 
     def of(self, alive: Collection[int]) -> Plan:
-        """The plan for these ranks. Raises NoCapacity, saying what is missing."""
+        """The plan for these ranks. Raises NoCapacity, which says what is missing."""
         alive = tuple(sorted(alive))
         if not alive:
             raise NoCapacity("no rank is alive. Requests wait until one is back.")
         if alive == self.base.rank_ids:
             return self.base
-        plan = self.foreseen(alive)
+        plan = self.in_lattice(alive)
         if plan is not None:
             return plan
         try:
-            return solve(self.workload, self.cluster, alive=alive, previous=self.base, switch=self._switch)
+            return solve(self._problem.after_loss(self.base, alive))
         except NoFeasiblePlan as error:
             raise NoCapacity(str(error)) from None
 
-    def warnings(self) -> list[str]:
-        """What whoever starts the server should know of its plan."""
-        idle = [r.id for r in self.base.ranks if r.group < 0] if dict(self.base.axes)["tensor"] > 1 else []
-        said = [f"ranks {idle} are in no tensor group: they hold experts only"] if idle else []
-        alone = [min(dead) for dead in self._lattice.infeasible if len(dead) == 1]
-        return said + ([f"without any one of ranks {alone} requests wait for its replacement"] if alone else [])
+    def why_infeasible(self, ranks: Collection[int]) -> str:
+        """Why these ranks cannot serve without the others; "" if they can."""
+        try:
+            self.of(ranks)
+        except NoCapacity as error:
+            return str(error)
+        return ""
 
-    def foreseen(self, alive: Collection[int]) -> Plan | None:
+    def warnings(self) -> list[str]:
+        """Warnings about the base plan for whoever starts the server."""
+        idle = [r.id for r in self.base.ranks if r.group < 0] if dict(self.base.axes)["tensor"] > 1 else []
+        warnings = [f"ranks {idle} are in no tensor group: they hold experts only"] if idle else []
+        alone = [min(dead) for dead in self._lattice.infeasible if len(dead) == 1]
+        return warnings + ([f"without any one of ranks {alone} requests wait for its replacement"] if alone else [])
+
+    def in_lattice(self, alive: Collection[int]) -> Plan | None:
         """The plan of the lattice for these ranks, if there is one."""
         return self._lattice.get(frozenset(self.base.rank_ids) - frozenset(alive))
 
-    def meshes_below(self, alive: Collection[int], depth: int) -> list[MeshKey]:
-        """The meshes after each foreseen loss among `alive`, the likeliest first."""
+    def meshes_after_losses(self, alive: Collection[int], depth: int) -> list[MeshKey]:
+        """The meshes after each loss of up to `depth` of these ranks, or of a host, that has a plan in the lattice;
+        those with the most ranks first."""
         gone = frozenset(self.base.rank_ids) - frozenset(alive)
         hosts = {frozenset(ids).intersection(alive) for ids in self.cluster.domains("host").values()}
         keys = [
@@ -80,23 +106,54 @@ class Plans:
         ]
         return sorted(dict.fromkeys(keys), key=lambda key: -len(key.ranks))
 
-    def place_of(self, rank: int) -> Device:
-        """The host and the rack that a rank is in, or was last."""
+    def device_of(self, rank: int) -> Device:
+        """The host and the rack of a rank, or its last ones."""
         return self.cluster.alive([rank])[0]
 
-    def move(self, rank: int, home: Home) -> None:
-        """A rank is on another host from now on: the loss of that host is foreseen too."""
-        self.cluster = at_home(self.cluster, rank, home)
-        self.foresee(map(frozenset, self.cluster.domains("host").values()))
+    def move(self, rank: int, host_paths: HostPaths) -> None:
+        """A rank is on another host from now on. Plans for the loss of each host are added to the lattice."""
+        self._problem = replace(self._problem, cluster=with_rank_moved(self.cluster, rank, host_paths))
+        self.prepare_losses(map(frozenset, self.cluster.domains("host").values()))
 
-    def foresee(self, losses: Iterable[frozenset[int]]) -> None:
-        """Have plans for these losses too."""
-        self._lattice = extended(self._lattice, self.workload, self.cluster, losses, switch=self._switch)
+    def prepare_losses(self, losses: Iterable[frozenset[int]]) -> None:
+        """Add plans for these losses to the lattice."""
+        self._lattice = extend_lattice(self._lattice, self._problem, losses)
 
 
 def pages_per_rank(settings: Settings, max_context: int, bytes_per_token: int) -> int:
-    """Pages of a rank's cache: as set; or two contexts' worth, and more while that is cheap, until a short request has
-    room in every row of a step."""
+    """Pages of a rank's KV cache: as set; else enough for two contexts of full length, or for a short request in every
+    row of a step where that takes no more than MIN_CACHE_BYTES."""
     rows = max(decode for decode, _ in settings.buckets)
-    tokens = min(rows * SHORT_TOKENS, CHEAP_BYTES // bytes_per_token)
+    tokens = min(rows * SHORT_REQUEST_TOKENS, MIN_CACHE_BYTES // bytes_per_token)
     return settings.pages_per_rank or max(2 * -(-max_context // settings.page_size), tokens // settings.page_size)
+
+
+def rank_roles(settings: MeshSettings, workload: Workload, cluster: Cluster) -> dict[int, str] | None:
+    """The role of each rank, attention ranks first; None for collocated ranks.
+
+    A number of attention or expert ranks that the settings leave open is the one with the most predicted tokens per
+    second, among the numbers that keep an expert rank after `survive` losses. Raises InvalidRequest for a model without
+    experts.
+    """
+    if settings.arch == "collocated":
+        return None
+    if not workload.experts:
+        raise InvalidRequest(
+            f"{workload.name} has no experts that ranks of their own could hold. Leave arch out.", param="arch"
+        )
+    attention = settings.attention
+    if attention is None and settings.experts is not None:
+        attention = settings.ranks - settings.experts
+    if attention is None:
+        attention = _best_attention_count(settings, workload, cluster)
+    return {rank: "attention" if rank < attention else "expert" for rank in range(settings.ranks)}
+
+
+def _best_attention_count(settings: MeshSettings, workload: Workload, cluster: Cluster) -> int:
+    fitting = []
+    for shape in mesh_shapes(workload, cluster, cluster.devices, arch="disaggregated", slots=settings.slots_per_rank):
+        candidate = assess(workload, cluster, shape, Traffic())
+        if shape.tensor == shape.dense == 1 and not candidate.reason:
+            kept = shape.expert_rank_count > min(settings.survive, settings.ranks - 2)
+            fitting.append((kept, candidate.tokens_per_second, shape.data))
+    return max(fitting)[2] if fitting else max(1, settings.ranks // 2)

@@ -5,20 +5,25 @@ tokens into whole characters, `StopStrings` holds text back while it could be th
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from serving.chat_template import ChatTemplate
-from serving.errors import InvalidRequest
-from serving.vocabulary import TokenizerSettings, Vocabulary, load_vocabulary
+from serving.errors import InvalidRequest, StartError
+from serving.protocol.request import AnswerParsing
+from serving.text.chat_format import AUTO, ChatFormat
+from serving.text.chat_template import ChatTemplate
+from serving.text.tokenizer_formats import TokenizerFormat, TokenizerSettings, load_tokenizer
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 _CONTEXT = 8
-"""Tokens of the prompt that the first ones of the answer are decoded with."""
+"""Prompt tokens that the first generated tokens are decoded with."""
 _CHARACTER_BYTES = 4
+_PROMPT_END = 16
+"""Prompt tokens that are searched for a mark that begins the reasoning."""
 _PENDING = 64
-"""So many tokens in a row that end within a character are no text; they are shown as they are."""
+"""Number of consecutive tokens ending within a character after which they are shown as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,54 +37,95 @@ class Message:
 class Tokenizer:
     """A model's tokenizer, and its chat template where it has one.
 
-    `bos_token` is put in front of a prompt, or a conversation, that does not begin with it. `settings` (of a
-    published model) say it otherwise: then prompts get it as the settings say, and conversations as the
-    template writes it.
+    `bos_token` is prepended to prompts and conversations that do not begin with it. With `settings` (of a published
+    model) prompts get it as the settings say, and conversations as the template writes it.
     """
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: TokenizerFormat,
         *,
         template: ChatTemplate | None = None,
         bos_token: int | None = None,
         settings: TokenizerSettings | None = None,
+        chat_format: ChatFormat | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._vocabulary = vocabulary
+        self._format = vocabulary
+        self.folder = folder
+        """The model folder that it was read from."""
+        self.chat_format = chat_format or ChatFormat.of("" if template is None else template.text)
+        self._shown_marks = self.chat_format.shown_marks(vocabulary)
         self._template = template
+        self._settings = settings
         self._special = True
         self._bos = self._chat_bos = bos_token
         if settings is not None:
             add = not vocabulary.adds_special if settings.add_bos is None else settings.add_bos
             self._special = settings.add_bos is not False
             self._chat_bos = None
-            self._bos = vocabulary.index(settings.named.get("bos_token", "")) if add else None
+            self._bos = vocabulary.index(settings.special_tokens.get("bos_token", "")) if add else None
 
     @classmethod
-    def load(cls, folder: Path, *, bos_token: int | None = None, stop_tokens: Sequence[int] = ()) -> Self:
-        """Read the tokenizer of a model folder, in any of the forms of `serving.vocabulary`, and its template.
+    def load(
+        cls,
+        folder: Path,
+        *,
+        bos_token: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        chat_template: Path | None = None,
+        tool_call_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
+    ) -> Self:
+        """Read the tokenizer of a model folder, in any of the forms of `serving.text.tokenizer_formats`, and its
+        template, or that of the file `chat_template`. `serving.text.chat_format` has the names of the parsers.
 
-        Raises StartError naming the file that is missing or broken.
+        Raises StartError naming the file that is missing or broken, or the parser that is unknown.
         """
         folder = Path(folder)
         settings = TokenizerSettings.load(folder)
-        vocabulary = load_vocabulary(folder, settings)
+        vocabulary = load_tokenizer(folder, settings)
         names = {
             "bos_token": "" if bos_token is None else vocabulary.token(bos_token) or "",
             "eos_token": (vocabulary.token(stop_tokens[0]) or "") if stop_tokens else "",
         }
-        template = ChatTemplate.load(folder, settings, names | (dict(settings.named) if settings else {}))
-        return cls(vocabulary, template=template, bos_token=bos_token, settings=settings)
+        names |= dict(settings.special_tokens) if settings else {}
+        template = ChatTemplate.load(folder, settings, names, chat_template)
+        text = "" if template is None else template.text
+        chat_format = ChatFormat.of(text, tool_call_parser, reasoning_parser)
+        parts: dict[str, Any] = {"settings": settings, "chat_format": chat_format, "folder": folder}
+        return cls(vocabulary, template=template, bos_token=bos_token, **parts)
+
+    def check_begin_tokens(self, vocab_size: int) -> None:
+        """Check the tokens that this tokenizer puts in front of every text. Raises StartError for one that the model's
+        vocabulary lacks: no text could be served."""
+        text = "a"
+        ids, plain = self.encode(text), self._encode(text, special=False)
+        for token in ids[: len(ids) - len(plain)]:
+            if not 0 <= token < vocab_size:
+                raise StartError(
+                    f"the tokenizer begins every text with token {token} ({self._format.token(token)!r}), and the "
+                    f"model's vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}. Correct bos_token or "
+                    "add_bos_token in the tokenizer's files."
+                )
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        """The tokens themselves."""
-        return self._vocabulary
+    def format(self) -> TokenizerFormat:
+        """The tokenizer in the form it was published in."""
+        return self._format
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
-        return self._vocabulary.size
+        return self._format.size
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The contents of `tokenizer_config.json`, with the special tokens and the chat template from any file."""
+        found = dict(self._settings.values) | dict(self._settings.special_tokens) if self._settings else {}
+        if self._template is not None:
+            found["chat_template"] = self._template.default
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **found}
 
     @property
     def has_chat_template(self) -> bool:
@@ -88,7 +134,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a prompt. Raises InvalidRequest when the text cannot be written in UTF-8."""
-        return _beginning(self._bos, self._encode(text, special=self._special))
+        return _with_bos(self._bos, self._encode(text, special=self._special))
 
     def chat(
         self,
@@ -109,11 +155,38 @@ class Tokenizer:
             )
         turns = [dataclasses.asdict(m) if isinstance(m, Message) else m for m in messages]
         text = self._template.render(turns, tools=tools, variables=variables)
-        return _beginning(self._chat_bos, self._encode(text, special=False))
+        return _with_bos(self._chat_bos, self._encode(text, special=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; special tokens have none."""
-        return self._vocabulary.decode(ids)
+        return self._format.decode(ids)
+
+    def answer_parsing(
+        self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]], parallel: bool
+    ) -> AnswerParsing:
+        """How the answer to a conversation is read; `prompt` is its tokens."""
+        reasoning = self.chat_format.reasoning
+        end = "" if reasoning is None else self.decode_marked(prompt[-_PROMPT_END:])
+        inside = reasoning is not None and reasoning.starts_inside(end)
+        return AnswerParsing(tools=tuple(tools), parallel=parallel, inside_reasoning=inside)
+
+    def decode_marked(self, ids: Sequence[int]) -> str:
+        """The text of tokens, with the names of the special tokens that mark reasoning and tool calls."""
+        if self._shown_marks.isdisjoint(ids):
+            return self.decode(ids)
+        runs = itertools.groupby(ids, key=self._shown_marks.__contains__)
+        return "".join(
+            "".join(self._format.token(i) or "" for i in run) if marks else self.decode(list(run))
+            for marks, run in runs
+        )
+
+    def is_shown_mark(self, token: int) -> bool:
+        """Whether a token is a special one that marks reasoning or tool calls."""
+        return token in self._shown_marks
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token adds to a text in UTF-8, maybe part of a character; special tokens add none."""
+        return self._format.token_bytes(token)
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         try:
@@ -124,10 +197,10 @@ class Tokenizer:
                 "Send valid UTF-8.",
                 param="prompt",
             ) from None
-        return tuple(self._vocabulary.encode(text, special=special))
+        return tuple(self._format.encode(text, special=special))
 
 
-def _beginning(bos: int | None, ids: tuple[int, ...]) -> tuple[int, ...]:
+def _with_bos(bos: int | None, ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids if bos is None or ids[:1] == (bos,) else (bos, *ids)
 
 
@@ -136,18 +209,25 @@ class Detokenizer:
 
     A character may be spread over several tokens, and a token's text may depend on the one before it (a
     leading space). So the tokens since the last whole character are decoded together with those before them;
-    at the beginning those are the last of `prompt`.
+    at the beginning those are the last of `prompt`. With `marks`, the special tokens that mark reasoning and tool calls
+    have text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, marks: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._context = _opening(tokenizer, prompt)
+        self._marks = marks
+        self._context = _prompt_context(tokenizer, prompt)
         self._pending: list[int] = []
         self._sent = len(tokenizer.decode(self._context).rstrip(_INCOMPLETE))
-        """Characters of the decoded context and pending tokens that are out already."""
+        """Characters of the decoded context and pending tokens that were returned already."""
 
     def push(self, token: int) -> str:
-        """Text that became certain with this token; often empty, never half a character."""
+        """Text that became final with this token; often empty, never half a character."""
+        if self._marks and self._tokenizer.is_shown_mark(token):
+            text = self.flush()
+            self._context, self._pending = [token], []
+            self._sent = len(self._tokenizer.decode(self._context))
+            return text + self._tokenizer.decode_marked([token])
         self._pending.append(token)
         text = self._tokenizer.decode(self._context + self._pending)
         if text.endswith(_INCOMPLETE) and len(self._pending) < _PENDING:
@@ -159,7 +239,7 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """What is left when no token will follow; bytes that are no character show as U+FFFD."""
+        """The remaining text when no token will follow; bytes that are no character show as U+FFFD."""
         return self._send_all(self._tokenizer.decode(self._context + self._pending)) if self._pending else ""
 
     def _send(self, text: str, end: int) -> str:
@@ -173,7 +253,7 @@ class Detokenizer:
         return new
 
 
-def _opening(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+def _prompt_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt, from where a character begins."""
     for length in range(_CONTEXT, _CONTEXT - _CHARACTER_BYTES, -1):
         context = list(prompt[-length:])
@@ -194,7 +274,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Text that is certain to come before any stop string. After a match `matched` is set."""
+        """Text that certainly comes before any stop string. After a match `matched` is set."""
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -209,7 +289,7 @@ class StopStrings:
         return text[:cut]
 
     def flush(self) -> str:
-        """What was held back, when no text will follow."""
+        """The text held back, when no text will follow."""
         held, self._held = self._held, ""
         return held
 

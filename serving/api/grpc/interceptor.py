@@ -1,4 +1,4 @@
-"""The guard around the gRPC surface: keys from the metadata, places for streams."""
+"""Checks every gRPC call before its method runs: the API key in its metadata, and the number of open streams."""
 
 import inspect
 from collections.abc import Awaitable, Callable
@@ -7,49 +7,53 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from serving import wire
+from serving.api.grpc.errors import error_to_status
+from serving.auth.limits import CallLimits
 from serving.errors import MoejaxError
-from serving.guard import Guard
-from serving.tracing import TRACEPARENT
+from serving.observability.tracing import TRACEPARENT
 
-OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
-"""What probes and tools may call without a key."""
-OPERATING = "/moejax.v1.Resilience/"
-LOOKING = tuple(OPERATING + name for name in ("GetStatus", "Watch", "WhatIf"))
-"""What any key may ask of that service; all else there changes the server and takes an admin's."""
-GENERATING = ("/moejax.v1.Inference/Generate", "/moejax.v1.Inference/Resume", "/vllm.grpc.engine.VllmEngine/Generate")
+PUBLIC_PREFIXES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Methods that probes and tools may call without an API key."""
+RESILIENCE_PREFIX = "/moejax.v1.Resilience/"
+READ_ONLY_METHODS = tuple(RESILIENCE_PREFIX + name for name in ("GetStatus", "Watch", "WhatIf"))
+"""Methods of moejax.v1.Resilience that any key may call; the others change the server and need an admin key."""
+STREAM_METHODS = (
+    "/moejax.v1.Inference/Generate",
+    "/moejax.v1.Inference/Resume",
+    "/vllm.grpc.engine.VllmEngine/Generate",
+)
 
 
-class RpcGuard(grpc.aio.ServerInterceptor):
-    """Looks at every call before its method does."""
+class LimitsInterceptor(grpc.aio.ServerInterceptor):
+    """Applies a `CallLimits` to every call."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, limits: CallLimits) -> None:
+        self._limits = limits
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """The handler of the call, or one that refuses it."""
+        """The handler of the call, or a handler that refuses it."""
         handler, method = await continuation(details), str(details.method)
-        if handler is None or method.startswith(OPEN):
+        if handler is None or method.startswith(PUBLIC_PREFIXES):
             return handler
         metadata = {str(name).lower(): value for name, value in details.invocation_metadata or ()}
         TRACEPARENT.set(str(metadata.get("traceparent", "")))
         authorization = metadata.get("authorization")
         try:
             text = authorization.decode(errors="replace") if isinstance(authorization, bytes) else authorization
-            self._guard.admit(text, admin=method.startswith(OPERATING) and method not in LOOKING)
+            self._limits.authorize(text, admin=method.startswith(RESILIENCE_PREFIX) and method not in READ_ONLY_METHODS)
         except MoejaxError as error:
-            return _replaced(handler, _refusing(error))
-        return _replaced(handler, self._counted(handler.unary_stream)) if method in GENERATING else handler
+            return _with_behaviour(handler, _aborting_handler(error))
+        return _with_behaviour(handler, self._limited(handler.unary_stream)) if method in STREAM_METHODS else handler
 
-    def _counted(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def _limited(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         async def call(request: Any, context: Any) -> None:
             try:
-                place = self._guard.stream()
-                place.__enter__()
+                slot = self._limits.open_stream()
+                slot.__enter__()
             except MoejaxError as error:
-                await context.abort(*wire.error_status(error))
+                await context.abort(*error_to_status(error))
                 return
             try:
                 result = behaviour(request, context)
@@ -59,20 +63,20 @@ class RpcGuard(grpc.aio.ServerInterceptor):
                     async for message in result:
                         await context.write(message)
             finally:
-                place.__exit__(None, None, None)
+                slot.__exit__(None, None, None)
 
         return call
 
 
-def _refusing(error: MoejaxError) -> Callable[[Any, Any], Awaitable[None]]:
+def _aborting_handler(error: MoejaxError) -> Callable[[Any, Any], Awaitable[None]]:
     async def refuse(_request: Any, context: Any) -> None:
-        await context.abort(*wire.error_status(error))
+        await context.abort(*error_to_status(error))
 
     return refuse
 
 
-def _replaced(handler: Any, behaviour: Any) -> Any:
-    """The same kind of handler with another behaviour."""
+def _with_behaviour(handler: Any, behaviour: Any) -> Any:
+    """A handler of the same kind that runs `behaviour`."""
     coding = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,

@@ -1,12 +1,14 @@
-"""`vllm.grpc.engine.VllmEngine`, so that gateways made for vLLM route to this server (optional extra `vllm`).
+"""The service vllm.grpc.engine.VllmEngine, so that gateways made for vLLM can route to this server (extra `vllm`).
 
-Messages come from PyPI's `smg-grpc-proto`. What this server cannot do (media, transfer of caches, structural tags) is
-refused by name; embeddings, profiles and cache events are UNIMPLEMENTED. Tokens go out, text is the gateway's.
+The messages come from the package `smg-grpc-proto`. Fields that ask for something this server cannot do (media, KV
+transfer, structural tags) are refused by name; embeddings, profiles and cache events are UNIMPLEMENTED. The service
+returns token ids; the gateway makes the text, with the tokenizer that GetTokenizer sends.
 """
 
 import asyncio
 import contextlib
 import datetime
+import hashlib
 import json
 import time
 from typing import Any
@@ -14,76 +16,87 @@ from typing import Any
 import grpc
 from smg_grpc_proto import vllm_engine_pb2 as messages  # pyright: ignore[reportMissingImports]
 from smg_grpc_proto import vllm_engine_pb2_grpc as stubs  # pyright: ignore[reportMissingImports]
+from smg_grpc_proto.generated import common_pb2 as common  # pyright: ignore[reportMissingImports]
 
-from serving.errors import DeadlineExceeded, InvalidRequest
-from serving.generation import Chunk, Complete, Generation, Prompt
-from serving.request import Guide, SamplingParams
-from serving.rpc_errors import statuses
+from serving.api.grpc.errors import abort_on_error
+from serving.api.grpc.inference_messages import VLLM_NAMES
+from serving.api.grpc.writing import write
+from serving.core.answers import Chunk, Complete
+from serving.core.prompts import Prompt
+from serving.core.request_processor import RequestProcessor
+from serving.errors import InvalidRequest
+from serving.protocol.sampling import SamplingParams, StructuredOutputs
+from serving.text.tokenizer_archive import tokenizer_archive
 from serving.version import version
 
-NAME = messages.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+_SERVICE = messages.DESCRIPTOR.services_by_name["VllmEngine"]
+SERVICE_NAME = _SERVICE.full_name
 _REFUSED = ("mm_inputs", "media_refs", "kv_transfer_params", "kv_transfer_params_json", "data_parallel_rank")
+_TOKENIZER_CHUNK = 1 << 16
 _GUIDES = {"json_schema": "json", "regex": "regex", "grammar": "lark"}
 
 
-def add(generation: Generation, server: grpc.aio.Server, slow_client_s: float) -> None:
-    """Offer the service on `server`."""
-    stubs.add_VllmEngineServicer_to_server(VllmEngine(generation, slow_client_s), server)
+def add_vllm_service(processor: RequestProcessor, server: grpc.aio.Server, slow_client_s: float) -> None:
+    """Add the service to `server`."""
+    stubs.add_VllmEngineServicer_to_server(VllmEngine(processor, slow_client_s), server)
 
 
 class VllmEngine(stubs.VllmEngineServicer):
-    """The service over `Generation`."""
+    """The service over `RequestProcessor`."""
 
-    def __init__(self, generation: Generation, slow_client_s: float) -> None:
-        self._generation = generation
+    def __init__(self, processor: RequestProcessor, slow_client_s: float) -> None:
+        self._processor = processor
         self._slow_client_s = slow_client_s
 
     async def Generate(self, request: messages.GenerateRequest, context: Any) -> None:
-        """Chunks as tokens come (when asked to stream), then one Complete with all of them, for each answer."""
-        async with statuses(context):
-            params = sampling_value(request.sampling_params)
-            accepted = await self._generation.accept_all(
-                [prompt_value(request)], params, request_id=request.request_id, timeout_s=context.time_remaining()
+        """For each choice: chunks as tokens come if the request asks to stream, then one Complete with all tokens."""
+        async with abort_on_error(context):
+            params = sampling_from_proto(request.sampling_params)
+            accepted = await self._processor.accept_all(
+                [prompt_from_proto(request)],
+                params,
+                request_id=request.request_id,
+                timeout_s=context.time_remaining(),
+                names=VLLM_NAMES,
             )
-            whole: dict[int, list[Chunk]] = {}
+            chunks_by_choice: dict[int, list[Chunk]] = {}
+            tokens_by_choice: dict[int, int] = {}
             prompt_tokens = len(accepted[0].prompt)
-            wanted = request.sampling_params.HasField("logprobs")
-            async with contextlib.aclosing(self._generation.streams(accepted, params.stop)) as items:
+            with_logprobs = request.sampling_params.HasField("logprobs")
+            async with contextlib.aclosing(self._processor.stream_call(accepted, params.stop)) as items:
                 async for item in items:
                     if isinstance(item, Complete):
-                        chunks = whole.get(item.choice, [])
-                        await self._write(context, complete=_complete(item, chunks, wanted))
+                        chunks = chunks_by_choice.get(item.choice, [])
+                        await self._write(context, complete=_complete(item, chunks, with_logprobs))
                     elif isinstance(item, Chunk):
-                        chunks = whole.setdefault(item.choice, [])
+                        chunks = chunks_by_choice.setdefault(item.choice, [])
                         chunks.append(item)
+                        so_far = tokens_by_choice.get(item.choice, 0) + len(item.token_ids)
+                        tokens_by_choice[item.choice] = so_far
                         if request.stream and item.token_ids:
-                            await self._write(context, chunk=_chunk(item, chunks, prompt_tokens, wanted))
+                            await self._write(context, chunk=_chunk(item, so_far, prompt_tokens, with_logprobs))
 
     async def _write(self, context: Any, **response: Any) -> None:
-        try:
-            async with asyncio.timeout(self._slow_client_s):
-                await context.write(messages.GenerateResponse(**response))
-        except TimeoutError:
-            raise DeadlineExceeded(f"nothing was read for {self._slow_client_s:g} s.") from None
+        await write(context, messages.GenerateResponse(**response), self._slow_client_s)
 
     async def Abort(self, request: messages.AbortRequest, context: Any) -> messages.AbortResponse:
-        """Cancel requests by their ids; unknown ones are over already."""
-        async with statuses(context):
+        """Cancel requests by their ids. An unknown id is no error: its request has ended."""
+        async with abort_on_error(context):
             for request_id in request.request_ids:
-                self._generation.abort(request_id)
+                self._processor.abort(request_id)
             return messages.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Any) -> messages.HealthCheckResponse:
-        """Whether a request can be served now."""
-        async with statuses(context):
-            status = self._generation.backend.status()
+        """True when a request can be served now."""
+        async with abort_on_error(context):
+            status = self._processor.backend.status()
             healthy = status.ready and not status.draining
             return messages.HealthCheckResponse(healthy=healthy, message="" if healthy else "no capacity or draining")
 
     async def GetModelInfo(self, request: Any, context: Any) -> messages.GetModelInfoResponse:
-        """The model, as far as a gateway needs it."""
-        async with statuses(context):
-            model = self._generation.backend.model
+        """The properties of the model that a gateway needs."""
+        async with abort_on_error(context):
+            model = self._processor.backend.model
             return messages.GetModelInfoResponse(
                 model_path=model.name,
                 served_model_name=model.name,
@@ -95,10 +108,21 @@ class VllmEngine(stubs.VllmEngineServicer):
                 bos_token_id=model.bos_token or 0,
             )
 
+    async def GetTokenizer(self, request: Any, context: Any) -> None:
+        """The tokenizer's files in a ZIP archive, in chunks; the last one has the archive's digest."""
+        async with abort_on_error(context):
+            data = await asyncio.to_thread(tokenizer_archive, self._processor.tokenizer)
+            digest = hashlib.sha256(data).hexdigest()
+            for start in range(0, len(data), _TOKENIZER_CHUNK):
+                last = start + _TOKENIZER_CHUNK >= len(data)
+                part = data[start : start + _TOKENIZER_CHUNK]
+                chunk = common.GetTokenizerChunk(data=part, sha256=digest if last else "")
+                await write(context, chunk, self._slow_client_s)
+
     async def GetServerInfo(self, request: Any, context: Any) -> messages.GetServerInfoResponse:
-        """Age and size of the server."""
-        async with statuses(context):
-            status = self._generation.backend.status()
+        """Uptime and number of requests."""
+        async with abort_on_error(context):
+            status = self._processor.backend.status()
             return messages.GetServerInfoResponse(
                 active_requests=status.running + status.waiting,
                 uptime_seconds=max(0.0, time.time() - status.started_at),
@@ -108,9 +132,9 @@ class VllmEngine(stubs.VllmEngineServicer):
             )
 
     async def GetLoads(self, request: Any, context: Any) -> messages.GetLoadsResponse:
-        """How busy the server is, as one rank: which of its ranks serves a request is its own business."""
-        async with statuses(context):
-            status = self._generation.backend.status()
+        """The load of the server as one data-parallel rank: the server itself assigns requests to its ranks."""
+        async with abort_on_error(context):
+            status = self._processor.backend.status()
             pages, used = (sum(getattr(r, name) for r in status.ranks) for name in ("pages", "pages_used"))
             load = messages.SchedulerLoad(
                 num_running_reqs=status.running,
@@ -125,8 +149,17 @@ class VllmEngine(stubs.VllmEngineServicer):
             return messages.GetLoadsResponse(timestamp=now, version=version(), dp_rank_count=1, loads=[load])
 
 
-def prompt_value(request: messages.GenerateRequest) -> Prompt:
-    """The prompt of a request. Raises InvalidRequest when there is none, or with what this server cannot do."""
+async def _unimplemented(_service: VllmEngine, _request: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have this method.")
+
+
+for _method in _SERVICE.methods:  # the methods of the generated class log a traceback for each call
+    if _method.name not in vars(VllmEngine):
+        setattr(VllmEngine, _method.name, _unimplemented)
+
+
+def prompt_from_proto(request: messages.GenerateRequest) -> Prompt:
+    """The prompt of a request. Raises InvalidRequest when it has none, or has a field that is not supported."""
     for name in _REFUSED:
         if request.HasField(name):
             raise InvalidRequest(f"{name} is not supported by this server.", param=name)
@@ -136,8 +169,8 @@ def prompt_value(request: messages.GenerateRequest) -> Prompt:
     return tuple(request.tokenized.input_ids) if kind == "tokenized" else request.text
 
 
-def sampling_value(message: messages.SamplingParams) -> SamplingParams:
-    """Sampling in our terms. Zero is vLLM's default where zero makes no sense (top_p, repetition_penalty, n)."""
+def sampling_from_proto(message: messages.SamplingParams) -> SamplingParams:
+    """Sampling parameters. 0 means the default for top_p, top_k, min_p, repetition_penalty and n."""
     for name in ("truncate_prompt_tokens", "prompt_logprobs"):
         if message.HasField(name):
             raise InvalidRequest(f"{name} is not supported by this server.", param=name)
@@ -145,10 +178,10 @@ def sampling_value(message: messages.SamplingParams) -> SamplingParams:
         raise InvalidRequest("include_stop_str_in_output is not supported.", param="include_stop_str_in_output")
     return SamplingParams(
         n=message.n or 1,
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_k=message.top_k,
-        top_p=message.top_p or 1.0,
-        min_p=message.min_p,
+        temperature=message.temperature if message.HasField("temperature") else None,
+        top_k=message.top_k or None,
+        top_p=message.top_p or None,
+        min_p=message.min_p or None,
         seed=message.seed if message.HasField("seed") else None,
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(message.stop),
@@ -157,31 +190,31 @@ def sampling_value(message: messages.SamplingParams) -> SamplingParams:
         min_tokens=message.min_tokens,
         frequency_penalty=message.frequency_penalty,
         presence_penalty=message.presence_penalty,
-        repetition_penalty=message.repetition_penalty or 1.0,
+        repetition_penalty=message.repetition_penalty or None,
         logit_bias=tuple(message.logit_bias.items()),
         top_logprobs=message.logprobs if message.HasField("logprobs") else 0,
-        guide=_guide(message),
+        structured_outputs=_guide(message),
     )
 
 
-def _guide(message: messages.SamplingParams) -> Guide | None:
+def _guide(message: messages.SamplingParams) -> StructuredOutputs | None:
     kind = message.WhichOneof("constraint")
     if kind is None or (kind == "json_object" and not message.json_object):
         return None
     if kind == "json_object":
-        return Guide("json", '{"type": "object"}')
+        return StructuredOutputs("json", '{"type": "object"}')
     if kind == "choice":
-        return Guide("choice", json.dumps(list(message.choice.choices)))
+        return StructuredOutputs("choice", json.dumps(list(message.choice.choices)))
     if kind not in _GUIDES:
         raise InvalidRequest(f"{kind} is not supported; send json_schema, regex, grammar or choice.", param=kind)
-    return Guide(_GUIDES[kind], getattr(message, kind))  # pyright: ignore[reportArgumentType]
+    return StructuredOutputs(_GUIDES[kind], getattr(message, kind))  # pyright: ignore[reportArgumentType]
 
 
-def _chunk(item: Chunk, so_far: list[Chunk], prompt_tokens: int, logprobs: bool) -> messages.GenerateStreamChunk:
+def _chunk(item: Chunk, completion_tokens: int, prompt_tokens: int, logprobs: bool) -> messages.GenerateStreamChunk:
     return messages.GenerateStreamChunk(
         token_ids=item.token_ids,
         prompt_tokens=prompt_tokens,
-        completion_tokens=sum(len(chunk.token_ids) for chunk in so_far),
+        completion_tokens=completion_tokens,
         output_logprobs=_logprobs([item]) if logprobs else None,
         index=item.choice,
     )

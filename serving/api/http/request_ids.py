@@ -1,4 +1,4 @@
-"""Every HTTP answer, errors too, bears an id: the caller's `X-Request-Id`, or one of ours."""
+"""Gives every HTTP response, errors included, the id that its caller sent in `X-Request-Id`, or a new one."""
 
 import uuid
 
@@ -6,11 +6,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-Id"
-LONGEST = 128
+ANTHROPIC_HEADER = "Request-Id"
+"""The same id, under the name by which clients of Anthropic's API know it."""
+MAX_LENGTH = 128
 
 
-class RequestIds:
-    """ASGI middleware. The application may put another id of its own in `request.state.request_id`."""
+class RequestIdMiddleware:
+    """ASGI middleware. An endpoint may replace the new id by setting `request.state.request_id`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -19,13 +21,14 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")[:LONGEST]
+        given = Headers(scope=scope).get(HEADER, "")[:MAX_LENGTH]
         state = scope.setdefault("state", {})
         state["request_id"] = f"req-{uuid.uuid4().hex}"
 
-        async def tell(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = given or state["request_id"]
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = headers[ANTHROPIC_HEADER] = given or state["request_id"]
             await send(message)
 
-        await self._app(scope, receive, tell)
+        await self._app(scope, receive, send_with_id)

@@ -83,8 +83,8 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a call whose stream broke, also when the server was restarted meanwhile: responses after those the
-        caller has. NOT_FOUND when it ended long ago, or the server keeps no journal.
+        """Continues a call whose stream broke, also after a restart of the server: sends the responses after those that the
+        caller has. NOT_FOUND when the call ended long ago, or the server keeps no journal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -279,12 +279,12 @@ class Damage(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., nan: bool = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "inputs", "shapes", "targets", "full", "after", "sources")
+    __slots__ = ("epoch", "step", "bucket", "inputs", "adjustments", "targets", "full", "after", "sources")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
-    SHAPES_FIELD_NUMBER: _ClassVar[int]
+    ADJUSTMENTS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
@@ -293,12 +293,12 @@ class Step(_message.Message):
     step: int
     bucket: int
     inputs: bytes
-    shapes: _containers.RepeatedCompositeFieldContainer[RowShape]
+    adjustments: _containers.RepeatedCompositeFieldContainer[RowAdjustment]
     targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
     full: FullPages
     after: int
     sources: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., shapes: _Optional[_Iterable[_Union[RowShape, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ...) -> None: ...
 
 class FullPages(_message.Message):
     __slots__ = ("pages", "keys")
@@ -308,7 +308,7 @@ class FullPages(_message.Message):
     keys: bytes
     def __init__(self, pages: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
-class RowShape(_message.Message):
+class RowAdjustment(_message.Message):
     __slots__ = ("segment", "tokens", "add", "seen", "repetition", "allowed")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -333,19 +333,21 @@ class TileTargets(_message.Message):
     def __init__(self, row: _Optional[int] = ..., targets: _Optional[bytes] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("epoch", "connecting")
+    __slots__ = ("epoch", "connecting", "links")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONNECTING_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     connecting: int
-    def __init__(self, epoch: _Optional[int] = ..., connecting: _Optional[int] = ...) -> None: ...
+    links: bool
+    def __init__(self, epoch: _Optional[int] = ..., connecting: _Optional[int] = ..., links: bool = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("rank", "hello", "heartbeat", "done", "failed", "step_done", "step_failed", "copied")
+    __slots__ = ("rank", "hello", "heartbeat", "done", "failed", "step_done", "step_failed", "copied", "raised")
     RANK_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -354,6 +356,7 @@ class Report(_message.Message):
     STEP_DONE_FIELD_NUMBER: _ClassVar[int]
     STEP_FAILED_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
+    RAISED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     hello: Hello
     heartbeat: Heartbeat
@@ -362,7 +365,8 @@ class Report(_message.Message):
     step_done: StepDone
     step_failed: StepFailed
     copied: Copied
-    def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ...) -> None: ...
+    raised: Raised
+    def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., raised: _Optional[_Union[Raised, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("pid", "token", "epoch", "generation", "full", "serves", "cache_copy")
@@ -488,29 +492,41 @@ class Copied(_message.Message):
     sealed: int
     def __init__(self, entries: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., sealed: _Optional[int] = ...) -> None: ...
 
+class Raised(_message.Message):
+    __slots__ = ("error", "trace")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    trace: str
+    def __init__(self, error: _Optional[str] = ..., trace: _Optional[str] = ...) -> None: ...
+
 class StepFailed(_message.Message):
-    __slots__ = ("epoch", "step", "error", "poisoned_rows")
+    __slots__ = ("epoch", "step", "error", "non_finite_rows", "exchange")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    POISONED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NON_FINITE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     error: str
-    poisoned_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[str] = ..., poisoned_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    non_finite_rows: _containers.RepeatedScalarFieldContainer[int]
+    exchange: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[str] = ..., non_finite_rows: _Optional[_Iterable[int]] = ..., exchange: bool = ...) -> None: ...
 
 class PlaceReport(_message.Message):
-    __slots__ = ("place", "prepared", "started", "ended")
+    __slots__ = ("place", "prepared", "started", "ended", "condition")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
     place: Place
     prepared: ModelPrepared
     started: RankStarted
     ended: RankEnded
-    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., prepared: _Optional[_Union[ModelPrepared, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ...) -> None: ...
+    condition: RankCondition
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., prepared: _Optional[_Union[ModelPrepared, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., condition: _Optional[_Union[RankCondition, _Mapping]] = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("token", "host", "rack", "build", "left")
@@ -563,6 +579,16 @@ class RankStarted(_message.Message):
     incarnation: int
     pid: int
     def __init__(self, incarnation: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class RankCondition(_message.Message):
+    __slots__ = ("incarnation", "state", "run_delay_s")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RUN_DELAY_S_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    state: str
+    run_delay_s: float
+    def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., run_delay_s: _Optional[float] = ...) -> None: ...
 
 class RankEnded(_message.Message):
     __slots__ = ("incarnation", "code", "said")

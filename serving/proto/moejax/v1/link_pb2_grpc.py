@@ -56,8 +56,9 @@ class RankLinkServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Keep(self, request_iterator, context):
-        """A host keeps a place for one rank. It starts a process there when the front says so, tells of its end, and ends it
-        when the front says so or this stream breaks. A place has any number of ranks, one after the other.
+        """A host agent keeps a slot for one rank. It starts a process there when the front orders it, reports its end, and
+        kills it when the front orders that. A slot has any number of ranks, one after the other. When the stream breaks,
+        the rank waits for the next front.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

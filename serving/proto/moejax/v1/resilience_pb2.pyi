@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,11 @@ class Status(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FILLED_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTS_FIELD_NUMBER: _ClassVar[int]
+    CONVICTED_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_REASON_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_REPAIR_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -116,7 +121,12 @@ class Status(_message.Message):
     rows: int
     rows_filled: int
     buckets: _containers.RepeatedCompositeFieldContainer[StepShape]
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ...) -> None: ...
+    suspects: int
+    convicted: int
+    certificate: str
+    certificate_reason: str
+    certificate_repair: str
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ...) -> None: ...
 
 class StepShape(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -149,7 +159,7 @@ class LossCost(_message.Message):
     def __init__(self, survivable: bool = ..., prepared: bool = ..., stall_ms: _Optional[float] = ..., experts_to_load: _Optional[int] = ..., traffic: _Optional[float] = ..., measured: bool = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack")
+    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack", "last_failure")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +175,7 @@ class Rank(_message.Message):
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RACK_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     id: int
     pid: int
     host: str
@@ -180,7 +191,8 @@ class Rank(_message.Message):
     level: int
     role: str
     rack: str
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ...) -> None: ...
+    last_failure: str
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ..., last_failure: _Optional[str] = ...) -> None: ...
 
 class Slots(_message.Message):
     __slots__ = ("experts",)
@@ -203,7 +215,7 @@ class WatchRequest(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("sequence", "time", "kind", "epoch", "rank", "cause", "phases", "message")
+    __slots__ = ("sequence", "time", "kind", "epoch", "rank", "cause", "phases", "message", "severity")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +224,7 @@ class Event(_message.Message):
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SEVERITY_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     time: float
     kind: str
@@ -220,7 +233,8 @@ class Event(_message.Message):
     cause: str
     phases: _containers.RepeatedCompositeFieldContainer[Phase]
     message: str
-    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., cause: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...
+    severity: str
+    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., cause: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., message: _Optional[str] = ..., severity: _Optional[str] = ...) -> None: ...
 
 class Phase(_message.Message):
     __slots__ = ("name", "milliseconds")

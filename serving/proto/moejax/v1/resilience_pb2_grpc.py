@@ -83,7 +83,7 @@ class ResilienceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WhatIf(self, request, context):
-        """What the loss of each rank, and of each host, would cost now.
+        """The predicted cost of losing each rank, and each host, now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,14 +97,14 @@ class ResilienceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """An error that a device told its plugin of. Permitted as Apply is.
+        """An error that a device reported to its plugin. Permitted as Apply is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Kill(self, request, context):
-        """Kills or stops a rank process, or all of a host, or spoils an expert. PERMISSION_DENIED on a server started
+        """Kills or stops a rank process, or all of a host, or damages an expert. PERMISSION_DENIED on a server started
         without --chaos.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

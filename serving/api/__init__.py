@@ -1,0 +1,1 @@
+"""The surfaces that callers use: HTTP, gRPC, and the Python client."""

@@ -1,0 +1,1 @@
+"""The gRPC services: moejax.v1, vLLM's, health and reflection."""

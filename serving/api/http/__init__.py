@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP, Server-Sent Events, metrics, health and the dashboard."""

@@ -1,0 +1,1 @@
+"""Access to the server: API keys, join tokens, TLS, and limits."""

@@ -1,0 +1,53 @@
+"""The commands that change a running server: `moejax apply` and `moejax kill`."""
+
+import click
+
+from serving.api.client import Client
+from serving.cli.options import client_options, example
+from serving.protocol.backend import FAULTS
+from serving.protocol.instructions import ACTIONS, Action
+
+
+@click.command(short_help="Drain ranks, scale, pause or retry.")
+@click.argument("action", type=click.Choice(ACTIONS))
+@click.argument("ranks", nargs=-1, type=click.IntRange(min=0))
+@click.option("--host", default="", help="Act on all ranks of this host instead of RANKS.")
+@click.option("--to", type=int, help="Scale until this many ranks serve, instead of RANKS.")
+@click.option("--replace", is_flag=True, help="With drain: start a new process for each drained rank.")
+@client_options
+@example("moejax apply drain 2 --replace", "moejax apply scale_down --to 2", "moejax apply pause")
+def apply(client: Client, action: Action, ranks: tuple[int, ...], host: str, to: int | None, replace: bool) -> None:
+    """Make a planned change to a server that was started with --operate or --chaos.
+
+    Requests move to other ranks and lose no token.
+
+    \b
+    pause       run no more steps: requests wait
+    retry       run steps again after a pause, and replace missing ranks
+    drain       move the requests off RANKS, then end these ranks
+    scale_down  drain ranks and keep them out
+    scale_up    start ranks that were kept out
+    """
+    serving = client.apply(action, *ranks, host=host, to=to, replace=replace)
+    click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
+
+
+@click.command(short_help="Kill, stop or corrupt a rank, to see what happens.")
+@click.argument("rank", type=click.IntRange(min=0), required=False)
+@click.option("--host", default="", help="Act on all ranks of this host instead of RANK.")
+@click.option(
+    "--signal",
+    type=click.Choice(FAULTS),
+    default="SIGKILL",
+    show_default=True,
+    help="SIGKILL kills the process and SIGSTOP stops it; NAN and BITFLIP corrupt an expert in its memory; LINKS cuts "
+    "its connections to other ranks.",
+)
+@client_options
+@example("moejax kill 2", "moejax kill 0 --signal SIGSTOP", "moejax kill --host host1", "moejax kill 1 --signal NAN")
+def kill(client: Client, rank: int | None, host: str, signal: str) -> None:
+    """Kill RANK of a server that was started with --chaos, stop it so that it hangs, or corrupt one of its experts."""
+    if (rank is None) == (not host):
+        raise click.UsageError("give a RANK or a --host.")
+    client.kill(rank or 0, signal, host=host)
+    click.echo(f"sent {signal} to {host or f'rank {rank}'}; see `moejax events`.")

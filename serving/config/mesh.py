@@ -1,0 +1,108 @@
+"""Settings of the ranks: how many there are, what each does, and how many slots it has."""
+
+import dataclasses
+from typing import ClassVar
+
+from planner.solver.roles import SWITCHES
+from planner.solver.shapes import ARCHITECTURES
+from serving.config.field import SettingsGroup, setting
+from serving.errors import InvalidRequest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings(SettingsGroup):
+    """The ranks of a server and how attention and experts are placed on them."""
+
+    title: ClassVar[str] = "Ranks and placement"
+
+    ranks: int = setting(4, "Number of rank processes; each drives one device.")
+    hosts: int = setting(
+        1,
+        "Number of failure domains that the local ranks count as spread over: placement survives the loss of a whole "
+        "one. With launcher join or ray, ranks report their real hosts.",
+    )
+    arch: str = setting(
+        "collocated",
+        "Whether every rank runs attention and holds experts (collocated), or each rank does one of the two "
+        "(disaggregated).",
+        choices=ARCHITECTURES,
+    )
+    attention: int | None = setting(
+        None, "Number of attention ranks, with arch disaggregated. Default: the planner chooses."
+    )
+    experts: int | None = setting(
+        None, "Number of expert ranks, with arch disaggregated. Default: all ranks that are not attention ranks."
+    )
+    tensor: int = setting(
+        1, "Number of ranks of one host that split the attention heads among them (with arch collocated)."
+    )
+    role_switch: str = setting(
+        "auto",
+        "When an attention rank takes the place of a lost expert rank: if too few expert ranks are left (auto), or at "
+        "every loss (always).",
+        choices=SWITCHES,
+    )
+    slots_per_rank: int | None = setting(
+        None, "Number of experts of each layer that a rank has buffers for. Default: the planner chooses."
+    )
+    survive: int = setting(
+        1, "Number of rank failures that the placement survives without reallocating weight buffers."
+    )
+
+    def check(self) -> None:
+        """Check fields of this group against each other. Raises InvalidRequest."""
+        if not 1 <= self.ranks <= 64:
+            raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and 64 local ranks.", param="ranks")
+        self._check_sides()
+        if not 0 <= self.survive < max(self.ranks, 1) and self.ranks > 1:
+            raise InvalidRequest(
+                f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",
+                param="survive",
+            )
+        self._check_tensor()
+        if not 1 <= self.hosts <= self.ranks:
+            raise InvalidRequest(
+                f"hosts is {self.hosts} with {self.ranks} ranks. Choose 1 to {self.ranks}.", param="hosts"
+            )
+
+    def host_of(self, rank: int) -> str:
+        """The host that a local rank counts as being on: equal runs of ranks, one after the other."""
+        return "localhost" if self.hosts == 1 else f"host{rank * self.hosts // self.ranks}"
+
+    def _check_tensor(self) -> None:
+        on_host = [self.host_of(rank) for rank in range(self.ranks)]
+        for host in dict.fromkeys(on_host):
+            if self.tensor < 1 or on_host.count(host) % self.tensor:
+                raise InvalidRequest(
+                    f"tensor is {self.tensor} with {on_host.count(host)} ranks on {host}: a group is of one host. "
+                    f"Choose a divisor of {on_host.count(host)}.",
+                    param="tensor",
+                )
+        if self.tensor > 1 and self.arch != "collocated":
+            raise InvalidRequest(
+                f"tensor is {self.tensor} with arch {self.arch!r}: attention ranks of that attend alone. "
+                "Set tensor to 1, or arch to collocated.",
+                param="tensor",
+            )
+
+    def _check_sides(self) -> None:
+        """Check `attention` and `experts`; both together set `ranks` where it has its default."""
+        sides = {name: getattr(self, name) for name in ("attention", "experts") if getattr(self, name) is not None}
+        if sides and self.arch != "disaggregated":
+            raise InvalidRequest(
+                f"{' and '.join(sides)} is given with arch {self.arch!r}. Set arch to disaggregated.", param="arch"
+            )
+        if len(sides) == 2 and self.ranks in (sum(sides.values()), type(self).ranks):
+            object.__setattr__(self, "ranks", sum(sides.values()))
+        open_sides = 2 - len(sides)
+        if self.arch == "disaggregated" and (
+            min(sides.values(), default=1) < 1
+            or sum(sides.values()) + open_sides > self.ranks
+            or (not open_sides and sum(sides.values()) != self.ranks)
+        ):
+            given = ", ".join(f"{name} {count}" for name, count in sides.items()) or "neither side"
+            raise InvalidRequest(
+                f"{given} of {self.ranks} ranks: each rank must attend or hold experts, and each side needs one. "
+                "Give attention, experts or both.",
+                param=next(iter(sides), "ranks"),
+            )

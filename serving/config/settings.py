@@ -1,0 +1,121 @@
+"""All settings of a server in one frozen value, from a TOML file, MOEJAX_ variables and flags."""
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from serving.config.cache import CacheSettings
+from serving.config.detection import DetectionSettings
+from serving.config.durability import DurabilitySettings
+from serving.config.field import SettingsGroup
+from serving.config.http import HttpSettings
+from serving.config.launch import LaunchSettings
+from serving.config.mesh import MeshSettings
+from serving.config.model import ModelSettings
+from serving.config.network import NetworkSettings
+from serving.config.observability import ObservabilitySettings
+from serving.config.recovery import RecoverySettings
+from serving.config.scheduling import SchedulingSettings
+from serving.config.security import SecuritySettings
+from serving.config.sources import RENAMED, current_names, parse, read_environment, read_file, toml_value
+from serving.errors import InvalidRequest
+
+GROUPS: tuple[type[SettingsGroup], ...] = (
+    ModelSettings,
+    MeshSettings,
+    NetworkSettings,
+    HttpSettings,
+    SchedulingSettings,
+    CacheSettings,
+    RecoverySettings,
+    DetectionSettings,
+    DurabilitySettings,
+    LaunchSettings,
+    SecuritySettings,
+    ObservabilitySettings,
+)
+"""The groups of `Settings`, in the order of help and documentation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(
+    ObservabilitySettings,
+    SecuritySettings,
+    LaunchSettings,
+    DurabilitySettings,
+    DetectionSettings,
+    RecoverySettings,
+    CacheSettings,
+    SchedulingSettings,
+    HttpSettings,
+    NetworkSettings,
+    MeshSettings,
+    ModelSettings,
+):
+    """All settings of one server. It is an instance of each group, so that a component can ask for the group it needs.
+
+    Raises InvalidRequest, with `param` naming the setting, when a value is out of bounds or contradicts another.
+    """
+
+    deprecations: ClassVar[tuple[str, ...]] = ()
+    """Notes for the log: names and values of earlier releases that `load` was given."""
+
+    def check(self) -> None:
+        """Check each group, then the groups against each other. Raises InvalidRequest."""
+        for group in GROUPS:
+            group.check(self)
+        if not 0 <= self.parity < self.ranks:
+            raise InvalidRequest(
+                f"parity is {self.parity} with {self.ranks} ranks: each expert of a group is on a rank of its own, and "
+                f"their parity on one more. Choose 0 to {self.ranks - 1}.",
+                param="parity",
+            )
+        if self.launcher == "local":
+            return
+        if self.kv_replication == "memory":
+            raise InvalidRequest(
+                f"kv_replication is memory with launcher {self.launcher}: ranks elsewhere cannot write to the memory "
+                "of this machine. Choose stream or off.",
+                param="kv_replication",
+            )
+        if self.hosts != 1:
+            raise InvalidRequest(
+                f"hosts is {self.hosts} with launcher {self.launcher}: ranks elsewhere say themselves which host "
+                "they are on. Leave it out.",
+                param="hosts",
+            )
+
+    @classmethod
+    def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any) -> Self:
+        """Settings from a TOML file, then MOEJAX_ variables, then flags that are not None; the last source wins.
+
+        Raises InvalidRequest on an unknown key, naming the nearest, and on a value of the wrong type.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        sources = (
+            read_file(Path(file)) if file is not None else {},
+            read_environment(environment, known | RENAMED.keys()),
+            {name: value for name, value in flags.items() if value is not None},
+        )
+        values: dict[str, Any] = {}
+        notes: list[str] = []
+        for source in sources:
+            values |= current_names(source, notes)
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise InvalidRequest(f"unknown setting {key!r}.{hint}", param=key)
+        types = typing.get_type_hints(cls)
+        settings = cls(**{key: parse(key, value, types[key]) for key, value in values.items()})
+        object.__setattr__(settings, "deprecations", tuple(notes))
+        return settings
+
+    def to_toml(self) -> str:
+        """All settings that have a value, as a TOML file that `load` reads."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return "".join(f"{name} = {toml_value(value)}\n" for name, value in values.items() if value is not None)

@@ -1,0 +1,126 @@
+"""Records of calls and of their answers in the journal: JSON, whose keys are those of moejax 0.1.0.
+
+`clock_offset_s` is the wall clock less this process's monotonic clock, in seconds: a deadline is written as a moment of
+the wall clock, which the next front and this one have in common.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serving import errors
+from serving.engine.poison import Incident
+from serving.errors import Internal, MoejaxError
+from serving.protocol.request import AnswerParsing, Call, Finished, Request, Scored, Token
+from serving.protocol.sampling import ResolvedSampling, StructuredOutputs
+
+StreamItem = Scored | Token | Finished | MoejaxError
+"""One item in the stream of a request."""
+_JOURNAL_KEYS: Mapping[str, str] = {"structured_outputs": "guide", "prompt_group": "family"}
+"""Keys of a request's record that differ from the names of `Request`'s fields."""
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def encode_call(call: Call, clock_offset_s: float) -> bytes:
+    """The record of a call and its requests."""
+    requests = [_request_json(request, clock_offset_s) for request in call.requests]
+    return _encode({"call": dataclasses.asdict(call) | {"requests": requests}})
+
+
+def encode_items(items: Iterable[tuple[str, StreamItem]]) -> bytes:
+    """The record of items, each with the id of its request."""
+    return _encode({"told": [[request_id, *_item_json(item)] for request_id, item in items]})
+
+
+def encode_incidents(incidents: Iterable[Incident]) -> bytes:
+    """The record of all incidents that no cleared request explains; it replaces earlier ones."""
+    return _encode({"incidents": [[each.weight, dict(each.until), each.ranks] for each in incidents]})
+
+
+def decode_incidents(record: bytes) -> tuple[Incident, ...] | None:
+    """The incidents of a record; None if it is another kind of record."""
+    found = json.loads(record).get("incidents")
+    if found is None:
+        return None
+    return tuple(Incident(weight, until, tuple(ranks)) for weight, until, ranks in found)
+
+
+_FORGOTTEN = b'{"forgotten":'
+
+
+def encode_forgotten(call_id: str) -> bytes:
+    """The record that a call is forgotten."""
+    return _encode({"forgotten": call_id})
+
+
+def forgotten_call(record: bytes) -> str | None:
+    """The id of the call that a record says is forgotten; None for other records."""
+    return json.loads(record)["forgotten"] if record.startswith(_FORGOTTEN) else None
+
+
+def decode(record: bytes, clock_offset_s: float) -> tuple[Call | None, list[tuple[str, StreamItem]]]:
+    """The call of a record, if it is one, and its items with the ids of their requests."""
+    value: Mapping[str, Any] = json.loads(record)
+    call = None
+    if "call" in value:
+        fields: dict[str, Any] = dict(value["call"])
+        fields["requests"] = tuple(_request_value(request, clock_offset_s) for request in fields["requests"])
+        fields["stop"] = tuple(fields["stop"])
+        call = Call(**fields)
+    return call, [(request_id, _item_value(kind, parts)) for request_id, kind, parts in value.get("told", ())]
+
+
+def _request_json(request: Request, clock_offset_s: float) -> dict[str, Any]:
+    """A request's record: the fields of `request.sampling` stand beside those of the request."""
+    values: dict[str, Any] = dataclasses.asdict(request)
+    values |= values.pop("sampling")
+    values["stop_tokens"] = sorted(values["stop_tokens"])
+    values["deadline"] = None if request.deadline is None else request.deadline + clock_offset_s
+    return {_JOURNAL_KEYS.get(name, name): value for name, value in values.items()}
+
+
+def _request_value(value: Mapping[str, Any], clock_offset_s: float) -> Request:
+    names = {key: name for name, key in _JOURNAL_KEYS.items()}
+    fields = {names.get(key, key): each for key, each in value.items()}
+    fields["prompt"] = tuple(fields["prompt"])
+    fields["stop_tokens"] = frozenset(fields["stop_tokens"])
+    fields["logit_bias"] = tuple((int(token), bias) for token, bias in fields["logit_bias"])
+    constraint = fields["structured_outputs"]
+    fields["structured_outputs"] = None if constraint is None else StructuredOutputs(**constraint)
+    parsing = fields.get("parsing")
+    fields["parsing"] = None if parsing is None else AnswerParsing(**parsing | {"tools": tuple(parsing["tools"])})
+    fields["deadline"] = None if fields["deadline"] is None else fields["deadline"] - clock_offset_s
+    own = {field.name for field in dataclasses.fields(Request)}
+    sampling = ResolvedSampling(**{name: part for name, part in fields.items() if name not in own})
+    return Request(**{name: part for name, part in fields.items() if name in own}, sampling=sampling)
+
+
+def _item_json(item: StreamItem) -> tuple[str, list[Any]]:
+    if isinstance(item, Token):
+        return "token", [item.index, item.id, item.logprob, item.epoch, item.degraded, item.top, item.cached_tokens]
+    if isinstance(item, Scored):
+        return "scored", [item.position, item.logprobs, item.top]
+    if isinstance(item, Finished):
+        return "finished", [item.reason, item.cached_tokens]
+    return "error", [type(item).__name__, str(item), item.param, item.retry_after_s]
+
+
+def _item_value(kind: str, fields: list[Any]) -> StreamItem:
+    if kind == "token":
+        index, token, logprob, epoch, degraded, top, cached_tokens = fields
+        return Token(index, token, logprob, epoch, degraded, _top(top), cached_tokens)
+    if kind == "scored":
+        return Scored(fields[0], tuple(fields[1]), tuple(map(_top, fields[2])))
+    if kind == "finished":
+        return Finished(*fields)
+    name, text, param, retry_after_s = fields
+    found = getattr(errors, name, Internal)
+    return found(text, param=param, retry_after_s=retry_after_s)
+
+
+def _top(value: Iterable[Any]) -> tuple[tuple[int, float], ...]:
+    return tuple((token, logprob) for token, logprob in value)

@@ -1,0 +1,37 @@
+"""A check that a state conserves pages, decode rows and requests. Tests run it after every transition."""
+
+from serving.engine.page_pool import check_pages
+from serving.engine.state import EngineState
+
+
+def check_integrity(state: EngineState) -> None:
+    """Raise AssertionError unless pages, decode rows and requests are conserved."""
+    both = state.waiting.keys() & state.running.keys()
+    assert not both, f"{both} are waiting and running"
+    arrivals = [sequence.arrival for sequence in state.waiting.values()]
+    assert arrivals == sorted(arrivals), f"the queue is out of order: {arrivals}"
+    everyone = [*state.waiting.items(), *state.running.items()]
+    assert len({sequence.arrival for _, sequence in everyone}) == len(everyone), "two requests, one arrival"
+    for key, sequence in everyone:
+        request = sequence.request
+        assert key == sequence.id
+        assert sequence.arrival < state.arrivals, f"{key} arrived as {sequence.arrival} of {state.arrivals}"
+        assert not request.sampling.stop_tokens.intersection(sequence.generated), f"{key} is past its stop token"
+        over = sequence.known_tokens and state.limits.length_reason(request, sequence.known_tokens)
+        assert not over, f"{key} has all its tokens and is still open"
+    for sequence in state.waiting.values():
+        assert sequence == sequence.preempted(), f"{sequence.id} waits and holds {sequence.pages}"
+    for sequence in state.running.values():
+        assert sequence.rank in state.pools, f"{sequence.id} runs on rank {sequence.rank}, which is not there"
+        assert sequence.pending >= 1 or sequence.ending, f"{sequence.id} has nothing to compute"
+        room = len(sequence.pages) * state.limits.page_size
+        assert sequence.computed <= room, f"{sequence.id} has {sequence.computed} entries in room for {room}"
+    for rank, pool in state.pools.items():
+        here = [sequence for sequence in state.running.values() if sequence.rank == rank]
+        most = state.limits.max_decode_rows
+        assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
+        check_pages(pool, [page for sequence in here for page in sequence.pages])
+        for sequence in here:
+            for page in sequence.pages[sequence.committed // state.limits.page_size :]:
+                assert pool.ref_counts[page] == 1, f"{sequence.id} will write on page {page}, which others read"
+                assert page not in pool.keys, f"{sequence.id} will write on page {page}, which is sealed"

@@ -1,0 +1,75 @@
+"""The sizes of an engine that do not change while the server runs."""
+
+import dataclasses
+from typing import Self
+
+from serving.config import Settings
+from serving.engine.batch import StepBucket
+from serving.protocol.request import FinishReason, Request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The sizes of an engine, in tokens; `max_queue` in requests."""
+
+    page_size: int
+    max_context: int
+    max_queue: int
+    buckets: tuple[StepBucket, ...]
+    tiles_while_decoding: int
+    prefix_caching: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, max_context: int) -> Self:
+        """The sizes that the settings want, for contexts of at most `max_context` tokens."""
+        return cls(
+            page_size=settings.page_size,
+            max_context=max_context,
+            max_queue=settings.max_queue,
+            buckets=tuple(StepBucket(*bucket) for bucket in settings.buckets),
+            tiles_while_decoding=settings.tiles_while_decoding,
+            prefix_caching=settings.prefix_caching,
+        )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buckets", tuple(StepBucket(*bucket) for bucket in self.buckets))
+        bounds = {"page_size": 1, "max_context": 2, "max_queue": 1, "tiles_while_decoding": 1}
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if not self.buckets or self.max_decode_rows < 1 or self.max_tiles < 1:
+            raise ValueError(f"buckets {self.buckets} need one with decode rows and one with prefill tiles.")
+        if (self.max_decode_rows, self.max_tiles) not in self.buckets:
+            raise ValueError(
+                f"no bucket covers {self.max_decode_rows} decode rows with {self.max_tiles} tiles. "
+                f"Add ({self.max_decode_rows}, {self.max_tiles}) to the buckets."
+            )
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Decode rows of the largest bucket: the most sequences that a rank runs."""
+        return max((bucket.decode for bucket in self.buckets), default=0)
+
+    @property
+    def max_tiles(self) -> int:
+        """Prefill tiles of the largest bucket."""
+        return max((bucket.tiles for bucket in self.buckets), default=0)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence: the width of a page table."""
+        return self.pages_for(self.max_context)
+
+    def pages_for(self, positions: int) -> int:
+        """Number of pages that hold this many positions."""
+        return -(-positions // self.page_size)
+
+    def pages_needed(self, request: Request) -> int:
+        """Pages of a request that runs to its end. The last token is never written to the cache."""
+        length = len(request.prompt)
+        return self.pages_for(max(length, min(length + request.sampling.max_tokens, self.max_context) - 1))
+
+    def length_reason(self, request: Request, generated: int) -> FinishReason | None:
+        """Why a request that has generated this many tokens ends, None when it goes on."""
+        full = generated >= request.sampling.max_tokens or len(request.prompt) + generated >= self.max_context
+        return "length" if full else None

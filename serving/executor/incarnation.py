@@ -1,0 +1,52 @@
+"""A rank from the start of its process to its loss, as the front sees it."""
+
+import asyncio
+import collections
+import dataclasses
+
+from serving.executor.failure_detector import Cause, failed_of_itself
+from serving.launch.rank_process import RankProcess, describe_exit
+from serving.proto.moejax.v1 import link_pb2
+from serving.protocol import clock
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A rank that died or was declared dead. `evidence_at` is when the first sign of it was seen, `judged_at` when the
+    failure detector decided; both on the monotonic clock."""
+
+    rank: int
+    cause: Cause
+    evidence_at: float
+    judged_at: float
+
+
+class Incarnation:
+    """A rank from its start to its end: its process, its stream, and the futures of its answers."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.process: RankProcess
+        self.attached: asyncio.Future[link_pb2.Hello] = asyncio.get_running_loop().create_future()
+        self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
+        self.pending_commands: dict[int, tuple[str, asyncio.Future[link_pb2.Done]]] = {}
+        self.pending_steps: dict[int, asyncio.Future[link_pb2.StepDone]] = {}
+        """The steps that it has not answered yet, in order."""
+        self.step_sent_at: float | None = None
+        """When it could begin with the first pending step, on the monotonic clock."""
+        self.last_heartbeat = clock.now()
+        self.heartbeat_gaps: collections.deque[float] = collections.deque(maxlen=200)
+        self.step_times: collections.deque[float] = collections.deque(maxlen=200)
+        self.compiles = 0
+        self.monitored = False
+        self.stream_error: str | None = None
+        self.loss: Loss | None = None
+
+    def describe_exit(self) -> str:
+        """How its process ended, or is just ending."""
+        return describe_exit(self.process.exit_code, self.process.last_output())
+
+    @property
+    def failed_of_itself(self) -> bool:
+        """True once it was lost through an exception or a crash of its own."""
+        return self.loss is not None and failed_of_itself(self.loss.cause, self.process.exit_code)

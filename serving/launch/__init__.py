@@ -1,0 +1,1 @@
+"""Starting rank processes, on this host or on joined hosts."""

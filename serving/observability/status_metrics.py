@@ -1,0 +1,236 @@
+"""Prometheus metrics of the server's `Status`, read at the moment of the scrape: vLLM's names, then moejax's own."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serving.protocol.backend import Backend
+from serving.protocol.status import RankStatus, Status
+
+MAX_EXPERT_SERIES = 4096
+"""Most (layer, expert) pairs that get a series each. Larger models export only the imbalance of each layer."""
+
+NOT_EXPORTED: Mapping[str, Mapping[str, str]] = {
+    "Status": {
+        "axes": "a description of the mesh, not a number; `moejax status` prints it",
+        "certificate_reason": "text; `moejax status` prints it",
+        "certificate_repair": "text; `moejax status` prints it",
+        "buckets": "fixed at the start; `moejax status` prints them",
+        "chaos": "a setting",
+        "failed": "vllm:request_success counts requests by how they ended",
+        "finished": "vllm:request_success counts requests by how they ended",
+        "front_pid": "a process id; Prometheus identifies a server by its address",
+        "operable": "a setting",
+        "protection": "a setting",
+        "recoveries": "moejax_recoveries counts them by cause and outcome",
+        "slots_per_rank": "a setting",
+        "tokens": "vllm:generation_tokens counts them",
+    },
+    "RankStatus": {
+        "last_failure": "text; `moejax status` prints it",
+        "host": "a label would start new series whenever a rank moves",
+        "pid": "a process id",
+        "rack": "a label would start new series whenever a rank moves",
+        "role": "text; `moejax status` prints it",
+        "running": "vllm:num_requests_running has the sum",
+        "slots": "a table of the plan; `moejax status` prints it",
+    },
+    "LossCost": {
+        "experts_to_load": "part of moejax_rank_loss_stall_seconds; `moejax what-if` prints it",
+        "measured": "how the forecast was made; `moejax what-if` prints it",
+        "prepared": "moejax_lattice_coverage has the share of losses that are prepared for",
+        "survivable": "moejax_lattice_coverage is below 1 when a loss is not survivable",
+        "traffic": "the share of traffic that the rank's experts have; `moejax what-if` prints it",
+    },
+}
+"""Fields of the status that no metric shows, by class, and why."""
+
+CERTIFICATE_HOLDS: Mapping[str, int] = {"holds": 1, "does not hold": 0}
+"""The value of its metric by `Status.certificate`; there is none without a certificate and before its first check."""
+
+_VLLM_COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
+    ("vllm:num_preemptions", "Requests moved back to the queue to free cache pages.", lambda s: s.preemptions),
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix caches.", lambda s: s.prefix_queries),
+    ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix caches.", lambda s: s.prefix_hits),
+)
+_GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
+    (
+        "moejax_epoch",
+        "Epoch of the plan in force; grows with each plan that is adopted.",
+        lambda s: s.epoch,
+    ),
+    ("moejax_generation", "Process groups that the ranks have formed since the start.", lambda s: s.generation),
+    ("moejax_ranks_alive", "Ranks that serve.", lambda s: len(_serving(s))),
+    ("moejax_ranks", "Ranks that the server was started with.", lambda s: len(s.ranks)),
+    ("moejax_ready", "1 while requests can be served.", lambda s: s.ready),
+    ("moejax_draining", "1 while the server ends and accepts no new requests.", lambda s: s.draining),
+    ("moejax_paused", "1 while an operator has paused the server.", lambda s: s.paused),
+    ("moejax_start_time_seconds", "When the server started, in seconds since the epoch.", lambda s: s.started_at),
+    ("moejax_journal", "1 while running requests would survive the death of the front.", lambda s: s.journal == "on"),
+    (
+        "moejax_protected_bytes",
+        "Bytes of host memory in use for replicas of the ranks' KV caches.",
+        lambda s: s.protected_bytes,
+    ),
+    ("moejax_parity_bytes", "Bytes of host memory in use for parity of experts.", lambda s: s.parity_bytes),
+    (
+        "moejax_parity_coverage",
+        "Share of the wanted expert parity groups that exist, from 0 to 1.",
+        lambda s: s.parity_groups / s.parity_wanted if s.parity_wanted else 1.0,
+    ),
+    ("moejax_suspect_requests", "Requests that run alone, because ranks failed while they ran.", lambda s: s.suspects),
+    ("moejax_masked_experts", "Experts that no rank holds.", lambda s: len(s.masked)),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
+    (
+        "moejax_compiles_after_ready",
+        "XLA compilations after the server was ready; it should stay 0.",
+        lambda s: s.compiles_after_ready,
+    ),
+    ("moejax_steps", "Steps that have ended.", lambda s: s.steps),
+    (
+        "moejax_step_seconds",
+        "Seconds spent on steps, from scheduling to delivery of the tokens.",
+        lambda s: s.step_ms / 1e3,
+    ),
+    (
+        "moejax_step_rank_seconds",
+        "Seconds of steps spent in the process of the rank that spent most.",
+        lambda s: s.rank_ms / 1e3,
+    ),
+    ("moejax_program_seconds", "Seconds of steps spent inside compiled programs.", lambda s: s.program_ms / 1e3),
+    ("moejax_rows", "Rows computed by all ranks in steps, padding included.", lambda s: s.rows),
+    ("moejax_rows_filled", "Rows computed by all ranks in steps, padding excluded.", lambda s: s.rows_filled),
+    (
+        "moejax_tokens_restored",
+        "KV cache entries of lost ranks that were restored from a replica.",
+        lambda s: s.tokens_restored,
+    ),
+    (
+        "moejax_tokens_recomputed",
+        "KV cache entries of lost ranks that were computed again.",
+        lambda s: s.tokens_recomputed,
+    ),
+    ("moejax_experts_loaded", "Experts read from the host store.", lambda s: s.experts_loaded),
+    ("moejax_experts_rebuilt", "Experts rebuilt from parity.", lambda s: s.experts_rebuilt),
+    ("moejax_weights_repaired", "Damaged weights that were found and loaded again.", lambda s: s.restored),
+    (
+        "moejax_convicted_requests",
+        "Requests that were ended because ranks failed whenever they ran.",
+        lambda s: s.convicted,
+    ),
+    (
+        "moejax_degraded_requests",
+        "Requests that ended with tokens computed while experts were masked.",
+        lambda s: s.degraded,
+    ),
+)
+
+
+class StatusCollector(Collector):
+    """Reads the status of a backend when Prometheus scrapes."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def describe(self) -> list[Metric]:
+        """No metrics: their names do not depend on the status, so registration need not collect."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of the status now."""
+        status = self._backend.status()
+        yield from _vllm(status, self._backend.model.name)
+        yield from (GaugeMetricFamily(name, text, value(status)) for name, text, value in _GAUGES)
+        yield from (CounterMetricFamily(name, text, value(status)) for name, text, value in _COUNTERS)
+        yield _lattice(status)
+        if status.certificate in CERTIFICATE_HOLDS:
+            yield GaugeMetricFamily(
+                "moejax_certificate_holds",
+                "1 while every loss that the server's certificate names would keep its service levels.",
+                CERTIFICATE_HOLDS[status.certificate],
+            )
+        yield from _by_rank(status)
+        yield from _experts(status)
+
+
+def _serving(status: Status) -> list[RankStatus]:
+    return [rank for rank in status.ranks if rank.state == "serving"]
+
+
+def _vllm(status: Status, model: str) -> Iterator[Metric]:
+    serving = _serving(status)
+    pages, used = sum(rank.pages for rank in serving), sum(rank.pages_used for rank in serving)
+    for name, text, value in (
+        ("vllm:num_requests_running", "Requests in the batch.", status.running),
+        ("vllm:num_requests_waiting", "Requests in the queue.", status.waiting),
+        ("vllm:kv_cache_usage_perc", "Share of the cache pages in use, from 0 to 1.", used / pages if pages else 0.0),
+    ):
+        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+        gauge.add_metric([model], value)
+        yield gauge
+    for name, text, count in _VLLM_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([model], count(status))
+        yield counter
+    info = GaugeMetricFamily(
+        "vllm:cache_config_info",
+        "Tokens in a cache page and cache pages of all serving ranks, as labels.",
+        labels=["block_size", "num_gpu_blocks"],
+    )
+    info.add_metric([str(status.page_size), str(pages)], 1)
+    yield info
+
+
+def _lattice(status: Status) -> Metric:
+    coverage = GaugeMetricFamily(
+        "moejax_lattice_coverage",
+        "Share of the losses of a kind that the server is prepared for, from 0 to 1.",
+        labels=["loss"],
+    )
+    for loss, share in status.lattice.items():
+        coverage.add_metric([loss], share)
+    return coverage
+
+
+def _by_rank(status: Status) -> Iterator[Metric]:
+    up = GaugeMetricFamily("moejax_rank_up", "1 while the rank serves.", labels=["rank"])
+    compiles = CounterMetricFamily("moejax_rank_compiles", "XLA compilations in the rank's process.", labels=["rank"])
+    step = GaugeMetricFamily("moejax_rank_step_seconds", "Duration of the rank's last step.", labels=["rank"])
+    slowness = GaugeMetricFamily(
+        "moejax_rank_slowness", "How much slower than the other ranks the rank is of late; 0: unknown.", labels=["rank"]
+    )
+    level = GaugeMetricFamily(
+        "moejax_rank_device_error_level", "Level of the last error of the rank's device; 0: none.", labels=["rank"]
+    )
+    stall = GaugeMetricFamily(
+        "moejax_rank_loss_stall_seconds",
+        "Predicted stall of the streams on other ranks if the rank died now.",
+        labels=["rank"],
+    )
+    for rank in status.ranks:
+        label = [str(rank.id)]
+        up.add_metric(label, rank.state == "serving")
+        compiles.add_metric(label, rank.compiles)
+        step.add_metric(label, rank.step_ms / 1e3)
+        slowness.add_metric(label, rank.slowness)
+        level.add_metric(label, rank.level)
+        if rank.loss is not None:
+            stall.add_metric(label, rank.loss.stall_ms / 1e3)
+    yield from (up, compiles, step, slowness, level, stall)
+
+
+def _experts(status: Status) -> Iterator[Metric]:
+    imbalance = GaugeMetricFamily(
+        "moejax_expert_imbalance", "Tokens of the layer's busiest expert divided by the mean.", labels=["layer"]
+    )
+    for layer, row in enumerate(status.expert_load):
+        imbalance.add_metric([str(layer)], max(row) * len(row) / sum(row) if sum(row) else 1.0)
+    yield imbalance
+    if sum(map(len, status.expert_load)) <= MAX_EXPERT_SERIES:
+        tokens = CounterMetricFamily("moejax_expert_tokens", "Tokens routed to the expert.", labels=["layer", "expert"])
+        for layer, row in enumerate(status.expert_load):
+            for expert, count in enumerate(row):
+                tokens.add_metric([str(layer), str(expert)], count)
+        yield tokens

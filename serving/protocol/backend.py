@@ -1,0 +1,94 @@
+"""The interface between the surfaces and the loop: everything that a running server can do for a caller."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from planner.plan.deployment import Deployment
+from serving.protocol.events import Event
+from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
+from serving.protocol.prepared_model import ModelInfo
+from serving.protocol.request import Call, Finished, Request, Scored, Token
+from serving.protocol.status import LossForecast, Status
+
+SIGNALS = ("SIGKILL", "SIGSTOP")
+SIGNALS_TO_WEIGHTS = ("NAN", "BITFLIP")
+CUT_LINKS = "LINKS"
+"""Arguments of `Backend.kill`: signals to the process of a rank, damage to the weights of an expert it holds, and a cut
+of its connections to other ranks."""
+FAULTS = (*SIGNALS, *SIGNALS_TO_WEIGHTS, CUT_LINKS)
+
+
+class Backend(Protocol):
+    """The interface of the loop to HTTP, gRPC and vLLM's gRPC service. Implemented by `serving.core.loop.Loop`, and by
+    a fake in tests."""
+
+    model: ModelInfo
+
+    @property
+    def resumable(self) -> bool:
+        """Whether calls are recorded, so that their streams can be replayed."""
+        ...
+
+    def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
+        """Accept a request and yield scores of its prompt, its tokens, then one Finished. Raises QueueFull,
+        NoCapacity, Draining, DeadlineExceeded, Cancelled or PromptTooLong. Leaving the iterator cancels the request."""
+        ...
+
+    def replay(self, request_id: str, *, follow: bool = True) -> AsyncIterator[Scored | Token | Finished]:
+        """Every item that `stream` yielded for a request of a recorded call, then, with `follow`, further ones as they
+        come."""
+        ...
+
+    def register_call(self, call: Call) -> None:
+        """Record a call whose requests will be streamed, so that this front and the one after it can replay it."""
+        ...
+
+    def close_call(self, call_id: str) -> None:
+        """The client disconnected, or the call is complete."""
+        ...
+
+    def find_call(self, call_id: str, owner: str) -> Call:
+        """A recorded call of that owner. Raises UnknownRequest."""
+        ...
+
+    def forget_call(self, call_id: str) -> None:
+        """Forget a recorded call: neither this front nor the one after it can replay it."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a request. False when it is unknown."""
+        ...
+
+    def first_step_at(self, request_id: str) -> float | None:
+        """When a request that is being streamed left the queue, in seconds of the front's clock; None before."""
+        ...
+
+    def status(self) -> Status:
+        """The current status."""
+        ...
+
+    def watch(self, after: int = 0) -> AsyncIterator[Event]:
+        """Events with a sequence above `after`: past ones, then new ones as they happen."""
+        ...
+
+    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
+        """Kill or stop the process of a rank, or of all ranks of a host; with SIGNALS_TO_WEIGHTS, damage an expert.
+        For tests and demonstrations. Raises NotPermitted without --chaos."""
+        ...
+
+    def what_if(self) -> tuple[LossForecast, ...]:
+        """The predicted cost of losing each rank, and each host of several."""
+        ...
+
+    def deployment(self) -> Deployment | None:
+        """The plan in force with its model, cluster, measured loads and traffic; None while no rank is alive."""
+        ...
+
+    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
+        """Carry out a planned change; returns the ranks that serve when it is done. The caller has been checked
+        (`serving.protocol.instructions.permit`). Raises InvalidRequest and NoCapacity."""
+        ...
+
+    def report(self, error: DeviceError) -> ErrorResponse:
+        """Handle an error of a device. Returns what is done about it. Raises UnknownRequest."""
+        ...

@@ -1,0 +1,128 @@
+"""The generations of ranks: each is a process group over one coordination service, with spare process ids for
+replacements (docs/decisions/0004)."""
+
+import asyncio
+import collections
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+from serving.executor.executor import RankExecutor
+from serving.executor.failure_detector import Cause
+from serving.executor.rank_errors import CommandFailed, RankLost
+from serving.launch.coordinator import Coordinator
+from serving.proto.moejax.v1 import link_pb2
+from serving.protocol import clock
+
+JOIN_TIMEOUT_S = 30.0
+MAX_JOIN_FAILURES = 3
+"""Times in a row that a rank may fail to join a generation before it is replaced."""
+SPARE_PROCESS_IDS = 32
+"""Replacements that can join a generation; the next one needs a new generation, as every replacement does on a GPU."""
+
+
+class Rendezvous:
+    """Forms one generation of ranks after the other. `host` is the address that ranks reach the coordination service
+    at; `on_coordinator_exit` is called with how the service ended, unless this object stopped it."""
+
+    def __init__(self, executor: RankExecutor, host: str, on_coordinator_exit: Callable[[str], None]) -> None:
+        self.coordinator: Coordinator | None = None
+        self._generation = 0
+        self._executor = executor
+        self._host = host
+        self._on_coordinator_exit = on_coordinator_exit
+        self._previous: Coordinator | None = None
+        self._monitoring: asyncio.Task[None] | None = None
+        self._process_ids: dict[int, int] = {}
+        self._spare_ids: collections.deque[int] = collections.deque()
+        self._processes = 0
+        self._join_failures: collections.Counter[int] = collections.Counter()
+
+    @property
+    def spare_count(self) -> int:
+        """Process ids left for replacements."""
+        return len(self._spare_ids)
+
+    async def open(self, ranks: tuple[int, ...], generation: int) -> None:
+        """Start the coordination service of a generation, which has these ranks; they enter with `join_all`."""
+        self._previous = self.coordinator
+        if self._monitoring is not None:
+            self._monitoring.cancel()
+        self._processes = len(ranks) + (0 if "cuda" in os.environ.get("JAX_PLATFORMS", "") else SPARE_PROCESS_IDS)
+        self.coordinator = await Coordinator.start(len(ranks), self._processes, self._host)
+        self._monitoring = asyncio.create_task(self._monitor(self.coordinator))
+        self._generation = generation
+        self._process_ids = {rank: process_id for process_id, rank in enumerate(ranks)}
+        self._spare_ids = collections.deque(range(len(ranks), self._processes))
+
+    async def abandon(self) -> None:
+        """Stop the coordination service that was opened, and the one before it: no rank enters it."""
+        for service in (self.coordinator, self._previous):
+            if service is not None:
+                await service.stop()
+
+    async def join_all(self, pages_used: Mapping[int, int]) -> None:
+        """Have every rank of the generation enter it; each keeps as many pages of its cache, from the first on, as
+        `pages_used` says. Raises RankLost, CommandFailed or TimeoutError."""
+        assert self.coordinator is not None
+        ranks = tuple(self._process_ids)
+        try:
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                joins = {rank: self._join_message(pages_used.get(rank, 0)) for rank in ranks}
+                await self._executor.call_all("join", joins)
+            self._join_failures.clear()
+        except (RankLost, CommandFailed, TimeoutError) as error:
+            await self.coordinator.stop()  # so that the ranks that wait in it for the others return
+            if isinstance(error, CommandFailed):
+                self._count_join_failure(error)
+            if isinstance(error, TimeoutError):
+                self._executor.lose_unanswered(ranks, f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
+            raise
+        finally:
+            if self._previous is not None:
+                await self._previous.stop()
+
+    async def join(self, rank: int) -> int:
+        """Have a replacement enter the generation. Returns the process id it has there. Raises RankLost or
+        CommandFailed."""
+        self._process_ids[rank] = process_id = self._spare_ids.popleft()
+        await self._executor.call(rank, "join", self._join_message(0))
+        return process_id
+
+    async def announce(self, rank: int, process_id: int, others: Iterable[int]) -> None:
+        """Send the process id of a replacement to other ranks; lost ranks are passed over."""
+        message = link_pb2.Seat(rank=rank, process=process_id)
+        await asyncio.gather(*(self._executor.call(each, "seat", message) for each in others), return_exceptions=True)
+
+    def forget(self, rank: int) -> None:
+        """A rank was lost: its process id is not used again."""
+        self._process_ids.pop(rank, None)
+
+    async def close(self) -> None:
+        """Stop the coordination service."""
+        if self._monitoring is not None:
+            self._monitoring.cancel()
+        if self.coordinator is not None:
+            await self.coordinator.stop()
+
+    def _join_message(self, pages_used: int) -> link_pb2.Join:
+        assert self.coordinator is not None
+        return link_pb2.Join(
+            generation=self._generation,
+            address=self.coordinator.address,
+            members=self._process_ids.keys(),
+            seats=self._process_ids.values(),
+            processes=self._processes,
+            pages_used=pages_used,
+        )
+
+    def _count_join_failure(self, error: CommandFailed) -> None:
+        """A rank that can never join must not keep the others out: it is replaced in the end."""
+        self._join_failures[error.rank] += 1
+        if self._join_failures[error.rank] >= MAX_JOIN_FAILURES:
+            self._executor.declare(error.rank, Cause("error", f"could not join: {error}"), clock.now())
+
+    async def _monitor(self, coordinator: Coordinator) -> None:
+        """A generation whose coordination service ended goes on, but no replacement can join it."""
+        code = await coordinator.process.wait()
+        self._spare_ids.clear()
+        self._on_coordinator_exit(f"the coordinator ended with {f'signal {-code}' if code < 0 else f'code {code}'}")

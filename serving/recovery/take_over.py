@@ -1,0 +1,105 @@
+"""The take-over: a new front goes on with the ranks that an earlier front left (docs/decisions/0010)."""
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from serving.engine.page_pool import PageKey
+from serving.errors import NoCapacity
+from serving.executor.executor import RankExecutor
+from serving.executor.failure_detector import Cause
+from serving.executor.prefix_index import read_pages
+from serving.executor.rank_errors import CommandFailed, RankLost
+from serving.proto.moejax.v1 import link_pb2
+from serving.protocol import clock
+from serving.recovery.generations import Generations
+from serving.recovery.membership_events import Ready, Seen
+from serving.recovery.mesh_pool import MeshPool
+from serving.recovery.recovery_state import RecoveryState
+
+TAKE_OVER_S = 5.0
+"""How long a rank that an earlier front started may take to attach to this one."""
+
+
+class TakingFront(Protocol):
+    """The parts of a failover that a take-over uses."""
+
+    state: RecoveryState
+    meshes: MeshPool
+    generations: Generations
+
+    async def configure(self, rank: int) -> None:
+        """Configure a rank."""
+        ...
+
+    def suspend(self, ranks: Collection[int], reason: str) -> None:
+        """Have these ranks wait for others."""
+        ...
+
+
+class TakeOver:
+    """The take-over of one front. `keep_pages`: whether pages of the prefix caches of ranks stay valid; with tensor
+    groups these may have changed while there was no front."""
+
+    def __init__(
+        self, front: TakingFront, executor: RankExecutor, log: Callable[[str], None], *, keep_pages: bool
+    ) -> None:
+        self._front = front
+        self._executor = executor
+        self._log = log
+        self._keep_pages = keep_pages
+        self._known_pages: dict[int, dict[int, PageKey]] = {}
+        self.ranks_taken_over = 0
+        """How many ranks an earlier front had started."""
+
+    async def run(self) -> bool:
+        """Go on with the ranks that an earlier front left, with their weights, their caches and what they know of their
+        pages. Ranks that do not attach in time are ended. False when none of them had served."""
+        front = self._front
+        left = self._executor.adopt_left_ranks()
+        if left:
+            self._log(f"taking over {len(left)} ranks")
+        attached = [each for each in await asyncio.gather(*map(self._reattach, left)) if each is not None]
+        hellos = {rank: hello for rank, hello in attached if hello.generation}
+        for rank in sorted({rank for rank, _ in attached} - hellos.keys()):
+            front.state.record(Ready(rank))
+        known = {rank: read_pages(hello.full) for rank, hello in hellos.items()}
+        one_generation = len({hello.generation for hello in hellos.values()}) == 1
+        goes_on = front.meshes.shares_memory and one_generation and all(hello.serves for hello in hellos.values())
+        while hellos:
+            pages = {rank: max(known[rank], default=-1) + 1 for rank in hellos}
+            try:
+                await (front.generations.activate(hellos) if goes_on else front.generations.start(hellos, pages))
+                self.ranks_taken_over = len(hellos)
+                if self._keep_pages:
+                    self._known_pages = {rank: known[rank] for rank in hellos}
+                return True
+            except (RankLost, CommandFailed, TimeoutError) as error:
+                self._log(str(error) or "the ranks did not come together in time")
+            except NoCapacity as error:
+                self.ranks_taken_over = len(hellos)
+                front.suspend(hellos, str(error))
+                return True
+            hellos = {rank: h for rank, h in hellos.items() if (each := self._executor.get(rank)) and each.loss is None}
+            goes_on = False
+        for rank in sorted(front.state.membership.ready):
+            self._executor.declare(rank, Cause("error", "nobody is left to join"), clock.now())
+        return False
+
+    def take_known_pages(self) -> dict[int, dict[int, PageKey]]:
+        """The full pages that ranks of an earlier front still hold, {rank: {page: key}}; empty after the first call."""
+        taken, self._known_pages = self._known_pages, {}
+        return taken
+
+    async def _reattach(self, rank: int) -> tuple[int, link_pb2.Hello] | None:
+        """The first message of a rank that an earlier front left, once it is configured; None if it cannot go on."""
+        try:
+            async with asyncio.timeout(TAKE_OVER_S):
+                hello = await self._executor.wait_attached(rank)
+            self._front.state.record(Seen(hello.generation, hello.epoch))
+            await self._front.configure(rank)
+        except (RankLost, CommandFailed, TimeoutError) as error:
+            why = str(error) or f"did not come back within {TAKE_OVER_S:.0f} s"
+            self._executor.declare(rank, Cause("error", why), clock.now())
+            return None
+        return rank, hello

@@ -1,0 +1,1 @@
+"""The process of one rank; the only package of the server that imports `moejax`."""
