@@ -2,9 +2,9 @@
 
 import tokenizers
 
-from serving.chat_template import ChatTemplate
-from serving.tokens import Tokenizer
-from serving.vocabulary import JsonVocabulary
+from serving.text.chat_template import ChatTemplate
+from serving.text.tokenizer import Tokenizer
+from serving.text.tokenizer_formats import HuggingFaceTokenizer
 
 TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
@@ -18,7 +18,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(["<|end|>", "<|stop|>", "<|user|>", "<|system|>", "<|assistant|>"])
     return Tokenizer(
-        JsonVocabulary(inner), template=None if template is None else ChatTemplate({"default": template}, {})
+        HuggingFaceTokenizer(inner), template=None if template is None else ChatTemplate({"default": template}, {})
     )
 
 

@@ -1,0 +1,132 @@
+"""python -m simulation --seeds 1000: run scenarios, and print the first that breaks a law, made small."""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from simulation.run import Outcome, run
+from simulation.scenario import Mode, draw
+from simulation.shrink import shrink
+
+TRACE_LINES = 200
+CHUNK = 16
+"""Seeds that a process of `--jobs` takes at a time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the scenarios of a range of seeds. Returns 1 when a law was broken."""
+    parser = argparse.ArgumentParser(prog="python -m simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=100, help="number of seeds")
+    parser.add_argument("--seed", type=int, default=None, help="run this seed alone, and print its trace")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--mode", choices=("safety", "liveness", "both"), default="both", help="default: both in turn")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--json", type=Path, help="write the figures and the failing seeds to this file")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at the first seed that breaks a law")
+    parser.add_argument("--no-shrink", action="store_true", help="do not make failing scenarios smaller")
+    options = parser.parse_args(arguments)
+    if os.environ.get("PYTHONHASHSEED") != "0" and arguments is None:  # the order of sets of names is the seed's, too
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "simulation", *sys.argv[1:]])
+    modes: tuple[Mode, ...] = ("safety", "liveness") if options.mode == "both" else (options.mode,)
+    if options.seed is not None:
+        return max(_replay(options.seed, mode, shrinks=not options.no_shrink) for mode in modes)
+    return _run_all(options, modes)
+
+
+def _outcomes(options: argparse.Namespace, modes: tuple[Mode, ...]) -> Iterator[Outcome]:
+    """The outcomes of all seeds, in order."""
+    seeds = range(options.first, options.first + options.seeds)
+    wanted: list[tuple[int, Mode]] = [(seed, modes[seed % len(modes)]) for seed in seeds]
+    if options.jobs == 1:
+        yield from map(_outcome, wanted)
+        return
+    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+        try:
+            yield from pool.map(_outcome, wanted, chunksize=CHUNK)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _outcome(wanted: tuple[int, Mode]) -> Outcome:
+    """The outcome of one seed; with its trace only when it breaks a law."""
+    outcome = run(draw(*wanted))
+    return outcome if outcome.violations else dataclasses.replace(outcome, trace=())
+
+
+def _run_all(options: argparse.Namespace, modes: tuple[Mode, ...]) -> int:
+    began, happened, failing = time.perf_counter(), collections.Counter[str](), []
+    ran = tokens = 0
+    virtual_s = 0.0
+    for outcome in _outcomes(options, modes):
+        ran, tokens, virtual_s = ran + 1, tokens + outcome.tokens, virtual_s + outcome.virtual_s
+        happened.update(outcome.happened)
+        if outcome.violations:
+            failing.append(outcome)
+            _print_failure(outcome, shrinks=not options.no_shrink)
+            if not options.keep_going:
+                break
+    took = time.perf_counter() - began
+    figures: dict[str, Any] = {
+        "seeds": ran,
+        "first": options.first,
+        "modes": modes,
+        "seeds_per_minute": 60 * ran / took,
+        "faults_per_seed": sum(happened.values()) / max(1, ran),
+        "virtual_seconds": virtual_s,
+        "tokens": tokens,
+        "faults": dict(sorted(happened.items())),
+        "failing": [
+            {"seed": each.scenario.seed, "mode": each.scenario.mode, "violations": each.violations} for each in failing
+        ],
+    }
+    print(
+        f"{ran} seeds in {took:.1f} s ({figures['seeds_per_minute']:.0f} a minute), "
+        f"{figures['faults_per_seed']:.1f} faults a seed, {virtual_s:.0f} virtual seconds, {tokens} tokens; "
+        f"{len(failing)} seeds break a law"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 1 if failing else 0
+
+
+def _replay(seed: int, mode: Mode, *, shrinks: bool) -> int:
+    outcome = run(draw(seed, mode))
+    if outcome.violations:
+        _print_failure(outcome, shrinks=shrinks)
+        return 1
+    print("\n".join([*outcome.scenario.lines(), *outcome.trace, "no law is broken"]))
+    return 0
+
+
+def _print_failure(outcome: Outcome, *, shrinks: bool) -> None:
+    """Print a failing scenario, as small as it could be made."""
+    scenario, law = outcome.scenario, outcome.violations[0]
+    print(f"seed {scenario.seed} ({scenario.mode}) breaks a law: {law}")
+    if shrinks:
+        small = shrink(scenario, lambda candidate: bool(run(candidate).violations))
+        outcome = run(small)
+        print(f"made smaller: {len(small.faults)} of {len(scenario.faults)} faults, {len(small.clients)} clients")
+    print("\n".join(outcome.scenario.lines()))
+    for fault in outcome.scenario.faults:
+        print(f"  {fault}")
+    for client in outcome.scenario.clients:
+        given = {name: value for name, value in dataclasses.asdict(client).items() if value not in (None, (), 1)}
+        print(f"  client {given}")
+    until = next((i for i, line in enumerate(outcome.trace) if "VIOLATED" in line), len(outcome.trace))
+    print("\n".join(outcome.trace[max(0, until - TRACE_LINES) : until + 10]))
+    for violation in outcome.violations:
+        print(f"broken: {violation}")
+    print(f"again: python -m simulation --seed {scenario.seed} --mode {scenario.mode}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""A model whose answers can be worked out by hand, its requests, and the KV cache of a rank that runs it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from planner.plan.step_layout import DROPPED, TILE
+from serving.engine.batch import StepBucket
+from serving.engine.limits import Limits
+from serving.engine.logits import LogitsAdjustment, ScoredTile, logits_adjustment
+from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.request import LogitsParams, Request
+from serving.protocol.sampling import ResolvedSampling
+
+VOCAB = 97
+
+PREPARED = PreparedModel(
+    name="fake",
+    config="{}",
+    folder="",
+    store="",
+    executables="",
+    vocab_size=VOCAB,
+    max_context=96,
+    stop_tokens=(),
+    bos_token=None,
+    layers=2,
+    moe_layers=2,
+    experts=4,
+    experts_per_token=1,
+    parameters=1,
+    expert_bytes=8,
+    rest_bytes=8,
+    cache_bytes_per_token=8,
+    hidden_bytes=8,
+    weights="float32",
+)
+"""The model as a server prepares it; nothing of it is on disk."""
+
+
+def next_token(prefix: Iterable[int], seed: int) -> int:
+    """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB."""
+    return (seed % 2**32 + sum(place * token for place, token in enumerate(prefix, 1))) % VOCAB
+
+
+def logprob_of(token: int) -> float:
+    """The fake model is a 64th less sure of a token than of the one before it."""
+    return -token / 64
+
+
+def fake_logits(prefix: Iterable[int], seed: int) -> np.ndarray:
+    """The fake model's view of the next token: 0 for its own, less by 1 for each step away from it, in a ring."""
+    return -((np.arange(VOCAB) - next_token(prefix, seed)) % VOCAB).astype(np.float32)
+
+
+def allowed_by(params: LogitsParams) -> np.ndarray:
+    """The fake structured output: after k tokens, only every token that is k modulo 3 more than one of three."""
+    bits = (np.arange(VOCAB) + len(params.generated)) % 3 == 0
+    return np.packbits(np.pad(bits, (0, -VOCAB % 32)), bitorder="little").view(np.uint32)
+
+
+def adjusted_token(logits: np.ndarray, row: LogitsAdjustment) -> int:
+    """The likeliest token after penalties, biases and mask, computed the slow way."""
+    adjusted = logits.copy()
+    for token in row.seen:
+        adjusted[token] = adjusted[token] / row.repetition if adjusted[token] > 0 else adjusted[token] * row.repetition
+    for token, more in zip(row.tokens, row.add, strict=True):
+        adjusted[token] += more
+    if row.allowed.size:
+        bits = np.unpackbits(row.allowed.view(np.uint8), bitorder="little")[:VOCAB]
+        adjusted[bits == 0] = -np.inf
+    return int(np.argmax(adjusted))
+
+
+def score_of(prefix: Iterable[int], token: int) -> float:
+    """The fake model's log-probability of a given token; it is not normalized."""
+    return float(fake_logits(prefix, 0)[token])
+
+
+def alone(request: Request, max_context: int) -> tuple[list[int], str]:
+    """The tokens a request gets when it is the only one, and why it ends."""
+    tokens = list(request.prompt)
+    generated: list[int] = []
+    while len(generated) < request.sampling.max_tokens and len(tokens) < max_context:
+        token = next_token(tokens, request.sampling.seed)
+        if request.sampling.needs_logits_processing(len(generated)):
+            row = logits_adjustment(LogitsParams(request, tuple(generated)), allowed_by)
+            token = adjusted_token(fake_logits(tokens, request.sampling.seed), row)
+        if token in request.sampling.stop_tokens:
+            return generated, "stop"
+        tokens.append(token)
+        generated.append(token)
+    return generated, "length"
+
+
+def small_limits(**changes: Any) -> Limits:
+    """Limits under which everything happens within a few steps."""
+    values: dict[str, Any] = {
+        "page_size": 8,
+        "max_context": 96,
+        "max_queue": 12,
+        "buckets": (StepBucket(2, 0), StepBucket(4, 0), StepBucket(2, 1), StepBucket(4, 2)),
+        "tiles_while_decoding": 1,
+    }
+    return Limits(**values | changes)
+
+
+def small_request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> Request:
+    """A request of 4 tokens with the given fields, of the request itself or of its sampling parameters."""
+    own = {field.name for field in dataclasses.fields(Request)}
+    values: dict[str, Any] = {"id": name, **{key: value for key, value in fields.items() if key in own}}
+    others = {key: value for key, value in fields.items() if key not in own}
+    sampling: dict[str, Any] = {"max_tokens": 4, "seed": 0, **others}
+    return Request(prompt=tuple(prompt), sampling=ResolvedSampling(**sampling), **values)
+
+
+class HandCache:
+    """The KV cache of a rank. Its entries are tokens and positions; only `step` reads it and only `commit` writes it,
+    as in the real programs."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.token = np.full(pages * page_size, -1)
+        self.position = np.full(pages * page_size, -1)
+
+    def step(
+        self, arrays: Mapping[str, np.ndarray], logits_adjustments: Mapping[int, LogitsAdjustment]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [Z], log-probabilities [Z]) from the cache and the new rows. 0 for segments of padding."""
+        tokens = np.zeros(len(arrays["cached"]), np.int32)
+        for segment, row in enumerate(arrays["sample_row"]):
+            if arrays["positions"][row] >= 0:
+                prefix = self.prefix(arrays, segment, row)
+                assert arrays["sample_position"][segment] in (0, len(prefix))
+                seed = int(arrays["seed"][segment])
+                tokens[segment] = next_token(prefix, seed)
+                if segment in logits_adjustments:
+                    tokens[segment] = adjusted_token(fake_logits(prefix, seed), logits_adjustments[segment])
+        return tokens, np.array([logprob_of(int(token)) for token in tokens], np.float32)
+
+    def prefix(self, arrays: Mapping[str, np.ndarray], segment: int, row: int) -> list[int]:
+        """The tokens that `row` attends to, itself the last: those in the cache, then the step's own."""
+        cached, base = int(arrays["cached"][segment]), int(arrays["new_base"][segment])
+        at = np.arange(cached)
+        page = arrays["page_table"][segment][at // self.page_size]
+        entries = page * self.page_size + at % self.page_size
+        assert (self.position[entries] == at).all(), "the cache holds something else at these entries"
+        new = slice(base, row + 1)
+        assert (arrays["positions"][new] == cached + np.arange(row + 1 - base)).all()
+        return [*self.token[entries].tolist(), *arrays["tokens"][new].tolist()]
+
+    def scores(self, arrays: Mapping[str, np.ndarray], tile: ScoredTile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a tile's targets: log-probabilities [32], and of the alternatives the target itself [32, 1] twice."""
+        segment = int(np.flatnonzero(arrays["new_base"] <= tile.row)[-1])  # segments are in order of rows
+        given = np.zeros(TILE, np.float32)
+        for i, target in enumerate(tile.targets):
+            if target >= 0:
+                given[i] = score_of(self.prefix(arrays, segment, tile.row + i), target)
+        return given, tile.targets[:, None], given[:, None]
+
+    def commit(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the step's rows into the cache."""
+        rows = arrays["write"] != DROPPED
+        assert (arrays["positions"][rows] >= 0).all()
+        entries = arrays["write"][rows]
+        assert len(set(entries.tolist())) == len(entries), "two rows write one entry"
+        self.token[entries] = arrays["tokens"][rows]
+        self.position[entries] = arrays["positions"][rows]

@@ -1,0 +1,185 @@
+"""Simulated streams between a front and its ranks: messages keep their order within a stream, as in TCP, and may take
+any time; a stream breaks as a whole.
+
+A lost message is therefore a broken stream. Messages are doubled where the receiver must bear it: reports, and commands
+that say what shall be rather than what to do next.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from serving.executor.executor import RankExecutor
+from serving.launch.rank_listener import HEARTBEAT_METADATA
+from serving.proto.moejax.v1 import link_pb2
+from simulation.virtual_time import context_of
+
+LATENCY_S = (0.0001, 0.001)
+"""The least and the most virtual seconds that a message takes when nothing is wrong."""
+NOTICE_S = (0.001, 0.02)
+"""Virtual seconds until an end notices that the stream is broken."""
+SPACING_S = 1e-6
+"""Least virtual seconds between two messages of a stream, which keeps their order."""
+GIVE_UP_S = 4.0
+"""Virtual seconds after which a silent stream is given up: the keepalive of `serving.launch.rank_listener`."""
+DOUBLED_COMMANDS = frozenset({"adopt", "hold", "inspect", "seat", "keep_parity", "read_cache", "read_weights", "abort"})
+
+
+@dataclasses.dataclass
+class LinkQuality:
+    """The faults of the link to one rank, as shares of messages."""
+
+    late: float = 0.0
+    late_s: float = 0.0
+    doubled: float = 0.0
+    lost: float = 0.0
+    blocked_until: float = 0.0
+
+
+class FrontEnd(Protocol):
+    """The front as its streams know it."""
+
+    executor: RankExecutor
+    dead: bool
+
+
+class RankEnd(Protocol):
+    """The rank as its streams know it."""
+
+    def receive(self, stream: "Stream", command: link_pb2.Command) -> None:
+        """A command has arrived."""
+        ...
+
+    def stream_ended(self, stream: "Stream", *, refused: bool) -> None:
+        """The stream has ended."""
+        ...
+
+
+class Refused(Exception):
+    """The front does not know the caller."""
+
+
+class Stream:
+    """One stream from its Hello to its end; it is the gRPC context of the front's handler, too."""
+
+    def __init__(self, front: FrontEnd, rank: RankEnd, quality: LinkQuality, draw: random.Random) -> None:
+        self.front = front
+        self.closed = False
+        """The rank knows that it has ended."""
+        self.heartbeat_s = 0.2
+        self._rank = rank
+        self._quality = quality
+        self._draw = draw
+        self._loop = asyncio.get_running_loop()
+        self._reports: asyncio.Queue[link_pb2.Report | None] = asyncio.Queue()
+        self._up_at = self._down_at = 0.0
+        self._broken = False
+        self._task = self._loop.create_task(self._serve(), context=context_of(front))
+
+    def is_of(self, rank: object) -> bool:
+        """Whether it is the stream of this process."""
+        return self._rank is rank
+
+    # -- The rank's end -----------------------------------------------------------------------------------------
+
+    def report(self, report: link_pb2.Report) -> None:
+        """Send a report to the front."""
+        if self.closed or self._broken:
+            return
+        times = self._copies(report.WhichOneof("what") not in ("hello", "copied"))
+        for _ in range(times):
+            self._up_at = self._arrival(self._up_at)
+            self._loop.call_at(self._up_at, self._arrived, report)
+
+    def close(self, why: str) -> None:
+        """The rank's process has ended: what it sent still arrives."""
+        if not self.closed:
+            self.closed = True
+            self._up_at = self._arrival(self._up_at)
+            self._loop.call_at(self._up_at, self._arrived, None)
+
+    # -- The front's end ----------------------------------------------------------------------------------------
+
+    async def abort(self, code: Any, text: str) -> None:
+        """The front refuses the caller."""
+        raise Refused(text)
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """The front accepts the caller."""
+        self.heartbeat_s = float(dict(metadata).get(HEARTBEAT_METADATA, self.heartbeat_s))
+
+    def front_died(self) -> None:
+        """The front's process has ended: what it sent still arrives."""
+        self._end(refused=False)
+
+    def _arrived(self, report: link_pb2.Report | None) -> None:
+        if not self.front.dead and (report is None or not self._broken):
+            self._reports.put_nowait(report)
+
+    async def _read(self) -> AsyncIterator[link_pb2.Report]:
+        while (report := await self._reports.get()) is not None:
+            yield report
+
+    async def _serve(self) -> None:
+        refused = False
+        try:
+            async with contextlib.aclosing(self.front.executor.Attach(self._read(), self)) as commands:  # type: ignore[type-var]
+                async for command in commands:
+                    if self.front.dead:
+                        break
+                    self._send(command)
+        except Refused:
+            refused = True
+        finally:
+            self._end(refused=refused)
+
+    def _send(self, command: link_pb2.Command) -> None:
+        if self.closed or self._broken:
+            return
+        for _ in range(self._copies(command.WhichOneof("what") in DOUBLED_COMMANDS)):
+            self._down_at = self._arrival(self._down_at)
+            self._loop.call_at(self._down_at, self._delivered, command)
+
+    def _delivered(self, command: link_pb2.Command) -> None:
+        if not self._broken:
+            self._rank.receive(self, command)
+
+    # -- Between them -------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """The connection is reset: what is on its way is lost, and both ends notice soon."""
+        if self._broken:
+            return
+        self._broken = True
+        notice = self._draw.uniform(*NOTICE_S)
+        self._loop.call_later(notice, self._reports.put_nowait, None)
+        self._loop.call_later(notice, self._task.cancel)
+        self._loop.call_later(self._draw.uniform(*NOTICE_S), self._end_now, False)
+
+    def _end(self, *, refused: bool) -> None:
+        self._down_at = self._arrival(self._down_at)
+        self._loop.call_at(self._down_at, self._end_now, refused)
+
+    def _end_now(self, refused: bool) -> None:
+        if not self.closed:
+            self.closed = True
+            self._rank.stream_ended(self, refused=refused)
+
+    def _arrival(self, after: float) -> float:
+        """When a message arrives that is sent now, after the one before it."""
+        quality, now = self._quality, self._loop.time()
+        at = now + self._draw.uniform(*LATENCY_S)
+        if quality.late and self._draw.random() < quality.late:
+            at += self._draw.expovariate(1.0 / quality.late_s)
+        return max(at, after + SPACING_S, quality.blocked_until)
+
+    def _copies(self, may_be_doubled: bool) -> int:
+        """How often a message arrives. A lost one breaks the stream."""
+        quality = self._quality
+        if quality.lost and self._draw.random() < quality.lost:
+            self.cut()
+            return 0
+        return 2 if may_be_doubled and quality.doubled and self._draw.random() < quality.doubled else 1

@@ -1,0 +1,112 @@
+"""An event loop whose time is virtual: where asyncio would wait for the next timer, the clock moves to it instead.
+
+Nothing outside the loop can wake it, so that a run depends on nothing but what is scheduled in it.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+TURN_S = 2e-5
+"""Virtual seconds that one turn of the loop takes, so that code which polls without waiting does not stop the clock."""
+OWNER: contextvars.ContextVar[object] = contextvars.ContextVar("owner", default=None)
+"""The simulated process that the running code belongs to; tasks inherit it."""
+
+
+class Deadlock(Exception):
+    """Nothing is scheduled any more, and the main coroutine waits."""
+
+
+class OutOfTime(Exception):
+    """A run has taken more turns of the loop than it may."""
+
+
+class VirtualTimeLoop(asyncio.BaseEventLoop):
+    """An event loop under virtual time, for at most `max_turns` turns. `thread_delay` gives the virtual seconds before
+    a function that asyncio would run in a thread is run (here), and before its result arrives."""
+
+    def __init__(self, *, max_turns: int, thread_delay: Callable[[], float] = lambda: 0.0) -> None:
+        super().__init__()
+        self._selector = self
+        self._now = 0.0
+        self._max_turns = max_turns
+        self._thread_delay = thread_delay
+        self._tasks: list[tuple[object, asyncio.Task[Any]]] = []
+        self.turns = 0
+        self.set_task_factory(self._make_task)
+
+    def time(self) -> float:
+        """Virtual seconds since the start."""
+        return self._now
+
+    def select(self, timeout: float | None) -> list[Any]:
+        """Wait, as a selector does: the clock moves to the next timer. Raises Deadlock and OutOfTime."""
+        self.turns += 1
+        if self.turns > self._max_turns:
+            raise OutOfTime(f"{self.turns} turns of the event loop")
+        if timeout is None:
+            raise Deadlock("nothing is scheduled, and nothing can happen any more")
+        self._now += max(timeout, TURN_S)
+        return []
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":  # type: ignore[override]
+        """Run a function a little later in this thread; its result arrives a little later still."""
+        future: asyncio.Future[Any] = self.create_future()
+
+        def run() -> None:
+            if future.cancelled():
+                return
+            try:
+                result, error = func(*args), None
+            except Exception as raised:
+                result, error = None, raised
+            self.call_later(self._thread_delay(), finish, result, error)
+
+        def finish(result: Any, error: Exception | None) -> None:
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self.call_later(self._thread_delay(), run)
+        return future
+
+    def tasks_of(self, owner: object) -> list[asyncio.Task[Any]]:
+        """The tasks of a simulated process that are not done."""
+        return [task for own, task in self._tasks if own is owner and not task.done()]
+
+    def unseen_errors(self) -> list[tuple[object, BaseException]]:
+        """The errors of tasks that ended with one which nobody has looked at, with their owners."""
+        found = []
+        for owner, task in self._tasks:
+            if task.done() and not task.cancelled() and getattr(task, "_log_traceback", False):
+                error = task.exception()
+                if error is not None:
+                    found.append((owner, error))
+        return found
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> "asyncio.Task[Any]":
+        context = options.get("context")
+        task = asyncio.Task(coro, loop=self, **options)
+        self._tasks.append((OWNER.get() if context is None else context.get(OWNER), task))
+        if len(self._tasks) % 4096 == 0:
+            self._tasks = [
+                each for each in self._tasks if not each[1].done() or getattr(each[1], "_log_traceback", False)
+            ]
+        return task
+
+    def _process_events(self, event_list: list[Any]) -> None:
+        """There are no events but timers."""
+
+    def _write_to_self(self) -> None:
+        """Nothing but the loop itself schedules anything."""
+
+
+def context_of(owner: object) -> contextvars.Context:
+    """A context in which tasks and callbacks belong to `owner`."""
+    context = contextvars.Context()
+    context.run(OWNER.set, owner)
+    return context

@@ -1,0 +1,217 @@
+"""Everything around a front: ranks and their links, coordination services, the store, the disk; and the laws that
+hold for all of them."""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from serving.engine.limits import Limits
+from serving.executor.executor import RankExecutor
+from serving.executor.incarnation import Loss
+from serving.executor.mesh_key import MeshKey
+from serving.proto.moejax.v1 import link_pb2
+from simulation.disk import Disk
+from simulation.exchange import Communicator, Coordinators, Gathering, Member
+from simulation.hand_model import PREPARED
+from simulation.hand_rank import HandRank, HandStore
+from simulation.link import LinkQuality, Stream
+from simulation.rank import SimulatedRank
+from simulation.scenario import Scenario
+
+STEP_S = (0.005, 0.02)
+"""The least and the most virtual seconds of a step's exchange."""
+WALL_S = 1.7e9
+"""Seconds since 1970 when a run begins."""
+MAX_VIOLATIONS = 20
+
+
+class FrontProcess(Protocol):
+    """A front as its world knows it."""
+
+    executor: RankExecutor
+    dead: bool
+    listening: bool
+
+
+class World:
+    """The surroundings of the fronts of one run. `front` is the one that serves now."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario = scenario
+        self.settings = scenario.configuration()
+        self.limits = Limits.of(self.settings, PREPARED.max_context)
+        self.loop = asyncio.get_running_loop()
+        self.disk = Disk(folder)
+        self.store = HandStore()
+        self.coordinators = Coordinators(self.random("coordinators"))
+        self.shares_memory = scenario.shares_memory
+        self.front: FrontProcess | None = None
+        self.faultless = False
+        """No more faults happen."""
+        self.closing = False
+        """The run ends: fronts drain."""
+        self.processes: list[SimulatedRank] = []
+        """Every process of a rank that was started."""
+        self.ranks: dict[int, SimulatedRank] = {}
+        """The last process of each rank."""
+        rates = scenario.rates
+        self.links = {
+            rank: LinkQuality(late=rates["late"], late_s=rates["late_s"], doubled=rates["doubled"], lost=rates["lost"])
+            for rank in range(self.settings.ranks)
+        }
+        self.trace: list[str] = []
+        self.violations: list[str] = []
+        self.happened: dict[str, int] = {}
+        """Faults that took effect, by kind."""
+        self._pids = 1000
+        self._streams: list[tuple[object, Stream]] = []
+        self._gatherings: dict[object, Gathering] = {}
+        self._communicators: dict[object, Communicator] = {}
+        self._epochs: dict[int, tuple[object, MeshKey, set[SimulatedRank]]] = {}
+        """By epoch: the front that gave it, the mesh, and who adopted it."""
+        self._draws = self.random("world")
+
+    def random(self, purpose: str) -> random.Random:
+        """A source of randomness that is the same in every run of this scenario."""
+        return random.Random(f"{purpose}/{self.scenario.mode}/{self.scenario.seed}")
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return WALL_S + self.loop.time()
+
+    # -- What the run looks at ----------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """A line of the trace."""
+        self.trace.append(f"{self.loop.time():8.3f} s  {text}")
+
+    def violated(self, law: str) -> None:
+        """Something happened that must not."""
+        self.note(f"VIOLATED: {law}")
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(law)
+
+    def count(self, kind: str) -> None:
+        """A fault took effect."""
+        self.happened[kind] = self.happened.get(kind, 0) + 1
+
+    # -- Ranks --------------------------------------------------------------------------------------------------
+
+    def start_rank(self, rank: int, ended: Callable[[SimulatedRank, str], None]) -> SimulatedRank:
+        """Start one more process of a rank."""
+        before = self.ranks.get(rank)
+        if before is not None and before.alive and not before.doomed:
+            self.violated(f"rank {rank} is started again while its process {before.pid} runs and was not killed")
+        self._pids += 1
+        hand = HandRank(rank, self.store, self.limits.buckets, max_pages=self.limits.max_pages, layers=PREPARED.layers)
+        each = SimulatedRank(
+            self,
+            hand,
+            pid=self._pids,
+            token=f"token {self._pids}",
+            stays=self.scenario.stays,
+            draw=self.random(f"rank/{rank}/{self._pids}"),
+            ended=ended,
+        )
+        self.ranks[rank] = each
+        self.processes.append(each)
+        self.note(f"rank {rank} starts as process {each.pid}")
+        dies = self.scenario.rates["dies_joining"]
+        each.joins = before is not None
+        if each.joins and not self.faultless and self._draws.random() < dies:
+            self.count("dies_joining")
+            each.later(self._draws.uniform(0.0, 2.0), lambda: each.die("signal 9"))
+        return each
+
+    def dial(self, rank: SimulatedRank) -> Stream | None:
+        """See `simulation.rank.RankWorld.dial`."""
+        front = self.front
+        if front is None or front.dead or not front.listening:
+            return None
+        stream = Stream(front, rank, self.links[rank.rank], self.random(f"link/{rank.pid}/{self.loop.time()}"))
+        self._streams = [each for each in self._streams if not each[1].closed]
+        self._streams.append((front, stream))
+        return stream
+
+    def streams_of(self, rank: int) -> list[Stream]:
+        """The open streams of a rank."""
+        process = self.ranks.get(rank)
+        return [stream for _, stream in self._streams if not stream.closed and stream.is_of(process)]
+
+    def ranks_of_host(self, rank: int) -> list[int]:
+        """The ranks of the host that a rank is on."""
+        host = self.settings.host_of(rank)
+        return [each for each in range(self.settings.ranks) if self.settings.host_of(each) == host]
+
+    def front_died(self, front: FrontProcess) -> None:
+        """The process of a front has ended."""
+        for service in self.coordinators.services.values():
+            service.die()
+        for owner, stream in self._streams:
+            if owner is front:
+                stream.front_died()
+        if not self.scenario.stays:
+            for rank in self.ranks.values():
+                rank.die("its parent has ended")
+
+    # -- What ranks do together ---------------------------------------------------------------------------------
+
+    def connecting(self, key: object, mesh: MeshKey) -> Gathering:
+        """See `simulation.rank.RankWorld.connecting`."""
+        if key not in self._gatherings:
+
+            def connected() -> None:
+                gathering = self._gatherings[key]
+                members: Mapping[int, Member] = dict(gathering.came)
+                self._communicators[key] = Communicator(
+                    members,
+                    lambda: self._draws.uniform(*STEP_S),
+                    self.violated,
+                    quick_failure=lambda: not self.shares_memory and self._draws.random() < 0.7,
+                )
+                gathering.end()
+
+            self._gatherings[key] = Gathering(len(mesh.ranks), connected)
+        return self._gatherings[key]
+
+    def communicator(self, key: object) -> Communicator:
+        """See `simulation.rank.RankWorld.communicator`."""
+        return self._communicators[key]
+
+    def communicators_in_use(self) -> list[Communicator]:
+        """The communicators whose ranks all live, that of the last step first."""
+        found = [each for each in self._communicators.values() if not each.broken]
+        living = [each for each in found if all(member.alive for member in each.members.values())]
+        return sorted(living, key=lambda each: -each.used_at)
+
+    def check_loss(self, loss: Loss) -> None:
+        """A front fences a rank. One whose process has waited for a processor since half of the limit is not fenced for
+        its silence before the limit is extended as far as it can be."""
+        process, settings = self.ranks.get(loss.rank), self.settings
+        if loss.cause.kind != "heartbeat" or process is None or process.stopped or process.starved_since is None:
+            return
+        waits = process.starved_since <= loss.evidence_at + settings.heartbeat_floor_s / 2
+        if waits and loss.judged_at - loss.evidence_at < settings.starved_factor * settings.heartbeat_floor_s:
+            self.violated(f"rank {loss.rank} is starved, and fenced as if it did not answer: {loss.cause}")
+
+    def adopted(self, rank: SimulatedRank, message: link_pb2.Adopt, front: object) -> None:
+        """A rank has adopted a plan. An epoch is used once, for one plan, by one front; ranks of the plan before that
+        it lacks have been fenced."""
+        mesh = MeshKey.read(message.mesh)
+        for lost in rank.exchanged_with:
+            if lost.rank not in mesh.ranks and lost.alive and lost.doomed:
+                self.violated(f"rank {rank.rank} adopts epoch {message.epoch} before rank {lost.rank} is fenced")
+        if rank.joins and not self.faultless and self._draws.random() < self.scenario.rates["dies_joining"]:
+            self.count("dies_joining")
+            rank.later(self._draws.uniform(0.0, 0.02), lambda: rank.die("signal 9"))
+        rank.joins = False
+        rank.exchanged_with = [each for each in rank.exchanged_with if each.rank in mesh.ranks]
+        known = self._epochs.get(message.epoch)
+        if known is None or not any(each.alive for each in known[2]):
+            self._epochs[message.epoch] = (front, mesh, {rank})
+            return
+        if known[:2] != (front, mesh):
+            self.violated(f"epoch {message.epoch} is used for two plans; rank {rank.rank} adopts the second one")
+        known[2].add(rank)
