@@ -1,4 +1,4 @@
-"""The yardstick: expert placement as DeepSeek's EPLB describes it, written from that description.
+"""The placement to compare with: expert placement as DeepSeek's EPLB describes it, written from that description.
 
 Global policy: give each spare slot to the expert with the most load per copy, then hand the copies, heaviest
 first, to the rank with the least load that has a slot left. It does not look at which host or rank the

@@ -1,16 +1,16 @@
-"""What each kind of fault costs the streams of a real server, beside a warm restart of the same server.
+"""Measures the cost of each kind of fault for the streams of a real server, beside a warm restart of the same server.
 
     python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--arch collocated|disaggregated ...]
         [--only NAME ...] [--rounds N] [--json FILE]
 
 Starts `moejax serve` for each setup (collocated ranks on two hosts; attention ranks and expert ranks, half of each; the
-same with roles that always switch, without spare slots, and both with dense layers divided; and bench-mixtral in tensor
-groups of two, which smollm2-moe with its three key/value heads has no four ranks for), keeps streams running
-whose tokens are known from an undisturbed run, and injects one fault after the other at moments drawn from --seed; the
-next comes when all ranks serve again and every single loss is prepared. Where the rank matters it is the one with the
-most streams, or an expert rank. The server and this program share one clock.
+same with roles that always switch, without spare slots, and both with sharded dense layers; and bench-mixtral in tensor
+groups of two, which smollm2-moe with its three key/value heads cannot form), keeps streams running whose tokens are
+known from an undisturbed run, and injects one fault after the other at moments drawn from --seed; the next fault comes
+when all ranks serve again and every single loss is prepared. Where the rank matters it is the one with the most
+streams, or an expert rank. The server and this program share one clock.
 
-Of each scenario: `detect_ms` from the injection to the server's first word of it; `survivor_stall_ms` and
+Results of a scenario: `detect_ms` from the injection to the server's first event of it; `survivor_stall_ms` and
 `moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
 benchmarks.recovery); `back_s` and `tokens_missing`, from the fault until tokens of all streams together arrive at 95 %
 of their rate before it, for two seconds, and the tokens that were missing until then; `tokens_again`, cache entries of
@@ -19,16 +19,15 @@ lost or switched ranks that were computed again (not counted where the front die
 restart to its first token over the median stall of all streams.
 
 The paper's scenarios (arXiv 2602.21140) are `attention rank`, `redundant experts`, `missing experts`, `role switch`
-and, collocated, `crash`. Streams move when their rank dies or switches its role, and all do when the front dies. While
-experts are missing answers are other answers: their tokens are not compared. `crash in rejoin` kills another rank while
-the replacement of the first joins; its clock starts then, and all streams that run then are looked at. A slow rank is
-judged over minutes and no part of this (tests/e2e/test_faults.py has one).
+and, collocated, `crash`. Streams move when their rank dies or switches its role, and all streams move when the front
+dies. While experts are missing the tokens are others, and are not compared. `crash in rejoin` kills another rank while
+the replacement of the first joins; its clock starts then, and counts all streams that run then. A straggler is detected
+over minutes and is not measured here (tests/e2e/test_faults.py has one).
 """
 
 import argparse
 import asyncio
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -38,18 +37,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.launch import Launched, launched
 from benchmarks.losses import EventFeed, local, middle
 from benchmarks.machine import machine
 from benchmarks.recovery import first_token_s
 from benchmarks.stalls import added_stall_ms, goodput_loss
 from benchmarks.streams import Known, Load, Trace, running, until, whole
-from serving.client import AsyncClient
-from serving.health import p99
+from serving.api.client import AsyncClient
+from serving.executor.failure_detector import p99
 
 _QUIET_S = 2.5
 _PROMPTS = 4
-"""Requests that come together, so that their prompts are being computed when a rank dies."""
+"""Requests that arrive together, so that their prompts are being computed when a rank dies."""
 _COLUMNS = (
     "name, detect, survivors, moved, s to 95 %, tokens missing, tokens again, requests, lost, changed, compiles, "
     "restart over stall"
@@ -58,27 +58,27 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A fault: how it is injected at a victim of a role, the first event that tells of it, and the last."""
+    """A fault: how it is injected at a victim of a role, the first event that reports it, and the last."""
 
     name: str
     inject: Callable[["Scene", int], Awaitable[float | None]]
-    """Returns when it happened, on the monotonic clock, if that was not at once."""
-    told: str
+    """Returns the time of the fault on the monotonic clock, if that was not at once."""
+    first_event: str
     over: str
     expert: bool = False
     same_tokens: bool = True
     everybody: bool = False
     """All streams lose their cache, wherever they run."""
     later: bool = False
-    """It happens when the streams that were placed may have ended: those that run then are looked at, all as moved."""
+    """The fault happens when the first streams may have ended: the streams of that time are measured, all as moved."""
     group: int = 1
-    """Streams of so many ranks lose their cache: those of the victim's tensor group."""
+    """Number of ranks whose streams lose their cache: those of the victim's tensor group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A server and what happens to it. `options` are flags of `moejax serve`, for so many ranks; `model` is another
-    than that asked for, where that cannot do it."""
+    """A server and its scenarios. `options` are flags of `moejax serve`, given the number of ranks; `model` replaces
+    the model of the command line where that cannot be served with these options."""
 
     arch: str
     options: Callable[[int], list[str]]
@@ -88,7 +88,7 @@ class Setup:
 
 @dataclasses.dataclass
 class Scene:
-    """A running server and what is known of it."""
+    """A running server, its events and its streams."""
 
     server: Launched
     client: AsyncClient
@@ -99,7 +99,7 @@ class Scene:
     task: asyncio.Task[Any] | None = None
 
     async def signal(self, rank: int, how: signal.Signals) -> None:
-        """A signal straight from the kernel."""
+        """Send a signal directly, not through the server."""
         pid = (await self.client.status()).ranks[rank].pid
         assert pid is not None, f"rank {rank} has no process"
         os.kill(pid, how)
@@ -174,7 +174,7 @@ def coordinator_of(server: Launched) -> int | None:
     listed = subprocess.run(
         ["ps", "--ppid", str(server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
     )
-    found = (int(line.split()[0]) for line in listed.stdout.splitlines() if "moejax.coordinator" in line)
+    found = (int(line.split()[0]) for line in listed.stdout.splitlines() if "moejax.runtime.coordinator" in line)
     return next(found, None)
 
 
@@ -214,7 +214,7 @@ def _halves(ranks: int) -> list[str]:
     return ["--arch", "disaggregated", "--attention", str(attention), "--experts", str(ranks - attention)]
 
 
-_DIVIDED = ("--dense", "divided")
+_DIVIDED = ("--dense", "sharded")
 _UNCACHED = "--no-prefix-caching"
 """The same prompts are asked again and again: found in a cache, they would all go to one rank."""
 SETUPS = (
@@ -232,7 +232,7 @@ NAMES = tuple(dict.fromkeys(scenario.name for setup in SETUPS for scenario in se
 
 
 async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: int) -> dict[str, Any]:
-    """Place streams, inject the fault, wait until all is well, and say what the streams saw."""
+    """Place streams, inject the fault, wait until the server has recovered, and return what the streams saw."""
     client = scene.client
     await until(client, whole)
     scene.load = load = Load(client, scene.known.asks)
@@ -245,7 +245,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     moment = time.monotonic()
     moment = await scenario.inject(scene, victim) or moment
-    first = await scene.feed.wait(scenario.told, moment)
+    first = await scene.feed.wait(scenario.first_event, moment)
     last = await scene.feed.wait(scenario.over, local(first))
     roles = {rank.id: rank.role for rank in (await client.status()).ranks}
     if scene.task is not None:
@@ -348,8 +348,8 @@ async def measure(
 
 
 def main() -> int:
-    """Measure, print, and write JSON, also what there is when a scenario does not come to its end. The exit status is 1
-    when a request was lost or a token changed."""
+    """Measure, print, and write JSON, also the results so far when a scenario does not end. The exit status is 1 when a
+    request was lost or a token changed."""
     arguments = parse()
     rounds: list[dict[str, Any]] = []
     restarts: dict[str, float] = {}
@@ -361,7 +361,8 @@ def main() -> int:
 
 
 def play_setups(arguments: argparse.Namespace, rounds: list[dict[str, Any]], restarts: dict[str, float]) -> None:
-    """Every setup in turn, and a warm restart of the first of each architecture and model; adds what it measures."""
+    """Measure every setup in turn, and a warm restart of the first of each architecture and model; adds to
+    `results`."""
     for setup in SETUPS:
         chosen = [s for s in setup.scenarios if not arguments.only or s.name in arguments.only]
         if not chosen or setup.arch not in arguments.arch:
@@ -385,8 +386,8 @@ def report(
         for arch in dict.fromkeys(one["arch"] for one in rounds)
         for row in summarize([one for one in rounds if one["arch"] == arch], restarts.get(arch, 0.0))
     ]
-    told = ", ".join(f"{arch} {seconds:.1f} s" for arch, seconds in restarts.items())
-    print(f"\nmilliseconds, median / 99th percentile; warm restart: {told}\n{_COLUMNS}")
+    times = ", ".join(f"{arch} {seconds:.1f} s" for arch, seconds in restarts.items())
+    print(f"\nmilliseconds, median / 99th percentile; warm restart: {times}\n{_COLUMNS}")
     for row in rows:
         print(line(row))
     if arguments.json is not None:
@@ -398,14 +399,13 @@ def report(
             "scenarios": rows,
             "rounds": rounds,
         }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        command.write_json(arguments.json, result)
     return rows
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=about, epilog=rest)
+    parser = command.parser("benchmarks.faults", __doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A real server as a process of its own, as an operator starts it: `moejax serve`."""
+"""Starts a real server as a process of its own, the same way as an operator: `moejax serve`."""
 
 import contextlib
 import os
@@ -11,19 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serving.client import Client
+from serving.api.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 _STOP_LIMIT_S = 60.0
 _POLL_S = 0.02
 
 
-class DidNotStart(RuntimeError):
-    """The server ended before it was ready; the text is what it said last."""
+class StartFailed(RuntimeError):
+    """The server ended before it was ready. The text is the end of its output."""
 
 
 class Launched:
-    """A running `moejax serve`; `launched_at` is of the monotonic clock, `first_token_s` counted from it."""
+    """A running `moejax serve`. `launched_at` is a time of the monotonic clock; `first_token_s` is counted from it."""
 
     def __init__(
         self,
@@ -65,29 +65,29 @@ class Launched:
 
     @property
     def pid(self) -> int:
-        """The front's process."""
+        """The process id of the front."""
         with Client(self.address) as client:
             return client.status().front_pid
 
     @property
     def session(self) -> int:
-        """The session that all processes of the server are in; its first is the supervisor."""
+        """The session of all processes of the server, which has the id of the supervisor."""
         return self._process.pid
 
     @property
     def http(self) -> str:
         """host:port of HTTP."""
-        found = re.search(r"HTTP +http://(\S+:\d+)", self.said())
-        assert found is not None, "it is printed with that of gRPC"
+        found = re.search(r"HTTP +http://(\S+:\d+)", self.output())
+        assert found is not None, "the server prints it together with the address of gRPC"
         return found[1]
 
-    def said(self) -> str:
-        """Everything on the server's output so far."""
+    def output(self) -> str:
+        """The output of the server so far."""
         self._log.seek(0)
         return self._log.read()
 
     def stop(self) -> None:
-        """SIGTERM, and wait until all its processes have ended; SIGKILL to what is left after a minute."""
+        """Send SIGTERM and wait until the server has ended; after a minute, send SIGKILL to all its processes."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -98,31 +98,33 @@ class Launched:
         self._log.close()
 
     def _announced(self, limit_s: float) -> str:
-        """host:port from what the server prints when it is ready."""
+        """The host:port of gRPC, which the server prints when it is ready."""
         while True:
             ended = self._process.poll() is not None
-            found = re.search(r"gRPC +(\S+:\d+)[\s\S]*\btry\b", self.said())
+            found = re.search(r"gRPC +(\S+:\d+)[\s\S]*\btry\b", self.output())
             if found is not None:
                 return found[1]
             if ended or time.monotonic() - self.launched_at > limit_s:
-                said = self.said()[-2000:]
+                output = self.output()[-2000:]
                 self.stop()
                 how = "ended before it was ready" if ended else f"was not ready after {limit_s:.0f} s"
-                raise DidNotStart(f"the server {how}:\n{said}")
+                raise StartFailed(f"the server {how}:\n{output}")
             time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
 def launched(model: str, ranks: int, *, cache: Path | None = None, options: Sequence[str] = ()) -> Iterator[Launched]:
-    """Start a server; stop it on leaving, be it by SIGTERM. `model` is a name or a folder, `cache` not the usual, and
-    `options` more flags of `moejax serve`."""
+    """Start a server, and stop it when the block ends, also by SIGTERM.
+
+    `model` is a name or a folder, `cache` replaces the usual cache folder, `options` are flags of `moejax serve`.
+    """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         server = Launched(model, ranks, cache=cache, options=options)
         try:
             yield server
         except Exception:
-            print(f"the server said last:\n{server.said()[-2000:]}", file=sys.stderr)
+            print(f"the last output of the server:\n{server.output()[-2000:]}", file=sys.stderr)
             raise
         finally:
             server.stop()
@@ -132,7 +134,7 @@ def launched(model: str, ranks: int, *, cache: Path | None = None, options: Sequ
 
 @contextlib.contextmanager
 def cold_cache() -> Iterator[Path]:
-    """A cache with the models there are but without compiled programs, as on a host that never served."""
+    """A cache folder with the present models but without compiled programs, as on a host that has never served."""
     usual = Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
     with tempfile.TemporaryDirectory(prefix="moejax-cold-") as folder:
         for name in ("downloads", "models"):

@@ -1,4 +1,4 @@
-"""What it takes to load a model, and to restore a lost expert or a lost rank's share of it.
+"""Measures loading a model, and restoring a lost expert or the experts of a lost rank.
 
     python -m benchmarks.loading [--gib 2] [--ranks 4] [--json FILE] [--folder WHERE]
 
@@ -7,11 +7,11 @@ at once through the code that a rank of the server runs (weights, then the exper
 is the high-water mark of each process (VmHWM), less that of one that only imports the same modules; of a rank, less
 that before it reads, with JAX started and programs loaded.
 
-The same is done with the published folder read in place (`moejax serve --in-place`): its checksums are noted, and all
-ranks take their bytes out of the safetensors.
+The same is done with the published folder read in place (`moejax serve --in-place`): its checksums are recorded, and
+all ranks read their bytes from the safetensors.
 
-Then one expert, one rank's share and the whole checkpoint are read: bytes are those the kernel counts (rchar). Files
-just written are in the page cache: seconds are those of memory, not of a disk.
+Then one expert, one rank's share and the whole checkpoint are read; bytes are counted by the kernel (rchar). Files that
+were just written are in the page cache, so the seconds are those of memory, not of a disk.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from benchmarks.machine import high_water, machine, read_bytes
-from moejax.checkpoint import load_params
-from moejax.config import ModelConfig
-from moejax.download import cache_folder
-from moejax.executables import ExecutableStore
-from moejax.families import read_config, tensor_names
-from moejax.inputs import Bucket
-from moejax.params import expert_bytes, parameter_count
-from moejax.programs import LocalPrograms, ModelShape
-from moejax.published_store import note_published, open_store
-from moejax.recovery import LiveArrays
-from moejax.store import HostStore
-from planner.cluster import Cluster
-from planner.plan import Plan
-from planner.solve import solve
-from planner.workload import Workload
+from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.download import cache_folder
+from moejax.checkpoint.families import array_sources, read_config
+from moejax.checkpoint.host_store import HostStore
+from moejax.checkpoint.published_store import open_store, record_checksums
+from moejax.config.model_config import ModelConfig
+from moejax.config.parameter_counts import expert_bytes, parameter_count
+from moejax.config.step_inputs import Bucket
+from moejax.runtime.executables import ExecutableStore
+from moejax.runtime.live_weights import LiveArrays
+from moejax.runtime.programs import LocalPrograms, ModelShape
+from planner import solve
+from planner.inputs.cluster import Cluster
+from planner.inputs.workload import Workload
+from planner.plan.plan import Plan
 
 SHARD = 256 << 20
 REPEATS = 20
@@ -63,7 +63,7 @@ Values = dict[str, Any]
 
 
 def config(gib: float) -> Values:
-    """A Mixtral of about so many GiB in bfloat16: width 1024, 8 experts of 3584, as many layers as fit."""
+    """A Mixtral of about `gib` GiB in bfloat16: width 1024, 8 experts of 3584, as many layers as fit."""
     layer = 2 * (8 * 3 * 1024 * 3584 + 1024 * (1024 + 2 * 256) + 1024 * 1024)
     ends = 2 * 2 * 32_000 * 1024
     return {
@@ -90,7 +90,7 @@ def write_folder(folder: Path, values: Values) -> int:
     (folder / "config.json").write_text(json.dumps(values))
     words = {f"w{i}": i for i in range(values["vocab_size"])}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    shapes = {t.name: t.shape for entry in tensor_names(read_config(folder)) for t in entry.tensors}
+    shapes = {t.name: t.shape for entry in array_sources(read_config(folder)) for t in entry.tensors}
     draw, shard, names, total = np.random.default_rng(0), {}, {}, 0
     for name, shape in shapes.items():
         shard[name] = _random(draw, shape)
@@ -105,7 +105,7 @@ def write_folder(folder: Path, values: Values) -> int:
 
 
 def _random(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of either sign below 1/32, made as fast as their bits can be drawn."""
+    """Numbers of either sign below 1/32, made directly from random bits, which is fast."""
     bits = draw.integers(0, 2**16, math.prod(shape), np.uint16) & np.uint16(0x80FF) | np.uint16(0x3C00)
     return bits.view(ml_dtypes.bfloat16).reshape(shape)
 
@@ -113,7 +113,8 @@ def _random(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def measured(module: str, *arguments: str) -> Values:
     """Run a module's `main` in a process of its own, or only import it: seconds, and peak of memory in bytes.
 
-    The process reads its own mark: what the kernel tells its parent counts the parent's memory at the fork, too.
+    The process reads its own peak: the figure that the kernel gives its parent includes the parent's memory at the
+    fork.
     """
     began = time.monotonic()
     command = [sys.executable, "-c", MEASURED, module, *arguments]
@@ -122,15 +123,15 @@ def measured(module: str, *arguments: str) -> Values:
 
 
 def noting(source: Path, place: Path) -> Values:
-    """Note the checksums of a published folder: seconds, and bytes written."""
+    """Record the checksums of a published folder: seconds, and bytes written."""
     began = time.monotonic()
-    note_published(source, place, name="model", say=lambda done, total: None)
+    record_checksums(source, place, name="model", on_progress=lambda done, total: None)
     seconds = time.monotonic() - began
     return {"seconds": seconds, "bytes": sum(f.stat().st_size for f in place.iterdir())}
 
 
 def load_on_ranks(store: Path, ranks: int) -> Values:
-    """All ranks load at once; what each of them says."""
+    """All ranks load at once; the figures of each."""
     here = [sys.executable, "-m", "benchmarks.loading", "--as-rank"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*here, f"{r}/{ranks}", "--folder", str(store)], **pipes) for r in range(ranks)]
@@ -180,7 +181,7 @@ def restore(folder: Path, store: Path, ranks: int) -> Values:
         "expert_first": first,
         "expert": _timed(lambda: source.read_experts([next(each)]), REPEATS),
         "rank_share_of_experts": _timed(lambda: source.read_experts(share), 3) | {"experts": len(share)},
-        "rest": _timed(source.everything_but_experts, 3),
+        "rest": _timed(source.non_expert_params, 3),
         "whole_checkpoint": _timed(lambda: load_params(folder), 1),
     }
 
@@ -195,7 +196,7 @@ def _timed(read: Callable[[], object], repeats: int) -> Values:
 
 
 def first_plan(cfg: ModelConfig, ranks: int) -> Plan:
-    """Where the server would put the experts at first."""
+    """The placement of experts in the server's first plan."""
     assert cfg.moe is not None
     workload = Workload(
         moe_layers=cfg.n_moe_layers,
@@ -218,12 +219,12 @@ def experts(cfg: ModelConfig) -> int:
 
 
 def benchmark(folder: Path, gib: float, ranks: int) -> Values:
-    """All of it, in `folder`."""
+    """All measurements, in `folder`."""
     source, target, store = folder / "published", folder / "model", folder / "host" / "copy"
     weights = write_folder(source, config(gib))
-    idle = measured("moejax.convert")
-    conversion = measured("moejax.convert", str(source), str(target))
-    again = measured("moejax.inspect", str(source))
+    idle = measured("moejax.checkpoint.convert")
+    conversion = measured("moejax.checkpoint.convert", str(source), str(target))
+    again = measured("moejax.tools.inspect", str(source))
     noted = noting(source, folder / "noted")
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else folder) as host:
@@ -247,7 +248,7 @@ def benchmark(folder: Path, gib: float, ranks: int) -> Values:
 
 
 def report(result: Values) -> str:
-    """The figures for people."""
+    """The figures as text."""
     mib = 1 << 20
     convert, noted, restored = result["convert"], result["note_in_place"], result["restore"]
     peak = convert["peak_over_imports_bytes"] / mib

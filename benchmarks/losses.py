@@ -1,4 +1,4 @@
-"""One loss of a rank under load: the kill, what the client's streams saw of it, and the record of it."""
+"""One loss of a rank under load: the kill, the stalls of the client's streams, and the record of the loss."""
 
 import asyncio
 import contextlib
@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.stalls import Spread, added_stall_ms, longest_gap_ms, median_gap_ms
 from benchmarks.streams import Known, Load, Trace, until, whole
-from serving.client import AsyncClient, Unreachable
-from serving.status import Event, Status
+from serving.api.client import AsyncClient
+from serving.errors import Unreachable
+from serving.protocol.events import Event
+from serving.protocol.status import Status
 
 ADOPTION = ("fence", "plan", "adopt")
 """Phases of a recovery from the evidence to a mesh that can run the next step."""
@@ -25,10 +27,10 @@ _CLOCKS_S = 1e-3  # how far the two clocks may drift apart between two readings
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """When it happened, in seconds of the client's monotonic clock."""
+    """Time of the event, in seconds of the client's monotonic clock."""
 
     quiet: float
-    """All streams had been placed."""
+    """Time at which all streams had been placed."""
     kill: float
     lost: float
     recovered: float
@@ -38,7 +40,7 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossRecord:
-    """What one loss cost. Stalls are added stalls in milliseconds, over streams; `stalls` has each."""
+    """The cost of one loss. Stalls are added stalls in milliseconds, over streams; `stalls` has each."""
 
     victim: int
     signal: str
@@ -84,8 +86,12 @@ class EventFeed:
         fits = (e for e in self._events if e.kind == kind and rank in (None, e.rank))
         return next((e for e in fits if local(e) >= moment - _CLOCKS_S), None)
 
+    def all(self, kind: str) -> list[Event]:
+        """The events of a kind so far."""
+        return [event for event in self._events if event.kind == kind]
+
     async def wait(self, kind: str, moment: float, rank: int | None = None) -> Event:
-        """As `after`, once there is one. Raises TimeoutError when that takes minutes."""
+        """As `after`, but waits for the event. Raises TimeoutError when that takes minutes."""
         try:
             async with asyncio.timeout(_LIMIT_S):
                 while (event := self.after(kind, moment, rank)) is None:
@@ -97,12 +103,12 @@ class EventFeed:
         return event
 
     def close(self) -> None:
-        """Follow no longer."""
+        """Stop following the events."""
         self._task.cancel()
 
 
 def local(event: Event) -> float:
-    """When the event was, on this process's monotonic clock: both run on one machine."""
+    """The time of the event on this process's monotonic clock: server and client run on one machine."""
     return event.time - (time.time() - time.monotonic())
 
 
@@ -176,7 +182,7 @@ async def lose_rank(
 
 
 def mean_context(known: Known, placed: Sequence[Trace]) -> float:
-    """Tokens a stream has in the cache, on the mean."""
+    """Mean number of tokens that a stream has in the cache."""
     return statistics.mean(known.prompt_tokens(trace.ask) + len(trace.tokens) for trace in placed)
 
 
@@ -204,11 +210,11 @@ def rejoin_pause_ms(traces: Sequence[Trace], at: Moments) -> float | None:
 
 
 def compiles_between(before: Status, after: Status) -> int:
-    """XLA compiles of the processes that are there in both."""
+    """XLA compiles of the processes that are in both statuses."""
     same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
     return sum(a.compiles - b.compiles for b, a in same)
 
 
 def middle(values: Iterable[float | None]) -> float | None:
-    """The median of those that are there."""
+    """The median of the values that are not None."""
     return Spread.of(value for value in values if value is not None).median

@@ -1,4 +1,4 @@
-"""Where and when figures were measured."""
+"""Describes the machine and the time of a measurement."""
 
 import datetime
 import importlib.metadata
@@ -23,11 +23,11 @@ def machine() -> dict[str, str | int | float]:
 
 
 def high_water() -> int:
-    """The most memory this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) << 10
 
 
 def read_bytes() -> int:
-    """Bytes this process has read so far, from files in memory too."""
+    """Bytes that this process has read so far, including files that were in memory."""
     return int(Path("/proc/self/io").read_text().split("\n")[0].split()[1])

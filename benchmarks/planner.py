@@ -1,4 +1,4 @@
-"""How long plans and forecasts take, and how good placements are.
+"""Measures the time of plans and forecasts, and the quality of placements.
 
     python -m benchmarks.planner [--json FILE] [--loads NAME=FILE ...] [--quick]
 
@@ -20,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.eplb import eplb_place
 from planner import Cluster, Plan, Workload, solve
-from planner.balance import peak
-from planner.cluster import read_cluster
-from planner.degrade import MEANS, Losses
-from planner.deployment import Deployment, Survive, read_loads, zipf_loads
-from planner.design import design
-from planner.eplb import eplb_place
-from planner.foresight import foresee
-from planner.huggingface import MODELS, read_model
-from planner.plan import as_tuples
-from planner.solve import fresh, peak_load
+from planner.cost.design import design
+from planner.failures.loss_forecast import forecast_losses
+from planner.failures.loss_model import MEANS, LossModel
+from planner.inputs.cluster import read_cluster
+from planner.inputs.published import MODELS, read_model
+from planner.plan.deployment import Deployment, FaultTolerance
+from planner.plan.expert_loads import read_loads, zipf_loads
+from planner.plan.plan import as_tuples
+from planner.solver.balance import peak_load, peak_over_mean
+from planner.solver.placement import place_afresh
 
 SKEW = 0.8
 GOALS = {"deepseek-v3 on 320": {"solve_s": 2.0, "degrade_s": 5.0}}
@@ -53,13 +54,13 @@ def thousand_experts() -> Workload:
 def yardstick(deployment: Deployment) -> Plan:
     """EPLB's placement for the same ranks, slots and loads."""
     plan = deployment.plan
-    table = eplb_place(deployment.load_array(), len(plan.holders), plan.slots_per_rank)
+    table = eplb_place(deployment.load_array(), len(plan.expert_ranks), plan.slots_per_rank)
     return replace(plan, slots=as_tuples(table.reshape(plan.moe_layers, -1)), parity=())
 
 
 def from_memory(deployment: Deployment) -> float:
     """Part of single-rank losses survived by copies and parity alone."""
-    outcomes, _ = foresee(Losses(deployment, means=FROM_MEMORY), kinds=["rank"])
+    outcomes, _ = forecast_losses(LossModel(deployment, means=FROM_MEMORY), kinds=["rank"])
     return sum(o.survivable for o in outcomes) / len(outcomes)
 
 
@@ -69,7 +70,7 @@ def case(name: str, workload: Workload, cluster: Cluster, **options) -> dict:
     start, cpu = time.perf_counter(), time.process_time()
     deployment = design(workload, cluster, loads=loads, **options).deployment
     solved, cpu_solved = time.perf_counter(), time.process_time()
-    foresee(Losses(deployment), kinds=["rank"])
+    forecast_losses(LossModel(deployment), kinds=["rank"])
     degraded, cpu_degraded = time.perf_counter(), time.process_time()
     other = replace(deployment, plan=yardstick(deployment))
     return {
@@ -96,7 +97,7 @@ def cases(quick: bool) -> list[dict]:
             "deepseek-v3 on 320",
             read_model("deepseek-v3"),
             read_cluster("h200:40x8"),
-            survive=Survive(ranks=1, hosts=1),
+            survive=FaultTolerance(ranks=1, hosts=1),
         ),
     ]
     if not quick:
@@ -151,14 +152,14 @@ def growth(quick: bool) -> list[dict]:
         loads, domain = zipf_loads(workload, SKEW), np.arange(devices) // 8
         slots = max(2, -(-2 * experts // devices) + 1)
         start = time.perf_counter()
-        table, _ = fresh(loads, domain, slots)
+        table, _ = place_afresh(loads, domain, slots)
         rows.append(
             {
                 "experts": experts,
                 "devices": devices,
                 "slots_per_rank": slots,
                 "place_s": time.perf_counter() - start,
-                "peak_load": float(peak(table, loads).max()),
+                "peak_load": float(peak_over_mean(table, loads).max()),
             }
         )
     return rows

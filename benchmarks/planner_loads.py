@@ -1,4 +1,4 @@
-"""Expert loads measured from a model: how often its routers choose each expert on a text.
+"""Measures the expert loads of a model: how often its routers choose each expert on a text.
 
     python -m benchmarks.planner_loads MODEL_FOLDER TEXT... --json FILE [--tokens 4096]
 
@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from moejax.checkpoint import load_params
-from moejax.config import ModelConfig
-from moejax.dense import forward
-from moejax.score import token_windows
+from moejax.checkpoint.checkpoint import load_params
+from moejax.config.model_config import ModelConfig
+from moejax.model.reference import forward
+from moejax.tools.score import token_windows
 
 WINDOW = 512  # tokens read at once
 

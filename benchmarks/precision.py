@@ -1,21 +1,21 @@
-"""What each data type of the weights costs in quality: bits per byte of unseen text, through the server.
+"""Measures the quality of each weight format: bits per byte of unseen text, through the server.
 
     python -m benchmarks.precision [--model smollm2-moe|tiny] [--data-type float32 bfloat16 int8] [--json FILE]
 
 For each data type a server on one rank scores the texts that `tiny` never saw in training (models/tiny/held_out: three
-domains, 6,000 bytes each), in windows of so many tokens, each on its own. Bits per byte do not depend on the tokenizer;
-one per cent more means that each byte is one per cent harder to guess. For the same model the text is the same to the
-token, so differences between data types are exact although the text is short.
+domains, 6,000 bytes each), in windows of some length, each on its own. Bits per byte do not depend on the tokenizer;
+one per cent more means that each byte is one per cent harder to guess. For the same model the tokens are the same,
+so differences between data types are exact although the text is short.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks import command
 from benchmarks.launch import ROOT, launched
 from benchmarks.machine import machine
 from serving.config import DATA_TYPES
@@ -25,9 +25,9 @@ _AT_ONCE = 8
 
 
 def bits_per_byte(client: httpx.Client, text: str, window: int = 512) -> tuple[float, list[list[float]]]:
-    """Bits per byte of a text in windows of so many tokens, each on its own, and the log-probabilities of all tokens
-    but the first by window; asked as evaluation programs ask. What does not fill a window is left out, as in
-    `moejax.score`, if another is."""
+    """Bits per byte of a text in windows of `window` tokens, each on its own, and the log-probabilities of all tokens
+    but the first by window, requested as evaluation programs do. Tokens that do not fill a last window are left out if
+    there is another window, as in `moejax.tools.score`."""
     ids = client.post("/tokenize", json={"prompt": text}).raise_for_status().json()["tokens"]
     windows = [ids[at : at + window] for at in range(0, len(ids) - window + 1, window)] or [ids]
     logprobs = []
@@ -72,19 +72,13 @@ def main() -> int:
     print("\nbits per byte\n" + "\n".join(table(measured)))
     if arguments.json is not None:
         result: dict[str, Any] = {"machine": machine(), "model": arguments.model, "window": arguments.window}
-        arguments.json.write_text(json.dumps(result | {"bits_per_byte": measured}, indent=1) + "\n")
+        command.write_json(arguments.json, result | {"bits_per_byte": measured})
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precision",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("benchmarks.precision", __doc__)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--data-type", nargs="+", choices=DATA_TYPES, default=list(DATA_TYPES))
     parser.add_argument("--window", type=int, default=512, help="tokens, at most the model's context")

@@ -1,32 +1,33 @@
-"""What a server pays for being able to lose something while nothing is lost: the same server with and without.
+"""Measures the cost of fault tolerance while nothing fails: the same server with and without its protections.
 
     python -m benchmarks.protections [--model smollm2-moe|tiny] [--ranks 4] [--pairs 3] [--rounds 7] [--json FILE]
 
-Two servers run side by side and are asked turn about, first the one and then the other first, so that what else the
-machine does hits both alike. One is as it comes: caches are copied to memory that outlives the rank, requests and
-tokens go to the journal, weights are scrubbed, a second front stands by. The other does none of this. Heartbeats,
-epochs and the read-only cache with its commit are in both; what these cost `benchmarks.steady_state` says. Two servers
-that are started alike differ by some percent for as long as they live, so several pairs are started in turn.
+Two servers run side by side and get requests in turn, in alternating order, so that other work of the machine affects
+both alike. One has the default settings, with --kv-replication memory: KV caches are replicated, requests and tokens go
+to the journal, weights are scrubbed, a standby front waits. The other has none of this. Heartbeats, epochs and the
+read-only cache with its commit are in both; `benchmarks.steady_state` measures their cost. Two servers with the same
+settings differ by some percent for as long as they live, so several pairs are started in turn.
 
 Printed are the milliseconds of a step, its median over the rounds, and the median over the ratios of rounds.
 """
 
 import argparse
 import asyncio
-import json
+import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.launch import launched
 from benchmarks.machine import machine
-from benchmarks.streams import Ask, make_asks
+from benchmarks.streams import Ask, make_asks, play
 from benchmarks.throughput import closed_loop
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
 
-WITHOUT = ("--protect-cache", "off", "--journal", "off", "--no-supervise", "--scrub-s", "0")
-WITH = ("--protect-cache", "memory")
+WITHOUT = ("--kv-replication", "off", "--journal", "off", "--no-supervise", "--scrub-s", "0")
+WITH = ("--kv-replication", "memory")
 
 
 async def measure(addresses: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -49,9 +50,9 @@ async def measure(addresses: dict[str, str], arguments: argparse.Namespace) -> d
 
 
 async def one_round(client: AsyncClient, asks: Sequence[Ask]) -> float:
-    """Every request once, all at the same time; the milliseconds of a step."""
+    """Send every request once, all at the same time; returns the milliseconds of a step."""
     before = await client.status()
-    traces = await closed_loop(client, asks, len(asks), len(asks))
+    traces = await closed_loop(functools.partial(play, client), asks, len(asks), len(asks))
     failed = [trace.error for trace in traces if trace.error is not None]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(traces)} requests failed: {failed[0]}")
@@ -94,20 +95,14 @@ def main() -> int:
         f"{result['without_ms']:.2f} ms without; cost {result['cost']:+.1%} (quartiles {low:+.1%}, {high:+.1%})"
     )
     if arguments.json is not None:
-        told = {"machine": machine(), "model": arguments.model, "ranks": arguments.ranks, "streams": arguments.streams}
-        arguments.json.write_text(json.dumps(told | result | {"rounds": took}, indent=1) + "\n")
+        setup = {"machine": machine(), "model": arguments.model, "ranks": arguments.ranks, "streams": arguments.streams}
+        command.write_json(arguments.json, setup | result | {"rounds": took})
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.protections",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("benchmarks.protections", __doc__)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--streams", type=int, default=8)

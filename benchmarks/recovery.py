@@ -1,41 +1,41 @@
-"""What the loss of a rank costs the streams of a real server.
+"""Measures the cost of the loss of a rank for the streams of a real server.
 
-    python -m benchmarks.recovery [--ranks 4] [--model smollm2-moe|tiny] [--kills N] [--protect-cache auto|off]
+    python -m benchmarks.recovery [--ranks 4] [--model smollm2-moe|tiny] [--kills N] [--kv-replication auto|off]
         [--cold] [--json FILE]
 
 Starts `moejax serve`, keeps streams running from a client (greedy and seeded in turn, each request's tokens
 known from an undisturbed run), and sends SIGKILL, every fourth time SIGSTOP, to the process of one rank
 after the other. The server replaces each; the next dies when all serve again and every single loss is
-prepared. `kept` and `again` are cache entries of moved streams: restored from a copy, and computed again.
+prepared. `kept` and `again` are cache entries of moved streams: restored from a KV replica, and computed again.
 
-Added stall: the longest gap of a stream that has a moment in common with [kill, first step after the
-recovery], detection included, less the stream's median gap in the steady time before. All on the client's
-clock. Survivors are streams that ran on other ranks, moved ones those on the victim. `warm_restart_s` is
-from starting the same server anew, its executables and model cached, to the first token of a request; the
-end of the old one is not in it. `ratio` is that over the median stall of all streams at SIGKILL.
-`cold_start_s` is the same with no executables cached.
+Added stall: the longest gap of a stream that overlaps with [kill, first step after the recovery], detection included,
+less the stream's median gap in the undisturbed time before, all on the client's clock. Survivors are streams that ran
+on other ranks, moved streams ran on the victim. `warm_restart_s` is the time from starting the same server again, with
+its executables and model cached, to the first token of a request; the end of the old server is not part of it. `ratio`
+is that time over the median stall of all streams at SIGKILL. `cold_start_s` is the same time without cached
+executables.
 """
 
 import argparse
 import asyncio
 import dataclasses
-import json
 import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.launch import cold_cache, launched
 from benchmarks.losses import EventFeed, LossRecord, kill_order, lose_rank, middle
 from benchmarks.machine import machine
 from benchmarks.stalls import Spread
 from benchmarks.streams import Known, until, whole
-from serving.client import AsyncClient
-from serving.config import PROTECTIONS
+from serving.api.client import AsyncClient
+from serving.config import KV_REPLICATION
 
 _OPTIONS = ("--no-prefix-caching",)
-"""The same prompts are asked again and again; moved streams must not find them cached."""
+"""The same prompts are sent again and again; moved streams must not find them cached."""
 _COLUMNS = (
     f"{'victim':>6} {'signal':8} {'detect':>7} {'adopt':>7} {'survivors':>15} {'moved':>15} {'rejoin':>7} "
     f"{'whole':>7} {'gap':>6} {'ctx':>4} {'kept':>5} {'again':>5} "
@@ -83,7 +83,7 @@ def shown(spread: Spread) -> str:
 
 
 def summarize(records: Sequence[LossRecord], warm_restart_s: float, cold_start_s: float | None) -> dict[str, Any]:
-    """All losses together: survivors, moved and ratio are of SIGKILL; medians are over all streams."""
+    """The figures of all losses: survivors, moved and ratio are of SIGKILL; medians are over all streams."""
     kills = [r for r in records if r.signal == "SIGKILL"]
     hangs = [r for r in records if r.signal == "SIGSTOP"]
     survivors = Spread.of(stall for r in kills for stall in r.stalls["survivors"])
@@ -133,7 +133,7 @@ def main() -> int:
         print("starting without compiled programs", flush=True)
         cold_start_s = first_token_s(arguments.model, arguments.ranks, cold=True)
     print(f"starting {arguments.model} on {arguments.ranks} ranks", flush=True)
-    options = (*_OPTIONS, "--protect-cache", arguments.protect_cache)
+    options = (*_OPTIONS, "--kv-replication", arguments.kv_replication)
     with launched(arguments.model, arguments.ranks, options=options) as server:
         records = asyncio.run(measure(server.address, arguments))
     print("restarting the server", flush=True)
@@ -146,23 +146,17 @@ def main() -> int:
             "machine": where,
             "model": arguments.model,
             "ranks": arguments.ranks,
-            "protect_cache": arguments.protect_cache,
+            "kv_replication": arguments.kv_replication,
             "kills": [dataclasses.asdict(record) for record in records],
             "summary": summary,
         }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        command.write_json(arguments.json, result)
     return 1 if summary["failed"] or summary["tokens_changed"] else 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recovery",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("benchmarks.recovery", __doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--kills", type=int, help="default: each rank twice")
@@ -170,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=190, help="about")
     parser.add_argument("--max-tokens", type=int, default=130)
     parser.add_argument("--context", type=int, default=256, help="mean context of the streams at the kill")
-    parser.add_argument("--protect-cache", default="auto", choices=PROTECTIONS, help="as of the server")
+    parser.add_argument("--kv-replication", default="auto", choices=KV_REPLICATION, help="as of the server")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--cold", action="store_true", help="also start once with no executables cached")
     parser.add_argument("--json", type=Path, help="write everything here")

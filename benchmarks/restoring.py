@@ -1,19 +1,16 @@
-"""From which context on restoring a lost request's cache is quicker than computing it again.
+"""Measures from which context length on restoring a lost request's cache is quicker than computing it again.
 
     python -m benchmarks.restoring [--model smollm2-moe|tiny] [--contexts 32,64,...] [--rounds N] [--json FILE]
 
 On one rank in this process: the context is prefilled in steps of two tiles, as after a loss while others decode, and
-restored from a copy in memory, in pieces of 256 entries. Messages between front and ranks, and the steps that others
-make in between, are in neither. The last lines are what the copy costs while nothing fails: after each step the new
-entries are copied, beside the front's work on the answer.
+restored from a KV replica in memory, in pieces of 256 entries. Messages between front and ranks, and the steps of other
+requests in between, are in neither. The last lines are the cost of the replica while nothing fails: after each step the
+new entries are copied, beside the front's work on the answer.
 """
 
-import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("NPROC", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
@@ -22,30 +19,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import command
 from benchmarks.machine import machine
 from benchmarks.packed import packed
 from benchmarks.steady_state import PAGE
 from benchmarks.timing import median_ms
-from moejax import kernels, model, steps
-from moejax.assets import ensure_model
-from moejax.cache import bytes_per_token, empty_cache
-from moejax.config import ModelConfig
-from moejax.inputs import Bucket
-from moejax.mesh import make_mesh
-from moejax.params import init_params
-from moejax.store import HostStore
-from moejax.transfer import EntryWriter, rows_by_entry, written
-from serving.batch import TILE, Work
-from serving.batch import Bucket as Shape
-from serving.cache_copy import PIECE_ENTRIES, CacheCopy
+from moejax.checkpoint.host_store import HostStore
+from moejax.config.kv_cache import bytes_per_token, empty_cache
+from moejax.config.mesh import make_mesh
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import init_params
+from moejax.config.step_inputs import Bucket
+from moejax.model.decoder import StepOutputs
+from moejax.model.step_shape import StepShape
+from moejax.ops import cpu
+from moejax.runtime import steps
+from moejax.runtime.kv_transfer import EntryWriter, rows_by_entry, written_rows
+from moejax.tools.resolve import ensure_model
+from planner.plan.step_layout import TILE
+from serving.engine.batch import ScheduledRequest
+from serving.engine.batch import StepBucket as Shape
+from serving.executor.kv_replica import PIECE_ENTRIES, KVReplica
+from serving.protocol.sampling import ResolvedSampling
 
 PREFILL, WRITE, DECODE = Shape(2, 2), Shape(32, 8), Shape(8, 0)
-"""Buckets: of the steps that compute a context, of the programs that write one, and of the steps that are copied."""
+"""Buckets of the steps that compute a context, of the programs that write one, and of the steps that are copied."""
 CONTEXTS = "8,16,32,64,128,256,512,1024"
 
 
 class OneRank:
-    """The programs and the cache of a rank that serves alone, with a copy of its cache."""
+    """The programs and the cache of a rank that serves alone, with a KV replica."""
 
     def __init__(self, cfg: ModelConfig, contexts: list[int]) -> None:
         self.cfg = cfg
@@ -60,14 +63,14 @@ class OneRank:
         self._writer = EntryWriter(cfg, [self.bucket(WRITE)])
         self._piece = np.zeros((PIECE_ENTRIES, bytes_per_token(cfg)), np.uint8)
         file = os.memfd_create("moejax-cache")
-        self.copy = CacheCopy.create(file, self.pages * PAGE, bytes_per_token(cfg))
+        self.copy = KVReplica.create(file, self.pages * PAGE, bytes_per_token(cfg))
         os.close(file)
 
-    def step(self, shape: Shape, works: tuple[Work, ...]) -> tuple[np.ndarray, model.StepOutputs]:
-        """One step and its commit; its inputs, and what it made."""
+    def step(self, shape: Shape, works: tuple[ScheduledRequest, ...]) -> tuple[np.ndarray, StepOutputs]:
+        """Run one step and its commit; returns the step's inputs and outputs."""
         bucket = self.bucket(shape)
         inputs = packed(shape, works, PAGE, self.pages)
-        static = model.StepShape(cfg=self.cfg, bucket=bucket, ranks=1, slots=self._slots, page_size=PAGE)
+        static = StepShape(cfg=self.cfg, bucket=bucket, ranks=1, slots=self._slots, page_size=PAGE)
         arguments = steps.StepArguments(
             params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=jnp.asarray(inputs)
         )
@@ -81,7 +84,7 @@ class OneRank:
             self.step(PREFILL, (self.work(start, min(PREFILL.tiles * TILE, tokens - start)),))
 
     def restore(self, tokens: int) -> None:
-        """Copy a context from memory to the cache."""
+        """Restore a context from the replica to the cache."""
         for first in range(0, tokens, PIECE_ENTRIES):
             at = np.arange(first, min(first + PIECE_ENTRIES, tokens))
             rows = self.copy.read(at, np.full(len(at), 5), at, self._piece).view(np.float32)
@@ -90,21 +93,23 @@ class OneRank:
         jax.block_until_ready(self.cache)
 
     def fill_copy(self, tokens: int) -> None:
-        """Put a context into the copy, of which the values do not matter."""
+        """Put a context into the replica; its values do not matter."""
         at = np.arange(tokens)
         self.copy.write(at, np.full(tokens, 5), at, np.zeros((tokens, self.copy.entry_bytes), np.uint8))
 
-    def protect(self, shape: Shape, inputs: np.ndarray, out: model.StepOutputs) -> None:
-        """What a rank does after a step's answer."""
-        wrote = written(inputs, self.bucket(shape))
+    def protect(self, shape: Shape, inputs: np.ndarray, out: StepOutputs) -> None:
+        """Replicate a step, as a rank does after it has answered it."""
+        wrote = written_rows(inputs, self.bucket(shape))
         self.copy.write(wrote.entries, wrote.tokens, wrote.positions, rows_by_entry(out.new_kv, wrote.rows))
         self.copy.seal(0)
 
-    def work(self, start: int, count: int) -> Work:
-        """Tokens of the one request there is."""
-        sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    def work(self, start: int, count: int) -> ScheduledRequest:
+        """Tokens of the only request."""
+        greedy = ResolvedSampling(max_tokens=1, seed=0, temperature=0.0)
         pages = tuple(range(self.pages))
-        return Work(request_id="a", start=start, tokens=(5,) * count, pages=pages, samples=True, **sampling)
+        return ScheduledRequest(
+            request_id="a", start=start, tokens=(5,) * count, pages=pages, samples=True, sampling=greedy
+        )
 
     def bucket(self, shape: Shape) -> Bucket:
         """The bucket with room for the longest context."""
@@ -129,14 +134,13 @@ def copying(rank: OneRank, rounds: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure, print, and write JSON."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(description=about, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("benchmarks.restoring", __doc__)
     parser.add_argument("--model", default="smollm2-moe")
     parser.add_argument("--contexts", default=CONTEXTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    kernels.load()
+    cpu.load()
     cfg = HostStore.create(ensure_model(options.model)).cfg
     contexts = sorted(int(n) for n in options.contexts.split(","))
     rank = OneRank(cfg, contexts)
@@ -156,7 +160,7 @@ def main() -> int:
         print(f"{name} step {step:.2f} ms, copying what it wrote {copy:.3f} ms: {copy / step:.2%}")
     if options.json is not None:
         found = {"machine": machine(), "model": options.model, "runs": runs, "break_even": even, "steady": steady}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        command.write_json(options.json, found)
     return 0
 
 

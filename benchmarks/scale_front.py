@@ -1,7 +1,7 @@
-"""What a front spends on N ranks that answer at once: the real loop, failover and streams, without a model.
+"""Measures the time that a front spends on N ranks that answer at once: the real loop, failover and streams, no model.
 
-Seconds are CPU seconds of this process, in which the front runs: stand-ins run elsewhere, and who else uses the cores
-does not count.
+Seconds are CPU seconds of this process, in which the front runs: simulated ranks run in other processes, and other work
+on the cores does not count.
 """
 
 import asyncio
@@ -13,42 +13,45 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from benchmarks.stand_ins import StandIns
-from planner.cluster import Cluster, Hardware
-from planner.workload import Workload
-from serving.batch import Bucket
+from benchmarks.simulated_ranks import SimulatedRanks
+from planner.inputs.cluster import Cluster, Hardware
+from planner.inputs.workload import Workload
 from serving.config import Settings
-from serving.engine import Limits
-from serving.failover import Failover
-from serving.guided import Guides
-from serving.health import Cause, HealthSettings, Observation, stuck, suspects
-from serving.links import Loss, RankLinks
-from serving.loop import Loop
-from serving.mesh_key import MeshKey
-from serving.prepared import Prepared
+from serving.core.loop import Loop
+from serving.core.step_stats import StepStats
+from serving.engine.batch import StepBucket
+from serving.engine.limits import Limits
+from serving.executor.executor import RankExecutor
+from serving.executor.failure_detector import Cause, FailureDetectorSettings, Observation, all_late, late_or_dead
+from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
-from serving.request import Request
-from serving.tokens import Tokenizer
+from serving.protocol.events import EventLog
+from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.request import Request
+from serving.protocol.sampling import ResolvedSampling
+from serving.recovery.failover import Failover
+from serving.text.structured_output import GrammarMatcher
+from serving.text.tokenizer import Tokenizer
 
 PAGE, CONTEXT, ROWS = 32, 4096, 16
 PROMPT, LIMIT_S = 8, 120.0
 STEPS, LEAST_S, MOST_STEPS = 12, 1.5, 1000
-"""A measurement takes so many steps, and so long, at least; but no more than so many."""
+"""A measurement takes at least this number of steps and this time, and at most this number of steps."""
 MAX_TOKENS = 2 * MOST_STEPS
 ADOPTIONS = 3
-WATCHED, BEAT_S = 32, 0.05
+WATCHED, HEARTBEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
 
 
 class AnyNumber(Settings):
-    """Settings without the bound on local ranks, and with what is measured elsewhere switched off."""
+    """Settings without the limit on local ranks; protections that other benchmarks measure are switched off."""
 
     def __post_init__(self) -> None:
-        """Nothing is checked: these are not an operator's."""
+        """Check nothing: these settings are not an operator's."""
 
 
 def settings_of(ranks: int) -> AnyNumber:
-    """Of a front with so many stand-ins."""
+    """The settings of a front with this number of simulated ranks."""
     return AnyNumber(
         ranks=ranks,
         model="stand-in",
@@ -60,15 +63,21 @@ def settings_of(ranks: int) -> AnyNumber:
         max_queue=1 << 20,
         scrub_s=0.0,
         restart=False,
-        protect_cache="off",
+        kv_replication="off",
         journal="off",
         slow_block_steps=1 << 30,
     )
 
 
-def prepared_of(workload: Workload) -> Prepared:
-    """A model of this shape, of which nothing is there."""
-    return Prepared(
+def request(name: str, seed: int) -> Request:
+    """A request with the benchmark's prompt and number of tokens."""
+    sampling = ResolvedSampling(max_tokens=MAX_TOKENS, seed=seed)
+    return Request(id=name, prompt=tuple(range(1, PROMPT + 1)), sampling=sampling)
+
+
+def prepared_of(workload: Workload) -> PreparedModel:
+    """A model of this shape, without weights."""
+    return PreparedModel(
         name=workload.name,
         config="{}",
         folder="",
@@ -93,58 +102,77 @@ def prepared_of(workload: Workload) -> Prepared:
 
 @dataclasses.dataclass
 class FrontOf:
-    """A front and its stand-ins."""
+    """A front and its simulated ranks."""
 
     ranks: int
-    links: RankLinks
+    executor: RankExecutor
     failover: Failover
     loop: Loop
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def stand_ins(
-        cls, ranks: int, workload: Workload, tokenizer: Tokenizer, *, beat_s: float = 0.0
+    async def simulated_ranks(
+        cls, ranks: int, workload: Workload, tokenizer: Tokenizer, *, heartbeat_s: float = 0.0
     ) -> AsyncIterator["FrontOf"]:
-        """A front whose last rank's loss is prepared. It judges no heartbeats until it is told to."""
+        """A front whose last rank's loss is prepared. It checks no heartbeats until this is switched on."""
         settings, model = settings_of(ranks), prepared_of(workload)
-        losses: list[Any] = []
-        launcher = StandIns(
+        launcher = SimulatedRanks(
             min(4, -(-ranks // 64)),
             moe_layers=workload.moe_layers,
             experts=workload.experts,
             segments=ROWS + 4,
-            beat_s=beat_s,
+            heartbeat_s=heartbeat_s,
         )
-        health = HealthSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S, together_limit_s=LIMIT_S)
+        health = FailureDetectorSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S, all_late_limit_s=LIMIT_S)
 
-        def lost(loss: Loss) -> None:
-            for hear in losses:
-                hear(loss)
-
-        links = RankLinks(health, lost, launcher)
-        await links.open()
+        executor = RankExecutor(
+            health,
+            lambda loss: failover.on_rank_lost(loss),
+            launcher,
+            on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
+        )
+        await executor.open()
         cluster = Cluster.regular("stand-ins", -(-ranks // 8), min(8, ranks), hardware=Hardware())
-        failover = Failover(settings, model, links, lambda _: None, cluster=cluster)
-        failover.plans.foresee([frozenset({ranks - 1})] if ranks > 1 else [])
+        events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
+        failover = Failover(
+            settings,
+            model,
+            executor,
+            lambda _: None,
+            events=events,
+            expert_load=lambda: step_stats.expert_load,
+            wake=wake.set,
+            cluster=cluster,
+        )
+        failover.plans.prepare_losses([frozenset({ranks - 1})] if ranks > 1 else [])
         try:
             await failover.start()
             limits = Limits(
                 page_size=PAGE,
                 max_context=CONTEXT,
                 max_queue=settings.max_queue,
-                buckets=tuple(Bucket(*bucket) for bucket in settings.buckets),
+                buckets=tuple(StepBucket(*bucket) for bucket in settings.buckets),
                 tiles_while_decoding=4,
             )
-            loop = Loop(settings, model.info(), limits, links, failover, Guides(tokenizer, 256, ()))
-            losses.append(loop.lost)
+            loop = Loop(
+                settings,
+                model.info(),
+                limits,
+                executor,
+                failover,
+                GrammarMatcher(tokenizer, 256, ()),
+                events=events,
+                step_stats=step_stats,
+                wake=wake,
+            )
             for rank in range(ranks):
-                links.unwatch(rank)
+                executor.stop_monitoring(rank)
             loop.start()
-            yield cls(ranks, links, failover, loop)
+            yield cls(ranks, executor, failover, loop)
             await loop.drain(0.0)
         finally:
             await failover.close()
-            await links.close()
+            await executor.close()
             launcher.close()
 
     async def read(self, request: Request) -> None:
@@ -155,50 +183,46 @@ class FrontOf:
     async def step(self, rows: int) -> dict[str, float]:
         """A step with `rows` decoding requests on each rank: milliseconds of the front's core, and on the clock."""
         count = rows * self.ranks
-        prompt = tuple(range(1, PROMPT + 1))
-        clients = [
-            asyncio.create_task(self.read(Request(id=f"{rows}-{i}", prompt=prompt, max_tokens=MAX_TOKENS, seed=i)))
-            for i in range(count)
-        ]
-        counts = self.loop.tally
+        clients = [asyncio.create_task(self.read(request(f"{rows}-{i}", i))) for i in range(count)]
+        counts = self.loop.engine.step_stats
         async with asyncio.timeout(LIMIT_S):
-            while len(self.loop.state.running) < count or any(s.known <= PROMPT for s in self._running()):
+            while len(self.loop.engine.state.running) < count or any(s.known_tokens <= PROMPT for s in self._running()):
                 await asyncio.sleep(0.02)
             first, began, spent = counts.steps, time.monotonic(), time.process_time()
             while (made := counts.steps - first) < STEPS or (time.monotonic() < began + LEAST_S and made < MOST_STEPS):
                 await asyncio.sleep(0.005)
             steps, took, spent = counts.steps - first, time.monotonic() - began, time.process_time() - spent
-        assert len(self.loop.state.running) == count, "no stream ends while it is measured"
+        assert len(self.loop.engine.state.running) == count, "no stream ends while it is measured"
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
         return {"ranks": self.ranks, "rows": count, "core_ms": 1e3 * spent / steps, "clock_ms": 1e3 * took / steps}
 
     def _running(self) -> list[Any]:
-        return list(self.loop.state.running.values())
+        return list(self.loop.engine.state.running.values())
 
     async def rounds(self) -> dict[str, float]:
-        """Messages to all, between steps: milliseconds of the front's core to say abort, to have a mesh prepared, and a
-        plan adopted."""
+        """Send messages to all ranks between steps: milliseconds of the front's core for an abort, for the preparation
+        of a mesh, and for the adoption of a plan."""
         aborts, preparations, adoptions, clocks = [], [], [], []
         plan = self.failover.plan
         assert plan is not None
         prepare = link_pb2.Prepare(mesh=MeshKey.of(plan).message())
         for _ in range(ADOPTIONS):
             spent = time.process_time()
-            self.links.abort(range(self.ranks), self.failover.epoch)
-            while any(self.links.get(rank).outbox.qsize() for rank in range(self.ranks)):  # type: ignore[union-attr]
+            self.executor.abort(range(self.ranks), self.failover.epoch)
+            while any(self.executor.get(rank).outbox.qsize() for rank in range(self.ranks)):  # type: ignore[union-attr]
                 await asyncio.sleep(0)
             aborts.append(time.process_time() - spent)
             spent = time.process_time()
-            await asyncio.gather(*(self.links.call(rank, "prepare", prepare) for rank in range(self.ranks)))
+            await asyncio.gather(*(self.executor.call(rank, "prepare", prepare) for rank in range(self.ranks)))
             preparations.append(time.process_time() - spent)
             spent, began = time.process_time(), time.monotonic()
             await self.failover.release(())
             adoptions.append(time.process_time() - spent)
             clocks.append(time.monotonic() - began)
-            await asyncio.sleep(0.1 + 2 * clocks[-1])  # what a plan has loaded ahead is not of this round
-        self.loop.taken()
+            await asyncio.sleep(0.1 + 2 * clocks[-1])  # meshes that a plan loads ahead are not part of this round
+        self.loop.engine.plan_adopted()
         return {
             "ranks": self.ranks,
             "abort_ms": 1e3 * min(aborts),
@@ -208,15 +232,17 @@ class FrontOf:
         }
 
     async def lose_one(self) -> dict[str, float]:
-        """The last rank dies with a request on each rank: milliseconds by phase, as the front tells them."""
-        prompt = tuple(range(1, PROMPT + 1))
-        requests = [Request(id=f"l-{i}", prompt=prompt, max_tokens=MAX_TOKENS, seed=i) for i in range(self.ranks)]
+        """The last rank dies with a request on each rank: milliseconds by phase, as the front reports them."""
+        requests = [request(f"l-{i}", i) for i in range(self.ranks)]
         clients = [asyncio.create_task(self.read(request)) for request in requests]
         async with asyncio.timeout(LIMIT_S):
-            while any(s.known <= PROMPT for s in self._running()) or len(self.loop.state.running) < self.ranks:
+            while (
+                any(s.known_tokens <= PROMPT for s in self._running())
+                or len(self.loop.engine.state.running) < self.ranks
+            ):
                 await asyncio.sleep(0.02)
             spent = time.process_time()
-            self.links.declare(self.ranks - 1, Cause("exited", "it is to"), time.monotonic())
+            self.executor.declare(self.ranks - 1, Cause("exited", "it is to"), time.monotonic())
             async for event in self.loop.watch():
                 if event.kind == "recovered":
                     break
@@ -229,29 +255,29 @@ class FrontOf:
 
 async def beating(tokenizer: Tokenizer, workload: Workload, seconds: float = 4.0) -> float:
     """Seconds of the front's core for a heartbeat, of ranks that do nothing else."""
-    async with FrontOf.stand_ins(WATCHED, workload, tokenizer, beat_s=BEAT_S) as front:
-        heard = [each for rank in range(WATCHED) if (each := front.links.get(rank)) is not None]
+    async with FrontOf.simulated_ranks(WATCHED, workload, tokenizer, heartbeat_s=HEARTBEAT_S) as front:
+        watched = [each for rank in range(WATCHED) if (each := front.executor.get(rank)) is not None]
         await asyncio.sleep(1.0)
-        beats, spent = sum(len(each.gaps) for each in heard), time.process_time()
-        await asyncio.sleep(seconds)  # before a rank has told of more gaps than are kept
-        return (time.process_time() - spent) / (sum(len(each.gaps) for each in heard) - beats)
+        beats, spent = sum(len(each.heartbeat_gaps) for each in watched), time.process_time()
+        await asyncio.sleep(seconds)  # before a rank has reported more gaps than the front stores
+        return (time.process_time() - spent) / (sum(len(each.heartbeat_gaps) for each in watched) - beats)
 
 
 def looking(times: int = 50) -> float:
-    """Seconds of a core for a look at a rank that the front has known for long."""
+    """Seconds of a core for one check of a rank that the front has observed for long."""
     draw = random.Random(0)
     known = [collections.deque(draw.random() for _ in range(200)) for _ in range(2 * WATCHED)]
-    settings, spent = HealthSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S), time.process_time()
+    settings, spent = FailureDetectorSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S), time.process_time()
     for _ in range(times):
         seen = [_seen(rank, *known[2 * rank : 2 * rank + 2]) for rank in range(WATCHED)]
-        assert not suspects(seen, 0.0, settings)
-        assert not stuck(seen, 0.0, settings)
+        assert not late_or_dead(seen, 0.0, settings)
+        assert not all_late(seen, 0.0, settings)
     return (time.process_time() - spent) / (times * WATCHED)
 
 
 def _seen(rank: int, gaps: Iterable[float], steps: Iterable[float]) -> Observation:
     return Observation(
-        rank=rank, last_heartbeat=0.0, heartbeat_gaps=tuple(gaps), step_sent=0.0, step_times=tuple(steps)
+        rank=rank, last_heartbeat=0.0, heartbeat_gaps=tuple(gaps), step_sent_at=0.0, step_times=tuple(steps)
     )
 
 
@@ -261,7 +287,7 @@ async def measure(
     """Steps, rounds and a loss for each number of ranks; steps of no more than `most_rows` tokens but the first."""
     steps, rounds, losses = [], [], []
     for ranks in counts:
-        async with FrontOf.stand_ins(ranks, workload, tokenizer) as front:
+        async with FrontOf.simulated_ranks(ranks, workload, tokenizer) as front:
             for each in rows:
                 if each == rows[0] or each * ranks <= most_rows:
                     steps.append(await front.step(each))

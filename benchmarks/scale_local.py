@@ -1,4 +1,4 @@
-"""Real servers of a few ranks on this machine: the time of a step, and of a recovery."""
+"""Measures real servers of a few ranks on this machine: the time of a step, and of a recovery."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.launch import launched
 from benchmarks.losses import EventFeed, local
 from benchmarks.streams import Load, make_asks, until, whole
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
 
 STREAMS, PROMPT_TOKENS, MAX_TOKENS = 8, 32, 256
 WATCHED_S = 3.0
@@ -20,7 +20,7 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def core_seconds(session: int) -> float:
-    """What the processes of a session have had of the cores so far."""
+    """Seconds of processor time that the processes of a session have used so far."""
     spent = 0.0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -73,9 +73,9 @@ async def measure(address: str, session: int, ranks: int, kills: int) -> dict[st
 
 
 def medians(losses: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each phase."""
+    """The median of each phase, over the losses that had it."""
     names = dict.fromkeys(name for phases in losses for name in phases)
-    return {name: statistics.median(phases.get(name, 0.0) for phases in losses) for name in names}
+    return {name: statistics.median(phases[name] for phases in losses if name in phases) for name in names}
 
 
 def measure_servers(
@@ -87,6 +87,6 @@ def measure_servers(
         options = ("--data-type", data_type, "--lattice-depth", "1")
         with launched(model, ranks, options=options) as server:
             rows.append(runner.run(measure(server.address, server.session, ranks, kills)))
-        told = ", ".join(f"{name} {ms:.1f}" for name, ms in rows[-1]["recovery_ms"].items())
-        print(f"{model:14} ranks {ranks}  step {rows[-1]['step_ms']:.2f} ms  recovery {told or '-'}", flush=True)
+        phases = ", ".join(f"{name} {ms:.1f}" for name, ms in rows[-1]["recovery_ms"].items())
+        print(f"{model:14} ranks {ranks}  step {rows[-1]['step_ms']:.2f} ms  recovery {phases or '-'}", flush=True)
     return rows

@@ -1,80 +1,34 @@
-"""Step time and recovery time against the number of ranks, with the one front that tells them all what to do.
+"""A model of step time and recovery time against the number of ranks of one front.
 
-What ranks need for a step is `planner.cost`; what a recovery needs whatever its size is `planner.recovery`. Added here
-is what grows with the ranks: the front's work for a step, for messages to all ranks and for watching them
-(`Front`, measured by `python -m benchmarks.scale`), and ranks that share the cores of one machine. All in seconds.
+The ranks' part of a step is `planner.cost.roofline`, the front's is `planner.cost.front`, a recovery is that of
+`planner.cost.recovery_model`. This module puts them side by side for one rank lost of an even placement, without making
+a plan, and adds ranks that share the cores of one machine. All times are in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import ceil, inf
+from math import ceil
 
-from planner.cluster import Cluster
-from planner.cost import StepTime
-from planner.recovery import Recovery
-from planner.shape import Shape
-from planner.workload import Workload
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """Seconds for n ranks: `fixed + each * n + pair * n * n`."""
-
-    fixed: float = 0.0
-    each: float = 0.0
-    pair: float = 0.0
-
-    def at(self, n: int) -> float:
-        """Seconds for `n` ranks."""
-        return self.fixed + self.each * n + self.pair * n * n
-
-
-@dataclass(frozen=True, kw_only=True)
-class Front:
-    """What a front's core spends: on a step (`row` for each token of it besides), on telling all ranks to abort, to
-    prepare a mesh and to adopt a plan, on hearing a heartbeat, and on looking once at a rank. A rank's heart beats each
-    `beat_s`, and it is looked at each `look_s`."""
-
-    step: Line = Line()
-    row: float = 0.0
-    abort: Line = Line()
-    prepare: Line = Line()
-    adopt: Line = Line()
-    beat: float = 0.0
-    look: float = 0.0
-    beat_s: float = 0.05
-    look_s: float = 0.01
-
-    def standing(self, n: int) -> float:
-        """The part of a core that `n` ranks take without any step."""
-        return n * (self.beat / self.beat_s + self.look / self.look_s)
-
-    def busy(self, n: int, work: float) -> float:
-        """Seconds that `work` takes beside what `n` ranks take anyway; infinite when they take all."""
-        left = 1 - self.standing(n)
-        return work / left if left > 0 else inf
-
-    def step_seconds(self, n: int, rows: float) -> float:
-        """For making a step of `rows` tokens on `n` ranks, sending it, and taking in its results."""
-        return self.busy(n, self.step.at(n) + self.row * rows)
-
-    def preparing(self, n: int, losses: int) -> float:
-        """For having the mesh of each of so many losses loaded, then connected, by about `n` ranks."""
-        return self.busy(n, 2 * losses * self.prepare.at(n))
+from planner.cost.front import FrontCost
+from planner.cost.recovery_model import RecoveryModel, store_seconds
+from planner.cost.roofline import StepTime
+from planner.inputs.cluster import Cluster
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledStep:
-    """A step: what the ranks need, and what the front needs."""
+    """The seconds of a step: the ranks' part and the front's part."""
 
     ranks: StepTime
     front: float
 
     @property
     def ahead(self) -> float:
-        """Seconds from token to token when the next step is made while one runs: the slower of both sets the pace."""
+        """Seconds from token to token while the front makes the next step during one: the slower part sets the pace."""
         return max(self.ranks.total, self.front)
 
     @property
@@ -84,13 +38,13 @@ class ScaledStep:
 
     @property
     def share(self) -> float:
-        """The front's part over the ranks'."""
+        """The front's part divided by the ranks' part."""
         return self.front / self.ranks.total
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoveryTime:
-    """Seconds of a recovery by phase. `*_messages` are the front's rounds to all ranks, the others what ranks need."""
+class ScaledRecovery:
+    """Seconds of a recovery by phase. `*_messages` is the front's part, the others are the ranks' part."""
 
     detect: float
     abort: float
@@ -103,36 +57,39 @@ class RecoveryTime:
 
     @property
     def stall(self) -> float:
-        """What streams of surviving ranks wait: all but the replay."""
+        """Seconds that streams of surviving ranks wait: all phases but the replay."""
         return self.moved_stall - self.replay
 
     @property
     def moved_stall(self) -> float:
-        """What streams of the dead rank wait."""
+        """Seconds that streams of the dead rank wait."""
         return sum(asdict(self).values())
 
 
-def recovery_time(
+def scaled_recovery(
     workload: Workload,
     cluster: Cluster,
     shape: Shape,
-    front: Front,
-    recovery: Recovery,
+    front: FrontCost,
+    recovery: RecoveryTimes,
     *,
     step: float,
     requests: float = 0.0,
     prefill: float = 0.0,
-) -> RecoveryTime:
-    """The loss of one rank of `shape`, on which `requests` ran, each of which takes `prefill` to be computed again on
-    its new rank; a step takes `step`. `recovery` is that of a server so small that the front's rounds do not show."""
+) -> ScaledRecovery:
+    """The recovery from the loss of one rank of `shape` with `requests` running, each recomputed in `prefill` seconds.
+
+    A step takes `step` seconds. `recovery` are the phases of a server so small that the front's messages take no time.
+    """
     left = len(shape.roles) - 1
+    model = RecoveryModel(times=recovery, front=front)
     rounds = ceil(requests / max(1, shape.data - 1))
-    return RecoveryTime(
+    return ScaledRecovery(
         detect=recovery.detect,
         abort=recovery.abort,
-        abort_messages=front.busy(left, front.abort.at(left)),
+        abort_messages=model.abort_messages(left),
         adopt=recovery.adopt,
-        adopt_messages=front.busy(left, front.adopt.at(left)),
+        adopt_messages=model.adopt_messages(left),
         weights=weights_seconds(workload, cluster, shape),
         resume=step,
         replay=rounds * prefill,
@@ -143,27 +100,27 @@ def lost_experts(workload: Workload, shape: Shape) -> int:
     """(layer, expert) pairs that the loss of one rank leaves without a copy, when copies are spread evenly."""
     if not workload.experts:
         return 0
-    spare = shape.holders * shape.slots - workload.experts
+    spare = shape.expert_rank_count * shape.slots - workload.experts
     single = max(0.0, 1 - spare / workload.experts)
-    return ceil(single * workload.experts / shape.holders) * workload.moe_layers
+    return ceil(single * workload.experts / shape.expert_rank_count) * workload.moe_layers
 
 
 def weights_seconds(workload: Workload, cluster: Cluster, shape: Shape) -> float:
-    """Seconds in which the survivors of one loss read the experts that have no copy left from their hosts' stores,
-    each as many as the others."""
+    """Seconds until the survivors of one loss have read, in equal parts, the experts without a copy from the store."""
     lost, hardware = lost_experts(workload, shape), cluster.hardware
-    if not lost or shape.holders < 2:
+    if not lost or shape.expert_rank_count < 2:
         return 0.0
-    rank = ceil(lost / (shape.holders - 1))
+    rank = ceil(lost / (shape.expert_rank_count - 1))
     host = min(lost, rank * cluster.per_host)
-    seconds = max(rank / hardware.host_to_device_bandwidth, host / hardware.store_bandwidth)
-    return seconds * workload.expert_bytes
+    return store_seconds(hardware, *(count * workload.expert_bytes for count in (rank, host, lost)))
 
 
 def shared_step(step: StepTime, front: float, beside: float, ranks: int, cores: int, *, factor: float = 1.0) -> float:
-    """Seconds from token to token of `ranks` ranks that share `cores` cores with their front and with `beside`, what
-    else the machine does for a step. Of a rank's step all but the exchange is work of a core, times `factor`; the
-    front's is done while the ranks run."""
+    """Seconds from token to token of `ranks` ranks that share `cores` cores with their front and with other work.
+
+    `beside` are the seconds of other work of the machine for a step. All of a rank's step but the exchange is work of a
+    core, times `factor`; the front works while the ranks run.
+    """
     work = factor * (step.total - step.exchange)
     spread = (ranks * work + front + beside) / cores
     alone = work if ranks > 1 else work / cores  # a rank that is alone computes on all cores
@@ -171,16 +128,9 @@ def shared_step(step: StepTime, front: float, beside: float, ranks: int, cores: 
 
 
 def shared_recovery(small: float, rounds: float, step: float, survivors: int, cores: int) -> float:
-    """Seconds until the first step after a loss is in, detection aside. `small` is what a survivor needs with a core of
-    its own, `rounds` the front's messages, `step` that first step."""
+    """Seconds from the detection of a loss to the end of the first step after it.
+
+    `small` are the seconds that a survivor needs with a core of its own, `rounds` those of the front's messages, `step`
+    those of the first step.
+    """
     return small * max(1.0, survivors / cores) + rounds + step
-
-
-def most_ranks(fits: Callable[[int], bool], most: int = 1 << 20) -> int:
-    """The largest number of ranks up to `most` that `fits`, which holds up to some number and not beyond; 0 when one
-    is too many already."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

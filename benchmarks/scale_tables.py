@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, from what `benchmarks.scale` measured."""
+"""Prints the tables of docs/scale.md from the measurements of `benchmarks.scale`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,34 +8,28 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from planner.cluster import Cluster, read_cluster
-from planner.cost import prefill_time, step_time
+from benchmarks.scale_model import ScaledStep, scaled_recovery, shared_recovery, shared_step
+from planner.cli.table import table
+from planner.cost.front import CostCurve, FrontCost, constants_of, most_ranks
+from planner.cost.roofline import prefill_time, step_time
+from planner.cost.throughput import assess
 from planner.errors import NoFeasiblePlan
-from planner.huggingface import read_model
-from planner.recovery import Recovery
-from planner.report import table
-from planner.scale import (
-    Front,
-    Line,
-    ScaledStep,
-    most_ranks,
-    recovery_time,
-    shared_recovery,
-    shared_step,
-)
-from planner.shape import Shape, slots_per_rank
-from planner.throughput import assess
-from planner.traffic import Traffic
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster, Hardware, read_cluster
+from planner.inputs.published import read_model
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+from planner.solver.shapes import slots_per_rank
 
 SIZES = (4, 8, 32, 128, 320, 1000, 3200, 10000)
 BIG, LOCAL = "deepseek-v3", "tiny"
-"""The models whose messages the front was measured with, for the tables of a big one and of this machine."""
-RECOVERY = Recovery()
+"""The models with whose messages the front was measured, for the tables of a big model and of this machine."""
+RECOVERY = RecoveryTimes()
 OVERHEAD = 0.1
-"""The front's part of a step that is still small."""
+"""The front's share of a step that counts as small."""
 GROUP = 8
-"""Ranks of a front in the table of many: a host's."""
+"""Ranks of each front in the table of many fronts: those of a host."""
 STREAMS, CONTEXT = 8, 160
 PUBLISHED = ((16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
 """Ranks, and microseconds of a dispatch and a combine, 128 tokens a rank: DeepEP's low-latency kernels on H800 and
@@ -56,7 +50,7 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
         f"\n{model} on {cluster}: a step",
         step_table(sizes, big),
         f"\n{model} on {cluster}: the loss of one rank, watching aside",
-        recovery_table(sizes, unwatched(big)),
+        recovery_table(sizes, big.unwatched()),
         "\nhow many ranks one front can have",
         limit_table(sizes, big),
         f"\na step with a front for every {GROUP} ranks, and one that leads them (not built)",
@@ -79,8 +73,8 @@ def fit(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[fl
     return nnls(np.array(columns, float).T / wanted[:, None], np.ones(len(wanted)))[0].tolist()
 
 
-def front_of(measured: dict[str, list[dict[str, float]]], standing: dict[str, float]) -> Front:
-    """The front's lines through what was measured on stand-ins."""
+def front_of(measured: dict[str, list[dict[str, float]]], idle: dict[str, float]) -> FrontCost:
+    """The costs of the front, fitted to measurements on simulated ranks."""
     steps, rounds = measured["steps"], measured["rounds"]
     ranks, ones = [row["ranks"] for row in steps], [1.0] * len(steps)
     fixed, each, row = fit([ones, ranks, [r["rows"] for r in steps]], [r["core_ms"] / 1e3 for r in steps])
@@ -90,19 +84,30 @@ def front_of(measured: dict[str, list[dict[str, float]]], standing: dict[str, fl
         fit([ones, ranks, [n * n for n in ranks]], [r[name] / 1e3 for r in rounds])
         for name in ("prepare_ms", "adopt_ms")
     )
-    return Front(
-        step=Line(fixed=fixed, each=each),
+    return FrontCost(
+        step=CostCurve(fixed=fixed, each=each),
         row=row,
-        abort=Line(fixed=abort[0], each=abort[1]),
-        prepare=Line(fixed=prepare[0], each=prepare[1], pair=prepare[2]),
-        adopt=Line(fixed=adopt[0], each=adopt[1], pair=adopt[2]),
-        beat=standing["beat_ms"] / 1e3,
-        look=standing["look_ms"] / 1e3,
+        abort=CostCurve(fixed=abort[0], each=abort[1]),
+        prepare=CostCurve(fixed=prepare[0], each=prepare[1], pair=prepare[2]),
+        adopt=CostCurve(fixed=adopt[0], each=adopt[1], pair=adopt[2]),
+        beat=idle["beat_ms"] / 1e3,
+        look=idle["look_ms"] / 1e3,
     )
 
 
-def described(front: Front) -> str:
-    """Its lines as formulas."""
+def fitted(data: dict[str, Any]) -> dict[str, Any]:
+    """The constants of the fronts for the planner (configs/front.json): seconds, by model and its pairs of experts."""
+    rows = []
+    for name, measured in data["fronts"].items():
+        model = Workload(**data["servers"][name]["workload"]) if name in data["servers"] else read_model(name)
+        pairs = model.moe_layers * model.experts
+        rows.append({"model": name, "pairs": pairs, "constants": constants_of(front_of(measured, data["standing"]))})
+    machine = data["fronts_machine"]
+    return {"by": "python -m benchmarks.scale --fit", "measured": machine["date"][:10], "fronts": rows}
+
+
+def described(front: FrontCost) -> str:
+    """The fitted lines as formulas."""
     s, a, p, d = front.step, front.abort, front.prepare, front.adopt
     return (
         f"milliseconds of a core for n ranks and r tokens\n"
@@ -112,11 +117,11 @@ def described(front: Front) -> str:
         f"  adopt    {d.fixed * 1e3:.2f} + {d.each * 1e3:.3f} n + {d.pair * 1e6:.2f} n^2 / 1000\n"
         f"  a heartbeat {front.beat * 1e3:.3f}, every {front.beat_s * 1e3:.0f} ms; "
         f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms: "
-        f"{front.standing(1):.3%} of a core for each rank"
+        f"{front.watch_share(1):.3%} of a core for each rank"
     )
 
 
-def front_table(measured: dict[str, list[dict[str, float]]], front: Front) -> str:
+def front_table(measured: dict[str, list[dict[str, float]]], front: FrontCost) -> str:
     """Each measurement beside its line."""
     rounds = {row["ranks"]: row for row in measured["rounds"]}
     losses = {row["ranks"]: row for row in measured["losses"]}
@@ -138,8 +143,8 @@ def front_table(measured: dict[str, list[dict[str, float]]], front: Front) -> st
 
 @dataclass(frozen=True)
 class Sized:
-    """One row of the big tables: a model on so many ranks, as many requests on each as fit. Without a step it does not
-    fit, and `reason` says why."""
+    """One row of the big tables: a model on a number of ranks, with as many requests on each as fit. Without a step the
+    model does not fit, and `reason` says why."""
 
     ranks: int
     workload: Workload
@@ -150,23 +155,28 @@ class Sized:
     prefill: float = 0.0
     reason: str = ""
 
-    def scaled(self, front: Front, requests: int | None = None) -> ScaledStep:
-        """The step with the front's part."""
+    def scaled(self, front: FrontCost, requests: int | None = None) -> ScaledStep:
+        """The time of a step with the front's part."""
         return ScaledStep(
             ranks=self.step, front=front.step_seconds(self.ranks, self.ranks * (requests or self.requests))
         )
 
 
 def collocated(ranks: int, slots: int) -> Shape:
-    """Every rank attends alone and holds `slots` experts a layer."""
+    """The shape in which every rank computes attention alone and holds `slots` experts a layer."""
     roles, groups = ("collocated",) * ranks, tuple(range(ranks))
     return Shape(arch="collocated", tensor=1, dense=1, slots=slots, roles=roles, groups=groups)
 
 
+def served_hardware(cluster: str) -> Hardware:
+    """The hardware of a preset with the constants of moejax's own steps, since its front is what these tables scale."""
+    return replace(read_cluster(cluster).hardware, engine="jax")
+
+
 def sized(ranks: int, model: str, cluster: str) -> Sized:
     """The model on that many devices, 8 to a host, with the planner's slots and its default traffic."""
-    workload, kind = read_model(model), read_cluster(cluster)
-    there = Cluster.regular(cluster, -(-ranks // 8), min(8, ranks), hardware=kind.hardware, hosts_per_rack=4)
+    workload, hardware = read_model(model), served_hardware(cluster)
+    there = Cluster.regular(cluster, -(-ranks // 8), min(8, ranks), hardware=hardware, hosts_per_rack=4)
     traffic = Traffic()
     try:
         slots = slots_per_rank(workload, there, ranks, asked=None, before=None, survive_ranks=1)
@@ -180,13 +190,8 @@ def sized(ranks: int, model: str, cluster: str) -> Sized:
     return Sized(ranks, workload, there, shape, found.requests_per_group, found.step, prefill)
 
 
-def unwatched(front: Front) -> Front:
-    """The front if watching cost nothing."""
-    return replace(front, beat=0.0, look=0.0)
-
-
-def step_table(sizes: Iterable[Sized], front: Front) -> str:
-    """What a step takes on the ranks and in the front."""
+def step_table(sizes: Iterable[Sized], front: FrontCost) -> str:
+    """The time of a step on the ranks and in the front."""
     rows = []
     for at in sizes:
         if at.step is None:
@@ -199,8 +204,8 @@ def step_table(sizes: Iterable[Sized], front: Front) -> str:
                 at.shape.slots if at.shape else 0,
                 at.requests,
                 *(milliseconds(s) for s in (parts.attention, parts.experts, parts.exchange, parts.total)),
-                f"{front.standing(at.ranks):.0%}",
-                milliseconds(at.scaled(unwatched(front)).front),
+                f"{front.watch_share(at.ranks):.0%}",
+                milliseconds(at.scaled(front.unwatched()).front),
                 milliseconds(scaled.front),
                 milliseconds(scaled.ahead),
                 milliseconds(scaled.in_turn),
@@ -210,14 +215,14 @@ def step_table(sizes: Iterable[Sized], front: Front) -> str:
     return table([*head, "watching", "front", "beside watching", "ahead", "in turn"], rows)
 
 
-def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
-    """What the loss of one rank takes."""
+def recovery_table(sizes: Iterable[Sized], front: FrontCost) -> str:
+    """The time of a recovery from the loss of one rank."""
     rows = []
     for at in sizes:
         if at.step is None or at.shape is None:
             rows.append([at.ranks, "does not fit", *["-"] * 10])
             continue
-        t = recovery_time(
+        t = scaled_recovery(
             at.workload,
             at.cluster,
             at.shape,
@@ -235,26 +240,25 @@ def recovery_table(sizes: Iterable[Sized], front: Front) -> str:
     return table([*head, "replay", "its own", "prepared in"], rows)
 
 
-def limit_table(sizes: Sequence[Sized], front: Front) -> str:
-    """Up to how many ranks one front is enough, for fewer and more requests on each, beside a step as on 320 ranks."""
+def limit_table(sizes: Sequence[Sized], front: FrontCost) -> str:
+    """The number of ranks for which one front is enough, by requests on each, compared with a step on 320 ranks."""
     at = next(s for s in sizes if s.ranks == 320 and s.step is not None)
     rows = []
     for requests in sorted({1, 8, at.requests}):
         step = step_time(at.workload, at.cluster, at.shape, requests, Traffic().context).total
         cells = [str(requests), milliseconds(step)]
-        for cost in (front, unwatched(front)):
+        for cost in (front, front.unwatched()):
             for share in (OVERHEAD, 1.0):
                 within = lambda n, c=cost, s=share: c.step_seconds(n, n * requests) <= s * step  # noqa: E731, B023
                 cells.append(f"{most_ranks(within):,}")
         rows.append(cells)
-    alone = most_ranks(lambda n: front.standing(n) < 1)
+    alone = most_ranks(lambda n: front.watch_share(n) < 1)
     head = ["requests a rank", "ranks' step", "front <= 10%", "front <= a step", "unwatched: <= 10%", "<= a step"]
     return table(head, rows) + f"\nwatching alone takes the whole core at {alone:,} ranks"
 
 
-def group_table(sizes: Iterable[Sized], front: Front) -> str:
-    """A step when every `GROUP` ranks have a front of their own, and one leads the fronts: it tells each what comes
-    next, and hears from each."""
+def group_table(sizes: Iterable[Sized], front: FrontCost) -> str:
+    """A step when every `GROUP` ranks have a front of their own, and a leading front exchanges messages with each."""
     rows = []
     for at in sizes:
         if at.step is None:
@@ -271,10 +275,10 @@ def group_table(sizes: Iterable[Sized], front: Front) -> str:
 
 def exchange_table(model: str, cluster: str) -> str:
     """The planner's exchange beside DeepEP's."""
-    workload, kind = read_model(model), read_cluster(cluster)
+    workload, hardware = read_model(model), served_hardware(cluster)
     rows = []
     for ranks, dispatch, combine in PUBLISHED:
-        there = Cluster.regular(cluster, -(-ranks // 8), 8, hardware=kind.hardware)
+        there = Cluster.regular(cluster, -(-ranks // 8), 8, hardware=hardware)
         slots = -(-workload.experts // ranks)
         step = step_time(workload, there, collocated(ranks, slots), PUBLISHED_TOKENS, Traffic().context)
         each, published = 1e6 * step.exchange / workload.moe_layers, dispatch + combine
@@ -282,7 +286,7 @@ def exchange_table(model: str, cluster: str) -> str:
     return table(["ranks", "planner, us", "published, us", "ratio"], rows)
 
 
-def local_tables(servers: dict[str, Any], front: Front, cores: int) -> list[str]:
+def local_tables(servers: dict[str, Any], front: FrontCost, cores: int) -> list[str]:
     """Predicted beside measured, on this machine."""
     hardware = read_cluster("cpu").hardware
     steps, recoveries = [], []
@@ -290,17 +294,18 @@ def local_tables(servers: dict[str, Any], front: Front, cores: int) -> list[str]
         workload, measured = Workload(**server["workload"]), {row["ranks"]: row for row in server["rows"]}
         predict = local_steps(workload, hardware, front, measured, cores)
         for n, row in measured.items():
-            said = 1e3 * predict(n)
-            steps.append([name, n, f"{said:.1f}", f"{row['step_ms']:.1f}", f"{said / row['step_ms']:.2f}"])
+            predicted = 1e3 * predict(n)
+            ratio = f"{predicted / row['step_ms']:.2f}"
+            steps.append([name, n, f"{predicted:.1f}", f"{row['step_ms']:.1f}", ratio])
         small = measured[2]["recovery_ms"]
         alone = sum(small[phase] for phase in ("fence", "plan", "adopt")) / 1e3 - messages(front, 1)
         for n, row in measured.items():
             if n < 2:
                 continue
             phases = row["recovery_ms"]
-            said = 1e3 * shared_recovery(alone, messages(front, n - 1), predict(n - 1), n - 1, cores)
+            predicted = 1e3 * shared_recovery(alone, messages(front, n - 1), predict(n - 1), n - 1, cores)
             took = sum(phases[phase] for phase in ("fence", "plan", "adopt", "resume"))
-            cells = [f"{phases['detect']:.1f}", f"{said:.1f}", f"{took:.1f}", f"{said / took:.2f}"]
+            cells = [f"{phases['detect']:.1f}", f"{predicted:.1f}", f"{took:.1f}", f"{predicted / took:.2f}"]
             recoveries.append([name, n, *cells, f"{phases['from_kill']:.1f}"])
     head = ["model", "ranks", "predicted", "measured", "ratio"]
     more = ["model", "ranks", "detected in", "predicted", "measured", "ratio", "from the kill"]
@@ -312,12 +317,12 @@ def local_tables(servers: dict[str, Any], front: Front, cores: int) -> list[str]
     ]
 
 
-def messages(front: Front, survivors: int) -> float:
+def messages(front: FrontCost, survivors: int) -> float:
     """Seconds of both rounds of a recovery."""
     return front.abort.at(survivors) + front.adopt.at(survivors)
 
 
-def local_steps(workload: Workload, hardware: Any, front: Front, measured: dict[int, Any], cores: int) -> Any:
+def local_steps(workload: Workload, hardware: Any, front: FrontCost, measured: dict[int, Any], cores: int) -> Any:
     """Seconds of a step by ranks; work is scaled so that one rank's is what the cores spent on it."""
 
     def described(n: int) -> Any:
@@ -334,6 +339,6 @@ def local_steps(workload: Workload, hardware: Any, front: Front, measured: dict[
 
 
 def milliseconds(seconds: float) -> str:
-    """For a cell; "never" when it takes forever."""
+    """The text of a table cell; "never" for infinite times."""
     ms = 1e3 * seconds
     return "never" if seconds == inf else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"

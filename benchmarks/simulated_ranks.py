@@ -1,10 +1,11 @@
-"""Ranks without a model, many in one process: they attach to a front over the real protocol and answer at once.
+"""Simulated ranks without a model, many in one process: they attach to a front over the real protocol, and answer
+at once.
 
-    python -m benchmarks.stand_ins FRONT MOE_LAYERS EXPERTS SEGMENTS BEAT_S
+    python -m benchmarks.simulated_ranks FRONT MOE_LAYERS EXPERTS SEGMENTS HEARTBEAT_S
 
-is such a process: it reads `RANK TOKEN` lines, and plays one rank for each, on a connection of its own. An answer to a
-step has the size of a real one: tokens and log-probabilities of the largest bucket, and the counts of the router.
-Left out is all that a rank does: compute, load, connect, exchange, and die.
+is such a process: it reads `RANK TOKEN` lines, and simulates one rank for each, on a connection of its own. The answer
+to a step has the size of a real one: tokens and log-probabilities of the largest bucket, and the counts of the router.
+Simulated ranks compute, load, connect and exchange nothing, and do not die.
 """
 
 import asyncio
@@ -18,23 +19,24 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
 
+from serving.launch.rank_listener import GRPC_OPTIONS, SERVICE
+from serving.launch.rank_process import HostPaths, OnExit, RankProcess
 from serving.proto.moejax.v1 import link_pb2
-from serving.rank_listener import OPTIONS, SERVICE
-from serving.rank_process import Ended, Home, RankProcess
 
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
-"""Without it all channels of a process share one connection."""
+"""Channel option without which all channels of a process share one connection."""
 
 
 @dataclasses.dataclass
-class StandIn:
-    """One such rank, as its front sees a process. It ends when it is told to, and at once."""
+class SimulatedRank:
+    """The process of a simulated rank as its front sees it. It ends at once."""
 
     token: str
-    ended: Ended
+    on_exit: OnExit
     pid: int | None = None
     state: str = ""
-    home: Home | None = None
+    host_paths: HostPaths | None = None
+    exit_code: int | None = None
 
     def signal(self, name: str) -> None:
         """See `RankProcess.signal`."""
@@ -42,26 +44,29 @@ class StandIn:
     async def fenced(self) -> None:
         """See `RankProcess.fenced`."""
 
-    def said(self) -> str:
-        """See `RankProcess.said`."""
+    def run_delay_s(self) -> float | None:
+        """See `RankProcess.run_delay_s`."""
+
+    def last_output(self) -> str:
+        """See `RankProcess.last_output`."""
         return "nothing"
 
     def end(self) -> None:
         """See `RankProcess.end`."""
 
 
-class StandIns:
-    """A launcher of such ranks, dealt out to a few processes; see `serving.rank_process.Launcher`."""
+class SimulatedRanks:
+    """Starts simulated ranks, spread over a few processes; see `serving.launch.rank_process.RankStarter`."""
 
-    def __init__(self, processes: int, *, moe_layers: int, experts: int, segments: int, beat_s: float) -> None:
-        self._told = [str(moe_layers), str(experts), str(segments), str(beat_s)]
+    def __init__(self, processes: int, *, moe_layers: int, experts: int, segments: int, heartbeat_s: float) -> None:
+        self._arguments = [str(moe_layers), str(experts), str(segments), str(heartbeat_s)]
         self._count = processes
         self._processes: list[subprocess.Popen[str]] = []
 
-    def start(self, rank: int, front: str, ended: Ended) -> RankProcess:
-        """See `Launcher.start`."""
+    def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
+        """See `RankStarter.start`."""
         if not self._processes:
-            command = [sys.executable, "-m", "benchmarks.stand_ins", front, *self._told]
+            command = [sys.executable, "-m", "benchmarks.simulated_ranks", front, *self._arguments]
             quiet = os.environ | {"GRPC_VERBOSITY": "NONE"}
             self._processes = [
                 subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=quiet) for _ in range(self._count)
@@ -71,28 +76,28 @@ class StandIns:
         assert process.stdin is not None
         process.stdin.write(f"{rank} {token}\n")
         process.stdin.flush()
-        return StandIn(token, ended)
+        return SimulatedRank(token, on_exit)
 
-    def left(self) -> Mapping[int, Callable[[Ended], RankProcess]]:
-        """See `Launcher.left`."""
+    def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
+        """See `RankStarter.orphans`."""
         return {}
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.communicate()
 
 
-class Answers:
-    """What stand-ins say, made once."""
+class SimulatedAnswers:
+    """The answers of simulated ranks, made once."""
 
     def __init__(self, moe_layers: int, experts: int, segments: int) -> None:
         self._row = bytes(4 * segments)
         self._load = bytes(4 * moe_layers * experts)
 
     def to(self, rank: int, command: link_pb2.Command) -> link_pb2.Report | None:
-        """The answer to a command, if it has one."""
+        """The answer of a rank to a command; None for a command that has none."""
         what = command.WhichOneof("what")
         if what == "abort":
             return None
@@ -109,47 +114,47 @@ class Answers:
         return link_pb2.Report(rank=rank, step_done=done)
 
 
-async def play(front: str, rank: int, token: str, answers: Answers, beat_s: float) -> None:
-    """One rank, until the front ends its stream."""
-    async with grpc.aio.insecure_channel(front, options=(*OPTIONS, OWN_CONNECTION)) as channel:
+async def simulate(front: str, rank: int, token: str, answers: SimulatedAnswers, heartbeat_s: float) -> None:
+    """Simulate one rank until the front ends its stream."""
+    async with grpc.aio.insecure_channel(front, options=(*GRPC_OPTIONS, OWN_CONNECTION)) as channel:
         attach = channel.stream_stream(
             f"/{SERVICE}/Attach",
             request_serializer=link_pb2.Report.SerializeToString,
             response_deserializer=link_pb2.Command.FromString,
         )
-        stream, turn = attach(), asyncio.Lock()
+        stream, write_lock = attach(), asyncio.Lock()
 
-        async def say(report: link_pb2.Report) -> None:
-            async with turn:  # a stream takes one message at a time
+        async def send(report: link_pb2.Report) -> None:
+            async with write_lock:  # a stream takes one message at a time
                 await stream.write(report)
 
-        await say(link_pb2.Report(rank=rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
-        beating = asyncio.create_task(_beat(say, rank, beat_s)) if beat_s else None
+        await send(link_pb2.Report(rank=rank, hello=link_pb2.Hello(pid=os.getpid(), token=token)))
+        heartbeats = asyncio.create_task(_send_heartbeats(send, rank, heartbeat_s)) if heartbeat_s else None
         try:
             while isinstance(command := await stream.read(), link_pb2.Command):
                 answer = answers.to(rank, command)
                 if answer is not None:
-                    await say(answer)
+                    await send(answer)
         finally:
-            if beating is not None:
-                beating.cancel()
+            if heartbeats is not None:
+                heartbeats.cancel()
 
 
-async def _beat(say: Callable[[link_pb2.Report], Awaitable[None]], rank: int, beat_s: float) -> None:
+async def _send_heartbeats(send: Callable[[link_pb2.Report], Awaitable[None]], rank: int, heartbeat_s: float) -> None:
     began = time.monotonic()
     for number in itertools.count(1):
-        await asyncio.sleep(max(0.0, began + number * beat_s - time.monotonic()))
-        await say(link_pb2.Report(rank=rank, heartbeat=link_pb2.Heartbeat()))
+        await asyncio.sleep(max(0.0, began + number * heartbeat_s - time.monotonic()))
+        await send(link_pb2.Report(rank=rank, heartbeat=link_pb2.Heartbeat()))
 
 
 async def main() -> None:
-    """Play the ranks named on standard input until the front is gone."""
-    front, *numbers, beat_s = sys.argv[1:]
-    answers = Answers(*map(int, numbers))
+    """Simulate the ranks named on standard input until the front is gone."""
+    front, *numbers, heartbeat_s = sys.argv[1:]
+    answers = SimulatedAnswers(*map(int, numbers))
     ranks = []
     while line := await asyncio.to_thread(sys.stdin.readline):
         rank, token = line.split()
-        ranks.append(asyncio.create_task(play(front, int(rank), token, answers, float(beat_s))))
+        ranks.append(asyncio.create_task(simulate(front, int(rank), token, answers, float(heartbeat_s))))
     await asyncio.gather(*ranks, return_exceptions=True)
 
 

@@ -1,4 +1,4 @@
-"""Clients that read one byte a second: what they hold up is their own."""
+"""Clients that read one byte a second. They must not slow down other clients."""
 
 import asyncio
 import contextlib
@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 
 PAUSE_S = 1.0
 WINDOW = 4096
-"""Bytes of a stream that the kernel takes in for a reader, about."""
+"""Approximate number of bytes of a stream that the kernel buffers for a reader."""
 
 
 @contextlib.asynccontextmanager
 async def slow_readers(http: str, count: int, max_tokens: int) -> AsyncIterator[list[int]]:
-    """So many readers of long answers at `http` (host:port); who is cut off asks again. Yields the bytes that each has
-    read so far."""
+    """Run `count` readers of long outputs at `http` (host:port). A reader that is cut off sends another request.
+
+    Yields the number of bytes that each reader has read so far.
+    """
     read = [0] * count
     tasks = [asyncio.create_task(_read_slowly(http, max_tokens, read, reader)) for reader in range(count)]
     try:

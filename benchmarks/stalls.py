@@ -1,4 +1,4 @@
-"""From the arrival times of tokens to added stalls. Pure: times are arguments, in seconds of one clock."""
+"""Computes added stalls from the arrival times of tokens. Pure: times are arguments, in seconds of one clock."""
 
 import bisect
 import dataclasses
@@ -16,13 +16,13 @@ class Spread:
 
     @classmethod
     def of(cls, milliseconds: Iterable[float]) -> "Spread":
-        """Of any number of figures."""
+        """The spread of any number of figures."""
         values = [round(value, 1) for value in milliseconds]
         return cls(round(statistics.median(values), 1), max(values)) if values else cls(None, None)
 
 
 def gaps(times: Sequence[float], since: float = float("-inf")) -> list[tuple[float, float]]:
-    """(begin, end) of each two arrivals that follow each other, of those that begin at `since` or later."""
+    """(begin, end) of the gaps between consecutive arrivals that begin at `since` or later."""
     return [(a, b) for a, b in itertools.pairwise(times) if a >= since]
 
 
@@ -33,17 +33,17 @@ def median_gap_ms(times: Sequence[float], since: float, until: float) -> float |
 
 
 def longest_gap_ms(times: Sequence[float], begin: float, end: float) -> float | None:
-    """The longest gap that has a moment in common with [begin, end]; None when none has.
+    """The longest gap that overlaps with [begin, end]; None when none does.
 
-    A token that was on its way when the rank died arrives after the kill, so the gap that holds the failure
-    need not begin before it: it is the longest of the one around the kill and those that begin before `end`.
+    A token that was on its way when the rank died arrives after the kill, so the gap of the failure need not begin
+    before the kill: it is the longest of the gap around the kill and the gaps that begin before `end`.
     """
     touching = [1e3 * (b - a) for a, b in gaps(times) if b > begin and a <= end]
     return max(touching, default=None)
 
 
 def added_stall_ms(times: Sequence[float], begin: float, end: float, *, since: float = float("-inf")) -> float | None:
-    """What an interruption within [begin, end] cost a stream: its longest gap less its median gap before.
+    """The cost of an interruption within [begin, end] for a stream: its longest gap less its median gap before.
 
     Gaps before `since` do not count for the median. None for a stream without tokens before, or after.
     """
@@ -54,7 +54,7 @@ def added_stall_ms(times: Sequence[float], begin: float, end: float, *, since: f
 def goodput_loss(
     times: Iterable[float], begin: float, *, since: float, window: float = 2.0, share: float = 0.95
 ) -> tuple[float, float] | None:
-    """What an interruption at `begin` cost all streams together: (seconds until tokens arrive at `share` of their usual
+    """The cost of an interruption at `begin` for all streams: (seconds until tokens arrive at `share` of their usual
     rate for a window, tokens missing until then). `times` are those of all tokens; the usual rate is that of
     [since, begin]. None when there is no such rate, or it is not reached again."""
     arrivals = sorted(times)

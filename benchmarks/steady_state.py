@@ -1,15 +1,13 @@
-"""What being recoverable costs while nothing fails.
+"""Measures the cost of recoverability while nothing fails.
 
     python -m benchmarks.steady_state [--model smollm2-moe|tiny] [--rounds N] [--json FILE]
 
-A step that may fail reads the cache, and a second program commits what it made. Compared, on one rank in this
-process and turn about, with one program that donates the cache and writes into it, which a failure half-way would
-leave in pieces. Head and sampling are in neither. Epoch checks are an integer comparison on each side.
+A step that may fail reads the cache, and a second program commits its results. This is compared, on one rank in this
+process and alternately, with one program that donates the cache and writes into it, which a failure half-way would
+leave inconsistent. Head and sampling are in neither. Epoch checks are an integer comparison on each side.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -24,30 +22,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import command
 from benchmarks.machine import machine
 from benchmarks.packed import packed
-from moejax import kernels, model, steps
-from moejax.assets import ensure_model
-from moejax.cache import Cache, commit, empty_cache
-from moejax.config import ModelConfig
-from moejax.inputs import Bucket, unpack
-from moejax.mesh import make_mesh
-from moejax.params import init_params
-from moejax.store import HostStore
-from serving.batch import Bucket as Shape
-from serving.batch import Work
+from moejax.checkpoint.host_store import HostStore
+from moejax.config.kv_cache import KVCache, commit, empty_cache
+from moejax.config.mesh import make_mesh
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import init_params
+from moejax.config.step_inputs import Bucket, unpack
+from moejax.model.step_shape import StepShape
+from moejax.ops import cpu
+from moejax.runtime import steps
+from moejax.tools.resolve import ensure_model
+from serving.engine.batch import ScheduledRequest
+from serving.engine.batch import StepBucket as Shape
+from serving.protocol.sampling import ResolvedSampling
 
 PAGE, CONTEXT = 32, 256
 BUCKETS = (Shape(2, 0), Shape(8, 0), Shape(8, 2))
 
 
 def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
-    """Median milliseconds of both ways for a full bucket whose contexts are CONTEXT tokens long."""
+    """Median milliseconds of both variants for a full bucket whose contexts are CONTEXT tokens long."""
     pages = -(-CONTEXT // PAGE) + 2
     static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=pages)
     segments = bucket.decode + bucket.tiles
     experts = cfg.moe.experts if cfg.moe else 1
-    shape = model.StepShape(cfg=cfg, bucket=static, ranks=1, slots=experts, page_size=PAGE)
+    shape = StepShape(cfg=cfg, bucket=static, ranks=1, slots=experts, page_size=PAGE)
     mesh = make_mesh(jax.devices()[:1])
     arguments = steps.StepArguments(
         params=init_params(cfg, jax.random.key(0)),
@@ -58,7 +60,7 @@ def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
     caches = [empty_cache(cfg, segments * pages * PAGE) for _ in range(2)]
 
     @functools.partial(jax.jit, donate_argnames=("cache",))
-    def in_place(arguments: steps.StepArguments, cache: Cache) -> tuple[Any, Cache]:
+    def in_place(arguments: steps.StepArguments, cache: KVCache) -> tuple[Any, KVCache]:
         out = steps.run_step(arguments.replace(cache=cache), shape=shape, mesh=mesh)
         return out.hidden, commit(cache, out.new_kv, unpack(arguments.packed, static).write)
 
@@ -82,11 +84,13 @@ def step_ms(cfg: ModelConfig, bucket: Shape, rounds: int) -> dict[str, float]:
 
 def packed_inputs(bucket: Shape, pages: int, context: int = CONTEXT) -> np.ndarray:
     """A full step after `context` tokens of each segment, which has `pages` pages of its own."""
-    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    greedy = ResolvedSampling(max_tokens=1, seed=0, temperature=0.0)
 
-    def work(segment: int, rows: int) -> Work:
+    def work(segment: int, rows: int) -> ScheduledRequest:
         own = tuple(range(segment * pages, (segment + 1) * pages))
-        return Work(request_id=str(segment), start=context, tokens=(5,) * rows, pages=own, samples=True, **sampling)
+        return ScheduledRequest(
+            request_id=str(segment), start=context, tokens=(5,) * rows, pages=own, samples=True, sampling=greedy
+        )
 
     works = [work(i, 1) for i in range(bucket.decode)]
     works += [work(bucket.decode + i, 32) for i in range(bucket.tiles)]
@@ -95,13 +99,12 @@ def packed_inputs(bucket: Shape, pages: int, context: int = CONTEXT) -> np.ndarr
 
 def main() -> int:
     """Measure, print, and write JSON."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(description=about, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("benchmarks.steady_state", __doc__)
     parser.add_argument("--model", default="smollm2-moe")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    kernels.load()
+    cpu.load()
     cfg = HostStore.create(ensure_model(options.model)).cfg
     runs = []
     for bucket in BUCKETS:
@@ -113,8 +116,7 @@ def main() -> int:
             f"in place {ms['in_place']:.2f} ms, cost {cost:+.1%}",
             flush=True,
         )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(), "model": options.model, "runs": runs}, indent=2))
+    command.write_json(options.json, {"machine": machine(), "model": options.model, "runs": runs})
     return 0
 
 

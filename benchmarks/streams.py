@@ -1,4 +1,4 @@
-"""Requests whose answers are known, streams that note when each token came, and load made of them."""
+"""Requests with known outputs, streams that record when each token came, and closed-loop load made of them."""
 
 import asyncio
 import dataclasses
@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from serving.client import AsyncClient, Unreachable
-from serving.errors import MoejaxError
-from serving.status import Status
+from serving.api.client import AsyncClient
+from serving.errors import MoejaxError, Unreachable
+from serving.protocol.status import Status
 
 TEXT = Path(__file__).resolve().parent.parent / "models" / "tiny" / "held_out" / "shakespeare.txt"
-_AFTER_ERROR_S = 0.5  # a server that refuses is not flooded
+_AFTER_ERROR_S = 0.5  # pause before the next request, so that a server that refuses is not flooded
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request: the same text and seed have the same answer, whatever happens to the ranks."""
+    """A request. The same prompt and seed give the same output, whatever happens to the ranks."""
 
     prompt: str
     temperature: float
@@ -28,23 +28,23 @@ class Ask:
 
 @dataclasses.dataclass
 class Trace:
-    """One stream as the client saw it. `times[i]` is when `tokens[i]` came, in monotonic seconds."""
+    """One stream as its client saw it. `times[i]` is when `tokens[i]` came, in seconds of the monotonic clock."""
 
     ask: Ask
     sent: float
     rank: int | None = None
-    """Where it was placed first, if known."""
+    """The rank that served it first, if known."""
     prompt_tokens: int = 0
     times: list[float] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     error: str | None = None
-    unheard: bool = False
-    """No server was there to take it."""
+    unreachable: bool = False
+    """True if no server could be reached."""
     begun: asyncio.Event = dataclasses.field(default_factory=asyncio.Event, repr=False)
 
 
 async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Trace:
-    """Send a request and read its stream to the end; an error ends up in the trace."""
+    """Send a request and read its stream to the end. An error is recorded in the trace."""
     trace = trace or Trace(ask, time.monotonic())
     stream = client.stream(
         ask.prompt, temperature=ask.temperature, seed=ask.seed, max_tokens=ask.max_tokens, ignore_eos=True
@@ -57,7 +57,7 @@ async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Tra
         trace.prompt_tokens = stream.complete.prompt_tokens if stream.complete else 0
     except MoejaxError as error:
         trace.error = f"{type(error).__name__}: {error}"
-        trace.unheard = isinstance(error, Unreachable) and not trace.tokens
+        trace.unreachable = isinstance(error, Unreachable) and not trace.tokens
     finally:
         trace.begun.set()
     return trace
@@ -65,13 +65,13 @@ async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Tra
 
 @dataclasses.dataclass
 class Known:
-    """Requests, each with the tokens it got alone and undisturbed."""
+    """Requests with the tokens that they get undisturbed."""
 
     traces: list[Trace]
 
     @classmethod
     async def record(cls, client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> Self:
-        """Ask `count` requests, greedy and seeded in turn, all at once: who else is there changes no token."""
+        """Send `count` requests at once, alternately greedy and seeded. Other requests change no token of a request."""
         asks = await make_asks(client, count, prompt_tokens, max_tokens)
         traces = await asyncio.gather(*(play(client, ask) for ask in asks))
         for trace in traces:
@@ -85,15 +85,16 @@ class Known:
         return [trace.ask for trace in self.traces]
 
     def prompt_tokens(self, ask: Ask) -> int:
-        """Length of a request's prompt."""
+        """Number of tokens of a request's prompt."""
         return next(trace.prompt_tokens for trace in self.traces if trace.ask == ask)
 
     def failed(self, traces: Sequence[Trace]) -> int:
-        """How many streams ended in an error."""
+        """The number of streams that ended in an error."""
         return sum(trace.error is not None for trace in traces)
 
     def changed(self, traces: Sequence[Trace]) -> int:
-        """How many streams have other tokens than those known; of a failed one, those it has are compared."""
+        """The number of streams whose tokens differ from the known ones; of a failed stream the received tokens
+        count."""
         right = {trace.ask: trace.tokens for trace in self.traces}
 
         def wanted(trace: Trace) -> list[int]:
@@ -104,7 +105,7 @@ class Known:
 
 
 async def make_asks(client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> list[Ask]:
-    """Requests with prompts of about `prompt_tokens` tokens, each another piece of the text."""
+    """Requests with prompts of about `prompt_tokens` tokens, each from another part of the text."""
     text = TEXT.read_text()
     sample = await client.generate(text[:1000], max_tokens=1, temperature=0, ignore_eos=True)
     length = 1000 * prompt_tokens // sample.prompt_tokens
@@ -113,7 +114,7 @@ async def make_asks(client: AsyncClient, count: int, prompt_tokens: int, max_tok
 
 
 class Load:
-    """Streams in closed loops: each sends its next request when the last has ended, until told to stop."""
+    """Streams in closed loops: each sends its next request when the previous one has ended, until `stop`."""
 
     def __init__(self, client: AsyncClient, asks: Sequence[Ask]) -> None:
         self._client = client
@@ -123,11 +124,11 @@ class Load:
         self.traces: list[Trace] = []
 
     def start(self, streams: int) -> None:
-        """Begin so many loops."""
+        """Start this many loops."""
         self._loops += [asyncio.create_task(self._loop(next(self._turn))) for _ in range(streams)]
 
     async def place(self, asks: Sequence[Ask]) -> list[Trace]:
-        """Begin a loop for each request, one by one, noting the rank whose count of streams grew by it."""
+        """Start a loop for each request, one by one, and record the rank whose number of streams grew by it."""
         placed = []
         for ask in asks:
             before = running(await self._client.status())
@@ -141,7 +142,7 @@ class Load:
         return placed
 
     async def stop(self) -> list[Trace]:
-        """Send nothing more, wait for the streams that run, and return all there were."""
+        """Send no more requests, wait for the running ones, and return the traces of all."""
         self._going = False
         await asyncio.gather(*self._loops)
         return self.traces
@@ -155,7 +156,7 @@ class Load:
                 return
             if trace.error is not None:
                 await asyncio.sleep(_AFTER_ERROR_S)
-            if trace.unheard:  # no server took it: it is sent again
+            if trace.unreachable:  # no server received the request: send another
                 self.traces.remove(trace)
                 trace = None
                 continue
@@ -163,30 +164,30 @@ class Load:
 
 
 def running(status: Status) -> dict[int, int]:
-    """Streams on each rank that serves."""
+    """The number of streams on each serving rank."""
     return {rank.id: rank.running for rank in status.ranks if rank.state == "serving"}
 
 
 def whole(status: Status) -> bool:
-    """All ranks serve, and each single loss is prepared for."""
+    """True if all ranks serve and every loss of one rank is prepared for."""
     return all(rank.state == "serving" for rank in status.ranks) and status.lattice.get("1 rank", 1.0) == 1.0
 
 
 async def until(
     client: AsyncClient, holds: Callable[[Status], bool], limit_s: float = 300.0, every_s: float = 0.1
 ) -> Status:
-    """The first status that `holds`. Raises TimeoutError, saying what the ranks are doing instead."""
-    end, said = time.monotonic() + limit_s, ""
+    """The first status for which `holds` is true. Raises TimeoutError with the last states of the ranks."""
+    end, last = time.monotonic() + limit_s, ""
     while True:
         try:
             status = await client.status()
-        except Unreachable as error:  # the front may be coming back
-            said = str(error)
+        except Unreachable as error:  # the front may be restarting
+            last = str(error)
         else:
             if holds(status):
                 return status
             states = ", ".join(f"{rank.id} {rank.state}" for rank in status.ranks)
-            said = f"ranks {states}; prepared {dict(status.lattice)}"
+            last = f"ranks {states}; prepared {dict(status.lattice)}"
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {limit_s:.0f} s: {said}")
+            raise TimeoutError(f"not within {limit_s:.0f} s: {last}")
         await asyncio.sleep(every_s)

@@ -1,64 +1,79 @@
-"""How fast a real server is without failures.
+"""Measures the throughput and latency of a real server without failures.
 
     python -m benchmarks.throughput [--model smollm2-moe|tiny] [--ranks 4] [--tensor 1] [--concurrency 1,8]
-        [--json FILE]
+        [--surface grpc,http] [--json FILE]
 
-Closed loop: so many streams at once, each sending its next request when the last has ended, with a prompt that was not
-asked before. Tokens per second are output tokens from the first request to the last token; `ttft_ms` and `itl_ms` are
-medians over requests and over gaps between tokens, on the client's clock. `outside_program_share` is the part of a
-step, from scheduling it to having delivered its tokens, that the slowest rank did not spend in compiled programs;
-`padding_share` is the part of the rows computed on all ranks that were padding, as a step runs in the smallest bucket
-that holds it. The server counts both.
+Each concurrency is measured over gRPC and over HTTP (`/v1/completions`), one after the other. The load is a closed
+loop: `--concurrency` streams at once, each of which sends its next request, with another prompt, when the previous one
+has ended. Tokens per second are output tokens from the first request to the last token;
+`ttft_ms` and `itl_ms` are medians over requests and over gaps between tokens, on the client's clock.
+`outside_program_share` is the part of a step, from scheduling it to delivering its tokens, that the slowest rank did
+not spend in compiled programs; `padding_share` is the part of the rows on all ranks that were padding, because a step
+runs in the smallest bucket that holds it. The server counts both.
 """
 
 import argparse
 import asyncio
+import functools
 import itertools
-import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
+from benchmarks.http_streams import http_client, play_http
 from benchmarks.launch import launched
 from benchmarks.machine import machine
 from benchmarks.streams import Ask, Trace, make_asks, play
-from serving.client import AsyncClient, Client
+from serving.api.client import AsyncClient, Client
 from serving.config import DATA_TYPES
-from serving.status import Status
+from serving.protocol.status import Status
+
+SURFACES = ("grpc", "http")
+Play = Callable[[Ask], Awaitable[Trace]]
+"""Sends a request and reads its stream to the end."""
 
 
-async def measure(address: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A run for each concurrency; prints a line for each."""
+async def measure(address: str, http_address: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure each concurrency over each surface; prints a line for each."""
     runs = []
-    async with AsyncClient(address) as client:
-        count = (1 + arguments.rounds) * sum(arguments.concurrency)
+    async with AsyncClient(address) as client, http_client(http_address, max(arguments.concurrency)) as over_http:
+        players: dict[str, Play] = {
+            "grpc": functools.partial(play, client),
+            "http": functools.partial(play_http, over_http),
+        }
+        count = (1 + arguments.rounds) * sum(arguments.concurrency) * len(arguments.surface)
         asks = await make_asks(client, count, arguments.prompt_tokens, arguments.max_tokens)
-        fresh = iter(asks)  # none is asked twice: nothing of it is in a cache
-        for concurrency in arguments.concurrency:
-            warming = list(itertools.islice(fresh, concurrency))  # what depends on the load
-            await closed_loop(client, warming, concurrency, len(warming))
+        fresh = iter(asks)  # no prompt is sent twice, so that none is in a prefix cache
+        for concurrency, surface in itertools.product(arguments.concurrency, arguments.surface):
+            warming = list(itertools.islice(fresh, concurrency))
+            await closed_loop(players[surface], warming, concurrency, len(warming))
             before = await client.status()
             measured = list(itertools.islice(fresh, arguments.rounds * concurrency))
-            traces = await closed_loop(client, measured, concurrency, len(measured))
+            traces = await closed_loop(players[surface], measured, concurrency, len(measured))
             after = await client.status()
-            run = summarize(traces, concurrency) | {
-                "outside_program_share": outside_share(before, after),
-                "padding_share": padding_share(before, after),
-            }
+            run = (
+                {"surface": surface}
+                | summarize(traces, concurrency)
+                | {
+                    "outside_program_share": outside_share(before, after),
+                    "padding_share": padding_share(before, after),
+                }
+            )
             runs.append(run)
             print("  ".join(f"{name} {value}" for name, value in run.items()), flush=True)
     return runs
 
 
-async def closed_loop(client: AsyncClient, asks: Sequence[Ask], concurrency: int, requests: int) -> list[Trace]:
-    """So many requests, so many at a time."""
+async def closed_loop(play_one: Play, asks: Sequence[Ask], concurrency: int, requests: int) -> list[Trace]:
+    """Send `requests` requests, `concurrency` at a time."""
     queue: Iterator[Ask] = itertools.islice(itertools.cycle(asks), requests)
     traces: list[Trace] = []
 
     async def worker() -> None:
         for ask in queue:
-            traces.append(await play(client, ask))
+            traces.append(await play_one(ask))
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return traces
@@ -84,18 +99,18 @@ def summarize(traces: Sequence[Trace], concurrency: int) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], share: int) -> float:
-    """The smallest value that is not below `share` percent of them."""
+    """The smallest value that is at least as large as `share` percent of the values."""
     return sorted(values)[max(0, -(-len(values) * share // 100) - 1)]
 
 
 def outside_share(before: Status, after: Status) -> float | None:
-    """The part of the time of the steps between two moments that was not spent in compiled programs."""
+    """The share of step time between two statuses that was not spent in compiled programs."""
     steps_ms, programs_ms = after.step_ms - before.step_ms, after.program_ms - before.program_ms
     return round(1 - programs_ms / steps_ms, 4) if steps_ms > 0 else None
 
 
 def padding_share(before: Status, after: Status) -> float | None:
-    """The part of the rows computed between two moments that was padding."""
+    """The share of padding in the rows that were computed between two statuses."""
     rows, filled = after.rows - before.rows, after.rows_filled - before.rows_filled
     return round(1 - filled / rows, 4) if rows > 0 else None
 
@@ -109,7 +124,7 @@ def main() -> int:
         options += ["--buckets", arguments.buckets]
     with launched(arguments.model, arguments.ranks, options=options) as server, Client(server.address) as client:
         before = client.status()
-        runs = asyncio.run(measure(server.address, arguments))
+        runs = asyncio.run(measure(server.address, server.http, arguments))
         after = client.status()
     shares = {"outside_program_share": outside_share(before, after), "padding_share": padding_share(before, after)}
     print("  ".join(f"{name} {value}" for name, value in shares.items()))
@@ -126,29 +141,24 @@ def main() -> int:
             "runs": runs,
             **shares,
         }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        command.write_json(arguments.json, result)
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("benchmarks.throughput", __doc__)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tensor", type=int, default=1, help="ranks of a tensor group")
     parser.add_argument("--data-type", choices=DATA_TYPES, default="float32")
-    parser.add_argument("--buckets", help="as `moejax serve` takes them; auto after a run that had others")
+    parser.add_argument("--buckets", help="--buckets of the server, for example auto after another run")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="about")
+    parser.add_argument("--surface", type=surfaces, default=SURFACES, metavar="grpc,http")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="approximate length of a prompt")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="requests of each stream")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--rounds", type=int, default=3, help="number of requests of each stream")
+    parser.add_argument("--json", type=Path, help="file for all results")
     return parser.parse_args()
 
 
@@ -158,6 +168,14 @@ def concurrencies(text: str) -> tuple[int, ...]:
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"{min(counts)} streams send nothing; give 1 or more")
     return counts
+
+
+def surfaces(text: str) -> tuple[str, ...]:
+    """Names of surfaces from "grpc,http"."""
+    names = tuple(text.split(","))
+    if set(names) - set(SURFACES):
+        raise argparse.ArgumentTypeError(f"{text} names a surface that is none of {', '.join(SURFACES)}")
+    return names
 
 
 if __name__ == "__main__":

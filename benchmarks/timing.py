@@ -1,4 +1,4 @@
-"""Time of what is done again and again."""
+"""Measures the duration of a function that is called repeatedly."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def median_ms(run: Callable[[], object], rounds: int) -> float:
-    """Milliseconds, of `rounds` runs after a first."""
+    """The median duration in milliseconds of `rounds` runs, after one run that does not count."""
     took = []
     for turn in range(rounds + 1):
         began = time.perf_counter()

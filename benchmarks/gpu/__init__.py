@@ -1,1 +1,1 @@
-"""What a GPU makes of the kernels and of a whole step, beside what it can do: see `python -m benchmarks.gpu --help`."""
+"""Measures the kernels and whole steps on a GPU against the limits of the device: `python -m benchmarks.gpu --help`."""

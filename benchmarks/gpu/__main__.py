@@ -1,4 +1,5 @@
-"""What a GPU makes of a step, beside what it can do: copy bandwidth and bfloat16 products measured in the same run.
+"""Measures a step on a GPU against the limits of the device: copy bandwidth and bfloat16 products measured in the same
+run.
 
     scripts/gpu [--json FILE] [--model mixtral-8x7b qwen3-30b-a3b] [--limit-s 560]
     python -m benchmarks.gpu ...                            the same, where jax[cuda12] is installed
@@ -15,8 +16,8 @@ row says how many), the cache float32. For each model:
   experts    apply_experts, the grouped matmul;  attention: paged_attention. Both as a step calls them, against their
              references.
 
-Every part is a process of its own, and what one of them cannot do is told at its place. Bytes and flops are those that
-the work cannot do without (benchmarks/gpu/rows.py).
+Every part is a process of its own, and the report has the error of a part that fails. Bytes and flops are the minimum
+that the work needs (benchmarks/gpu/rows.py).
 """
 
 import argparse
@@ -31,18 +32,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.gpu.rows import TOLERANCE, Limits, Row, table
 from benchmarks.machine import machine
 
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b")
 PARTS = ("compile", "step", "check", "experts", "attention")
-"""In this order, for each model; of the device itself come first the limits."""
+"""The parts measured for each model, in this order; the limits of the device come first."""
 Result = dict[str, Any]
 
 
 def main() -> int:
-    """Run everything, print it, and write it as JSON, after every part so that nothing measured is lost. Ends with 1
-    where something failed, was wrong, or was compiled where it may not be."""
+    """Run everything, print it, and write it as JSON, after every part so that nothing measured is lost. The exit
+    status is 1 if something failed, was wrong, or was compiled where nothing may be compiled."""
     options = parse()
     if options.part:
         options.out.write_text(json.dumps(_run_part(options)))
@@ -56,8 +58,7 @@ def main() -> int:
             found = _in_a_process(options, part, model, Path(folder), result, until - began)
             result["parts"][name] = found | {"seconds": round(time.monotonic() - began, 1)}
             print(f"{name}: {found.get('error') or 'done'} ({time.monotonic() - began:.0f} s)", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(_summary(result), indent=1) + "\n")
+            command.write_json(options.json, _summary(result))
     print("\n".join(report(_summary(result))))
     return 0 if sound(result) else 1
 
@@ -65,7 +66,7 @@ def main() -> int:
 def _in_a_process(
     options: argparse.Namespace, part: str, model: str, folder: Path, so_far: Result, left: float
 ) -> Result:
-    """What a part found, or the error it ended with."""
+    """The measurements of a part, or its error."""
     if left < 10:
         return {"error": "not run: no time is left"}
     if part == "step" and "error" in so_far["parts"].get(f"compile {model}", {"error": ""}):
@@ -100,15 +101,15 @@ def _run_part(options: argparse.Namespace) -> Result:
     import jax
 
     from benchmarks.gpu import limits, models
-    from moejax import kernels
+    from moejax.ops import cpu
 
-    # As in a rank: what comes out of JAX's own cache cannot be serialized again on a CPU.
+    # As in a rank: an executable from JAX's own cache cannot be serialized again on a CPU.
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]
     if device.platform == "cpu":
         if not options.small:
             sys.exit("JAX finds no GPU here. Install jax[cuda12] (scripts/gpu does), or measure a CPU with --small.")
-        kernels.load()
+        cpu.load()
     if options.part == "limits":
         return dataclasses.asdict(limits.measure(small=options.small)) | {"device": device.device_kind}
     cfg = models.config(options.model[0], small=options.small)
@@ -168,7 +169,7 @@ def _rows(result: Result) -> Iterator[Row]:
 
 
 def sound(result: Result) -> bool:
-    """Whether every part ran, every answer that was compared is right, and nothing was compiled in the second process;
+    """True when every part ran, every compared answer is right, and the second process compiled nothing;
     goals do not count."""
     errors = [row.error for row in _rows(result) if row.error is not None]
     for part in result["parts"].values():
@@ -179,7 +180,7 @@ def sound(result: Result) -> bool:
 
 
 def report(summary: Result) -> Iterator[str]:
-    """What was found, for people."""
+    """The report as text."""
     parts = summary["parts"]
     limits = parts["limits"]
     if "error" not in limits:
@@ -202,13 +203,7 @@ def report(summary: Result) -> Iterator[str]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("benchmarks.gpu", __doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of each model (default: all)")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")

@@ -1,4 +1,4 @@
-"""Programs that do the same many times, so that what is timed is the device and not what sends it work."""
+"""Programs that repeat the same work, so that the device is timed and not the host that sends it work."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ SAMPLES = 7
 
 
 def chained(body: Callable[[jax.Array, jax.Array, Any], jax.Array], times: int) -> Callable[..., jax.Array]:
-    """A program that runs `body(x, i, operands)` so many times, each on what the last one made. What is large comes as
-    an operand: closed over, it would be a constant of the program."""
+    """A program that runs `body(x, i, operands)` `times` times, each on the result of the one before. Large arrays are
+    operands: closed over, they would be constants of the program."""
 
     @jax.jit
     def run(x: jax.Array, operands: Any) -> jax.Array:
@@ -23,5 +23,5 @@ def chained(body: Callable[[jax.Array, jax.Array, Any], jax.Array], times: int) 
 
 
 def each_ms(program: Callable[..., jax.Array], times: int, x: jax.Array, operands: Any) -> float:
-    """Median milliseconds of one of the `times` that a chained program does something."""
+    """Median milliseconds of one of the `times` bodies of a chained program."""
     return median_ms(lambda: jax.block_until_ready(program(x, operands)), SAMPLES) / times

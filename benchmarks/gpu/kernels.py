@@ -1,5 +1,6 @@
-"""The two kernels of a layer, by the functions that a step calls them by: experts, and attention over pages."""
+"""The two kernels of a layer, called as a step calls them: experts, and attention over pages."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -8,26 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.attention_case import attention_case
 from benchmarks.gpu.chains import chained, each_ms
 from benchmarks.gpu.models import random_array
 from benchmarks.gpu.rows import Row, attention_work, moe_work, relative
-from moejax.attention import paged_attention, paged_attention_reference
-from moejax.cache import Cache
-from moejax.config import ModelConfig
-from moejax.experts import apply_experts, apply_experts_reference
-from moejax.inputs import TILE
-from moejax.layers import Stacked
-from moejax.params import FeedForward
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.kv_cache import KVCache
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import FeedForward
+from moejax.config.weight_formats import StackSlice
+from moejax.model.attention import paged_attention, paged_attention_reference
+from moejax.model.experts import apply_experts, apply_experts_reference
+from planner.plan.step_layout import TILE
 
 PAGE = 32
 LAYERS = 4
-"""Layers taken in turn, so that none is still in the device's cache when it is next."""
+"""Layers used one after the other, so that none is still in the device's cache when it is used again."""
 COMPARED_ROWS, COMPARED_SEGMENTS = 64, 8
-"""What of a large case is compared: the reference has a memory of its own."""
+"""Rows of a large case that are compared with the reference, which needs memory too."""
 
 
 def experts_rows(cfg: ModelConfig, device: jax.Device, cases: tuple[int, ...], times: int) -> Iterator[Row]:
-    """`apply_experts` for so many rows each, that want distinct experts drawn at random."""
+    """`apply_experts` for these numbers of rows, each routed to distinct random experts."""
     moe = cfg.moe
     assert moe is not None
     E, A, D, F = moe.experts, moe.experts_per_token, cfg.d_model, moe.d_expert
@@ -36,7 +39,7 @@ def experts_rows(cfg: ModelConfig, device: jax.Device, cases: tuple[int, ...], t
     ]
 
     def layer(stacks: Any, i: Any) -> FeedForward:
-        gate_up, down = (Stacked(stack, (i % LAYERS,)) for stack in stacks)
+        gate_up, down = (StackSlice(stack, (i % LAYERS,)) for stack in stacks)
         return FeedForward(gate_up=gate_up, down=down)
 
     def body(x: jax.Array, i: jax.Array, operands: Any) -> jax.Array:
@@ -71,35 +74,28 @@ def attention_rows(
 
 
 def _attention_row(cfg: ModelConfig, device: jax.Device, Z: int, Q: int, context: int, times: int) -> Row:
-    """Of segments that have pages of their own, in no order."""
+    """One case: segments with pages of their own, in random order."""
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     pages = -(-(context + Q) // PAGE)
-    cache = Cache(*(random_array((LAYERS, Z * pages * PAGE, K * H), jnp.float32, seed, device) for seed in (0, 1)))
-    draw = np.random.default_rng(0)
-    table = draw.permutation(Z * pages).astype(np.int32).reshape(Z, pages)
-    q, k, v = (draw.standard_normal(shape, np.float32) for shape in ((Z, Q, N, H), (Z * Q, K, H), (Z * Q, K, H)))
-    cached = np.full(Z, context, np.int32)
-    base = Q * np.arange(Z, dtype=np.int32)
-    positions = np.broadcast_to(context + np.arange(Q, dtype=np.int32), (Z, Q))
-    q, *rest = jax.device_put((q, k, v, table, cached, base, positions), device)
+    cache = KVCache(*(random_array((LAYERS, Z * pages * PAGE, K * H), jnp.float32, seed, device) for seed in (0, 1)))
+    draw, cached = np.random.default_rng(0), np.full(Z, context)
+    case = attention_case(draw, cache, cached, queries=Q, heads=N, head_size=H, page=PAGE, scale=H**-0.5)
+    inputs = jax.device_put(case, device)
 
-    def attend(q: jax.Array, layer: Any, rest: Any, by: Any) -> jax.Array:
-        k, v, cache, table, cached, base, positions = rest
-        return by(q, k, v, cache, layer, table, cached, base, positions, PAGE, scale=H**-0.5)
+    def body(q: jax.Array, i: jax.Array, inputs: AttentionInputs) -> jax.Array:
+        return q + 1e-3 * paged_attention(dataclasses.replace(inputs, q=q, layer=i % LAYERS))
 
-    def body(q: jax.Array, i: jax.Array, rest: Any) -> jax.Array:
-        return q + 1e-3 * attend(q, i % LAYERS, rest, paged_attention)
-
-    run, once = chained(body, times), jax.jit(attend, static_argnames="by")
-    k, v, table, cached, base, positions = rest
-    operands = (k, v, cache, table, cached, base, positions)
-    ms = each_ms(run, times, q, operands)
+    ms = each_ms(chained(body, times), times, inputs.q, inputs)
     some = slice(min(Z, COMPARED_SEGMENTS))
-    fewer = (k, v, cache, table[some], cached[some], base[some], positions[some])
-    ours = once(q, jnp.int32(1), operands, by=paged_attention)[some]
-    theirs = once(q[some], jnp.int32(1), fewer, by=paged_attention_reference)
+    compared = dataclasses.replace(inputs, layer=jnp.int32(1))
+    fewer = dataclasses.replace(
+        compared,
+        **{name: getattr(compared, name)[some] for name in ("q", "page_table", "cached", "new_base", "positions")},
+    )
+    ours = jax.jit(paged_attention)(compared)[some]
+    theirs = jax.jit(paged_attention_reference)(fewer)
     size, flops = attention_work([context] * Z, Q, N, K, H)
-    case = f"{Z} x {Q} after {context}"
+    name = f"{Z} x {Q} after {context}"
     return Row(
-        part="attention", model=cfg.name, case=case, ms=ms, bytes=size, flops=flops, error=relative(ours, theirs)
+        part="attention", model=cfg.name, case=name, ms=ms, bytes=size, flops=flops, error=relative(ours, theirs)
     )

@@ -1,4 +1,4 @@
-"""The models measured: published shapes, as many layers as fit, weights drawn on the device where they will lie."""
+"""The models measured: published shapes, as many layers as fit, random weights made on the device that holds them."""
 
 import dataclasses
 import json
@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moejax.cache import bytes_per_token
-from moejax.config import ModelConfig
-from moejax.families import read_config
-from moejax.params import BIAS, Params, is_spec, param_specs
-from moejax.precision import held_bytes, held_shape
+from moejax.checkpoint.families import read_config
+from moejax.config.kv_cache import bytes_per_token
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import BIAS_STD, Params, is_spec, param_specs
+from moejax.config.weight_formats import weight_bytes, weight_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs/models"
 SHARE = 0.8
-"""Of the memory that a process may take, for weights and cache. XLA's scheduler counts on 80 % of a device: where what
-a program is given takes more than that, it computes again what it could keep."""
+"""Share of the memory that a process may take, for weights and cache. XLA's scheduler assumes 80 % of a device: if the
+arguments of a program take more than that, it computes values again instead of keeping them."""
 
 
 def config(name: str, *, small: bool = False) -> ModelConfig:
@@ -34,7 +34,7 @@ def config(name: str, *, small: bool = False) -> ModelConfig:
 
 
 def with_layers(cfg: ModelConfig, layers: int) -> ModelConfig:
-    """The same with so many layers, from the first on."""
+    """The configuration with its first layers only."""
     return dataclasses.replace(cfg, n_layers=layers)
 
 
@@ -43,24 +43,24 @@ def layers_that_fit(cfg: ModelConfig, room: int, entries: int) -> int:
 
     def size(layers: int) -> int:
         some = with_layers(cfg, layers)
-        return held_bytes(some, experts=True) + held_bytes(some, experts=False) + entries * bytes_per_token(some)
+        return weight_bytes(some, experts=True) + weight_bytes(some, experts=False) + entries * bytes_per_token(some)
 
     return next((n for n in range(cfg.n_layers, 1, -1) if size(n) <= room), 1)
 
 
 def memory(device: jax.Device) -> int:
-    """Bytes of the device for weights and cache; of a CPU some."""
+    """Bytes of the device for weights and cache; a fixed number on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return int(SHARE * stats["bytes_limit"]) if stats else 1 << 30
 
 
 def random_params(cfg: ModelConfig, device: jax.Device) -> Params:
-    """Random parameters in the form that a rank holds, made on the device a matrix at a time."""
+    """Random parameters in the format of a rank, made on the device, one matrix at a time."""
     specs, tree = jax.tree.flatten(param_specs(cfg), is_leaf=is_spec)
 
     def leaf(number: int, spec: Any) -> jax.Array:
-        held = held_shape(cfg, spec)
-        if spec.std <= BIAS:
+        held = weight_shape(cfg, spec)
+        if spec.std <= BIAS_STD:
             return jax.device_put(np.full(held.shape, float(spec.std == 0), np.float32), device)
         return random_array(held.shape, held.dtype, number, device)
 
@@ -68,8 +68,8 @@ def random_params(cfg: ModelConfig, device: jax.Device) -> Params:
 
 
 def random_array(shape: tuple[int, ...], dtype: Any, seed: int, device: jax.Device) -> jax.Array:
-    """Numbers of either sign between 2**-7 and 2**-5, made of their bits: what they are drawn with takes no more than
-    a part of the array, however large that is."""
+    """Numbers of either sign between 2**-7 and 2**-5, made from random bits, so that the memory for drawing them is a
+    small part of the array, however large that is."""
     rows, width = int(np.prod(shape[:-2], dtype=np.int64)), shape[-2:]
 
     def one(i: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is measured, beside the limit that bytes and flops put on it; and the table of it."""
+"""A measurement beside the limit that its bytes and flops set, and the table of all measurements."""
 
 import dataclasses
 import math
@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 TOLERANCE = 2e-2
-"""Of answers whose rows were rounded to bfloat16, against a reference that keeps them: relative to the largest."""
+"""Largest error of outputs whose rows were rounded to bfloat16, against a reference with float32 rows, relative to the
+largest output."""
 GOALS = {"decode": 1.25, "prefill": 1 / 0.6}
-"""The most of its limit that a whole step may take: decoding of the bytes it moves, prefill of the matmul rate."""
+"""Goals of a whole step as multiples of its limit: decoding by the bytes it moves, prefill by the matmul rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the device reached in the same run: bytes a second of a copy (read and written), flops a second of a
-    bfloat16 product."""
+    """The rates that the device reached in the same run: bytes a second of a copy (read and written), flops a second of
+    a bfloat16 product."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -22,8 +23,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. `bytes` and `flops` are those it cannot do without, `error` is against the reference (None where it
-    was not compared); `alone_ms` when every one is waited for, as a server does."""
+    """One figure. `bytes` and `flops` are the minimum that the work needs, `error` is against the reference (None where
+    it was not compared); `alone_ms` is the time of one step that is waited for, as a server does."""
 
     part: str
     model: str
@@ -36,7 +37,7 @@ class Row:
     note: str = ""
 
     def limit_ms(self, limits: Limits) -> float:
-        """The least it can take: by its flops for prefill, by the slower of both for all else."""
+        """The shortest possible time: by its flops for prefill, by the slower of both for everything else."""
         multiplied = 1e3 * self.flops / limits.flops_per_s
         return multiplied if self.part == "prefill" else max(multiplied, 1e3 * self.bytes / limits.bytes_per_s)
 
@@ -70,7 +71,7 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def relative(ours: Any, theirs: Any) -> float:
-    """The largest difference of two arrays, relative to the largest number; infinite where either is no number."""
+    """The largest difference of two arrays, relative to the largest number; infinite if either has a NaN."""
     import numpy as np
 
     a, b = (np.asarray(each, np.float32) for each in (ours, theirs))
@@ -79,8 +80,8 @@ def relative(ours: Any, theirs: Any) -> float:
 
 
 def moe_work(counts: Sequence[int], rows: int, d_model: int, d_expert: int, held: int = 2) -> tuple[float, float]:
-    """Bytes and flops of one layer's experts: of those that any row wants the weights (`held` bytes a number), once;
-    the rows read and every answer written in float32. `counts` are rows by expert."""
+    """Bytes and flops of one layer's experts: the weights of experts to which a row is routed (`held` bytes a number),
+    once; the rows read and every output written in float32. `counts` are rows by expert."""
     one = 3 * d_model * d_expert
     answers = sum(counts)
     weights = held * one * sum(count > 0 for count in counts)

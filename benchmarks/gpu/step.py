@@ -13,16 +13,17 @@ from benchmarks.gpu.models import layers_that_fit, memory, random_array, random_
 from benchmarks.gpu.rows import Row, attention_work, moe_work, relative
 from benchmarks.packed import packed
 from benchmarks.timing import median_ms
-from moejax import kernels, steps
-from moejax.cache import Cache, cache_shapes
-from moejax.config import ModelConfig
-from moejax.executables import CompileCounter, ExecutableStore
-from moejax.inputs import TILE, Bucket
-from moejax.manifest import tensor_specs
-from moejax.mesh import global_array, make_mesh
-from moejax.model import StepOutputs
-from moejax.precision import held_shape
-from moejax.programs import (
+from moejax.config.kv_cache import KVCache, cache_shapes
+from moejax.config.mesh import global_array, make_mesh
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import tensor_specs
+from moejax.config.step_inputs import Bucket
+from moejax.config.weight_formats import weight_shape
+from moejax.model.decoder import StepOutputs
+from moejax.ops import cpu
+from moejax.runtime import steps
+from moejax.runtime.executables import CompileCounter, ExecutableStore
+from moejax.runtime.programs import (
     LocalPrograms,
     MeshPrograms,
     ModelShape,
@@ -32,15 +33,17 @@ from moejax.programs import (
     mesh_lowerings,
     sample_lowerings,
 )
-from serving.batch import Bucket as Shape
-from serving.batch import Work
+from planner.plan.step_layout import TILE
+from serving.engine.batch import ScheduledRequest
+from serving.engine.batch import StepBucket as Shape
+from serving.protocol.sampling import ResolvedSampling
 
 PAGE, ROUNDS = 32, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step: so many decode rows after `context` positions each, or `tiles` of one prompt from its beginning."""
+    """A step: `decode` decode rows after `context` positions each, or `tiles` of one prompt from its beginning."""
 
     decode: int
     tiles: int
@@ -59,18 +62,19 @@ class Case:
         """Pages of its longest segment."""
         return -(-(self.context + 1 if self.decode else self.rows) // PAGE)
 
-    def works(self, vocabulary: int) -> tuple[Work, ...]:
-        """What its segments do, with tokens drawn at random."""
+    def works(self, vocabulary: int) -> tuple[ScheduledRequest, ...]:
+        """The packed inputs of its segments, with random tokens."""
         draw = np.random.default_rng(self.rows)
         segments = [(self.context, 1)] * self.decode + [(0, self.rows)] * (not self.decode)
-        sampling = {"samples": True, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+        greedy = ResolvedSampling(max_tokens=1, seed=0, temperature=0.0)
         return tuple(
-            Work(
+            ScheduledRequest(
                 request_id=str(i),
                 start=start,
                 tokens=tuple(draw.integers(vocabulary, size=count).tolist()),
                 pages=tuple(range(i * self.pages, (i + 1) * self.pages)),
-                **sampling,
+                samples=True,
+                sampling=greedy,
             )
             for i, (start, count) in enumerate(segments)
         )
@@ -85,7 +89,7 @@ def fitted(cfg: ModelConfig, cases: tuple[Case, ...], device: jax.Device) -> Mod
 
 
 def compiled(shape: ModelShape, folder: Path, device: jax.Device) -> dict[str, Any]:
-    """Compile all that `run` wants and store it: how many, in how many seconds."""
+    """Compile and store everything that `run` needs; returns the number of programs and the seconds."""
     store, slots = ExecutableStore(folder), _slots(shape.cfg)
     began = time.perf_counter()
     lowerings = (mesh_lowerings(shape, [device], slots), sample_lowerings(shape, device))
@@ -101,7 +105,7 @@ class Rank:
         self.shape, self.device = shape, device
         cfg, slots = shape.cfg, _slots(shape.cfg)
         self.params = random_params(cfg, device)
-        self.cache = Cache(*(random_array(size, jnp.float32, i, device) for i, size in enumerate(_sizes(shape))))
+        self.cache = KVCache(*(random_array(size, jnp.float32, i, device) for i, size in enumerate(_sizes(shape))))
         self._routes = jax.device_put(_routes(cfg), device)
         self.compiles = CompileCounter()
         began = time.perf_counter()
@@ -119,7 +123,8 @@ class Rank:
         return global_array(self._mesh.mesh, spec, local)
 
     def step(self, index: int, inputs: jax.Array) -> tuple[StepOutputs, jax.Array]:
-        """One step of the bucket of this index, as `serving.rank` runs it: its outputs, and the tokens chosen."""
+        """One step of the bucket of this index, as `serving.worker.steps` runs it: its outputs, and the tokens
+        chosen."""
         sample, commit = self._local.after_step(index)
         arguments = steps.StepArguments(
             params=self._laid,
@@ -167,12 +172,12 @@ def run(rank: Rank, index: int, case: Case, times: int) -> Row:
 
 
 def step_work(cfg: ModelConfig, case: Case, loads: np.ndarray) -> tuple[float, float]:
-    """Bytes and flops of a step, its choice of tokens and its commit, given how many rows went to each expert
-    `[layers, E]`. Of the last layer, rows whose hidden state nobody reads take only keys and values."""
+    """Bytes and flops of a step, its sampling and its commit, given how many rows were routed to each expert
+    `[layers, E]`. In the last layer, rows that are neither sampled nor scored need only keys and values."""
     assert cfg.moe is not None
     rows, sampled = case.rows, max(case.decode, 1)
     used = [rows] * (cfg.n_layers - 1) + [sampled]
-    held = {name: jax.tree.leaves(held_shape(cfg, spec)) for name, spec in tensor_specs(cfg).items()}
+    held = {name: jax.tree.leaves(weight_shape(cfg, spec)) for name, spec in tensor_specs(cfg).items()}
     size, flops = 0.0, 0.0
     for name, leaves in held.items():
         bytes_, numbers = (
@@ -198,7 +203,7 @@ def step_work(cfg: ModelConfig, case: Case, loads: np.ndarray) -> tuple[float, f
 
 
 def checked(cfg: ModelConfig, case: Case, device: jax.Device) -> float:
-    """How far the hidden rows of a step of the model's first two layers are from those that the references make on the
+    """The difference of the hidden rows of a step of the model's first two layers from those of the references on the
     CPU: the median over rows, since rounding may choose another expert for one of them."""
     shape = fitted(with_layers(cfg, 2), (case,), device)
     params = random_params(shape.cfg, device)
@@ -206,7 +211,7 @@ def checked(cfg: ModelConfig, case: Case, device: jax.Device) -> float:
     slots = _slots(cfg)
     arguments = steps.StepArguments(
         params=params,
-        cache=Cache(*(random_array(size, jnp.float32, i, device) for i, size in enumerate(_sizes(shape)))),
+        cache=KVCache(*(random_array(size, jnp.float32, i, device) for i, size in enumerate(_sizes(shape)))),
         expert_to_slot=_routes(shape.cfg),
         packed=inputs,
     )
@@ -217,7 +222,7 @@ def checked(cfg: ModelConfig, case: Case, device: jax.Device) -> float:
         return np.asarray(steps.run_step(jax.device_put(arguments, there), shape=static, mesh=mesh).hidden)
 
     ours = hidden(device)
-    with kernels.set_aside():
+    with cpu.disabled():
         theirs = hidden(jax.devices("cpu")[0])
     read = np.flatnonzero(np.abs(theirs).max(-1))
     return float(np.median([relative(ours[row], theirs[row]) for row in read]))
