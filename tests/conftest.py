@@ -6,6 +6,8 @@ import hypothesis
 import jaxtyping
 import pytest
 
+from tests.support import typechecker
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=4"
@@ -16,12 +18,33 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # The machine may be shared: laws are asserted, never times.
 hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.load_profile("unhurried")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=10)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
 
 # Shapes and kinds of numbers in annotations are checked at every call.
-jaxtyping.install_import_hook(
-    [f"moejax.{name}" for name in ("exchange", "experts", "layers", "router", "sampling")], "beartype.beartype"
-)
+jaxtyping.install_import_hook(typechecker.checked_modules(), f"{typechecker.__name__}.check")
+
+
+THOROUGH = {
+    *("test_compile_ahead.py", "test_cpu.py", "test_decoder.py", "test_disaggregated.py", "test_examples.py"),
+    *(
+        "test_expert_parity.py",
+        "test_failover.py",
+        "test_front_death.py",
+        "test_gpu_benchmark.py",
+        "test_host_copies.py",
+    ),
+    *("test_kv_restoration.py", "test_openapi_fuzz.py", "test_pallas.py", "test_published_folders.py"),
+    *("test_shared_memory.py", "test_smollm2.py", "test_tensor_parallel.py", "test_wheel.py"),
+}
+"""Test files that take the most processor time; `scripts/test --quick` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `scripts/test --quick` leaves out."""
+    for item in items:
+        if item.path.name in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Every file under examples/ runs, over the fake backend (that of Node in `tests/serving/test_node.py`)."""
+"""Every file under examples/ runs, over the fake backend (that of Node in
+`tests/serving/api/grpc/test_node_client.py`)."""
 
 import asyncio
 import subprocess
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_backend import FakeBackend
-from tests.fake_server import FakeServer, serve
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import FakeServer, serve
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TARGETS = {
     "stream.py": lambda s: s.address,
     "many_at_once.py": lambda s: s.address,

@@ -12,7 +12,7 @@ from benchmarks.stalls import Spread, added_stall_ms, goodput_loss, longest_gap_
 from benchmarks.streams import Ask, Known, Trace, running, whole
 from benchmarks.throughput import concurrencies, outside_share, padding_share, percentile
 from benchmarks.throughput import summarize as summarize_run
-from tests.fake_backend import FakeBackend
+from tests.support.fake_backend import FakeBackend
 
 ASK = Ask("To be", 0.0, 0, 8)
 TIMES = [0.00, 0.01, 0.02, 0.03, 0.04, 0.12, 0.13, 0.14]
@@ -57,7 +57,7 @@ def test_the_gap_that_begins_at_the_last_moment_counts() -> None:
     assert longest_gap_ms([0.0, 1.0, 5.0], 0.5, 1.0) == pytest.approx(4000)
 
 
-def test_stalls_are_told_apart_by_where_a_stream_ran() -> None:
+def test_stalls_are_separated_by_the_rank_of_the_stream() -> None:
     moved, unknown = trace(TIMES, rank=1), trace(TIMES, rank=None)
     stalls = stalls_of([trace(TIMES), moved, unknown, trace([], rank=0)], 1, AT)
     assert stalls == {"survivors": [70.0], "moved": [70.0]}

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from benchmarks.gpu.__main__ import PARTS, sound
 from benchmarks.gpu.models import config, layers_that_fit, with_layers
 from benchmarks.gpu.rows import Limits, Row, attention_work, moe_work, relative, table
-from moejax.cache import bytes_per_token
-from moejax.config import ModelConfig, MoEConfig
-from moejax.precision import held_bytes
+from moejax.config.kv_cache import bytes_per_token
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.config.weight_formats import weight_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = "qwen3-30b-a3b"
 ROW = Row(part="decode", model="m", case="c", ms=1.2, bytes=1e6, flops=1e6)
 LIMITS = Limits(bytes_per_s=1e9, flops_per_s=1e12)
@@ -40,6 +41,7 @@ def rows_of(found: dict[str, Any], part: str) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if row["part"] == part]
 
 
+@pytest.mark.slow  # all parts at small sizes: a minute and a half of processor time
 def test_every_part_ran_and_its_answers_are_those_of_the_references(found: dict[str, Any]) -> None:
     assert set(found["parts"]) == {"limits", *(f"{part} {MODEL}" for part in PARTS)}
     assert not any("error" in part for part in found["parts"].values())
@@ -50,6 +52,7 @@ def test_every_part_ran_and_its_answers_are_those_of_the_references(found: dict[
     assert all(row["right"] and 0 < row["error"] < 1e-5 for row in compared)
 
 
+@pytest.mark.slow  # all parts at small sizes: a minute and a half of processor time
 def test_programs_go_from_one_process_to_another_without_a_compile(found: dict[str, Any]) -> None:
     made, used = found["parts"][f"compile {MODEL}"], found["parts"][f"step {MODEL}"]
     assert made["programs"] == 1 + 3 * 3 + 1  # to connect; step, sample and commit of three buckets; to fill a slot
@@ -57,6 +60,7 @@ def test_programs_go_from_one_process_to_another_without_a_compile(found: dict[s
     assert used["layers"] == made["layers"]
 
 
+@pytest.mark.slow  # all parts at small sizes: a minute and a half of processor time
 def test_steps_count_every_flop_and_every_expert_that_is_read_once(found: dict[str, Any]) -> None:
     cfg, moe = small()
     L, D, N, K, H, V, A = *(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head), cfg.vocab_size, 2
@@ -76,6 +80,7 @@ def test_steps_count_every_flop_and_every_expert_that_is_read_once(found: dict[s
     assert prompt["flops"] == 2 * (64 * L * qkv + (64 * (L - 1) + 1) * (rest + A * expert) + attended + V * D)
 
 
+@pytest.mark.slow  # all parts at small sizes: a minute and a half of processor time
 def test_experts_count_those_that_a_row_wants(found: dict[str, Any]) -> None:
     cfg, moe = small()
     for row, rows in zip(rows_of(found, "experts"), (1, 5), strict=True):
@@ -161,7 +166,7 @@ def test_as_many_layers_are_taken_as_fit(room: int, entries: int) -> None:
 
     def size(layers: int) -> int:
         some = with_layers(cfg, layers)
-        both = held_bytes(some, experts=True) + held_bytes(some, experts=False)
+        both = weight_bytes(some, experts=True) + weight_bytes(some, experts=False)
         return both + entries * bytes_per_token(some)
 
     layers = layers_that_fit(cfg, room, entries)

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.load import Load, measure, verdict
 from benchmarks.streams import Ask, Trace
-from tests.fake_backend import MODEL, FakeBackend
-from tests.fake_server import serve
+from tests.support.fake_backend import MODEL, FakeBackend
+from tests.support.fake_server import serve
 
 ASK = Ask("a", 0.0, 1, 3)
 

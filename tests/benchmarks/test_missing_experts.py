@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.missing_experts import Item, Kept, accuracy, choose, judge, without_experts
-from moejax.dense import logits
-from tests.moejax.models import MIXTRAL, SHARED, random_params
+from benchmarks.missing_experts import Item, ResultsFile, accuracy, choose, judge, params_without_experts
+from moejax.model.reference import logits
+from tests.support.models import MIXTRAL, SHARED, random_params
 
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) * 3 % 96
 
@@ -19,7 +19,7 @@ def test_a_model_without_experts_answers_as_the_model_with_them_masked(cfg, shar
     params = random_params(cfg)
     used = np.random.default_rng(0).integers(0, 99, (cfg.n_moe_layers, cfg.moe.experts))
     gone = choose("most used", share, used)
-    less = logits(without_experts(params, cfg, gone), cfg, TOKENS)
+    less = logits(params_without_experts(params, cfg, gone), cfg, TOKENS)
     masked = logits(params, cfg, TOKENS, jnp.asarray(~gone))
     np.testing.assert_allclose(less, masked, atol=1e-5)
     assert np.abs(np.asarray(logits(params, cfg, TOKENS)) - masked).max() > 0.01
@@ -46,15 +46,15 @@ def test_an_ending_is_right_by_sum_and_by_character_and_a_word_by_its_tokens():
 
 def test_what_is_kept_is_not_asked_again_and_time_is_up_when_it_is_up(tmp_path):
     file = tmp_path / "kept.json"
-    first = Kept(file, "tiny", 2)
+    first = ResultsFile(file, "tiny", 2)
     row = first.row("most used", Fraction(1, 4), 0.4)
     row["answers"]["piqa"] += [(True, False), (False, False), (True, True)]
-    assert first.keep()
-    again = Kept(file, "tiny", 2, limit_s=0.0)
+    assert first.write()
+    again = ResultsFile(file, "tiny", 2, limit_s=0.0)
     row = again.row("most used", Fraction(1, 4), 0.4)
     assert row["answers"]["piqa"] == [[True, False], [False, False], [True, True]]
     assert row["tasks"] == {"piqa": {"accuracy": 0.5, "accuracy_per_character": 0.0}}
     assert again.row("most used", Fraction(1, 2), 0.8)["answers"]["piqa"] == []
-    assert not again.keep()
+    assert not again.write()
     with pytest.raises(SystemExit, match="is of model tiny, not of other"):
-        Kept(file, "other", 2)
+        ResultsFile(file, "other", 2)

@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` makes of its measurements, and a front on stand-ins."""
+"""The tables that `benchmarks.scale` computes from its measurements, and a front on simulated ranks."""
 
 import asyncio
 import json
@@ -10,12 +10,12 @@ from benchmarks.scale import rounded, source
 from benchmarks.scale_front import FrontOf, looking
 from benchmarks.scale_local import medians
 from benchmarks.scale_tables import Sized, fit, front_of, report, sized
-from benchmarks.stand_ins import Answers
-from planner.huggingface import read_model
+from benchmarks.simulated_ranks import SimulatedAnswers
+from planner.inputs.published import read_model
 from serving.proto.moejax.v1 import link_pb2
-from tests.fake_tokens import byte_tokenizer
+from simulation.byte_tokenizer import byte_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 RANKS = (4, 16, 64, 256)
 
 
@@ -60,13 +60,13 @@ def front_of_nothing():
     return front_of({"steps": [line], "rounds": [line]}, {"beat_ms": 0.0, "look_ms": 0.0})
 
 
-def test_medians_are_of_each_phase():
-    assert medians([{"a": 1.0}, {"a": 3.0, "b": 4.0}]) == {"a": 2.0, "b": 2.0}
+def test_medians_are_of_each_phase_over_the_losses_that_had_it():
+    assert medians([{"a": 1.0}, {"a": 3.0, "b": 4.0}]) == {"a": 2.0, "b": 4.0}
     assert rounded({"a": [1.234567, 2], "b": "c"}) == {"a": [1.23457, 2], "b": "c"}
 
 
 def test_a_stand_in_answers_all_but_an_abort():
-    answers = Answers(2, 4, 3)
+    answers = SimulatedAnswers(2, 4, 3)
     assert answers.to(1, link_pb2.Command(abort=link_pb2.Abort())) is None
     done = answers.to(1, link_pb2.Command(id=7, inspect=link_pb2.Inspect()))
     assert done is not None
@@ -81,13 +81,13 @@ def test_a_look_at_a_rank_takes_time():
     assert looking(1) > 0
 
 
-def test_a_front_steps_tells_all_and_survives_a_loss_on_stand_ins():
+def test_a_front_steps_and_survives_a_loss_on_simulated_ranks():
     async def play() -> None:
-        async with FrontOf.stand_ins(3, read_model(source("tiny")), byte_tokenizer()) as front:
+        async with FrontOf.simulated_ranks(3, read_model(source("tiny")), byte_tokenizer()) as front:
             step, rounds, loss = await front.step(2), await front.rounds(), await front.lose_one()
             assert step["rows"] == 6
             assert min(step["core_ms"], *rounds.values()) > 0
             assert loss["total"] >= loss["adopt"] > 0
-            assert front.failover.alive == (0, 1)
+            assert front.failover.plan_ranks == (0, 1)
 
     asyncio.run(play())

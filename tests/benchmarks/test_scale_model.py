@@ -9,38 +9,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cluster import Cluster, read_cluster
-from planner.cost import step_time
-from planner.degrade import Losses
-from planner.deployment import Deployment
-from planner.huggingface import read_model
-from planner.recovery import Recovery
-from planner.scale import (
-    Front,
-    Line,
+from benchmarks.scale_model import (
     ScaledStep,
     lost_experts,
-    most_ranks,
-    recovery_time,
+    scaled_recovery,
     shared_recovery,
     shared_step,
     weights_seconds,
 )
-from planner.shape import Shape
-from planner.solve import solve
+from planner import solve
+from planner.cost.front import CostCurve, FrontCost, most_ranks
+from planner.cost.roofline import step_time
+from planner.failures.loss_model import LossModel
+from planner.failures.survivors import survivors
+from planner.inputs.cluster import Cluster, read_cluster
+from planner.inputs.published import read_model
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.plan.deployment import Deployment
+from planner.plan.shape import Shape
 
 MODEL = read_model("deepseek-v3")
 HARDWARE = read_cluster("h200").hardware
-FRONT = Front(
-    step=Line(fixed=1e-3, each=2e-4),
+FRONT = FrontCost(
+    step=CostCurve(fixed=1e-3, each=2e-4),
     row=5e-5,
-    abort=Line(fixed=1e-4, each=3e-5),
-    prepare=Line(fixed=1e-3, each=1e-4, pair=1e-8),
-    adopt=Line(fixed=1e-3, each=2e-4, pair=1e-8),
+    abort=CostCurve(fixed=1e-4, each=3e-5),
+    prepare=CostCurve(fixed=1e-3, each=1e-4, pair=1e-8),
+    adopt=CostCurve(fixed=1e-3, each=2e-4, pair=1e-8),
     beat=3e-5,
     look=5e-6,
 )
-lines = st.builds(Line, fixed=st.floats(0, 1), each=st.floats(0, 1), pair=st.floats(0, 1))
+lines = st.builds(CostCurve, fixed=st.floats(0, 1), each=st.floats(0, 1), pair=st.floats(0, 1))
 ranks = st.integers(2, 300)
 
 
@@ -53,16 +52,16 @@ def shape(n: int, slots: int) -> Shape:
     return Shape(arch="collocated", tensor=1, dense=1, slots=slots, roles=roles, groups=groups)
 
 
-def recovered(n: int, slots: int, front: Front = FRONT, **more: float):
-    return recovery_time(MODEL, cluster(n), shape(n, slots), front, Recovery(), step=0.05, **more)
+def recovered(n: int, slots: int, front: FrontCost = FRONT, **more: float):
+    return scaled_recovery(MODEL, cluster(n), shape(n, slots), front, RecoveryTimes(), step=0.05, **more)
 
 
 def test_a_line_is_its_three_terms():
-    assert Line(fixed=1.0, each=2.0, pair=3.0).at(10) == 1 + 20 + 300
+    assert CostCurve(fixed=1.0, each=2.0, pair=3.0).at(10) == 1 + 20 + 300
 
 
 @given(line=lines, n=st.integers(0, 10_000))
-def test_a_line_never_falls(line: Line, n: int):
+def test_a_line_never_falls(line: CostCurve, n: int):
     assert line.at(n) <= line.at(n + 1)
 
 
@@ -73,7 +72,7 @@ def test_a_fronts_step_grows_with_ranks_and_with_tokens(n: int, rows: int):
 
 
 def test_a_front_that_only_watches_has_no_time_for_steps():
-    each = FRONT.standing(1)
+    each = FRONT.watch_share(1)
     assert each == pytest.approx(3e-5 / 0.05 + 5e-6 / 0.01)
     assert FRONT.step_seconds(int(0.999 / each), 0) < inf
     assert FRONT.step_seconds(int(1.01 / each), 0) == inf
@@ -87,7 +86,7 @@ def test_preparing_every_single_loss_grows_faster_than_the_ranks(n: int):
 @given(n=ranks, tokens=st.integers(1, 256))
 def test_ranks_need_what_the_planner_says_and_a_front_that_costs_nothing_adds_nothing(n: int, tokens: int):
     step = step_time(MODEL, cluster(n), shape(n, -(-256 // n)), tokens, 2000)
-    free = ScaledStep(ranks=step, front=Front().step_seconds(n, n * tokens))
+    free = ScaledStep(ranks=step, front=FrontCost().step_seconds(n, n * tokens))
     assert free.ahead == free.in_turn == step.total
     real = ScaledStep(ranks=step, front=FRONT.step_seconds(n, n * tokens))
     assert step.total <= real.ahead <= real.in_turn == pytest.approx(step.total * (1 + real.share))
@@ -112,15 +111,20 @@ def test_streams_of_the_dead_rank_wait_for_their_replay_besides(n: int, requests
 
 
 @pytest.mark.parametrize(("n", "slots"), [(8, 40), (16, 20), (32, 9), (64, 8), (32, 16)])
-def test_without_a_front_a_recovery_is_the_planners(n: int, slots: int):
+def test_a_recovery_of_this_page_is_the_planners(n: int, slots: int):
     where = cluster(n)
     plan = solve(MODEL, where, slots_per_rank=slots, survive_ranks=1)
-    told = Losses(Deployment(plan=plan, workload=MODEL, cluster=where), Recovery()).outcome((0,))
-    t = recovered(n, slots, Front())
-    assert t.abort_messages == t.adopt_messages == 0
-    assert (t.detect, t.abort, t.adopt) == (told.phases["detect"], told.phases["abort"], told.phases["adopt"])
-    assert lost_experts(MODEL, shape(n, slots)) == told.means.get("store", 0)
-    assert t.weights == pytest.approx(told.phases["weights"], rel=0.1)
+    losses = LossModel(Deployment(plan=plan, workload=MODEL, cluster=where))
+    outcome = losses.outcome((0,))
+    front = FrontCost.measured(MODEL).unwatched()
+    t = recovered(n, slots, front)
+    assert (t.detect, t.abort, t.adopt) == tuple(outcome.phases[name] for name in ("detect", "abort", "adopt"))
+    assert t.abort_messages + t.adopt_messages == pytest.approx(outcome.phases["messages"])
+    assert lost_experts(MODEL, shape(n, slots)) == outcome.means.get("store", 0)
+    assert t.weights == pytest.approx(outcome.phases["weights"], rel=0.1)
+    left = losses.capacity_model.predict(survivors(losses.deployment, {0}, losses.capacity_model), slots)
+    requests = losses.capacity_model.whole.requests_per_group * (n - 1)
+    assert outcome.phases["step"] == pytest.approx(left.step.total + front.step_seconds(n - 1, requests))
 
 
 @given(n=ranks, slots=st.integers(1, 64))

@@ -1,5 +1,5 @@
 """The fixtures of the server's tests."""
 
-from tests.serving.conftest import anyio_backend, backend, generation, tokenizer
+from tests.serving.conftest import anyio_backend, backend, processor, tokenizer
 
-__all__ = ["anyio_backend", "backend", "generation", "tokenizer"]
+__all__ = ["anyio_backend", "backend", "processor", "tokenizer"]

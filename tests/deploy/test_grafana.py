@@ -5,16 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.grafana import PANELS, dashboard
-from serving.generation import Generation
-from serving.metrics import Metrics
-from serving.request import SamplingParams
-from tests.fake_backend import FakeBackend
-from tests.fake_tokens import byte_tokenizer
+from tests.support.exported_metrics import exported_samples
 
-FILE = Path(__file__).resolve().parents[2] / "deploy" / "grafana-dashboard.json"
+FILE = Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json"
 
 
 def test_the_file_is_what_the_generator_writes():
@@ -23,15 +18,6 @@ def test_the_file_is_what_the_generator_writes():
 
 @pytest.mark.anyio
 async def test_every_name_in_a_panel_is_exported():
-    backend = FakeBackend()
-    metrics = Metrics(backend)
-    generation = Generation(backend, byte_tokenizer(), metrics)
-    _ = [item async for item in generation.stream(await generation.accept("a", SamplingParams(max_tokens=2)))]
-    await backend.lose(1)
-    metrics._heard(backend._events[-1])
-    exported = {
-        sample.name for family in text_string_to_metric_families(metrics.render().decode()) for sample in family.samples
-    }
     asked = {
         name
         for _, _, series in PANELS
@@ -39,4 +25,4 @@ async def test_every_name_in_a_panel_is_exported():
         for name in re.findall(r"\b(?:vllm:|moejax_)[a-z0-9_]+", query)
     }
     assert len(asked) > 20
-    assert asked <= exported
+    assert asked <= await exported_samples()

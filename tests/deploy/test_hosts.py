@@ -1,4 +1,4 @@
-"""A server on several hosts as Kubernetes is told of it: what its pods run is what the commands know."""
+"""The manifests of a server on several hosts: the commands of the pods are commands of moejax with known options."""
 
 import contextlib
 import io
@@ -10,23 +10,23 @@ import click
 import pytest
 import yaml
 
-import planner.cli
-from serving import cli
+import planner.cli.main
+from serving.cli import main
 from serving.config import Settings
 from tests.deploy.test_manifests import given
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the commands in the documentation write for a plan on two hosts of eight."""
+    """The manifests that the documented commands write for a plan on two hosts of eight."""
     folder = tmp_path_factory.mktemp("plan")
     plan = str(folder / "plan.json")
     solve = ["solve", "qwen3-30b-a3b", "h100:2x8", "--survive", "hosts=1", "--out", plan]
-    assert planner.cli.main(solve) == 0
+    assert planner.cli.main.main(solve) == 0
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert planner.cli.main(["export", plan, "--to", "k8s"]) == 0
+        assert planner.cli.main.main(["export", plan, "--to", "k8s"]) == 0
     return out.getvalue()
 
 
@@ -45,8 +45,8 @@ def container(group: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def options(arguments: list[str]) -> dict[str, Any]:
-    """The options that `moejax rank` makes of a command line, files not looked for."""
-    command = cli.main.commands[arguments[0]]
+    """The options that `moejax rank` parses from a command line; it does not check that files exist."""
+    command = main.main.commands[arguments[0]]
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False

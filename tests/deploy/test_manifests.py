@@ -1,4 +1,4 @@
-"""What is deployed exists: flags, variables, paths and probes of the manifests are those of the server."""
+"""Flags, variables, paths and probes of the manifests exist in the server."""
 
 import re
 import shutil
@@ -9,14 +9,14 @@ import click
 import pytest
 import yaml
 
-import planner.cli
-from planner.deployment import read_deployment
-from serving import cli, operate
+import planner.cli.main
+from planner.plan.deployment import read_deployment
+from serving.api.http.server import application
+from serving.cli import keys, local, main
 from serving.config import Settings
-from serving.http import application
-from tests.planner.test_cli import plan_file  # noqa: F401  (a fixture)
+from tests.planner.cli.test_main import plan_file  # noqa: F401  (a fixture)
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def manifests() -> dict:
@@ -29,7 +29,7 @@ def pod() -> dict:
 
 def given(arguments: list[str]) -> Settings:
     """The settings that `moejax serve` makes of a command line."""
-    command = cli.main.commands[arguments[0]]
+    command = main.main.commands[arguments[0]]
     context = command.make_context("serve", arguments[1:])
     flags = {name: value for name, value in context.params.items() if name not in ("config", "show_settings")}
     return Settings.load(None, {}, **flags)
@@ -40,8 +40,8 @@ def test_the_servers_arguments_are_flags_it_knows():
     assert (settings.ranks, settings.host, settings.api_keys) == (8, "0.0.0.0", "/keys/keys.json")
 
 
-def test_probes_ask_for_paths_that_are_there_and_never_end_a_server_that_recovers(generation):
-    routes = {route.path for route in application(generation).routes}
+def test_probes_ask_for_paths_that_are_there_and_never_end_a_server_that_recovers(processor):
+    routes = {route.path for route in application(processor).routes}
     container = pod()["containers"][0]
     paths = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
     assert paths == {"startupProbe": "/live", "readinessProbe": "/health", "livenessProbe": "/live"}
@@ -64,7 +64,7 @@ def test_ports_selectors_and_volumes_fit_together():
 
 def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # noqa: F811
     capsys.readouterr()
-    assert planner.cli.main(["export", plan_file, "--to", "env"]) == 0
+    assert planner.cli.main.main(["export", plan_file, "--to", "env"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
     settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
     assert (settings.ranks, settings.data_type) == (8, "bfloat16")
@@ -76,23 +76,23 @@ def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # 
 def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_makes(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
     words = ["solve", "olmoe-1b-7b", "h100", "--arch", "disaggregated", "--tensor", "1", "--out", path]
-    assert planner.cli.main(words) == 0
+    assert planner.cli.main.main(words) == 0
     capsys.readouterr()
-    assert planner.cli.main(["export", path, "--to", "env"]) == 0
+    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
     settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
     plan = read_deployment(path).plan
-    assert (settings.arch, settings.attention) == ("disaggregated", len(plan.source_ids))
+    assert (settings.arch, settings.attention) == ("disaggregated", len(plan.attention_rank_ids))
     assert (settings.attention or 0) + (settings.experts or 0) == settings.ranks == 8
 
 
 def test_a_plan_that_the_server_does_not_make_is_not_exported(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
-    assert planner.cli.main(["solve", "olmoe-1b-7b", "h100", "--tensor", "2", "--out", path]) == 0
+    assert planner.cli.main.main(["solve", "olmoe-1b-7b", "h100", "--tensor", "2", "--out", path]) == 0
     for to in ("k8s", "env"):
-        assert planner.cli.main(["export", path, "--to", to]) == 2
+        assert planner.cli.main.main(["export", path, "--to", to]) == 2
         assert "tensor groups of 2" in capsys.readouterr().err
-    assert planner.cli.main(["export", path, "--to", "json"]) == 0
+    assert planner.cli.main.main(["export", path, "--to", "json"]) == 0
 
 
 def test_the_sample_settings_are_settings():
@@ -121,7 +121,7 @@ def test_systemd_takes_the_unit(tmp_path, name, command):
 
 def test_the_variables_of_the_unit_for_hosts_are_those_the_command_reads():
     unit = (DEPLOY / "moejax-rank.service").read_text()
-    variables = {name for parameter in cli.main.commands["rank"].params for name in _variables(parameter)}
+    variables = {name for parameter in main.main.commands["rank"].params for name in _variables(parameter)}
     assert set(re.findall(r"\b(MOEJAX_\w+)=", unit)) - {"MOEJAX_CACHE"} == variables
 
 
@@ -131,4 +131,4 @@ def _variables(parameter: click.Parameter) -> list[str]:
 
 
 def test_commands_of_an_operator_are_in_the_command_line():
-    assert {operate.keys, operate.doctor, operate.completion} <= set(cli.main.commands.values())
+    assert {keys.keys, local.doctor, local.completion} <= set(main.main.commands.values())

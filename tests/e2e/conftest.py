@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
-from tests.e2e.streams import Traffic, wait_until_whole
+from serving.api.client import Client
+from serving.server import Server
+from tests.support.streams import Traffic, wait_until_whole
 
+FEW_BUCKETS = ((8, 0), (8, 2))
+"""Enough for what a test does, and a third of the compiles; the usual buckets are those of `server`."""
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from serving import step_book
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
 from serving.config import Settings
-from serving.status import Status
+from serving.core import bucket_counts
+from serving.protocol.status import Status
+from serving.server import Server
 from tests.e2e.conftest import TINY
 
 PROMPTS = ["ROMEO: a word", "JULIET: what light", "NURSE: " + "peace, good peace, " * 12]
@@ -34,7 +34,7 @@ def served() -> tuple[Status, list[tuple[int, ...]], str]:
     """A server's status at its end, the tokens of some requests, and what it said."""
     said: list[str] = []
     settings = {"model": str(TINY), "ranks": 2, "buckets": "auto", "restart": False, "lattice_depth": 1}
-    with Server(**settings, say=said.append) as server, Client(server) as client:
+    with Server(**settings, log=said.append) as server, Client(server) as client:
         answers = [
             client.generate(prompt, max_tokens=40, seed=seed, ignore_eos=True) for seed, prompt in enumerate(PROMPTS)
         ]
@@ -44,7 +44,7 @@ def served() -> tuple[Status, list[tuple[int, ...]], str]:
 def test_a_server_that_is_started_again_has_buckets_of_its_own_with_less_padding_and_the_same_tokens(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_book, "ENOUGH_STEPS", 50)
+    monkeypatch.setattr(bucket_counts, "MIN_STEPS", 50)
     before, tokens, said = served()
     assert before.buckets == Settings.buckets
     assert "others are chosen when 50 steps are counted, now 0" in said

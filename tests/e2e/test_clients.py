@@ -3,6 +3,7 @@ parser; and two that send whatever may be sent. Afterwards nothing is left runni
 
 import json
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 
@@ -14,22 +15,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.app import Server
-from serving.client import Client
+from clients.__main__ import run_trials, where
+from clients.tool import tools
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import wait_until
-from tests.fixtures import node_modules
-from tests.serving.test_metrics import VLLM_NAMES
-from tests.serving.test_node import node
-from tests.serving.test_rpc import BYTES_OF_A_REQUEST
+from tests.serving.observability.test_metrics import VLLM_NAMES
+from tests.support.grpc_requests import BYTES_OF_A_REQUEST
+from tests.support.node import node
+from tests.support.published_assets import node_modules
+from tests.support.streams import wait_until
 
 PROMPT, TOKENS = "ROMEO:", 12
 
 
 @pytest.fixture(scope="module")
-def open_server() -> Iterator[Server]:
-    """Two ranks, and nothing that lets a caller change the server."""
-    with Server(model=str(TINY), ranks=2) as server:
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two ranks, a journal, and nothing that lets a caller change the server."""
+    journal = tmp_path_factory.mktemp("journal")
+    with Server(model=str(TINY), ranks=2, journal=str(journal)) as server:
         yield server
 
 
@@ -43,7 +47,7 @@ def client(open_server: Server) -> Iterator[Client]:
 
 @pytest.fixture
 def text(client: Client) -> str:
-    """What every client must be told."""
+    """The results that every client must get."""
     return client.generate(PROMPT, max_tokens=TOKENS, temperature=0).text
 
 
@@ -58,6 +62,14 @@ def test_the_openai_client_gets_the_text_whole_and_in_pieces(open_server: Server
         assert "".join(piece.choices[0].text for piece in pieces) == text
         with pytest.raises(openai.BadRequestError):
             caller.completions.create(**asked | {"max_tokens": -1})
+
+
+@pytest.mark.parametrize("key", ["openai_python", "anthropic_python"])
+def test_the_trials_of_clients_that_are_installed_here_work(open_server: Server, client: Client, key: str) -> None:
+    (tool,) = (tool for tool in tools() if tool.key == key)
+    outcomes = run_trials(tool, [sys.executable, "-m", f"clients.tools.{key}"], where(open_server, TINY))
+    assert len(outcomes) >= 5
+    assert [outcome for outcome in outcomes if outcome.result != "works"] == []
 
 
 def test_curl_gets_the_text_as_events(open_server: Server, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Dense layers divided over real ranks: the answers of transformers, whichever rank dies, in both architectures."""
+"""Dense layers sharded over real ranks: the answers of transformers, whichever rank dies, in both architectures."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,32 +6,37 @@ from pathlib import Path
 
 import pytest
 
-from moejax.download import cache_folder
-from serving.app import Server
-from serving.client import Client
-from tests.e2e.streams import Stream, Traffic, events_since, kill, last_event, wait_until_whole
-from tests.moejax.families.answers import ANSWER, recorded
-from tests.moejax.families.small import small_folder
+from moejax.checkpoint.download import cache_folder
+from serving.api.client import Client
+from serving.server import Server
+from tests.support.families.answers import ANSWER, recorded
+from tests.support.families.small import small_folder
+from tests.support.streams import Stream, Traffic, events_since, kill, last_event, wait_until_whole
 
 BUCKETS = ((2, 0), (2, 2))
 COLLOCATED = {"ranks": 3, "slots_per_rank": 4, "on_lost_expert": "mask"}
 APART = {"ranks": 3, "arch": "disaggregated", "attention": 1, "experts": 2}
 
 
-@pytest.fixture(params=[("qwen3-moe", COLLOCATED), ("deepseek-v3", APART)], ids=["collocated", "disaggregated"])
-def divided(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Server]]:
+@pytest.fixture(
+    params=[
+        pytest.param(("qwen3-moe", COLLOCATED), id="collocated"),
+        pytest.param(("deepseek-v3", APART), id="disaggregated", marks=pytest.mark.slow),
+    ]
+)
+def sharded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Server]]:
     """A family with a dense layer, its name and a server of it."""
     name, settings = request.param
     folder = tmp_path / f"small-{name}-dense"
     small_folder(folder, name)
-    with Server(model=str(folder), dense="divided", buckets=BUCKETS, lattice_depth=1, **settings) as server:
+    with Server(model=str(folder), dense="sharded", buckets=BUCKETS, lattice_depth=1, **settings) as server:
         yield name, server
     for made in (cache_folder() / "models").glob(f"{folder.name}-*"):
         shutil.rmtree(made)
 
 
-def test_divided_layers_answer_as_transformers_does_through_the_loss_of_any_rank(divided: tuple[str, Server]) -> None:
-    name, server = divided
+def test_sharded_layers_answer_as_transformers_does_through_the_loss_of_any_rank(sharded: tuple[str, Server]) -> None:
+    name, server = sharded
     expected = recorded(name)
     known = Traffic([Stream(expected.prompt, 0.0, 0, ANSWER, tokens=expected.tokens)])
     with Client(server) as client:

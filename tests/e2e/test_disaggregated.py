@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
+from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 ATTENTION, EXPERTS = (0, 1), (2, 3)
 

@@ -18,7 +18,7 @@ from benchmarks.faults import FRONT, SETUPS, Scenario, Scene, Setup, coordinator
 from benchmarks.launch import Launched, launched
 from benchmarks.losses import EventFeed
 from benchmarks.streams import Known, Load, running, until, whole
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
 from tests.e2e.conftest import TINY
 
 MINUTES = float(os.environ.get("MOEJAX_SOAK_MINUTES", "60"))
@@ -28,7 +28,7 @@ RANKS, STREAMS = 4, 6
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What all processes of a server take together."""
+    """Open files, threads and memory of all processes of a server."""
 
     processes: int
     files: int
@@ -54,7 +54,7 @@ class Use:
 
 
 async def strike(scene: Scene, scenario: Scenario) -> None:
-    """Inject one fault and wait until the server has told of it."""
+    """Inject one fault and wait until the server has reported it."""
     status = await until(scene.client, lambda status: len(running(status)) > 1)
     experts = [rank.id for rank in status.ranks if rank.role == "expert"]
     victim = scene.draw.choice(experts if scenario.expert else list(running(status)))

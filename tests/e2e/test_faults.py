@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
 from serving.errors import NoCapacity, NotPermitted
-from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
+from serving.server import Server
+from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.support.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,20 @@ def test_weights_that_are_no_numbers_send_no_wrong_token_and_are_restored(client
     assert client.status().masked == ()
 
 
+def test_connections_that_are_cut_between_living_ranks_cost_no_rank_no_request_and_no_token(
+    client: Client, known: Traffic
+) -> None:
+    before, status = last_event(client), client.status()
+    known.during(client, lambda: client.kill(busiest(client), "LINKS"))
+    kinds, after = kinds_since(client, before), client.status()
+    assert kinds.count("step_failed") == 1
+    assert {"rank_lost", "suspected"}.isdisjoint(kinds)
+    assert [rank.pid for rank in after.ranks] == [rank.pid for rank in status.ranks]
+    assert after.generation == status.generation, "ranks that share memory connect again without a new generation"
+    assert after.compiles_after_ready == 0
+    known.during(client, lambda: os.kill(pid_of(client.status(), 1), signal.SIGKILL))
+
+
 def test_a_flipped_bit_is_found_by_the_scrub_and_put_right(client: Client, known: Traffic) -> None:
     before = last_event(client)
     client.kill(0, "BITFLIP")
@@ -178,8 +192,8 @@ def test_the_loss_of_a_whole_host_is_prepared_and_changes_no_token() -> None:
         assert client.status().compiles_after_ready == 0
 
 
-def test_experts_that_are_lost_are_masked_and_told_of_until_they_are_healed() -> None:
-    settings = {"on_lost_expert": "mask", "slots_per_rank": 4, "restart": False}
+def test_lost_experts_are_masked_and_reported_until_they_are_loaded() -> None:
+    settings = {"on_lost_expert": "mask", "slots_per_rank": 4, "restart": False, "buckets": FEW_BUCKETS}
     with Server(model=str(TINY), ranks=3, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
@@ -205,7 +219,8 @@ def test_experts_that_are_lost_are_masked_and_told_of_until_they_are_healed() ->
 def test_a_store_that_cannot_be_read_masks_what_is_lost_and_heals_when_it_can(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
-    with Server(model=str(folder), ranks=3, slots_per_rank=4, chaos=True, restart=False) as server:
+    settings = {"slots_per_rank": 4, "chaos": True, "restart": False, "buckets": FEW_BUCKETS}
+    with Server(model=str(folder), ranks=3, **settings) as server:
         assert server.app is not None
         with Client(server) as client:
             wait_until_whole(client)
@@ -222,6 +237,7 @@ def test_a_store_that_cannot_be_read_masks_what_is_lost_and_heals_when_it_can(tm
             known.during(client)
 
 
+@pytest.mark.slow  # pace is judged over minutes, on a machine that does nothing else
 def test_a_rank_that_is_slow_for_long_is_drained_and_replaced_and_no_token_changes() -> None:
     settings = {"slow_block_steps": 20, "slow_factor": 1.8, "drain_slow": True}
     with Server(model=str(TINY), ranks=3, **settings) as server, Client(server) as client:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.joining import Papers, free_address, host
-from tests.e2e.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
+from tests.support.joining import JoinFiles, free_address, host_agent
+from tests.support.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
 
 LABELS = ("amber", "birch", "cedar")
 
@@ -23,25 +23,25 @@ class Hosts:
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.front = free_address()
-        self.papers = Papers.made(folder, "127.0.0.1")
+        self.join_files = JoinFiles.made(folder, "127.0.0.1")
         self._stack = stack
         self.processes: dict[str, subprocess.Popen] = {label: self.start(label) for label in LABELS}
 
     def start(self, label: str) -> subprocess.Popen:
         """The host called so joins."""
-        process = self._stack.enter_context(host(label, self.front, self.papers.arguments()))
+        process = self._stack.enter_context(host_agent(label, self.front, self.join_files.arguments()))
         return process
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     with contextlib.ExitStack() as stack:
-        yield Hosts(tmp_path_factory.mktemp("papers"), stack)
+        yield Hosts(tmp_path_factory.mktemp("join_files"), stack)
 
 
 @pytest.fixture(scope="module")
 def joined(hosts: Hosts) -> Iterator[Client]:
-    settings = hosts.papers.settings(hosts.front)
+    settings = hosts.join_files.settings(hosts.front)
     with Server(model=str(TINY), ranks=3, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         yield client
@@ -67,7 +67,22 @@ def test_a_joined_rank_that_is_killed_changes_no_token_and_comes_back(joined: Cl
     assert joined.status().compiles_after_ready == before == 0
 
 
-def test_a_joined_rank_that_hangs_is_ended_by_its_keeper(joined: Client, traffic: Traffic) -> None:
+def test_connections_that_are_reset_between_living_hosts_cost_no_rank_no_request_and_no_token(
+    joined: Client, traffic: Traffic
+) -> None:
+    before, status = last_event(joined), joined.status()
+    traffic.during(joined, lambda: joined.kill(1, "LINKS"))
+    kinds = [event.kind for event in events_since(joined, before)]
+    assert "step_failed" in kinds
+    assert {"rank_lost", "suspected"}.isdisjoint(kinds)
+    after = joined.status()
+    assert [rank.pid for rank in after.ranks] == [rank.pid for rank in status.ranks]
+    assert after.generation == status.generation + 1
+    assert after.compiles_after_ready == 0
+    wait_until_whole(joined)
+
+
+def test_a_joined_rank_that_hangs_is_killed_by_its_host_agent(joined: Client, traffic: Traffic) -> None:
     pid = pid_of(joined.status(), 2)
     traffic.during(joined, lambda: joined.kill(2, "SIGSTOP"))
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the stopped process is gone")
@@ -87,11 +102,11 @@ def test_a_host_that_vanishes_changes_no_token_and_is_taken_in_again(
     traffic.during(joined)
 
 
-def test_a_rank_goes_on_where_another_host_has_a_place(hosts: Hosts, joined: Client, traffic: Traffic) -> None:
+def test_a_rank_goes_on_where_another_host_has_a_free_slot(hosts: Hosts, joined: Client, traffic: Traffic) -> None:
     gone = rank_on(joined, "birch")
     spare = hosts.start("dogwood")
     assert spare.stderr is not None
-    assert any("is here" in line for line in spare.stderr)  # it has a place to give
+    assert any("is prepared" in line for line in spare.stderr)  # it has a free slot
     traffic.during(joined, lambda: hosts.processes["birch"].send_signal(signal.SIGKILL))
     wait_until_whole(joined)
     assert joined.status().ranks[gone].host == "dogwood"

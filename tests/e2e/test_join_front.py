@@ -7,22 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from serving.client import Client
+from serving.api.client import Client
 from tests.e2e.conftest import TINY
-from tests.e2e.joining import Papers, free_address, host
-from tests.e2e.streams import Traffic, pid_of, wait_until, wait_until_whole
-from tests.e2e.test_front import Supervised
-from tests.e2e.test_processes import processes_of, start
+from tests.support.joining import JoinFiles, free_address, host_agent
+from tests.support.processes import Supervised, processes_of, start
+from tests.support.streams import Traffic, pid_of, wait_until, wait_until_whole
 
 pytestmark = pytest.mark.slow
 
 
 def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path) -> None:
-    front, papers = free_address(), Papers.made(tmp_path, "127.0.0.1")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in papers.settings(front).items()]
+    front, join_files = free_address(), JoinFiles.made(tmp_path, "127.0.0.1")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in join_files.settings(front).items()]
     with contextlib.ExitStack() as stack:
         for label in ("amber", "birch"):
-            stack.enter_context(host(label, front, papers.arguments()))
+            stack.enter_context(host_agent(label, front, join_files.arguments()))
         process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", *flags)
         stack.callback(process.kill)
         server = Supervised(process)

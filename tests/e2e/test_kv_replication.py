@@ -1,11 +1,11 @@
-"""The caches of real ranks outlive them: what a dead rank had computed is restored to the bit, not computed again."""
+"""KV replicas of real ranks: the entries of a dead rank are restored bit for bit, not computed again."""
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until_whole
+from tests.support.streams import Traffic, events_since, kill, last_event, wait_until_whole
 
 LONG = {"streams": 8, "prompt_tokens": 380, "max_tokens": 60}
 """Contexts that take a dozen tiles to compute: a copy is quicker on any machine."""
@@ -13,7 +13,7 @@ LONG = {"streams": 8, "prompt_tokens": 380, "max_tokens": 60}
 
 @pytest.mark.parametrize("way", ["memory", "stream"])
 def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_changes(way: str) -> None:
-    settings = {"model": str(TINY), "ranks": 3, "chaos": True, "protect_cache": way, "prefix_caching": False}
+    settings = {"model": str(TINY), "ranks": 3, "chaos": True, "kv_replication": way, "prefix_caching": False}
     with Server(**settings) as server, Client(server) as client:
         traffic = Traffic.record(client, **LONG)
         for victim in (0, 2):
@@ -33,7 +33,7 @@ def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_change
 
 
 def test_a_context_is_restored_though_no_rank_is_left() -> None:
-    settings = {"model": str(TINY), "ranks": 2, "chaos": True, "prefix_caching": False, "protect_cache": "memory"}
+    settings = {"model": str(TINY), "ranks": 2, "chaos": True, "prefix_caching": False, "kv_replication": "memory"}
     with Server(**settings) as server, Client(server) as client:
         traffic = Traffic.record(client, streams=4, prompt_tokens=380, max_tokens=60)
         traffic.during(client, kill(client, 0), kill(client, 1), after=0.3)

@@ -1,19 +1,20 @@
-"""Ranks in network namespaces of their own, so that one can be cut off: no stream breaks for it, and nothing of it is
-heard again until it joins anew."""
+"""Ranks in network namespaces of their own, so that one can be cut off: no stream breaks, and the front
+ignores the rank until it joins again."""
 
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.joining import Papers, host
-from tests.e2e.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
+from tests.support.joining import JoinFiles, host_agent
+from tests.support.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
 
 FRONT, PORT = "10.213.77.1", 50052
 HOSTS = {"east": "10.213.77.2", "north": "10.213.77.3", "west": "10.213.77.4"}
@@ -54,18 +55,32 @@ def network() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def spread(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A server with a rank in each namespace."""
-    papers = Papers.made(tmp_path_factory.mktemp("papers"), FRONT)
+    join_files = JoinFiles.made(tmp_path_factory.mktemp("join_files"), FRONT)
     front = f"{FRONT}:{PORT}"
     with contextlib.ExitStack() as stack:
         for name in HOSTS:
             within = ("ip", "netns", "exec", f"moejax-{name}")
-            stack.enter_context(host(name, front, papers.arguments(), within=within))
-        with Server(model=str(TINY), ranks=3, **papers.settings(front)) as server, Client(server) as client:
+            stack.enter_context(host_agent(name, front, join_files.arguments(), within=within))
+        with Server(model=str(TINY), ranks=3, **join_files.settings(front)) as server, Client(server) as client:
             wait_until_whole(client)
             yield client
 
 
-def test_a_rank_that_is_cut_off_changes_no_token_ends_by_itself_and_joins_anew(spread: Client) -> None:
+def test_a_link_that_is_cut_for_300_milliseconds_costs_no_rank_and_no_token(spread: Client) -> None:
+    traffic = Traffic.record(spread, streams=6, prompt_tokens=40, max_tokens=60)
+    before = last_event(spread)
+
+    def cut_for_a_moment() -> None:
+        ip("link", "set", "mj-north", "down")
+        time.sleep(0.3)
+        ip("link", "set", "mj-north", "up")
+
+    traffic.during(spread, cut_for_a_moment)
+    assert "rank_lost" not in [event.kind for event in events_since(spread, before)]
+    assert spread.status().compiles_after_ready == 0
+
+
+def test_a_rank_that_is_cut_off_changes_no_token_ends_by_itself_and_joins_again(spread: Client) -> None:
     traffic = Traffic.record(spread, streams=6, prompt_tokens=40, max_tokens=60)
     before, status = last_event(spread), spread.status()
     victim = next(rank.id for rank in status.ranks if rank.host == "north")

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, wait_until
+from tests.support.streams import Traffic, events_since, wait_until
 
 
 def wait_until_protected(client: Client) -> None:
@@ -30,10 +30,13 @@ def last(kinds: list[str], kind: str) -> int:
 def test_one_rank_after_the_other_dies_without_a_store_and_no_token_changes(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(TINY, folder)
+    config = folder / "config.json"  # a name of its own, so that its host copy is not that of other servers
+    config.write_text(config.read_text().replace('"name": "tiny"', '"name": "bare"'))
     settings = {"survive": 0, "slots_per_rank": 2, "parity": 3, "restart": False, "scrub_s": 2.0}
     with Server(model=str(folder), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_protected(client)
         assert server.app is not None
+        assert "bare" in str(server.app.failover.store)
         shutil.rmtree(server.app.failover.store)
         known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
         assert [loss.experts_loaded for loss in client.what_if() if loss.kind == "rank"] == [0] * 4

@@ -1,4 +1,4 @@
-"""What the planner says of a loss, asked with the running server's own plan file, is what the server then does."""
+"""The planner's forecast of a loss, from the running server's own plan file, is what the server then does."""
 
 import re
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from planner import Plan, solve
-from planner.degrade import Losses, Outcome
-from planner.deployment import Deployment
-from serving.app import Server
-from serving.client import Client
-from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
+from planner.failures.loss_model import LossModel, LossOutcome
+from planner.plan.deployment import Deployment
+from serving.api.client import Client
+from serving.server import Server
+from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 
 def exported(client: Client) -> Deployment:
@@ -19,11 +19,11 @@ def exported(client: Client) -> Deployment:
     return Deployment.from_json(client.plan())
 
 
-def foreseen(deployment: Deployment, dead: set[int]) -> tuple[Outcome, Plan]:
-    """What `moejax plan degrade` says of a loss, and the plan after it."""
+def foreseen(deployment: Deployment, dead: set[int]) -> tuple[LossOutcome, Plan]:
+    """The forecast of `moejax plan degrade` for a loss, and the plan after it."""
     alive = [rank for rank in deployment.plan.rank_ids if rank not in dead]
     after = solve(deployment.workload, deployment.cluster, alive=alive, previous=deployment.plan)
-    return Losses(deployment).outcome(dead), after
+    return LossModel(deployment).outcome(dead), after
 
 
 def settled_without(client: Client, dead: set[int]) -> Plan:
@@ -40,7 +40,7 @@ def settled_without(client: Client, dead: set[int]) -> Plan:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
-def test_slots_and_means_after_a_rank_is_killed_are_those_foreseen(whole: Client, traffic: Traffic, rank: int) -> None:
+def test_slots_and_means_after_a_rank_is_killed_are_as_predicted(whole: Client, traffic: Traffic, rank: int) -> None:
     deployment, loaded = exported(whole), whole.status().experts_loaded
     outcome, plan = foreseen(deployment, {rank})
     assert outcome.survivable
@@ -59,8 +59,9 @@ def test_slots_and_means_after_a_rank_is_killed_are_those_foreseen(whole: Client
     assert read == [outcome.means.get("store", 0)]
 
 
-def test_masked_experts_and_a_lost_host_are_those_foreseen() -> None:
-    settings = {"hosts": 2, "slots_per_rank": 4, "on_lost_expert": "mask", "restart": False, "lattice_depth": 1}
+def test_masked_experts_and_a_lost_host_are_as_predicted() -> None:
+    settings = {"hosts": 2, "slots_per_rank": 4, "on_lost_expert": "mask", "restart": False}
+    settings |= {"lattice_depth": 1, "buckets": FEW_BUCKETS}
     with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         client.generate("ROMEO:", max_tokens=8, ignore_eos=True)
@@ -76,8 +77,9 @@ def test_masked_experts_and_a_lost_host_are_those_foreseen() -> None:
         assert told == outcome.means.get("store", 0)
 
 
-def test_the_roles_after_a_lost_expert_rank_are_those_foreseen() -> None:
+def test_the_roles_after_a_lost_expert_rank_are_as_predicted() -> None:
     settings = {"arch": "disaggregated", "attention": 2, "experts": 2, "slots_per_rank": 4, "restart": False}
+    settings |= {"buckets": FEW_BUCKETS}
     with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         known = Traffic.record(client, streams=2, prompt_tokens=20, max_tokens=30)

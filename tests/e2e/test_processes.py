@@ -4,40 +4,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from serving.client import Client
+from serving.api.client import Client
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import wait_until
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """`moejax serve` in a process group of its own."""
-    command = [sys.executable, "-m", "serving", "serve", "--http-port", "0", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def processes_of(group: int) -> list[str]:
-    """Command lines of the processes left in a session."""
-    found = subprocess.run(["ps", "-s", str(group), "-o", "args="], capture_output=True, text=True, check=False)
-    return found.stdout.splitlines()
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Lines of standard error up to the one that matches."""
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if re.search(pattern, line):
-            return said
-    raise AssertionError(f"the server ended before it said {pattern!r}:\n{said}")
+from tests.support.processes import processes_of, read_until, start
+from tests.support.streams import wait_until
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -8,17 +8,17 @@ from pathlib import Path
 import ml_dtypes
 import pytest
 
-from moejax.assets import ensure_model
-from moejax.checkpoint import load_params
-from moejax.config import ModelConfig
-from moejax.dense import greedy
-from moejax.download import cache_folder
-from serving.app import Server
-from serving.client import Client
+from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.download import cache_folder
+from moejax.config.model_config import ModelConfig
+from moejax.model.reference import greedy
+from moejax.tools.resolve import ensure_model
+from serving.api.client import Client
 from serving.errors import StartError
-from serving.tokens import Tokenizer
-from tests.e2e.streams import kill
-from tests.moejax.published import MIXTRAL, published_folder
+from serving.server import Server
+from serving.text.tokenizer import Tokenizer
+from tests.support.published import MIXTRAL, published_folder
+from tests.support.streams import kill
 
 LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "num_experts_per_tok")} | {
     "model_type": "llama",

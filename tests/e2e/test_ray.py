@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.joining import free_address
-from tests.e2e.streams import Traffic, events_since, last_event, wait_until_whole
+from tests.support.joining import free_address
+from tests.support.streams import Traffic, events_since, last_event, wait_until_whole
 
 NODES = ("ash", "beech", "chestnut")
 
@@ -49,6 +49,7 @@ class _Cluster:
         self.cluster.shutdown()
 
 
+@pytest.mark.slow  # a cluster of Ray alone takes half a minute to start
 def test_when_a_node_dies_ray_starts_its_rank_on_another_and_no_token_changes(nodes: tuple[Any, Any]) -> None:
     cluster, by_name = nodes
     settings = {"launcher": "ray", "ray_address": cluster.address, "rank_listen": free_address()}

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import (
+from tests.support.streams import (
     Traffic,
     events_since,
     kill,
@@ -24,8 +24,14 @@ from tests.e2e.streams import (
 def test_a_rank_killed_in_decode_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
     before, epoch = last_event(whole), whole.status().epoch
     compiles = whole.status().compiles_after_ready
-    streams = traffic.during(whole, kill(whole, rank))
-    assert {max(stream.epochs) for stream in streams} != {epoch}
+    for _ in range(5):  # on a busy machine the streams may all have ended just before the kill
+        streams = traffic.during(whole, kill(whole, rank))
+        if {max(stream.epochs) for stream in streams} != {epoch}:
+            break
+        wait_until_whole(whole)
+        before, epoch = last_event(whole), whole.status().epoch
+    else:
+        raise AssertionError("no stream went on in the epoch after the loss")
     kinds = [event.kind for event in events_since(whole, before)]
     assert "rank_lost" in kinds
     assert "recovered" in kinds
@@ -104,7 +110,7 @@ def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
     assert whole.generate([5, 6, 7], max_tokens=3, ignore_eos=True).reason == "length"
 
 
-@pytest.mark.parametrize("data_type", ["float32", "int8"])
+@pytest.mark.parametrize("data_type", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_ranks_die_one_after_the_other_down_to_the_last(data_type: str) -> None:
     settings = {"model": str(TINY), "ranks": 3, "restart": False, "chaos": True, "data_type": data_type}
     with Server(**settings) as server, Client(server) as client:

@@ -1,4 +1,4 @@
-"""What the server says of given tokens, and answers that ask for more than tokens, while ranks die."""
+"""Log-probabilities of given tokens, and answers with penalties or structured output, while ranks die."""
 
 import json
 import threading
@@ -7,18 +7,23 @@ import httpx
 import pytest
 
 from benchmarks.precision import bits_per_byte
-from serving.app import Server
-from serving.client import Client
-from serving.request import Guide
+from serving.api.client import Client
+from serving.protocol.sampling import StructuredOutputs
+from serving.server import Server
 from tests.e2e.conftest import TINY
-from tests.e2e.streams import kill, wait_until
+from tests.support.streams import kill, wait_until
 
 HELD_OUT = TINY / "held_out"
 ASKING = [
     {"frequency_penalty": 1.5, "presence_penalty": 0.5, "top_logprobs": 3},
     {"repetition_penalty": 1.4, "temperature": 0.9, "seed": 3},
     {"logit_bias": {17: 4.0, 30: -100.0}, "temperature": 0.8, "seed": 4, "top_logprobs": 20},
-    {"guide": Guide("regex", "([a-z]{1,8} ){60}"), "ignore_eos": False, "temperature": 1.0, "seed": 5},
+    {
+        "structured_outputs": StructuredOutputs("regex", "([a-z]{1,8} ){60}"),
+        "ignore_eos": False,
+        "temperature": 1.0,
+        "seed": 5,
+    },
     {"min_tokens": 60, "ignore_eos": False, "temperature": 0.7, "seed": 6},
     {"prompt_logprobs": 2},
 ]

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.launch import launched
 from benchmarks.streams import Known, Load, running, until, whole
-from serving.client import AsyncClient
-from serving.status import Status
+from serving.api.client import AsyncClient
+from serving.protocol.status import Status
 from tests.e2e.conftest import TINY
 
 KILLS = int(os.environ.get("MOEJAX_SOAK_KILLS", "200"))
@@ -47,7 +47,7 @@ class Killer:
             self.signal(status, rank)
 
     def signal(self, status: Status, rank: int) -> None:
-        """SIGKILL, or now and then SIGSTOP."""
+        """Send SIGKILL, or SIGSTOP in the share STOPS of the kills."""
         pid = status.ranks[rank].pid
         if pid is not None:
             os.kill(pid, signal.SIGSTOP if self.draw.random() < STOPS else signal.SIGKILL)

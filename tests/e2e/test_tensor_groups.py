@@ -1,4 +1,5 @@
-"""Tensor groups over real ranks: whichever rank dies, its group's requests go to whole groups, and no token changes."""
+"""Tensor groups over real ranks: whichever rank dies, its group's requests go to complete groups, and no token
+changes."""
 
 import os
 import signal
@@ -7,19 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.app import Server
-from serving.client import Client
+from serving.api.client import Client
 from serving.errors import NoCapacity
-from tests.e2e.conftest import TINY
-from tests.e2e.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
-from tests.e2e.test_front import Supervised
-from tests.e2e.test_processes import start
+from serving.server import Server
+from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.support.processes import Supervised, start
+from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Four ranks in two groups."""
-    with Server(model=str(TINY), ranks=4, tensor=2, chaos=True, operate=True) as server:
+    with Server(model=str(TINY), ranks=4, tensor=2, buckets=FEW_BUCKETS, chaos=True, operate=True) as server:
         yield server
 
 
@@ -55,7 +55,8 @@ def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client,
     assert roles(whole) == ["collocated"] * 4
     traffic.during(whole)
     assert whole.status().compiles_after_ready == 0
-    assert whole.status().tokens_recomputed == status.tokens_recomputed
+    again = whole.status().tokens_recomputed - status.tokens_recomputed
+    assert again < status.page_size * len(traffic.known)  # at most what was not copied yet of each stream's last page
 
 
 def test_contexts_come_back_from_the_copies_of_all_ranks_of_the_group(whole: Client, traffic: Traffic) -> None:
@@ -121,9 +122,9 @@ def test_a_front_that_finds_no_whole_group_waits_for_one() -> None:
     assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize("protection", ["stream", "off"])
-def test_groups_of_two_hosts_in_another_form_whose_copies_are_told_or_not_made(protection: str) -> None:
-    settings = {"tensor": 2, "hosts": 2, "data_type": "int8", "protect_cache": protection}
+@pytest.mark.parametrize("protection", ["stream", pytest.param("off", marks=pytest.mark.slow)])
+def test_groups_over_two_hosts_with_streamed_replicas_or_none(protection: str) -> None:
+    settings = {"tensor": 2, "hosts": 2, "buckets": FEW_BUCKETS, "data_type": "int8", "kv_replication": protection}
     with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         known = Traffic.record(client, streams=6, prompt_tokens=60, max_tokens=40)

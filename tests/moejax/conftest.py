@@ -2,7 +2,7 @@
 
 import contextlib
 
-from moejax import kernels
+from moejax.ops import cpu
 
-with contextlib.suppress(kernels.KernelError):
-    kernels.load()
+with contextlib.suppress(cpu.KernelError):
+    cpu.load()

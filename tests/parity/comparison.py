@@ -1,4 +1,4 @@
-"""What is compared: log-probabilities of both models at the same positions, and the greedy tokens."""
+"""Compares two models: their log-probabilities at the same positions, and their greedy tokens."""
 
 import dataclasses
 from typing import Any

@@ -7,16 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moejax.config import ModelConfig
-from moejax.families import is_unused, read_config, tensor_names
-from moejax.manifest import tensor_specs
-from moejax.params import Params, is_spec, param_specs
-from serving.batch import Bucket
-from tests.moejax.families.published import Case, write_folder
-from tests.moejax.stepping import Stepper, work
+from moejax.checkpoint.families import array_sources, is_unused, read_config
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, is_spec, param_specs, tensor_specs
+from serving.engine.batch import StepBucket
 from tests.parity.comparison import DECODED, PROMPT, Comparison, draw_prompt, reference_logits
+from tests.support.families.published import Case, write_folder
+from tests.support.stepping import Stepper, work
 
-BUCKET = Bucket(1, 2)
+BUCKET = StepBucket(1, 2)
 PAGES = (5, 2, 9, 11)
 
 
@@ -43,7 +42,7 @@ def load_folder(folder: Path, cfg: ModelConfig) -> Params:
         found |= load_file(file)
     leaves = {path: np.full(spec.shape, np.nan, np.float32) for path, spec in tensor_specs(cfg).items()}
     used = set()
-    for entry in tensor_names(cfg):
+    for entry in array_sources(cfg):
         parts = []
         for tensor in entry.tensors:
             assert found[tensor.name].shape == tensor.shape, (tensor, found[tensor.name].shape)

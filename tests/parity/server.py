@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from moejax.download import cache_folder
-from moejax.families import read_config
-from serving.app import Server
-from serving.client import Client
-from serving.request import Top
-from tests.e2e.streams import wait_until_whole
-from tests.moejax.families.published import Case, write_folder
+from moejax.checkpoint.download import cache_folder
+from moejax.checkpoint.families import read_config
+from serving.api.client import Client
+from serving.protocol.sampling import TopLogprobs
+from serving.server import Server
 from tests.parity.comparison import DECODED, PROMPT, Comparison, draw_prompt, reference_logits
+from tests.support.families.published import Case, write_folder
+from tests.support.streams import wait_until_whole
 
 BUCKETS = ((2, 0), (2, 2))
 LIKELIEST = 20
@@ -26,12 +26,12 @@ KILL_AFTER = DECODED // 3
 
 
 class Said(NamedTuple):
-    """What a server told of one request: after each position but the last of prompt and answer, the log-probability of
+    """The results of one request: after each position but the last of prompt and answer, the log-probability of
     the token that followed, and the likeliest tokens with theirs."""
 
     tokens: list[int]
     logprobs: list[float]
-    top: list[Top]
+    top: list[TopLogprobs]
     epochs: set[int]
 
 
@@ -94,7 +94,7 @@ def kill_who_serves(client: Client) -> int:
 
 
 def difference(prompt: list[int], said: Said, logits_TV: np.ndarray) -> Comparison:
-    """Of all log-probabilities that were told from those of the reference."""
+    """The largest difference of the returned log-probabilities from those of the reference."""
     largest = logits_TV.max(-1, keepdims=True)
     normalizer = largest + np.log(np.exp(logits_TV - largest).sum(-1, keepdims=True))
     expected_TV, scale = logits_TV - normalizer, np.abs(logits_TV).max()

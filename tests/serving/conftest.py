@@ -1,18 +1,22 @@
 """A byte tokenizer, a fake backend and the surfaces over it on free loopback ports."""
 
+from collections.abc import Iterator
+
 import pytest
 
-import serving.cache_copy
-import serving.loop
-import serving.rendezvous
-import serving.replacements
-import serving.restoration
-from serving.generation import Generation
-from serving.metrics import Metrics
-from serving.tokens import Tokenizer
-from tests.fake_backend import FakeBackend
-from tests.fake_links import FakeCoordinator
-from tests.fake_tokens import byte_tokenizer
+import serving.core.loop
+import serving.core.step_runner
+import serving.executor.kv_replica
+import serving.recovery.due
+import serving.recovery.kv_restoration
+import serving.recovery.rendezvous
+from serving.core.request_processor import RequestProcessor
+from serving.observability.metrics import Metrics
+from serving.text.tokenizer import Tokenizer
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.fake_server import FakeServer, serve_in_thread
 
 
 @pytest.fixture
@@ -31,17 +35,28 @@ def backend() -> FakeBackend:
 
 
 @pytest.fixture
-def generation(backend: FakeBackend, tokenizer: Tokenizer) -> Generation:
-    return Generation(backend, tokenizer, Metrics(backend), draw=lambda: 7)
+def processor(backend: FakeBackend, tokenizer: Tokenizer) -> RequestProcessor:
+    return RequestProcessor(backend, tokenizer, Metrics(backend), draw_seed=lambda: 7)
+
+
+@pytest.fixture
+def server(backend: FakeBackend) -> Iterator[FakeServer]:
+    """Both surfaces over the fake backend, in a thread."""
+    with serve_in_thread(backend) as server:
+        yield server
 
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real loop and failover on `tests.fake_links`, in no time."""
-    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
-    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
+    """The real loop and failover on `tests.support.fake_executor`, in no time."""
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+    for module, name in (
+        (serving.core.step_runner, "SETTLE_S"),
+        (serving.core.loop, "IDLE_S"),
+        (serving.recovery.due, "GATHER_S"),
+    ):
         monkeypatch.setattr(module, name, 0.005)
-    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: True)
-    monkeypatch.setattr(serving.cache_copy, "PIECE_ENTRIES", 5)
-    monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
-    monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "should_restore", lambda *_, **__: True)
+    monkeypatch.setattr(serving.executor.kv_replica, "PIECE_ENTRIES", 5)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "MIN_BUDGET_S", 0.0)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "MAX_BUDGET_S", 0.0)

@@ -1,12 +1,17 @@
 """Settings: one default each, three sources, and what is refused."""
 
+import ast
 import dataclasses
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.config import Settings
+import serving
+from serving.config import GROUPS, DetectionSettings, MeshSettings, Settings
 from serving.errors import InvalidRequest
 
 
@@ -83,7 +88,7 @@ def test_variables_that_are_no_settings_are_left_alone():
         ({"launcher": "join", "rank_tokens": "t", "rank_listen": "0.0.0.0:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "rank_listen": "10.0.0.1:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "ranks": 4, "hosts": 2}, "say themselves which host"),
-        ({"launcher": "ray", "protect_cache": "memory"}, "Choose stream or off"),
+        ({"launcher": "ray", "kv_replication": "memory"}, "Choose stream or off"),
         ({"ranks": 2.5}, "'ranks' is 2.5"),
         ({"chaos": 3}, "'chaos' is 3"),
         ({"model": 3}, "'model' is 3"),
@@ -112,3 +117,101 @@ def test_a_file_that_is_no_toml_is_one_error(tmp_path, text):
     file.write_text(text)
     with pytest.raises(InvalidRequest, match="not valid TOML"):
         Settings.load(file, {})
+
+
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+@pytest.mark.parametrize(
+    ("old", "value", "new", "now"),
+    [
+        ("protect_cache", "stream", "kv_replication", "stream"),
+        ("dense", "whole", "dense", "replicated"),
+        ("dense", "divided", "dense", "sharded"),
+    ],
+)
+def test_names_of_the_release_before_are_accepted_with_a_note(source, old, value, new, now, tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text(f'{old} = "{value}"\n' if source == "file" else "")
+    environment = {f"MOEJAX_{old.upper()}": value} if source == "variable" else {}
+    settings = Settings.load(file, environment, **({old: value} if source == "flag" else {}))
+    assert getattr(settings, new) == now
+    (note,) = settings.deprecations
+    assert value in note or old in note
+    assert new in note
+    file.write_text(settings.to_toml())
+    assert Settings.load(file, {}).deprecations == ()
+
+
+def test_the_later_source_wins_by_whatever_name(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text('kv_replication = "off"\n')
+    assert Settings.load(file, {"MOEJAX_PROTECT_CACHE": "memory"}).kv_replication == "memory"
+    assert Settings.load(file, {"MOEJAX_PROTECT_CACHE": "memory"}, kv_replication="stream").kv_replication == "stream"
+
+
+def test_the_settings_in_a_run_folder_of_0_1_0_are_read():
+    """Written by `Settings.to_toml` of moejax 0.1.0, with a value for each setting."""
+    old = Path(__file__).parent / "settings_of_0_1_0.toml"
+    settings, written = Settings.load(old, {}), tomllib.loads(old.read_text())
+    now = {"protect_cache": "kv_replication"}
+    values = {"dense": "sharded", "buckets": ((4, 0), (4, 1))}
+    for name, value in written.items():
+        assert getattr(settings, now.get(name, name)) == values.get(name, value), name
+    assert {now.get(name, name) for name in written} <= {field.name for field in dataclasses.fields(Settings)}
+
+
+def test_the_groups_are_all_of_the_settings_and_share_none():
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(Settings))
+    assert isinstance(Settings(), GROUPS)
+    assert all(issubclass(Settings, group) for group in GROUPS)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_a_group_stands_alone_with_its_own_checks(group):
+    assert dataclasses.asdict(group()).items() <= dataclasses.asdict(Settings()).items()
+
+
+def test_a_group_checks_its_own_fields():
+    with pytest.raises(InvalidRequest, match="hosts is 3 with 2 ranks"):
+        MeshSettings(ranks=2, hosts=3)
+    with pytest.raises(InvalidRequest, match="must be at least 0"):
+        DetectionSettings(scrub_s=-1.0)
+
+
+UNITS = {"seconds": "_s", "bytes": "_bytes"}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_the_help_of_a_number_names_its_unit(field):
+    text = field.metadata["help"]
+    for unit, ending in UNITS.items():
+        if field.name.endswith(ending):
+            assert unit in text.lower()
+    assert not re.search(r"\b(told|anew|those that|at hand)\b|^What\b(?! to do)", text)
+
+
+READ_BY_CHECKS = {
+    "hosts": "through `MeshSettings.host_of`",
+    "rank_plaintext": "by `LaunchSettings.check`: it only permits what is refused otherwise",
+}
+
+
+class _Reads(ast.NodeVisitor):
+    """Names of attributes that a program reads of something called settings."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.ctx, ast.Load) and "settings" in ast.unparse(node.value).lower():
+            self.names.add(node.attr)
+        self.generic_visit(node)
+
+
+def test_every_setting_is_read_by_something_other_than_the_settings():
+    reads, package = _Reads(), Path(serving.__file__).parent
+    for file in package.rglob("*.py"):
+        if not file.is_relative_to(package / "config") and "proto" not in file.parts:
+            reads.visit(ast.parse(file.read_text()))
+    unread = {field.name for field in dataclasses.fields(Settings)} - reads.names
+    assert unread == READ_BY_CHECKS.keys()

@@ -22,13 +22,13 @@ _OPTIONS = (
 
 
 def installed() -> bool:
-    """Both programs are there."""
+    """True if Chromium and its driver are installed."""
     return all(map(shutil.which, ("chromium", "chromedriver")))
 
 
 @contextlib.contextmanager
 def chromium(*, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[webdriver.Chrome]:
-    """A browser with a profile of its own, gone afterwards."""
+    """A browser with a temporary profile."""
     with tempfile.TemporaryDirectory(prefix="moejax-chromium-", ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium") or ""

@@ -1,4 +1,4 @@
-"""A Backend without a model: its tokens can be worked out by hand, and it fails when told to.
+"""A `Backend` without a model. Its tokens can be computed by hand, and it fails where a test wants it to.
 
 Token i of the answer to prompt p is `(p[-1] + 1 + i) % vocab_size`, unless `reply` gives the answer itself.
 Log-probabilities are -0.5, the epoch is the one when the token is made.
@@ -10,12 +10,13 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from planner import Cluster, Workload, solve
-from planner.deployment import Deployment
+from planner.plan.deployment import Deployment
 from serving.errors import MoejaxError, NoCapacity, NotPermitted, QueueFull, UnknownRequest
-from serving.faults import DeviceError, Instruction, Response
-from serving.ledger import Call
-from serving.request import Finished, Request, Scored, Token
-from serving.status import Event, LossCost, ModelInfo, Prospect, RankStatus, Status
+from serving.protocol.events import Event
+from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
+from serving.protocol.prepared_model import ModelInfo
+from serving.protocol.request import Call, Finished, Request, Scored, Token
+from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
 
 MODEL = ModelInfo(
     name="fake",
@@ -32,7 +33,7 @@ MODEL = ModelInfo(
 
 
 class FakeBackend:
-    """Set its attributes at any time; `requests` and `ended` (id -> how) tell what it was asked for."""
+    """A test may set its attributes at any time. `requests` and `ended` (id -> how) record the requests it got."""
 
     def __init__(
         self,
@@ -49,14 +50,21 @@ class FakeBackend:
         self.delay_s = delay_s
         self.chaos = chaos
         self.max_queue = max_queue
+        self.may_answer = asyncio.Event()
+        """Cleared by a test that holds all requests before their next token."""
+        self.may_answer.set()
         self.fail_at: dict[int, MoejaxError] = {}
-        """Errors to raise in place of the token of that index."""
+        """Errors to raise instead of the token with that index."""
         self.requests: list[Request] = []
         self.ended: dict[str, str] = {}
         self.calls: dict[str, Call] = {}
+        self.sent: dict[str, list[Scored | Token | Finished | MoejaxError]] = {}
+        """The items that requests got, by id."""
         self.resumable = False
+        self.first_steps: dict[str, float] = {}
+        """When requests left the queue, by id."""
         self.epoch = 0
-        self.reused = 0
+        self.cached_tokens = 0
         self.dead: set[int] = set()
         self.draining = False
         self.killed: list[tuple[int, str]] = []
@@ -68,27 +76,45 @@ class FakeBackend:
         self._events: list[Event] = []
         self._news = asyncio.Condition()
         self._tokens = 0
+        self._made: dict[str, int] = {}
         self._started = time.time()
 
-    def remember(self, call: Call) -> None:
+    def register_call(self, call: Call) -> None:
         self.calls[call.id] = call
 
-    def left(self, call_id: str) -> None:
+    def close_call(self, call_id: str) -> None:
         pass
 
-    def recall(self, call_id: str, owner: str) -> Call:
+    def find_call(self, call_id: str, owner: str) -> Call:
         call = self.calls.get(call_id)
         if call is None or call.owner != owner:
             raise UnknownRequest(f"there is no request {call_id!r}.")
         return call
 
-    def replay(self, request_id: str) -> AsyncGenerator[Scored | Token | Finished, None]:
-        """The fake's answers are known: each is told from its beginning."""
+    def forget_call(self, call_id: str) -> None:
+        self.calls.pop(call_id, None)
+
+    def replay(self, request_id: str, *, follow: bool = True) -> AsyncGenerator[Scored | Token | Finished, None]:
+        """The tokens of a request from its beginning. Those of one that has ended are computed again, because they are
+        always the same, if not only those sent are wanted."""
         request = next(r for call in self.calls.values() for r in call.requests if r.id == request_id)
-        return self.stream(request)
+        return self._sent(request_id, follow) if not follow or request_id in self._running else self.stream(request)
+
+    async def _sent(self, request_id: str, follow: bool) -> AsyncGenerator[Scored | Token | Finished, None]:
+        position = 0
+        while position < len(self.sent[request_id]) or (follow and request_id in self._running):
+            if position == len(self.sent[request_id]):
+                await asyncio.sleep(0.001)
+                continue
+            item = self.sent[request_id][position]
+            if isinstance(item, MoejaxError):
+                raise item
+            yield item
+            position += 1
 
     async def stream(self, request: Request) -> AsyncGenerator[Scored | Token | Finished, None]:
         self.requests.append(request)
+        sent = self.sent[request.id] = []
         if len(self.dead) == self._ranks:
             raise NoCapacity(f"0 of {self._ranks} ranks are alive; 1 is needed.", retry_after_s=2.0)
         if len(self._running) >= self.max_queue:
@@ -98,20 +124,23 @@ class FakeBackend:
         self.ended[request.id] = "left"
         try:
             async for item in self._play(request, aborted):
+                sent.append(item)
                 yield item
         except MoejaxError as error:
+            sent.append(error)
             self.ended[request.id] = type(error).__name__
             raise
         finally:
             del self._running[request.id]
 
     async def _play(self, request: Request, aborted: asyncio.Event) -> AsyncGenerator[Scored | Token | Finished, None]:
-        if request.prompt_logprobs is not None:
-            told = request.prompt[1:]
-            top = tuple(((token, -0.25),)[: request.prompt_logprobs] for token in told)
-            yield Scored(1, (-0.25,) * len(told), top)
-        for index in range(request.max_tokens):
+        if request.sampling.prompt_logprobs is not None:
+            scored = request.prompt[1:]
+            top = tuple(((token, -0.25),)[: request.sampling.prompt_logprobs] for token in scored)
+            yield Scored(1, (-0.25,) * len(scored), top)
+        for index in range(request.sampling.max_tokens):
             await asyncio.sleep(self.delay_s)
+            await self.may_answer.wait()
             if index in self.fail_at:
                 raise self.fail_at[index]
             reason = self._interrupted(request, aborted)
@@ -123,15 +152,16 @@ class FakeBackend:
                 return
             token = self.answer(request, index)
             self._tokens += 1
+            self._made[request.id] = index + 1
             yield Token(
                 index,
                 token,
                 -0.5,
                 self.epoch,
-                top=((token, -0.5), (0, -2.0))[: request.top_logprobs],
-                reused=self.reused,
+                top=((token, -0.5), (0, -2.0))[: request.sampling.top_logprobs],
+                cached_tokens=self.cached_tokens,
             )
-            if token in request.stop_tokens:
+            if token in request.sampling.stop_tokens:
                 self.ended[request.id] = "stop"
                 yield Finished("stop")
                 return
@@ -139,7 +169,7 @@ class FakeBackend:
         yield Finished("length")
 
     def answer(self, request: Request, index: int) -> int:
-        """Token `index` of the answer."""
+        """The token with this index."""
         if self.reply is not None:
             return self.reply[index]
         return (request.prompt[-1] + 1 + index) % self.model.vocab_size
@@ -157,9 +187,16 @@ class FakeBackend:
         self._running[request_id].set()
         return True
 
+    def first_step_at(self, request_id: str) -> float | None:
+        return self.first_steps.get(request_id)
+
+    def made(self, request_id: str) -> int:
+        """The number of tokens that a request has been given."""
+        return self._made.get(request_id, 0)
+
     @property
     def running(self) -> int:
-        """Requests neither ended nor left."""
+        """The number of requests that have not ended."""
         return len(self._running)
 
     def status(self) -> Status:
@@ -170,6 +207,7 @@ class FakeBackend:
             draining=self.draining,
             chaos=self.chaos,
             operable=self.operable,
+            certificate="holds",
             ranks=tuple(self._rank(r) for r in range(self._ranks)),
             axes={"data": self._ranks - len(self.dead)},
             slots_per_rank=3,
@@ -243,26 +281,26 @@ class FakeBackend:
                 yield event
                 after = event.sequence
 
-    async def happen(self, kind: str, **fields) -> None:
-        """Report an event."""
+    async def emit(self, kind: str, **fields) -> None:
+        """Emit an event."""
         event = Event(sequence=len(self._events) + 1, time=time.time(), kind=kind, epoch=self.epoch, **fields)
         async with self._news:
             self._events.append(event)
             self._news.notify_all()
 
     async def lose(self, rank: int, cause: str = "SIGKILL") -> None:
-        """A rank dies and the others go on under the next epoch."""
+        """Let a rank die; the others continue in the next epoch."""
         self.dead.add(rank)
-        await self.happen("rank_lost", rank=rank, cause=cause)
+        await self.emit("rank_lost", rank=rank, cause=cause)
         self.epoch += 1
         phases = {"detect": 2.0, "fence": 0.5, "abort": 6.0, "plan": 1.0, "adopt": 38.0, "resume": 21.0}
-        await self.happen("recovered", rank=rank, cause=cause, phases=phases)
+        await self.emit("recovered", rank=rank, cause=cause, phases=phases)
 
     async def rejoin(self, rank: int) -> None:
-        """A rank comes back."""
+        """Let a rank rejoin."""
         self.dead.discard(rank)
         self.epoch += 1
-        await self.happen("rejoined", rank=rank)
+        await self.emit("rejoined", rank=rank)
 
     def deployment(self) -> Deployment | None:
         alive = [rank for rank in range(self._ranks) if rank not in self.dead]
@@ -272,10 +310,10 @@ class FakeBackend:
         cluster = Cluster.local(self._ranks)
         return Deployment(plan=solve(workload, cluster, alive=alive), workload=workload, cluster=cluster)
 
-    def what_if(self) -> tuple[Prospect, ...]:
+    def what_if(self) -> tuple[LossForecast, ...]:
         lost = (r for r in range(self._ranks) if r not in self.dead)
         return tuple(
-            Prospect(
+            LossForecast(
                 kind="rank",
                 name=str(rank),
                 ranks=(rank,),
@@ -296,10 +334,14 @@ class FakeBackend:
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         self.applied.append(instruction)
         serving = [rank for rank in range(self._ranks) if rank not in self.dead]
-        gone = instruction.chosen(dict.fromkeys(range(self._ranks), "localhost"), serving) if instruction.ranks else ()
+        gone = (
+            instruction.select_ranks(dict.fromkeys(range(self._ranks), "localhost"), serving)
+            if instruction.ranks
+            else ()
+        )
         return tuple(rank for rank in serving if rank not in gone)
 
-    def report(self, error: DeviceError) -> Response:
+    def report(self, error: DeviceError) -> ErrorResponse:
         self.reported.append(error)
         return error.response
 
@@ -312,6 +354,6 @@ class FakeBackend:
         await self.lose(rank, signal)
 
 
-def renamed(name: str) -> ModelInfo:
+def model_named(name: str) -> ModelInfo:
     """The fake model under another name."""
     return dataclasses.replace(MODEL, name=name)

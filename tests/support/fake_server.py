@@ -1,21 +1,25 @@
-"""Both surfaces over the fake backend: `async with serve(backend)`, or `python -m tests.fake_server`.
+"""HTTP and gRPC over the fake backend: `async with serve(backend)`, or `python -m tests.support.fake_server`.
 
-Run by hand it answers every prompt with the same text, slowly, and its kill buttons work on imaginary ranks.
+As a program it answers every prompt with the same text, slowly; the dashboard's buttons kill its imaginary ranks.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from typing import Any
 
-from serving import http, rpc
-from serving.generation import Generation
-from serving.guard import Guard
-from serving.metrics import Metrics
-from serving.tls import ServerTls
-from tests.fake_backend import FakeBackend, renamed
-from tests.fake_tokens import byte_tokenizer
+from serving.api.grpc.server import start_grpc
+from serving.api.http.server import start_http
+from serving.auth.limits import CallLimits
+from serving.auth.tls import ServerTls
+from serving.core.request_processor import RequestProcessor
+from serving.observability.metrics import Metrics
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.fake_backend import FakeBackend, model_named
 
 REPLY = (
     "Mixture-of-Experts models route each token to a few experts. When the device that holds an expert dies, "
@@ -26,21 +30,21 @@ REPLY = (
 
 @dataclasses.dataclass(frozen=True)
 class FakeServer:
-    """Addresses of a running server, and what is behind it."""
+    """A running server: its backend, its request processor and its ports."""
 
     backend: FakeBackend
-    generation: Generation
+    processor: RequestProcessor
     grpc_port: int
     http_port: int
 
     @property
     def address(self) -> str:
-        """Where gRPC listens."""
+        """host:port of gRPC."""
         return f"127.0.0.1:{self.grpc_port}"
 
     @property
     def url(self) -> str:
-        """Where HTTP listens."""
+        """The base URL of HTTP."""
         return f"http://127.0.0.1:{self.http_port}"
 
 
@@ -50,18 +54,39 @@ async def serve(
     *,
     grpc_port: int = 0,
     http_port: int = 0,
-    guard: Guard | None = None,
+    limits: CallLimits | None = None,
     tls: ServerTls | None = None,
     vllm: bool = False,
 ) -> AsyncIterator[FakeServer]:
     """Serve until the block is left."""
-    generation = Generation(backend, byte_tokenizer(), Metrics(backend), draw=lambda: 7)
-    grpc_server = await rpc.start(generation, port=grpc_port, guard=guard, tls=tls, vllm=vllm)
-    http_server = await http.start(generation, port=http_port, guard=guard, tls=tls)
+    processor = RequestProcessor(backend, byte_tokenizer(), Metrics(backend), draw_seed=lambda: 7)
+    grpc_server = await start_grpc(processor, port=grpc_port, limits=limits, tls=tls, vllm=vllm)
+    http_server = await start_http(processor, port=http_port, limits=limits, tls=tls)
     try:
-        yield FakeServer(backend, generation, grpc_server.port, http_server.port)
+        yield FakeServer(backend, processor, grpc_server.port, http_server.port)
     finally:
         await asyncio.gather(grpc_server.stop(0), http_server.stop(0))
+
+
+@contextlib.contextmanager
+def serve_in_thread(backend: FakeBackend, **options: Any) -> Iterator[FakeServer]:
+    """Serve in a thread until the block is left, for blocking clients. Options as for `serve`."""
+    started: Future[tuple[FakeServer, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        async with serve(backend, **options) as server:
+            started.set_result((server, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    server, loop, stop = started.result(20)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
 
 
 async def _main() -> None:
@@ -70,12 +95,12 @@ async def _main() -> None:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--delay", type=float, default=0.02, help="seconds between two tokens")
     options = parser.parse_args()
-    model = dataclasses.replace(renamed("fake-moe"), max_context=4096)
+    model = dataclasses.replace(model_named("fake-moe"), max_context=4096)
     backend = FakeBackend(model=model, reply=list((REPLY * 4).encode()), delay_s=options.delay)
     async with serve(backend, grpc_port=options.grpc_port, http_port=options.http_port) as server:
         print(f"gRPC {server.address}, HTTP {server.url}", flush=True)
-        await backend.happen("ready")
-        await backend.happen("lattice_ready", message="14 meshes")
+        await backend.emit("ready")
+        await backend.emit("lattice_ready", message="14 meshes")
         while True:
             await asyncio.sleep(5)
             for rank in tuple(backend.dead):

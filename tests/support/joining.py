@@ -1,4 +1,4 @@
-"""Hosts that join a server, as processes of their own; a rank on each."""
+"""Hosts that join a server: their certificates and join token, and a host agent as a process of its own."""
 
 import contextlib
 import dataclasses
@@ -12,20 +12,24 @@ from pathlib import Path
 
 import trustme
 
-from serving.join_tokens import JoinTokens
+from serving.auth.join_tokens import JoinTokens
+from simulation.hand_model import PREPARED
 
 ROOT = Path(__file__).parents[2]
 
+JOINED_MODEL = dataclasses.replace(PREPARED, config="ours", content="0123", numerics="4567")
+"""A model that a front and its hosts have prepared alike."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Papers:
-    """Files of an authority, a front and its hosts, and a join token."""
+class JoinFiles:
+    """A folder with the TLS files of an authority, a front and its hosts, and with a join token."""
 
     folder: Path
 
     @classmethod
-    def made(cls, folder: Path, *names: str) -> "Papers":
-        """For a front that is reached at these names or addresses."""
+    def made(cls, folder: Path, *names: str) -> "JoinFiles":
+        """Make the files for a front that is reached at these names or addresses."""
         ours, theirs = trustme.CA(), trustme.CA()
         ours.cert_pem.write_to_path(folder / "ca.pem")
         theirs.cert_pem.write_to_path(folder / "other-ca.pem")
@@ -37,38 +41,45 @@ class Papers:
             made.private_key_pem.write_to_path(folder / f"{name}.key")
             for part in made.cert_chain_pems:
                 part.write_to_path(folder / f"{name}.pem", append=True)
-        papers = cls(folder)
-        papers.token("token", papers.tokens.add("hosts"))
-        return papers
+        files = cls(folder)
+        files.write_token("token", files.tokens.add("hosts"))
+        return files
 
     @property
     def tokens(self) -> JoinTokens:
         """The front's file of tokens."""
         return JoinTokens(self.folder / "tokens.json")
 
-    def token(self, name: str, secret: str) -> Path:
-        """A host's file with a secret."""
+    @property
+    def secret(self) -> str:
+        """The secret of the hosts' join token."""
+        return (self.folder / "token").read_text().strip()
+
+    def write_token(self, name: str, secret: str) -> Path:
+        """Write a secret to a host's file."""
         path = self.folder / name
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(secret + "\n")
         return path
 
     def settings(self, address: str) -> dict[str, str]:
-        """What a front that hosts join at this address is told: mutual TLS, and the token."""
+        """Settings of a front that hosts join at this address, with mutual TLS and the token."""
         names = {"cert": "front.pem", "key": "front.key", "client_ca": "ca.pem"}
         tls = {f"rank_tls_{name}": str(self.folder / file) for name, file in names.items()}
         tokens = str(self.folder / "tokens.json")
         return {"launcher": "join", "rank_listen": address, "rank_tokens": tokens} | tls
 
     def arguments(self) -> list[str]:
-        """What a host is told beside where the front is."""
+        """Arguments of `moejax rank` for a host of this front, without the front's address."""
         files = {"--token-file": "token", "--ca": "ca.pem", "--cert": "host.pem", "--key": "host.key"}
         return [word for flag, file in files.items() for word in (flag, str(self.folder / file))]
 
 
 @contextlib.contextmanager
-def host(label: str, front: str, arguments: Sequence[str], *, within: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
-    """`moejax rank --join` for one host, as a process; `within` is what starts it elsewhere."""
+def host_agent(
+    label: str, front: str, arguments: Sequence[str], *, within: Sequence[str] = ()
+) -> Iterator[subprocess.Popen]:
+    """Run `moejax rank --join` for one host; `within` is a command that runs it elsewhere, as in a namespace."""
     command = [*within, sys.executable, "-m", "serving", "rank", "--join", front, "--host", label, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:

@@ -1,13 +1,15 @@
 """Small random models, and folders of them, for the tests of checkpoints and stores."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from moejax.checkpoint import save_model
-from moejax.config import ModelConfig, MoEConfig
-from moejax.params import BIAS, Params, ParamSpec, init_params, is_spec, param_specs
+from moejax.checkpoint.checkpoint import save_model
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.config.params import BIAS_STD, Params, ParamSpec, init_params, is_spec, param_specs
 
 MIXTRAL = ModelConfig(
     name="mixtral-shape",
@@ -39,6 +41,8 @@ DENSE = ModelConfig(
     name="dense-shape", vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_head=8, d_ff=48
 )
 ALL = (MIXTRAL, SHARED, DENSE)
+SHARDED = dataclasses.replace(SHARED, name="sharded", shard_dense=True)
+LEADING_DENSE = dataclasses.replace(MIXTRAL, name="leading-dense", n_layers=4, dense_layers=(0,))
 
 
 def random_params(cfg: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Params:
@@ -53,7 +57,7 @@ def lively_params(cfg: ModelConfig, seed: int = 0) -> Params:
 
     def leaf(spec: ParamSpec) -> np.ndarray:
         noise = generator.standard_normal(spec.shape).astype(np.float32)
-        return 1 + 0.2 * noise if spec.std == 0 else (0.2 if spec.std == BIAS else 6 * spec.std) * noise
+        return 1 + 0.2 * noise if spec.std == 0 else (0.2 if spec.std == BIAS_STD else 6 * spec.std) * noise
 
     return jax.tree.map(leaf, param_specs(cfg), is_leaf=is_spec)
 

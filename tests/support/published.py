@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moejax.config import ModelConfig
-from moejax.families import read_config, tensor_names
-from tests.fake_tokens import byte_tokenizer
+from moejax.checkpoint.families import array_sources, read_config
+from moejax.config.model_config import ModelConfig
+from simulation.byte_tokenizer import byte_tokenizer
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -39,7 +39,7 @@ def published_folder(
     """Write a folder; its tensors are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / "tokenizer.json").write_text(byte_tokenizer()._vocabulary.inner.to_str())
+    (folder / "tokenizer.json").write_text(byte_tokenizer()._format.inner.to_str())
     settings = {"bos_token": "<|end|>", "eos_token": "<|stop|>", "chat_template": "{{ messages[0].content }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tensors = random_tensors(read_config(folder), dtype, seed)
@@ -50,7 +50,7 @@ def published_folder(
 def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of a model by its published name, large enough that routing and attention matter."""
     draw = np.random.default_rng(seed)
-    shapes = {t.name: t.shape for entry in tensor_names(cfg) for t in entry.tensors}
+    shapes = {t.name: t.shape for entry in array_sources(cfg) for t in entry.tensors}
     return {
         name: (draw.normal(size=shape) / math.sqrt(shape[-1]) * (3 if len(shape) > 1 else 1)).astype(dtype)
         if "norm" not in name

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moejax.download import AssetChanged, AssetUnavailable, Package, cache_folder, fetch
+from moejax.checkpoint.download import AssetChanged, AssetUnavailable, Package, cache_folder, fetch
 
 LLAMA_CPP = Package(
     "llama-cpp-python==0.3.36",

@@ -8,46 +8,58 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import ModelConfig, MoEConfig
-from moejax.params import FeedForward, Latent, Layer, MoE, Params
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.config.params import FeedForward, Latent, Layer, MoE, Params
 
 
 def forward(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
     """Logits [T, V] of the next token at each position, with `masked` experts out of every MoE layer."""
     assert cfg.rope_scaling is None
     x = _f64(params.embed)[np.array(tokens)] * cfg.embed_scale
-    windows = iter(cfg.windows)
+    layers = iter(range(cfg.n_layers))
     for (pattern, repeats), segment in zip(cfg.segments, params.segments, strict=True):
         for repeat in range(repeats):
             for j, _ in enumerate(pattern):
-                x = _layer(x, segment[j], repeat, cfg, masked, next(windows))
+                x = _layer(x, segment[j], repeat, cfg, masked, next(layers))
     head = params.embed if params.head is None else params.head
     logits = _norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps) @ _f64(head).T * cfg.logit_scale
     return logits if params.head_bias is None else logits + _f64(params.head_bias)
 
 
 def _layer(
-    x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], window: int | None
+    x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], index: int
 ) -> np.ndarray:
     h = _norm(x, layer.attention_norm[repeat], _at(layer.attention_norm_bias, repeat), cfg.norm_eps)
-    x = x + cfg.residual_scale * _attention(h, layer, repeat, cfg, window)
+    attended = _attention(h, layer, repeat, cfg, index)
+    if cfg.post_norms:
+        attended = _norm(attended, layer.attention_post_norm[repeat], None, cfg.norm_eps)
+    x = x + cfg.residual_scale * attended
     h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
-        return x + cfg.residual_scale * _feed_forward(h, layer.ffn, (repeat,))
-    if layer.moe.router is None:  # a divided layer: the sum of its shards
+        y = _feed_forward(h, layer.ffn, (repeat,))
+    elif layer.moe.router is None:  # a sharded dense layer: the sum of its shards
         shards = range(layer.moe.experts.down.shape[1])
-        return x + cfg.residual_scale * sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
-    return x + cfg.residual_scale * np.stack([_mixture(row, layer.moe, repeat, cfg.moe, masked) for row in h])
+        y = sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
+    else:
+        y = np.stack([_mixture(row, layer.moe, repeat, cfg.moe, masked) for row in h])
+    if cfg.post_norms:
+        y = _norm(y, layer.ffn_post_norm[repeat], None, cfg.norm_eps)
+    return x + cfg.residual_scale * y
 
 
-def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, window: int | None) -> np.ndarray:
+def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index: int) -> np.ndarray:
+    window = cfg.windows[index]
     if cfg.latent is None:
-        q, k, v = _grouped_heads(h, layer, repeat, cfg)
+        q, k, v = _grouped_heads(h, layer, repeat, cfg, index)
     else:
         q, k, v = _latent_heads(h, layer.latent, repeat, cfg)
     T, N, _ = q.shape
     distance = np.arange(T)[:, None] - np.arange(T)
     unseen = (distance < 0) | (distance >= (window or T))
+    if cfg.chunked:
+        chunk = np.arange(T) // (window or T)
+        unseen = (distance < 0) | (chunk[:, None] != chunk)
     out = []
     for n in range(N):
         scores = q[:, n] @ k[:, n].T * (cfg.attention_scale or cfg.d_head**-0.5)
@@ -55,11 +67,14 @@ def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, windo
         if layer.sinks is not None:
             scores = np.concatenate([scores, np.full((T, 1), _f64(layer.sinks[repeat])[n])], axis=1)
         out.append(_softmax(scores)[:, :T] @ v[:, n])
-    mixed = np.concatenate(out, axis=1) @ _f64(layer.out[repeat]).T
+    mixed = np.concatenate(out, axis=1)
+    if cfg.attention_gate:
+        mixed = mixed * _sigmoid(h @ _f64(layer.attention_gate[repeat]).T)
+    mixed = mixed @ _f64(layer.out[repeat]).T
     return mixed if layer.out_bias is None else mixed + _f64(layer.out_bias[repeat])
 
 
-def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:
+def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index: int) -> tuple[np.ndarray, ...]:
     """Queries, keys and values, one of each per query head: [T, N, H] each."""
     T, N, K, H = len(h), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     qkv = h @ _f64(layer.qkv[repeat]).T
@@ -71,9 +86,18 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -
     if cfg.clip_qkv is not None:
         q, k, v = (np.clip(x, -cfg.clip_qkv, cfg.clip_qkv) for x in (q, k, v))
     q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
-    if cfg.qk_norm == "head":
-        q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in ((q, layer.query_norm), (k, layer.key_norm)))
-    q, k = _rotate(q, cfg), _rotate(k, cfg)
+    norms = layer.query_norm, layer.key_norm
+    if cfg.qk_norm == "head" and not cfg.norm_after_rope:
+        q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
+    if index not in cfg.unrotated_layers:
+        q, k = _rotate(q, cfg), _rotate(k, cfg)
+        if cfg.qk_norm == "l2":
+            q, k = (_norm(x, np.ones(H), None, cfg.norm_eps) for x in (q, k))
+    elif cfg.score_growth is not None:
+        steps = (np.arange(T) + 1) // cfg.score_growth.every
+        q = q * (1 + cfg.score_growth.scale * np.log1p(steps))[:, None, None]
+    if cfg.norm_after_rope:
+        q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
     return q, np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
 
 
@@ -101,7 +125,10 @@ def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked:
     if weights.shared_gate is not None:
         out = out * _sigmoid(_f64(weights.shared_gate[repeat])[0] @ row)
     for expert, gate in _route(row, weights, repeat, moe, masked):
-        out = out + gate * moe.gate_scale * _feed_forward(row, weights.experts, (repeat, expert), moe)
+        if moe.gate == "input_sigmoid":
+            out = out + _feed_forward(gate * row, weights.experts, (repeat, expert), moe)
+        else:
+            out = out + gate * moe.gate_scale * _feed_forward(row, weights.experts, (repeat, expert), moe)
     return out
 
 
@@ -110,8 +137,8 @@ def _route(
 ) -> list[tuple[int, float]]:
     """Chosen experts and their gates, before `gate_scale`."""
     logits, bias = _f64(weights.router[repeat]) @ row, _f64(weights.bias[repeat])
-    scores = _sigmoid(logits) if moe.gate == "sigmoid" else logits + bias
-    choice = logits + bias if moe.gate != "sigmoid" else scores + bias
+    scores = {"sigmoid": _sigmoid, "biased_share": _softmax}.get(moe.gate, lambda logits: logits)(logits)
+    choice = scores + bias
     choice[list(masked)] = -np.inf
     shares = _softmax(choice)
     if moe.gate == "sparsemixer":
@@ -125,7 +152,9 @@ def _route(
     gates = {
         "softmax": lambda: _softmax(choice[chosen]),
         "share": lambda: shares[chosen],
+        "biased_share": lambda: scores[chosen],
         "sigmoid": lambda: scores[chosen],
+        "input_sigmoid": lambda: _sigmoid(choice[chosen]),
         "one": lambda: np.ones(len(chosen)),
     }[moe.gate]()
     return list(zip(chosen.tolist(), gates / gates.sum() if moe.normalised else gates, strict=True))

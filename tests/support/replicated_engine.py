@@ -1,44 +1,48 @@
-"""The engine on fake ranks whose caches are copied, one step late, to real memory that outlives them."""
+"""The engine on fake ranks whose caches are replicated, one step late, to real memory."""
 
 from collections.abc import Callable, Collection
 
 import numpy as np
 
-from serving.batch import DROPPED, Batch
-from serving.cache_copies import CacheCopies
-from serving.cache_copy import entries_of
-from serving.engine import EngineState, Limits, lose
-from serving.protector import Protector
-from serving.salvage import forget, restored, salvaged
-from serving.scheduler import reserve
-from serving.sequence import Sequence
-from tests.fakes import FakeRank, FakeServer
+from planner.plan.step_layout import DROPPED
+from serving.engine.batch import Batch
+from serving.engine.kv_restore import drop_recoverable, mark_restored, sequences_to_restore
+from serving.engine.limits import Limits
+from serving.engine.rank_changes import lose
+from serving.engine.scheduler import reserve_for_restore
+from serving.engine.sequence import Sequence
+from serving.engine.state import EngineState
+from serving.executor.kv_replica import entry_indices
+from serving.recovery.kv_replicas import KVReplicas
+from serving.worker.kv_replicator import KVReplicator
+from simulation.hand_model import HandCache
+from tests.support.fake_engine import FakeEngine
 
 ENTRY_BYTES = 8
 """A fake entry is its token and position."""
 
 
-class ProtectedServer(FakeServer):
-    """As FakeServer. `piece` entries of a request are restored between two steps; `way` as in the settings."""
+class ReplicatedEngine(FakeEngine):
+    """As FakeEngine. `piece` entries of a request are restored between two steps; `way` as in the settings."""
 
     def __init__(self, limits: Limits, pages: dict[int, int], *, way: str, most_pages: int, piece: int = 5) -> None:
         super().__init__(EngineState.start(limits, pages))
         self.piece = piece
         self.restored = 0
         entries = most_pages * limits.page_size
-        self.copies = CacheCopies.of(way, len(pages), entries=entries, entry_bytes=ENTRY_BYTES)
-        self.protectors: dict[int, Protector] = {}
+        self.replicas = KVReplicas.create(way, len(pages), entries=entries, entry_bytes=ENTRY_BYTES)
+        self.replicators: dict[int, KVReplicator] = {}
         self.uncopied: dict[int, tuple[int, np.ndarray]] = {}
         for rank, count in pages.items():
-            self.ranks[rank] = FakeRank(count, limits.page_size)
+            self.ranks[rank] = HandCache(count, limits.page_size)
             self._protect(rank)
 
     def end(self, batch: Batch) -> None:
         for rank in list(self.uncopied):
             self.copy_now(rank)
         super().end(batch)
-        self.copies.stepped(batch)
-        for rank in batch.work:
+        self.replicas.record_step(batch)
+        for rank in batch.scheduled:
             write = self.arrays(batch, rank)["write"]
             self.uncopied[rank] = batch.step, write[write != DROPPED]
 
@@ -53,17 +57,21 @@ class ProtectedServer(FakeServer):
         assert not self.state.waiting, f"{list(self.state.waiting)} wait for ever"
         assert not self.state.running, f"{list(self.state.running)} run for ever"
 
+    def finish(self) -> None:
+        super().finish()
+        self.close()
+
     def lose_protected(self, dead: Collection[int], *, part: int = 0, worth: Callable[[Sequence], bool]) -> None:
         """Ranks die when `part` of the entries of their last step have been copied; what is `worth` it is restored."""
         for rank in set(dead) & set(self.ranks):
             if rank in self.uncopied:
                 self._copy(rank, self.uncopied.pop(rank)[1][:part])
-            self.copies.lost(rank)
-            del self.ranks[rank], self.protectors[rank]
+            self.replicas.retire(rank)
+            del self.ranks[rank], self.replicators[rank]
         size, found = self.state.limits.page_size, {}
-        for sequence in map(Sequence.withdrawn, self.state.running.values()):
+        for sequence in map(Sequence.without_in_flight, self.state.running.values()):
             if sequence.rank in dead and not sequence.restoring and worth(sequence):
-                found[sequence.id] = self.copies.salvage(sequence, size)
+                found[sequence.id] = self.replicas.recoverable(sequence, size)
         self._move(lose(self.state, dead, {key: each for key, each in found.items() if each is not None}))
 
     def adopt(self, pages, *, fresh=(), masked=()) -> None:
@@ -71,63 +79,72 @@ class ProtectedServer(FakeServer):
         super().adopt(pages, fresh=fresh, masked=masked)
         for rank, fake in self.ranks.items():
             if before.get(rank) is not fake:
-                self.copies.lost(rank)
+                self.replicas.retire(rank)
                 self._protect(rank)
 
     def restore(self) -> None:
         """Give places to what can be restored, and restore a piece of it on each rank."""
-        needed = {number for each in salvaged(self.state) if each.salvage for number in each.salvage.copies}
-        gone = self.copies.keep_only(needed)
-        lost = [each.id for each in salvaged(self.state) if each.salvage and gone.intersection(each.salvage.copies)]
-        self._move(forget(self.state, lost))
-        self._move(reserve(self.state))
+        needed = {
+            number
+            for each in sequences_to_restore(self.state)
+            if each.recoverable
+            for number in each.recoverable.replicas
+        }
+        gone = self.replicas.discard_except(needed)
+        lost = [
+            each.id
+            for each in sequences_to_restore(self.state)
+            if each.recoverable and gone.intersection(each.recoverable.replicas)
+        ]
+        self._move(drop_recoverable(self.state, lost))
+        self._move(reserve_for_restore(self.state))
         for sequence in [each for each in self.state.running.values() if each.restoring]:
             self._restore(sequence)
 
     def close(self) -> None:
-        self.copies.close()
+        self.replicas.close()
 
     def copy_now(self, rank: int) -> None:
         """The rank copies what its last step wrote."""
         step, entries = self.uncopied.pop(rank)
         if rank in self.ranks:
             self._copy(rank, entries)
-            self.protectors[rank].seal(step)
+            self.replicators[rank].seal(step)
             self._tell(rank)
 
     def _restore(self, sequence: Sequence) -> None:
-        salvage, first = sequence.salvage, sequence.computed
-        assert salvage is not None
+        recoverable, first = sequence.recoverable, sequence.computed
+        assert recoverable is not None
         assert sequence.rank is not None
-        count = max(0, min(self.piece, salvage.count - first))
+        count = max(0, min(self.piece, recoverable.count - first))
         if count:
             kept, size, fake = (
-                self.copies.find(salvage.copies[0]),
+                self.replicas.lost_replica(recoverable.replicas[0]),
                 self.state.limits.page_size,
                 self.ranks[sequence.rank],
             )
             assert kept is not None
-            source = entries_of(salvage.pages, size, first, count)
+            source = entry_indices(recoverable.pages, size, first, count)
             tokens = np.array(sequence.tokens(first, first + count))
-            rows = kept.copy.read(source, tokens, np.arange(first, first + count)).view(np.int32).reshape(-1, 2)
-            target = entries_of(sequence.pages, size, first, count)
+            rows = kept.replica.read(source, tokens, np.arange(first, first + count)).view(np.int32).reshape(-1, 2)
+            target = entry_indices(sequence.pages, size, first, count)
             fake.token[target], fake.position[target] = rows.T
             self._copy(sequence.rank, target)
             self.restored += count
-        self._move(restored(self.state, sequence.id, first + count))
+        self._move(mark_restored(self.state, sequence.id, first + count))
 
     def _protect(self, rank: int) -> None:
-        protector = Protector.of(self.copies.fresh(rank))
-        assert protector is not None
-        self.protectors[rank] = protector
+        replicator = KVReplicator.of(self.replicas.assign(rank))
+        assert replicator is not None
+        self.replicators[rank] = replicator
         self.uncopied.pop(rank, None)
 
     def _copy(self, rank: int, entries: np.ndarray) -> None:
-        fake, protector = self.ranks[rank], self.protectors[rank]
+        fake, replicator = self.ranks[rank], self.replicators[rank]
         rows = np.stack([fake.token[entries], fake.position[entries]], axis=-1).astype(np.int32)
-        protector.copy(entries, rows[:, 0], rows[:, 1], rows[:, None])
+        replicator.copy(entries, rows[:, 0], rows[:, 1], rows[:, None])
         self._tell(rank)
 
     def _tell(self, rank: int) -> None:
-        for message in self.protectors[rank].told():
-            self.copies.told(rank, message)
+        for message in self.replicators[rank].take_messages():
+            self.replicas.receive(rank, message)

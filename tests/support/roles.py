@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import steps
-from moejax.cache import empty_cache
-from moejax.config import ModelConfig
-from moejax.inputs import Bucket
-from moejax.model import StepOutputs
-from moejax.params import Params
-from moejax.programs import Lowering, ModelShape, expert_positions
-from moejax.role_programs import Answering, Attending
-from serving.batch import Batch, Work
-from serving.batch import Bucket as Shape
-from tests.moejax.stepping import MAX_PAGES, PAGE, PAGES, packed_parts
+from moejax.config.kv_cache import empty_cache
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, expert_positions, map_experts
+from moejax.config.step_inputs import Bucket
+from moejax.model.decoder import StepOutputs
+from moejax.runtime import steps
+from moejax.runtime.programs import Lowering, ModelShape
+from moejax.runtime.role_programs import AttentionStep, ExpertStep
+from serving.engine.batch import Batch, ScheduledRequest
+from serving.engine.batch import StepBucket as Shape
+from tests.support.stepping import MAX_PAGES, PAGE, PAGES, packed_parts
 
 
 class RoleStepper:
@@ -33,7 +33,9 @@ class RoleStepper:
         self._boxes: dict[int, np.ndarray] = {}
         self._barrier = threading.Barrier(self.ranks, timeout=120)
 
-    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]], *, all_read: bool = True) -> list[StepOutputs]:
+    def run(
+        self, bucket: Shape, work: dict[int, tuple[ScheduledRequest, ...]], *, all_read: bool = True
+    ) -> list[StepOutputs]:
         """One step and its commit: the outputs of each attention rank. `all_read` as in `Stepper.run`."""
         static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=MAX_PAGES)
         shape = ModelShape(cfg=self.cfg, buckets=(static,), page_size=PAGE, pages=PAGES)
@@ -43,7 +45,7 @@ class RoleStepper:
         parts = packed_parts(batch, static, all_read=all_read)
 
         def one(rank: int) -> StepOutputs | None:
-            run = Attending if rank < self.attention else Answering
+            run = AttentionStep if rank < self.attention else ExpertStep
             return run(shape, roles, me, lambda outbox: self._exchange(rank, outbox), self._load).run(
                 self._own(rank, parts)
             )
@@ -70,7 +72,7 @@ class RoleStepper:
                 where = np.flatnonzero(self.table == expert)
                 if len(where):
                     routes[:, expert] = where[rank % len(where)]
-            common = steps.with_experts(self.params, lambda _: None)
+            common = map_experts(self.params, lambda _: None)
             return steps.RoleArguments(
                 params=common, cache=self.caches[rank], routes=routes, experts=None, packed=parts[rank]
             )

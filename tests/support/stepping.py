@@ -7,27 +7,28 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moejax import steps
-from moejax.cache import Cache, empty_cache
-from moejax.config import ModelConfig
-from moejax.inputs import Bucket, idle
-from moejax.mesh import make_mesh
-from moejax.model import StepShape
-from moejax.params import Params
-from moejax.tensor import share_of
-from serving.batch import Batch, Work, assemble
-from serving.batch import Bucket as Shape
+from moejax.config.kv_cache import KVCache, empty_cache
+from moejax.config.mesh import make_mesh
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import Params, map_experts
+from moejax.config.step_inputs import Bucket, idle_inputs
+from moejax.model.step_shape import StepShape
+from moejax.model.tensor_parallel import tp_shard_of
+from moejax.runtime import steps
+from serving.engine.batch import Batch, ScheduledRequest, prepare_inputs
+from serving.engine.batch import StepBucket as Shape
+from serving.protocol.sampling import ResolvedSampling
 
 PAGE, PAGES, MAX_PAGES = 32, 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one step, over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`."""
+    """The results of one step over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    new_kv: Cache
+    new_kv: KVCache
     hidden: np.ndarray
     expert_load: np.ndarray
 
@@ -42,41 +43,41 @@ class Stepper:
     slots: int
     table: np.ndarray
     groups: tuple[tuple[int, ...], ...] = ()
-    """Tensor groups, if `cfg` is that of a share of the heads; `params` are whole."""
+    """Tensor groups, if `cfg` is that of a tp shard; `params` are those of the whole model."""
 
     def __post_init__(self) -> None:
         self.mesh = make_mesh(jax.devices()[: self.ranks])
         shape = self._shape(Shape(2, 0))
         spec = steps.partition(shape)
-        experts = steps.with_experts(self.params, lambda leaf: leaf[:, self.table])
+        experts = map_experts(self.params, lambda leaf: leaf[:, self.table])
         self._params = jax.tree.map(lambda leaf, s: jax.device_put(leaf, self._on(s)), experts, spec.params)
-        self._mates = None
+        self._tp_peers = None
         if self.groups:
-            self._params = self._shared_out(self._params)
-            mates = np.full((self.ranks, self.cfg.tensor), -1, np.int32)
+            self._params = self._with_tp_shards(self._params)
+            tp_peers = np.full((self.ranks, self.cfg.tensor), -1, np.int32)
             for group in self.groups:
-                mates[list(group)] = group
-            self._mates = jax.device_put(mates, self._on(spec.mates))
+                tp_peers[list(group)] = group
+            self._tp_peers = jax.device_put(tp_peers, self._on(spec.tp_peers))
         self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
-        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * self.entries), self._on(steps.SLOTS))
+        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * self.entries), self._on(steps.SHARDED_AXIS_1))
 
     @property
     def entries(self) -> int:
         """Cache entries of a rank."""
         return PAGE * PAGES * self.cfg.tensor
 
-    def run(self, bucket: Shape, work: dict[int, tuple[Work, ...]], *, all_read: bool = True) -> Outcome:
+    def run(self, bucket: Shape, work: dict[int, tuple[ScheduledRequest, ...]], *, all_read: bool = True) -> Outcome:
         """One step and its commit. Unless `all_read`, rows have a hidden state where the server reads it."""
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
         shape = self._shape(bucket)
         parts = packed_parts(batch, shape.bucket, all_read=all_read)
         packed = jax.device_put(np.concatenate(parts), self._on(steps.partition(shape).packed))
         arguments = steps.StepArguments(
-            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed, mates=self._mates
+            params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed, tp_peers=self._tp_peers
         )
         outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
         new_kv, hidden = jax.tree.map(np.asarray, outputs.new_kv), np.asarray(outputs.hidden)
-        written = parts if outputs.written is None else np.split(np.asarray(outputs.written), self.ranks)
+        written = parts if outputs.group_inputs is None else np.split(np.asarray(outputs.group_inputs), self.ranks)
         self.cache = self._committed(shape.bucket, new_kv, written)
         sampled = [
             steps.run_sample(self.params.logits, rows, part, bucket=shape.bucket)
@@ -101,7 +102,7 @@ class Stepper:
         at = rank * bucket.rows + first
         return np.concatenate([a[:, at : at + count] for a in (outputs.new_kv.k, outputs.new_kv.v)], axis=-1)
 
-    def _committed(self, bucket: Bucket, new: Cache, parts: list[np.ndarray]) -> Cache:
+    def _committed(self, bucket: Bucket, new: KVCache, parts: list[np.ndarray]) -> KVCache:
         halves = []
         rows = bucket.rows * self.cfg.tensor
         for rank, packed in enumerate(parts):
@@ -111,14 +112,14 @@ class Stepper:
             )
             halves.append(steps.run_commit(jax.device_put(before), mine, packed, bucket=bucket))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis=1), *halves)
-        return jax.device_put(whole, self._on(steps.SLOTS))
+        return jax.device_put(whole, self._on(steps.SHARDED_AXIS_1))
 
-    def _shared_out(self, params: Params) -> Params:
-        """On each rank its share of the heads, where all ranks would have the same."""
-        shares = {r: share_of(jax.tree.map(np.asarray, self.params), 0, self.cfg) for r in range(self.ranks)}
+    def _with_tp_shards(self, params: Params) -> Params:
+        """Params with the tp shard of each rank in place of the weights that all ranks would have alike."""
+        shares = {r: tp_shard_of(jax.tree.map(np.asarray, self.params), 0, self.cfg) for r in range(self.ranks)}
         for group in self.groups:
             for shard, rank in enumerate(group):
-                shares[rank] = share_of(jax.tree.map(np.asarray, self.params), shard, self.cfg)
+                shares[rank] = tp_shard_of(jax.tree.map(np.asarray, self.params), shard, self.cfg)
 
         def leaf(whole: jax.Array, *each: np.ndarray) -> jax.Array:
             if not whole.sharding.is_fully_replicated:
@@ -150,15 +151,17 @@ def packed_parts(batch: Batch, bucket: Bucket, *, all_read: bool) -> list[np.nda
     """The packed inputs of every rank of a batch; of all rows the hidden state is read, or as the server has it."""
 
     def packed(rank: int) -> np.ndarray:
-        arrays = assemble(batch, rank, page_size=PAGE, max_pages=MAX_PAGES)
+        arrays = prepare_inputs(batch, rank, page_size=PAGE, max_pages=MAX_PAGES)
         if all_read:
             arrays["read"] = (arrays["positions"] >= 0).astype(np.int32)
         return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
 
-    return [packed(rank) if batch.work[rank] else idle(bucket) for rank in sorted(batch.work)]
+    return [packed(rank) if batch.scheduled[rank] else idle_inputs(bucket) for rank in sorted(batch.scheduled)]
 
 
-def work(tokens: list[int], start: int, pages: tuple[int, ...], **fields: Any) -> Work:
-    """Work on these tokens at positions from `start`, sampling the next one greedily unless told otherwise."""
-    values = {"samples": True, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0} | fields
-    return Work(request_id="r", start=start, tokens=tuple(tokens), pages=pages, **values)
+def work(tokens: list[int], start: int, pages: tuple[int, ...], **fields: Any) -> ScheduledRequest:
+    """Work on these tokens at positions from `start`, sampling the next one greedily unless `fields` say otherwise."""
+    own = {name: fields.pop(name) for name in ("samples", "targets", "logits_params") if name in fields}
+    sampling = ResolvedSampling(**{"max_tokens": 1, "seed": 0, "temperature": 0.0} | fields)
+    values: dict[str, Any] = {"samples": True} | own
+    return ScheduledRequest(request_id="r", start=start, tokens=tuple(tokens), pages=pages, sampling=sampling, **values)

@@ -1,5 +1,6 @@
 """Streams that run while ranks die, and the tokens they must have."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -8,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from serving.client import Client
+from serving.api.client import Client
 from serving.errors import DeadlineExceeded
-from serving.status import Event, Status
+from serving.protocol.events import Event
+from serving.protocol.status import Status
 
 
 @dataclasses.dataclass
@@ -67,24 +69,33 @@ class Traffic:
         return cls(known)
 
     def during(self, client: Client, *acts: Callable[[], None], after: float = 0.3) -> list[Stream]:
-        """All streams at once; `acts` one after the other once `after` of their tokens are there. Checks them all."""
-        streams = [stream.again() for stream in self.known]
-        threads = [threading.Thread(target=stream.run, args=(client,)) for stream in streams]
-        for thread in threads:
-            thread.start()
-        wanted = after * sum(stream.max_tokens for stream in streams)
-        while sum(len(s.tokens) for s in streams) < wanted and any(t.is_alive() for t in threads):
-            time.sleep(0.002)
+        """All streams at once; `acts` one after the other once `after` of their tokens are there, while some are still
+        open. Checks them all."""
+        wanted = after * sum(stream.max_tokens for stream in self.known)
+        while True:
+            streams = [stream.again() for stream in self.known]
+            threads = [threading.Thread(target=stream.run, args=(client,)) for stream in streams]
+            for thread in threads:
+                thread.start()
+            while sum(len(s.tokens) for s in streams) < wanted and any(t.is_alive() for t in threads):
+                time.sleep(0.002)
+            if not acts or any(thread.is_alive() for thread in threads):
+                break
+            self._check(streams, threads)  # they were over before this thread had its turn: once more
         for act in acts:
             act()
+        self._check(streams, threads)
+        return streams
+
+    def _check(self, streams: list[Stream], threads: list[threading.Thread]) -> None:
+        """Wait for the streams to end, and compare them with what is known."""
         for thread in threads:
-            thread.join(120)
+            thread.join(300)
             assert not thread.is_alive(), "a stream does not end"
         for stream, known in zip(streams, self.known, strict=True):
             assert stream.error is None, stream.error
             assert stream.indices == list(range(known.max_tokens))
             assert stream.tokens == known.tokens
-        return streams
 
 
 def pid_of(status: Status, rank: int) -> int:
@@ -120,11 +131,16 @@ def wait_until_whole(client: Client) -> None:
 
 
 def events_since(client: Client, sequence: int) -> Iterator[Event]:
-    """Past events above a sequence."""
-    try:
-        yield from client.watch(sequence, timeout_s=0.5)
-    except DeadlineExceeded:
-        return
+    """Past events above a sequence, and those of the next half second. Every server has reported at least one event, so
+    that a call in which none comes was only too slow."""
+    came, timeout_s = False, 0.5
+    while not came:
+        with contextlib.suppress(DeadlineExceeded):
+            for event in client.watch(0, timeout_s=timeout_s):
+                came = True
+                if event.sequence > sequence:
+                    yield event
+        timeout_s *= 2
 
 
 def last_event(client: Client) -> int:

@@ -9,19 +9,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from moejax.assets import ROOT, checked_folder, ensure_model, ensure_random
-from moejax.checkpoint import load_params, save_model
-from moejax.config import ConfigError, ModelConfig
-from moejax.manifest import (
-    CheckpointError,
-    Manifest,
-    content_hash,
-    expert_place,
-    is_expert,
-    named,
-    tensor_specs,
-)
-from tests.moejax.models import ALL, DENSE, MIXTRAL, SHARED, model_folder, random_params
+from moejax.checkpoint.checkpoint import load_params, save_model, tokenizer_config
+from moejax.checkpoint.manifest import CheckpointError, Manifest, content_hash, expert_position
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import is_expert, named_tensors, tensor_specs
+from moejax.tools.resolve import checked_folder, ensure_model, ensure_random
+from planner.inputs.shipped import shipped
+from tests.support.models import ALL, DENSE, MIXTRAL, SHARED, model_folder, random_params
 
 EXPERT = "params/state/segments.0.2.moe.experts.gate_up/c/1/3/0/0"
 
@@ -149,21 +144,21 @@ def test_every_damage_has_its_error(folder, damage, message):
 
 def test_tensors_are_named_by_their_place():
     names = tensor_specs(SHARED)
-    assert names.keys() == named(random_params(SHARED)).keys()
+    assert names.keys() == named_tensors(random_params(SHARED)).keys()
     assert [n for n in names if is_expert(n)] == [f"segments.0.2.moe.experts.{p}" for p in ("gate_up", "down")]
 
 
 def test_moe_layers_count_by_depth():
-    assert [expert_place(SHARED, i) for i in range(2)] == [(0, 2, 0), (0, 2, 1)]
-    assert [expert_place(MIXTRAL, i) for i in range(3)] == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
+    assert [expert_position(SHARED, i) for i in range(2)] == [(0, 2, 0), (0, 2, 1)]
+    assert [expert_position(MIXTRAL, i) for i in range(3)] == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
     for cfg, i in ((SHARED, 2), (SHARED, -1), (DENSE, 0)):
         with pytest.raises(ConfigError, match=f"there is no number {i}"):
-            expert_place(cfg, i)
+            expert_position(cfg, i)
 
 
 def test_a_manifest_is_the_same_after_json(pristine):
     manifest = Manifest.load(pristine)
-    assert manifest == Manifest.of(named(load_params(pristine)))
+    assert manifest == Manifest.of(named_tensors(load_params(pristine)))
     assert (pristine / "checksums.json").read_text() == manifest.to_json()
 
 
@@ -182,13 +177,13 @@ def test_a_checkpoint_written_before_a_parameter_existed_is_read():
     assert '"sinks"' not in (folder / "params/state/_METADATA").read_text()
     params = load_params(folder)
     assert params.segments[0][0].sinks is None
-    assert Manifest.load(folder).tensors.keys() == named(params).keys()
+    assert Manifest.load(folder).tensors.keys() == named_tensors(params).keys()
 
 
 def test_a_model_of_random_weights_is_made_once_and_its_tokens_are_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
     preset = tmp_path / "small.toml"
-    tables = (ROOT / "configs" / "presets" / "bench-mixtral.toml").read_text()
+    tables = shipped("configs/presets/bench-mixtral.toml").read_text()
     for key, value in (("vocab_size", 300), ("d_model", 32), ("d_head", 4), ("d_ff", 16), ("d_expert", 16)):
         tables = re.sub(rf"^{key} = \d+", f"{key} = {value}", tables, flags=re.MULTILINE)
     preset.write_text(tables)
@@ -203,3 +198,9 @@ def test_a_model_of_random_weights_is_made_once_and_its_tokens_are_bytes(tmp_pat
     preset.write_text(tables.replace("vocab_size = 300", "vocab_size = 256"))
     with pytest.raises(ConfigError, match="vocab_size is 256; bytes and an end take 257"):
         ensure_random(preset)
+
+
+def test_the_model_that_is_shipped_has_the_tokenizer_config_that_saving_writes():
+    folder = shipped("models/tiny")
+    written = tokenizer_config(ModelConfig.load(folder), (folder / "tokenizer.json").read_text())
+    assert (folder / "tokenizer_config.json").read_text() == written

@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moejax import copies
-from moejax.copies import LEASE, LIMIT, ensure_copy, lease, list_copies
-from moejax.store import HostStore, StoreMissing
-from tests.moejax.models import SHARED, model_folder
+from moejax.checkpoint import host_copies
+from moejax.checkpoint.host_copies import LIMIT_VARIABLE, LOCK_FILE, ensure_copy, hold_copy, list_copies
+from moejax.checkpoint.host_store import HostStore, StoreMissing
+from tests.support.models import SHARED, model_folder
 
 VERSION = "shared-shape-{:016x}"
 READER = """
 import sys, time
 from pathlib import Path
-from moejax.store import HostStore
+from moejax.checkpoint.host_store import HostStore
 store = HostStore.open(Path(sys.argv[1]))
 print("open", flush=True)
 time.sleep(60)
@@ -27,7 +27,7 @@ time.sleep(60)
 RANK = """
 import hashlib, sys
 from pathlib import Path
-from moejax.store import HostStore
+from moejax.checkpoint.host_store import HostStore
 store = HostStore.create(Path(sys.argv[1]), Path(sys.argv[2]))
 assert store.folder == Path(sys.argv[2]), store.folder
 print("ready", flush=True)
@@ -38,7 +38,7 @@ for _ in range(5):
     for expert in sorted(experts):
         for array in experts[expert]:
             digest.update(array.tobytes())
-    digest.update(store.everything_but_experts().embed.tobytes())
+    digest.update(store.non_expert_params().embed.tobytes())
 print(digest.hexdigest())
 """
 
@@ -58,7 +58,7 @@ def host(tmp_path):
 
 def age(folder) -> None:
     """Make a copy look unused for long enough."""
-    os.utime(folder / LEASE, (0, 0))
+    os.utime(folder / LOCK_FILE, (0, 0))
 
 
 @pytest.fixture
@@ -132,10 +132,12 @@ def test_the_longest_unused_goes_when_room_is_needed_and_no_more_than_that(model
     places = [host / f"model{i}-{i:016x}" for i in range(3)]
     for i, place in enumerate(places):
         ensure_copy(model, place)
-        os.utime(place / LEASE, (i, i))
+        os.utime(place / LOCK_FILE, (i, i))
     size = list_copies(host)[0].bytes
     assert [copy.folder for copy in list_copies(host)] == places
-    monkeypatch.setattr(copies, "_room", lambda parent: 3 * size - sum(c.bytes for c in list_copies(parent)))
+    monkeypatch.setattr(
+        host_copies, "_available_bytes", lambda parent: 3 * size - sum(c.bytes for c in list_copies(parent))
+    )
     assert ensure_copy(model, host / VERSION.format(1)) == host / VERSION.format(1)
     assert [place.is_dir() for place in places] == [False, True, True]
 
@@ -144,16 +146,16 @@ def test_all_copies_together_stay_below_the_bound(model, host, monkeypatch):
     first, second = (host / VERSION.format(i) for i in (1, 2))
     ensure_copy(model, first)
     size = list_copies(host)[0].bytes
-    monkeypatch.setenv(LIMIT, "0")
-    with pytest.warns(UserWarning, match=f"has room for 0 MiB.*{LIMIT} bounds all copies"):
+    monkeypatch.setenv(LIMIT_VARIABLE, "0")
+    with pytest.warns(UserWarning, match=f"has room for 0 MiB.*{LIMIT_VARIABLE} bounds all copies"):
         assert ensure_copy(model, second) == model
-    monkeypatch.setenv(LIMIT, str((2 * size >> 20) + 1))
+    monkeypatch.setenv(LIMIT_VARIABLE, str((2 * size >> 20) + 1))
     assert ensure_copy(model, second) == second
     assert sum(copy.bytes for copy in list_copies(host)) <= ((2 * size >> 20) + 1) << 20
 
 
 def test_a_copy_takes_at_most_half_of_the_free_memory(model, host, monkeypatch):
-    monkeypatch.setattr(copies, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(host_copies, "_free_memory", lambda: 1000)
     with pytest.warns(UserWarning, match="has room for 0 MiB"):
         assert ensure_copy(model, host / VERSION.format(1)) == model
 
@@ -168,7 +170,7 @@ def test_what_a_killed_copy_left_is_removed(model, host):
 def test_a_copy_made_before_there_were_leases_is_kept_for_a_while(model, host):
     old = host / VERSION.format(1)
     ensure_copy(model, old)
-    (old / LEASE).unlink()
+    (old / LOCK_FILE).unlink()
     (copy,) = list_copies(host)
     assert not copy.idle
     assert copy.folder == old
@@ -184,9 +186,9 @@ def test_sizes_are_those_of_the_weights(model, host):
 
 
 def test_a_model_folder_needs_no_lease_and_a_copy_being_removed_cannot_be_opened(model, host):
-    assert lease(model) is None
+    assert hold_copy(model) is None
     place = ensure_copy(model, host / VERSION.format(1))
-    with (place / LEASE).open("r+") as held:
+    with (place / LOCK_FILE).open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StoreMissing, match="is being removed; start again"):
             HostStore.open(place)

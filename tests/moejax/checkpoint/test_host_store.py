@@ -1,4 +1,4 @@
-"""Laws of the host store: it reads what the checkpoint holds, and tells absence from damage."""
+"""Laws of the host store: it reads what the checkpoint holds, and distinguishes missing weights from damaged ones."""
 
 import shutil
 import subprocess
@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import copies
-from moejax import store as store_module
-from moejax.checkpoint import load_params
-from moejax.convert import convert
-from moejax.known_weights import ALIGNMENT
-from moejax.manifest import CheckpointError
-from moejax.store import HostStore, StoreCorrupt, StoreError, StoreMissing, StoreRefused
-from tests.moejax.models import DENSE, MIXTRAL, SHARED, model_folder
-from tests.moejax.published import published_folder
+from moejax.checkpoint import host_copies
+from moejax.checkpoint import host_store as store_module
+from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.checksums import ALIGNMENT
+from moejax.checkpoint.convert import convert
+from moejax.checkpoint.host_store import HostStore, StoreCorrupt, StoreError, StoreMissing, StoreRefused
+from moejax.checkpoint.manifest import CheckpointError
+from tests.support.models import DENSE, MIXTRAL, SHARED, model_folder
+from tests.support.published import published_folder
 
 EXPERT = "params/state/segments.0.2.moe.experts.down/c/1/3/0/0"
 
@@ -55,7 +55,7 @@ def test_layers_are_counted_by_depth_in_every_shape_of_model(tmp_path):
 @pytest.mark.parametrize("cfg", [MIXTRAL, SHARED, DENSE], ids=lambda c: c.name)
 def test_the_rest_is_that_of_the_checkpoint(tmp_path, cfg):
     params = model_folder(tmp_path / "m", cfg)
-    rest = HostStore.open(tmp_path / "m").everything_but_experts()
+    rest = HostStore.open(tmp_path / "m").non_expert_params()
     for segment, read in zip(params.segments, rest.segments, strict=True):
         for ours, theirs in zip(segment, read, strict=True):
             if ours.moe is not None:
@@ -75,13 +75,13 @@ def test_a_second_call_finds_the_copy(store, model):
     assert sorted(p.name for p in store.folder.parent.iterdir()) == [".lock", "copy"]
 
 
-def test_a_copy_with_a_file_missing_is_made_anew(store, model):
+def test_a_copy_with_a_missing_file_is_made_again(store, model):
     (store.folder / EXPERT).unlink()
     assert HostStore.create(model, store.folder).read_experts([(1, 3)])
     assert not (store.folder / "damaged").exists()
 
 
-def test_absence_is_told_from_damage(store):
+def test_a_missing_file_is_not_reported_as_a_damaged_one(store):
     path = store.folder / EXPERT
     content = path.read_bytes()
     path.write_bytes(content[:50])
@@ -99,18 +99,18 @@ def test_absence_is_told_from_damage(store):
 
 def test_damage_outside_the_experts_is_named_with_its_chunk(tmp_path):
     published_folder(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "m", say=lambda done, total: None)
+    convert(tmp_path / "hf", tmp_path / "m", on_progress=lambda done, total: None)
     path = tmp_path / "m" / "params/state/segments.0.0.qkv/c/2/0/0"
     content = path.read_bytes()
     path.write_bytes(content[:20] + bytes([content[20] ^ 4]) + content[21:])
     with pytest.raises(StoreCorrupt, match=r"tensor segments\.0\.0\.qkv in .* corrupt: CRC-32 differs, chunks \[2\]"):
-        HostStore.open(tmp_path / "m").everything_but_experts()
+        HostStore.open(tmp_path / "m").non_expert_params()
     path.write_bytes(content[:100])
     with pytest.raises(StoreCorrupt, match=r"tensor segments\.0\.0\.qkv is corrupt.*qkv/c/2/0/0"):
-        HostStore.open(tmp_path / "m").everything_but_experts()
+        HostStore.open(tmp_path / "m").non_expert_params()
     path.unlink()
     with pytest.raises(StoreMissing, match=r"tensor segments\.0\.0\.qkv is missing"):
-        HostStore.open(tmp_path / "m").everything_but_experts()
+        HostStore.open(tmp_path / "m").non_expert_params()
 
 
 @pytest.mark.parametrize("in_flight", [0, 3000, 1 << 30])
@@ -140,7 +140,7 @@ def test_a_lost_tensor_and_an_expert_that_never_was_are_missing(model, tmp_path)
         HostStore.open(model).read_experts([(0, 8)])
     shutil.rmtree(folder / "params/state/embed")
     with pytest.raises(StoreMissing, match="tensor embed is missing"):
-        HostStore.open(folder).everything_but_experts()
+        HostStore.open(folder).non_expert_params()
 
 
 def test_a_folder_others_may_write_to_is_refused(model, tmp_path):
@@ -154,7 +154,7 @@ def test_a_folder_others_may_write_to_is_refused(model, tmp_path):
 
 
 def test_without_room_the_model_folder_is_the_store(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    monkeypatch.setattr(host_copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
     with pytest.warns(UserWarning, match="has room for 0 MiB"):
         store = HostStore.create(model, tmp_path / "host" / "copy")
     assert store.folder == model
@@ -169,9 +169,9 @@ def test_a_folder_that_is_no_store_says_so(tmp_path, model):
 
 def test_reading_starts_no_jax_backend(store):
     program = (
-        "import sys; from pathlib import Path; from moejax.store import HostStore\n"
+        "import sys; from pathlib import Path; from moejax.checkpoint.host_store import HostStore\n"
         "store = HostStore.open(Path(sys.argv[1]))\n"
-        "store.everything_but_experts(); store.read_experts([(0, 0)])\n"
+        "store.non_expert_params(); store.read_experts([(0, 0)])\n"
         "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", program, str(store.folder)], check=True, timeout=120)
@@ -179,6 +179,6 @@ def test_reading_starts_no_jax_backend(store):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_weights_lie_where_a_device_takes_them_as_they_are(store, dtype):
-    for array in jax.tree.leaves(store.everything_but_experts(dtype)):
+    for array in jax.tree.leaves(store.non_expert_params(dtype)):
         assert array.dtype == dtype
         assert array.ctypes.data % ALIGNMENT == 0

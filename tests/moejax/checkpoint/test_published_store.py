@@ -1,5 +1,5 @@
-"""Laws of a published folder read where it lies: what its conversion would give, only the bytes asked for, and absence
-told from damage."""
+"""Laws of a published folder that is read in place: it gives what its conversion would give, reads only the bytes asked
+for, and distinguishes missing weights from damaged ones."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moejax.assets import ensure_noted
-from moejax.convert import convert
-from moejax.known_weights import ALIGNMENT
-from moejax.manifest import CheckpointError
-from moejax.published_store import SOURCE, PublishedStore, note_published, open_store
-from moejax.store import HostStore, StoreCorrupt, StoreMissing
-from tests.moejax.families.published import CASES
-from tests.moejax.families.small import small_config, small_folder
-from tests.moejax.published import published_folder, write_shards
+from moejax.checkpoint.checksums import ALIGNMENT
+from moejax.checkpoint.convert import convert
+from moejax.checkpoint.host_store import HostStore, StoreCorrupt, StoreMissing
+from moejax.checkpoint.manifest import CheckpointError
+from moejax.checkpoint.published_store import SOURCE, PublishedStore, open_store, record_checksums
+from moejax.tools.resolve import ensure_checksums
+from tests.support.families.published import CASES
+from tests.support.families.small import small_config, small_folder
+from tests.support.published import published_folder, write_shards
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
 BUFFER = 4096
@@ -30,7 +30,7 @@ def quiet(done: int, total: int) -> None:
 
 
 def noted(folder: Path) -> PublishedStore:
-    note_published(folder, folder.parent / "noted", name="model", say=quiet)
+    record_checksums(folder, folder.parent / "noted", name="model", on_progress=quiet)
     return PublishedStore.open(folder.parent / "noted")
 
 
@@ -41,7 +41,7 @@ def all_experts(store: HostStore | PublishedStore) -> list[tuple[int, int]]:
 
 def same(ours: PublishedStore, converted: HostStore) -> None:
     assert ours.bytes == converted.bytes
-    jax.tree.map(np.testing.assert_array_equal, ours.everything_but_experts(), converted.everything_but_experts())
+    jax.tree.map(np.testing.assert_array_equal, ours.non_expert_params(), converted.non_expert_params())
     wanted = all_experts(converted)
     there = converted.read_experts(wanted)
     for expert, parts in ours.read_experts(wanted).items():
@@ -49,13 +49,13 @@ def same(ours: PublishedStore, converted: HostStore) -> None:
             np.testing.assert_array_equal(part, expected)
         assert ours.is_intact(expert, *parts)
         assert not ours.is_intact(expert, parts[0] + 1, *parts[1:])
-    assert not ours.damaged(ours.everything_but_experts())
+    assert not ours.corrupt_tensors(ours.non_expert_params())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_gives_what_the_conversion_of_the_folder_gives(name, tmp_path):
     small_folder(tmp_path / "hf", name)
-    convert(tmp_path / "hf", tmp_path / "out", name="model", say=quiet)
+    convert(tmp_path / "hf", tmp_path / "out", name="model", on_progress=quiet)
     same(noted(tmp_path / "hf"), HostStore.open(tmp_path / "out"))
 
 
@@ -81,7 +81,7 @@ def quantised_folder(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss"])
 def test_quantised_weights_are_widened_on_the_way(name, tmp_path):
     quantised_folder(tmp_path / "hf", name)
-    convert(tmp_path / "hf", tmp_path / "out", name="model", say=quiet)
+    convert(tmp_path / "hf", tmp_path / "out", name="model", on_progress=quiet)
     store = noted(tmp_path / "hf")
     same(store, HostStore.open(tmp_path / "out"))
     gate_up, *_ = store.read_experts([(0, 1)])[0, 1]
@@ -111,7 +111,7 @@ def test_no_weight_is_written(tmp_path):
     assert isinstance(open_store(tmp_path / "noted"), PublishedStore)
 
 
-def test_absence_is_told_from_damage(tmp_path):
+def test_a_missing_file_is_not_reported_as_a_damaged_one(tmp_path):
     published_folder(tmp_path / "hf", shards=1)
     store, file = noted(tmp_path / "hf"), tmp_path / "hf" / "model.safetensors"
     whole, start = file.read_bytes(), store._weights._stored[EXPERT].start
@@ -131,15 +131,15 @@ def test_absence_is_told_from_damage(tmp_path):
     assert store.read_experts([(2, 3)])
 
 
-def test_a_folder_that_changed_is_not_opened_and_is_noted_anew(tmp_path, monkeypatch):
+def test_a_folder_that_changed_is_not_opened_and_its_checksums_are_recorded_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
     published_folder(tmp_path / "hf")
-    place = ensure_noted(tmp_path / "hf")
-    assert ensure_noted(tmp_path / "hf") == place
+    place = ensure_checksums(tmp_path / "hf")
+    assert ensure_checksums(tmp_path / "hf") == place
     published_folder(tmp_path / "hf", seed=1)
-    with pytest.raises(CheckpointError, match="has changed since its checksums were noted"):
+    with pytest.raises(CheckpointError, match="has changed since its checksums were recorded"):
         PublishedStore.open(place)
-    again = ensure_noted(tmp_path / "hf")
+    again = ensure_checksums(tmp_path / "hf")
     assert again != place
     assert PublishedStore.open(again).read_experts([(0, 0)])
 
@@ -148,7 +148,7 @@ def test_what_contradicts_is_named_before_anything_is_noted(tmp_path):
     tensors = published_folder(tmp_path / "hf")
     write_shards(tmp_path / "hf", tensors | {EXPERT: np.zeros((48, 32), np.float32)}, 1)
     with pytest.raises(CheckpointError, match=rf"{EXPERT} has shape \(48, 32\), but config\.json says \(32, 48\)"):
-        note_published(tmp_path / "hf", tmp_path / "noted", name="model", say=quiet)
+        record_checksums(tmp_path / "hf", tmp_path / "noted", name="model", on_progress=quiet)
     assert not (tmp_path / "noted").exists()
 
 
@@ -164,6 +164,6 @@ def test_many_readers_at_once_read_the_same(tmp_path):
 
 def test_weights_lie_where_a_device_takes_them_as_they_are(tmp_path):
     published_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
-    for array in jax.tree.leaves(noted(tmp_path / "hf").everything_but_experts()):
+    for array in jax.tree.leaves(noted(tmp_path / "hf").non_expert_params()):
         assert array.dtype == np.float32
         assert array.ctypes.data % ALIGNMENT == 0

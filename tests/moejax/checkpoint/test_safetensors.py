@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from moejax.manifest import CheckpointError
-from moejax.safetensors_folder import FP4, SafetensorsFolder, widen_blocks, widen_mxfp4
-from tests.moejax.published import write_shards
+from moejax.checkpoint.manifest import CheckpointError
+from moejax.checkpoint.safetensors import FP4, SafetensorsFolder, dequantize_fp8_blocks, dequantize_mxfp4
+from tests.support.published import write_shards
 
 DRAW = np.random.default_rng(0)
 TENSORS = {
@@ -40,7 +40,7 @@ def test_a_block_of_float8_is_its_numbers_times_its_scale(rows, width, block, se
     draw = np.random.default_rng(seed)
     weight = draw.normal(size=(rows, width)).astype(ml_dtypes.float8_e4m3fn)
     scale = draw.uniform(0.5, 2, size=(-(-rows // block[0]), -(-width // block[1]))).astype(np.float32)
-    wide = widen_blocks(weight, scale, block)
+    wide = dequantize_fp8_blocks(weight, scale, block)
     for r in range(rows):
         for c in range(width):
             number = np.float32(weight[r, c]) * scale[r // block[0], c // block[1]]
@@ -49,7 +49,7 @@ def test_a_block_of_float8_is_its_numbers_times_its_scale(rows, width, block, se
 
 def test_mxfp4_is_sixteen_numbers_times_a_power_of_two():
     blocks = np.arange(32, dtype=np.uint8).reshape(2, 1, 16) + np.uint8(64)
-    wide = widen_mxfp4(blocks, np.array([[127], [130]], np.uint8))
+    wide = dequantize_mxfp4(blocks, np.array([[127], [130]], np.uint8))
     assert wide.shape == (2, 32)
     for row, factor in ((0, 1), (1, 8)):
         for i, byte in enumerate(blocks[row, 0]):
@@ -63,7 +63,7 @@ def test_mxfp4_is_widened_as_transformers_does():
     blocks = DRAW.integers(0, 256, (2, 6, 3, 16), dtype=np.uint8)
     scales = DRAW.integers(90, 150, (2, 6, 3), dtype=np.uint8)
     expected = theirs.convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales)).float().numpy()
-    np.testing.assert_array_equal(widen_mxfp4(blocks, scales).swapaxes(-1, -2).astype(np.float32), expected)
+    np.testing.assert_array_equal(dequantize_mxfp4(blocks, scales).swapaxes(-1, -2).astype(np.float32), expected)
 
 
 def test_quantised_tensors_go_by_the_name_of_their_numbers(tmp_path):
@@ -84,27 +84,27 @@ def test_quantised_tensors_go_by_the_name_of_their_numbers(tmp_path):
     assert folder.names() == {"up", "up_bias", "w.weight"}
     assert folder.shape("up") == (2, 96, 6)
     assert folder.dtype("up") == folder.dtype("w.weight") == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(folder.read("up", 1), widen_mxfp4(blocks[1], scales[1]).T)
-    np.testing.assert_array_equal(folder.read("up"), widen_mxfp4(blocks, scales).swapaxes(1, 2))
+    np.testing.assert_array_equal(folder.read("up", 1), dequantize_mxfp4(blocks[1], scales[1]).T)
+    np.testing.assert_array_equal(folder.read("up"), dequantize_mxfp4(blocks, scales).swapaxes(1, 2))
     np.testing.assert_array_equal(folder.read("w.weight"), weight.astype(ml_dtypes.bfloat16) * 2)
-    folder.check("up", (2, 96, 6), "experts")
-    folder.check("w.weight", (5, 6), "queries")
+    folder.check_tensor("up", (2, 96, 6), "experts")
+    folder.check_tensor("w.weight", (5, 6), "queries")
 
 
 def test_scales_that_are_missing_or_of_another_shape_are_named(tmp_path):
     weight = np.zeros((5, 6), ml_dtypes.float8_e4m3fn)
     save_file({"w.weight": weight}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor w\.weight_scale_inv of shape \(1, 1\), .* is missing"):
-        SafetensorsFolder.open(tmp_path).check("w.weight", (5, 6), "queries")
+        SafetensorsFolder.open(tmp_path).check_tensor("w.weight", (5, 6), "queries")
     save_file({"w.weight": weight, "w.weight_scale_inv": np.ones((2, 1), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"w\.weight_scale_inv has shape \(2, 1\); the weights need \(1, 1\)"):
-        SafetensorsFolder.open(tmp_path).check("w.weight", (5, 6), "queries")
+        SafetensorsFolder.open(tmp_path).check_tensor("w.weight", (5, 6), "queries")
 
 
 def test_numbers_of_another_kind_are_named(tmp_path):
     save_file({"w": np.zeros((2, 2), np.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor w has numbers of I32; known are"):
-        SafetensorsFolder.open(tmp_path).check("w", (2, 2), "queries")
+        SafetensorsFolder.open(tmp_path).check_tensor("w", (2, 2), "queries")
 
 
 @pytest.mark.parametrize("keep", [-3, 20, 4, 0])
@@ -143,3 +143,23 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         save_file({"a": np.zeros(2, np.float32)}, tmp_path / f"{i}.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor a is in .*0\.safetensors and in .*1\.safetensors"):
         SafetensorsFolder.open(tmp_path)
+
+
+def test_a_second_copy_of_the_weights_beside_them_is_not_read(tmp_path):
+    """transformers and vLLM read model.safetensors, or the files of its index, and nothing beside them."""
+    for shards, beside in ((1, "consolidated"), (1, "model.fp16"), (3, "consolidated")):
+        write_shards(tmp_path, TENSORS, shards)
+        other = tmp_path / f"{beside}.safetensors"
+        save_file({"tok_embeddings.weight": np.zeros(2, np.float32)}, other)
+        assert SafetensorsFolder.open(tmp_path).names() == TENSORS.keys()
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "weights.safetensors")
+    assert SafetensorsFolder.open(tmp_path).names() == {"a"}
+
+
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path):
+    write_shards(tmp_path, TENSORS, 2)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("\ufeff" + index.read_text(), "utf-8")
+    assert SafetensorsFolder.open(tmp_path).names() == TENSORS.keys()

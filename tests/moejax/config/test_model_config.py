@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from moejax.config import ConfigError, ModelConfig, MoEConfig
-from tests.moejax.models import ALL, DENSE, MIXTRAL, SHARED
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from tests.support.models import ALL, DENSE, MIXTRAL, SHARDED, SHARED
 
 
 @pytest.mark.parametrize("cfg", ALL, ids=lambda c: c.name)
@@ -64,3 +66,10 @@ def test_experts_per_token_are_bounded_by_the_experts():
 def test_a_folder_without_configuration_says_what_a_model_folder_holds(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json does not exist; a model folder holds"):
         ModelConfig.load(tmp_path)
+
+
+def test_config_json_keeps_the_names_of_folders_written_before() -> None:
+    stored = json.loads(SHARDED.to_json())
+    assert stored["divide_dense"] is True
+    assert "shard_dense" not in stored
+    assert ModelConfig.from_json(json.dumps(stored)) == SHARDED

@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from moejax.params import expert_bytes, init_params, is_spec, param_specs, parameter_count
-from tests.moejax.models import ALL, DENSE, MIXTRAL, SHARED
+from moejax.config.parameter_counts import expert_bytes, parameter_count
+from moejax.config.params import init_params, is_spec, param_specs
+from tests.support.models import ALL, DENSE, MIXTRAL, SHARED
 
 
 @pytest.mark.parametrize("cfg", ALL, ids=lambda c: c.name)

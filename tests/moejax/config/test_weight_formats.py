@@ -7,18 +7,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moejax import steps
-from moejax.config import ConfigError
-from moejax.integrity import damage, inspect
-from moejax.manifest import is_expert, named, tensor_specs
-from moejax.params import expert_bytes, is_spec, param_specs, parameter_count
-from moejax.precision import Int8, held_bytes, held_shape, hold, is_matrix, widened
-from moejax.programs import ModelShape, expert_positions
-from moejax.recovery import LiveArrays
-from moejax.store import HostStore
-from serving.batch import Bucket, Work
-from tests.moejax.models import DENSE, MIXTRAL, SHARED, lively_params, model_folder
-from tests.moejax.stepping import PAGES, Stepper
+from moejax.checkpoint.host_store import HostStore
+from moejax.config.config_values import ConfigError
+from moejax.config.parameter_counts import expert_bytes, parameter_count
+from moejax.config.params import expert_positions, is_expert, is_spec, named_tensors, param_specs, tensor_specs
+from moejax.config.weight_formats import Int8, dequantize, is_matrix, to_weight_format, weight_bytes, weight_shape
+from moejax.runtime import steps
+from moejax.runtime.live_weights import LiveArrays
+from moejax.runtime.programs import ModelShape
+from moejax.runtime.scrub import corrupt_slot, find_damaged_slots
+from serving.engine.batch import ScheduledRequest, StepBucket
+from serving.protocol.sampling import ResolvedSampling
+from tests.support.models import DENSE, MIXTRAL, SHARED, lively_params, model_folder
+from tests.support.stepping import PAGES, Stepper
 
 NARROW = ["bfloat16", "int8"]
 ROUNDING = {"bfloat16": 1e-4, "int8": 1e-3}
@@ -30,7 +31,9 @@ def in_form(cfg, form):
 
 
 def held(cfg, params):
-    return jax.tree.map(lambda spec, values: hold(cfg, spec, values), param_specs(cfg), params, is_leaf=is_spec)
+    return jax.tree.map(
+        lambda spec, values: to_weight_format(cfg, spec, values), param_specs(cfg), params, is_leaf=is_spec
+    )
 
 
 @pytest.mark.parametrize("cfg", [MIXTRAL, SHARED, DENSE], ids=lambda cfg: cfg.name)
@@ -46,9 +49,9 @@ def test_matrices_are_near_what_they_were_and_all_else_is_the_same(cfg, form):
         strict=True,
     ):
         assert jax.tree.map(lambda a: (a.shape, a.dtype), leaf) == jax.tree.map(
-            lambda s: (s.shape, s.dtype), held_shape(cfg, spec)
+            lambda s: (s.shape, s.dtype), weight_shape(cfg, spec)
         )
-        error = np.abs(np.asarray(widened(leaf), np.float32) - values)
+        error = np.abs(np.asarray(dequantize(leaf), np.float32) - values)
         if not is_matrix(spec):
             assert not error.any(), name
         elif form == "int8":
@@ -62,18 +65,18 @@ def test_matrices_are_near_what_they_were_and_all_else_is_the_same(cfg, form):
 
 def test_zero_rows_stay_zero_as_int8():
     spec = tensor_specs(MIXTRAL)["embed"]
-    zeros = hold(in_form(MIXTRAL, "int8"), spec, np.zeros(spec.shape, np.float32))
-    assert not np.asarray(widened(zeros)).any()
+    zeros = to_weight_format(in_form(MIXTRAL, "int8"), spec, np.zeros(spec.shape, np.float32))
+    assert not np.asarray(dequantize(zeros)).any()
     assert np.isfinite(zeros.scale).all()
 
 
 def test_bytes_are_those_of_the_form():
     experts = MIXTRAL.n_moe_layers * MIXTRAL.moe.experts
-    assert held_bytes(MIXTRAL, experts=True) == experts * expert_bytes(MIXTRAL)
-    assert held_bytes(MIXTRAL, experts=False) == 4 * parameter_count(MIXTRAL) - experts * expert_bytes(MIXTRAL)
-    assert held_bytes(in_form(MIXTRAL, "bfloat16"), experts=True) == experts * expert_bytes(MIXTRAL, 2)
+    assert weight_bytes(MIXTRAL, experts=True) == experts * expert_bytes(MIXTRAL)
+    assert weight_bytes(MIXTRAL, experts=False) == 4 * parameter_count(MIXTRAL) - experts * expert_bytes(MIXTRAL)
+    assert weight_bytes(in_form(MIXTRAL, "bfloat16"), experts=True) == experts * expert_bytes(MIXTRAL, 2)
     scales = sum(np.prod(s.shape[:-1]) for n, s in tensor_specs(MIXTRAL).items() if is_expert(n))
-    assert held_bytes(in_form(MIXTRAL, "int8"), experts=True) == experts * expert_bytes(MIXTRAL, 1) + 4 * scales
+    assert weight_bytes(in_form(MIXTRAL, "int8"), experts=True) == experts * expert_bytes(MIXTRAL, 1) + 4 * scales
 
 
 def test_a_form_that_is_none_is_refused():
@@ -87,17 +90,23 @@ def test_a_step_computes_with_the_numbers_the_form_stands_for(form, ranks):
     cfg = in_form(MIXTRAL, form)
     params = held(cfg, lively_params(cfg))
     plain = jax.tree.map(
-        lambda leaf: np.asarray(widened(leaf), np.float32), params, is_leaf=lambda leaf: isinstance(leaf, Int8)
+        lambda leaf: np.asarray(dequantize(leaf), np.float32), params, is_leaf=lambda leaf: isinstance(leaf, Int8)
     )
     slots = -(-cfg.moe.experts // ranks)
     table = np.arange(ranks * slots) % cfg.moe.experts
-    bucket = Bucket(2, 1)
+    bucket = StepBucket(2, 1)
     work = {
         0: (
-            Work(request_id="a", start=0, tokens=tuple(range(3, 23)), pages=(0,), samples=True, temperature=0.0,
-                 top_k=0, top_p=1.0, min_p=0.0, seed=0),
+            ScheduledRequest(
+                request_id="a",
+                start=0,
+                tokens=tuple(range(3, 23)),
+                pages=(0,),
+                samples=True,
+                sampling=ResolvedSampling(max_tokens=1, seed=0, temperature=0.0),
+            ),
         )
-    }  # fmt: skip
+    }
     outcomes = [
         Stepper(each, weights, ranks, slots, table).run(bucket, work)
         for each, weights in ((cfg, params), (in_form(cfg, "float32"), plain))
@@ -118,12 +127,12 @@ def test_spoilt_weights_are_found_and_read_again_in_any_form(tmp_path, form):
     arrays.enter_device(device)
     slots = np.tile(np.arange(cfg.moe.experts, dtype=np.int32), (cfg.n_moe_layers, 1))
     arrays.fill(slots, programs, device)
-    assert not inspect(arrays, 0, 0)
+    assert not find_damaged_slots(arrays, 0, 0)
     assert not arrays.damaged()
     before = jax.tree.map(np.array, arrays.expert(1, 2))
     for nan in (False, True):
-        damage(arrays, 1, 2, programs, device, nan=nan)
-        assert inspect(arrays, 0, 0) == [(1, 2, 2)]
+        corrupt_slot(arrays, 1, 2, programs, device, nan=nan)
+        assert find_damaged_slots(arrays, 0, 0) == [(1, 2, 2)]
         assert arrays.fill(slots, programs, device).read == 1
         jax.tree.map(np.testing.assert_array_equal, before, arrays.expert(1, 2))
-    assert set(named(arrays.head)) == {"weight.numbers", "weight.scale"} if form == "int8" else {"weight"}
+    assert set(named_tensors(arrays.head)) == {"weight.numbers", "weight.scale"} if form == "int8" else {"weight"}

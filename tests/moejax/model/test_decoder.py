@@ -2,73 +2,67 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from moejax.config import LatentConfig, ModelConfig, MoEConfig, in_slots
-from moejax.params import init_params
-from serving.batch import Bucket, Work, segments
-from tests.moejax.models import lively_params
-from tests.moejax.stepping import Stepper, work
-from tests.reference import forward
+from moejax.config.attention_config import LatentConfig, ScoreGrowth
+from moejax.config.model_config import ModelConfig, in_slots
+from moejax.config.moe_config import MoEConfig
+from moejax.config.params import init_params
+from serving.engine.batch import ScheduledRequest, StepBucket, layout
+from tests.support.models import lively_params
+from tests.support.reference import forward
+from tests.support.stepping import Stepper, work
+
+SMALL = ModelConfig(
+    name="mixtral-shape",
+    vocab_size=128,
+    d_model=64,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=16,
+    d_ff=96,
+    moe=MoEConfig(experts=8, experts_per_token=2, d_expert=96),
+)
+"""Mixtral's shape; the others are described by what they have otherwise."""
+
+
+def shape(name: str, moe: dict[str, Any], **changes: Any) -> ModelConfig:
+    """A model of eight experts that differs from SMALL in these fields."""
+    experts = MoEConfig(**{"experts": 8, "experts_per_token": 2} | moe)
+    return dataclasses.replace(SMALL, name=f"{name}-shape", moe=experts, **changes)
+
 
 CONFIGS = {
-    "mixtral": ModelConfig(
-        name="mixtral-shape",
-        vocab_size=128,
-        d_model=64,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
-        d_head=16,
-        d_ff=96,
-        moe=MoEConfig(experts=8, experts_per_token=2, d_expert=96),
-    ),
-    "shared": ModelConfig(
-        name="smollm2-moe-shape",
-        vocab_size=128,
+    "mixtral": SMALL,
+    "shared": shape(
+        "smollm2-moe",
+        {"experts_per_token": 6, "d_expert": 32, "d_shared": 64, "gate": "one"},
         d_model=96,
         n_layers=7,
         n_heads=3,
         n_kv_heads=1,
         d_head=32,
         d_ff=160,
-        moe=MoEConfig(experts=8, experts_per_token=6, d_expert=32, d_shared=64, gate="one"),
         moe_every=3,
     ),
-    "deepseek": ModelConfig(
-        name="deepseek-shape",
-        vocab_size=128,
-        d_model=64,
-        n_layers=3,
-        n_heads=4,
+    "deepseek": shape(
+        "deepseek",
+        {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "sigmoid", "normalised": True}
+        | {"gate_scale": 2.5, "groups": 4, "groups_used": 2},
         n_kv_heads=4,
         d_head=24,
-        d_ff=96,
         tied_head=False,
         latent=LatentConfig(d_latent=40, d_rope=8, d_plain=16, d_value=12, d_query=32),
-        moe=MoEConfig(
-            experts=8,
-            experts_per_token=3,
-            d_expert=24,
-            d_shared=24,
-            gate="sigmoid",
-            normalised=True,
-            gate_scale=2.5,
-            groups=4,
-            groups_used=2,
-        ),
         dense_layers=(0,),
     ),
-    "gpt-oss": ModelConfig(
-        name="gpt-oss-shape",
-        vocab_size=128,
-        d_model=64,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
+    "gpt-oss": shape(
+        "gpt-oss",
+        {"d_expert": 48, "expert_bias": True, "swiglu_limit": 1.5},
         d_head=24,
         d_ff=48,
         tied_head=False,
@@ -77,16 +71,11 @@ CONFIGS = {
         sinks=True,
         window=20,
         full_layers=(1,),
-        moe=MoEConfig(experts=8, experts_per_token=2, d_expert=48, expert_bias=True, swiglu_limit=1.5),
     ),
-    "phi": ModelConfig(
-        name="phi-shape",
-        vocab_size=128,
-        d_model=64,
+    "phi": shape(
+        "phi",
+        {"d_expert": 48, "gate": "sparsemixer", "jitter": 0.3},
         n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        d_head=16,
         d_ff=48,
         norm="layer",
         tied_head=False,
@@ -97,23 +86,46 @@ CONFIGS = {
         residual_scale=0.5,
         attention_scale=0.2,
         logit_scale=0.25,
-        moe=MoEConfig(experts=8, experts_per_token=2, d_expert=48, gate="sparsemixer", jitter=0.3),
     ),
-    "qwen": ModelConfig(
-        name="qwen-shape",
-        vocab_size=128,
-        d_model=64,
+    "qwen": shape(
+        "qwen",
+        {"experts_per_token": 3, "d_expert": 24, "d_shared": 40, "shared_gate": True, "gate": "share"},
         n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        d_head=16,
         d_ff=48,
         qk_norm="all",
         clip_qkv=1.0,
-        moe=MoEConfig(experts=8, experts_per_token=3, d_expert=24, d_shared=40, shared_gate=True, gate="share"),
     ),
 }
-CONFIGS |= {f"{name}-divided": dataclasses.replace(CONFIGS[name], divide_dense=True) for name in ("shared", "deepseek")}
+CONFIGS |= {
+    "trinity": shape(
+        "trinity",
+        {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "biased_share", "normalised": True},
+        n_layers=4,
+        d_ff=48,
+        qk_norm="head",
+        norm_after_rope=True,
+        window=20,
+        full_layers=(1, 3),
+        unrotated_layers=(1, 3),
+        attention_gate=True,
+        post_norms=True,
+        dense_layers=(0,),
+    ),
+    "llama4": shape(
+        "llama4",
+        {"experts_per_token": 1, "d_expert": 24, "d_shared": 24, "gate": "input_sigmoid"},
+        n_layers=4,
+        d_ff=48,
+        qk_norm="l2",
+        window=20,
+        chunked=True,
+        full_layers=(3,),
+        unrotated_layers=(1, 3),
+        score_growth=ScoreGrowth(scale=0.5, every=7),
+        moe_every=2,
+    ),
+}
+CONFIGS |= {f"{name}-sharded": dataclasses.replace(CONFIGS[name], shard_dense=True) for name in ("shared", "deepseek")}
 PAGES = (5, 2, 9, 11)
 TABLES = {1: list(range(8)), 2: [*range(8), 0, 1], 3: [*range(8), 3], 4: [7, 6, 5, 4, 3, 2, 1, 0, 0, 3, 5, 7]}
 
@@ -136,7 +148,7 @@ def tokens_of(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 128, count).tolist()
 
 
-def prefill(model: Stepper, tokens: list[int], rank: int, bucket: Bucket):
+def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
     """Keys and values of all tokens, and the sampled (token, log-probability)."""
     out = model.run(bucket, {rank: (work(tokens, 0, PAGES),)})
     last = bucket.decode + -(-len(tokens) // 32) - 1
@@ -150,7 +162,7 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: Bucket):
 def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: str, ranks: int) -> None:
     tokens = tokens_of(41)
     logits = forward(params(name), CONFIGS[name], tokens)[-1]
-    _, (token, logprob) = prefill(stepper(name, ranks), tokens, ranks - 1, Bucket(2, 2))
+    _, (token, logprob) = prefill(stepper(name, ranks), tokens, ranks - 1, StepBucket(2, 2))
     assert token == int(np.argmax(logits))
     expected = logits[token] - np.logaddexp.reduce(logits)
     assert abs(logprob - expected) < 1e-4 * np.abs(logits).max()  # float32 over at most 7 layers
@@ -159,14 +171,14 @@ def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: str) -> None:
     tokens, other = tokens_of(70), tokens_of(50, seed=1)
-    kv, sampled = prefill(stepper(name, 1), tokens, 0, Bucket(8, 4))
-    for ranks in (1, 4) if name in ("mixtral", "shared", "shared-divided") else (4,):
+    kv, sampled = prefill(stepper(name, 1), tokens, 0, StepBucket(8, 4))
+    for ranks in (1, 4) if name in ("mixtral", "shared", "shared-sharded") else (4,):
         model = stepper(name, ranks)
         rank = ranks - 1
-        model.run(Bucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})
+        model.run(StepBucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})
         # Token by token from here, in buckets of changing size, beside another rank's prefill.
         for at in range(50, 70):
-            bucket = (Bucket(2, 0), Bucket(8, 2))[at % 2]
+            bucket = (StepBucket(2, 0), StepBucket(8, 2))[at % 2]
             mine = (work([tokens[at]], at, PAGES),)
             crowd = {0: (work(other, 0, (0, 1)),)} if bucket.tiles and rank else {}
             out = model.run(bucket, {rank: mine, **crowd})
@@ -177,9 +189,9 @@ def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_made_twice_leaves_the_cache_as_once(name: str) -> None:
     model, tokens = stepper(name, 2), tokens_of(40)
-    first = prefill(model, tokens, 1, Bucket(2, 2))
+    first = prefill(model, tokens, 1, StepBucket(2, 2))
     before = jax.tree.map(np.array, model.cache)
-    again = prefill(model, tokens, 1, Bucket(2, 2))
+    again = prefill(model, tokens, 1, StepBucket(2, 2))
     assert first[1] == again[1]
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, model.cache))
 
@@ -189,32 +201,32 @@ def test_masked_experts_hand_their_tokens_to_the_next_best() -> None:
     table = np.array([0, 1, 2, 3, 4, 5, -1, 6])
     masked = Stepper(cfg, params("shared"), 2, 4, table)
     logits = forward(params("shared"), cfg, tokens, masked={7})[-1]
-    _, (token, logprob) = prefill(masked, tokens, 0, Bucket(2, 2))
+    _, (token, logprob) = prefill(masked, tokens, 0, StepBucket(2, 2))
     assert token == int(np.argmax(logits))
     assert abs(logprob - (logits[token] - np.logaddexp.reduce(logits))) < 1e-4 * np.abs(logits).max()
 
 
 def test_every_row_counts_once_for_each_expert_it_went_to() -> None:
     model = stepper("shared", 4)
-    bucket = Bucket(2, 2)
+    bucket = StepBucket(2, 2)
     out = model.run(bucket, {2: (work(tokens_of(41), 0, PAGES),)})
     load = np.asarray(out.expert_load).reshape(4, 2, 8)
     assert load.sum((1, 2)).tolist() == [0, 0, 41 * 6 * 2, 0]
 
 
-def read_rows(bucket: Bucket, part: tuple[Work, ...]) -> np.ndarray:
+def read_rows(bucket: StepBucket, part: tuple[ScheduledRequest, ...]) -> np.ndarray:
     """Which of a rank's rows `[R]` a token is chosen or scored after."""
     read = np.zeros(bucket.rows, bool)
-    for placed in segments(bucket, part):
-        scored = np.flatnonzero(np.array(placed.work.targets, int) >= 0)
+    for placed in layout(bucket, part):
+        scored = np.flatnonzero(np.array(placed.scheduled.targets, int) >= 0)
         read[placed.row + scored] = True
-        read[placed.row + len(placed.work.tokens) - 1] |= placed.work.samples
+        read[placed.row + len(placed.scheduled.tokens) - 1] |= placed.scheduled.samples
     return read
 
 
 @pytest.mark.parametrize(("name", "ranks"), [*((x, 2) for x in CONFIGS), ("mixtral", 1), ("shared", 4)])
 def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(name: str, ranks: int) -> None:
-    bucket, generator = Bucket(3, 4), np.random.default_rng(ranks)
+    bucket, generator = StepBucket(3, 4), np.random.default_rng(ranks)
     targets = tuple(np.where(generator.random(40) < 0.3, generator.integers(0, 128, 40), -1).tolist())
     one = (work(tokens_of(1, seed=5), 0, (0,)), work(tokens_of(1, seed=6), 0, (1,), samples=False, targets=(7,)))
     part = (
@@ -231,8 +243,8 @@ def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(n
     np.testing.assert_array_equal(fewer.hidden[~read], 0)
     jax.tree.map(np.testing.assert_array_equal, fewer.new_kv, whole.new_kv)
     for rank, items in works.items():
-        for placed in segments(bucket, items):
-            if placed.work.samples:
+        for placed in layout(bucket, items):
+            if placed.scheduled.samples:
                 sampled = (model.segment(each, bucket, rank, placed.last) for each in (fewer, whole))
                 assert next(sampled) == next(sampled)
     cfg, last = CONFIGS[name], CONFIGS[name].layer_kinds[-1]
@@ -245,7 +257,7 @@ def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(n
 
 
 @pytest.mark.parametrize("spoilt", ["embed", "qkv"])
-def test_a_row_that_nobody_reads_tells_of_keys_and_values_that_are_no_numbers(spoilt: str) -> None:
+def test_an_unread_row_with_non_finite_keys_and_values_is_tagged(spoilt: str) -> None:
     whole = params("mixtral")
     if spoilt == "embed":
         broken = whole.replace(embed=whole.embed.at[5].set(np.nan))
@@ -254,7 +266,7 @@ def test_a_row_that_nobody_reads_tells_of_keys_and_values_that_are_no_numbers(sp
         broken = whole.replace(segments=((layer.replace(qkv=layer.qkv.at[-1, -1].set(np.nan)),),))
     model = dataclasses.replace(stepper("mixtral", 1), params=broken)
     chunk = work([3, 5, 4, *tokens_of(29)], 0, (0, 1), samples=False)
-    out = model.run(Bucket(2, 1), {0: (chunk,)}, all_read=False)
+    out = model.run(StepBucket(2, 1), {0: (chunk,)}, all_read=False)
     told = ~np.isfinite(out.hidden).all(-1)
     assert told[3]
     assert told[2:].all() == (spoilt == "qkv")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers import ordered_sum, rms_norm, row_dot, swiglu
+from moejax.model.layers import ordered_sum, rms_norm, row_dot, swiglu
 
 # (out, in) of the weights of tiny and of smollm2-moe: qkv, out, gate-up, down, shared, router, head.
 TINY = [(256, 128), (128, 128), (512, 128), (128, 256), (8, 128), (2048, 128)]

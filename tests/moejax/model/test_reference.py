@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dense import forward, greedy, logits, losses
-from tests.moejax.models import ALL, MIXTRAL, SHARED, random_params
-from tests.reference import forward as reference
+from moejax.model.reference import forward, greedy, logits, losses
+from tests.support.models import ALL, MIXTRAL, SHARED, random_params
+from tests.support.reference import forward as reference
 
 # float32 against float64 through up to 7 layers, logits of up to 30.
 ROUNDING = 3e-3
@@ -45,7 +45,7 @@ def test_room_for_all_tokens_leaves_none_out():
     assert np.abs(np.asarray(tight) - np.asarray(whole)).max() > ROUNDING
 
 
-def test_balance_is_one_for_a_router_that_tells_nothing_apart():
+def test_balance_is_one_for_a_uniform_router():
     params = jax.tree.map(jnp.asarray, random_params(MIXTRAL))
     layer = params.segments[0][0]
     even = layer.moe.replace(router=0 * layer.moe.router, bias=0 * layer.moe.bias)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config import RopeScaling
-from moejax.rope import frequencies, rope, rotate, stretched
-from tests.moejax.models import DENSE
+from moejax.config.attention_config import RopeScaling
+from moejax.model.rope import frequencies, rope, rotate, scaled_frequencies
+from tests.support.models import DENSE
 
 CFG = dataclasses.replace(DENSE, d_head=64, rope_base=1e5)
 SCALED = {
@@ -45,12 +45,28 @@ def test_what_is_not_rotated_stays():
 @pytest.mark.parametrize("kind", SCALED)
 def test_stretched_frequencies_lie_between_the_plain_and_the_slowest(kind):
     plain, factor = np.asarray(frequencies(CFG)), 8.0 if kind != "linear" else 4.0
-    slow = stretched(CFG.rope_base, 64, SCALED[kind])
+    slow = scaled_frequencies(CFG.rope_base, 64, SCALED[kind])
     assert (slow <= plain * 1.000001).all()
     assert (slow >= plain / factor * 0.999999).all()
     np.testing.assert_allclose(slow[-1], plain[-1] / factor, rtol=1e-5)
     if kind in ("llama3", "yarn"):  # turns many times within the original context
         np.testing.assert_allclose(slow[0], plain[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("context", "is_long"), [(64, False), (256, False), (257, True), (4096, True)])
+def test_longrope_has_one_set_of_factors_for_a_served_context(context, is_long):
+    long = tuple(np.linspace(2, 9, 32).tolist())
+    scaling = dataclasses.replace(
+        SCALED["longrope"], original_context=256, long_factors=long, magnitude=1.1, long_magnitude=1.3
+    )
+    cfg = dataclasses.replace(CFG, rope_scaling=scaling, max_context=context)
+    expected = np.asarray(frequencies(dataclasses.replace(CFG, rope_scaling=None))) / (
+        long if is_long else scaling.factors
+    )
+    np.testing.assert_allclose(frequencies(cfg), expected, rtol=1e-6)
+    length = np.linalg.norm(rotate(heads(0), jnp.array([9]), cfg)) / np.linalg.norm(heads(0))
+    np.testing.assert_allclose(length, 1.3 if is_long else 1.1, rtol=1e-5)
+    assert cfg.original_context == (256 if is_long else 0)
 
 
 def test_magnitude_multiplies_the_rotated_vector():

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.config import Gate, MoEConfig
-from moejax.router import route
+from moejax.config.config_values import ConfigError
+from moejax.config.moe_config import Gate, MoEConfig
+from moejax.model.router import route
 
 E, X = 8, 3
 SCORES = st.lists(st.integers(-3, 3), min_size=E, max_size=E)
@@ -35,15 +36,29 @@ def test_the_best_of_those_alive_by_score_and_ties_to_the_lower(scores, dead):
 @given(scores=SCORES, dead=st.sets(st.integers(0, E - 1), max_size=E - 1))
 def test_masked_experts_never_count_even_when_too_few_are_alive(scores, dead):
     for gate in get_args(Gate):
-        chosen, gates = choose(scores, [e not in dead for e in range(E)], gate)
+        k = 1 if gate == "input_sigmoid" else X
+        chosen, gates = choose(scores, [e not in dead for e in range(E)], gate, k)
         assert all(g == 0 for e, g in zip(chosen, gates, strict=True) if e in dead)
-        assert np.count_nonzero(gates) == min(X, E - len(dead))
+        assert np.count_nonzero(gates) == min(k, E - len(dead))
         assert np.isfinite(gates).all()
 
 
 def test_softmax_gates_sum_to_one_over_the_chosen():
     _, gates = choose([0, 1, 2, 3, 4, 5, 6, 7], [True] * E)
     np.testing.assert_allclose(gates, np.exp([0.0, -1, -2]) / np.exp([0.0, -1, -2]).sum(), rtol=1e-6)
+
+
+def test_a_biased_share_is_chosen_with_the_bias_and_weighed_without_it():
+    moe = MoEConfig(experts=4, experts_per_token=2, d_expert=4, gate="biased_share")
+    logits, bias = np.log([[1.0, 2.0, 3.0, 4.0]]), jnp.array([0.9, 0.0, 0.0, 0.05])
+    chosen, gates = route(jnp.ones((1, 1)), jnp.array(logits.T), bias, jnp.ones(4, bool), moe)
+    assert np.asarray(chosen).tolist() == [[0, 3]]
+    np.testing.assert_allclose(gates, [[0.1, 0.4]], rtol=1e-6)
+
+
+def test_an_expert_with_scaled_input_is_the_only_one():
+    with pytest.raises(ConfigError, match="experts_per_token is 2 with gate 'input_sigmoid'"):
+        MoEConfig(experts=4, experts_per_token=2, d_expert=4, gate="input_sigmoid")
 
 
 def test_gate_one_counts_each_in_full():

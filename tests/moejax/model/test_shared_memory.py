@@ -10,27 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import kernels
-from moejax.shared import Arena
-from serving.shared_memory import shared_file
+from moejax.model.shared_memory import Arena
+from moejax.ops import cpu
+from serving.launch.process import shared_file
 
 ROUNDS, SIZES, WIDTH, TIMEOUT_S = 400, (1, 7, 40), 24, 60
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def _part(sender: int, receiver: int, turn: int) -> np.ndarray:
-    """What one rank sends to another in one exchange; its length is the turn's, so that halves are reused unevenly."""
+    """The message of one rank to another in one exchange; its length varies with the turn, so that halves are reused
+    unevenly."""
     rows = np.random.default_rng(turn).choice(SIZES)
     return np.random.default_rng((sender, receiver, turn)).standard_normal((rows, WIDTH), np.float32)
 
 
 def _work(path: str, n: int, me: int, rounds: int, told: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")
-    kernels.load()
+    cpu.load()
     arena = Arena(path, ranks=n, me=me, outbox_bytes=4 * n * max(SIZES) * WIDTH, timeout_s=TIMEOUT_S)
     arena.use()
     threading.Thread(target=lambda: (told.recv(), arena.abort()), daemon=True).start()
-    exchange = jax.jit(kernels.exchange)
+    exchange = jax.jit(cpu.exchange)
     try:
         for turn in range(rounds):
             got = np.asarray(exchange(jnp.stack([_part(me, to, turn) for to in range(n)])))
@@ -60,8 +61,8 @@ class _Ranks:
 @pytest.fixture
 def start() -> Iterator[Callable[[list[int]], _Ranks]]:
     try:
-        kernels.build()
-    except kernels.KernelError as error:
+        cpu.build()
+    except cpu.KernelError as error:
         pytest.skip(str(error))
     started: list[_Ranks] = []
     with shared_file() as path:
@@ -78,7 +79,8 @@ def test_every_part_arrives_where_it_should_in_every_exchange(start):
 
 
 def test_who_waits_for_the_dead_is_let_go_by_an_abort_only(start):
-    """The last rank ends early and is killed: the others wait in an exchange that cannot be, until they are told."""
+    """The last rank ends early and is killed: the others wait in an exchange that cannot complete, until it is
+    aborted."""
     ranks = start([ROUNDS, ROUNDS, ROUNDS // 2])
     assert ranks.said(2) == "right"
     ranks.processes[2].kill()
@@ -90,17 +92,17 @@ def test_who_waits_for_the_dead_is_let_go_by_an_abort_only(start):
 
 def test_more_than_there_is_room_for_is_refused():
     with shared_file() as path:
-        kernels.load()
+        cpu.load()
         arena = Arena(path, ranks=2, me=0, outbox_bytes=4096, timeout_s=1)
         arena.use()
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"8192 bytes between 2 ranks.* 4096"):
-            kernels.exchange(jnp.zeros((2, 1024)))
+            cpu.exchange(jnp.zeros((2, 1024)))
         with pytest.raises(jax.errors.JaxRuntimeError, match="waited too long"):
-            kernels.exchange(jnp.zeros((2, 8)))
+            cpu.exchange(jnp.zeros((2, 8)))
         arena.close()
 
 
 def test_a_file_that_is_not_there_is_named():
-    kernels.load()
+    cpu.load()
     with pytest.raises(OSError, match="/proc/1/fd/nothing"):
         Arena("/proc/1/fd/nothing", ranks=2, me=0, outbox_bytes=4096, timeout_s=1)

@@ -1,33 +1,33 @@
-"""Laws of tensor groups: they are the model, whoever is in them, and no bit of a row depends on who is."""
+"""Laws of tensor groups: they compute the model, and no bit of a row depends on which ranks are in the group."""
 
 import jax
 import numpy as np
 import pytest
 
-from moejax.cache import Cache
-from moejax.config import ConfigError
-from serving.batch import Bucket
-from tests.moejax.stepping import Stepper, work
-from tests.moejax.test_model import CONFIGS, PAGES, TABLES, params, prefill, tokens_of
-from tests.reference import forward
+from moejax.config.config_values import ConfigError
+from moejax.config.kv_cache import KVCache
+from serving.engine.batch import StepBucket
+from tests.moejax.model.test_decoder import CONFIGS, PAGES, TABLES, params, prefill, tokens_of
+from tests.support.reference import forward
+from tests.support.stepping import Stepper, work
 
 NAMES = ("mixtral", "gpt-oss", "phi")
 
 
 def grouped(name: str, ranks: int, *groups: tuple[int, ...]) -> Stepper:
     table = np.array(TABLES[ranks])
-    cfg = CONFIGS[name].share(len(groups[0]))
+    cfg = CONFIGS[name].tp_shard(len(groups[0]))
     return Stepper(cfg, params(name), ranks, len(table) // ranks, table, groups)
 
 
 def generate(model: Stepper, rank: int, tokens: list[int], count: int, crowd: dict | None = None) -> list:
     """Tokens and log-probabilities of a request on a rank, its prompt in two steps; beside a prefill of others."""
-    model.run(Bucket(2, 2), {rank: (work(tokens[:40], 0, PAGES),), **(crowd or {})})
-    out = model.run(Bucket(2, 2), {rank: (work(tokens[40:], 40, PAGES),)})
-    said, at = [model.segment(out, Bucket(2, 2), rank, 2)], len(tokens)
+    model.run(StepBucket(2, 2), {rank: (work(tokens[:40], 0, PAGES),), **(crowd or {})})
+    out = model.run(StepBucket(2, 2), {rank: (work(tokens[40:], 40, PAGES),)})
+    said, at = [model.segment(out, StepBucket(2, 2), rank, 2)], len(tokens)
     for _ in range(count):
-        out = model.run(Bucket(2, 0), {rank: (work([said[-1][0]], at, PAGES),)})
-        said.append(model.segment(out, Bucket(2, 0), rank, 0))
+        out = model.run(StepBucket(2, 0), {rank: (work([said[-1][0]], at, PAGES),)})
+        said.append(model.segment(out, StepBucket(2, 0), rank, 0))
         at += 1
     return said
 
@@ -38,7 +38,7 @@ def test_a_group_agrees_with_the_float64_reference(name: str) -> None:
     logits = forward(params(name), CONFIGS[name], tokens)[-1]
     model = grouped(name, 4, (0, 1), (2, 3))
     for rank in range(4):
-        _, (token, logprob) = prefill(model, tokens, rank, Bucket(2, 2))
+        _, (token, logprob) = prefill(model, tokens, rank, StepBucket(2, 2))
         assert token == int(np.argmax(logits))
         expected = logits[token] - np.logaddexp.reduce(logits)
         assert abs(logprob - expected) < 1e-4 * np.abs(logits).max()
@@ -65,7 +65,7 @@ def test_a_rank_keeps_its_heads_of_every_member_and_as_much_of_the_cache_as_alon
     )
     assert [a.nbytes for a in jax.tree.leaves(model.cache)] == [a.nbytes for a in jax.tree.leaves(whole.cache)]
     for each in (whole, model):
-        each.run(Bucket(2, 2), {rank: (work(tokens_of(40, seed=rank), 0, PAGES),) for rank in (0, 1)})
+        each.run(StepBucket(2, 2), {rank: (work(tokens_of(40, seed=rank), 0, PAGES),) for rank in (0, 1)})
     kept = np.asarray(whole.cache.k).reshape(3, 2, 512, 2, 16)  # layers, ranks, entries, heads, head size
     shared = np.asarray(model.cache.k).reshape(3, 2, 2, 512, 16)  # layers, ranks, members, entries, head size
     for head in (0, 1):
@@ -73,18 +73,18 @@ def test_a_rank_keeps_its_heads_of_every_member_and_as_much_of_the_cache_as_alon
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("deepseek", 2), ("qwen", 2), ("shared", 2), ("mixtral", 4)])
-def test_a_model_whose_heads_cannot_be_divided_is_refused(name: str, tensor: int) -> None:
+def test_a_model_whose_heads_cannot_be_sharded_is_refused(name: str, tensor: int) -> None:
     with pytest.raises(ConfigError, match=f"over {tensor} ranks|tensor is {tensor}"):
-        CONFIGS[name].share(tensor)
+        CONFIGS[name].tp_shard(tensor)
 
 
-def test_a_row_that_is_no_number_is_told_of_by_its_own_rank_alone() -> None:
+def test_a_non_finite_row_is_reported_by_its_own_rank_alone() -> None:
     model, tokens = grouped("mixtral", 2, (0, 1)), tokens_of(60)
-    model.run(Bucket(2, 2), {0: (work(tokens[:32], 0, PAGES),), 1: (work(tokens[:32], 0, PAGES),)})
+    model.run(StepBucket(2, 2), {0: (work(tokens[:32], 0, PAGES),), 1: (work(tokens[:32], 0, PAGES),)})
     spoilt = np.array(model.cache.v)
     spoilt[:, model.entries + PAGES[0] * 32] = np.nan  # rank 1's share of the first entry of the request on rank 0
-    model.cache = jax.device_put(Cache(model.cache.k, spoilt), model.cache.k.sharding)
-    bucket = Bucket(2, 2)
+    model.cache = jax.device_put(KVCache(model.cache.k, spoilt), model.cache.k.sharding)
+    bucket = StepBucket(2, 2)
     works = {rank: (work(tokens[32:], 32, PAGES, samples=False),) for rank in (0, 1)}
     out = model.run(bucket, works, all_read=False)
     finite = np.isfinite(out.hidden).all(-1).reshape(2, -1)

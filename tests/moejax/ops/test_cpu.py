@@ -10,30 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import kernels
-from moejax.attention import paged_attention_reference
-from moejax.cache import Cache
-from moejax.experts import apply_experts_reference
-from moejax.layers import Stacked, row_dot_reference
-from moejax.params import FeedForward, ParamSpec
-from moejax.precision import Int8, hold
-from moejax.sampling import drawn_reference
-from tests.moejax.models import MIXTRAL
+from moejax.config.params import FeedForward
+from moejax.config.weight_formats import Int8, StackSlice
+from moejax.model.attention import paged_attention_reference
+from moejax.model.experts import apply_experts_reference
+from moejax.model.layers import row_dot_reference
+from moejax.model.sampling import draw_tokens_reference
+from moejax.ops import cpu
+from tests.support.kernel_cases import attention_case, held, last_query_alone, normal
+from tests.support.models import MIXTRAL
 
-pytestmark = pytest.mark.skipif(not kernels.active(), reason="no C++ compiler on this machine")
+pytestmark = pytest.mark.skipif(not cpu.active(), reason="no C++ compiler on this machine")
 FORMS = ["float32", "bfloat16", "int8"]
 ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5, "int8": 1e-4}
 """Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8, rows of 16 bits, two in
 turn for experts."""
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def held(values: np.ndarray, form: str):
-    spec = ParamSpec(values.shape, ("layer", "expert", "ffn", "model"), 1.0)
-    return jax.tree.map(jnp.asarray, hold(dataclasses.replace(MIXTRAL, weights=form), spec, values))
 
 
 def close(a, b, form: str = "float32") -> None:
@@ -45,9 +36,9 @@ def close(a, b, form: str = "float32") -> None:
 def test_a_row_dot_is_its_reference_and_rows_do_not_know_of_each_other(shape, form) -> None:
     stack = held(normal(2, 3, *shape, seed=1), form)
     x = normal(200, shape[1])
-    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (1, jnp.int32(2))))
+    dot = jax.jit(lambda rows: cpu.row_dot(rows, stack, (1, jnp.int32(2))))
     whole = np.asarray(dot(x))
-    close(whole, row_dot_reference(x, Stacked(stack, (1, 2))), form)
+    close(whole, row_dot_reference(x, StackSlice(stack, (1, 2))), form)
     for rows in (1, 2, 3, 4, 5, 7, 40, 131):
         np.testing.assert_array_equal(dot(x[:rows]), whole[:rows])
         np.testing.assert_array_equal(dot(x[-rows:]), whole[-rows:])
@@ -57,7 +48,7 @@ def test_rows_of_zeros_give_zeros_and_change_no_other() -> None:
     stack, x = normal(1, 24, 16, seed=1), normal(7, 16)
     padded = x.copy()
     padded[[1, 5]] = 0
-    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (0,)))
+    dot = jax.jit(lambda rows: cpu.row_dot(rows, stack, (0,)))
     np.testing.assert_array_equal(dot(padded)[np.array([1, 5])], 0)
     np.testing.assert_array_equal(np.delete(dot(padded), [1, 5], axis=0), np.delete(dot(x), [1, 5], axis=0))
 
@@ -67,7 +58,7 @@ def test_int8_sums_do_not_overflow_at_the_largest_numbers_there_are() -> None:
     stack = Int8(jnp.full((1, 5, size), 127, jnp.int8), jnp.ones((1, 5)))
     rows = np.full((7, size), 32767, np.float32) * np.array([1, -1] * 3 + [1e-3], np.float32)[:, None]
     np.testing.assert_allclose(
-        kernels.row_dot(rows, stack, (0,)), np.repeat(127 * rows.sum(1, keepdims=True), 5, axis=1), rtol=1e-6
+        cpu.row_dot(rows, stack, (0,)), np.repeat(127 * rows.sum(1, keepdims=True), 5, axis=1), rtol=1e-6
     )
 
 
@@ -77,7 +68,7 @@ def test_a_row_that_is_no_number_stays_none_and_spoils_no_other(damage, form) ->
     stack, x = held(normal(1, 24, 70, seed=1), form), normal(9, 70)
     spoilt = x.copy()
     spoilt[4, 37] = damage
-    dot = jax.jit(lambda rows: kernels.row_dot(rows, stack, (0,)))
+    dot = jax.jit(lambda rows: cpu.row_dot(rows, stack, (0,)))
     answer = np.asarray(dot(spoilt))
     assert not np.isfinite(answer[4]).any()
     np.testing.assert_array_equal(np.delete(answer, 4, axis=0), np.delete(dot(x), 4, axis=0))
@@ -85,7 +76,7 @@ def test_a_row_that_is_no_number_stays_none_and_spoils_no_other(damage, form) ->
 
 def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
     stack, x = normal(3, 24, 16, seed=1), normal(6, 16)
-    ours = jax.grad(lambda x, w: jnp.sin(kernels.row_dot(x, w, (1,))).sum(), (0, 1))(x, stack)
+    ours = jax.grad(lambda x, w: jnp.sin(cpu.row_dot(x, w, (1,))).sum(), (0, 1))(x, stack)
     theirs = jax.grad(lambda x, w: jnp.sin(row_dot_reference(x, w[1])).sum(), (0, 1))(x, stack)
     jax.tree.map(close, ours, theirs)
 
@@ -94,9 +85,9 @@ def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
 @pytest.mark.parametrize("width", [4, 128])
 def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> None:
     gate_up, down = (held(normal(*shape, seed=3) / 4, form) for shape in ((2, 5, 2 * width, 48), (2, 5, 48, width)))
-    experts = FeedForward(gate_up=Stacked(gate_up, (1,)), down=Stacked(down, (1,)))
+    experts = FeedForward(gate_up=StackSlice(gate_up, (1,)), down=StackSlice(down, (1,)))
     rows, wanted = normal(70, 48), np.random.default_rng(4).integers(-1, 5, (70, 2)).astype(np.int32)
-    ask = jax.jit(lambda r, w: kernels.experts(r, w, gate_up, down, jnp.int32(1)))
+    ask = jax.jit(lambda r, w: cpu.experts(r, w, gate_up, down, jnp.int32(1)))
     whole = np.asarray(ask(rows, wanted))
     close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, MIXTRAL.moe), form)
     assert not whole[wanted < 0].any()
@@ -104,54 +95,26 @@ def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> Non
         np.testing.assert_array_equal(ask(rows[i : i + 1], wanted[i : i + 1])[0], whole[i])
 
 
-def attention_case(queries: int, heads: int = 6, kv_heads: int = 2, size: int = 16, page: int = 8):
-    """Three segments: one all new, one partly cached, one that is padding; pages in no order."""
-    generator = np.random.default_rng(7)
-    cache = Cache(*(jnp.asarray(normal(2, 12 * page, kv_heads * size, seed=s)) for s in (1, 2)))
-    q, k, v = (
-        normal(*shape, seed=s)
-        for s, shape in enumerate(((3, queries, heads, size), *[(3 * queries, kv_heads, size)] * 2))
-    )
-    cached = np.array([0, 29, 0], np.int32)
-    positions = cached[:, None] + np.arange(queries, dtype=np.int32)
-    positions[2] = -1
-    table = generator.permutation(12)[: 3 * 4].reshape(3, 4).astype(np.int32)
-    base = (np.arange(3) * queries).astype(np.int32)
-    return (
-        *map(jnp.asarray, (q, k, v)),
-        cache,
-        jnp.int32(1),
-        *map(jnp.asarray, (table, cached, base, positions)),
-        page,
-    )
-
-
 @pytest.mark.parametrize("queries", [1, 3])
 def test_attention_is_its_reference(queries) -> None:
     case = attention_case(queries)
-    close(kernels.paged_attention(*case, scale=0.3), paged_attention_reference(*case, scale=0.3))
+    close(cpu.paged_attention(case), paged_attention_reference(case))
 
 
 def test_queries_at_no_position_give_zeros_and_change_no_other() -> None:
-    *others, positions, page = attention_case(3)
-    fewer = positions.at[0, :2].set(-1).at[1, 1].set(-1)
-    attend = jax.jit(lambda at: kernels.paged_attention(*others, at, page, scale=0.3))
-    whole, some = np.asarray(attend(positions)), np.asarray(attend(fewer))
+    case = attention_case(3)
+    fewer = case.positions.at[0, :2].set(-1).at[1, 1].set(-1)
+    attend = jax.jit(cpu.paged_attention)
+    whole, some = np.asarray(attend(case)), np.asarray(attend(dataclasses.replace(case, positions=fewer)))
     np.testing.assert_array_equal(some[fewer < 0], 0)
     np.testing.assert_array_equal(some[fewer >= 0], whole[fewer >= 0])
 
 
 def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
-    q, k, v, cache, layer, table, cached, base, positions, page = attention_case(3)
-    whole = np.asarray(kernels.paged_attention(q, k, v, cache, layer, table, cached, base, positions, page, scale=0.25))
+    case = attention_case(3)
+    whole = np.asarray(cpu.paged_attention(case))
     # The last query of the middle segment once more, alone, with the two before it in the cache.
-    entries = [table[1, p // page] * page + p % page for p in (29, 30)]
-    grown = Cache(*(c.at[1, np.array(entries)].set(new[3:5].reshape(2, -1)) for c, new in ((cache.k, k), (cache.v, v))))
-    alone = kernels.paged_attention(
-        *(q[1:2, 2:], k[5:6], v[5:6], grown, layer, table[1:2]),
-        *(np.array([31], np.int32), np.array([0], np.int32), np.array([[31]], np.int32), page),
-        scale=0.25,
-    )
+    alone = cpu.paged_attention(last_query_alone(case))
     np.testing.assert_array_equal(alone[0, 0], whole[1, 2])
 
 
@@ -160,46 +123,49 @@ def test_tokens_are_drawn_as_by_the_reference_and_rows_do_not_know_of_each_other
     logits = normal(300, vocabulary) * 2
     heat = np.random.default_rng(1).choice([0.0, 0.3, 1.0, 5.0], 300).astype(np.float32)
     keys = jax.vmap(jax.random.key)(np.arange(300, dtype=np.uint32) * 12_345_678)
-    ours = np.asarray(kernels.drawn(logits, heat, jax.random.key_data(keys)))
-    np.testing.assert_array_equal(ours, np.where(heat > 0, drawn_reference(logits, heat, keys), 0))
+    ours = np.asarray(cpu.draw_tokens(logits, heat, jax.random.key_data(keys)))
+    np.testing.assert_array_equal(ours, np.where(heat > 0, draw_tokens_reference(logits, heat, keys), 0))
     assert len(set(ours.tolist())) > min(vocabulary - 1, 100)
-    np.testing.assert_array_equal(kernels.drawn(logits[7:9], heat[7:9], jax.random.key_data(keys[7:9])), ours[7:9])
+    np.testing.assert_array_equal(cpu.draw_tokens(logits[7:9], heat[7:9], jax.random.key_data(keys[7:9])), ours[7:9])
 
 
 def test_of_tokens_that_are_level_the_first_is_drawn() -> None:
     logits = np.zeros((1, 37), np.float32)
     logits[:, [3, 8, 32]] = 1e12  # which no noise can change
-    assert kernels.drawn(logits, np.ones(1, np.float32), np.array([[1, 2]], np.uint32)).tolist() == [3]
+    assert cpu.draw_tokens(logits, np.ones(1, np.float32), np.array([[1, 2]], np.uint32)).tolist() == [3]
 
 
 def test_what_is_filtered_out_is_never_drawn() -> None:
     logits = np.full((64, 37), -np.inf, np.float32)
     logits[:, [3, 36]] = 0
     keys = jax.random.key_data(jax.vmap(jax.random.key)(np.arange(64)))
-    assert set(np.asarray(kernels.drawn(logits, np.ones(64, np.float32), keys)).tolist()) == {3, 36}
+    assert set(np.asarray(cpu.draw_tokens(logits, np.ones(64, np.float32), keys)).tolist()) == {3, 36}
 
 
 def test_an_index_outside_of_the_stack_is_an_error_not_a_read() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="index outside of the stack"):
-        jax.block_until_ready(kernels.row_dot(normal(2, 8), normal(3, 4, 8), (3,)))
+        jax.block_until_ready(cpu.row_dot(normal(2, 8), normal(3, 4, 8), (3,)))
 
 
 def test_without_a_compiler_the_error_says_so(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(kernels.KernelError, match=r"no C\+\+ compiler"):
-        kernels.build(tmp_path)
+    with pytest.raises(cpu.KernelError, match=r"no C\+\+ compiler"):
+        cpu.build(tmp_path)
 
 
 def test_a_library_that_others_could_have_put_there_is_not_loaded(tmp_path) -> None:
-    kernels.build(tmp_path / "own")
+    tmp_path.joinpath("own").mkdir()
     tmp_path.joinpath("own").chmod(0o770)
-    with pytest.raises(kernels.KernelError, match=r"others can write there \(mode 770\)"):
-        kernels.build(tmp_path / "own")
+    with pytest.raises(cpu.KernelError, match=r"others can write there \(mode 770\)"):
+        cpu.build(tmp_path / "own")
 
 
 def test_a_library_is_built_once(tmp_path, monkeypatch) -> None:
-    built = kernels.build(tmp_path)
+    source = tmp_path / "small.cc"
+    source.write_text("int nothing() { return 0; }")
+    monkeypatch.setattr(cpu, "SOURCES", (source,))
+    built = cpu.build(tmp_path)
     run = subprocess.run
 
     def no_compile(command, **kwargs):
@@ -207,7 +173,7 @@ def test_a_library_is_built_once(tmp_path, monkeypatch) -> None:
         return run(command, **kwargs)
 
     monkeypatch.setattr(subprocess, "run", no_compile)
-    assert kernels.build(tmp_path) == built
+    assert cpu.build(tmp_path) == built
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
@@ -216,11 +182,11 @@ def test_threads_that_help_keep_off_the_core_of_the_one_that_shares_work_out() -
 import os, threading
 from pathlib import Path
 import jax.numpy as jnp
-from moejax import kernels
-kernels.load()
+from moejax.ops import cpu
+cpu.load()
 cores = os.sched_getaffinity(0)
 for _ in range(20):
-    kernels.row_dot(jnp.ones((64, 512)), jnp.ones((1024, 512)), ()).block_until_ready()
+    cpu.row_dot(jnp.ones((64, 512)), jnp.ones((1024, 512)), ()).block_until_ready()
 def allowed(task):
     return os.sched_getaffinity(int(task.name))
 sets = [allowed(task) for task in Path("/proc/self/task").iterdir()]

@@ -1,6 +1,7 @@
 """Laws of the kernels for GPUs and TPUs, interpreted on a CPU: they compute what their references do, and no row
 depends on who else asks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import kernels
-from moejax.attention import paged_attention, paged_attention_reference
-from moejax.cache import Cache
-from moejax.experts import apply_experts, apply_experts_reference
-from moejax.layers import Stacked, row_dot, row_dot_reference
-from moejax.pallas import gpu, tpu
-from moejax.params import FeedForward
-from tests.moejax.models import MIXTRAL
-from tests.moejax.test_kernels import attention_case, held, normal
+from moejax.config.params import FeedForward
+from moejax.config.weight_formats import StackSlice
+from moejax.model.attention import paged_attention, paged_attention_reference
+from moejax.model.experts import apply_experts, apply_experts_reference
+from moejax.model.layers import row_dot, row_dot_reference
+from moejax.ops import cpu
+from moejax.ops.pallas import gpu, tpu
+from tests.support.kernel_cases import attention_case, held, last_query_alone, normal
+from tests.support.models import MIXTRAL
 
 SLOTS = 5
 FORMS = [(gpu, "float32"), (gpu, "bfloat16"), (gpu, "int8"), (tpu, "float32"), (tpu, "bfloat16")]
@@ -27,7 +28,7 @@ def weights(form: str, width: int, hidden: int) -> FeedForward:
     """Layer 1 of two, of five slots each."""
     sizes = (2 * width, hidden), (hidden, width)
     gate_up, down = (held(normal(2, SLOTS, *each, seed=3) / 8, form) for each in sizes)
-    return FeedForward(gate_up=Stacked(gate_up, (1,)), down=Stacked(down, (1,)))
+    return FeedForward(gate_up=StackSlice(gate_up, (1,)), down=StackSlice(down, (1,)))
 
 
 def wanting(rows: int) -> np.ndarray:
@@ -42,7 +43,7 @@ def near(ours, theirs, tolerance: float) -> None:
 @pytest.mark.parametrize(("kernel", "form"), FORMS)
 def test_experts_answer_as_their_reference_whoever_else_asks(kernel, form, rows) -> None:
     experts = weights(form, 128, 256)
-    assert kernel.takes_experts(experts.gate_up, experts.down)
+    assert kernel.supports_experts(experts.gate_up, experts.down)
     x, wanted = normal(rows, 256), wanting(rows)
     ask = functools.partial(kernel.experts, gate_up=experts.gate_up, down=experts.down, slots=SLOTS, interpret=True)
     whole = np.asarray(ask(jnp.asarray(x), jnp.asarray(wanted)))
@@ -57,9 +58,9 @@ def test_experts_answer_as_their_reference_whoever_else_asks(kernel, form, rows)
 @pytest.mark.parametrize("rows", [1, 40, 64, 65])
 def test_rows_are_multiplied_as_by_the_reference_wherever_the_matrix_lies(form, rows) -> None:
     stack, x = held(normal(2, 3, 48, 80, seed=3), form), normal(rows, 80)
-    assert gpu.takes_rows(stack)
+    assert gpu.supports_row_dot(stack)
     ours = np.asarray(gpu.row_dot(jnp.asarray(x), stack, (1, jnp.int32(2)), interpret=True))
-    near(ours, row_dot_reference(jnp.asarray(x), Stacked(stack, (1, 2))), 1e-2)
+    near(ours, row_dot_reference(jnp.asarray(x), StackSlice(stack, (1, 2))), 1e-2)
     single = held(normal(2, 3, 48, 80, seed=3)[1, 2], form)
     np.testing.assert_array_equal(gpu.row_dot(jnp.asarray(x), single, (), interpret=True), ours)
     if rows < 65:
@@ -73,7 +74,7 @@ def test_experts_nobody_wants_are_not_read(kernel) -> None:
     x = jnp.asarray(normal(20, 256))
 
     def ask(spoil) -> jax.Array:
-        stacks = (Stacked(spoil(each.stack), each.index) for each in (experts.gate_up, experts.down))
+        stacks = (StackSlice(spoil(each.stack), each.index) for each in (experts.gate_up, experts.down))
         return kernel.experts(x, jnp.asarray(wanted), *stacks, SLOTS, interpret=True)
 
     spoilt = ask(lambda stack: stack.at[1, 2].set(jnp.nan).at[0].set(jnp.nan))
@@ -84,52 +85,51 @@ def test_experts_nobody_wants_are_not_read(kernel) -> None:
 @pytest.mark.parametrize("queries", [1, 3, 32])
 def test_attention_is_its_reference(kernel, queries) -> None:
     case = attention_case(queries, page=16, size=64)
-    near(kernel.paged_attention(*case, scale=0.3, interpret=True), paged_attention_reference(*case, scale=0.3), 1e-6)
+    near(kernel.paged_attention(case, interpret=True), paged_attention_reference(case), 1e-6)
 
 
 @BOTH
 def test_queries_at_no_position_give_zeros_and_change_no_other(kernel) -> None:
-    *others, positions, page = attention_case(3, page=16, size=64)
-    fewer = positions.at[0, :2].set(-1).at[1, 1].set(-1)
-    whole, some = (kernel.paged_attention(*others, at, page, scale=0.3, interpret=True) for at in (positions, fewer))
+    case = attention_case(3, page=16, size=64)
+    fewer = case.positions.at[0, :2].set(-1).at[1, 1].set(-1)
+    cases = (case, dataclasses.replace(case, positions=fewer))
+    whole, some = (kernel.paged_attention(each, interpret=True) for each in cases)
     np.testing.assert_array_equal(some[fewer < 0], 0)
     near(some[fewer >= 0], whole[fewer >= 0], 1e-6)
 
 
 @BOTH
 def test_attention_does_not_know_what_was_cached_nor_who_else_attends(kernel) -> None:
-    q, k, v, cache, layer, table, cached, base, positions, page = attention_case(3, page=16, size=64)
-    attend = functools.partial(kernel.paged_attention, scale=0.25, interpret=True)
-    whole = np.asarray(attend(q, k, v, cache, layer, table, cached, base, positions, page))
+    case = attention_case(3, page=16, size=64)
+    whole = np.asarray(kernel.paged_attention(case, interpret=True))
     # The last query of the middle segment once more, alone, with the two before it in the cache.
-    entries = np.array([table[1, p // page] * page + p % page for p in (29, 30)])
-    grown = Cache(*(c.at[1, entries].set(new[3:5].reshape(2, -1)) for c, new in ((cache.k, k), (cache.v, v))))
-    facts = (jnp.array([31]), jnp.array([0]), jnp.array([[31]]))
-    alone = attend(q[1:2, 2:], k[5:6], v[5:6], grown, layer, table[1:2], *facts, page)
+    alone = kernel.paged_attention(last_query_alone(case), interpret=True)
     near(alone[0, 0], whole[1, 2], 1e-6)
 
 
 def test_sizes_that_a_kernel_does_not_cover_are_left_to_the_reference() -> None:
     narrow = weights("float32", 8, 24)
-    assert not gpu.takes_experts(narrow.gate_up, narrow.down)
-    assert not tpu.takes_experts(narrow.gate_up, narrow.down)
+    assert not gpu.supports_experts(narrow.gate_up, narrow.down)
+    assert not tpu.supports_experts(narrow.gate_up, narrow.down)
     whole = weights("int8", 128, 256)
-    assert not tpu.takes_experts(whole.gate_up, whole.down)
-    assert not gpu.takes_attention(24, 16)
-    assert not tpu.takes_attention(Cache(*[jax.ShapeDtypeStruct((2, 64, 96), jnp.float32)] * 2), 16)
+    assert not tpu.supports_experts(whole.gate_up, whole.down)
+    assert not gpu.supports_attention(attention_case(1, page=16, size=24))
+    assert not tpu.supports_attention(attention_case(1, page=16, size=48))
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
 def test_a_step_lowered_for_a_gpu_has_the_kernels_in_it(monkeypatch: pytest.MonkeyPatch, form) -> None:
-    monkeypatch.setattr(kernels, "_library", None)
+    monkeypatch.setattr(cpu, "_library", None)
     experts, product = weights(form, 128, 256), form != "float32"  # by which XLA multiplies itself
 
-    def layer(x, wanted, *case):
-        attended = paged_attention(*case, 16, scale=0.3)
+    leaves, tree = jax.tree.flatten(attention_case(1, page=16, size=64))
+
+    def layer(x, wanted, leaves):
+        attended = paged_attention(jax.tree.unflatten(tree, leaves))
         projected = row_dot(x, experts.gate_up.at(0))
         return attended, projected, apply_experts(x, wanted, experts, SLOTS, MIXTRAL.moe)
 
-    arguments = (normal(20, 256), wanting(20), *attention_case(1, page=16, size=64)[:-1])
+    arguments = (normal(20, 256), wanting(20), leaves)
     lower = jax.jit(layer).trace(*arguments).lower
     assert lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 3 + product
     assert "triton" not in lower(lowering_platforms=("cpu",)).as_text()

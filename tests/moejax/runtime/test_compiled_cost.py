@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moejax.compiled_cost import read_cost
+from moejax.runtime.compiled_cost import read_cost
 
 PROGRAM = """\
 HloModule jit_run_step, is_scheduled=true
@@ -49,7 +49,7 @@ def test_a_loop_counts_as_often_as_it_runs(pages: int) -> None:
     assert cost.unknown_loops == 0
 
 
-def test_a_loop_of_which_nobody_says_how_often_it_runs_counts_once_and_is_told_of() -> None:
+def test_a_loop_without_a_trip_count_counts_once_and_is_reported() -> None:
     cost = read_cost(PROGRAM, {})
     assert cost.cycles["attention"] == 5 * 7
     assert cost.unknown_loops == 1

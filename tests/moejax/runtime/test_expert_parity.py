@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.inputs import Bucket
-from moejax.parity import ParityError, Shelf, Weights
-from moejax.programs import ModelShape
-from moejax.recovery import LiveArrays
-from moejax.store import HostStore
-from tests.moejax.models import MIXTRAL, SHARED, model_folder
+from moejax.checkpoint.host_store import HostStore
+from moejax.config.step_inputs import Bucket
+from moejax.runtime.expert_parity import HostExpertBuffer, ParityError, WeightsKey
+from moejax.runtime.live_weights import LiveArrays
+from moejax.runtime.programs import ModelShape
+from tests.support.models import MIXTRAL, SHARED, model_folder
 
 CASES = [(MIXTRAL, "float32"), (SHARED, "float32"), (MIXTRAL, "bfloat16"), (MIXTRAL, "int8")]
 
@@ -27,11 +27,11 @@ def rank(request, tmp_path):
     cfg = dataclasses.replace(cfg, weights=form)
     shape = ModelShape(cfg=cfg, buckets=(Bucket(decode=2, tiles=0, max_pages=2),), page_size=8, pages=2)
 
-    def make(*experts: int) -> tuple[LiveArrays, Shelf]:
+    def make(*experts: int) -> tuple[LiveArrays, HostExpertBuffer]:
         arrays = LiveArrays(shape, HostStore.open(tmp_path / "m"))
         arrays.enter_device(jax.devices()[0])
         fill(arrays, *experts)
-        return arrays, Shelf(arrays)
+        return arrays, HostExpertBuffer(arrays)
 
     make.lose_store = lambda: shutil.rmtree(tmp_path / "m" / "params")
     return make
@@ -42,18 +42,20 @@ def fill(arrays: LiveArrays, *experts: int):
     return arrays.fill(slots, None, jax.devices()[0])
 
 
-def whole(shelf: Shelf, of: Weights, count: int) -> tuple[bytes, tuple[int, ...]]:
-    """All bytes of weights, read in pieces of `count`, and the checksums told with the first."""
-    first = shelf.read(of, 0, count)
-    rest = [shelf.read(of, at, count).rows for at in range(count, first.size, count)]
+def whole(buffer: HostExpertBuffer, of: WeightsKey, count: int) -> tuple[bytes, tuple[int, ...]]:
+    """All bytes of weights, read in pieces of `count`, and the checksums sent with the first."""
+    first = buffer.read(of, 0, count)
+    rest = [buffer.read(of, at, count).rows for at in range(count, first.size, count)]
     rows = first.rows + b"".join(rest)
     assert len(rows) == first.size
     return rows, first.checksums
 
 
-def hand_over(shelf: Shelf, of: Weights, rows: bytes, count: int, checksums: tuple[int, ...] = ()) -> None:
+def hand_over(
+    buffer: HostExpertBuffer, of: WeightsKey, rows: bytes, count: int, checksums: tuple[int, ...] = ()
+) -> None:
     for at in range(0, len(rows), count):
-        shelf.write(of, at, len(rows), rows[at : at + count], checksums)
+        buffer.write(of, at, len(rows), rows[at : at + count], checksums)
 
 
 def xor(*parts: bytes) -> bytes:
@@ -70,74 +72,74 @@ def test_the_expert_that_is_lost_comes_back_in_every_bit_without_a_store(rank, l
     ranks = [rank(expert) for expert in range(3)]
     keeper, target = rank(3)[1], rank(3, -1)[0]
     layers = ranks[0][0].shape.cfg.n_moe_layers
-    shelf = Shelf(target)
+    buffer = HostExpertBuffer(target)
     sums = {}
     for layer in range(layers):
-        parts = [whole(ranks[e][1], Weights(layer, (e,)), count) for e in range(3)]
+        parts = [whole(ranks[e][1], WeightsKey(layer, (e,)), count) for e in range(3)]
         sums[layer] = parts[lost][1]
-        hand_over(keeper, Weights(layer, (0, 1, 2), True), xor(*(rows for rows, _ in parts)), count)
+        hand_over(keeper, WeightsKey(layer, (0, 1, 2), True), xor(*(rows for rows, _ in parts)), count)
     rank.lose_store()
     for layer in range(layers):
-        kept, _ = whole(keeper, Weights(layer, (0, 1, 2), True), count)
-        others = [whole(ranks[e][1], Weights(layer, (e,)), count)[0] for e in range(3) if e != lost]
-        hand_over(shelf, Weights(layer, (lost,)), xor(kept, *others), count, sums[layer])
+        kept, _ = whole(keeper, WeightsKey(layer, (0, 1, 2), True), count)
+        others = [whole(ranks[e][1], WeightsKey(layer, (e,)), count)[0] for e in range(3) if e != lost]
+        hand_over(buffer, WeightsKey(layer, (lost,)), xor(kept, *others), count, sums[layer])
     filled = fill(target, 3, lost)
-    assert (filled.read, filled.given, filled.missing) == (0, layers, ())
+    assert (filled.read, filled.injected, filled.missing) == (0, layers, ())
     for layer in range(layers):
         assert bits(target, layer, 1) == bits(ranks[lost][0], layer, 0)
         assert target.is_intact(layer, 1)
 
 
 def test_bytes_of_another_expert_are_refused_and_the_store_is_asked(rank):
-    arrays, shelf = rank(0)
-    other, own = (whole(rank(e)[1], Weights(0, (e,)), 1000) for e in (1, 2))
-    with pytest.raises(ParityError, match="with other weights"):
-        hand_over(shelf, Weights(0, (2,)), other[0], 1000, own[1])
+    arrays, buffer = rank(0)
+    other, own = (whole(rank(e)[1], WeightsKey(0, (e,)), 1000) for e in (1, 2))
+    with pytest.raises(ParityError, match="bytes that are not its weights"):
+        hand_over(buffer, WeightsKey(0, (2,)), other[0], 1000, own[1])
     flipped = bytearray(own[0])
     flipped[-1] ^= 1
-    with pytest.raises(ParityError, match="with other weights"):
-        hand_over(shelf, Weights(0, (2,)), bytes(flipped), 1000, own[1])
-    with pytest.raises(ParityError, match="with other weights"):
-        hand_over(shelf, Weights(0, (2,)), own[0][:-4], 1000, own[1])
+    with pytest.raises(ParityError, match="bytes that are not its weights"):
+        hand_over(buffer, WeightsKey(0, (2,)), bytes(flipped), 1000, own[1])
+    with pytest.raises(ParityError, match="bytes that are not its weights"):
+        hand_over(buffer, WeightsKey(0, (2,)), own[0][:-4], 1000, own[1])
     filled = fill(arrays, 2)
-    assert (filled.read, filled.given) == (arrays.shape.cfg.n_moe_layers, 0)
+    assert (filled.read, filled.injected) == (arrays.shape.cfg.n_moe_layers, 0)
 
 
 def test_what_is_given_is_for_the_next_plan_alone(rank):
-    arrays, shelf = rank(0)
-    rows, checksums = whole(rank(1)[1], Weights(0, (1,)), 1000)
-    hand_over(shelf, Weights(0, (1,)), rows, 1000, checksums)
-    assert fill(arrays, 0).given == 0
-    assert fill(arrays, 1).given == 0
+    arrays, buffer = rank(0)
+    rows, checksums = whole(rank(1)[1], WeightsKey(0, (1,)), 1000)
+    hand_over(buffer, WeightsKey(0, (1,)), rows, 1000, checksums)
+    assert fill(arrays, 0).injected == 0
+    assert fill(arrays, 1).injected == 0
 
 
 def test_an_expert_that_is_elsewhere_or_damaged_is_not_handed_out(rank):
-    arrays, shelf = rank(0)
+    arrays, buffer = rank(0)
     with pytest.raises(ParityError, match="expert 1 of MoE layer 0 is in no slot here"):
-        shelf.read(Weights(0, (1,)), 0, 10)
+        buffer.read(WeightsKey(0, (1,)), 0, 10)
     spoilt = jax.tree.map(np.array, arrays._experts)
     jax.tree.leaves(spoilt)[0].reshape(-1).view(np.uint8)[0] ^= 1
     arrays._experts = spoilt
     with pytest.raises(ParityError, match="expert 0 of MoE layer 0 is not intact here"):
-        shelf.read(Weights(0, (0,)), 0, 10)
+        buffer.read(WeightsKey(0, (0,)), 0, 10)
 
 
 def test_parity_is_kept_until_its_layer_wants_others(rank):
-    _, shelf = rank(0)
-    first, second, elsewhere = (Weights(layer, of, True) for layer, of in ((0, (0, 1)), (0, (1, 2)), (1, (0, 1))))
+    _, buffer = rank(0)
+    first, second, elsewhere = (WeightsKey(layer, of, True) for layer, of in ((0, (0, 1)), (0, (1, 2)), (1, (0, 1))))
     for of in (first, second, elsewhere):
-        hand_over(shelf, of, b"abc", 2)
-    shelf.keep_only(0, [second])
+        hand_over(buffer, of, b"abc", 2)
+    buffer.keep_only(0, [second])
     with pytest.raises(ParityError, match="not kept here"):
-        shelf.read(first, 0, 10)
-    assert shelf.read(second, 1, 10).rows == b"bc"
-    assert shelf.read(elsewhere, 0, 2).rows == b"ab"
+        buffer.read(first, 0, 10)
+    assert buffer.read(second, 1, 10).rows == b"bc"
+    assert buffer.read(elsewhere, 0, 2).rows == b"ab"
 
 
 def test_pieces_that_do_not_follow_on_each_other_are_refused(rank):
-    _, shelf = rank(0)
+    _, buffer = rank(0)
     with pytest.raises(ParityError, match="do not follow"):
-        shelf.write(Weights(0, (1, 2), True), 4, 8, b"abcd")
-    shelf.write(Weights(0, (1, 2), True), 0, 8, b"abcd")
+        buffer.write(WeightsKey(0, (1, 2), True), 4, 8, b"abcd")
+    buffer.write(WeightsKey(0, (1, 2), True), 0, 8, b"abcd")
     with pytest.raises(ParityError, match="do not follow"):
-        shelf.write(Weights(0, (1, 2), True), 4, 8, b"abcdef")
+        buffer.write(WeightsKey(0, (1, 2), True), 4, 8, b"abcdef")

@@ -1,18 +1,18 @@
-"""What a step wrote is copied by entry, and comes to the same bits in another cache."""
+"""The entries that a step wrote are copied one by one, with the same bits, to another cache."""
 
 import jax
 import numpy as np
 import pytest
 
-from moejax import steps
-from moejax.cache import Cache, cache_shapes, empty_cache
-from moejax.inputs import Bucket, idle
-from moejax.transfer import EntryWriter, entries_of, read_entries, rows_by_entry, written
-from serving import cache_copy
-from serving.batch import Batch, assemble
-from serving.batch import Bucket as Shape
-from tests.moejax.models import MIXTRAL
-from tests.moejax.stepping import MAX_PAGES, PAGE, work
+from moejax.config.kv_cache import KVCache, cache_shapes, empty_cache
+from moejax.config.step_inputs import Bucket, idle_inputs
+from moejax.runtime import steps
+from moejax.runtime.kv_transfer import EntryWriter, entry_indices, read_entries, rows_by_entry, written_rows
+from serving.engine.batch import Batch, prepare_inputs
+from serving.engine.batch import StepBucket as Shape
+from serving.executor import kv_replica
+from tests.support.models import MIXTRAL
+from tests.support.stepping import MAX_PAGES, PAGE, work
 
 ENTRIES = 12 * PAGE
 SHAPE = Shape(4, 2)
@@ -26,31 +26,31 @@ WORKS = (
 
 
 def packed_step() -> np.ndarray:
-    arrays = assemble(Batch(0, 0, SHAPE, {0: WORKS}), 0, page_size=PAGE, max_pages=MAX_PAGES)
+    arrays = prepare_inputs(Batch(0, 0, SHAPE, {0: WORKS}), 0, page_size=PAGE, max_pages=MAX_PAGES)
     return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
 
 
-def random_rows(count: int) -> Cache:
+def random_rows(count: int) -> KVCache:
     draw, shapes = np.random.default_rng(0), cache_shapes(MIXTRAL, count)
-    return Cache(k=draw.normal(size=shapes.k).astype(np.float32), v=draw.normal(size=shapes.v).astype(np.float32))
+    return KVCache(k=draw.normal(size=shapes.k).astype(np.float32), v=draw.normal(size=shapes.v).astype(np.float32))
 
 
-def new_cache() -> Cache:
+def new_cache() -> KVCache:
     return jax.device_put(empty_cache(MIXTRAL, ENTRIES), jax.devices()[0], may_alias=False)
 
 
 def test_a_step_wrote_its_tokens_at_their_positions_and_no_padding():
-    wrote = written(packed_step(), BUCKET)
+    wrote = written_rows(packed_step(), BUCKET)
     assert wrote.tokens.tolist() == [11, 12, *range(20, 70)]
     assert wrote.positions.tolist() == [70, 5, *range(14, 64)]
-    of_works = [entries_of(w.pages, PAGE, w.start, len(w.tokens)) for w in WORKS]
+    of_works = [entry_indices(w.pages, PAGE, w.start, len(w.tokens)) for w in WORKS]
     assert wrote.entries.tolist() == np.concatenate(of_works).tolist()
-    assert len(written(idle(BUCKET), BUCKET).rows) == 0
+    assert len(written_rows(idle_inputs(BUCKET), BUCKET).rows) == 0
 
 
 def test_the_step_of_a_tensor_group_wrote_for_every_member_in_its_part_of_the_cache():
-    alone = written(packed_step(), BUCKET)
-    both = written(np.concatenate([packed_step(), idle(BUCKET), packed_step()]), BUCKET, ENTRIES)
+    alone = written_rows(packed_step(), BUCKET)
+    both = written_rows(np.concatenate([packed_step(), idle_inputs(BUCKET), packed_step()]), BUCKET, ENTRIES)
     n = len(alone.rows)
     for first, t in ((0, 0), (n, 2)):
         part = slice(first, first + n)
@@ -65,7 +65,7 @@ def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
     sizes = [Bucket(decode=decode, tiles=tiles, max_pages=1) for decode, tiles in sizes]
     packed, new = packed_step(), random_rows(BUCKET.rows)
     here = steps.run_commit(new_cache(), new, packed, bucket=BUCKET)
-    wrote = written(packed, BUCKET)
+    wrote = written_rows(packed, BUCKET)
     rows = rows_by_entry(new, wrote.rows)
     np.testing.assert_array_equal(rows.swapaxes(0, 1), read_entries(here, wrote.entries))
 
@@ -83,6 +83,6 @@ def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
 
 def test_ranks_and_copies_count_entries_alike():
     for first, count in ((0, 5), (3, 40), (31, 2)):
-        assert entries_of((4, 2), PAGE, first, count).tolist() == (
-            cache_copy.entries_of((4, 2), PAGE, first, count).tolist()
+        assert entry_indices((4, 2), PAGE, first, count).tolist() == (
+            kv_replica.entry_indices((4, 2), PAGE, first, count).tolist()
         )

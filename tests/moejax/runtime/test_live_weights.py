@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import recovery, steps
-from moejax.inputs import Bucket
-from moejax.params import expert_bytes
-from moejax.programs import ModelShape, expert_positions
-from moejax.recovery import LiveArrays
-from moejax.store import HostStore, StoreError
-from moejax.tensor import share_of
-from tests.moejax.models import MIXTRAL, SHARED, model_folder
+from moejax.checkpoint.host_store import HostStore, StoreError
+from moejax.config.parameter_counts import expert_bytes
+from moejax.config.params import expert_positions
+from moejax.config.step_inputs import Bucket
+from moejax.model.tensor_parallel import tp_shard_of
+from moejax.runtime import live_weights, steps
+from moejax.runtime.live_weights import LiveArrays
+from moejax.runtime.programs import ModelShape
+from tests.support.models import MIXTRAL, SHARED, model_folder
 
 SLOTS = 3
 
@@ -30,7 +31,7 @@ def model(request, tmp_path_factory):
 
 def assert_holds(arrays: LiveArrays, params, slots: np.ndarray) -> None:
     cfg = arrays.shape.cfg
-    np.testing.assert_array_equal(arrays.held, slots)
+    np.testing.assert_array_equal(arrays.slot_experts, slots)
     (place,) = [(i, j) for i, (kinds, _) in enumerate(cfg.segments) for j, kind in enumerate(kinds) if kind == "moe"]
     experts = params.segments[place[0]][place[1]].moe.experts
     for layer, row in enumerate(slots):
@@ -63,7 +64,7 @@ def test_a_new_generation_finds_the_slots_as_they_were(model, attends):
 @pytest.mark.parametrize("batch", [1, 2, 1000])
 def test_slots_hold_the_experts_asked_for_in_batches_of_any_size(model, monkeypatch, batch):
     folder, params, shape, programs = model
-    monkeypatch.setattr(recovery, "BATCH_BYTES", batch * expert_bytes(shape.cfg))
+    monkeypatch.setattr(live_weights, "BATCH_BYTES", batch * expert_bytes(shape.cfg))
     device = jax.devices()[0]
     arrays = LiveArrays(shape, HostStore.open(folder))
     arrays.enter_device(device)
@@ -72,7 +73,9 @@ def test_slots_hold_the_experts_asked_for_in_batches_of_any_size(model, monkeypa
     assert_holds(arrays, params, first)
     moved = (second != first) & (second >= 0)
     assert arrays.fill(second, programs, device).read == moved.sum()
-    assert_holds(arrays, params, np.where(second >= 0, second, arrays.held))  # a slot to be empty may keep what it had
+    assert_holds(
+        arrays, params, np.where(second >= 0, second, arrays.slot_experts)
+    )  # a slot to be empty may keep what it had
 
 
 def test_programs_and_host_buffers_come_to_the_same(model):
@@ -101,15 +104,15 @@ def test_more_slots_keep_what_is_held(model):
 def test_a_rank_takes_another_share_of_the_heads_and_notices_damage_in_it(model):
     folder, params, shape, _ = model
     if shape.cfg.n_kv_heads % 2:
-        pytest.skip("its heads cannot be divided by two")
-    cfg, device = shape.cfg.share(2), jax.devices()[0]
+        pytest.skip("its heads cannot be sharded over two ranks")
+    cfg, device = shape.cfg.tp_shard(2), jax.devices()[0]
     arrays = LiveArrays(dataclasses.replace(shape, cfg=cfg), HostStore.open(folder))
     arrays.enter_device(device)
     for shard in (1, 0):
         cache = arrays.cache
         arrays.attend(True, device, shard)
         assert arrays.cache is not cache, "keys and values of other heads are of no use"
-        expected = share_of(params, shard, cfg).segments[0][0]
+        expected = tp_shard_of(params, shard, cfg).segments[0][0]
         held = arrays._weights.segments[0][0]
         np.testing.assert_array_equal(held.qkv, expected.qkv)
         np.testing.assert_array_equal(held.out, expected.out)
@@ -124,9 +127,9 @@ def test_a_rank_takes_another_share_of_the_heads_and_notices_damage_in_it(model)
 def test_a_share_that_cannot_be_read_leaves_all_as_it_was(model, monkeypatch):
     folder, _, shape, _ = model
     if shape.cfg.n_kv_heads % 2:
-        pytest.skip("its heads cannot be divided by two")
+        pytest.skip("its heads cannot be sharded over two ranks")
     device, store = jax.devices()[0], HostStore.open(folder)
-    arrays = LiveArrays(dataclasses.replace(shape, cfg=shape.cfg.share(2)), store)
+    arrays = LiveArrays(dataclasses.replace(shape, cfg=shape.cfg.tp_shard(2)), store)
     arrays.enter_device(device)
     before = arrays._weights, arrays.cache
 
@@ -134,7 +137,7 @@ def test_a_share_that_cannot_be_read_leaves_all_as_it_was(model, monkeypatch):
         raise StoreError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostStore, "everything_but_experts", unreadable)
+        patch.setattr(HostStore, "non_expert_params", unreadable)
         with pytest.raises(StoreError, match="the disk is gone"):
             arrays.attend(True, device, 1)
     assert (arrays._weights, arrays.cache, arrays.shard) == (*before, 0)

@@ -1,18 +1,16 @@
-"""What is said of a model is what it is, and nothing is said of a model whose weights are not its own."""
+"""The description of a model is true, and a model whose weights are of another one is refused."""
 
 import json
 
 import ml_dtypes
 import pytest
 
-from moejax.assets import ensure_model
-from moejax.families import FAMILIES, read_config
-from moejax.inspect import describe, families, main
-from moejax.manifest import CheckpointError
-from planner.families import FAMILIES as PLANNED
-from planner.huggingface import MODELS
-from planner.huggingface import parameters as published_parameters
-from tests.moejax.published import published_folder
+from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES, read_config
+from moejax.checkpoint.manifest import CheckpointError
+from moejax.tools.inspect import describe, families, main
+from moejax.tools.resolve import ensure_model
+from planner.inputs.published import FAMILIES, MODELS, NOT_READ, count_parameters, published_model
+from tests.support.published import published_folder
 
 
 @pytest.mark.parametrize(
@@ -20,7 +18,7 @@ from tests.moejax.published import published_folder
 )
 def test_parameters_are_those_that_the_authors_publish(name):
     found = describe(str(MODELS / f"{name}.json"))
-    counted = published_parameters(json.loads((MODELS / f"{name}.json").read_text()))
+    counted = count_parameters(published_model(json.loads((MODELS / f"{name}.json").read_text())))
     assert found["name"] == name
     assert (found["parameters"], found["active_parameters"]) == (counted.total, counted.active)
     assert found["served_bytes"] == pytest.approx(4 * counted.total, rel=1e-6)
@@ -82,8 +80,12 @@ def test_bytes_are_those_of_the_form_in_which_ranks_hold_weights():
 
 def test_every_family_is_listed_once_with_its_state():
     rows = families()
-    assert sorted(row["model_type"] for row in rows) == sorted(FAMILIES.keys() | PLANNED.keys())
-    assert {row["model_type"] for row in rows if row["state"] == "served"} == set(FAMILIES)
+    assert sorted(row["model_type"] for row in rows) == sorted([*FAMILIES, *NOT_READ])
+    assert {row["model_type"] for row in rows if row["state"] == "served"} == set(SERVED_FAMILIES)
+    assert {row["model_type"]: row["reason"] for row in rows if row["state"] != "served"} == {
+        kind: f"the decoder lacks {reason}" for kind, reason in (NOT_SERVED | NOT_READ).items()
+    }
+    assert all(row["architectures"] for row in rows if row["state"] != "not yet")
 
 
 def test_the_text_has_the_figures(tmp_path, capsys):

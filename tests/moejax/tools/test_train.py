@@ -8,16 +8,26 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from moejax import train as training_module
-from moejax.assets import ROOT, ensure_model
-from moejax.checkpoint import load_params
-from moejax.config import ConfigError, ModelConfig
-from moejax.corpus import Domain
-from moejax.dense import losses
-from moejax.params import init_params
-from moejax.score import bits_per_byte, token_windows
-from moejax.train import Phase, TrainingConfig, draw_batch, encode_domain, load_preset, train, train_tokenizer
-from tests.moejax.models import MIXTRAL
+from moejax.checkpoint.checkpoint import load_params
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.params import init_params
+from moejax.model.reference import losses
+from moejax.tools import train as training_module
+from moejax.tools.corpus import Domain
+from moejax.tools.resolve import ensure_model
+from moejax.tools.score import bits_per_byte, token_windows
+from moejax.tools.train import (
+    TrainingConfig,
+    TrainingPhase,
+    draw_batch,
+    encode_domain,
+    load_preset,
+    train,
+    train_tokenizer,
+)
+from planner.inputs.shipped import shipped
+from tests.support.models import MIXTRAL
 
 SHORT = TrainingConfig(
     learning_rate=1e-2,
@@ -27,7 +37,7 @@ SHORT = TrainingConfig(
     capacity_factor=2.0,
     seed=1,
     save_every=4,
-    phases=(Phase(steps=8, batch=4, sequence=16), Phase(steps=4, batch=2, sequence=32)),
+    phases=(TrainingPhase(steps=8, batch=4, sequence=16), TrainingPhase(steps=4, batch=2, sequence=32)),
 )
 MODEL = dataclasses.replace(MIXTRAL, n_layers=1, moe=dataclasses.replace(MIXTRAL.moe, experts=2, experts_per_token=1))
 STREAMS = [np.arange(500, dtype=np.int32) % n for n in (5, 7)]
@@ -54,7 +64,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
 
 
 def test_training_learns(tmp_path):
-    longer = dataclasses.replace(SHORT, phases=(Phase(steps=40, batch=4, sequence=16),), save_every=100)
+    longer = dataclasses.replace(SHORT, phases=(TrainingPhase(steps=40, batch=4, sequence=16),), save_every=100)
     batch = draw_batch(STREAMS, longer, 0)
     before = losses(init_params(MODEL, jax.random.key(1)), MODEL, batch).mean()
     after = losses(train(MODEL, longer, tmp_path, STREAMS), MODEL, batch).mean()
@@ -82,13 +92,13 @@ def test_the_tokenizer_gives_any_text_back():
 
 
 def test_the_preset_is_the_shipped_model():
-    cfg, training = load_preset(ROOT / "configs" / "presets" / "tiny.toml")
+    cfg, training = load_preset(shipped("configs/presets/tiny.toml"))
     assert cfg == ModelConfig.load(ensure_model("tiny"))
     assert training.phases[-1].sequence == cfg.max_context
 
 
 def test_a_preset_with_an_unknown_key_is_refused(tmp_path):
-    text = (ROOT / "configs" / "presets" / "tiny.toml").read_text()
+    text = (shipped("configs/presets/tiny.toml")).read_text()
     (tmp_path / "p.toml").write_text(text.replace("warmup", "warm_up"))
     with pytest.raises(ConfigError, match=r"table training: .*warm_up"):
         load_preset(tmp_path / "p.toml")

@@ -8,16 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from planner import InputError, solve, verify
-from planner.cli import main
-from planner.cluster import Cluster, read_cluster
-from planner.deployment import Deployment, Survive
-from planner.design import design
-from planner.export import export
-from planner.huggingface import MODELS, read_model, read_source, workload
-from planner.throughput import assess
-from planner.traffic import Traffic
-from planner.verify import CompilerUnavailable, _ask, aot_figures, aot_problem, compile_ahead, meshes, topology_devices
+from planner import InputError, solve
+from planner.cli import compile_ahead as module
+from planner.cli.compile_ahead import (
+    CompilerUnavailable,
+    _run_compiler,
+    aot_figures,
+    aot_problem,
+    compile_ahead,
+    meshes,
+    topology_devices,
+)
+from planner.cli.kubernetes import export
+from planner.cli.main import main
+from planner.cost.design import design
+from planner.cost.throughput import assess
+from planner.inputs.cluster import Cluster, read_cluster
+from planner.inputs.published import MODELS, find_published, read_model, workload_from
+from planner.inputs.traffic import Traffic
+from planner.plan.deployment import Deployment, FaultTolerance
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (moejax[tpu])")
@@ -44,7 +53,7 @@ TRAFFIC = Traffic(prompt=32, output=32)
 
 def small(hosts: tuple[str, ...] = ("a", "a", "b", "b"), **config) -> Deployment:
     found = TINY | config
-    model = workload(found, name="small", cache="float32")
+    model = workload_from(found, name="small", cache="float32")
     cluster = Cluster.local(len(hosts), hosts=hosts, memory_bytes=1_600_000)
     made = design(model, cluster, traffic=TRAFFIC, tensor=1, dense=1).deployment
     return replace(made, config=found)
@@ -94,7 +103,7 @@ def test_a_loss_whose_experts_fit_nowhere_is_not_compiled_and_said():
 
 @pytest.mark.parametrize("model", ["olmoe-1b-7b", "deepseek-v3", "qwen3-30b-a3b"])
 def test_the_problem_has_the_sizes_of_the_plan(model):
-    _, config = read_source(model)
+    _, config = find_published(model)
     w = read_model(model)
     d = design(w, read_cluster("h200:40x8"), tensor=1, dense=1).deployment
     asked = problem(replace(d, config=config), "v5e:2x4")
@@ -121,31 +130,31 @@ def test_a_plan_that_moejax_does_not_run_is_refused_with_the_way_out():
 
 
 def with_dense_groups(slots: int) -> Deployment:
-    """Two dense layers of three, divided by four; twelve experts on four ranks of so many slots."""
+    """Two dense layers of three, sharded over four ranks; twelve experts on four ranks of so many slots."""
     qwen = {"num_experts": 12, "moe_intermediate_size": 24, "mlp_only_layers": [0, 1], "model_type": "qwen3_moe"}
     found = {key: value for key, value in TINY.items() if key != "num_local_experts"} | qwen
-    model = workload(found, name="small", cache="float32")
+    model = workload_from(found, name="small", cache="float32")
     cluster = Cluster.local(4, memory_bytes=4_000_000)
-    none = Survive(ranks=0)
+    none = FaultTolerance(ranks=0)
     made = design(model, cluster, traffic=TRAFFIC, survive=none, tensor=1, dense=4, slots=slots).deployment
     return replace(made, config=found)
 
 
-def test_dense_groups_are_served_divided_where_slots_take_no_more_of_them_than_planned():
+def test_dense_groups_are_served_sharded_where_slots_take_no_more_of_them_than_planned():
     d = with_dense_groups(slots=3)
     assert dict(d.plan.axes)["dense"] == 4
-    assert problem(d, "cpu:4")["dense"] == "divided"
-    assert "MOEJAX_DENSE=divided" in export(d, "env")
-    assert problem(small(), "cpu:4")["dense"] == "whole"
+    assert problem(d, "cpu:4")["dense"] == "sharded"
+    assert "MOEJAX_DENSE=sharded" in export(d, "env")
+    assert problem(small(), "cpu:4")["dense"] == "replicated"
     assert "MOEJAX_DENSE" not in export(small(), "env")
     with pytest.raises(InputError, match=r"dense groups of 4: 0\.25 of each dense layer on a rank.*take 0\.333"):
         problem(with_dense_groups(slots=4), "cpu:4")
 
 
 @needs_jax
-def test_a_step_with_divided_layers_compiles_over_every_mesh():
+def test_a_step_with_sharded_layers_compiles_over_every_mesh():
     asked = problem(with_dense_groups(slots=3), "cpu:4")
-    first, second = (_ask(asked | {"dense": how}, 600)["meshes"][0] for how in ("divided", "whole"))
+    first, second = (_run_compiler(asked | {"dense": how}, 600)["meshes"][0] for how in ("sharded", "replicated"))
     assert "error" not in first
     assert "error" not in second
     assert first["argument_bytes"] < second["argument_bytes"]
@@ -183,9 +192,9 @@ def test_the_plan_of_a_running_server_compiles_with_the_configuration_it_carries
 
 @needs_jax
 def test_a_family_that_is_not_served_is_refused_by_name():
-    _, config = read_source("llama-4-scout")
-    with pytest.raises(InputError, match=r"llama4.*not served"):
-        compile_ahead(replace(small(), config=config), "cpu:4")
+    _, config = find_published("qwen3-30b-a3b")
+    with pytest.raises(InputError, match=r"qwen3_next.*not served"):
+        compile_ahead(replace(small(), config={**config, "model_type": "qwen3_next"}), "cpu:4")
 
 
 @needs_jax
@@ -203,13 +212,13 @@ def test_the_step_compiles_for_tpus_that_are_not_here_with_the_compilers_own_sec
 
 @needs_jax
 def test_a_topology_without_its_compiler_says_what_to_install():
-    with pytest.raises(CompilerUnavailable, match=r"no compiler for 'v99z:2x2' here.*moejax\[tpu\]"):
+    with pytest.raises(CompilerUnavailable, match=r"no compiler for 'v99z:2x2' here.*pip install -e '\.\[tpu\]'"):
         compile_ahead(small(), "v99z:2x2")
 
 
 def test_without_jax_it_is_said_what_to_install(monkeypatch):
-    monkeypatch.setattr(verify, "PROGRAM", "moejax.no_such_program")
-    with pytest.raises(CompilerUnavailable, match=r"No module named .*pip install moejax\[tpu\]"):
+    monkeypatch.setattr(module, "PROGRAM", "moejax.no_such_program")
+    with pytest.raises(CompilerUnavailable, match=r"No module named .*pip install -e '\.\[tpu\]'"):
         compile_ahead(small(), "cpu:4")
 
 

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from planner.cli import main
-from planner.deployment import read_deployment
+from planner.cli.main import main
+from planner.failures.certificate import ServiceLevels, Terms, certify
+from planner.failures.loss_model import LossModel
+from planner.plan.deployment import FaultTolerance, read_deployment
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_a_dense_plan_has_no_slots_and_says_so(capsys, plan_file):
 
 @pytest.mark.parametrize("skew", [[], ["--skew", "1.0"]])
 @pytest.mark.parametrize("protect", ["copies", "parity", "none"])
-def test_neither_skew_nor_protection_changes_it(plan_file, tmp_path, skew, protect):
+def test_neither_skew_nor_parity_changes_it(plan_file, tmp_path, skew, protect):
     other = tmp_path / "plan.json"
     words = ["solve", "llama-3.1-8b", "h100:2x4", "--survive", "hosts=1", "--out", str(other)]
     assert main([*words, *skew, "--protect", protect]) == 0
@@ -50,6 +52,15 @@ def test_every_loss_of_it_is_survived_by_what_is_left(capsys, plan_file):
     }
     assert {loss["masked"] for loss in found["losses"]} == {0}
     assert all(0 < loss["capacity"] < 1 for loss in found["losses"])
+
+
+def test_every_loss_of_it_is_certified_by_pricing_and_by_the_bound(plan_file):
+    losses = LossModel(read_deployment(plan_file), one_front=False)
+    terms = Terms(survive=FaultTolerance(ranks=2), levels=ServiceLevels(stall_ms=5000), requests=8)
+    priced, proven = (certify(losses, terms, each=each) for each in (10**6, 0))
+    assert priced.holds
+    assert proven.holds
+    assert [size.priced for size in proven.sizes] == [0, 0]
 
 
 def test_it_is_simulated_explained_compared_and_exported(capsys, plan_file):

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from planner.cli import main
-from planner.cluster import cluster_from, read_cluster
-from planner.deployment import Deployment
-from planner.design import design
+from planner.cli.main import main
+from planner.cost.design import design
 from planner.errors import NoFeasiblePlan, PlannerError
-from planner.huggingface import MODELS, read_config, read_model, workload
-from planner.traffic import Traffic
-from planner.workload import Workload
+from planner.inputs.cluster import cluster_from, read_cluster
+from planner.inputs.published import MODELS, read_config_values, read_model, workload_from
+from planner.inputs.traffic import Traffic
+from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment
 
 JUNK = [None, -1, 0, "x", 1.5, [], {}, True, float("nan"), float("inf"), [1], "8", [{}], {"a": 1}, [[1]]]
 CLUSTER = {
@@ -28,7 +28,7 @@ CLUSTER = {
     "devices": [{"id": 9, "host": "a", "rack": "b"}],
 }
 PLAN = json.loads(design(read_model("olmoe-1b-7b"), read_cluster("h100:1x4")).deployment.to_json())
-CONFIGS = {path.stem: read_config(path) for path in sorted(MODELS.glob("*.json"))}
+CONFIGS = {path.stem: read_config_values(path) for path in sorted(MODELS.glob("*.json"))}
 
 
 def places(value, path=()):
@@ -78,7 +78,7 @@ def test_a_spoilt_plan_file_is_a_plan_or_an_error(data):
 def test_a_spoilt_config_is_a_model_or_an_error(data):
     name = data.draw(st.sampled_from(sorted(CONFIGS)))
     with contextlib.suppress(PlannerError):
-        assert isinstance(workload(data.draw(spoilt(CONFIGS[name]))), Workload)
+        assert isinstance(workload_from(data.draw(spoilt(CONFIGS[name]))), Workload)
 
 
 OPTIONS = {
@@ -143,7 +143,7 @@ def test_a_wrong_option_of_the_other_commands_is_one_line_and_exit_code_2(words,
         (("mixtral-8x7b", "h100", "--weights", "bfloat"), "bfloat16"),
     ],
 )
-def test_what_is_not_known_is_told_with_the_nearest_that_is(words, nearest, capsys):
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(words, nearest, capsys):
     assert main(["solve", *words]) == 2
     assert f"Did you mean '{nearest}'?" in capsys.readouterr().err
 

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from planner.buckets import StepCounts, Want, read_buckets
-from planner.cli import main
-from planner.deployment import Deployment
+from planner.cli.main import main
+from planner.cost.buckets import StepCounts, StepDemand, read_buckets
+from planner.plan.deployment import Deployment
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_solve_says_the_plan_and_why_the_others_lost(capsys):
     assert "fewer tokens/s" in shown
     assert "expert slots" in shown
     found = data(capsys, "solve", "mixtral-8x7b", "h100")
-    assert {"deployment", "candidates", "pareto", "peak_load"} == set(found)
+    assert {"deployment", "candidates", "pareto", "peak_load", "first_loss", "front"} == set(found)
     plan = Deployment.from_json(json.dumps(found)).plan
     assert {f.source for f in plan.cost} == {"estimate"}
 
@@ -54,6 +54,40 @@ def test_what_does_not_fit_is_exit_code_1_and_wrong_input_2(capsys):
     assert "cannot read plan file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["solve"])
+
+
+def test_solve_and_degrade_have_one_recovery_and_one_pace(capsys, tmp_path):
+    plan = str(tmp_path / "plan.json")
+    found = data(capsys, "solve", "olmoe-1b-7b", "h100:8x8", "--out", plan)
+    losses = data(capsys, "degrade", plan, "--kinds", "rank")
+    assert losses["losses"][0]["phases"] == found["first_loss"]["phases"]
+    assert losses["front"] == found["front"]
+    assert not found["front"]["kept"]
+    for command in (["solve", "olmoe-1b-7b", "h100:8x8"], ["degrade", plan]):
+        assert "beyond what one front can pace" in text(capsys, *command)
+    slower = data(capsys, "degrade", plan, "--kinds", "rank", "--store", "disk")["summary"][0]
+    assert slower["worst_stall_ms"] >= losses["summary"][0]["worst_stall_ms"]
+
+
+def test_certify_holds_or_names_the_smallest_loss_and_signs(capsys, plan_file, tmp_path):
+    key, file = tmp_path / "key", str(tmp_path / "certificate.json")
+    key.write_text("0123456789abcdef")
+    terms = ["--survive", "ranks=2,hosts=1", "--load", "0.5", "--without-front", "--key", str(key), "--out", file]
+    made = data(capsys, "certify", plan_file, "--slo", "tpot_ms=50,stall_ms=500", *terms, code=1)
+    failing = next(size["failing"] for size in made["verdict"]["sizes"] if size["failing"])
+    assert failing["ranks"] == list(range(8))
+    assert "no rank is left" in failing["missed"]
+    made = data(capsys, "certify", plan_file, "--slo", "tpot_ms=50,stall_ms=500", *terms[2:], "--survive", "ranks=2")
+    assert made["holds"]
+    assert made["signed"]
+    assert data(capsys, "certify", plan_file, "--check", file, "--key", str(key))["differences"] == []
+    shown = text(capsys, "certify", plan_file, "--slo", "stall_ms=1", code=1)
+    assert "the smallest loss that misses it is rank 0" in shown
+    assert "--load" in text(capsys, "certify", plan_file, "--slo", "tpot_ms=20", "--without-front", code=1)
+    key.write_text("fedcba9876543210")
+    assert main(["certify", plan_file, "--check", file, "--key", str(key)]) == 2
+    assert main(["certify", plan_file]) == 2
+    assert main(["certify", plan_file, "--slo", "stall_ms=1", "--load", "2"]) == 2
 
 
 def test_degrade_counts_losses_and_gates(capsys, plan_file):
@@ -81,7 +115,7 @@ def test_rebalance_then_diff(capsys, plan_file, tmp_path):
     moved = data(capsys, "diff", plan_file, after)
     assert moved["moves"] == found["transfer"]["moves"] == len(moved["list"])
     assert moved["moves"] < moved["naive_moves"]
-    assert "placing everything anew would move" in text(capsys, "diff", plan_file, after)
+    assert "a fresh placement would move" in text(capsys, "diff", plan_file, after)
     loads.write_text("[[1, 2]]")
     assert main(["rebalance", plan_file, str(loads)]) == 2
 
@@ -143,7 +177,7 @@ def test_pictures_are_drawn(capsys, plan_file, tmp_path):
 
 def test_buckets_are_proposed_of_what_a_server_counted(capsys, tmp_path):
     file = tmp_path / "counts.json"
-    wanted = {(5, 0): Want(900, 3600, 6000), (1, 3): Want(100, 400, 9000)}
+    wanted = {(5, 0): StepDemand(900, 3600, 6000), (1, 3): StepDemand(100, 400, 9000)}
     served = ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8))
     file.write_text(StepCounts(wanted, served=served, about={"model": "tiny", "ranks": 4}).to_json())
     found = data(capsys, "buckets", str(file))

@@ -8,27 +8,27 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from planner import buckets
-from planner.buckets import (
+from planner.cost import buckets
+from planner.cost.buckets import (
     HEDGE,
     StepCounts,
-    Want,
-    choose,
-    computed,
-    covering,
-    largest,
-    padding,
+    StepDemand,
+    buckets_to_serve,
+    choose_buckets,
+    computed_rows,
+    covering_bucket,
+    largest_bucket,
+    padding_share,
     read_counts,
     rows_of,
-    settle,
 )
 from planner.errors import InputError
 
 GIVEN = ((2, 0), (8, 0), (32, 0), (8, 2), (32, 8))
 
 
-def want_of(steps: int, ranks: int = 4, filled: int = 1) -> Want:
-    return Want(steps, ranks * steps, filled * steps)
+def want_of(steps: int, ranks: int = 4, filled: int = 1) -> StepDemand:
+    return StepDemand(steps, ranks * steps, filled * steps)
 
 
 @st.composite
@@ -40,19 +40,19 @@ def counted(draw, most_rows: int = 40, most_tiles: int = 9, points: int = 12) ->
 @st.composite
 def given_sets(draw, most_rows: int = 40, most_tiles: int = 9) -> tuple[buckets.Bucket, ...]:
     some = draw(st.lists(st.tuples(st.integers(0, most_rows), st.integers(0, most_tiles)).filter(any), max_size=4))
-    return tuple(dict.fromkeys([*some, largest([*some, (1, 1)])]))
+    return tuple(dict.fromkeys([*some, largest_bucket([*some, (1, 1)])]))
 
 
 @given(counted(), given_sets())
 @settings(deadline=None)
 def test_the_largest_is_covered_and_nothing_is_worse_than_what_was_given(counts, base):
-    chosen = choose(counts, base).buckets
+    chosen = choose_buckets(counts, base).buckets
     assert len(chosen) <= len(base)
-    assert largest(chosen) == largest(base)
-    assert largest(base) in chosen
-    for want in itertools.product(range(largest(base)[0] + 1), range(largest(base)[1] + 1)):
-        covering(chosen, want)
-    assert computed(counts, chosen) <= computed(counts, base)
+    assert largest_bucket(chosen) == largest_bucket(base)
+    assert largest_bucket(base) in chosen
+    for want in itertools.product(range(largest_bucket(base)[0] + 1), range(largest_bucket(base)[1] + 1)):
+        covering_bucket(chosen, want)
+    assert computed_rows(counts, chosen) <= computed_rows(counts, base)
 
 
 @given(counted(), given_sets())
@@ -60,30 +60,30 @@ def test_the_largest_is_covered_and_nothing_is_worse_than_what_was_given(counts,
 def test_where_not_everything_can_be_looked_at_the_same_holds(counts, base):
     patched, buckets.SEARCHED = buckets.SEARCHED, -1
     try:
-        found = choose(counts, base)
+        found = choose_buckets(counts, base)
     finally:
         buckets.SEARCHED = patched
     assert not found.exact
     assert len(found.buckets) <= len(base)
-    assert largest(base) in found.buckets
-    assert computed(counts, found.buckets) <= computed(counts, base)
+    assert largest_bucket(base) in found.buckets
+    assert computed_rows(counts, found.buckets) <= computed_rows(counts, base)
 
 
 def cost(counts: StepCounts, base, chosen) -> float:
     """Rows computed for the counts, and for the given buckets as far as they are hedged."""
-    most = largest(base)
+    most = largest_bucket(base)
     ranks = sum(want.ranks for want in counts.wanted.values())
-    hedged = HEDGE * max(ranks, 1) / len(base) * sum(rows_of(covering(chosen, b)) for b in base)
+    hedged = HEDGE * max(ranks, 1) / len(base) * sum(rows_of(covering_bucket(chosen, b)) for b in base)
     within = {b: (min(b[0], most[0]), min(b[1], most[1])) for b in counts.wanted}
-    return hedged + sum(w.ranks * rows_of(covering(chosen, within[b])) for b, w in counts.wanted.items())
+    return hedged + sum(w.ranks * rows_of(covering_bucket(chosen, within[b])) for b, w in counts.wanted.items())
 
 
 @given(counted(most_rows=4, most_tiles=2, points=6), given_sets(most_rows=4, most_tiles=2))
 @settings(deadline=None, max_examples=60)
 @example(StepCounts({(1, 0): want_of(9), (3, 1): want_of(5), (2, 2): want_of(1)}), ((2, 0), (4, 0), (4, 2)))
 def test_no_other_choice_is_better(counts, base):
-    found = choose(counts, base)
-    most = largest(base)
+    found = choose_buckets(counts, base)
+    most = largest_bucket(base)
     every = [b for b in itertools.product(range(most[0] + 1), range(most[1] + 1)) if b != most]
     best = min(
         cost(counts, base, (*some, most)) for size in range(len(base)) for some in itertools.combinations(every, size)
@@ -95,47 +95,47 @@ def test_no_other_choice_is_better(counts, base):
 @given(counted(), st.integers(1, 6))
 @settings(deadline=None)
 def test_more_buckets_never_cost_more(counts, count):
-    fewer, more = (choose(counts, GIVEN, n).buckets for n in (count, count + 1))
+    fewer, more = (choose_buckets(counts, GIVEN, n).buckets for n in (count, count + 1))
     assert len(fewer) <= count
     assert cost(counts, GIVEN, more) <= cost(counts, GIVEN, fewer) * (1 + 1e-9)
 
 
 def test_what_steps_want_most_gets_a_bucket_of_its_own():
     counts = StepCounts({(5, 0): want_of(900, filled=20), (1, 3): want_of(100, filled=300), (30, 8): want_of(1)})
-    chosen = choose(counts, GIVEN).buckets
+    chosen = choose_buckets(counts, GIVEN).buckets
     assert {(5, 0), (1, 3), (32, 8)} <= set(chosen)
-    assert padding(counts, chosen) < padding(counts, GIVEN) - 0.2
-    assert padding(StepCounts({}), GIVEN) == 0
+    assert padding_share(counts, chosen) < padding_share(counts, GIVEN) - 0.2
+    assert padding_share(StepCounts({}), GIVEN) == 0
 
 
 @given(counted(), st.integers(0, 3000), st.sampled_from([0.0, 0.05, 0.5]))
 @settings(deadline=None)
 def test_a_choice_stays_until_another_saves_enough(counts, steps, saves):
-    first = settle(counts, GIVEN, steps=steps, saves=saves)
-    proposed = choose(counts, GIVEN).buckets
+    first = buckets_to_serve(counts, GIVEN, steps=steps, saves=saves)
+    proposed = choose_buckets(counts, GIVEN).buckets
     if counts.steps < steps:
         assert first == GIVEN
     else:
-        assert computed(counts, first) <= computed(counts, GIVEN)
+        assert computed_rows(counts, first) <= computed_rows(counts, GIVEN)
         assert first in (GIVEN, proposed)
-        assert first == GIVEN or computed(counts, first) <= (1 - saves) * computed(counts, GIVEN)
+        assert first == GIVEN or computed_rows(counts, first) <= (1 - saves) * computed_rows(counts, GIVEN)
     kept = StepCounts(counts.wanted, chosen=first)
-    again = settle(kept, GIVEN, steps=steps, saves=max(saves, 0.01))
-    assert again == first or computed(counts, again) < computed(counts, first)
+    again = buckets_to_serve(kept, GIVEN, steps=steps, saves=max(saves, 0.01))
+    assert again == first or computed_rows(counts, again) < computed_rows(counts, first)
 
 
 def test_a_choice_for_another_largest_step_is_void():
-    assert settle(StepCounts({}, chosen=((1, 0), (16, 4))), GIVEN, steps=10, saves=0.1) == GIVEN
+    assert buckets_to_serve(StepCounts({}, chosen=((1, 0), (16, 4))), GIVEN, steps=10, saves=0.1) == GIVEN
     kept = ((1, 0), (32, 8))
-    assert settle(StepCounts({}, chosen=kept), GIVEN, steps=10, saves=0.1) == kept
+    assert buckets_to_serve(StepCounts({}, chosen=kept), GIVEN, steps=10, saves=0.1) == kept
 
 
 @given(counted(), counted(), st.integers(1, 500))
 def test_counts_are_read_back_added_up_and_fade(a, b, most):
-    both = a.plus(b.wanted)
+    both = a.merged(b.wanted)
     assert StepCounts.from_json(both.to_json()) == both
     assert both.steps == a.steps + b.steps
-    faded = both.faded(most)
+    faded = both.scaled_to(most)
     assert faded.steps <= most or both.steps <= most
     assert set(faded.wanted) <= set(both.wanted)
 

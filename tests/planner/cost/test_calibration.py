@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import Hardware, InputError, Workload, solve
-from planner.calibration import calibrate, read_steps
-from planner.cluster import Cluster
-from planner.cost import step_time
-from planner.deployment import Deployment
+from planner.cost.calibration import calibrate, read_steps
+from planner.cost.roofline import step_time
+from planner.inputs.cluster import Cluster
+from planner.plan.deployment import Deployment
 
 
 def deployment() -> Deployment:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import Cluster, Hardware, Workload
-from planner.cluster import read_cluster
-from planner.cost import prefill_time, step_time
-from planner.huggingface import read_model
-from planner.shape import Shape, cache_pages, rest_bytes, shapes
-from planner.throughput import assess, pareto
-from planner.traffic import Traffic
+from planner.cost.roofline import prefill_time, step_time
+from planner.cost.throughput import assess, pareto
+from planner.inputs.cluster import read_cluster
+from planner.inputs.published import read_model
+from planner.inputs.traffic import Traffic
+from planner.plan.shape import Shape
+from planner.solver.shapes import cache_pages, mesh_shapes, rest_bytes
 
 HAND = Hardware(
     name="hand",
@@ -110,7 +111,7 @@ def test_more_tokens_and_hotter_ranks_are_never_faster(a, b, p, q):
     assert prefill_time(model, cluster, shape, low[0]) <= prefill_time(model, cluster, shape, low[1])
 
 
-def test_tensor_groups_divide_weights_but_not_a_latent_cache():
+def test_tensor_groups_shard_weights_but_not_a_latent_cache():
     v3, mixtral = read_model("deepseek-v3"), read_model("mixtral-8x7b")
     assert rest_bytes(v3, 2, 2) == pytest.approx(v3.rest_bytes / 2, abs=2)
     assert rest_bytes(v3, 1, 8) == pytest.approx(v3.rest_bytes - v3.dense_bytes * 7 / 8, abs=2)
@@ -123,12 +124,12 @@ def test_tensor_groups_divide_weights_but_not_a_latent_cache():
 def test_seven_of_eight_devices_leave_one_without_a_tensor_group():
     cluster = read_cluster("h100")
     devices = cluster.devices[:7]
-    found = {s.tensor: s for s in shapes(read_model("mixtral-8x7b"), cluster, devices)}
+    found = {s.tensor: s for s in mesh_shapes(read_model("mixtral-8x7b"), cluster, devices)}
     assert set(found) == {1, 2, 4}
     assert found[1].data == 7
     assert (found[2].data, found[2].roles.count("expert")) == (3, 1)
     assert (found[4].data, found[4].roles.count("expert")) == (1, 3)
-    assert all(s.holders == 7 for s in found.values())
+    assert all(s.expert_rank_count == 7 for s in found.values())
 
 
 def test_what_does_not_fit_or_is_too_slow_says_so():
@@ -144,7 +145,7 @@ def test_what_does_not_fit_or_is_too_slow_says_so():
 
 def test_the_front_of_the_trade_off_has_no_dominated_point():
     model, cluster = read_model("deepseek-v3"), read_cluster("h200:4x8")
-    front = pareto(model, cluster, list(shapes(model, cluster, cluster.devices)), Traffic())
+    front = pareto(model, cluster, list(mesh_shapes(model, cluster, cluster.devices)), Traffic())
     assert len(front) > 3
     for a, b in pairwise(front):
         assert a["per_user"] >= b["per_user"]

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import Cluster, Hardware, InputError, Workload, solve
-from planner.cluster import read_cluster
-from planner.deployment import Deployment
-from planner.design import design
-from planner.huggingface import read_model
-from planner.recovery import Recovery
-from planner.simulate import POLICIES, Event, simulate, timeline
+from planner.cost.design import design
+from planner.cost.recovery_model import RecoveryModel
+from planner.failures.simulate import POLICIES, FailureEvent, simulate, timeline
+from planner.inputs.cluster import read_cluster
+from planner.inputs.published import read_model
+from planner.inputs.recovery_times import RecoveryTimes
+from planner.plan.deployment import Deployment
 
 
 def small(slots: int = 4, standby: int = 0) -> Deployment:
@@ -31,20 +32,23 @@ def test_without_failures_nothing_is_lost():
 
 
 def test_one_failure_can_be_worked_out_by_hand():
-    events = [Event(hour=24, ids=(1,), up=False), Event(hour=48, ids=(1,), up=True)]
-    fixed = Recovery(detect=1, abort=2, adopt=3, restart=100, rejoin=10)
+    events = [FailureEvent(hour=24, ids=(1,), up=False), FailureEvent(hour=48, ids=(1,), up=True)]
+    fixed = RecoveryTimes(detect=1, abort=2, adopt=3, restart=100, rejoin=10)
     accounts = simulate(small(), events, days=10, policies=("restart", "mask", "copy"), recovery=fixed)
     by = {a.policy: a for a in accounts}
     assert by["restart"].stall_seconds == pytest.approx(1 + 100 + 100)
-    assert by["mask"].stall_seconds == pytest.approx(1 + 2 + 3 + 10)
-    assert by["copy"].stall_seconds == pytest.approx(1 + 2 + 3 + 10)
+    model = RecoveryModel.of(small().workload, fixed)
+    stall = 1 + 2 + 3 + 10 + model.messages(3) + model.first_step(3, 0, 0.0)
+    assert 16 < stall < 16.1
+    assert by["mask"].stall_seconds == pytest.approx(stall)
+    assert by["copy"].stall_seconds == pytest.approx(stall)
     assert by["copy"].reduced_hours == pytest.approx(24)
-    assert by["copy"].goodput_lost == pytest.approx((24 * 0.25 + 16 / 3600) / 240)
+    assert by["copy"].goodput_lost == pytest.approx((24 * 0.25 + stall / 3600) / 240)
     assert by["copy"].degraded_hours == by["mask"].degraded_hours == 0
 
 
 def test_masked_hours_count_only_where_single_copies_died():
-    events = [Event(hour=24, ids=(1,), up=False), Event(hour=48, ids=(1,), up=True)]
+    events = [FailureEvent(hour=24, ids=(1,), up=False), FailureEvent(hour=48, ids=(1,), up=True)]
     accounts = {a.policy: a for a in simulate(small(slots=3), events, days=10, policies=("mask", "copy"))}
     assert accounts["mask"].degraded_hours == pytest.approx(24)
     assert accounts["copy"].degraded_hours == 0
@@ -52,17 +56,17 @@ def test_masked_hours_count_only_where_single_copies_died():
 
 
 def test_too_few_slots_are_an_outage_until_a_rank_is_back():
-    events = [Event(hour=10, ids=(0,), up=False), Event(hour=12, ids=(0,), up=True)]
+    events = [FailureEvent(hour=10, ids=(0,), up=False), FailureEvent(hour=12, ids=(0,), up=True)]
     (account,) = simulate(small(slots=2), events, days=1, policies=("copy",))
     assert account.outage_hours == pytest.approx(2)
 
 
 def test_a_host_and_its_rank_failing_together_come_back_when_both_are_repaired():
     events = [
-        Event(hour=1, ids=(0,), up=False),
-        Event(hour=2, ids=(0,), up=False),
-        Event(hour=3, ids=(0,), up=True),
-        Event(hour=5, ids=(0,), up=True),
+        FailureEvent(hour=1, ids=(0,), up=False),
+        FailureEvent(hour=2, ids=(0,), up=False),
+        FailureEvent(hour=3, ids=(0,), up=True),
+        FailureEvent(hour=5, ids=(0,), up=True),
     ]
     (account,) = simulate(small(), events, days=1, policies=("copy",))
     assert account.reduced_hours == pytest.approx(4)

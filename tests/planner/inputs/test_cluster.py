@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner import Cluster, Hardware, InputError
-from planner.cluster import PRESETS, read_cluster
+from planner.inputs.cluster import PRESETS, read_cluster
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))

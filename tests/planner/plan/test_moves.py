@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import Cluster, InputError, Workload, moves, solve
-from tests.planner.strategies import cases
+from tests.support.strategies import cases
 
 
 def slots(plan) -> dict:
     return {
         (layer, rank, slot): int(expert)
-        for rank in plan.holder_ids
+        for rank in plan.expert_rank_ids
         for layer, row in enumerate(plan.slots_of(rank))
         for slot, expert in enumerate(row)
     }
@@ -29,7 +29,7 @@ def test_moves_turn_the_old_slots_into_the_new(case, data):
     done = dict(before)
     for m in moves(old, new):
         held = {key[1] for key, e in before.items() if key[0] == m.layer and e == m.expert}
-        held &= set(new.holder_ids)
+        held &= set(new.expert_rank_ids)
         if m.source == "local":
             assert m.rank in held
             assert m.peer is None

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 
 from planner import Cluster, InvalidPlan, Plan, Workload, solve
-from planner.plan import ParityGroup
-from tests.planner.strategies import cases
+from planner.plan.plan import ParityGroup
+from tests.support.plans import with_masked
+from tests.support.strategies import cases
 
 
 def small(**more) -> Plan:
@@ -52,7 +53,7 @@ def test_a_rank_uses_its_own_copy_and_copies_share_the_sources_evenly(case):
 
 
 def test_masking_takes_an_expert_out_of_every_slot():
-    plan = small().with_masked([(1, 5)])
+    plan = with_masked(small(), [(1, 5)])
     plan.validate()
     assert plan.masked == ((1, 5),)
     assert plan.copies()[1, 5] == 0

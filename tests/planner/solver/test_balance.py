@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from planner.balance import peak, swap_down
-from planner.eplb import eplb_place
-from planner.placement import place
-from planner.solve import domain_index, fresh, peak_load, solve
-from tests.planner.optimum import least_peak
-from tests.planner.strategies import cases
+from benchmarks.eplb import eplb_place
+from planner import solve
+from planner.solver.balance import balance_by_swaps, host_index, peak_load, peak_over_mean
+from planner.solver.placement import place_afresh, place_experts
+from tests.support.optimum import least_peak
+from tests.support.strategies import cases
 
 GAP = 0.05  # hottest rank over the optimum of the integer program, mean over the small cases below
 PRICE = 1.002  # against EPLB: what keeping copies on two hosts may cost where few slots are spare
@@ -33,12 +33,12 @@ def spans(table: np.ndarray, domain: np.ndarray, experts: int) -> np.ndarray:
 @given(cases())
 def test_swaps_keep_every_copy_cool_the_hottest_and_keep_copies_apart(case):
     plan = solve(case.workload, case.cluster, slots_per_rank=case.slots)
-    domain = domain_index(plan.holders)
-    before = plan.slot_table().reshape(plan.moe_layers, case.ranks, -1)
+    domain = host_index(plan.expert_ranks)
+    before = plan.slots_by_rank()
     loads = case.loads / case.loads.sum(axis=1, keepdims=True)
-    after = swap_down(before, loads, domain)
+    after = balance_by_swaps(before, loads, domain)
     assert (np.sort(before.reshape(len(before), -1)) == np.sort(after.reshape(len(after), -1))).all()
-    assert (peak(after, loads) <= peak(before, loads) + 1e-9).all()
+    assert (peak_over_mean(after, loads) <= peak_over_mean(before, loads) + 1e-9).all()
     for layer in after:
         for rank in layer:
             held = rank[rank >= 0].tolist()
@@ -49,12 +49,12 @@ def test_swaps_keep_every_copy_cool_the_hottest_and_keep_copies_apart(case):
 
 @given(cases(spare=4))
 def test_copies_span_two_hosts_when_hosts_are_equal_with_room_for_every_expert(case):
-    domain = domain_index(solve(case.workload, case.cluster).holders)
+    domain = host_index(solve(case.workload, case.cluster).expert_ranks)
     sizes = np.bincount(domain)
     if len(sizes) < 2 or sizes.min() < sizes.max() or sizes[0] * case.slots < case.workload.experts:
         return
     loads = case.loads / case.loads.sum(axis=1, keepdims=True)
-    table, _ = fresh(loads, domain, case.slots)
+    table, _ = place_afresh(loads, domain, case.slots)
     assert (spans(table, domain, case.workload.experts) >= 2).all()
 
 
@@ -75,9 +75,9 @@ def test_no_hotter_than_eplb_where_slots_allow_two_copies_and_survivable_where_i
 ):
     loads = zipf(6, experts, exponent)
     domain = np.arange(ranks) // 4
-    table, _ = fresh(loads, domain, slots)
+    table, _ = place_afresh(loads, domain, slots)
     yardstick = eplb_place(loads, ranks, slots)
-    assert (peak(table, loads) <= peak(yardstick, loads) * PRICE).all()
+    assert (peak_over_mean(table, loads) <= peak_over_mean(yardstick, loads) * PRICE).all()
     assert (spans(table, domain, experts) >= 2).all()
     assert (spans(yardstick, domain, experts) < 2).any()
 
@@ -87,10 +87,10 @@ def test_the_gap_to_the_integer_optimum_is_small():
     for seed in range(4):
         for experts, ranks, slots in ((8, 4, 3), (12, 4, 4), (16, 4, 5)):
             loads = zipf(1, experts, 0.7, seed)
-            table = place(loads, np.zeros(ranks, np.int64), slots, protect=False)
-            table = swap_down(table, loads, np.zeros(ranks, np.int64))
+            table = place_experts(loads, np.zeros(ranks, np.int64), slots, protect=False)
+            table = balance_by_swaps(table, loads, np.zeros(ranks, np.int64))
             best = least_peak(loads[0], ranks, slots)
-            ours = float(peak(table, loads)[0])
+            ours = float(peak_over_mean(table, loads)[0])
             assert ours >= best - 1e-6
             gaps.append(ours / best - 1)
     assert np.mean(gaps) <= GAP

@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import Hardware, InputError, moves, solve
-from planner.balance import peak
-from planner.diff import transfer
-from planner.rebalance import MODES, rebalance
-from planner.solve import domain_index
-from tests.planner.strategies import cases
-from tests.planner.test_balance import spans
+from planner.plan.transfer import transfer
+from planner.solver.balance import host_index, peak_over_mean
+from planner.solver.rebalance import MODES, rebalance
+from tests.planner.solver.test_balance import spans
+from tests.support.strategies import cases
 
 
 @given(cases(), st.data())
@@ -45,10 +44,10 @@ def test_rebalance_cools_keeps_every_expert_and_keeps_copies_apart(case, mode, m
     done = rebalance(plan, loads, mode=mode, moves_per_layer=most)
     done.plan.validate()
     assert (done.after <= done.before + 1e-12).all()
-    assert done.after == pytest.approx(peak(done.plan.slot_table().reshape(plan.moe_layers, case.ranks, -1), loads))
+    assert done.after == pytest.approx(peak_over_mean(done.plan.slots_by_rank(), loads))
     assert (np.minimum(done.plan.copies(), 2) >= np.minimum(plan.copies(), 2)).all()
-    domain = domain_index(plan.holders)
-    old, new = (p.slot_table().reshape(plan.moe_layers, case.ranks, -1) for p in (plan, done.plan))
+    domain = host_index(plan.expert_ranks)
+    old, new = (p.slots_by_rank() for p in (plan, done.plan))
     assert (spans(new, domain, plan.experts) >= np.minimum(spans(old, domain, plan.experts), 2)).all()
     assert done.moved <= plan.moe_layers * most * (1 + (domain.max() + 1 if mode == "hierarchical" else 1))
     assert (done.moved == 0) == (done.plan.slots == plan.slots)
@@ -64,7 +63,7 @@ def test_hierarchical_rebalance_moves_nothing_over_the_network(case):
 
 
 def test_wrong_loads_and_modes_are_named():
-    from tests.planner.test_plan import small
+    from tests.planner.plan.test_plan import small
 
     with pytest.raises(InputError, match="none of global, hierarchical"):
         rebalance(small(), np.ones((2, 8)), mode="local")

@@ -5,10 +5,10 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cluster import Cluster
-from planner.roles import SWITCHES, roles_after
-from planner.solve import solve
-from planner.workload import Workload
+from planner import solve
+from planner.inputs.cluster import Cluster
+from planner.inputs.workload import Workload
+from planner.solver.roles import SWITCHES, roles_after
 
 WORKLOAD = Workload(
     name="eight experts",
@@ -61,8 +61,8 @@ def test_every_loss_of_two_and_two_has_a_whole_plan() -> None:
                 plan = solve(WORKLOAD, cluster, alive=alive, previous=base, switch=switch)
                 plan.validate()
                 assert not plan.masked
-                assert plan.source_ids
-                assert plan.holder_ids
+                assert plan.attention_rank_ids
+                assert plan.expert_rank_ids
 
 
 def test_an_expert_rank_that_leaves_too_few_slots_is_made_up_for() -> None:

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cluster import Cluster, Device, read_cluster
-from planner.design import design
+from planner import Problem, solve
+from planner.cli.kubernetes import environment, settings
+from planner.cost.design import design
 from planner.errors import InputError, NoFeasiblePlan
-from planner.export import environment, settings
-from planner.groups import tensor_groups
-from planner.huggingface import read_model, read_source
-from planner.lattice import build_lattice
-from planner.plan import Plan
-from planner.served import check_served, served_pages
-from planner.solve import solve
-from planner.workload import Workload
+from planner.inputs.cluster import Cluster, Device, read_cluster
+from planner.inputs.published import find_published, read_model
+from planner.inputs.workload import Workload
+from planner.plan.plan import Plan
+from planner.solver.lattice import build_lattice
+from planner.solver.servable import check_servable, served_pages
+from planner.solver.tensor_groups import tensor_groups
 
 WORKLOAD = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000, rest_bytes=1000, page_tokens=16)
 
@@ -74,18 +74,18 @@ def test_a_plan_says_who_attends_with_whom_and_survives_its_json(case) -> None:
     for each in (base, plan):
         each.validate()
         assert Plan.from_json(each.to_json()) == each
-        assert set(each.groups) == set(each.source_ids)
-        assert set(each.holder_ids) == set(each.rank_ids)
-        assert dict(each.axes)["data"] * tensor == len(each.source_ids)
+        assert set(each.groups) == set(each.attention_rank_ids)
+        assert set(each.expert_rank_ids) == set(each.rank_ids)
+        assert dict(each.axes)["data"] * tensor == len(each.attention_rank_ids)
 
 
 def test_every_loss_of_one_rank_leaves_its_group_to_hold_experts() -> None:
     base = solve(WORKLOAD, Cluster.local(4), tensor=2)
-    lattice = build_lattice(WORKLOAD, Cluster.local(4), base, depth=1)
+    lattice = build_lattice(Problem(workload=WORKLOAD, cluster=Cluster.local(4)), base, depth=1)
     for dead, plan in lattice.plans.items():
         mate = next(iter(dead)) ^ 1
         assert plan.role(mate) == "expert"
-        assert set(plan.source_ids) == set(base.rank_ids) - dead - {mate}
+        assert set(plan.attention_rank_ids) == set(base.rank_ids) - dead - {mate}
 
 
 @pytest.mark.parametrize(("alive", "group"), [([1, 2], (2, 1)), ([0, 3], (0, 3)), ([0, 2], (0, 2))])
@@ -99,13 +99,13 @@ def test_without_a_whole_group_there_is_no_plan_and_it_says_why() -> None:
         solve(WORKLOAD, Cluster.local(8), alive=[0, 1, 2], tensor=4)
 
 
-def test_tensor_groups_are_exported_with_the_cache_that_their_undivided_weights_leave() -> None:
-    _, config = read_source("mixtral-8x7b")
+def test_tensor_groups_are_exported_with_the_cache_that_their_unsharded_weights_leave() -> None:
+    _, config = find_published("mixtral-8x7b")
     model = read_model("mixtral-8x7b")
     d = replace(design(model, read_cluster("h100"), tensor=2).deployment, config=config)
-    check_served(d)
-    told = settings(d)
-    assert told["tensor"] == 2
+    check_servable(d)
+    chosen = settings(d)
+    assert chosen["tensor"] == 2
     assert "MOEJAX_TENSOR=2" in environment(d)
     a_rank = model.rest_bytes - model.attention_bytes // 2 + d.plan.slots_per_rank * model.slot_bytes
     cache = 2 * 2 * model.page_bytes // 2 * served_pages(d)  # two members, float32 for bfloat16, half of the heads
@@ -121,7 +121,7 @@ def test_tensor_groups_are_exported_with_the_cache_that_their_undivided_weights_
     ],
 )
 def test_tensor_groups_that_are_not_served_are_refused(model: str, cluster: str, why: str) -> None:
-    _, config = read_source(model)
+    _, config = find_published(model)
     d = replace(design(read_model(model), read_cluster(cluster), tensor=2).deployment, config=config)
     with pytest.raises(InputError, match=why):
-        check_served(d)
+        check_servable(d)

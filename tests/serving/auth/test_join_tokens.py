@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from serving.auth.api_keys import ApiKeyFile
+from serving.auth.join_tokens import JoinTokenFileError, JoinTokens, read_secret
 from serving.errors import InvalidRequest
-from serving.join_tokens import JoinTokens, TokenFileError, read_secret
-from serving.keys import KeyFile
 
 NOW = 4e9  # seconds since the epoch, far off
 
@@ -16,12 +16,12 @@ def test_a_secret_counts_for_as_long_as_it_was_made_for(tmp_path):
     for_ever, short = tokens.add("a"), tokens.add("b", valid_s=60)
     (ends,) = (token.expires for token in tokens.entries() if token.name == "b")
     assert ends is not None
-    assert tokens.why_not(for_ever, NOW) is None
-    assert tokens.why_not(short, ends - 1) is None
-    assert "expired" in (tokens.why_not(short, ends) or "")
-    assert "no join token" in (tokens.why_not(for_ever[:-1], NOW) or "")
+    assert tokens.rejection(for_ever, NOW) is None
+    assert tokens.rejection(short, ends - 1) is None
+    assert "expired" in (tokens.rejection(short, ends) or "")
+    assert "no join token" in (tokens.rejection(for_ever[:-1], NOW) or "")
     tokens.remove("a")
-    assert "no join token" in (tokens.why_not(for_ever, NOW) or "")
+    assert "no join token" in (tokens.rejection(for_ever, NOW) or "")
 
 
 def test_the_file_holds_no_secret_and_is_its_owners_alone(tmp_path):
@@ -32,16 +32,16 @@ def test_the_file_holds_no_secret_and_is_its_owners_alone(tmp_path):
     assert os.listdir(tmp_path) == ["tokens.json"]
     for mode in (0o660, 0o604):
         path.chmod(mode)
-        with pytest.raises(TokenFileError, match=rf"mode {mode:o}.*chmod 600"):
+        with pytest.raises(JoinTokenFileError, match=rf"mode {mode:o}.*chmod 600"):
             JoinTokens.open(path)
 
 
 def test_api_keys_and_join_tokens_are_never_taken_for_each_other(tmp_path):
-    key = KeyFile(tmp_path / "keys.json").add("a", admin=True)
+    key = ApiKeyFile(tmp_path / "keys.json").add("a", admin=True)
     secret = JoinTokens(tmp_path / "tokens.json").add("a")
-    assert JoinTokens.open(tmp_path / "tokens.json").why_not(key, NOW) is not None
-    assert KeyFile.open(tmp_path / "keys.json").find(secret) is None
-    with pytest.raises(TokenFileError, match="no file of join tokens"):
+    assert JoinTokens.open(tmp_path / "tokens.json").rejection(key, NOW) is not None
+    assert ApiKeyFile.open(tmp_path / "keys.json").find(secret) is None
+    with pytest.raises(JoinTokenFileError, match="no file of join tokens"):
         JoinTokens.open(tmp_path / "keys.json")
 
 
@@ -52,13 +52,13 @@ def test_a_secret_that_others_can_read_is_not_used(tmp_path, mode):
     path.chmod(0o440)  # as Kubernetes gives it to a pod's group
     assert read_secret(path).startswith("mjr_")
     path.chmod(mode)
-    with pytest.raises(TokenFileError, match="chmod 600"):
+    with pytest.raises(JoinTokenFileError, match="chmod 600"):
         read_secret(path)
 
 
-def test_a_file_that_is_not_there_and_a_name_in_use_are_told_with_the_way_out(tmp_path):
+def test_a_missing_file_and_a_name_in_use_are_errors_with_a_way_out(tmp_path):
     tokens = JoinTokens(tmp_path / "tokens.json")
-    with pytest.raises(TokenFileError, match="moejax tokens add"):
+    with pytest.raises(JoinTokenFileError, match="moejax tokens add"):
         JoinTokens.open(tokens.path)
     tokens.add("a")
     with pytest.raises(InvalidRequest, match="already"):

@@ -6,13 +6,12 @@ import httpx
 import pytest
 import trustme
 
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
+from serving.auth.tls import ClientTls, ServerTls
 from serving.config import Settings
-from serving.errors import InvalidRequest, StartError
-from serving.tls import ClientTls, ServerTls
-from serving.wire import Unreachable
-from tests.fake_backend import FakeBackend
-from tests.fake_server import serve
+from serving.errors import InvalidRequest, StartError, Unreachable
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
 
 pytestmark = pytest.mark.anyio
 

@@ -1,5 +1,6 @@
 """The command line, each command in its own right and against a real server."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,21 +9,24 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from planner.deployment import read_deployment
-from serving import cli
+import planner.cli.main
+from planner.plan.deployment import read_deployment
+from serving.auth.api_keys import ApiKeyFile
+from serving.auth.limits import CallLimits
+from serving.cli import main, serve
+from serving.cli.tables import event_line, printable
 from serving.config import Settings
-from serving.guard import Guard
-from serving.keys import KeyFile
-from serving.status import Event
-from serving.tables import event_line, printable
-from tests.serving.test_client import running, server  # noqa: F401  (a fixture)
+from serving.protocol.events import Event
+from serving.protocol.sampling import SamplingDefaults
+from serving.protocol.status import LossForecast
+from tests.support.fake_server import serve_in_thread
 
 
 def run(*arguments: str, **options):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments], **options)
+    return CliRunner().invoke(main.main, [str(a) for a in arguments], **options)
 
 
-@pytest.mark.parametrize("name", ["", *cli.main.commands])
+@pytest.mark.parametrize("name", ["", *main.main.commands])
 def test_every_help_shows_an_example(name):
     result = run(*filter(None, [name]), "--help")
     assert result.exit_code == 0
@@ -30,35 +34,37 @@ def test_every_help_shows_an_example(name):
     assert f"moejax {name}" in result.output.partition("Example:")[2]
 
 
-@pytest.mark.parametrize("name", [n for n in cli.main.commands if n not in ("plan", "train", "bench")])
+@pytest.mark.parametrize("name", [n for n in main.main.commands if n not in ("plan", "train", "bench")])
 def test_every_option_says_what_it_does(name):
-    options = [p for p in cli.main.commands[name].params if isinstance(p, click.Option) and p.name != "signal"]
+    options = [p for p in main.main.commands[name].params if isinstance(p, click.Option)]
     assert all(option.help for option in options)
 
 
-def test_generate_streams_the_text(server):  # noqa: F811
+def test_generate_streams_the_text(server):
     result = run("generate", "a", "--max-tokens", 3, "--server", server.address)
-    assert (result.exit_code, result.output) == (0, "bcd\n")
+    assert (result.exit_code, result.stdout) == (0, "bcd\n")
+    assert "`moejax chat`" in result.stderr  # the model has a chat template
+    assert result.stderr.count("\n") == 1
 
 
-def test_generate_reads_standard_input_and_the_environment(server):  # noqa: F811
+def test_generate_reads_standard_input_and_the_environment(server):
     environment = {"MOEJAX_SERVER": server.address}
     result = run("generate", "-", "--max-tokens", 2, input="xa", env=environment)
-    assert result.output == "bc\n"
+    assert result.stdout == "bc\n"
 
 
-def test_generate_as_json(server):  # noqa: F811
+def test_generate_as_json(server):
     result = run("generate", "a", "--max-tokens", 2, "--json", "--server", server.address)
     assert json.loads(result.output)["token_ids"] == [98, 99]
 
 
-def test_generate_refuses_what_the_server_refuses_in_one_line(server):  # noqa: F811
+def test_generate_refuses_what_the_server_refuses_in_one_line(server):
     result = run("generate", "a", "--top-p", 7, "--server", server.address)
     assert result.exit_code == 1
     assert result.stderr == "moejax: top_p is 7.0; it must be between 0.0 and 1.0.\n"
 
 
-def test_chat_keeps_the_conversation(server, backend):  # noqa: F811
+def test_chat_keeps_the_conversation(server, backend):
     backend.reply = list(b"yes")
     result = run("chat", "--system", "s", "--server", server.address, input="hi\nmore\n/reset\nnew\n")
     assert result.stdout == "yes\nyes\nyes\n"
@@ -66,26 +72,66 @@ def test_chat_keeps_the_conversation(server, backend):  # noqa: F811
     assert prompts == [b"shi", b"shiyesmore", b"snew"]
 
 
-def test_status_shows_ranks_and_prepared_losses(server):  # noqa: F811
+def test_status_shows_ranks_and_prepared_losses(server):
     result = run("status", "--server", server.address)
     assert result.exit_code == 0
     for text in ("ready", "1 rank: 100%", "1003", "serving"):
         assert text in result.output
 
 
-def test_status_tells_how_caches_outlive_their_ranks(server):  # noqa: F811
+@pytest.mark.parametrize("columns", [80, None])
+def test_forecasts_are_legible_at_80_columns_and_whole_in_a_pipe(server, backend, monkeypatch, columns):
+    reason = "256 experts do not fit in 12 slots " * 6
+    monkeypatch.setattr(backend, "what_if", lambda: tuple(unsurvivable(rank, reason.strip()) for rank in range(3)))
+    result = run("what-if", "--server", server.address, env={"COLUMNS": columns and str(columns)})
+    assert result.exit_code == 0
+    lines = result.output.split("\n")
+    assert sum("impossible" in line and "12345678" in line for line in lines) == 3
+    assert " ".join(result.output.split()).count(reason.strip()) == 3
+    assert max(map(len, lines)) <= 80 if columns else sum(reason.strip() in line for line in lines) == 3
+
+
+def unsurvivable(rank: int, reason: str) -> LossForecast:
+    """The forecast of a loss that is not survivable, with long figures."""
+    return LossForecast(
+        kind="rank",
+        name=str(rank),
+        ranks=(rank,),
+        survivable=False,
+        reason=reason,
+        prepared=False,
+        requests_moved=1234,
+        tokens_recomputed=12345678,
+        experts_loaded=12345,
+        stall_ms=123456.0,
+        moved_stall_ms=1234567.0,
+        capacity=1.0,
+        traffic_lost=0.0,
+    )
+
+
+def test_status_has_the_sampling_defaults_of_the_model(server):
+    assert "temperature 1 unless a request says otherwise" in run("status", "--server", server.address).output
+    server.processor.sampling_defaults = SamplingDefaults(temperature=0.2, top_p=0.9, max_tokens=64)
+    shown = " ".join(run("status", "--server", server.address).output.split())  # lines are wrapped
+    assert "temperature 0.2, top_p 0.9, max_tokens 64 unless a request says otherwise" in shown
+    as_json = json.loads(run("status", "--json", "--server", server.address).output)
+    assert as_json["model"]["sampling_defaults"] == dataclasses.asdict(server.processor.sampling_defaults)
+
+
+def test_status_has_the_channel_and_memory_of_kv_replicas(server):
     result = run("status", "--server", server.address)
-    assert "copied (memory), 1 MiB; 0 entries of lost ranks restored" in result.output
+    assert "memory, 1 MiB; 0 tokens of lost ranks restored" in result.output
 
 
-def test_status_tells_where_lost_experts_came_from(server, backend):  # noqa: F811
+def test_status_has_the_sources_of_lost_experts(server, backend):
     backend.epoch = 2
     shown = run("status", "--server", server.address).output
-    assert "8 read from the store, 6 made again from parity" in shown
+    assert "8 read from the host store, 6 rebuilt from parity" in shown
     assert "7 of 8 groups, 5 MiB" in shown
 
 
-def test_status_tells_how_much_of_the_steps_is_padding(server, backend):  # noqa: F811
+def test_status_has_the_padding_of_the_steps(server, backend):
     assert "0; no rows yet" in run("status", "--server", server.address).output
     run("generate", "hi", "--server", server.address)
     assert (
@@ -93,7 +139,7 @@ def test_status_tells_how_much_of_the_steps_is_padding(server, backend):  # noqa
     )
 
 
-def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_path):  # noqa: F811
+def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_path):
     backend.dead.add(2)
     plan = tmp_path / "plan.json"
     plan.write_text(run("status", "--plan", "--server", server.address).output)
@@ -106,13 +152,13 @@ def test_status_plan_is_a_plan_file_that_the_planner_reads(server, backend, tmp_
     assert "no rank is alive" in refused.output
 
 
-def test_status_as_json_is_the_whole_status(server, backend):  # noqa: F811
+def test_status_as_json_is_the_whole_status(server, backend):
     status = json.loads(run("status", "--json", "--server", server.address).output)
     assert status["ranks"][3]["pid"] == 1003
     assert status["model"]["name"] == "fake"
 
 
-def test_kill_and_events(server, backend):  # noqa: F811
+def test_kill_and_events(server, backend):
     result = run("kill", 2, "--signal", "SIGSTOP", "--server", server.address)
     assert (result.exit_code, backend.killed) == (0, [(2, "SIGSTOP")])
     lines = run("events", "--server", server.address).output.splitlines()
@@ -123,7 +169,7 @@ def test_kill_and_events(server, backend):  # noqa: F811
     assert [json.loads(e)["kind"] for e in events] == ["recovered"]
 
 
-def test_kill_without_chaos_is_one_line(server, backend):  # noqa: F811
+def test_kill_without_chaos_is_one_line(server, backend):
     backend.chaos = False
     result = run("kill", 1, "--server", server.address)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -142,7 +188,7 @@ def test_no_server_is_one_line(command):
 def served(monkeypatch) -> list[Settings]:
     settings: list[Settings] = []
     for name in ("supervise", "serve_until_stopped"):
-        monkeypatch.setattr(cli, name, lambda s: settings.append(s) or 0)
+        monkeypatch.setattr(serve, name, lambda s: settings.append(s) or 0)
     return settings
 
 
@@ -177,16 +223,16 @@ def test_serve_refuses_a_wrong_setting_in_one_line(served, tmp_path, text, messa
 
 def test_plan_is_passed_on_as_it_is(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.planner.cli, "main", lambda arguments: calls.append(arguments) or 2)
+    monkeypatch.setattr(planner.cli.main, "main", lambda arguments: calls.append(arguments) or 2)
     assert run("plan", "solve", "tiny", "--help").exit_code == 2
     assert calls == [["solve", "tiny", "--help"]]
 
 
 def test_train_is_a_process_of_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 3)
+    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 3)
     assert run("train", "--steps", "5").exit_code == 3
-    assert calls[0][1:] == ["-m", "moejax.train", "--steps", "5"]
+    assert calls[0][1:] == ["-m", "moejax.tools.train", "--steps", "5"]
 
 
 def test_models_are_listed():
@@ -198,13 +244,21 @@ def test_models_are_listed():
     assert "mixtral" in listed
 
 
+@pytest.mark.parametrize("module", [("serving", "models"), ("moejax.tools.inspect", "--families")])
+def test_a_reader_that_leaves_early_is_no_error_with_a_traceback(module):
+    command = f"{sys.executable} -m {' '.join(module)} | true"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+
+
 def test_a_models_text_cannot_steer_the_terminal():
     assert printable("a\x1b[2Jb\x07\n\té\x9b数🎉\u200d") == "a\ufffd[2Jb\ufffd\n\té\ufffd数🎉\u200d"
 
 
 def test_an_event_is_one_line():
     event = Event(sequence=1, time=0.0, kind="no_capacity", epoch=3, rank=2, cause="c", message="m")
-    assert event_line(event).plain.split("  ", 1)[1] == "no_capacity     epoch 3  rank 2  c  m"
+    assert event_line(event).plain.split("  ", 1)[1] == "no_capacity       epoch 3  rank 2  c  m"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -227,13 +281,13 @@ def test_bench_names_the_benchmarks_it_knows():
 
 
 def test_commands_reach_a_server_that_wants_a_key(tmp_path, backend):
-    keys = KeyFile(tmp_path / "keys.json")
+    keys = ApiKeyFile(tmp_path / "keys.json")
     secret = keys.add("a")
-    with running(backend, guard=Guard.of(Settings(api_keys=str(keys.path)))) as guarded:
+    with serve_in_thread(backend, limits=CallLimits.of(Settings(api_keys=str(keys.path)))) as guarded:
         refused = run("status", "--server", guarded.address)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
         result = run("generate", "a", "--max-tokens", 2, "--server", guarded.address, env={"MOEJAX_API_KEY": secret})
-        assert result.output == "bc\n"
+        assert result.stdout == "bc\n"
 
 
 def test_tokens_are_made_listed_and_removed(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.core.journal import MAGIC, Journal, frame, read_records
 from serving.errors import StartError
-from serving.journal import MAGIC, Journal, frame, read
 
 records = st.lists(st.binary(max_size=40), max_size=8)
 
@@ -21,7 +21,7 @@ records = st.lists(st.binary(max_size=40), max_size=8)
 def test_a_file_cut_anywhere_gives_the_records_that_are_whole(given_records: list[bytes], data: st.DataObject) -> None:
     whole = MAGIC + b"".join(map(frame, given_records))
     cut = data.draw(st.integers(0, len(whole)))
-    found, length = read(whole[:cut])
+    found, length = read_records(whole[:cut])
     assert found == given_records[: len(found)]
     assert length <= cut
     if cut >= len(MAGIC):
@@ -36,7 +36,7 @@ def test_a_damaged_byte_ends_the_file_before_its_record(given_records: list[byte
     if at == len(whole):
         return
     whole[at] ^= data.draw(st.integers(1, 255))
-    found, length = read(bytes(whole))
+    found, length = read_records(bytes(whole))
     assert found == given_records[: len(found)]
     assert length <= at
 
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_adds_nothing_and_keeps_what_was_there(tmp_path: Pat
     program = f"""
 import resource, signal
 from pathlib import Path
-from serving.journal import Journal
+from serving.core.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal, _ = Journal.open(Path({str(tmp_path)!r}))
 journal.append([b"kept"])

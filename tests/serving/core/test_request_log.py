@@ -1,4 +1,4 @@
-"""A call can be told again exactly, by this front and, from the journal, by the next."""
+"""A call can be replayed exactly, by this front and, from the journal, by the next."""
 
 import os
 import tempfile
@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.core.journal import Journal, JournalReplacement, frame, read_records
+from serving.core.request_log import RequestLog
 from serving.errors import NoCapacity, UnknownRequest
-from serving.journal import Journal, Rewriting, frame, read
-from serving.ledger import Call, Ledger
-from serving.request import Finished, Guide, Request, Scored, Token
+from serving.protocol.request import Call, Finished, Request, Scored, Token
+from serving.protocol.sampling import ResolvedSampling, StructuredOutputs
 
 ITEMS = (
     Scored(1, (-0.5, -float("inf")), (((4, -0.5), (1, -2.0)), ())),
-    Token(0, 7, -0.1, 3, top=((7, -0.1), (2, -3.5)), reused=32),
+    Token(0, 7, -0.1, 3, top=((7, -0.1), (2, -3.5)), cached_tokens=32),
     Token(1, 9, -1 / 3, 3, degraded=True),
     Token(2, 1, -0.0, 4),
 )
@@ -29,13 +30,15 @@ def call(name: str, answers: int = 1, **fields: Any) -> Call:
         Request(
             id=f"{name}-{i}",
             prompt=(1, 2, 3),
-            max_tokens=9,
-            seed=i,
-            temperature=0.7,
-            stop_tokens=frozenset({5, 2}),
-            logit_bias=((3, -1.5),),
-            prompt_logprobs=2,
-            guide=Guide("regex", "[a-z]+"),
+            sampling=ResolvedSampling(
+                max_tokens=9,
+                seed=i,
+                temperature=0.7,
+                stop_tokens=frozenset({5, 2}),
+                logit_bias=((3, -1.5),),
+                prompt_logprobs=2,
+                structured_outputs=StructuredOutputs("regex", "[a-z]+"),
+            ),
             deadline=1e9,
         )
         for i in range(answers)
@@ -43,35 +46,35 @@ def call(name: str, answers: int = 1, **fields: Any) -> Call:
     return Call(id=f"{name}-0", requests=requests, stop=("\n",), form={"chat": True, "body": {"n": 1}}, **fields)
 
 
-def opened(folder: str | Path, **fields: Any) -> Ledger:
+def opened(folder: str | Path, **fields: Any) -> RequestLog:
     journal, records = Journal.open(Path(folder))
-    return Ledger(journal, records, **fields)
+    return RequestLog(journal, records, **fields)
 
 
-def renew(ledger: Ledger) -> None:
-    """The journal written anew, if that is due."""
-    if ledger.overgrown and (anew := ledger.rewrite()) is not None:
+def compact_if_needed(request_log: RequestLog) -> None:
+    """Compact the journal, if that is due."""
+    if request_log.needs_compaction and (anew := request_log.begin_compaction()) is not None:
         anew.write()
-        ledger.rewritten(anew)
+        request_log.finish_compaction(anew)
 
 
-def told(ledger: Ledger, name: str) -> tuple[Any, ...]:
-    return tuple(repr(item) for item in ledger.items(name))
+def told(request_log: RequestLog, name: str) -> tuple[Any, ...]:
+    return tuple(repr(item) for item in request_log.items(name))
 
 
 @given(st.permutations([0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), st.sampled_from(ENDS), st.data())
-def test_a_ledger_cut_anywhere_is_a_beginning_of_what_was_told(order: list[int], end: Any, data: st.DataObject) -> None:
+def test_a_request_log_cut_anywhere_is_a_prefix(order: list[int], end: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ledger = opened(folder)
+        request_log = opened(folder, clock=lambda: 5.0, wall=lambda: 7.0)
         one = call("a", 2)
-        ledger.remember(one)
+        request_log.register_call(one)
         for request in one.requests:
-            ledger.accepted(request.id)
+            request_log.record_accepted(request.id)
         left = {name: [*ITEMS, end] for name in ("a-0", "a-1")}
         for which in order:
             name = f"a-{which}"
-            ledger.note([(name, left[name].pop(0))])
-        ledger.close()
+            request_log.record([(name, left[name].pop(0))])
+        request_log.close()
         file = Path(folder) / "requests.journal"
         whole = file.read_bytes()
         file.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
@@ -86,74 +89,90 @@ def test_a_ledger_cut_anywhere_is_a_beginning_of_what_was_told(order: list[int],
 @given(st.lists(st.integers(0, 8), max_size=12))
 def test_records_that_come_again_say_nothing_new(again: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ledger = opened(folder)
-        ledger.remember(call("a"))
-        ledger.accepted("a-0")
+        request_log = opened(folder)
+        request_log.register_call(call("a"))
+        request_log.record_accepted("a-0")
         for item in (*ITEMS, ENDS[0]):
-            ledger.note([("a-0", item)])
-        ledger.close()
+            request_log.record([("a-0", item)])
+        request_log.close()
         file = Path(folder) / "requests.journal"
-        records, _ = read(file.read_bytes())
+        records, _ = read_records(file.read_bytes())
         with file.open("ab") as out:
             out.writelines(frame(records[i % len(records)]) for i in again)
         assert told(opened(folder), "a-0") == tuple(map(repr, (*ITEMS, ENDS[0])))
 
 
 def test_a_request_comes_back_as_it_was(tmp_path: Path) -> None:
-    ledger = opened(tmp_path)
-    ledger.remember(call("a", owner="key", created=5))
-    ledger.accepted("a-0")
-    ledger.close()
+    request_log = opened(tmp_path)
+    request_log.register_call(call("a", owner="key", created=5))
+    request_log.record_accepted("a-0")
+    request_log.close()
     back = opened(tmp_path, wall=lambda: 0.0, clock=lambda: 0.0)
     (found,) = back.running()
     assert found.requests[0].deadline is not None
     plain = call("a", owner="key", created=5)
-    assert [r.guide for r in found.requests] == [r.guide for r in plain.requests]
-    assert found.requests[0].stop_tokens == frozenset({5, 2})
+    assert [r.sampling for r in found.requests] == [r.sampling for r in plain.requests]
+    assert found.requests[0].sampling.stop_tokens == frozenset({5, 2})
     assert (found.stop, found.owner, found.form, found.created) == (plain.stop, "key", plain.form, 5)
 
 
-def test_a_call_is_told_to_its_owner_alone_and_not_for_ever(tmp_path: Path) -> None:
+def test_a_call_is_replayed_to_its_owner_alone_and_not_for_ever(tmp_path: Path) -> None:
     now = [0.0]
-    ledger = opened(tmp_path, keep_s=60.0, clock=lambda: now[0])
-    ledger.remember(call("a", owner="me"))
+    request_log = opened(tmp_path, retention_s=60.0, clock=lambda: now[0])
+    request_log.register_call(call("a", owner="me"))
     with pytest.raises(UnknownRequest):
-        ledger.recall("a-0", "me")
-    ledger.accepted("a-0")
-    assert ledger.recall("a-0", "me").id == "a-0"
+        request_log.find_call("a-0", "me")
+    request_log.record_accepted("a-0")
+    assert request_log.find_call("a-0", "me").id == "a-0"
     with pytest.raises(UnknownRequest):
-        ledger.recall("a-0", "you")
-    ledger.left("a-0")
-    assert ledger.items("a-0") == (Finished("cancelled"),)
+        request_log.find_call("a-0", "you")
+    request_log.close_call("a-0")
+    assert request_log.items("a-0") == (Finished("cancelled"),)
     now[0] = 61.0
-    ledger.tend()
+    request_log.forget_expired()
     with pytest.raises(UnknownRequest):
-        ledger.recall("a-0", "me")
+        request_log.find_call("a-0", "me")
+
+
+def test_a_forgotten_call_is_gone_also_for_the_next_front(tmp_path: Path) -> None:
+    request_log = opened(tmp_path)
+    for name in ("a", "b"):
+        request_log.register_call(call(name, owner="me"))
+        request_log.record_accepted(f"{name}-0")
+    request_log.close_call("a-0")
+    request_log.forget_call("a-0")
+    request_log.forget_call("a-0")
+    for _ in range(2):
+        with pytest.raises(UnknownRequest):
+            request_log.find_call("a-0", "me")
+        assert request_log.find_call("b-0", "me").id == "b-0"
+        request_log.close()
+        request_log = opened(tmp_path)
 
 
 def test_a_call_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
-    ledger = opened(tmp_path)
-    ledger.remember(call("a"))
-    ledger.left("a-0")
-    ledger.close()
+    request_log = opened(tmp_path)
+    request_log.register_call(call("a"))
+    request_log.close_call("a-0")
+    request_log.close()
     assert opened(tmp_path).running() == []
 
 
 def test_the_journal_does_not_grow_with_what_is_over(tmp_path: Path) -> None:
     now = [0.0]
-    ledger = opened(tmp_path, keep_s=1.0, clock=lambda: now[0])
+    request_log = opened(tmp_path, retention_s=1.0, clock=lambda: now[0])
     for number in range(400):
         now[0] += 0.1
-        ledger.remember(call(str(number)))
-        ledger.accepted(f"{number}-0")
-        ledger.note([(f"{number}-0", Token(i, 5, -0.5, 1)) for i in range(100)])
-        ledger.note([(f"{number}-0", Finished("length"))])
-        ledger.tend()
-        renew(ledger)
+        request_log.register_call(call(str(number)))
+        request_log.record_accepted(f"{number}-0")
+        request_log.record([(f"{number}-0", Token(i, 5, -0.5, 1)) for i in range(100)])
+        request_log.record([(f"{number}-0", Finished("length"))])
+        request_log.forget_expired()
+        compact_if_needed(request_log)
     assert (tmp_path / "requests.journal").stat().st_size < 2 << 20
 
 
-def test_a_journal_that_cannot_be_written_is_told_of_and_written_again_when_it_can(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_written_is_reported_and_written_when_it_can_again(tmp_path: Path) -> None:
     class Full(Journal):
         full = False
 
@@ -162,35 +181,35 @@ def test_a_journal_that_cannot_be_written_is_told_of_and_written_again_when_it_c
                 raise OSError(28, "No space left on device")
             super().append(records)
 
-        def rewrite(self) -> Rewriting:
+        def begin_replacement(self) -> JournalReplacement:
             if self.full:
                 raise OSError(28, "No space left on device")
-            return super().rewrite()
+            return super().begin_replacement()
 
     now = [0.0]
     journal, _ = Full.open(tmp_path)
-    ledger = Ledger(journal, clock=lambda: now[0])
-    ledger.remember(call("a"))
-    ledger.accepted("a-0")
+    request_log = RequestLog(journal, clock=lambda: now[0])
+    request_log.register_call(call("a"))
+    request_log.record_accepted("a-0")
     journal.full = True
-    ledger.note([("a-0", ITEMS[0]), ("a-0", ITEMS[1])])
-    assert ledger.trouble is not None
-    assert "No space left" in ledger.trouble
-    ledger.note([("a-0", ITEMS[2])])
+    request_log.record([("a-0", ITEMS[0]), ("a-0", ITEMS[1])])
+    assert request_log.write_error is not None
+    assert "No space left" in request_log.write_error
+    request_log.record([("a-0", ITEMS[2])])
     now[0] = 10.0
-    renew(ledger)
-    assert ledger.trouble is not None
-    assert not ledger.overgrown
+    compact_if_needed(request_log)
+    assert request_log.write_error is not None
+    assert not request_log.needs_compaction
     journal.full, now[0] = False, 20.0
-    renew(ledger)
-    assert ledger.trouble is None
-    ledger.note([("a-0", ITEMS[3])])
-    ledger.close()
+    compact_if_needed(request_log)
+    assert request_log.write_error is None
+    request_log.record([("a-0", ITEMS[3])])
+    request_log.close()
     assert told(opened(tmp_path), "a-0") == tuple(map(repr, ITEMS))
 
 
 @given(st.data())
-def test_a_kill_at_any_moment_of_a_rewriting_loses_nothing_that_was_told(data: st.DataObject) -> None:
+def test_a_kill_at_any_moment_of_a_compaction_loses_no_sent_item(data: st.DataObject) -> None:
     names = ("a-0", "a-1", "b-0")
     left = {name: [*ITEMS, ENDS[0]] for name in names}
     heard: dict[str, list[Any]] = {name: [] for name in names}
@@ -203,7 +222,7 @@ def test_a_kill_at_any_moment_of_a_rewriting_loses_nothing_that_was_told(data: s
         name = data.draw(st.sampled_from(names))
         if left[name]:
             item = left[name].pop(0)
-            ledger.note([(name, item)])
+            request_log.record([(name, item)])
             heard[name].append(item)
         writing = before
 
@@ -221,31 +240,31 @@ def test_a_kill_at_any_moment_of_a_rewriting_loses_nothing_that_was_told(data: s
             note()
         return len(written)
 
-    def renamed(*paths: Any) -> None:
+    def model_named(*paths: Any) -> None:
         look()
         rename(*paths)
         look()
 
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         folder = Path(place) / "j"
-        ledger = opened(folder)
+        request_log = opened(folder)
         for one in (call("a", 2), call("b")):
-            ledger.remember(one)
-            ledger.accepted(f"{one.id}")
+            request_log.register_call(one)
+            request_log.record_accepted(f"{one.id}")
         for _ in range(data.draw(st.integers(0, 12))):
             note()
         patch.setattr(os, "pwrite", in_halves)
-        patch.setattr(os, "rename", renamed)
+        patch.setattr(os, "rename", model_named)
         for _ in range(data.draw(st.integers(1, 2))):
-            anew = ledger.rewrite()
+            anew = request_log.begin_compaction()
             assert anew is not None
             writing = True
             anew.write()
             writing = False
             note()
-            ledger.rewritten(anew)
+            request_log.finish_compaction(anew)
             note()
-        ledger.close()
+        request_log.close()
         patch.undo()
         whole = tuple(map(repr, [*ITEMS, ENDS[0]]))
         for number, (files, known) in enumerate(moments):
@@ -254,7 +273,7 @@ def test_a_kill_at_any_moment_of_a_rewriting_loses_nothing_that_was_told(data: s
             for name, content in files.items():
                 (killed / name).write_bytes(content)
             again = opened(killed)
-            assert all(again.is_kept(name) for name in names)
+            assert [again.find_call(name, "").id for name in ("a-0", "b-0")] == ["a-0", "b-0"]
             for name in names:
                 found = told(again, name)
                 assert found == whole[: len(found)]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from serving.auth.api_keys import ApiKeyFile
+from serving.auth.limits import CallLimits
 from serving.config import Settings
-from serving.guard import Guard
-from serving.keys import KeyFile
-from tests.fake_backend import FakeBackend
-from tests.serving.test_client import running
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve_in_thread
 
 pytest.importorskip("selenium", reason="needs the dev tools")
 
@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests import browser
+from tests.support import browser
 
 pytestmark = pytest.mark.skipif(not browser.installed(), reason=browser.MISSING)
 
@@ -52,19 +52,24 @@ def text(driver, selector: str) -> str:
 
 
 def errors(driver) -> list[str]:
-    """What the page complained of, but for a status that a test provoked."""
+    """The errors in the page's console, without the HTTP statuses that a test provoked."""
     said = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     return [message for message in said if "status of 401" not in message]
 
 
 def test_a_rank_dies_and_the_text_goes_on(driver, told):
-    with running(told) as server:
+    with serve_in_thread(told) as server:
         driver.get(server.url)
         wait(driver, lambda: text(driver, "#state") == "ready")
+        assert text(driver, "#headline") == "All streams are served by 4 of 4 ranks."
         driver.find_element(By.ID, "prompt").send_keys("What happens?", Keys.ENTER)
         wait(driver, lambda: len(text(driver, ".turn.assistant")) > 20)
         driver.find_element(By.CSS_SELECTOR, "#rank-2 button.kill").click()
         wait(driver, lambda: "dead" in driver.find_element(By.ID, "rank-2").get_attribute("class"))
+        wait(driver, lambda: text(driver, "#headline") == "Answers are degraded: 1 expert missing.")
+        wait(driver, lambda: "Rank 2 was lost at" in text(driver, "#headline-lines"))
+        assert "No request failed" in text(driver, "#headline-lines")
+        wait(driver, lambda: "1 lost rank marked" in text(driver, "#peak"))
         assert driver.find_element(By.CSS_SELECTOR, "#rank-2 button.kill").get_attribute("disabled")
         wait(driver, lambda: not driver.find_elements(By.CSS_SELECTOR, ".turn.open"), "the end of the answer")
         marks = [mark.text for mark in driver.find_elements(By.CSS_SELECTOR, ".turn mark")]
@@ -82,15 +87,15 @@ def test_a_rank_dies_and_the_text_goes_on(driver, told):
 
 
 def test_experts_prices_and_coverage_are_those_of_the_status(driver, told):
-    with running(told) as server:
+    with serve_in_thread(told) as server:
         driver.get(server.url)
         wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#experts .slots span"))
         status = told.status()
         cells = "return [...document.querySelectorAll('#experts .slots span')].map((span) => span.textContent)"
-        shown = driver.execute_script(cells)  # at once: the cells are made anew with each status
+        shown = driver.execute_script(cells)  # at once: the cells are made again with each status
         by_row = [str(e) for layer in range(2) for rank in status.ranks for e in rank.slots[layer]]
         assert shown == by_row
-        assert text(driver, "#rank-1 .price") == "if lost: ~81 ms, loads 1"
+        assert text(driver, "#rank-1 .price") == "if lost: ~81 ms, reload 1 expert"
         assert text(driver, "#rank-3 .price").endswith("not prepared")
         assert "loss of 2 ranks" in text(driver, "#lattice")
         assert "50 % prepared" in text(driver, "#lattice")
@@ -98,16 +103,16 @@ def test_experts_prices_and_coverage_are_those_of_the_status(driver, told):
 
 def test_without_chaos_there_is_nothing_to_kill_with(driver, told):
     told.chaos = False
-    with running(told) as server:
+    with serve_in_thread(told) as server:
         driver.get(server.url)
         wait(driver, lambda: driver.find_elements(By.ID, "rank-0"))
         assert not any(b.is_displayed() for b in driver.find_elements(By.CSS_SELECTOR, "button.kill"))
 
 
 def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(driver, told, tmp_path):
-    keys = KeyFile(tmp_path / "keys.json")
+    keys = ApiKeyFile(tmp_path / "keys.json")
     secret = keys.add("person")
-    with running(told, guard=Guard.of(Settings(api_keys=str(keys.path)))) as server:
+    with serve_in_thread(told, limits=CallLimits.of(Settings(api_keys=str(keys.path)))) as server:
         driver.get(server.url)
         wait(driver, lambda: driver.find_element(By.ID, "key-dialog").get_attribute("open"))
         driver.find_element(By.ID, "key").send_keys(secret, Keys.ENTER)
@@ -119,7 +124,7 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(driver, told, t
 
 
 def test_the_page_can_be_used_with_the_keyboard_alone(driver, told):
-    with running(told) as server:
+    with serve_in_thread(told) as server:
         driver.get(server.url)
         wait(driver, lambda: driver.find_elements(By.ID, "rank-3"))
         reached = set()
@@ -132,7 +137,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(driver, told):
 
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
 def test_nothing_is_wider_than_the_window_and_text_has_contrast(told, width, dark):
-    with running(told) as server, browser.chromium(width=width, height=800, dark=dark) as driver:
+    with serve_in_thread(told) as server, browser.chromium(width=width, height=800, dark=dark) as driver:
         driver.get(server.url)
         wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#experts .slots span"))
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width

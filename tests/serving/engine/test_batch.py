@@ -5,35 +5,47 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.batch import DROPPED, TILE, UNKNOWN, Batch, Bucket, Work, assemble, harvest, segments, sources
+from planner.plan.step_layout import DROPPED, TILE
+from serving.engine.batch import (
+    PLACEHOLDER_TOKEN,
+    Batch,
+    ScheduledRequest,
+    StepBucket,
+    collect_results,
+    layout,
+    prepare_inputs,
+    token_sources,
+)
+from serving.protocol.sampling import ResolvedSampling
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PAGE, MAX_PAGES = 8, 20
 
 
-def work(name: str, start: int, tokens, pages, samples=True, **fields) -> Work:
-    values = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3} | fields
-    return Work(name, start, tuple(tokens), tuple(pages), samples, **values)
+def work(name: str, start: int, tokens, pages, samples=True, **fields) -> ScheduledRequest:
+    targets = fields.pop("targets", ())
+    values = {"max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3} | fields
+    return ScheduledRequest(name, start, tuple(tokens), tuple(pages), samples, ResolvedSampling(**values), targets)
 
 
-def batch_of(bucket, *items: Work) -> Batch:
-    return Batch(step=1, epoch=0, bucket=Bucket(*bucket), work={0: items})
+def batch_of(bucket, *items: ScheduledRequest) -> Batch:
+    return Batch(step=1, epoch=0, bucket=StepBucket(*bucket), scheduled={0: items})
 
 
-def arrays_of(bucket, *items: Work) -> dict[str, np.ndarray]:
-    return assemble(batch_of(bucket, *items), 0, page_size=PAGE, max_pages=MAX_PAGES)
+def arrays_of(bucket, *items: ScheduledRequest) -> dict[str, np.ndarray]:
+    return prepare_inputs(batch_of(bucket, *items), 0, page_size=PAGE, max_pages=MAX_PAGES)
 
 
 def test_a_bucket_has_a_row_for_each_decode_segment_and_32_for_each_tile():
-    assert (Bucket(8, 2).rows, Bucket(8, 2).segments) == (72, 10)
+    assert (StepBucket(8, 2).rows, StepBucket(8, 2).segments) == (72, 10)
 
 
 def test_what_work_does_not_fill_of_the_bucket_on_every_rank_is_padding():
     both = {0: (work("a", 9, [50], [4, 7]), work("b", 0, range(40), range(5))), 1: (work("c", 3, [9], [9]),), 2: ()}
-    batch = Batch(step=1, epoch=0, bucket=Bucket(4, 2), work=both)
+    batch = Batch(step=1, epoch=0, bucket=StepBucket(4, 2), scheduled=both)
     assert batch.rows == 3 * (4 + 2 * 32)
-    assert batch.filled == 1 + 40 + 1
+    assert batch.rows_filled == 1 + 40 + 1
 
 
 def test_a_decode_row_is_a_segment_of_its_own():
@@ -53,9 +65,13 @@ def test_a_decode_row_is_a_segment_of_its_own():
 
 def test_a_row_whose_token_is_unknown_names_the_segment_that_chooses_it():
     before = batch_of((2, 2), work("b", 0, range(40), range(6)), work("a", 9, [50], [7, 8]))
-    rows = work("b", 40, [UNKNOWN], range(6)), work("c", 3, [9], [9]), work("a", 10, [UNKNOWN], [7, 8])
-    assert sources(before, batch_of((4, 0), *rows), 0).tolist() == [3, -1, 0]
-    assert sources(before, batch_of((4, 0), *rows), 1).tolist() == []
+    rows = (
+        work("b", 40, [PLACEHOLDER_TOKEN], range(6)),
+        work("c", 3, [9], [9]),
+        work("a", 10, [PLACEHOLDER_TOKEN], [7, 8]),
+    )
+    assert token_sources(before, batch_of((4, 0), *rows), 0).tolist() == [3, -1, 0]
+    assert token_sources(before, batch_of((4, 0), *rows), 1).tolist() == []
 
 
 def test_a_chunk_takes_consecutive_tiles_that_share_their_cache_and_first_row():
@@ -103,7 +119,7 @@ def test_work_that_does_not_fit_in_its_bucket_is_noticed():
 
 
 @st.composite
-def parts(draw) -> tuple[Bucket, list[Work]]:
+def parts(draw) -> tuple[StepBucket, list[ScheduledRequest]]:
     """A bucket and the work of a rank that fits in it, every sequence on pages of its own."""
     decode, tiles = draw(st.integers(0, 4)), draw(st.integers(0, 4))
     free = draw(st.permutations(range(5 * MAX_PAGES)))
@@ -122,7 +138,7 @@ def parts(draw) -> tuple[Bucket, list[Work]]:
         if len(pages) == need:
             tokens = range(100 * number, 100 * number + count)
             made.append(work(str(number), start, tokens, pages, draw(st.booleans()), seed=number))
-    return Bucket(decode, tiles), made
+    return StepBucket(decode, tiles), made
 
 
 @UNHURRIED
@@ -148,7 +164,7 @@ def test_arrays_decode_back_to_the_work(part):
             assert (a["cached"][segment], a["new_base"][segment]) == (item.start, base)
         if item.samples:
             assert a["sample_row"][last] == base + count - 1
-            assert (a["sample_position"][last], a["seed"][last]) == (item.start + count, item.seed)
+            assert (a["sample_position"][last], a["seed"][last]) == (item.start + count, item.sampling.seed)
     assert (a["positions"] >= 0).sum() == (a["write"] != DROPPED).sum() == valid
     assert (a["sample_position"] > 0).sum() == sum(item.samples for item in items)
 
@@ -164,7 +180,7 @@ def test_rows_that_are_read_are_those_a_token_is_chosen_or_scored_after(part, da
         for n in [data.draw(st.sampled_from([0, len(item.tokens)]))]
     ]
     expected = np.zeros(bucket.rows, int)
-    for item, row, _ in segments(bucket, tuple(scored)):
+    for item, row, _ in layout(bucket, tuple(scored)):
         expected[[row + i for i, target in enumerate(item.targets) if target >= 0]] = 1
         expected[row + len(item.tokens) - 1] |= item.samples
     np.testing.assert_array_equal(arrays_of(bucket, *scored)["read"], expected)
@@ -175,9 +191,9 @@ def test_rows_that_are_read_are_those_a_token_is_chosen_or_scored_after(part, da
 def test_only_what_samples_is_harvested_each_from_its_last_segment(part):
     bucket, items = part
     batch = batch_of(bucket, *items)
-    a = assemble(batch, 0, page_size=PAGE, max_pages=MAX_PAGES)
+    a = prepare_inputs(batch, 0, page_size=PAGE, max_pages=MAX_PAGES)
     rows = a["sample_row"]
-    results = harvest(batch, 0, a["tokens"][rows], -rows.astype(np.float32))
+    results = collect_results(batch, 0, a["tokens"][rows], -rows.astype(np.float32))
     assert set(results) == {item.request_id for item in items if item.samples}
     for item in items:
         if item.samples:

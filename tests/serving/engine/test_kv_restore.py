@@ -1,28 +1,30 @@
-"""What outlived a rank is given back, and nothing else: every stream has the tokens it has alone."""
+"""Recoverable KV is restored, and nothing else: every stream has the tokens it has alone."""
 
 import dataclasses
 
 import pytest
 
-from serving import drain
-from serving.cache_copies import STEPS_KEPT
-from serving.request import Phase
-from serving.salvage import copied, forget, restored, salvaged
-from tests.fakes import small_limits, small_request
-from tests.protected import ProtectedServer
+from serving.engine import migration
+from serving.engine.kv_restore import drop_recoverable, mark_restored, replicated_entries, sequences_to_restore
+from serving.protocol.request import RequestPhase
+from serving.recovery.kv_replicas import STEPS_KEPT
+from simulation.hand_model import small_limits, small_request
+from tests.support.replicated_engine import ReplicatedEngine
 
 MOST_PAGES = 24
 
 
-def server(pages=(16, 16), *, way: str = "memory", piece: int = 5, **changes) -> ProtectedServer:
-    return ProtectedServer(small_limits(**changes), dict(enumerate(pages)), way=way, most_pages=MOST_PAGES, piece=piece)
+def server(pages=(16, 16), *, way: str = "memory", piece: int = 5, **changes) -> ReplicatedEngine:
+    return ReplicatedEngine(
+        small_limits(**changes), dict(enumerate(pages)), way=way, most_pages=MOST_PAGES, piece=piece
+    )
 
 
 def everything(_) -> bool:
     return True
 
 
-def back(s: ProtectedServer, ranks: int = 2) -> None:
+def back(s: ReplicatedEngine, ranks: int = 2) -> None:
     s.adopt({**{rank: pool.total for rank, pool in s.state.pools.items()}, **dict.fromkeys(range(ranks), 16)})
 
 
@@ -35,13 +37,11 @@ def test_a_moved_request_decodes_on_without_computing_anything_again(way):
     s.copy_now(0)
     before = s.state.running["a"]
     s.lose_protected([0], worth=everything)
-    assert s.state.waiting["a"].salvage.count == before.computed
+    assert s.state.waiting["a"].recoverable.count == before.computed
     batch = s.step()
-    assert [len(work.tokens) for work in batch.work[1]] == [1]
+    assert [len(work.tokens) for work in batch.scheduled[1]] == [1]
     assert s.state.running["a"].rank == 1
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_what_the_last_step_wrote_is_computed_again_when_it_was_not_copied():
@@ -51,10 +51,8 @@ def test_what_the_last_step_wrote_is_computed_again_when_it_was_not_copied():
         s.step()
     before = s.state.running["a"]
     s.lose_protected([0], worth=everything)
-    assert s.state.waiting["a"].salvage.count == before.computed - 1
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    assert s.state.waiting["a"].recoverable.count == before.computed - 1
+    s.finish()
 
 
 def test_a_page_that_another_request_wrote_last_and_was_not_copied_is_not_taken_for_whole():
@@ -63,13 +61,11 @@ def test_a_page_that_another_request_wrote_last_and_was_not_copied_is_not_taken_
     s.step()
     s.submit(small_request("b", range(33), max_tokens=20))
     s.begin()  # shares what the step just made, of which nothing is copied
-    assert s.state.running["b"].settled == 24
+    assert s.state.running["b"].committed == 24
     s.lose_protected([0], part=3, worth=everything)
-    assert s.state.waiting["b"].salvage is None
+    assert s.state.waiting["b"].recoverable is None
     back(s, 1)
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_a_long_context_is_restored_in_pieces_while_the_others_stream():
@@ -86,20 +82,18 @@ def test_a_long_context_is_restored_in_pieces_while_the_others_stream():
     assert "a" in s.state.waiting  # the first step is the survivors' alone
     s.step()
     assert s.state.running["a"].restoring
-    assert s.state.running["a"].phase is Phase.PREFILL
+    assert s.state.running["a"].phase is RequestPhase.PREFILL
     for _ in range(5):
         s.step()
     assert len(s.heard["b"]) == told + 7
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_answers_that_shared_pages_share_them_again():
     s = server((24, 24), piece=4, buckets=((2, 0), (8, 0), (8, 2)))
-    s.submit(small_request("a", range(40), max_tokens=20, family="a"))
+    s.submit(small_request("a", range(40), max_tokens=20, prompt_group="a"))
     for name in "bc":
-        s.submit(small_request(name, range(40), max_tokens=20, family="a", seed=ord(name)))
+        s.submit(small_request(name, range(40), max_tokens=20, prompt_group="a", seed=ord(name)))
     s.submit(small_request("z", (9, 8, 7), max_tokens=60))
     for _ in range(5):
         s.step()
@@ -108,14 +102,12 @@ def test_answers_that_shared_pages_share_them_again():
     assert {s.state.running[name].rank for name in "abc"} == {rank}
     s.copy_now(rank)
     s.lose_protected([rank], worth=everything)
-    while salvaged(s.state):
+    while sequences_to_restore(s.state):
         s.step()
     assert {s.state.running[name].rank for name in "abc"} == {1 - rank}
     assert s.state.pools[1 - rank].used <= held + 8
     assert 40 <= s.restored < 60
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_a_target_that_dies_in_the_middle_of_it_loses_nothing():
@@ -129,7 +121,7 @@ def test_a_target_that_dies_in_the_middle_of_it_loses_nothing():
     assert first.restoring
     assert first.computed > 0
     s.lose_protected([first.rank], worth=everything)
-    assert s.state.waiting["a"].salvage == first.salvage
+    assert s.state.waiting["a"].recoverable == first.recoverable
     s.drain()
     assert s.restored > 40
     s.check_streams(all_ended=True)
@@ -144,14 +136,14 @@ def test_nobody_finds_pages_of_what_was_made_with_other_experts():
     s.copy_now(0)
     s.lose_protected([0], worth=everything)
     s.adopt({1: 16}, masked=[(0, 1)])
-    assert s.state.waiting["a"].salvage.chain is None
+    assert s.state.waiting["a"].recoverable.page_keys is None
     s.step()
-    assert s.state.running["a"].chain is None
+    assert s.state.running["a"].page_keys is None
     assert not s.state.pools[1].keys
     s.close()
 
 
-def test_after_damage_nothing_salvaged_is_used():
+def test_after_damage_no_recoverable_entry_is_used():
     s = server(piece=4)
     for name in "ab":
         s.submit(small_request(name, range(ord(name), ord(name) - 40, -1), max_tokens=30))
@@ -160,12 +152,10 @@ def test_after_damage_nothing_salvaged_is_used():
     s.lose_protected([s.state.running["a"].rank], worth=everything)
     s.step()
     s.step()
-    assert salvaged(s.state)
-    s._move(drain.distrust(s.state))
-    assert not salvaged(s.state)
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    assert sequences_to_restore(s.state)
+    s._move(migration.invalidate_caches(s.state))
+    assert not sequences_to_restore(s.state)
+    s.finish()
 
 
 def test_a_request_whose_copy_is_gone_is_computed_again():
@@ -176,17 +166,15 @@ def test_a_request_whose_copy_is_gone_is_computed_again():
     s.lose_protected([0], worth=everything)
     s.restore()
     assert s.state.running["a"].restoring
-    s._move(forget(s.state, ["a"]))
-    assert s.state.waiting["a"] == s.state.waiting["a"].forgotten()
+    s._move(drop_recoverable(s.state, ["a"]))
+    assert s.state.waiting["a"] == s.state.waiting["a"].restarted()
     assert s.state.pools[1].used == 0
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_copies_of_the_dead_are_kept_as_long_as_somebody_needs_them_and_are_bounded():
     s = server((16, 16), piece=4)
-    assert s.copies.bytes > 0
+    assert s.replicas.bytes > 0
     for round_ in range(5):
         s.submit(small_request(f"r{round_}", range(10 + round_, 50), max_tokens=40))
         s.step()
@@ -195,10 +183,10 @@ def test_copies_of_the_dead_are_kept_as_long_as_somebody_needs_them_and_are_boun
         s.adopt({})
         back(s)
         s.restore()
-        assert len(s.copies._lost) <= 2
+        assert len(s.replicas._lost) <= 2
     s.drain()
     s.restore()
-    assert not s.copies._lost
+    assert not s.replicas._lost
     s.check_streams(all_ended=True)
     s.close()
 
@@ -217,11 +205,11 @@ def test_a_request_that_ends_while_it_is_restored_gives_its_pages_back():
 
 def test_the_hole_nearest_to_the_beginning_bounds_what_is_copied():
     sequence = dataclasses.replace(small_sequence(), computed=29, pages=(4, 9, 2, 7))
-    assert copied(sequence, {}, 8) == 29
-    assert copied(sequence, {2: 3, 9: 5}, 8) == 13
-    assert copied(sequence, {7: 4, 11: 0}, 8) == 28
-    assert copied(sequence, {7: 6}, 8) == 29
-    assert copied(sequence, {4: 0}, 8) == 0
+    assert replicated_entries(sequence, {}, 8) == 29
+    assert replicated_entries(sequence, {2: 3, 9: 5}, 8) == 13
+    assert replicated_entries(sequence, {7: 4, 11: 0}, 8) == 28
+    assert replicated_entries(sequence, {7: 6}, 8) == 29
+    assert replicated_entries(sequence, {4: 0}, 8) == 0
 
 
 def small_sequence():
@@ -247,9 +235,7 @@ def test_one_that_waits_for_room_to_be_restored_is_not_overtaken_nor_placed_with
     s.step()
     assert s.state.running["a"].generated
     assert s.restored >= 40
-    s.drain()
-    s.check_streams(all_ended=True)
-    s.close()
+    s.finish()
 
 
 def test_a_copy_that_fell_behind_further_than_is_remembered_is_not_used():
@@ -262,7 +248,7 @@ def test_a_copy_that_fell_behind_further_than_is_remembered_is_not_used():
         s.step()
         s.uncopied.clear()
     s.lose_protected([0], worth=everything)
-    assert s.state.waiting["a"].salvage is None
+    assert s.state.waiting["a"].recoverable is None
     s.close()
 
 
@@ -273,8 +259,8 @@ def test_a_restored_request_of_which_nothing_is_left_to_copy_goes_on():
     s.step()
     s.copy_now(0)
     s.lose_protected([0], worth=everything)
-    s._move(forget(s.state, []))
+    s._move(drop_recoverable(s.state, []))
     s.restore()
-    s._move(restored(s.state, "a", s.state.running["a"].salvage.count))
+    s._move(mark_restored(s.state, "a", s.state.running["a"].recoverable.count))
     assert not s.state.running["a"].restoring
     s.close()

@@ -1,14 +1,14 @@
-"""What outlived a rank is given back under any schedule of losses, and every stream has the tokens it has alone."""
+"""Recoverable KV is restored under any schedule of losses, and every stream has the tokens it has alone."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from serving import drain
+from serving.engine import migration
+from serving.engine.kv_restore import drop_recoverable, sequences_to_restore
 from serving.errors import MoejaxError
-from serving.salvage import forget, salvaged
-from tests.fakes import small_request
-from tests.serving.test_salvage import MOST_PAGES, server
+from simulation.hand_model import small_request
+from tests.serving.engine.test_kv_restore import MOST_PAGES, server
 
 
 class AnyLosses(RuleBasedStateMachine):
@@ -80,13 +80,13 @@ class AnyLosses(RuleBasedStateMachine):
 
     @rule()
     def distrust(self):
-        self.server._move(drain.distrust(self.server.state))
+        self.server._move(migration.invalidate_caches(self.server.state))
 
-    @precondition(lambda self: salvaged(self.server.state))
+    @precondition(lambda self: sequences_to_restore(self.server.state))
     @rule(data=st.data())
     def forget(self, data):
-        ids = [sequence.id for sequence in salvaged(self.server.state)]
-        self.server._move(forget(self.server.state, [data.draw(st.sampled_from(ids))]))
+        ids = [sequence.id for sequence in sequences_to_restore(self.server.state)]
+        self.server._move(drop_recoverable(self.server.state, [data.draw(st.sampled_from(ids))]))
 
     @invariant()
     def streams_are_what_each_request_gives_alone(self):

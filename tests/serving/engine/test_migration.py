@@ -4,19 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import drain
-from serving.request import Phase
-from tests.fakes import FakeServer, small_limits, small_request
+from serving.engine import migration
+from serving.protocol.request import RequestPhase
+from simulation.hand_model import small_limits, small_request
+from tests.support.fake_engine import FakeEngine
 
 
-def server(ranks: int = 3, pages: int = 24) -> FakeServer:
-    return FakeServer.start(small_limits(), dict.fromkeys(range(ranks), pages))
+def server(ranks: int = 3, pages: int = 24) -> FakeEngine:
+    return FakeEngine.start(small_limits(), dict.fromkeys(range(ranks), pages))
 
 
-def move(fake: FakeServer, request_id: str) -> bool:
+def move(fake: FakeEngine, request_id: str) -> bool:
     """Move a request with its cache entries, as operations do."""
     before = fake.state.running[request_id]
-    moved = drain.move(fake.state, request_id)
+    moved = migration.migrate(fake.state, request_id)
     if moved is None:
         return False
     state, after = moved
@@ -30,12 +31,12 @@ def move(fake: FakeServer, request_id: str) -> bool:
     return True
 
 
-def empty(fake: FakeServer, rank: int) -> None:
+def empty(fake: FakeEngine, rank: int) -> None:
     """Move what can be moved off a rank, and have the rest computed again."""
-    fake._move(drain.close(fake.state, {rank}))
-    for sequence in drain.leaving(fake.state):
+    fake._move(migration.close_ranks(fake.state, {rank}))
+    for sequence in migration.leaving_sequences(fake.state):
         move(fake, sequence.id)
-    fake._move(drain.displace(fake.state, {rank}))
+    fake._move(migration.requeue_ranks(fake.state, {rank}))
     assert all(sequence.rank != rank for sequence in fake.state.running.values())
 
 
@@ -66,11 +67,11 @@ def test_whatever_is_moved_and_when_every_stream_has_the_tokens_it_has_alone(scr
             empty(fake, value)
             fake.adopt({rank: 24 for rank in range(3) if rank != value})
             fake.adopt(dict.fromkeys(range(3), 24), fresh=(value,))
-            fake._move(drain.close(fake.state, ()))
+            fake._move(migration.close_ranks(fake.state, ()))
         elif what == "move" and f"r{value}" in fake.state.running:
             move(fake, f"r{value}")
         elif what == "distrust":
-            fake._move(drain.distrust(fake.state))
+            fake._move(migration.invalidate_caches(fake.state))
         elif what == "lose":
             fake.lose({value})
             fake.adopt(dict.fromkeys(range(3), 24), fresh=(value,))
@@ -84,7 +85,7 @@ def test_a_closed_rank_takes_no_request_and_keeps_those_it_has():
         fake.submit(small_request(name, max_tokens=20))
     fake.step()
     here = {sequence.id for sequence in fake.state.running.values() if sequence.rank == 0}
-    fake._move(drain.close(fake.state, {0}))
+    fake._move(migration.close_ranks(fake.state, {0}))
     for name in "efgh":
         fake.submit(small_request(name, max_tokens=20))
     for _ in range(3):
@@ -99,14 +100,14 @@ def test_a_moved_request_computes_nothing_again():
     for _ in range(4):
         fake.step()
     before = fake.state.running["a"]
-    fake._move(drain.close(fake.state, {before.rank}))
+    fake._move(migration.close_ranks(fake.state, {before.rank}))
     assert move(fake, "a")
     after = fake.state.running["a"]
     assert after.rank != before.rank
-    assert (after.computed, after.generated, after.phase) == (before.computed, before.generated, Phase.DECODE)
+    assert (after.computed, after.generated, after.phase) == (before.computed, before.generated, RequestPhase.DECODE)
     batch = fake.step()
     assert batch is not None
-    assert [len(work.tokens) for work in batch.work[after.rank]] == [1]
+    assert [len(work.tokens) for work in batch.scheduled[after.rank]] == [1]
 
 
 def test_a_request_moves_to_another_rank_also_from_one_that_is_open():
@@ -125,8 +126,8 @@ def test_without_room_elsewhere_a_request_stays_where_it_is():
         fake.submit(small_request(name, range(1, 40), max_tokens=8))
     fake.step()
     rank = fake.state.running["a"].rank
-    fake._move(drain.close(fake.state, {rank}))
-    assert drain.move(fake.state, "a") is None
+    fake._move(migration.close_ranks(fake.state, {rank}))
+    assert migration.migrate(fake.state, "a") is None
     fake.drain()
     fake.check_streams(all_ended=True)
 
@@ -136,4 +137,4 @@ def test_a_request_does_not_move_while_its_step_runs():
     fake.submit(small_request("a"))
     fake.begin()
     with pytest.raises(AssertionError, match="while its step runs"):
-        drain.move(fake.state, "a")
+        migration.migrate(fake.state, "a")

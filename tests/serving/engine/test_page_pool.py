@@ -2,27 +2,27 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.pages import PagePool, check_pages, page_keys
+from serving.engine.page_pool import PagePool, check_pages, hash_pages
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def test_pages_are_handed_out_from_the_first_upwards():
-    pool, first = PagePool.of(4).alloc(2)
+    pool, first = PagePool.empty(4).alloc(2)
     pool, second = pool.alloc(2)
     assert (first, second) == ((0, 1), (2, 3))
     assert pool.used == 4
 
 
 def test_pages_given_back_are_the_next_to_be_taken():
-    pool, pages = PagePool.of(8).alloc(5)
+    pool, pages = PagePool.empty(8).alloc(5)
     pool, again = pool.release(pages[1:3]).alloc(3)
     assert again == (1, 2, 5)
 
 
 def sealed(total: int, count: int) -> tuple[PagePool, tuple[int, ...]]:
-    """A pool of which `count` pages were taken, sealed with keys b"0", b"1" ... and given back."""
-    pool, pages = PagePool.of(total).alloc(count)
+    """A pool of which `count` pages were taken, sealed with keys b"0", b"1" ... and released."""
+    pool, pages = PagePool.empty(total).alloc(count)
     for number, page in enumerate(pages):
         pool = pool.seal(page, str(number).encode())
     return pool.release(pages), pages
@@ -33,7 +33,7 @@ def test_content_that_is_known_outlives_its_holder():
     assert pool.match([b"0", b"1", b"x", b"2"]) == pages[:2]
     assert (pool.used, pool.available, pool.extent) == (0, 4, 3)
     pool = pool.share(pages[:2]).share(pages[:1])
-    assert (pool.used, pool.available, pool.available_beside(pages)) == (2, 2, 1)
+    assert (pool.used, pool.available, pool.available_after_sharing(pages)) == (2, 2, 1)
     pool = pool.release(pages[:2])
     assert pool.used == 1
     check_pages(pool, pages[:1])
@@ -48,18 +48,18 @@ def test_free_pages_go_first_then_the_content_let_go_first_the_end_of_a_prefix_b
 
 
 def test_a_second_page_of_the_same_content_stays_unknown():
-    pool, pages = PagePool.of(3).alloc(2)
+    pool, pages = PagePool.empty(3).alloc(2)
     pool = pool.seal(pages[0], b"k").seal(pages[1], b"k").release(pages)
-    assert pool.kept == pages[:1]
+    assert pool.evictable == pages[:1]
     assert len(pool.free) == 2
 
 
 def test_a_key_says_everything_up_to_the_end_of_its_page():
-    keys = page_keys(range(20), 8, b"")
+    keys = hash_pages(range(20), 8, b"")
     assert len(keys) == 2
-    assert keys == page_keys(range(16), 8, b"")
-    assert page_keys(range(8, 16), 8, keys[0]) == keys[1:]
-    others = page_keys([9, *range(1, 16)], 8, b""), page_keys(range(16), 8, b"root"), page_keys(range(8, 24), 8, b"")
+    assert keys == hash_pages(range(16), 8, b"")
+    assert hash_pages(range(8, 16), 8, keys[0]) == keys[1:]
+    others = hash_pages([9, *range(1, 16)], 8, b""), hash_pages(range(16), 8, b"root"), hash_pages(range(8, 24), 8, b"")
     assert len({keys[1], *(other[1] for other in others)}) == 4
 
 
@@ -69,7 +69,7 @@ def test_a_key_says_everything_up_to_the_end_of_its_page():
     st.lists(st.tuples(st.sampled_from(("take", "return", "seal", "share")), st.integers(0, 9), st.integers(0, 9))),
 )
 def test_pages_are_conserved_under_any_order_of_takes_seals_shares_and_returns(total, events):
-    pool, owned, content = PagePool.of(total), [], {}
+    pool, owned, content = PagePool.empty(total), [], {}
     for what, a, b in events:
         if what == "take" and a <= pool.available:
             pool, pages = pool.alloc(a)
@@ -93,7 +93,7 @@ def test_pages_are_conserved_under_any_order_of_takes_seals_shares_and_returns(t
 @UNHURRIED
 @given(st.integers(0, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 12))))
 def test_every_page_is_free_or_owned_once_under_any_order_of_takes_and_returns(total, events):
-    pool, owned = PagePool.of(total), []
+    pool, owned = PagePool.empty(total), []
     for take, count in events:
         if take and count <= len(pool.free):
             pool, pages = pool.alloc(count)
@@ -106,19 +106,19 @@ def test_every_page_is_free_or_owned_once_under_any_order_of_takes_and_returns(t
 
 
 def test_the_pool_before_a_take_is_unchanged():
-    before = PagePool.of(3)
+    before = PagePool.empty(3)
     before.alloc(2)
-    assert before == PagePool.of(3)
+    assert before == PagePool.empty(3)
 
 
 def test_a_pool_never_gives_what_it_does_not_have():
     with pytest.raises(AssertionError, match="3 pages wanted, 2 of 2 available"):
-        PagePool.of(2).alloc(3)
+        PagePool.empty(2).alloc(3)
 
 
 def test_a_page_given_back_twice_is_noticed():
-    pool, pages = PagePool.of(2).alloc(1)
-    with pytest.raises(AssertionError, match="given back by nobody"):
+    pool, pages = PagePool.empty(2).alloc(1)
+    with pytest.raises(AssertionError, match="released without a holder"):
         pool.release(pages).release(pages)
 
 
@@ -128,9 +128,9 @@ def test_a_page_given_back_twice_is_noticed():
 )
 def test_a_broken_pool_is_named(owned, message):
     with pytest.raises(AssertionError, match=message):
-        check_pages(PagePool(3, (2,), holders=dict.fromkeys(owned, 1)), owned)
+        check_pages(PagePool(3, (2,), ref_counts=dict.fromkeys(owned, 1)), owned)
 
 
 def test_a_pool_of_less_than_nothing_is_refused():
     with pytest.raises(ValueError, match="-1 pages"):
-        PagePool.of(-1)
+        PagePool.empty(-1)

@@ -1,46 +1,46 @@
-"""What is measured decides whether a context is restored or computed again."""
+"""Measured costs decide whether a context is restored or computed again."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.breakeven import Costs, Line, is_restored
+from serving.engine.restore_cost import LinearFit, RestoreCosts, should_restore
 
 seconds = st.floats(1e-4, 10.0)
 
 
-def measured(*, step_s: float, token_s: float, piece_s: float, entry_s: float) -> Costs:
-    costs = Costs.guess(4096)
+def measured(*, step_s: float, token_s: float, piece_s: float, entry_s: float) -> RestoreCosts:
+    costs = RestoreCosts.guess(4096)
     for tokens in (0, 32, 64) * 200:
-        costs = costs.stepped(tokens, step_s + tokens * token_s)
+        costs = costs.with_step(tokens, step_s + tokens * token_s)
     for entries in (16, 256) * 200:
-        costs = costs.copied(entries, piece_s + entries * entry_s)
+        costs = costs.with_copy(entries, piece_s + entries * entry_s)
     return costs
 
 
-def restores(costs: Costs, length: int, entries: int, *, found: int = 0, budget_s: float = 0.03) -> bool:
-    return is_restored(costs, length, entries, found=found, chunk=64, piece=256, budget_s=budget_s)
+def restores(costs: RestoreCosts, length: int, entries: int, *, found: int = 0, budget_s: float = 0.03) -> bool:
+    return should_restore(costs, length, entries, found=found, chunk=64, piece=256, budget_s=budget_s)
 
 
 @given(fixed=seconds, slope=st.floats(1e-6, 1e-2), guess=seconds)
 def test_a_line_comes_to_what_is_measured(fixed, slope, guess):
-    line = Line.guess(guess, guess, 64)
+    line = LinearFit.guess(guess, guess, 64)
     for tokens in (1, 40, 256) * 300:
-        line = line.seen(tokens, fixed + slope * tokens)
+        line = line.observed(tokens, fixed + slope * tokens)
     for tokens in (1, 100, 256):
         assert abs(line.at(tokens) - (fixed + slope * tokens)) < 0.01 * (fixed + slope * tokens)
 
 
 def test_what_is_measured_all_at_one_length_is_predicted_there():
-    line = Line.guess(1.0, 1.0, 256)
+    line = LinearFit.guess(1.0, 1.0, 256)
     for _ in range(1000):
-        line = line.seen(256, 0.01)
+        line = line.observed(256, 0.01)
     assert abs(line.at(256) - 0.01) < 1e-4
 
 
 def test_steps_that_prefill_nothing_tell_nothing_of_the_rate():
-    line = Line.guess(0.02, 1e-3, 64)
+    line = LinearFit.guess(0.02, 1e-3, 64)
     for _ in range(100_000):
-        line = line.seen(0, 0.02)
+        line = line.observed(0, 0.02)
     assert line.slope >= 0.0
     assert abs(line.fixed - 0.02) < 1e-6
 

@@ -3,19 +3,21 @@ import collections
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.batch import TILE, Batch, Bucket
-from serving.engine import EngineState
-from serving.scheduler import DECODE_ROWS_OF_A_TILE, schedule
-from tests.fakes import FakeServer, small_limits, small_request
+from planner.plan.step_layout import TILE
+from serving.engine.batch import Batch, StepBucket
+from serving.engine.scheduler import DECODE_ROWS_PER_TILE, schedule
+from serving.engine.state import EngineState
+from simulation.hand_model import small_limits, small_request
+from tests.support.fake_engine import FakeEngine
 
 
-def server(pages=(16, 16), **changes) -> FakeServer:
-    return FakeServer.start(small_limits(**changes), dict(enumerate(pages)))
+def server(pages=(16, 16), **changes) -> FakeEngine:
+    return FakeEngine.start(small_limits(**changes), dict(enumerate(pages)))
 
 
 def counts(batch: Batch) -> dict[str, int]:
     """{request id: tokens of this step}."""
-    return {item.request_id: len(item.tokens) for part in batch.work.values() for item in part}
+    return {item.request_id: len(item.tokens) for part in batch.scheduled.values() for item in part}
 
 
 def ranks(state: EngineState) -> dict[str, int | None]:
@@ -30,7 +32,7 @@ def test_nothing_to_do_is_no_step():
 def test_a_prompt_is_taken_in_chunks_of_whole_tiles_and_its_last_chunk_samples():
     s = server()
     s.submit(small_request("a", range(90)))
-    chunks = [s.step().work[0][0] for _ in range(3)]
+    chunks = [s.step().scheduled[0][0] for _ in range(3)]
     assert [(c.start, len(c.tokens), c.samples) for c in chunks] == [
         (0, 64, False),
         (64, 26, True),
@@ -53,7 +55,7 @@ def test_prompts_in_turn_end_in_the_order_they_came_each_in_the_bucket_of_the_fi
     for number in range(decoding):
         s.submit(small_request(f"d{number}", (5,), max_tokens=50))
         s.step()
-    s.in_turn = True
+    s.serial_prefill = True
     names = [f"p{number}" for number in range(len(lengths))]
     for name, length in zip(names, lengths, strict=True):
         s.submit(small_request(name, range(length), max_tokens=50))
@@ -64,19 +66,18 @@ def test_prompts_in_turn_end_in_the_order_they_came_each_in_the_bucket_of_the_fi
         tiles = -(-(lengths[len(begun)] - computed) // TILE)
         batch = s.step()
         assert batch is not None
-        rows = sum(not item.tiles for item in batch.work[0])
+        rows = sum(not item.tiles for item in batch.scheduled[0])
         if rows < len(waiting):
             assert batch.bucket.tiles == (2 if rows <= 4 and tiles <= 2 else 4)
         begun += [name for name in waiting if s.heard[name]]
     assert begun == names
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_a_prompt_of_one_token_needs_no_tile():
     s = server()
     s.submit(small_request("a", (5,)))
-    assert s.step().bucket == Bucket(2, 0)
+    assert s.step().bucket == StepBucket(2, 0)
 
 
 def test_the_more_decode_the_more_tiles_run_beside_them():
@@ -98,7 +99,7 @@ def test_while_any_rank_decodes_prefill_gets_few_tiles_on_every_rank():
     s.submit(small_request("b", range(80)))
     batch = s.step()
     assert counts(batch) == {"a": 1, "b": TILE}
-    assert batch.bucket == Bucket(2, 1)
+    assert batch.bucket == StepBucket(2, 1)
     s.cancel("a")
     assert counts(s.step()) == {"b": 48}
 
@@ -107,7 +108,7 @@ def test_a_rank_without_work_takes_part_in_the_step():
     s = server((16, 16, 16))
     s.submit(small_request("a"))
     batch = s.step()
-    assert {rank: len(part) for rank, part in batch.work.items()} == {0: 1, 1: 0, 2: 0}
+    assert {rank: len(part) for rank, part in batch.scheduled.items()} == {0: 1, 1: 0, 2: 0}
 
 
 def test_steps_are_numbered_and_bear_their_epoch():
@@ -147,8 +148,7 @@ def test_room_is_counted_without_the_pages_that_are_shared():
     s.submit(small_request("c", range(50, 58), max_tokens=9))
     s.step()
     assert list(s.state.waiting) == ["c"]
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_a_rank_too_small_for_a_request_is_never_its_place():
@@ -157,8 +157,7 @@ def test_a_rank_too_small_for_a_request_is_never_its_place():
         s.submit(small_request(name, range(20), max_tokens=20))
     s.step()
     assert ranks(s.state) == {"a": 1, "b": 1}
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_a_rank_runs_no_more_sequences_than_it_has_rows():
@@ -181,8 +180,7 @@ def test_a_prompt_is_admitted_only_with_a_page_to_go_on():
 def test_a_request_that_fills_a_rank_to_its_last_page_is_admitted():
     s = server((5,))
     s.submit(small_request("a", range(40), max_tokens=1))
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_a_large_request_at_the_head_of_the_queue_is_not_overtaken():
@@ -205,8 +203,7 @@ def test_the_youngest_is_preempted_and_its_place_in_the_queue_is_the_first():
     assert list(s.state.running) == ["old"]
     assert list(s.state.waiting) == ["young", "new"]
     assert s.tokens("young") == list(s.state.waiting["young"].generated) != []
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_the_first_step_after_a_loss_is_the_survivors_alone():
@@ -221,8 +218,7 @@ def test_the_first_step_after_a_loss_is_the_survivors_alone():
     assert counts(s.step()) == dict.fromkeys(survivors, 1)
     after = counts(s.step())
     assert set(after) > survivors
-    s.drain()
-    s.check_streams(all_ended=True)
+    s.finish()
 
 
 def test_without_survivors_decoding_recovery_starts_at_once():
@@ -265,9 +261,9 @@ requests = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 96))
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(requests, min_size=4, max_size=11), st.lists(st.integers(3, 8), min_size=1, max_size=3), st.booleans())
-def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pages, in_turn):
+def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pages, serial_prefill):
     s = server((8, *pages))
-    s.in_turn = in_turn
+    s.serial_prefill = serial_prefill
     for number, (length, max_tokens, first) in enumerate(load):
         prompt = [(first + 5 * i) % 97 for i in range(length)]
         s.submit(small_request(f"r{number}", prompt, max_tokens=max_tokens, seed=number))
@@ -278,21 +274,21 @@ def test_under_pressure_for_pages_everyone_is_served_and_nobody_starves(load, pa
     s.check_streams(all_ended=True)
 
 
-def check_step(before: EngineState, batch: Batch, s: FakeServer) -> None:
+def check_step(before: EngineState, batch: Batch, s: FakeEngine) -> None:
     """One piece of work per request and a row for each that goes on decoding, in the smallest bucket that
     covers it; the oldest is never set back."""
-    seen = collections.Counter(item.request_id for part in batch.work.values() for item in part)
+    seen = collections.Counter(item.request_id for part in batch.scheduled.values() for item in part)
     assert set(seen.values()) == {1}
-    rows = max(sum(not item.tiles for item in part) for part in batch.work.values())
-    tiles = max(sum(item.tiles for item in part) for part in batch.work.values())
+    rows = max(sum(not item.tiles for item in part) for part in batch.scheduled.values())
+    tiles = max(sum(item.tiles for item in part) for part in batch.scheduled.values())
     limits = before.limits
     covers = [b for b in limits.buckets if b.decode >= rows and b.tiles >= tiles]
     assert batch.bucket.rows == min(b.rows for b in covers)
     assert batch.bucket in covers
-    decoding = sum(not item.tiles for part in batch.work.values() for item in part)
+    decoding = sum(not item.tiles for part in batch.scheduled.values() for item in part)
     behind = len(before.running) + len(before.waiting) - decoding
-    beside = max(limits.tiles_while_decoding, rows // DECODE_ROWS_OF_A_TILE)
-    assert tiles <= (beside if decoding >= max(behind, 1) else limits.most_tiles)
+    beside = max(limits.tiles_while_decoding, rows // DECODE_ROWS_PER_TILE)
+    assert tiles <= (beside if decoding >= max(behind, 1) else limits.max_tiles)
     for sequence in before.running.values():
         now = s.state.find(sequence.id)
         if sequence.pending == 1 and now is not None and now.rank == sequence.rank:

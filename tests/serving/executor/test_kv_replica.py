@@ -1,4 +1,4 @@
-"""A writer may be killed at any store: what stands below the seal is whole, and nothing is taken for what it is not."""
+"""A writer may be killed at any store: entries below the seal are complete, and no entry is taken for another."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import serving.cache_copy
-from serving.cache_copy import NOTHING, CacheCopy, NotCopied, entries_of, size_of
+import serving.executor.kv_replica
+from serving.executor.kv_replica import UNSEALED, KVReplica, NotReplicated, entry_indices, replica_bytes
 
 ENTRIES, WIDTH, ROWS = 24, 16, 6
 """Sizes of the copies here, in entries, bytes of an entry, and entries that a step writes."""
@@ -34,17 +34,17 @@ def rows_at(step: int) -> np.ndarray:
     return np.repeat(np.full((ROWS, 1), step % 251, np.uint8), WIDTH, axis=1)
 
 
-def write(copy: CacheCopy, step: int) -> None:
+def write(copy: KVReplica, step: int) -> None:
     copy.write(entries_at(step), *tags_at(step), rows_at(step))
     copy.seal(step)
 
 
-def new_copy() -> tuple[CacheCopy, int]:
+def new_copy() -> tuple[KVReplica, int]:
     file = os.memfd_create("test")
-    return CacheCopy.create(file, ENTRIES, WIDTH), file
+    return KVReplica.create(file, ENTRIES, WIDTH), file
 
 
-def assert_whole(copy: CacheCopy, last: int) -> None:
+def assert_whole(copy: KVReplica, last: int) -> None:
     """Every entry has what the last sealed step left there, unless the one after it was killed while it wrote there;
     then it has all of the one, all of the other, or nothing that can be read."""
     sealed = copy.sealed
@@ -63,7 +63,7 @@ def assert_whole(copy: CacheCopy, last: int) -> None:
             tokens, positions = (tags[at : at + 1] for tags in tags_at(candidate))
             try:
                 row = copy.read(np.array([entry]), tokens, positions)
-            except NotCopied:
+            except NotReplicated:
                 continue
             assert row.tolist() == rows_at(candidate)[at : at + 1].tolist()
 
@@ -114,7 +114,7 @@ def test_whatever_store_is_the_last_what_was_sealed_can_be_read_and_is_right(sto
         return wrote
 
     try:
-        with mock.patch.object(serving.cache_copy, "os", mock.Mock(wraps=os, pwrite=pwrite)):
+        with mock.patch.object(serving.executor.kv_replica, "os", mock.Mock(wraps=os, pwrite=pwrite)):
             for last in range(before, before + 3):
                 write(copy, last)
     except Killed:
@@ -129,9 +129,9 @@ def test_whatever_store_is_the_last_what_was_sealed_can_be_read_and_is_right(sto
 WRITER = """
 import sys
 from pathlib import Path
-from serving.cache_copy import CacheCopy
-from tests.serving.test_cache_copy import write
-copy, step = CacheCopy.open(Path(sys.argv[1])), 0
+from serving.executor.kv_replica import KVReplica
+from tests.serving.executor.test_kv_replica import write
+copy, step = KVReplica.open(Path(sys.argv[1])), 0
 print(flush=True)
 while True:
     write(copy, step)
@@ -157,11 +157,13 @@ def test_a_process_killed_while_it_writes_leaves_what_it_sealed(after_s):
 
 def test_a_new_copy_has_nothing_in_it_and_takes_next_to_no_memory():
     file = os.memfd_create("test")
-    copy = CacheCopy.create(file, 1024, 1 << 20)
-    assert copy.sealed == NOTHING
-    assert os.fstat(file).st_size == size_of(1024, 1 << 20) > 1 << 30
+    copy = KVReplica.create(file, 1024, 1 << 20)
+    assert copy.sealed == UNSEALED
+    assert os.fstat(file).st_size == replica_bytes(1024, 1 << 20) > 1 << 30
     assert 512 * os.fstat(file).st_blocks < 1 << 20
-    with pytest.raises(NotCopied, match="entry 3 of the copy has token -1 at position -1, and token 0 at position 0"):
+    with pytest.raises(
+        NotReplicated, match="entry 3 of the replica has token -1 at position -1, and token 0 at position 0"
+    ):
         copy.read(np.array([3]), np.zeros(1), np.zeros(1))
     copy.close()
     os.close(file)
@@ -174,7 +176,7 @@ def test_what_an_earlier_request_left_in_an_entry_is_not_read_as_another(change)
     tokens, positions = tags_at(4)
     np.testing.assert_array_equal(copy.read(entries_at(4), tokens, positions), rows_at(4))
     wrong = (tokens + (np.arange(ROWS) == 2), positions) if change == "token" else (tokens, positions + 1)
-    with pytest.raises(NotCopied):
+    with pytest.raises(NotReplicated):
         copy.read(entries_at(4), *wrong)
     copy.close()
     os.close(file)
@@ -183,9 +185,9 @@ def test_what_an_earlier_request_left_in_an_entry_is_not_read_as_another(change)
 def test_a_file_that_is_no_copy_is_refused(tmp_path: Path):
     other = tmp_path / "other"
     other.write_bytes(b"x" * 100_000)
-    with pytest.raises(NotCopied, match="this is no copy of a cache"):
-        CacheCopy.open(other)
+    with pytest.raises(NotReplicated, match="this is no KV replica"):
+        KVReplica.open(other)
 
 
 def test_entries_of_positions_follow_the_pages():
-    assert entries_of((5, 2), 4, 2, 4).tolist() == [22, 23, 8, 9]
+    assert entry_indices((5, 2), 4, 2, 4).tolist() == [22, 23, 8, 9]

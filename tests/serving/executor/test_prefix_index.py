@@ -1,11 +1,11 @@
-"""What ranks are told of their pages is enough for another front, and never too much."""
+"""The page keys that ranks know suffice for another front, and are never of pages that were written since."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.page_index import PageIndex, PageNews, read
-from serving.pages import KEY_BYTES, PagePool, check_pages, page_keys
+from serving.engine.page_pool import KEY_BYTES, PagePool, check_pages, hash_pages
+from serving.executor.prefix_index import PrefixIndex, PrefixUpdates, read_pages
 from serving.proto.moejax.v1 import link_pb2
 
 TOTAL = 6
@@ -26,16 +26,16 @@ def key(number: int) -> bytes:
 
 
 @given(ACTS)
-def test_a_rank_knows_what_it_was_told_of_pages_that_were_not_written_since(acts: list[tuple[str, int, int]]) -> None:
+def test_a_rank_knows_the_sent_keys_of_pages_that_were_not_written_since(acts: list[tuple[str, int, int]]) -> None:
     """`content` is what really is in the pages. A step that writes a page says that the front knows it no more."""
     content: dict[int, bytes] = {}
     known: dict[int, bytes] = {}
-    rank, news = PageIndex(), PageNews()
+    rank, news = PrefixIndex(), PrefixUpdates()
 
     def step(*pages: int) -> None:
-        if (full := news.of(0, known)) is not None:
-            rank.note(full)
-        rank.wrote(np.array(pages, np.int32))
+        if (full := news.update_for(0, known)) is not None:
+            rank.add(full)
+        rank.invalidate(np.array(pages, np.int32))
 
     for what, page, number in acts:
         if what == "fill" and page not in known:
@@ -47,29 +47,29 @@ def test_a_rank_knows_what_it_was_told_of_pages_that_were_not_written_since(acts
             known = {other: name for other, name in known.items() if other != page}
             step(page)
         elif what == "adopt":
-            rank.keep(0)
-            news.again()
+            rank.truncate(0)
+            news.reset()
         elif what == "step":
             step()
-            assert read(rank.hello()) == known
-        assert read(rank.hello()).items() <= content.items()
+            assert read_pages(rank.message()) == known
+        assert read_pages(rank.message()).items() <= content.items()
 
 
-def test_nothing_is_told_twice() -> None:
-    news, keys = PageNews(), {1: key(1)}
-    first = news.of(0, keys)
+def test_no_key_of_a_page_is_sent_twice() -> None:
+    news, keys = PrefixUpdates(), {1: key(1)}
+    first = news.update_for(0, keys)
     assert first is not None
-    assert read(first) == keys
-    assert news.of(0, keys) is None
-    more = news.of(0, {**keys, 2: key(2)})
+    assert read_pages(first) == keys
+    assert news.update_for(0, keys) is None
+    more = news.update_for(0, {**keys, 2: key(2)})
     assert more is not None
-    assert read(more) == {2: key(2)}
-    assert news.of(1, keys) == first, "another rank is another matter"
+    assert read_pages(more) == {2: key(2)}
+    assert news.update_for(1, keys) == first, "another rank is another matter"
 
 
 @given(st.dictionaries(st.integers(0, 2 * TOTAL), st.integers(0, 4).map(key)))
 def test_a_pool_that_holds_known_pages_is_whole_and_finds_them(keys: dict[int, bytes]) -> None:
-    pool = PagePool.holding(TOTAL, keys)
+    pool = PagePool.with_cached_pages(TOTAL, keys)
     check_pages(pool, [])
     assert pool.available == TOTAL
     assert set(pool.index) == {name for page, name in keys.items() if page < TOTAL}
@@ -78,18 +78,18 @@ def test_a_pool_that_holds_known_pages_is_whole_and_finds_them(keys: dict[int, b
 
 def test_prefixes_of_a_front_before_are_found_page_by_page() -> None:
     tokens = list(range(40))
-    names = page_keys(tokens, 8, b"")
-    pool = PagePool.holding(TOTAL, dict(zip((4, 0, 3), names, strict=False)))
+    names = hash_pages(tokens, 8, b"")
+    pool = PagePool.with_cached_pages(TOTAL, dict(zip((4, 0, 3), names, strict=False)))
     assert pool.match(names) == (4, 0, 3)
 
 
 def test_the_last_pages_go_first() -> None:
-    pool, taken = PagePool.holding(3, {0: key(0), 1: key(1), 2: key(2)}).alloc(1)
+    pool, taken = PagePool.with_cached_pages(3, {0: key(0), 1: key(1), 2: key(2)}).alloc(1)
     assert taken == (2,)
     assert pool.match([key(0), key(1)]) == (0, 1)
 
 
 def test_a_message_that_names_no_page_changes_nothing() -> None:
-    rank = PageIndex()
-    rank.note(link_pb2.FullPages())
-    assert read(rank.hello()) == {}
+    rank = PrefixIndex()
+    rank.add(link_pb2.FullPages())
+    assert read_pages(rank.message()) == {}

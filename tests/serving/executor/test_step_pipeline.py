@@ -3,14 +3,14 @@
 import asyncio
 from typing import Any
 
-from serving.batch import Batch, Bucket
 from serving.config import Settings
-from serving.engine import EngineState
-from serving.flights import Flights
+from serving.engine.batch import Batch, StepBucket
+from serving.engine.state import EngineState
+from serving.executor.step_pipeline import StepPipeline
 from serving.proto.moejax.v1 import link_pb2
-from tests.fakes import small_limits
+from simulation.hand_model import small_limits
 
-BUCKET = Bucket(2, 0)
+BUCKET = StepBucket(2, 0)
 
 
 class Links:
@@ -26,9 +26,9 @@ class Links:
         return {rank: link_pb2.StepDone(step=part.step) for rank, part in parts.items()}
 
 
-def flown(links: Links, loop: asyncio.AbstractEventLoop) -> tuple[Flights, Any]:
+def flown(executor: Links, loop: asyncio.AbstractEventLoop) -> tuple[StepPipeline, Any]:
     settings = Settings(buckets=((2, 0), (2, 1)), ranks=1)
-    flights: Any = Flights(settings, links, lambda guide, generated: None)  # type: ignore[arg-type]
+    flights: Any = StepPipeline(settings, executor, lambda guide, generated: None)  # type: ignore[arg-type]
     state = EngineState.start(small_limits(), {0: 8})
 
     def send(step: int) -> None:
@@ -40,29 +40,29 @@ def flown(links: Links, loop: asyncio.AbstractEventLoop) -> tuple[Flights, Any]:
 
 def test_a_step_is_on_its_way_before_the_next_is_made() -> None:
     async def run() -> None:
-        links = Links()
-        flights, send = flown(links, asyncio.get_running_loop())
+        executor = Links()
+        flights, send = flown(executor, asyncio.get_running_loop())
         send(1)
-        assert links.sent == []
-        await flights.half()
-        assert links.sent == [1]
-        flights.ground()
+        assert executor.sent == []
+        await flights.wait_half()
+        assert executor.sent == [1]
+        flights.discard()
 
     asyncio.run(run())
 
 
 def test_half_of_a_step_ends_with_the_step_however_long_those_before_it_took() -> None:
     async def run() -> None:
-        links = Links()
-        flights, send = flown(links, asyncio.get_running_loop())
-        flights._took[BUCKET] = [1e9]
+        executor = Links()
+        flights, send = flown(executor, asyncio.get_running_loop())
+        flights._durations[BUCKET] = [1e9]
         send(1)
-        half = asyncio.create_task(flights.half())
+        half = asyncio.create_task(flights.wait_half())
         await asyncio.sleep(0.01)
         assert not half.done()
-        links.answer.set()
+        executor.answer.set()
         await half
-        assert set(await flights.land()) == {0}
+        assert set(await flights.receive()) == {0}
         assert len(flights) == 0
 
     asyncio.run(run())
@@ -71,7 +71,7 @@ def test_half_of_a_step_ends_with_the_step_however_long_those_before_it_took() -
 def test_nothing_is_waited_for_without_a_step_in_flight() -> None:
     async def run() -> None:
         flights, _ = flown(Links(), asyncio.get_running_loop())
-        await flights.half()
+        await flights.wait_half()
         assert len(flights) == 0
 
     asyncio.run(run())

@@ -1,24 +1,24 @@
-"""Slow ranks are found by their own time, drained once, and nobody else is."""
+"""Stragglers are found by their own time and drained once; no other rank is drained."""
 
 import dataclasses
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.slowness import Paces, SlownessSettings, judge, slowness
+from serving.executor.straggler_detector import StragglerSettings, StragglerState, judge, slowness
 
-SETTINGS = SlownessSettings(patience=3, cool_off_s=100.0)
+SETTINGS = StragglerSettings(patience=3, cool_off_s=100.0)
 EVEN = {0: 10.0, 1: 11.0, 2: 9.0, 3: 10.0}
 SLOW = EVEN | {2: 80.0}
 
 
-def run(blocks, *, paces=None, start=0.0, every=1.0, settings=SETTINGS):
+def run(blocks, *, state=None, start=0.0, every=1.0, settings=SETTINGS):
     """(verdicts of each block, paces at the end)."""
-    paces, heard = paces or Paces(), []
+    state, heard = state or StragglerState(), []
     for number, block in enumerate(blocks):
-        paces, verdicts = judge(paces, block, start + every * number, settings)
+        state, verdicts = judge(state, block, start + every * number, settings)
         heard.append(verdicts)
-    return heard, paces
+    return heard, state
 
 
 def test_a_rank_that_stays_slow_is_on_probation_and_then_drained():
@@ -30,30 +30,30 @@ def test_ranks_are_compared_with_those_of_their_role_alone():
     apart = {0: 20.0, 1: 21.0, 2: 1.0, 3: 1.0, 4: 9.0}
     roles = {0: "attention", 1: "attention", 2: "expert", 3: "expert", 4: "expert"}
     assert max(slowness(apart, roles), key=slowness(apart, roles).get) == 4
-    assert slowness(apart, roles)[0] < SETTINGS.relief * SETTINGS.factor
+    assert slowness(apart, roles)[0] < SETTINGS.recovery_factor * SETTINGS.factor
     assert not slowness({0: 5.0, 1: 1.0}, {0: "attention", 1: "expert"})
 
 
-def test_a_rank_that_gets_better_leaves_probation_and_starts_anew():
-    heard, paces = run([SLOW] * 5 + [EVEN])
+def test_a_rank_that_recovers_leaves_probation_without_a_record():
+    heard, state = run([SLOW] * 5 + [EVEN])
     assert heard[-1] == {2: "recovered"}
-    assert paces.slow[2] == 0
-    assert not any(run([SLOW] * 2, paces=paces)[0])
+    assert state.slow[2] == 0
+    assert not any(run([SLOW] * 2, state=state)[0])
 
 
 def test_a_rank_between_the_two_bounds_is_neither_blamed_more_nor_relieved():
     middling = EVEN | {2: 26.0}
-    assert SETTINGS.relief * SETTINGS.factor < slowness(middling)[2] < SETTINGS.factor
-    heard, paces = run([SLOW] * 3 + [middling] * 20)
+    assert SETTINGS.recovery_factor * SETTINGS.factor < slowness(middling)[2] < SETTINGS.factor
+    heard, state = run([SLOW] * 3 + [middling] * 20)
     assert not any(heard[3:])
-    assert paces.slow[2] == 3
+    assert state.slow[2] == 3
 
 
 def test_after_a_drain_none_follows_within_the_cool_off_which_doubles():
-    heard, paces = run([SLOW] * 200, every=1.0)
+    heard, state = run([SLOW] * 200, every=1.0)
     drains = [i for i, verdicts in enumerate(heard) if "drain" in verdicts.values()]
     assert drains == [5, 105]
-    assert paces.not_before == 105 + 200
+    assert state.not_before == 105 + 200
 
 
 def test_a_single_rank_is_never_slow():
@@ -86,7 +86,7 @@ def test_ranks_of_equal_pace_are_left_alone(ranks, own, blocks):
 
 
 def test_a_rank_that_left_is_forgotten():
-    heard, paces = run([SLOW] * 3 + [{0: 10.0, 1: 11.0}])
-    assert set(paces.slow) == {0, 1}
-    assert dataclasses.replace(paces, slow={}).drains == 0
+    heard, state = run([SLOW] * 3 + [{0: 10.0, 1: 11.0}])
+    assert set(state.slow) == {0, 1}
+    assert dataclasses.replace(state, slow={}).drains == 0
     assert heard[-1] == {}

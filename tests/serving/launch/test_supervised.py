@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.supervised import RankParent, Supervised
-from tests.e2e.streams import wait_until
+from serving.launch.supervised import RankParent, SupervisedStarter
+from tests.support.streams import wait_until
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def supervisor(folder: Path) -> Iterator[RankParent]:
-    """Answers in a thread of its own, as the supervisor does in its only one."""
+    """A supervisor whose requests are answered in a thread of its own."""
     parent, stop = RankParent(folder), threading.Event()
 
     def serve() -> None:
@@ -43,22 +43,22 @@ def supervisor(folder: Path) -> Iterator[RankParent]:
 
 def test_a_rank_outlives_the_front_that_had_it_started(folder: Path) -> None:
     async def first_front() -> int:
-        rank = Supervised(folder, folder, 1).start(1, f"unix:{folder / 'link'}", lambda how: None)
+        rank = SupervisedStarter(folder, folder, 1).start(1, f"unix:{folder / 'link'}", lambda how: None)
         assert rank.pid is not None
         return rank.pid
 
     async def second_front(pid: int) -> None:
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        left = Supervised(folder, folder, 1).left()
-        assert list(left) == [1]
-        rank = left[1](ended.set_result)
+        orphans = SupervisedStarter(folder, folder, 1).orphans()
+        assert list(orphans) == [1]
+        rank = orphans[1](ended.set_result)
         assert rank.pid == pid
         assert rank.state not in ("", "Z", "X")
         rank.signal("SIGKILL")
         await rank.fenced()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await ended == "process ended with signal 9"
-        assert not Supervised(folder, folder, 1).left()
+        assert not SupervisedStarter(folder, folder, 1).orphans()
 
     with supervisor(folder):
         asyncio.run(second_front(asyncio.run(first_front())))
@@ -67,9 +67,9 @@ def test_a_rank_outlives_the_front_that_had_it_started(folder: Path) -> None:
 
 def test_of_two_that_are_the_same_rank_the_older_one_is_ended(folder: Path) -> None:
     async def front() -> None:
-        launcher = Supervised(folder, folder, 1)
+        launcher = SupervisedStarter(folder, folder, 1)
         old, new = (launcher.start(0, f"unix:{folder / 'link'}", lambda how: None) for _ in range(2))
-        rank = launcher.left()[0](lambda how: None)
+        rank = launcher.orphans()[0](lambda how: None)
         assert rank.pid == new.pid
         await old.fenced()
         old.end()
@@ -80,7 +80,7 @@ def test_of_two_that_are_the_same_rank_the_older_one_is_ended(folder: Path) -> N
 
 def test_ranks_end_with_their_supervisor(folder: Path) -> None:
     async def front() -> int:
-        rank = Supervised(folder, folder, 1).start(0, f"unix:{folder / 'link'}", lambda how: None)
+        rank = SupervisedStarter(folder, folder, 1).start(0, f"unix:{folder / 'link'}", lambda how: None)
         rank.signal("SIGSTOP")
         assert rank.pid is not None
         return rank.pid
@@ -90,15 +90,15 @@ def test_ranks_end_with_their_supervisor(folder: Path) -> None:
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the rank has ended", 10)
 
 
-def test_a_caller_that_says_nothing_sensible_harms_nobody(folder: Path) -> None:
+def test_a_malformed_request_harms_nobody(folder: Path) -> None:
     async def front() -> None:
-        for said in (b"\n", b"{]\n", b""):
+        for request in (b"\n", b"{]\n", b""):
             with socket.socket(socket.AF_UNIX) as caller:
                 caller.connect(str(folder / "ranks"))
-                caller.sendall(said)
+                caller.sendall(request)
                 caller.shutdown(socket.SHUT_WR)
                 assert caller.recv(10) == b""
-        assert Supervised(folder, folder, 1).left() == {}
+        assert SupervisedStarter(folder, folder, 1).orphans() == {}
 
     with supervisor(folder):
         asyncio.run(front())

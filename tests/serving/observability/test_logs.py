@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from serving.logs import REQUESTS, SERVER, configure, log_event
-from serving.request import SamplingParams
-from serving.status import Event
+from serving.observability.logs import REQUESTS, SERVER, configure, log_event
+from serving.protocol.events import Event
+from serving.protocol.sampling import SamplingParams
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def test_a_traceback_stays_inside_its_object(out):
 
 
 @pytest.mark.anyio
-async def test_each_request_is_told_once_at_level_debug(out, generation):
+async def test_each_request_is_logged_once_at_level_debug(out, processor):
     configure("json", "debug", out)
-    request = await generation.accept("ab", SamplingParams(max_tokens=3), request_id="r1")
-    _ = [item async for item in generation.stream(request)]
+    request = await processor.accept("ab", SamplingParams(max_tokens=3), request_id="r1")
+    _ = [item async for item in processor.stream(request)]
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
     told = [line for line in lines if line["logger"] == REQUESTS.name]
     assert len(told) == 1

@@ -1,26 +1,25 @@
 """Traces with OpenTelemetry's own exporter in memory, through both surfaces."""
 
-import asyncio
-
 import httpx
 import pytest
 
+from serving.auth.limits import CallLimits
+from serving.core.request_processor import RequestProcessor
 from serving.errors import StartError
-from serving.generation import Generation
-from serving.guard import Guard
-from serving.metrics import Metrics
-from serving.tracing import open_tracer
-from tests.fake_backend import FakeBackend
-from tests.fake_tokens import byte_tokenizer
+from serving.observability.metrics import Metrics
+from serving.observability.tracing import open_tracer
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.fake_backend import FakeBackend
 
 pytest.importorskip("opentelemetry.sdk", reason="needs moejax[otel]")
 
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from serving import http, rpc
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
+from serving.api.grpc.server import start_grpc
+from serving.api.http.server import start_http
 from serving.config import Settings
-from serving.tracing_otel import OtlpTracer
+from serving.observability.tracing_otel import OtlpTracer
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +33,10 @@ def exporter() -> InMemorySpanExporter:
 
 async def test_a_request_is_a_span_under_the_callers_trace(exporter):
     backend, tracer = FakeBackend(), OtlpTracer("", exporter)
-    generation = Generation(backend, byte_tokenizer(), Metrics(backend, tracer))
-    guard = Guard.of(Settings())
-    http_server = await http.start(generation, guard=guard)
-    rpc_server = await rpc.start(generation, guard=guard)
+    processor = RequestProcessor(backend, byte_tokenizer(), Metrics(backend, tracer))
+    limits = CallLimits.of(Settings())
+    http_server = await start_http(processor, limits=limits)
+    rpc_server = await start_grpc(processor, limits=limits)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_server.port}") as client:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         await client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 3}, headers=headers)
@@ -60,7 +59,10 @@ async def test_a_recovery_is_a_span_with_its_phases_one_after_the_other(exporter
     backend, tracer = FakeBackend(), OtlpTracer("", exporter)
     metrics = Metrics(backend, tracer)
     await backend.lose(1)
-    await metrics_until_told(metrics)
+    async for event in backend.watch():
+        metrics.count_event(event)
+        if event.kind == "recovered":
+            break
     tracer.close()
     spans = {span.name: span for span in exporter.get_finished_spans()}
     whole = spans.pop("recovery")
@@ -71,16 +73,10 @@ async def test_a_recovery_is_a_span_with_its_phases_one_after_the_other(exporter
     assert (whole.end_time - whole.start_time) / 1e6 == pytest.approx(68.5, abs=0.01)
 
 
-async def metrics_until_told(metrics: Metrics) -> None:
-    following = asyncio.create_task(metrics.follow())
-    await asyncio.sleep(0.05)
-    following.cancel()
-
-
 def test_a_server_without_the_packages_says_what_to_install(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name}", name="opentelemetry")
 
-    monkeypatch.setattr("serving.tracing.importlib.import_module", missing)
-    with pytest.raises(StartError, match=r"pip install 'moejax\[otel\]'"):
+    monkeypatch.setattr("serving.observability.tracing.importlib.import_module", missing)
+    with pytest.raises(StartError, match=r"pip install -e '\.\[otel\]'"):
         open_tracer("http://127.0.0.1:4317")

@@ -9,12 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
+from serving.core.background import follow_device_errors, scrub_weights
 from serving.errors import InvalidRequest, NoCapacity, NotPermitted
-from serving.faults import ACTIONS, LEVELS, DeviceError, Instruction, Response, permit
-from serving.watchers import follow_errors, scrub
-from tests.fake_backend import FakeBackend
-from tests.fake_server import serve
+from serving.protocol.instructions import (
+    ACTIONS,
+    RESPONSE_BY_LEVEL,
+    DeviceError,
+    ErrorResponse,
+    Instruction,
+    check_may_operate,
+)
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 
@@ -32,20 +39,20 @@ HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
     ],
 )
 def test_an_instruction_means_these_ranks(fields, serving, ranks):
-    assert Instruction(**fields).chosen(HOSTS, serving) == ranks
+    assert Instruction(**fields).select_ranks(HOSTS, serving) == ranks
 
 
 @pytest.mark.parametrize("fields", [{"ranks": (0, 1, 2, 3)}, {"ranks": (2, 0)}])
 def test_nobody_is_let_go_when_nobody_would_be_left(fields):
     with pytest.raises(NoCapacity, match="would leave no rank to serve"):
-        Instruction(action="drain", **fields).chosen(HOSTS, (0, 2))
+        Instruction(action="drain", **fields).select_ranks(HOSTS, (0, 2))
 
 
 @given(
     st.sets(st.sampled_from(sorted(HOSTS)), min_size=1), st.integers(1, 4), st.sampled_from(["scale_down", "scale_up"])
 )
 def test_scaling_to_a_number_moves_towards_it_and_stops_there(serving, to, action):
-    chosen = Instruction(action=action, to=to).chosen(HOSTS, serving)
+    chosen = Instruction(action=action, to=to).select_ranks(HOSTS, serving)
     after = serving | set(chosen) if action == "scale_up" else serving - set(chosen)
     assert len(after) == (max if action == "scale_up" else min)(to, len(serving))
 
@@ -72,24 +79,30 @@ def test_scaling_to_a_number_moves_towards_it_and_stops_there(serving, to, actio
 )
 def test_what_is_no_instruction_is_refused_and_says_why(value, says):
     with pytest.raises(InvalidRequest, match=says):
-        Instruction.read(value).chosen(HOSTS, (0, 1, 2, 3))
+        Instruction.from_json(value).select_ranks(HOSTS, (0, 1, 2, 3))
 
 
 def test_the_names_that_vllm_uses_are_understood():
-    read = Instruction.read({"fault_tolerance_instruction": "pause", "fault_tolerance_timeout": 5})
+    read = Instruction.from_json({"fault_tolerance_instruction": "pause", "fault_tolerance_timeout": 5})
     assert (read.action, read.timeout_s) == ("pause", 5)
 
 
 def test_every_level_has_a_response_and_worse_levels_do_not_do_less():
-    order = [Response.IGNORE, Response.RECOMPUTE, Response.DRAIN, Response.RESTART, Response.ISOLATE]
-    assert sorted(LEVELS) == [1, 2, 3, 4, 5, 6]
-    assert [order.index(LEVELS[level]) for level in sorted(LEVELS)] == [0, 1, 2, 2, 3, 4]
+    order = [
+        ErrorResponse.IGNORE,
+        ErrorResponse.RECOMPUTE,
+        ErrorResponse.DRAIN,
+        ErrorResponse.RESTART,
+        ErrorResponse.ISOLATE,
+    ]
+    assert sorted(RESPONSE_BY_LEVEL) == [1, 2, 3, 4, 5, 6]
+    assert [order.index(RESPONSE_BY_LEVEL[level]) for level in sorted(RESPONSE_BY_LEVEL)] == [0, 1, 2, 2, 3, 4]
 
 
 @pytest.mark.parametrize("level", ["L0", "L7", "five", 0, 7, None, True, 2.0])
 def test_an_unknown_level_is_refused(level):
     with pytest.raises(InvalidRequest, match="L1 to L6"):
-        DeviceError.read({"rank": 0, "level": level})
+        DeviceError.from_json({"rank": 0, "level": level})
 
 
 @pytest.mark.parametrize(
@@ -105,10 +118,10 @@ def test_an_unknown_level_is_refused(level):
 )
 def test_who_may_operate_a_server(chaos, operable, key, peer, may):
     if may:
-        permit(chaos=chaos, operable=operable, key=key, peer=peer)
+        check_may_operate(chaos=chaos, operable=operable, key=key, peer=peer)
     else:
         with pytest.raises(NotPermitted):
-            permit(chaos=chaos, operable=operable, key=key, peer=peer)
+            check_may_operate(chaos=chaos, operable=operable, key=key, peer=peer)
 
 
 @pytest.mark.anyio
@@ -151,14 +164,14 @@ async def test_a_server_that_is_not_operable_refuses_every_instruction_on_both_s
 async def test_lines_appended_to_the_file_are_reported_once_and_others_said(tmp_path: Path):
     path, reported, said = tmp_path / "errors.jsonl", [], []
     path.write_text(json.dumps({"rank": 0, "level": 1}) + "\n")  # from before: not reported
-    task = asyncio.create_task(follow_errors(path, reported.append, said.append))
+    task = asyncio.create_task(follow_device_errors(path, reported.append, said.append))
 
     async def heard(count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(reported) + len(said) < count:
                 await asyncio.sleep(0.02)
 
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)  # it has begun, and knows where the file ends
     with path.open("a") as file:
         file.write('{"rank": 2, "level": "L3"}\nnonsense\n{"rank": 1, "lev')
         file.flush()
@@ -182,8 +195,8 @@ async def test_the_scrub_sees_every_slot_in_turn_also_when_their_number_changes(
         seen.append(number)
         count = 3 if len(seen) < 5 else 2
 
-    task = asyncio.create_task(scrub(lambda: count, inspect, 0.006))
-    async with asyncio.timeout(20):
+    task = asyncio.create_task(scrub_weights(lambda: count, inspect, 0.006))
+    async with asyncio.timeout(60):
         while len(seen) < 9:
             await asyncio.sleep(0.002)
     task.cancel()

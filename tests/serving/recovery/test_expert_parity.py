@@ -7,18 +7,20 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-import serving.loop
-import serving.parity
-import serving.rendezvous
-import serving.replacements
-from planner.parity import kept_groups, ways
+import serving.core.loop
+import serving.core.step_runner
+import serving.core.unreadable_experts
+import serving.recovery.due
+import serving.recovery.expert_parity
+import serving.recovery.rendezvous
+from planner.solver.parity_groups import expert_sources, host_parity_groups
 from serving.config import Settings
 from serving.errors import InvalidRequest
-from serving.failover import Failover
-from serving.faults import Instruction
-from tests.fake_links import FakeCoordinator
-from tests.fakes import alone
-from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine, at_every_message, lose_one, spoil
+from serving.protocol.instructions import Instruction
+from serving.recovery.failover import Failover
+from simulation.hand_model import PREPARED, alone
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine, at_every_message, lose_one, spoil
 
 BARE = {"parity": 2, "restart": False, "survive": 0, "slots_per_rank": 2}
 """Four experts in six slots of three ranks: two of each layer have no second copy."""
@@ -26,11 +28,15 @@ BARE = {"parity": 2, "restart": False, "survive": 0, "slots_per_rank": 2}
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
-    monkeypatch.setattr(serving.parity, "PIECE_BYTES", 33)
-    monkeypatch.setattr(serving.parity, "LOOK_S", 0.001)
-    monkeypatch.setattr(serving.parity, "AGAIN_S", 0.01)
-    for module, name in ((serving.loop, "SETTLE_S"), (serving.loop, "IDLE_S"), (serving.replacements, "GATHER_S")):
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.recovery.expert_parity, "PIECE_BYTES", 33)
+    monkeypatch.setattr(serving.recovery.expert_parity, "POLL_S", 0.001)
+    monkeypatch.setattr(serving.recovery.expert_parity, "RETRY_S", 0.01)
+    for module, name in (
+        (serving.core.step_runner, "SETTLE_S"),
+        (serving.core.loop, "IDLE_S"),
+        (serving.recovery.due, "GATHER_S"),
+    ):
         monkeypatch.setattr(module, name, 0.005)
 
 
@@ -47,7 +53,7 @@ async def served(**settings) -> AsyncIterator[Machine]:
         async with asyncio.timeout(LIMIT_S):
             await asyncio.gather(*clients)
         for request in m.requests:
-            assert m.tokens[request.id] == alone(request, MODEL.max_context)[0]
+            assert m.tokens[request.id] == alone(request, PREPARED.max_context)[0]
     finally:
         await m.loop.drain(0.0)
         await m.failover.close()
@@ -57,8 +63,10 @@ async def protected(m: Machine) -> None:
     """Wait until the parity of the plan in force is made, and nothing else is kept."""
 
     def made() -> bool:
-        plan = m.failover.settled
-        return plan is not None and set(m.failover.parity.groups) == set(kept_groups(plan, m.loop.settings.parity))
+        plan = m.failover.settled_plan
+        return plan is not None and set(m.failover.parity.groups) == set(
+            host_parity_groups(plan, m.loop.settings.parity)
+        )
 
     await until(made)
 
@@ -72,12 +80,12 @@ async def until(holds) -> None:
 async def lose(m: Machine, rank: int) -> None:
     """A rank dies, and the others go on."""
     before = m.loop.status().recoveries
-    m.links.kill(rank)
-    await until(lambda: m.loop.status().recoveries > before and not m.failover.healing)
+    m.executor.kill(rank)
+    await until(lambda: m.loop.status().recoveries > before and not m.failover.adoption.reconciling)
 
 
 def kinds(m: Machine) -> list[str]:
-    return [event.kind for event in m.loop.events.past()]
+    return [event.kind for event in m.loop.events.retained()]
 
 
 @pytest.mark.parametrize("policy", ["wait", "mask"])
@@ -89,7 +97,7 @@ def test_without_a_store_no_single_loss_masks_an_expert(victim, policy, slots):
             lost = {(g.layer, e) for g in m.failover.parity.groups for e in g.members}
             held = m.failover.plan.slots_of(victim)
             lost = {(layer, expert) for layer, expert in lost if expert in held[layer]}
-            m.links.store = False
+            m.executor.store.readable = False
             await lose(m, victim)
             assert m.failover.plan.masked == ()
             assert m.loop.status().experts_rebuilt == len(lost)
@@ -99,15 +107,15 @@ def test_without_a_store_no_single_loss_masks_an_expert(victim, policy, slots):
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2), (2, 0)])
-def test_nor_does_the_next_one_once_parity_is_made_anew(first, second):
+def test_nor_does_the_next_loss_once_parity_is_made_again(first, second):
     async def case() -> None:
         async with served() as m:
-            m.links.store = False
+            m.executor.store.readable = False
             await lose(m, first)
             await protected(m)
             await lose(m, second)
             assert m.failover.plan.masked == ()
-            assert m.failover.alive == (3 - first - second,)
+            assert m.failover.plan_ranks == (3 - first - second,)
 
     asyncio.run(case())
 
@@ -118,13 +126,13 @@ def test_an_expert_that_another_rank_is_to_have_is_moved_there_and_never_masked(
         async with served(ranks=6, slots_per_rank=1, lattice_depth=2, on_lost_expert=policy) as m:
             failover = m.failover
             first, second, moved = next(found for found in moves(failover) if found[2])
-            m.links.store = False
+            m.executor.store.readable = False
             await lose(m, first)
             await protected(m)
-            m.links.kill(second)
-            await until(lambda: second not in failover.alive)
+            m.executor.kill(second)
+            await until(lambda: second not in failover.plan_ranks)
             assert moved.isdisjoint(failover.plan.masked)
-            await until(lambda: m.loop.status().recoveries == 2 and failover.settled is not None)
+            await until(lambda: m.loop.status().recoveries == 2 and failover.settled_plan is not None)
             assert failover.plan.masked == ()
             assert failover.parity.moved == len(moved)
 
@@ -136,23 +144,23 @@ def moves(failover: Failover) -> Iterator[tuple[int, int, set[tuple[int, int]]]]
     ranks = set(failover.plans.base.rank_ids)
     for first, second in itertools.permutations(ranks, 2):
         now, then = failover.plans.of(ranks - {first}), failover.plans.of(ranks - {first, second})
-        yield first, second, {at for at, way in ways((), now, then).items() if way.group is None}
+        yield first, second, {at for at, way in expert_sources((), now, then).items() if way.group is None}
 
 
 def test_two_losses_at_once_leave_to_the_store_what_they_took_two_of():
     async def case(store: bool) -> Machine:
         async with served() as m:
-            m.links.store = store
-            m.links.kill(0)
-            m.links.kill(1)
-            await until(lambda: m.loop.status().recoveries > 0 and not m.failover.healing)
-            assert m.failover.alive == (2,)
+            m.executor.store.readable = store
+            m.executor.kill(0)
+            m.executor.kill(1)
+            await until(lambda: m.loop.status().recoveries > 0 and not m.failover.adoption.reconciling)
+            assert m.failover.plan_ranks == (2,)
             assert "ready" in kinds(m)
             return m
 
     with_store, without = asyncio.run(case(True)), asyncio.run(case(False))
     assert with_store.failover.plan.masked == ()
-    assert with_store.failover.experts_loaded > 0
+    assert with_store.failover.adoption.experts_loaded > 0
     assert without.failover.plan.masked != ()
     assert "store_unreadable" in kinds(without)
 
@@ -160,14 +168,14 @@ def test_two_losses_at_once_leave_to_the_store_what_they_took_two_of():
 def test_parity_that_gives_other_weights_is_refused_and_the_store_asked():
     async def case() -> None:
         async with served() as m:
-            loaded = m.failover.experts_loaded
+            loaded = m.failover.adoption.experts_loaded
             for rank in (0, 1, 2):
-                for whole in m.links.get(rank).parity.values():
+                for whole in m.executor.get(rank).parity.values():
                     whole[50] ^= 1
             await lose(m, 1)
             assert m.failover.plan.masked == ()
             assert m.failover.parity.rebuilt == 0
-            assert m.failover.experts_loaded > loaded
+            assert m.failover.adoption.experts_loaded > loaded
             assert "rebuild_failed" in kinds(m)
             await protected(m)
 
@@ -178,9 +186,9 @@ def test_where_neither_parity_nor_the_store_is_right_experts_are_masked_and_nobo
     async def case() -> None:
         async with served(on_lost_expert="mask") as m:
             for rank in (0, 1, 2):
-                for whole in m.links.get(rank).parity.values():
+                for whole in m.executor.get(rank).parity.values():
                     whole[50] ^= 1
-            m.links.store = False
+            m.executor.store.readable = False
             await lose(m, 1)
             assert m.failover.plan.masked != ()
             assert {"rebuild_failed", "store_unreadable"} <= {*kinds(m)}
@@ -190,15 +198,15 @@ def test_where_neither_parity_nor_the_store_is_right_experts_are_masked_and_nobo
 
 
 def test_a_replacement_that_the_store_gives_nothing_is_given_experts_by_the_others(monkeypatch):
-    monkeypatch.setattr(serving.loop, "UNREADABLE_S", 1000.0)
+    monkeypatch.setattr(serving.core.unreadable_experts, "RETRY_S", 1000.0)
 
     async def case() -> None:
         async with served() as m:
             await lose(m, 2)
             await protected(m)
-            m.links.store = False
+            m.executor.store.readable = False
             await m.loop.apply(Instruction(action="scale_up", ranks=(2,)))
-            await until(lambda: set(m.failover.alive) == {0, 1, 2} and m.failover.settled is not None)
+            await until(lambda: set(m.failover.plan_ranks) == {0, 1, 2} and m.failover.settled_plan is not None)
             assert m.failover.plan.masked == ()
             assert "store_unreadable" in kinds(m)
 
@@ -211,14 +219,14 @@ def test_a_damaged_expert_is_made_again_and_makes_no_parity_itself():
             group = m.failover.parity.groups[0]
             (rank, slot) = next(
                 (rank, slot)
-                for rank in m.failover.alive
+                for rank in m.failover.plan_ranks
                 for slot, expert in enumerate(m.failover.plan.slots_of(rank)[group.layer])
                 if expert == group.members[0]
             )
-            m.links.store = False
-            m.links.damaged.add((rank, group.layer, slot))
-            await m.loop.operations.inspect_next(0)
-            await until(lambda: m.loop.operations.restored == 1)
+            m.executor.store.readable = False
+            m.executor.damaged.add((rank, group.layer, slot))
+            await m.loop.engine.maintenance.repair.inspect_next(0)
+            await until(lambda: m.loop.engine.maintenance.repair.experts_restored == 1)
             assert m.failover.parity.rebuilt == 1
             assert m.failover.plan.masked == ()
 
@@ -228,13 +236,13 @@ def test_a_damaged_expert_is_made_again_and_makes_no_parity_itself():
 def test_ranks_keep_what_the_plan_asks_for_and_nothing_else():
     async def case() -> None:
         async with served(restart=True) as m:
-            m.links.kill(2)
-            await until(lambda: set(m.failover.alive) == {0, 1})
-            await until(lambda: set(m.failover.alive) == {0, 1, 2})
+            m.executor.kill(2)
+            await until(lambda: set(m.failover.plan_ranks) == {0, 1})
+            await until(lambda: set(m.failover.plan_ranks) == {0, 1, 2})
             await protected(m)
             groups = m.failover.parity.groups
-            kept = {rank: {(g.layer, g.members) for g in groups if g.keeper == rank} for rank in m.failover.alive}
-            await until(lambda: all(m.links.get(rank).parity.keys() == keys for rank, keys in kept.items()))
+            kept = {rank: {(g.layer, g.members) for g in groups if g.rank == rank} for rank in m.failover.plan_ranks}
+            await until(lambda: all(m.executor.get(rank).parity.keys() == keys for rank, keys in kept.items()))
             status = m.loop.status()
             assert status.parity_groups == status.parity_wanted > 0
             assert status.parity_bytes == 100 * status.parity_groups
@@ -253,7 +261,8 @@ def test_ranks_keep_what_the_plan_asks_for_and_nothing_else():
     ],
 )
 def test_a_failure_at_any_message_changes_no_token(act, policy):
-    at_every_message(act, {**BARE, "restart": True, "on_lost_expert": policy, "protect_cache": "off"})
+    settings = {**BARE, "restart": True, "on_lost_expert": policy, "kv_replication": "off"}
+    at_every_message(act, settings, every=4)
 
 
 @pytest.mark.parametrize("parity", [-1, 3])

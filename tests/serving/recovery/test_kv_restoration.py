@@ -1,26 +1,28 @@
-"""The loop restores what outlived a rank, by what it has measured, and does without where that fails."""
+"""The loop restores recoverable KV where its measurements favour that, and computes it again where that fails."""
 
 import asyncio
+from unittest import mock
 
 import pytest
 
-import serving.cache_copy
-import serving.loop
-import serving.rendezvous
-import serving.restoration
-from serving.breakeven import Costs, Line
+import serving.core.loop
+import serving.executor.kv_replica
+import serving.recovery.kv_restoration
+import serving.recovery.rendezvous
 from serving.config import Settings
-from serving.faults import Instruction
-from tests.fake_links import FakeCoordinator
-from tests.fakes import alone
-from tests.serving.test_recovery_machine import LIMIT_S, MODEL, SETTINGS, Machine
+from serving.engine.restore_cost import LinearFit, RestoreCosts
+from serving.protocol.instructions import Instruction
+from simulation.hand_model import PREPARED, alone
+from simulation.hand_rank import HandRank
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
 
 FREE = Settings(**{**vars(SETTINGS), "restart": False, "prefix_caching": False})
 
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.rendezvous, "Coordinator", FakeCoordinator)
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
 
 
 async def lose_one(spoil=None, *, victims: tuple[int, ...] = (1,), streams: int = 6) -> tuple[Machine, dict]:
@@ -34,21 +36,21 @@ async def lose_one(spoil=None, *, victims: tuple[int, ...] = (1,), streams: int 
     try:
         await m.begun()
         for victim in victims:
-            m.links.kill(victim)
+            m.executor.kill(victim)
         if spoil is not None:
             spoil(m)
         async with asyncio.timeout(LIMIT_S):
             await asyncio.gather(*clients)
         for request in m.requests:
-            assert m.tokens[request.id] == alone(request, MODEL.max_context)[0]
-        return m, {event.kind: event for event in m.loop.events.past()}
+            assert m.tokens[request.id] == alone(request, PREPARED.max_context)[0]
+        return m, {event.kind: event for event in m.loop.events.retained()}
     finally:
         await m.loop.drain(0.0)
         await m.failover.close()
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, restored: bool) -> None:
-    monkeypatch.setattr(serving.restoration, "is_restored", lambda *_, **__: restored)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "should_restore", lambda *_, **__: restored)
 
 
 def test_events_and_counts_say_what_was_restored(monkeypatch):
@@ -67,7 +69,7 @@ def test_where_it_would_be_slower_everything_is_computed_again(monkeypatch):
     assert "cache_restored" not in events
     assert m.loop.status().tokens_restored == 0
     assert m.loop.status().tokens_recomputed >= 2 * 12
-    assert all(what != "restore_cache" for _, what in m.links.log)
+    assert all(what != "restore_cache" for _, what in m.executor.log)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +80,13 @@ def test_it_comes_before_the_first_step_where_no_more_streams_wait_for_that_and_
     piece_s, step_s, victims, before, monkeypatch
 ):
     choose(monkeypatch, True)
-    costs = Costs(step=Line.guess(step_s, 0.0, 64), piece=Line.guess(piece_s, 0.0, 256))
+    costs = RestoreCosts(step=LinearFit.guess(step_s, 0.0, 64), piece=LinearFit.guess(piece_s, 0.0, 256))
 
     def spoil(m: Machine) -> None:
-        m.loop.restoration.costs = costs
+        m.loop.engine.restoration.costs = costs
 
     m, _ = asyncio.run(lose_one(spoil, victims=victims))
-    said = [what for _, what in m.links.log]
+    said = [what for _, what in m.executor.log]
     after = said[len(said) - said[::-1].index("adopt") :]
     assert (after.index("restore_cache") < after.index("step")) == before
 
@@ -93,32 +95,32 @@ def test_a_copy_that_has_something_else_is_refused_and_the_requests_are_computed
     choose(monkeypatch, True)
 
     def spoil(m: Machine) -> None:
-        for kept in m.failover.copies._lost.values():
-            kept.copy._tags[:, 0] += 1
+        for kept in m.failover.kv_replicas._lost.values():
+            kept.replica._tags[:, 0] += 1
 
     m, events = asyncio.run(lose_one(spoil))
     assert "is wanted" in events["not_restored"].cause
     assert m.loop.status().tokens_restored == 0
     assert m.loop.status().tokens_recomputed >= 2 * 12
-    assert m.failover.generation == 1
+    assert m.failover.membership.generation == 1
 
 
 def test_a_copy_that_is_gone_is_done_without(monkeypatch):
     choose(monkeypatch, True)
 
     def spoil(m: Machine) -> None:
-        monkeypatch.setattr(m.failover.copies, "find", lambda _: None)
+        monkeypatch.setattr(m.failover.kv_replicas, "lost_replica", lambda _: None)
 
     _, events = asyncio.run(lose_one(spoil))
-    assert "the copy is there no more" in events["not_restored"].cause
+    assert "the replica was closed" in events["not_restored"].cause
 
 
 def test_nothing_else_needs_to_run_for_a_restoration_to_go_on(monkeypatch):
     choose(monkeypatch, True)
-    monkeypatch.setattr(serving.loop, "IDLE_S", 10 * LIMIT_S)
-    monkeypatch.setattr(serving.cache_copy, "PIECE_ENTRIES", 3)
-    monkeypatch.setattr(serving.restoration, "FEW_S", 0.0)
-    monkeypatch.setattr(serving.restoration, "ALL_S", 0.0)
+    monkeypatch.setattr(serving.core.loop, "IDLE_S", 10 * LIMIT_S)
+    monkeypatch.setattr(serving.executor.kv_replica, "PIECE_ENTRIES", 3)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "MIN_BUDGET_S", 0.0)
+    monkeypatch.setattr(serving.recovery.kv_restoration, "MAX_BUDGET_S", 0.0)
     _, events = asyncio.run(lose_one(victims=(0,), streams=1))
     assert "of 1 requests" in events["cache_restored"].message
 
@@ -128,14 +130,14 @@ def test_a_rank_that_cannot_open_copies_is_sent_the_entries(monkeypatch):
     sent = []
 
     def spoil(m: Machine) -> None:
-        m.failover.copies._of[0].told = True
-        restore = m.links._restore_cache
+        m.failover.kv_replicas._live[0].streamed = True
+        restore = HandRank.restore_cache
 
-        def seen(rank, each, message):
-            sent.append((rank, message.cache_copy == "", len(message.rows) > 0))
-            restore(rank, each, message)
+        def seen(each, message):
+            sent.append((each.rank, message.cache_copy == "", len(message.rows) > 0))
+            return restore(each, message)
 
-        m.links._restore_cache = seen
+        monkeypatch.setattr(HandRank, "restore_cache", seen)
 
     asyncio.run(lose_one(spoil))
     assert {(rank, bare, rows) for rank, bare, rows in sent} == {(0, True, True), (2, False, False)}
@@ -145,15 +147,15 @@ def test_a_client_that_leaves_while_its_context_is_restored_takes_nothing_along(
     choose(monkeypatch, True)
     m = asyncio.run(leave_in_the_middle())
     assert m.loop.status().failed == 0
-    assert all(not pool.used for pool in m.loop.state.pools.values())
-    assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
+    assert all(not pool.used for pool in m.loop.engine.state.pools.values())
+    assert m.tokens["r1"] == alone(m.requests[1], PREPARED.max_context)[0]
 
 
 def test_a_client_that_leaves_while_another_request_is_moved_stays_gone():
     m = asyncio.run(leave_in_the_middle("read_cache"))
     assert m.loop.status().finished == len(m.requests)  # each once
-    assert all(not pool.used for pool in m.loop.state.pools.values())
-    assert m.tokens["r1"] == alone(m.requests[1], MODEL.max_context)[0]
+    assert all(not pool.used for pool in m.loop.engine.state.pools.values())
+    assert m.tokens["r1"] == alone(m.requests[1], PREPARED.max_context)[0]
 
 
 async def leave_in_the_middle(message: str = "restore_cache") -> Machine:
@@ -164,22 +166,22 @@ async def leave_in_the_middle(message: str = "restore_cache") -> Machine:
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
     try:
         await m.begun()
-        gone = m.loop.state.running["r0"].rank
+        gone = m.loop.engine.state.running["r0"].rank
         assert gone is not None
-        answer = getattr(m.links, f"_{message}")
+        answer = getattr(HandRank, message)
 
-        def leave(rank, each, told):
+        def leave(each, told):
             clients[0].cancel()
             m.loop.abort("r0")
-            return answer(rank, each, told)
+            return answer(each, told)
 
-        setattr(m.links, f"_{message}", leave)
-        if message == "restore_cache":
-            m.links.kill(gone)
-        else:
-            await m.loop.apply(Instruction(action="drain", ranks=(gone,)))
-        async with asyncio.timeout(LIMIT_S):
-            await asyncio.gather(*clients, return_exceptions=True)
+        with mock.patch.object(HandRank, message, leave):
+            if message == "restore_cache":
+                m.executor.kill(gone)
+            else:
+                await m.loop.apply(Instruction(action="drain", ranks=(gone,)))
+            async with asyncio.timeout(LIMIT_S):
+                await asyncio.gather(*clients, return_exceptions=True)
         return m
     finally:
         await m.loop.drain(0.0)
@@ -189,5 +191,5 @@ async def leave_in_the_middle(message: str = "restore_cache") -> Machine:
 def test_steps_and_pieces_are_measured(monkeypatch):
     choose(monkeypatch, True)
     m, _ = asyncio.run(lose_one())
-    assert m.loop.restoration.costs.step.weight > 10
-    assert m.loop.restoration.costs.piece != type(m.loop.restoration.costs).guess(8).piece
+    assert m.loop.engine.restoration.costs.step.weight > 10
+    assert m.loop.engine.restoration.costs.piece != type(m.loop.engine.restoration.costs).guess(8).piece

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.chat_template import ChatTemplate
 from serving.errors import InvalidRequest, StartError
-from serving.vocabulary import SETTINGS, TokenizerSettings
-from tests.fixtures import vocabularies
+from serving.text.chat_template import ChatTemplate
+from serving.text.tokenizer_formats import TOKENIZER_CONFIG, TokenizerSettings
+from tests.support.published_assets import vocabularies
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "Größe"}}}
@@ -118,7 +118,7 @@ def test_what_a_template_must_not_do_is_refused(text, says):
 
 def test_a_template_for_tools_is_used_for_tools(tmp_path):
     listed = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
-    (tmp_path / SETTINGS).write_text(json.dumps({"chat_template": listed}))
+    (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": listed}))
     loaded = ChatTemplate.load(tmp_path, TokenizerSettings.load(tmp_path), NAMES)
     assert loaded.render(TURNS[0]) == "plain"
     assert loaded.render(TURNS[0], tools=[TOOL]) == "with tools"
@@ -126,16 +126,16 @@ def test_a_template_for_tools_is_used_for_tools(tmp_path):
 
 def test_the_file_goes_before_the_settings_and_names_come_from_them(tmp_path):
     settings = {"chat_template": "settings {{ bos_token }}", "bos_token": {"content": "<b>"}}
-    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps(settings))
     read = TokenizerSettings.load(tmp_path)
-    assert ChatTemplate.load(tmp_path, read, read.named).render([]) == "settings <b>"
+    assert ChatTemplate.load(tmp_path, read, read.special_tokens).render([]) == "settings <b>"
     (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}")
-    assert ChatTemplate.load(tmp_path, read, read.named).render([]) == "file <b>"
+    assert ChatTemplate.load(tmp_path, read, read.special_tokens).render([]) == "file <b>"
     (tmp_path / "chat_template.jinja").write_text("")
-    assert ChatTemplate.load(tmp_path, read, read.named) is None
+    assert ChatTemplate.load(tmp_path, read, read.special_tokens) is None
 
 
 def test_a_broken_template_is_named_with_its_line(tmp_path):
-    (tmp_path / SETTINGS).write_text(json.dumps({"chat_template": "\n\n{% if %}"}))
+    (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": "\n\n{% if %}"}))
     with pytest.raises(StartError, match=r"tokenizer_config\.json, line 3"):
         ChatTemplate.load(tmp_path, TokenizerSettings.load(tmp_path), {})

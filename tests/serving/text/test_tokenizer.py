@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import InvalidRequest, StartError
-from serving.tokens import Detokenizer, Message, StopStrings, Tokenizer
-from serving.vocabulary import JsonVocabulary
-from tests.fake_tokens import byte_tokenizer
+from serving.text.tokenizer import Detokenizer, Message, StopStrings, Tokenizer
+from serving.text.tokenizer_formats import HuggingFaceTokenizer
+from simulation.byte_tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
 
@@ -23,7 +23,7 @@ def merged() -> Tokenizer:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(["die Würde des Menschen ist unantastbar 数学 数字 🎉🎈 " * 3], trainer)
-    return Tokenizer(JsonVocabulary(inner))
+    return Tokenizer(HuggingFaceTokenizer(inner))
 
 
 def fallback() -> Tokenizer:
@@ -36,7 +36,7 @@ def fallback() -> Tokenizer:
     inner.decoder = steps.Sequence(
         [steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)]
     )
-    return Tokenizer(JsonVocabulary(inner))
+    return Tokenizer(HuggingFaceTokenizer(inner))
 
 
 MERGED, FALLBACK = merged(), fallback()
@@ -65,6 +65,13 @@ def test_any_text_survives_bytes_and_back(text):
 @settings(deadline=None)
 def test_no_part_has_half_a_character(tokenizer, text):
     assert not any("\ufffd" in part for part in parts(tokenizer, tokenizer.encode(text)))
+
+
+@given(tokenizer=ANY_TOKENIZER, text=TEXT)
+def test_the_bytes_of_tokens_make_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    written = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
+    assert written.removeprefix(" ") == tokenizer.decode(ids).removeprefix(" ")  # one may put a space before a text
 
 
 @given(ids=st.lists(st.integers(0, 261), max_size=30))
@@ -134,7 +141,7 @@ def test_half_a_surrogate_pair_is_refused():
 def test_a_beginning_token_is_put_once():
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
     inner.add_special_tokens(["<s>"])
-    tokenizer = Tokenizer(JsonVocabulary(inner), bos_token=0)
+    tokenizer = Tokenizer(HuggingFaceTokenizer(inner), bos_token=0)
     assert tokenizer.encode("a") == (0, 1)
     assert tokenizer.encode("<s>a") == (0, 1)
 
@@ -151,7 +158,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_a_broken_template_is_named_with_its_line(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(BYTES._vocabulary.inner.to_str())
+    (tmp_path / "tokenizer.json").write_text(BYTES._format.inner.to_str())
     (tmp_path / "chat_template.jinja").write_text("\n{% for %}")
     with pytest.raises(StartError, match=r"chat_template\.jinja, line 2"):
         Tokenizer.load(tmp_path)

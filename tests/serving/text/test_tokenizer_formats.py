@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 
 from serving.errors import StartError
-from serving.tokens import Detokenizer, Message, Tokenizer
-from serving.vocabulary import SETTINGS, load_vocabulary
-from tests.fixtures import mistral_tokenizers, qwen3_tokenizer, vocabularies
-from tests.serving.gguf_vocabulary import write_tokenizer
+from serving.text.tokenizer import Detokenizer, Message, Tokenizer
+from serving.text.tokenizer_formats import TOKENIZER_CONFIG, TokenizerSettings, load_tokenizer
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.gguf_vocabulary import write_tokenizer
+from tests.support.published_assets import mistral_tokenizers, qwen3_tokenizer, vocabularies
 
 TEXTS = (
     "Hello, world!  Two  spaces\nand a newline.",
@@ -129,7 +131,7 @@ def mistral(request, tmp_path_factory):
     name = "tekken.json" if "tekken" in request.param else "tokenizer.model"
     shutil.copy(mistral_tokenizers() / request.param, folder / name)
     settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "chat_template": MISTRAL_V3}
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
     return Tokenizer.load(folder), MISTRAL[request.param]
 
 
@@ -143,8 +145,16 @@ def test_mistral_ids_are_those_of_mistral_common(mistral):
         assert tokenizer.chat(TURNS) == chat
 
 
+def test_the_bytes_of_published_tokens_make_the_text(mistral, qwen3):
+    for tokenizer in (mistral[0], qwen3):
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            written = b"".join(map(tokenizer.token_bytes, ids)).decode()
+            assert written in (tokenizer.decode(ids), f" {tokenizer.decode(ids)}")
+
+
 def test_names_and_ids_of_tokens_belong_together(mistral):
-    vocabulary, (size, *_) = mistral[0]._vocabulary, mistral[1]
+    vocabulary, (size, *_) = mistral[0]._format, mistral[1]
     for name, index in (("<s>", 1), ("</s>", 2)):
         assert vocabulary.index(name) == index
         assert vocabulary.token(index) == name
@@ -172,13 +182,13 @@ def test_the_beginning_token_is_put_as_the_settings_say(tmp_path):
     shutil.copy(mistral_tokenizers() / "tokenizer.model.v1", tmp_path / "tokenizer.model")
     for add, begins in ((True, True), (False, False), (None, True)):
         settings = {"bos_token": {"content": "<s>"}} | ({} if add is None else {"add_bos_token": add})
-        (tmp_path / SETTINGS).write_text(json.dumps(settings))
+        (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps(settings))
         assert (Tokenizer.load(tmp_path).encode("a")[0] == 1) == begins
 
 
 def test_settings_that_cannot_be_read_are_named(tmp_path):
     for text in ("{", "[]", '{"added_tokens_decoder": {"x": {}}}'):
-        (tmp_path / SETTINGS).write_text(text)
+        (tmp_path / TOKENIZER_CONFIG).write_text(text)
         with pytest.raises(StartError, match=r"tokenizer_config\.json cannot be read"):
             Tokenizer.load(tmp_path)
 
@@ -187,5 +197,90 @@ def test_a_broken_model_is_named(tmp_path):
     for name in ("tekken.json", "tokenizer.model"):
         (tmp_path / name).write_bytes(b"{}")
         with pytest.raises(StartError, match=f"{name} is no tokenizer"):
-            load_vocabulary(tmp_path, None)
+            load_tokenizer(tmp_path, None)
         (tmp_path / name).unlink()
+
+
+@pytest.fixture
+def byte_folder(tmp_path):
+    """A folder with a tokenizer of bytes and the settings given to it."""
+
+    def write(change=lambda inner: None, settings=None, **files):
+        inner = byte_tokenizer().format.inner
+        change(inner)
+        (tmp_path / "tokenizer.json").write_text("\ufeff" + inner.to_str(), "utf-8")
+        if settings is not None:
+            (tmp_path / TOKENIZER_CONFIG).write_text("\ufeff" + json.dumps(settings), "utf-8")
+        for name, text in files.items():
+            (tmp_path / name.replace("__", ".")).write_text("\ufeff" + text, "utf-8")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inner: inner.enable_truncation(4),
+        lambda inner: inner.enable_padding(length=200, pad_id=257, pad_token="<|stop|>"),
+    ],
+    ids=["truncation", "padding"],
+)
+def test_the_saved_state_of_a_training_never_acts(byte_folder, change):
+    text = "abcabcabc"
+    assert Tokenizer.load(byte_folder(change)).encode(text) == byte_tokenizer().encode(text)
+
+
+def test_merges_are_never_left_out_at_random(tmp_path):
+    model = tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=1.0)
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode("abab") == (2, 2)
+
+
+def test_special_tokens_of_the_map_are_used_as_transformers_does(byte_folder):
+    config, mapped = (
+        {"eos_token": "<|end|>"},
+        json.dumps({"eos_token": {"content": "<|stop|>"}, "pad_token": "<|end|>"}),
+    )
+    folder = byte_folder(settings=config, special_tokens_map__json=mapped)
+    assert TokenizerSettings.load(folder).special_tokens == {"eos_token": "<|stop|>", "pad_token": "<|end|>"}
+    added = {"added_tokens_decoder": {"256": {"content": "<|end|>", "special": True}}}
+    folder = byte_folder(settings=config | added, special_tokens_map__json=mapped)
+    assert TokenizerSettings.load(folder).special_tokens == {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    (folder / "special_tokens_map.json").write_text("[")
+    with pytest.raises(StartError, match="special_tokens_map"):
+        TokenizerSettings.load(folder)
+
+
+def test_further_templates_are_found_by_name(byte_folder, tmp_path):
+    further = tmp_path / "additional_chat_templates"
+    further.mkdir()
+    (further / "tool_use.jinja").write_text("\ufefftools {{ tools | length }}", "utf-8")
+    tokenizer = Tokenizer.load(byte_folder(settings={}, chat_template__jinja="plain"))
+    assert tokenizer.decode(tokenizer.chat([Message("user", "x")])) == "plain"
+    assert tokenizer.decode(tokenizer.chat([Message("user", "x")], tools=[{}, {}])) == "tools 2"
+
+
+def test_a_template_given_at_the_start_takes_the_place_of_the_folder_s(byte_folder, tmp_path):
+    folder = byte_folder(settings={"chat_template": "its own"}, mine__jinja="{{ messages[0].content }}!")
+    tokenizer = Tokenizer.load(folder, chat_template=tmp_path / "mine.jinja")
+    assert tokenizer.decode(tokenizer.chat([Message("user", "x")])) == "x!"
+    assert tokenizer.info["chat_template"] == "{{ messages[0].content }}!"
+    with pytest.raises(StartError, match=r"none\.jinja"):
+        Tokenizer.load(folder, chat_template=tmp_path / "none.jinja")
+    with pytest.raises(StartError, match="tool_call_parser is 'mine'"):
+        Tokenizer.load(folder, tool_call_parser="mine")
+
+
+def test_the_marks_of_a_format_have_text_where_they_are_looked_for(byte_folder):
+    """As with Mistral and gpt-oss, whose marks are special tokens."""
+    template = "{{ messages[0].content }}<think>"
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer = Tokenizer.load(byte_folder(lambda inner: inner.add_special_tokens(marks), {"chat_template": template}))
+    prompt = tokenizer.chat([Message("user", "x")])
+    assert tokenizer.answer_parsing(prompt, (), True).inside_reasoning
+    ids = tokenizer.format.encode("é</think>yes<|end|>", special=False)
+    assert tokenizer.decode(ids) == "éyes"
+    for marks, expected in ((False, "éyes"), (True, "é</think>yes")):
+        growing = Detokenizer(tokenizer, prompt, marks=marks)
+        assert "".join([*(growing.push(i) for i in ids), growing.flush()]) == expected

@@ -1,6 +1,6 @@
-"""What `transformers` answers to small published folders, recorded for tests that have no torch.
+"""The answers of `transformers` for small published folders, recorded for tests without torch.
 
-.venv/bin/python -m tests.moejax.families.answers      records them anew (needs the extra `parity`)
+.venv/bin/python -m tests.support.families.answers      records them again (needs the extra `parity`)
 
 """
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.moejax.families.published import CASES
-from tests.moejax.families.small import VOCABULARY, small_folder
+from tests.support.families.case import Case
+from tests.support.families.published import ALL, decoder_of, reference_class
+from tests.support.families.small import VOCABULARY, small_folder
 
 RECORDED = Path(__file__).with_name("answers.json")
 PROMPT, ANSWER = 41, 64
@@ -30,17 +31,17 @@ class Answer:
 
 
 def recorded(name: str) -> Answer:
-    """The answer of one of CASES."""
+    """The answer of one of ALL."""
     return Answer(**json.loads(RECORDED.read_text())[name])
 
 
-def answer(folder: Path, seed: int = 0) -> Answer:
+def answer(folder: Path, case: Case, seed: int = 0) -> Answer:
     """Ask transformers, which reads the folder by itself."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # of so small a model more would wait for each other
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = reference_class(case).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = decoder_of(model)
     prompt = np.random.default_rng(seed).integers(3, VOCABULARY, PROMPT).tolist()
     tokens, margins, new, cached = [], [], prompt, None
     for _ in range(ANSWER):
@@ -55,23 +56,24 @@ def answer(folder: Path, seed: int = 0) -> Answer:
 
 
 def ask(name: str) -> Answer:
-    """The answer of one of CASES, now."""
+    """The answer of one of ALL, now."""
+    case = ALL[name]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         small_folder(folder, name)
         config = json.loads((folder / "config.json").read_text())
         # Kimi-K2 is DeepSeek-V3 by another name, which transformers does not know.
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": CASES[name].model_type}))
-        return answer(folder)
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": case.model_type}))
+        return answer(folder, case)
 
 
 def main() -> None:
     """Record all of them, or those named on the command line."""
     kept = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
-    for name in sys.argv[1:] or CASES:
+    for name in sys.argv[1:] or ALL:
         kept[name] = dataclasses.asdict(ask(name))
         print(name, kept[name]["margin"])
-    rows = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in CASES)
+    rows = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in ALL)
     RECORDED.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 

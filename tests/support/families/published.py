@@ -1,54 +1,13 @@
 """Small models of every published family, written as a folder by `transformers` itself: the branches its configurations
 can take, with random weights large enough that each of them matters."""
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "num_experts_per_tok": 2,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attn_implementation": "eager",
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "original_max_position_embeddings": 64,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A small model: its `model_type` in transformers, fields of its configuration beside SIZES, and what to change in
-    the config.json it writes (which the reference does not see)."""
-
-    model_type: str
-    fields: dict[str, Any]
-    rewrite: dict[str, Any] = dataclasses.field(default_factory=dict)
+from tests.support.families.case import LATENT, YARN, Case
+from tests.support.families.cases_2026 import CASES_2026, ODD
 
 
 def _long(which: str) -> dict[str, Any]:
@@ -245,18 +204,24 @@ CASES = {
         "phimoe",
         {"num_local_experts": 8, "router_jitter_noise": 0.3, "sliding_window": 20, **_long("long")},
     ),
+    **CASES_2026,
 }
 """By name. Between them they have every branch of the decoder."""
+
+
+ALL = CASES | ODD
+"""Also further configurations of the families of 2026, which have no branch that CASES lack."""
 
 
 def write_folder(folder: Path, case: Case, seed: int) -> Any:
     """Write the model's folder as it would be published, and return transformers' own model of it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(case.model_type, **SIZES | case.fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = AutoConfig.for_model(case.model_type, **case.placed(case.decoder))
+    config._attn_implementation = "eager"
+    model = reference_class(case).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and name.endswith("weight"):
@@ -266,7 +231,43 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
             elif values.ndim >= 2:
                 values.copy_(torch.randn_like(values) * 1.5 / values.shape[-1] ** 0.5)
     model.save_pretrained(folder)
+    if case.family in _AS_PUBLISHED:
+        _rewrite(folder, _AS_PUBLISHED[case.family])
     if case.rewrite:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | case.rewrite))
-    return model
+    return decoder_of(model)
+
+
+def _kimi(name: str, values: Any) -> tuple[str, Any]:
+    moved = name.replace("language_model.model.blocks.", "language_model.model.layers.")
+    return moved.removeprefix("model.") if "mm_projector" in moved else moved, values
+
+
+def _qwen_vl(name: str, values: Any) -> tuple[str, Any]:
+    together = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return name, values.transpose(1, 2).contiguous() if together else values
+
+
+_AS_PUBLISHED = {"kimi_k25": _kimi, "qwen3_vl_moe": _qwen_vl}
+"""From how transformers 5.24 writes names and values of these families to how they are published."""
+
+
+def _rewrite(folder: Path, change: Callable[[str, Any], tuple[str, Any]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        save_file(dict(change(*item) for item in load_file(file).items()), file, {"format": "pt"})
+
+
+def decoder_of(model: Any) -> Any:
+    """The part that answers texts where that is a model of its own (Llama 4), else the whole model."""
+    inner = getattr(model, "language_model", None)
+    return model if getattr(inner, "lm_head", None) is None else inner
+
+
+def reference_class(case: Case) -> Any:
+    """The class of transformers that makes a model of a case."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if case.beside is None else AutoModelForImageTextToText

@@ -1,26 +1,41 @@
 """Laws of the name maps: every number of the parameter tree has its place in a checkpoint, once."""
 
 import dataclasses
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError
-from moejax.families import is_unused, read_config, tensor_names
-from moejax.manifest import is_expert, tensor_specs
-from tests.moejax.families.test_reader import SERVED
-from tests.moejax.models import MIXTRAL
+from moejax.checkpoint.families import array_sources, is_unused, read_config
+from moejax.checkpoint.families.latent import PairedHeads
+from moejax.config.config_values import ConfigError
+from moejax.config.params import is_expert, tensor_specs
+from planner.inputs.published import published_model
+from tests.moejax.checkpoint.families.test_reader import SERVED
+from tests.support.models import MIXTRAL
 
 
-@pytest.fixture(params=SERVED)
+def smallest_of_each_family() -> list[str]:
+    """A published configuration of every family: the one with the fewest experts."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, path in SERVED.items():
+        model = published_model(json.loads(path.read_text()))
+        experts = model.experts.experts if model.experts else 0
+        found[model.family] = min(found.get(model.family, (experts, name)), (experts, name))
+    return [name for _, name in found.values()]
+
+
+@pytest.fixture(params=smallest_of_each_family())
 def cfg(request):
-    return dataclasses.replace(read_config(SERVED[request.param]), n_layers=5, full_layers=(0, 2))
+    cfg = read_config(SERVED[request.param])
+    dense = tuple(i for i in cfg.dense_layers if i < 3)
+    return dataclasses.replace(cfg, n_layers=5, full_layers=(0, 2), unrotated_layers=(), dense_layers=dense)
 
 
 def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):
     filled = Counter()
-    for entry in tensor_names(cfg):
+    for entry in array_sources(cfg):
         filled[entry.path] += 1
         lead = (entry.repeat,) * (entry.repeat is not None) + (entry.expert,) * (entry.expert is not None)
         assert all(0 <= i < n for i, n in zip(lead, tensor_specs(cfg)[entry.path].shape, strict=False))
@@ -32,7 +47,7 @@ def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):
 
 def test_transforms_keep_every_number_of_their_tensors(cfg):
     seen = set()
-    for entry in tensor_names(cfg):
+    for entry in array_sources(cfg):
         if entry.tensors and entry.path not in seen:
             seen.add(entry.path)
             shapes = [t.shape if t.index is None else t.shape[1:] for t in entry.tensors]
@@ -40,9 +55,35 @@ def test_transforms_keep_every_number_of_their_tensors(cfg):
             assert not any(is_unused(cfg, t.name) for t in entry.tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "head", "beside"),
+    [
+        ("kimi-k2.5", "language_model.model.layers.", "language_model.lm_head.weight", "vision_tower.patch_embed.w"),
+        ("qwen3-vl-30b-a3b", "model.language_model.layers.", "lm_head.weight", "model.visual.blocks.0.w"),
+        ("glm-4.5v", "model.language_model.layers.", "lm_head.weight", "model.visual.blocks.0.w"),
+    ],
+)
+def test_a_decoder_beside_other_parts_is_found_and_they_are_left(name, layers, head, beside):
+    cfg = read_config(SERVED[name])
+    names = {tensor.name for entry in array_sources(cfg) for tensor in entry.tensors}
+    assert head in names
+    assert f"{layers}{cfg.n_layers - 1}.input_layernorm.weight" in names
+    assert is_unused(cfg, beside)
+    assert is_unused(cfg, f"{layers}{cfg.n_layers}.input_layernorm.weight") == (name != "qwen3-vl-30b-a3b")
+    assert not any(is_unused(cfg, each) for each in names)
+
+
+def test_paired_heads_are_turned_and_values_are_not():
+    heads = PairedHeads(heads=2, kv_heads=1, size=4)
+    q, k, v = (np.arange(n)[:, None] + 100 * i for i, n in enumerate((8, 4, 4)))
+    turned = heads([q, k, v])[:, 0].tolist()
+    assert turned == [0, 2, 1, 3, 4, 6, 5, 7, 100, 102, 101, 103, 200, 201, 202, 203]
+    assert heads.shapes((16, 5)) == ((8, 5), (4, 5), (4, 5))
+
+
 def test_mixtral_by_hand():
     cfg = read_config(SERVED["mixtral-8x7b"])
-    entries = {(e.path, e.repeat, e.expert): e for e in tensor_names(cfg)}
+    entries = {(e.path, e.repeat, e.expert): e for e in array_sources(cfg)}
     gate_up = entries["segments.0.0.moe.experts.gate_up", 3, 5]
     assert [t.name for t in gate_up.tensors] == [
         "model.layers.3.block_sparse_moe.experts.5.w1.weight",
@@ -60,4 +101,4 @@ def test_mixtral_by_hand():
 
 def test_a_model_of_no_family_has_no_checkpoint():
     with pytest.raises(ConfigError, match=r"mixtral-shape is of family 'moejax', which has no published checkpoints"):
-        list(tensor_names(MIXTRAL))
+        list(array_sources(MIXTRAL))

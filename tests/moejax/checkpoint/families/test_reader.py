@@ -1,33 +1,69 @@
-"""Laws of the readers of published configurations: all that is served is read, and what is wrong is named."""
+"""Laws of the reader of configurations to serve: it counts what the planner counts, and errors name what is wrong."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from moejax.config import ConfigError
-from moejax.families import FAMILIES, read_config
-from moejax.params import expert_bytes, parameter_count
-from planner.huggingface import parameters
+from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES, read_config
+from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.parameter_counts import expert_bytes, parameter_count
+from moejax.tools.inspect import active_parameters, main
+from planner.inputs.published import FAMILIES, count_parameters, published_model, unwindowed_cache_elements
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.families.published import CASES
+from tests.support.families.small import small_config
 
 PUBLISHED = {p.stem: p for p in sorted(Path("configs/models").glob("*.json"))}
-SERVED = {name: p for name, p in PUBLISHED.items() if json.loads(p.read_text())["model_type"] in FAMILIES}
+SERVED = {name: p for name, p in PUBLISHED.items() if json.loads(p.read_text())["model_type"] in SERVED_FAMILIES}
 MIXTRAL = json.loads(PUBLISHED["mixtral-8x7b"].read_text())
+CONFIGS = {name: json.loads(p.read_text()) for name, p in SERVED.items()} | {
+    f"small {name}": small_config(name) for name in CASES
+}
+ALL_DENSE = small_config("deepseek-v3") | {"first_k_dense_replace": 3}
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_published_configurations_have_the_parameters_that_the_planner_counts(name):
-    cfg = read_config(SERVED[name], name=name)
-    counted = parameters(json.loads(SERVED[name].read_text()))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_server_counts_what_the_planner_counts(name):
+    model, cfg = published_model(CONFIGS[name]), read_config(CONFIGS[name], name=name)
+    counted = count_parameters(model)
+    assert parameter_count(cfg) == counted.total
+    assert active_parameters(cfg) == counted.active
     assert expert_bytes(cfg, itemsize=1) == counted.expert
     assert cfg.n_moe_layers == counted.moe_layers
-    ours = cfg.moe is not None and not _has_router_bias(cfg.family)  # a bias that is always there
-    spare = cfg.n_moe_layers * cfg.moe.experts if ours else 0
-    assert parameter_count(cfg) == counted.total + spare
+    assert cfg.n_layers * sum(cfg.cache_widths) == unwindowed_cache_elements(model)
 
 
-def _has_router_bias(family: str) -> bool:
-    return family in ("deepseek_v3", "kimi_k2", "glm4_moe", "gpt_oss")
+def test_every_family_that_is_planned_is_served_or_says_why_not():
+    assert SERVED_FAMILIES.keys() | NOT_SERVED.keys() == FAMILIES.keys()
+    assert not SERVED_FAMILIES.keys() & NOT_SERVED.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"first_k_dense_replace": 2, "moe_layer_freq": 1, "num_hidden_layers": 2},
+    ],
+)
+def test_experts_without_a_routed_layer_are_an_error(change, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"8 experts, but none of its \d layers is routed \(first_k_dense_replace"):
+        read_config(ALL_DENSE | change)
+    (tmp_path / "config.json").write_text(json.dumps(ALL_DENSE | change))
+    assert main([str(tmp_path / "config.json")]) == 1
+    assert "none of its" in capsys.readouterr().err
+
+
+def test_a_step_past_the_last_layer_is_an_error_in_words_of_the_configuration():
+    with pytest.raises(ConfigError, match=r"none of its 1 layers is routed .*decoder_sparse_step"):
+        read_config(small_config("qwen2-moe") | {"num_hidden_layers": 1})
+
+
+def test_a_configuration_of_ours_without_a_routed_layer_is_an_error():
+    values = json.loads(read_config(small_config("deepseek-v3")).to_json())
+    with pytest.raises(ConfigError, match="none of its 3 layers is routed"):
+        ModelConfig.from_json(json.dumps(values | {"dense_layers": [0, 1, 2]}))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +75,7 @@ def _has_router_bias(family: str) -> bool:
         ({"hidden_size": "4096"}, "hidden_size is '4096'; it must be a whole number"),
         ({"hidden_size": 4100}, "hidden_size 4100 is no multiple of num_attention_heads 32"),
         ({"num_key_value_heads": 5}, "32 query heads cannot share 5 key/value heads"),
-        ({"num_experts_per_tok": 9}, "experts_per_token is 9 with 8 experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9 with 8 experts"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is served"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; known are"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 10000.0, but .* says 1000000.0"),
@@ -71,3 +107,23 @@ def test_a_folder_gives_name_stop_tokens_and_begin_token(tmp_path):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match="holds a list; a JSON object is needed"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "stop"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "<|stop|>"}}, (2, 257)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|stop|>"}}}, (2, 257)),
+        ({"special_tokens_map.json": {"eos_token": "<|end|>"}}, (2, 256)),
+        ({"tokenizer_config.json": {"eos_token": "x", "added_tokens_decoder": {"9": {"content": "x"}}}}, (2, 9)),
+        ({"tokenizer_config.json": {"eos_token": "A"}}, (2, 65)),
+        ({"tokenizer_config.json": {"eos_token": "no such token"}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": None}}, (2,)),
+        ({}, (2,)),
+    ],
+)
+def test_the_end_token_of_the_tokenizer_stops_an_answer_too(tmp_path, files, stop):
+    for name, values in (files | {"config.json": MIXTRAL | {"eos_token_id": 2}}).items():
+        (tmp_path / name).write_text("\ufeff" + json.dumps(values), "utf-8")
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().format.inner.to_str(), "utf-8")
+    assert read_config(tmp_path).stop_tokens == stop

@@ -1,48 +1,18 @@
 """Client and AsyncClient against a real gRPC server."""
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
 
 import pytest
 
 from serving import errors
-from serving.client import AsyncClient, Client, Unreachable
-from serving.status import Event
-from serving.tokens import Message
-from tests.fake_backend import FakeBackend
-from tests.fake_server import FakeServer, serve
-from tests.serving.test_rpc import until
-
-
-@contextlib.contextmanager
-def running(backend: FakeBackend, **options: Any) -> Iterator[FakeServer]:
-    """A server in a thread of its own, as a blocking client needs it."""
-    started, box = threading.Event(), []
-
-    async def run() -> None:
-        stop = asyncio.Event()
-        async with serve(backend, **options) as server:
-            box.extend([server, asyncio.get_running_loop(), stop])
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    assert started.wait(20)
-    try:
-        yield box[0]
-    finally:
-        box[1].call_soon_threadsafe(box[2].set)
-        thread.join()
-
-
-@pytest.fixture
-def server(backend: FakeBackend) -> Iterator[FakeServer]:
-    with running(backend) as server:
-        yield server
+from serving.api.client import AsyncClient, Client
+from serving.errors import Unreachable
+from serving.protocol.events import Event
+from serving.text.tokenizer import Message
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
+from tests.support.waiting import until
 
 
 def test_generate_is_the_whole_answer(server):
@@ -88,7 +58,7 @@ def test_chat_takes_text_or_messages(server, backend):
 def test_status_and_model_are_the_servers_own(server, backend):
     with Client(server.address) as client:
         assert client.status() == backend.status()
-        assert client.model() == backend.model
+        assert client.model() == dataclasses.replace(backend.model, has_chat_template=True)
 
 
 def test_kill_is_seen_by_watch(server):
@@ -159,7 +129,7 @@ async def test_the_async_client_does_the_same(backend):
         assert stream.complete.reason == "length"
         assert (await client.chat("hi", max_tokens=1)).completion_tokens == 1
         assert await client.status() == backend.status()
-        assert await client.model() == backend.model
+        assert await client.model() == dataclasses.replace(backend.model, has_chat_template=True)
         assert not await client.abort("nobody")
         await client.kill(0)
         events = client.watch()
@@ -178,7 +148,8 @@ async def test_a_hundred_streams_share_one_connection(backend):
 
 @pytest.mark.anyio
 async def test_a_burst_beyond_the_queue_is_refused_and_not_dropped():
-    backend = FakeBackend(max_queue=100, delay_s=0.5)
+    backend, burst = FakeBackend(max_queue=100), 1000
+    backend.may_answer.clear()
 
     async def ask(client: AsyncClient) -> str:
         try:
@@ -187,7 +158,9 @@ async def test_a_burst_beyond_the_queue_is_refused_and_not_dropped():
             return type(error).__name__
 
     async with serve(backend) as server, AsyncClient(server) as client:
-        ends = await asyncio.gather(*(ask(client) for _ in range(4000)))
-    assert set(ends) == {"length", "QueueFull"}
-    assert ends.count("length") >= 100
+        calls = [asyncio.create_task(ask(client)) for _ in range(burst)]
+        await until(lambda: sum(call.done() for call in calls) == burst - 100)
+        backend.may_answer.set()
+        ends = await asyncio.gather(*calls)
+    assert (ends.count("QueueFull"), ends.count("length")) == (burst - 100, 100)
     assert backend.running == 0

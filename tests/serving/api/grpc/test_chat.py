@@ -4,13 +4,13 @@ import grpc
 import grpc.aio
 import pytest
 
-from serving.client import AsyncClient
-from serving.generation import Conversation
+from serving.api.client import AsyncClient
+from serving.core.prompts import Conversation
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc
-from tests.fake_backend import FakeBackend
-from tests.fake_server import serve
-from tests.fake_tokens import byte_tokenizer
-from tests.serving.test_openai import CALL, TOOLS, USER, WITH_TOOLS
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
+from tests.support.tool_prompts import CALL, TOOLS, USER, WITH_TOOLS
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +34,10 @@ async def refused(stub, request) -> grpc.aio.AioRpcError:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_calls_are_told_apart_from_text_in_every_answer(backend: FakeBackend, count: int):
+async def test_calls_are_separated_from_text_in_every_answer(backend: FakeBackend, count: int):
     backend.reply = list(CALL.encode())
     async with serve(backend) as server, AsyncClient(server.address) as client:
-        server.generation.tokenizer = byte_tokenizer(WITH_TOOLS)
+        server.processor.tokenizer = byte_tokenizer(WITH_TOOLS)
         answers = await client.generate_all(conversation(), n=count)
     for answer in answers:
         assert (answer.text, answer.reason) == ("Sure.", "tool_calls")
@@ -51,7 +51,7 @@ async def test_what_only_begins_like_a_call_is_text(backend: FakeBackend):
     text = "a <tool_call> b"
     backend.reply = list(text.encode())
     async with serve(backend) as server, AsyncClient(server.address) as client:
-        server.generation.tokenizer = byte_tokenizer(WITH_TOOLS)
+        server.processor.tokenizer = byte_tokenizer(WITH_TOOLS)
         answer = await client.generate(conversation())
         plain = await client.generate(Conversation(messages=tuple(USER)))
     assert (answer.text, answer.reason, answer.calls) == (text, "stop", ())
@@ -65,7 +65,7 @@ async def test_a_conversation_goes_on_after_a_call(backend: FakeBackend):
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
     )
     async with serve(backend) as server, AsyncClient(server.address) as client:
-        server.generation.tokenizer = byte_tokenizer(WITH_TOOLS)
+        server.processor.tokenizer = byte_tokenizer(WITH_TOOLS)
         await client.generate(conversation(*turns), max_tokens=1)
     text = bytes(token for token in backend.requests[0].prompt if token < 256).decode()
     assert text == '[add]hi{"x": 1}<|tool|>2'
@@ -73,14 +73,17 @@ async def test_a_conversation_goes_on_after_a_call(backend: FakeBackend):
 
 async def test_the_choice_of_a_tool_binds_the_answer(backend: FakeBackend):
     async with serve(backend) as server, grpc.aio.insecure_channel(server.address) as channel:
-        server.generation.tokenizer = byte_tokenizer(WITH_TOOLS)
+        server.processor.tokenizer = byte_tokenizer(WITH_TOOLS)
         stub = inference_pb2_grpc.InferenceStub(channel)
         limit = inference_pb2.SamplingParams(max_tokens=1)
         for choice in ("required", "add", "auto", "", "none"):
             async for _ in stub.Generate(asking(choice, sampling=limit)):
                 pass
-        kinds = [request.guide.kind if request.guide else None for request in backend.requests]
-        assert kinds == ["lark", "lark", None, None, None]
+        kinds = [
+            request.sampling.structured_outputs.kind if request.sampling.structured_outputs else None
+            for request in backend.requests
+        ]
+        assert kinds == ["tools", "tools", None, None, None]
         told = [bytes(t for t in request.prompt if t < 256).startswith(b"[add]") for request in backend.requests]
         assert told == [True, True, True, True, False]
         error = await refused(stub, asking("subtract"))
@@ -104,7 +107,7 @@ async def test_tokens_of_texts_and_back(backend: FakeBackend):
     async with serve(backend) as server, grpc.aio.insecure_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         tokens = await stub.Tokenize(inference_pb2.TokenizeRequest(text="né"))
-        assert tuple(tokens.ids) == await server.generation.encode("né")
+        assert tuple(tokens.ids) == await server.processor.encode("né")
         assert (await stub.Detokenize(inference_pb2.TokenIds(ids=tokens.ids[-3:]))).text == "né"
         with pytest.raises(grpc.aio.AioRpcError, match="vocabulary"):
             await stub.Detokenize(inference_pb2.TokenIds(ids=[2**31]))

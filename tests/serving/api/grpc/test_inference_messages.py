@@ -1,4 +1,4 @@
-"""What crosses the wire arrives as it was."""
+"""Requests and items arrive as they were sent."""
 
 import json
 
@@ -6,21 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import wire
-from serving.client import AsyncClient
+from serving.api.client import AsyncClient
+from serving.api.grpc import inference_messages as messages
+from serving.core.answers import Chunk, Complete, PromptScores
+from serving.core.prompts import Conversation
 from serving.errors import InvalidRequest
-from serving.generation import Chunk, Complete, Conversation, PromptScores
-from serving.request import Guide, SamplingParams
-from serving.tools import ToolCall
-from tests.fake_server import serve
+from serving.protocol.sampling import SamplingParams, StructuredOutputs
+from serving.text.answer_parts import ToolCall
+from tests.support.fake_server import serve
 
 pytestmark = pytest.mark.anyio
 
 F32 = st.floats(width=32, min_value=-2, max_value=2)
 TOP = st.lists(st.tuples(st.integers(0, 2**31), F32), max_size=3).map(tuple)
 GUIDES = st.one_of(
-    st.builds(Guide, st.sampled_from(("json", "regex", "lark")), st.text()),
-    st.lists(st.text(), min_size=1).map(lambda texts: Guide("choice", json.dumps(texts))),
+    st.builds(StructuredOutputs, st.sampled_from(("json", "regex", "lark")), st.text()),
+    st.lists(st.text(), min_size=1).map(lambda texts: StructuredOutputs("choice", json.dumps(texts))),
 )
 PARAMS = st.builds(
     SamplingParams,
@@ -36,7 +37,7 @@ PARAMS = st.builds(
     top_logprobs=st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
     stop_tokens=st.lists(st.integers(0, 99)).map(tuple),
-    guide=st.none() | GUIDES,
+    structured_outputs=st.none() | GUIDES,
     priority=st.integers(-(2**31), 2**31 - 1),
 )
 CHOICE = st.integers(0, 127)
@@ -56,30 +57,30 @@ ITEMS = st.one_of(
 
 @given(PARAMS)
 def test_sampling_parameters_arrive_as_they_were(params):
-    message = wire.request_message((1, 2), params, "r")
-    assert wire.sampling_value(type(message).FromString(message.SerializeToString()).sampling) == params
+    message = messages.request_to_proto((1, 2), params, "r")
+    assert messages.sampling_from_proto(type(message).FromString(message.SerializeToString()).sampling) == params
 
 
 @given(ITEMS)
 def test_items_arrive_as_they_were(item):
-    message = wire.response_message(item)
-    assert wire.response_value(type(message).FromString(message.SerializeToString())) == item
+    message = messages.response_to_proto(item)
+    assert messages.response_from_proto(type(message).FromString(message.SerializeToString())) == item
 
 
 def test_a_conversation_with_tools_arrives_as_it_was():
     tools = ({"type": "function", "function": {"name": "add"}},)
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"x": [1, "é"]}}}
-    messages = (
+    turns = (
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"},
     )
-    asked = Conversation(messages=messages, tools=tools, variables={"enable_thinking": False})
-    message = wire.request_message(asked, SamplingParams())
-    assert wire.prompt_value(message) == asked
+    asked = Conversation(messages=turns, tools=tools, variables={"enable_thinking": False})
+    message = messages.request_to_proto(asked, SamplingParams())
+    assert messages.prompt_from_proto(message) == asked
     message.chat.tools.append("{")
-    with pytest.raises(InvalidRequest, match="a tool is no JSON"):
-        wire.prompt_value(message)
+    with pytest.raises(InvalidRequest, match="a tool is not valid JSON"):
+        messages.prompt_from_proto(message)
 
 
 async def test_all_answers_and_scores_come_over_grpc_and_one_abort_ends_them(backend):

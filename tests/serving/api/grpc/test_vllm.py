@@ -1,5 +1,10 @@
 """vLLM's gRPC service with the messages gateways use."""
 
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+
 import grpc
 import grpc.aio
 import pytest
@@ -9,14 +14,19 @@ pytest.importorskip("smg_grpc_proto", reason="needs moejax[vllm]")
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as stubs
+from smg_grpc_proto.generated import common_pb2 as common
 
+from serving.api.grpc.vllm import VllmEngine
+from serving.auth.api_keys import ApiKeyFile
+from serving.auth.limits import CallLimits
 from serving.config import Settings
-from serving.guard import Guard
-from serving.keys import KeyFile
-from tests.fake_backend import FakeBackend
-from tests.fake_server import serve
+from serving.text.tokenizer import Message, Tokenizer
+from serving.text.tokenizer_archive import tokenizer_archive
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
 
 pytestmark = pytest.mark.anyio
+TINY = Path(__file__).parents[4] / "models" / "tiny"
 
 
 def asking(*tokens: int, stream: bool = True, **sampling) -> pb.GenerateRequest:
@@ -96,12 +106,42 @@ async def test_a_gateway_learns_what_it_needs(backend):
         assert "vllm.grpc.engine.VllmEngine" in names
 
 
+async def test_the_tokenizer_that_is_sent_makes_the_same_tokens(backend, tmp_path):
+    used = Tokenizer.load(TINY)
+    async with serve(backend, vllm=True) as server, grpc.aio.insecure_channel(server.address) as channel:
+        server.processor.tokenizer = used
+        chunks = [chunk async for chunk in stubs.VllmEngineStub(channel).GetTokenizer(common.GetTokenizerRequest())]
+    data = b"".join(chunk.data for chunk in chunks)
+    assert [chunk.sha256 for chunk in chunks] == [""] * (len(chunks) - 1) + [hashlib.sha256(data).hexdigest()]
+    assert data == tokenizer_archive(used)
+    zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path)
+    sent, text = Tokenizer.load(tmp_path), "Good morrow, cousin. 1597 \u00e9"
+    assert sent.encode(text) == used.encode(text)
+    turns = [Message("user", text)]
+    assert sent.chat(turns) == used.chat(turns)
+    assert sent.info == used.info
+
+
+async def test_a_method_that_is_missing_is_unimplemented_without_a_traceback(backend, caplog):
+    async with serve(backend, vllm=True) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = stubs.VllmEngineStub(channel)
+        for call in (stub.FlushCache(common.FlushCacheRequest()), stub.StartProfile(common.StartProfileRequest())):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [batch async for batch in stub.SubscribeKvEvents(common.SubscribeKvEventsRequest())]
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert [record for record in caplog.records if record.exc_info] == []
+    assert set(vars(VllmEngine)) >= set(pb.DESCRIPTOR.services_by_name["VllmEngine"].methods_by_name)
+
+
 async def test_the_service_is_guarded_like_ours_and_absent_unless_asked_for(tmp_path):
-    keys = KeyFile(tmp_path / "keys.json")
+    keys = ApiKeyFile(tmp_path / "keys.json")
     keys.add("a")
-    guard = Guard.of(Settings(api_keys=str(keys.path)))
+    limits = CallLimits.of(Settings(api_keys=str(keys.path)))
     for options, code in (
-        ({"vllm": True, "guard": guard}, grpc.StatusCode.UNAUTHENTICATED),
+        ({"vllm": True, "limits": limits}, grpc.StatusCode.UNAUTHENTICATED),
         ({}, grpc.StatusCode.UNIMPLEMENTED),
     ):
         async with serve(FakeBackend(), **options) as server, grpc.aio.insecure_channel(server.address) as channel:

@@ -9,36 +9,29 @@ import httpx
 import openai
 import pytest
 
-from serving.calls import CHAT_FIELDS, COMPLETION_FIELDS
-from tests.fake_backend import FakeBackend
-from tests.fake_server import serve
-from tests.fake_tokens import byte_tokenizer
+from simulation.byte_tokenizer import byte_tokenizer
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve
+from tests.support.tool_prompts import CALL, TOOLS, USER, WITH_TOOLS
 
 pytestmark = pytest.mark.anyio
-
-USER = [{"role": "user", "content": "hi"}]
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
-CALL = 'Sure. <tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
-WITH_TOOLS = """{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<|{{ m.role }}|>
-{{- m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}
-{{- "<|assistant|>" }}"""
 
 
 @contextlib.asynccontextmanager
 async def client(backend: FakeBackend, template: str | None = None):
     async with serve(backend) as server:
         if template is not None:
-            server.generation.tokenizer = byte_tokenizer(template)
+            server.processor.tokenizer = byte_tokenizer(template)
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
             yield made
 
 
 async def test_n_answers_have_seeds_of_their_own_and_the_prompt_counts_once(backend):
-    backend.reused = 1
+    backend.cached_tokens = 1
     async with client(backend) as c:
         answer = await c.completions.create(model="fake", prompt="ab", n=3, max_tokens=2, seed=40)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "cd"), (1, "cd"), (2, "cd")]
-    assert [request.seed for request in backend.requests] == [40, 41, 42]
+    assert [request.sampling.seed for request in backend.requests] == [40, 41, 42]
     assert len({request.id for request in backend.requests}) == 3
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 6)
 
@@ -51,7 +44,7 @@ async def test_several_prompts_in_any_form_are_answered_in_order(backend):
             assert answer.usage.prompt_tokens == 2
 
 
-async def test_a_stream_of_several_answers_tells_them_apart(backend):
+async def test_items_of_several_answers_in_a_stream_have_their_choice(backend):
     backend.delay_s = 0.001
     async with client(backend) as c:
         stream = await c.completions.create(
@@ -97,7 +90,7 @@ async def test_echo_puts_the_prompt_and_its_log_probabilities_first(backend, str
     assert told[-1].top_logprobs[-1] == {"d": -0.5, "\x00": -2.0}
 
 
-async def test_prompt_logprobs_are_told_by_token_id(backend):
+async def test_prompt_logprobs_are_keyed_by_token_id(backend):
     async with client(backend) as c:
         answer = await c.completions.create(model="fake", prompt="ab", max_tokens=1, extra_body={"prompt_logprobs": 1})
     assert answer.choices[0].prompt_logprobs == [None, {"98": {"logprob": -0.25, "rank": 1, "decoded_token": "b"}}]
@@ -116,11 +109,15 @@ async def test_what_bends_the_choice_reaches_the_request(backend):
     async with client(backend) as c:
         await c.chat.completions.create(
             model="fake", messages=USER, max_tokens=3, frequency_penalty=0.5, presence_penalty=-1, logit_bias={"5": 2},
-            response_format={"type": "json_object"}, extra_body={"repetition_penalty": 1.2, "min_tokens": 2},
+            response_format={"type": "json_object"}, extra_body={"repetition_penalty": 1.2},
         )  # fmt: skip
     request = backend.requests[0]
-    assert (request.frequency_penalty, request.presence_penalty, request.repetition_penalty) == (0.5, -1, 1.2)
-    assert (request.logit_bias, request.min_tokens, request.guide.kind) == (((5, 2),), 2, "json")
+    assert (
+        request.sampling.frequency_penalty,
+        request.sampling.presence_penalty,
+        request.sampling.repetition_penalty,
+    ) == (0.5, -1, 1.2)
+    assert (request.sampling.logit_bias, request.sampling.structured_outputs.kind) == (((5, 2),), "json")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -196,17 +193,5 @@ async def test_text_becomes_tokens_and_tokens_text(backend):
         assert (await c.post("/detokenize", json={"tokens": tokens["tokens"]})).json() == {"prompt": "hé"}
         chat = (await c.post("/tokenize", json={"messages": USER})).json()["tokens"]
         assert chat == [258, *b"hi", 256, 260]
-        for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [300]}), ("/tokenize", {"promt": "x"})):
+        for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [300]}), ("/detokenize", {"tokens": "x"})):
             assert (await c.post(path, json=body)).status_code == 400
-
-
-async def test_the_document_names_every_field_and_every_route_of_it_is_there(backend):
-    async with serve(backend) as server, httpx.AsyncClient(base_url=server.url) as c:
-        document = (await c.get("/openapi.json")).json()
-        for path, methods in document["paths"].items():
-            answer = await c.request(next(iter(methods)), path.replace("{name}", "fake"), json={})
-            plain = "get" in methods and path != "/v1/resume"  # which has to be told where to go on
-            assert answer.status_code in ((200,) if plain else (200, 400)), path
-    for path, known in (("/v1/completions", COMPLETION_FIELDS), ("/v1/chat/completions", CHAT_FIELDS)):
-        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert schema["properties"].keys() - {"user"} == known

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fake_backend import FakeBackend
-from tests.serving.test_client import running
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_server import serve_in_thread
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the dev tools")
 
 
 def test_no_request_of_the_document_makes_the_server_fail_or_leaks():
     backend = FakeBackend(chaos=False)
-    with running(backend) as server:
+    with serve_in_thread(backend) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
         assert len(operations) > 5

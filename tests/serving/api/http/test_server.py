@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
 
 import httpx
 import openai
@@ -11,15 +12,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from serving import http
+from serving.api.http.server import start_http
 from serving.config import Settings
 from serving.errors import Internal, StartError
-from tests.fake_backend import MODEL, FakeBackend
-from tests.fake_server import serve
-from tests.serving.test_rpc import until
+from serving.observability.history import Sample
+from tests.support.fake_backend import MODEL, FakeBackend
+from tests.support.fake_server import serve
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
+DOCS = ("/docs", "/docs.js", "/docs.css")
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -72,7 +75,7 @@ async def test_content_may_be_a_list_of_text_parts_and_the_role_developer(backen
     async with openai_client(backend) as client:
         await client.chat.completions.create(model="fake", messages=messages, max_completion_tokens=1)
     assert backend.requests[0].prompt == (259, *b"s", 256, 258, *b"hi", 256, 260)
-    assert backend.requests[0].max_tokens == 1
+    assert backend.requests[0].sampling.max_tokens == 1
 
 
 async def test_a_streamed_chat_is_the_same_text_with_usage_last(backend):
@@ -116,11 +119,11 @@ async def test_logprobs_of_the_chosen_tokens(backend):
     content = chat.choices[0].logprobs.content
     assert [(c.token, c.logprob, c.bytes) for c in content] == [
         ("a", -0.5, [97]),
-        ("\ufffd", -0.5, None),
-        ("\ufffd", -0.5, None),
+        ("\ufffd", -0.5, [0xC3]),
+        ("\ufffd", -0.5, [0xA9]),
     ]
     assert plain.choices[0].logprobs.token_logprobs == [-0.5] * 3
-    assert plain.choices[0].logprobs.text_offset == [0, 1, 2]
+    assert plain.choices[0].logprobs.text_offset == [0, 1, 1]
 
 
 async def test_fields_that_change_nothing_are_taken(backend):
@@ -129,7 +132,7 @@ async def test_fields_that_change_nothing_are_taken(backend):
             model="fake", messages=USER, user="u", metadata={"a": "b"}, n=1, presence_penalty=0, store=False,
             logit_bias={}, response_format={"type": "text"}, max_tokens=1, tool_choice="none", seed=3,
         )  # fmt: skip
-    assert backend.requests[0].seed == 3
+    assert backend.requests[0].sampling.seed == 3
 
 
 REFUSED = [
@@ -139,8 +142,8 @@ REFUSED = [
     ({"prompt": ["x"] * 129}, "prompt", "are 129 answers; a call has at most 128"),
     ({"prompt": "x", "best_of": 3}, "best_of", "best_of is 3 and n is 1"),
     ({"prompt": "x", "logit_bias": {"300": 1}}, "logit_bias", "token 0 is 300"),
-    ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "must be {token id: number"),
-    ({"prompt": "x", "logit_bias": {"5": "a"}}, "logit_bias", "must be {token id: number"),
+    ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "has a name that is not an integer"),
+    ({"prompt": "x", "logit_bias": {"5": "a"}}, "logit_bias", "a value of logit_bias must be a number"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias", "the bias of token 5 is 101"),
     ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty", "presence_penalty is 2.5"),
     ({"prompt": "x", "frequency_penalty": -3}, "frequency_penalty", "frequency_penalty is -3"),
@@ -152,32 +155,33 @@ REFUSED = [
     ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "are not streamed"),
     ({"prompt": "x", "regex": "("}, "regex", "the constraint cannot be used"),
     ({"prompt": "x", "choice": []}, "choice", "must be a list of texts"),
-    ({"prompt": "x", "choice": ["a"], "regex": "b"}, "response_format", "2 constraints; send one of"),
+    ({"prompt": "x", "choice": ["a"], "regex": "b"}, "choice", "2 constraints (regex, choice); send one of them"),
     ({"prompt": "x", "choice": ["a"], "ignore_eos": True}, "ignore_eos", "takes away the stop token"),
     ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format", "response_format must be"),
-    ({"prompt": "x", "structured_outputs": {"json": 5}}, "structured_outputs", "structured_outputs.json is"),
-    ({"prompt": "x", "temprature": 1}, "temprature", "Did you mean 'temperature'?"),
-    ({"prompt": "x", "messages": []}, "messages", "unknown field 'messages'"),
+    ({"prompt": "x", "structured_outputs": {"json": 5}}, "structured_outputs.json", "must be text or an object"),
     ({"prompt": "x", "temperature": "hot"}, "temperature", "it must be a number"),
     ({"prompt": "x", "temperature": True}, "temperature", "it must be a number"),
     ({"prompt": "x", "max_tokens": 1.5}, "max_tokens", "it must be an integer"),
     ({"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     ({"prompt": "x", "max_tokens": 10**30}, "max_tokens", "it must be between 1"),
-    ({"prompt": "x", "temperature": 10**400}, "temperature", "too large"),
+    ({"prompt": "x", "temperature": 10**400}, "temperature", "number out of range"),
     ({"prompt": "x", "top_k": -2}, "top_k", "top_k is -2"),
-    ({"prompt": "x", "stop": [1]}, "stop", "it must be text or a list of texts"),
+    ({"prompt": "x", "stop": [1]}, "stop[0]", "it must be text"),
     ({"prompt": "x", "stop": ""}, "stop", "has 0 characters"),
-    ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids", "a list of integers"),
+    ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids[0]", "it must be an integer"),
     ({"prompt": "x", "stream": "yes"}, "stream", "it must be true or false"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "only for stream: true"),
-    ({"prompt": "x", "stream": True, "stream_options": {"a": 1}}, "stream_options", "must be"),
-    ({"prompt": ["a", 5]}, "prompt", "must be text or a list of token ids, or a list of either"),
-    ({"prompt": 5}, "prompt", "must be text or a list of token ids"),
-    ({"prompt": [1.5]}, "prompt", "must be text or a list of token ids"),
+    ({"prompt": "x", "stream": True, "stream_options": []}, "stream_options", "must be an object"),
+    ({"prompt": ["a", 5]}, "prompt[1]", "must be text or a list of token ids, or a list of either"),
+    ({"prompt": 5}, "prompt", "it must be text or a list"),
+    ({"prompt": [1.5]}, "prompt[0]", "prompt[0] is a number (1.5); it must be"),
     ({"prompt": []}, "prompt", "the prompt is empty"),
     ({"prompt": [-1]}, "prompt", "token 0 is -1"),
-    ({"prompt": "\ud800"}, "prompt", "surrogate"),
-    ({"prompt": "x", "\ud800": 1}, "\ud800", "unknown field"),
+    ({"prompt": "\ud800"}, None, "surrogate"),
+    ({"prompt": "x", "\ud800": 1}, None, "surrogate"),
+    ({"prompt": "x", "skip_special_tokens": False}, "skip_special_tokens", "special tokens have no text"),
+    ({"prompt": "x", "suffix": "y"}, "suffix", "Leave it out"),
+    ({"prompt": "x", "use_beam_search": 0}, "use_beam_search", "is 0 is not supported"),
     ({"prompt": None}, "prompt", "prompt is missing"),
     ({}, "prompt", "prompt is missing"),
     ([], None, "it must be a JSON object"),
@@ -207,17 +211,18 @@ REFUSED_CHATS = [
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "role 'robot'"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "messages[0].content",
+        "messages[0].content[0]",
         "text only",
     ),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls[0]", "must be"),
-    ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0]", "must be"),
+    ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
     ({"messages": USER, "tools": TOOLS}, "tools", "has no place for tools"),
     ({"messages": USER, "tool_choice": "required"}, "tool_choice", "tool_choice must be"),
     ({"messages": USER, "top_logprobs": 3}, "top_logprobs", "only for logprobs: true"),
     ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21"),
     ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", "must be"),
-    ({"messages": USER, "prompt": "x"}, "prompt", "unknown field 'prompt'"),
+    ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "messages[0].audio", "text only"),
+    ({"messages": USER, "audio": {"voice": "v"}}, "audio", "text only"),
 ]
 
 
@@ -236,7 +241,7 @@ async def test_a_bad_chat_is_refused_by_name(backend, body, param, message):
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
-        (b'{"prompt": NaN}', "NaN is no JSON number"),
+        (b'{"prompt": NaN}', "NaN is not a JSON number"),
         (b'{"prompt": "\xff"}', "not valid UTF-8: invalid start byte at byte 12"),
         (b'{"seed": 1' + b"0" * 5000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
@@ -376,7 +381,7 @@ async def test_the_request_id_comes_back(backend):
 
 
 async def test_events_are_streamed_and_go_on_after_the_last_id(backend):
-    await backend.happen("ready")
+    await backend.emit("ready")
     await backend.lose(1)
     async with plain_client(backend) as client:
         headers = {"Last-Event-ID": "1"}
@@ -386,6 +391,16 @@ async def test_events_are_streamed_and_go_on_after_the_last_id(backend):
         refused = await client.get("/fault_tolerance/events?after=x")
     assert [e["kind"] for e in data] == ["rank_lost", "recovered"]
     assert refused.status_code == 400
+
+
+async def test_the_history_has_a_sample_for_each_second_by_field(backend):
+    async with plain_client(backend) as client:
+        seconds = await client.get("/fault_tolerance/history")
+        minutes = await client.get("/fault_tolerance/history?by=minute")
+        refused = await client.get("/fault_tolerance/history?by=hour")
+    assert seconds.json().keys() == minutes.json().keys() == {field.name for field in dataclasses.fields(Sample)}
+    assert refused.status_code == 400
+    assert "by is 'hour'; it must be second or minute" in refused.json()["error"]["message"]
 
 
 async def _take_data(lines, count):
@@ -413,15 +428,15 @@ async def test_kill_needs_chaos_and_json(backend):
 
 async def test_the_dashboard_asks_for_nothing_from_elsewhere(backend):
     async with plain_client(backend) as client:
-        pages = [await client.get(p) for p in ("/", "/dashboard.css", "/dashboard.js", "/icon.svg")]
-    assert [p.status_code for p in pages] == [200] * 4
+        pages = [await client.get(p) for p in ("/", "/dashboard.css", "/dashboard.js", "/icon.svg", *DOCS)]
+    assert {p.status_code for p in pages} == {200}
     assert "default-src 'self'" in pages[0].headers["content-security-policy"]
     outside = [p.text.replace("http://www.w3.org/2000/svg", "") for p in pages]
     assert not any("http://" in text or "https://" in text for text in outside)
 
 
-async def test_a_server_that_stops_does_not_wait_for_watches(generation):
-    server = await http.start(generation)
+async def test_a_server_that_stops_does_not_wait_for_watches(processor):
+    server = await start_http(processor)
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}")
     async with client, client.stream("GET", "/fault_tolerance/events") as answer:
         assert await anext(answer.aiter_lines()) == ": watching"
@@ -429,10 +444,23 @@ async def test_a_server_that_stops_does_not_wait_for_watches(generation):
             await server.stop(60)
 
 
-async def test_a_taken_port_is_a_clear_error(generation):
-    server = await http.start(generation)
+async def test_an_accepted_connection_sends_each_event_at_once(processor):
+    server = await start_http(processor)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    await until(lambda: server._server.server_state.connections)
+    (connection,) = server._server.server_state.connections
+    accepted = connection.transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    writer.close()
+    await server.stop()
+    del reader
+
+
+async def test_a_taken_port_is_a_clear_error(processor):
+    server = await start_http(processor)
     with pytest.raises(StartError, match=rf"HTTP cannot listen on 127\.0\.0\.1:{server.port}"):
-        await http.start(generation, port=server.port)
+        await start_http(processor, port=server.port)
     await server.stop()
 
 

@@ -1,0 +1,83 @@
+"""Laws of the band: it holds its figure, is wider where nothing was measured, and says why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from planner import Cluster, InputError
+from planner.cli.main import main
+from planner.cost.band import BEYOND, UNCHECKED, Band, band_of
+from planner.inputs.cluster import read_cluster
+from planner.inputs.engine import engine_names, engine_of, read_profile
+from planner.inputs.published import read_model
+from planner.plan.shape import Shape
+
+
+def shape(ranks: int, slots: int = 1) -> Shape:
+    roles = ("collocated",) * ranks
+    return Shape(arch="collocated", tensor=1, dense=1, slots=slots, roles=roles, groups=tuple(range(ranks)))
+
+
+def test_a_setting_like_those_measured_has_their_error():
+    model = read_model("qwen3-235b-a22b")
+    band = band_of(model, read_cluster("h200"), shape(8, 16), 16, 1024)
+    assert not band.beyond
+    assert 1.0 < band.tpot < BEYOND
+    assert f"n = {band.count}]" in band.source()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "count", "requests", "prompt", "why"),
+    [
+        ("h200:4x8", 32, 16, 1024, "32 devices"),
+        ("h200", 8, 4000, 1024, "4,000 requests"),
+        ("h200", 8, 16, 100_000, "prompts of 100,000"),
+        ("gb300:1x4", 4, 16, 1024, "chip gb300"),
+        ("v5e", 8, 16, 1024, "engine jax on v5e"),
+    ],
+)
+def test_what_was_not_measured_says_so(cluster, count, requests, prompt, why):
+    band = band_of(read_model("qwen3-235b-a22b"), read_cluster(cluster), shape(count, 16), requests, prompt)
+    assert why in band.beyond
+    assert band.tpot >= BEYOND
+    assert "outside of what was measured" in band.source()
+
+
+def test_the_ends_are_the_figure_divided_and_multiplied():
+    band = Band(tpot=1.2, ttft=1.5, rate=1.1, count=106)
+    assert band.around(21.6, "tpot") == {"low": pytest.approx(18), "mid": 21.6, "high": pytest.approx(25.92)}
+    assert band.text(21.6, "tpot", "ms") == "18.0-25.9 ms"
+
+
+def test_solve_prints_the_band_and_its_json_has_low_mid_high(capsys):
+    argv = ["solve", "qwen3-235b-a22b", "h200", "--weights", "fp8"]
+    assert main(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())  # lines may be wrapped
+    assert "a token every" in shown
+    assert "[measured settings of this kind: error factor" in shown
+    assert main([*argv, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["candidates"][0]
+    for figure in best["ranges"].values():
+        assert figure["low"] < figure["mid"] < figure["high"]
+    assert best["ranges"]["tokens_per_second"]["mid"] == best["tokens_per_second"]
+    assert main([*argv, "--engine", "jax"]) == 0
+    assert f"error factor {UNCHECKED:.2g} assumed" in " ".join(capsys.readouterr().out.split())  # lines may be wrapped
+
+
+def test_every_engine_has_constants_and_others_are_refused():
+    hardware = read_cluster("h100").hardware
+    for name in engine_names():
+        assert engine_of(replace(hardware, engine=name)).name == name
+    with pytest.raises(InputError, match="no engine with constants"):
+        engine_of(replace(hardware, engine="steam"))
+    variant, profile = read_profile("vllm")[0], read_profile("cuda-graph")[0]
+    assert replace(variant, name=profile.name, prompt_kernel=profile.prompt_kernel) == profile
+
+
+def test_a_cluster_of_no_known_chip_has_the_error_of_all():
+    known = read_cluster("h200")
+    cluster = Cluster.regular("ours", 1, 8, hardware=replace(known.hardware, name="ours"))
+    assert "chip ours" in band_of(read_model("qwen3-235b-a22b"), cluster, shape(8, 16), 16, 1024).beyond

@@ -1,0 +1,54 @@
+"""Laws of the front's work: the constants are those of the measurements, and more of anything takes no less."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.scale_tables import fitted
+from planner.cost.front import FrontCost, from_constants, measured_fronts, pace
+from planner.inputs.published import read_model
+
+ROOT = Path(__file__).parents[3]
+LARGE = read_model("deepseek-v3")
+ranks = st.integers(1, 5000)
+
+
+def test_the_constants_are_those_of_the_measurements_that_docs_scale_shows():
+    data = json.loads((ROOT / "docs" / "results" / "scale.json").read_text())
+    made = json.loads(json.dumps(fitted(data)))
+    assert made == json.loads((ROOT / "configs" / "front.json").read_text())
+    assert f"measured {made['measured']}" in (ROOT / "docs" / "scale.md").read_text()
+
+
+def test_a_model_that_was_measured_has_its_own_constants():
+    small, large = measured_fronts()
+    assert large.pairs == LARGE.moe_layers * LARGE.experts
+    assert FrontCost.measured(LARGE).adopt.at(100) == pytest.approx(from_constants(large.constants).adopt.at(100))
+    few = replace(LARGE, moe_layers=1, experts=small.pairs, experts_per_token=1)
+    assert FrontCost.measured(few) == from_constants(small.constants)
+
+
+@given(st.integers(1, 100), st.integers(8, 1000), st.integers(8, 1000))
+def test_larger_models_never_take_less_beyond_the_largest_measured(layers: int, few: int, many: int):
+    few, many = sorted((few + 256, many + 256))
+    a, b = (FrontCost.measured(replace(LARGE, moe_layers=58 + layers, experts=n)) for n in (few, many))
+    for name in ("step", "abort", "prepare", "adopt"):
+        assert getattr(a, name).at(64) <= getattr(b, name).at(64) * (1 + 1e-12)
+    assert a.row >= 0
+
+
+@given(ranks, st.integers(1, 400), st.floats(1e-3, 1.0))
+def test_one_front_paces_the_ranks_up_to_the_most_and_no_further(n: int, each: int, step: float):
+    front = FrontCost.measured(LARGE)
+    found = pace(front, n, n * each, step)
+    assert found.kept == (front.step_seconds(n, n * each) <= step)
+    assert found.kept == (n <= found.most_ranks)
+    assert front.step_seconds(found.most_ranks + 1, (found.most_ranks + 1) * each) > step
+    assert found.to_dict()["front_step"] == (found.front_step if found.front_step < inf else None)

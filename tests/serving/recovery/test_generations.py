@@ -1,0 +1,114 @@
+"""Losses while a generation is opened, and while a plan is adopted."""
+
+import asyncio
+
+import pytest
+
+import serving.recovery.rendezvous
+from serving.config import Settings
+from serving.executor.executor import RankExecutor
+from serving.executor.failure_detector import Cause, FailureDetectorSettings
+from serving.executor.rank_errors import RankLost
+from serving.proto.moejax.v1 import link_pb2
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
+
+pytestmark = pytest.mark.usefixtures("no_processes")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rank_lost_while_its_generation_is_opened_does_not_enter_it(monkeypatch, again: bool) -> None:
+    async def case() -> None:
+        m = Machine(Settings(**vars(SETTINGS)))
+        await m.failover.start()
+        opened: list[FakeCoordinator] = []
+
+        class Slow(FakeCoordinator):
+            @classmethod
+            async def start(cls, ranks: int, seats: int, host: str = "") -> "FakeCoordinator":
+                m.executor.kill(1)
+                if again:  # its replacement is another process, which is not configured
+                    m.executor.spawn(1)
+                opened.append(cls())
+                return opened[-1]
+
+        monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", Slow)
+        since = len(m.executor.log)
+        with pytest.raises(RankLost, match="rank 1"):
+            await m.failover.generations.start((0, 1, 2), {})
+        assert "join" not in [what for _, what in m.executor.log[since:]]
+        assert not m.failover.membership.joining
+        await opened[0].wait()  # nobody waits in its service
+        await m.failover.close()
+
+    asyncio.run(case())
+
+
+def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
+    async def case() -> None:
+        m = Machine(Settings(**{**vars(SETTINGS), "start_timeout_s": 0.01}))
+
+        async def never(rank: int) -> link_pb2.Hello:
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        monkeypatch.setattr(m.executor, "wait_attached", never)
+        with pytest.raises(RankLost, match=r"not ready within 0\.01 s"):
+            await m.failover.start_rank(1)
+        process = m.executor.get(1)
+        assert process is not None
+        assert process.loss is not None
+        await m.failover.close()
+
+    asyncio.run(case())
+
+
+def test_a_replacement_is_monitored_before_it_is_asked_to_adopt_its_first_plan(monkeypatch) -> None:
+    async def case() -> None:
+        m = Machine(Settings(**vars(SETTINGS)))
+        await m.failover.start()
+        m.loop.start()
+        since = len(m.executor.log)
+        monkeypatch.setattr(m.executor, "monitor", lambda rank: m.executor.log.append((rank, "monitor")))
+        m.executor.kill(1)
+        async with asyncio.timeout(LIMIT_S):
+            while (1, "adopt") not in m.executor.log[since:]:
+                await asyncio.sleep(0)
+        log = m.executor.log[since:]
+        assert (1, "monitor") in log[: log.index((1, "adopt"))]
+        await m.loop.drain(0.0)
+        await m.failover.close()
+
+    asyncio.run(case())
+
+
+class _Process:
+    """A process that does nothing."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def signal(self, name: str) -> None: ...
+
+
+class _Starter:
+    def start(self, rank: int, front: str, on_exit) -> _Process:
+        return _Process(str(rank))
+
+
+def test_the_answer_of_a_rank_that_is_lost_before_the_others_answer_does_not_count() -> None:
+    async def case() -> None:
+        detector = FailureDetectorSettings(heartbeat_floor_s=1.0, step_floor_s=1.0)
+        executor = RankExecutor(detector, lambda loss: None, _Starter())  # type: ignore[arg-type]
+        ranks = [executor.spawn(rank) for rank in range(2)]
+        asked = asyncio.create_task(executor.call_all("adopt", {0: link_pb2.Adopt(), 1: link_pb2.Adopt()}))
+        commands = [await each.outbox.get() for each in ranks]
+        for each, command in zip(ranks, commands, strict=True):
+            assert command is not None
+            executor._receive(each, link_pb2.Report(rank=each.rank, done=link_pb2.Done(id=command.id)))
+            if each.rank == 0:
+                executor.declare(0, Cause("error", "died"), 0.0)
+        with pytest.raises(RankLost, match="rank 0"):
+            await asked
+
+    asyncio.run(case())

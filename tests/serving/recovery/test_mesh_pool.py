@@ -1,0 +1,156 @@
+"""The pool of meshes: what is compiled, loaded and connected, and what is left of it after a loss."""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from serving.executor.mesh_key import MeshKey
+from serving.executor.rank_errors import CommandFailed, RankLost
+from serving.proto.moejax.v1 import link_pb2
+from serving.recovery.membership_events import GenerationOpened, MeshLoaded
+from serving.recovery.mesh_pool import MeshPool
+from serving.recovery.recovery_state import RecoveryState
+
+ALL, NONE_LOST = MeshKey((0, 1, 2), 4), MeshKey((0, 1), 4)
+
+
+@dataclasses.dataclass
+class Host:
+    """The part of a host's paths that the pool reads."""
+
+    disk: str
+
+
+class Ranks:
+    """Ranks that answer every command, but for those in `failing` and `lost`; `disks` has those of other hosts."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, MeshKey]] = []
+        self.urgent: list[bool] = []
+        self.failing: set[int] = set()
+        self.lost: set[int] = set()
+        self.disks: dict[int, str] = {}
+        self.aborted: list[tuple[tuple[int, ...], int]] = []
+        self.busy: set[int] = set()
+
+    async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+        self.calls.append((rank, what, MeshKey.read(message.mesh)))
+        if what == "prepare":
+            self.urgent.append(message.urgent)
+        assert what != "compile" or rank not in self.busy, "a rank compiles one mesh at a time"
+        self.busy.add(rank)
+        await asyncio.sleep(0)
+        self.busy.discard(rank)
+        if rank in self.lost:
+            raise RankLost(rank, "exited")
+        if rank in self.failing:
+            raise CommandFailed(rank, what, "no")
+        return link_pb2.Done(compiled=1)
+
+    async def call_all(self, what: str, messages) -> list[link_pb2.Done]:
+        return await asyncio.gather(*(self.call(rank, what, message) for rank, message in messages.items()))
+
+    def abort(self, ranks, epoch: int, *, connecting: int = 0) -> None:
+        self.aborted.append((tuple(ranks), connecting))
+
+    def host_paths(self, rank: int) -> Host | None:
+        return Host(self.disks[rank]) if rank in self.disks else None
+
+    def of(self, what: str) -> list[tuple[int, MeshKey]]:
+        return [(rank, key) for rank, each, key in self.calls if each == what]
+
+
+def run(case: Callable[[MeshPool, Ranks, RecoveryState], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        ranks, state = Ranks(), RecoveryState()
+        pool = MeshPool(ranks, state, lambda _: None)  # type: ignore[arg-type]
+        try:
+            await case(pool, ranks, state)
+        finally:
+            pool.stop()
+
+    asyncio.run(whole())
+
+
+def test_each_shape_is_compiled_once_for_each_store_of_executables() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.disks = {2: "far"}
+        await pool.compile([ALL, NONE_LOST, MeshKey((1, 2), 4), MeshKey((0, 2), 4)])
+        by_shape = [(len(key.ranks), "far" if rank == 2 else "front") for rank, key in ranks.of("compile")]
+        assert sorted(by_shape) == [(2, "far"), (2, "front"), (3, "far"), (3, "front")]
+
+    run(case)
+
+
+def test_a_mesh_is_connected_only_after_all_of_its_ranks_have() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        await pool.connect(ALL, 3, warm=True)
+        assert state.membership.connected == {ALL}
+        assert ranks.of("connect") == [(0, ALL), (1, ALL), (2, ALL)]
+
+    run(case)
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_when_a_rank_dies_while_a_mesh_connects_the_others_are_let_go(shares_memory: bool) -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        pool.shares_memory = shares_memory
+        ranks.lost = {1}
+        with pytest.raises(RankLost):
+            await pool.connect(ALL, 3, warm=False)
+        assert not state.membership.connected
+        assert ranks.aborted == [((0, 2), 1)]
+        ranks.lost.clear()
+        if shares_memory:
+            await pool.connect(NONE_LOST, 3, warm=False)
+            assert state.membership.connected == {NONE_LOST}
+        else:
+            assert state.membership.service_lost
+            with pytest.raises(CommandFailed, match="left the coordination service"):
+                await pool.connect(NONE_LOST, 3, warm=False)
+            state.record(GenerationOpened(2, (0, 1)))
+            await pool.connect(NONE_LOST, 4, warm=False)
+            assert state.membership.connected == {NONE_LOST}
+
+    run(case)
+
+
+def test_meshes_are_loaded_ahead_in_order_and_a_failure_leaves_only_its_mesh_out() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.failing = {2}
+        pool.load_ahead(NONE_LOST, [MeshKey((0,), 4), ALL, MeshKey((1,), 4)])
+        assert not pool.idle
+        async with asyncio.timeout(60):
+            while pool._loading is None or not pool._loading.done():
+                await asyncio.sleep(0)
+        assert list(state.membership.loaded) == [MeshKey((0,), 4), MeshKey((1,), 4)]
+        assert ranks.of("prepare")[:2] == [(0, NONE_LOST), (1, NONE_LOST)], "what is missing of the mesh in force first"
+        assert not any(ranks.urgent)
+        assert not pool.idle
+        pool.stop()
+        assert pool.idle
+
+    run(case)
+
+
+def test_a_mesh_that_was_not_prepared_is_compiled_and_loaded_before_all_others() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.disks = {1: "far", 2: "far"}
+        await pool.build(ALL)
+        assert ranks.of("compile") == [(0, ALL), (1, ALL)]
+        assert ranks.of("prepare") == [(0, ALL), (1, ALL), (2, ALL)]
+        assert all(ranks.urgent)
+
+    run(case)
+
+
+def test_a_loaded_mesh_is_taken_once_in_the_order_of_loading() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        for mesh in (ALL, NONE_LOST):
+            state.record(MeshLoaded(mesh))
+        assert [pool.take_loaded(), pool.take_loaded()] == [ALL, NONE_LOST]
+        assert pool.idle
+
+    run(case)

@@ -1,0 +1,191 @@
+"""Generations of ranks: process ids are used once, and a rank that can never join does not keep the others out."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+import serving.recovery.rendezvous
+from serving.executor.rank_errors import CommandFailed, RankLost
+from serving.proto.moejax.v1 import link_pb2
+from serving.recovery.rendezvous import MAX_JOIN_FAILURES, SPARE_PROCESS_IDS, Rendezvous
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.waiting import until
+
+
+class Ranks:
+    """Ranks that answer every command, but for those in `failing`, `lost` and `silent`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, link_pb2.Join | link_pb2.Seat]] = []
+        self.failing: set[int] = set()
+        self.lost: set[int] = set()
+        self.silent: set[int] = set()
+        self.declared: list[int] = []
+
+    async def call(self, rank: int, what: str, message) -> None:
+        self.calls.append((rank, what, message))
+        await asyncio.sleep(0)
+        if rank in self.lost:
+            raise RankLost(rank, "exited")
+        if rank in self.failing:
+            raise CommandFailed(rank, what, "no")
+        if rank in self.silent:
+            await asyncio.Event().wait()
+
+    async def call_all(self, what: str, messages) -> None:
+        await asyncio.gather(*(self.call(rank, what, message) for rank, message in messages.items()))
+
+    def declare(self, rank: int, cause, evidence_at: float) -> None:
+        self.declared.append(rank)
+
+    def lose_unanswered(self, ranks, why: str) -> None:
+        self.declared += sorted(self.silent.intersection(ranks))
+
+
+@pytest.fixture(autouse=True)
+def fake_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+
+
+def run(case: Callable[[Rendezvous, Ranks, list[str]], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        ranks, exits = Ranks(), []
+        rendezvous = Rendezvous(ranks, "127.0.0.1", exits.append)  # type: ignore[arg-type]
+        try:
+            await case(rendezvous, ranks, exits)
+        finally:
+            await rendezvous.close()
+
+    asyncio.run(whole())
+
+
+def joins(ranks: Ranks) -> dict[int, link_pb2.Join]:
+    return {rank: message for rank, what, message in ranks.calls if what == "join"}
+
+
+def test_all_ranks_of_a_generation_get_the_same_members_and_keep_their_own_pages() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((1, 4, 7), 1)
+        await rendezvous.join_all({4: 9})
+        found = joins(ranks)
+        assert set(found) == {1, 4, 7}
+        assert {rank: join.pages_used for rank, join in found.items()} == {1: 0, 4: 9, 7: 0}
+        assert {(tuple(j.members), tuple(j.seats), j.generation) for j in found.values()} == {((1, 4, 7), (0, 1, 2), 1)}
+        assert {join.processes for join in found.values()} == {3 + SPARE_PROCESS_IDS}
+
+    run(case)
+
+
+def test_a_process_id_is_given_to_one_rank_only_until_none_is_left() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        await rendezvous.join_all({})
+        used = {0, 1}
+        for number in range(SPARE_PROCESS_IDS):
+            assert rendezvous.spare_count == SPARE_PROCESS_IDS - number
+            rendezvous.forget(1)
+            process_id = await rendezvous.join(1)
+            assert process_id not in used
+            used.add(process_id)
+        assert rendezvous.spare_count == 0
+        assert dict(zip(joins(ranks)[1].members, joins(ranks)[1].seats, strict=True)) == {0: 0, 1: max(used)}
+        await rendezvous.open((0, 1), 2)
+        await rendezvous.join_all({})
+        assert {join.generation for join in joins(ranks).values()} == {2}
+        assert rendezvous.spare_count == SPARE_PROCESS_IDS
+
+    run(case)
+
+
+def test_on_a_gpu_every_replacement_needs_a_new_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        assert rendezvous.spare_count == 0
+
+    run(case)
+
+
+def test_a_rank_that_fails_to_join_time_after_time_is_declared_lost() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        ranks.failing = {1}
+        for number in range(1, MAX_JOIN_FAILURES + 1):
+            await rendezvous.open((0, 1), 1)
+            with pytest.raises(CommandFailed):
+                await rendezvous.join_all({})
+            assert ranks.declared == ([1] if number == MAX_JOIN_FAILURES else [])
+
+    run(case)
+
+
+def test_one_success_forgets_the_failures_before_it() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        for number in range(2 * MAX_JOIN_FAILURES):
+            ranks.failing = set() if number % MAX_JOIN_FAILURES == MAX_JOIN_FAILURES - 1 else {1}
+            await rendezvous.open((0, 1), 1)
+            if ranks.failing:
+                with pytest.raises(CommandFailed):
+                    await rendezvous.join_all({})
+            else:
+                await rendezvous.join_all({})
+        assert ranks.declared == []
+
+    run(case)
+
+
+def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 0.2)
+
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        ranks.silent = {1}
+        await rendezvous.open((0, 1), 1)
+        with pytest.raises(TimeoutError):
+            await rendezvous.join_all({})
+        assert ranks.declared == [1]
+        await until(lambda: exits)  # the ranks that wait for the others are let go by the end of the service
+
+    run(case)
+
+
+def test_the_service_before_ends_when_all_are_in_the_next_and_is_not_reported() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        await rendezvous.join_all({})
+        before = rendezvous.coordinator
+        assert before is not None
+        await rendezvous.open((0, 1), 1)
+        waiting = asyncio.create_task(before.process.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await rendezvous.join_all({})
+        assert await waiting == 0
+        assert exits == []
+
+    run(case)
+
+
+def test_after_its_service_ended_a_generation_takes_no_replacement_and_it_is_reported_once() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        await rendezvous.join_all({})
+        assert rendezvous.coordinator is not None
+        await rendezvous.coordinator.stop()
+        await until(lambda: exits)
+        assert rendezvous.spare_count == 0
+        assert exits == ["the coordinator ended with code 0"]
+
+    run(case)
+
+
+def test_a_replacement_is_announced_to_all_others_also_when_one_of_them_is_lost() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1, 2), 1)
+        await rendezvous.join_all({})
+        ranks.lost = {1}
+        await rendezvous.announce(3, 5, (0, 1, 2))
+        seats = [(rank, message.rank, message.process) for rank, what, message in ranks.calls if what == "seat"]
+        assert seats == [(0, 3, 5), (1, 3, 5), (2, 3, 5)]
+
+    run(case)

@@ -1,0 +1,38 @@
+"""A server inside a Python program."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from serving.server import Server
+from tests.support.joining import JoinFiles, free_address
+
+TINY = Path(__file__).parents[2] / "models" / "tiny"
+
+
+class Interrupted(Exception):
+    """Raised in the main thread, as Ctrl-C is."""
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def test_a_start_that_is_interrupted_ends_at_once_and_leaves_no_thread(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, interrupt)
+
+    def log(line: str) -> None:
+        if "lets one in" in line:  # it waits for hosts, which never come
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+    join_files = JoinFiles.made(tmp_path, "127.0.0.1")
+    server = Server(model=str(TINY), ranks=2, log=log, **join_files.settings(free_address()))
+    try:
+        with pytest.raises(Interrupted), server:
+            pytest.fail("there are no hosts, so it cannot start")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not any(thread.name == "moejax-server" for thread in threading.enumerate())

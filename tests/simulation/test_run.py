@@ -1,0 +1,65 @@
+"""Seeds of the simulator: whatever happens, no law is broken, and a seed decides everything."""
+
+import dataclasses
+import os
+
+import pytest
+
+from simulation.run import run
+from simulation.scenario import FAULTS, Fault, Scenario, draw
+
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "20"))
+"""Seeds of each mode."""
+
+
+@pytest.mark.parametrize("mode", ["safety", "liveness"])
+def test_no_seed_breaks_a_law(mode) -> None:
+    for seed in range(SEEDS):
+        outcome = run(draw(seed, mode))
+        assert not outcome.violations, f"python -m simulation --seed {seed} --mode {mode}: {outcome.violations}"
+
+
+def test_every_kind_of_fault_is_drawn_and_each_scenario_has_few() -> None:
+    scenarios = [draw(seed, "safety") for seed in range(200)]
+    assert {fault.kind for scenario in scenarios for fault in scenario.faults} == FAULTS.keys()
+    assert all(scenario.kinds.keys() < FAULTS.keys() for scenario in scenarios)
+
+
+def test_a_seed_is_replayed_exactly() -> None:
+    first, second = run(draw(3, "safety")), run(draw(3, "safety"))
+    assert first.trace == second.trace
+    assert first == second
+
+
+def calm(seed: int, *faults: Fault) -> Scenario:
+    """A scenario with these faults alone, whose clients wait for their answers."""
+    scenario = draw(seed, "liveness")
+    rates = {name: 0.01 if name == "late_s" else 0.0 for name in scenario.rates}
+    patient = [dataclasses.replace(client, timeout_s=None, leaves=None, aborts=None) for client in scenario.clients]
+    return dataclasses.replace(scenario, faults=faults, rates=rates, clients=tuple(patient))
+
+
+def test_a_server_without_faults_serves_every_call() -> None:
+    outcome = run(calm(1))
+    assert not outcome.violations
+    assert outcome.tokens > 0
+    assert not any("rank_lost" in line for line in outcome.trace)
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_an_exchange_that_fails_while_all_ranks_live_ends_with_nobody_fenced(shares_memory) -> None:
+    scenario = calm(1, *(Fault(at, "exchange", value=0.9) for at in (1.5, 3.0)))
+    outcome = run(dataclasses.replace(scenario, shares_memory=shares_memory))
+    assert not outcome.violations
+    assert outcome.happened == {"exchange": 2}
+    assert not any("event rank_lost" in line or "event suspected" in line for line in outcome.trace)
+    assert any("event step_failed" in line for line in outcome.trace)
+
+
+@pytest.mark.parametrize(("seconds", "lost"), [(1.2, False), (3.0, True)])
+def test_a_rank_is_given_longer_while_its_process_waits_for_a_processor_and_not_for_ever(seconds, lost) -> None:
+    outcome = run(calm(1, Fault(1.5, "starved", rank=0, seconds=seconds)))
+    assert not outcome.violations
+    assert outcome.happened == {"starved": 1}
+    assert any("event starved" in line for line in outcome.trace)
+    assert any("event rank_lost" in line for line in outcome.trace) == lost

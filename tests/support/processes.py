@@ -1,0 +1,64 @@
+"""`moejax serve` as a process of its own, and what is left of its process group."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from serving.api.client import Client
+from tests.support.streams import pid_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """`moejax serve` in a process group of its own."""
+    command = [sys.executable, "-m", "serving", "serve", "--http-port", "0", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def processes_of(group: int) -> list[str]:
+    """Command lines of the processes left in a session."""
+    found = subprocess.run(["ps", "-s", str(group), "-o", "args="], capture_output=True, text=True, check=False)
+    return found.stdout.splitlines()
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Lines of standard error up to the one that matches."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if re.search(pattern, line):
+            return said
+    raise AssertionError(f"the server ended before it said {pattern!r}:\n{said}")
+
+
+class Supervised:
+    """A running `moejax serve`."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.said = read_until(process, r"\btry\b")
+        self.address = re.search(r"gRPC +(\S+)", self.said)[1]  # type: ignore[index]
+        self.url = re.search(r"HTTP +(\S+)", self.said)[1]  # type: ignore[index]
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def kill_with(self, client: Client, rank: int) -> None:
+        """The front and a rank at once."""
+        pid = pid_of(client.status(), rank)
+        os.kill(self.front(), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said += line
+
+    def front(self) -> int:
+        """The process that serves."""
+        with Client(self.address) as client:
+            return client.status().front_pid
