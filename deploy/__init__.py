@@ -1,1 +1,1 @@
-"""What runs moejax elsewhere: container, Kubernetes, systemd, Grafana."""
+"""Files to deploy moejax: container, Kubernetes, systemd, Grafana."""

@@ -13,7 +13,11 @@ def _quantiles(name: str) -> list[tuple[str, str]]:
 
 PANELS: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
     ("Ranks alive", "short", [("alive", "moejax_ranks_alive"), ("started", "moejax_ranks")]),
-    ("Losses prepared for", "percentunit", [("{{loss}}", "moejax_lattice_coverage")]),
+    (
+        "Losses prepared for",
+        "percentunit",
+        [("{{loss}}", "moejax_lattice_coverage"), ("certificate holds", "moejax_certificate_holds")],
+    ),
     (
         "Recoveries and ranks that came back",
         "short",

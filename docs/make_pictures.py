@@ -1,7 +1,7 @@
-"""The README's pictures, of a real server: `python -m docs.make_pictures` (needs Chromium).
+"""Makes the pictures of the README from a real server: `python -m docs.make_pictures` (needs Chromium).
 
-Starts `moejax serve`, lets it generate, kills a rank with SIGKILL on the way, and keeps what a terminal and a
-browser show meanwhile. Nothing is drawn that did not happen.
+It starts `moejax serve`, generates text, kills a rank with SIGKILL meanwhile, and records what a terminal and a browser
+show. The pictures contain only what happened.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 
 from benchmarks.launch import launched
-from serving.client import Client
-from tests import browser
+from serving.api.client import Client
+from tests.support import browser
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 COLUMNS, LINE, MARGIN = 84, 20, 16
 HOLD_S = 6.0
-"""How long the end stays before the recording begins anew."""
+"""Seconds for which the end is shown before the recording starts again."""
 Piece = tuple[float, str, str]
-"""When it came (seconds), the text, and its class: "" or one of _STYLE."""
+"""The time in seconds, the text, and its CSS class: "" or one of _STYLE."""
 _STYLE = (
     "text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#d7e4e2;white-space:pre}"
     ".p{fill:#2dd4bf}.k{fill:#f87171}.q{fill:#93a8a6}"
@@ -32,7 +32,7 @@ _STYLE = (
 
 
 def record(address: str, prompt: str, tokens: int) -> list[Piece]:
-    """Generate, kill the rank that serves the stream half-way, and list the events: what a terminal would show."""
+    """Generate, kill the rank that serves the stream, and list the events, as a terminal would show them."""
     began, pieces = time.monotonic(), []
 
     def note(text: str, style: str = "") -> None:
@@ -46,13 +46,13 @@ def record(address: str, prompt: str, tokens: int) -> list[Piece]:
         stderr=subprocess.DEVNULL,
     )
     assert process.stdout is not None
-    seen, killed, last = 0, False, 0
+    pieces_read, killed, last = 0, False, 0
     with Client(address) as client:
         last = max((event.sequence for event in _events(client)), default=0)
         while data := os.read(process.stdout.fileno(), 4096):
             note(data.decode(errors="replace"))
-            seen += 1
-            if not killed and seen > tokens // 3:
+            pieces_read += 1
+            if not killed and pieces_read > tokens // 3:
                 killed = True
                 rank = max(client.status().ranks, key=lambda each: each.running)
                 assert rank.pid is not None
@@ -74,14 +74,14 @@ def _events(client: Client) -> list:
     try:
         for event in client.watch(timeout_s=0.5):
             events.append(event)
-    except Exception as error:  # the stream has no end but its deadline
+    except Exception as error:  # the stream ends only by its deadline
         if type(error).__name__ != "DeadlineExceeded":
             raise
     return events
 
 
 def animation(pieces: list[Piece]) -> str:
-    """A recording as an SVG that plays in any browser, and shows everything where nothing moves."""
+    """A recording as an animated SVG. Where animation is off, it shows everything at once."""
     whole = pieces[-1][0] + HOLD_S
     row, column, rows = 0, 0, [[]]
     for at, text, style in pieces:
@@ -115,7 +115,7 @@ def animation(pieces: list[Piece]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Words with the space before them, and line ends."""
+    """The words of a text, each with the space before it, and the line ends."""
     parts, word = [], ""
     for character in text:
         if character == "\n" or (character == " " and word.strip()):
@@ -129,7 +129,7 @@ def _split(text: str) -> list[str]:
 
 
 def dashboard(url: str, prompt: str) -> None:
-    """Screenshots while a chat goes on over the death of a rank: light at full width, dark on a phone."""
+    """Take screenshots during a chat in which a rank is killed: light at full width, dark on a phone."""
     for name, width, height, dark in (("dashboard", 1280, 900, False), ("dashboard-phone", 390, 844, True)):
         with browser.chromium(width=width, height=height, dark=dark) as driver:
             driver.get(url)
@@ -147,11 +147,11 @@ def dashboard(url: str, prompt: str) -> None:
             clip = {"x": 0, "y": 0, "width": width, "height": bottom + 14, "scale": 1}
             shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
             (FOLDER / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
-            time.sleep(8)  # the rank comes back before the next picture
+            time.sleep(8)  # until the rank has rejoined
 
 
 def main() -> None:
-    """Make them all."""
+    """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-moe")
     parser.add_argument("--ranks", type=int, default=4)
@@ -162,7 +162,7 @@ def main() -> None:
         pieces = record(server.address, options.prompt, 90)
         (FOLDER / "survive.svg").write_text(animation(pieces))
         time.sleep(10)
-        url = next(word for word in server.said().split() if word.startswith("http://"))
+        url = next(word for word in server.output().split() if word.startswith("http://"))
         dashboard(url, options.question)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The HTTP surface with curl.
+# Use the HTTP surface with curl: health, a completion, a streamed completion, metrics.
 #
 #     examples/http.sh http://127.0.0.1:8000
 set -euo pipefail

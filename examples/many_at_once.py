@@ -1,4 +1,4 @@
-"""Thirty-two requests at once over one connection; the server batches them.
+"""Send thirty-two requests at once over one connection. The server batches them.
 
 python examples/many_at_once.py 127.0.0.1:50051
 """
@@ -6,7 +6,7 @@ python examples/many_at_once.py 127.0.0.1:50051
 import asyncio
 import sys
 
-from serving.client import DEFAULT_ADDRESS, AsyncClient
+from serving import AsyncClient
 
 
 async def main(address: str) -> None:
@@ -17,4 +17,4 @@ async def main(address: str) -> None:
         print(f"{prompt} -> {answer.text!r}")
 
 
-asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ADDRESS))
+asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"))

@@ -1,4 +1,4 @@
-// A gRPC client from the .proto files alone: npm install @grpc/grpc-js @grpc/proto-loader, then
+// A gRPC client made from the .proto files alone: npm install @grpc/grpc-js @grpc/proto-loader, then
 //   node examples/node_client.js 127.0.0.1:50051 "The capital of France is"
 "use strict";
 

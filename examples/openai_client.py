@@ -1,4 +1,4 @@
-"""The official OpenAI client against a moejax server (pip install openai).
+"""Use the official OpenAI client with a moejax server (pip install openai).
 
 python examples/openai_client.py http://127.0.0.1:8000/v1
 """

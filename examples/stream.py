@@ -6,9 +6,9 @@ python examples/stream.py 127.0.0.1:50051
 
 import sys
 
-from serving.client import DEFAULT_ADDRESS, Client
+from serving import Client
 
-address = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ADDRESS
+address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
 with Client(address) as client:
     stream = client.stream("The capital of France is", temperature=0, max_tokens=16)
     for chunk in stream:

@@ -1,4 +1,4 @@
-"""Kill a rank in the middle of an answer and see that the answer is the same as without.
+"""Kill a rank in the middle of a stream, and check that the text is the same as without the kill.
 
 moejax serve --model tiny --chaos &
 python examples/survive_a_kill.py 127.0.0.1:50051
@@ -6,15 +6,16 @@ python examples/survive_a_kill.py 127.0.0.1:50051
 
 import sys
 
-from serving.client import DEFAULT_ADDRESS, Client
+from serving import Client, GenerateOptions
 
-address = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ADDRESS
-question = {"prompt": "Once upon a time", "temperature": 0.8, "seed": 7, "max_tokens": 48}
+address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
+PROMPT = "Once upon a time"
+options: GenerateOptions = {"temperature": 0.8, "seed": 7, "max_tokens": 48}
 with Client(address) as client:
-    undisturbed = client.generate(**question)
+    undisturbed = client.generate(PROMPT, **options)
 
     parts = []
-    stream = client.stream(**question)
+    stream = client.stream(PROMPT, **options)
     for number, chunk in enumerate(stream):
         parts.append(chunk.text)
         if number == 8:

@@ -1,0 +1,154 @@
+"""Writes the page of models: `python -m docs.models_table > docs/models.md`."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES
+from planner.inputs.published import FAMILIES, MODELS, NOT_READ
+from planner.inputs.published.reader import decoder_fields, read_json_object
+
+_PARITY = Path(__file__).with_name("results") / "parity.json"
+_HEAD = """\
+# Models
+
+`moejax serve --model FOLDER` serves a published model from its folder: `config.json`, safetensors in one file or in
+several with an index, and a tokenizer.
+
+```bash
+moejax models                                                     # the families
+moejax inspect ./Qwen3-30B-A3B --ranks 8 --data-type bfloat16     # parameters, bytes, KV cache, a first plan
+moejax serve --model ./Qwen3-30B-A3B --ranks 8 --data-type bfloat16
+```
+
+## Families
+
+| `model_type` | specialities | models in `configs/models/` | compared with `transformers` |
+|---|---|---|---|
+"""
+_MIDDLE = """
+Compared are logits at every position and greedy tokens, of small models that `transformers` writes itself, through
+the step programs of so many ranks, and for some through a server with a process for each rank, undisturbed and with
+the serving rank killed on the way: [parity](results/parity.md). `python -m benchmarks.published --configs FOLDER`
+prints parameters, bytes and cache of every configuration under a folder.
+
+Of models that also take images, sound or video the decoder of text is served: tensors of the other parts are not
+read, and content of a message that is no text is refused with an error that names it.
+
+A model with LongRoPE has factors for sequences up to its original context and others for longer ones. Keys in the
+cache cannot change theirs when a sequence grows, so that it is served up to the original context, where its answers
+are those of `transformers`. With `--max-context` beyond it one set of factors, that of long texts, serves every
+length; the server says so when it starts.
+
+These are known and not read yet, because the decoder lacks a part:
+
+| `model_type` | what the decoder lacks |
+|---|---|
+"""
+_REST = """
+## From the folder to the ranks
+
+| | `moejax serve` (or `moejax convert SRC DST`) | `moejax serve --in-place` |
+|---|---|---|
+| first start | the folder is converted into the cache: an Orbax checkpoint with one file for each expert of each layer | all weights are read once and their checksums stored; no weight is written |
+| disk space | a second copy of the weights | the checksums and a copy of the tokenizer |
+| host store | tmpfs of at most `MOEJAX_STORE_MIB`, shared by all ranks of the host | the part of the files that the kernel keeps in memory |
+| a rank reads | the files of its experts, and the weights that every rank has | the byte ranges of its experts, and the weights that every rank has |
+| reloading a lost expert reads | the bytes of this expert | the bytes of this expert |
+
+A conversion that was interrupted continues where it stopped; it holds one array in memory at a time. Both ways
+compare the weights with checksums, and both distinguish missing weights from damaged ones.
+
+## Data types
+
+| published as | converted or read as | held by ranks (`--data-type`) |
+|---|---|---|
+| float32, bfloat16, float16 | the same type | float32, bfloat16, or int8 with one scale for each output |
+| float8 with one scale for each block (DeepSeek-V3, Kimi-K2) | bfloat16 | the same choice |
+| MXFP4 (gpt-oss) | bfloat16, exactly | the same choice |
+
+Routers, norms, biases, sums and the KV cache are float32 in every case. All data types work with all families: a test
+computes a step of every family in each of them.
+
+Float8 and MXFP4 weights are widened when they are read, and not kept in their narrow form. moejax computes in narrow
+form with int8 only, which its CPU kernels read directly (`moejax/ops/cpu/cpu.cc`). So far moejax has run on CPUs, and
+these multiply neither float8 nor FP4: keeping those types would cost a table look-up for each number. The price is
+memory: float8 would be as small as int8, MXFP4 half of it. Int8 rounds each row to 254 steps of its largest number,
+so that a row of MXFP4 whose groups have very different scales loses its smallest numbers; bfloat16 represents MXFP4
+exactly.
+
+## Errors before anything is served
+
+The server refuses an architecture that it does not support, a field that is missing or contradicts another, a
+truncated file, and a tensor that is missing, has another shape, or has no use in the configured model. The error
+names the file, the tensor and both shapes:
+
+```
+model-00001-of-00002.safetensors: tensor model.layers.2.mlp.experts.7.gate_proj.weight has shape (24, 65), but config.json
+says (24, 64) (it makes moe.experts.gate_up of layer 2, expert 7). The two belong to different models.
+```
+
+`moejax inspect` finds the same errors without serving.
+
+## Tokenizers and chat templates
+
+`tokenizer.json`, SentencePiece (`tokenizer.model`) and tekken (`tekken.json`, extra `tekken`) are read, with the
+special tokens of `tokenizer_config.json` and `special_tokens_map.json`; truncation, padding and dropout that a
+training saved in `tokenizer.json` never act. An answer stops at the `eos_token_id` of `config.json` and
+`generation_config.json` and at the tokenizer's `eos_token`. A text that names a token beyond the model's vocabulary
+is refused. JSON files and templates may begin with a byte-order mark. Of the weights, `model.safetensors` or the
+files of its index are read; `consolidated.*` beside them is not. Chat templates, tool calls and reasoning:
+[conversations](conversations.md).
+"""  # noqa: E501
+
+
+def page() -> str:
+    """The page in Markdown."""
+    lacking = NOT_READ | NOT_SERVED
+    return (
+        _HEAD + _families() + _MIDDLE + "".join(f"| `{kind}` | {lacking[kind]} |\n" for kind in sorted(lacking)) + _REST
+    )
+
+
+def _families() -> str:
+    compared, shipped = _compared(), _shipped()
+    rows = (
+        f"| `{kind}` | {FAMILIES[kind].about} | {', '.join(shipped[kind])} | {compared[kind]} |\n"
+        for kind in FAMILIES
+        if kind in SERVED_FAMILIES
+    )
+    return "".join(rows)
+
+
+def _shipped() -> defaultdict[str, list[str]]:
+    """The shipped configurations of each family."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sorted(MODELS.glob("*.json")):
+        found[decoder_fields(read_json_object(path), path.name)[0]].append(path.stem)
+    return found
+
+
+def _compared() -> defaultdict[str, str]:
+    """How each family was compared: its configurations, ranks, and whether through a server."""
+    records = json.loads(_PARITY.read_text())["records"]
+    by_family = defaultdict(list)
+    for record in records:
+        by_family[record["family"]].append(record)
+    return defaultdict(str, {family: _told(found) for family, found in by_family.items()})
+
+
+def _told(records: list[dict[str, Any]]) -> str:
+    models, ranks = {each["model"] for each in records}, sorted({each["ranks"] for each in records})
+    served = "; through a server, also with its rank killed" if any("server" in each["way"] for each in records) else ""
+    many = f"{len(models)} configuration{'s' if len(models) > 1 else ''}"
+    return f"{many}, {len(records)} comparisons, on {_and(ranks)} ranks{served}"
+
+
+def _and(numbers: list[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+if __name__ == "__main__":
+    print(page(), end="")
