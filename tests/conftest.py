@@ -16,10 +16,12 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moejax/tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-# The machine may be shared: laws are asserted, never times.
-hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=10)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
+# The machine may be shared: laws are asserted, never times. The examples of a test are the same in every run, so that a
+# change is judged by what it changes; `scripts/soak` looks for new ones.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=10)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Shapes and kinds of numbers in annotations are checked at every call.
 jaxtyping.install_import_hook(typechecker.checked_modules(), f"{typechecker.__name__}.check")

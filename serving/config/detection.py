@@ -18,8 +18,8 @@ class DetectionSettings(SettingsGroup):
     )
     network_heartbeat_floor_s: float = setting(
         1.5,
-        "As heartbeat_floor_s, where ranks run on other hosts. TCP sends again after 0.2, 0.6 and 1.4 s, so a link "
-        "that is down for 0.3 s is silent for twice as long.",
+        "Fewest seconds without a heartbeat after which a rank on another host counts as failed. TCP sends again after "
+        "0.2, 0.6 and 1.4 s, so a link that is down for 0.3 s is silent for twice as long.",
     )
     step_floor_s: float = setting(
         10.0, "Fewest seconds that a step may take before its rank counts as failed; more after long steps."

@@ -141,8 +141,9 @@ class Membership:
         return self.states.get(rank) in {*INCOMING, RankState.STARTING}
 
     def can_start(self, rank: int) -> bool:
-        """Whether a process of this rank may be started: it has none, and the plan in force does not count on it."""
-        return rank not in self.plan_ranks and not self.is_incoming(rank)
+        """Whether a process of this rank may be started: it has none, and the plan in force does not count on it. A
+        LEAVING rank has one until it is released."""
+        return rank not in self.plan_ranks and rank not in self.leaving and not self.is_incoming(rank)
 
     def is_out(self, rank: int) -> bool:
         """Whether a rank was taken out; it may serve still."""

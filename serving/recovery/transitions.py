@@ -115,7 +115,7 @@ def _lost(m: Membership, event: Lost, now: float) -> Outcome:
 
 
 def _leave_requested(m: Membership, event: LeaveRequested, now: float) -> Outcome:
-    if event.rank in m.leaving:
+    if event.rank in m.leaving or event.rank not in m.plan_ranks:
         return m, ()
     effect = Report(EventKind.LEAVING, event.rank, event.leaving.cause)
     return replace(m, leaving={**m.leaving, event.rank: event.leaving}), (effect,)

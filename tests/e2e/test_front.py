@@ -42,6 +42,7 @@ def test_streams_go_on_by_themselves_when_the_front_is_killed(server: Supervised
         def taken_over() -> bool:
             """Calls were open when the front died: on a busy machine it may have ended them all just before."""
             known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
+            wait_until_whole(client)
             return _events(client)[0].kind == "restored_calls"
 
         wait_until(taken_over, "a front dies while calls are open")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 from serving.api.client import Client
-from serving.errors import DeadlineExceeded
+from serving.errors import DeadlineExceeded, Unreachable
 from serving.protocol.events import Event
 from serving.protocol.status import Status
 
@@ -120,10 +120,13 @@ def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120.0) -> 
 
 
 def wait_until_whole(client: Client) -> None:
-    """All ranks serve, and every single loss is prepared."""
+    """All ranks serve, and every single loss is prepared. A front that was killed answers nobody until the next one does."""
 
     def whole() -> bool:
-        status = client.status()
+        try:
+            status = client.status()
+        except Unreachable:
+            return False
         serving = all(rank.state == "serving" for rank in status.ranks)
         return serving and status.lattice.get("1 rank", 1.0) == 1.0
 

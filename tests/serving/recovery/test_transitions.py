@@ -117,6 +117,7 @@ def test_each_rank_has_one_state_and_the_marks_of_it(history: list[Event]) -> No
         assert (m.ready | m.joining | m.joined | m.starting).isdisjoint(m.plan_ranks)
         assert all(m.state(rank) in RankState for rank in RANKS)
         assert not any(m.is_out(rank) for rank in m.wanted)
+        assert not any(m.state(rank) is RankState.STARTING for rank in m.leaving)
         dropped = {effect.rank for effect in effects if isinstance(effect, DropCache)}
         assert dropped == m.invalidated - before.invalidated
 
