@@ -120,7 +120,7 @@ def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120.0) -> 
 
 
 def wait_until_whole(client: Client) -> None:
-    """All ranks serve, and every single loss is prepared. A front that was killed answers nobody until the next one does."""
+    """All ranks serve, and every single loss is prepared. After a front that was killed nobody answers for a while."""
 
     def whole() -> bool:
         try:
