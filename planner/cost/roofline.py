@@ -3,7 +3,9 @@
 Every part takes the longer of moving its bytes and of doing its flops, at the engine's shares of the peaks
 (`planner.inputs.engine`); exchanges take their bytes over links and network, and a latency each. Collocated parts
 follow one another; disaggregated parts overlap as two micro-batches, so that the slowest part sets the pace and
-weights are read twice. Engines that overlap the exchange between hosts do so with two batches, where that is faster.
+weights are read twice. Engines that overlap the exchange between hosts do so with two batches, where that is faster:
+while one batch computes attention or experts, the rows of the other are dispatched or combined, so that each such pair
+takes the longer of both; links and network then carry bytes at the same time.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ ROWS = 256
 """Rows of an expert for which `Engine.experts` is its share of the flop rate."""
 
 
+PARTS = ("attention", "experts", "exchange", "overhead")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
     """Seconds of one step by part; `total` is the time between two tokens of a stream.
 
     `overlapped`: the slowest part sets the pace. `hidden`: the exchange takes place while experts and attention of
-    another batch are computed.
+    another batch are computed; `dispatch` is the share of the exchange before the experts, the rest is after them.
     """
 
     attention: float
@@ -38,18 +43,21 @@ class StepTime:
     overhead: float
     overlapped: bool
     hidden: bool = False
+    dispatch: float = 0.5
 
     @property
     def total(self) -> float:
         """Seconds from token to token."""
         if self.hidden:
-            return self.overhead + max(self.attention + self.experts, self.exchange)
+            sent, back = self.exchange * self.dispatch, self.exchange * (1 - self.dispatch)
+            pairs = [max(work, moved) for work in (self.attention, self.experts) for moved in (sent, back)]
+            return self.overhead + sum(pairs) / 2
         parts = (self.attention, self.experts, self.exchange)
         return self.overhead + (max(parts) if self.overlapped else sum(parts))
 
     def parts(self) -> dict[str, float]:
         """Seconds by part, for tables."""
-        return {k: v for k, v in asdict(self).items() if k not in ("overlapped", "hidden")}
+        return {k: v for k, v in asdict(self).items() if k in PARTS}
 
 
 def step_time(
@@ -60,33 +68,35 @@ def step_time(
     context: float,
     *,
     requests: float | None = None,
+    in_prompt: bool = False,
     peak: float = 1.0,
+    overlap: bool = True,
 ) -> StepTime:
-    """Seconds of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
-
-    `requests` is the number of requests that those tokens belong to (one for each token when None, as in decode);
-    `peak` is the highest load of an expert rank over the mean.
-    """
-    engine, mixed = engine_of(cluster.hardware), engine_of(cluster.hardware).mixed
-    work = step_work(workload, cluster, shape, tokens, context, requests=requests, peak=peak, reduces_experts=mixed)
+    """Seconds of a step; the other arguments are those of `step_work`. Without `overlap` no second batch hides the
+    exchange."""
+    engine = engine_of(cluster.hardware)
+    work = step_work(
+        workload,
+        cluster,
+        shape,
+        tokens,
+        context,
+        requests=requests,
+        in_prompt=in_prompt,
+        peak=peak,
+        reduces_experts=engine.mixed,
+    )
     apart = shape.arch == "disaggregated"
     plain = _timed(work, engine, batches=2 if apart else 1, overlapped=apart)
-    if apart or not engine.overlaps or not work.networked:
+    if apart or not (overlap and engine.overlaps and work.networked):
         return plain
     hidden = _timed(work, engine, batches=2, hidden=True)
     return min(plain, hidden, key=lambda step: step.total)
 
 
 def _timed(work: StepWork, engine: Engine, *, batches: int, overlapped: bool = False, hidden: bool = False) -> StepTime:
-    attention, experts, exchange, overhead = map(float, part_seconds(work, engine, batches=batches))
-    return StepTime(
-        attention=attention,
-        experts=experts,
-        exchange=exchange,
-        overhead=overhead,
-        overlapped=overlapped,
-        hidden=hidden,
-    )
+    seconds = dict(zip(PARTS, map(float, part_seconds(work, engine, batches=batches)), strict=True))
+    return StepTime(**seconds, overlapped=overlapped, hidden=hidden, dispatch=work.dispatch)
 
 
 def part_seconds(work: StepWork, engine: Engine, *, batches: int = 1) -> tuple[Any, Any, Any, Any]:
@@ -102,8 +112,12 @@ def part_seconds(work: StepWork, engine: Engine, *, batches: int = 1) -> tuple[A
     attention = attention + np.maximum(w.cache / (w.bandwidth * e.cache), w.context / (w.flops * e.context))
     attention = attention + w.reduced / (w.link * e.links) + w.reductions * e.collective
     share = np.minimum(e.experts * (np.maximum(w.rows / batches, 0.5) / ROWS) ** e.expert_slope, e.products)
+    share = share * w.inner / (w.inner + e.expert_width)
     experts = np.maximum(batches * w.expert_weights / bandwidth, w.expert_products / (w.flops * narrow * share))
-    exchange = w.linked / (w.link * e.links) + w.networked / w.network + batches * w.exchanges * e.collective
+    experts = experts + w.carried / (w.bandwidth * e.carried)
+    linked, networked = w.linked / (w.link * e.links), w.networked / w.network
+    exchange = np.maximum(linked, networked) if e.overlaps else linked + networked
+    exchange = exchange + batches * w.exchanges * e.collective
     overhead = e.step + e.request * w.requests + batches * e.kernel * w.kernels
     return attention, experts, exchange, overhead
 
@@ -120,12 +134,13 @@ def prefill_time(workload: Workload, cluster: Cluster, shape: Shape, prompt: int
         context = done + chunk / 2
         if engine.mixed:
             work = step_work(
-                workload, cluster, shape, chunk, context, requests=1, peak=peak, reduces_experts=True
-            ).added()
-            attention, experts, exchange, _ = part_seconds(work, engine)
+                workload, cluster, shape, chunk, context, requests=1, in_prompt=True, peak=peak, reduces_experts=True
+            )
+            attention, experts, exchange, _ = part_seconds(work.added(), engine)
             seconds += float(attention + experts + exchange)
         else:
-            seconds += step_time(workload, cluster, shape, chunk, context, requests=1, peak=peak).total
+            step = step_time(workload, cluster, shape, chunk, context, requests=1, in_prompt=True, peak=peak)
+            seconds += step.total
         done += chunk
     return seconds
 

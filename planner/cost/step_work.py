@@ -14,9 +14,9 @@ from planner.solver.shapes import rest_bytes
 
 EIGHT_BIT = ("fp8", "int8")
 FOUR_BIT = ("mxfp4", "nvfp4")
-NARROW = 1.5
-"""Numbers of two bytes that a token's hidden state takes in dispatch and combine together, when it is sent in 8
-bits."""
+NARROW = 0.5
+"""Numbers of two bytes that a number of a token's hidden state takes in dispatch when it is sent in 8 bits; in combine
+it is always one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,11 @@ class StepWork:
     """The work of the busiest rank in a step. Each field is a number, or an array with a number for each of many steps.
 
     Bytes read of weights, of cache and of experts; flops of products with weights, of attention over the cache, and of
-    experts, whose products have `rows` rows each; `kernels` launched; `requests` of a tensor group; reductions within
-    tensor groups and the bytes that a rank moves in them; exchanges with other ranks and their bytes over links and
-    over the network. `bandwidth`, `flops`, `ratio` (of the rate of narrow numbers to `flops`), `link` and `network`
-    are the hardware's peaks.
+    experts, whose products have `rows` rows each and are `inner` wide on a rank; bytes of rows that are `carried`
+    between the kernels of experts; `kernels` launched; `requests` of a tensor group; reductions within tensor groups
+    and the bytes that a rank moves in them; exchanges with other ranks and their bytes over links and over the network,
+    `dispatch` the share of these before the experts. `bandwidth`, `flops`, `ratio` (of the rate of narrow numbers to
+    `flops`), `link` and `network` are the hardware's peaks.
     """
 
     weights: Any
@@ -37,6 +38,8 @@ class StepWork:
     expert_weights: Any
     expert_products: Any
     rows: Any
+    carried: Any
+    inner: Any
     kernels: Any
     requests: Any
     reductions: Any
@@ -44,6 +47,7 @@ class StepWork:
     exchanges: Any
     linked: Any
     networked: Any
+    dispatch: Any
     bandwidth: Any
     flops: Any
     ratio: Any
@@ -75,21 +79,23 @@ def step_work(
     context: float,
     *,
     requests: float | None = None,
+    in_prompt: bool = False,
     peak: float = 1.0,
     reduces_experts: bool = False,
+    expert_tensor: int = 1,
 ) -> StepWork:
     """The work of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
 
-    `requests` is the number of requests that those tokens belong to (one for each token when None, as in decode);
-    `peak` is the highest load of an expert rank over the mean. With `reduces_experts` the experts of a single tensor
-    group are one more reduction, since its ranks hold the same tokens, and no exchange.
+    `requests` is the number of requests that those tokens belong to: one for each token when None, fewer in prompts
+    (`in_prompt`) and where a step verifies drafted tokens. `peak` is the highest load of an expert rank over the mean.
+    With `reduces_experts` the experts of a single tensor group are one more reduction, since its ranks hold the same
+    tokens, and no exchange. `expert_tensor` ranks share each expert.
     """
     hardware, w = cluster.hardware, workload
-    in_prompt = requests is not None and requests < tokens
     requests = tokens if requests is None else requests
     cache = requests * w.cache_bytes(context) / min(shape.tensor, w.cache_splits)
     per_context = w.prompt_context_flops if in_prompt and w.prompt_context_flops else w.context_flops
-    products = tokens * (w.rest_flops - w.head_flops) + requests * w.head_flops
+    products = tokens * (w.rest_flops - w.head_flops) + (requests if in_prompt else tokens) * w.head_flops
     routed = tokens * shape.data * w.experts_per_token / max(1, shape.expert_rank_count)
     touched = shape.slots * (1 - exp(-routed / shape.slots)) if shape.slots else 0.0
     alone = reduces_experts and shape.data == 1 and shape.arch == "collocated"
@@ -103,6 +109,8 @@ def step_work(
         expert_weights=touched * w.slot_bytes,
         expert_products=routed * peak * w.moe_layers * w.expert_flops,
         rows=routed * peak / shape.slots if shape.slots else 1.0,
+        carried=_carried(w, routed * peak, expert_tensor),
+        inner=max(1.0, _inner(w) / expert_tensor),
         kernels=float(w.kernels),
         requests=requests,
         reductions=reductions,
@@ -110,12 +118,31 @@ def step_work(
         exchanges=sent[0],
         linked=sent[1],
         networked=sent[2],
+        dispatch=_dispatched(w) / (1 + _dispatched(w)),
         bandwidth=hardware.memory_bandwidth,
         flops=hardware.flops,
         ratio=rate_ratio(w, hardware),
         link=hardware.link_bandwidth,
         network=hardware.network_bandwidth,
     )
+
+
+def _carried(w: Workload, routed: float, expert_tensor: int) -> float:
+    """Bytes that kernels move for the `routed` rows of a rank's experts. Each of the `expert_tensor` ranks that share
+    an expert reads a row of 16-bit numbers, writes it as the products take it, reads it again, and writes and sums the
+    result; between both products it writes and reads its share of the inner numbers, gated ones twice."""
+    narrow = 1.0 if w.weight_format in EIGHT_BIT + FOUR_BIT else 2.0
+    hidden = (3 * 2 + 2 * narrow) * w.hidden_bytes / 2
+    return routed * w.moe_layers * (hidden * expert_tensor + (4 * 2 + 2 * narrow) * _inner(w))
+
+
+def _dispatched(w: Workload) -> float:
+    return NARROW if w.weight_format in EIGHT_BIT + FOUR_BIT else 1.0
+
+
+def _inner(w: Workload) -> float:
+    """Inner width of an expert, whose three matrices take two flops for each weight."""
+    return w.expert_flops / (3 * w.hidden_bytes) if w.hidden_bytes else 0.0
 
 
 def _reductions(workload: Workload, shape: Shape, tokens: float) -> tuple[float, float]:
@@ -141,7 +168,7 @@ def _exchange(
     if not workload.moe_layers or (shape.expert_rank_count == 1 and shape.arch == "collocated"):
         return 0.0, 0.0, 0.0
     w, per_host = workload, cluster.per_host
-    wire = w.hidden_bytes * (NARROW if w.weight_format in EIGHT_BIT + FOUR_BIT else 2.0)
+    wire = w.hidden_bytes * (1 + _dispatched(w))
     sent = tokens / shape.tensor * w.experts_per_token
     inside = min(per_host, shape.expert_rank_count) / shape.expert_rank_count if shape.arch == "collocated" else 0.0
     if len(shape.roles) <= per_host:

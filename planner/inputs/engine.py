@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 
 from planner.errors import InputError, unknown_value
@@ -20,16 +21,18 @@ HERE = "jax"
 class Engine:
     """Constants of a step. Efficiencies are shares of peak; costs are seconds.
 
-    `weights` and `cache` are shares of memory bandwidth; `products`, `experts` (for 256 rows of each expert, times
-    (rows / 256) ** `expert_slope`, at most `products`) and `context` (attention) shares of the 16-bit flop rate,
-    `narrow` the power of the ratio by which narrower numbers are faster at best; `links` the share of link bandwidth.
+    `weights`, `cache` and `carried` (rows between the kernels of experts) are shares of memory bandwidth; `products`,
+    `experts` (for 256 rows of each expert, times (rows / 256) ** `expert_slope`, at most `products`) and `context`
+    (attention) shares of the 16-bit flop rate. Experts reach half of their share at an inner width of `expert_width` on
+    a rank, and more where they are wider. `narrow` is the power of the ratio by which narrower numbers are faster at
+    best, `links` the share of link bandwidth.
 
     A step costs `step`, `request` for each request of a tensor group, `kernel` for each kernel launched, and
     `collective` for each collective. A first token costs `prompt` and `prompt_kernel` for each kernel besides the
     work of its prompt. `interference` is the share of other requests' prompts that a running stream waits for; the
     rest of the prompts wait for each other. `mixed`: prompts are computed in the steps of running streams, so that
     weights are read once for both. `overlaps`: the exchange between hosts overlaps with the work of a second batch
-    where that is faster.
+    where that is faster, and links and network carry bytes at the same time.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Engine:
     experts: float
     context: float
     expert_slope: float = 0.0
+    expert_width: float = 0.0
+    carried: float = inf
     narrow: float = 1.0
     links: float = 1.0
     step: float = 0.0

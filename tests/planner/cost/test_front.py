@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,10 +22,28 @@ LARGE = read_model("deepseek-v3")
 ranks = st.integers(1, 5000)
 
 
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        yield path, value
+    for key, part in parts or ():
+        yield from leaves(part, f"{path}/{key}")
+
+
+def numbers(value: Any) -> dict[str, float]:
+    return {path: leaf for path, leaf in leaves(value) if isinstance(leaf, float)}
+
+
+def texts(value: Any) -> dict[str, Any]:
+    return {path: leaf for path, leaf in leaves(value) if not isinstance(leaf, float)}
+
+
 def test_the_constants_are_those_of_the_measurements_that_docs_scale_shows():
     data = json.loads((ROOT / "docs" / "results" / "scale.json").read_text())
     made = json.loads(json.dumps(fitted(data)))
-    assert made == json.loads((ROOT / "configs" / "front.json").read_text())
+    shipped = json.loads((ROOT / "configs" / "front.json").read_text())
+    assert texts(made) == texts(shipped)
+    assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)  # processors sum in other orders
     assert f"measured {made['measured']}" in (ROOT / "docs" / "scale.md").read_text()
 
 

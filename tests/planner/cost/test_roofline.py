@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import Cluster, Hardware, Workload
-from planner.cost.roofline import prefill_time, step_time
+from planner.cost.roofline import PARTS, StepTime, part_seconds, prefill_time, step_time
+from planner.cost.step_work import step_work
 from planner.cost.throughput import assess, pareto
 from planner.inputs.cluster import read_cluster
+from planner.inputs.engine import engine_of
 from planner.inputs.published import read_model
 from planner.inputs.traffic import Traffic
 from planner.plan.shape import Shape
@@ -78,6 +80,36 @@ def test_an_exchange_is_its_bytes_over_links_and_network_and_two_latencies_a_lay
     assert step.exchange == pytest.approx(2 * (moved / 2 / 10 + moved / 2 / 5 + 2 * 0.5))
     together = Cluster(name="c", devices=Cluster.local(2).devices, hardware=HAND)
     assert step_time(MODEL, together, one(2, 2), 10, 0).exchange == pytest.approx(2 * (moved / 10 + 1.0))
+
+
+seconds = st.floats(0, 10)
+
+
+@given(seconds, seconds, seconds, seconds, st.floats(0, 1))
+def test_two_batches_hide_no_more_than_the_shorter_of_work_and_exchange(
+    attention, experts, exchange, overhead, dispatch
+):
+    parts = {"attention": attention, "experts": experts, "exchange": exchange, "overhead": overhead}
+    hidden = StepTime(**parts, overlapped=False, hidden=True, dispatch=dispatch).total
+    assert hidden >= overhead + max(attention + experts, exchange) - 1e-9
+    assert hidden <= StepTime(**parts, overlapped=False).total + 1e-9
+
+
+@given(st.integers(1, 4096), st.sampled_from([2, 4, 8]))
+def test_experts_that_ranks_share_are_never_faster(tokens, shared):
+    model, cluster = read_model("deepseek-v3"), read_cluster("h200")
+    engine, shape = engine_of(cluster.hardware), replace(one(8, 32), tensor=8, dense=8, groups=(0,) * 8)
+    works = [step_work(model, cluster, shape, tokens, 0, reduces_experts=True, expert_tensor=w) for w in (1, shared)]
+    whole, apart = (part_seconds(work, engine)[PARTS.index("experts")] for work in works)
+    assert whole <= apart
+
+
+def test_drafted_tokens_read_the_cache_of_their_request_once():
+    cluster = Cluster(name="c", devices=Cluster.local(1).devices, hardware=HAND)
+    once = step_work(MODEL, cluster, one(), 10, 100, requests=10)
+    drafted = step_work(MODEL, cluster, one(), 20, 100, requests=10)
+    assert drafted.cache == once.cache == 10 * 100
+    assert drafted.products == 2 * once.products
 
 
 def test_memory_goes_to_weights_first_and_the_rest_to_pages():
