@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 
 from serving.config import Settings
 from serving.core.admission import Admission
@@ -112,6 +112,14 @@ class EngineShell:
         """End a request with an error."""
         self.state, _ = cancel(self.state, request_id)
         self.output_streams.send([(request_id, error)])
+
+    def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
+        """See `serving.protocol.backend.Backend.fail_requests`. One that was never accepted ends in the log alone."""
+        for request_id in request_ids:
+            if self.state.find(request_id) is not None:
+                self.fail_request(request_id, error)
+            else:
+                self.request_log.record([(request_id, error)])
 
     def fail_all(self, error: MoejaxError) -> None:
         """End every request with an error."""

@@ -5,7 +5,7 @@ It implements `serving.protocol.backend.Backend`.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,10 @@ class Loop:
             return False
         self.engine.cancel(request_id)
         return True
+
+    def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
+        """See `serving.protocol.backend.Backend.fail_requests`."""
+        self.engine.fail_requests(request_ids, error)
 
     def first_step_at(self, request_id: str) -> float | None:
         """See `serving.protocol.backend.Backend.first_step_at`."""

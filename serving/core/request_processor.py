@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from serving.auth.api_keys import CALLER, SHARE
@@ -233,7 +233,8 @@ class RequestProcessor:
                     yield item
             return
         open_ids = self._open_answers[requests[0].id] = {request.id for request in requests}
-        sources = [self.stream(request, stop, replay=replay, follow=follow) for request in requests]
+        streams = [self.stream(request, stop, replay=replay, follow=follow) for request in requests]
+        sources = [self._ending_together(items, open_ids) for items in streams]
         try:
             async with contextlib.aclosing(merged(sources)) as items:
                 async for choice, item in items:
@@ -242,6 +243,18 @@ class RequestProcessor:
                     yield dataclasses.replace(item, choice=choice)
         finally:
             self._open_answers.pop(requests[0].id, None)
+
+    async def _ending_together(
+        self, items: AsyncGenerator[AnswerItem, None], open_ids: Collection[str]
+    ) -> AsyncGenerator[AnswerItem, None]:
+        """The items of one answer of a call. Its error is that of the other answers that are open, too."""
+        try:
+            async with contextlib.aclosing(items):
+                async for item in items:
+                    yield item
+        except MoejaxError as error:
+            self.backend.fail_requests(tuple(open_ids), error)
+            raise
 
     def abort(self, request_id: str) -> bool:
         """Cancel a call by the id of its first answer; False when none of its answers is waiting or running."""

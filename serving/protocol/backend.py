@@ -1,9 +1,10 @@
 """The interface between the surfaces and the loop: everything that a running server can do for a caller."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Protocol
 
 from planner.plan.deployment import Deployment
+from serving.errors import MoejaxError
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
 from serving.protocol.prepared_model import ModelInfo
@@ -57,6 +58,11 @@ class Backend(Protocol):
 
     def abort(self, request_id: str) -> bool:
         """Cancel a request. False when it is unknown."""
+        ...
+
+    def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
+        """End those of the requests of a call that have not ended with the error that ended another one of it, so that
+        each replay of the call ends as it did."""
         ...
 
     def first_step_at(self, request_id: str) -> float | None:

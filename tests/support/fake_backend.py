@@ -7,7 +7,7 @@ Log-probabilities are -0.5, the epoch is the one when the token is made.
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 from planner import Cluster, Workload, solve
 from planner.plan.deployment import Deployment
@@ -83,6 +83,9 @@ class FakeBackend:
         self.calls[call.id] = call
 
     def close_call(self, call_id: str) -> None:
+        pass
+
+    def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
         pass
 
     def find_call(self, call_id: str, owner: str) -> Call:
