@@ -61,6 +61,10 @@ class HandRank:
         self.routes: np.ndarray | None = None
         self.mesh: MeshKey | None = None
         self.epoch = -1
+        self.last_epoch = 0
+        """The highest epoch that it has adopted."""
+        self.aborted_epoch = -1
+        """Steps of this epoch and of earlier ones are refused."""
         self.generation = 0
         self.index = PrefixIndex()
         self.last = 0
@@ -74,13 +78,7 @@ class HandRank:
     def hello(self, token: str = "", pid: int = 0) -> link_pb2.Hello:
         """The first message to a front."""
         return link_pb2.Hello(
-            pid=pid,
-            token=token,
-            epoch=max(self.epoch, 0),
-            generation=self.generation,
-            full=self.index.message(),
-            serves=self.epoch >= 0,
-            cache_copy=self.replicator.path if self.replicator is not None else "",
+            pid=pid, token=token, cache_copy=self.replicator.path if self.replicator is not None else ""
         )
 
     # -- Commands -----------------------------------------------------------------------------------------------
@@ -92,7 +90,13 @@ class HandRank:
         self.cache = self.cache or HandCache(m.pages, m.page_size)
         self._replicate_as(m)
         self.uncopied = None
-        return {}
+        held = link_pb2.Held(
+            epoch=max(self.last_epoch, self.aborted_epoch),
+            generation=self.generation,
+            full=self.index.message(),
+            serves=self.epoch >= 0,
+        )
+        return {"held": held}
 
     def join(self, m: link_pb2.Join) -> dict[str, Any]:
         """See `serving.worker.meshes.RankMeshes.join`."""
@@ -142,6 +146,7 @@ class HandRank:
         self._given.clear()
         self.routes = np.frombuffer(m.expert_to_slot, np.int32).reshape(self._layers, -1)
         self.mesh, self.epoch = key, m.epoch
+        self.last_epoch = max(self.last_epoch, m.epoch)
         return {"experts_loaded": read, "missing": missing, "trouble": "gone" if missing else ""}
 
     def read_weights(self, m: link_pb2.ReadWeights) -> dict[str, Any]:

@@ -121,7 +121,6 @@ class SimulatedRank:
         self._busy = False
         self._loader_busy = False
         self._stream: Stream | None = None
-        self._aborted_epoch = -1
         self._void_connects = 0
         self._loaded: set[MeshKey] = set()
         self._communicators: dict[MeshKey, Communicator] = {}
@@ -215,9 +214,7 @@ class SimulatedRank:
             self.later(REDIAL_S, self._dial)
             return
         self._stream = stream
-        hello = self.hand.hello(self.token, self.pid)
-        hello.epoch = max(hello.epoch, self._aborted_epoch, 0)
-        stream.report(link_pb2.Report(rank=self.rank, hello=hello))
+        stream.report(link_pb2.Report(rank=self.rank, hello=self.hand.hello(self.token, self.pid)))
 
     def receive(self, stream: Stream, command: link_pb2.Command) -> None:
         """A command has arrived."""
@@ -303,7 +300,7 @@ class SimulatedRank:
             fields = {}
         extra = 0.0
         if name == "configure":
-            fields = {"shares_memory": self.world.shares_memory}
+            fields["shares_memory"] = self.world.shares_memory
             self._void_connects = 0
         elif name == "join":
             self._communicators.clear()
@@ -372,7 +369,7 @@ class SimulatedRank:
             self._connecting.leave(self.rank, "aborted")
         if connecting:
             return
-        self._aborted_epoch = max(self._aborted_epoch, epoch)
+        self.hand.aborted_epoch = max(self.hand.aborted_epoch, epoch)
         if self.hand.mesh is not None and self.hand.epoch <= epoch:
             communicator = self._communicators.get(self.hand.mesh)
             if communicator is not None:
@@ -382,7 +379,7 @@ class SimulatedRank:
 
     def _step(self, stream: Stream, part: link_pb2.Step) -> None:
         why = self.hand.why_stale(part)
-        if not why and part.epoch <= self._aborted_epoch:
+        if not why and part.epoch <= self.hand.aborted_epoch:
             why = f"epoch {part.epoch} was aborted"
         communicator = self._communicators.get(self.hand.mesh) if self.hand.mesh is not None else None
         if not why and communicator is None:

@@ -162,8 +162,11 @@ class RankExecutor:
         self._alive(rank).outbox.put_nowait(link_pb2.Command(abort=link_pb2.Abort(links=True)))
 
     def monitor(self, rank: int) -> None:
-        """Judge the heartbeats of a rank from now on; until now it was busy starting."""
+        """Judge the heartbeats of a rank from now on, if that is not done yet; until now it was busy starting, or
+        joining a generation."""
         each = self._ranks[rank]
+        if each.monitored:
+            return
         each.monitored, each.last_heartbeat = True, clock.now()
         each.heartbeat_gaps.clear()
 

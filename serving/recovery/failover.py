@@ -22,6 +22,7 @@ from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.launch.coordinator import LOOPBACK
+from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 from serving.protocol.events import EventKind, EventLog
 from serving.protocol.prepared_model import PreparedModel
@@ -299,6 +300,7 @@ class Failover:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 await self.configure(rank)
+            self._executor.monitor(rank)
         except TimeoutError:
             cause = Cause("error", f"not ready within {self._start_timeout_s:g} s")
             self._executor.declare(rank, cause, clock.now())
@@ -309,9 +311,7 @@ class Failover:
         """Put the plan with the JOINED ranks into force. Returns milliseconds by phase. Raises RankLost or
         CommandFailed when that failed; the plan before is in force again, unless its adoption raised this error."""
         phases = PhaseTimes()
-        joined, before = self.membership.joined, self.plan_ranks
-        for rank in joined:  # one that hangs must not hold up the adoption for ever
-            self._executor.monitor(rank)
+        before = self.plan_ranks
         with phases.measure("adopt"):
             try:
                 plan = self.plans.of(self.membership.members)
@@ -323,9 +323,12 @@ class Failover:
         self.preparation.prepare_ahead()
         return phases
 
-    async def configure(self, rank: int) -> None:
-        """Wait until a rank has attached, and configure it. Raises RankLost or CommandFailed."""
-        self.meshes.shares_memory = await self._configuration.configure(rank)
+    async def configure(self, rank: int) -> link_pb2.Held:
+        """Wait until a rank has attached, and configure it. Returns what it holds of an earlier front. Raises RankLost
+        or CommandFailed."""
+        answer = await self._configuration.configure(rank)
+        self.meshes.shares_memory = answer.shares_memory
+        return answer.held
 
     def _on_parity_event(self, kind: EventKind, message: str) -> None:
         self._events.emit(kind, self.epoch, message=message)

@@ -71,6 +71,8 @@ class Generations:
         """Put the plan of ranks that are in one generation into force; nothing is loaded or connected yet. Raises as
         `start` does."""
         ranks, phases = tuple(sorted(ranks)), PhaseTimes() if phases is None else phases
+        for rank in ranks:  # from here on one that hangs would hold up all others
+            self._executor.monitor(rank)
         plan = self._plans.of(ranks)
         with phases.measure("load"):
             await self._meshes.load(MeshKey.of(plan), urgent=True)

@@ -49,6 +49,7 @@ class Joining:
         for rank in ranks:
             if rank not in self._state.membership.joining:
                 continue
+            self._executor.stop_monitoring(rank)
             try:
                 async with asyncio.timeout(JOIN_TIMEOUT_S):
                     process_id = await self._rendezvous.join(rank)
@@ -61,6 +62,7 @@ class Joining:
                 why = str(error) or f"no answer to join within {JOIN_TIMEOUT_S:.0f} s"
                 self._executor.declare(rank, Cause("error", why), clock.now())
                 continue
+            self._executor.monitor(rank)
             await self._rendezvous.announce(rank, process_id, self._state.membership.members)
             self._state.record(Joined(rank, slots.shape[1]))
         self._preparation.prepare_ahead()

@@ -31,9 +31,9 @@ class RankConfiguration:
         self._kv_replicas = kv_replicas
         self._single_host = single_host
 
-    async def configure(self, rank: int) -> bool:
-        """Wait until a rank has attached, and configure it. Returns whether ranks exchange through shared memory.
-        Raises RankLost or CommandFailed."""
+    async def configure(self, rank: int) -> link_pb2.Done:
+        """Wait until a rank has attached, and configure it. Returns its answer: whether ranks exchange through shared
+        memory, and what it holds of an earlier front. Raises RankLost or CommandFailed."""
         hello = await self._executor.wait_attached(rank)
         host_paths = self._executor.host_paths(rank)
         if host_paths is not None and host_paths.host != self._plans.device_of(rank).host:
@@ -47,7 +47,7 @@ class RankConfiguration:
         answer = await self._executor.call(rank, "configure", message)
         if reopened is not None:
             self._kv_replicas.unseal(rank)
-        return answer.shares_memory
+        return answer
 
     def _message(self, rank: int) -> link_pb2.Configure:
         """The configuration of a rank but for its KV replica."""

@@ -19,6 +19,8 @@ from serving.recovery.recovery_state import RecoveryState
 
 TAKE_OVER_S = 5.0
 """How long a rank that an earlier front started may take to attach to this one."""
+CONFIGURE_S = 30.0
+"""How long it may take to end what it does for the earlier front, and to answer."""
 
 
 class TakingFront(Protocol):
@@ -28,8 +30,8 @@ class TakingFront(Protocol):
     meshes: MeshPool
     generations: Generations
 
-    async def configure(self, rank: int) -> None:
-        """Configure a rank."""
+    async def configure(self, rank: int) -> link_pb2.Held:
+        """Configure a rank. Returns what it holds of an earlier front."""
         ...
 
     def suspend(self, ranks: Collection[int], reason: str) -> None:
@@ -60,27 +62,29 @@ class TakeOver:
         if left:
             self._log(f"taking over {len(left)} ranks")
         attached = [each for each in await asyncio.gather(*map(self._reattach, left)) if each is not None]
-        hellos = {rank: hello for rank, hello in attached if hello.generation}
-        for rank in sorted({rank for rank, _ in attached} - hellos.keys()):
+        served = {rank: held for rank, held in attached if held.generation}
+        for rank in sorted({rank for rank, _ in attached} - served.keys()):
             front.state.record(Ready(rank))
-        known = {rank: read_pages(hello.full) for rank, hello in hellos.items()}
-        one_generation = len({hello.generation for hello in hellos.values()}) == 1
-        goes_on = front.meshes.shares_memory and one_generation and all(hello.serves for hello in hellos.values())
-        while hellos:
-            pages = {rank: max(known[rank], default=-1) + 1 for rank in hellos}
+        known = {rank: read_pages(held.full) for rank, held in served.items()}
+        one_generation = len({held.generation for held in served.values()}) == 1
+        goes_on = front.meshes.shares_memory and one_generation and all(held.serves for held in served.values())
+        while served:
+            pages = {rank: max(known[rank], default=-1) + 1 for rank in served}
             try:
-                await (front.generations.activate(hellos) if goes_on else front.generations.start(hellos, pages))
-                self.ranks_taken_over = len(hellos)
+                await (front.generations.activate(served) if goes_on else front.generations.start(served, pages))
+                self.ranks_taken_over = len(served)
                 if self._keep_pages:
-                    self._known_pages = {rank: known[rank] for rank in hellos}
+                    self._known_pages = {rank: known[rank] for rank in served}
                 return True
             except (RankLost, CommandFailed, TimeoutError) as error:
                 self._log(str(error) or "the ranks did not come together in time")
             except NoCapacity as error:
-                self.ranks_taken_over = len(hellos)
-                front.suspend(hellos, str(error))
+                self.ranks_taken_over = len(served)
+                front.suspend(served, str(error))
                 return True
-            hellos = {rank: h for rank, h in hellos.items() if (each := self._executor.get(rank)) and each.loss is None}
+            lost = [rank for rank in served if (each := self._executor.get(rank)) is None or each.loss is not None]
+            await asyncio.gather(*map(self._executor.fenced, lost))
+            served = {rank: held for rank, held in served.items() if rank not in lost}
             goes_on = False
         for rank in sorted(front.state.membership.ready):
             self._executor.declare(rank, Cause("error", "nobody is left to join"), clock.now())
@@ -91,15 +95,19 @@ class TakeOver:
         taken, self._known_pages = self._known_pages, {}
         return taken
 
-    async def _reattach(self, rank: int) -> tuple[int, link_pb2.Hello] | None:
-        """The first message of a rank that an earlier front left, once it is configured; None if it cannot go on."""
+    async def _reattach(self, rank: int) -> tuple[int, link_pb2.Held] | None:
+        """What a rank holds of the earlier front that left it, once it is configured; None if it cannot go on. It is
+        the answer to a command: a rank may obey commands of the earlier front for a while after it has attached."""
         try:
             async with asyncio.timeout(TAKE_OVER_S):
-                hello = await self._executor.wait_attached(rank)
-            self._front.state.record(Seen(hello.generation, hello.epoch))
-            await self._front.configure(rank)
+                await self._executor.wait_attached(rank)
+            async with asyncio.timeout(CONFIGURE_S):
+                held = await self._front.configure(rank)
+            self._executor.monitor(rank)
+            self._front.state.record(Seen(held.generation, held.epoch))
         except (RankLost, CommandFailed, TimeoutError) as error:
-            why = str(error) or f"did not come back within {TAKE_OVER_S:.0f} s"
+            why = str(error) or "did not come back in time"
             self._executor.declare(rank, Cause("error", why), clock.now())
+            await self._executor.fenced(rank)  # no plan comes into force before the process has ended
             return None
-        return rank, hello
+        return rank, held

@@ -65,18 +65,20 @@ class RankWorker:
         """By the name of the command in `Command.what`."""
 
     def hello(self, token: str) -> link_pb2.Report:
-        """The first report to a front: who this is, and what it still holds of the front before."""
-        state, plan = self.state, self.state.plan
-        hello = link_pb2.Hello(
-            pid=os.getpid(),
-            token=token,
-            epoch=max(plan.epoch if plan is not None else 0, state.aborted_epoch, 0),
+        """The first report to a front: who this is."""
+        hello = link_pb2.Hello(pid=os.getpid(), token=token, cache_copy=self.kv_cache.replica_path)
+        return link_pb2.Report(rank=self.state.rank, hello=hello)
+
+    def held(self) -> link_pb2.Held:
+        """What this rank still holds of the front before. For the main thread: a command of that front, which may be
+        under way for a while after its end, changes it."""
+        state = self.state
+        return link_pb2.Held(
+            epoch=max(state.last_epoch, state.aborted_epoch),
             generation=state.generation,
             full=state.prefix_index.message(),
-            serves=plan is not None,
-            cache_copy=self.kv_cache.replica_path,
+            serves=state.plan is not None,
         )
-        return link_pb2.Report(rank=state.rank, hello=hello)
 
     def abort(self, epoch: int, connecting: int, *, links: bool = False) -> None:
         """Cut the collectives of an epoch, and a communicator that is being connected. With `connecting` not 0 the
@@ -117,7 +119,7 @@ class RankWorker:
         self.kv_cache.set_replication(command)
         self.kv_cache.note_committed(None)
         self.meshes.allow_connects()
-        return {"shares_memory": self.state.model.shape.shared_memory}
+        return {"shares_memory": self.state.model.shape.shared_memory, "held": self.held()}
 
     def connect(self, command: link_pb2.Connect) -> DoneFields:
         """Connect the communicator of a mesh, and warm up what its first step would run for the first time."""
@@ -131,6 +133,7 @@ class RankWorker:
     def adopt(self, command: link_pb2.Adopt) -> DoneFields:
         """Become part of a plan: hold what this rank's role needs, fill the slots and lay the arrays over the mesh."""
         state, model, key = self.state, self.state.model, MeshKey.read(command.mesh)
+        state.last_epoch = max(state.last_epoch, command.epoch)
         slots = np.frombuffer(command.slots, np.int32)
         slots = slots.reshape(model.shape.cfg.n_moe_layers, key.slots_of(state.rank))
         routes = np.full(model.arrays.routes_shape, -1, np.int32)

@@ -70,6 +70,8 @@ class WorkerState:
         self.prefix_index = PrefixIndex()
         self.generation = 0
         self.plan: AdoptedPlan | None = None
+        self.last_epoch = 0
+        """The highest epoch of a plan that this rank was part of, in any generation."""
         self.aborted_epoch = -1
         """Steps of this epoch and of earlier ones are refused."""
         self.configured: ConfiguredModel | None = None

@@ -69,6 +69,9 @@ class FakeExecutor:
     def __init__(self, buckets: tuple[StepBucket, ...], *, max_pages: int, layers: int = 2) -> None:
         self.fails: Callable[[int, int, str], int | None] = lambda number, rank, what: None
         self.log: list[tuple[int, str]] = []
+        self.monitored: set[int] = set()
+        self.unmonitored_calls: list[tuple[int, str]] = []
+        """As `log`, of the messages to ranks that are not monitored."""
         self.damaged: set[tuple[int, int, int]] = set()
         """Slots, (rank, layer, slot), that the next inspection of their rank finds damaged."""
         self.on_loss: Callable[[Loss], object] = lambda loss: None
@@ -95,12 +98,14 @@ class FakeExecutor:
 
     def spawn(self, rank: int) -> FakeProcess:
         self._pids += 1
+        self.monitored.discard(rank)
         each = FakeProcess(rank, self.store, self._buckets, max_pages=self._max_pages, layers=self._layers)
         each.process = Process(self._pids)
         self._ranks[rank] = each
         return each
 
     def adopt_left_ranks(self) -> tuple[int, ...]:
+        self.monitored.clear()
         return tuple(rank for rank, each in self._ranks.items() if each.loss is None)
 
     async def wait_attached(self, rank: int) -> link_pb2.Hello:
@@ -121,9 +126,11 @@ class FakeExecutor:
                 raise RankLost(each.rank, str(each.loss.cause))
         return answers
 
-    def monitor(self, rank: int) -> None: ...
+    def monitor(self, rank: int) -> None:
+        self.monitored.add(rank)
 
-    def stop_monitoring(self, rank: int) -> None: ...
+    def stop_monitoring(self, rank: int) -> None:
+        self.monitored.discard(rank)
 
     def abort(self, ranks, epoch: int, *, connecting: int = 0) -> None:
         self.log += [(rank, "abort") for rank in ranks]
@@ -164,7 +171,7 @@ class FakeExecutor:
         except (NotReplicated, LookupError) as error:
             raise CommandFailed(rank, what, str(error)) from None
         if what == "configure":
-            fields = {"shares_memory": self.shares_memory}
+            fields["shares_memory"] = self.shares_memory
         if what == "adopt" and each.routes is not None:
             self.masked_in_plans |= {(int(layer), int(e)) for layer, e in np.argwhere(each.routes < 0)}
         self._send(rank, each.take_messages())
@@ -205,6 +212,8 @@ class FakeExecutor:
     async def _heard(self, rank: int, what: str) -> None:
         victim = self.fails(len(self.log), rank, what)
         self.log.append((rank, what))
+        if rank not in self.monitored:
+            self.unmonitored_calls.append((rank, what))
         if victim is not None and self._ranks[victim].loss is None:
             self._send(victim, self._ranks[victim].copy_last(part=True))
             self.kill(victim)

@@ -63,21 +63,47 @@ def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
     asyncio.run(case())
 
 
-def test_a_replacement_is_monitored_before_it_is_asked_to_adopt_its_first_plan(monkeypatch) -> None:
+BOUNDED = {"configure", "join", "hold"}
+"""Messages that delay heartbeats: what waits for their answer has a bound in seconds."""
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_rank_that_others_wait_for_is_monitored_or_has_a_bound(shares: bool) -> None:
     async def case() -> None:
         m = Machine(Settings(**vars(SETTINGS)))
+        m.executor.shares_memory = shares
         await m.failover.start()
         m.loop.start()
-        since = len(m.executor.log)
-        monkeypatch.setattr(m.executor, "monitor", lambda rank: m.executor.log.append((rank, "monitor")))
-        m.executor.kill(1)
-        async with asyncio.timeout(LIMIT_S):
-            while (1, "adopt") not in m.executor.log[since:]:
-                await asyncio.sleep(0)
-        log = m.executor.log[since:]
-        assert (1, "monitor") in log[: log.index((1, "adopt"))]
+        m.executor.unmonitored_calls.clear()
+        clients = [asyncio.create_task(m.read(request)) for request in m.requests]
+        await m.begun(2)
+        for breaks in (m.failover.mark_comm_broken, lambda: m.executor.kill(1), m.failover.mark_comm_broken):
+            breaks()
+            m.loop.engine.wake()
+            epoch = m.failover.epoch
+            async with asyncio.timeout(LIMIT_S):
+                while m.failover.epoch == epoch or len(m.failover.plan_ranks) < SETTINGS.ranks:
+                    await asyncio.sleep(0.001)
+        await asyncio.gather(*clients)
+        assert "join" in {what for _, what in m.executor.unmonitored_calls}
+        assert {what for _, what in m.executor.unmonitored_calls} <= BOUNDED
         await m.loop.drain(0.0)
         await m.failover.close()
+
+    asyncio.run(case())
+
+
+def test_the_ranks_of_a_front_that_goes_on_are_monitored(monkeypatch) -> None:
+    async def case() -> None:
+        first = Machine(Settings(**vars(SETTINGS)))
+        first.executor.shares_memory = True
+        await first.failover.start()
+        await first.failover.close()
+        second = Machine(Settings(**vars(SETTINGS)), first.executor)
+        first.executor.unmonitored_calls.clear()
+        await second.failover.start()
+        assert {what for _, what in second.executor.unmonitored_calls} == {"configure"}
+        await second.failover.close()
 
     asyncio.run(case())
 

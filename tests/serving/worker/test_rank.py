@@ -86,3 +86,14 @@ def test_the_next_mesh_is_connected(rank: RankWorker, programs: Programs) -> Non
     rank.abort(0, connecting=3)
     rank.connect(connect(4))
     assert programs.connected == 1
+
+
+def test_a_rank_reports_the_highest_epoch_it_was_part_of_also_once_it_has_joined_another_generation(
+    rank: RankWorker,
+) -> None:
+    rank.state.last_epoch, rank.state.plan = 4, None  # as after a Join
+    rank.front_lost()
+    held = rank.held()
+    assert (held.epoch, held.serves) == (4, False)
+    rank.abort(6, 0)
+    assert rank.held().epoch == 6

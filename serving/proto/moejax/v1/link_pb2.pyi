@@ -369,29 +369,33 @@ class Report(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., raised: _Optional[_Union[Raised, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("pid", "token", "epoch", "generation", "full", "serves", "cache_copy")
+    __slots__ = ("pid", "token", "cache_copy")
     PID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    token: str
+    cache_copy: str
+    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., cache_copy: _Optional[str] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("epoch", "generation", "full", "serves")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     SERVES_FIELD_NUMBER: _ClassVar[int]
-    CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
-    pid: int
-    token: str
     epoch: int
     generation: int
     full: FullPages
     serves: bool
-    cache_copy: str
-    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ..., cache_copy: _Optional[str] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory", "size", "checksums")
+    __slots__ = ("id", "milliseconds", "compiles", "experts_loaded", "compiled", "missing", "trouble", "rows", "damaged", "shares_memory", "size", "checksums", "held")
     ID_FIELD_NUMBER: _ClassVar[int]
     MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_FIELD_NUMBER: _ClassVar[int]
@@ -404,6 +408,7 @@ class Done(_message.Message):
     SHARES_MEMORY_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     id: int
     milliseconds: float
     compiles: int
@@ -416,7 +421,8 @@ class Done(_message.Message):
     shares_memory: bool
     size: int
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ..., size: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    held: Held
+    def __init__(self, id: _Optional[int] = ..., milliseconds: _Optional[float] = ..., compiles: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., compiled: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ExpertSlot, _Mapping]]] = ..., trouble: _Optional[str] = ..., rows: _Optional[bytes] = ..., damaged: bool = ..., shares_memory: bool = ..., size: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
 
 class ExpertSlot(_message.Message):
     __slots__ = ("layer", "slot", "expert")

@@ -1,0 +1,76 @@
+"""The take-over: a front goes on after the last epoch of its ranks, and without those that did not come back only once
+they have ended."""
+
+import asyncio
+
+import pytest
+
+from serving.proto.moejax.v1 import link_pb2
+from tests.support.fake_executor import FakeExecutor
+from tests.support.recovery_machine import SETTINGS, Machine
+
+pytestmark = pytest.mark.usefixtures("no_processes")
+
+
+async def take_over(executor: FakeExecutor) -> Machine:
+    """A front that goes on with the ranks of one that has died."""
+    first = Machine(SETTINGS, executor)
+    await first.failover.start()
+    await first.failover.close()
+    second = Machine(SETTINGS, executor)
+    await second.failover.start()
+    return second
+
+
+def test_commands_of_the_last_front_that_end_after_a_rank_has_attached_count() -> None:
+    class Late(FakeExecutor):
+        """Its ranks obey an Adopt of the first front, of epoch 7, while they attach to the second one."""
+
+        attached = 0
+
+        async def wait_attached(self, rank: int) -> link_pb2.Hello:
+            hello = await super().wait_attached(rank)
+            self.attached += 1
+            if self.attached > SETTINGS.ranks:
+                self._ranks[rank].epoch = self._ranks[rank].last_epoch = 7
+            return hello
+
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        executor = Late(first.executor._buckets, max_pages=first.executor._max_pages)
+        second = await take_over(executor)
+        assert second.failover.epoch == 8
+        await second.failover.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_that_does_not_come_back_has_ended_before_a_plan_without_it_is_adopted() -> None:
+    class Silent(FakeExecutor):
+        """Rank 1 does not attach to the second front."""
+
+        attached = 0
+
+        async def wait_attached(self, rank: int) -> link_pb2.Hello:
+            self.attached += 1
+            if self.attached > SETTINGS.ranks and rank == 1:
+                raise TimeoutError
+            return await super().wait_attached(rank)
+
+        async def fenced(self, rank: int) -> None:
+            await super().fenced(rank)
+            self.log.append((rank, "fenced"))
+
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        executor = Silent(first.executor._buckets, max_pages=first.executor._max_pages)
+        second = await take_over(executor)
+        assert second.failover.plan_ranks == (0, 2)
+        since = executor.log[executor.log.index((1, "fenced")) :]
+        assert (0, "adopt") in since
+        assert (2, "adopt") in since
+        assert (1, "fenced") not in since[1:]
+        assert len([each for each in executor.log if each[1] == "adopt"]) == SETTINGS.ranks + 2
+        await second.failover.close()
+
+    asyncio.run(scenario())
