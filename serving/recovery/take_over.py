@@ -96,8 +96,8 @@ class TakeOver:
         return taken
 
     async def _reattach(self, rank: int) -> tuple[int, link_pb2.Held] | None:
-        """What a rank holds of the earlier front that left it, once it is configured; None if it cannot go on. It is
-        the answer to a command: a rank may obey commands of the earlier front for a while after it has attached."""
+        """The state of a rank that an earlier front left, once it is configured; None if it cannot go on. It comes as
+        the answer to a command, since a rank may obey the earlier front for a while after it has attached."""
         try:
             async with asyncio.timeout(TAKE_OVER_S):
                 await self._executor.wait_attached(rank)

@@ -70,8 +70,8 @@ class RankWorker:
         return link_pb2.Report(rank=self.state.rank, hello=hello)
 
     def held(self) -> link_pb2.Held:
-        """What this rank still holds of the front before. For the main thread: a command of that front, which may be
-        under way for a while after its end, changes it."""
+        """The state that the front before left. For the main thread: commands of that front, which may be under way for
+        a while after its end, change it."""
         state = self.state
         return link_pb2.Held(
             epoch=max(state.last_epoch, state.aborted_epoch),

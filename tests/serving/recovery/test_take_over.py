@@ -1,5 +1,5 @@
-"""The take-over: a front goes on after the last epoch of its ranks, and without those that did not come back only once
-they have ended."""
+"""The take-over: a front goes on after the last epoch of its ranks, and without ranks that did not come back only
+once they have ended."""
 
 import asyncio
 
