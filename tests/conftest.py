@@ -6,7 +6,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
-from tests.support import typechecker
+from tests.support import late_events, typechecker
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "1"
@@ -22,6 +22,8 @@ hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=10)
 hypothesis.settings.register_profile("soak", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+late_events.drop_late_events()
 
 # Shapes and kinds of numbers in annotations are checked at every call.
 jaxtyping.install_import_hook(typechecker.checked_modules(), f"{typechecker.__name__}.check")

@@ -1,5 +1,5 @@
 """The fixtures of the server's tests."""
 
-from tests.serving.conftest import anyio_backend, backend, processor, tokenizer
+from tests.serving.conftest import backend, processor, tokenizer
 
-__all__ = ["anyio_backend", "backend", "processor", "tokenizer"]
+__all__ = ["backend", "processor", "tokenizer"]

@@ -19,11 +19,6 @@ from tests.support.fake_executor import FakeCoordinator
 from tests.support.fake_server import FakeServer, serve_in_thread
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return byte_tokenizer()
