@@ -21,9 +21,9 @@ PREFILL_TOKENS = 16384  # of a rank at once
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRate:
-    """Tokens/s of a GPU as published: a decode step of `requests` on each rank with `context` tokens in cache, each
-    giving `tokens` tokens of which `accepted` are kept; or, without requests, prefill of prompts of `context` tokens.
-    `alone`: no second batch overlaps with the exchange.
+    """Tokens/s of a GPU as published: a decode step of `requests` on each rank with `context` tokens in cache, and
+    `drafts` drafted tokens for each, which are kept with the probability `accepted`; or, without requests, prefill of
+    prompts of `context` tokens. `alone`: no second batch overlaps with the exchange.
     """
 
     name: str
@@ -33,8 +33,8 @@ class PublishedRate:
     context: int
     rate: float
     requests: int = 0
-    tokens: int = 1
-    accepted: float = 1.0
+    drafts: int = 0
+    accepted: float = 0.0
     alone: bool = False
 
 
@@ -61,8 +61,8 @@ RATES = (
         requests=128,
         context=4096,
         rate=2325,
-        tokens=2,
-        accepted=1.6,
+        drafts=1,
+        accepted=0.6,
     ),
     PublishedRate(
         name="SGLang, simulated MTP",
@@ -72,8 +72,8 @@ RATES = (
         requests=128,
         context=4000,
         rate=2172,
-        tokens=2,
-        accepted=1.6,
+        drafts=1,
+        accepted=0.6,
     ),
     PublishedRate(name="SGLang", model="deepseek-v3", chip="h100", ranks=32, context=1024, rate=7209),
     PublishedRate(name="SGLang", model="deepseek-v3", chip="h100", ranks=32, context=2048, rate=6818),
@@ -87,6 +87,8 @@ RATES = (
 def planned(row: PublishedRate) -> tuple[float, dict[str, float]]:
     """Tokens/s of a GPU by the planner, and milliseconds of the step by part."""
     workload = read_model(row.model)
+    if row.drafts:
+        workload = workload.with_drafts(row.drafts, row.accepted)
     cluster = Cluster.regular(row.chip, row.ranks // 8, 8, hardware=read_cluster(row.chip).hardware)
     shape = Shape(
         arch="collocated",
@@ -97,13 +99,11 @@ def planned(row: PublishedRate) -> tuple[float, dict[str, float]]:
         groups=tuple(range(row.ranks)),
     )
     if row.requests:
-        held, context, kept = row.requests, row.context, row.requests * row.accepted
-        tokens, in_prompt = row.requests * row.tokens, False
+        held, tokens, context, kept = row.requests, row.requests, row.context, row.requests * workload.kept
     else:
-        held, context, kept = PREFILL_TOKENS // row.context, row.context / 2, PREFILL_TOKENS
-        tokens, in_prompt = PREFILL_TOKENS, True
+        held, tokens, context, kept = PREFILL_TOKENS // row.context, PREFILL_TOKENS, row.context / 2, PREFILL_TOKENS
     step = step_time(
-        workload, cluster, shape, tokens, context, requests=held, in_prompt=in_prompt, overlap=not row.alone
+        workload, cluster, shape, tokens, context, requests=held, in_prompt=not row.requests, overlap=not row.alone
     )
     rate = kept / step.total
     return rate, {name: 1e3 * seconds for name, seconds in step.parts().items()}

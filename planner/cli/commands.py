@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +39,10 @@ from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.simulate import timeline
 from planner.inputs.cluster import Cluster, read_cluster
-from planner.inputs.published import find_published, is_published, workload_from
+from planner.inputs.published import draft_layers, find_published, is_published, workload_from
 from planner.inputs.recovery_times import read_recovery_times
-from planner.inputs.traffic import read_traffic
+from planner.inputs.traffic import read_pairs, read_traffic
+from planner.inputs.workload import Workload
 from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
 from planner.plan.expert_loads import read_loads, zipf_loads
 from planner.plan.plan import Plan
@@ -55,6 +58,7 @@ def solve(options: Namespace) -> CommandResult:
     """`solve MODEL CLUSTER`."""
     name, config = find_published(options.model)
     workload = workload_from(config, name=name, where=options.model, weights=options.weights, cache=options.cache)
+    workload = _drafting(workload, config, options.mtp)
     cluster = _cluster(options.cluster)
     if options.engine:
         cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine))
@@ -94,6 +98,18 @@ def solve(options: Namespace) -> CommandResult:
         "front": kept.to_dict() if kept else None,
     }
     return CommandResult(data=data, text="\n".join(lines))
+
+
+def _drafting(workload: Workload, config: Mapping[str, Any], text: str | None) -> Workload:
+    """The workload with the drafts of `--mtp`. InputError for a model without a layer that drafts."""
+    if not text:
+        return workload
+    if is_published(config) and not draft_layers(config):
+        raise InputError(f"--mtp {text}: the configuration of {workload.name} has no layer that drafts tokens")
+    given = {"drafts": 1, **read_pairs(text, {"drafts": int, "accepted": float}, "--mtp")}
+    if "accepted" not in given:
+        raise InputError(f"--mtp {text}: which share of the drafts is kept? Give accepted=0.8, as measured.")
+    return workload.with_drafts(given["drafts"], given["accepted"])
 
 
 def _cluster(text: str) -> Cluster:

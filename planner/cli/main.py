@@ -91,6 +91,12 @@ def _solve(subs) -> None:
     p.add_argument(
         "--weights", help="format of the weights, such as bfloat16, fp8, int8, mxfp4 (default: that of the config)"
     )
+    p.add_argument(
+        "--mtp",
+        metavar="drafts=1,accepted=0.8",
+        help="tokens drafted in each step by the model's own layer, and the share of them that is kept "
+        "(planned, not served by this version)",
+    )
     p.add_argument("--engine", choices=engine_names(), help="constants of a step (default: those of the cluster)")
     p.add_argument("--cache", default="bfloat16", help="format of the KV cache (moejax serve uses float32)")
     p.add_argument("--loads", help="JSON of measured expert loads [moe_layers][experts]")

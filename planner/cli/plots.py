@@ -88,7 +88,7 @@ def trade_off(design: Design) -> Figure:
     axes.plot([p["per_user"] for p in front], [p["per_device"] for p in front], "o-", color=COOL, markersize=4)
     chosen = design.chosen
     if chosen.step:
-        speed = decode_speed(chosen.shape, chosen.requests_per_group, chosen.step)
+        speed = decode_speed(chosen.shape, chosen.requests_per_group, chosen.step, design.deployment.workload.kept)
         axes.plot(speed["per_user"], speed["per_device"], "D", color=WARM, label="chosen (decode alone)")
         axes.legend(frameon=False)
     axes.set_yscale("log")

@@ -80,16 +80,17 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
         reason = f"{tokens:,} cache tokens a rank hold no request of {traffic.longest:,}"
         return Candidate(shape=shape, reason=reason)
     prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak)
+    share = engine_of(cluster.hardware).interference
 
     def busy_with(count: int) -> float:
         """Seconds of a group per token of each stream: a step, and the prefill of the requests that begin in it."""
         step = step_time(workload, cluster, shape, count, traffic.context, peak=peak)
-        return step.total + count / traffic.output * prefill
+        return step.total / workload.kept + count / traffic.output * prefill
 
     def gap_with(count: int) -> float:
         """Seconds between two tokens of a stream."""
         step = step_time(workload, cluster, shape, count, traffic.context, peak=peak)
-        return token_gap(step.total, prefill, count, traffic.output, engine_of(cluster.hardware).interference)
+        return token_gap(step.total / workload.kept, prefill, count, traffic.output, share)
 
     requests = largest_count(fits, lambda count: gap_with(count) <= traffic.tpot_ms / 1e3)
     if requests < 1:
@@ -131,8 +132,9 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
 
 
 def token_gap(step: float, prefill: float, count: float, output: int, interference: float) -> float:
-    """Seconds between two tokens of a stream among `count` of a group: a `step`, and the share of the `prefill` of the
-    others that begin in it which falls between tokens. The rest of their prefills wait for each other."""
+    """Seconds between two tokens of a stream among `count` of a group: a `step` (its share for each token that it gives
+    a request), and the share of the `prefill` of the others that begin in it which falls between tokens. The rest of
+    their prefills wait for each other."""
     if interference < 1:
         return step + interference * max(0.0, count - 1) / output * prefill
     return step + count / output * prefill
@@ -157,9 +159,11 @@ def largest_count(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def decode_speed(shape: Shape, requests: int, step: StepTime) -> dict[str, float]:
-    """Tokens per second of decoding alone, `requests` on every group: {per_user, per_device}."""
-    return {"per_user": 1 / step.total, "per_device": requests * shape.data / step.total / len(shape.roles)}
+def decode_speed(shape: Shape, requests: int, step: StepTime, kept: float) -> dict[str, float]:
+    """Tokens per second of decoding alone, `requests` on every group, each with `kept` tokens of a step: {per_user,
+    per_device}."""
+    per_user = kept / step.total
+    return {"per_user": per_user, "per_device": requests * shape.data * per_user / len(shape.roles)}
 
 
 def pareto(
@@ -179,7 +183,7 @@ def pareto(
                 {
                     "shape": shape.describe(),
                     "requests_per_group": requests,
-                    **decode_speed(shape, requests, step),
+                    **decode_speed(shape, requests, step, workload.kept),
                 }
             )
     points.sort(key=lambda p: (-p["per_user"], -p["per_device"]))

@@ -107,7 +107,7 @@ class CapacityModel:
         step = step_time(d.workload, d.cluster, shape, each, d.traffic.context, peak=self._peak).total
         prefill = prefill_time(d.workload, d.cluster, shape, d.traffic.prompt, peak=self._peak)
         share = engine_of(d.cluster.hardware).interference
-        return token_gap(step, prefill, each, d.traffic.output, share)
+        return token_gap(step / d.workload.kept, prefill, each, d.traffic.output, share)
 
     def capacity(self, left: Survivors, slots: int) -> float:
         """The share of the whole deployment's tokens per second that `left` has; 0 when it cannot serve."""

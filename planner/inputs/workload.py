@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from planner.errors import InputError
 
@@ -21,6 +21,9 @@ class Workload:
     cache, the kv heads otherwise). `dense_bytes` and
     `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups shard, `lookup_bytes` the part of which
     a step reads single rows only (the embeddings, where the head is another matrix).
+
+    `drafts` tokens are drafted in each step by one more layer (multi-token prediction, MTP) and verified in the next;
+    each is kept with the probability `accepted` when those before it were.
 
     `head_flops` is the part of `rest_flops` that only the last token of a prompt takes. `prompt_context_flops` is
     `context_flops` for the tokens of a prompt (0: the same), `windowed_share` the share of layers that see
@@ -53,6 +56,8 @@ class Workload:
     lookup_bytes: int = 0
     kernels: int = 0
     groups_used: int = 0
+    drafts: int = 0
+    accepted: float = 0.0
     weight_format: str = "bfloat16"
     total_parameters: int = 0
     active_parameters: int = 0
@@ -76,8 +81,41 @@ class Workload:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot on every MoE layer: what one more slot per rank costs a rank."""
-        return self.moe_layers * self.expert_bytes
+        """Bytes of one slot on every MoE layer, the one that drafts among them: what one more slot per rank costs a
+        rank."""
+        return (self.moe_layers + min(1, self.drafts)) * self.expert_bytes
+
+    @property
+    def kept(self) -> float:
+        """Tokens that a request gets from a step, on average."""
+        return sum(self.accepted**i for i in range(self.drafts + 1))
+
+    @property
+    def head_bytes(self) -> float:
+        """Bytes of the head, in 16-bit numbers."""
+        return self.head_flops
+
+    @property
+    def layer_bytes(self) -> float:
+        """Bytes of a layer without its experts, on average."""
+        return max(0.0, self.rest_bytes - self.lookup_bytes - self.head_bytes) / max(1, self.layers)
+
+    def with_drafts(self, drafts: int, accepted: float) -> Workload:
+        """This model with `drafts` tokens drafted in each step, and the weights and the cache of the layer for it.
+
+        Raises InputError for numbers out of range.
+        """
+        if drafts < 1 or not 0 <= accepted <= 1:
+            raise InputError(f"--mtp: drafts={drafts}, accepted={accepted:g}; drafts at least 1, accepted from 0 to 1")
+        more = 1 + 1 / max(1, self.layers)
+        return replace(
+            self,
+            drafts=drafts,
+            accepted=accepted,
+            rest_bytes=round(self.rest_bytes + self.layer_bytes),
+            attention_bytes=round(self.attention_bytes * more),
+            cache_bytes_per_token=round(self.cache_bytes_per_token * more),
+        )
 
     def cache_bytes(self, context: float) -> float:
         """Bytes that a request with `context` tokens keeps in the cache."""

@@ -58,6 +58,8 @@ def check_servable(deployment: Deployment) -> None:
     standby = sum(r.role == "standby" for r in plan.ranks)
     reasons = [f"{standby} ranks that stand by"] if standby else []
     reasons += _tensor_group_problems(deployment)
+    if drafts := deployment.workload.drafts:
+        reasons.append(f"{drafts} drafted tokens a step, planned and not served by this version")
     held, planned = plan.slots_per_rank / max(1, plan.experts), 1 / axes.get("dense", 1)
     if held > planned < 1:
         reasons.append(
@@ -68,7 +70,7 @@ def check_servable(deployment: Deployment) -> None:
     if reasons:
         raise InputError(
             f"the plan has {' and '.join(reasons)}; ranks of `moejax serve` attend, hold experts, or do both. "
-            "Solve with --tensor 1 --dense 1, without --standby, with --protect copies or none."
+            "Solve with --tensor 1 --dense 1, without --standby and --mtp, with --protect copies or none."
         )
 
 

@@ -14,7 +14,7 @@ from planner.inputs.published.parameter_counts import (
     count_parameters,
     unwindowed_cache_elements,
 )
-from planner.inputs.published.planned_workload import is_published, read_model, workload_from, workload_of
+from planner.inputs.published.planned_workload import draft_layers, is_published, read_model, workload_from, workload_of
 from planner.inputs.published.reader import (
     MODELS,
     find_published,
@@ -35,6 +35,7 @@ __all__ = [
     "WeightForm",
     "cache_elements",
     "count_parameters",
+    "draft_layers",
     "find_published",
     "is_published",
     "published_model",

@@ -46,6 +46,15 @@ def is_published(values: Mapping[str, Any]) -> bool:
     return "moe_layers" not in values or "model_type" in values
 
 
+DRAFT_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+
+
+def draft_layers(values: Mapping[str, Any]) -> int:
+    """The number of layers for multi-token prediction that a config.json says the model has."""
+    places = (values, values.get("text_config") or {})
+    return max(int(place.get(name) or 0) for place in places for name in DRAFT_LAYERS)
+
+
 def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfloat16") -> Workload:
     """The workload of a model.
 

@@ -104,12 +104,24 @@ def test_experts_that_ranks_share_are_never_faster(tokens, shared):
     assert whole <= apart
 
 
+@given(st.integers(1, 4), st.integers(1, 512), st.floats(0, 1))
+def test_a_step_with_drafts_takes_longer_and_gives_at_most_all_of_them(drafts, requests, accepted):
+    model, cluster, shape = read_model("deepseek-v3"), read_cluster("h200:4x8"), one(32, 9)
+    drafting = model.with_drafts(drafts, accepted)
+    plain, longer = (step_time(each, cluster, shape, requests, 2048).total for each in (model, drafting))
+    assert plain < longer
+    assert 1 <= drafting.kept <= 1 + drafts
+    assert model.with_drafts(drafts, 0.0).kept == model.kept == 1
+    assert rest_bytes(drafting, 1, 1) > rest_bytes(model, 1, 1)
+
+
 def test_drafted_tokens_read_the_cache_of_their_request_once():
     cluster = Cluster(name="c", devices=Cluster.local(1).devices, hardware=HAND)
-    once = step_work(MODEL, cluster, one(), 10, 100, requests=10)
-    drafted = step_work(MODEL, cluster, one(), 20, 100, requests=10)
+    drafting = replace(MODEL, drafts=1, accepted=0.5)
+    once, drafted = (step_work(each, cluster, one(), 10, 100) for each in (MODEL, drafting))
     assert drafted.cache == once.cache == 10 * 100
-    assert drafted.products == 2 * once.products
+    assert drafted.products == pytest.approx(2 * once.products * (1 + 1 / 4))  # two layers, and one for the draft
+    assert drafting.kept == 1.5
 
 
 def test_memory_goes_to_weights_first_and_the_rest_to_pages():
