@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from planner.errors import InputError, unknown_key
 from planner.plan.deployment import Deployment
@@ -46,3 +48,11 @@ def write_text(path: str | None, text: str) -> None:
             Path(path).write_text(text)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def pictures() -> ModuleType:
+    """The module of plots, imported here since it needs matplotlib, which other commands do not."""
+    try:
+        return importlib.import_module("planner.cli.plots")
+    except ModuleNotFoundError as error:
+        raise InputError(f"--pictures needs {error.name}: pip install matplotlib") from None

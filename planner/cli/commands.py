@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from types import ModuleType
-from typing import Any
-
-import numpy as np
 
 from planner.cli import explain as explanations
-from planner.cli.command import CommandResult, read_words, with_store, write_text
+from planner.cli.command import CommandResult, pictures, read_words, with_store, write_text
 from planner.cli.compile_ahead import aot_figures, compile_ahead
 from planner.cli.kubernetes import export as export_plan
 from planner.cli.report import (
     buckets_report,
     degrade_report,
-    design_report,
     pace_line,
     preparation_report,
     simulate_report,
-    stall_line,
     transfer_report,
 )
 from planner.cli.table import terminal_width
 from planner.cli.verify import verify_report
 from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
 from planner.cost.calibration import calibrate, read_steps
-from planner.cost.design import design
 from planner.cost.front import pace_of
 from planner.cost.throughput import assess
 from planner.errors import InputError
 from planner.failures.loss_forecast import check_gate, forecast_losses, summarise
 from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
+from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.simulate import timeline
-from planner.inputs.cluster import Cluster, read_cluster
-from planner.inputs.published import draft_layers, find_published, is_published, workload_from
-from planner.inputs.recovery_times import read_recovery_times
-from planner.inputs.traffic import read_pairs, read_traffic
-from planner.inputs.workload import Workload
-from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
-from planner.plan.expert_loads import read_loads, zipf_loads
+from planner.inputs.recovery_times import RecoveryTimes, read_recovery_times
+from planner.plan.deployment import PLANNED_ONLY, READ_POOLS, Deployment, read_deployment
+from planner.plan.expert_loads import read_loads
 from planner.plan.plan import Plan
+from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.plan.transfer import Transfer, transfer
 from planner.solver.lattice import preparations
 from planner.solver.problem import Problem
@@ -54,75 +44,14 @@ from planner.solver.shapes import without_memory_limit
 from planner.solver.solve import solve as solve_problem
 
 
-def solve(options: Namespace) -> CommandResult:
-    """`solve MODEL CLUSTER`."""
-    name, config = find_published(options.model)
-    workload = workload_from(config, name=name, where=options.model, weights=options.weights, cache=options.cache)
-    workload = _drafting(workload, config, options.mtp)
-    cluster = _cluster(options.cluster)
-    if options.engine:
-        cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine))
-    loads = None
-    if options.loads:
-        loads = np.array(read_loads(options.loads, workload))
-    elif options.skew is not None:
-        loads = zipf_loads(workload, options.skew)
-    found = design(
-        workload,
-        cluster,
-        traffic=read_traffic(options.traffic),
-        survive=read_fault_tolerance(options.survive),
-        arch=options.arch,
-        loads=loads,
-        standby=options.standby,
-        slots=options.slots,
-        protect=options.protect,
-        tensor=options.tensor,
-        dense=options.dense,
-    )
-    deployment = replace(found.deployment, config=config if is_published(config) else {})
-    write_text(options.out, deployment.to_json())
-    first = LossModel(deployment).outcome(deployment.plan.rank_ids[:1])
-    kept = pace_of(workload, found.chosen)
-    lines = [design_report(found, width=terminal_width()), "", stall_line(first), pace_line(kept)]
-    if options.pictures:
-        lines += [
-            f"drew {p}" for p in _pictures().draw_design(found, options.pictures, "svg" if options.svg else "png")
-        ]
-    data = {
-        "deployment": json.loads(deployment.to_json()),
-        "candidates": [{**c.to_dict(), **found.ranges(c)} for c in found.candidates],
-        "pareto": found.pareto,
-        "peak_load": found.peak,
-        "first_loss": first.to_dict(),
-        "front": kept.to_dict() if kept else None,
-    }
-    return CommandResult(data=data, text="\n".join(lines))
-
-
-def _drafting(workload: Workload, config: Mapping[str, Any], text: str | None) -> Workload:
-    """The workload with the drafts of `--mtp`. InputError for a model without a layer that drafts."""
-    if not text:
-        return workload
-    if is_published(config) and not draft_layers(config):
-        raise InputError(f"--mtp {text}: the configuration of {workload.name} has no layer that drafts tokens")
-    given = {"drafts": 1, **read_pairs(text, {"drafts": int, "accepted": float}, "--mtp")}
-    if "accepted" not in given:
-        raise InputError(f"--mtp {text}: which share of the drafts is kept? Give accepted=0.8, as measured.")
-    return workload.with_drafts(given["drafts"], given["accepted"])
-
-
-def _cluster(text: str) -> Cluster:
-    """A cluster as `read_cluster` takes it, or that of a plan file (`verify --measured --out` calibrates it)."""
-    return read_deployment(text).cluster if text.endswith(".json") else read_cluster(text)
-
-
 def degrade(options: Namespace) -> CommandResult:
     """`degrade PLAN`."""
-    deployment = read_deployment(options.plan)
+    found = read_any_deployment(options.plan)
     refused = read_words(options.without, OPTIONAL_MEANS, "--without")
     means = [m for m in MEANS if m not in refused and (m != "mask" or options.mask)]
-    deployment = with_store(deployment, options.store)
+    if isinstance(found, PooledDeployment):
+        return _degrade_pools(found, means, options)
+    deployment = with_store(found, options.store)
     losses = LossModel(deployment, read_recovery_times(options.measured) if options.measured else None, means)
     recovery, kept = losses.recovery.times, pace_of(deployment.workload, losses.capacity_model.whole)
     kinds = [k for k in options.kinds.split(",") if k]
@@ -140,7 +69,7 @@ def degrade(options: Namespace) -> CommandResult:
     ]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
-        drawn = _pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
+        drawn = pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
         lines += [f"drew {p}" for p in drawn]
     data = {
         "summary": summary,
@@ -152,6 +81,29 @@ def degrade(options: Namespace) -> CommandResult:
         "front": kept.to_dict() if kept else None,
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")
+    return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
+
+
+def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Namespace) -> CommandResult:
+    """The losses of a plan of pools; pairs are left out."""
+    pooled = replace(
+        pooled,
+        prefill=tuple(with_store(each, options.store) for each in pooled.prefill),
+        decode=with_store(pooled.decode, options.store),
+    )
+    recovery = read_recovery_times(options.measured) if options.measured else None
+    kinds = [kind for kind in options.kinds.split(",") if kind in POOL_KINDS]
+    outcomes = forecast_pool_losses(pooled, recovery, means, kinds=kinds)
+    summary = summarise(outcomes)
+    broken = check_gate(options.gate, summary) if options.gate else []
+    source = (recovery or RecoveryTimes()).source
+    lines = [
+        degrade_report(summary, 0, source, width=terminal_width()),
+        f"pools for prompts and decode: {PLANNED_ONLY}",
+    ]
+    lines += [f"gate does not hold: {b}" for b in broken]
+    data = {"summary": summary, "losses": [o.to_dict() for o in outcomes], "gate_broken": broken}
+    survivable = all(row["survivable"] == row["cases"] for row in summary if row["kind"].endswith("_rank"))
     return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
 
 
@@ -259,7 +211,14 @@ def buckets(options: Namespace) -> CommandResult:
 
 def export(options: Namespace) -> CommandResult:
     """`export PLAN --to FORMAT`."""
-    text = export_plan(read_deployment(options.plan), options.to, image=options.image, name=options.name)
+    found = read_any_deployment(options.plan)
+    if isinstance(found, PooledDeployment) and options.to == "json":
+        return CommandResult(data={"to": "json", "text": found.to_json()}, text=found.to_json(), verbatim=True)
+    if isinstance(found, PooledDeployment):
+        raise InputError(
+            f"--to {options.to}: a plan of pools for prompts and for decode is {PLANNED_ONLY}; {READ_POOLS}"
+        )
+    text = export_plan(found, options.to, image=options.image, name=options.name)
     return CommandResult(data={"to": options.to, "text": text}, text=text.rstrip("\n"), verbatim=True)
 
 
@@ -267,14 +226,6 @@ def explain(options: Namespace) -> CommandResult:
     """`explain PLAN WHAT`."""
     data, text = explanations.explain(read_deployment(options.plan), " ".join(options.what))
     return CommandResult(data=data, text=text)
-
-
-def _pictures() -> ModuleType:
-    """The module of plots, imported here since it needs matplotlib, which other commands do not."""
-    try:
-        return importlib.import_module("planner.cli.plots")
-    except ModuleNotFoundError as error:
-        raise InputError(f"--pictures needs {error.name}: pip install matplotlib") from None
 
 
 def _pairs(text: str) -> int | None:

@@ -10,6 +10,7 @@ import sys
 from planner.cli import certify, commands
 from planner.cli.accuracy import accuracy
 from planner.cli.kubernetes import FORMATS
+from planner.cli.solve import ARCHS, solve
 from planner.cli.table import folded, terminal_width
 from planner.errors import NoFeasiblePlan, PlannerError
 from planner.failures.loss_model import OPTIONAL_MEANS
@@ -17,7 +18,6 @@ from planner.inputs.cluster import STORES
 from planner.inputs.engine import engine_names
 from planner.solver.problem import PROTECTION
 from planner.solver.rebalance import MODES
-from planner.solver.shapes import ARCHITECTURES
 
 DONE, INFEASIBLE, WRONG = 0, 1, 2
 
@@ -69,7 +69,7 @@ def _command(subs, name: str, run, text: str) -> argparse.ArgumentParser:
 
 
 def _solve(subs) -> None:
-    p = _command(subs, "solve", commands.solve, "Find the best mesh and placement, and say why the other shapes lost.")
+    p = _command(subs, "solve", solve, "Find the best mesh and placement, and say why the other shapes lost.")
     p.add_argument("model", help="preset (deepseek-v3), config.json, its folder, or a JSON of workload numbers")
     p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), TOML file, or plan file")
     p.add_argument("--traffic", help="prompt=2048,output=512,tpot_ms=50,ttft_ms=5000,rps=10")
@@ -77,7 +77,13 @@ def _solve(subs) -> None:
         "--survive",
         help="losses that the placement survives without new weight buffers, as ranks=2,hosts=1 (default: ranks=1)",
     )
-    p.add_argument("--arch", choices=ARCHITECTURES, default="collocated")
+    p.add_argument(
+        "--arch",
+        choices=ARCHS,
+        default="collocated",
+        help="attention and experts on the same ranks, or on ranks of their own; pools for prompts and decode (pd: "
+        "planned, not served by this version); or the best of all (auto)",
+    )
     p.add_argument(
         "--protect",
         choices=PROTECTION,

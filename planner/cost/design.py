@@ -25,6 +25,7 @@ from planner.solver.shapes import mesh_shapes, rest_bytes, slots_per_rank, witho
 from planner.solver.solve import solve
 
 PLACEMENTS = 3  # most placements made to compare shapes by their real balance
+NO_SHAPE = Shape(arch="collocated", tensor=1, dense=1, slots=0, roles=(), groups=())
 Layout = tuple[int, tuple[str, ...]]
 
 
@@ -81,37 +82,26 @@ def design(
     protect: str = "copies",
     tensor: int | None = None,
     dense: int | None = None,
+    work: str = "all",
 ) -> Design:
     """The deployment with the most tokens per second that meets `traffic` and tolerates the losses of `survive`.
 
     With `traffic.rps` it is the shape that serves this request rate fastest for a user. `slots`, `tensor` and `dense`
-    are chosen unless given; the last `standby` ranks wait for a loss. Raises NoFeasiblePlan, with the reasons of the
+    are chosen unless given; the last `standby` ranks wait for a loss. `work` is the part of requests that it computes
+    (`planner.plan.deployment.WORKS`). Raises NoFeasiblePlan, with the reasons of the
     nearest shapes, when none will do.
     """
     traffic, survive = traffic or Traffic(), survive or FaultTolerance()
-    if not 0 <= standby < len(cluster.devices):
-        raise InputError(f"{standby} standby ranks of {len(cluster.devices)}; at least one must serve")
-    shares = load_shares(loads, workload)
     comparison = _Comparison(
         workload=workload,
         cluster=cluster,
         traffic=traffic,
         lost=survive.most_lost(cluster),
-        shares=shares,
+        shares=load_shares(loads, workload),
         uneven=loads is not None and workload.experts > 0,
+        work=work,
     )
-    shapes = mesh_shapes(
-        workload,
-        cluster,
-        cluster.devices,
-        arch=arch,
-        lost=comparison.lost,
-        standby=standby,
-        slots=slots,
-        tensor=tensor,
-        dense=dense,
-    )
-    candidates = comparison.assess_all(shapes)
+    candidates = comparison.of_shapes(arch=arch, standby=standby, slots=slots, tensor=tensor, dense=dense)
     if not candidates or candidates[0].reason:
         _raise_infeasible(workload, cluster, candidates, survive)
     candidates, plans = comparison.place_best(candidates, loads, protect)
@@ -123,10 +113,39 @@ def design(
         cluster=cluster,
         traffic=traffic,
         survive=survive,
-        loads=() if loads is None else tuple(map(tuple, shares.tolist())),
+        loads=() if loads is None else tuple(map(tuple, comparison.shares.tolist())),
+        work=work,
     )
     ranked = (chosen, *(c for c in candidates if c is not chosen))
     return Design(deployment=deployment, chosen=chosen, candidates=ranked, peak=peak)
+
+
+def best_candidate(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    traffic: Traffic,
+    survive: FaultTolerance | None = None,
+    loads: np.ndarray | None = None,
+    work: str = "all",
+    protect: str = "copies",
+    **shapes,
+) -> Candidate:
+    """The best shape of `design`, with these options, before its experts are placed (whatever `protect` says); its
+    `reason` says why not even this will do."""
+    comparison = _Comparison(
+        workload=workload,
+        cluster=cluster,
+        traffic=traffic,
+        lost=(survive or FaultTolerance()).most_lost(cluster),
+        shares=load_shares(loads, workload),
+        uneven=loads is not None and workload.experts > 0,
+        work=work,
+    )
+    candidates = comparison.of_shapes(**shapes)
+    if not candidates:
+        return Candidate(shape=NO_SHAPE, reason="no tensor group fits on a host")
+    return candidates[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +162,32 @@ class _Comparison:
     lost: int
     shares: np.ndarray
     uneven: bool
+    work: str = "all"
+
+    def of_shapes(
+        self,
+        *,
+        arch: str = "collocated",
+        standby: int = 0,
+        slots: int | None = None,
+        tensor: int | None = None,
+        dense: int | None = None,
+    ) -> list[Candidate]:
+        """The shapes of `mesh_shapes` with these options, best first."""
+        if not 0 <= standby < len(self.cluster.devices):
+            raise InputError(f"{standby} standby ranks of {len(self.cluster.devices)}; at least one must serve")
+        shapes = mesh_shapes(
+            self.workload,
+            self.cluster,
+            self.cluster.devices,
+            arch=arch,
+            lost=self.lost,
+            standby=standby,
+            slots=slots,
+            tensor=tensor,
+            dense=dense,
+        )
+        return self.assess_all(shapes)
 
     def assess_all(self, shapes: Iterable[Shape]) -> list[Candidate]:
         """Every shape, best first, with the least imbalance that a placement of it could reach."""
@@ -183,11 +228,12 @@ class _Comparison:
             return Candidate(
                 shape=shape, reason=f"after losing {self.lost} of {ranks} ranks {slots} slots for {experts} experts"
             )
-        return assess(self.workload, self.cluster, shape, self.traffic, peak=peak)
+        return assess(self.workload, self.cluster, shape, self.traffic, peak=peak, work=self.work)
 
     def _order(self, candidate: Candidate) -> tuple:
         """Best first: the most tokens, or where a request rate is asked for, the fastest for a user."""
-        good = candidate.tokens_per_second_per_user if self.traffic.rps else candidate.tokens_per_second
+        for_user = self.traffic.rps and self.work != "prompts"
+        good = candidate.tokens_per_second_per_user if for_user else candidate.tokens_per_second
         return (bool(candidate.reason), -good, candidate.shape.slots)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from planner.cost.roofline import StepTime, first_token_time, prefill_time, step_time
+from planner.cost.roofline import CHUNK, StepTime, first_token_time, prefill_time, step_time
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import engine_of
 from planner.inputs.traffic import Traffic
@@ -63,23 +63,23 @@ class Candidate:
         }
 
 
-def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0) -> Candidate:
-    """The prediction for `shape` with as many requests as memory and `traffic` (its `tpot_ms`, its `rps`) allow."""
-    room = memory_budget(cluster)
+def assess(
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0, work: str = "all"
+) -> Candidate:
+    """The prediction for `shape` with as many requests as memory and `traffic` (its `tpot_ms`, its `rps`) allow. `work`
+    is the part of requests that it computes (`planner.plan.deployment.WORKS`)."""
+    if work == "prompts":
+        return assess_prompts(workload, cluster, shape, traffic, peak=peak)
+    if missing := _short_of_memory(workload, cluster, shape):
+        return Candidate(shape=shape, reason=missing)
     rest = rest_bytes(workload, shape.tensor, shape.dense)
-    collocated = shape.arch == "collocated"
-    attending = rest + (shape.slots * workload.slot_bytes if collocated else 0)
-    if room is not None and max(attending, shape.slots * workload.slot_bytes) + workload.page_bytes > room:
-        missing = max(attending, shape.slots * workload.slot_bytes) + workload.page_bytes - room
-        return Candidate(shape=shape, reason=f"weights leave no room for cache: {gb(missing)} short per rank")
-    slots = shape.slots if collocated else 0
-    pages = cache_pages(workload, cluster, slots, tensor=shape.tensor, rest=rest)
+    pages = free_pages(workload, cluster, shape)
     fits = requests_that_fit(workload, pages, traffic)
     if fits < 1:
         tokens = pages * workload.page_tokens
         reason = f"{tokens:,} cache tokens a rank hold no request of {traffic.longest:,}"
         return Candidate(shape=shape, reason=reason)
-    prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak)
+    prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak) if work == "all" else 0.0
     share = engine_of(cluster.hardware).interference
 
     def busy_with(count: int) -> float:
@@ -129,6 +129,93 @@ def assess(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic,
             ("cache in use", cache),
         ),
     )
+
+
+def _short_of_memory(workload: Workload, cluster: Cluster, shape: Shape) -> str:
+    """Why the weights do not fit on a rank beside one cache page; empty when they do."""
+    room, held = memory_budget(cluster), shape.slots * workload.slot_bytes
+    attending = rest_bytes(workload, shape.tensor, shape.dense) + (held if shape.arch == "collocated" else 0)
+    missing = 0 if room is None else max(attending, held) + workload.page_bytes - room
+    return f"weights leave no room for cache: {gb(missing)} short per rank" if missing > 0 else ""
+
+
+def free_pages(workload: Workload, cluster: Cluster, shape: Shape) -> int:
+    """Cache pages that fit beside the weights of a rank with attention."""
+    slots = shape.slots if shape.arch == "collocated" else 0
+    rest = rest_bytes(workload, shape.tensor, shape.dense)
+    return cache_pages(workload, cluster, slots, tensor=shape.tensor, rest=rest)
+
+
+def assess_prompts(
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0
+) -> Candidate:
+    """The prediction for a `shape` that computes prompts alone, in steps of as many as the first token has time for.
+
+    `tokens_per_second` are those of the answers to its prompts, `requests_per_group` the prompts of a step, and
+    `ttft_seconds` ends when the cache of a prompt has been sent elsewhere.
+    """
+    if missing := _short_of_memory(workload, cluster, shape):
+        return Candidate(shape=shape, reason=missing)
+    pages = free_pages(workload, cluster, shape)
+    fits = requests_that_fit(workload, pages, replace(traffic, output=1))
+    if fits < 1:
+        reason = f"{pages * workload.page_tokens:,} cache tokens a rank hold no prompt of {traffic.prompt:,}"
+        return Candidate(shape=shape, reason=reason)
+    sent = cache_transfer_seconds(workload, cluster, traffic.prompt)
+    best = None
+    for count in sorted({min(fits, max(1, CHUNK * times // int(traffic.prompt))) for times in (1, 2, 4)}):
+        step, seconds = _prompts_time(workload, cluster, shape, traffic.prompt, count, peak)
+        ttft = seconds + sent
+        rate = count * shape.data / seconds * traffic.output
+        if ttft * 1e3 <= traffic.ttft_ms and (best is None or rate > best.tokens_per_second):
+            best = Candidate(
+                shape=shape,
+                requests_per_group=count,
+                pages_per_rank=pages,
+                step=step,
+                tokens_per_second=rate,
+                ttft_seconds=ttft,
+                memory=(
+                    ("attention, shared, dense, embeddings", rest_bytes(workload, shape.tensor, shape.dense)),
+                    (EXPERT_SLOTS, shape.slots * workload.slot_bytes),
+                    (
+                        "cache in use",
+                        int(count * workload.cache_bytes(traffic.prompt)) // min(shape.tensor, workload.cache_splits),
+                    ),
+                ),
+            )
+    if best is not None:
+        return best
+    _, seconds = _prompts_time(workload, cluster, shape, traffic.prompt, 1, peak)
+    late = f"a prompt and its transfer take {(seconds + sent) * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
+    return Candidate(shape=shape, reason=late)
+
+
+def _prompts_time(
+    workload: Workload, cluster: Cluster, shape: Shape, prompt: float, count: int, peak: float
+) -> tuple[StepTime, float]:
+    """The (last) step of `count` prompts of every group, and the seconds of all of its steps: prompts longer than CHUNK
+    tokens take several."""
+    seconds, done, step = 0.0, 0.0, None
+    while step is None or done < prompt:
+        chunk = prompt - done if count > 1 else min(CHUNK, prompt - done)
+        step = step_time(
+            workload,
+            cluster,
+            shape,
+            chunk * count,
+            done + chunk / 2,
+            requests=count,
+            in_prompt=True,
+            peak=peak,
+        )
+        seconds, done = seconds + step.total, done + chunk
+    return step, seconds
+
+
+def cache_transfer_seconds(workload: Workload, cluster: Cluster, tokens: float, *, lanes: int = 1) -> float:
+    """Seconds to send the KV cache of a request with `tokens` tokens to another host, over `lanes` network ports."""
+    return workload.cache_bytes(tokens) / (lanes * cluster.hardware.network_bandwidth)
 
 
 def token_gap(step: float, prefill: float, count: float, output: int, interference: float) -> float:

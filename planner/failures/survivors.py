@@ -63,7 +63,7 @@ class CapacityModel:
 
     def _assess(self, shape: Shape) -> Candidate:
         d = self.deployment
-        return assess(d.workload, d.cluster, shape, d.traffic, peak=self._peak)
+        return assess(d.workload, d.cluster, shape, d.traffic, peak=self._peak, work=d.work)
 
     def predict(self, left: Survivors, slots: int) -> Candidate:
         """The prediction for `left` with `slots` slots a rank."""
@@ -101,11 +101,12 @@ class CapacityModel:
             return inf
         each = ceil(requests / shape.data)
         patient = replace(d.traffic, tpot_ms=inf, ttft_ms=inf, rps=None)
-        room = assess(d.workload, d.cluster, shape, patient, peak=self._peak).requests_per_group
+        room = assess(d.workload, d.cluster, shape, patient, peak=self._peak, work=d.work).requests_per_group
         if each > room:
             return inf
         step = step_time(d.workload, d.cluster, shape, each, d.traffic.context, peak=self._peak).total
-        prefill = prefill_time(d.workload, d.cluster, shape, d.traffic.prompt, peak=self._peak)
+        prompt = d.traffic.prompt if d.work == "all" else 0
+        prefill = prefill_time(d.workload, d.cluster, shape, prompt, peak=self._peak)
         share = engine_of(d.cluster.hardware).interference
         return token_gap(step / d.workload.kept, prefill, each, d.traffic.output, share)
 

@@ -52,13 +52,19 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
     return FaultTolerance(**read_pairs(text, {f.name: int for f in fields(FaultTolerance)}, "--survive"))
 
 
+PLANNED_ONLY = "planned, not served by this version"
+READ_POOLS = "`degrade`, `report` and `export --to json` read it. Solve with another --arch to serve it."
+WORKS = ("all", "prompts", "decode")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
     """A plan, and the model, cluster and traffic it was made for: the content of a plan file.
 
     `survive` is the fault tolerance that was asked for, `loads` the traffic of each expert [moe_layers][experts] (empty
     when even), `config` the model's configuration as it was given (empty when only its numbers are known), `recovery`
-    the phases of a server's own recoveries (None: it had none). The names of the fields are keys of plan files.
+    the phases of a server's own recoveries (None: it had none). `work` is the part of requests that it computes: "all",
+    or in a plan of pools (`planner.plan.pools`) "prompts" or "decode". The names of the fields are keys of plan files.
     """
 
     plan: Plan
@@ -69,6 +75,11 @@ class Deployment:
     loads: tuple[tuple[float, ...], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     recovery: RecoveryTimes | None = None
+    work: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.work not in WORKS:
+            raise InputError(f"work is {self.work!r}, none of {', '.join(WORKS)}")
 
     def load_array(self) -> np.ndarray:
         """Each expert's share of its layer's traffic, float [moe_layers, experts]."""
@@ -84,6 +95,8 @@ class Deployment:
         data = asdict(self)
         data["plan"] = json.loads(self.plan.to_json())
         data["cluster"]["devices"] = [[d.id, d.host, d.rack] for d in self.cluster.devices]
+        if self.work == "all":
+            del data["work"]
         return json.dumps(data, separators=(",", ":"))
 
     @classmethod
@@ -98,6 +111,8 @@ class Deployment:
             raise InputError(f"not a plan file: {error}") from None
         if isinstance(data, dict) and "deployment" in data:
             data = data["deployment"]
+        if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
+            raise InputError(f"a plan of pools for prompts and for decode is {PLANNED_ONLY}; {READ_POOLS}")
         if not isinstance(data, dict) or not {"plan", "workload", "cluster"} <= set(data):
             raise InputError("not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes")
         for key in data:
@@ -115,6 +130,7 @@ class Deployment:
                 loads=tuple(tuple(float(x) for x in row) for row in data.get("loads", ())),
                 config=dict(data.get("config", {})),
                 recovery=_build(RecoveryTimes, data["recovery"]) if data.get("recovery") else None,
+                work=data.get("work", "all"),
             )
         except InputError:
             raise

@@ -7,7 +7,7 @@ from math import ceil
 from planner.errors import InputError
 from planner.inputs.published import published_model, unwindowed_cache_elements
 from planner.inputs.workload import Workload
-from planner.plan.deployment import Deployment
+from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
@@ -59,7 +59,9 @@ def check_servable(deployment: Deployment) -> None:
     reasons = [f"{standby} ranks that stand by"] if standby else []
     reasons += _tensor_group_problems(deployment)
     if drafts := deployment.workload.drafts:
-        reasons.append(f"{drafts} drafted tokens a step, planned and not served by this version")
+        reasons.append(f"{drafts} drafted tokens a step ({PLANNED_ONLY})")
+    if deployment.work != "all":
+        reasons.append(f"a pool for {deployment.work} alone ({PLANNED_ONLY})")
     held, planned = plan.slots_per_rank / max(1, plan.experts), 1 / axes.get("dense", 1)
     if held > planned < 1:
         reasons.append(

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
+from planner.plan.deployment import PLANNED_ONLY
+from planner.plan.pools import POOLS
 from planner.solver.roles import SWITCHES
 from planner.solver.shapes import ARCHITECTURES
 from serving.config.field import SettingsGroup, setting
@@ -48,6 +50,16 @@ class MeshSettings(SettingsGroup):
     survive: int = setting(
         1, "Number of rank failures that the placement survives without reallocating weight buffers."
     )
+
+    def check_fields(self) -> None:
+        """Check each field against its choices and bounds. Raises InvalidRequest."""
+        if self.arch == POOLS:
+            raise InvalidRequest(
+                f"arch is {POOLS!r}: pools for prompts and for decode are {PLANNED_ONLY}. "
+                f"Choose one of {', '.join(ARCHITECTURES)}.",
+                param="arch",
+            )
+        super().check_fields()
 
     def check(self) -> None:
         """Check fields of this group against each other. Raises InvalidRequest."""

@@ -38,7 +38,7 @@ def test_solve_says_the_plan_and_why_the_others_lost(capsys):
     assert "fewer tokens/s" in shown
     assert "expert slots" in shown
     found = data(capsys, "solve", "mixtral-8x7b", "h100")
-    assert {"deployment", "candidates", "pareto", "peak_load", "first_loss", "front"} == set(found)
+    assert {"arch", "deployment", "candidates", "pareto", "peak_load", "first_loss", "front"} == set(found)
     plan = Deployment.from_json(json.dumps(found)).plan
     assert {f.source for f in plan.cost} == {"estimate"}
 
@@ -201,3 +201,44 @@ def test_buckets_are_proposed_of_what_a_server_counted(capsys, tmp_path):
     file.write_text(StepCounts(wanted).to_json())
     assert main(["buckets", str(file)]) == 2
     assert "give --current" in capsys.readouterr().err
+
+
+def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_path):
+    plan = str(tmp_path / "pools.json")
+    shown = text(capsys, "solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", plan)
+    for part in (
+        "prefill: ",
+        "decode: ",
+        "transfer: ",
+        "planned, not served by this version",
+        "gain",
+        "splits compared",
+    ):
+        assert part in " ".join(shown.split())
+    found = data(capsys, "solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "auto")
+    rates = {arch: each["tokens_per_second"] for arch, each in found["architectures"].items()}
+    assert set(rates) == {"collocated", "disaggregated", "pd"}
+    assert rates[found["arch"]] == max(rates.values())
+    rows = {row["kind"] for row in data(capsys, "degrade", plan)["summary"]}
+    assert {"prefill_rank", "decode_rank"} <= rows
+    assert "prefill_rank losses" in text(capsys, "degrade", plan, "--gate", "decode_rank.survivable>=1.0")
+    assert json.loads(text(capsys, "export", plan, "--to", "json"))["decode"]["work"] == "decode"
+    for argv in (
+        ["export", plan, "--to", "k8s"],
+        ["certify", plan],
+        ["simulate", plan],
+        ["explain", plan, "rank", "0"],
+    ):
+        assert main(argv) == 2
+        assert "planned, not served by this version" in capsys.readouterr().err
+
+
+def test_drafts_are_planned_and_never_exported_for_a_server(capsys, tmp_path):
+    plan = str(tmp_path / "mtp.json")
+    assert main(["solve", "deepseek-v3", "h200:4x8", "--mtp", "accepted=0.8", "--out", plan]) == 0
+    assert main(["export", plan, "--to", "env"]) == 2
+    assert "1 drafted tokens a step (planned, not served by this version)" in capsys.readouterr().err
+    for wrong in ("drafts=1", "accepted=2", "drafts=0,accepted=0.5"):
+        assert main(["solve", "deepseek-v3", "h200:4x8", "--mtp", wrong]) == 2
+    assert main(["solve", "mixtral-8x7b", "h100", "--mtp", "accepted=0.8"]) == 2
+    assert "no layer that drafts" in capsys.readouterr().err

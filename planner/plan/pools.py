@@ -1,0 +1,84 @@
+"""A plan of pools (P/D): instances that compute prompts, and one that decodes, to which the KV cache is sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from planner.errors import InputError
+from planner.plan.deployment import Deployment, read_deployment
+from planner.plan.plan import Figure
+
+POOLS = "pd"
+"""The architecture of a plan of pools, beside those of one mesh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledDeployment:
+    """Deployments of one model and traffic on parts of a cluster: the `prefill` instances, which are alike, and the one
+    for `decode`. `figures` are the predictions for all of them together."""
+
+    prefill: tuple[Deployment, ...]
+    decode: Deployment
+    figures: tuple[Figure, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prefill:
+            raise InputError("a plan of pools has at least one prefill instance")
+        for pool, work in self._pools():
+            if pool.work != work:
+                raise InputError(f"a pool for {work} has the work {pool.work!r}")
+        ids = [rank for pool, _ in self._pools() for rank in pool.plan.rank_ids]
+        if len(ids) != len(set(ids)):
+            raise InputError("two pools of a plan share a rank")
+
+    def _pools(self) -> Iterator[tuple[Deployment, str]]:
+        for pool in self.prefill:
+            yield pool, "prompts"
+        yield self.decode, "decode"
+
+    def pools(self) -> dict[str, Deployment]:
+        """All pools by name: "prefill 0" and on, and "decode"."""
+        return {**{f"prefill {i}": pool for i, pool in enumerate(self.prefill)}, "decode": self.decode}
+
+    def figure(self, name: str) -> float:
+        """The value of one of the figures. KeyError when there is none of this name."""
+        return {each.name: each.value for each in self.figures}[name]
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` gives back an equal plan."""
+        data = {
+            "prefill": [json.loads(pool.to_json()) for pool in self.prefill],
+            "decode": json.loads(self.decode.to_json()),
+            "figures": [asdict(each) for each in self.figures],
+        }
+        return json.dumps(data, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PooledDeployment:
+        """The plan written by `to_json`. Raises InputError for any other text."""
+        try:
+            data = json.loads(text)
+            prefill = tuple(Deployment.from_json(json.dumps(each)) for each in data["prefill"])
+            figures = tuple(Figure(**each) for each in data.get("figures", ()))
+            return cls(prefill=prefill, decode=Deployment.from_json(json.dumps(data["decode"])), figures=figures)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"not a plan of pools: {type(error).__name__} {error}") from None
+
+
+def read_any_deployment(path: str | Path) -> Deployment | PooledDeployment:
+    """The deployment in a plan file, of pools or not. Raises InputError when the file cannot be read or is none."""
+    try:
+        text = Path(path).read_text()
+        data = json.loads(text)
+    except OSError as error:
+        raise InputError(f"cannot read plan file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"not a plan file: {error}") from None
+    if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
+        return PooledDeployment.from_json(text)
+    return read_deployment(path)
