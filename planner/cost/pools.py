@@ -28,7 +28,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class PoolRates:
-    """What pools reach together, in requests/s, seconds and bytes.
+    """The rates that pools reach together, in requests/s, seconds and bytes.
 
     `prompts` and `decode` are the rates of either side, `network` that at which caches fill the network of the smaller
     side; `rate` is the least of them. `ttft` ends with the first decode step.
@@ -222,7 +222,7 @@ class _Splits:
         return bool(decode.reason) or instances * prompts.tokens_per_second >= decode.tokens_per_second
 
     def order(self, rates: PoolRates) -> tuple:
-        """Best first: those that meet the traffic, with the most requests/s, or the fastest for a user."""
+        """Best first: splits that meet the traffic, with the most requests/s, or the fastest for a user."""
         traffic = self.traffic
         missed = rates.ttft * 1e3 > traffic.ttft_ms or (traffic.rps is not None and rates.rate < traffic.rps)
         return (missed, rates.tpot if traffic.rps is not None else 0.0, -rates.rate, rates.ttft)
