@@ -87,10 +87,10 @@ def step_work(
     """The work of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
 
     `requests` is the number of requests that those tokens belong to: one for each token when None, fewer in prompts
-    (`in_prompt`). A model that drafts verifies its drafts with each token of a request, and drafts the next with one more
-    layer. `peak` is the highest load of an expert rank over the mean.
-    With `reduces_experts` the experts of a single tensor group are one more reduction, since its ranks hold the same
-    tokens, and no exchange. `expert_tensor` ranks share each expert.
+    (`in_prompt`). A model that drafts verifies its drafts with each token of a request, and drafts the next with one
+    more layer. `peak` is the highest load of an expert rank over the mean. With `reduces_experts` the experts of a
+    single tensor group are one more reduction, since its ranks hold the same tokens, and no exchange. `expert_tensor`
+    ranks share each expert.
     """
     hardware, w = cluster.hardware, workload
     requests = tokens if requests is None else requests
