@@ -126,6 +126,8 @@ class RequestProcessor:
         reasoning = self.tokenizer.chat_format.reasoning
         constraint = params.structured_outputs
         if constraint is not None:
+            constraint = dataclasses.replace(constraint, param=names.path(constraint.param) or "")
+            params = dataclasses.replace(params, structured_outputs=constraint)
             if reasoning is not None and parsing is not None and parsing.inside_reasoning:
                 constraint = dataclasses.replace(constraint, after=reasoning.end)
                 params = dataclasses.replace(params, structured_outputs=constraint)

@@ -20,11 +20,13 @@ lets no token in; this one lets in the likeliest."""
 class StructuredOutputs:
     """The form an answer must have: a JSON schema, a regular expression, a Lark grammar, one of several texts (as a
     JSON list), or a call of one of several tools (as a JSON list of tools). With `after` the form holds from there on:
-    it is the mark that ends the reasoning which the prompt has begun."""
+    it is the mark that ends the reasoning which the prompt has begun. `param` is the field in which the caller sent it;
+    that of tools has `[]` where the number of the tool at fault stands."""
 
     kind: Literal["json", "regex", "lark", "choice", "tools"]
     text: str
     after: str = ""
+    param: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ _FIELDS = {
     "choice": "choice",
     "tools": "tools",
 }
-"""Request field of each kind of structured output."""
+"""Request field of each kind of structured output that does not say in which field it was sent."""
 
 
 class GrammarMatcher:
@@ -52,27 +52,44 @@ class GrammarMatcher:
         self._failures: dict[str, InvalidRequest] = {}
 
     def check(self, constraint: StructuredOutputs) -> None:
-        """Raises InvalidRequest when a structured output is invalid or exceeds a limit, or this model supports none.
-        May take a second."""
-        field = _FIELDS[constraint.kind]
+        """Raises InvalidRequest, naming the field in which the caller sent it, when a structured output is invalid or
+        exceeds a limit, or this model supports none. May take a second."""
+        problem = self._problem(constraint)
+        if problem is not None:
+            param = self._param(constraint)
+            raise InvalidRequest(f"{param}: {problem}", param=param)
+
+    def _problem(self, constraint: StructuredOutputs) -> str | None:
+        """What is wrong with a structured output."""
         if len(constraint.text) > MAX_GRAMMAR_CHARACTERS:
-            raise InvalidRequest(
-                f"the constraint has {len(constraint.text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed.",
-                param=field,
-            )
+            return f"the constraint has {len(constraint.text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed."
         if not self._stop_tokens:
-            raise InvalidRequest("this model has no stop token, so a constrained answer could not end.", param=field)
-        grammar = self._grammar(constraint)
+            return "this model has no stop token, so a constrained answer could not end."
+        if not isinstance(self._tokenizer.format, HuggingFaceTokenizer):
+            return "answers can be constrained for models with a tokenizer.json only."
+        try:
+            grammar = self._grammar(constraint)
+        except (ValueError, RecursionError) as error:
+            return f"the constraint cannot be used: {str(error)[:500]}"
         wrong, said = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, self._llguidance_tokenizer())
         if wrong:
-            raise InvalidRequest(f"the constraint cannot be used: {said[0][:500]}", param=field)
+            return f"the constraint cannot be used: {said[0][:500]}"
         # Some limits show only when the first token is to be chosen.
         matcher = self._matcher(grammar)
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)
         if matcher.is_error():
-            raise InvalidRequest(f"the constraint cannot be used: {matcher.get_error()[:500]}", param=field)
-        if not mask.any():
-            raise InvalidRequest("the constraint allows no answer in the tokens of this model.", param=field)
+            return f"the constraint cannot be used: {matcher.get_error()[:500]}"
+        return None if mask.any() else "the constraint allows no answer in the tokens of this model."
+
+    def _param(self, constraint: StructuredOutputs) -> str:
+        """The field that is at fault: of tools, the parameters of the first one that cannot be used by itself."""
+        param = constraint.param or _FIELDS[constraint.kind]
+        if constraint.kind != "tools":
+            return param
+        for tool in json.loads(constraint.text) if "[]" in param else ():
+            if self._problem(dataclasses.replace(constraint, text=json.dumps([tool]))) is not None:
+                return param.replace("[]", f"[{tool['position']}]")
+        return param.partition("[")[0]
 
     def mask(self, params: LogitsParams) -> np.ndarray:
         """The tokens allowed next, as uint32 words of bits; only stop tokens when nothing else can follow. A grammar
@@ -110,10 +127,11 @@ class GrammarMatcher:
         request, constraint = params.request, params.request.sampling.structured_outputs
         assert constraint is not None
         log.warning("the grammar of request %s failed: %s", request.id, cause)
+        param = (constraint.param or _FIELDS[constraint.kind]).partition("[")[0]
         self._failures[request.id] = InvalidRequest(
-            f"the constraint failed after {len(params.generated)} tokens, so the answer would not have its form: "
-            f"{cause[:500]}. Simplify it.",
-            param=_FIELDS[constraint.kind],
+            f"{param}: the constraint failed after {len(params.generated)} tokens, so the answer would not have its "
+            f"form: {cause[:500]}. Simplify it.",
+            param=param,
         )
 
     def _only_stop_tokens(self, words: int) -> np.ndarray:
@@ -123,14 +141,8 @@ class GrammarMatcher:
         return mask
 
     def _grammar(self, constraint: StructuredOutputs) -> str:
-        """The grammar of a structured output, in the form of llguidance. Raises InvalidRequest."""
-        try:
-            if not constraint.after:
-                return self._whole(constraint)
-            return self._after_reasoning(constraint)
-        except (ValueError, RecursionError) as error:
-            field = _FIELDS[constraint.kind]
-            raise InvalidRequest(f"the constraint cannot be used: {str(error)[:500]}", param=field) from None
+        """The grammar of a structured output, in the form of llguidance. Raises ValueError or RecursionError."""
+        return self._after_reasoning(constraint) if constraint.after else self._whole(constraint)
 
     def _whole(self, constraint: StructuredOutputs) -> str:
         kind, text = constraint.kind, constraint.text
@@ -160,8 +172,7 @@ class GrammarMatcher:
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:
         if self._vocabulary is None:
             vocabulary = self._tokenizer.format
-            if not isinstance(vocabulary, HuggingFaceTokenizer):
-                raise InvalidRequest("answers can be constrained for models with a tokenizer.json only.")
+            assert isinstance(vocabulary, HuggingFaceTokenizer)  # `check` refuses constraints for others
             size = max(self._vocab_size, vocabulary.size)
             self._vocabulary = grammar_vocabulary(vocabulary, size, self._stop_tokens)
         return self._vocabulary

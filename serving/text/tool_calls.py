@@ -8,6 +8,8 @@ from serving.errors import InvalidRequest
 from serving.protocol.sampling import StructuredOutputs
 
 MAX_TOOLS = 128
+PARAMETERS = "tools[].function.parameters"
+"""The field of a tool's parameters; `[]` stands for the number of the tool."""
 _FORMS = (
     '"none", "auto", "required" (with tools), {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}'
@@ -43,14 +45,18 @@ def read_tool_choice(
         if value.get("type") == "allowed_tools":
             return _allowed_tools(value, tools)
         if value.get("type", "function") == "function" and (name := _name(value)) is not None:
-            return tools, required_call(_named(tools, [name]))
+            return tools, required_call(*_named(tools, [name]))
     raise InvalidRequest(f"tool_choice must be {_FORMS}.", param="tool_choice")
 
 
-def required_call(tools: Sequence[Mapping[str, Any]]) -> StructuredOutputs:
-    """The structured output of exactly one call of one of these tools, in the model's own format."""
-    functions = [{key: tool["function"].get(key) for key in ("name", "parameters")} for tool in tools]
-    return StructuredOutputs("tools", json.dumps([{"function": function} for function in functions]))
+def required_call(tools: Sequence[Mapping[str, Any]], positions: Sequence[int] | None = None) -> StructuredOutputs:
+    """The structured output of exactly one call of one of these tools, in the model's own format. `positions` are their
+    numbers among the tools of the request; all of them in order if it is left out."""
+    allowed = [
+        {"function": {key: tool["function"].get(key) for key in ("name", "parameters")}, "position": position}
+        for tool, position in zip(tools, range(len(tools)) if positions is None else positions, strict=True)
+    ]
+    return StructuredOutputs("tools", json.dumps(allowed), param=PARAMETERS)
 
 
 def _allowed_tools(
@@ -63,8 +69,8 @@ def _allowed_tools(
     if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
         raise InvalidRequest(f"tool_choice must be {_FORMS}.", param="tool_choice")
     names = [_name(each) if isinstance(each, dict) else None for each in listed]
-    chosen = _named(tools, names)
-    return chosen, required_call(chosen) if mode == "required" else None
+    chosen, positions = _named(tools, names)
+    return chosen, required_call(chosen, positions) if mode == "required" else None
 
 
 def _name(value: Mapping[str, Any]) -> Any:
@@ -73,10 +79,14 @@ def _name(value: Mapping[str, Any]) -> Any:
     return function.get("name") if isinstance(function, dict) else value.get("name")
 
 
-def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """The tools of these names, in the order of the tools. Raises InvalidRequest for a name that no tool has."""
+def _named(
+    tools: Sequence[Mapping[str, Any]], names: Sequence[Any]
+) -> tuple[list[Mapping[str, Any]], list[int]]:
+    """The tools of these names, in the order of the tools, and their positions. Raises InvalidRequest for a name that no
+    tool has."""
     known = [tool["function"]["name"] for tool in tools]
     for name in names:
         if name not in known:
             raise InvalidRequest(f"tool_choice names {name!r}; the tools are {known}.", param="tool_choice")
-    return [tool for tool in tools if tool["function"]["name"] in names]
+    positions = [position for position, name in enumerate(known) if name in names]
+    return [tools[position] for position in positions], positions

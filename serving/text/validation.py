@@ -28,9 +28,10 @@ class FieldNames(dict[str, str]):
         return field
 
     def path(self, path: str | None) -> str | None:
-        """The path of a field, such as `messages[0].content`, in the names of the API."""
-        if path is None:
-            return None
+        """The path of a field, such as `messages[0].content`, in the names of the API: as a whole if it has a name
+        there, else by its first part."""
+        if path is None or path in self:
+            return path and self[path]
         first = re.split(r"[.\[]", path, maxsplit=1)[0]
         return self[first] + path[len(first) :]
 

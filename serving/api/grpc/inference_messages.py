@@ -14,11 +14,11 @@ from serving.protocol.sampling import SamplingDefaults, SamplingParams, Structur
 from serving.text.answer_parts import InvalidToolCall, ToolCall
 from serving.text.messages import read_message
 from serving.text.tokenizer import Message
-from serving.text.tool_calls import read_tool_choice, read_tools
+from serving.text.tool_calls import PARAMETERS, read_tool_choice, read_tools
 from serving.text.validation import FieldNames
 
 _GUIDES: Mapping[Any, str] = {"json": "json_schema", "regex": "regex", "lark": "grammar", "choice": "choice"}
-NAMES = FieldNames(response_format="json_schema", structured_outputs="grammar")
+NAMES = FieldNames({PARAMETERS: "tools[]"}, response_format="json_schema", structured_outputs="grammar")
 """The names of the messages for the fields of chat completions."""
 VLLM_NAMES = FieldNames(
     prompt="input", top_logprobs="logprobs", response_format="json_schema", structured_outputs="grammar"
@@ -177,10 +177,10 @@ def _guide_from_proto(message: inference_pb2.SamplingParams) -> StructuredOutput
         case "choice":
             if not message.choice.texts:
                 raise InvalidRequest("choice has no texts. Give at least one.", param="choice")
-            return StructuredOutputs("choice", json.dumps(list(message.choice.texts)))
+            return StructuredOutputs("choice", json.dumps(list(message.choice.texts)), param="choice")
         case field:
             kind = next(kind for kind, name in _GUIDES.items() if name == field)
-            return StructuredOutputs(kind, getattr(message, field))
+            return StructuredOutputs(kind, getattr(message, field), param=field)
 
 
 def response_to_proto(item: AnswerItem) -> inference_pb2.GenerateResponse:

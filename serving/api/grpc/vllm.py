@@ -202,12 +202,13 @@ def _guide(message: messages.SamplingParams) -> StructuredOutputs | None:
     if kind is None or (kind == "json_object" and not message.json_object):
         return None
     if kind == "json_object":
-        return StructuredOutputs("json", '{"type": "object"}')
+        return StructuredOutputs("json", '{"type": "object"}', param=kind)
     if kind == "choice":
-        return StructuredOutputs("choice", json.dumps(list(message.choice.choices)))
+        return StructuredOutputs("choice", json.dumps(list(message.choice.choices)), param=kind)
     if kind not in _GUIDES:
         raise InvalidRequest(f"{kind} is not supported; send json_schema, regex, grammar or choice.", param=kind)
-    return StructuredOutputs(_GUIDES[kind], getattr(message, kind))  # pyright: ignore[reportArgumentType]
+    text = getattr(message, kind)
+    return StructuredOutputs(_GUIDES[kind], text, param=kind)  # pyright: ignore[reportArgumentType]
 
 
 def _chunk(item: Chunk, completion_tokens: int, prompt_tokens: int, logprobs: bool) -> messages.GenerateStreamChunk:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from serving.api.http import openai_requests
 from serving.api.http.anthropic_events import MessageEvents
 from serving.api.http.anthropic_objects import AnthropicMessage, TokenCount
-from serving.api.http.anthropic_requests import NAMES, chat_body
+from serving.api.http.anthropic_requests import chat_body, field_names
 from serving.api.http.bodies.anthropic import CountTokensBody, MessagesBody
 from serving.api.http.bodies.decoding import decode_body
 from serving.api.http.body import cancel_on_disconnect, read_json
@@ -48,7 +48,7 @@ class MessagesEndpoints:
         message_id = f"msg_{uuid.uuid4().hex}"
         request.state.request_id = message_id
         accepted = await self._processor.accept_all(
-            completion.prompts, completion.params, request_id=message_id, names=NAMES
+            completion.prompts, completion.params, request_id=message_id, names=field_names(body)
         )
         form = {"chat": True, "api": FORM, "body": raw}
         items = self._processor.stream_call(accepted, completion.params.stop, form=form, created=int(time.time()))

@@ -16,10 +16,10 @@ from serving.api.http.bodies.anthropic import (
 )
 from serving.api.http.body import required
 from serving.errors import InvalidRequest
+from serving.text.tool_calls import PARAMETERS
 from serving.text.validation import FieldNames
 
-NAMES = FieldNames(prompt="messages", stop="stop_sequences", response_format="output_config")
-"""The names of Anthropic's API for the fields of chat completions."""
+_NAMES = FieldNames({PARAMETERS: "tools[].input_schema"}, prompt="messages", stop="stop_sequences")
 _UNREAD = ("redacted_thinking",)
 """Blocks that a client sends back and that no template can read."""
 
@@ -44,6 +44,13 @@ def chat_body(body: CountTokensBody) -> dict[str, Any]:
         made |= {"tools": list(map(_tool, body.tools)), **_tool_choice(body.tool_choice)}
     made |= _thinking(body) | _output(body)
     return made | (_sampling(body) if isinstance(body, MessagesBody) else {})
+
+
+def field_names(body: CountTokensBody) -> FieldNames:
+    """The names of Anthropic's API for the fields of the chat completion of a body."""
+    config = body.output_config
+    older = config is None or config.format is None
+    return FieldNames(_NAMES, response_format="output_format" if older else "output_config.format")
 
 
 def _sampling(body: MessagesBody) -> dict[str, Any]:

@@ -10,9 +10,16 @@ from serving.api.http.bodies.messages import ContentPart
 from serving.api.http.bodies.responses import LOGPROBS, FunctionTool, InputItem, ResponsesBody, TextFormat
 from serving.api.http.body import required
 from serving.errors import InvalidRequest
+from serving.text.tool_calls import PARAMETERS
 from serving.text.validation import FieldNames
 
-NAMES = FieldNames(prompt="input", messages="input", max_tokens="max_output_tokens", response_format="text.format")
+NAMES = FieldNames(
+    {PARAMETERS: "tools[].parameters"},
+    prompt="input",
+    messages="input",
+    max_tokens="max_output_tokens",
+    response_format="text.format",
+)
 """The names of the Responses API for the fields of chat completions."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
 _PASSED_ON = (

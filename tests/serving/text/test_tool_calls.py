@@ -74,7 +74,7 @@ def test_tool_choice_decides_the_prompt_and_the_form_of_the_answer():
     assert read_tool_choice("none", TOOLS) == ((), None)
     assert read_tool_choice("required", TOOLS) == (TOOLS, required_call(TOOLS))
     for named in ({"type": "function", "function": {"name": "sub"}}, {"type": "function", "name": "sub"}):
-        assert read_tool_choice(named, TOOLS) == (TOOLS, required_call(TOOLS[1:]))
+        assert read_tool_choice(named, TOOLS) == (TOOLS, required_call(TOOLS[1:], [1]))
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -82,7 +82,7 @@ def test_tool_choice_decides_the_prompt_and_the_form_of_the_answer():
 def test_allowed_tools_are_all_that_the_model_sees(mode, nested):
     some = {"mode": mode, "tools": [{"type": "function", "function": {"name": "sub"}}]}
     choice = {"type": "allowed_tools", **({"allowed_tools": some} if nested else some)}
-    expected = required_call(TOOLS[1:]) if mode == "required" else None
+    expected = required_call(TOOLS[1:], [1]) if mode == "required" else None
     assert read_tool_choice(choice, TOOLS) == (TOOLS[1:], expected)
 
 

@@ -1,5 +1,6 @@
 """The form that an answer must have: OpenAI's `response_format`, and the fields of vLLM, SGLang and this server."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -83,7 +84,7 @@ def read_constraint(body: ConstraintFields) -> StructuredOutputs | None:
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise InvalidRequest(f"{len(found)} constraints ({names}); send one of them.", param=found[1][0])
-    return found[0][1] if found else None
+    return dataclasses.replace(found[0][1], param=found[0][0]) if found else None
 
 
 def _constraints(body: ConstraintFields) -> Iterator[tuple[str, StructuredOutputs | None]]:
