@@ -62,7 +62,9 @@ class GrammarMatcher:
     def _problem(self, constraint: StructuredOutputs) -> str | None:
         """What is wrong with a structured output."""
         if len(constraint.text) > MAX_GRAMMAR_CHARACTERS:
-            return f"the constraint has {len(constraint.text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed."
+            return (
+                f"the constraint has {len(constraint.text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed."
+            )
         if not self._stop_tokens:
             return "this model has no stop token, so a constrained answer could not end."
         if not isinstance(self._tokenizer.format, HuggingFaceTokenizer):

@@ -79,9 +79,7 @@ def _name(value: Mapping[str, Any]) -> Any:
     return function.get("name") if isinstance(function, dict) else value.get("name")
 
 
-def _named(
-    tools: Sequence[Mapping[str, Any]], names: Sequence[Any]
-) -> tuple[list[Mapping[str, Any]], list[int]]:
+def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[Any]) -> tuple[list[Mapping[str, Any]], list[int]]:
     """The tools of these names, in the order of the tools, and their positions. Raises InvalidRequest for a name that no
     tool has."""
     known = [tool["function"]["name"] for tool in tools]
