@@ -80,8 +80,8 @@ def _name(value: Mapping[str, Any]) -> Any:
 
 
 def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[Any]) -> tuple[list[Mapping[str, Any]], list[int]]:
-    """The tools of these names, in the order of the tools, and their positions. Raises InvalidRequest for a name that no
-    tool has."""
+    """The tools of these names, in the order of the tools, and their positions. Raises InvalidRequest for a name that
+    no tool has."""
     known = [tool["function"]["name"] for tool in tools]
     for name in names:
         if name not in known:
