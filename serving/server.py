@@ -29,6 +29,7 @@ class Server:
         self.settings = Settings.load(None, {}, **values)
         self._log = log
         self._thread: threading.Thread | None = None
+        self._starting = False
         self._stopping: Callable[[], object] = lambda: None
         self.app: App | None = None
 
@@ -47,7 +48,12 @@ class Server:
             raise StartError("the server is not running. Use it as a context manager: with Server(...) as server.")
         return self.app
 
+    def _check_stopped(self) -> None:
+        if self.app is not None or self._thread is not None or self._starting:
+            raise StartError("this server runs already. Leave its block first, or make another Server.")
+
     def __enter__(self) -> Self:
+        self._check_stopped()
         started: Future[None] = Future()
 
         def run() -> None:
@@ -65,14 +71,16 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop is closed when the start failed by itself
                 self._stopping()
             self._thread.join()
+            self._thread = None
             raise
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._stopping()
+        with contextlib.suppress(RuntimeError):  # the loop is closed when the server ended by itself
+            self._stopping()
         if self._thread is not None:
             self._thread.join()
-        self.app = None
+        self.app = self._thread = None
 
     async def _serve(self, started: "Future[None]") -> None:
         loop, stop, starting = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
@@ -89,9 +97,14 @@ class Server:
         await self.app.stop(0.0)
 
     async def __aenter__(self) -> Self:
-        self.app = await App.start(self.settings, self._log)
+        self._check_stopped()
+        self._starting = True
+        try:
+            self.app = await App.start(self.settings, self._log)
+        finally:
+            self._starting = False
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        await self._running().stop(0.0)
-        self.app = None
+        app, self.app = self._running(), None
+        await app.stop(0.0)

@@ -60,7 +60,7 @@ class GrammarMatcher:
             raise InvalidRequest(f"{param}: {problem}", param=param)
 
     def _problem(self, constraint: StructuredOutputs) -> str | None:
-        """What is wrong with a structured output."""
+        """The fault of a structured output, None without one."""
         if len(constraint.text) > MAX_GRAMMAR_CHARACTERS:
             return (
                 f"the constraint has {len(constraint.text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed."

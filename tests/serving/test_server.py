@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.errors import StartError
 from serving.server import Server
 from tests.support.joining import JoinFiles, free_address
 
@@ -36,3 +37,15 @@ def test_a_start_that_is_interrupted_ends_at_once_and_leaves_no_thread(tmp_path:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not any(thread.name == "moejax-server" for thread in threading.enumerate())
+
+
+def test_a_server_that_runs_is_not_entered_again_and_can_be_started_again() -> None:
+    server = Server(model=str(TINY), ranks=1)
+    for _ in range(2):
+        with server:
+            url = server.url
+            with pytest.raises(StartError, match="this server runs already"), server:
+                pytest.fail("it ran already")
+            assert server.url == url
+    with pytest.raises(StartError, match="not running"):
+        _ = server.url

@@ -1,23 +1,22 @@
 """The client for asyncio."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import grpc.aio
 
-from serving.api.client.base import DEFAULT_ADDRESS, ClientBase, HasAddress, UnaryCall, chat_messages
+from serving.api.client.base import DEFAULT_ADDRESS, ClientBase, HasAddress, UnaryCall
 from serving.api.client.completion import CompletionOutput, completion_outputs
 from serving.api.client.options import GenerateOptions
+from serving.api.client.prompts import ChatTurn, PromptLike, read_chat
 from serving.api.client.streams import AsyncStream, raise_moejax_errors
 from serving.api.grpc.resilience_messages import event_from_proto
 from serving.auth.tls import ClientTls
-from serving.core.prompts import Prompt
 from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
-from serving.text.tokenizer import Message
 
 T = TypeVar("T")
 
@@ -45,24 +44,25 @@ class AsyncClient(ClientBase):
 
     async def close(self) -> None:
         """Close the connection. Running streams end."""
-        await self._channel.close()
+        if (channel := self._take_channel()) is not None:
+            await channel.close()
 
-    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
+    def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Start a request and iterate over its chunks; see `Client.stream`."""
         return AsyncStream(self._generate_call(prompt, options), self.address)
 
-    async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> CompletionOutput:
+    async def generate(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> CompletionOutput:
         """The complete output, or the first of `n` outputs. Options as for `stream`."""
         return (await self.generate_all(prompt, **options))[0]
 
-    async def generate_all(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> list[CompletionOutput]:
+    async def generate_all(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> list[CompletionOutput]:
         """All `n` complete outputs. Options as for `stream`."""
         stream = self.stream(prompt, **options)
         return completion_outputs([chunk async for chunk in stream], stream.completes, stream.scores)
 
-    async def chat(self, messages: Sequence[Message] | str, **options: Unpack[GenerateOptions]) -> CompletionOutput:
+    async def chat(self, messages: Iterable[ChatTurn] | str, **options: Unpack[GenerateOptions]) -> CompletionOutput:
         """The assistant's next message; see `Client.chat`."""
-        return await self.generate(chat_messages(messages), **options)
+        return await self.generate(read_chat(messages), **options)
 
     async def abort(self, request_id: str) -> bool:
         """Cancel a request by its id, whichever client sent it. False when no such request runs."""

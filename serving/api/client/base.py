@@ -2,20 +2,20 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from serving.api.client.options import GenerateOptions, sampling_params
+from serving.api.client.prompts import PromptLike, read_prompt
 from serving.api.client.streams import ResumableCall
 from serving.api.grpc.inference_messages import model_from_proto, request_to_proto
 from serving.api.grpc.resilience_messages import instruction_to_proto, prospect_from_proto, status_from_proto
 from serving.auth.tls import ClientTls
-from serving.core.prompts import Prompt
+from serving.errors import Unreachable
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc, resilience_pb2, resilience_pb2_grpc
 from serving.protocol.instructions import Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
-from serving.text.tokenizer import Message
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 RESUME_S = 60.0
@@ -49,28 +49,59 @@ class UnaryCall(Generic[T]):
     read: Callable[[Any], T]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Connection:
+    channel: Any
+    inference: inference_pb2_grpc.InferenceStub
+    resilience: resilience_pb2_grpc.ResilienceStub
+
+
 class ClientBase:
     """The connection to `target` (host:port, or a running server), and the calls as values.
 
-    `module` is grpc or grpc.aio. A stream is resumed for up to `resume_s` seconds after its connection broke.
+    `module` is grpc or grpc.aio. The first call opens the connection, so that a client for asyncio can be made before
+    its loop runs. A stream is resumed for up to `resume_s` seconds after its connection broke.
     """
-
-    _channel: Any
 
     def __init__(self, target: str | HasAddress, module: Any, api_key: str | None, tls: ClientTls | None) -> None:
         self.resume_s = RESUME_S
         self.address = target if isinstance(target, str) else target.address
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        if tls is None:
-            self._channel = module.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        else:
-            self._channel = module.secure_channel(self.address, tls.grpc(), options=CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._resilience = resilience_pb2_grpc.ResilienceStub(self._channel)
+        self._module = module
+        self._tls = tls
+        self._connection: _Connection | None = None
+        self._closed = False
 
-    def _generate_call(self, prompt: Prompt, options: GenerateOptions) -> ResumableCall:
+    def _connected(self) -> "_Connection":
+        """The connection, opened if need be. Raises Unreachable once the client is closed."""
+        if self._closed:
+            raise Unreachable(f"this client of {self.address} is closed. Make another one.")
+        if self._connection is None:
+            if self._tls is None:
+                channel = self._module.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            else:
+                channel = self._module.secure_channel(self.address, self._tls.grpc(), options=CHANNEL_OPTIONS)
+            self._connection = _Connection(
+                channel, inference_pb2_grpc.InferenceStub(channel), resilience_pb2_grpc.ResilienceStub(channel)
+            )
+        return self._connection
+
+    def _take_channel(self) -> Any:
+        """The channel, to close it, as no call follows; None if none was opened."""
+        connection, self._connection, self._closed = self._connection, None, True
+        return None if connection is None else connection.channel
+
+    @property
+    def _inference(self) -> inference_pb2_grpc.InferenceStub:
+        return self._connected().inference
+
+    @property
+    def _resilience(self) -> resilience_pb2_grpc.ResilienceStub:
+        return self._connected().resilience
+
+    def _generate_call(self, prompt: PromptLike, options: GenerateOptions) -> ResumableCall:
         request_id = options.get("request_id") or uuid.uuid4().hex
-        message = request_to_proto(prompt, sampling_params(options), request_id)
+        message = request_to_proto(read_prompt(prompt), sampling_params(options), request_id)
         return ResumableCall(self._inference, message, options.get("timeout_s"), self._metadata, self.resume_s)
 
     def _abort_call(self, request_id: str) -> UnaryCall[bool]:
@@ -108,8 +139,3 @@ class ClientBase:
     def _report_call(self, rank: int, level: int, code: str, message: str) -> UnaryCall[str]:
         request = resilience_pb2.ReportRequest(rank=rank, level=level, code=code, message=message)
         return UnaryCall(self._resilience.Report, request, lambda response: response.action)
-
-
-def chat_messages(messages: Sequence[Message] | str) -> Sequence[Message]:
-    """The messages of a conversation. A plain text is one message of the user."""
-    return [Message("user", messages)] if isinstance(messages, str) else messages

@@ -1,23 +1,22 @@
 """The blocking client."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from serving.api.client.base import DEFAULT_ADDRESS, ClientBase, HasAddress, UnaryCall, chat_messages
+from serving.api.client.base import DEFAULT_ADDRESS, ClientBase, HasAddress, UnaryCall
 from serving.api.client.completion import CompletionOutput, completion_outputs
 from serving.api.client.options import GenerateOptions
+from serving.api.client.prompts import ChatTurn, PromptLike, read_chat
 from serving.api.client.streams import Stream, raise_moejax_errors
 from serving.api.grpc.resilience_messages import event_from_proto
 from serving.auth.tls import ClientTls
-from serving.core.prompts import Prompt
 from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
-from serving.text.tokenizer import Message
 
 T = TypeVar("T")
 
@@ -36,6 +35,7 @@ class Client(ClientBase):
         self, target: str | HasAddress = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
     ) -> None:
         super().__init__(target, grpc, api_key, tls)
+        self._connected()  # not by the first call: threads may share a client
 
     def __enter__(self) -> Self:
         return self
@@ -47,29 +47,30 @@ class Client(ClientBase):
 
     def close(self) -> None:
         """Close the connection. Running streams end."""
-        self._channel.close()
+        if (channel := self._take_channel()) is not None:
+            channel.close()
 
-    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
+    def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Stream:
         """Start a request and iterate over its chunks.
 
-        `prompt` is text, token ids, a list of `Message` or a `Conversation`. The options are the fields of
-        `SamplingParams`, `timeout_s` (seconds until the request ends with DeadlineExceeded) and `request_id`.
-        Errors are raised while iterating.
+        `prompt` is text, token ids (an array too), messages (`Message` or dicts) or a `Conversation`. The options are
+        the fields of `SamplingParams`, `timeout_s` (seconds until the request ends with DeadlineExceeded) and
+        `request_id`. Errors are raised while iterating.
         """
         return Stream(self._generate_call(prompt, options), self.address)
 
-    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> CompletionOutput:
+    def generate(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> CompletionOutput:
         """The complete output, or the first of `n` outputs. Options as for `stream`."""
         return self.generate_all(prompt, **options)[0]
 
-    def generate_all(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> list[CompletionOutput]:
+    def generate_all(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> list[CompletionOutput]:
         """All `n` complete outputs. Options as for `stream`."""
         stream = self.stream(prompt, **options)
         return completion_outputs(list(stream), stream.completes, stream.scores)
 
-    def chat(self, messages: Sequence[Message] | str, **options: Unpack[GenerateOptions]) -> CompletionOutput:
+    def chat(self, messages: Iterable[ChatTurn] | str, **options: Unpack[GenerateOptions]) -> CompletionOutput:
         """The assistant's next message. A plain text is one message of the user. Options as for `stream`."""
-        return self.generate(chat_messages(messages), **options)
+        return self.generate(read_chat(messages), **options)
 
     def abort(self, request_id: str) -> bool:
         """Cancel a request by its id, whichever client sent it. False when no such request runs."""

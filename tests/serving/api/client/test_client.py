@@ -119,6 +119,27 @@ def test_an_unknown_sampling_field_is_the_callers_mistake(server):
         client.generate("a", temprature=1)
 
 
+def test_a_closed_client_says_so(server):
+    client = Client(server)
+    client.close()
+    client.close()
+    for call in (client.status, lambda: client.generate("a"), lambda: list(client.watch())):
+        with pytest.raises(Unreachable, match="is closed"):
+            call()
+
+
+def test_an_async_client_may_be_made_before_its_loop(server):
+    client = AsyncClient(server)
+
+    async def ask() -> str:
+        async with client:
+            return (await client.chat([{"role": "user", "content": "hi"}], max_tokens=1)).reason
+
+    assert asyncio.run(ask()) == "length"
+    with pytest.raises(Unreachable, match="is closed"):
+        asyncio.run(ask())
+
+
 @pytest.mark.anyio
 async def test_the_async_client_does_the_same(backend):
     async with serve(backend) as server, AsyncClient(server) as client:
