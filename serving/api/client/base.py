@@ -50,7 +50,7 @@ class UnaryCall(Generic[T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Connection:
+class _OpenChannel:
     channel: Any
     inference: inference_pb2_grpc.InferenceStub
     resilience: resilience_pb2_grpc.ResilienceStub
@@ -69,10 +69,10 @@ class ClientBase:
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._module = module
         self._tls = tls
-        self._connection: _Connection | None = None
+        self._connection: _OpenChannel | None = None
         self._closed = False
 
-    def _connected(self) -> "_Connection":
+    def _connected(self) -> "_OpenChannel":
         """The connection, opened if need be. Raises Unreachable once the client is closed."""
         if self._closed:
             raise Unreachable(f"this client of {self.address} is closed. Make another one.")
@@ -81,7 +81,7 @@ class ClientBase:
                 channel = self._module.insecure_channel(self.address, options=CHANNEL_OPTIONS)
             else:
                 channel = self._module.secure_channel(self.address, self._tls.grpc(), options=CHANNEL_OPTIONS)
-            self._connection = _Connection(
+            self._connection = _OpenChannel(
                 channel, inference_pb2_grpc.InferenceStub(channel), resilience_pb2_grpc.ResilienceStub(channel)
             )
         return self._connection
