@@ -14,6 +14,8 @@ from clients import trials
 from clients.trials import command, trial
 
 REQUESTS = 10
+ONLINE = {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": ""}
+"""Offline it looks for a tokenizer in its cache alone, and refuses a folder."""
 
 
 def bench(kind: str) -> str:
@@ -21,7 +23,7 @@ def bench(kind: str) -> str:
         where = ("-m", trials.model(), "--url", trials.base(), "--endpoint-type", kind, "--streaming")
         load = ("--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--request-count", str(REQUESTS))
         more = ("--concurrency", "4", "--tokenizer", trials.model_folder(), "--artifact-dir", folder, "--ui", "none")
-        command("aiperf", "profile", *where, *load, *more)
+        command("aiperf", "profile", *where, *load, *more, environment=ONLINE)
         (path,) = Path(folder).rglob("profile_export_aiperf.json")
         found = json.loads(path.read_text())
     assert found["request_count"]["avg"] == REQUESTS, found["request_count"]

@@ -200,9 +200,9 @@ function experts(now) {
   const top = Math.max(1, ...shares.flat());
   const cell = (layer, expert) => {
     const share = expert < 0 ? 0 : shares[layer][expert] / top;
-    const mix = Math.round(6 + 88 * share);
+    const mix = Math.round(6 + 84 * share); // black is legible on all of it by day, white on the darker part by night
     return element("span", {
-      class: expert < 0 ? "empty" : share > 0.55 ? "hot" : "",
+      class: expert < 0 ? "empty" : mix > 57 ? "hot" : "",
       style: expert < 0 ? {} : { background: `color-mix(in srgb, var(--accent) ${mix}%, var(--page))` },
       title: expert < 0 ? "empty slot" : `layer ${layer}, expert ${expert}: ${counts[layer][expert]} tokens`,
     }, expert < 0 ? "·" : String(expert));

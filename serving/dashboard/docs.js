@@ -13,6 +13,11 @@ function styled(made, ...classes) {
   return made;
 }
 
+/** A text whose `code` stands between backticks, as elements. */
+function prose(text) {
+  return text.split("`").map((part, place) => (place % 2 ? element("code", part) : part));
+}
+
 /** A schema's type in words; names of components are links to their tables. */
 function typeOf(schema) {
   if (schema.$ref) {
@@ -46,7 +51,7 @@ function fieldTable(schema) {
     const shown = styled(element("code", name), ...(schema.required?.includes(name) ? ["required"] : []));
     const bounds = styled(element("span", ` ${boundsOf(field)}`), "quiet");
     const type = styled(element("span", ...typeOf(field)), "type");
-    table.append(element("tr", element("td", shown), element("td", type, bounds), element("td", field.description ?? "")));
+    table.append(element("tr", element("td", shown), element("td", type, bounds), element("td", ...prose(field.description ?? ""))));
   }
   return styled(element("div", table), "table");
 }
@@ -56,12 +61,16 @@ function operationSection(path, method, operation) {
   title.id = operation.operationId;
   const section = element("section", title, element("p", operation.summary));
   for (const parameter of operation.parameters ?? []) {
-    section.append(element("p", `${parameter.in} `, element("code", parameter.name), `: ${parameter.description ?? ""}`));
+    const kind = { path: "Part of the path", query: "Parameter", header: "Header" }[parameter.in];
+    const type = styled(element("span", ...typeOf(parameter.schema)), "type", "quiet");
+    const meaning = prose(parameter.description ?? "");
+    section.append(element("p", `${kind} `, element("code", parameter.name), " ", type, ": ", ...meaning));
   }
   const body = operation.requestBody?.content["application/json"]?.schema;
   if (body) section.append(element("p", "Body: ", ...typeOf(body)));
   for (const [media, { schema }] of Object.entries(operation.responses["200"].content)) {
-    section.append(element("p", `Answer (${media}): `, ...typeOf(schema), ` ${schema.description ?? ""}`));
+    const meaning = schema.description ? [". ", ...prose(schema.description)] : [];
+    section.append(element("p", `Answer (${media}): `, ...typeOf(schema), ...meaning));
   }
   return section;
 }
@@ -69,7 +78,7 @@ function operationSection(path, method, operation) {
 function componentSection(name, schema) {
   const title = element("h2", element("code", name));
   title.id = name;
-  return element("section", title, element("p", schema.description ?? ""), fieldTable(schema));
+  return element("section", title, element("p", ...prose(schema.description ?? "")), fieldTable(schema));
 }
 
 async function draw() {
@@ -87,7 +96,7 @@ async function draw() {
   }
   for (const [name, schema] of Object.entries(api.components.schemas)) main.append(componentSection(name, schema));
   const errors = Object.entries(api.paths["/v1/completions"].post.responses).filter(([status]) => status !== "200");
-  const rows = errors.map(([status, { description }]) => element("tr", element("td", status), element("td", description)));
+  const rows = errors.map(([status, { description }]) => element("tr", element("td", status), element("td", ...prose(description))));
   main.append(element("section", element("h2", "Errors"), element("table", ...rows)));
   document.querySelector("nav").append(list);
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();

@@ -66,9 +66,19 @@ _LAST_EVENT_ID = {
     "description": "The id of the last event that came, or the id of the call for all of them.",
     "schema": _TEXT,
 }
-_ID = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
-_STREAM = {"name": "stream", "in": "query", "schema": {"type": "boolean"}}
-_BY = {"name": "by", "in": "query", "schema": {"type": "string", "enum": ["second", "minute"]}}
+_ID = {"name": "id", "in": "path", "required": True, "description": "The `id` of the response.", "schema": _TEXT}
+_STREAM = {
+    "name": "stream",
+    "in": "query",
+    "description": "`true` for the events of the response instead of the response.",
+    "schema": {"type": "boolean"},
+}
+_BY = {
+    "name": "by",
+    "in": "query",
+    "description": "The time of each figure; `second` if it is left out.",
+    "schema": {"type": "string", "enum": ["second", "minute"]},
+}
 _STARTING_AFTER = {
     "name": "starting_after",
     "in": "query",
@@ -76,7 +86,7 @@ _STARTING_AFTER = {
     "schema": {"type": "integer"},
 }
 _RESPONSE_EVENTS = tuple(event.__name__ for event in responses_objects.EVENTS)
-_NAME = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
+_NAME = {"name": "name", "in": "path", "required": True, "description": "A name of the model.", "schema": _TEXT}
 
 
 def openapi_document(root_path: str = "") -> dict[str, Any]:

@@ -39,6 +39,13 @@ def test_every_operation_has_an_id_of_its_own_and_every_reference_a_component():
     assert set(references(document)) == components
 
 
+def test_every_parameter_says_what_it_is():
+    operations = [operation for path in openapi_document()["paths"].values() for operation in path.values()]
+    parameters = [parameter for operation in operations for parameter in operation["parameters"]]
+    assert {parameter["in"] for parameter in parameters} == {"path", "query", "header"}
+    assert all(parameter["description"].endswith(".") for parameter in parameters)
+
+
 @pytest.mark.parametrize("model", [CompletionBody, ChatBody])
 def test_a_body_is_a_component_with_every_field_and_what_happens_to_it(model):
     properties = openapi_document()["components"]["schemas"][model.__name__]["properties"]
