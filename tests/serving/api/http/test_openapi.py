@@ -40,8 +40,7 @@ def test_every_operation_has_an_id_of_its_own_and_every_reference_a_component():
 
 
 def test_every_parameter_says_what_it_is():
-    operations = [operation for path in openapi_document()["paths"].values() for operation in path.values()]
-    parameters = [parameter for operation in operations for parameter in operation["parameters"]]
+    parameters = [parameter for operation in operations(openapi_document()) for parameter in operation["parameters"]]
     assert {parameter["in"] for parameter in parameters} == {"path", "query", "header"}
     assert all(parameter["description"].endswith(".") for parameter in parameters)
 
