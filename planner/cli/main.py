@@ -9,6 +9,7 @@ import sys
 
 from planner.cli import certify, commands
 from planner.cli.accuracy import accuracy
+from planner.cli.html_report import report
 from planner.cli.kubernetes import FORMATS
 from planner.cli.solve import ARCHS, solve
 from planner.cli.table import folded, terminal_width
@@ -197,6 +198,10 @@ def _show(subs) -> None:
     p.add_argument("--to", choices=FORMATS, required=True, help="format of the output")
     p.add_argument("--image", default="moejax:latest", help="container image (k8s)")
     p.add_argument("--name", default="moejax", help="name of the objects (k8s)")
+    p = _command(subs, "report", report, "Write a page on the plan: placement, memory, step, losses, months.")
+    p.add_argument("plan", help="plan file")
+    p.add_argument("--html", metavar="FILE", required=True, help="page to write, one file without any other")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the failures")
     p = _command(subs, "explain", commands.explain, "Explain one rank or one expert in words.")
     p.add_argument("plan", help="plan file")
     p.add_argument("what", nargs="+", help="`rank 3`, `expert 17` or `expert 17 layer 4`")

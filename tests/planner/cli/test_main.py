@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -242,3 +243,40 @@ def test_drafts_are_planned_and_never_exported_for_a_server(capsys, tmp_path):
         assert main(["solve", "deepseek-v3", "h200:4x8", "--mtp", wrong]) == 2
     assert main(["solve", "mixtral-8x7b", "h100", "--mtp", "accepted=0.8"]) == 2
     assert "no layer that drafts" in capsys.readouterr().err
+
+
+class Tags(HTMLParser):
+    """Counts elements, and checks that each is closed and that none loads anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def handle_starttag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        assert not {"src", "href"} & {name for name, _ in attrs}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("arch", ["collocated", "disaggregated", "pd"])
+def test_a_report_is_one_page_with_every_rank_in_both_maps(capsys, tmp_path, arch):
+    plan, html = str(tmp_path / "plan.json"), tmp_path / "report.html"
+    assert main(["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", arch, "--out", plan]) == 0
+    text(capsys, "report", plan, "--html", str(html))
+    tags = Tags()
+    tags.feed(html.read_text())
+    assert not tags.open
+    page = html.read_text()
+    assert all(page.count(f"rank {rank}, host") == 2 for rank in range(12))
+    for part in ("Where everything is", "Memory of a device", "A step", "What each loss costs", "simulated days"):
+        assert part in page
+    assert ("planned, not served by this version" in page) == (arch == "pd")
+    assert "prefers-color-scheme" in page

@@ -1,0 +1,266 @@
+"""`moejax plan report`: one self-contained page on a plan: placement, memory, step, trade-off, losses, months."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import pairwise
+
+from planner.cli.command import CommandResult, write_text
+from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
+from planner.cost.band import band_of
+from planner.cost.throughput import Candidate, assess, decode_speed, pareto
+from planner.failures.loss_forecast import forecast_losses, summarise
+from planner.failures.loss_model import LossModel, LossOutcome
+from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
+from planner.failures.simulate import simulate, timeline
+from planner.plan.deployment import PLANNED_ONLY, Deployment
+from planner.plan.plan import EXPERT_ROLES
+from planner.plan.pools import PooledDeployment, read_any_deployment
+from planner.solver.balance import relative_rank_loads
+from planner.solver.shapes import memory_budget, mesh_shapes
+
+DAYS = 180.0
+WIDTH = 960.0
+
+
+def report(options: Namespace) -> CommandResult:
+    """`report PLAN --html FILE`."""
+    found = read_any_deployment(options.plan)
+    pools = found.pools() if isinstance(found, PooledDeployment) else {"": found}
+    sections = [_head(found, pools), _topology(pools), _memory(pools), _steps(pools)]
+    if isinstance(found, PooledDeployment):
+        outcomes = forecast_pool_losses(found)
+    else:
+        outcomes = forecast_losses(LossModel(found), kinds=POOL_KINDS)[0]
+        sections.append(_trade_off(found))
+    sections.append(_losses(pools, outcomes))
+    sections += [_months(name, pool, options) for name, pool in pools.items() if pool.work != "prompts"]
+    title = f"{next(iter(pools.values())).workload.name} on {next(iter(pools.values())).cluster.name}"
+    write_text(options.html, page(title, sections))
+    return CommandResult(data={"html": options.html, "losses": summarise(outcomes)}, text=f"wrote {options.html}")
+
+
+def _assessed(d: Deployment) -> Candidate:
+    return assess(d.workload, d.cluster, d.shape, d.traffic, peak=d.plan.figure("peak_load", 1.0), work=d.work)
+
+
+def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) -> str:
+    """The figures of the whole plan, each as a range."""
+    first = pools["decode"] if isinstance(found, PooledDeployment) else found
+    best = _assessed(first)
+    rate, user, ttft = best.tokens_per_second, best.tokens_per_second_per_user, best.ttft_seconds
+    if isinstance(found, PooledDeployment):
+        rate, ttft = found.figure("tokens_per_second"), found.figure("ttft")
+    band = band_of(first.workload, first.cluster, first.shape, best.requests_per_group, first.traffic.prompt)
+    ranks = sum(len(pool.plan.ranks) for pool in pools.values())
+    rows = [
+        (band.text(rate, "rate", "tokens/s"), "all answers together"),
+        (band.text(1e3 / user, "tpot", "ms") if user else "-", "between two tokens of a stream"),
+        (band.text(ttft, "ttft", "s"), "until the first token"),
+        (f"{ranks:,}", f"ranks on {len({r.host for p in pools.values() for r in p.plan.ranks}):,} hosts"),
+    ]
+    meshes = "; ".join(
+        f"{name}: {pool.shape.describe()}" if name else pool.shape.describe() for name, pool in pools.items()
+    )
+    note = f" Pools for prompts and decode are {PLANNED_ONLY}." if isinstance(found, PooledDeployment) else ""
+    title = f"<h1>{escape(f'{first.workload.name} on {first.cluster.name}')}</h1><p>{meshes}.{note} {band.source()}</p>"
+    return title + f"<section>{facts(rows)}</section>"
+
+
+def _grid(
+    pools: dict[str, Deployment],
+    shade: Callable[[str, int], tuple[str, str]],
+    key: tuple[str, str],
+    name: str,
+    domain: Callable[[str, str, str], tuple[str, str] | None] = lambda pool, kind, name: None,
+) -> str:
+    """A cell for each rank, a row of cells for each host, in blocks of racks. `shade` has a rank's class and
+    text, `domain` those of a host or rack as a whole."""
+    racks: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for pool, deployment in pools.items():
+        for r in deployment.plan.ranks:
+            racks.setdefault((pool, r.rack or "no rack"), {}).setdefault(r.host, []).append(str(r.id))
+    most = max(len(ids) for hosts in racks.values() for ids in hosts.values())
+    cell = 15.0 if most <= 16 else 8.0
+    column = most * cell + 100
+    across = max(1, int(WIDTH // column))
+    drawn, x, y, deepest = [], 0.0, 16.0, 0.0
+    for at, ((pool, rack), hosts) in enumerate(racks.items()):
+        if at and at % across == 0:
+            x, y, deepest = 0.0, y + deepest + 26, 0.0
+        drawn.append(label(x, y, f"{pool} {rack}".strip(), kind="soft"))
+        if whole := domain(pool, "rack", rack):
+            drawn.append(rect(x + 62 + most * cell / 2, y - 9, most * cell / 2 - 1, 9, whole[0], f"{rack}: {whole[1]}"))
+        for row, (host, ids) in enumerate(hosts.items()):
+            top = y + 6 + row * (cell + 2)
+            drawn.append(label(x, top + cell - 3, host[:9], kind="soft"))
+            for i, rank in enumerate(ids):
+                kind, text = shade(pool, int(rank))
+                drawn.append(
+                    rect(x + 62 + i * cell, top, cell - 1, cell - 1, kind, f"rank {rank}, {host}, {rack}: {text}")
+                )
+            if whole := domain(pool, "host", host):
+                drawn.append(rect(x + 64 + most * cell, top, 18, cell - 1, whole[0], f"{host}: {whole[1]}"))
+        deepest = max(deepest, len(hosts) * (cell + 2))
+        x += column
+    height = y + deepest + 12
+    return svg(WIDTH, height + 22, [*drawn, scale(*key, 200, height)], name)
+
+
+def _topology(pools: dict[str, Deployment]) -> str:
+    """Racks, hosts and ranks, each rank shaded by its expert traffic."""
+    loads: dict[tuple[str, int], float] = {}
+    texts: dict[tuple[str, int], str] = {}
+    for name, d in pools.items():
+        mean = relative_rank_loads(d.plan, d.load_array()).mean(axis=0) if d.plan.experts else []
+        by_rank = dict(zip(d.plan.expert_rank_ids, map(float, mean), strict=False))
+        for r in d.plan.ranks:
+            held = f", {d.plan.slots_per_rank} slots a layer" if r.role in EXPERT_ROLES and d.plan.experts else ""
+            loads[name, r.id] = by_rank.get(r.id, 0.0)
+            texts[name, r.id] = (
+                f"{r.role}, group {r.group}{held}, {by_rank.get(r.id, 0.0):.2f} x the mean expert traffic"
+            )
+    low, high = min(loads.values()), max(loads.values())
+
+    def shade(pool: str, rank: int) -> tuple[str, str]:
+        return f"s{level(loads[pool, rank], low, high)}", texts[pool, rank]
+
+    drawn = _grid(pools, shade, (f"{low:.3f}", f"{high:.3f} x the mean"), "topology")
+    text = "A cell is a rank, a row a host, a block a rack; the deeper its shade, the more expert traffic it has."
+    return section("Where everything is", text, drawn)
+
+
+def _memory(pools: dict[str, Deployment]) -> str:
+    """The memory of each kind of device."""
+    rows, limit = [], 0.0
+    for name, d in _kinds(pools).items():
+        limit = (memory_budget(d.cluster) or 0) / 1e9
+        for device, uses in _assessed(d).memory_by_device().items():
+            parts, begin = [], 0.0
+            for use, size in uses:
+                parts.append((use, begin, size / 1e9))
+                begin += size / 1e9
+            rows.append((f"{name} {device}".strip(), parts))
+    return section(
+        "Memory of a device",
+        "Bytes by use; the line is what weights and cache may take.",
+        stacked_bars(rows, "GB", limit),
+    )
+
+
+def _kinds(pools: dict[str, Deployment]) -> dict[str, Deployment]:
+    """Each kind of pool once: prefill instances are alike."""
+    return {name.split(" ")[0]: pool for name, pool in reversed(pools.items())}
+
+
+def _steps(pools: dict[str, Deployment]) -> str:
+    """The parts of a step one below the other, each beginning where the one before ends."""
+    drawn = []
+    for name, d in _kinds(pools).items():
+        step = _assessed(d).step
+        if step is None:
+            continue
+        rows, begin = [], 0.0
+        for part, seconds in step.parts().items():
+            rows.append((part, [(part, begin * 1e3, seconds * 1e3)]))
+            begin += seconds
+        if begin - step.total > 1e-6:
+            rows.append(("hidden by overlap", [("hidden by overlap", step.total * 1e3, (begin - step.total) * 1e3)]))
+        rows.append(("the step", [("the step", 0.0, step.total * 1e3)]))
+        drawn.append((f"<p>{name or 'all ranks'}: {step.total * 1e3:,.1f} ms</p>") + stacked_bars(rows, "ms"))
+    return section("A step", "Seconds of the busiest rank by part, as a waterfall.", *drawn)
+
+
+def _trade_off(d: Deployment) -> str:
+    """Speed of a device against speed for a user, over shapes and batches, with the band of both."""
+    shapes = list(
+        mesh_shapes(d.workload, d.cluster, d.cluster.devices, arch=d.shape.arch, lost=d.survive.most_lost(d.cluster))
+    )
+    front = pareto(d.workload, d.cluster, shapes, d.traffic)
+    best = _assessed(d)
+    band = band_of(d.workload, d.cluster, d.shape, best.requests_per_group, d.traffic.prompt)
+    points = [(p["per_user"], p["per_device"]) for p in front]
+    low, high = ([(x / f, y / f) for x, y in points] for f in (band.tpot, 1 / band.tpot))
+    mark = None
+    if best.step:
+        own = decode_speed(d.shape, best.requests_per_group, best.step, d.workload.kept)
+        mark = own["per_user"], own["per_device"]
+    drawn = curve(points, low, high, "tokens/s a user", "tokens/s a device", mark)
+    return section(
+        "What speed for a user costs", f"Decode alone, over shapes and batches; the band is {band.source()}", drawn
+    )
+
+
+def _shade(o: LossOutcome, low: float, high: float) -> tuple[str, str]:
+    """The class and the text of a loss."""
+    if not o.survivable:
+        return "bad", f"not survivable: {o.reason}"
+    text = f"its requests wait {o.moved_stall * 1e3:,.0f} ms, others {o.stall * 1e3:,.0f} ms; {o.capacity:.1%} left"
+    return f"s{level(o.moved_stall, low, high)}", text
+
+
+def _losses(pools: dict[str, Deployment], outcomes: Sequence[LossOutcome]) -> str:
+    """The cost of each loss: a heat map of ranks, and the hosts and racks as tables of the worst."""
+    of_rank = {o.dead[0]: o for o in outcomes if o.kind.endswith("rank")}
+    of_domain = {(o.kind, o.name): o for o in outcomes if not o.kind.endswith("rank")}
+    values = [o.moved_stall for o in outcomes if o.survivable]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+
+    def shade(pool: str, rank: int) -> tuple[str, str]:
+        return _shade(of_rank[rank], low, high)
+
+    def domain(pool: str, kind: str, name: str) -> tuple[str, str] | None:
+        outcome = of_domain.get((f"{pool.split(' ')[0]}_{kind}" if pool else kind, name))
+        return None if outcome is None else _shade(outcome, low, high)
+
+    drawn = _grid(pools, shade, (f"{low * 1e3:,.0f}", f"{high * 1e3:,.0f} ms"), "cost of each loss", domain)
+    larger = [o for o in outcomes if not o.kind.endswith("rank")]
+    larger.sort(key=lambda o: (o.survivable, -o.moved_stall))
+    rows = [
+        [
+            f"{o.kind.replace('_', ' ')} {o.name}",
+            f"{o.stall * 1e3:,.0f}" if o.survivable else o.reason or "no",
+            f"{o.moved_stall * 1e3:,.0f}",
+            f"{o.capacity:.1%}",
+            f"{o.bytes_moved / 1e9:,.1f}",
+        ]
+        for o in larger[:24]
+    ]
+    head = ["host or rack", "others wait, ms", "its own, ms", "capacity left", "GB moved"]
+    title = f"<p>Hosts and racks, the worst {len(rows)} of {len(larger)}</p>" if rows else ""
+    text = (
+        "A cell is the loss of a rank, the bar beside them that of the host, and the one above that of the rack: "
+        "deeper where its own requests wait longer, red where it is not survivable. All are estimates."
+    )
+    return section("What each loss costs", text, drawn, title, html_table(head, rows) if rows else "")
+
+
+def _months(name: str, d: Deployment, options: Namespace) -> str:
+    """Simulated months: the devices that are down over time, and the policies side by side."""
+    events = timeline(d, days=DAYS, seed=options.seed)
+    results = simulate(d, events, days=DAYS, seed=options.seed)
+    down, points = 0, [(0.0, 0)]
+    for event in events:
+        down += (-1 if event.up else 1) * len(event.ids)
+        points.append((event.hour / 24, max(0, down)))
+    points.append((DAYS, points[-1][1]))
+    most = max(1, *(count for _, count in points))
+    drawn = []
+    for (day, count), (until, _) in pairwise(points):
+        height = 70 * count / most
+        text = f"day {day:.1f} to {until:.1f}: {count} devices down"
+        drawn.append(rect(40 + day / DAYS * 900, 80 - height, (until - day) / DAYS * 900, height, "p5", text))
+    drawn.append('<line x1="40" x2="940" y1="80.5" y2="80.5" class="axis"/>')
+    drawn += [label(34, 16, str(most), anchor="end", kind="soft"), label(40, 98, "day 0", kind="soft")]
+    drawn.append(label(940, 98, f"day {DAYS:.0f}", anchor="end", kind="soft"))
+    head = ["policy", "availability", "goodput lost", "outage, h", "masked, h", "reduced, h", "stall, s"]
+    rows = [
+        [r.policy, f"{r.availability:.4%}", f"{r.goodput_lost:.3%}"]
+        + [f"{x:,.1f}" for x in (r.outage_hours, r.degraded_hours, r.reduced_hours, r.stall_seconds)]
+        for r in results
+    ]
+    where = f" of the ranks for {name}" if name else ""
+    text = f"Devices down{where} at the cluster's failure rates, and what the months cost under each policy [estimate]."
+    return section(f"{DAYS:.0f} simulated days", text, svg(WIDTH, 106, drawn, "devices down"), html_table(head, rows))
