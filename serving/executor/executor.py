@@ -114,13 +114,16 @@ class RankExecutor:
 
     async def call(self, rank: int, what: str, message: Any) -> link_pb2.Done:
         """Send a rank a command, and wait for its answer. `what` is the name of the command in the Command message.
-        Raises RankLost or CommandFailed."""
+        Raises RankLost or CommandFailed. The answer of a rank that was lost since does not count."""
         each = self._alive(rank)
         self._command_ids += 1
         future: asyncio.Future[link_pb2.Done] = asyncio.get_running_loop().create_future()
         each.pending_commands[self._command_ids] = (what, future)
         each.outbox.put_nowait(link_pb2.Command(id=self._command_ids, **{what: message}))
-        return await future
+        answer = await future
+        if each.loss is not None:
+            raise RankLost(rank, str(each.loss.cause))
+        return answer
 
     async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
         """Run one step on all these ranks, after the steps they have already. Raises RankLost, NonFiniteStep, or

@@ -61,7 +61,8 @@ class TakeOver:
         left = self._executor.adopt_left_ranks()
         if left:
             self._log(f"taking over {len(left)} ranks")
-        attached = [each for each in await asyncio.gather(*map(self._reattach, left)) if each is not None]
+        found = [each for each in await asyncio.gather(*map(self._reattach, left)) if each is not None]
+        attached = [(rank, held) for rank, held in found if not self._is_lost(rank)]
         served = {rank: held for rank, held in attached if held.generation}
         for rank in sorted({rank for rank, _ in attached} - served.keys()):
             front.state.record(Ready(rank))
@@ -82,7 +83,7 @@ class TakeOver:
                 self.ranks_taken_over = len(served)
                 front.suspend(served, str(error))
                 return True
-            lost = [rank for rank in served if (each := self._executor.get(rank)) is None or each.loss is not None]
+            lost = [rank for rank in served if self._is_lost(rank)]
             await asyncio.gather(*map(self._executor.fenced, lost))
             served = {rank: held for rank, held in served.items() if rank not in lost}
             goes_on = False
@@ -94,6 +95,10 @@ class TakeOver:
         """The full pages that ranks of an earlier front still hold, {rank: {page: key}}; empty after the first call."""
         taken, self._known_pages = self._known_pages, {}
         return taken
+
+    def _is_lost(self, rank: int) -> bool:
+        each = self._executor.get(rank)
+        return each is None or each.loss is not None
 
     async def _reattach(self, rank: int) -> tuple[int, link_pb2.Held] | None:
         """The state of a rank that an earlier front left, once it is configured; None if it cannot go on. It comes as

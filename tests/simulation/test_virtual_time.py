@@ -85,7 +85,7 @@ def test_the_tasks_of_a_process_are_known_and_so_are_errors_that_nobody_saw() ->
         await loop.create_task(begin(), context=context_of(owner))
         assert len(loop.tasks_of(owner)) == 1
         assert loop.tasks_of(None) == [asyncio.current_task()]
-        ((its, error),) = loop.unseen_errors()
+        ((its, _, error),) = loop.unseen_errors()
         assert its is owner
         assert "nobody" in str(error)
 

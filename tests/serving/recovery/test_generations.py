@@ -138,3 +138,19 @@ def test_the_answer_of_a_rank_that_is_lost_before_the_others_answer_does_not_cou
             await asked
 
     asyncio.run(case())
+
+
+def test_nor_does_the_answer_to_one_command() -> None:
+    async def case() -> None:
+        detector = FailureDetectorSettings(heartbeat_floor_s=1.0, step_floor_s=1.0)
+        executor = RankExecutor(detector, lambda loss: None, _Starter())  # type: ignore[arg-type]
+        each = executor.spawn(0)
+        asked = asyncio.create_task(executor.call(0, "configure", link_pb2.Configure()))
+        command = await each.outbox.get()
+        assert command is not None
+        executor._receive(each, link_pb2.Report(rank=0, done=link_pb2.Done(id=command.id)))
+        executor.declare(0, Cause("error", "died"), 0.0)  # before its answer has been looked at
+        with pytest.raises(RankLost, match="rank 0"):
+            await asked
+
+    asyncio.run(case())

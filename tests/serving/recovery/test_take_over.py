@@ -74,3 +74,37 @@ def test_a_rank_that_does_not_come_back_has_ended_before_a_plan_without_it_is_ad
         await second.failover.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_rank_that_is_lost_before_the_others_have_attached_is_not_counted_on(served: bool) -> None:
+    class Dying(FakeExecutor):
+        """Rank 1 ends once it has answered the second front, which waits for rank 2."""
+
+        attached = since = 0
+
+        async def wait_attached(self, rank: int) -> link_pb2.Hello:
+            self.attached += 1
+            if self.attached > SETTINGS.ranks and rank == 2:
+                while (1, "configure") not in self.log[self.since :]:
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
+                self.kill(1)
+            return await super().wait_attached(rank)
+
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        executor = Dying(first.executor._buckets, max_pages=first.executor._max_pages)
+        first = Machine(SETTINGS, executor)
+        await first.failover.start()
+        await first.failover.close()
+        executor.since = len(executor.log)
+        if not served:
+            executor.spawn(1)
+        second = Machine(SETTINGS, executor)
+        await second.failover.start()
+        assert second.failover.plan_ranks == (0, 2)
+        assert not second.failover.membership.is_incoming(1)
+        await second.failover.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60.0))
