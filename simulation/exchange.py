@@ -42,7 +42,7 @@ class Gathering:
     def __init__(self, needed: int, ready: Callable[[], None]) -> None:
         self.needed = needed
         self.came: dict[int, Member] = {}
-        self._waiting: dict[int, Ended] = {}
+        self._waiting: dict[int, tuple[Ended, asyncio.TimerHandle]] = {}
         self._ready = ready
         self.failed = ""
 
@@ -52,15 +52,18 @@ class Gathering:
             ended(self.failed)
             return
         self.came[member.rank] = member
-        self._waiting[member.rank] = ended
-        asyncio.get_running_loop().call_later(TIMEOUT_S, self.leave, member.rank, "the others did not come in time")
+        loop = asyncio.get_running_loop()
+        timeout = loop.call_later(TIMEOUT_S, self.leave, member.rank, "the others did not come in time")
+        self._waiting[member.rank] = ended, timeout
         if len(self.came) == self.needed:
             self._ready()
 
     def leave(self, rank: int, why: str) -> None:
         """A rank waits no longer."""
-        ended = self._waiting.pop(rank, None)
-        if ended is not None:
+        waiting = self._waiting.pop(rank, None)
+        if waiting is not None:
+            ended, timeout = waiting
+            timeout.cancel()
             ended(why)
 
     def fail(self, why: str) -> None:

@@ -4,14 +4,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import planner.solver.lattice
 import serving.core.background
 import serving.core.journal
 import serving.core.loop
 import serving.executor.kv_replica
 import serving.executor.rank_monitor
 import serving.recovery.kv_restoration
+import serving.recovery.plan_catalog
 import serving.recovery.rendezvous
 from simulation.front import checked_engine
+from simulation.solved_plans import solve_once
 from simulation.world import World
 
 POLL_S = 0.05
@@ -22,7 +25,7 @@ PIECE_ENTRIES = 7
 
 @contextlib.contextmanager
 def substituted(world: World) -> Iterator[None]:
-    """The coordination service, the disk, and constants, until the block is left."""
+    """The coordination service, the disk, constants, and plans solved once, until the block is left."""
     write_at: Callable[..., None] = serving.core.journal._write_at
 
     def write_with_room(file: int, data: bytes, at: int) -> None:
@@ -38,6 +41,8 @@ def substituted(world: World) -> Iterator[None]:
         (serving.core.background, "COMPACTION_PAUSE_S", 0.0),
         (serving.executor.rank_monitor, "POLL_S", POLL_S),
         (serving.executor.kv_replica, "PIECE_ENTRIES", PIECE_ENTRIES),
+        (serving.recovery.plan_catalog, "solve", solve_once),
+        (planner.solver.lattice, "solve", solve_once),
     ]
     if world.scenario.restores_always:
         changes.append((serving.recovery.kv_restoration, "should_restore", lambda *_, **__: True))

@@ -4,7 +4,9 @@ Nothing outside the loop can wake it, so that a run depends on nothing but what 
 """
 
 import asyncio
+import collections
 import contextvars
+import heapq
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +26,24 @@ class OutOfTime(Exception):
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
     """An event loop under virtual time, for at most `max_turns` turns. `thread_delay` gives the virtual seconds before
-    a function that asyncio would run in a thread is run (here), and before its result arrives."""
+    a function that asyncio would run in a thread is run (here), and before its result arrives.
+
+    A turn is that of asyncio without what nothing needs here, a selector and the search for slow callbacks: it runs
+    all that was ready when it began, and the timers that are due, in order of their times; those of one time in the
+    order in which they were set.
+    """
 
     def __init__(self, *, max_turns: int, thread_delay: Callable[[], float] = lambda: 0.0) -> None:
         super().__init__()
-        self._selector = self
         self._now = 0.0
         self._max_turns = max_turns
         self._thread_delay = thread_delay
         self._tasks: list[tuple[object, asyncio.Task[Any]]] = []
+        self._turn: collections.deque[asyncio.Handle] = collections.deque()
+        """The callbacks that are ready to run."""
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        """A heap: the time, the number and the handle of each timer."""
+        self._timers_set = 0
         self.turns = 0
         self.set_task_factory(self._make_task)
 
@@ -40,15 +51,55 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         """Virtual seconds since the start."""
         return self._now
 
-    def select(self, timeout: float | None) -> list[Any]:
-        """Wait, as a selector does: the clock moves to the next timer. Raises Deadlock and OutOfTime."""
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """Call a function in the next turn."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._turn.append(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call a function at a time."""
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timers_set += 1
+        heapq.heappush(self._timers, (when, self._timers_set, handle))
+        return handle
+
+    def _run_once(self) -> None:
+        """One turn. Raises Deadlock and OutOfTime."""
         self.turns += 1
         if self.turns > self._max_turns:
             raise OutOfTime(f"{self.turns} turns of the event loop")
-        if timeout is None:
-            raise Deadlock("nothing is scheduled, and nothing can happen any more")
-        self._now += max(timeout, TURN_S)
-        return []
+        turn, timers = self._turn, self._timers
+        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(timers)
+        self._now += TURN_S
+        if not turn and not self._stopping:  # type: ignore[attr-defined]
+            if not timers:
+                raise Deadlock("nothing is scheduled, and nothing can happen any more")
+            self._now = max(self._now, timers[0][0])
+        now = self._now
+        while timers and timers[0][0] <= now:
+            turn.append(heapq.heappop(timers)[2])
+        for _ in range(len(turn)):
+            handle = turn.popleft()
+            if not handle._cancelled:  # type: ignore[attr-defined]
+                handle._run()  # type: ignore[attr-defined]
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """A timer was cancelled: it is dropped when its time comes."""
+
+    def close(self) -> None:
+        """Drop all that is scheduled."""
+        self._turn.clear()
+        self._timers.clear()
+        super().close()
+
+    def _write_to_self(self) -> None:
+        """Nothing but the loop itself schedules anything."""
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":  # type: ignore[override]
         """Run a function a little later in this thread; its result arrives a little later still."""
@@ -78,14 +129,14 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         """The tasks of a simulated process that are not done."""
         return [task for own, task in self._tasks if own is owner and not task.done()]
 
-    def unseen_errors(self) -> list[tuple[object, BaseException]]:
-        """The errors of tasks that ended with one which nobody has looked at, with their owners."""
+    def unseen_errors(self) -> list[tuple[object, asyncio.Task[Any], BaseException]]:
+        """The tasks that ended with an error which nobody has looked at: owner, task and error of each."""
         found = []
         for owner, task in self._tasks:
             if task.done() and not task.cancelled() and getattr(task, "_log_traceback", False):
                 error = task.exception()
                 if error is not None:
-                    found.append((owner, error))
+                    found.append((owner, task, error))
         return found
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> "asyncio.Task[Any]":
@@ -97,12 +148,6 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
                 each for each in self._tasks if not each[1].done() or getattr(each[1], "_log_traceback", False)
             ]
         return task
-
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There are no events but timers."""
-
-    def _write_to_self(self) -> None:
-        """Nothing but the loop itself schedules anything."""
 
 
 def context_of(owner: object) -> contextvars.Context:

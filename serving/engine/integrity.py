@@ -4,8 +4,10 @@ from serving.engine.page_pool import check_pages
 from serving.engine.state import EngineState
 
 
-def check_integrity(state: EngineState) -> None:
-    """Raise AssertionError unless pages, decode rows and requests are conserved."""
+def check_integrity(state: EngineState, before: EngineState | None = None) -> None:
+    """Raise AssertionError unless pages, decode rows and requests are conserved. Sequences and pools that are those of
+    `before`, a state that was checked, are not looked at again."""
+    known = {} if before is None else {**before.waiting, **before.running}
     both = state.waiting.keys() & state.running.keys()
     assert not both, f"{both} are waiting and running"
     arrivals = [sequence.arrival for sequence in state.waiting.values()]
@@ -16,10 +18,14 @@ def check_integrity(state: EngineState) -> None:
         request = sequence.request
         assert key == sequence.id
         assert sequence.arrival < state.arrivals, f"{key} arrived as {sequence.arrival} of {state.arrivals}"
+        if known.get(key) is sequence:
+            continue
         assert not request.sampling.stop_tokens.intersection(sequence.generated), f"{key} is past its stop token"
         over = sequence.known_tokens and state.limits.length_reason(request, sequence.known_tokens)
         assert not over, f"{key} has all its tokens and is still open"
-    for sequence in state.waiting.values():
+    for key, sequence in state.waiting.items():
+        if before is not None and before.waiting.get(key) is sequence:
+            continue
         assert sequence == sequence.preempted(), f"{sequence.id} waits and holds {sequence.pages}"
     for sequence in state.running.values():
         assert sequence.rank in state.pools, f"{sequence.id} runs on rank {sequence.rank}, which is not there"
@@ -28,6 +34,10 @@ def check_integrity(state: EngineState) -> None:
         assert sequence.computed <= room, f"{sequence.id} has {sequence.computed} entries in room for {room}"
     for rank, pool in state.pools.items():
         here = [sequence for sequence in state.running.values() if sequence.rank == rank]
+        if before is not None and before.pools.get(rank) is pool:
+            there = [sequence for sequence in before.running.values() if sequence.rank == rank]
+            if list(map(id, here)) == list(map(id, there)):
+                continue
         most = state.limits.max_decode_rows
         assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
         check_pages(pool, [page for sequence in here for page in sequence.pages])

@@ -1,0 +1,36 @@
+"""Plans that were solved before in this process: the planner is pure, and many scenarios have the same problems."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+from planner.errors import NoFeasiblePlan
+from planner.plan.plan import Plan
+from planner.solver.problem import Problem
+from planner.solver.solve import solve
+
+MOST = 20_000
+"""Most plans that are kept."""
+_solved: dict[Hashable, Plan | str] = {}
+
+
+def solve_once(problem: Problem) -> Plan:
+    """As `planner.solver.solve.solve`."""
+    key = tuple(_hashable(getattr(problem, field.name)) for field in dataclasses.fields(problem))
+    found = _solved.get(key)
+    if found is None:
+        try:
+            found = solve(problem)
+        except NoFeasiblePlan as error:
+            found = str(error)
+        if len(_solved) < MOST:
+            _solved[key] = found
+    if isinstance(found, str):
+        raise NoFeasiblePlan(found)
+    return found
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
+    return tuple(value) if isinstance(value, list) else value
