@@ -271,6 +271,11 @@ class HandRank:
         held = self.held if self.held is not None else np.zeros((0, 0), np.int32)
         return {(int(x), int(held[x, s])) for x, s in np.argwhere(held >= 0) if (int(x), int(s)) not in self.doubted}
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the weights in a slot with an expert are damaged."""
+        return self.held is not None and any(self.held[at] >= 0 for at in self.damaged)
+
     def take_messages(self) -> list[link_pb2.Copied]:
         """The messages that the replicator has for the front."""
         return self.replicator.take_messages() if self.replicator is not None else []

@@ -23,6 +23,7 @@ from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import NO_DELAY
 from serving.executor.rank_monitor import DelayEvidence
 from serving.executor.step_pipeline import StepPipeline
+from serving.recovery.adoption import Adoption
 from serving.recovery.failover import Failover
 from serving.recovery.maintenance import Maintenance
 from serving.recovery.membership_events import Seen
@@ -139,6 +140,18 @@ def _answer_of_another_step() -> list[Change]:
     return _wrapped(RankExecutor, "_take_pending_step", wrap)
 
 
+def _missing_not_masked() -> list[Change]:
+    def wrap(adopt: Callable[..., Any]) -> Callable[..., Any]:
+        async def believes(self: Adoption, plan: Plan, desired: Plan) -> list[Any]:
+            await adopt(self, plan, desired)
+            return []
+
+        return believes
+
+    everything = (serving.recovery.adoption, "without_slots", lambda plan, slots: plan)
+    return [everything, *_wrapped(Adoption, "_adopt_once", wrap)]
+
+
 def _replay_forgets_the_last_item() -> list[Change]:
     return _wrapped(RequestLog, "items", lambda items: lambda self, request_id: items(self, request_id)[:-1])
 
@@ -178,7 +191,7 @@ MUTANTS = (
     Mutant(
         "missing_not_masked",
         "an expert that could not be read is masked",
-        lambda: [(serving.recovery.adoption, "without_slots", lambda plan, slots: plan)],
+        _missing_not_masked,
     ),
     Mutant(
         "damage_ignored",

@@ -188,9 +188,9 @@ async def _check_liveness(
 
 
 async def _call_until_served(world: World) -> None:
-    """One call after the other, until one is not refused."""
+    """One call after the other, until one is complete."""
     number, outcome = 0, ""
-    while outcome in ("", "NoCapacity", "QueueFull", "the front died, and there is no journal"):
+    while outcome != "complete":
         number += 1
         client = SimulatedClient(world, dataclasses.replace(CANARY, id=f"canary{number}"))
         await client.run()
@@ -212,6 +212,9 @@ def _why_not_whole(world: World) -> str:
         return f"ranks {missing} do not serve: {states}"
     if plan.masked or failover.adoption.reconciling:
         return f"experts {plan.masked} are masked"
+    damaged = [rank for rank in failover.plan_ranks if (process := world.ranks.get(rank)) and process.hand.is_damaged]
+    if damaged and world.settings.scrub_s:
+        return f"weights of ranks {damaged} are damaged"
     if failover.membership.comm_broken or front.loop.engine.maintenance.pending:
         return "something is still due"
     return ""
