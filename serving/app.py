@@ -3,14 +3,12 @@
 import asyncio
 import contextlib
 import dataclasses
-import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from serving.api.grpc.server import start_grpc
-from serving.api.http.server import start_http
+from serving.api.surfaces import Ports, open_surfaces, raise_file_limit
 from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls
 from serving.config import Settings, listed
@@ -20,6 +18,7 @@ from serving.core.loop import Loop
 from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
 from serving.core.step_stats import StepStats
+from serving.edges.front_socket import FrontSocket
 from serving.engine.limits import Limits
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
@@ -31,9 +30,11 @@ from serving.protocol.events import EventLog
 from serving.protocol.prepared_model import PreparedModel, prepare_model
 from serving.recovery.certificate_watch import read_signed
 from serving.recovery.failover import Failover
-from serving.text.generation_config import load_sampling_defaults
+from serving.text.model_files import load_defaults, load_tokenizer
 from serving.text.structured_output import GrammarMatcher
-from serving.text.tokenizer import Tokenizer
+
+EVENTS_OF_A_FRONT = 1_000_000
+"""The events of a front that takes over have sequences above a multiple of this."""
 
 Log = Callable[[str], None]
 """Takes a line for the user who starts the server."""
@@ -51,8 +52,7 @@ class App:
         self.processor = processor
         self.loop = loop
         self.failover = failover
-        self.grpc_port = 0
-        self.http_port = 0
+        self.ports = Ports(grpc=0, http=0)
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
@@ -62,20 +62,19 @@ class App:
         `run` is the folder of a supervised front. Raises StartError naming the process and the cause; nothing keeps
         running then.
         """
-        _raise_file_limit()
+        raise_file_limit()
         limits, tls = CallLimits.of(settings), ServerTls.of(settings)  # their errors come before the slow part
         if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
             read_signed(settings)
         model = (await _prepared(settings, log, run)).with_context(settings.max_context, log).with_known_tokens(log)
-        tokenizer = _load_tokenizer(settings, model)
-        off = settings.generation_config == "off"
-        defaults = None if off else load_sampling_defaults(Path(model.folder), model.vocab_size)
+        tokenizer = load_tokenizer(settings, model)
+        defaults = load_defaults(settings, model)
         saved_counts = BucketCounts.for_server(settings, model)
         settings = resolve_buckets(settings, saved_counts, log, run)
         async with contextlib.AsyncExitStack() as stack:
             request_log = _open_request_log(settings, run)
             stack.callback(request_log.close)
-            events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
+            events, step_stats, wake = EventLog(_last_sequence(run)), StepStats(settings, model.info()), asyncio.Event()
             failover, executor = await _start_ranks(
                 stack,
                 settings,
@@ -125,7 +124,12 @@ class App:
             stack.push_async_callback(loop.drain, 0.0)
             reader = asyncio.create_task(processor.read_unattended(request_log.running()))
             stack.callback(reader.cancel)
-            await app._open_surfaces(stack, limits, tls, run)
+            if run is not None and settings.edges:
+                await app._open_to_edges(stack, run)
+            else:
+                await app._open_surfaces(stack, limits, tls, run)
+            if run is not None:
+                run.announce(grpc_port=app.ports.grpc, http_port=app.ports.http)
             app._stack = stack.pop_all()
             return app
         raise AssertionError("unreachable: the block above returns or raises")
@@ -135,27 +139,23 @@ class App:
     ) -> None:
         """Start gRPC and HTTP. A port of 0 is the port of the front before this one, if there was one."""
         settings, earlier = self.settings, {} if run is None else run.ports
-        grpc_server = await start_grpc(
-            self.processor,
-            host=settings.host,
-            port=settings.grpc_port or earlier.get("grpc_port", 0),
-            limits=limits,
-            tls=tls,
-            vllm=settings.vllm_grpc,
+        wanted = Ports(
+            grpc=settings.grpc_port or earlier.get("grpc_port", 0),
+            http=settings.http_port or earlier.get("http_port", 0),
         )
-        stack.push_async_callback(grpc_server.stop, 1.0)
-        http_server = await start_http(
-            self.processor,
-            host=settings.host,
-            port=settings.http_port or earlier.get("http_port", 0),
-            limits=limits,
-            tls=tls,
-            settings=settings,
-        )
-        stack.push_async_callback(http_server.stop, 1.0)
-        self.grpc_port, self.http_port = grpc_server.port, http_server.port
-        if run is not None:
-            run.announce(grpc_port=self.grpc_port, http_port=self.http_port)
+        self.ports = await open_surfaces(stack, self.processor, settings, limits, tls, wanted)
+
+    async def _open_to_edges(self, stack: contextlib.AsyncExitStack, run: RunFolder) -> None:
+        """Serve the edges, which have opened gRPC and HTTP or are about to, and wait for one of them."""
+        loop = self.loop
+        front = FrontSocket(loop, self.processor, on_started=loop.edge_started, on_lost=loop.edge_lost)
+        loop.connected_edges = lambda: front.edges
+        await front.open(run.path)
+        stack.push_async_callback(front.close)
+        following = asyncio.create_task(self.processor.metrics.follow())
+        stack.callback(following.cancel)
+        await front.serving.wait()
+        self.ports = Ports(grpc=self.settings.grpc_port, http=self.settings.http_port)
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Drain for `grace_s` seconds (None: those of the settings), then end every process."""
@@ -234,17 +234,6 @@ async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> Prep
     return model
 
 
-def _load_tokenizer(settings: Settings, model: PreparedModel) -> Tokenizer:
-    return Tokenizer.load(
-        Path(model.folder),
-        bos_token=model.bos_token,
-        stop_tokens=model.stop_tokens,
-        chat_template=None if settings.chat_template is None else Path(settings.chat_template),
-        tool_call_parser=settings.tool_call_parser,
-        reasoning_parser=settings.reasoning_parser,
-    )
-
-
 def _open_request_log(settings: Settings, run: RunFolder | None) -> RequestLog:
     """The calls that a front before this one left, and a journal for the next, as the settings want it."""
     if settings.journal == "off" or (settings.journal is None and run is None):
@@ -254,7 +243,6 @@ def _open_request_log(settings: Settings, run: RunFolder | None) -> RequestLog:
     return RequestLog(journal, records, retention_s=settings.resume_s)
 
 
-def _raise_file_limit() -> None:
-    """Raise the limit on open files: every stream needs a socket."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if soft < hard else (soft, hard))
+def _last_sequence(run: RunFolder | None) -> int:
+    """The sequence from which the events of this front go on, so that watchers of an earlier one miss none."""
+    return 0 if run is None else EVENTS_OF_A_FRONT * run.next_front()

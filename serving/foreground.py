@@ -65,7 +65,7 @@ def _announce(app: App, log: Log) -> None:
     mesh = ", ".join(f"{name} {size}" for name, size in status.axes.items() if size > 1)
     coverage = ", ".join(f"{loss} {share:.0%}" for loss, share in status.lattice.items())
     scheme = "https" if settings.tls_cert else "http"
-    http_at, grpc_at = f"{scheme}://{settings.host}:{app.http_port}", f"{settings.host}:{app.grpc_port}"
+    http_at, grpc_at = f"{scheme}://{settings.host}:{app.ports.http}", f"{settings.host}:{app.ports.grpc}"
     log(f"ready: {app.loop.model.name} on {len(status.ranks)} ranks (mesh {mesh or 'of one'})")
     log(f"       {status.slots_per_rank} slots per rank; losses prepared: {coverage or 'none'}")
     log(f"       ranks: {', '.join(f'{r.id} (pid {r.pid})' for r in status.ranks)}")

@@ -36,12 +36,12 @@ class Server:
     @property
     def address(self) -> str:
         """host:port of gRPC. Raises StartError if the server is not running."""
-        return f"{self.settings.host}:{self._running().grpc_port}"
+        return f"{self.settings.host}:{self._running().ports.grpc}"
 
     @property
     def url(self) -> str:
         """http://host:port of HTTP. Raises StartError if the server is not running."""
-        return f"http://{self.settings.host}:{self._running().http_port}"
+        return f"http://{self.settings.host}:{self._running().ports.http}"
 
     def _running(self) -> App:
         if self.app is None:

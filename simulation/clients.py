@@ -161,7 +161,7 @@ class SimulatedClient:
         if isinstance(front, Front) and front.processor is not None and not front.dead and not self.outcome:
             self.aborted = True
             self.world.note(f"client {self.plan.id} cancels its call")
-            front.context.run(front.processor.abort, self.plan.id)
+            front.task(front.processor.abort(self.plan.id))
 
     async def _reread(self, after: float) -> None:
         await asyncio.sleep(after)
@@ -182,7 +182,7 @@ class SimulatedClient:
                 yield item
 
     async def _resume(self, processor: RequestProcessor) -> AsyncGenerator[AnswerItem, None]:
-        async with contextlib.aclosing(processor.replay(processor.find_call(self.plan.id))) as items:
+        async with contextlib.aclosing(processor.replay(await processor.find_call(self.plan.id))) as items:
             async for item in items:
                 yield item
 

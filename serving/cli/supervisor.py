@@ -1,8 +1,8 @@
 """Keeps a front running. When the front dies, the standby front takes over its ports, its journal and its ranks.
 
-Front, standby front and local ranks are children of the supervisor and die with it. The supervisor does little else, so
-that little can go wrong in it. The files that they share are in a folder that only their owner can read; it is removed
-when the server ends.
+Front, standby front, edges and local ranks are children of the supervisor and die with it. The supervisor does little
+else, so that little can go wrong in it. The files that they share are in a folder that only their owner can read; it is
+removed when the server ends.
 """
 
 import collections
@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import Settings
+from serving.errors import StartError
+from serving.launch.edge_processes import EdgeProcesses, SharedPorts
 from serving.launch.run_folder import ENV_RUN, RunFolder
 from serving.launch.supervised import RankParent
 from serving.observability import logs
+from serving.observability.metrics import FOLDER as METRICS_FOLDER
 
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 120.0
 """After more deaths than this within so many seconds, no front is started again."""
@@ -38,35 +41,96 @@ def supervise(settings: Settings) -> int:
         logs.SERVER.warning("%s", note)
     within = "/tmp" if len(tempfile.gettempdir()) > _MAX_TEMPORARY_PATH else None
     run = RunFolder(Path(tempfile.mkdtemp(prefix="moejax-run-", dir=within)))  # owner-only
-    front: subprocess.Popen[bytes] | None = None
-    stopping = False
-
-    def stop(number: int, _frame: Any) -> None:
-        nonlocal stopping
-        stopping = True
-        if front is not None:
-            front.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    deaths: collections.deque[float] = collections.deque(maxlen=MAX_RESTARTS)
-    ranks, standby = RankParent(run.path), Standby(run)
     try:
+        with contextlib.ExitStack() as stack:
+            return Supervisor(settings, run, stack).serve()
+    except StartError as error:
+        logs.SERVER.error("%s", error)
+        return 1
+    finally:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+class Supervisor:
+    """The processes of one server; `stack` ends them. Raises StartError when a port of the edges cannot be had."""
+
+    def __init__(self, settings: Settings, run: RunFolder, stack: contextlib.ExitStack) -> None:
+        self._run = run
+        self._front: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self._edge_code: int | None = None
+        """How an edge ended before any front was ready: the server cannot start."""
+        self._edges: EdgeProcesses | None = None
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+        self._ranks = RankParent(run.path)
+        stack.callback(self._ranks.end)
+        self._selector.register(self._ranks, selectors.EVENT_READ, self._ranks)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        if settings.edges:
+            ports = SharedPorts(settings)
+            stack.callback(ports.close)
+            settings = ports.in_settings(settings)
+            run.metrics.mkdir()
+            os.environ[METRICS_FOLDER] = str(run.metrics)
         run.settings.write_text(settings.to_toml())
+        self._standby = Standby(run)
+        stack.callback(self._standby.end)
+        if settings.edges:
+            self._edges = EdgeProcesses(settings, run, ports, self._selector)
+            stack.callback(self._edges.end)
+
+    def serve(self) -> int:
+        """Run one front after the other. Returns the exit status of the last one."""
+        deaths: collections.deque[float] = collections.deque(maxlen=MAX_RESTARTS)
         while True:
-            front = standby.serve()
-            code = _wait_for(front, ranks, standby, run)
+            front = self._front = self._standby.serve()
+            code = self._wait_for(front)
             now = time.monotonic()
             often = len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTART_WINDOW_S
-            if stopping or code == 0 or often or not run.was_ready(front.pid):
+            if self._edge_code is not None:
+                return self._edge_code
+            if self._stopping or code == 0 or often or not self._run.was_ready(front.pid):
                 return 128 - code if code < 0 else code
             deaths.append(now)
             how = f"signal {-code}" if code < 0 else f"code {code}"
             logs.SERVER.error("the front ended with %s; the standby front takes over, and its requests continue", how)
-    finally:
-        standby.end()
-        ranks.end()
-        shutil.rmtree(run.path, ignore_errors=True)
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        self._stopping = True
+        if self._front is not None:
+            self._front.send_signal(number)
+
+    def _wait_for(self, front: "subprocess.Popen[bytes]") -> int:
+        """Answer the requests of the front until it ends, start the standby front once it serves, and edges that have
+        ended. The front's return code."""
+        ended, pause = os.pidfd_open(front.pid), _POLL_S
+        self._selector.register(ended, selectors.EVENT_READ)
+        try:
+            while True:
+                pauses = [each for each in (pause, self._edges and self._edges.pause_s) if each is not None]
+                ready = self._selector.select(min(pauses, default=None))
+                for key, _ in ready:
+                    if key.data is self._ranks:
+                        self._ranks.answer()
+                    elif key.data is self._edges and self._edges is not None:
+                        self._on_edge_ended(self._edges.on_ended(key.fileobj), front)
+                if any(key.fileobj == ended for key, _ in ready):
+                    return front.wait()
+                if self._edges is not None and not self._stopping:
+                    self._edges.start_due()
+                if pause is not None and self._run.was_ready(front.pid):
+                    self._standby.prepare()
+                    pause = None
+        finally:
+            self._selector.unregister(ended)
+            os.close(ended)
+
+    def _on_edge_ended(self, code: int, front: "subprocess.Popen[bytes]") -> None:
+        """An edge that ends by itself before any front is ready has logged what is wrong: the server does not start."""
+        if code > 0 and not self._run.ports:
+            self._edge_code = code
+            front.terminate()
 
 
 class Standby:
@@ -99,23 +163,3 @@ class Standby:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-
-def _wait_for(front: "subprocess.Popen[bytes]", ranks: RankParent, standby: Standby, run: RunFolder) -> int:
-    """Answer the requests of the front until it ends, and start the standby front once it serves. Its return code."""
-    ended, pause = os.pidfd_open(front.pid), _POLL_S
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(ended, selectors.EVENT_READ)
-            selector.register(ranks, selectors.EVENT_READ)
-            while True:
-                ready = {key.fileobj for key, _ in selector.select(pause)}
-                if ranks in ready:
-                    ranks.answer()
-                if ended in ready:
-                    return front.wait()
-                if pause is not None and run.was_ready(front.pid):
-                    standby.prepare()
-                    pause = None
-    finally:
-        os.close(ended)

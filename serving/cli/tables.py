@@ -46,6 +46,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
             "state",
             f"{state}, epoch {status.epoch}, generation {status.generation}, front pid {status.front_pid}",
         ),
+        ("edges", _edges(status)),
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
         ("experts masked", masked),
@@ -66,6 +67,12 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
 def _failures(ranks: Sequence[RankStatus]) -> list[Text]:
     """How ranks failed of themselves the last time, one on each line."""
     return [Text(f"rank {rank.id} {rank.last_failure}", "red") for rank in ranks if rank.last_failure]
+
+
+def _edges(status: Status) -> str:
+    """The processes that hold the clients' connections, with their open calls."""
+    texts = (f"pid {edge.pid} with {edge.calls} calls{'' if edge.serving else ', starting'}" for edge in status.edges)
+    return ", ".join(texts) or "none; the front holds the clients' connections"
 
 
 def _certificate(status: Status) -> str:

@@ -5,7 +5,7 @@ It implements `serving.protocol.backend.Backend`.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from serving.protocol.events import Event, EventKind, EventLog
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
-from serving.protocol.status import LossForecast, Status
+from serving.protocol.status import EdgeStatus, LossForecast, Status
 from serving.recovery.due import BESIDE_A_STEP, URGENT, DueWork
 from serving.recovery.failover import Failover
 from serving.text.structured_output import GrammarMatcher
@@ -90,6 +90,8 @@ class Loop:
         self._due_checked_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
+        self.connected_edges: Callable[[], tuple[EdgeStatus, ...]] = tuple
+        """The status of the edges that are connected."""
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -162,6 +164,24 @@ class Loop:
         """See `serving.protocol.backend.Backend.resumable`."""
         return self.engine.request_log.enabled
 
+    def edge_started(self, pid: int) -> None:
+        """Clients can connect to an edge."""
+        self.events.emit(EventKind.EDGE_STARTED, self.failover.epoch, message=f"pid {pid}")
+
+    def edge_lost(self, pid: int, calls: int) -> None:
+        """An edge has gone, and has left that many open calls."""
+        self.events.emit(EventKind.EDGE_LOST, self.failover.epoch, message=f"pid {pid}, {calls} calls open")
+
+    @property
+    def recovering(self) -> bool:
+        """See `serving.protocol.backend.Backend.recovering`."""
+        return False
+
+    def has_begun(self, request_id: str) -> bool:
+        """See `serving.protocol.backend.FrontBackend.has_begun`."""
+        known = self.engine.request_log.items(request_id)
+        return bool(known) or self.engine.state.find(request_id) is not None
+
     def register_call(self, call: Call) -> None:
         """See `serving.protocol.backend.Backend.register_call`."""
         self.engine.request_log.register_call(call)
@@ -195,7 +215,9 @@ class Loop:
 
     def status(self) -> Status:
         """See `serving.protocol.backend.Backend.status`."""
-        return self._status_report.status(draining=self._draining, ended=self._ended is not None)
+        return self._status_report.status(
+            draining=self._draining, ended=self._ended is not None, edges=self.connected_edges()
+        )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """See `serving.protocol.backend.Backend.watch`."""

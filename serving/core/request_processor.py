@@ -17,7 +17,7 @@ from serving.core.merging import merged
 from serving.core.prompts import Conversation, Prompt, PromptEncoder
 from serving.errors import Cancelled, Internal, InvalidRequest, MoejaxError, PromptTooLong
 from serving.observability.metrics import Metrics, RequestTimer
-from serving.protocol.backend import Backend
+from serving.protocol.backend import Backend, answered
 from serving.protocol.clock import now
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import AnswerParsing, Call, Finished, Request, Scored, Token
@@ -208,9 +208,9 @@ class RequestProcessor:
             self.metrics.max_output_length.observe(longest)
             self.backend.close_call(call.id)
 
-    def find_call(self, call_id: str) -> Call:
+    async def find_call(self, call_id: str) -> Call:
         """A call of the current caller that can be replayed. Raises UnknownRequest."""
-        return self.backend.find_call(call_id, CALLER.get())
+        return await answered(self.backend.find_call(call_id, CALLER.get()))
 
     def replay(self, call: Call, *, follow: bool = True) -> AsyncGenerator[AnswerItem, None]:
         """The items of a call from the first one on, and then, with `follow`, as they come. Every replay yields the
@@ -258,10 +258,10 @@ class RequestProcessor:
             self.backend.fail_requests(tuple(open_ids), error)
             raise
 
-    def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> bool:
         """Cancel a call by the id of its first answer; False when none of its answers is waiting or running."""
-        open_ids = self._open_answers.get(request_id, {request_id})
-        return sum(self.backend.abort(each) for each in open_ids) > 0  # all of them, not the first alone
+        open_ids = sorted(self._open_answers.get(request_id, {request_id}))
+        return any([await answered(self.backend.abort(each)) for each in open_ids])  # all of them, not the first alone
 
     async def stream(
         self, request: Request, stop: Sequence[str] = (), *, replay: bool = False, follow: bool = True

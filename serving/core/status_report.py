@@ -9,7 +9,7 @@ from serving.core.recovery_report import RecoveryReport
 from serving.executor.mesh_key import MeshKey
 from serving.protocol import clock
 from serving.protocol.prepared_model import ModelInfo
-from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
+from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
 from serving.recovery.certificate_watch import CertificateState, CertificateWatch
 from serving.recovery.loss_forecast import current_traffic, loss_costs, loss_forecasts, measured_recovery
 from serving.recovery.membership import RankState
@@ -39,7 +39,7 @@ class StatusReport:
         self._loss_costs: dict[int, LossCost] = {}
         self._loss_costs_key: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
 
-    def status(self, *, draining: bool, ended: bool) -> Status:
+    def status(self, *, draining: bool, ended: bool, edges: tuple[EdgeStatus, ...]) -> Status:
         """The status now."""
         engine, failover, state = self._engine, self._engine.failover, self._engine.state
         request_log, step_stats, output_streams = engine.request_log, engine.step_stats, engine.output_streams
@@ -91,6 +91,7 @@ class StatusReport:
             tokens_restored=engine.restoration.restored,
             tokens_recomputed=engine.restoration.recomputed,
             front_pid=os.getpid(),
+            edges=edges,
             suspects=len(state.suspicion.suspects),
             convicted=engine.suspects.convicted,
             certificate=certificate.state,

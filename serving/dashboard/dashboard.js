@@ -120,6 +120,7 @@ function facts(now) {
   const values = {
     "slots per rank": now.slots_per_rank,
     "experts masked": masked.length > 6 ? masked.length : masked.join(", ") || "none",
+    ...(now.edges.length ? {"edges, calls open": now.edges.map((edge) => `pid ${edge.pid}: ${edge.calls}`).join(", ")} : {}),
     "requests finished": now.finished,
     "requests failed": now.failed,
     "requests that broke ranks": `${now.convicted} ended, ${now.suspects} run alone`,

@@ -48,6 +48,20 @@ class RunFolder:
         return self.path / "buckets.json"
 
     @property
+    def metrics(self) -> Path:
+        """The folder in which front and edges add up their metrics."""
+        return self.path / "metrics"
+
+    def next_front(self) -> int:
+        """The number of the front in this process: 0 for the first, then one more for each."""
+        file = self.path / "fronts"
+        number = int(file.read_text()) if file.exists() else 0
+        new = self.path / "fronts.new"
+        new.write_text(str(number + 1))
+        new.rename(file)
+        return number
+
+    @property
     def ports(self) -> dict[str, int]:
         """The ports of the last front that was ready, by the name of their setting."""
         try:

@@ -2,10 +2,12 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from serving.errors import MoejaxError
 from serving.protocol.status import Status
 
 SECONDS = 600
@@ -29,7 +31,7 @@ class Sample:
 
 
 class History:
-    """The samples of one front, in memory: the next front begins with none."""
+    """The samples of one process, in memory: the process after it begins with none."""
 
     def __init__(self) -> None:
         self._seconds = collections.deque[Sample](maxlen=SECONDS)
@@ -40,7 +42,7 @@ class History:
     def add(self, at: float, status: Status) -> None:
         """Add the status at a time. Its counters are compared with those of the call before."""
         before, self._last = self._last, (at, status.tokens, status.failed)
-        if before is None or at <= before[0]:
+        if before is None or at <= before[0] or status.tokens < before[1]:  # the counters of another front
             return
         sample = Sample(
             at=at,
@@ -65,10 +67,11 @@ class History:
             for field in dataclasses.fields(Sample)
         }
 
-    async def follow(self, status: Callable[[], Status]) -> None:
-        """Add the status every second until this is cancelled."""
+    async def follow(self, status: Callable[[], Awaitable[Status]]) -> None:
+        """Add the status every second until this is cancelled. Leaves out seconds in which no front has one."""
         while True:
-            self.add(time.time(), status())
+            with contextlib.suppress(MoejaxError):
+                self.add(time.time(), await status())
             await asyncio.sleep(1.0)
 
 

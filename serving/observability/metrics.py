@@ -4,11 +4,13 @@
 as they happen: times of requests, tokens and recoveries.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable
 
 import prometheus_client
+from prometheus_client import multiprocess
 
 from serving.auth.api_keys import CALLER
 from serving.observability.logs import REQUESTS
@@ -17,6 +19,7 @@ from serving.observability.tracing import TRACEPARENT, Tracer
 from serving.protocol.backend import Backend
 from serving.protocol.events import Event
 from serving.protocol.request import Request
+from serving.protocol.status import Status
 
 # Buckets in seconds, as vLLM has them.
 _FIRST_TOKEN = (
@@ -34,11 +37,18 @@ _TOKENS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 
 _PHASE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable by which `prometheus_client` adds up the metrics of several processes, also of ended ones, in
+the files of a folder. It must be set before that package is imported."""
+
+
 class Metrics:
-    """All metrics of one server, in a registry of their own."""
+    """All metrics of one server, in a registry of their own. Where FOLDER is set, edges and the front write theirs to
+    one folder: each shows the sum, and only the front counts events."""
 
     def __init__(self, backend: Backend, tracer: Tracer | None = None) -> None:
         self.registry = prometheus_client.CollectorRegistry()
+        self.folder = os.environ.get(FOLDER)
         self.tracer = tracer
         self._backend = backend
         self.model_name = backend.model.name
@@ -119,7 +129,8 @@ class Metrics:
             self._success.labels(finished_reason=reason, **model)
         for outcome in ("joined", "failed"):
             self._rejoins.labels(outcome=outcome)
-        self.registry.register(StatusCollector(backend))
+        self._status = StatusCollector(backend)
+        self.registry.register(self._status)
 
     def ended(self, reason: str) -> None:
         """Count a request that ended: stop, length, abort or error."""
@@ -147,9 +158,18 @@ class Metrics:
         elif event.kind == "starved":
             self._starved.inc()
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return prometheus_client.generate_latest(self.registry)
+    def render(self, status: Status) -> bytes:
+        """All metrics in Prometheus' text format, with those of this status."""
+        self._status.status = status
+        try:
+            if self.folder is None:
+                return prometheus_client.generate_latest(self.registry)
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry, self.folder)
+            registry.register(self._status)
+            return prometheus_client.generate_latest(registry)
+        finally:
+            self._status.status = None
 
 
 def _cause_label(cause: str) -> str:

@@ -1,6 +1,7 @@
 """Prometheus metrics of the server's `Status`, read at the moment of the scrape: vLLM's names, then moejax's own."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -79,6 +80,8 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
         "Share of the wanted expert parity groups that exist, from 0 to 1.",
         lambda s: s.parity_groups / s.parity_wanted if s.parity_wanted else 1.0,
     ),
+    ("moejax_edges", "Edges to which clients can connect.", lambda s: sum(edge.serving for edge in s.edges)),
+    ("moejax_edge_calls", "Calls that are open at all edges.", lambda s: sum(edge.calls for edge in s.edges)),
     ("moejax_suspect_requests", "Requests that run alone, because ranks failed while they ran.", lambda s: s.suspects),
     ("moejax_masked_experts", "Experts that no rank holds.", lambda s: len(s.masked)),
 )
@@ -133,6 +136,8 @@ class StatusCollector(Collector):
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.status: Status | None = None
+        """The status to export, where the backend does not have it at once."""
 
     def describe(self) -> list[Metric]:
         """No metrics: their names do not depend on the status, so registration need not collect."""
@@ -140,7 +145,7 @@ class StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All metrics of the status now."""
-        status = self._backend.status()
+        status = self.status or cast(Status, self._backend.status())
         yield from _vllm(status, self._backend.model.name)
         yield from (GaugeMetricFamily(name, text, value(status)) for name, text, value in _GAUGES)
         yield from (CounterMetricFamily(name, text, value(status)) for name, text, value in _COUNTERS)

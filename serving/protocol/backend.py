@@ -1,7 +1,8 @@
 """The interface between the surfaces and the loop: everything that a running server can do for a caller."""
 
-from collections.abc import AsyncIterator, Collection
-from typing import Protocol
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Collection
+from typing import Protocol, TypeVar, cast
 
 from planner.plan.deployment import Deployment
 from serving.errors import MoejaxError
@@ -19,11 +20,25 @@ of its connections to other ranks."""
 FAULTS = (*SIGNALS, *SIGNALS_TO_WEIGHTS, CUT_LINKS)
 
 
+T = TypeVar("T")
+
+
+async def answered(answer: T | Awaitable[T]) -> T:
+    """The answer of a backend, which the loop has at once and an edge only once its front has sent it."""
+    return await cast(Awaitable[T], answer) if inspect.isawaitable(answer) else cast(T, answer)
+
+
 class Backend(Protocol):
-    """The interface of the loop to HTTP, gRPC and vLLM's gRPC service. Implemented by `serving.core.loop.Loop`, and by
-    a fake in tests."""
+    """The interface of the loop to HTTP, gRPC and vLLM's gRPC service. Implemented by `serving.core.loop.Loop`, in an
+    edge by `serving.edges.remote_backend.RemoteBackend`, and by a fake in tests. Callers take answers that may come
+    later with `answered`."""
 
     model: ModelInfo
+
+    @property
+    def recovering(self) -> bool:
+        """True while no front answers: requests wait for the next one."""
+        ...
 
     @property
     def resumable(self) -> bool:
@@ -48,15 +63,15 @@ class Backend(Protocol):
         """The client disconnected, or the call is complete."""
         ...
 
-    def find_call(self, call_id: str, owner: str) -> Call:
+    def find_call(self, call_id: str, owner: str) -> Call | Awaitable[Call]:
         """A recorded call of that owner. Raises UnknownRequest."""
         ...
 
-    def forget_call(self, call_id: str) -> None:
+    def forget_call(self, call_id: str) -> Awaitable[None] | None:
         """Forget a recorded call: neither this front nor the one after it can replay it."""
         ...
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str) -> bool | Awaitable[bool]:
         """Cancel a request. False when it is unknown."""
         ...
 
@@ -69,7 +84,7 @@ class Backend(Protocol):
         """When a request that is being streamed left the queue, in seconds of the front's clock; None before."""
         ...
 
-    def status(self) -> Status:
+    def status(self) -> Status | Awaitable[Status]:
         """The current status."""
         ...
 
@@ -82,11 +97,11 @@ class Backend(Protocol):
         For tests and demonstrations. Raises NotPermitted without --chaos."""
         ...
 
-    def what_if(self) -> tuple[LossForecast, ...]:
+    def what_if(self) -> tuple[LossForecast, ...] | Awaitable[tuple[LossForecast, ...]]:
         """The predicted cost of losing each rank, and each host of several."""
         ...
 
-    def deployment(self) -> Deployment | None:
+    def deployment(self) -> Deployment | Awaitable[Deployment | None] | None:
         """The plan in force with its model, cluster, measured loads and traffic; None while no rank is alive."""
         ...
 
@@ -95,6 +110,22 @@ class Backend(Protocol):
         (`serving.protocol.instructions.permit`). Raises InvalidRequest and NoCapacity."""
         ...
 
-    def report(self, error: DeviceError) -> ErrorResponse:
+    def report(self, error: DeviceError) -> ErrorResponse | Awaitable[ErrorResponse]:
         """Handle an error of a device. Returns what is done about it. Raises UnknownRequest."""
+        ...
+
+
+class FrontBackend(Backend, Protocol):
+    """The interface of the loop to edges: its answers are there at once."""
+
+    def find_call(self, call_id: str, owner: str) -> Call:
+        """See `Backend.find_call`."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """See `Backend.abort`."""
+        ...
+
+    def has_begun(self, request_id: str) -> bool:
+        """Whether a request was accepted, by this front or by one before it: it is replayed, not run again."""
         ...

@@ -42,6 +42,10 @@ class EventKind(enum.StrEnum):
     """An operator paused it: no step runs."""
     RESUMED = "resumed"
     """Steps run again."""
+    EDGE_STARTED = "edge_started", Severity.GOOD
+    """Clients can connect to a new edge."""
+    EDGE_LOST = "edge_lost", Severity.BAD
+    """An edge has gone; its calls run on and can be resumed at another one."""
 
     # of recoveries
     RANK_LOST = "rank_lost", Severity.BAD
@@ -149,12 +153,13 @@ def severity_of(kind: str) -> Severity:
 
 
 class EventLog:
-    """The most recent events, and those to come for watchers. Used from one event loop."""
+    """The most recent events, and those to come for watchers. Used from one event loop. The first event has the
+    sequence after `sequence`."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequence: int = 0) -> None:
         self._events: collections.deque[Event] = collections.deque(maxlen=RETAINED_EVENTS)
         self._more = asyncio.Event()
-        self._sequence = 0
+        self._sequence = sequence
 
     def emit(
         self,

@@ -84,7 +84,8 @@ class Finished:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """A call of a client: its requests, and what its answers are built from. `owner` is the API key it came with,
-    `form` the JSON that an HTTP answer is made from, `created` is in seconds since the epoch."""
+    `form` the JSON that an HTTP answer is made from, `created` is in seconds since the epoch. `key` is made by the edge
+    that took the call, once: a call that comes again with it is the same call, and is not run twice."""
 
     id: str
     requests: tuple[Request, ...]
@@ -92,6 +93,7 @@ class Call:
     owner: str = ""
     form: Mapping[str, Any] | None = None
     created: int = 0
+    key: str = ""
 
 
 class RequestPhase(enum.Enum):

@@ -44,6 +44,15 @@ class RankStatus:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EdgeStatus:
+    """The status of one edge: its process id, whether clients can connect to it, and how many calls it has open."""
+
+    pid: int
+    serving: bool
+    calls: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
     """The status of a server at one moment. Times are in seconds since the epoch, coverage is between 0 and 1."""
 
@@ -110,6 +119,8 @@ class Status:
     """KV entries of lost ranks computed again."""
     front_pid: int = 0
     """Process id of the front, on its machine."""
+    edges: tuple[EdgeStatus, ...] = ()
+    """The edges that are connected; none where the front holds the clients' connections itself."""
     rows: int = 0
     """Rows computed in steps on all ranks, padding included."""
     rows_filled: int = 0

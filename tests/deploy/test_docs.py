@@ -105,7 +105,7 @@ def test_every_file_that_a_document_names_is_there():
 def test_every_metric_in_the_text_is_exported(backend):
     exported = {
         name
-        for family in text_string_to_metric_families(Metrics(backend).render().decode())
+        for family in text_string_to_metric_families(Metrics(backend).render(backend.status()).decode())
         for name in (family.name, f"{family.name}_total", *(sample.name for sample in family.samples))
     }
     told = set(re.findall(r"\b(?:vllm:|moejax_)[a-z0-9_]+", (ROOT / "docs" / "observability.md").read_text()))

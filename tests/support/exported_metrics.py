@@ -17,5 +17,5 @@ async def exported_samples() -> set[str]:
     _ = [item async for item in processor.stream(await processor.accept("a", SamplingParams(max_tokens=2)))]
     await backend.lose(1)
     metrics.count_event(backend._events[-1])
-    text = metrics.render().decode()
+    text = metrics.render(backend.status()).decode()
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}

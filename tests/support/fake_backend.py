@@ -82,6 +82,13 @@ class FakeBackend:
     def register_call(self, call: Call) -> None:
         self.calls[call.id] = call
 
+    @property
+    def recovering(self) -> bool:
+        return False
+
+    def has_begun(self, request_id: str) -> bool:
+        return request_id in self.sent
+
     def close_call(self, call_id: str) -> None:
         pass
 

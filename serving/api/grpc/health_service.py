@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving.api.grpc import inference_service, resilience_service
 from serving.api.grpc.errors import abort_on_error
 from serving.api.shutdown import Shutdown
-from serving.protocol.backend import Backend
+from serving.protocol.backend import Backend, answered
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 LIVENESS = ("", "liveness", resilience_service.SERVICE_NAME)
@@ -29,19 +29,21 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self._backend = backend
         self._shutdown = shutdown
 
-    def _health(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+    async def _health(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         if service in LIVENESS:
             return health_pb2.HealthCheckResponse.SERVING
         if service not in READINESS:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        status = self._backend.status()
+        if self._backend.recovering:
+            return health_pb2.HealthCheckResponse.NOT_SERVING
+        status = await answered(self._backend.status())
         if status.ready and not status.draining:
             return health_pb2.HealthCheckResponse.SERVING
         return health_pb2.HealthCheckResponse.NOT_SERVING
 
     async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
         """The health of one service; NOT_FOUND when no service has that name."""
-        health = self._health(request.service)
+        health = await self._health(request.service)
         if health == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             known = ", ".join(repr(n) for n in (*LIVENESS, *READINESS))
             text = f"no service {request.service!r}; known are {known}."
@@ -60,7 +62,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def _changes(self, request: Any) -> AsyncIterator[health_pb2.HealthCheckResponse.ServingStatus]:
         last = None
         while True:
-            health = self._health(request.service)
+            health = await self._health(request.service)
             if health != last:
                 yield health
             last = health

@@ -12,6 +12,7 @@ from serving.api.grpc.writing import write
 from serving.core.answers import AnswerItem
 from serving.core.request_processor import RequestProcessor
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc
+from serving.protocol.backend import answered
 from serving.text.validation import check_tokens
 from serving.version import version
 
@@ -43,7 +44,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Any) -> None:
         """Stream the part of an earlier call that its caller has not received."""
         async with abort_on_error(context):
-            call = self._processor.find_call(request.request_id)
+            call = await self._processor.find_call(request.request_id)
             await self._send(self._processor.replay(call), context, request.after)
 
     async def _send(self, stream: AsyncGenerator[AnswerItem, None], context: Any, after: Sequence[int]) -> None:
@@ -61,7 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:
         """Cancel a request by its id."""
         async with abort_on_error(context):
-            return inference_pb2.AbortResponse(aborted=self._processor.abort(request.request_id))
+            return inference_pb2.AbortResponse(aborted=await self._processor.abort(request.request_id))
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenIds:
         """The tokens of a prompt."""
@@ -82,7 +83,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def GetServerInfo(self, request: Any, context: Any) -> inference_pb2.ServerInfo:
         """Version, uptime and number of ranks."""
         async with abort_on_error(context):
-            status = self._processor.backend.status()
+            status = await answered(self._processor.backend.status())
             return inference_pb2.ServerInfo(
                 version=version(),
                 started_at=status.started_at,

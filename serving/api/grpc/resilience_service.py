@@ -9,7 +9,7 @@ from serving.api.grpc.errors import abort_on_error
 from serving.api.shutdown import Shutdown
 from serving.auth.api_keys import CALLER
 from serving.proto.moejax.v1 import resilience_pb2, resilience_pb2_grpc
-from serving.protocol.backend import Backend
+from serving.protocol.backend import Backend, answered
 from serving.protocol.instructions import DeviceError, check_may_operate
 
 SERVICE_NAME = resilience_pb2.DESCRIPTOR.services_by_name["Resilience"].full_name
@@ -25,7 +25,7 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
     async def GetStatus(self, request: Any, context: Any) -> resilience_pb2.Status:
         """The status of the server."""
         async with abort_on_error(context):
-            return messages.status_to_proto(self._backend.status())
+            return messages.status_to_proto(await answered(self._backend.status()))
 
     async def Watch(self, request: resilience_pb2.WatchRequest, context: Any) -> None:
         """Events with a sequence above `after`: past events first, then new ones until the client leaves."""
@@ -38,27 +38,30 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
     async def WhatIf(self, request: Any, context: Any) -> resilience_pb2.WhatIfResponse:
         """The predicted cost of losing each rank and each host, and the plan in force."""
         async with abort_on_error(context):
-            prospects, deployment = map(messages.prospect_to_proto, self._backend.what_if()), self._backend.deployment()
+            prospects = map(messages.prospect_to_proto, await answered(self._backend.what_if()))
+            deployment = await answered(self._backend.deployment())
             plan = deployment.to_json() if deployment is not None else ""
             return resilience_pb2.WhatIfResponse(prospects=prospects, plan=plan)
 
     async def Apply(self, request: resilience_pb2.ApplyRequest, context: Any) -> resilience_pb2.ApplyResponse:
         """Make a planned change. Only for callers that may operate the server."""
         async with abort_on_error(context):
-            self._permit(context)
+            await self._permit(context)
             serving = await self._backend.apply(messages.instruction_from_proto(request))
-            return resilience_pb2.ApplyResponse(serving=serving, epoch=self._backend.status().epoch)
+            status = await answered(self._backend.status())
+            return resilience_pb2.ApplyResponse(serving=serving, epoch=status.epoch)
 
     async def Report(self, request: resilience_pb2.ReportRequest, context: Any) -> resilience_pb2.ReportResponse:
         """Take the report of a device's error. Only for callers that may operate the server."""
         async with abort_on_error(context):
-            self._permit(context)
+            await self._permit(context)
             names = ("rank", "level", "code", "message")
             error = DeviceError.from_json({name: getattr(request, name) for name in names})
-            return resilience_pb2.ReportResponse(action=self._backend.report(error).value)
+            response = await answered(self._backend.report(error))
+            return resilience_pb2.ReportResponse(action=response.value)
 
-    def _permit(self, context: Any) -> None:
-        status = self._backend.status()
+    async def _permit(self, context: Any) -> None:
+        status = await answered(self._backend.status())
         peer = re.sub(r"^ipv[46]:(%5B|\[)?", "", context.peer())
         check_may_operate(chaos=status.chaos, operable=status.operable, key=CALLER.get(), peer=peer)
 

@@ -27,7 +27,6 @@ from serving.errors import StartError, missing_extra
 from serving.proto.moejax.v1 import inference_pb2_grpc, resilience_pb2_grpc
 
 SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port fails instead of taking half of the traffic
     # The queue refuses a burst with a time to come back; gRPC alone would cancel the calls without one.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
@@ -62,15 +61,20 @@ async def start_grpc(
     limits: CallLimits | None = None,
     tls: ServerTls | None = None,
     vllm: bool = False,
+    shared: bool = False,
 ) -> GrpcServer:
-    """Serve on host:port, with `vllm` also the service of vLLM. Raises StartError when the port cannot be opened."""
+    """Serve on host:port, with `vllm` also the service of vLLM, with `shared` beside other processes at the same
+    port. Raises StartError when the port cannot be opened."""
     shutdown, limits = Shutdown(), limits or CallLimits.of(Settings())
     bounds = (
         ("grpc.max_receive_message_length", limits.max_body_bytes),
         ("grpc.max_metadata_size", limits.max_header_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_header_bytes),
     )
-    server = grpc.aio.server(options=SERVER_OPTIONS + bounds, interceptors=[LimitsInterceptor(limits)])
+    # Not shared: a second server on the same port fails instead of taking half of the traffic.
+    server = grpc.aio.server(
+        options=(*SERVER_OPTIONS, ("grpc.so_reuseport", int(shared)), *bounds), interceptors=[LimitsInterceptor(limits)]
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(processor, limits.slow_client_s), server)
     backend = processor.backend
     resilience_pb2_grpc.add_ResilienceServicer_to_server(ResilienceService(backend, shutdown), server)

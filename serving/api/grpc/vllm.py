@@ -25,6 +25,7 @@ from serving.core.answers import Chunk, Complete
 from serving.core.prompts import Prompt
 from serving.core.request_processor import RequestProcessor
 from serving.errors import InvalidRequest
+from serving.protocol.backend import answered
 from serving.protocol.sampling import SamplingParams, StructuredOutputs
 from serving.text.tokenizer_archive import tokenizer_archive
 from serving.version import version
@@ -83,13 +84,13 @@ class VllmEngine(stubs.VllmEngineServicer):
         """Cancel requests by their ids. An unknown id is no error: its request has ended."""
         async with abort_on_error(context):
             for request_id in request.request_ids:
-                self._processor.abort(request_id)
+                await self._processor.abort(request_id)
             return messages.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Any) -> messages.HealthCheckResponse:
         """True when a request can be served now."""
         async with abort_on_error(context):
-            status = self._processor.backend.status()
+            status = await answered(self._processor.backend.status())
             healthy = status.ready and not status.draining
             return messages.HealthCheckResponse(healthy=healthy, message="" if healthy else "no capacity or draining")
 
@@ -122,7 +123,7 @@ class VllmEngine(stubs.VllmEngineServicer):
     async def GetServerInfo(self, request: Any, context: Any) -> messages.GetServerInfoResponse:
         """Uptime and number of requests."""
         async with abort_on_error(context):
-            status = self._processor.backend.status()
+            status = await answered(self._processor.backend.status())
             return messages.GetServerInfoResponse(
                 active_requests=status.running + status.waiting,
                 uptime_seconds=max(0.0, time.time() - status.started_at),
@@ -134,7 +135,7 @@ class VllmEngine(stubs.VllmEngineServicer):
     async def GetLoads(self, request: Any, context: Any) -> messages.GetLoadsResponse:
         """The load of the server as one data-parallel rank: the server itself assigns requests to its ranks."""
         async with abort_on_error(context):
-            status = self._processor.backend.status()
+            status = await answered(self._processor.backend.status())
             pages, used = (sum(getattr(r, name) for r in status.ranks) for name in ("pages", "pages_used"))
             load = messages.SchedulerLoad(
                 num_running_reqs=status.running,

@@ -16,7 +16,7 @@ from serving.auth.api_keys import CALLER
 from serving.core.request_processor import RequestProcessor
 from serving.errors import Draining, InvalidRequest
 from serving.observability.history import History
-from serving.protocol.backend import SIGNALS, SIGNALS_TO_WEIGHTS
+from serving.protocol.backend import SIGNALS, SIGNALS_TO_WEIGHTS, answered
 from serving.protocol.instructions import DeviceError, Instruction, check_may_operate
 from serving.version import version
 
@@ -33,8 +33,9 @@ class FaultToleranceEndpoints:
     async def status(self, _: Request) -> Response:
         """The status, the model, the version and the loss forecasts."""
         model = dataclasses.asdict(self._processor.model)
-        more = {"model": model, "version": version(), "what_if": list(map(dataclasses.asdict, self._backend.what_if()))}
-        return JSONResponse(dataclasses.asdict(self._backend.status()) | more)
+        forecasts = await answered(self._backend.what_if())
+        more = {"model": model, "version": version(), "what_if": list(map(dataclasses.asdict, forecasts))}
+        return JSONResponse(dataclasses.asdict(await answered(self._backend.status())) | more)
 
     async def history(self, request: Request) -> Response:
         """The figures of each second of the last ten minutes, or with `by=minute` of each minute of the last day."""
@@ -61,16 +62,18 @@ class FaultToleranceEndpoints:
         """Make a planned change; the response comes when it is done. Only for callers that may operate the server."""
         body = await self._operator_body(request)
         serving = await self._backend.apply(Instruction.from_json(body))
-        return JSONResponse({"serving": serving, "epoch": self._backend.status().epoch})
+        status = await answered(self._backend.status())
+        return JSONResponse({"serving": serving, "epoch": status.epoch})
 
     async def report(self, request: Request) -> Response:
         """Take the report of a device's error. Only for callers that may operate the server."""
         body = await self._operator_body(request)
-        return JSONResponse({"action": self._backend.report(DeviceError.from_json(body)).value})
+        response = await answered(self._backend.report(DeviceError.from_json(body)))
+        return JSONResponse({"action": response.value})
 
     async def _operator_body(self, request: Request) -> Any:
         _require_json(request)
-        status = self._backend.status()
+        status = await answered(self._backend.status())
         check_may_operate(
             chaos=status.chaos,
             operable=status.operable,

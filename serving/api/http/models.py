@@ -10,7 +10,7 @@ from serving.api.http.openai_objects import Model, ModelList
 from serving.config import HttpSettings, listed
 from serving.core.request_processor import RequestProcessor
 from serving.errors import UnknownRequest
-from serving.protocol.backend import Backend
+from serving.protocol.backend import Backend, answered
 
 
 def model_names(backend: Backend, settings: HttpSettings) -> Sequence[str]:
@@ -28,20 +28,21 @@ class ModelEndpoints:
 
     async def all(self, _: Request) -> Response:
         """The names of the model."""
-        return json_response(ModelList(object="list", data=list(map(self._model, self._names))))
+        return json_response(ModelList(object="list", data=[await self._model(name) for name in self._names]))
 
     async def one(self, request: Request) -> Response:
         """The model of that name. Raises UnknownRequest when this server has another."""
         name = request.path_params["name"].removesuffix("/")
         if name not in self._names:
             raise UnknownRequest(f"The model {name!r} does not exist.", param="model")
-        return json_response(self._model(name))
+        return json_response(await self._model(name))
 
-    def _model(self, name: str) -> Model:
+    async def _model(self, name: str) -> Model:
+        status = await answered(self._backend.status())
         return Model(
             id=name,
             object="model",
-            created=int(self._backend.status().started_at),
+            created=int(status.started_at),
             owned_by="moejax",
             root=self._backend.model.name,
             parent=None,

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from serving.api.http.openapi import openapi_document
 from serving.config import HttpSettings
 from serving.core.request_processor import RequestProcessor
+from serving.protocol.backend import answered
 from serving.version import version
 
 _DASHBOARD = Path(__file__).parents[2] / "dashboard"
@@ -38,7 +39,9 @@ class ProbeEndpoints:
 
     async def health(self, _: Request) -> Response:
         """Readiness: 503 while no request can be served."""
-        status = self._processor.backend.status()
+        if self._processor.backend.recovering:
+            return JSONResponse({"status": "recovering"}, 503, {"Retry-After": "1"})
+        status = await answered(self._processor.backend.status())
         if status.ready and not status.draining:
             failing = {"notes": ["the journal cannot be written: a new front could not continue the requests"]}
             return JSONResponse({"status": "ready"} | (failing if status.journal == "failing" else {}))
@@ -57,7 +60,8 @@ class ProbeEndpoints:
 
     async def metrics(self, _: Request) -> Response:
         """All metrics in the text format of Prometheus."""
-        return Response(self._processor.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        status = await answered(self._processor.backend.status())
+        return Response(self._processor.metrics.render(status), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, _: Request) -> Response:
         """This HTTP surface as an OpenAPI document."""

@@ -26,6 +26,7 @@ from serving.config import HttpSettings
 from serving.core.answers import AnswerItem
 from serving.core.request_processor import RequestProcessor
 from serving.errors import InvalidRequest, MoejaxError, UnknownRequest
+from serving.protocol.backend import answered
 from serving.protocol.request import Call
 from serving.protocol.request import Request as Accepted
 
@@ -64,7 +65,7 @@ class ResponsesEndpoints:
             await self._start(items)
             if not body.stream:
                 return json_response(events.response, headers)
-            items = self._processor.replay(self._processor.find_call(response_id))
+            items = self._processor.replay(await self._processor.find_call(response_id))
         if body.stream:
             first = await cancel_on_disconnect(request, anext(items))  # an error before it has its own HTTP status
             return EventStream(named_events(events, first, items), items, headers=headers)
@@ -72,7 +73,7 @@ class ResponsesEndpoints:
 
     async def get(self, request: Request) -> Response:
         """GET /v1/responses/ID; with `?stream=true&starting_after=N` the events after number N."""
-        call, query = self._find(request.path_params["id"]), request.query_params
+        call, query = await self._find(request.path_params["id"]), request.query_params
         request.state.request_id = call.id
         if query.get("stream", "false") != "true":
             return json_response(await self._so_far(call))
@@ -92,14 +93,14 @@ class ResponsesEndpoints:
 
     async def cancel(self, request: Request) -> Response:
         """POST /v1/responses/ID/cancel: the response, which runs no longer."""
-        call = self._find(request.path_params["id"])
-        return json_response(await self._so_far(call, follow=self._processor.abort(call.id)))
+        call = await self._find(request.path_params["id"])
+        return json_response(await self._so_far(call, follow=await self._processor.abort(call.id)))
 
     async def delete(self, request: Request) -> Response:
         """DELETE /v1/responses/ID: it is cancelled, and cannot be asked for again."""
-        call = self._find(request.path_params["id"])
-        self._processor.abort(call.id)
-        self._processor.backend.forget_call(call.id)
+        call = await self._find(request.path_params["id"])
+        await self._processor.abort(call.id)
+        await answered(self._processor.backend.forget_call(call.id))
         return json_response(DeletedResponse(id=call.id))
 
     def _check_background(self, body: ResponsesBody) -> None:
@@ -135,15 +136,15 @@ class ResponsesEndpoints:
         if not task.cancelled():
             task.exception()  # the request log has it
 
-    def _find(self, response_id: str) -> Call:
-        call = self._processor.find_call(response_id)
+    async def _find(self, response_id: str) -> Call:
+        call = await self._processor.find_call(response_id)
         if call.form is None or call.form.get("api") != FORM or call.form["body"].get("store") is False:
             raise UnknownRequest(f"there is no response {response_id!r}.", param="response_id")
         return call
 
     async def _earlier_messages(self, response_id: str) -> list[dict[str, Any]]:
         """The messages up to the end of an earlier response."""
-        call = self._find(response_id)
+        call = await self._find(response_id)
         assert call.form is not None
         response = await self._so_far(call)
         if response.status in _RUNNING:

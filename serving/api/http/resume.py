@@ -25,7 +25,7 @@ class ResumeEndpoint:
     async def resume(self, request: Request) -> Response:
         """The events of a broken stream that follow the event named by the header Last-Event-ID, with their ids."""
         call_id, received = StreamCursor.parse(request.headers.get("last-event-id", ""))
-        call = self._processor.find_call(call_id)
+        call = await self._processor.find_call(call_id)
         if call.form is None or "body" not in call.form:
             raise InvalidRequest("the request came over gRPC; resume it there.", param="last-event-id")
         request.state.request_id = call_id

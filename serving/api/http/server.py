@@ -33,6 +33,31 @@ from serving.config import HttpSettings, Settings, listed
 from serving.core.request_processor import RequestProcessor
 from serving.errors import MoejaxError, StartError
 from serving.observability.history import History
+from serving.protocol.backend import answered
+
+BACKLOG = 2048
+"""Connections that wait to be accepted."""
+SHARED_BACKLOG = 16
+"""Connections that asyncio accepts at once: one process does not take all of a burst from the others."""
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket for HTTP at an address, not yet listening. Raises StartError when it cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from error
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartError:
+    return StartError(
+        f"HTTP cannot listen on {host}:{port}: {error.strerror}. Choose another port with --http-port, "
+        "or 0 for any free one."
+    )
 
 
 class HttpServer:
@@ -60,17 +85,17 @@ async def start_http(
     limits: CallLimits | None = None,
     tls: ServerTls | None = None,
     settings: HttpSettings | None = None,
+    listener: socket.socket | None = None,
 ) -> HttpServer:
-    """Serve on host:port. Raises StartError when the port cannot be opened."""
+    """Serve on host:port, or on a bound `listener` that other processes may serve on too. Raises StartError when the
+    port cannot be opened."""
     shutdown, limits = Shutdown(), limits or CallLimits.of(Settings())
+    shared = listener is not None
+    listener = listener or bound_socket(host, port)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise StartError(
-            f"HTTP cannot listen on {host}:{port}: {error.strerror}. Choose another port with --http-port, "
-            "or 0 for any free one."
-        ) from error
+        listener.listen(BACKLOG)
+    except OSError as error:  # another server that was starting at the same time has the port
+        raise _cannot_listen(host, port, error) from error
     # Each connection inherits both options. The kernel closes one whose client acknowledges nothing for that long, and
     # sends each event at once: asyncio sets TCP_NODELAY only on a socket made with a protocol, which this one is not.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * limits.slow_client_s))
@@ -81,6 +106,7 @@ async def start_http(
         h11_max_incomplete_event_size=limits.max_header_bytes,
         **(tls.uvicorn() if tls is not None else {}),
         lifespan="on",
+        backlog=SHARED_BACKLOG if shared else BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -89,6 +115,8 @@ async def start_http(
     task = asyncio.create_task(server.serve([listener]))
     while not server.started and not task.done():
         await asyncio.sleep(0.005)
+    if shared:
+        listener.listen(BACKLOG)
     return HttpServer(server, task, listener.getsockname()[1], shutdown)
 
 
@@ -112,10 +140,9 @@ def application(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        followers = [
-            asyncio.create_task(processor.metrics.follow()),
-            asyncio.create_task(history.follow(processor.backend.status)),
-        ]
+        followers = [asyncio.create_task(history.follow(lambda: answered(processor.backend.status())))]
+        if processor.metrics.folder is None:
+            followers.append(asyncio.create_task(processor.metrics.follow()))
         yield
         for follower in followers:
             follower.cancel()

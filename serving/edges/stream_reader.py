@@ -1,0 +1,91 @@
+"""One stream that an edge reads from the front: what has come of it, and how it is asked for again."""
+
+import asyncio
+
+import msgspec
+
+from serving.edges import messages
+from serving.errors import MoejaxError
+from serving.protocol.events import Event
+from serving.protocol.request import Finished, Scored, Token
+
+Item = Scored | Token | Finished | Event
+
+
+class StreamReader:
+    """The items of a stream in their order, each once, from however many fronts. What its reader has not taken waits
+    here: at most one answer."""
+
+    def __init__(self, opening: messages.Read | messages.Replay | messages.Watch) -> None:
+        self.stream = opening.stream
+        self.ended = False
+        """True once the last item, or an error, has come."""
+        self.request_id = None if isinstance(opening, messages.Watch) else opening.request_id
+        self._opening = opening
+        self._tokens = 0
+        self._scored = 0
+        self._queue: asyncio.Queue[Item | MoejaxError | None] = asyncio.Queue()
+
+    def opening(self) -> messages.EdgeMessage:
+        """The message that asks the next front for the rest."""
+        if isinstance(self._opening, messages.Watch):
+            return self._opening
+        return msgspec.structs.replace(self._opening, tokens=self._tokens, scored=self._scored)
+
+    def push(
+        self, message: messages.TokenItem | messages.ScoredItem | messages.FinishedItem | messages.EventItem
+    ) -> bool:
+        """Take an item, or leave it where it has come before. False when others are missing before it."""
+        match message:
+            case messages.TokenItem():
+                return self._push_token(message.token)
+            case messages.ScoredItem():
+                return self._push_scored(message.scored)
+            case messages.FinishedItem():
+                self._put_last(message.finished)
+            case messages.EventItem():
+                event = messages.event_of(message.event)
+                self._opening = messages.Watch(stream=self.stream, after=event.sequence)
+                self._queue.put_nowait(event)
+        return True
+
+    def end(self) -> None:
+        """There are no more items."""
+        self._put_last(None)
+
+    def fail(self, error: MoejaxError) -> None:
+        """The stream ends with an error."""
+        self._put_last(error)
+
+    async def next(self) -> Item | None:
+        """The next item, None after the last one. Raises MoejaxError."""
+        item = await self._queue.get()
+        if isinstance(item, MoejaxError):
+            raise item
+        return item
+
+    def _push_token(self, token: Token) -> bool:
+        if token.index == self._tokens:
+            self._tokens += 1
+            self._queue.put_nowait(token)
+        return token.index < self._tokens
+
+    def _push_scored(self, scored: Scored) -> bool:
+        rest = after_position(scored, self._scored)
+        if rest is not None and rest.position == self._scored + 1:
+            self._scored += len(rest.logprobs)
+            self._queue.put_nowait(rest)
+        return scored.position <= self._scored + 1
+
+    def _put_last(self, item: Finished | MoejaxError | None) -> None:
+        if not self.ended:
+            self.ended = True
+            self._queue.put_nowait(item)
+
+
+def after_position(scored: Scored, known: int) -> Scored | None:
+    """The part of scores that somebody lacks who has those of `known` prompt tokens; None when nothing is left."""
+    skip = max(known + 1 - scored.position, 0)
+    if skip >= len(scored.logprobs):
+        return None
+    return Scored(scored.position + skip, scored.logprobs[skip:], scored.top[skip:])
