@@ -39,7 +39,7 @@ from serving.errors import (
 from serving.protocol.events import Event, EventKind
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.sampling import SamplingParams, StructuredOutputs
-from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
+from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
 from serving.server import Server
 from serving.text.answer_parts import InvalidToolCall, ToolCall
 from serving.text.tokenizer import Message
@@ -58,6 +58,7 @@ __all__ = [
     "Conversation",
     "DeadlineExceeded",
     "Draining",
+    "EdgeStatus",
     "Event",
     "EventKind",
     "GenerateOptions",
