@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from serving.core.journal import Journal
@@ -76,3 +76,9 @@ async def edge(folder: Path) -> AsyncIterator[RemoteBackend]:
         yield backend
     finally:
         await backend.close()
+
+
+async def seen(holds: Callable[[], object]) -> None:
+    """Wait turn by turn of the event loop, in which the front makes at most one step of several, until `holds`."""
+    while not holds():
+        await asyncio.sleep(0)

@@ -9,8 +9,9 @@ import pytest
 from serving.edges import messages
 from serving.edges.connection import Connection
 from serving.edges.remote_backend import RemoteBackend
+from serving.errors import NoCapacity
 from serving.protocol.request import Call, Finished
-from tests.serving.edges.fronts import Front, edge
+from tests.serving.edges.fronts import Front, edge, seen
 from tests.serving.edges.test_remote_backend import LIMIT_S, check, folder_of, read
 from tests.support.waiting import until
 
@@ -37,7 +38,7 @@ async def test_calls_of_an_edge_that_dies_are_resumed_at_another_one(front: Fron
         reading = [asyncio.create_task(read(dying, pair, r, got[r.id])) for r in pair.requests]
         other.register_call(alone)
         undisturbed = asyncio.create_task(read(other, alone, requests[2]))
-        await until(lambda: all(got.values()))
+        await seen(lambda: all(got.values()))
         assert dying._connection is not None
         dying._connection.abort()
         assert dying._task is not None
@@ -62,7 +63,7 @@ async def test_what_an_edge_had_not_begun_of_a_call_is_run_too(front: Front) -> 
         call, items = Call(id=first.id, requests=(first, second)), []
         dying.register_call(call)
         task = asyncio.create_task(read(dying, call, first, items))
-        await until(lambda: len(items) > 0)
+        await seen(lambda: items)
         assert not front.loop.has_begun(second.id)
         assert dying._connection is not None
         assert dying._task is not None
@@ -82,7 +83,7 @@ async def test_abort_at_another_edge_ends_all_requests_of_a_call(front: Front) -
         got: dict[str, list] = {request.id: [] for request in requests}
         one.register_call(call)
         reading = [asyncio.create_task(read(one, call, request, got[request.id])) for request in requests]
-        await until(lambda: all(got.values()))
+        await seen(lambda: all(got.values()))
         assert await other.abort("the-call")
         await asyncio.gather(*reading)
         assert {items[-1] for items in got.values()} <= {Finished("cancelled"), Finished("length")}
@@ -128,3 +129,16 @@ def test_a_connection_that_has_ended_takes_messages_and_sends_none() -> None:
     connection.close()
     connection.abort()
     assert not connection.open
+
+
+async def test_the_error_of_one_answer_is_that_of_the_other_ones_of_its_call(front: Front) -> None:
+    folder, requests = folder_of(front), front.machine.requests[:2]
+    async with edge(folder) as backend, asyncio.timeout(LIMIT_S):
+        call = Call(id=requests[0].id, requests=tuple(requests))
+        got: dict[str, list] = {request.id: [] for request in requests}
+        backend.register_call(call)
+        reading = [asyncio.create_task(read(backend, call, request, got[request.id])) for request in requests]
+        await seen(lambda: all(got.values()))
+        backend.fail_requests([request.id for request in requests], NoCapacity("nobody"))
+        ends = await asyncio.gather(*reading, return_exceptions=True)
+        assert all(isinstance(end, NoCapacity) for end in ends)

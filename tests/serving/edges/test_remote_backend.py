@@ -20,7 +20,7 @@ from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.sampling import SamplingParams
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED, alone
-from tests.serving.edges.fronts import Front, edge
+from tests.serving.edges.fronts import Front, edge, seen
 from tests.support.fake_backend import FakeBackend
 from tests.support.waiting import until
 
@@ -151,7 +151,7 @@ async def test_a_call_that_the_front_before_accepted_is_not_run_again(front: Fro
         call, items = Call(id=request.id, requests=(request,)), []
         backend.register_call(call)
         task = asyncio.create_task(read(backend, call, request, items))
-        await until(lambda: front.loop.has_begun(request.id))
+        await seen(lambda: front.loop.has_begun(request.id))
         await front.kill()
         second = await Front.start(folder, front)
         try:
@@ -169,7 +169,7 @@ async def test_a_client_that_leaves_while_no_front_is_there_is_heard_of_by_the_n
         call, items = Call(id=request.id, requests=(request,)), []
         backend.register_call(call)
         task = asyncio.create_task(read(backend, call, request, items))
-        await until(lambda: len(items) > 0)
+        await seen(lambda: items)
         await front.kill()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -190,7 +190,7 @@ async def test_a_client_that_leaves_ends_its_request(front: Front) -> None:
         call, items = Call(id=request.id, requests=(request,)), []
         backend.register_call(call)
         task = asyncio.create_task(read(backend, call, request, items))
-        await until(lambda: len(items) > 0)
+        await seen(lambda: items)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         backend.close_call(call.id)
@@ -204,7 +204,7 @@ async def test_the_id_of_an_open_call_is_refused(front: Front) -> None:
         call, items = Call(id=request.id, requests=(request,)), []
         one.register_call(call)
         task = asyncio.create_task(read(one, call, request, items))
-        await until(lambda: len(items) > 0)
+        await seen(lambda: items)
         with pytest.raises(InvalidRequest, match="in use"):
             one.register_call(call)
         other.register_call(call)
