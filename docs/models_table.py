@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES
+from moejax.checkpoint.families import SERVED_FAMILIES
 from planner.inputs.published import FAMILIES, MODELS, NOT_READ
 from planner.inputs.published.reader import decoder_fields, read_json_object
 
@@ -105,7 +105,7 @@ files of its index are read; `consolidated.*` beside them is not. Chat templates
 
 def page() -> str:
     """The page in Markdown."""
-    lacking = NOT_READ | NOT_SERVED
+    lacking = NOT_READ
     return (
         _HEAD + _families() + _MIDDLE + "".join(f"| `{kind}` | {lacking[kind]} |\n" for kind in sorted(lacking)) + _REST
     )

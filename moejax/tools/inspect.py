@@ -20,7 +20,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 
 from moejax.checkpoint.checkpoint import TOKENIZERS
-from moejax.checkpoint.families import NOT_SERVED, SERVED_FAMILIES, array_sources, read_config
+from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.manifest import Manifest
 from moejax.checkpoint.published import check_tensors, published_name
 from moejax.checkpoint.safetensors import SafetensorsFolder
@@ -37,7 +37,7 @@ from planner.solver.problem import Problem
 from planner.solver.solve import solve
 
 RANKS = 4
-SERVED, PLANS_ONLY, NOT_YET = "served", "plans only (moejax plan)", "not yet"
+SERVED, NOT_YET = "served", "not yet"
 Values = dict[str, Any]
 
 
@@ -112,13 +112,13 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
 
 
 def families() -> list[Values]:
-    """Every known family: its `model_type`, whether it is served, planned only or neither, and why it is not served."""
+    """Every known family: its `model_type`, whether it is served, and why it is not."""
     rows = [
         {
             "model_type": kind,
             "architectures": list(family.architectures),
-            "state": SERVED if kind in SERVED_FAMILIES else PLANS_ONLY,
-            "reason": "" if kind in SERVED_FAMILIES else f"the decoder lacks {NOT_SERVED[kind]}",
+            "state": SERVED,
+            "reason": "",
         }
         for kind, family in FAMILIES.items()
     ]
@@ -126,7 +126,7 @@ def families() -> list[Values]:
         {"model_type": kind, "architectures": [], "state": NOT_YET, "reason": f"the decoder lacks {reason}"}
         for kind, reason in NOT_READ.items()
     ]
-    order = (SERVED, PLANS_ONLY, NOT_YET)
+    order = (SERVED, NOT_YET)
     return sorted(rows, key=lambda row: (order.index(row["state"]), row["model_type"]))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ HOW = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One comparison, by what was compared."""
+    """One comparison, by what was compared, and the version of transformers that it was compared with."""
 
     model: str
     way: str
     ranks: int
     seed: int
     found: Comparison
+    transformers: str = dataclasses.field(default_factory=lambda: importlib.metadata.version("transformers"))
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -52,7 +54,7 @@ def load() -> Records:
 
 def save(records: Records) -> None:
     """Write the records, a line each, with the versions of what was compared, and the page."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "transformers", "torch")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
     versions["with"] = "our CPU kernels" if cpu.active() else "XLA alone"
     rows = ",\n".join(json.dumps(_row(records[key])) for key in sorted(records))
     JSON.write_text(f'{{"versions": {json.dumps(versions)},\n"records": [\n{rows}\n]}}\n')
@@ -67,7 +69,9 @@ def _row(record: Record) -> dict[str, Any]:
 def page() -> str:
     """The page of results, in Markdown: a row for all seeds of a model on so many ranks."""
     records, versions = load(), json.loads(JSON.read_text())["versions"]
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    counts = Counter(record.transformers for record in records.values())
+    with_ = " and ".join(f"{version} ({count} records)" for version, count in sorted(counts.items()))
+    said = ", ".join([f"transformers {with_}", *(f"{name} {version}" for name, version in versions.items())])
     lines = [
         "# Parity with `transformers`",
         "",

@@ -65,9 +65,6 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
 }
 """The families of `planner.inputs.published` that are served, by `model_type`."""
 
-NOT_SERVED: dict[str, str] = {}
-"""For each family that only `moejax plan` supports, the feature that the decoder lacks."""
-
 ONLY = {"hidden_act": "silu", "pretraining_tp": 1}
 """Fields that no served family may have with another value."""
 
