@@ -65,18 +65,24 @@ compare the weights with checksums, and both distinguish missing weights from da
 | published as | converted or read as | held by ranks (`--data-type`) |
 |---|---|---|
 | float32, bfloat16, float16 | the same type | float32, bfloat16, or int8 with one scale for each output |
-| float8 with one scale for each block (DeepSeek-V3, Kimi-K2) | bfloat16 | the same choice |
-| MXFP4 (gpt-oss) | bfloat16, exactly | the same choice |
+| FP8 with a scale for each block, tensor, output or group (DeepSeek, compressed-tensors, modelopt, MXFP8; also powers of two for scales) | the number format of the model or of 16-bit scales | the same choice |
+| int8 with a scale for each output or group, also with zero points (compressed-tensors) | the same | the same choice |
+| MXFP4 (gpt-oss, compressed-tensors, quark) | bfloat16, exactly | the same choice |
+| NVFP4 (modelopt, compressed-tensors) | the number format of the model | the same choice |
+| int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice |
 
 Routers, norms, biases, sums and the KV cache are float32 in every case. All data types work with all families: a test
-computes a step of every family in each of them.
+computes a step of every family in each of them. Each form is widened to the same bits as the tools that write it widen
+it: `compressed-tensors` (FP8, int8, int4, NVFP4, MXFP4, MXFP8), `transformers` (block FP8, gpt-oss), AutoAWQ; GPTQ is
+compared with its formula (`tests/moejax/checkpoint/quantized/`). Scales of activations and of the KV cache are not
+used, which is said when a model is converted. What is not read (bitsandbytes, AWQ other than `gemm`, sparse formats,
+pickled `.bin` files) is refused with an error that names it and what is read instead.
 
-Float8 and MXFP4 weights are widened when they are read, and not kept in their narrow form. moejax computes in narrow
-form with int8 only, which its CPU kernels read directly (`moejax/ops/cpu/cpu.cc`). So far moejax has run on CPUs, and
-these multiply neither float8 nor FP4: keeping those types would cost a table look-up for each number. The price is
-memory: float8 would be as small as int8, MXFP4 half of it. Int8 rounds each row to 254 steps of its largest number,
-so that a row of MXFP4 whose groups have very different scales loses its smallest numbers; bfloat16 represents MXFP4
-exactly.
+These forms are widened when they are read, and not kept as they are. moejax computes in narrow form with int8 only,
+which its CPU kernels read directly (`moejax/ops/cpu/cpu.cc`). So far moejax has run on CPUs, and these multiply neither
+float8 nor FP4: keeping those types would cost a table look-up for each number. The price is memory: float8 would be as
+small as int8, four bits half of it. Int8 rounds each row to 254 steps of its largest number, so that a row of MXFP4
+whose groups have very different scales loses its smallest numbers; bfloat16 represents MXFP4 exactly.
 
 ## Errors before anything is served
 

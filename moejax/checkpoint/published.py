@@ -6,6 +6,7 @@ Everything is checked against the configuration before any weight is read.
 import hashlib
 import itertools
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def check_tensors(cfg: ModelConfig, weights: SafetensorsFolder) -> None:
                 weights.check_tensor(tensor.name, tensor.shape, _label(entry))
                 used.add(tensor.name)
     for name in sorted(weights.names() - used):
-        if not is_unused(cfg, name):
+        if not is_unused(cfg, name) and not weights.is_void_bias(name):
             raise CheckpointError(
                 f"{weights.file(name)}: tensor {name} of shape {weights.shape(name)} has no place in the model that "
                 f"config.json describes ({cfg.family}, {cfg.n_layers} layers). The two belong to different models."
@@ -75,6 +76,12 @@ def open_published(source: Path, name: str | None = None) -> tuple[ModelConfig, 
     cfg = read_config(source, name=name or published_name(source))
     weights = SafetensorsFolder.open(source)
     check_tensors(cfg, weights)
+    if weights.unused:
+        print(
+            f"{source.name}: {len(weights.unused)} scales of activations or of the KV cache ({min(weights.unused)}, "
+            "...) are not used: moejax holds both in float32.",
+            file=sys.stderr,
+        )
     if not any(file for pattern in TOKENIZERS for file in source.glob(pattern)):
         raise CheckpointError(f"{source} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.")
     return cfg, weights

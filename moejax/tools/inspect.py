@@ -136,7 +136,7 @@ def _weights(folder: Path, cfg: ModelConfig) -> Values:
         stored = SafetensorsFolder.open(folder)
         check_tensors(cfg, stored)
         names = {tensor.name for entry in array_sources(cfg) for tensor in entry.tensors}
-        formats = {stored.dtype(name).name for name in names}
+        formats = {stored.form(name) for name in names}
         return {"form": "safetensors", "tensors": len(names), "formats": sorted(formats), "bytes": stored.bytes}
     manifest = Manifest.load(folder)
     manifest.check_config(cfg, folder)

@@ -15,13 +15,14 @@ from planner.inputs.published.parameter_counts import (
     unwindowed_cache_elements,
 )
 from planner.inputs.published.planned_workload import draft_layers, is_published, read_model, workload_from, workload_of
+from planner.inputs.published.quantization import BYTES
 from planner.inputs.published.reader import (
     MODELS,
     find_published,
     published_model,
     read_config_values,
 )
-from planner.inputs.published.weight_form import BYTES, WeightForm
+from planner.inputs.published.weight_form import WeightForm
 
 __all__ = [
     "BYTES",

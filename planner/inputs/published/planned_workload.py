@@ -9,8 +9,8 @@ from typing import Any
 from planner.errors import InputError, unknown_key
 from planner.inputs.published.model import PublishedModel
 from planner.inputs.published.parameter_counts import ParameterCounts, cache_elements, count_parameters
+from planner.inputs.published.quantization import BYTES
 from planner.inputs.published.reader import find_published, published_model
-from planner.inputs.published.weight_form import BYTES
 from planner.inputs.workload import Workload
 
 

@@ -101,7 +101,7 @@ def test_the_file_of_modelopt_is_read_beside_the_configuration(tmp_path):
     ("quantization", "message"),
     [
         ({"quant_method": "exl2"}, "quantization 'exl2' is not known; pass --weights, one of float32"),
-        ({"quant_method": "awq", "bits": 3}, "weights of 3 bits are not known"),
+        ({"quant_method": "awq", "bits": 3}, "awq .gemm. weights of 3 bits are not known"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quant_algo 'MIXED_PRECISION' is not known"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": []}}}, "weights is missing"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size is .128.; it must be two numbers"),

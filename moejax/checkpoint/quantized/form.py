@@ -1,0 +1,122 @@
+"""A matrix that is stored in several tensors: its numbers in few bits, and the scales that they are multiplied with."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from moejax.checkpoint.manifest import CheckpointError
+
+Shape = tuple[int, ...]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+CHUNK = 16 << 20
+"""Numbers that are widened at once: 64 MiB in float32, beside the array that they are written to."""
+_BIAS = 127
+"""Of the exponents E8M0 (OCP Microscaling 1.0, 5.4.1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: its name, its file, its form there, and the bytes from `start`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: Shape
+    start: int
+
+
+Load = Callable[[StoredTensor, int | None], np.ndarray]
+"""Reads a stored tensor, or one index of its first axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """A stored tensor that a form needs: the name it has in checkpoints, and the shapes it may have."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor(abc.ABC):
+    """One matrix, or the matrices of all experts on a first axis.
+
+    `parts` are the stored tensors by their role. `wide` is the number format that products with 32-bit scales, with
+    powers of two and with FP8 scales come out in; those with 16-bit scales come out in the format of the scales, as
+    compressed-tensors, AutoAWQ and GPTQModel compute them.
+    """
+
+    name: str
+    format: str
+    parts: Mapping[str, StoredTensor]
+    wide: np.dtype
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> Shape:
+        """Shape of the numbers, once widened."""
+
+    @abc.abstractmethod
+    def needed(self) -> list[tuple[str, Needed]]:
+        """The role, the name and the shapes of each tensor whose shape is not free."""
+
+    @abc.abstractmethod
+    def decode(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The numbers `shape` (or of one index of its first axis) from those of the parts."""
+
+    @property
+    def stored_shape(self) -> Shape:
+        """Shape of the numbers as they are stored."""
+        return self.parts["numbers"].shape
+
+    @property
+    def file(self) -> Path:
+        """The file that the numbers are in."""
+        return self.parts["numbers"].file
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Number format of what is read."""
+        scale = self.parts.get("scale")
+        return {"F16": np.dtype(np.float16), "BF16": BFLOAT16}.get(scale.dtype if scale else "", self.wide)
+
+    def check(self) -> None:
+        """Raise CheckpointError for a part that is missing or has another shape than the numbers need."""
+        for role, needed in self.needed():
+            found, shapes = self.parts.get(role), " or ".join(map(str, needed.shapes))
+            if found is None:
+                raise CheckpointError(
+                    f"{self.file}: tensor {needed.name} of shape {shapes}, the scales of a quantised one "
+                    f"({self.format}), is missing."
+                )
+            if found.shape not in needed.shapes:
+                raise CheckpointError(
+                    f"{found.file}: tensor {needed.name} has shape {found.shape}; the weights, {self.format} of shape "
+                    f"{self.stored_shape}, need {shapes}."
+                )
+
+    def read(self, load: Load, index: int | None = None) -> np.ndarray:
+        """The numbers, or those of one index of the first axis: only their bytes."""
+        lead = self.stored_shape[0]
+
+        def part(stored: StoredTensor) -> np.ndarray:
+            return load(stored, index if index is not None and stored.shape[:1] == (lead,) else None)
+
+        return self.decode({role: part(stored) for role, stored in self.parts.items()})
+
+
+def widen_scale(scale: np.ndarray) -> np.ndarray:
+    """Scales in float32. Bytes are exponents of two (E8M0), as are those of float8_e8m0fnu."""
+    if scale.dtype == np.uint8:
+        return np.ldexp(np.float32(1), scale.astype(np.int32) - _BIAS)
+    return scale.astype(np.float32)
+
+
+def row_chunks(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that have CHUNK numbers at most, or are one row."""
+    step = max(1, CHUNK // max(1, columns))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
