@@ -78,6 +78,11 @@ compared with its formula (`tests/moejax/checkpoint/quantized/`). Scales of acti
 used, which is said when a model is converted. What is not read (bitsandbytes, AWQ other than `gemm`, sparse formats,
 pickled `.bin` files) is refused with an error that names it and what is read instead.
 
+`--data-type published` takes the narrowest type that represents the stored weights: bfloat16 for bfloat16 and for
+quantised forms, float32 for float32 and float16. Where ranks hold more bytes than are published, the server says both
+at the start: "is published in int4, 595.2 GiB; ranks hold its weights in bfloat16, ...". `moejax plan` counts the bytes
+of the published form.
+
 These forms are widened when they are read, and not kept as they are. moejax computes in narrow form with int8 only,
 which its CPU kernels read directly (`moejax/ops/cpu/cpu.cc`). So far moejax has run on CPUs, and these multiply neither
 float8 nor FP4: keeping those types would cost a table look-up for each number. The price is memory: float8 would be as

@@ -30,6 +30,11 @@ class ChecksummedWeights:
         """Bytes of all weights, as stored."""
         return sum(tensor.bytes for tensor in self._manifest.tensors.values())
 
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Number format of each tensor, as stored."""
+        return {name: jax.numpy.dtype(tensor.dtype) for name, tensor in self._manifest.tensors.items()}
+
     def is_intact(self, expert: Expert, *parts: np.ndarray) -> bool:
         """Whether these parts, as `read_experts` gives them, are bit for bit those stored for the expert."""
         segment, position, repeat = expert_position(self.cfg, expert[0])

@@ -23,13 +23,15 @@ from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
 from moejax.ops import cpu
 from moejax.runtime.executables import numerics_fingerprint
+from moejax.tools.rank_format import PUBLISHED, format_as_stored, published_workload, widening_note
 from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
 
 
 def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1") -> dict[str, object]:
     """Prepare a model and describe it for the front.
 
-    `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format.
+    `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format,
+    or `published`.
     Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
     `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
     folders before anything is converted.
@@ -45,8 +47,13 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         if how == "sharded":
             folder = ensure_sharded_dense(folder)
         store = HostStore.create(folder)
+    published = published_workload(Path(name)) if is_published(Path(name)) else None
+    if weights == PUBLISHED:
+        weights = format_as_stored(store.cfg, store.dtypes, published)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     cfg.tp_shard(int(tensor))
+    if note := widening_note(cfg, published):
+        print(note, file=sys.stderr)
     moe = cfg.moe
     return {
         "name": cfg.name,

@@ -20,8 +20,9 @@ class ModelSettings(SettingsGroup):
     model: str = setting("smollm2-moe", "Name of a known model (`moejax models` lists them) or path of a model folder.")
     data_type: str = setting(
         "float32",
-        "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel.",
-        choices=DATA_TYPES,
+        "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel, published is "
+        "the narrowest type that represents the published weights (the server says which, and what that costs).",
+        choices=(*DATA_TYPES, "published"),
     )
     dense: str = setting(
         "replicated",

@@ -18,6 +18,7 @@ from serving.errors import StartError
 from serving.server import Server
 from serving.text.tokenizer import Tokenizer
 from tests.support.published import MIXTRAL, published_folder
+from tests.support.quantized_folders import quantized_folders
 from tests.support.streams import kill
 
 LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "num_experts_per_tok")} | {
@@ -46,6 +47,26 @@ def test_a_published_folder_is_served_as_it_is(folder: Path) -> None:
     prompt = Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be")
     assert list(said.token_ids) == greedy(load_params(ours), cfg, list(prompt), 24)
     assert list(chat.token_ids) == list(said.token_ids)[:4]  # its template is the message as it is
+
+
+@pytest.fixture
+def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    folder = tmp_path / f"mixtral-{request.param}"
+    yield folder, quantized_folders(folder, request.param)
+    for converted in (cache_folder() / "models").glob(f"{folder.name}-*"):
+        shutil.rmtree(converted)
+
+
+@pytest.mark.parametrize(("packed", "in_place"), [("int4", False), ("nvfp4", True)], indirect=["packed"])
+def test_packed_weights_are_served_as_published(packed: tuple[Path, Path], in_place: bool) -> None:
+    folder, plain = packed
+    asked = {"model": str(folder), "data_type": "published", "in_place": in_place}
+    with Server(**asked, ranks=1, buckets=BUCKETS) as server, Client(server) as client:
+        said = client.generate("To be", temperature=0, max_tokens=24, ignore_eos=True)
+    ours = ensure_model(plain)
+    cfg = ModelConfig.load(ours)
+    prompt = Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be")
+    assert list(said.token_ids) == greedy(load_params(ours), cfg, list(prompt), 24)
 
 
 @pytest.fixture

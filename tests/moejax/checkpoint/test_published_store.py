@@ -19,6 +19,7 @@ from moejax.tools.resolve import ensure_checksums
 from tests.support.families.published import CASES
 from tests.support.families.small import small_config, small_folder
 from tests.support.published import published_folder, write_shards
+from tests.support.quantized_folders import quantized_folders
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
 BUFFER = 4096
@@ -87,6 +88,15 @@ def test_quantised_weights_are_widened_on_the_way(name, tmp_path):
     gate_up, *_ = store.read_experts([(0, 1)])[0, 1]
     assert np.isfinite(gate_up).all()
     assert np.unique(gate_up).size > 20
+
+
+@pytest.mark.parametrize("form", ["int4", "nvfp4"])
+def test_packed_weights_are_those_of_the_same_model_in_plain_form(form, tmp_path):
+    plain = quantized_folders(tmp_path / "hf", form)
+    convert(plain, tmp_path / "plain", name="model", on_progress=quiet)
+    convert(tmp_path / "hf", tmp_path / "out", name="model", on_progress=quiet)
+    same(HostStore.open(tmp_path / "out"), HostStore.open(tmp_path / "plain"))
+    same(noted(tmp_path / "hf"), HostStore.open(tmp_path / "plain"))
 
 
 def test_only_the_bytes_of_an_expert_are_read(tmp_path):

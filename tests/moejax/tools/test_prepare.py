@@ -1,8 +1,13 @@
 """The work of a prepared model is what the planner reads from its published configuration."""
 
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from moejax.checkpoint.download import cache_folder
@@ -11,6 +16,7 @@ from moejax.config.config_values import ConfigError
 from moejax.tools.prepare import flops, prepare
 from planner.inputs.published import MODELS, workload_from
 from tests.support.published import published_folder
+from tests.support.quantized_folders import quantized_folders
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3", "llama-3.1-8b"])
@@ -28,3 +34,31 @@ def test_heads_that_cannot_be_sharded_are_refused_before_anything_is_converted(t
     with pytest.raises(ConfigError, match="2 key/value heads of never-converted cannot be sharded over 3 ranks"):
         prepare(str(folder), "float32", "replicated", "3")
     assert not list((cache_folder() / "models").glob("never-converted-*"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "as-published"
+    for pattern in ("as-published-*", "as-published-plain-*"):
+        for converted in (cache_folder() / "models").glob(pattern):
+            shutil.rmtree(converted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(np.float32, "float32"), (ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float32")]
+)
+def test_ranks_hold_a_published_model_in_the_narrowest_format_that_rounds_nothing(place, dtype, expected):
+    published_folder(place, dtype=dtype)
+    assert prepare(str(place), "published", "in-place")["weights"] == expected
+
+
+@pytest.mark.parametrize("how", ["", "in-place"])
+def test_widening_is_said_with_the_bytes_of_both(place, how, capfd):
+    plain = quantized_folders(place, "int4")
+    assert prepare(str(place), "published", how)["weights"] == "bfloat16"
+    assert re.search(
+        r"as-published is published in int4, 0\.\d MiB; ranks hold its weights in bfloat16, 0\.\d MiB",
+        capfd.readouterr().err,
+    )
+    assert prepare(str(plain), "published", how)["weights"] == "bfloat16"
+    assert "ranks hold" not in capfd.readouterr().err

@@ -1,0 +1,59 @@
+"""The format that ranks hold a model in when they are to hold it as it is published, and what widening it costs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moejax.config.model_config import ModelConfig, WeightFormat
+from moejax.config.params import tensor_specs
+from moejax.config.weight_formats import is_matrix, weight_bytes
+from planner.errors import PlannerError
+from planner.inputs.published import published_model, read_config_values, workload_of
+from planner.inputs.workload import Workload
+
+PUBLISHED = "published"
+"""The value of `--data-type` that asks for what lies in the folder."""
+PLAIN = ("float32", "bfloat16", "float16")
+NOTED = 1.05
+"""Ranks that hold more than this times the published bytes are worth a note."""
+
+
+def format_as_stored(cfg: ModelConfig, dtypes: Mapping[str, np.dtype], published: Workload | None) -> WeightFormat:
+    """The narrowest format of ranks for matrices that are stored in these number formats, by leaf: bfloat16 for
+    bfloat16, and for float16 that stands for quantised numbers; float32 for what bfloat16 would round."""
+    sizes = {"float32": 0, "bfloat16": 0, "float16": 0}
+    for path, spec in tensor_specs(cfg).items():
+        if is_matrix(spec):
+            name = np.dtype(dtypes[path]).name
+            sizes[name if name in sizes else "float32"] += spec.size
+    most = max(sizes, key=lambda name: sizes[name])
+    is_quantized = published is not None and published.weight_format not in PLAIN
+    return "bfloat16" if most == "bfloat16" or (most == "float16" and is_quantized) else "float32"
+
+
+def published_workload(folder: Path) -> Workload | None:
+    """The planner's reading of a published folder; None where it cannot say the form of the weights."""
+    try:
+        return workload_of(published_model(read_config_values(folder)))
+    except PlannerError:
+        return None
+
+
+def widening_note(cfg: ModelConfig, published: Workload | None) -> str:
+    """In which form the weights of a model are published and in which ranks hold them, with the bytes of both; empty
+    unless ranks hold more."""
+    if published is None:
+        return ""
+    lies = published.moe_layers * published.experts * published.expert_bytes + published.rest_bytes
+    held = weight_bytes(cfg, experts=True) + weight_bytes(cfg, experts=False)
+    if held <= NOTED * lies:
+        return ""
+    return (
+        f"{cfg.name} is published in {published.weight_format}, {_size(lies)}; ranks hold its weights in "
+        f"{cfg.weights}, {_size(held)} with one copy of each expert."
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
