@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from planner.cli import explain as explanations
@@ -21,12 +21,14 @@ from planner.cli.report import (
 )
 from planner.cli.table import terminal_width
 from planner.cli.verify import verify_report
+from planner.cost.band import band_of, short
 from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
 from planner.cost.calibration import calibrate, read_steps
 from planner.cost.front import pace_of
 from planner.cost.throughput import assess
 from planner.errors import InputError
-from planner.failures.loss_forecast import check_gate, forecast_losses, summarise
+from planner.failures.loss_bands import loss_band, loss_ranges
+from planner.failures.loss_forecast import check_gate, forecast_losses, summarise, worst_by_kind
 from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
@@ -67,6 +69,8 @@ def degrade(options: Namespace) -> CommandResult:
         preparation_report(ready, width=width),
         pace_line(kept),
     ]
+    ranges = {kind: loss_ranges(losses, o) for kind, o in worst_by_kind(outcomes).items()}
+    lines += [_range_line(kind, each) for kind, each in ranges.items()]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         drawn = pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
@@ -74,7 +78,9 @@ def degrade(options: Namespace) -> CommandResult:
     data = {
         "summary": summary,
         "pairs_sampled_of": sampled,
-        "losses": [o.to_dict() for o in outcomes],
+        "losses": [{**o.to_dict(), "ranges": loss_ranges(losses, o)} for o in outcomes],
+        "ranges": ranges,
+        "band": loss_band(losses).to_dict(),
         "gate_broken": broken,
         "preparation": {name: asdict(each) for name, each in ready.items()},
         "recovery": asdict(recovery),
@@ -82,6 +88,15 @@ def degrade(options: Namespace) -> CommandResult:
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")
     return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
+
+
+def _range_line(kind: str, ranges: Mapping[str, Mapping[str, float]]) -> str:
+    """The ranges of the worst loss of a kind."""
+    stall, own = ranges["stall_ms"], ranges["moved_stall_ms"]
+    return (
+        f"worst {kind}: others wait {short(stall['low'])}-{short(stall['high'])} ms, "
+        f"its own {short(own['low'])}-{short(own['high'])} ms"
+    )
 
 
 def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Namespace) -> CommandResult:
@@ -188,7 +203,8 @@ def verify(options: Namespace) -> CommandResult:
     figures = (*d.plan.cost, *(aot_figures(compiled) if compiled else ()))
     cluster = calibration.cluster if calibration is not None else d.cluster
     write_text(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
-    data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0)
+    band = band_of(d.workload, d.cluster, d.shape, best.requests_per_group, d.traffic.prompt)
+    data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0, band)
     return CommandResult(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
 
 

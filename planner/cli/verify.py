@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from planner.cli.table import table, terminal_width
+from planner.cost.band import Band
 from planner.cost.calibration import Calibration
 
 
-def verify_report(compiled: dict, calibration: Calibration | None, estimate: float) -> tuple[dict, str]:
-    """Both comparisons as data and as text; `estimate` is the predicted step in seconds."""
+def verify_report(compiled: dict, calibration: Calibration | None, estimate: float, band: Band) -> tuple[dict, str]:
+    """Both comparisons as data and as text; `estimate` is the predicted step in seconds, with its `band`."""
     data: dict = {"estimate_step_s": estimate, "aot": compiled, "measured": []}
+    data |= {"band": band.to_dict(), "ranges": {"step_s": band.around(estimate, "tpot")}}
     lines = [f"step by roofline, as many requests as fit: {estimate * 1e3:.2f} ms   [estimate]"]
+    lines.append(f"  {band.text(estimate * 1e3, 'tpot', 'ms')}  {band.source()}")
     if compiled:
         lines += _aot_lines(compiled)
     if calibration is not None:
