@@ -92,7 +92,11 @@ def _packed(
     parts = _parts(stored, tensor, **roles)
     rows, words = tensor.shape if len(tensor.shape) == 2 else (0, 0)
     full = (rows, words * 32 // scheme.bits)
-    if f"{stem}_shape" in stored:
+    scale = parts.get("scale")
+    grouped = scale.shape[-1] * scheme.group if scale is not None and len(scale.shape) == 2 else 0
+    if grouped and -(-grouped * scheme.bits // 32) == words:
+        full = (rows, grouped)  # groups are whole: no need to open the file for the shape of each expert
+    elif f"{stem}_shape" in stored:
         full = tuple(int(n) for n in read_numbers(stored[f"{stem}_shape"]))
     return PackedTensor(stem, scheme.format, parts, wide, scheme, full)
 
