@@ -11,7 +11,7 @@ from tests.moejax.model.test_decoder import CONFIGS, PAGES, TABLES, params, pref
 from tests.support.reference import forward
 from tests.support.stepping import Stepper, work
 
-NAMES = ("mixtral", "gpt-oss", "phi")
+NAMES = (pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss", "phi")
 
 
 def grouped(name: str, ranks: int, *groups: tuple[int, ...]) -> Stepper:

@@ -44,7 +44,7 @@ def test_the_error_of_one_answer_ends_the_call_the_same_way_at_every_reading(tmp
         m.loop.engine.fail_request(requests[failed].id, Internal("of one answer"))
         assert str(await error_of(reading)) == "of one answer"
         for _ in range(2):
-            assert str(await error_of(processor.replay(processor.find_call("call")))) == "of one answer"
+            assert str(await error_of(processor.replay(await processor.find_call("call")))) == "of one answer"
         ends = [m.loop.engine.request_log.items(request.id)[-1] for request in requests]
         assert [str(end) for end in ends] == ["of one answer"] * 3
         m.loop.engine.request_log.close()
@@ -65,7 +65,7 @@ def test_a_call_of_which_one_answer_finds_no_place_in_the_queue_is_refused_as_a_
         processor = RequestProcessor(m.loop, byte_tokenizer(), Metrics(m.loop), GRAMMAR)
         requests = await processor.accept_all([(1, 2, 3)], PARAMS, request_id="call")
         assert isinstance(await error_of(processor.stream_call(requests)), QueueFull)
-        assert isinstance(await error_of(processor.replay(processor.find_call("call"))), QueueFull)
+        assert isinstance(await error_of(processor.replay(await processor.find_call("call"))), QueueFull)
         await m.failover.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60.0))
