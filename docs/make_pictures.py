@@ -7,7 +7,6 @@ show. The pictures contain only what happened.
 import argparse
 import base64
 import html
-import json
 import os
 import signal
 import subprocess
@@ -128,7 +127,7 @@ def _split(text: str) -> list[str]:
     return [*parts, word] if word else parts
 
 
-def dashboard(url: str, prompt: str) -> None:
+def dashboard(address: str, url: str, prompt: str) -> None:
     """Take screenshots during a chat in which a rank is killed: light at full width, dark on a phone."""
     for name, width, height, dark in (("dashboard", 1280, 900, False), ("dashboard-phone", 390, 844, True)):
         with browser.chromium(width=width, height=height, dark=dark) as driver:
@@ -136,9 +135,9 @@ def dashboard(url: str, prompt: str) -> None:
             time.sleep(2)
             driver.find_element("id", "prompt").send_keys(prompt + "\n")
             time.sleep(3)
-            status = json.loads(driver.execute_script("return JSON.stringify(server)"))
-            alive = [rank for rank in status["ranks"] if rank["state"] == "serving"]
-            rank = max(alive, key=lambda each: each["running"])["id"]
+            with Client(address) as client:
+                alive = [rank for rank in client.status().ranks if rank.state == "serving"]
+            rank = max(alive, key=lambda each: each.running).id
             driver.find_element("css selector", f"#rank-{rank} button.kill").click()
             time.sleep(2.5)
             bottom = driver.execute_script(
@@ -163,7 +162,7 @@ def main() -> None:
         (FOLDER / "survive.svg").write_text(animation(pieces))
         time.sleep(10)
         url = next(word for word in server.output().split() if word.startswith("http://"))
-        dashboard(url, options.question)
+        dashboard(server.address, url, options.question)
 
 
 if __name__ == "__main__":
