@@ -161,29 +161,28 @@ class FrontSocket:
 
     def _is_recorded(self, call: Call) -> bool:
         """True when the log has this call, and not another one with its id."""
+        logged = self._logged(call)
+        return logged is not None and logged.key == call.key
+
+    def _logged(self, call: Call) -> Call | None:
+        """The call that the log has under the id of this one."""
         try:
-            return self._backend.find_call(call.id, call.owner).key == call.key
+            return self._backend.find_call(call.id, call.owner)
         except UnknownRequest:
-            return False
+            return None
 
     def _close_call(self, edge: Edge, call_id: str) -> None:
         call = edge.calls.pop(call_id, None)
         edge.streams.pop(call_id, None)
         if call is None:
             return
-        if self._is_recorded(call):
+        logged = self._logged(call)
+        if logged is not None:
+            if logged.key != call.key:
+                return  # the id is another call's
             for request in call.requests:
                 self._backend.abort(request.id)
-            self._backend.close_call(call.id)
-        elif not self._is_known(call):
-            self._backend.close_call(call.id)
-
-    def _is_known(self, call: Call) -> bool:
-        try:
-            self._backend.find_call(call.id, call.owner)
-        except UnknownRequest:
-            return False
-        return True
+        self._backend.close_call(call.id)
 
     # -- Tasks --------------------------------------------------------------------------------------------------
 
