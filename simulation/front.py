@@ -28,7 +28,7 @@ from serving.text.tokenizer import Tokenizer
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED
 from simulation.launch import Processes, SimulatedListener, SimulatedStarter
-from simulation.virtual_time import VirtualTimeLoop, context_of
+from simulation.virtual_time import VirtualTimeLoop, context_of, is_item_of_stream
 from simulation.world import World
 
 REAP_TURNS = 200
@@ -133,9 +133,10 @@ class Front:
         """No task of a front may end with an error that nobody sees, and the engine never stops."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        awaited = self.loop.engine.pipeline.answers if self.loop is not None else ()  # seen when their turn comes
+        answers = self.loop.engine.pipeline.answers if self.loop is not None else ()
         for owner, task, error in loop.unseen_errors():
-            if owner is self and task not in awaited:
+            read_in_turn = task in answers or is_item_of_stream(task)  # a reader sees the error when it comes to it
+            if owner is self and not read_in_turn:
                 calls = traceback.extract_tb(error.__traceback__)[-4:]
                 at = ", ".join(f"{Path(call.filename).name}:{call.lineno}" for call in calls)
                 self.world.violated(f"a task of front {self.number} died of {type(error).__name__}: {error} ({at})")

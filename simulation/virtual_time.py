@@ -150,6 +150,12 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return task
 
 
+def is_item_of_stream(task: "asyncio.Task[Any]") -> bool:
+    """Whether a task is the next item of an asynchronous generator, made by `ensure_future(anext(...))`: `merged` keeps
+    such a task, with its item or its error, until the reader of the merged stream comes to it."""
+    return type(task.get_coro()).__name__ == "async_generator_asend"
+
+
 def context_of(owner: object) -> contextvars.Context:
     """A context in which tasks and callbacks belong to `owner`."""
     context = contextvars.Context()

@@ -1,10 +1,11 @@
 """The event loop under virtual time."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import pytest
 
-from simulation.virtual_time import Deadlock, OutOfTime, VirtualTimeLoop, context_of
+from simulation.virtual_time import Deadlock, OutOfTime, VirtualTimeLoop, context_of, is_item_of_stream
 
 
 def run(main, **options) -> float:
@@ -85,8 +86,21 @@ def test_the_tasks_of_a_process_are_known_and_so_are_errors_that_nobody_saw() ->
         await loop.create_task(begin(), context=context_of(owner))
         assert len(loop.tasks_of(owner)) == 1
         assert loop.tasks_of(None) == [asyncio.current_task()]
-        ((its, _, error),) = loop.unseen_errors()
+        ((its, task, error),) = loop.unseen_errors()
         assert its is owner
         assert "nobody" in str(error)
+        assert not is_item_of_stream(task)
+
+    run(main)
+
+
+def test_the_next_item_of_a_stream_is_known() -> None:
+    async def items() -> AsyncGenerator[int, None]:
+        yield 1
+
+    async def main() -> None:
+        task = asyncio.ensure_future(anext(items()))
+        assert is_item_of_stream(task)
+        assert await task == 1
 
     run(main)
