@@ -185,6 +185,7 @@ async def _start_ranks(
             else max(settings.heartbeat_floor_s, settings.network_heartbeat_floor_s)
         ),
         step_floor_s=settings.step_floor_s,
+        command_limit_s=settings.command_limit_s,
         starved_factor=settings.starved_factor,
     )
     launcher = Launcher.of(settings, model, log_folder, run)

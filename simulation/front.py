@@ -178,6 +178,7 @@ class Front:
         health = FailureDetectorSettings(
             heartbeat_floor_s=settings.heartbeat_floor_s,
             step_floor_s=settings.step_floor_s,
+            command_limit_s=settings.command_limit_s,
             starved_factor=settings.starved_factor,
         )
         self.executor = executor = RankExecutor(

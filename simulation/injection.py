@@ -47,6 +47,7 @@ class Injection:
             "crash": self._crash,
             "host_crash": self._host_crash,
             "hang": self._hang,
+            "stuck": self._stuck,
             "slow": self._slow,
             "starved": self._starved,
             "nan": self._nan,
@@ -104,6 +105,15 @@ class Injection:
         process.signal("SIGSTOP")
         if fault.value < 0.5:
             self.world.loop.call_later(fault.seconds, process.signal, "SIGCONT")
+        return True
+
+    def _stuck(self, fault: Fault) -> bool:
+        process = self._process(fault.rank)
+        if process is None:
+            return False
+        process.stick()
+        if fault.value < 0.5:
+            self.world.loop.call_later(fault.seconds, process.unstick)
         return True
 
     def _slow(self, fault: Fault) -> bool:

@@ -176,6 +176,15 @@ class SimulatedRank:
 
         asyncio.get_running_loop().call_later(seconds, due, context=self._context)
 
+    def stick(self) -> None:
+        """The main thread obeys nothing more after what it does now; receiver, loader and heartbeats go on."""
+        self.stuck = True
+
+    def unstick(self) -> None:
+        """The main thread goes on."""
+        self.stuck = False
+        self._next()
+
     def signal(self, name: str) -> None:
         """A signal arrives."""
         if name == "SIGSTOP":

@@ -39,6 +39,7 @@ FAULTS: Mapping[str, str] = {
     "scale_up": "an operator takes all ranks in again",
     "pause": "an operator pauses the server, and lets it go on a little later",
     "device_error": "a device reports an error of some level",
+    "stuck": "the main thread of a rank obeys nothing more, and its heartbeats go on; for a while, or for ever",
 }
 """Kinds of faults, and of what operators do."""
 
@@ -129,6 +130,7 @@ BASE_SETTINGS: Mapping[str, Any] = {
     "heartbeat_s": 0.2,
     "heartbeat_floor_s": 0.8,
     "step_floor_s": 1.5,
+    "command_limit_s": 6.0,
     "start_timeout_s": 60.0,
     "resume_s": 600.0,
 }

@@ -24,6 +24,12 @@ class DetectionSettings(SettingsGroup):
     step_floor_s: float = setting(
         10.0, "Fewest seconds that a step may take before its rank counts as failed; more after long steps."
     )
+    command_limit_s: float = setting(
+        120.0,
+        "Seconds that a rank has to obey a command between steps, such as loading experts, before it counts as failed. "
+        "Raise it where a rank reads its experts from slow storage.",
+        at_least=1.0,
+    )
     starved_factor: float = setting(
         2.0,
         "Most times the limits above for a rank whose process is ready to run and waits for a processor; 1 gives "

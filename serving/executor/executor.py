@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from serving.executor.failure_detector import Cause, FailureDetectorSettings
-from serving.executor.incarnation import Incarnation, Loss
+from serving.executor.incarnation import Incarnation, Loss, PendingCommand
 from serving.executor.rank_errors import CommandFailed, NonFiniteStep, RankLost
 from serving.executor.rank_monitor import RankMonitor
 from serving.launch.rank_listener import RankListener, first_report
@@ -20,6 +20,8 @@ from serving.launch.rank_process import HostPaths, RankStarter
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 
+ABORTED_S = 1.0
+"""Seconds that a rank has to answer a step whose exchange was aborted because all ranks were late with it."""
 NON_FINITE_WAIT_S = 1.0
 """Seconds that the other ranks have to end a step in which one rank found values that are not finite."""
 
@@ -52,6 +54,9 @@ class RankExecutor:
         """The host:port that ranks of this host dial."""
         self._monitor = RankMonitor(detector, declare=self.declare, fail_step=self._fail_step, on_starved=on_starved)
         self._monitoring: asyncio.Task[None] | None = None
+        self._aborting: asyncio.Task[None] | None = None
+        self._step_epoch = 0
+        """The epoch of the last step that was sent."""
 
     async def open(self, listener: RankListener | None = None) -> None:
         """Listen for ranks, on loopback unless `listener` says otherwise, and begin to monitor them. Raises
@@ -63,8 +68,9 @@ class RankExecutor:
 
     async def close(self) -> None:
         """End every rank and stop listening. No process is left."""
-        if self._monitoring is not None:
-            self._monitoring.cancel()
+        for task in (self._monitoring, self._aborting):
+            if task is not None:
+                task.cancel()
         for each in self._ranks.values():
             self._release(each)
             each.process.end()
@@ -118,7 +124,7 @@ class RankExecutor:
         each = self._alive(rank)
         self._command_ids += 1
         future: asyncio.Future[link_pb2.Done] = asyncio.get_running_loop().create_future()
-        each.pending_commands[self._command_ids] = (what, future)
+        each.pending_commands[self._command_ids] = PendingCommand(what, clock.now(), future)
         each.outbox.put_nowait(link_pb2.Command(id=self._command_ids, **{what: message}))
         answer = await future
         if each.loss is not None:
@@ -131,6 +137,7 @@ class RankExecutor:
         now, ranks = clock.now(), [self._alive(rank) for rank in parts]
         futures: list[asyncio.Future[link_pb2.StepDone]] = []
         for each, part in zip(ranks, parts.values(), strict=True):
+            self._step_epoch = part.epoch
             futures.append(asyncio.get_running_loop().create_future())
             each.pending_steps[part.step] = futures[-1]
             each.step_sent_at = each.step_sent_at or now
@@ -187,11 +194,11 @@ class RankExecutor:
         self._release(each)
         self._on_loss(each.loss)
 
-    def lose_unanswered(self, ranks: Iterable[int], why: str) -> None:
-        """Declare those of these ranks dead that have not answered a command."""
+    def lose_unanswered(self, ranks: Iterable[int], what: str, why: str) -> None:
+        """Declare those of these ranks dead that have not answered a command of this name, whoever waits for it."""
         for rank in ranks:
             each = self._ranks[rank]
-            if any(not future.done() for _, future in each.pending_commands.values()):
+            if any(command.what == what for command in each.pending_commands.values()):
                 self.declare(rank, Cause("error", why), each.last_heartbeat)
 
     async def fenced(self, rank: int) -> None:
@@ -234,6 +241,8 @@ class RankExecutor:
         each.heartbeat_gaps.append(now - each.last_heartbeat)
         each.last_heartbeat = now
         what = report.WhichOneof("what")
+        if what in ("done", "failed", "step_done", "step_failed"):
+            each.answered_at = now
         if what == "done":
             each.compiles = report.done.compiles
             self._resolve(each, report.done.id, report.done)
@@ -264,13 +273,13 @@ class RankExecutor:
 
     @staticmethod
     def _resolve(each: Incarnation, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:
-        what, future = each.pending_commands.pop(command, ("", None))
-        if future is None or future.done():
+        pending = each.pending_commands.pop(command, None)
+        if pending is None or pending.future.done():
             return
         if isinstance(answer, link_pb2.Failed):
-            future.set_exception(CommandFailed(each.rank, what, answer.error))
+            pending.future.set_exception(CommandFailed(each.rank, pending.what, answer.error))
         else:
-            future.set_result(answer)
+            pending.future.set_result(answer)
 
     def _alive(self, rank: int) -> Incarnation:
         each = self._ranks[rank]
@@ -287,7 +296,7 @@ class RankExecutor:
         """Release an incarnation that has ended: whoever waits for it gets RankLost."""
         cause = str(each.loss.cause) if each.loss else "the server stops"
         error = RankLost(each.rank, cause)
-        futures: list[asyncio.Future[Any]] = [future for _, future in each.pending_commands.values()]
+        futures: list[asyncio.Future[Any]] = [command.future for command in each.pending_commands.values()]
         futures += each.pending_steps.values()
         for future in (*futures, each.attached):
             if not future.done():
@@ -298,9 +307,33 @@ class RankExecutor:
         self._tokens.pop(each.process.token, None)
 
     def _fail_step(self) -> None:
-        """All ranks are late, and none counts as failed: the step fails, and a new generation is formed. A rank that
-        hangs does not join it, and is lost then."""
-        for each in self._ranks.values():
-            for waiting in each.pending_steps.values():
+        """All ranks are late, and none counts as failed: one of them may hold up the others. The exchange is aborted; a
+        rank that is not stuck then answers, and one that does not is lost. When all answer, or none, the step fails,
+        and a new generation is formed."""
+        late = [each for each in self._ranks.values() if each.pending_steps and each.loss is None]
+        steps = [(each, dict(each.pending_steps)) for each in late]
+        for each in late:
+            each.pending_steps.clear()
+            each.step_sent_at = None
+        self.abort((each.rank for each in late), self._step_epoch)
+        self._aborting = asyncio.create_task(self._judge_aborted(steps, clock.now()))
+
+    async def _judge_aborted(
+        self, steps: "list[tuple[Incarnation, dict[int, asyncio.Future[link_pb2.StepDone]]]]", aborted_at: float
+    ) -> None:
+        """Lose the ranks that do not answer these steps after their exchange was aborted, and fail the steps."""
+        await asyncio.sleep(ABORTED_S)
+        silent = [each for each, _ in steps if each.loss is None and each.answered_at < aborted_at]
+        if len(silent) < len(steps):
+            for each in silent:
+                why = f"no answer within {ABORTED_S:g} s after its exchange was aborted, and others answered"
+                self.declare(each.rank, Cause("step", why), each.answered_at)
+        steps.sort(key=lambda item: item[0].loss is None)  # a loss explains the failure of the others
+        for each, futures in steps:
+            for waiting in futures.values():
                 if not waiting.done():
-                    waiting.set_exception(CommandFailed(each.rank, "step", "every rank is late with it"))
+                    waiting.set_exception(
+                        RankLost(each.rank, str(each.loss.cause))
+                        if each.loss is not None
+                        else CommandFailed(each.rank, "step", "every rank is late with it")
+                    )

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-Kind = Literal["exited", "raised", "stream", "error", "stopped", "heartbeat", "step", "drained"]
+Kind = Literal["exited", "raised", "stream", "error", "stopped", "heartbeat", "step", "command", "drained"]
 
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS})
 """Signals by which a process ends through its own fault. SIGKILL is not among them: the fence sends it, operators do,
@@ -20,6 +20,8 @@ class FailureDetectorSettings:
 
     heartbeat_floor_s: float
     step_floor_s: float
+    command_limit_s: float = 120.0
+    """Seconds that a rank has for a command whose caller sets no limit."""
     heartbeat_factor: float = 3.0
     step_factor: float = 10.0
     stopped_grace_s: float = 0.1
@@ -65,6 +67,10 @@ class Observation:
     step_times: Collection[float] = ()
     step_delay: Delay = NO_DELAY
     """As `heartbeat_delay`, of the step that it has not answered yet."""
+    command_since: float | None = None
+    """When it could begin with the command that it obeys now."""
+    command_delay: Delay = NO_DELAY
+    """As `heartbeat_delay`, of that command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ def failed_of_itself(cause: Cause, exit_code: int | None) -> bool:
     process, or a connection. `exit_code` is minus the signal for a process that one ended, None if unknown."""
     if cause.kind == "raised":
         return True
-    if exit_code is None or cause.kind not in ("exited", "stream", "heartbeat", "step"):
+    if exit_code is None or cause.kind not in ("exited", "stream", "heartbeat", "step", "command"):
         return False
     return exit_code > 0 or -exit_code in CRASHES
 
@@ -127,7 +133,8 @@ def late_or_dead(
 
     `front_lag_s` is how long the front itself stood still of late: it is subtracted from gaps. Ranks that are all late
     together are excused: late heartbeats of all mean that the machine stalls, a late step of all that one rank holds up
-    the others (see `all_late`). They are excused until all are overdue by `all_late_limit_s`. A rank whose process
+    the others (see `all_late`). They are excused until all are overdue by `all_late_limit_s`; for ever if they are late
+    with commands: what they read is slow then, and not they. A rank whose process
     waits for a processor is given as much longer, up to `starved_factor` times its limit.
     """
     seen, moment = list(observations), now - front_lag_s
@@ -144,6 +151,12 @@ def late_or_dead(
             if late.overdue_s > 0:
                 found[o.rank] = Cause("heartbeat", late.describe("no heartbeat", o.process_state))
     left = [o for o in seen if o.rank not in found]
+    commands = [command_lateness(o, moment, settings) for o in left]
+    if len(left) == 1 or min((late.overdue_s for late in commands), default=0.0) <= 0:
+        for o, late in zip(left, commands, strict=True):
+            if late.overdue_s > 0:
+                found[o.rank] = Cause("command", late.describe("a command was not answered", o.process_state))
+    left = [o for o in left if o.rank not in found]
     steps = step_lateness(left, moment, settings)
     least = min((late.overdue_s for late in steps), default=0.0)
     if not 0 < least <= settings.all_late_limit_s:
@@ -156,8 +169,8 @@ def late_or_dead(
 def all_late(
     observations: Iterable[Observation], now: float, settings: FailureDetectorSettings, *, front_lag_s: float = 0.0
 ) -> bool:
-    """Whether every rank is late with the step, so that none counts as failed. The executor then fails the step, and
-    a new generation is formed; a rank that hangs does not join it and is lost then."""
+    """Whether every rank is late with the step, so that none counts as failed. The executor then aborts the exchange,
+    and a rank that is stuck does not answer that."""
     overdue = [late.overdue_s for late in step_lateness(list(observations), now - front_lag_s, settings)]
     return min(overdue, default=0.0) > 0
 
@@ -167,6 +180,13 @@ def heartbeat_lateness(o: Observation, moment: float, settings: FailureDetectorS
     gap = moment - o.last_heartbeat
     limit_s = _limit_s(gap, settings.heartbeat_floor_s, settings.heartbeat_factor, o.heartbeat_gaps)
     return _lateness(gap, limit_s, o.heartbeat_delay, settings)
+
+
+def command_lateness(o: Observation, moment: float, settings: FailureDetectorSettings) -> Lateness:
+    """How late a rank is with its command at a moment."""
+    if o.command_since is None:
+        return IN_TIME
+    return _lateness(moment - o.command_since, settings.command_limit_s, o.command_delay, settings)
 
 
 def step_lateness(

@@ -21,6 +21,19 @@ class Loss:
     judged_at: float
 
 
+LIMITED_BY_CALLER = frozenset({"join", "connect", "compile", "prepare", "configure"})
+"""Commands whose callers limit their time: they wait for other ranks, or may compile for minutes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingCommand:
+    """A command that a rank has not answered yet: its name, when it was sent, and the future of its answer."""
+
+    what: str
+    sent_at: float
+    future: "asyncio.Future[link_pb2.Done]"
+
+
 class Incarnation:
     """A rank from its start to its end: its process, its stream, and the futures of its answers."""
 
@@ -29,11 +42,14 @@ class Incarnation:
         self.process: RankProcess
         self.attached: asyncio.Future[link_pb2.Hello] = asyncio.get_running_loop().create_future()
         self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
-        self.pending_commands: dict[int, tuple[str, asyncio.Future[link_pb2.Done]]] = {}
+        self.pending_commands: dict[int, PendingCommand] = {}
+        """The commands that it has not answered yet, in order; also those whose answer nobody waits for any more."""
         self.pending_steps: dict[int, asyncio.Future[link_pb2.StepDone]] = {}
         """The steps that it has not answered yet, in order."""
         self.step_sent_at: float | None = None
         """When it could begin with the first pending step, on the monotonic clock."""
+        self.answered_at = clock.now()
+        """When its last answer came, to a command or a step."""
         self.last_heartbeat = clock.now()
         self.heartbeat_gaps: collections.deque[float] = collections.deque(maxlen=200)
         self.step_times: collections.deque[float] = collections.deque(maxlen=200)
@@ -45,6 +61,17 @@ class Incarnation:
     def describe_exit(self) -> str:
         """How its process ended, or is just ending."""
         return describe_exit(self.process.exit_code, self.process.last_output())
+
+    @property
+    def command_since(self) -> float | None:
+        """When it could begin with the command that its main thread obeys now, on the monotonic clock; None while it
+        has none, one that the caller limits, or a step, which has a limit of its own."""
+        if self.pending_steps or not self.pending_commands:
+            return None
+        first = next((each for each in self.pending_commands.values() if each.what != "prepare"), None)
+        if first is None or first.what in LIMITED_BY_CALLER:
+            return None
+        return max(first.sent_at, self.answered_at)
 
     @property
     def failed_of_itself(self) -> bool:

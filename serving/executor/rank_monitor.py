@@ -40,7 +40,8 @@ class Reading(NamedTuple):
 
 
 class DelayEvidence:
-    """The delay of a rank while the front waits for one thing of it: its next heartbeat, or the end of its step.
+    """The delay of a rank while the front waits for one thing of it: its next heartbeat, the end of its step, or the
+    answer to a command.
 
     It is counted from the first reading, at half of the fewest seconds that the limit can be, so that nothing is read
     while ranks answer in time.
@@ -78,6 +79,7 @@ class Watched:
     incarnation: Incarnation
     heartbeat: DelayEvidence = dataclasses.field(default_factory=DelayEvidence)
     step: DelayEvidence = dataclasses.field(default_factory=DelayEvidence)
+    command: DelayEvidence = dataclasses.field(default_factory=DelayEvidence)
     reported_at: float | None = None
     """When it was last reported that it is starved."""
 
@@ -94,6 +96,8 @@ class Watched:
             step_sent_at=each.step_sent_at,
             step_times=each.step_times,
             step_delay=self.step.since(each.step_sent_at),
+            command_since=each.command_since,
+            command_delay=self.command.since(each.command_since),
         )
 
 
@@ -139,7 +143,7 @@ class RankMonitor:
         for each in self._watched.values():
             self._begin_evidence(each, now)
         found, stuck = self._judge(now)
-        overdue = [rank for rank, cause in found.items() if cause.kind in ("heartbeat", "step")]
+        overdue = [rank for rank, cause in found.items() if cause.kind in ("heartbeat", "step", "command")]
         if overdue or stuck:
             concerned = self._watched.keys() if stuck or any(found[r].kind == "step" for r in overdue) else overdue
             for rank in concerned:
@@ -170,6 +174,7 @@ class RankMonitor:
         for evidence, since, floor_s in (
             (watched.heartbeat, each.last_heartbeat, settings.heartbeat_floor_s),
             (watched.step, each.step_sent_at, settings.step_floor_s),
+            (watched.command, each.command_since, settings.command_limit_s),
         ):
             if since is not None and now - since > floor_s / 2 and not evidence.has_begun(since):
                 evidence.take(since, self._read(each, now))
@@ -180,6 +185,8 @@ class RankMonitor:
         watched.heartbeat.take(each.last_heartbeat, reading)
         if each.step_sent_at is not None:
             watched.step.take(each.step_sent_at, reading)
+        if each.command_since is not None:
+            watched.command.take(each.command_since, reading)
 
     def _read(self, each: Incarnation, now: float) -> Reading:
         return Reading(now, each.process.run_delay_s(), self._front_late_s)

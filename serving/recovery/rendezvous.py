@@ -14,6 +14,8 @@ from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 
 JOIN_TIMEOUT_S = 30.0
+RETURN_S = 1.0
+"""Seconds that ranks have to answer once the coordination service is stopped in which they wait for others."""
 MAX_JOIN_FAILURES = 3
 """Times in a row that a rank may fail to join a generation before it is replaced."""
 SPARE_PROCESS_IDS = 32
@@ -75,7 +77,8 @@ class Rendezvous:
             if isinstance(error, CommandFailed):
                 self._count_join_failure(error)
             if isinstance(error, TimeoutError):
-                self._executor.lose_unanswered(ranks, f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
+                await asyncio.sleep(RETURN_S)
+                self._executor.lose_unanswered(ranks, "join", f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
             raise
         finally:
             if self._previous is not None:

@@ -63,3 +63,22 @@ def test_a_rank_is_given_longer_while_its_process_waits_for_a_processor_and_not_
     assert outcome.happened == {"starved": 1}
     assert any("event starved" in line for line in outcome.trace)
     assert any("event rank_lost" in line for line in outcome.trace) == lost
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_rank_that_is_stuck_in_a_step_is_lost_and_none_that_waits_for_it(shares_memory) -> None:
+    scenario = calm(1, Fault(1.9, "stuck", rank=1, value=0.9))
+    outcome = run(dataclasses.replace(scenario, shares_memory=shares_memory))
+    assert not outcome.violations
+    assert [line.split(", cause")[0].split(", ")[-1] for line in outcome.trace if "event rank_lost" in line] == [
+        "rank 1"
+    ]
+
+
+def test_a_rank_that_is_stuck_when_it_is_asked_to_adopt_a_plan_is_lost_by_its_limit() -> None:
+    quiet = dataclasses.replace(
+        calm(1, Fault(1.9, "stuck", rank=1, value=0.9), Fault(2.0, "drain", rank=0)), clients=()
+    )
+    outcome = run(quiet)
+    assert not outcome.violations
+    assert any("rank_lost" in line and "rank 1, cause command" in line for line in outcome.trace)

@@ -126,6 +126,17 @@ def test_ranks_that_wait_for_each_other_in_a_step_are_stuck_and_none_is_named():
     assert not all_late([], NOW, SETTINGS)
 
 
+def test_a_rank_alone_past_the_limit_of_a_command_is_named():
+    limit = SETTINGS.command_limit_s
+    assert judge(seen(0), seen(1, command_since=NOW - limit + 0.1)) == {}
+    assert judge(seen(0), seen(1, command_since=NOW - limit - 0.1)) == {1: "command"}
+    assert judge(seen(1, command_since=NOW - limit - 0.1)) == {1: "command"}
+
+
+def test_ranks_that_are_all_late_with_a_command_wait_for_the_same_thing_and_none_is_named():
+    assert judge(*(seen(rank, command_since=NOW - 10 * SETTINGS.command_limit_s) for rank in range(3))) == {}
+
+
 def test_a_stopped_rank_is_named_and_not_the_ones_that_wait_for_it_in_the_step():
     ranks = [seen(rank, step_sent_at=NOW - 3) for rank in range(3)]
     ranks[1] = dataclasses.replace(ranks[1], last_heartbeat=NOW - 3)
