@@ -5,7 +5,6 @@ show. The pictures contain only what happened.
 """
 
 import argparse
-import base64
 import html
 import os
 import signal
@@ -143,9 +142,8 @@ def dashboard(address: str, url: str, prompt: str) -> None:
             bottom = driver.execute_script(
                 "return document.getElementById('rate-panel').getBoundingClientRect().bottom"
             )
-            clip = {"x": 0, "y": 0, "width": width, "height": bottom + 14, "scale": 1}
-            shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-            (FOLDER / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+            browser.resize(driver, width=width, height=round(bottom) + 14)
+            driver.save_screenshot(FOLDER / f"{name}.png")
             time.sleep(8)  # until the rank has rejoined
 
 

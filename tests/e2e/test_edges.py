@@ -18,7 +18,8 @@ from tests.support.processes import Supervised, processes_of, start
 from tests.support.streams import Traffic, pid_of, wait_until, wait_until_whole
 
 PROMPTS = ("ROMEO:", "JULIET:", "First Citizen:", "KING:")
-TOKENS = 60
+TOKENS = 240
+"""Enough that a call is still open when the test has seen that it is."""
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_every_client_sees_a_pause_when_the_front_is_killed(
         front, victim = client.status().front_pid, pid_of(client.status(), 1)
         before = counted(server)
         calls = Calls(server)
-        wait_until(lambda: open_calls(client) > len(CALLS) // 2, "calls are open")
+        wait_until(lambda: open_calls(client) >= len(CALLS) // 4, "calls are open")
         os.kill(front, signal.SIGKILL)
         if with_a_rank:
             os.kill(victim, signal.SIGKILL)

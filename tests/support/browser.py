@@ -41,8 +41,13 @@ def chromium(*, width: int = 1280, height: int = 900, dark: bool = False) -> Ite
         try:
             scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-            metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            resize(driver, width=width, height=height)
             yield driver
         finally:
             driver.quit()
+
+
+def resize(driver: webdriver.Chrome, *, width: int, height: int) -> None:
+    """Give the page a viewport of another size, in CSS pixels."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
