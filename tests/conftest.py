@@ -29,25 +29,48 @@ late_events.drop_late_events()
 jaxtyping.install_import_hook(typechecker.checked_modules(), f"{typechecker.__name__}.check")
 
 
-THOROUGH = {
-    *("test_compile_ahead.py", "test_cpu.py", "test_decoder.py", "test_disaggregated.py", "test_examples.py"),
-    *(
-        "test_expert_parity.py",
-        "test_failover.py",
-        "test_front_death.py",
-        "test_gpu_benchmark.py",
-        "test_host_copies.py",
-    ),
-    *("test_kv_restoration.py", "test_openapi_fuzz.py", "test_pallas.py", "test_published_folders.py"),
-    *("test_shared_memory.py", "test_smollm2.py", "test_tensor_parallel.py", "test_wheel.py"),
-}
-"""Test files that take the most processor time; `scripts/test --quick` leaves them out."""
+THOROUGH = (
+    "benchmarks/test_gpu_benchmark.py",
+    "benchmarks/test_load.py",
+    "deploy/test_wheel.py",
+    "moejax/checkpoint/families/test_array_sources.py",
+    "moejax/checkpoint/test_checkpoint.py",
+    "moejax/checkpoint/test_convert.py",
+    "moejax/checkpoint/test_host_copies.py",
+    "moejax/checkpoint/test_host_store.py",
+    "moejax/checkpoint/test_published_store.py",
+    "test_published_folders.py",
+    "test_compile_ahead.py",
+    "test_cpu.py",
+    "test_decoder.py",
+    "test_disaggregated.py",
+    "test_examples.py",
+    "test_expert_parity.py",
+    "test_failover.py",
+    "test_front_death.py",
+    "test_kv_restoration.py",
+    "test_openapi_fuzz.py",
+    "test_pallas.py",
+    "test_shared_memory.py",
+    "test_smollm2.py",
+    "test_tensor_parallel.py",
+    "moejax/tools/test_train.py",
+    "planner/failures/test_loss_model.py",
+    "serving/dashboard/test_dashboard.py",
+    "serving/edges/test_remote_backend.py",
+    "serving/engine/test_fairness.py",
+    "serving/launch/test_host_agent.py",
+    "serving/test_server.py",
+    "serving/text/test_tokenizer_formats.py",
+)
+"""Ends of the paths of test files that take the most time, or that start real servers or a browser;
+`scripts/test --quick` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that `scripts/test --quick` leaves out."""
     for item in items:
-        if item.path.name in THOROUGH:
+        if item.path.as_posix().endswith(tuple(f"/{name}" for name in THOROUGH)):
             item.add_marker(pytest.mark.thorough)
 
 
