@@ -128,8 +128,9 @@ def _split(text: str) -> list[str]:
 
 def dashboard(address: str, url: str, prompt: str) -> None:
     """Take screenshots during a chat in which a rank is killed: light at full width, dark on a phone."""
-    for name, width, height, dark in (("dashboard", 1280, 900, False), ("dashboard-phone", 390, 844, True)):
-        with browser.chromium(width=width, height=height, dark=dark) as driver:
+    pictures = (("dashboard", 1280, "mesh", False), ("dashboard-phone", 390, "rate", True))
+    for name, width, last_panel, dark in pictures:
+        with browser.chromium(width=width, height=900, dark=dark) as driver:
             driver.get(url)
             time.sleep(2)
             driver.find_element("id", "prompt").send_keys(prompt + "\n")
@@ -139,8 +140,8 @@ def dashboard(address: str, url: str, prompt: str) -> None:
             rank = max(alive, key=lambda each: each.running).id
             driver.find_element("css selector", f"#rank-{rank} button.kill").click()
             time.sleep(2.5)
-            bottom = driver.execute_script(
-                "return document.getElementById('rate-panel').getBoundingClientRect().bottom"
+            bottom = driver.execute_script(  # of the page, which was scrolled to the prompt
+                f"scrollTo(0, 0); return document.getElementById('{last_panel}-panel').getBoundingClientRect().bottom"
             )
             browser.resize(driver, width=width, height=round(bottom) + 14)
             driver.save_screenshot(FOLDER / f"{name}.png")

@@ -51,3 +51,4 @@ def resize(driver: webdriver.Chrome, *, width: int, height: int) -> None:
     """Give the page a viewport of another size, in CSS pixels."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
