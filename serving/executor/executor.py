@@ -6,7 +6,7 @@ RankLost.
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -194,12 +194,15 @@ class RankExecutor:
         self._release(each)
         self._on_loss(each.loss)
 
-    def lose_unanswered(self, ranks: Iterable[int], what: str, why: str) -> None:
-        """Declare those of these ranks dead that have not answered a command of this name, whoever waits for it."""
-        for rank in ranks:
-            each = self._ranks[rank]
-            if any(command.what == what for command in each.pending_commands.values()):
-                self.declare(rank, Cause("error", why), each.last_heartbeat)
+    def lose_unanswered(self, ranks: Collection[int], what: str, why: str, *, unless_all: bool = False) -> None:
+        """Declare those of these ranks dead that have not answered a command of this name, whoever waits for it; with
+        `unless_all` none if none has answered."""
+        called = [self._ranks[rank] for rank in ranks]
+        silent = [each for each in called if any(c.what == what for c in each.pending_commands.values())]
+        if unless_all and len(silent) == len(called) > 1:
+            return
+        for each in silent:
+            self.declare(each.rank, Cause("error", why), each.last_heartbeat)
 
     async def fenced(self, rank: int) -> None:
         """Wait until the process of a lost rank runs no more of its program."""

@@ -5,7 +5,8 @@ A plan whose mesh is connected can be adopted at once.
 
 import asyncio
 import collections
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from serving.executor.executor import RankExecutor
 from serving.executor.mesh_key import MeshKey
@@ -24,6 +25,12 @@ from serving.recovery.recovery_state import RecoveryState
 
 COLLECTIVE_TIMEOUT_S = 30
 """How long ranks wait for each other in a collective, or to connect a mesh."""
+COMPILE_TIMEOUT_S = 600
+"""Seconds that a rank has to compile a mesh while the server waits for it."""
+LOAD_TIMEOUT_S = 60
+"""Seconds that ranks have to load the executables of a mesh while the server waits for it."""
+ABORTED_S = 1.0
+"""Seconds that ranks have to answer once they were asked to give up connecting."""
 
 
 class MeshPool:
@@ -99,13 +106,19 @@ class MeshPool:
     async def build(self, key: MeshKey) -> None:
         """Compile and load a mesh that was not prepared ahead, before all others. Raises RankLost or CommandFailed."""
         compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
-        await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
+        async with self._losing_silent(compilers, "compile", COMPILE_TIMEOUT_S):
+            await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
         await self.load(key, urgent=True)
 
     async def load(self, key: MeshKey, *, urgent: bool = False) -> None:
-        """Load the executables of a mesh on all its ranks. Raises RankLost or CommandFailed."""
-        prepare = link_pb2.Prepare(mesh=key.message(), urgent=urgent)
-        await self._executor.call_all("prepare", dict.fromkeys(key.ranks, prepare))
+        """Load the executables of a mesh on all its ranks; `urgent` while the server waits for it. Raises RankLost or
+        CommandFailed, and TimeoutError when it is urgent."""
+        prepare = dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent))
+        if not urgent:
+            await self._executor.call_all("prepare", prepare)
+            return
+        async with self._losing_silent(key.ranks, "prepare", LOAD_TIMEOUT_S):
+            await self._executor.call_all("prepare", prepare)
 
     def load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         """Load these meshes in the background, after what is missing of the mesh in force; each is in `loaded` then."""
@@ -117,7 +130,7 @@ class MeshPool:
         Raises RankLost, CommandFailed or TimeoutError."""
         if self._state.membership.service_lost:
             raise CommandFailed(key.ranks[0], "connect", "ranks have left the coordination service")
-        async with asyncio.timeout(COLLECTIVE_TIMEOUT_S):
+        async with self._losing_silent(key.ranks, "connect", COLLECTIVE_TIMEOUT_S, after_s=ABORTED_S):
             self._connects += 1
             number = self._connects
             try:
@@ -131,6 +144,20 @@ class MeshPool:
                 self._executor.abort((r for r in key.ranks if r != gone), epoch, connecting=number)
                 raise
         self._state.record(MeshConnected(key))
+
+    @contextlib.asynccontextmanager
+    async def _losing_silent(
+        self, ranks: Collection[int], what: str, limit_s: float, *, after_s: float = 0.0
+    ) -> AsyncIterator[None]:
+        """A block in which these ranks are called. After `limit_s` seconds it ends with TimeoutError, and those that
+        have not answered `after_s` seconds later are lost, where others have."""
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            await asyncio.sleep(after_s)
+            self._executor.lose_unanswered(ranks, what, f"no answer to {what} within {limit_s} s", unless_all=True)
+            raise
 
     async def _load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         for key in (current, *keys):

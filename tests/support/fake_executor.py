@@ -138,7 +138,7 @@ class FakeExecutor:
     async def fenced(self, rank: int) -> None:
         assert self._ranks[rank].loss is not None, f"rank {rank} is waited for and lives"
 
-    def lose_unanswered(self, ranks, what: str, why: str) -> None:
+    def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
         for rank in ranks:
             self.declare(rank, Cause("error", why), 0.0)
 

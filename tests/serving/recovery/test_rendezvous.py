@@ -39,7 +39,7 @@ class Ranks:
     def declare(self, rank: int, cause, evidence_at: float) -> None:
         self.declared.append(rank)
 
-    def lose_unanswered(self, ranks, what: str, why: str) -> None:
+    def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
         self.declared += sorted(self.silent.intersection(ranks))
 
 
