@@ -24,6 +24,7 @@ class Ask:
     temperature: float
     seed: int
     max_tokens: int
+    speculate: bool | None = None
 
 
 @dataclasses.dataclass
@@ -47,7 +48,12 @@ async def play(client: AsyncClient, ask: Ask, trace: Trace | None = None) -> Tra
     """Send a request and read its stream to the end. An error is recorded in the trace."""
     trace = trace or Trace(ask, time.monotonic())
     stream = client.stream(
-        ask.prompt, temperature=ask.temperature, seed=ask.seed, max_tokens=ask.max_tokens, ignore_eos=True
+        ask.prompt,
+        temperature=ask.temperature,
+        seed=ask.seed,
+        max_tokens=ask.max_tokens,
+        speculate=ask.speculate,
+        ignore_eos=True,
     )
     try:
         async for chunk in stream:

@@ -40,9 +40,17 @@ PREPARED = PreparedModel(
 """The model as a server prepares it; nothing of it is on disk."""
 
 
+PERIOD, VARIED = 4, 9
+"""Under an odd seed the fake model repeats the token PERIOD places before, except where VARIED divides the place."""
+
+
 def next_token(prefix: Iterable[int], seed: int) -> int:
-    """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB."""
-    return (seed % 2**32 + sum(place * token for place, token in enumerate(prefix, 1))) % VOCAB
+    """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB. Under an odd seed its text has a
+    period, which a token of the first kind changes at every VARIED places, so that some drafts are right."""
+    tokens = list(prefix)
+    if seed % 2 and len(tokens) >= PERIOD and len(tokens) % VARIED:
+        return tokens[-PERIOD]
+    return (seed % 2**32 + sum(place * token for place, token in enumerate(tokens, 1))) % VOCAB
 
 
 def logprob_of(token: int) -> float:

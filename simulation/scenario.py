@@ -141,7 +141,7 @@ def draw(seed: int, mode: Mode) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(f"scenario/{mode}/{seed}")
     seconds = rng.uniform(3.0, 8.0)
-    settings = _draw_settings(rng)
+    settings = _draw_settings(rng) | _draw_speculation(random.Random(f"speculation/{mode}/{seed}"))
     ranks = settings["ranks"]
     rates = {
         "late": rng.choice((0.0, 0.0, 0.002, 0.02)),
@@ -196,6 +196,12 @@ def _draw_settings(rng: random.Random) -> dict[str, Any]:
         experts = rng.randint(1, ranks - 2)
         settings |= {"arch": "disaggregated", "attention": ranks - experts, "experts": experts, "hosts": 1}
     return settings
+
+
+def _draw_speculation(rng: random.Random) -> dict[str, Any]:
+    if rng.random() < 0.4:
+        return {"speculate": "off"}
+    return {"speculate": "ngram", "draft_tokens": rng.choice((None, 1, 2, 5))}
 
 
 def _draw_fault(rng: random.Random, kind: str, at: float, ranks: int) -> Fault:

@@ -57,6 +57,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("KV replicas", f"{status.protection}, {status.protected_bytes >> 20} MiB; {recovered}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
         ("poison", f"{status.suspects} requests suspected, {status.convicted} ended"),
+        ("speculation", _speculation(status)),
         ("certificate", _certificate(status)),
         ("compiles since ready", str(status.compiles_after_ready)),
     ):
@@ -81,6 +82,14 @@ def _certificate(status: Status) -> str:
         return status.certificate or "none"
     repair = f"; it would with {status.certificate_repair}" if status.certificate_repair else ""
     return f"[red]does not hold[/], {status.certificate_reason}{repair}"
+
+
+def _speculation(status: Status) -> str:
+    """How tokens are drafted, and the tokens that a step with drafts gave a request."""
+    if not status.drafts:
+        return status.speculate
+    share, tokens = status.accepted / status.drafted, 1 + status.accepted / status.drafts
+    return f"{status.speculate}; {share:.0%} of {status.drafted} drafted tokens right, {tokens:.2f} tokens a step"
 
 
 def _sampling(defaults: SamplingDefaults) -> str:

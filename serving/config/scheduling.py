@@ -4,6 +4,10 @@ import dataclasses
 from typing import ClassVar
 
 from serving.config.field import SettingsGroup, setting
+from serving.errors import InvalidRequest
+
+MAX_DRAFTS = 15
+"""Most drafts of a request in a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,25 @@ class SchedulingSettings(SettingsGroup):
     lookahead: bool = setting(
         True, "Schedule and send a step while the one before it runs, instead of waiting for its results."
     )
+    speculate: str = setting(
+        "off",
+        "Draft the next tokens of a request, and check several in one step: ngram repeats what followed the same words "
+        "earlier in the request. No token changes. A request can say otherwise.",
+        choices=("off", "ngram"),
+    )
+    draft_tokens: int | None = setting(
+        None,
+        "Drafts of a request in each step, 1 to 15. Default: as many as its earlier drafts and the load make worth "
+        "while.",
+    )
     max_queue: int = setting(1024, "Most requests that may wait; the server refuses further ones at once.", more_than=0)
     max_prompt_tokens: int | None = setting(
         None, "Most tokens of a prompt; the server refuses longer ones. Default: the context limit alone."
     )
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a number of drafts out of range."""
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFTS:
+            raise InvalidRequest(
+                f"draft_tokens is {self.draft_tokens}. Choose 1 to {MAX_DRAFTS}, or leave it out.", param="draft_tokens"
+            )

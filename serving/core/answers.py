@@ -44,7 +44,8 @@ class Chunk:
 class Complete:
     """The end of an answer. `reason` is stop, length, or tool_calls (an answer that has one and ended by itself).
     `matched` is the stop string or stop token that ended it, if one did. `cached_tokens` is
-    the number of prompt tokens that a rank had in its KV cache already."""
+    the number of prompt tokens that a rank had in its KV cache already, `accepted_drafts` that of tokens that a draft
+    had guessed."""
 
     request_id: str
     reason: str
@@ -57,6 +58,7 @@ class Complete:
     """True when some tokens were computed while experts were masked."""
     cached_tokens: int = 0
     choice: int = 0
+    accepted_drafts: int = 0
 
 
 AnswerItem = PromptScores | Chunk | Complete
@@ -75,6 +77,7 @@ class AnswerText:
         self._stop_tokens = request.sampling.stop_tokens
         self._min_tokens = request.sampling.min_tokens
         self.tokens = 0
+        self.accepted_drafts = 0
         self.epochs: list[int] = []
         self.matched: str | int | None = None
         self.degraded = False
@@ -85,6 +88,7 @@ class AnswerText:
     def push(self, token: Token) -> Chunk:
         """The chunk of one more token."""
         self.tokens += 1
+        self.accepted_drafts += token.drafted
         self.degraded |= token.degraded
         if token.epoch not in self.epochs:
             self.epochs.append(token.epoch)
@@ -165,4 +169,5 @@ def complete(request: Request, text: AnswerText, finished: Finished) -> Complete
         matched=text.matched,
         degraded=text.degraded,
         cached_tokens=finished.cached_tokens,
+        accepted_drafts=text.accepted_drafts,
     )

@@ -101,7 +101,8 @@ def _request_value(value: Mapping[str, Any], clock_offset_s: float) -> Request:
 
 def _item_json(item: StreamItem) -> tuple[str, list[Any]]:
     if isinstance(item, Token):
-        return "token", [item.index, item.id, item.logprob, item.epoch, item.degraded, item.top, item.cached_tokens]
+        fields = [item.index, item.id, item.logprob, item.epoch, item.degraded, item.top, item.cached_tokens]
+        return "token", [*fields, True] if item.drafted else fields
     if isinstance(item, Scored):
         return "scored", [item.position, item.logprobs, item.top]
     if isinstance(item, Finished):
@@ -111,8 +112,8 @@ def _item_json(item: StreamItem) -> tuple[str, list[Any]]:
 
 def _item_value(kind: str, fields: list[Any]) -> StreamItem:
     if kind == "token":
-        index, token, logprob, epoch, degraded, top, cached_tokens = fields
-        return Token(index, token, logprob, epoch, degraded, _top(top), cached_tokens)
+        index, token, logprob, epoch, degraded, top, cached_tokens, *drafted = fields
+        return Token(index, token, logprob, epoch, degraded, _top(top), cached_tokens, bool(drafted))
     if kind == "scored":
         return Scored(fields[0], tuple(fields[1]), tuple(map(_top, fields[2])))
     if kind == "finished":

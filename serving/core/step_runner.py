@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from serving.core.engine_shell import EngineShell
 from serving.core.recovery_report import RecoveryReport
 from serving.engine.batch import Batch
+from serving.engine.draft_rows import stop_drafting
 from serving.engine.rank_changes import lose
 from serving.engine.scheduler import schedule
 from serving.engine.step_results import apply
@@ -76,7 +77,7 @@ class StepRunner:
             await self._await_loss(refusal, in_flight)
             return
         except NonFiniteStep as poison:
-            engine.state = lose(engine.state, ())
+            engine.state = stop_drafting(lose(engine.state, ()), batch, poison.rows)
             with contextlib.suppress(RankLost, CommandFailed):
                 await engine.maintenance.repair.on_non_finite(batch, poison.rows)
             return

@@ -124,6 +124,7 @@ function facts(now) {
     "requests finished": now.finished,
     "requests failed": now.failed,
     "requests that broke ranks": `${now.convicted} ended, ${now.suspects} run alone`,
+    ...(now.drafts ? {"drafted tokens": `${now.accepted} of ${now.drafted} right, ${(1 + now.accepted / now.drafts).toFixed(2)} tokens a step`} : {}),
     "compiles since ready": now.compiles_after_ready,
     ...(now.certificate ? {certificate: certificateText(now)} : {}),
   };

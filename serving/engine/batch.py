@@ -1,7 +1,8 @@
 """The requests of one step, and their form as arrays for a rank's compiled program.
 
 A bucket has B decode segments of one row, then G tiles of 32 rows: R = B + 32 G rows and Z = B + G segments. A chunk
-of a prompt takes consecutive tiles; a step may have chunks of several prompts.
+of a prompt takes consecutive tiles; a step may have chunks of several prompts. A request with drafts takes consecutive
+decode segments: one for its last token, and one for each draft, which sees the rows before it as new rows of the step.
 """
 
 import dataclasses
@@ -35,12 +36,14 @@ class StepBucket(NamedTuple):
 
 class StepResult(NamedTuple):
     """The result of one step for one request: the next token (-1 when none was sampled), its log-probability, the
-    likeliest tokens in its place, and (log-probability, likeliest tokens) of each target."""
+    likeliest tokens in its place, and (log-probability, likeliest tokens) of each target. `after_drafts` has the result
+    after each draft, which counts only if the draft is the token that was sampled before it."""
 
     token: int
     logprob: float
     top: TopLogprobs = ()
     scores: tuple[tuple[float, TopLogprobs], ...] = ()
+    after_drafts: tuple["StepResult", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class ScheduledRequest:
 
     `targets` are the tokens to score after each of `tokens`, -1 for none; empty when nothing is scored.
     `logits_params` are set where choosing the next token takes more than temperature and filters. The seed enters the
-    program modulo 2**32.
+    program modulo 2**32. `drafts` are guesses of the tokens after a single token, each a row of its own.
     """
 
     request_id: str
@@ -61,6 +64,12 @@ class ScheduledRequest:
     sampling: ResolvedSampling
     targets: tuple[int, ...] = ()
     logits_params: LogitsParams | None = None
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, and of KV entries that the step writes."""
+        return len(self.tokens) + len(self.drafts)
 
     @property
     def tiles(self) -> int:
@@ -92,17 +101,19 @@ class Batch:
     @property
     def rows_filled(self) -> int:
         """Number of those rows that are a token of a request; the others are padding."""
-        return sum(len(item.tokens) for work in self.scheduled.values() for item in work)
+        return sum(item.rows for work in self.scheduled.values() for item in work)
 
 
 def required_bucket(work: Iterable[tuple[ScheduledRequest, ...]]) -> StepBucket:
     """The most decode rows and the most tiles of any rank."""
-    tiles = [[item.tiles for item in part] for part in work]
-    return StepBucket(max(part.count(0) for part in tiles), max(sum(part) for part in tiles))
+    parts = list(work)
+    rows = (sum(item.rows for item in part if not item.tiles) for part in parts)
+    return StepBucket(max(rows), max(sum(item.tiles for item in part) for part in parts))
 
 
 class RequestRows(NamedTuple):
-    """The rows of a scheduled request in a step: its first row and its first segment."""
+    """The rows of a scheduled request in a step: its first row and its first segment. Each row of drafts is a segment
+    of its own."""
 
     scheduled: ScheduledRequest
     row: int
@@ -110,13 +121,13 @@ class RequestRows(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The last segment, whose logits choose the next token."""
+        """The last segment before those of drafts; its logits choose the next token."""
         return self.segment + max(self.scheduled.tiles, 1) - 1
 
 
 def layout(bucket: StepBucket, work: tuple[ScheduledRequest, ...]) -> Iterator[RequestRows]:
     """The rows of each request, in order: decode rows from row 0, chunks from tile 0."""
-    rows, tiles = sum(not item.tiles for item in work), sum(item.tiles for item in work)
+    rows, tiles = sum(item.rows for item in work if not item.tiles), sum(item.tiles for item in work)
     assert rows <= bucket.decode, f"{rows} decode rows do not fit in {bucket}"
     assert tiles <= bucket.tiles, f"{tiles} tiles do not fit in {bucket}"
     row, tile = 0, 0
@@ -126,15 +137,18 @@ def layout(bucket: StepBucket, work: tuple[ScheduledRequest, ...]) -> Iterator[R
             tile += item.tiles
         else:
             yield RequestRows(item, row, row)
-            row += 1
+            row += item.rows
 
 
 def token_sources(before: Batch, batch: Batch, rank: int) -> np.ndarray:
     """For each decode row of a rank, the segment of the step before that samples its token, -1 where the token is
-    known; int32."""
+    known; int32. The step before has no drafts for a request with such a row."""
     last = {placed.scheduled.request_id: placed.last for placed in _segments(before, rank)}
-    rows = [placed.scheduled for placed in _segments(batch, rank) if not placed.scheduled.tiles]
-    return np.array([last[item.request_id] if item.tokens[0] == PLACEHOLDER_TOKEN else -1 for item in rows], np.int32)
+    sources: list[int] = []
+    for item in (placed.scheduled for placed in _segments(batch, rank) if not placed.scheduled.tiles):
+        sources.append(last[item.request_id] if item.tokens[0] == PLACEHOLDER_TOKEN else -1)
+        sources += [-1] * len(item.drafts)
+    return np.array(sources, np.int32)
 
 
 def _segments(batch: Batch, rank: int) -> Iterator[RequestRows]:
@@ -155,10 +169,11 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
     bucket, scheduled = batch.bucket, batch.scheduled[rank]
     arrays = _padding(bucket, max_pages)
     by_row = tokens, positions, write, read = [arrays[name] for name in ("tokens", "positions", "write", "read")]
-    decode, sampling = [], []
+    decode: list[tuple[int, int, int, bool, int, int]] = []
+    sampling: list[tuple[int, ScheduledRequest, int]] = []
     for placed in layout(bucket, scheduled):
         item, row, segment = placed
-        stop = placed.last + 1
+        stop = placed.last + 1 + len(item.drafts)
         arrays["page_table"][segment:stop, : len(item.pages)] = item.pages
         if item.tiles:
             count = len(item.tokens)
@@ -173,16 +188,17 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
                 arrays["sample_row"][placed.last] = row + count - 1
                 read[row + count - 1] = 1
         else:
-            page, offset = divmod(item.start, page_size)
             is_read = item.samples or max(item.targets, default=-1) >= 0
-            decode.append((item.tokens[0], item.start, item.pages[page] * page_size + offset, is_read))
+            for position, token in enumerate((*item.tokens, *item.drafts), item.start):
+                page, offset = divmod(position, page_size)
+                decode.append((token, position, item.pages[page] * page_size + offset, is_read, item.start, row))
         if item.samples:
-            sampling.append((placed.last, item))
+            after = item.start + len(item.tokens)
+            sampling += ((placed.last + n, item, after + n) for n in range(1 + len(item.drafts)))
     if decode:
         rows = np.array(decode, np.int32)
-        for array, values in zip(by_row, rows.T, strict=True):
+        for array, values in zip((*by_row, arrays["cached"], arrays["new_base"]), rows.T, strict=True):
             array[: len(rows)] = values
-        arrays["cached"][: len(rows)] = rows[:, 1]
     if sampling:
         _set_sampling(arrays, sampling)
     return arrays
@@ -213,8 +229,12 @@ def collect_results(
                 given, ids, values_of = next(tile_scores)
                 scored += ((float(given[i]), _top(ids, values_of, i, item.sampling.prompt_logprobs or 0)) for i in rows)
         if item.samples:
-            best = _top(*top, last, item.sampling.top_logprobs) if top is not None else ()
-            results[item.request_id] = StepResult(chosen[last], values[last], best, tuple(scored))
+            count = item.sampling.top_logprobs
+            first, *others = (
+                StepResult(chosen[at], values[at], _top(*top, at, count) if top is not None else ())
+                for at in range(last, last + 1 + len(item.drafts))
+            )
+            results[item.request_id] = first._replace(scores=tuple(scored), after_drafts=tuple(others))
         elif scored:
             results[item.request_id] = StepResult(-1, 0.0, (), tuple(scored))
     return results
@@ -247,12 +267,13 @@ def _padding(bucket: StepBucket, max_pages: int) -> dict[str, np.ndarray]:
     }
 
 
-def _set_sampling(arrays: dict[str, np.ndarray], sampling: list[tuple[int, ScheduledRequest]]) -> None:
-    at = [segment for segment, _ in sampling]
-    work = [item for _, item in sampling]
+def _set_sampling(arrays: dict[str, np.ndarray], sampling: list[tuple[int, ScheduledRequest, int]]) -> None:
+    """Set how segments sample: (segment, request, position of the token) each."""
+    at = [segment for segment, _, _ in sampling]
+    work = [item for _, item, _ in sampling]
     arrays["temperature"][at] = [item.sampling.temperature for item in work]
     arrays["top_k"][at] = [item.sampling.top_k for item in work]
     arrays["top_p"][at] = [item.sampling.top_p for item in work]
     arrays["min_p"][at] = [item.sampling.min_p for item in work]
     arrays["seed"][at] = [item.sampling.seed & 0xFFFFFFFF for item in work]
-    arrays["sample_position"][at] = [item.start + len(item.tokens) for item in work]
+    arrays["sample_position"][at] = [position for _, _, position in sampling]

@@ -12,7 +12,7 @@ def written_since(step: int, rank: int, batches: Iterable[Batch], page_size: int
     """{page: first offset} written on a rank by those of `batches` that come after `step`."""
     first: dict[int, int] = {}
     for work in (work for batch in batches if batch.step > step for work in batch.scheduled.get(rank, ())):
-        for position in range(work.start, work.start + len(work.tokens)):
+        for position in range(work.start, work.start + work.rows):
             page, offset = divmod(position, page_size)
             first[work.pages[page]] = min(offset, first.get(work.pages[page], offset))
     return first

@@ -10,7 +10,8 @@ from serving.protocol.request import FinishReason, Request
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The sizes of an engine, in tokens; `max_queue` in requests."""
+    """The sizes of an engine, in tokens; `max_queue` in requests. Requests that leave it open are drafted for if
+    `speculate`; a request gets `draft_tokens` drafts in a step, None: as many as were right so far."""
 
     page_size: int
     max_context: int
@@ -18,6 +19,8 @@ class Limits:
     buckets: tuple[StepBucket, ...]
     tiles_while_decoding: int
     prefix_caching: bool = True
+    speculate: bool = False
+    draft_tokens: int | None = None
 
     @classmethod
     def of(cls, settings: Settings, max_context: int) -> Self:
@@ -29,6 +32,8 @@ class Limits:
             buckets=tuple(StepBucket(*bucket) for bucket in settings.buckets),
             tiles_while_decoding=settings.tiles_while_decoding,
             prefix_caching=settings.prefix_caching,
+            speculate=settings.speculate != "off",
+            draft_tokens=settings.draft_tokens,
         )
 
     def __post_init__(self) -> None:
@@ -68,6 +73,15 @@ class Limits:
         """Pages of a request that runs to its end. The last token is never written to the cache."""
         length = len(request.prompt)
         return self.pages_for(max(length, min(length + request.sampling.max_tokens, self.max_context) - 1))
+
+    def speculates(self, request: Request) -> bool:
+        """Whether the request is drafted for."""
+        wanted = request.sampling.speculate
+        return self.speculate if wanted is None else wanted
+
+    def tokens_left(self, request: Request, generated: int) -> int:
+        """The most tokens that a request which has generated this many may still get."""
+        return min(request.sampling.max_tokens, self.max_context - len(request.prompt)) - generated
 
     def length_reason(self, request: Request, generated: int) -> FinishReason | None:
         """Why a request that has generated this many tokens ends, None when it goes on."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.plan.step_layout import TILE
-from serving.engine.batch import Batch, layout
+from serving.engine.batch import Batch, ScheduledRequest, layout
 from serving.protocol.request import LogitsParams
 
 MaskFunction = Callable[[LogitsParams], np.ndarray]
@@ -40,10 +40,22 @@ class ScoredTile(NamedTuple):
 def logits_adjustments(batch: Batch, rank: int, masks: MaskFunction) -> dict[int, LogitsAdjustment]:
     """The logits adjustments of a rank's part of a step, by segment."""
     return {
-        placed.last: logits_adjustment(placed.scheduled.logits_params, masks)
+        placed.last + nth: logits_adjustment(params, masks)
         for placed in layout(batch.bucket, batch.scheduled[rank])
-        if placed.scheduled.logits_params is not None
+        for nth, params in enumerate(_params_by_row(placed.scheduled))
     }
+
+
+def _params_by_row(work: ScheduledRequest) -> Iterator[LogitsParams]:
+    """The inputs of logits processing after the last token, and after each draft as if those up to it were generated,
+    until none is needed: a row needs it only if the row before does."""
+    if (params := work.logits_params) is None:
+        return
+    for drafts in range(len(work.drafts) + 1):
+        generated = (*params.generated, *work.drafts[:drafts])
+        if not params.request.sampling.needs_logits_processing(len(generated)):
+            return
+        yield LogitsParams(params.request, generated, drafts)
 
 
 def logits_adjustment(params: LogitsParams, masks: MaskFunction) -> LogitsAdjustment:

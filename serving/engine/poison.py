@@ -131,6 +131,6 @@ def incident_of(batches: Iterable[Batch], ranks: tuple[int, ...], weight: int) -
     for batch in batches:
         for rank in sorted(batch.scheduled, key=lambda rank: rank not in ranks):
             for work in batch.scheduled[rank]:
-                until[work.request_id] = max(until.get(work.request_id, 0), work.start + len(work.tokens))
+                until[work.request_id] = max(until.get(work.request_id, 0), work.start + work.rows)
                 since.setdefault(work.request_id, work.start)
     return Incident(weight, until, ranks, since)

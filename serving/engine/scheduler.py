@@ -3,7 +3,8 @@
 Every sequence with one token left to compute gets a decode row. The others get tiles of 32 rows: first sequences that
 have streamed before, then in order of arrival. They get few tiles while most sequences decode; otherwise as many as
 the largest bucket has, or, where a step costs less than a prompt, as many as the first prompt needs. All ranks use
-one bucket. A rank that runs out of pages preempts its youngest sequence.
+one bucket. A rank that runs out of pages preempts its youngest sequence. Decode rows that are left may take drafts
+(serving/engine/draft_rows.py).
 
 Requests are admitted strictly in order (serving/engine/fairness.py), so none starves. A request goes to the rank that
 has most of its prefix in the cache, unless that rank has much more to do than another. Of several requests with the
@@ -16,6 +17,7 @@ import dataclasses
 from planner.cost.buckets import covering_bucket
 from planner.plan.step_layout import TILE
 from serving.engine.batch import Batch, ScheduledRequest, required_bucket
+from serving.engine.draft_rows import add_drafts
 from serving.engine.fairness import AdmissionOrder
 from serving.engine.page_pool import PageKey, hash_pages
 from serving.engine.poison import Turn
@@ -56,9 +58,11 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
     }
     if not any(work.values()):
         return state, None
+    drafted = add_drafts(limits, state.suspicion, builder.ranks, builder.pools, work)
+    builder.ranks, builder.pools, work = drafted.ranks, drafted.pools, drafted.work
     successor = dataclasses.replace(builder.with_step(), suspicion=state.suspicion.after_turn(turn))
     batch = Batch(successor.step, state.epoch, covering_bucket(limits.buckets, required_bucket(work.values())), work)
-    return look_ahead(successor, batch), batch
+    return look_ahead(successor, batch, drafted.drafts), batch
 
 
 def reserve_for_restore(state: EngineState, *, at_once: bool = False) -> EngineState:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from serving.engine.page_pool import PageKey
+from serving.engine.speculation import NOTHING_DRAFTED, Draft, Drafting
 from serving.protocol.request import Request, RequestPhase
 
 
@@ -20,17 +21,18 @@ class RecoverableKV:
 @dataclasses.dataclass(frozen=True, slots=True)
 class InFlightStep:
     """The part of a step in flight for one request: it computes positions from `start` on, may sample a token, and
-    may be the last step that the request needs."""
+    may be the last step that the request needs. `draft` guesses that token and those after it."""
 
     step: int
     start: int
     samples: bool
     last: bool
+    draft: Draft | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request and its state. Preemption keeps the fields above `rank`, and `recoverable`.
+    """A request and its state. Preemption keeps the fields above `rank`, `recoverable` and `drafting`.
 
     `arrival` orders requests for their whole life. Once the steps in `in_flight` are done, the cache of `rank` holds
     the keys and values of positions 0 .. computed - 1, in `pages`; those below `committed` are there already. The last
@@ -52,6 +54,7 @@ class Sequence:
     page_keys: tuple[PageKey, ...] | None = ()
     recoverable: RecoverableKV | None = None
     in_flight: tuple[InFlightStep, ...] = ()
+    drafting: Drafting = NOTHING_DRAFTED
 
     @property
     def id(self) -> str:
@@ -76,6 +79,11 @@ class Sequence:
     def known_tokens(self) -> int:
         """Number of generated tokens whose ids are known."""
         return len(self.generated) - sum(each.samples for each in self.in_flight)
+
+    @property
+    def speculating(self) -> bool:
+        """Whether a step in flight has rows of drafts, so that the number of its tokens is not known."""
+        return any(each.draft is not None and each.draft.taken for each in self.in_flight)
 
     @property
     def ending(self) -> bool:

@@ -57,6 +57,12 @@ class EngineState:
     """Of these, found there."""
     counters: TokenCounters = dataclasses.field(default_factory=TokenCounters)
     """The tokens that each owner of requests has been served."""
+    drafts: int = 0
+    """Times that a request had drafts in a step that is done."""
+    drafted: int = 0
+    """Tokens of these drafts."""
+    accepted: int = 0
+    """Of these, tokens that were sent."""
     admitted: int = 0
     """Requests that were given their first rank so far."""
     closed_ranks: frozenset[int] = frozenset()

@@ -7,6 +7,7 @@ from serving.engine.batch import PLACEHOLDER_TOKEN, Batch, ScheduledRequest, Ste
 from serving.engine.fairness import GENERATED_WEIGHT
 from serving.engine.limits import Limits
 from serving.engine.sequence import InFlightStep, Sequence
+from serving.engine.speculation import Draft
 from serving.engine.state import EngineState, Output, remove_requests, seal_full_pages
 from serving.errors import NoTokenAllowed
 from serving.protocol.request import Finished, FinishReason, Scored, Token
@@ -24,27 +25,34 @@ def apply(
         raise ValueError(f"results of step {batch.step} came, but steps {list(state.in_flight)} are in flight.")
     running, pools, outputs, ended = dict(state.running), dict(state.pools), [], []
     costs: dict[str, float] = {}
+    drafts = drafted = accepted = 0
     for work in (work for part in batch.scheduled.values() for work in part):
         sequence = running.get(work.request_id)
         if sequence is None or next((each.step for each in sequence.in_flight), None) != batch.step:
             continue
         result = results.get(work.request_id)
-        if result is not None and work.samples and sequence.request.sampling.max_tokens and result.token < 0:
-            outputs.append((work.request_id, _no_token_allowed(sequence)))
-            ended.append(work.request_id)
-            continue
-        sequence, items, reason = _advanced(state.limits, sequence, work, result, batch)
+        sequence, items, end = _advanced(state.limits, sequence, work, result, batch)
         outputs += ((work.request_id, item) for item in items)
+        accepted += sum(isinstance(item, Token) and item.drafted for item in items)
+        drafts += bool(work.drafts)
+        drafted += len(work.drafts)
         made = sequence.known_tokens - running[work.request_id].known_tokens
         owner, cost = sequence.request.owner, made * GENERATED_WEIGHT / sequence.request.share
         costs[owner] = costs.get(owner, 0.0) + cost
         assert sequence.rank is not None
         running[work.request_id], pools[sequence.rank] = seal_full_pages(state, sequence, pools[sequence.rank])
-        if reason is not None:
-            outputs.append((work.request_id, Finished(reason, sequence.cached_tokens or 0)))
+        if end is not None:
+            outputs.append((work.request_id, end))
             ended.append(work.request_id)
     state = dataclasses.replace(
-        state, running=running, pools=pools, in_flight=state.in_flight[1:], counters=state.counters.charge(costs)
+        state,
+        running=running,
+        pools=pools,
+        in_flight=state.in_flight[1:],
+        counters=state.counters.charge(costs),
+        drafts=state.drafts + drafts,
+        drafted=state.drafted + drafted,
+        accepted=state.accepted + accepted,
     )
     state = remove_requests(state, ended) if ended else state
     if state.suspicion.incidents:
@@ -53,9 +61,9 @@ def apply(
     return state, tuple(outputs)
 
 
-def look_ahead(state: EngineState, batch: Batch) -> EngineState:
+def look_ahead(state: EngineState, batch: Batch, drafts: Mapping[str, Draft]) -> EngineState:
     """The state with the step in flight: its tokens count as computed, and the tokens it will sample are
-    placeholders."""
+    placeholders. Those of rows of drafts count neither way until the results are in."""
     running = dict(state.running)
     for work in (work for part in batch.scheduled.values() for work in part):
         sequence = running[work.request_id]
@@ -66,23 +74,28 @@ def look_ahead(state: EngineState, batch: Batch) -> EngineState:
             sequence,
             generated=generated,
             computed=work.start + len(work.tokens),
-            in_flight=(*sequence.in_flight, InFlightStep(batch.step, work.start, samples, last=work.samples and full)),
+            in_flight=(
+                *sequence.in_flight,
+                InFlightStep(
+                    batch.step, work.start, samples, last=work.samples and full, draft=drafts.get(work.request_id)
+                ),
+            ),
         )
     return dataclasses.replace(state, running=running, in_flight=(*state.in_flight, batch.step))
 
 
 def can_look_ahead(state: EngineState) -> bool:
     """Whether the next step can be scheduled before the results of the one in flight are there: no logits processing
-    depends on a token in flight, and no suspect runs in steps of its own."""
+    depends on a token in flight, the number of tokens in flight is known, and no suspect runs in steps of its own."""
     return not state.suspicion.suspects and not any(
-        sequence.request.sampling.needs_logits_processing(len(sequence.generated))
+        sequence.speculating or sequence.request.sampling.needs_logits_processing(len(sequence.generated))
         for sequence in state.running.values()
         if sequence.known_tokens < len(sequence.generated)
     )
 
 
-def _no_token_allowed(sequence: Sequence) -> NoTokenAllowed:
-    sampling, made = sequence.request.sampling, sequence.known_tokens
+def _no_token_allowed(sequence: Sequence, made: int) -> NoTokenAllowed:
+    sampling = sequence.request.sampling
     used = {
         "logit_bias": bool(sampling.logit_bias),
         "min_tokens": made < sampling.min_tokens,
@@ -98,11 +111,12 @@ def _no_token_allowed(sequence: Sequence) -> NoTokenAllowed:
 
 def _advanced(
     limits: Limits, sequence: Sequence, work: ScheduledRequest, result: StepResult | None, batch: Batch
-) -> tuple[Sequence, list[Scored | Token], FinishReason | None]:
-    """The sequence after a step, the items for its client, and the reason it ends, if it does."""
+) -> tuple[Sequence, list[Scored | Token], Finished | NoTokenAllowed | None]:
+    """The sequence after a step, the items for its client, and its end, if it ends."""
     items: list[Scored | Token] = []
     reason: FinishReason | None = None
     generated, scored, known = sequence.generated, sequence.scored, sequence.known_tokens
+    drafting, sampled = sequence.drafting, list[StepResult]()
     if work.targets:
         assert result is not None
         logprobs, top = zip(*result.scores, strict=True)
@@ -112,24 +126,41 @@ def _advanced(
         reason = "length"
     elif work.samples:
         assert result is not None
-        if result.token in sequence.request.sampling.stop_tokens:
-            reason = "stop"
-        else:
+        sampled = _kept(work.drafts, result)
+        for nth, each in enumerate(sampled):
+            if each.token < 0:
+                return sequence, items, _no_token_allowed(sequence, known + nth)
+            if each.token in sequence.request.sampling.stop_tokens:
+                reason = "stop"
+                break
+            cached, drafted = sequence.cached_tokens or 0, nth < len(work.drafts) and each.token == work.drafts[nth]
             items.append(
-                Token(
-                    known,
-                    result.token,
-                    result.logprob,
-                    batch.epoch,
-                    batch.degraded,
-                    result.top,
-                    sequence.cached_tokens or 0,
-                )
+                Token(known + nth, each.token, each.logprob, batch.epoch, batch.degraded, each.top, cached, drafted)
             )
-            generated = (*generated[:known], result.token, *generated[known + 1 :])
-            reason = limits.length_reason(sequence.request, known + 1)
-    return (
-        dataclasses.replace(sequence, generated=generated, scored=scored, in_flight=sequence.in_flight[1:]),
-        items,
-        reason,
+            reason = limits.length_reason(sequence.request, known + nth + 1)
+            if reason is not None:
+                break
+        tokens = [item.id for item in items if isinstance(item, Token)]
+        generated = (*generated[:known], *tokens, *generated[known + 1 :])
+        if (draft := sequence.in_flight[0].draft) is not None:
+            drafting = drafting.judged(draft, tuple(each.token for each in sampled))
+    advanced = dataclasses.replace(
+        sequence,
+        generated=generated,
+        scored=scored,
+        computed=sequence.computed + max(len(sampled) - 1, 0),
+        in_flight=sequence.in_flight[1:],
+        drafting=drafting,
     )
+    return advanced, items, None if reason is None else Finished(reason, sequence.cached_tokens or 0)
+
+
+def _kept(drafts: tuple[int, ...], result: StepResult) -> list[StepResult]:
+    """The results that count: that of the last token, and each one after a draft that is the token sampled there. One
+    without a token does not count after a draft: the next step decides whether none is allowed."""
+    kept = [result]
+    for draft, after in zip(drafts, result.after_drafts, strict=True):
+        if draft != kept[-1].token or after.token < 0:
+            break
+        kept.append(after)
+    return kept

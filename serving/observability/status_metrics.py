@@ -26,6 +26,7 @@ NOT_EXPORTED: Mapping[str, Mapping[str, str]] = {
         "protection": "a setting",
         "recoveries": "moejax_recoveries counts them by cause and outcome",
         "slots_per_rank": "a setting",
+        "speculate": "a setting",
         "tokens": "vllm:generation_tokens counts them",
     },
     "RankStatus": {
@@ -54,6 +55,9 @@ _VLLM_COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("vllm:num_preemptions", "Requests moved back to the queue to free cache pages.", lambda s: s.preemptions),
     ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix caches.", lambda s: s.prefix_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix caches.", lambda s: s.prefix_hits),
+    ("vllm:spec_decode_num_drafts", "Times that a request had drafts in a step.", lambda s: s.drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens that were drafted.", lambda s: s.drafted),
+    ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right and were sent.", lambda s: s.accepted),
 )
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     (

@@ -40,16 +40,19 @@ class Request:
 
 
 class LogitsParams(NamedTuple):
-    """The inputs of a request's logits processing: the request, and the tokens it has generated."""
+    """The inputs of a request's logits processing: the request, and the tokens it has generated. The last `drafts` of
+    them are guesses, which the form of the answer may not allow."""
 
     request: Request
     generated: tuple[int, ...]
+    drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
     """A token of a stream: its index in the output, id, log-probability, the epoch that computed it, and the
     likeliest tokens in its place where they were requested. `cached_tokens` prompt tokens came from the prefix cache.
+    `drafted`: a draft had guessed it.
 
     `degraded`: experts were masked in that epoch, so the token may differ from the full model's.
     """
@@ -61,6 +64,7 @@ class Token:
     degraded: bool = False
     top: TopLogprobs = ()
     cached_tokens: int = 0
+    drafted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ class TokenSampling:
     `logit_bias` (token, bias) are OpenAI's. `top_logprobs` is the number of likeliest tokens to send beside each token.
     With `prompt_logprobs` the log-probability of each prompt token is sent, and that many of the likeliest tokens in
     its place. Among the waiting requests of one caller, those with the lowest `priority` run first, as in vLLM.
+    `speculate` says whether tokens of the answer are drafted ahead, which changes no token; None: as the server does.
     """
 
     min_tokens: int = 0
@@ -47,6 +48,7 @@ class TokenSampling:
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int = 0
+    speculate: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

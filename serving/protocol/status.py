@@ -125,6 +125,14 @@ class Status:
     """Rows computed in steps on all ranks, padding included."""
     rows_filled: int = 0
     """Rows that were a token of a request."""
+    speculate: str = "off"
+    """How tokens are drafted for requests that do not say: "ngram" or "off"."""
+    drafts: int = 0
+    """Times that a request had drafts in a step."""
+    drafted: int = 0
+    """Tokens of these drafts."""
+    accepted: int = 0
+    """Of these, tokens that were right and were sent."""
     suspects: int = 0
     """Requests that run alone, because ranks failed while they ran."""
     convicted: int = 0

@@ -132,6 +132,6 @@ def _requests_of(batch: Batch, rank: int, rows: tuple[int, ...]) -> set[str]:
     """The ids of the requests that these rows of a rank belong to."""
     bad, found = set(rows), set()
     for work, first, _ in layout(batch.bucket, batch.scheduled.get(rank, ())):
-        if bad.intersection(range(first, first + len(work.tokens))):
+        if bad.intersection(range(first, first + work.rows)):
             found.add(work.request_id)
     return found

@@ -95,7 +95,42 @@ class GrammarMatcher:
 
     def mask(self, params: LogitsParams) -> np.ndarray:
         """The tokens allowed next, as uint32 words of bits; only stop tokens when nothing else can follow. A grammar
-        that fails here allows stop tokens too, and its request is among `take_failures`."""
+        that fails here allows stop tokens too, and its request is among `take_failures`. After drafts that the grammar
+        does not allow, or where it fails, no token is allowed: the step without drafts decides."""
+        if params.drafts:
+            return self._mask_after_drafts(params)
+        request, generated = params.request, params.generated
+        matcher = self._matcher_after(params)
+        complete = matcher.is_accepting() or matcher.is_stopped()
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+        if matcher.is_error() or not mask.any():
+            if matcher.is_error() or not complete:
+                self._fail(params, matcher.get_error() or "no token of this model can follow")
+            mask = self._only_stop_tokens(len(mask))
+        self._keep(request.id, matcher, len(generated))
+        return mask
+
+    def _mask_after_drafts(self, params: LogitsParams) -> np.ndarray:
+        """The tokens allowed after drafts; none where the drafts are not allowed themselves, or the grammar fails."""
+        certain = params.generated[: -params.drafts]
+        matcher, drafts = self._matcher_after(params._replace(generated=certain)), params.generated[-params.drafts :]
+        mask = np.zeros(1, np.uint32)
+        if not matcher.is_error() and matcher.validate_tokens(list(drafts)) == len(drafts):
+            matcher.consume_tokens(list(drafts))
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+            complete = matcher.is_accepting() or matcher.is_stopped()
+            if not mask.any() and complete and not matcher.is_error():
+                mask = self._only_stop_tokens(len(mask))
+            matcher.rollback(len(drafts))
+        if matcher.is_error():
+            self._matchers.pop(params.request.id, None)
+        else:
+            self._keep(params.request.id, matcher, len(certain))
+        return mask
+
+    def _matcher_after(self, params: LogitsParams) -> llguidance.LLMatcher:
+        """A matcher that has consumed the generated tokens: the one that is kept, or a new one. It is not kept until
+        `_keep`."""
         request, generated = params.request, params.generated
         assert request.sampling.structured_outputs is not None
         matcher, consumed = self._matchers.pop(request.id, (None, 0))
@@ -104,16 +139,12 @@ class GrammarMatcher:
             matcher, consumed = self._matcher(grammar), 0
         if consumed < len(generated):
             matcher.consume_tokens(list(generated[consumed:]))
-        complete = matcher.is_accepting() or matcher.is_stopped()
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)
-        if matcher.is_error() or not mask.any():
-            if matcher.is_error() or not complete:
-                self._fail(params, matcher.get_error() or "no token of this model can follow")
-            mask = self._only_stop_tokens(len(mask))
-        self._matchers[request.id] = matcher, len(generated)
+        return matcher
+
+    def _keep(self, request_id: str, matcher: llguidance.LLMatcher, consumed: int) -> None:
+        self._matchers[request_id] = matcher, consumed
         while len(self._matchers) > _MAX_MATCHERS:
             self._matchers.popitem(last=False)
-        return mask
 
     def take_failures(self) -> dict[str, InvalidRequest]:
         """The requests whose grammar failed since this was last called, and why. Their answers must not end as if they

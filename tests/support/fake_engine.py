@@ -87,6 +87,7 @@ class FakeEngine:
         for work, row, _ in layout(batch.bucket, batch.scheduled[rank]):
             if PLACEHOLDER_TOKEN in work.tokens:
                 assert len(work.tokens) == 1
+                assert PLACEHOLDER_TOKEN not in work.drafts
                 arrays["tokens"][row] = self.made[work.request_id]
 
     def step(self) -> Batch | None:

@@ -24,6 +24,8 @@ class CompletionOutput:
     epochs: tuple[int, ...]
     seed: int
     cached_tokens: int = 0
+    accepted_drafts: int = 0
+    """Tokens that a draft had guessed."""
     top: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top: tuple[TopLogprobs, ...] = ()
@@ -62,6 +64,7 @@ def _completion_output(chunks: Sequence[Chunk], end: Complete, scores: Sequence[
         epochs=end.epochs,
         seed=end.seed,
         cached_tokens=end.cached_tokens,
+        accepted_drafts=end.accepted_drafts,
         top=tuple(top for chunk in chunks for top in chunk.top),
         prompt_logprobs=tuple(logprob for each in scores for logprob in each.logprobs),
         prompt_top=tuple(top for each in scores for top in each.top),

@@ -38,6 +38,7 @@ class SamplingOptions(TypedDict, total=False):
     prompt_logprobs: int | None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None
     priority: int
+    speculate: bool | None
 
 
 class GenerateOptions(SamplingOptions, total=False):

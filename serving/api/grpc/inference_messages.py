@@ -158,7 +158,7 @@ def sampling_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams
     maybe = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "n", "repetition_penalty")
     plain = ("ignore_eos", "min_tokens", "frequency_penalty", "presence_penalty", "top_logprobs", "priority")
     given: dict[str, Any] = {
-        name: getattr(message, name) for name in (*maybe, "prompt_logprobs") if message.HasField(name)
+        name: getattr(message, name) for name in (*maybe, "prompt_logprobs", "speculate") if message.HasField(name)
     }
     return SamplingParams(
         **given,
@@ -209,6 +209,7 @@ def response_to_proto(item: AnswerItem) -> inference_pb2.GenerateResponse:
             prompt_tokens=item.prompt_tokens,
             completion_tokens=item.completion_tokens,
             cached_tokens=item.cached_tokens,
+            accepted_prediction_tokens=item.accepted_drafts,
         ),
         epochs=item.epochs,
         request_id=item.request_id,
@@ -272,6 +273,7 @@ def response_from_proto(message: inference_pb2.GenerateResponse) -> AnswerItem:
         degraded=complete.degraded,
         matched=None if matched is None else getattr(complete, matched),
         cached_tokens=complete.usage.cached_tokens,
+        accepted_drafts=complete.usage.accepted_prediction_tokens,
         choice=message.choice,
     )
 

@@ -13,13 +13,21 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, kw_only=True):
+    """Details of the answers' tokens; a draft had guessed `accepted_prediction_tokens` of them."""
+
+    accepted_prediction_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
-    """Numbers of tokens of a call. Each prompt counts once, whatever `n` is."""
+    """Numbers of tokens of a call. Each prompt counts once, whatever `n` is. `completion_tokens_details` are there if a
+    draft had guessed a token."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class Degradation(msgspec.Struct, kw_only=True):

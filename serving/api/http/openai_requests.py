@@ -173,6 +173,7 @@ def _params(
         "ignore_eos": body.ignore_eos,
         "min_tokens": body.min_tokens,
         "priority": body.priority,
+        "speculate": body.speculate,
     }
     return SamplingParams(
         n=n,

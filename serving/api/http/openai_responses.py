@@ -15,6 +15,7 @@ from serving.api.http.openai_objects import (
     ChatMessage,
     Choice,
     Completion,
+    CompletionTokensDetails,
     Degradation,
     Delta,
     DeltaToolCall,
@@ -105,11 +106,13 @@ class CompletionResponse:
         prompt_tokens = sum(choice.prompt_tokens for choice in self._choices[:: self._call.params.n])
         completion_tokens = sum(choice.completion_tokens for choice in self._choices)
         cached = sum(choice.cached_tokens for choice in self._choices[:: self._call.params.n])
+        drafted = sum(choice.accepted_drafts for choice in self._choices)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            completion_tokens_details=CompletionTokensDetails(accepted_prediction_tokens=drafted) if drafted else UNSET,
         )
 
 
@@ -134,6 +137,11 @@ class _Choice:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were in a prefix cache; known at the end."""
         return 0 if self.complete is None else self.complete.cached_tokens
+
+    @property
+    def accepted_drafts(self) -> int:
+        """Tokens that a draft had guessed; known at the end."""
+        return 0 if self.complete is None else self.complete.accepted_drafts
 
     def add_scores(self, item: PromptScores) -> None:
         """Keep log-probabilities of the prompt."""

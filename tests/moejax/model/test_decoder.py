@@ -192,6 +192,29 @@ def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: 
         assert model.segment(out, bucket, rank, 0) == sampled
 
 
+@pytest.mark.parametrize(
+    "name", [name if name in BIT_BY_BIT else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
+def test_rows_of_drafts_are_those_of_the_tokens_one_by_one_whatever_the_drafts_after_them(name: str) -> None:
+    tokens, bucket, other = tokens_of(40), StepBucket(3, 4), {0: (work(tokens_of(1, seed=5), 0, (0,)),)}
+    model, drafted = stepper(name, 2), stepper(name, 2)
+    for each in (model, drafted):
+        each.run(bucket, {1: (work(tokens[:30], 0, PAGES),)})
+    chosen = {"temperature": 0.8, "seed": 7}
+    kv, sampled = [], []
+    for at in range(30, 36):  # over the end of a page
+        out = model.run(bucket, {1: (work([tokens[at]], at, PAGES, **chosen),), **other})
+        kv.append(model.rows(out, bucket, 1, 0, 1)[:, 0])
+        sampled.append(model.segment(out, bucket, 1, 0))
+    for at, wrong in ((30, False), (32, True), (33, False)):
+        guesses = (tokens[at + 1], 1 if wrong else tokens[at + 2])
+        item = dataclasses.replace(work([tokens[at]], at, PAGES, **chosen), drafts=guesses)
+        out = drafted.run(bucket, {1: (item,)})
+        for nth in range(2 if wrong else 3):
+            np.testing.assert_array_equal(drafted.rows(out, bucket, 1, nth, 1)[:, 0], kv[at - 30 + nth])
+            assert drafted.segment(out, bucket, 1, nth) == sampled[at - 30 + nth]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_made_twice_leaves_the_cache_as_once(name: str) -> None:
     model, tokens = stepper(name, 2), tokens_of(40)

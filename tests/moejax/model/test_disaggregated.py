@@ -1,5 +1,7 @@
 """Attention ranks and expert ranks make, in every bit, what collocated ranks make."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,8 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
     steps = [
         (Shape(3, 4), {rank: (work(prompts[rank][:67], 0, pages[rank]),) for rank in pages}),
         (Shape(2, 0), {0: (work(prompts[0][67:68], 67, pages[0]),)}),
+        # Rows of drafts, in both micro-batches.
+        (Shape(3, 4), {0: (dataclasses.replace(work(prompts[0][68:69], 68, pages[0]), drafts=(5, 6)),)}),
     ]
     for bucket, parts in steps:
         made, wanted = (each.run(bucket, parts, all_read=all_read) for each in (apart, together))

@@ -1,5 +1,7 @@
 """Laws of tensor groups: they compute the model, and no bit of a row depends on which ranks are in the group."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -32,6 +34,22 @@ def generate(model: Stepper, rank: int, tokens: list[int], count: int, crowd: di
     return said
 
 
+def generate_with_drafts(model: Stepper, rank: int, tokens: list[int], said: list) -> list:
+    """As `generate`, whose tokens are the drafts, every other one wrong."""
+    model.run(StepBucket(2, 2), {rank: (work(tokens[:40], 0, PAGES),)})
+    out = model.run(StepBucket(2, 2), {rank: (work(tokens[40:], 40, PAGES),)})
+    made, at = [model.segment(out, StepBucket(2, 2), rank, 2)], len(tokens)
+    while len(made) < len(said):
+        guess = said[len(made)][0] if len(made) % 3 else said[len(made)][0] ^ 1
+        item = dataclasses.replace(work([made[-1][0]], at, PAGES), drafts=(guess,))
+        out = model.run(StepBucket(2, 0), {rank: (item,)})
+        made.append(model.segment(out, StepBucket(2, 0), rank, 0))
+        if made[-1][0] == guess:
+            made.append(model.segment(out, StepBucket(2, 0), rank, 1))
+        at = len(tokens) + len(made) - 1
+    return made[: len(said)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_group_agrees_with_the_float64_reference(name: str) -> None:
     tokens = tokens_of(41)
@@ -56,6 +74,7 @@ def test_no_bit_depends_on_who_is_in_the_group_or_on_its_other_requests(name: st
         others = {each for group in model.groups for each in group} - {rank}
         crowd = {each: (work(other, 0, PAGES),) for each in others}
         assert generate(model, rank, tokens, 6, crowd) == alone
+    assert generate_with_drafts(grouped(name, 2, (0, 1)), 0, tokens, alone) == alone
 
 
 def test_a_rank_keeps_its_heads_of_every_member_and_as_much_of_the_cache_as_alone() -> None:

@@ -19,7 +19,7 @@ ITEMS = (
     Scored(1, (-0.5, -float("inf")), (((4, -0.5), (1, -2.0)), ())),
     Token(0, 7, -0.1, 3, top=((7, -0.1), (2, -3.5)), cached_tokens=32),
     Token(1, 9, -1 / 3, 3, degraded=True),
-    Token(2, 1, -0.0, 4),
+    Token(2, 1, -0.0, 4, drafted=True),
 )
 ENDS = (Finished("length", 32), Finished("cancelled"), NoCapacity("no rank", retry_after_s=2.0))
 

@@ -86,6 +86,30 @@ def test_a_chunk_takes_consecutive_tiles_that_share_their_cache_and_first_row():
     assert a["sample_position"].tolist() == [0, 0, 0, 102, 0]
 
 
+def test_drafts_are_segments_that_see_the_rows_before_them():
+    drafted = dataclasses.replace(work("a", 6, [50], [4, 7]), drafts=(51, 52))
+    a = arrays_of((5, 0), work("b", 3, [9], [2]), drafted, work("c", 1, [8], [3]))
+    assert a["tokens"].tolist() == [9, 50, 51, 52, 8]
+    assert a["positions"].tolist() == [3, 6, 7, 8, 1]
+    assert a["write"].tolist() == [2 * PAGE + 3, 4 * PAGE + 6, 4 * PAGE + 7, 7 * PAGE, 3 * PAGE + 1]
+    assert a["cached"].tolist() == [3, 6, 6, 6, 1]
+    assert a["new_base"].tolist() == [0, 1, 1, 1, 4]
+    assert a["sample_row"].tolist() == [0, 1, 2, 3, 4]
+    assert a["sample_position"].tolist() == [4, 7, 8, 9, 2]
+    assert a["read"].tolist() == [1] * 5
+    assert a["page_table"][1:4, :2].tolist() == [[4, 7]] * 3
+    assert len({tuple(a[name][1:4].tolist()) for name in ("seed",)}) == 1
+
+
+def test_results_after_drafts_are_those_of_their_segments():
+    drafted = dataclasses.replace(work("a", 6, [50], [4, 7]), drafts=(51, 52))
+    batch = batch_of((5, 0), work("b", 3, [9], [2]), drafted, work("c", 1, [8], [3]))
+    results = collect_results(batch, 0, np.arange(10, 15), -np.arange(5.0))
+    assert [results[name].token for name in "bac"] == [10, 11, 14]
+    assert [(each.token, each.logprob) for each in results["a"].after_drafts] == [(12, -2.0), (13, -3.0)]
+    assert results["b"].after_drafts == ()
+
+
 def test_a_chunk_that_does_not_sample_is_greedy_at_its_first_row():
     a = arrays_of((0, 1), work("a", 0, range(32), range(4), samples=False))
     assert (a["sample_row"][0], a["temperature"][0], a["top_p"][0], a["seed"][0]) == (0, 0, 1, 0)

@@ -53,3 +53,24 @@ def test_shapes_stand_at_the_segment_that_samples_and_targets_at_their_rows():
     first, second = scored_tiles(batch, 0)
     assert (first.row, first.targets.tolist()) == (2, list(range(1, 33)))
     assert (second.row, second.targets.tolist()) == (34, [*range(33, 40), *[-1] * 25])
+
+
+def test_a_row_of_a_draft_is_processed_as_if_the_drafts_up_to_it_were_generated():
+    request = small_request("a", frequency_penalty=0.5, min_tokens=4, stop_tokens=frozenset({9}))
+    values = {"pages": (0, 1), "samples": True, "sampling": request.sampling}
+    drafted = ScheduledRequest("a", 4, (1,), logits_params=LogitsParams(request, (7, 1)), drafts=(1, 8, 1), **values)
+    plain = ScheduledRequest("b", 4, (1,), **values)
+    rows = logits_adjustments(Batch(1, 0, StepBucket(5, 0), {0: (plain, drafted)}), 0, allowed_by)
+    generated = ((7, 1), (7, 1, 1), (7, 1, 1, 8), (7, 1, 1, 8, 1))
+    assert list(rows) == [1, 2, 3, 4]
+    for row, tokens in zip(rows.values(), generated, strict=True):
+        for got, wanted in zip(row, logits_adjustment(LogitsParams(request, tokens), allowed_by), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_rows_of_drafts_after_the_least_number_of_tokens_are_not_processed():
+    request = small_request("a", min_tokens=3, stop_tokens=frozenset({9}))
+    drafted = ScheduledRequest(
+        "a", 4, (1,), (0, 1), True, request.sampling, logits_params=LogitsParams(request, (7, 1)), drafts=(1, 8)
+    )
+    assert list(logits_adjustments(Batch(1, 0, StepBucket(3, 0), {0: (drafted,)}), 0, allowed_by)) == [0]

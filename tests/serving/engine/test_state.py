@@ -36,6 +36,7 @@ SHAPED = st.fixed_dictionaries(
         "top_logprobs": st.integers(0, 1),
         "prompt_logprobs": st.integers(0, 1),
         "structured_outputs": st.just(StructuredOutputs("regex", "any")),
+        "speculate": st.booleans(),
     },
 )
 """Fields that bend the choice of tokens, or ask for more than tokens."""
@@ -47,9 +48,14 @@ class AnySchedule(RuleBasedStateMachine):
     count = 0
     now = 0.0
 
-    @initialize(pages=st.lists(st.one_of(st.integers(3, 6), st.integers(4, 16)), min_size=1, max_size=4))
-    def start(self, pages):
-        self.server = FakeEngine.start(small_limits(), dict(enumerate(pages)))
+    @initialize(
+        pages=st.lists(st.one_of(st.integers(3, 6), st.integers(4, 16)), min_size=1, max_size=4),
+        speculate=st.booleans(),
+        draft_tokens=st.sampled_from((None, 1, 3)),
+    )
+    def start(self, pages, speculate, draft_tokens):
+        limits = small_limits(speculate=speculate, draft_tokens=draft_tokens)
+        self.server = FakeEngine.start(limits, dict(enumerate(pages)))
 
     @property
     def open(self):

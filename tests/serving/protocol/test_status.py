@@ -44,7 +44,7 @@ NOT_ON_THE_DASHBOARD = {
         ),
         METRICS,
     )
-    | dict.fromkeys(("page_size", "buckets", "front_pid", "operable"), "in `moejax status`"),
+    | dict.fromkeys(("page_size", "buckets", "front_pid", "operable", "speculate"), "in `moejax status`"),
     RankStatus: dict.fromkeys(("compiles", "slowness", "level"), METRICS),
 }
 NOT_IN_THE_TABLE = {

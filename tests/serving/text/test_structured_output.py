@@ -84,6 +84,20 @@ def test_a_mask_is_the_same_whatever_was_asked_before(grammar_matcher, tokenizer
         assert fresh.mask(LogitsParams(request, tokens[:n])).tolist() == in_turn[n]
 
 
+def test_a_mask_after_drafts_is_that_after_their_tokens_and_leaves_no_trace(grammar_matcher):
+    request = small_request("drafted", structured_outputs=GUIDES[1])
+    tokens = tuple(b"12-abcd")
+    in_turn = [grammar_matcher.mask(LogitsParams(request, tokens[:n])).tolist() for n in range(len(tokens) + 1)]
+    for certain in range(len(tokens)):
+        assert grammar_matcher.mask(LogitsParams(request, tokens[:certain])).tolist() == in_turn[certain]
+        for drafts in range(1, len(tokens) - certain + 1):
+            params = LogitsParams(request, tokens[: certain + drafts], drafts)
+            assert grammar_matcher.mask(params).tolist() == in_turn[certain + drafts]
+        wrong = LogitsParams(request, (*tokens[:certain], 0, 0), 2)
+        assert allowed(grammar_matcher.mask(wrong)) == []
+    assert grammar_matcher.take_failures() == {}
+
+
 def test_where_nothing_can_follow_only_the_end_can(grammar_matcher):
     request = small_request("a", structured_outputs=StructuredOutputs("choice", '["a"]'))
     assert allowed(grammar_matcher.mask(LogitsParams(request, (97,)))) == [STOP]

@@ -55,6 +55,9 @@ class GenerationFields(ConstraintFields, kw_only=True):
         int | None,
         used("Of one caller's waiting requests the lowest runs first.", minimum=-(2**31), maximum=2**31 - 1),
     ] = None
+    speculate: Annotated[
+        bool | None, used("Draft tokens ahead, which changes none of them. Default: as the server does.")
+    ] = None
     stream: Annotated[bool | None, used("Answer with server-sent events.")] = None
     stream_options: Annotated[StreamOptions | None, used("Options of a stream.")] = None
     event_ids: Annotated[

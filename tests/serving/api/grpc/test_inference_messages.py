@@ -39,6 +39,7 @@ PARAMS = st.builds(
     stop_tokens=st.lists(st.integers(0, 99)).map(tuple),
     structured_outputs=st.none() | GUIDES,
     priority=st.integers(-(2**31), 2**31 - 1),
+    speculate=st.none() | st.booleans(),
 )
 CHOICE = st.integers(0, 127)
 ITEMS = st.one_of(
@@ -51,7 +52,7 @@ ITEMS = st.one_of(
               prompt_tokens=st.integers(0, 9),
               completion_tokens=st.integers(0, 9), epochs=st.tuples(st.integers(0, 9)), seed=st.integers(0, 9),
               matched=st.none() | st.text() | st.integers(0, 9), cached_tokens=st.integers(0, 9), choice=CHOICE,
-              degraded=st.booleans()),
+              degraded=st.booleans(), accepted_drafts=st.integers(0, 9)),
 )  # fmt: skip
 
 
