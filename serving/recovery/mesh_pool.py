@@ -149,7 +149,7 @@ class MeshPool:
     async def _losing_silent(
         self, ranks: Collection[int], what: str, limit_s: float, *, after_s: float = 0.0
     ) -> AsyncIterator[None]:
-        """A block in which these ranks are called. After `limit_s` seconds it ends with TimeoutError, and those that
+        """A block in which these ranks are called. After `limit_s` seconds it ends with TimeoutError, and ranks that
         have not answered `after_s` seconds later are lost, where others have."""
         try:
             async with asyncio.timeout(limit_s):
