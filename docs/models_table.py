@@ -64,12 +64,12 @@ compare the weights with checksums, and both distinguish missing weights from da
 
 | published as | converted or read as | held by ranks (`--data-type`) |
 |---|---|---|
-| float32, bfloat16, float16 | the same type | float32, bfloat16, or int8 with one scale for each output |
+| float32, bfloat16, float16 | the same type | float32, bfloat16, int8 with one scale for each output, or int4 with one for each group of 32 inputs |
 | FP8 with a scale for each block, tensor, output or group (DeepSeek, compressed-tensors, modelopt, MXFP8; also powers of two for scales) | the number format of the model or of 16-bit scales | the same choice |
 | int8 with a scale for each output or group, also with zero points (compressed-tensors) | the same | the same choice |
 | MXFP4 (gpt-oss, compressed-tensors, quark) | bfloat16, exactly | the same choice |
 | NVFP4 (modelopt, compressed-tensors) | the number format of the model | the same choice |
-| int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice |
+| int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice; published int4 also as it is |
 
 Routers, norms, biases, sums and the KV cache are float32 in every case. All data types work with all families: a test
 computes a step of every family in each of them. Each form is widened to the same bits as the tools that write it widen
@@ -83,11 +83,17 @@ quantised forms, float32 for float32 and float16. Where ranks hold more bytes th
 at the start: "is published in int4, 595.2 GiB; ranks hold its weights in bfloat16, ...". `moejax plan` counts the bytes
 of the published form.
 
-These forms are widened when they are read, and not kept as they are. moejax computes in narrow form with int8 only,
-which its CPU kernels read directly (`moejax/ops/cpu/cpu.cc`). So far moejax has run on CPUs, and these multiply neither
-float8 nor FP4: keeping those types would cost a table look-up for each number. The price is memory: float8 would be as
-small as int8, four bits half of it. Int8 rounds each row to 254 steps of its largest number, so that a row of MXFP4
-whose groups have very different scales loses its smallest numbers; bfloat16 represents MXFP4 exactly.
+Int4 experts stay as they are published: `--data-type published --in-place` holds those of `pack-quantized` folders
+(Kimi-K2) and of symmetric GPTQ ones in int4, with their own integers and scales, if groups are of 32 inputs or a
+multiple of it; other matrices are bfloat16. Every expert is checked for that when its checksum is recorded. With zero
+points (AWQ) or ordered groups they are widened, and the start says why. `--data-type int4` rounds any model to int4,
+except embedding and head, which it holds in int8 ([how](decisions/0020-int4-weights-have-exact-groups.md)).
+
+The other forms are widened when they are read. moejax computes in narrow form with int8 and int4, which its CPU kernels
+read directly (`moejax/ops/cpu/`). So far moejax has run on CPUs, and these multiply neither float8 nor FP4: keeping
+those types would cost a table look-up for each number. The price is memory: float8 would be as small as int8, four bits
+half of it. Int8 rounds each row to 254 steps of its largest number, so that a row of MXFP4 whose groups have very
+different scales loses its smallest numbers; bfloat16 represents MXFP4 exactly.
 
 ## Errors before anything is served
 

@@ -18,7 +18,7 @@ from moejax.checkpoint.families.source import ArraySource
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import tensor_specs
+from moejax.config.params import is_expert, tensor_specs
 
 FORMAT_VERSION = 1
 """Version of the converted form; changing it invalidates drafts and cached conversions."""
@@ -98,11 +98,18 @@ def stored_dtypes(cfg: ModelConfig, weights: SafetensorsFolder, dtype: str | Non
     return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
 
 
-def read_array(entry: ArraySource, weights: SafetensorsFolder, dtype: np.dtype) -> np.ndarray:
-    """One array of the parameter tree; reads only the bytes that it is made of."""
-    array = entry.array([weights.read(tensor.name, tensor.index) for tensor in entry.tensors], dtype)
+def read_array(entry: ArraySource, weights: SafetensorsFolder, dtype: np.dtype, *, exactly: bool = False) -> np.ndarray:
+    """One array of the parameter tree; reads only the bytes that it is made of (`SafetensorsFolder.read_exactly`)."""
+    read = weights.read_exactly if exactly else weights.read
+    array = entry.array([read(tensor.name, tensor.index) for tensor in entry.tensors], dtype)
     assert array.shape == entry.shape, (entry, array.shape)
     return array
+
+
+def has_int4_experts(cfg: ModelConfig, weights: SafetensorsFolder) -> bool:
+    """True where the matrices of all experts are published in a form of int4 that ranks can hold as it is."""
+    matrices = [entry for entry in array_sources(cfg) if is_expert(entry.path) and len(entry.shape) == 2]
+    return bool(matrices) and all(weights.is_int4(tensor.name) for entry in matrices for tensor in entry.tensors)
 
 
 def manifest_of(cfg: ModelConfig, dtypes: dict[str, np.dtype], checksums: dict[str, int]) -> Manifest:

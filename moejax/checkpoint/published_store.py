@@ -29,17 +29,21 @@ from moejax.checkpoint.published import (
     array_key,
     copy_tokenizer,
     fingerprint,
+    has_int4_experts,
     manifest_of,
     open_published,
     read_array,
     stored_dtypes,
 )
 from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config import int4
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, is_expert
 
 SOURCE = "published.json"
 """File that names the published folder of the checksums beside it, with its fingerprint."""
+INT4_EXPERTS = "int4_experts"
+"""Its field that says whether ranks can hold the experts in int4 as they are published."""
 
 
 def record_checksums(source: Path, target: Path, *, name: str, on_progress: Callable[[int, int], None]) -> None:
@@ -51,12 +55,15 @@ def record_checksums(source: Path, target: Path, *, name: str, on_progress: Call
     source = Path(source).absolute()
     cfg, weights = open_published(source, name)
     dtypes = stored_dtypes(cfg, weights, None)
-    about = {"folder": str(source), "fingerprint": fingerprint(source, cfg, None)}
+    about: dict[str, Any] = {"folder": str(source), "fingerprint": fingerprint(source, cfg, None)}
+    int4_experts = has_int4_experts(cfg, weights)
     entries = list(array_sources(cfg))
     total = sum(math.prod(entry.shape) * dtypes[entry.path].itemsize for entry in entries)
     checksums, done = {}, 0
     for entry in entries:
         array = read_array(entry, weights, dtypes[entry.path])
+        if int4_experts and is_expert(entry.path) and array.ndim == 2:
+            int4_experts = int4.is_exact(read_array(entry, weights, np.dtype(np.float32), exactly=True))
         checksums[array_key(entry)] = checksum(array)
         done += array.nbytes
         on_progress(done, total)
@@ -66,7 +73,7 @@ def record_checksums(source: Path, target: Path, *, name: str, on_progress: Call
         copy_tokenizer(source, draft)
         (draft / FILE).write_text(manifest_of(cfg, dtypes, checksums).to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
-        (draft / SOURCE).write_text(json.dumps(about))
+        (draft / SOURCE).write_text(json.dumps(about | {INT4_EXPERTS: int4_experts}))
         replace_folder(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -78,14 +85,18 @@ class PublishedStore(ChecksummedWeights):
     def __init__(self, folder: Path, cfg: ModelConfig, manifest: Manifest, weights: SafetensorsFolder) -> None:
         super().__init__(cfg, manifest)
         self.folder = folder
+        self.int4_experts = False
+        """True where ranks can hold the experts in int4 as they are published."""
+        self._exactly = False
         self._weights = weights
         self._entries: dict[tuple[str, int | None, int | None], ArraySource] = {
             (entry.path, entry.repeat, entry.expert): entry for entry in array_sources(cfg)
         }
 
     @classmethod
-    def open(cls, folder: Path) -> "PublishedStore":
-        """The store that `record_checksums` made in a folder.
+    def open(cls, folder: Path, *, exactly: bool = False) -> "PublishedStore":
+        """The store that `record_checksums` made in a folder. With `exactly`, experts published in int4 are read in
+        float32, not rounded to the format of their scales.
 
         Raises CheckpointError when the published folder is not what it was then.
         """
@@ -96,7 +107,10 @@ class PublishedStore(ChecksummedWeights):
         source = Path(about["folder"])
         if fingerprint(source, read_config(source, name=cfg.name), None) != about["fingerprint"]:
             raise CheckpointError(f"{source} has changed since its checksums were recorded in {folder}. Start again.")
-        return cls(folder, cfg, manifest, SafetensorsFolder.open(source))
+        store = cls(folder, cfg, manifest, SafetensorsFolder.open(source))
+        store.int4_experts = about.get(INT4_EXPERTS, False)
+        store._exactly = exactly and store.int4_experts
+        return store
 
     def non_expert_params(self, dtype: Any = np.float32) -> Params:
         """As `HostStore.non_expert_params`; memory is that of the parameters and of one array."""
@@ -135,17 +149,19 @@ class PublishedStore(ChecksummedWeights):
         return [self._entries[name, repeat, expert[1]] for name in names if name in self._manifest.tensors]
 
     def _read(self, entry: ArraySource) -> np.ndarray:
-        """One array as it is stored, compared with its checksum."""
+        """One array as it is stored, compared with its checksum, which is that of the rounded numbers in any case."""
         tensor = self._manifest.tensors[entry.path]
         files = sorted({str(self._weights.file(each.name)) for each in entry.tensors})
         label = f"{entry.path} (repeat {entry.repeat}, expert {entry.expert})"
         try:
-            array = read_array(entry, self._weights, np.dtype(tensor.dtype))
+            exactly = self._exactly and is_expert(entry.path)
+            array = read_array(entry, self._weights, np.dtype(np.float32 if exactly else tensor.dtype), exactly=exactly)
         except CheckpointError as error:
             if gone := [file for file in files if not Path(file).is_file()]:
                 raise StoreMissing(f"{label} is missing: {gone[0]} is not there any more.") from error
             raise StoreCorrupt(f"{label} is corrupt: {error}") from error
-        expected, found = tensor.crc32[self._chunk(entry)], checksum(array)
+        rounded = array.astype(np.dtype(tensor.dtype), copy=False)
+        expected, found = tensor.crc32[self._chunk(entry)], checksum(rounded)
         if found != expected:
             where = " and ".join(files)
             raise StoreCorrupt(f"{label} in {where} is corrupt: CRC-32 {found:08x}, expected {expected:08x}.")
@@ -159,6 +175,7 @@ class PublishedStore(ChecksummedWeights):
         return entry.repeat or 0
 
 
-def open_store(folder: Path) -> HostStore | PublishedStore:
+def open_store(folder: Path, *, exactly: bool = False) -> HostStore | PublishedStore:
     """The store in a folder: PublishedStore where checksums of a published folder are, else HostStore."""
-    return PublishedStore.open(folder) if (Path(folder) / SOURCE).is_file() else HostStore.open(folder)
+    is_published = (Path(folder) / SOURCE).is_file()
+    return PublishedStore.open(folder, exactly=exactly) if is_published else HostStore.open(folder)

@@ -5,6 +5,7 @@ Quantised matrices go by the names that they have without quantisation and are d
 (`moejax.checkpoint.quantized`).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -110,6 +111,16 @@ class SafetensorsFolder:
         if name in self._quantized:
             return self._quantized[name].read(self._numbers, index)
         return self._numbers(self._stored[name], index)
+
+    def is_int4(self, name: str) -> bool:
+        """True for a matrix that ranks can hold in int4 as it is published (`moejax.config.int4`)."""
+        return name in self._quantized and self._quantized[name].is_int4
+
+    def read_exactly(self, name: str, index: int | None = None) -> np.ndarray:
+        """As `read`; integers of four bits times their scales in float32, not rounded to the format of the scales."""
+        if name not in self._quantized:
+            return self.read(name, index)
+        return dataclasses.replace(self._quantized[name], exact=True).read(self._numbers, index)
 
     def check_tensor(self, name: str, shape: tuple[int, ...], purpose: str) -> None:
         """Raise CheckpointError unless the tensor is there in this shape, and whole. `purpose` is what it is for."""

@@ -9,7 +9,10 @@ from moejax.config.attention_config import LatentConfig, RopeScaling, ScoreGrowt
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
 
-WeightFormat = Literal["float32", "bfloat16", "int8"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "int4-experts"]
+"""Of matrices; int4-experts: experts in int4 as published, the others in bfloat16."""
+INT4_GROUP = 32
+"""Inputs of an output that share a scale in int4 (`moejax.config.int4`)."""
 LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
@@ -134,6 +137,8 @@ class ModelConfig:
                 f"dense layers of width {self.d_ff} cannot be cut into {self.moe.experts} equal shards, one for each "
                 f"expert of {self.name}. Serve it with replicated dense layers."
             )
+        if self.weights == "int4":
+            _check_groups(self, self.d_ff // self.moe.experts, f"shards of dense layers ({self.moe.experts})")
 
     def _check_latent(self, latent: LatentConfig) -> None:
         if self.d_head != latent.d_plain + latent.d_rope:
@@ -172,6 +177,8 @@ class ModelConfig:
                 f"{self.n_kv_heads} key/value heads of {self.name} cannot be sharded over {tensor} ranks. "
                 f"Choose a tensor that divides {self.n_kv_heads}."
             )
+        if self.weights == "int4":
+            _check_groups(self, self.n_heads // tensor * self.d_head, f"shards of attention (tensor {tensor})")
         return dataclasses.replace(
             self, n_heads=self.n_heads // tensor, n_kv_heads=self.n_kv_heads // tensor, tensor=tensor
         )
@@ -287,6 +294,15 @@ class ModelConfig:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/.")
         return cls.from_json(path.read_text())
+
+
+def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:
+    """Raise ConfigError where the inputs of a shard end within a group of int4."""
+    if width % INT4_GROUP:
+        raise ConfigError(
+            f"{shards} of {cfg.name} are {width} inputs wide, which groups of {INT4_GROUP} in int4 do not divide. "
+            "Serve it with --data-type int8, or without shards."
+        )
 
 
 def in_slots(kind: LayerKind) -> bool:

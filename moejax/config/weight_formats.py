@@ -1,7 +1,8 @@
-"""Weight formats: float32, bfloat16, or int8 with a scale for each output.
+"""Weight formats: float32, bfloat16, int8 with a scale for each output, or int4 with a scale for each group of 32.
 
-Only matrices are stored in the narrow formats: activations, sums, norms, biases and routers are always float32. On a
-CPU, rows are rounded to 16 bits before they multiply int8 (docs/decisions/0012).
+Only matrices are stored in the narrow formats: activations, sums, norms, biases and routers are always float32. In
+int4, the embedding and the head are int8 (docs/decisions/0020). On a CPU, rows are rounded to 16 bits before they
+multiply int8 or int4 (docs/decisions/0012).
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Float, Int
 
+from moejax.config import int4
 from moejax.config.axes import ArrayLike
+from moejax.config.int4 import Int4
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import FeedForward, ParamSpec, Position, expert_specs, is_expert, is_spec, tensor_specs
 
@@ -31,12 +34,26 @@ def is_matrix(spec: ParamSpec) -> bool:
     return len(set(spec.axes) - {"layer", "expert"}) >= 2 and "router" not in spec.axes
 
 
+def format_of(cfg: ModelConfig, spec: ParamSpec) -> str:
+    """The format of one parameter: float32, bfloat16, int8 or int4. int4-experts are int4 as published, beside other
+    matrices in bfloat16. The embedding and
+    the head, which decides between tokens, are int8 where other matrices are int4."""
+    if not is_matrix(spec):
+        return "float32"
+    if cfg.weights == "int4-experts":
+        return "int4" if "expert" in spec.axes else "bfloat16"
+    return "int8" if cfg.weights == "int4" and "vocab" in spec.axes else cfg.weights
+
+
 def weight_shape(cfg: ModelConfig, spec: ParamSpec) -> Any:
-    """Shape and dtype of a parameter in the format of `cfg`: a ShapeDtypeStruct, or an Int8 of two."""
-    if cfg.weights == "int8" and is_matrix(spec):
-        return Int8(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(spec.shape[:-1], jnp.float32))
-    narrow = cfg.weights == "bfloat16" and is_matrix(spec)
-    return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16 if narrow else jnp.float32)
+    """Shape and dtype of a parameter in the format of `cfg`: a ShapeDtypeStruct, or an Int8 or Int4 of two."""
+    match format_of(cfg, spec):
+        case "int4":
+            return int4.shape_of(spec.shape)
+        case "int8":
+            return Int8(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(spec.shape[:-1], jnp.float32))
+        case plain:
+            return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(plain))
 
 
 def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward:
@@ -48,10 +65,13 @@ def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward
 
 def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray) -> Any:
     """Convert float32 values of a parameter, or of a part of its leading axes, to the format of `cfg`."""
-    if not is_matrix(spec) or cfg.weights == "float32":
-        return np.asarray(values, np.float32)
-    if cfg.weights == "bfloat16":
-        return values.astype(ml_dtypes.bfloat16)
+    match format_of(cfg, spec):
+        case "float32":
+            return np.asarray(values, np.float32)
+        case "bfloat16":
+            return values.astype(ml_dtypes.bfloat16)
+        case "int4":
+            return int4.keep(values) if cfg.weights == "int4-experts" else int4.quantize(values)
     highest = np.maximum(values.max(-1), -values.min(-1))
     scale = np.where(highest > 0, highest / np.float32(127), np.float32(1))
     return Int8(np.rint(values / scale[..., None]).astype(np.int8), scale)
@@ -81,14 +101,16 @@ def look_up(weight: Any, index: Int[ArrayLike, "..."]) -> Float[ArrayLike, "... 
 
 
 def dequantize(weight: Any) -> Any:
-    """The weight as one array: float32 if it is stored as int8, otherwise unchanged."""
+    """The weight as one array: float32 if it is stored as int8 or int4, otherwise unchanged."""
+    if isinstance(weight, Int4):
+        return int4.dequantize(weight)
     return weight.numbers.astype(jnp.float32) * weight.scale[..., None] if isinstance(weight, Int8) else weight
 
 
 @struct.dataclass
 class StackSlice:
-    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]` or of an `Int8` stack. A kernel can multiply by
-    it without copying it out. `index` has a number for each leading axis that is fixed."""
+    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, which may be an `Int8` or `Int4`. A kernel can
+    multiply by it without copying it out. `index` has a number for each leading axis that is fixed."""
 
     stack: Any
     index: tuple[Any, ...]
@@ -102,11 +124,11 @@ class StackSlice:
         return StackSlice(self.stack, (*self.index, *index))
 
 
-def is_int8(leaf: Any) -> bool:
-    """True for an `Int8`: as `is_leaf`, it keeps the two arrays of a weight together."""
-    return isinstance(leaf, Int8)
+def is_scaled(leaf: Any) -> bool:
+    """True for an `Int8` or `Int4`: as `is_leaf`, it keeps the two arrays of a weight together."""
+    return isinstance(leaf, (Int8, Int4))
 
 
 def slice_stacks(weights: Any, *index: Any) -> Any:
     """A tree of weights with every leaf `[..., F, D]` as a `StackSlice` at `index`."""
-    return jax.tree.map(lambda leaf: StackSlice(leaf, index), weights, is_leaf=is_int8)
+    return jax.tree.map(lambda leaf: StackSlice(leaf, index), weights, is_leaf=is_scaled)

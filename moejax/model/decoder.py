@@ -23,7 +23,7 @@ from moejax.config.kv_cache import KVCache
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.params import Layer, Params
 from moejax.config.step_inputs import StepInputs
-from moejax.config.weight_formats import StackSlice, is_int8, look_up
+from moejax.config.weight_formats import StackSlice, is_scaled, look_up
 from moejax.model.attention import paged_attention
 from moejax.model.feed_forward import add_residual, feed_forward, routed_feed_forward
 from moejax.model.layers import norm
@@ -163,10 +163,10 @@ def layer_at(layer: Layer, repeat: Int[ArrayLike, ""]) -> Layer:
     """One layer of a segment: vectors are read, matrices stay in their stack."""
 
     def read(leaf: Any) -> Any:
-        is_vector = not is_int8(leaf) and leaf.ndim == 2
+        is_vector = not is_scaled(leaf) and leaf.ndim == 2
         return leaf[repeat] if is_vector else StackSlice(leaf, (repeat,))
 
-    return jax.tree.map(read, layer, is_leaf=is_int8)
+    return jax.tree.map(read, layer, is_leaf=is_scaled)
 
 
 def attend(

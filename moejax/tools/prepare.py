@@ -49,10 +49,11 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         store = HostStore.create(folder)
     published = published_workload(Path(name)) if is_published(Path(name)) else None
     if weights == PUBLISHED:
-        weights = format_as_stored(store.cfg, store.dtypes, published)
+        keeps = isinstance(store, PublishedStore) and store.int4_experts
+        weights = "int4-experts" if keeps else format_as_stored(store.cfg, store.dtypes, published)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     cfg.tp_shard(int(tensor))
-    if note := widening_note(cfg, published):
+    if note := widening_note(cfg, published, in_place=isinstance(store, PublishedStore)):
         print(note, file=sys.stderr)
     moe = cfg.moe
     return {

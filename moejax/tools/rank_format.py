@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.config.model_config import ModelConfig, WeightFormat
+from moejax.config.model_config import INT4_GROUP, ModelConfig, WeightFormat
 from moejax.config.params import tensor_specs
 from moejax.config.weight_formats import is_matrix, weight_bytes
 from planner.errors import PlannerError
@@ -40,19 +40,24 @@ def published_workload(folder: Path) -> Workload | None:
         return None
 
 
-def widening_note(cfg: ModelConfig, published: Workload | None) -> str:
-    """In which form the weights of a model are published and in which ranks hold them, with the bytes of both; empty
-    unless ranks hold more."""
+def widening_note(cfg: ModelConfig, published: Workload | None, *, in_place: bool) -> str:
+    """In which form the weights of a model are published and in which ranks hold them, with the bytes of both, and for
+    int4 what would keep it; empty unless ranks hold more."""
     if published is None:
         return ""
     lies = published.moe_layers * published.experts * published.expert_bytes + published.rest_bytes
     held = weight_bytes(cfg, experts=True) + weight_bytes(cfg, experts=False)
     if held <= NOTED * lies:
         return ""
-    return (
+    note = (
         f"{cfg.name} is published in {published.weight_format}, {_size(lies)}; ranks hold its weights in "
         f"{cfg.weights}, {_size(held)} with one copy of each expert."
     )
+    if published.weight_format != "int4" or cfg.weights == "int4-experts":
+        return note
+    if in_place:
+        return f"{note} Its experts have zero points, or other groups than whole ones of {INT4_GROUP} inputs."
+    return f"{note} With --in-place, --data-type {PUBLISHED} keeps experts in groups of {INT4_GROUP} inputs in int4."
 
 
 def _size(count: float) -> str:

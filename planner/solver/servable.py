@@ -11,7 +11,7 @@ from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
-SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", "int4": "int4"}
 
 
 def served_weight_format(workload: Workload) -> str:

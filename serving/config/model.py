@@ -6,7 +6,7 @@ from typing import ClassVar
 from serving.config.field import SettingsGroup, setting
 from serving.errors import InvalidRequest
 
-DATA_TYPES = ("float32", "bfloat16", "int8")
+DATA_TYPES = ("float32", "bfloat16", "int8", "int4")
 DENSE = ("replicated", "sharded")
 GENERATION_CONFIG = ("model", "off")
 
@@ -20,8 +20,9 @@ class ModelSettings(SettingsGroup):
     model: str = setting("smollm2-moe", "Name of a known model (`moejax models` lists them) or path of a model folder.")
     data_type: str = setting(
         "float32",
-        "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel, published is "
-        "the narrowest type that represents the published weights (the server says which, and what that costs).",
+        "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel, int4 one "
+        "for each group of 32 inputs, published is the narrowest type that represents the published weights (the "
+        "server says which, and what that costs).",
         choices=(*DATA_TYPES, "published"),
     )
     dense: str = setting(

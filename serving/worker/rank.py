@@ -166,7 +166,7 @@ class RankWorker:
             shared_memory=command.one_machine and cpu.active(),
         )
         executables = ExecutableStore(Path(command.executables))
-        store = open_store(Path(command.store))
+        store = open_store(Path(command.store), exactly=shape.cfg.weights.startswith("int4"))
         arrays = LiveArrays(shape, store, attends=not command.experts_only, shard=command.shard)
         return ConfiguredModel(
             shape=shape,

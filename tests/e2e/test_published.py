@@ -57,7 +57,7 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
         shutil.rmtree(converted)
 
 
-@pytest.mark.parametrize(("packed", "in_place"), [("int4", False), ("nvfp4", True)], indirect=["packed"])
+@pytest.mark.parametrize(("packed", "in_place"), [("nvfp4", False), ("int4-32", True)], indirect=["packed"])
 def test_packed_weights_are_served_as_published(packed: tuple[Path, Path], in_place: bool) -> None:
     folder, plain = packed
     asked = {"model": str(folder), "data_type": "published", "in_place": in_place}

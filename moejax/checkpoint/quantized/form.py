@@ -54,6 +54,13 @@ class QuantizedTensor(abc.ABC):
     format: str
     parts: Mapping[str, StoredTensor]
     wide: np.dtype
+    exact: bool = dataclasses.field(default=False, kw_only=True)
+    """Integers of four bits times 16-bit scales come out in float32, which holds the products exactly."""
+
+    @property
+    def is_int4(self) -> bool:
+        """True for integers of -8 to 7 whose scales are those of whole groups of 32 inputs."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -81,6 +88,8 @@ class QuantizedTensor(abc.ABC):
     @property
     def dtype(self) -> np.dtype:
         """Number format of what is read."""
+        if self.exact and self.is_int4:
+            return np.dtype(np.float32)
         scale = self.parts.get("scale")
         return {"F16": np.dtype(np.float16), "BF16": BFLOAT16}.get(scale.dtype if scale else "", self.wide)
 

@@ -14,6 +14,8 @@ from moejax.checkpoint.quantized.form import Needed, QuantizedTensor, Shape, row
 from planner.inputs.published.quantization import Scheme
 
 WORD = 32
+GROUP = 32
+"""Inputs that share a scale where ranks hold int4 (`moejax.config.int4`)."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each four bits of a word hold, from the lowest."""
 
@@ -26,6 +28,11 @@ class PackedTensor(QuantizedTensor):
 
     scheme: Scheme
     full: Shape
+
+    @property
+    def is_int4(self) -> bool:
+        """See QuantizedTensor."""
+        return self.scheme.bits == 4 and self.scheme.group % GROUP == 0 and not {"zero", "index"} & self.parts.keys()
 
     @property
     def shape(self) -> Shape:
@@ -81,6 +88,11 @@ class OutputsLastTensor(QuantizedTensor):
     come out as `[out, in]`."""
 
     scheme: Scheme
+
+    @property
+    def is_int4(self) -> bool:
+        """See QuantizedTensor."""
+        return self.scheme.bits == 4 and self.scheme.group % GROUP == 0 and self.scheme.plain
 
     @property
     def shape(self) -> Shape:

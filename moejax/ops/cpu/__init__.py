@@ -23,9 +23,10 @@ from jaxtyping import Float, Int, Shaped, UInt32
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import ArrayLike
-from moejax.config.weight_formats import Int8
+from moejax.config.int4 import Int4
+from moejax.config.weight_formats import Int8, is_scaled
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "shared.cc", "spread.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "int4.h", "shared.cc", "spread.h"))
 CALLS = ("row_dot", "experts", "paged_attention", "likeliest", "drawn", "exchange")
 TARGETS = tuple(f"moejax_{call}" for call in CALLS)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
@@ -105,11 +106,11 @@ def load(folder: Path | None = None) -> None:
 
 
 def row_dot(
-    x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8, index: tuple[ArrayLike | int, ...]
+    x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8 | Int4, index: tuple[ArrayLike | int, ...]
 ) -> Float[jax.Array, "T F"]:
-    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16 or Int8. Differentiable
-    unless Int8."""
-    if isinstance(stack, Int8):
+    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16, Int8 or Int4.
+    Differentiable unless Int8 or Int4."""
+    if is_scaled(stack):
         return _row_dot_by(x_TD, *_parts(stack), _indices(index))
     return _row_dot(x_TD.astype(jnp.float32), stack, _indices(index))
 
@@ -140,8 +141,8 @@ _row_dot.defvjp(_row_dot_forward, _row_dot_backward)
 def experts(
     rows_rD: Float[ArrayLike, "r D"],
     wanted_rA: Int[ArrayLike, "r A"],
-    gate_up: ArrayLike | Int8,
-    down: ArrayLike | Int8,
+    gate_up: ArrayLike | Int8 | Int4,
+    down: ArrayLike | Int8 | Int4,
     layer: ArrayLike | int,
 ) -> Float[jax.Array, "r A D"]:
     """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
@@ -190,9 +191,9 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest() if active() else ""
 
 
-def _parts(weight: ArrayLike | Int8) -> tuple[ArrayLike, ArrayLike]:
-    """A weight's numbers and its scale, which is empty unless the weight is int8."""
-    if isinstance(weight, Int8):
+def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike]:
+    """A weight's numbers and its scale, which is empty unless the weight is int8 or int4."""
+    if isinstance(weight, (Int8, Int4)):
         return weight.numbers, weight.scale
     return weight, jnp.zeros((0,), jnp.float32)
 

@@ -3,11 +3,12 @@
 // One rule throughout: every number of a result is summed in an order that depends on its own row alone, never on the
 // number of rows or on the other rows (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
-// Weights are read where they are stored, once per call, as float32, bfloat16, or int8 with a scale for each output.
+// Weights are read where they are stored, once per call, as float32, bfloat16, int8 with a scale for each output, or
+// int4 with a scale for each group of 32 (int4.h).
 //
-// Rows that multiply int8 weights are rounded to integers of 16 bits with a scale for each row: the error is at most a
-// 65,000th of the row's largest number, a 256th of the error of int8 weights. Processors multiply twice as many of them
-// at a time, and sums of integers are the same in any order (docs/decisions/0012).
+// Rows that multiply int8 or int4 weights are rounded to integers of 16 bits with a scale for each row: the error is at
+// most a 65,000th of the row's largest number, a 256th of the error of int8 weights. Processors multiply twice as many
+// of them at a time, and sums of integers are the same in any order (docs/decisions/0012).
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +25,7 @@
 #include <immintrin.h>
 #endif
 
+#include "int4.h"
 #include "spread.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -325,16 +327,24 @@ inline void ahead(const W* first, const W* last) {
     __builtin_prefetch(line, 0, 2);
 }
 
-// A matrix [F, D], row after row, each multiplied by its `scale` if there is one.
+template <typename W>
+constexpr bool NIBBLES = std::is_same_v<W, Nibbles>;
+
+// A matrix [F, D], row after row, each multiplied by its `scale` if there is one; nibbles have one for each group.
 template <typename W>
 struct Matrix {
+  using Scale = std::conditional_t<NIBBLES<W>, uint16_t, float>;
   const W* numbers;
-  const float* scale;
+  const Scale* scale;
 };
+
+// True for weights that multiply rows of integers.
+template <typename W>
+constexpr bool OF_INTEGERS = std::is_same_v<W, int8_t> || NIBBLES<W>;
 
 // The type of a row that multiplies weights of type W.
 template <typename W>
-using Number = std::conditional_t<std::is_same_v<W, int8_t>, int16_t, float>;
+using Number = std::conditional_t<OF_INTEGERS<W>, int16_t, float>;
 
 template <typename W>
 struct Row {
@@ -359,6 +369,67 @@ float to_integers(const float* row, int64_t D, int16_t* integers) {
   return usable ? largest / 32767 : std::isfinite(largest) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
+// Rows that are multiplied in one go: as many as stay in the second-level cache.
+template <typename X>
+int64_t rows_at_once(int64_t D) {
+  int64_t fit = X_BYTES / (D * sizeof(X));
+  return std::max<int64_t>(ROWS<X>, fit / ROWS<X> * ROWS<X>);
+}
+
+// y[m][column..column + N) for one tile of `rows` rows, at most M.
+template <int M, int N>
+inline void nibble_tile(int64_t rows, const Row<Nibbles>* x, const Nibbles* const* w, const float* const* scale,
+                        int64_t D, float* const* y, int64_t column) {
+  if constexpr (M > 1)
+    if (rows < M) return nibble_tile<M - 1, N>(rows, x, w, scale, D, y, column);
+  const int16_t* integers[M];
+  for (int m = 0; m < M; ++m) integers[m] = x[m].x;
+  NibbleSums sums[M][N];
+  nibble_sums<M, N>(integers, w, scale, D, sums);
+  for (int m = 0; m < M; ++m) {
+    Vector each[N];
+    float out[N];
+    for (int n = 0; n < N; ++n) std::memcpy(&each[n], &sums[m][n], sizeof each[n]);
+    totals<N>(each, out);
+    for (int n = 0; n < N; ++n) y[m][column + n] = out[n] * (x[m].scale * SCALE_UNIT);
+  }
+}
+
+// As `dots`, for N columns from `column` on.
+template <int N>
+void nibble_columns(const Row<Nibbles>* x, int64_t rows, Matrix<Nibbles> matrix, int64_t D, int64_t column,
+                    float* const* y, float* scales) {
+  int64_t count = pairs(D);
+  const Nibbles* w[N];
+  const float* scale[N];
+  for (int n = 0; n < N; ++n) {
+    w[n] = matrix.numbers + (column + n) * count * PAIR_WORDS;
+    scale[n] = scales + n * 4 * quads(D);
+    widen_scales(matrix.scale + (column + n) * 2 * count, count, scales + n * 4 * quads(D));
+  }
+  for (int64_t m = 0, tiles = (rows + ROWS<int16_t> - 1) / ROWS<int16_t>; tiles > 0; --tiles) {
+    int64_t some = (rows - m + tiles - 1) / tiles;
+    nibble_tile<ROWS<int16_t>, N>(some, x + m, w, scale, D, y + m, column);
+    m += some;
+  }
+}
+
+void dots(const std::vector<Row<Nibbles>>& rows, Matrix<Nibbles> matrix, int64_t D, int64_t first, int64_t last,
+          float* const* y) {
+  int64_t size = rows.size(), count = pairs(D), width = count * PAIR_WORDS, most = rows_at_once<int16_t>(quads(D) * QUAD);
+  std::vector<float> scales(COLUMNS * 4 * quads(D));
+  for (int64_t t = 0; t < size; t += most) {
+    int64_t some = std::min(most, size - t), f = first;
+    for (; f + COLUMNS <= last; f += COLUMNS) {
+      int64_t next = f + AHEAD, end = std::min(next + COLUMNS, last);
+      ahead(matrix.numbers + next * width, matrix.numbers + end * width);
+      ahead(matrix.scale + next * 2 * count, matrix.scale + end * 2 * count);
+      nibble_columns<COLUMNS>(rows.data() + t, some, matrix, D, f, y + t, scales.data());
+    }
+    for (; f < last; ++f) nibble_columns<1>(rows.data() + t, some, matrix, D, f, y + t, scales.data());
+  }
+}
+
 // y[t][first..last) = x[t] . w[f] for `rows` rows.
 template <typename W>
 void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last, float* const* y) {
@@ -366,8 +437,7 @@ void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t 
   std::vector<float> room;
   std::vector<const Number<W>*> x;
   for (const Row<W>& row : rows) x.push_back(row.x);
-  int64_t size = rows.size(), fit = X_BYTES / (D * sizeof(Number<W>)), tile = ROWS<Number<W>>;
-  int64_t most = std::max<int64_t>(tile, fit / tile * tile);
+  int64_t size = rows.size(), most = rows_at_once<Number<W>>(D);
   for (int64_t t = 0; t < size; t += most) {
     int64_t some = std::min(most, size - t), f = first;
     for (; f + COLUMNS <= last; f += COLUMNS) {
@@ -406,12 +476,15 @@ template <typename W>
 std::vector<Row<W>> meeting(ffi::ThreadPool& pool, const std::vector<const float*>& rows, int64_t D,
                             std::vector<int16_t>& room) {
   std::vector<Row<W>> met(rows.size());
-  if constexpr (std::is_same_v<W, int8_t>) {
-    room.resize(rows.size() * D);
+  if constexpr (OF_INTEGERS<W>) {
+    int64_t width = NIBBLES<W> ? quads(D) * QUAD : D;
+    room.resize(rows.size() * width);
     spread(pool, rows.size(), 1, (1 << 16) / D, [&](int64_t first, int64_t last) {
+      std::vector<int16_t> natural(NIBBLES<W> ? D : 0);
       for (int64_t i = first; i < last; ++i) {
-        int16_t* integers = room.data() + i * D;
-        met[i] = {integers, to_integers(rows[i], D, integers)};
+        int16_t* integers = room.data() + i * width;
+        met[i] = {integers, to_integers(rows[i], D, NIBBLES<W> ? natural.data() : integers)};
+        if constexpr (NIBBLES<W>) arrange(natural.data(), D, integers);
       }
     });
   } else {
@@ -438,28 +511,43 @@ void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64
   std::vector<int16_t> room;
   std::vector<Row<W>> met = meeting<W>(pool, rows, D, room);
   spread(pool, F, COLUMNS, (1 << 16) / D,
-         [&](int64_t first, int64_t last) { dots<W>(met, w, D, first, last, out.data()); });
+         [&](int64_t first, int64_t last) { dots(met, w, D, first, last, out.data()); });
 }
 
 // The matrix number `at` of a stack of F x D numbers each, with its scale if there is one.
 template <typename W>
-Matrix<W> matrix(ffi::AnyBuffer& stack, ffi::Buffer<ffi::F32>& scale, int64_t at, int64_t F, int64_t D) {
-  bool scaled = scale.element_count() > 0;
-  return {reinterpret_cast<const W*>(stack.untyped_data()) + at * F * D, scaled ? scale.typed_data() + at * F : nullptr};
+Matrix<W> matrix(ffi::AnyBuffer& stack, ffi::AnyBuffer& scale, int64_t at, int64_t F, int64_t D) {
+  int64_t numbers = NIBBLES<W> ? pairs(D) * PAIR_WORDS : D, scales = NIBBLES<W> ? 2 * pairs(D) : 1;
+  auto first = reinterpret_cast<const typename Matrix<W>::Scale*>(scale.untyped_data());
+  return {reinterpret_cast<const W*>(stack.untyped_data()) + at * F * numbers,
+          scale.element_count() > 0 ? first + at * F * scales : nullptr};
 }
 
-ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale,
+// Calls `in_form` with a number of the type of the weights.
+template <typename Form>
+void with_form(const ffi::AnyBuffer& weights, Form in_form) {
+  switch (weights.element_type()) {
+    case ffi::BF16:
+      return in_form(bfloat16{});
+    case ffi::S8:
+      return in_form(int8_t{});
+    case ffi::U16:
+      return in_form(Nibbles{});
+    default:
+      return in_form(float{});
+  }
+}
+
+ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
                   ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y) {
   auto stack = w.dimensions();
-  int64_t D = stack.back(), F = stack[stack.size() - 2];
+  int64_t D = x.dimensions().back(), F = stack[stack.size() - 2];
   int64_t at = place(stack, ffi::Span<const int32_t>(index.typed_data(), index.element_count()));
   if (at < 0) return ffi::Error::InvalidArgument("row_dot: index outside of the stack");
-  if (w.element_type() == ffi::BF16)
-    row_dot(pool, x, matrix<bfloat16>(w, scale, at, F, D), F, y->typed_data());
-  else if (w.element_type() == ffi::S8)
-    row_dot(pool, x, matrix<int8_t>(w, scale, at, F, D), F, y->typed_data());
-  else
-    row_dot(pool, x, matrix<float>(w, scale, at, F, D), F, y->typed_data());
+  with_form(w, [&](auto number) {
+    using W = decltype(number);
+    row_dot(pool, x, matrix<W>(w, scale, at, F, D), F, y->typed_data());
+  });
   return ffi::Error::Success();
 }
 
@@ -508,27 +596,27 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weig
   for (Expert<W>& each : experts) each.begin(F);
   each_part(F, [&](Expert<W>& e, int64_t first, int64_t last) {
     Matrix<W> gate_up = weights(e.slot).first;
-    dots<W>(e.x, gate_up, D, first, last, e.hidden.data());
-    dots<W>(e.x, gate_up, D, F + first, F + last, e.hidden.data());
+    dots(e.x, gate_up, D, first, last, e.hidden.data());
+    dots(e.x, gate_up, D, F + first, F + last, e.hidden.data());
     for (float* row : e.hidden) silu_times(row + first, row + F + first, last - first);
   });
   for (Expert<W>& e : experts) e.gated = meeting<W>(pool, {e.hidden.begin(), e.hidden.end()}, F, e.gated_room);
   each_part(D, [&](Expert<W>& e, int64_t first, int64_t last) {
-    dots<W>(e.gated, weights(e.slot).second, F, first, last, e.y.data());
+    dots(e.gated, weights(e.slot).second, F, first, last, e.y.data());
   });
 }
 
 // Outputs [r, A, D] of the wanted slots [r, A] of layer `index`; each slot's weights are read once, for the rows that
 // are routed to it and no others.
 ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::S32> wanted,
-                   ffi::AnyBuffer gate_up, ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
-                   ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> index,
+                   ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down,
+                   ffi::AnyBuffer down_scale, ffi::Buffer<ffi::S32> index,
                    ffi::ResultBuffer<ffi::F32> answers) {
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
-  int64_t S = down.dimensions()[1], F = down.dimensions()[3];
+  int64_t S = down.dimensions()[1], F = gate_up.dimensions()[2] / 2;
   int64_t repeat = index.typed_data()[0];
   if (repeat < 0 || repeat >= down.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
-  auto in_form = [&](auto number) {
+  with_form(down, [&](auto number) {
     using W = decltype(number);
     std::vector<int16_t> room;
     std::vector<const float*> x;
@@ -561,13 +649,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
       return std::make_pair(matrix<W>(gate_up, gate_up_scale, at, 2 * F, D), matrix<W>(down, down_scale, at, D, F));
     };
     answer<W>(pool, busy, weights, D, F);
-  };
-  if (down.element_type() == ffi::BF16)
-    in_form(bfloat16{});
-  else if (down.element_type() == ffi::S8)
-    in_form(int8_t{});
-  else
-    in_form(float{});
+  });
   return ffi::Error::Success();
 }
 
@@ -792,7 +874,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
@@ -802,9 +884,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.config.int4 import Int4
 from moejax.config.weight_formats import Int8, StackSlice, index_weight
 from moejax.ops.pallas.grouping import group_by_slot
 from moejax.ops.pallas.queries import GroupedQueries, new_entries
@@ -40,7 +41,9 @@ _MAX_QUERY_ROWS = 64
 
 
 def supports_experts(gate_up: StackSlice, down: StackSlice) -> bool:
-    """True when `experts` covers these weights: their sizes, F and D, are multiples of 16."""
+    """True when `experts` covers these weights: not int4, and their sizes, F and D, are multiples of 16."""
+    if isinstance(gate_up.stack, Int4) or isinstance(down.stack, Int4):
+        return False
     sizes = [size for weight in (gate_up, down) for size in jax.tree.leaves(weight.stack)[0].shape[-2:]]
     return all(size % _MIN_TILE == 0 for size in sizes)
 
@@ -145,6 +148,8 @@ def _multiply(
 
 def supports_row_dot(stack: Any) -> bool:
     """True when `row_dot` covers a stack `[..., F, D]`: bfloat16 or int8, F and D multiples of 16."""
+    if isinstance(stack, Int4):
+        return False
     numbers = jax.tree.leaves(stack)[0]
     narrow = isinstance(stack, Int8) or numbers.dtype == jnp.bfloat16
     return narrow and all(size % _MIN_TILE == 0 for size in numbers.shape[-2:])

@@ -3,8 +3,8 @@
 Experts use JAX's own kernel for groups of rows (Megablox). In attention, the steps of the grid take a segment through
 its pages. The page table says which page comes next, so it is fetched while the page before is computed. (JAX's own
 `ragged_paged_attention` wants old and new keys and values in one array; here the cache is not written before the step
-has ended.) Rows multiply bfloat16 weights in bfloat16 with float32 sums; float32 stays float32. int8 weights are left
-to the reference (`supports_experts`).
+has ended.) Rows multiply bfloat16 weights in bfloat16 with float32 sums; float32 stays float32. int8 and int4
+weights are left to the reference (`supports_experts`).
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
 from moejax.config.kv_cache import KVCache
-from moejax.config.weight_formats import Int8, StackSlice
+from moejax.config.weight_formats import StackSlice, is_scaled
 from moejax.ops.pallas.grouping import group_by_slot
 from moejax.ops.pallas.queries import GroupedQueries, new_entries
 
@@ -33,7 +33,7 @@ _TILE_ROWS, _TILE = 128, 512
 def supports_experts(gate_up: StackSlice, down: StackSlice) -> bool:
     """True when `experts` covers these weights: of a float type, with sizes in whole vectors of lanes."""
     stacks = (gate_up.stack, down.stack)
-    return all(not isinstance(each, Int8) and all(size % LANES == 0 for size in each.shape[-2:]) for each in stacks)
+    return all(not is_scaled(each) and all(size % LANES == 0 for size in each.shape[-2:]) for each in stacks)
 
 
 def experts(

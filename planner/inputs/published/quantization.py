@@ -38,8 +38,9 @@ class Scheme:
     """How matrices `[out, in]` are stored: the format, and the bytes of a number with its share of the scales.
 
     `bits` are those of an integer; `group` inputs of an output share a scale (0: no groups), or a `block` of outputs
-    and inputs does. `packing` is awq or gptq where these lay integers out. A zero point is stored less `zero_offset`.
-    `covers` says to which modules it applies.
+    and inputs does. `packing` is awq or gptq where these lay integers out; they are `plain` where all zero points are
+    in the middle and groups are in order. A zero point is stored less `zero_offset`. `covers` says to which modules it
+    applies.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Scheme:
     block: tuple[int, int] | None = None
     packing: str = ""
     zero_offset: int = 0
+    plain: bool = False
     covers: Callable[[str], bool] = lambda module: True
 
 
@@ -130,7 +132,8 @@ def _packed_by_outputs(q: ConfigFields, method: str) -> Scheme:
         form = f"awq {version!r} weights of {bits} bits"
         raise q.error(f"{form} are not known; pass --weights, one of {', '.join(BYTES)}")
     offset = 1 if packing == "gptq" and q.values.get("checkpoint_format") != "gptq_v2" else 0
-    return replace(_integers(q, bits, group, zeros=True), packing=packing, zero_offset=offset)
+    plain = q.flag("sym", False) and not q.flag("desc_act", method != "auto-round")
+    return replace(_integers(q, bits, group, zeros=True), packing=packing, zero_offset=offset, plain=plain)
 
 
 def _modelopt(q: ConfigFields) -> list[Scheme]:

@@ -1,6 +1,7 @@
 """Laws of a published folder that is read in place: it gives what its conversion would give, reads only the bytes asked
 for, and distinguishes missing weights from damaged ones."""
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from moejax.checkpoint.checksums import ALIGNMENT
 from moejax.checkpoint.convert import convert
 from moejax.checkpoint.host_store import HostStore, StoreCorrupt, StoreMissing
-from moejax.checkpoint.manifest import CheckpointError
+from moejax.checkpoint.manifest import CheckpointError, expert_position
 from moejax.checkpoint.published_store import SOURCE, PublishedStore, open_store, record_checksums
+from moejax.config.params import FeedForward, expert_specs
+from moejax.config.weight_formats import dequantize
+from moejax.runtime.host_weights import to_host_weights
 from moejax.tools.resolve import ensure_checksums
 from tests.support.families.published import CASES
 from tests.support.families.small import small_config, small_folder
@@ -51,6 +55,25 @@ def same(ours: PublishedStore, converted: HostStore) -> None:
         assert ours.is_intact(expert, *parts)
         assert not ours.is_intact(expert, parts[0] + 1, *parts[1:])
     assert not ours.corrupt_tensors(ours.non_expert_params())
+
+
+def test_int4_experts_are_held_as_they_are_published(tmp_path):
+    plain = quantized_folders(tmp_path / "hf", "int4-32")
+    rounded = noted(tmp_path / "hf")
+    assert rounded.int4_experts
+    exact = open_store(tmp_path / "noted", exactly=True)
+    convert(plain, tmp_path / "out", name="model", on_progress=quiet)
+    there, cfg = HostStore.open(tmp_path / "out"), dataclasses.replace(exact.cfg, weights="int4-experts")
+    wanted = all_experts(there)
+    numbers, before, after = there.read_experts(wanted), rounded.read_experts(wanted), exact.read_experts(wanted)
+    for expert in wanted:
+        specs = expert_specs(cfg, expert_position(cfg, expert[0])[:2])
+        held = to_host_weights(cfg, specs, FeedForward(*after[expert]))
+        for part, name in enumerate(("gate_up", "down")):
+            np.testing.assert_array_equal(dequantize(getattr(held, name)), numbers[expert][part])
+            np.testing.assert_array_equal(before[expert][part], numbers[expert][part].astype(ml_dtypes.bfloat16))
+        assert exact.is_intact(expert, *after[expert])
+    jax.tree.map(np.testing.assert_array_equal, exact.non_expert_params(), there.non_expert_params())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,7 +11,16 @@ from moejax.checkpoint.host_store import HostStore
 from moejax.config.config_values import ConfigError
 from moejax.config.parameter_counts import expert_bytes, parameter_count
 from moejax.config.params import expert_positions, is_expert, is_spec, named_tensors, param_specs, tensor_specs
-from moejax.config.weight_formats import Int8, dequantize, is_matrix, to_weight_format, weight_bytes, weight_shape
+from moejax.config.weight_formats import (
+    Int4,
+    Int8,
+    dequantize,
+    is_matrix,
+    is_scaled,
+    to_weight_format,
+    weight_bytes,
+    weight_shape,
+)
 from moejax.runtime import steps
 from moejax.runtime.live_weights import LiveArrays
 from moejax.runtime.programs import ModelShape
@@ -21,9 +30,9 @@ from serving.protocol.sampling import ResolvedSampling
 from tests.support.models import DENSE, MIXTRAL, SHARED, lively_params, model_folder
 from tests.support.stepping import PAGES, Stepper
 
-NARROW = ["bfloat16", "int8"]
-ROUNDING = {"bfloat16": 1e-4, "int8": 1e-3}
-"""Of a step, against float32: sums in another order; with int8, rows of 16 bits in every dot."""
+NARROW = ["bfloat16", "int8", "int4"]
+ROUNDING = {"bfloat16": 1e-4, "int8": 1e-3, "int4": 1e-3}
+"""Of a step, against float32: sums in another order; with int8 and int4, rows of 16 bits in every dot."""
 
 
 def in_form(cfg, form):
@@ -41,11 +50,10 @@ def held(cfg, params):
 def test_matrices_are_near_what_they_were_and_all_else_is_the_same(cfg, form):
     cfg = in_form(cfg, form)
     params = lively_params(cfg)
-    is_held = lambda leaf: isinstance(leaf, Int8)  # noqa: E731
     for (name, spec), values, leaf in zip(
         tensor_specs(cfg).items(),
         jax.tree.leaves(params),
-        jax.tree.leaves(held(cfg, params), is_leaf=is_held),
+        jax.tree.leaves(held(cfg, params), is_leaf=is_scaled),
         strict=True,
     ):
         assert jax.tree.map(lambda a: (a.shape, a.dtype), leaf) == jax.tree.map(
@@ -54,8 +62,13 @@ def test_matrices_are_near_what_they_were_and_all_else_is_the_same(cfg, form):
         error = np.abs(np.asarray(dequantize(leaf), np.float32) - values)
         if not is_matrix(spec):
             assert not error.any(), name
-        elif form == "int8":
+        elif isinstance(leaf, Int8):
             assert (error <= 0.5001 * leaf.scale[..., None]).all(), name
+        elif isinstance(leaf, Int4):
+            step = np.repeat(np.abs(leaf.scale.astype(np.float32)) / 256, 32, axis=-1)[..., : leaf.columns]
+            # Half a step, or a whole one where 8 steps upwards are wanted and 7 are there.
+            assert (error <= 1.005 * step).all(), name
+            assert error.mean() < 0.3 * step.mean()
         else:
             np.testing.assert_array_equal(leaf, values.astype(ml_dtypes.bfloat16))
     assert {n for n, s in tensor_specs(cfg).items() if not is_matrix(s) and len(s.shape) > 2} == {
@@ -77,11 +90,14 @@ def test_bytes_are_those_of_the_form():
     assert weight_bytes(in_form(MIXTRAL, "bfloat16"), experts=True) == experts * expert_bytes(MIXTRAL, 2)
     scales = sum(np.prod(s.shape[:-1]) for n, s in tensor_specs(MIXTRAL).items() if is_expert(n))
     assert weight_bytes(in_form(MIXTRAL, "int8"), experts=True) == experts * expert_bytes(MIXTRAL, 1) + 4 * scales
+    wide = dataclasses.replace(MIXTRAL, d_model=64, moe=dataclasses.replace(MIXTRAL.moe, d_expert=192))
+    for form in ("int4", "int4-experts"):
+        assert weight_bytes(in_form(wide, form), experts=True) == experts * expert_bytes(wide, 1) * 0.5625
 
 
 def test_a_form_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="'int4'; known are 'float32', 'bfloat16', 'int8'"):
-        in_form(MIXTRAL, "int4")
+    with pytest.raises(ConfigError, match="'int3'; known are 'float32', 'bfloat16', 'int8', 'int4', 'int4-experts'"):
+        in_form(MIXTRAL, "int3")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -89,9 +105,7 @@ def test_a_form_that_is_none_is_refused():
 def test_a_step_computes_with_the_numbers_the_form_stands_for(form, ranks):
     cfg = in_form(MIXTRAL, form)
     params = held(cfg, lively_params(cfg))
-    plain = jax.tree.map(
-        lambda leaf: np.asarray(dequantize(leaf), np.float32), params, is_leaf=lambda leaf: isinstance(leaf, Int8)
-    )
+    plain = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf), np.float32), params, is_leaf=is_scaled)
     slots = -(-cfg.moe.experts // ranks)
     table = np.arange(ranks * slots) % cfg.moe.experts
     bucket = StepBucket(2, 1)

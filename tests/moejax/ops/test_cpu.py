@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.config import int4
 from moejax.config.params import FeedForward
-from moejax.config.weight_formats import Int8, StackSlice
+from moejax.config.weight_formats import Int8, StackSlice, dequantize
 from moejax.model.attention import paged_attention_reference
 from moejax.model.experts import apply_experts_reference
 from moejax.model.layers import row_dot_reference
@@ -21,10 +22,10 @@ from tests.support.kernel_cases import attention_case, held, last_query_alone, n
 from tests.support.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not cpu.active(), reason="no C++ compiler on this machine")
-FORMS = ["float32", "bfloat16", "int8"]
-ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5, "int8": 1e-4}
-"""Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8, rows of 16 bits, two in
-turn for experts."""
+FORMS = ["float32", "bfloat16", "int8", "int4"]
+ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5, "int8": 1e-4, "int4": 1e-4}
+"""Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8 and int4, rows of 16
+bits, two in turn for experts."""
 
 
 def close(a, b, form: str = "float32") -> None:
@@ -60,6 +61,19 @@ def test_int8_sums_do_not_overflow_at_the_largest_numbers_there_are() -> None:
     np.testing.assert_allclose(
         cpu.row_dot(rows, stack, (0,)), np.repeat(127 * rows.sum(1, keepdims=True), 5, axis=1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("columns", [32, 37, 576])
+def test_int4_dots_of_integers_are_exact(columns) -> None:
+    draw = np.random.default_rng(columns)
+    steps, scale = draw.integers(-8, 8, (24, columns)), draw.choice([0.5, 1.0, 2.0], (24, -(-columns // 32)))
+    steps[:, ::32] = -8
+    weights = steps * np.repeat(scale, 32, axis=1)[:, :columns]
+    rows = draw.integers(-99, 100, (9, columns))
+    rows[:, 5] = 32767  # integers of 16 bits as they are
+    stack = jax.tree.map(jnp.asarray, int4.keep(weights.astype(np.float32)[None]))
+    np.testing.assert_array_equal(dequantize(stack)[0], weights)
+    np.testing.assert_array_equal(cpu.row_dot(rows.astype(np.float32), stack, (0,)), rows @ weights.T)
 
 
 @pytest.mark.parametrize("form", FORMS)

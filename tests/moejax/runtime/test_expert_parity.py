@@ -16,7 +16,7 @@ from moejax.runtime.live_weights import LiveArrays
 from moejax.runtime.programs import ModelShape
 from tests.support.models import MIXTRAL, SHARED, model_folder
 
-CASES = [(MIXTRAL, "float32"), (SHARED, "float32"), (MIXTRAL, "bfloat16"), (MIXTRAL, "int8")]
+CASES = [(MIXTRAL, "float32"), (SHARED, "float32"), (MIXTRAL, "bfloat16"), (MIXTRAL, "int8"), (MIXTRAL, "int4")]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")

@@ -58,7 +58,22 @@ def test_widening_is_said_with_the_bytes_of_both(place, how, capfd):
     assert prepare(str(place), "published", how)["weights"] == "bfloat16"
     assert re.search(
         r"as-published is published in int4, 0\.\d MiB; ranks hold its weights in bfloat16, 0\.\d MiB",
-        capfd.readouterr().err,
+        said := capfd.readouterr().err,
     )
+    assert ("zero points, or other groups than whole ones of 32" in said) == (how == "in-place")
     assert prepare(str(plain), "published", how)["weights"] == "bfloat16"
     assert "ranks hold" not in capfd.readouterr().err
+
+
+def test_experts_published_in_int4_stay_so_in_place_and_only_there(place, capfd):
+    quantized_folders(place, "int4-32")
+    narrow = prepare(str(place), "published", "in-place")
+    said = capfd.readouterr().err
+    assert "ranks hold its weights in int4-experts" in said  # attention of this folder is int4 too
+    assert "--in-place" not in said
+    wide = prepare(str(place), "published")
+    assert "With --in-place, --data-type published keeps experts" in capfd.readouterr().err
+    assert (narrow["weights"], wide["weights"]) == ("int4-experts", "bfloat16")
+    numbers = 3 * 64 * 96
+    padded = numbers + 64 * 32  # 96 inputs of down are one and a half pairs of groups
+    assert (narrow["expert_bytes"], wide["expert_bytes"]) == (0.5625 * padded, 2 * numbers)
