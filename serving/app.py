@@ -211,6 +211,7 @@ async def _start_ranks(
         cluster=cluster,
         host=launcher.host,
         epoch=epoch,
+        placement=None if run is None else run.placement,
     )
     stack.push_async_callback(failover.close)
     async with asyncio.timeout(settings.start_timeout_s):

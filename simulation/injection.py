@@ -64,6 +64,7 @@ class Injection:
             "drain": self._drain,
             "scale_down": self._scale_down,
             "scale_up": self._scale_up,
+            "rebalance": self._rebalance,
             "pause": self._pause,
             "device_error": self._device_error,
         }
@@ -262,6 +263,9 @@ class Injection:
 
     def _scale_up(self, fault: Fault) -> bool:
         return self.instruct(Instruction(action="scale_up"))
+
+    def _rebalance(self, fault: Fault) -> bool:
+        return self.instruct(Instruction(action="rebalance"))
 
     def _pause(self, fault: Fault) -> bool:
         self.world.loop.call_later(fault.seconds, self.instruct, Instruction(action="retry"))

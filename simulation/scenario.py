@@ -39,6 +39,7 @@ FAULTS: Mapping[str, str] = {
     "scale_up": "an operator takes all ranks in again",
     "pause": "an operator pauses the server, and lets it go on a little later",
     "device_error": "a device reports an error of some level",
+    "rebalance": "an operator has experts moved by the load",
     "stuck": "the main thread of a rank obeys nothing more, and its heartbeats go on; for a while, or for ever",
 }
 """Kinds of faults, and of what operators do."""

@@ -27,6 +27,7 @@ def apply(client: Client, action: Action, ranks: tuple[int, ...], host: str, to:
     drain       move the requests off RANKS, then end these ranks
     scale_down  drain ranks and keep them out
     scale_up    start ranks that were kept out
+    rebalance   move experts so that no rank has more of the traffic than others
     """
     serving = client.apply(action, *ranks, host=host, to=to, replace=replace)
     click.echo(f"ranks that serve: {' '.join(map(str, serving))}")

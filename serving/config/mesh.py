@@ -51,6 +51,19 @@ class MeshSettings(SettingsGroup):
         1, "Number of rank failures that the placement survives without reallocating weight buffers."
     )
 
+    rebalance: str = setting(
+        "off",
+        "Whether experts move to other ranks while requests run, when one rank has more of the traffic than "
+        "--rebalance-bound in two intervals in a row (auto), or only by `moejax apply rebalance` (off).",
+        choices=("off", "auto"),
+    )
+    rebalance_bound: float = setting(
+        1.3, "With rebalance auto: the hottest rank's traffic over the mean from which on experts move.", at_least=1.0
+    )
+    rebalance_interval_s: float = setting(
+        60.0, "With rebalance auto: seconds over which traffic is measured, and between two moves.", at_least=1.0
+    )
+
     def check_fields(self) -> None:
         """Check each field against its choices and bounds. Raises InvalidRequest."""
         if self.arch == POOLS:

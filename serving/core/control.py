@@ -12,6 +12,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.recovery.failover import Failover
 from serving.recovery.maintenance import Maintenance
+from serving.recovery.rebalancing import Rebalancing
 
 
 class Control:
@@ -24,12 +25,14 @@ class Control:
         executor: RankExecutor,
         failover: Failover,
         maintenance: Maintenance,
+        rebalancing: Rebalancing,
     ) -> None:
         self._settings = settings
         self._model = model
         self._executor = executor
         self._failover = failover
         self._maintenance = maintenance
+        self._rebalancing = rebalancing
 
     async def kill(self, rank: int, signal: str, host: str) -> None:
         """See `serving.protocol.backend.Backend.kill`."""
@@ -51,7 +54,10 @@ class Control:
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.protocol.backend.Backend.apply`."""
-        await self._maintenance.apply(instruction, self._host_of_rank())
+        if instruction.action == "rebalance":
+            await self._rebalancing.run()
+        else:
+            await self._maintenance.apply(instruction, self._host_of_rank())
         return self._failover.plan_ranks
 
     def report(self, error: DeviceError) -> ErrorResponse:

@@ -37,7 +37,7 @@ class DueWorker:
         engine, failover = self._engine, self._failover
         pending = Pending(
             restoring=engine.restoration.pending,
-            maintaining=engine.maintenance.pending,
+            maintaining=engine.maintenance.pending or engine.rebalancing.pending,
             spare_ids=failover.spare_ids,
             loading=failover.meshes.loading,
             retry_preparation=clock.now() - self._prepared_ahead_at > PREPARE_AHEAD_S,
@@ -71,6 +71,7 @@ class DueWorker:
             await engine.restoration.run()
             if DueWork.MAINTAIN in self.due():
                 await engine.maintenance.run()
+                engine.rebalancing.begin()
         work = next((due for due in self.due() if due in ONE_AT_A_TIME), None)
         if work is DueWork.ADMIT:
             self._admitted_at = clock.now()
@@ -91,6 +92,7 @@ class DueWorker:
                 if await failover.preparation.connect_next():
                     text = f"{len(failover.membership.connected)} meshes"
                     self._events.emit(EventKind.LATTICE_READY, failover.epoch, message=text)
+        engine.rebalancing.look()
         self._unreadable.report_and_retry()
 
     async def _recover(self) -> None:
@@ -121,7 +123,7 @@ class DueWorker:
         """Load some of the experts that the plan in force lacks of the desired one."""
         await self._failover.adoption.reconcile()
         self._engine.plan_adopted()
-        if not self._failover.adoption.reconciling:
+        if not self._failover.adoption.reconciling and not self._engine.rebalancing.moving:
             masked = self._failover.plan.masked if self._failover.plan is not None else plan.masked
             self._events.emit(EventKind.HEALED, self._failover.epoch, message=f"{len(masked)} experts masked")
 

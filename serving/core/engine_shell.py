@@ -25,6 +25,7 @@ from serving.protocol.request import Finished, Request, Scored, Token
 from serving.recovery.failover import Failover
 from serving.recovery.kv_restoration import KVRestoration
 from serving.recovery.maintenance import Maintenance
+from serving.recovery.rebalancing import Rebalancing
 from serving.recovery.replacements import Replacements
 
 
@@ -57,6 +58,7 @@ class EngineShell:
         self.admission = Admission()
         self.replacements = Replacements(failover.state, events, failover.start_rank)
         self.maintenance = Maintenance(self)
+        self.rebalancing = Rebalancing(self, failover.adoption.routed_tokens, failover.placement)
         self.restoration = KVRestoration(self, failover.kv_replicas)
         self.suspects = Suspects(self, settings.poison_limit)
         self._wake = wake

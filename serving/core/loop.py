@@ -82,7 +82,7 @@ class Loop:
         self._pipeline = pipeline
         self._steps = StepRunner(self.engine, report, wake, grammar_matcher.take_failures)
         self._worker = DueWorker(self.engine, report)
-        self._control = Control(settings, model, executor, failover, self.engine.maintenance)
+        self._control = Control(settings, model, executor, failover, self.engine.maintenance, self.engine.rebalancing)
         self._status_report = StatusReport(self.engine, model, report)
         self._wake = wake
         self._draining = False
@@ -116,6 +116,8 @@ class Loop:
             self._begin(maintain_journal(engine.request_log, self._on_journal_change, settings.journal_sync_s))
         if settings.scrub_s:
             self._begin(scrub_weights(self._slots_per_rank, engine.maintenance.repair.inspect_next, settings.scrub_s))
+        if settings.rebalance == "auto":
+            self._begin(engine.rebalancing.watch(settings.rebalance_bound, settings.rebalance_interval_s))
         if settings.device_errors:
             path = Path(settings.device_errors)
             self._begin(follow_device_errors(path, self.report, self._on_unreadable_device_error))

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "buckets.json"
 
     @property
+    def placement(self) -> Path:
+        """The base plan after experts were moved because of the load, as a plan file."""
+        return self.path / "placement.json"
+
+    @property
     def metrics(self) -> Path:
         """The folder in which front and edges add up their metrics."""
         return self.path / "metrics"

@@ -112,6 +112,11 @@ class EventKind(enum.StrEnum):
     """Experts without a copy are masked."""
     HEALED = "healed", Severity.GOOD
     """Masked experts were loaded."""
+    REBALANCED = "rebalanced", Severity.GOOD
+    """Experts have moved to other ranks because of the load, or need not; the share of the hottest rank before and
+    after."""
+    REBALANCE_FAILED = "rebalance_failed", Severity.BAD
+    """Experts are not moved, although a rank is hot."""
     STORE_UNREADABLE = "store_unreadable", Severity.BAD
     """The host's store could not give experts."""
     PARITY_READY = "parity_ready", Severity.GOOD

@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 
 from serving.errors import InvalidRequest, NoCapacity, NotPermitted
 
-Action = Literal["pause", "retry", "drain", "scale_down", "scale_up"]
-ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up")
+Action = Literal["pause", "retry", "drain", "scale_down", "scale_up", "rebalance"]
+ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up", "rebalance")
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -104,7 +104,7 @@ class Instruction:
         given = [name for name in ("ranks", "host") if getattr(self, name)] + ["to"] * (self.to is not None)
         if len(given) > 1:
             raise InvalidRequest(f"{' and '.join(given)} exclude one another; give one.", param=given[1])
-        if given and self.action in ("pause", "retry"):
+        if given and self.action in ("pause", "retry", "rebalance"):
             raise InvalidRequest(f"{self.action} is about the whole server; leave out {given[0]}.", param=given[0])
         if self.to is not None and (self.action == "drain" or self.to < 1):
             raise InvalidRequest(f"to is {self.to}: it goes with scale_down and scale_up, from 1 on.", param="to")

@@ -14,6 +14,7 @@ from serving.executor.executor import RankExecutor
 from serving.executor.mesh_key import MeshKey
 from serving.launch.host_pool import with_current_hosts
 from serving.proto.moejax.v1 import link_pb2
+from serving.recovery.expert_moves import next_moves
 from serving.recovery.expert_parity import ExpertParity
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.lost_experts import Slot, held_part, lost_share, may_serve, next_part, without_slots
@@ -78,7 +79,13 @@ class Adoption:
     def routed_load(self) -> np.ndarray:
         """Measured traffic of the routers `[moe layers, experts]`: even while there is none, 0 in sharded layers."""
         load = np.array(self._expert_load(), float)
-        load = load if load.any() else np.ones_like(load)
+        return self._of_routers(load if load.any() else np.ones_like(load))
+
+    def routed_tokens(self) -> np.ndarray:
+        """Tokens that the routers have sent so far, `[moe layers, experts]`: 0 in sharded layers."""
+        return self._of_routers(np.array(self._expert_load(), float))
+
+    def _of_routers(self, load: np.ndarray) -> np.ndarray:
         load[sorted(self._sharded_layers)] = 0.0
         return load
 
@@ -146,6 +153,12 @@ class Adoption:
         self._state.record(Adopted(without_slots(self.plan, here), desired))
         await self.adopt_available(desired)
 
+    def converge_to(self, desired: Plan) -> None:
+        """Move experts beside the steps until the plan in force, of the same ranks, is `desired`."""
+        assert self.plan is not None
+        self._state.record(Adopted(self.plan, desired))
+        self._plan_next_part()
+
     async def reconcile(self) -> None:
         """Load some of the experts that the plan in force misses. Raises RankLost or CommandFailed."""
         membership = self._state.membership
@@ -166,8 +179,10 @@ class Adoption:
     def _plan_next_part(self) -> None:
         plan, desired, part = self.plan, self._state.membership.desired, None
         if plan is not None and desired is not None and plan.slots != desired.slots:
-            part = next_part(plan, desired, RECONCILE_SLOTS, excluding=self._unobtainable(desired))
-            part = part if part.slots != plan.slots else None
+            excluded = self._unobtainable(desired)
+            part = next_part(plan, desired, RECONCILE_SLOTS, excluding=excluded)
+            if part.slots == plan.slots:
+                part = next_moves(plan, desired, RECONCILE_SLOTS, excluding=excluded)
         self._state.record(PartPlanned(part))
 
     def _missing_shards(self, plan: Plan) -> set[tuple[int, int]]:

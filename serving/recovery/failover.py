@@ -56,6 +56,7 @@ class Failover:
     """The ranks of one server, and what happens when one is lost or joins. Its methods are called by one task at a
     time, the engine's loop; only `start_rank` runs beside them, and `on_rank_lost` whenever a rank is lost.
 
+    `placement` is the file of the base plan that an earlier front of this server balanced, if it did.
     `cluster` is None when all ranks run on the front's host. `expert_load` returns the measured traffic, tokens
     `[moe layers, experts]`; `wake` makes the engine's loop look again at what is due; `epoch` is one that no plan of
     this server has yet exceeded.
@@ -74,6 +75,7 @@ class Failover:
         cluster: Cluster | None = None,
         host: str = LOOPBACK,
         epoch: int = -1,
+        placement: Path | None = None,
     ) -> None:
         self._executor = executor
         self._log = log
@@ -86,6 +88,9 @@ class Failover:
         self.store = Path(model.store)
         """The folder of the weights on the front's host."""
         self.plans = PlanCatalog(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts))
+        self.placement = placement
+        if placement is not None and placement.exists():
+            self.plans.place(Plan.from_json(placement.read_text()))
         self.state = RecoveryState(Membership(restart=settings.restart, epoch=epoch), self._execute, wake)
         self.meshes = MeshPool(executor, self.state, log)
         self._rendezvous = Rendezvous(executor, host, self._on_coordinator_exit)

@@ -54,7 +54,8 @@ def next_part(
         masked[layer, expert] = True
     unreadable = set(excluding)
     for at in range(table.shape[1]):
-        missing = [(int(layer), int(slot)) for layer, slot in np.argwhere(table[:, at] != wanted[:, at])]
+        empty = (table[:, at] < 0) & (wanted[:, at] >= 0)  # what only moves is for `expert_moves`
+        missing = [(int(layer), int(slot)) for layer, slot in np.argwhere(empty)]
         missing = [(layer, s) for layer, s in missing if (layer, int(wanted[layer, at, s])) not in unreadable]
         if only is not None:
             missing = [(layer, s) for layer, s in missing if (layer, int(wanted[layer, at, s])) in only]

@@ -2,7 +2,9 @@
 which rank an expert is."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from planner.cost.throughput import assess
 from planner.errors import NoFeasiblePlan, PlannerError
@@ -10,8 +12,10 @@ from planner.inputs.cluster import Cluster, Device
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.plan import Plan
+from planner.solver.balance import rank_loads
 from planner.solver.lattice import Lattice, build_lattice, extend_lattice
 from planner.solver.problem import Problem
+from planner.solver.rebalance import rebalance
 from planner.solver.shapes import mesh_shapes
 from planner.solver.solve import solve
 from serving.config import MeshSettings, Settings
@@ -24,6 +28,25 @@ from serving.protocol.prepared_model import PreparedModel
 SHORT_REQUEST_TOKENS, MIN_CACHE_BYTES = 256, 128 << 20
 """Tokens of a short request, prompt and answer; and bytes of memory that the KV cache of a rank may take in any
 case."""
+
+
+@dataclass(frozen=True)
+class Rebalanced:
+    """The plans of a catalog with experts moved towards a load: the base plan and those of losses, the share of the
+    hottest rank before and after (see `hottest_share`), and the number of slots that change."""
+
+    base: Plan
+    lattice: Lattice
+    before: float
+    after: float
+    moved: int
+
+
+def hottest_share(plan: Plan, load: np.ndarray) -> float:
+    """Tokens of the hottest rank of each layer over the mean of its ranks, all layers together; 1 is even. Ranks of a
+    layer wait for the hottest. `load` is tokens `[moe layers, experts]`."""
+    by_rank = rank_loads(plan.slots_by_rank(), load)
+    return float(by_rank.max(axis=1).sum() / by_rank.mean(axis=1).sum()) if by_rank.any() else 1.0
 
 
 class PlanCatalog:
@@ -109,6 +132,40 @@ class PlanCatalog:
     def device_of(self, rank: int) -> Device:
         """The host and the rack of a rank, or its last ones."""
         return self.cluster.alive([rank])[0]
+
+    def rebalanced(self, load: np.ndarray) -> "Rebalanced":
+        """The catalog's plans with experts moved towards a measured load, tokens `[moe layers, experts]`; nothing is
+        changed. Raises NoCapacity when they would survive less, or need meshes that were not prepared. Slow on many
+        ranks: it solves every planned loss."""
+        balanced = rebalance(self.base, load)
+        base = replace(balanced.plan, epoch=self.base.epoch)
+        kept = self._problem.survive_ranks + 1
+        if (np.minimum(base.copies(), kept) < np.minimum(self.base.copies(), kept)).any():
+            raise NoCapacity(f"balanced, experts would have fewer than the {kept} copies that --survive asks for.")
+        lattice = extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
+        lost = self._lattice.plans.keys() - lattice.plans.keys()
+        if lost:
+            raise NoCapacity(f"balanced, the loss of ranks {sorted(min(lost, key=sorted))} would not be survived.")
+        prepared = {MeshKey.of(plan) for plan in self._lattice.plans.values()}
+        if not prepared.issuperset(map(MeshKey.of, lattice.plans.values())):
+            raise NoCapacity("balanced, a loss would need a mesh that is not prepared.")
+        hottest = (hottest_share(plan, load) for plan in (self.base, base))
+        return Rebalanced(base, lattice, *hottest, moved=balanced.moved)
+
+    def adopt(self, rebalanced: "Rebalanced") -> None:
+        """Use these plans from now on."""
+        self.base, self._lattice = rebalanced.base, rebalanced.lattice
+
+    def place(self, base: Plan) -> bool:
+        """Use the base plan of an earlier front; False when it is not one of these ranks and this model."""
+        mine = self.base
+        same = (base.ranks, base.slots_per_rank, base.moe_layers, base.experts, base.pages_per_rank, base.parity) == (
+            *(mine.ranks, mine.slots_per_rank, mine.moe_layers, mine.experts, mine.pages_per_rank, mine.parity),
+        )
+        if same:
+            self.base = base
+            self._lattice = extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
+        return same
 
     def move(self, rank: int, host_paths: HostPaths) -> None:
         """A rank is on another host from now on. Plans for the loss of each host are added to the lattice."""

@@ -119,9 +119,8 @@ class Client(ClientBase):
         replace: bool = False,
         timeout_s: float = 30.0,
     ) -> list[int]:
-        """Make a planned change: pause, retry, drain, scale_down or scale_up; see `Instruction` for the arguments.
-
-        Returns the ranks that serve after it.
+        """Make a planned change: pause, retry, drain, scale_down, scale_up or rebalance; see `Instruction` for the
+        arguments. Returns the ranks that serve after it.
         """
         instruction = Instruction(action=action, ranks=ranks, host=host, to=to, replace=replace, timeout_s=timeout_s)
         return self._call(self._apply_call(instruction))

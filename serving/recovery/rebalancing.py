@@ -1,0 +1,154 @@
+"""Moves experts to other ranks when the load asks for it, while steps go on.
+
+The plans for the new placement are computed beside the steps. Then the desired plan is changed between two steps, and
+the experts move part by part (`serving.recovery.expert_moves`), each part a plan with an epoch of its own. A loss at
+any time is recovered from with the new plans, which have the same meshes.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from serving.errors import InvalidRequest, MoejaxError, NoCapacity
+from serving.protocol.events import EventKind, EventLog
+from serving.recovery.failover import Failover
+from serving.recovery.plan_catalog import Rebalanced, hottest_share
+
+POLL_S = 0.02
+"""Seconds between two looks whether experts have moved."""
+LEAST_TOKENS = 64
+"""Routed tokens for each expert slot that a measurement must have; with fewer, the hottest rank is chance."""
+LEAST_GAIN = 0.02
+"""The least by which the hottest rank's share must fall for experts to move."""
+
+
+class RebalancedServer(Protocol):
+    """The parts of the engine's loop that rebalancing uses."""
+
+    events: EventLog
+    failover: Failover
+
+    def wake(self) -> None:
+        """Make the loop look again at what is due."""
+        ...
+
+
+class Rebalancing:
+    """The moves of experts of one server. `routed_load` returns the tokens routed so far, `[moe layers, experts]`;
+    `placement` is the file that the next front reads the base plan from."""
+
+    def __init__(
+        self, server: RebalancedServer, routed_load: Callable[[], np.ndarray], placement: Path | None = None
+    ) -> None:
+        self._server = server
+        self._routed_load = routed_load
+        self._placement = placement
+        self._counted: np.ndarray | float = 0.0
+        """The load at the end of the last measurement."""
+        self._planned: Rebalanced | None = None
+        """The placement that is to be adopted between two steps."""
+        self._moving: Rebalanced | None = None
+        """The placement that experts are moving to."""
+        self._busy = False
+
+    @property
+    def pending(self) -> bool:
+        """True when a placement is to be adopted between two steps."""
+        return self._planned is not None
+
+    @property
+    def moving(self) -> bool:
+        """True while experts move to the placement that was adopted last."""
+        return self._moving is not None
+
+    async def run(self) -> None:
+        """Balance the load measured since the last call; returns when experts have moved, or need not. Raises
+        InvalidRequest for a model without experts, NoCapacity when not all ranks serve, when experts move already, or
+        when the balanced placement would survive less."""
+        failover = self._server.failover
+        self._check()
+        self._busy = True
+        try:
+            load, self._counted = self._measured(), self._total()
+            rebalanced = await asyncio.to_thread(failover.plans.rebalanced, load)
+            if rebalanced.moved == 0 or rebalanced.before - rebalanced.after < LEAST_GAIN:
+                message = f"no expert moves: the hottest rank has {rebalanced.before:.2f} times the mean"
+                self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
+                return
+            self._planned = rebalanced
+            self._server.wake()
+            while self._planned is not None or self._moving is not None:
+                await asyncio.sleep(POLL_S)
+        finally:
+            self._busy = False
+            self._planned = None
+
+    def begin(self) -> None:
+        """Between two steps: converge to the placement that is planned, unless ranks were lost meanwhile."""
+        planned, self._planned, failover = self._planned, None, self._server.failover
+        if planned is None:
+            return
+        if failover.plan is None or failover.plan.slots != failover.plans.base.slots:
+            message = "ranks were lost while the placement was computed"
+            self._server.events.emit(EventKind.REBALANCE_FAILED, failover.epoch, cause=message)
+            return
+        failover.plans.adopt(planned)
+        self._keep(planned)
+        self._moving = planned
+        failover.adoption.converge_to(planned.base)
+
+    def look(self) -> None:
+        """Between two steps: report once the placement is in force."""
+        moving, failover = self._moving, self._server.failover
+        if moving is None or failover.plan is None or failover.plan.slots != moving.base.slots:
+            return
+        self._moving = None
+        message = (
+            f"the hottest rank has {moving.after:.2f} times the mean, {moving.before:.2f} before; "
+            f"{moving.moved} slots have other experts"
+        )
+        self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
+
+    async def watch(self, bound: float, interval_s: float) -> None:
+        """Balance when the hottest rank's share was above `bound` in two measurements in a row, until cancelled."""
+        above = 0
+        while True:
+            await asyncio.sleep(interval_s)
+            failover, load = self._server.failover, self._measured()
+            if self._busy or failover.plan is None or load.sum() < LEAST_TOKENS * failover.plan.slot_table().size:
+                continue
+            above = above + 1 if hottest_share(failover.plan, load) > bound else 0
+            if above < 2:
+                self._counted = self._total() if above == 0 else self._counted
+                continue
+            above = 0
+            try:
+                await self.run()
+            except MoejaxError as error:
+                self._server.events.emit(EventKind.REBALANCE_FAILED, failover.epoch, cause=str(error))
+
+    def _check(self) -> None:
+        failover = self._server.failover
+        if not failover.plans.base.experts:
+            raise InvalidRequest("the model has no experts to move.", param="action")
+        if self._busy:
+            raise NoCapacity("experts are being moved already; wait for the event rebalanced.")
+        missing = sorted(set(failover.plans.base.rank_ids).difference(failover.plan_ranks))
+        if missing:
+            raise NoCapacity(f"experts move only while all ranks serve; {missing} do not. Wait for them.")
+
+    def _total(self) -> np.ndarray:
+        return np.array(self._routed_load(), float)
+
+    def _measured(self) -> np.ndarray:
+        return self._total() - self._counted
+
+    def _keep(self, rebalanced: Rebalanced) -> None:
+        """Write the base plan for the next front."""
+        if self._placement is not None:
+            new = self._placement.with_suffix(".new")
+            new.write_text(rebalanced.base.to_json())
+            new.rename(self._placement)
