@@ -248,6 +248,9 @@ class HandRank:
         self.cache.commit(arrays)
         self.uncopied, self.last, self.chosen = (part.step, wrote), part.step, tokens
         load = np.zeros(self.routes.shape, np.int32)
+        routed = arrays["tokens"][arrays["positions"] >= 0]
+        for layer, row in enumerate(load):  # every other token goes to one expert
+            np.add.at(row, np.where(routed % 2, layer, routed) % len(row), 1)
         return {"tokens": tokens.tobytes(), "logprobs": logprobs.tobytes(), "expert_load": load.tobytes()}
 
     def copy_last(self, *, part: bool = False) -> list[link_pb2.Copied]:

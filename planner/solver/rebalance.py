@@ -23,11 +23,13 @@ class Rebalance:
     moved: int
 
 
-def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_layer: int = 64) -> Rebalance:
+def rebalance(
+    plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_layer: int = 64, copies: int = 2
+) -> Rebalance:
     """`plan` with experts recopied and swapped towards `loads`, float [moe_layers, experts].
 
-    An expert with two copies, or with copies on two hosts, still has them afterwards. The mode "hierarchical" swaps
-    within hosts only, so that no expert crosses the network. On each layer at most `moves_per_layer` slots go to other
+    An expert with `copies` copies, or with copies on two hosts, still has them afterwards. The mode "hierarchical"
+    swaps within hosts only, so that no expert crosses the network. On each layer at most `moves_per_layer` slots go to other
     experts and as many are swapped (on each host, when hierarchical). Parity slots stay; a plan that has any gets no
     swaps. InputError for a dense model, an unknown mode, or loads of another shape.
     """
@@ -44,7 +46,7 @@ def rebalance(plan: Plan, loads: np.ndarray, *, mode: str = "global", moves_per_
     domain = host_index(plan.expert_ranks)
     start = table.copy()
     for layer in range(len(table)):
-        _recopy(table[layer], loads[layer], domain, moves_per_layer, inside=mode == "hierarchical")
+        _recopy(table[layer], loads[layer], domain, moves_per_layer, copies, inside=mode == "hierarchical")
     if not reserved:
         swap = balance_by_swaps if mode == "global" else _swap_inside
         table = swap(table, loads, domain, rounds=moves_per_layer // 2)
@@ -80,7 +82,7 @@ def _with_counts(table: np.ndarray, loads: np.ndarray, ranks: np.ndarray, rounds
     return balance_by_swaps(table[:, ranks], scaled, np.zeros(len(ranks), np.int64), rounds=rounds)
 
 
-def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, *, inside: bool) -> None:
+def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, keep: int, *, inside: bool) -> None:
     """Give slots of experts with little load to the busiest expert of the rank with the highest load, while that helps.
 
     `rows` is one layer [ranks, slots], changed in place; `inside` stays on hosts that hold the expert.
@@ -94,7 +96,7 @@ def _recopy(rows: np.ndarray, load: np.ndarray, domain: np.ndarray, most: int, *
         if not len(mine):
             return
         expert = int(mine[(load[mine] / counts[mine]).argmax()])
-        best = _victim(rows, load, counts, domain, expert, by_rank, inside=inside)
+        best = _victim(rows, load, counts, domain, expert, by_rank, keep, inside=inside)
         if best is None:
             return
         rows[best] = expert
@@ -107,10 +109,11 @@ def _victim(
     domain: np.ndarray,
     expert: int,
     by_rank: np.ndarray,
+    keep: int,
     *,
     inside: bool,
 ) -> tuple[int, int] | None:
-    """The best slot to give up for one more copy of `expert`: an empty one, or one of at least three copies.
+    """The best slot to give up for one more copy of `expert`: an empty one, or one of more than `keep` copies.
 
     None when every choice would leave the highest load of a rank as it is.
     """
@@ -121,12 +124,14 @@ def _victim(
     hosts = np.zeros((experts, int(domain.max()) + 1), np.int64)
     np.add.at(hosts, (index[real], host[real]), 1)
     alone = hosts[index, host] == 1
-    allowed = (rows == -1) | (real & (counts[index] > 2) & ~(alone & ((hosts > 0).sum(axis=1)[index] <= 2)))
+    allowed = (rows == -1) | (real & (counts[index] > keep) & ~(alone & ((hosts > 0).sum(axis=1)[index] <= 2)))
     allowed &= ~(rows == expert).any(axis=1)[:, None]
     if inside:
         allowed &= (hosts[expert][domain] > 0)[:, None]
     hottest = np.zeros(experts)
-    np.maximum.at(hottest, index[real], np.broadcast_to(by_rank[:, None], rows.shape)[real])
+    relief = load[expert] / counts[expert] - load[expert] / (counts[expert] + 1)
+    relieved = by_rank - np.where((rows == expert).any(axis=1), relief, 0.0)
+    np.maximum.at(hottest, index[real], np.broadcast_to(relieved[:, None], rows.shape)[real])
     each = load / np.maximum(counts, 1)
     heavier = load / np.maximum(counts - 1, 1) - each
     target = by_rank[:, None] + load[expert] / (counts[expert] + 1) - np.where(real, each[index], 0)

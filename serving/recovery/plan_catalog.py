@@ -137,11 +137,8 @@ class PlanCatalog:
         """The catalog's plans with experts moved towards a measured load, tokens `[moe layers, experts]`; nothing is
         changed. Raises NoCapacity when they would survive less, or need meshes that were not prepared. Slow on many
         ranks: it solves every planned loss."""
-        balanced = rebalance(self.base, load)
+        balanced = rebalance(self.base, load, copies=max(2, self._problem.survive_ranks + 1))
         base = replace(balanced.plan, epoch=self.base.epoch)
-        kept = self._problem.survive_ranks + 1
-        if (np.minimum(base.copies(), kept) < np.minimum(self.base.copies(), kept)).any():
-            raise NoCapacity(f"balanced, experts would have fewer than the {kept} copies that --survive asks for.")
         lattice = extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
         lost = self._lattice.plans.keys() - lattice.plans.keys()
         if lost:

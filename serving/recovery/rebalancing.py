@@ -46,7 +46,7 @@ class Rebalancing:
         self._server = server
         self._routed_load = routed_load
         self._placement = placement
-        self._counted: np.ndarray | float = 0.0
+        self._counted = np.zeros(())
         """The load at the end of the last measurement."""
         self._planned: Rebalanced | None = None
         """The placement that is to be adopted between two steps."""
@@ -65,14 +65,15 @@ class Rebalancing:
         return self._moving is not None
 
     async def run(self) -> None:
-        """Balance the load measured since the last call; returns when experts have moved, or need not. Raises
-        InvalidRequest for a model without experts, NoCapacity when not all ranks serve, when experts move already, or
-        when the balanced placement would survive less."""
+        """Balance the load measured since the last call, or since the start if that is too little; returns when experts
+        have moved, or need not. Raises InvalidRequest for a model without experts, NoCapacity when not all ranks serve,
+        when experts move already, or when the balanced placement would survive less."""
         failover = self._server.failover
         self._check()
         self._busy = True
         try:
             load, self._counted = self._measured(), self._total()
+            load = load if load.sum() >= self._least_tokens() else self._counted
             rebalanced = await asyncio.to_thread(failover.plans.rebalanced, load)
             if rebalanced.moved == 0 or rebalanced.before - rebalanced.after < LEAST_GAIN:
                 message = f"no expert moves: the hottest rank has {rebalanced.before:.2f} times the mean"
@@ -118,7 +119,7 @@ class Rebalancing:
         while True:
             await asyncio.sleep(interval_s)
             failover, load = self._server.failover, self._measured()
-            if self._busy or failover.plan is None or load.sum() < LEAST_TOKENS * failover.plan.slot_table().size:
+            if self._busy or failover.plan is None or load.sum() < self._least_tokens():
                 continue
             above = above + 1 if hottest_share(failover.plan, load) > bound else 0
             if above < 2:
@@ -139,6 +140,9 @@ class Rebalancing:
         missing = sorted(set(failover.plans.base.rank_ids).difference(failover.plan_ranks))
         if missing:
             raise NoCapacity(f"experts move only while all ranks serve; {missing} do not. Wait for them.")
+
+    def _least_tokens(self) -> int:
+        return LEAST_TOKENS * self._server.failover.plans.base.slot_table().size
 
     def _total(self) -> np.ndarray:
         return np.array(self._routed_load(), float)

@@ -2,6 +2,7 @@
 happen to it."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from serving.config import Settings
@@ -9,6 +10,7 @@ from serving.core.loop import Loop
 from serving.core.request_log import RequestLog
 from serving.core.step_stats import StepStats
 from serving.engine.limits import Limits
+from serving.errors import NoCapacity
 from serving.protocol.events import EventLog
 from serving.protocol.instructions import Instruction
 from serving.protocol.prepared_model import PreparedModel
@@ -117,6 +119,11 @@ async def coordinator(m: Machine) -> None:
     service = m.failover._rendezvous.coordinator
     assert service is not None
     await service.stop()
+
+
+async def rebalance(m: Machine) -> None:
+    with contextlib.suppress(NoCapacity):  # a rank was lost before
+        await m.loop.apply(Instruction(action="rebalance"))
 
 
 APART = {"arch": "disaggregated", "attention": 2, "experts": 1}

@@ -16,13 +16,14 @@ from tests.support.recovery_machine import (
     lose_experts,
     lose_one,
     lose_two,
+    rebalance,
     scale,
     spoil,
 )
 
 pytestmark = pytest.mark.usefixtures("no_processes")
 
-CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator)
+CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator, rebalance)
 
 EVERY = 4
 """Of the messages of a case, every run of the tests has one in so many; the soak has all."""
@@ -31,6 +32,7 @@ SHORT = (
     (lose_two, "wait", "stream"),
     (drain_one, "wait", "memory"),
     (spoil, "wait", "off"),
+    (rebalance, "wait", "memory"),
 )
 """Cases that every run of the tests has."""
 
