@@ -29,9 +29,9 @@ def rebalance(
     """`plan` with experts recopied and swapped towards `loads`, float [moe_layers, experts].
 
     An expert with `copies` copies, or with copies on two hosts, still has them afterwards. The mode "hierarchical"
-    swaps within hosts only, so that no expert crosses the network. On each layer at most `moves_per_layer` slots go to other
-    experts and as many are swapped (on each host, when hierarchical). Parity slots stay; a plan that has any gets no
-    swaps. InputError for a dense model, an unknown mode, or loads of another shape.
+    swaps within hosts only, so that no expert crosses the network. On each layer at most `moves_per_layer` slots go to
+    other experts and as many are swapped (on each host, when hierarchical). Parity slots stay; a plan that has any gets
+    no swaps. InputError for a dense model, an unknown mode, or loads of another shape.
     """
     if mode not in MODES:
         raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
