@@ -41,12 +41,12 @@ def next_moves(
 
 
 def _changes(before: np.ndarray, after: np.ndarray) -> list[Change]:
-    """The slots in which two tables of a layer, int `[ranks, slots]`, differ; not those that become empty."""
+    """The slots in which two tables of a layer, int `[ranks, slots]`, differ; slots that become empty are left out."""
     return [(int(rank), int(slot)) for rank, slot in np.argwhere((before != after) & (after >= 0))]
 
 
 def _group(start: Change, before: np.ndarray, after: np.ndarray, hosts: np.ndarray) -> list[Change]:
-    """A change and those that must be made with it: then no expert has fewer copies, or copies on fewer hosts, than in
+    """A change and the changes that must be made with it: then no expert has fewer copies, or copies on fewer hosts, than in
     the one of the two tables that has fewer."""
     group, left, table = [start], [at for at in _changes(before, after) if at != start], before.copy()
     while True:
