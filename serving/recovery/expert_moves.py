@@ -46,8 +46,8 @@ def _changes(before: np.ndarray, after: np.ndarray) -> list[Change]:
 
 
 def _group(start: Change, before: np.ndarray, after: np.ndarray, hosts: np.ndarray) -> list[Change]:
-    """A change and the changes that must be made with it: then no expert has fewer copies, or copies on fewer hosts, than in
-    the one of the two tables that has fewer."""
+    """A change and the changes that must be made with it: then no expert has fewer copies, or copies on fewer hosts,
+    than in the one of the two tables that has fewer."""
     group, left, table = [start], [at for at in _changes(before, after) if at != start], before.copy()
     while True:
         _make(group, table, after)

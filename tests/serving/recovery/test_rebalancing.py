@@ -64,7 +64,7 @@ def test_experts_move_in_parts_beside_the_steps_and_no_token_changes() -> None:
 
 
 class Server:
-    """What rebalancing uses of a server whose steps adopt at once what is planned."""
+    """The parts of a server that rebalancing uses; its steps adopt at once what is planned."""
 
     def __init__(self, catalog: PlanCatalog) -> None:
         self.events = EventLog()
