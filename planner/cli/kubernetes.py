@@ -55,6 +55,7 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
         "survive": deployment.survive.ranks,
         "data_type": served_weight_format(deployment.workload),
         **({"dense": "sharded"} if shards_dense(deployment) else {}),
+        **({"speculate": "ngram", "draft_tokens": drafts} if (drafts := deployment.workload.drafts) else {}),
         **({"tensor": tensor} if (tensor := tensor_width(deployment)) > 1 else {}),
         "page_size": deployment.workload.page_tokens,
         "pages_per_rank": served_pages(deployment),

@@ -104,6 +104,12 @@ def _solve(subs) -> None:
         help="tokens drafted in each step by the model's own layer, and the share of them that is kept "
         "(planned, not served by this version)",
     )
+    p.add_argument(
+        "--ngram",
+        metavar="drafts=3,accepted=0.6",
+        help="tokens drafted in each step from a request's own text (moejax serve --speculate ngram), and the share of "
+        "them that is kept",
+    )
     p.add_argument("--engine", choices=engine_names(), help="constants of a step (default: those of the cluster)")
     p.add_argument("--cache", default="bfloat16", help="format of the KV cache (moejax serve uses float32)")
     p.add_argument("--loads", help="JSON of measured expert loads [moe_layers][experts]")

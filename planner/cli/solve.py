@@ -36,7 +36,7 @@ def solve(options: Namespace) -> CommandResult:
     """`solve MODEL CLUSTER`."""
     name, config = find_published(options.model)
     workload = workload_from(config, name=name, where=options.model, weights=options.weights, cache=options.cache)
-    workload = _drafting(workload, config, options.mtp)
+    workload = _drafting(workload, config, options)
     cluster = _cluster(options.cluster)
     if options.engine:
         cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine))
@@ -159,16 +159,20 @@ def _pooled_result(found: PooledDesign, config: Mapping[str, Any], options: Name
     return data, pools_report(found, width=terminal_width())
 
 
-def _drafting(workload: Workload, config: Mapping[str, Any], text: str | None) -> Workload:
-    """The workload with the drafts of `--mtp`. InputError for a model without a layer that drafts."""
-    if not text:
+def _drafting(workload: Workload, config: Mapping[str, Any], options: Namespace) -> Workload:
+    """The workload with the drafts of `--mtp` or `--ngram`. InputError for both, and for `--mtp` with a model without a
+    layer that drafts."""
+    if options.mtp and options.ngram:
+        raise InputError("--mtp and --ngram: a step takes the drafts of one of them. Leave the other out.")
+    if not (text := options.mtp or options.ngram):
         return workload
-    if is_published(config) and not draft_layers(config):
+    flag = "--mtp" if options.mtp else "--ngram"
+    if options.mtp and is_published(config) and not draft_layers(config):
         raise InputError(f"--mtp {text}: the configuration of {workload.name} has no layer that drafts tokens")
-    given = {"drafts": 1, **read_pairs(text, {"drafts": int, "accepted": float}, "--mtp")}
+    given = {"drafts": 1, **read_pairs(text, {"drafts": int, "accepted": float}, flag)}
     if "accepted" not in given:
-        raise InputError(f"--mtp {text}: which share of the drafts is kept? Give accepted=0.8, as measured.")
-    return workload.with_drafts(given["drafts"], given["accepted"])
+        raise InputError(f"{flag} {text}: which share of the drafts is kept? Give accepted=0.8, as measured.")
+    return workload.with_drafts(given["drafts"], given["accepted"], layers=1 if options.mtp else 0)
 
 
 def _cluster(text: str) -> Cluster:

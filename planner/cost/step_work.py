@@ -87,8 +87,8 @@ def step_work(
     """The work of a step in which every tensor group handles `tokens` tokens, each with `context` in cache.
 
     `requests` is the number of requests that those tokens belong to: one for each token when None, fewer in prompts
-    (`in_prompt`). A model that drafts verifies its drafts with each token of a request, and drafts the next with one
-    more layer. `peak` is the highest load of an expert rank over the mean. With `reduces_experts` the experts of a
+    (`in_prompt`). Drafts are verified with each token of a request; a model that drafts makes the next with one more
+    layer. `peak` is the highest load of an expert rank over the mean. With `reduces_experts` the experts of a
     single tensor group are one more reduction, since its ranks hold the same tokens, and no exchange. `expert_tensor`
     ranks share each expert.
     """
@@ -96,18 +96,20 @@ def step_work(
     requests = tokens if requests is None else requests
     drafts = 0 if in_prompt else w.drafts
     tokens *= 1 + drafts
-    passes = 1 + drafts / max(1, w.layers)  # of kernels and weights, where the draft layer runs once for each draft
-    layers = 1 + (1 if in_prompt else drafts / (1 + drafts)) * min(1, w.drafts) / max(1, w.layers)  # for each token
+    own = drafts * w.draft_layers  # drafts that the model's own layer makes
+    passes = 1 + own / max(1, w.layers)  # of kernels and weights, where the draft layer runs once for each draft
+    drafting = min(w.draft_layers, w.drafts)
+    layers = 1 + (1 if in_prompt else drafts / (1 + drafts)) * drafting / max(1, w.layers)  # for each token
     cache = requests * w.cache_bytes(context) / min(shape.tensor, w.cache_splits)
     per_context = w.prompt_context_flops if in_prompt and w.prompt_context_flops else w.context_flops
-    heads = requests if in_prompt else tokens + drafts * requests
+    heads = requests if in_prompt else tokens + own * requests
     products = layers * tokens * (w.rest_flops - w.head_flops) + heads * w.head_flops
     routed = tokens * shape.data * w.experts_per_token / max(1, shape.expert_rank_count)
     touched = shape.slots * (1 - exp(-routed / shape.slots)) if shape.slots else 0.0
     alone = reduces_experts and shape.data == 1 and shape.arch == "collocated"
     sent = (0.0, 0.0, 0.0) if alone else _exchange(w, cluster, shape, tokens, routed * peak, in_prompt=in_prompt)
     reductions, reduced = _reductions(w, shape, tokens)
-    redrafted = drafts * w.head_bytes + max(0, drafts - 1) * w.layer_bytes
+    redrafted = own * w.head_bytes + max(0, own - 1) * w.layer_bytes
     return StepWork(
         weights=rest_bytes(w, shape.tensor, shape.dense) - w.lookup_bytes / shape.tensor + redrafted / shape.tensor,
         cache=cache,

@@ -22,8 +22,9 @@ class Workload:
     `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups shard, `lookup_bytes` the part of which
     a step reads single rows only (the embeddings, where the head is another matrix).
 
-    `drafts` tokens are drafted in each step by one more layer (multi-token prediction, MTP) and verified in the next;
-    each is kept with the probability `accepted` when those before it were.
+    `drafts` tokens are drafted in each step and verified in the next: by one more layer (multi-token prediction, MTP),
+    or with `draft_layers` 0 by the front, from the request's own text. Each is kept with the probability `accepted`
+    when those before it were.
 
     `head_flops` is the part of `rest_flops` that only the last token of a prompt takes. `prompt_context_flops` is
     `context_flops` for the tokens of a prompt (0: the same), `windowed_share` the share of layers that see
@@ -58,6 +59,7 @@ class Workload:
     groups_used: int = 0
     drafts: int = 0
     accepted: float = 0.0
+    draft_layers: int = 1
     weight_format: str = "bfloat16"
     total_parameters: int = 0
     active_parameters: int = 0
@@ -83,7 +85,7 @@ class Workload:
     def slot_bytes(self) -> int:
         """Bytes of one slot on every MoE layer, the one that drafts among them: what one more slot per rank costs a
         rank."""
-        return (self.moe_layers + min(1, self.drafts)) * self.expert_bytes
+        return (self.moe_layers + min(self.draft_layers, self.drafts)) * self.expert_bytes
 
     @property
     def kept(self) -> float:
@@ -100,13 +102,17 @@ class Workload:
         """Bytes of a layer without its experts, on average."""
         return max(0.0, self.rest_bytes - self.lookup_bytes - self.head_bytes) / max(1, self.layers)
 
-    def with_drafts(self, drafts: int, accepted: float) -> Workload:
-        """This model with `drafts` tokens drafted in each step, and the weights and the cache of the layer for it.
+    def with_drafts(self, drafts: int, accepted: float, *, layers: int = 1) -> Workload:
+        """This model with `drafts` tokens drafted in each step: by one of `layers` of its own, with the weights and the
+        cache of that layer, or with 0 layers by look-up.
 
         Raises InputError for numbers out of range.
         """
         if drafts < 1 or not 0 <= accepted <= 1:
-            raise InputError(f"--mtp: drafts={drafts}, accepted={accepted:g}; drafts at least 1, accepted from 0 to 1")
+            flag = "--mtp" if layers else "--ngram"
+            raise InputError(f"{flag}: drafts={drafts}, accepted={accepted:g}; drafts at least 1, accepted from 0 to 1")
+        if not layers:
+            return replace(self, drafts=drafts, accepted=accepted, draft_layers=0)
         more = 1 + 1 / max(1, self.layers)
         return replace(
             self,

@@ -58,7 +58,7 @@ def check_servable(deployment: Deployment) -> None:
     standby = sum(r.role == "standby" for r in plan.ranks)
     reasons = [f"{standby} ranks that stand by"] if standby else []
     reasons += _tensor_group_problems(deployment)
-    if drafts := deployment.workload.drafts:
+    if (drafts := deployment.workload.drafts) and deployment.workload.draft_layers:
         reasons.append(f"{drafts} drafted tokens a step ({PLANNED_ONLY})")
     if deployment.work != "all":
         reasons.append(f"a pool for {deployment.work} alone ({PLANNED_ONLY})")

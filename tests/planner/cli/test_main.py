@@ -245,6 +245,17 @@ def test_drafts_are_planned_and_never_exported_for_a_server(capsys, tmp_path):
     assert "no layer that drafts" in capsys.readouterr().err
 
 
+def test_drafts_by_look_up_need_no_layer_and_are_settings_of_the_server(capsys, tmp_path):
+    plan = str(tmp_path / "ngram.json")
+    assert main(["solve", "mixtral-8x7b", "h100", "--ngram", "drafts=3,accepted=0.6", "--out", plan]) == 0
+    assert main(["export", plan, "--to", "env"]) == 0
+    assert "MOEJAX_SPECULATE=ngram\nMOEJAX_DRAFT_TOKENS=3\n" in capsys.readouterr().out
+    assert main(["solve", "deepseek-v3", "h200:4x8", "--ngram", "accepted=0.6", "--mtp", "accepted=0.8"]) == 2
+    assert "one of them" in capsys.readouterr().err
+    assert main(["solve", "mixtral-8x7b", "h100", "--ngram", "drafts=3"]) == 2
+    assert "--ngram drafts=3: which share" in capsys.readouterr().err
+
+
 class Tags(HTMLParser):
     """Counts elements, and checks that each is closed and that none loads anything."""
 

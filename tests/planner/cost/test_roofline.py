@@ -115,6 +115,17 @@ def test_a_step_with_drafts_takes_longer_and_gives_at_most_all_of_them(drafts, r
     assert rest_bytes(drafting, 1, 1) > rest_bytes(model, 1, 1)
 
 
+@given(st.integers(1, 8), st.integers(1, 512), st.floats(0, 1))
+def test_drafts_by_look_up_cost_their_rows_and_no_layer(drafts, requests, accepted):
+    model, cluster, shape = read_model("deepseek-v3"), read_cluster("h200:4x8"), one(32, 9)
+    looked_up, layered = (model.with_drafts(drafts, accepted, layers=layers) for layers in (0, 1))
+    plain, rows, both = (step_time(w, cluster, shape, requests, 2048).total for w in (model, looked_up, layered))
+    assert plain < rows < both
+    assert looked_up.kept == layered.kept
+    assert rest_bytes(looked_up, 1, 1) == rest_bytes(model, 1, 1)
+    assert looked_up.slot_bytes == model.slot_bytes
+
+
 def test_drafted_tokens_read_the_cache_of_their_request_once():
     cluster = Cluster(name="c", devices=Cluster.local(1).devices, hardware=HAND)
     drafting = replace(MODEL, drafts=1, accepted=0.5)
