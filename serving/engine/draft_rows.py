@@ -37,7 +37,8 @@ def add_drafts(
     """The step with drafts for its decode rows.
 
     They take rows that no request needs, need no bucket with more tiles, and leave a page for every request of their
-    rank. A request that is suspected of breaking ranks has none.
+    rank. A request that is suspected of breaking ranks has none. They are for models whose whole context is in pages:
+    a state that a layer has taken further cannot be taken back.
     """
     free = _free_rows(limits, work)
     drafting = dict(_look_ups(limits, suspicion, ranks, work, free))
