@@ -25,7 +25,7 @@ CANDIDATES = 8
 """Earlier places, the latest first, of which the one with the longest match makes the draft."""
 MATCH_CLASSES = (MIN_MATCH, 6, 12)
 """Least lengths of the matches whose drafts are judged together."""
-FREE_ROWS = 12.0
+FREE_ROWS = 2.0
 """Rows that cost as much as a step without rows does."""
 PAUSE_COST = 0.15
 """Share of a step by which each of its requests is delayed when the step has drafts, because the next one cannot be
