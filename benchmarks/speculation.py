@@ -3,7 +3,7 @@
     python -m benchmarks.speculation [--model smollm2-moe|tiny] [--ranks 4] [--concurrency 1,8,32] [--text code,prose]
         [--max-tokens 128] [--rounds 2] [--draft-tokens K] [--json FILE]
 
-Three kinds of text: `repeating` (a list that goes on as it began, greedy), `code` (a file of Python, and its beginning
+Three kinds of text: `repeating` (a sentence over and over, greedy), `code` (a file of Python, and its beginning
 again, greedy) and `prose` (drawn at temperature 1, so that it repeats nothing). Each round sends all requests of a kind
 at once, first plain and then with drafts or the other way round, after their prompts were put into the prefix cache.
 Tokens per second are output tokens from the first request to the last token; `gain` is the median over rounds of the
@@ -34,10 +34,9 @@ _WORDS = ("red", "blue", "green", "one", "two", "three", "sun", "moon", "star", 
 def asks_of(kind: str, count: int, max_tokens: int) -> list[Ask]:
     """Requests of a kind of text, each with a prompt of its own."""
     if kind == "repeating":
-        phrases = (
-            f"{_WORDS[n % 14]}, {_WORDS[n * 3 % 14]} and {_WORDS[n * 5 % 14]} {n}. " for n in range(1, count + 1)
-        )
-        return [Ask(phrase * (PROMPT_CHARACTERS // len(phrase)), 0.0, 0, max_tokens) for phrase in phrases]
+        phrases = (f"{_WORDS[n % 14]}, {_WORDS[n * 3 % 14]} and {_WORDS[n * 5 % 14]}. " for n in range(1, count + 1))
+        prompts = (f"Number {n}: " + each * (PROMPT_CHARACTERS // len(each)) for n, each in enumerate(phrases))
+        return [Ask(prompt, 0.0, 0, max_tokens) for prompt in prompts]
     if kind == "code":
         source = inspect.getsource(streams)
         parts = (source[n * 150 % (len(source) - PROMPT_CHARACTERS) :][:PROMPT_CHARACTERS] for n in range(count))

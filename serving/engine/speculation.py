@@ -34,7 +34,7 @@ MEMORY = 8
 """Drafts after which an earlier one counts 1/e for the rate of right ones."""
 MAX_WAIT = 8
 """Most steps without a look-up after look-ups that were in vain."""
-FIRST_RATES = (0.3, 0.5, 0.7)
+FIRST_RATES = (0.3, 0.6, 0.9)
 """Rates of right drafts, by class of match, before any was seen."""
 _TOKEN_BYTES = 4
 
