@@ -41,6 +41,11 @@ cache cannot change theirs when a sequence grows, so that it is served up to the
 are those of `transformers`. With `--max-context` beyond it one set of factors, that of long texts, serves every
 length; the server says so when it starts.
 
+Three of four layers of Qwen3-Next and Qwen3.5 have a state of the request in place of keys and values of its
+positions. Rows are added to it one after the other in prompts as in decode, so that a request that is computed again
+has the same bits ([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and
+they are served with `--tensor 1` and collocated ranks.
+
 These are known and not read yet, because the decoder lacks a part:
 
 | `model_type` | what the decoder lacks |

@@ -29,7 +29,7 @@ from serving.observability.tracing import open_tracer
 from serving.protocol.events import EventLog
 from serving.protocol.prepared_model import PreparedModel, prepare_model
 from serving.recovery.certificate_watch import read_signed
-from serving.recovery.failover import Failover
+from serving.recovery.failover import STATES_NOT_KEPT, Failover
 from serving.text.model_files import load_defaults, load_tokenizer
 from serving.text.structured_output import GrammarMatcher
 
@@ -67,6 +67,8 @@ class App:
         if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
             read_signed(settings)
         model = (await _prepared(settings, log, run)).with_context(settings.max_context, log).with_known_tokens(log)
+        if model.state_bytes:
+            log(STATES_NOT_KEPT.format(name=model.name))
         tokenizer = load_tokenizer(settings, model)
         defaults = load_defaults(settings, model)
         saved_counts = BucketCounts.for_server(settings, model)
@@ -94,7 +96,7 @@ class App:
             loop = Loop(
                 settings,
                 info,
-                Limits.of(settings, model.max_context),
+                Limits.of(settings, model.max_context, states=model.state_bytes > 0),
                 executor,
                 failover,
                 grammar_matcher,

@@ -166,7 +166,8 @@ class Front:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """As `serving.app.App.start`."""
-        world, settings, info = self.world, self.world.settings, PREPARED.info()
+        world, settings, model = self.world, self.world.settings, self.world.scenario.model()
+        info = model.info()
         self._request_log = request_log = self._open_request_log()
         stack.callback(request_log.close)
 
@@ -195,7 +196,7 @@ class Front:
         events.world = world
         self.failover = failover = Failover(
             settings,
-            PREPARED,
+            model,
             executor,
             lambda text: world.note(f"front {self.number}: {text}"),
             events=events,

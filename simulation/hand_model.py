@@ -132,6 +132,8 @@ class HandCache:
         self.page_size = page_size
         self.token = np.full(pages * page_size, -1)
         self.position = np.full(pages * page_size, -1)
+        self.states: dict[int, tuple[int, ...]] = {}
+        """The tokens that each state was made of, by its place."""
 
     def step(
         self, arrays: Mapping[str, np.ndarray], logits_adjustments: Mapping[int, LogitsAdjustment]
@@ -155,6 +157,9 @@ class HandCache:
         page = arrays["page_table"][segment][at // self.page_size]
         entries = page * self.page_size + at % self.page_size
         assert (self.position[entries] == at).all(), "the cache holds something else at these entries"
+        if cached and "state_read" in arrays:
+            found = self.states[int(arrays["state_read"][segment])]
+            assert found == tuple(self.token[entries].tolist()), "the state is one of other tokens"
         new = slice(base, row + 1)
         assert (arrays["positions"][new] == cached + np.arange(row + 1 - base)).all()
         return [*self.token[entries].tolist(), *arrays["tokens"][new].tolist()]
@@ -169,10 +174,30 @@ class HandCache:
         return given, tile.targets[:, None], given[:, None]
 
     def commit(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the step's rows into the cache."""
+        """Write the step's rows into the cache, and the states after them."""
+        if "state_write" in arrays:
+            self.states |= self._new_states(arrays)
         rows = arrays["write"] != DROPPED
         assert (arrays["positions"][rows] >= 0).all()
         entries = arrays["write"][rows]
         assert len(set(entries.tolist())) == len(entries), "two rows write one entry"
         self.token[entries] = arrays["tokens"][rows]
         self.position[entries] = arrays["positions"][rows]
+
+    def _new_states(self, arrays: Mapping[str, np.ndarray]) -> dict[int, tuple[int, ...]]:
+        """The states that a step writes, by their place: those after the last row of a chunk."""
+        found: dict[int, tuple[int, ...]] = {}
+        decode = len(arrays["state_write"]) - _tiles(arrays)
+        for segment in np.flatnonzero(arrays["state_write"] != DROPPED).tolist():
+            start = segment if segment < decode else decode + TILE * (segment - decode)
+            rows = arrays["positions"][start : start + (1 if segment < decode else TILE)]
+            last = start + int((rows >= 0).sum()) - 1
+            place = int(arrays["state_write"][segment])
+            assert place not in found, "two requests write one state"
+            found[place] = tuple(self.prefix(arrays, segment, last))
+        return found
+
+
+def _tiles(arrays: Mapping[str, np.ndarray]) -> int:
+    """Tiles of a step, from the numbers of its rows and segments."""
+    return (len(arrays["positions"]) - len(arrays["cached"])) // (TILE - 1)

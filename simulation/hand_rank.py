@@ -121,6 +121,7 @@ class HandRank:
         assert self.cache is not None
         if not key.has_attention(self.rank):
             self.cache.token[:] = self.cache.position[:] = -1
+            self.cache.states.clear()
         before, read, missing = self.experts, 0, []
         held = self.held
         grown = held is None or held.shape != wanted.shape
@@ -187,10 +188,16 @@ class HandRank:
         """See `serving.worker.kv_cache.RankKVCache.read_cache`."""
         entries = entry_indices(m.pages, self._page_size, m.first, m.count)
         assert self.cache is not None
+        if m.HasField("state"):
+            return {"rows": np.array(self.cache.states[m.state], np.int32).tobytes()}
         return {"rows": np.stack([self.cache.token[entries], self.cache.position[entries]]).tobytes()}
 
     def write_cache(self, m: link_pb2.WriteCache) -> dict[str, Any]:
         """See `serving.worker.kv_cache.RankKVCache.write_cache`."""
+        if m.HasField("state"):
+            assert self.cache is not None
+            self.cache.states[m.state] = tuple(np.frombuffer(m.rows, np.int32).tolist())
+            return {}
         rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
         assert rows[0].tolist() == np.frombuffer(m.tokens, np.int32).tolist(), "a request moves with another's entries"
         self._write(entry_indices(m.pages, self._page_size, m.first, m.count), rows)
@@ -228,6 +235,8 @@ class HandRank:
         arrays = _padding(self._buckets[part.bucket], self._max_pages)
         if part.inputs:
             packed, at = np.frombuffer(part.inputs, np.int32), 0
+            if len(packed) > sum(array.size for array in arrays.values()):
+                arrays = _padding(self._buckets[part.bucket], self._max_pages, states=True)
             for name, like in arrays.items():
                 arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape).copy()
                 at += like.size

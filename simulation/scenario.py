@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from serving.config import Settings
+from serving.protocol.prepared_model import PreparedModel
 from simulation.hand_model import PREPARED, VOCAB
 
 Mode = Literal["safety", "liveness"]
@@ -96,6 +97,8 @@ class Scenario:
     stays: bool
     """Ranks outlive their front."""
     journal: bool
+    states: bool
+    """The model has layers whose context is a state of the request."""
     restores_always: bool
     """KV entries are restored also where computing them again would be quicker."""
     rates: Mapping[str, float]
@@ -108,6 +111,10 @@ class Scenario:
         """The settings of the server."""
         return Settings(**BASE_SETTINGS, **self.settings)
 
+    def model(self) -> PreparedModel:
+        """The model that is served."""
+        return dataclasses.replace(PREPARED, state_bytes=8) if self.states else PREPARED
+
     def lines(self) -> list[str]:
         """The configuration as text."""
         kinds = ", ".join(f"{kind} {rate:.3f}/s" for kind, rate in self.kinds.items()) or "none"
@@ -116,7 +123,7 @@ class Scenario:
             f"seed {self.seed}, {self.mode}, {self.seconds:.1f} virtual seconds",
             f"settings: {', '.join(f'{name}={value}' for name, value in self.settings.items())}",
             f"ranks share memory: {self.shares_memory}; outlive their front: {self.stays}; journal: {self.journal}; "
-            f"always restore: {self.restores_always}",
+            f"always restore: {self.restores_always}; states: {self.states}",
             f"links and starts: {rates or 'no faults'}",
             f"kinds of faults: {kinds}; {len(self.faults)} faults, {len(self.clients)} clients",
         ]
@@ -143,6 +150,9 @@ def draw(seed: int, mode: Mode) -> Scenario:
     rng = random.Random(f"scenario/{mode}/{seed}")
     seconds = rng.uniform(3.0, 8.0)
     settings = _draw_settings(rng) | _draw_speculation(random.Random(f"speculation/{mode}/{seed}"))
+    states = "arch" not in settings and random.Random(f"states/{mode}/{seed}").random() < 0.25
+    if states:
+        settings["kv_replication"] = "off"
     ranks = settings["ranks"]
     rates = {
         "late": rng.choice((0.0, 0.0, 0.002, 0.02)),
@@ -168,6 +178,7 @@ def draw(seed: int, mode: Mode) -> Scenario:
         shares_memory=rng.random() < 0.6,
         stays=rng.random() < 0.75,
         journal=rng.random() < 0.85,
+        states=states,
         restores_always=rng.random() < 0.6,
         rates=rates,
         clients=tuple(_draw_client(rng, number, seconds) for number in range(rng.randint(3, 14))),

@@ -41,7 +41,7 @@ class World:
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario = scenario
         self.settings = scenario.configuration()
-        self.limits = Limits.of(self.settings, PREPARED.max_context)
+        self.limits = Limits.of(self.settings, PREPARED.max_context, states=scenario.states)
         self.loop = asyncio.get_running_loop()
         self.disk = Disk(folder)
         self.store = HandStore()

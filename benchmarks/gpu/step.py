@@ -240,7 +240,7 @@ def _routes(cfg: ModelConfig) -> np.ndarray:
 
 def _sizes(shape: ModelShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     sizes = cache_shapes(shape.cfg, shape.entries)
-    return sizes.k, sizes.v
+    return sizes.k.shape, sizes.v.shape
 
 
 def _is_spec(x: Any) -> bool:

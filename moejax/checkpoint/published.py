@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.checkpoint.checkpoint import TOKENIZERS
 from moejax.checkpoint.families import array_sources, is_unused, read_config
-from moejax.checkpoint.families.source import ArraySource
+from moejax.checkpoint.families.source import ArraySource, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.model_config import ModelConfig
@@ -88,13 +88,15 @@ def open_published(source: Path, name: str | None = None) -> tuple[ModelConfig, 
 
 
 def stored_dtypes(cfg: ModelConfig, weights: SafetensorsFolder, dtype: str | None) -> dict[str, np.dtype]:
-    """The stored format of each leaf: the one that holds all the tensors it is made of."""
+    """The stored format of each leaf: the one that holds all the tensors it is made of; float32 for what is computed of
+    them."""
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
     found: dict[str, np.dtype] = {}
     for entry in array_sources(cfg):
         for each in [weights.dtype(tensor.name) for tensor in entry.tensors] or [np.dtype(np.float32)]:
-            found[entry.path] = np.promote_types(found.get(entry.path, each), each)
+            computed = np.dtype(np.float32) if isinstance(entry.transform, PlusOne) else each
+            found[entry.path] = np.promote_types(found.get(entry.path, computed), computed)
     return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
 
 

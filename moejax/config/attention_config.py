@@ -1,11 +1,12 @@
-"""The configuration of attention that only some models have: scaled rotary frequencies, growing scores, and latent
-attention."""
+"""The configuration of attention that only some models have: scaled rotary frequencies, growing scores, latent
+attention, and gated delta nets in its place."""
 
 import dataclasses
 from typing import Literal
 
 from moejax.config.config_values import ConfigError
 from planner.inputs.latent_attention import LatentAttention
+from planner.inputs.layer_states import DeltaNet
 from planner.inputs.score_growth import PublishedScoreGrowth
 
 
@@ -65,3 +66,19 @@ class LatentConfig(LatentAttention):
     """Multi-head latent attention, and the epsilon of the norms of its latents."""
 
     norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(DeltaNet):
+    """A gated delta net, validated."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"delta_net has {field.name} {getattr(self, field.name)}; it must be at least 1.")
+        if self.kernel < 2:
+            raise ConfigError(f"delta_net has kernel {self.kernel}; a convolution over time takes at least 2 inputs.")
+        if self.value_heads % self.key_heads:
+            raise ConfigError(
+                f"{self.value_heads} value heads of a delta net cannot share {self.key_heads} key heads evenly."
+            )

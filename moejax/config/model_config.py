@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config.attention_config import LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.attention_config import DeltaNetConfig, LatentConfig, RopeScaling, ScoreGrowth
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
 
@@ -17,7 +17,13 @@ LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
 
-_NESTED = {"moe": MoEConfig, "latent": LatentConfig, "rope_scaling": RopeScaling, "score_growth": ScoreGrowth}
+_NESTED = {
+    "moe": MoEConfig,
+    "latent": LatentConfig,
+    "delta_net": DeltaNetConfig,
+    "rope_scaling": RopeScaling,
+    "score_growth": ScoreGrowth,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,9 @@ class ModelConfig:
     Trinity). `sinks` gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries,
     keys and values. `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are
     Granite's.
+
+    `state_layers` have a gated delta net in place of attention: their context is a state of the request instead of keys
+    and values of its positions (`moejax.config.layer_states`).
 
     With `tensor` > 1 this is one tp shard of a model (`tp_shard`): heads are those of one rank of a tensor group.
     """
@@ -84,6 +93,8 @@ class ModelConfig:
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
     latent: LatentConfig | None = None
+    delta_net: DeltaNetConfig | None = None
+    state_layers: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
@@ -103,7 +114,7 @@ class ModelConfig:
                 f"moe_every is {self.moe_every} in a model of {self.n_layers} layers. "
                 f"Choose between 1 and {self.n_layers}."
             )
-        for field in ("dense_layers", "full_layers", "unrotated_layers"):
+        for field in ("dense_layers", "full_layers", "unrotated_layers", "state_layers"):
             if beyond := [i for i in getattr(self, field) if not 0 <= i < self.n_layers]:
                 raise ConfigError(f"{field} names layer {beyond[0]} in a model of {self.n_layers} layers (0 is first).")
         if self.moe is not None and "moe" not in self.layer_kinds:
@@ -126,8 +137,18 @@ class ModelConfig:
             raise ConfigError("head_bias is true with tied_head: only a head of its own can have a bias.")
         if self.latent is not None:
             self._check_latent(self.latent)
+        if self.delta_net is not None or self.state_layers:
+            self._check_state_layers()
         if self.shard_dense:
             self._check_sharded_dense()
+
+    def _check_state_layers(self) -> None:
+        if self.delta_net is None or not self.state_layers:
+            raise ConfigError(
+                f"state_layers are {list(self.state_layers)} with delta_net {self.delta_net}; give both or neither."
+            )
+        if len(set(self.state_layers)) == self.n_layers:
+            raise ConfigError(f"all {self.n_layers} layers of {self.name} are state_layers; one must have attention.")
 
     def _check_sharded_dense(self) -> None:
         if self.moe is None or "sharded" not in self.layer_kinds:
@@ -168,6 +189,11 @@ class ModelConfig:
                 f"tensor is {tensor}, but the heads of {self.name} share one latent, which every rank of a group would "
                 "hold whole. Serve it with tensor 1."
             )
+        if self.state_layers:
+            raise ConfigError(
+                f"tensor is {tensor}, but {self.name} has layers whose context is a state, which is not sharded yet. "
+                "Serve it with tensor 1."
+            )
         if self.qk_norm == "all":
             raise ConfigError(
                 f"tensor is {tensor}, but {self.name} norms the queries of all heads at once. Serve it with tensor 1."
@@ -207,6 +233,16 @@ class ModelConfig:
         return self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have keys and values in the cache, ascending."""
+        return tuple(i for i in range(self.n_layers) if i not in self.state_layers)
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers of a request's state, over all layers that have one."""
+        return len(self.state_layers) * self.delta_net.state_elements if self.delta_net else 0
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """The positions that each layer sees, None for all."""
         return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers))
@@ -231,6 +267,8 @@ class ModelConfig:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
         kinds = self.layer_kinds
+        if self.state_layers:
+            return self._mixed_segments(kinds)
         whole: tuple[LayerKind, ...] = (self._dense_kind,) * (self.moe_every - 1) + ("moe",)
 
         def whole_at(i: int) -> bool:
@@ -249,6 +287,14 @@ class ModelConfig:
                 found.append(((kinds[at],), end - at))
             at = end
         return tuple(found)
+
+    def _mixed_segments(self, kinds: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+        """The segments of a model with state layers: the shortest pattern of kinds, of states and attention that all
+        layers repeat, and the layers that are left."""
+        pairs = [(kind, i in self.state_layers) for i, kind in enumerate(kinds)]
+        size = next(n for n in range(1, len(pairs) + 1) if all(a == b for a, b in zip(pairs[n:], pairs, strict=False)))
+        repeats, left = divmod(len(kinds), size)
+        return ((kinds[:size], repeats), *(((kinds[:left], 1),) if left else ()))
 
     @property
     def n_moe_layers(self) -> int:

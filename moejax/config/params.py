@@ -67,9 +67,29 @@ class Latent:
 
 
 @struct.dataclass
+class DeltaNetWeights:
+    """A gated delta net (`moejax.model.delta_net`).
+
+    `project [R, channels + values, D]` makes queries, keys and values, then the gate of the output; `rates
+    [R, 2 * value_heads, D]` how much of a value is written, then how fast the state decays, with `rate_bias` and
+    `decay [R, value_heads]`. `convolution [R, channels, kernel]` has the oldest input first. `norm [R, d_value]` is
+    that of the outputs, `out [R, D, values]` their projection.
+    """
+
+    project: Any
+    rates: Any
+    convolution: Any
+    rate_bias: Any
+    decay: Any
+    norm: Any
+    out: Any
+
+
+@struct.dataclass
 class Layer:
     """One decoder layer, or one position of a segment with its leaves stacked over repeats. It has either `ffn` or
-    `moe`, either `qkv` or `latent`, and biases, norms, sinks and gate as the configuration says."""
+    `moe`, one of `qkv`, `latent` and `delta`, and biases, norms, sinks and gate as the configuration says. A layer with
+    `delta` has no other leaves of attention than its norm."""
 
     attention_norm: Any
     qkv: Any
@@ -88,6 +108,7 @@ class Layer:
     attention_gate: Any = None
     attention_post_norm: Any = None
     ffn_post_norm: Any = None
+    delta: DeltaNetWeights | None = None
 
 
 @struct.dataclass
@@ -141,13 +162,50 @@ def param_specs(cfg: ModelConfig) -> Params:
         embed=ParamSpec((V, D), ("vocab", "model"), 0.02),
         final_norm=ParamSpec((D,), ("model",), 0),
         head=None if cfg.tied_head else ParamSpec((V, D), ("vocab", "model"), 0.02),
-        segments=tuple(tuple(_layer(cfg, kind, repeats) for kind in pattern) for pattern, repeats in cfg.segments),
+        segments=tuple(
+            tuple(_layer(cfg, kind, repeats, has_state(cfg, (i, j))) for j, kind in enumerate(pattern))
+            for i, (pattern, repeats) in enumerate(cfg.segments)
+        ),
         final_norm_bias=ParamSpec((D,), ("model",), BIAS_STD) if layer_norm else None,
         head_bias=ParamSpec((V,), ("vocab",), BIAS_STD) if cfg.head_bias else None,
     )
 
 
-def _layer(cfg: ModelConfig, kind: LayerKind, R: int) -> Layer:
+def has_state(cfg: ModelConfig, position: Position) -> bool:
+    """True when the layers at a position have a state in place of keys and values."""
+    i, j = position
+    return sum(len(pattern) * repeats for pattern, repeats in cfg.segments[:i]) + j in cfg.state_layers
+
+
+def _layer(cfg: ModelConfig, kind: LayerKind, R: int, has_state: bool) -> Layer:
+    attention = _state_layer(cfg, R) if has_state else _attention_layer(cfg, R)
+    return dataclasses.replace(
+        attention,
+        ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
+        moe=_moe(cfg, kind, R) if in_slots(kind) else None,
+    )
+
+
+def _state_layer(cfg: ModelConfig, R: int) -> Layer:
+    """A layer with a state, without its feed-forward part."""
+    delta, D = cfg.delta_net, cfg.d_model
+    assert delta is not None
+    norm = ParamSpec((R, D), ("layer", "model"), 0)
+    each = ParamSpec((R, delta.value_heads), ("layer", "heads"), 0)
+    weights = DeltaNetWeights(
+        project=ParamSpec((R, delta.channels + delta.values, D), ("layer", "heads", "model"), 0.02),
+        rates=ParamSpec((R, 2 * delta.value_heads, D), ("layer", "rate", "model"), 0.02),
+        convolution=ParamSpec((R, delta.channels, delta.kernel), ("layer", "rate", "kernel"), 0.3),
+        rate_bias=each,
+        decay=each,
+        norm=ParamSpec((R, delta.d_value), ("layer", "head"), 0),
+        out=ParamSpec((R, D, delta.values), ("layer", "model", "heads"), _out_std(cfg)),
+    )
+    return Layer(attention_norm=norm, qkv=None, out=None, ffn_norm=norm, ffn=None, moe=None, delta=weights)
+
+
+def _attention_layer(cfg: ModelConfig, R: int) -> Layer:
+    """A layer with attention, without its feed-forward part."""
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     norm = ParamSpec((R, D), ("layer", "model"), 0)
     norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.norm == "layer" else None
@@ -160,8 +218,8 @@ def _layer(cfg: ModelConfig, kind: LayerKind, R: int) -> Layer:
         qkv=None if latent else ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
         out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
         ffn_norm=norm,
-        ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
-        moe=_moe(cfg, kind, R) if in_slots(kind) else None,
+        ffn=None,
+        moe=None,
         latent=_latent(cfg, latent, R) if latent else None,
         qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
         out_bias=ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.out_bias else None,

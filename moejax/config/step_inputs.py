@@ -24,6 +24,8 @@ class Bucket:
     decode: int
     tiles: int
     max_pages: int
+    states: bool = False
+    """The step reads and writes states of requests (`moejax.config.layer_states`)."""
 
     @property
     def rows(self) -> int:
@@ -54,6 +56,8 @@ class StepInputs:
     seed: UInt32[ArrayLike, " Z"]
     sample_position: Int[ArrayLike, " Z"]
     read: Int[ArrayLike, " R"]
+    state_read: Int[ArrayLike, " Z"] | None = None
+    state_write: Int[ArrayLike, " Z"] | None = None
 
 
 def layout(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -75,6 +79,7 @@ def layout(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         "seed": ((Z,), u32),
         "sample_position": ((Z,), i32),
         "read": ((R,), i32),
+        **({"state_read": ((Z,), i32), "state_write": ((Z,), i32)} if bucket.states else {}),
     }
 
 
@@ -108,7 +113,7 @@ def idle_inputs(bucket: Bucket) -> np.ndarray:
     """The packed vector of a rank without work in a step."""
     parts = []
     for name, (shape, dtype) in layout(bucket).items():
-        fill = {"positions": -1, "write": DROPPED, "top_p": 1.0}.get(name, 0)
+        fill = {"positions": -1, "write": DROPPED, "top_p": 1.0, "state_write": DROPPED}.get(name, 0)
         value = np.full(shape, fill, dtype)
         if name in ("new_base", "sample_row"):
             tile_rows = bucket.decode + TILE * np.arange(bucket.tiles)

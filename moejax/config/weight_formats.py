@@ -30,8 +30,9 @@ class Int8:
 
 
 def is_matrix(spec: ParamSpec) -> bool:
-    """True for matrices that can be stored in fewer bits. A router cannot: rounding would change its choices."""
-    return len(set(spec.axes) - {"layer", "expert"}) >= 2 and "router" not in spec.axes
+    """True for matrices that can be stored in fewer bits. A router cannot, rounding would change its choices; nor can
+    the rates and the convolution of a delta net, which are small and act on every later position."""
+    return len(set(spec.axes) - {"layer", "expert"}) >= 2 and not {"router", "rate"} & set(spec.axes)
 
 
 def format_of(cfg: ModelConfig, spec: ParamSpec) -> str:

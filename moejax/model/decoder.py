@@ -1,7 +1,7 @@
 """One rank's part of one step: embed and layers. Runs inside `shard_map` over the ranks; head and sampling follow
 on each rank alone (`steps.run_sample`).
 
-    tokens -> embed -> [ norm -> attention over pages and new tokens -> + ] per layer -> norm
+    tokens -> embed -> [ norm -> attention over pages and new tokens, or delta net over a state -> + ] per layer -> norm
                        [ norm -> dense FFN, or route -> dispatch -> experts -> combine -> + ]
 
 The step reads the cache and never donates it: a step that fails leaves no trace. Layers of one pattern are scanned.
@@ -20,11 +20,13 @@ from jaxtyping import Bool, Float, Int
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import ArrayLike
 from moejax.config.kv_cache import KVCache
+from moejax.config.layer_states import LayerStates
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.params import Layer, Params
-from moejax.config.step_inputs import StepInputs
+from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.config.weight_formats import StackSlice, is_scaled, look_up
 from moejax.model.attention import paged_attention
+from moejax.model.delta_net import delta_net, finite_states
 from moejax.model.feed_forward import add_residual, feed_forward, routed_feed_forward
 from moejax.model.layers import norm
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
@@ -45,8 +47,8 @@ class StepOutputs:
     hidden: Any
     """Rows after the last norm `[R, D]`; see `tag_nonfinite`."""
     new_kv: Any
-    """New keys and values: KVCache of `[L, R, width]`. On a rank of a tensor group those of the rows of all members,
-    one member after the other."""
+    """New keys and values, and new states of segments: KVCache of `[L, R, width]`, `[L, Z, ...]`. On a rank of a tensor
+    group those of the rows of all members, one member after the other."""
     expert_load: Any
     """Rows sent to each expert `[moe layers, E]`."""
     group_inputs: Any = None
@@ -82,7 +84,7 @@ def step(
     cfg = shape.cfg
     context = StepContext(cache=cache, inputs=inputs, shape=shape, group=group)
     x_RD = embed(params, inputs, cfg)
-    new_kv, loads = [], []
+    new_kv, new_states, loads = [], [], []
     depth = moe_depth = 0
     for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
         moe_in_pattern = sum(map(in_slots, pattern))
@@ -91,35 +93,52 @@ def step(
 
         def body(x_RD, at, segment=segment, first=depth, pattern=pattern):
             routes, repeat = at
-            kvs, counts = [], []
+            kvs, states, counts = [], [], []
             for j, stacked in enumerate(segment):
                 layer = layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
-                x_RD, kv = attend(x_RD, layer, index, context)
+                if layer.delta is None:
+                    x_RD, kv = attend(x_RD, layer, index, context)
+                    kvs.append(kv)
+                else:
+                    x_RD, state = advance_states(x_RD, layer, index, context)
+                    states.append(state)
                 wanted = rows_needed(inputs, index, cfg)
                 if layer.moe is None:
                     x_RD = feed_forward(x_RD, layer, wanted, cfg)
                 else:
                     x_RD, count = routed_feed_forward(x_RD, layer, pattern[j], routes[len(counts)], wanted, shape)
                     counts.append(count)
-                kvs.append(kv)
-            return x_RD, (jax.tree.map(lambda *rows: jnp.stack(rows), *kvs), jnp.stack(counts) if counts else None)
+            return x_RD, (_stacked(kvs), _stacked(states), jnp.stack(counts) if counts else None)
 
-        x_RD, (kv, count) = lax.scan(body, x_RD, (routes, jnp.arange(repeats)))
-        new_kv.append(jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), kv))
+        x_RD, (kv, state, count) = lax.scan(body, x_RD, (routes, jnp.arange(repeats)))
+        new_kv += [] if kv is None else [_by_layer(kv)]
+        new_states += [] if state is None else [_by_layer(state)]
         if count is not None:
             loads.append(count.reshape(-1, count.shape[-1]))
         depth += repeats * len(pattern)
         moe_depth += repeats * moe_in_pattern
     hidden_RD = last_norm(x_RD, params, cfg)
     new = jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_kv)
+    if new_states:
+        new = new.replace(states=jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_states))
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    finite_R, group_inputs = is_finite(new), None
+    finite_R, group_inputs = is_finite(new, shape.bucket), None
     if group is not None:
         finite_R, group_inputs = finite_in_group(finite_R, group, shape.exchange), group.packed
     return StepOutputs(
         hidden=tag_nonfinite(hidden_RD, finite_R, inputs), new_kv=new, expert_load=load, group_inputs=group_inputs
     )
+
+
+def _stacked(layers: list[Any]) -> Any:
+    """What the layers of a pattern give, one above the other; None where none gives anything."""
+    return jax.tree.map(lambda *each: jnp.stack(each), *layers) if layers else None
+
+
+def _by_layer(repeats: Any) -> Any:
+    """Leaves `[repeats, layers of a pattern, ...]` as `[L, ...]`."""
+    return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), repeats)
 
 
 def embed(params: Params, inputs: StepInputs, cfg: ModelConfig) -> Float[ArrayLike, "R D"]:
@@ -139,9 +158,11 @@ def rows_needed(inputs: StepInputs, index: Int[ArrayLike, ""], cfg: ModelConfig)
     return dataclasses.replace(inputs, positions=jnp.where(wanted_R, inputs.positions, -1))
 
 
-def is_finite(new_kv: KVCache) -> Bool[ArrayLike, " R"]:
-    """True for rows whose new keys and values in the last layer are all finite."""
-    return jnp.isfinite(new_kv.k[-1]).all(-1) & jnp.isfinite(new_kv.v[-1]).all(-1)
+def is_finite(new_kv: KVCache, bucket: Bucket) -> Bool[ArrayLike, " R"]:
+    """True for rows whose new keys and values in the last layer, and the new states of their segments, are all
+    finite."""
+    finite_R = jnp.isfinite(new_kv.k[-1]).all(-1) & jnp.isfinite(new_kv.v[-1]).all(-1)
+    return finite_R if new_kv.states is None else finite_R & finite_states(new_kv.states, bucket)
 
 
 def tag_nonfinite(
@@ -184,6 +205,25 @@ def attend(
         return add_residual(x_TD, finish_attention(out_TD, layer, cfg), cfg), kv
 
 
+def advance_states(
+    x_RD: Float[ArrayLike, "R D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+) -> tuple[Float[ArrayLike, "R D"], LayerStates]:
+    """x plus the delta net of layer `index`, and the new states of all segments `[Z, ...]`."""
+    cfg, states = context.shape.cfg, context.cache.states
+    assert layer.delta is not None
+    assert states is not None
+    with jax.named_scope("delta_net"):
+        h_RD = norm(x_RD, layer.attention_norm, None, cfg.norm_eps)
+        depth = _place_among(cfg.state_layers, index, cfg)
+        out_RD, new = delta_net(h_RD, layer.delta, states, depth, context.inputs, context.shape.bucket, cfg)
+        return add_residual(x_RD, out_RD, cfg), new
+
+
+def _place_among(layers: tuple[int, ...], index: Int[ArrayLike, ""], cfg: ModelConfig) -> Int[ArrayLike, ""]:
+    """The place of layer `index` among these layers."""
+    return jnp.array([sum(each < i for each in layers) for i in range(cfg.n_layers)], jnp.int32)[index]
+
+
 def _attend_in_group(
     h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
 ) -> tuple[Float[ArrayLike, "T D"], KVCache]:
@@ -211,6 +251,7 @@ def _attend_heads(
 ) -> tuple[Float[ArrayLike, "T D"], KVCache]:
     """The output of this rank's heads for normed rows, and their new keys and values `[R, width]`."""
     cfg, bucket, inputs = context.shape.cfg, context.shape.bucket, context.inputs
+    depth = _place_among(cfg.attention_layers, index, cfg) if cfg.state_layers else index
     wanted = rows_needed(inputs, index, cfg)
     q, k, v = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
     if context.merge_kv is not None:
@@ -232,7 +273,7 @@ def _attend_heads(
                     k=k,
                     v=v,
                     cache=context.cache,
-                    layer=index,
+                    layer=depth,
                     page_table=inputs.page_table[segments],
                     cached=inputs.cached[segments],
                     new_base=inputs.new_base[segments],

@@ -179,13 +179,16 @@ def gather_outputs(
     experts = cfg.moe.experts if cfg.moe else 0
     load_LE = jnp.stack(loads).reshape(cfg.n_moe_layers, len(shape.micro_batches), experts).sum(1)
     new = jax.tree.map(lambda *each: jnp.concatenate(each), *new_kv)
-    return StepOutputs(hidden=tag_nonfinite(hidden_RD, is_finite(new), inputs), new_kv=new, expert_load=load_LE)
+    return StepOutputs(
+        hidden=tag_nonfinite(hidden_RD, is_finite(new, shape.step.bucket), inputs), new_kv=new, expert_load=load_LE
+    )
 
 
 def _select_inputs(inputs: StepInputs, rows: np.ndarray, segments: np.ndarray) -> StepInputs:
     """The inputs of some rows and segments; `new_base` counts the rows of the whole step."""
     by_row = ("tokens", "positions", "write", "read")
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    fields = {name: array for name, array in fields.items() if array is not None}
     return StepInputs(**{name: array[rows if name in by_row else segments] for name, array in fields.items()})
 
 

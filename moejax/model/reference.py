@@ -4,6 +4,7 @@ No mesh, no pages, no slots: every token of every sequence at once, experts in l
 order than paged attention: results agree with the served model up to rounding, not bit for bit.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,14 +16,18 @@ from jaxtyping import Bool, Float, Int
 
 from moejax.config.axes import ArrayLike
 from moejax.config.config_values import ConfigError
+from moejax.config.layer_states import state_shapes
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import Layer, MoE, Params
+from moejax.config.step_inputs import Bucket, idle_inputs, unpack
+from moejax.model.delta_net import delta_net
 from moejax.model.experts import apply_expert, apply_shared_expert
 from moejax.model.feed_forward import finish_feed_forward
 from moejax.model.layers import norm, row_dot, swiglu
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.router import route
+from planner.plan.step_layout import TILE
 
 
 @struct.dataclass
@@ -80,7 +85,8 @@ def _pattern(
     routings = []
     for j, (kind, layer) in enumerate(zip(pattern, layers, strict=True)):
         h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
-        x_BTD = x_BTD + cfg.residual_scale * attention(layer, cfg, h_BTD, depths_L[j])
+        mixed_BTD = attention(layer, cfg, h_BTD, depths_L[j]) if layer.delta is None else recurrence(layer, cfg, h_BTD)
+        x_BTD = x_BTD + cfg.residual_scale * mixed_BTD
         h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
             y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down)
@@ -118,6 +124,23 @@ def attention(
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v.reshape(B, T, K, -1))
     out_TD = project_heads(mixed.reshape(B * T, N, -1), x_BTD.reshape(B * T, D), layer)
     return finish_attention(out_TD, layer, cfg).reshape(B, T, D)
+
+
+def recurrence(layer: Layer, cfg: ModelConfig, x_BTD: Float[ArrayLike, "B T D"]) -> Float[jax.Array, "B T D"]:
+    """The delta net of a layer over whole sequences that start at position 0: each a chunk of tiles of its own."""
+    assert layer.delta is not None
+    T = x_BTD.shape[1]
+    bucket = Bucket(decode=0, tiles=-(-T // TILE), max_pages=1, states=True)
+    empty = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), state_shapes(cfg, 1))
+    padded = jnp.pad(x_BTD, ((0, 0), (0, bucket.rows - T), (0, 0)))
+    inputs = unpack(jnp.asarray(idle_inputs(bucket)), bucket)
+    inputs = dataclasses.replace(
+        inputs,
+        positions=jnp.where(jnp.arange(bucket.rows) < T, jnp.arange(bucket.rows), -1),
+        new_base=jnp.zeros_like(inputs.new_base),
+    )
+    outs = [delta_net(each, layer.delta, empty, jnp.int32(0), inputs, bucket, cfg)[0][:T] for each in padded]
+    return jnp.stack(outs)
 
 
 def mixture(

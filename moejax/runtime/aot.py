@@ -45,7 +45,8 @@ def compile_problem(problem: Problem) -> dict[str, Any]:
     the topology's compiler is missing or does not know it."""
     cfg = problem_config(problem)
     devices = topology_devices(problem["topology"])
-    bucket = Bucket(decode=problem["rows"], tiles=0, max_pages=-(-problem["longest"] // problem["page_tokens"]))
+    pages = -(-problem["longest"] // problem["page_tokens"])
+    bucket = Bucket(decode=problem["rows"], tiles=0, max_pages=pages, states=bool(cfg.state_layers))
     shape = ModelShape(cfg=cfg, buckets=(bucket,), page_size=problem["page_tokens"], pages=problem["pages"])
     rows = [compile_mesh(shape, devices, mesh) for mesh in problem["meshes"]]
     return {"meshes": rows, "weights": cfg.weights, "cache_bytes_per_token": bytes_per_token(cfg)}

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from moejax.checkpoint.checksums import aligned_array
-from moejax.config.kv_cache import KVCache, cache_shapes
+from moejax.config.kv_cache import KVCache, empty_cache
 from moejax.config.mesh import JaxDevice
 from moejax.config.model_config import ModelConfig
-from moejax.config.step_inputs import Bucket, idle_inputs, layout, packed_size
+from moejax.config.step_inputs import Bucket, host_field, idle_inputs, layout, packed_size
 from planner.plan.step_layout import DROPPED
 
 Commit = Callable[[KVCache, KVCache, jax.Array], KVCache]
@@ -31,6 +31,11 @@ def entry_indices(pages: Sequence[int], page_size: int, first: int, count: int) 
 def read_entries(cache: KVCache, entries: np.ndarray) -> np.ndarray:
     """Keys and values of these entries next to each other, float32 `[L, count, widths]`."""
     return np.concatenate([np.asarray(part)[:, entries] for part in (cache.k, cache.v)], axis=-1)
+
+
+def read_state(cache: KVCache, place: int) -> np.ndarray:
+    """The numbers of a request's state over all layers that have one, float32 `[ModelConfig.state_elements]`."""
+    return np.concatenate([np.asarray(leaf[:, place]).reshape(-1) for leaf in jax.tree.leaves(cache.states)])
 
 
 class EntryWriter:
@@ -57,6 +62,19 @@ class EntryWriter:
             cache = self._commit(cache, index, some, commit, device)
         return cache
 
+    def write_state(
+        self, cache: KVCache, place: int, state: np.ndarray, commit: Callable[[int], Commit], device: JaxDevice
+    ) -> KVCache:
+        """Write the state of a request, as `read_state` gives it, to a place and return the cache when that is done."""
+        index = self._index(1)
+        new, packed, at = self._host_rows(index), idle_inputs(self._buckets[index]), 0
+        for leaf in jax.tree.leaves(new.states):
+            size = leaf[:, 0].size
+            leaf[:, 0] = state[at : at + size].reshape(leaf[:, 0].shape)
+            at += size
+        host_field(packed, self._buckets[index], "state_write")[0] = place
+        return jax.block_until_ready(commit(index)(cache, *jax.device_put((new, packed), device)))
+
     def warm(self, cache: KVCache, count: int, commit: Callable[[int], Commit], device: JaxDevice) -> KVCache:
         """Run the write of `count` entries with none: the first run takes several times as long as the next."""
         return self._commit(cache, self._index(count), np.zeros(0, np.int32), commit, device)
@@ -76,10 +94,9 @@ class EntryWriter:
 
     def _host_rows(self, index: int) -> KVCache:
         if index not in self._rows:
-            sizes = cache_shapes(self._cfg, self._buckets[index].rows * self._cfg.tensor)
-            self._rows[index] = KVCache(
-                *(aligned_array(np.zeros(size), np.dtype(np.float32)) for size in (sizes.k, sizes.v))
-            )
+            bucket = self._buckets[index]
+            empty = empty_cache(self._cfg, bucket.rows * self._cfg.tensor, bucket.segments)
+            self._rows[index] = jax.tree.map(lambda part: aligned_array(part, part.dtype), empty)
         return self._rows[index]
 
 

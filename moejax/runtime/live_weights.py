@@ -98,12 +98,13 @@ class LiveArrays:
         return self._weights.logits
 
     def leave_device(self, pages_used: int) -> None:
-        """Copy to the host the arrays that a new generation must not lose: the experts, and the first pages of the
-        cache."""
+        """Copy to the host the arrays that a new generation must not lose: the experts, the first pages of the cache,
+        and all states."""
         if self.cache is not None:
             in_group = self.shape.cfg.tensor > 1
             used = self.shape.entries if in_group else pages_used * self.shape.page_size
-            self._host_cache = jax.tree.map(lambda a: np.array(np.asarray(a)[:, :used]), self.cache)
+            held = jax.tree.map(np.asarray, self.cache)
+            self._host_cache = jax.tree.map(np.array, held.replace(k=held.k[:, :used], v=held.v[:, :used]))
         if self._experts:
             self._host_experts = jax.tree.map(np.array, self._experts)
         self.cache, self._weights, self._experts = None, None, {}
@@ -137,7 +138,7 @@ class LiveArrays:
 
     def _attend(self, device: JaxDevice) -> None:
         self._weights = jax.device_put(self._host_weights, device)
-        cache = empty_cache(self.shape.cfg, self.shape.entries)
+        cache = empty_cache(self.shape.cfg, self.shape.entries, self.shape.states)
         if self._host_cache is not None:
             for whole, used in zip(jax.tree.leaves(cache), jax.tree.leaves(self._host_cache), strict=True):
                 whole[:, : used.shape[1]] = used

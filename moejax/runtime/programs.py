@@ -23,6 +23,7 @@ from moejax.model.stages import RolesShape
 from moejax.model.step_shape import StepShape
 from moejax.runtime import steps
 from moejax.runtime.executables import ExecutableStore, executable_name
+from planner.inputs.layer_states import STATE_COPIES
 from planner.plan.step_layout import TILE
 
 
@@ -41,6 +42,12 @@ class ModelShape:
     def entries(self) -> int:
         """Cache entries of a rank; in a tensor group it has entries for every member, of its own heads."""
         return self.pages * self.page_size * self.cfg.tensor
+
+    @property
+    def states(self) -> int:
+        """States of requests in a rank's cache: STATE_COPIES for each of the most requests that it runs, or 0 for a
+        model without layers that have them."""
+        return STATE_COPIES * max(bucket.decode for bucket in self.buckets) if self.cfg.state_layers else 0
 
     def step(self, bucket: Bucket, ranks: int, slots: int) -> StepShape:
         """The static shape of one step program."""
@@ -103,10 +110,10 @@ def mesh_lowerings(shape: ModelShape, devices: Sequence[JaxDevice], slots: int) 
     yield connect_lowering(shape, devices)
     for bucket in shape.buckets:
         step = shape.step(bucket, n, slots)
-        local, spec = steps.local_shapes(step, shape.entries), steps.partition(step)
+        local, spec = steps.local_shapes(step, shape.entries, shape.states), steps.partition(step)
         arguments = jax.tree.map(lambda a, s: _global_shape(mesh, s, a), local, spec)
         yield (
-            executable_name("step", step, shape.entries),
+            executable_name("step", step, shape.entries, shape.states),
             lambda a=arguments, s=step: steps.run_step.lower(a, shape=s, mesh=mesh),
         )
 
@@ -241,12 +248,12 @@ def score_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[tuple[int,
 def commit_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[Lowering]:
     """The write of a step's keys and values, per bucket."""
     cfg = shape.cfg
-    cache = cache_on_device(device, cfg, shape.entries)
+    cache = cache_on_device(device, cfg, shape.entries, shape.states)
     for bucket in shape.buckets:
-        new = cache_on_device(device, cfg, bucket.rows * cfg.tensor)
+        new = cache_on_device(device, cfg, bucket.rows * cfg.tensor, bucket.segments)
         packed = shape_on_device(device, (packed_size(bucket) * cfg.tensor,), jnp.int32)
         yield (
-            executable_name("commit", cfg, bucket, shape.entries),
+            executable_name("commit", cfg, bucket, shape.entries, shape.states),
             lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),
         )
 
@@ -293,9 +300,8 @@ def _head(device: JaxDevice, cfg: ModelConfig) -> Head:
     return jax.tree.map(lambda s: shape_on_device(device, s.shape, s.dtype), held)
 
 
-def cache_on_device(device: JaxDevice, cfg: ModelConfig, entries: int) -> KVCache:
-    sizes = cache_shapes(cfg, entries)
-    return KVCache(k=shape_on_device(device, sizes.k), v=shape_on_device(device, sizes.v))
+def cache_on_device(device: JaxDevice, cfg: ModelConfig, entries: int, states: int = 0) -> KVCache:
+    return jax.tree.map(lambda each: shape_on_device(device, each.shape), cache_shapes(cfg, entries, states))
 
 
 def _global_shape(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:

@@ -233,7 +233,7 @@ def stage_lowering(
     )
     rows = cache_on_device(me, cfg, bucket.rows)
     count = len(stage.layers)
-    other_kv = KVCache(*(shape_on_device(me, (count, *part.shape[1:])) for part in (rows.k, rows.v)))
+    other_kv = _of_layers(me, rows, count)
     stage_inputs = StageInputs(
         pending=pending if stage.after else None,
         inbox=shape_on_device(me, (roles.step.ranks, roles.part)) if stage.after else None,
@@ -266,14 +266,15 @@ def gather_lowering(roles: RolesShape, me: JaxDevice) -> Lowering:
     assert moe is not None
     hidden = tuple(shape_on_device(me, (micro_batch.rows, cfg.d_model)) for micro_batch in roles.micro_batches)
     rows = cache_on_device(me, cfg, roles.step.bucket.rows)
-    new_kv = tuple(
-        KVCache(*(shape_on_device(me, (len(stage.layers), *part.shape[1:])) for part in (rows.k, rows.v)))
-        for stage, _ in stages(cfg)
-        if stage.layers
-    )
+    new_kv = tuple(_of_layers(me, rows, len(stage.layers)) for stage, _ in stages(cfg) if stage.layers)
     loads = (shape_on_device(me, (moe.experts,), jnp.int32),) * (cfg.n_moe_layers * len(roles.micro_batches))
     packed = shape_on_device(me, (packed_size(roles.step.bucket),), jnp.int32)
     return (
         executable_name("gather", roles),
         lambda: steps.run_gather.lower(hidden, new_kv, loads, packed, shape=roles),
     )
+
+
+def _of_layers(me: JaxDevice, rows: KVCache, count: int) -> KVCache:
+    """Shapes of the new keys and values of so many layers; `rows` has those of all."""
+    return jax.tree.map(lambda part: shape_on_device(me, (count, *part.shape[1:])), rows)

@@ -68,22 +68,26 @@ def partition(shape: StepShape) -> StepArguments:
     )
     return StepArguments(
         params=map_experts(params, lambda _: SHARDED_AXIS_1),
-        cache=KVCache(k=SHARDED_AXIS_1, v=SHARDED_AXIS_1),
+        cache=_cache_partition(shape),
         expert_to_slot=PartitionSpec(RANKS),
         packed=PartitionSpec(RANKS),
         tp_peers=PartitionSpec(RANKS) if shape.cfg.tensor > 1 else None,
     )
 
 
-def local_shapes(shape: StepShape, entries: int) -> StepArguments:
-    """The shape of one rank's shard of each argument of a step."""
+def _cache_partition(shape: StepShape) -> KVCache:
+    """The partition specs of a cache, and of what a step writes to it."""
+    return jax.tree.map(lambda _: SHARDED_AXIS_1, cache_shapes(shape.cfg, 1, 1))
+
+
+def local_shapes(shape: StepShape, entries: int, states: int = 0) -> StepArguments:
+    """The shape of one rank's shard of each argument of a step, with a cache of so many entries and states."""
     cfg = shape.cfg
     params = jax.tree.map(lambda spec: weight_shape(cfg, spec), param_specs(cfg), is_leaf=is_spec)
-    sizes = cache_shapes(cfg, entries)
     experts = cfg.moe.experts if cfg.moe else 0
     return StepArguments(
         params=replace_experts(params, lambda position, _: slot_shapes(cfg, position, shape.slots)),
-        cache=KVCache(k=jax.ShapeDtypeStruct(sizes.k, jnp.float32), v=jax.ShapeDtypeStruct(sizes.v, jnp.float32)),
+        cache=cache_shapes(cfg, entries, states),
         expert_to_slot=jax.ShapeDtypeStruct((1, cfg.n_moe_layers, experts), jnp.int32),
         packed=jax.ShapeDtypeStruct((packed_size(shape.bucket),), jnp.int32),
         tp_peers=jax.ShapeDtypeStruct((1, cfg.tensor), jnp.int32) if cfg.tensor > 1 else None,
@@ -102,7 +106,7 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
 
     outputs = StepOutputs(
         hidden=PartitionSpec(RANKS),
-        new_kv=KVCache(k=SHARDED_AXIS_1, v=SHARDED_AXIS_1),
+        new_kv=_cache_partition(shape),
         expert_load=PartitionSpec(RANKS),
         group_inputs=PartitionSpec(RANKS) if in_groups else None,
     )
@@ -152,10 +156,10 @@ def run_commit(cache: KVCache, new_kv: KVCache, packed: Int[ArrayLike, " packed"
     """Write a finished step into this rank's own cache. Donates it; no collective, so it cannot fail half-way.
     `packed` has the inputs of one step, or those of each member of a tensor group, whose entries lie in its own part of
     the cache."""
-    members = packed.reshape(-1, packed_size(bucket))
+    members = [unpack(each, bucket) for each in packed.reshape(-1, packed_size(bucket))]
     entries = cache.k.shape[1] // len(members)
-    write = [unpack(each, bucket).write + t * entries for t, each in enumerate(members)]
-    return commit(cache, new_kv, jnp.concatenate(write))
+    write = [inputs.write + t * entries for t, inputs in enumerate(members)]
+    return commit(cache, new_kv, jnp.concatenate(write), members[0].state_write)
 
 
 @functools.partial(jax.jit, donate_argnames=("experts",))

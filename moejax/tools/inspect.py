@@ -25,12 +25,14 @@ from moejax.checkpoint.manifest import Manifest
 from moejax.checkpoint.published import check_tensors, published_name
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.kv_cache import bytes_per_token
+from moejax.config.layer_states import state_bytes
 from moejax.config.model_config import ModelConfig, WeightFormat
 from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
 from moejax.tools.resolve import ensure_model, is_published
 from planner.errors import NoFeasiblePlan
 from planner.inputs.cluster import Cluster
+from planner.inputs.layer_states import STATE_COPIES
 from planner.inputs.published import CARDS_WITHOUT_EMBEDDING, FAMILIES, NOT_READ
 from planner.inputs.workload import Workload
 from planner.solver.problem import Problem
@@ -69,6 +71,7 @@ def describe(model: str, ranks: int = RANKS, weights: WeightFormat = "float32") 
         "expert_bytes": bytes_per_expert(cfg),
         "cache_bytes_per_token": bytes_per_token(cfg),
         "cache_bytes_of_full_context": bytes_per_token(cfg) * cfg.max_context,
+        "state_bytes": state_bytes(cfg),
         "plan": first_plan(cfg, ranks),
     }
 
@@ -93,6 +96,7 @@ def first_plan(cfg: ModelConfig, ranks: int) -> Values:
         expert_bytes=one,
         rest_bytes=rest,
         cache_bytes_per_token=bytes_per_token(cfg),
+        state_bytes=state_bytes(cfg),
         hidden_bytes=4 * cfg.d_model,
         weight_format=cfg.weights,
     )
@@ -179,6 +183,10 @@ def _report(found: Values) -> str:
         rows.append(("tokenizer", f"{', '.join(found['tokenizer']['files']) or 'missing'}, {chat} chat template"))
     cache = f"{_size(found['cache_bytes_per_token'])} per token, {_size(found['cache_bytes_of_full_context'])} at"
     rows.append(("cache", f"{cache} {found['config']['max_context']:,} tokens (float32)"))
+    if found["state_bytes"]:
+        layers = len(found["config"]["state_layers"])
+        each = _size(found["state_bytes"])
+        rows.append(("states", f"{each} of {layers} layers, {STATE_COPIES} for each request (float32)"))
     rows.append((f"on {plan['ranks']} ranks", _plan_text(plan, found["config"]["weights"])))
     return "\n".join(f"{label:<12} {text}" for label, text in rows)
 

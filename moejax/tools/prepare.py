@@ -18,6 +18,7 @@ from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import content_hash
 from moejax.checkpoint.published_store import PublishedStore
 from moejax.config.kv_cache import bytes_per_token
+from moejax.config.layer_states import state_bytes
 from moejax.config.model_config import ModelConfig
 from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
@@ -80,6 +81,7 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         "rest_bytes": weight_bytes(cfg, experts=False),
         "weights": cfg.weights,
         "cache_bytes_per_token": bytes_per_token(cfg),
+        "state_bytes": state_bytes(cfg),
         "hidden_bytes": 4 * cfg.d_model,
         "heads": cfg.n_heads,
         **flops(cfg),
@@ -96,7 +98,7 @@ def flops(cfg: ModelConfig) -> dict[str, float]:
     return {
         "expert_flops": 2.0 * used / (cfg.n_moe_layers * cfg.moe.experts_per_token) if cfg.moe else 0.0,
         "rest_flops": 2.0 * (rest - looked_up),
-        "context_flops": 2.0 * cfg.n_layers * cfg.n_heads * a_position,
+        "context_flops": 2.0 * len(cfg.attention_layers) * cfg.n_heads * a_position,
     }
 
 

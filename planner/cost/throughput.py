@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from planner.cost.roofline import CHUNK, StepTime, first_token_time, prefill_time, step_time
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import engine_of
+from planner.inputs.layer_states import STATE_COPIES
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.shape import Shape
@@ -113,7 +114,9 @@ def assess(
     ttft = first_token_time(workload, cluster, prefill, step.total)
     if ttft * 1e3 > traffic.ttft_ms:
         late = f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
-    cache = requests * traffic.longest * workload.cache_bytes_per_token // min(shape.tensor, workload.cache_splits)
+    states = STATE_COPIES * workload.state_bytes
+    each = traffic.longest * workload.cache_bytes_per_token + states
+    cache = requests * each // min(shape.tensor, workload.cache_splits)
     return Candidate(
         shape=shape,
         reason=late,
@@ -233,7 +236,7 @@ def requests_that_fit(workload: Workload, pages: int, traffic: Traffic) -> int:
         return UNLIMITED
     each: float = traffic.longest
     if workload.cache_bytes_per_token:
-        each = workload.cache_bytes(traffic.longest) / workload.cache_bytes_per_token
+        each = workload.room_bytes(traffic.longest) / workload.cache_bytes_per_token
     return int(pages * workload.page_tokens // each)
 
 

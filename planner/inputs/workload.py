@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from planner.errors import InputError
+from planner.inputs.layer_states import STATE_COPIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Workload:
     hidden state on the wire. `context_flops` is attention's work per token and per token of context.
     `cache_bytes_per_request` is what layers with a sliding window (or chunks) of `cache_window` tokens keep, once a
     request is as long as that; `cache_splits` is how many tensor ranks the cache can be sharded over (1 for a latent
-    cache, the kv heads otherwise). `dense_bytes` and
+    cache, the kv heads otherwise). `state_bytes` is one state of a request, where layers have a state in place of keys
+    and values; a rank holds STATE_COPIES for each request that it can run. `dense_bytes` and
     `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups shard, `lookup_bytes` the part of which
     a step reads single rows only (the embeddings, where the head is another matrix).
 
@@ -44,6 +46,7 @@ class Workload:
     cache_bytes_per_token: int = 0
     cache_bytes_per_request: int = 0
     cache_window: int = 0
+    state_bytes: int = 0
     cache_splits: int = 1
     heads: int = 1
     page_tokens: int = 16
@@ -124,9 +127,13 @@ class Workload:
         )
 
     def cache_bytes(self, context: float) -> float:
-        """Bytes that a request with `context` tokens keeps in the cache."""
+        """Bytes that a request with `context` tokens keeps in the cache, one state of it among them."""
         filled = min(1.0, context / self.cache_window) if self.cache_window else 1.0
-        return context * self.cache_bytes_per_token + filled * self.cache_bytes_per_request
+        return context * self.cache_bytes_per_token + filled * self.cache_bytes_per_request + self.state_bytes
+
+    def room_bytes(self, context: float) -> float:
+        """Bytes that a rank needs to run a request of `context` tokens: its cache, with all copies of its state."""
+        return self.cache_bytes(context) + (STATE_COPIES - 1) * self.state_bytes
 
     def seen(self, context: float) -> float:
         """Tokens that a token with `context` before it attends to, on average over the layers."""

@@ -58,7 +58,10 @@ def check_servable(deployment: Deployment) -> None:
     standby = sum(r.role == "standby" for r in plan.ranks)
     reasons = [f"{standby} ranks that stand by"] if standby else []
     reasons += _tensor_group_problems(deployment)
-    if (drafts := deployment.workload.drafts) and deployment.workload.draft_layers:
+    states = deployment.workload.state_bytes
+    if states and deployment.shape.arch == "disaggregated":
+        reasons.append("ranks that attend only, of a model with layers whose context is a state")
+    if (drafts := deployment.workload.drafts) and (deployment.workload.draft_layers or states):
         reasons.append(f"{drafts} drafted tokens a step ({PLANNED_ONLY})")
     if deployment.work != "all":
         reasons.append(f"a pool for {deployment.work} alone ({PLANNED_ONLY})")
@@ -84,6 +87,8 @@ def _tensor_group_problems(deployment: Deployment) -> list[str]:
     w, groups = d.workload, f"tensor groups of {tensor}"
     if d.shape.arch == "disaggregated":
         return [f"{groups} of ranks that attend only"]
+    if w.state_bytes:
+        return [f"{groups}, of a model with layers whose context is a state"]
     if w.cache_splits % tensor:
         return [f"{groups}, which cannot share {w.cache_splits} key/value heads"]
     if d.config.get("model_type") in NORMS_ALL_HEADS:

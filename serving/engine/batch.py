@@ -53,7 +53,8 @@ class ScheduledRequest:
 
     `targets` are the tokens to score after each of `tokens`, -1 for none; empty when nothing is scored.
     `logits_params` are set where choosing the next token takes more than temperature and filters. The seed enters the
-    program modulo 2**32. `drafts` are guesses of the tokens after a single token, each a row of its own.
+    program modulo 2**32. `drafts` are guesses of the tokens after a single token, each a row of its own. `states` are
+    the places of the states that the step reads and writes, if requests have any.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class ScheduledRequest:
     targets: tuple[int, ...] = ()
     logits_params: LogitsParams | None = None
     drafts: tuple[int, ...] = ()
+    states: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -165,9 +167,12 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
     new token), `sample_row` (row whose logits give the next token), `sample_position` (where that token will
     stand), `top_k`. float32 [Z]: `temperature`, `top_p`, `min_p`. uint32 [Z]: `seed`.
     A segment that does not sample is greedy and reads its own first row.
+
+    Where requests have states also int32 [Z]: `state_read` (place of the state that the segment's chunk begins with)
+    and `state_write` (where the state after the segment goes; DROPPED where a chunk goes on, and for padding).
     """
     bucket, scheduled = batch.bucket, batch.scheduled[rank]
-    arrays = _padding(bucket, max_pages)
+    arrays = _padding(bucket, max_pages, states=any(item.states for item in scheduled))
     by_row = tokens, positions, write, read = [arrays[name] for name in ("tokens", "positions", "write", "read")]
     decode: list[tuple[int, int, int, bool, int, int]] = []
     sampling: list[tuple[int, ScheduledRequest, int]] = []
@@ -175,6 +180,8 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
         item, row, segment = placed
         stop = placed.last + 1 + len(item.drafts)
         arrays["page_table"][segment:stop, : len(item.pages)] = item.pages
+        if item.states:
+            arrays["state_read"][segment:stop], arrays["state_write"][placed.last] = item.states
         if item.tiles:
             count = len(item.tokens)
             at = np.arange(item.start, item.start + count)
@@ -244,8 +251,12 @@ def _top(tokens: np.ndarray, logprobs: np.ndarray, row: int, count: int) -> TopL
     return tuple(zip(tokens[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
 
 
-def _padding(bucket: StepBucket, max_pages: int) -> dict[str, np.ndarray]:
-    """The inputs of a rank without requests."""
+_NO_STATES = {"state_read": 0, "state_write": DROPPED}
+"""The places of the states that padding reads and writes."""
+
+
+def _padding(bucket: StepBucket, max_pages: int, *, states: bool = False) -> dict[str, np.ndarray]:
+    """The inputs of a rank without requests; `states` says whether requests have any."""
     rows, count = bucket.rows, bucket.segments
     first_row = np.arange(count, dtype=np.int32)
     first_row[bucket.decode :] += (TILE - 1) * np.arange(bucket.tiles, dtype=np.int32)
@@ -264,6 +275,7 @@ def _padding(bucket: StepBucket, max_pages: int) -> dict[str, np.ndarray]:
         "seed": np.zeros(count, np.uint32),
         "sample_position": np.zeros(count, np.int32),
         "read": np.zeros(rows, np.int32),
+        **({name: np.full(count, place, np.int32) for name, place in _NO_STATES.items()} if states else {}),
     }
 
 

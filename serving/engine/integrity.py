@@ -41,6 +41,10 @@ def check_integrity(state: EngineState, before: EngineState | None = None) -> No
         most = state.limits.max_decode_rows
         assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
         check_pages(pool, [page for sequence in here for page in sequence.pages])
+        slots = [sequence.slot for sequence in here if state.limits.states]
+        assert len(set(slots)) == len(slots), f"rank {rank} has two sequences in one slot of states: {slots}"
+        beyond = [slot for slot in slots if slot is None or slot >= most]
+        assert not beyond, f"rank {rank} has sequences in slots {beyond}, and {most} slots of states"
         for sequence in here:
             for page in sequence.pages[sequence.committed // state.limits.page_size :]:
                 assert pool.ref_counts[page] == 1, f"{sequence.id} will write on page {page}, which others read"

@@ -21,19 +21,24 @@ class Limits:
     prefix_caching: bool = True
     speculate: bool = False
     draft_tokens: int | None = None
+    states: bool = False
+    """Requests have states on their rank: the model has layers whose context is a state. No prefix is shared then,
+    since a state is that of a whole sequence."""
 
     @classmethod
-    def of(cls, settings: Settings, max_context: int) -> Self:
-        """The sizes that the settings want, for contexts of at most `max_context` tokens."""
+    def of(cls, settings: Settings, max_context: int, *, states: bool = False) -> Self:
+        """The sizes that the settings want, for contexts of at most `max_context` tokens, and for a model with or
+        without `states`."""
         return cls(
             page_size=settings.page_size,
             max_context=max_context,
             max_queue=settings.max_queue,
             buckets=tuple(StepBucket(*bucket) for bucket in settings.buckets),
             tiles_while_decoding=settings.tiles_while_decoding,
-            prefix_caching=settings.prefix_caching,
+            prefix_caching=settings.prefix_caching and not states,
             speculate=settings.speculate != "off",
             draft_tokens=settings.draft_tokens,
+            states=states,
         )
 
     def __post_init__(self) -> None:
@@ -75,9 +80,10 @@ class Limits:
         return self.pages_for(max(length, min(length + request.sampling.max_tokens, self.max_context) - 1))
 
     def speculates(self, request: Request) -> bool:
-        """Whether the request is drafted for."""
+        """Whether the request is drafted for. None is that has states: those cannot go back to the last draft that was
+        right."""
         wanted = request.sampling.speculate
-        return self.speculate if wanted is None else wanted
+        return not self.states and (self.speculate if wanted is None else wanted)
 
     def tokens_left(self, request: Request, generated: int) -> int:
         """The most tokens that a request which has generated this many may still get."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 
 from serving.engine.page_pool import PagePool
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import Sequence, free_slot
 from serving.engine.state import EngineState, requeue
 
 
@@ -25,8 +25,8 @@ def migrate(state: EngineState, request_id: str) -> tuple[EngineState, Sequence]
     """Move a request to another rank, with as many pages there, and return its sequence as it is then. None when no
     open rank has room.
 
-    The caller must copy the KV entries of positions 0 .. computed - 1 from the old pages to the new ones before it
-    uses the state. No step may be in flight.
+    The caller must copy the KV entries of positions 0 .. computed - 1 from the old pages to the new ones, and the state
+    that its next step reads, before it uses the state. No step may be in flight.
     """
     assert not state.in_flight, "a request cannot move while its step runs"
     sequence = state.running[request_id]
@@ -47,7 +47,9 @@ def migrate(state: EngineState, request_id: str) -> tuple[EngineState, Sequence]
     pool, pages = state.pools[target].alloc(len(sequence.pages))
     for page, key in zip(pages, sequence.page_keys or (), strict=False):
         pool = pool.seal(page, key)
-    moved = dataclasses.replace(sequence, rank=target, pages=pages)
+    others = (other for other in state.running.values() if other.rank == target)
+    slot = free_slot(others, states=state.limits.states)
+    moved = dataclasses.replace(sequence, rank=target, pages=pages, slot=slot)
     pools = {**state.pools, target: pool, source: state.pools[source].release(sequence.pages)}
     return dataclasses.replace(state, pools=pools, running={**state.running, request_id: moved}), moved
 

@@ -21,7 +21,7 @@ from serving.engine.draft_rows import add_drafts
 from serving.engine.fairness import AdmissionOrder
 from serving.engine.page_pool import PageKey, hash_pages
 from serving.engine.poison import Turn
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import Sequence, free_slot
 from serving.engine.state import EngineState, requeue
 from serving.engine.step_results import look_ahead
 from serving.protocol.request import LogitsParams
@@ -170,7 +170,9 @@ class _StepBuilder:
             found = pool.match(keys)
             self.pools[rank], pages = pool.share(found).alloc(limits.pages_for(sequence.length) - len(found))
             computed = len(found) * limits.page_size
-            placed = sequence.placed_on(rank, found + pages, computed=computed, page_keys=keys[: len(found)])
+            placed = sequence.placed_on(
+                rank, found + pages, computed=computed, page_keys=keys[: len(found)], slot=self.free_slot(rank)
+            )
             self.ranks[rank].append(placed)
             order.admit(sequence, sequence.length - computed)
             if not sequence.started:
@@ -199,8 +201,15 @@ class _StepBuilder:
             self.pools[rank], pages = self.pools[rank].share(found).alloc(need)
             page_keys = None if recoverable.page_keys is None else keys[: len(found)]
             computed = len(found) * self.before.limits.page_size
-            self.ranks[rank].append(sequence.placed_on(rank, found + pages, computed=computed, page_keys=page_keys))
+            placed = sequence.placed_on(
+                rank, found + pages, computed=computed, page_keys=page_keys, slot=self.free_slot(rank)
+            )
+            self.ranks[rank].append(placed)
             self.ranks[rank].sort(key=_arrival)
+
+    def free_slot(self, rank: int) -> int | None:
+        """A slot for the states of one more sequence of a rank; None when requests have no states."""
+        return free_slot(self.ranks[rank], states=self.before.limits.states)
 
     def shares_restoring_pages(self, keys: tuple[PageKey, ...]) -> bool:
         """Whether pages with some of these keys are being restored that no rank has yet."""
@@ -306,6 +315,7 @@ def _scheduled(sequence: Sequence, count: int) -> ScheduledRequest:
         logits_params=LogitsParams(request, sequence.generated)
         if request.sampling.needs_logits_processing(len(sequence.generated))
         else None,
+        states=sequence.states,
     )
 
 

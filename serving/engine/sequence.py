@@ -1,7 +1,10 @@
 """A request in the engine: its tokens so far, its rank, and how much of it is in the cache."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
+from planner.inputs.layer_states import STATE_COPIES
 from serving.engine.page_pool import PageKey
 from serving.engine.speculation import NOTHING_DRAFTED, Draft, Drafting
 from serving.protocol.request import Request, RequestPhase
@@ -41,6 +44,9 @@ class Sequence:
     cache held when the request was first given a rank, `scored` those whose log-probabilities were sent. A sequence
     with a rank and `recoverable` is being restored: a replica gives positions below `recoverable.count` before the
     first step.
+
+    With a model whose requests have states, `slot` is the request's place among those of its rank, and `turns` counts
+    the steps there that it was in, those in flight too: each reads one state of the slot and writes the next.
     """
 
     request: Request
@@ -55,6 +61,8 @@ class Sequence:
     recoverable: RecoverableKV | None = None
     in_flight: tuple[InFlightStep, ...] = ()
     drafting: Drafting = NOTHING_DRAFTED
+    slot: int | None = None
+    turns: int = 0
 
     @property
     def id(self) -> str:
@@ -95,7 +103,11 @@ class Sequence:
         if not self.in_flight:
             return self
         return dataclasses.replace(
-            self, generated=self.generated[: self.known_tokens], computed=self.committed, in_flight=()
+            self,
+            generated=self.generated[: self.known_tokens],
+            computed=self.committed,
+            in_flight=(),
+            turns=self.turns - len(self.in_flight),
         )
 
     @property
@@ -128,19 +140,44 @@ class Sequence:
             return prompt[start:stop]
         return prompt[start:] + self.generated[: stop - len(prompt)]
 
+    @property
+    def states(self) -> tuple[int, int] | None:
+        """The places of the states that its next step reads and writes; None when requests have none."""
+        if self.slot is None:
+            return None
+        first = self.slot * STATE_COPIES
+        return first + self.turns % STATE_COPIES, first + (self.turns + 1) % STATE_COPIES
+
     def placed_on(
-        self, rank: int, pages: tuple[int, ...], *, computed: int = 0, page_keys: tuple[PageKey, ...] | None = ()
+        self,
+        rank: int,
+        pages: tuple[int, ...],
+        *,
+        computed: int = 0,
+        page_keys: tuple[PageKey, ...] | None = (),
+        slot: int | None = None,
     ) -> "Sequence":
-        """The sequence on a rank whose cache has its first `computed` positions, in full pages."""
+        """The sequence on a rank whose cache has its first `computed` positions, in full pages, and where its states
+        are in `slot`."""
         reused = computed if self.cached_tokens is None else self.cached_tokens
         return dataclasses.replace(
-            self, rank=rank, cached_tokens=reused, computed=computed, pages=pages, page_keys=page_keys
+            self, rank=rank, cached_tokens=reused, computed=computed, pages=pages, page_keys=page_keys, slot=slot
         )
 
     def preempted(self) -> "Sequence":
         """The sequence without a rank: prompt + generated tokens, to be computed again unless they are restored."""
-        return dataclasses.replace(self.without_in_flight(), rank=None, computed=0, pages=(), page_keys=())
+        return dataclasses.replace(
+            self.without_in_flight(), rank=None, computed=0, pages=(), page_keys=(), slot=None, turns=0
+        )
 
     def restarted(self) -> "Sequence":
         """The sequence without a rank and without recoverable KV."""
         return dataclasses.replace(self.preempted(), recoverable=None)
+
+
+def free_slot(sequences: Iterable[Sequence], *, states: bool) -> int | None:
+    """The lowest slot of states that none of the sequences of a rank has; None when requests have no `states`."""
+    if not states:
+        return None
+    taken = {sequence.slot for sequence in sequences}
+    return next(slot for slot in itertools.count() if slot not in taken)

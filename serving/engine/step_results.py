@@ -74,6 +74,7 @@ def look_ahead(state: EngineState, batch: Batch, drafts: Mapping[str, Draft]) ->
             sequence,
             generated=generated,
             computed=work.start + len(work.tokens),
+            turns=sequence.turns + 1,
             in_flight=(
                 *sequence.in_flight,
                 InFlightStep(

@@ -52,6 +52,8 @@ class PreparedModel(ModelInfo):
     original_context: int = 0
     """The longest context up to which a model with LongRoPE is served as `transformers` does, where it was made for a
     longer one; else 0."""
+    state_bytes: int = 0
+    """Bytes of a request's state, where the model has layers whose context is one."""
     sharded_layers: tuple[int, ...] = ()
     """MoE layers that are shards of dense layers: none of their experts can be masked."""
     content: str = ""

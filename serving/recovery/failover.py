@@ -51,6 +51,12 @@ from serving.recovery.recovery_state import RecoveryState
 from serving.recovery.rendezvous import Rendezvous
 from serving.recovery.take_over import TakeOver
 
+STATES_NOT_KEPT = (
+    "{name} has layers whose context is a state: no replica of it and no prefix of ended prompts is kept, and nothing "
+    "is drafted. Requests of a lost rank are computed again from their tokens; a drain moves their states."
+)
+"""The line for whoever serves a model of which a part of the cache cannot be replicated or shared."""
+
 
 class Failover:
     """The ranks of one server, and what happens when one is lost or joins. Its methods are called by one task at a
@@ -95,8 +101,9 @@ class Failover:
         self.meshes = MeshPool(executor, self.state, log)
         self._rendezvous = Rendezvous(executor, host, self._on_coordinator_exit)
         self.kv_replicas = KVReplicas.create(
-            settings.kv_replication if single_host or settings.kv_replication != "auto" else "off",
+            _kv_replication(settings, model, single_host=single_host),
             settings.ranks,
+            reason=STATES_NOT_KEPT.format(name=model.name) if model.state_bytes else "",
             entries=self.plans.base.pages_per_rank * settings.page_size,
             entry_bytes=model.cache_bytes_per_token // settings.tensor,
             tensor=settings.tensor,
@@ -337,3 +344,15 @@ class Failover:
 
     def _on_parity_event(self, kind: EventKind, message: str) -> None:
         self._events.emit(kind, self.epoch, message=message)
+
+
+def _kv_replication(settings: Settings, model: PreparedModel, *, single_host: bool) -> str:
+    """Where replicas of the caches are kept, as `auto` is resolved so far. Raises StartError where they are asked for
+    and cannot be kept."""
+    wanted = settings.kv_replication
+    if model.state_bytes and wanted in ("memory", "stream"):
+        raise StartError(
+            f"kv_replication is {wanted!r}, but {model.name} has layers whose context is a state, of which no replica "
+            "is kept yet. Leave it out: requests of a lost rank are computed again from their tokens."
+        )
+    return "off" if model.state_bytes or (wanted == "auto" and not single_host) else wanted

@@ -62,12 +62,20 @@ class KVReplicas:
 
     @classmethod
     def create(
-        cls, wanted: str, ranks: int, *, entries: int, entry_bytes: int, tensor: int = 1, free: int | None = None
+        cls,
+        wanted: str,
+        ranks: int,
+        *,
+        entries: int,
+        entry_bytes: int,
+        tensor: int = 1,
+        free: int | None = None,
+        reason: str = "",
     ) -> Self:
         """The replicas for a setting: memory, stream, off, or auto, which is memory where the replicas of all full
         caches take no more than AUTO_MEMORY_SHARE of the `free` bytes. `entry_bytes` are those of a rank's shard of the
-        heads."""
-        channel, reason = wanted, ""
+        heads, `reason` says why `wanted` is off although it was not asked to be."""
+        channel = wanted
         if wanted == "auto":
             need, free = ranks * replica_bytes(entries * tensor, entry_bytes), free_bytes() if free is None else free
             channel = "memory" if need <= AUTO_MEMORY_SHARE * free else "off"

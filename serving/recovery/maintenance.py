@@ -204,7 +204,8 @@ class Maintenance:
         server.plan_adopted()
 
     async def _copy_kv(self, before: Sequence, after: Sequence) -> None:
-        """Copy the KV entries of a request from the pages it had to those it gets."""
+        """Copy the KV entries of a request from the pages it had to those it gets, and the state that its next step
+        reads."""
         executor = self._server.executor
         failover = self._server.failover
         assert before.rank is not None
@@ -222,3 +223,7 @@ class Maintenance:
                 tokens = np.array(before.tokens(first, first + count), np.int32).tobytes()
                 write = link_pb2.WriteCache(pages=here, first=first, count=count, rows=rows, tokens=tokens)
                 await executor.call(target, "write_cache", write)
+        if before.states is not None and after.states is not None:
+            (there, _), (here, _) = before.states, after.states
+            rows = (await executor.call(before.rank, "read_cache", link_pb2.ReadCache(state=there))).rows
+            await executor.call(after.rank, "write_cache", link_pb2.WriteCache(state=here, rows=rows))

@@ -191,6 +191,12 @@ def rank_roles(settings: MeshSettings, workload: Workload, cluster: Cluster) -> 
     """
     if settings.arch == "collocated":
         return None
+    if workload.state_bytes:
+        raise InvalidRequest(
+            f"{workload.name} has layers whose context is a state, which attention ranks of their own do not keep yet. "
+            "Leave arch out.",
+            param="arch",
+        )
     if not workload.experts:
         raise InvalidRequest(
             f"{workload.name} has no experts that ranks of their own could hold. Leave arch out.", param="arch"

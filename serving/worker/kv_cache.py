@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from moejax.config.kv_cache import bytes_per_token
-from moejax.runtime.kv_transfer import entry_indices, read_entries, rows_by_entry, written_rows
+from moejax.runtime.kv_transfer import entry_indices, read_entries, read_state, rows_by_entry, written_rows
 from serving.executor.kv_replica import piece_entries
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
@@ -28,15 +28,27 @@ class RankKVCache:
         self._unreplicated: CommittedStep | None = None
 
     def read_cache(self, command: link_pb2.ReadCache) -> DoneFields:
-        """Send cache entries of a sequence."""
+        """Send cache entries of a sequence, or one of its states."""
         model = self._state.model
-        entries = entry_indices(command.pages, model.shape.page_size, command.first, command.count)
         assert model.arrays.cache is not None, "Join comes first"
+        if command.HasField("state"):
+            return {"rows": read_state(model.arrays.cache, command.state).tobytes()}
+        entries = entry_indices(command.pages, model.shape.page_size, command.first, command.count)
         return {"rows": read_entries(model.arrays.cache, entries).tobytes()}
 
     def write_cache(self, command: link_pb2.WriteCache) -> DoneFields:
-        """Receive cache entries of a sequence."""
-        layers = self._state.model.shape.cfg.n_layers
+        """Receive cache entries of a sequence, or one of its states."""
+        if command.HasField("state"):
+            state, model, plan = self._state, self._state.model, self._state.plan
+            assert model.arrays.cache is not None, "Join comes first"
+            assert plan is not None, "Adopt comes first"
+            commits = self._meshes.commit_programs(plan.mesh.slots)
+            numbers = np.frombuffer(command.rows, np.float32)
+            model.arrays.cache = model.entry_writer.write_state(
+                model.arrays.cache, command.state, numbers, commits, state.device
+            )
+            return {}
+        layers = len(self._state.model.shape.cfg.attention_layers)
         self._write(command, np.frombuffer(command.rows, np.float32).reshape(layers, command.count, -1))
         return {}
 
@@ -45,7 +57,7 @@ class RankKVCache:
         shape = self._state.model.shape
         buffer = self._restore_buffer if len(self._restore_buffer) >= command.count else None
         rows = restored_rows(command, shape.page_size, buffer).view(np.float32)
-        self._write(command, rows.reshape(command.count, shape.cfg.n_layers, -1).swapaxes(0, 1))
+        self._write(command, rows.reshape(command.count, len(shape.cfg.attention_layers), -1).swapaxes(0, 1))
         return {}
 
     def warm_up(self, key: MeshKey) -> None:

@@ -157,9 +157,11 @@ class RankWorker:
                 cpu.load()
             except cpu.KernelError as error:
                 print(f"rank {self.state.rank}: {error}", file=sys.stderr, flush=True)
-        buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, max_pages=command.max_pages) for b in command.buckets)
+        cfg = ModelConfig.from_json(command.model_config).tp_shard(max(1, command.tensor))
+        size = {"max_pages": command.max_pages, "states": bool(cfg.state_layers)}
+        buckets = tuple(Bucket(decode=b.decode, tiles=b.tiles, **size) for b in command.buckets)
         shape = ModelShape(
-            cfg=ModelConfig.from_json(command.model_config).tp_shard(max(1, command.tensor)),
+            cfg=cfg,
             buckets=buckets,
             page_size=command.page_size,
             pages=command.pages,

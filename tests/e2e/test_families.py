@@ -13,13 +13,14 @@ from serving.api.client import Client
 from serving.server import Server
 from tests.support.families.answers import ANSWER, recorded
 from tests.support.families.small import small_folder
-from tests.support.streams import Stream, Traffic, wait_until_whole
+from tests.support.streams import Stream, Traffic, wait_until, wait_until_whole
 
 BUCKETS = ((2, 0), (2, 2))
-FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe")
+FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe", "qwen3_next")
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, and the one with gated attention and
-norms after each part. The first and the last are among the slow tests: `test_dense_shards` serves the first too."""
+norms after each part, and the one with layers whose context is a state. The first and the fifth are among the slow
+tests: `test_dense_shards` serves the first too."""
 SLOW = ("qwen3-moe", "afmoe")
 
 
@@ -40,6 +41,12 @@ def kill_who_serves(client: Client) -> None:
             os.kill(rank.pid, signal.SIGKILL)
 
 
+def kill_who_computes_a_prompt(client: Client) -> None:
+    """SIGKILL to the rank that gets the only request, as soon as it has it."""
+    wait_until(lambda: any(rank.running for rank in client.status().ranks), "a rank has the request", 10.0)
+    kill_who_serves(client)
+
+
 def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank(published: tuple[str, Path]) -> None:
     name, folder = published
     expected = recorded(name)
@@ -57,3 +64,13 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
                 break
             wait_until_whole(client)
         assert len(set(killed.epochs)) > 1, "it was killed on the way"
+        if name == "qwen3_next":
+            long = Stream((5 * expected.prompt)[:180], 0.0, 0, 8)
+            long.run(client)
+            for _ in range(5):
+                wait_until_whole(client)
+                before = client.status().epoch
+                (killed,) = Traffic([long]).during(client, lambda: kill_who_computes_a_prompt(client), after=0.0)
+                if min(killed.epochs) > before:
+                    break
+            assert min(killed.epochs) > before, "it was killed before the first token"

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from moejax.checkpoint.checkpoint import save_model
+from moejax.config.attention_config import DeltaNetConfig
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import BIAS_STD, Params, ParamSpec, init_params, is_spec, param_specs
@@ -40,6 +41,23 @@ SHARED = ModelConfig(
 DENSE = ModelConfig(
     name="dense-shape", vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_head=8, d_ff=48
 )
+HYBRID = ModelConfig(
+    name="hybrid-shape",
+    vocab_size=96,
+    d_model=32,
+    n_layers=6,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=8,
+    d_ff=48,
+    qk_norm="head",
+    rope_dims=4,
+    attention_gate=True,
+    moe=MoEConfig(experts=4, experts_per_token=2, d_expert=24, d_shared=16, shared_gate=True),
+    state_layers=(0, 1, 3, 4),
+    delta_net=DeltaNetConfig(key_heads=2, value_heads=4, d_key=12, d_value=20, kernel=4),
+)
+"""Two layers with a state for each with attention."""
 ALL = (MIXTRAL, SHARED, DENSE)
 SHARDED = dataclasses.replace(SHARED, name="sharded", shard_dense=True)
 LEADING_DENSE = dataclasses.replace(MIXTRAL, name="leading-dense", n_layers=4, dense_layers=(0,))

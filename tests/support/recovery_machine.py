@@ -3,6 +3,7 @@ happen to it."""
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Awaitable, Callable
 
 from serving.config import Settings
@@ -47,7 +48,7 @@ class Machine:
         request_log: RequestLog | None = None,
         model: PreparedModel = PREPARED,
     ) -> None:
-        limits = Limits.of(settings, model.max_context)
+        limits = Limits.of(settings, model.max_context, states=model.state_bytes > 0)
         self.executor = executor or FakeExecutor(limits.buckets, max_pages=limits.max_pages)
         events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
         self.failover = Failover(
@@ -139,9 +140,19 @@ async def lose_attention(m: Machine) -> None:
     m.executor.kill(1)
 
 
-async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim: int, settings: dict) -> list:
+STATES = dataclasses.replace(PREPARED, state_bytes=8)
+"""A model with layers whose context is a state of the request."""
+
+
+async def play(
+    act: Callable[[Machine], Awaitable[None]],
+    at: int | None,
+    victim: int,
+    settings: dict,
+    model: PreparedModel = PREPARED,
+) -> list:
     """Run a case, with `victim` dying at the message of that number after the first act. The messages since then."""
-    m = Machine(Settings(**{**vars(SETTINGS), **settings}))
+    m = Machine(Settings(**{**vars(SETTINGS), **settings}), model=model)
     await m.failover.start()
     m.loop.start()
     clients = [asyncio.create_task(m.read(request)) for request in m.requests]
@@ -176,10 +187,12 @@ async def play(act: Callable[[Machine], Awaitable[None]], at: int | None, victim
         await m.failover.close()
 
 
-def at_every_message(act: Callable[[Machine], Awaitable[None]], settings: dict, *, every: int = 1) -> None:
+def at_every_message(
+    act: Callable[[Machine], Awaitable[None]], settings: dict, *, every: int = 1, model: PreparedModel = PREPARED
+) -> None:
     """The case once undisturbed, then with each rank dying at each of its messages; or at one in `every` of them, so
     that each message and each rank has its turn among the cases."""
-    messages = asyncio.run(play(act, None, 0, settings))
+    messages = asyncio.run(play(act, None, 0, settings, model))
     assert messages
     for at in range(len(messages)):
         kind = messages[at][1]
@@ -189,6 +202,6 @@ def at_every_message(act: Callable[[Machine], Awaitable[None]], settings: dict, 
             if (RANKS * at + victim + len(messages)) % every:
                 continue
             try:
-                asyncio.run(play(act, at, victim, settings))
+                asyncio.run(play(act, at, victim, settings, model))
             except BaseException as error:
                 raise AssertionError(f"rank {victim} died at message {at}, {messages[at]}") from error

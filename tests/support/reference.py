@@ -31,7 +31,7 @@ def _layer(
     x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], index: int
 ) -> np.ndarray:
     h = _norm(x, layer.attention_norm[repeat], _at(layer.attention_norm_bias, repeat), cfg.norm_eps)
-    attended = _attention(h, layer, repeat, cfg, index)
+    attended = _attention(h, layer, repeat, cfg, index) if layer.delta is None else _delta_net(h, layer, repeat, cfg)
     if cfg.post_norms:
         attended = _norm(attended, layer.attention_post_norm[repeat], None, cfg.norm_eps)
     x = x + cfg.residual_scale * attended
@@ -99,6 +99,31 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, i
     if cfg.norm_after_rope:
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
     return q, np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
+
+
+def _delta_net(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    delta, w = cfg.delta_net, layer.delta
+    T, share = len(h), delta.value_heads // delta.key_heads
+    projected = h @ _f64(w.project[repeat]).T
+    x, gate = projected[:, : delta.channels], projected[:, delta.channels :]
+    write, speed = np.split(h @ _f64(w.rates[repeat]).T, 2, axis=1)
+    kernel = _f64(w.convolution[repeat])
+    padded = np.concatenate([np.zeros((delta.kernel - 1, delta.channels)), x])
+    x = np.stack([(padded[t : t + delta.kernel].T * kernel).sum(1) for t in range(T)])
+    q, k, v = np.split(x * _sigmoid(x), [delta.keys, 2 * delta.keys], axis=1)
+    q, k = (each.reshape(T, delta.key_heads, delta.d_key) for each in (q, k))
+    q, k = (np.repeat(each / np.sqrt((each**2).sum(-1, keepdims=True) + 1e-6), share, axis=1) for each in (q, k))
+    v = v.reshape(T, delta.value_heads, delta.d_value)
+    decay = np.exp(-np.exp(_f64(w.decay[repeat])) * np.log1p(np.exp(speed + _f64(w.rate_bias[repeat]))))
+    out = np.zeros((T, delta.value_heads, delta.d_value))
+    for n in range(delta.value_heads):
+        state = np.zeros((delta.d_key, delta.d_value))
+        for t in range(T):
+            state = decay[t, n] * state
+            state = state + np.outer(k[t, n], _sigmoid(write[t, n]) * (v[t, n] - k[t, n] @ state))
+            out[t, n] = delta.d_key**-0.5 * q[t, n] @ state
+    mixed = _norm(out, w.norm[repeat], None, cfg.norm_eps).reshape(T, -1) * gate * _sigmoid(gate)
+    return mixed @ _f64(w.out[repeat]).T
 
 
 def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:

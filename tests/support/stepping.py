@@ -15,11 +15,13 @@ from moejax.config.step_inputs import Bucket, idle_inputs
 from moejax.model.step_shape import StepShape
 from moejax.model.tensor_parallel import tp_shard_of
 from moejax.runtime import steps
+from planner.inputs.layer_states import STATE_COPIES
 from serving.engine.batch import Batch, ScheduledRequest, prepare_inputs
 from serving.engine.batch import StepBucket as Shape
 from serving.protocol.sampling import ResolvedSampling
 
 PAGE, PAGES, MAX_PAGES = 32, 16, 8
+SLOTS_OF_STATES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +61,23 @@ class Stepper:
                 tp_peers[list(group)] = group
             self._tp_peers = jax.device_put(tp_peers, self._on(spec.tp_peers))
         self._routes = jax.device_put(self._preferred(), self._on(spec.expert_to_slot))
-        self.cache = jax.device_put(empty_cache(self.cfg, self.ranks * self.entries), self._on(steps.SHARDED_AXIS_1))
+        cache = empty_cache(self.cfg, self.ranks * self.entries, self.ranks * self.states)
+        self.cache = jax.device_put(cache, self._on(steps.SHARDED_AXIS_1))
+        self._turns: dict[tuple[int, tuple[int, ...]], list[int]] = {}
 
     @property
     def entries(self) -> int:
         """Cache entries of a rank."""
         return PAGE * PAGES * self.cfg.tensor
 
+    @property
+    def states(self) -> int:
+        """States of a rank."""
+        return STATE_COPIES * SLOTS_OF_STATES if self.cfg.state_layers else 0
+
     def run(self, bucket: Shape, work: dict[int, tuple[ScheduledRequest, ...]], *, all_read: bool = True) -> Outcome:
         """One step and its commit. Unless `all_read`, rows have a hidden state where the server reads it."""
+        work = {rank: tuple(self._with_states(rank, each) for each in part) for rank, part in work.items()}
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
         shape = self._shape(bucket)
         parts = packed_parts(batch, shape.bucket, all_read=all_read)
@@ -102,13 +112,24 @@ class Stepper:
         at = rank * bucket.rows + first
         return np.concatenate([a[:, at : at + count] for a in (outputs.new_kv.k, outputs.new_kv.v)], axis=-1)
 
+    def _with_states(self, rank: int, item: ScheduledRequest) -> ScheduledRequest:
+        """The work with its states, in a slot for each rank and page table; from the same start the same states."""
+        if not self.states:
+            return item
+        starts = self._turns.setdefault((rank, item.pages), [])
+        starts[:] = [start for start in starts if start < item.start]
+        slot, turn = [key for key in self._turns if key[0] == rank].index((rank, item.pages)), len(starts)
+        starts.append(item.start)
+        places = (slot * STATE_COPIES + (turn + later) % STATE_COPIES for later in (0, 1))
+        return dataclasses.replace(item, states=tuple(places))
+
     def _committed(self, bucket: Bucket, new: KVCache, parts: list[np.ndarray]) -> KVCache:
         halves = []
         rows = bucket.rows * self.cfg.tensor
         for rank, packed in enumerate(parts):
-            mine = jax.tree.map(lambda a, r=rank: a[:, r * rows : (r + 1) * rows], new)
+            mine = _part(new, rank, rows, bucket.segments)
             before = jax.tree.map(
-                lambda a, r=rank: np.array(np.asarray(a)[:, r * self.entries : (r + 1) * self.entries]), self.cache
+                np.array, _part(jax.tree.map(np.asarray, self.cache), rank, self.entries, self.states)
             )
             halves.append(steps.run_commit(jax.device_put(before), mine, packed, bucket=bucket))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts], axis=1), *halves)
@@ -140,11 +161,19 @@ class Stepper:
         return routes
 
     def _shape(self, bucket: Shape) -> StepShape:
-        static = Bucket(decode=bucket.decode, tiles=bucket.tiles, max_pages=MAX_PAGES)
+        static = Bucket(
+            decode=bucket.decode, tiles=bucket.tiles, max_pages=MAX_PAGES, states=bool(self.cfg.state_layers)
+        )
         return StepShape(cfg=self.cfg, bucket=static, ranks=self.ranks, slots=self.slots, page_size=PAGE)
 
     def _on(self, spec: jax.sharding.PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
+
+
+def _part(cache: KVCache, rank: int, entries: int, states: int) -> KVCache:
+    """The part of a rank, which has so many entries and states."""
+    k, v = (a[:, rank * entries : (rank + 1) * entries] for a in (cache.k, cache.v))
+    return KVCache(k, v, jax.tree.map(lambda a: a[:, rank * states : (rank + 1) * states], cache.states))
 
 
 def packed_parts(batch: Batch, bucket: Bucket, *, all_read: bool) -> list[np.ndarray]:

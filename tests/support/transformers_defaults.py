@@ -37,6 +37,7 @@ WITHIN = {
     "llama4": "llama4_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "glm4v_moe": "glm4v_moe_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
 """The `model_type` of the decoder of families that have more than one."""
 
@@ -70,6 +71,7 @@ VARIANTS = {
     "every second layer between two": ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_layer_end_index": 4}),
     "a global layer of two": ("afmoe", {"global_attn_every_n_layers": 2, "mup_enabled": True}),
     "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
+    "attention on every second layer": ("qwen3_next", {"full_attention_interval": 2, "norm_topk_prob": False}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }
 """Fields whose absence, null or value decides about others."""

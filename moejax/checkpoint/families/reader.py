@@ -21,6 +21,7 @@ from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
 from moejax.checkpoint.families.mixtral import MIXTRAL
 from moejax.checkpoint.families.olmoe import OLMOE
 from moejax.checkpoint.families.phimoe import PHIMOE
+from moejax.checkpoint.families.qwen3_next import QWEN3_5_MOE, QWEN3_NEXT
 from moejax.checkpoint.families.qwen_moe import QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE
 from moejax.checkpoint.families.special_tokens import end_token
 from moejax.config.config_values import ConfigError
@@ -62,6 +63,8 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "kimi_k25": KIMI_K25,
     "qwen3_vl_moe": QWEN3_VL_MOE,
     "glm4v_moe": GLM4V_MOE,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe": QWEN3_5_MOE,
 }
 """The families of `planner.inputs.published` that are served, by `model_type`."""
 

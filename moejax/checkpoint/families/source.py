@@ -9,7 +9,8 @@ import numpy as np
 
 @runtime_checkable
 class Transform(Protocol):
-    """Makes one parameter array of the tensors of a checkpoint, in order. It moves numbers and computes none."""
+    """Makes one parameter array of the tensors of a checkpoint, in order. It moves numbers and computes none, but for
+    PlusOne."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors that make an array of shape `target`."""
@@ -91,6 +92,54 @@ class Row:
     def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """See Transform."""
         return parts[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class MiddleRow:
+    """`[a, 1, b]` as `[a, b]`: the weights of a convolution in which each channel is by itself."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return ((target[0], 1, *target[1:]),)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0][:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class PickedRows:
+    """Rows of a tensor that lies group by group, each of which has as many rows of every kind as `sizes` says: all rows
+    of the first kind of `picked`, then all of the next. Further tensors, with the numbers of rows in `below`, follow
+    whole."""
+
+    groups: int
+    sizes: tuple[int, ...]
+    picked: tuple[int, ...]
+    below: tuple[int, ...] = ()
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return tuple((rows, *target[1:]) for rows in (self.groups * sum(self.sizes), *self.below))
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        first, *others = parts
+        by_kind = np.split(first.reshape(self.groups, -1, *first.shape[1:]), np.cumsum(self.sizes)[:-1], axis=1)
+        return np.concatenate([by_kind[kind].reshape(-1, *first.shape[1:]) for kind in self.picked] + others)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlusOne:
+    """The scales of a norm that are published less 1: in float32, which has the sum exactly enough."""
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (target,)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0].astype(np.float32) + np.float32(1)
 
 
 @dataclasses.dataclass(frozen=True)

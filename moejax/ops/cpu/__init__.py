@@ -1,8 +1,9 @@
 """Compiled kernels for a CPU, behind the same functions as their JAX references.
 
 `load()` once per process, before anything is traced. From then on `active()` is true, and `moejax.model.layers`,
-`moejax.model.experts` and `moejax.model.attention` call the kernels. Before, or where it raises KernelError, the
-references run. Both keep the law that rows do not depend on their batch; their results differ in rounding.
+`moejax.model.experts`, `moejax.model.attention` and `moejax.model.delta_net` call the kernels. Before, or where it
+raises KernelError, the references run. Both keep the law that rows do not depend on their batch; their results differ
+in rounding.
 """
 
 import contextlib
@@ -23,11 +24,12 @@ from jaxtyping import Float, Int, Shaped, UInt32
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import ArrayLike
+from moejax.config.delta_inputs import DeltaInputs
 from moejax.config.int4 import Int4
 from moejax.config.weight_formats import Int8, is_scaled
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "int4.h", "shared.cc", "spread.h"))
-CALLS = ("row_dot", "experts", "paged_attention", "likeliest", "drawn", "exchange")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "int4.h", "shared.cc", "spread.h"))
+CALLS = ("row_dot", "experts", "paged_attention", "delta_rule", "likeliest", "drawn", "exchange")
 TARGETS = tuple(f"moejax_{call}" for call in CALLS)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 
@@ -160,6 +162,21 @@ def paged_attention(inputs: AttentionInputs) -> Float[jax.Array, "Z Q N H"]:
         page_size=int(inputs.page_size),
         scale=np.float32(inputs.scale),
     )
+
+
+def delta_rule(inputs: DeltaInputs) -> tuple[Float[jax.Array, "R V Dv"], Float[jax.Array, "Z V Dk Dv"]]:
+    """Outputs of all rows of the gated delta rule, and the states of all segments after their rows."""
+    segments = inputs.source.shape
+    outs = (
+        jax.ShapeDtypeStruct(inputs.v.shape, jnp.float32),
+        jax.ShapeDtypeStruct((*segments, *inputs.states.shape[2:]), jnp.float32),
+    )
+    outputs, states = jax.ffi.ffi_call("moejax_delta_rule", outs)(
+        *(inputs.q, inputs.k, inputs.v, inputs.decay, inputs.rate, inputs.states),
+        *(_indices((inputs.layer,)), inputs.source.astype(jnp.int32)),
+        decode=int(inputs.decode),
+    )
+    return outputs, states
 
 
 def likeliest(logits_ZV: Float[ArrayLike, "Z V"]) -> tuple[Int[jax.Array, " Z"], Float[jax.Array, " Z"]]:

@@ -74,7 +74,7 @@ def read_stop_tokens(f: ConfigFields, default: tuple[int, ...] = ()) -> tuple[in
 def read_windows(f: ConfigFields, window: int | None, sliding: tuple[bool, ...]) -> tuple[int | None, ...]:
     """`windows` of PublishedModel, from `layer_types` if it is there, else from `sliding`, one for each layer."""
     if f.has("layer_types"):
-        named = _of_kind(f, "layer_types", "sliding_attention", "full_attention")
+        named = layers_of_kind(f, "layer_types", "sliding_attention", "full_attention")
         sliding = tuple(i in named for i in range(f.integer("num_hidden_layers")))
     if any(sliding) and window is None:
         raise f.error("layer_types has sliding_attention, but sliding_window is missing")
@@ -86,14 +86,14 @@ def read_dense_layers(f: ConfigFields, default: int = 0, key: str = "first_k_den
     many as the field `key` says."""
     layers = f.integer("num_hidden_layers")
     if f.has("mlp_layer_types"):
-        return {"dense_layers": _of_kind(f, "mlp_layer_types", "dense", "sparse")}
+        return {"dense_layers": layers_of_kind(f, "mlp_layer_types", "dense", "sparse")}
     first = f.integer(key, default, null=0, least=0)
     if first > layers:
         raise f.error(f"{key} is {first} in a model of {layers} layers")
     return {"dense_layers": tuple(range(first))}
 
 
-def _of_kind(f: ConfigFields, key: str, kind: str, other: str) -> tuple[int, ...]:
+def layers_of_kind(f: ConfigFields, key: str, kind: str, other: str) -> tuple[int, ...]:
     """The layers that the list `key` says are of a `kind`; the rest must be of the `other`."""
     kinds, layers = f.listed(key, str), f.integer("num_hidden_layers")
     if len(kinds) != layers:

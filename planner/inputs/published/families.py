@@ -22,6 +22,7 @@ from planner.inputs.published.minimax_m2 import read_minimax_m2
 from planner.inputs.published.mixtral import read_mixtral
 from planner.inputs.published.olmoe import read_olmoe
 from planner.inputs.published.phimoe import read_phimoe
+from planner.inputs.published.qwen3_next import read_qwen3_5_moe, read_qwen3_next
 from planner.inputs.published.qwen_moe import read_qwen2_moe, read_qwen3_moe, read_qwen3_vl_moe
 
 
@@ -139,6 +140,16 @@ FAMILIES: dict[str, PublishedFamily] = {
     "qwen3_vl_moe": PublishedFamily(
         ("Qwen3VLMoeForConditionalGeneration",), read_qwen3_vl_moe, "the decoder of text of Qwen3-VL"
     ),
+    "qwen3_next": PublishedFamily(
+        ("Qwen3NextForCausalLM",),
+        read_qwen3_next,
+        "gated delta nets on three of four layers, whose context is a state; gated attention on the fourth",
+    ),
+    "qwen3_5_moe": PublishedFamily(
+        ("Qwen3_5MoeForConditionalGeneration",),
+        read_qwen3_5_moe,
+        "Qwen3.5, 3.6, 3.8: the decoder of text, which is Qwen3-Next's",
+    ),
     "glm4v_moe": PublishedFamily(
         ("Glm4vMoeForConditionalGeneration",), read_glm4v_moe, "the decoder of text of GLM-4.5V and 4.6V"
     ),
@@ -162,9 +173,7 @@ NOT_READ = {
     "minimax_m3_vl": "block-sparse attention",
     "mistral4": "latent attention with softmax routing",
     "nemotron_h": "Mamba-2 layers, whose context is a state",
-    "qwen3_5_moe": "gated delta nets, whose context is a state",
-    "qwen3_5": "gated delta nets, whose context is a state",
-    "qwen3_next": "gated delta nets, whose context is a state",
+    "qwen3_5": "gated delta nets without experts beside them",
     "step3p7": "numbers of heads by layer, and rotary embeddings of two sizes",
 }
 """Architectures that people ask for and that neither planner nor server know, and what the decoder lacks."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from planner.inputs.latent_attention import LatentAttention
+from planner.inputs.layer_states import DeltaNet
 from planner.inputs.published.weight_form import WeightForm
 from planner.inputs.routed_experts import RoutedExperts
 from planner.inputs.score_growth import PublishedScoreGrowth
@@ -48,7 +49,8 @@ class PublishedModel:
     `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
     multiplies mixed values by a sigmoid of the layer's input, `post_norms` norms what attention and feed-forward add.
-    `sinks` gives each head a score that takes weight and adds nothing. `score_scale` multiplies attention scores
+    `state_layers` have a gated delta net in place of attention. `sinks` gives each head a score that takes weight and
+    adds nothing. `score_scale` multiplies attention scores
     (head_size ** -0.5 by default). `context` is the longest published context in tokens.
     """
 
@@ -86,6 +88,8 @@ class PublishedModel:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     latent: LatentAttention | None = None
+    delta_net: DeltaNet | None = None
+    state_layers: tuple[int, ...] = ()
     experts: RoutedExperts | None = None
     sparse_step: int = 1
     dense_layers: tuple[int, ...] = ()
@@ -102,6 +106,16 @@ class PublishedModel:
     def window(self) -> int | None:
         """The positions that windowed layers see at most; None in a model without windows."""
         return max((w for w in self.windows if w is not None), default=None)
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers that cache keys and values."""
+        return self.layers - len(self.state_layers)
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers of a request's state, over all layers that have one."""
+        return len(self.state_layers) * self.delta_net.state_elements if self.delta_net else 0
 
     @property
     def cache_elements_per_layer(self) -> int:

@@ -55,7 +55,7 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
         expert=0,
         shared=0,
         dense=(layers - moe) * _feed_forward(d, model.dense_width, biased=model.mlp_bias),
-        attention=layers * _attention(model),
+        attention=model.attention_layers * _attention(model) + _delta_nets(model),
         router=0,
         norms=norms,
         embedding=embedding,
@@ -86,12 +86,17 @@ def cache_elements(model: PublishedModel) -> tuple[int, int]:
     windowed = [window for window in model.windows if window is not None]
     if len(windowed) == model.layers:
         return model.layers * each, 0
-    return (model.layers - len(windowed)) * each, sum(windowed) * each
+    return (model.attention_layers - len(windowed)) * each, sum(windowed) * each
 
 
 def unwindowed_cache_elements(model: PublishedModel) -> int:
     """Numbers cached per token when layers with a window keep everything too, as `moejax serve` does."""
-    return model.layers * model.cache_elements_per_layer
+    return model.attention_layers * model.cache_elements_per_layer
+
+
+def _delta_nets(model: PublishedModel) -> int:
+    """Of all layers with a delta net in place of attention."""
+    return len(model.state_layers) * model.delta_net.parameters(model.hidden_size) if model.delta_net else 0
 
 
 def _feed_forward(d: int, width: int, *, biased: bool) -> int:

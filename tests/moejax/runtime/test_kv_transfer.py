@@ -7,11 +7,18 @@ import pytest
 from moejax.config.kv_cache import KVCache, cache_shapes, empty_cache
 from moejax.config.step_inputs import Bucket, idle_inputs
 from moejax.runtime import steps
-from moejax.runtime.kv_transfer import EntryWriter, entry_indices, read_entries, rows_by_entry, written_rows
+from moejax.runtime.kv_transfer import (
+    EntryWriter,
+    entry_indices,
+    read_entries,
+    read_state,
+    rows_by_entry,
+    written_rows,
+)
 from serving.engine.batch import Batch, prepare_inputs
 from serving.engine.batch import StepBucket as Shape
 from serving.executor import kv_replica
-from tests.support.models import MIXTRAL
+from tests.support.models import HYBRID, MIXTRAL
 from tests.support.stepping import MAX_PAGES, PAGE, work
 
 ENTRIES = 12 * PAGE
@@ -32,7 +39,7 @@ def packed_step() -> np.ndarray:
 
 def random_rows(count: int) -> KVCache:
     draw, shapes = np.random.default_rng(0), cache_shapes(MIXTRAL, count)
-    return KVCache(k=draw.normal(size=shapes.k).astype(np.float32), v=draw.normal(size=shapes.v).astype(np.float32))
+    return jax.tree.map(lambda each: draw.normal(size=each.shape).astype(np.float32), shapes)
 
 
 def new_cache() -> KVCache:
@@ -79,6 +86,26 @@ def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
         there = writer.write(there, entries, block.swapaxes(0, 1), commit, device)
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_state_comes_to_another_place_with_the_same_bits_and_nothing_else_changes():
+    bucket, draw = Bucket(decode=2, tiles=1, max_pages=1, states=True), np.random.default_rng(0)
+    shapes = cache_shapes(HYBRID, 2 * PAGE, 6)
+    before = jax.tree.map(lambda each: draw.normal(size=each.shape).astype(np.float32), shapes)
+    state, device = read_state(before, 4), jax.devices()[0]
+    assert state.size == HYBRID.state_elements
+
+    def commit(_):
+        return lambda cache, new, packed: steps.run_commit(cache, new, packed, bucket=bucket)
+
+    writer, cache = EntryWriter(HYBRID, [bucket]), jax.device_put(before, device, may_alias=False)
+    after = jax.tree.map(np.asarray, writer.write_state(cache, 1, state, commit, device))
+    np.testing.assert_array_equal(read_state(after, 1), state)
+    for one, other in zip(jax.tree.leaves(before.states), jax.tree.leaves(after.states), strict=True):
+        others = [place for place in range(6) if place != 1]
+        np.testing.assert_array_equal(one[:, others], other[:, others])
+    np.testing.assert_array_equal(before.k, after.k)
+    np.testing.assert_array_equal(before.v, after.v)
 
 
 def test_ranks_and_copies_count_entries_alike():

@@ -15,7 +15,7 @@ from moejax.model.tensor_parallel import tp_shard_of
 from moejax.runtime import live_weights, steps
 from moejax.runtime.live_weights import LiveArrays
 from moejax.runtime.programs import ModelShape
-from tests.support.models import MIXTRAL, SHARED, model_folder
+from tests.support.models import HYBRID, MIXTRAL, SHARED, model_folder
 
 SLOTS = 3
 
@@ -59,6 +59,23 @@ def test_a_new_generation_finds_the_slots_as_they_were(model, attends):
     arrays.enter_device(device)
     assert (arrays.cache is not None) == attends
     assert_holds(arrays, params, slots)
+
+
+def test_a_new_generation_finds_the_pages_in_use_and_all_states(tmp_path):
+    model_folder(tmp_path / "m", HYBRID)
+    buckets = (Bucket(decode=2, tiles=0, max_pages=2, states=True),)
+    shape = ModelShape(cfg=HYBRID, buckets=buckets, page_size=8, pages=3)
+    arrays, device = LiveArrays(shape, HostStore.open(tmp_path / "m")), jax.devices()[0]
+    arrays.enter_device(device)
+    draw = np.random.default_rng(0)
+    before = jax.tree.map(lambda a: draw.normal(size=a.shape).astype(np.float32), arrays.cache)
+    assert before.states.matrix.shape[1] == shape.states == 6
+    arrays.cache = jax.device_put(before, device)
+    arrays.leave_device(2)
+    arrays.enter_device(device)
+    jax.tree.map(np.testing.assert_array_equal, arrays.cache.states, before.states)
+    np.testing.assert_array_equal(arrays.cache.k[:, :16], before.k[:, :16])
+    assert not np.asarray(arrays.cache.k)[:, 16:].any()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 1000])

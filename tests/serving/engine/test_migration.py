@@ -10,8 +10,9 @@ from simulation.hand_model import small_limits, small_request
 from tests.support.fake_engine import FakeEngine
 
 
-def server(ranks: int = 3, pages: int = 24) -> FakeEngine:
-    return FakeEngine.start(small_limits(), dict.fromkeys(range(ranks), pages))
+def server(ranks: int = 3, pages: int = 24, *, states: bool = False) -> FakeEngine:
+    limits = small_limits(states=states, prefix_caching=not states)
+    return FakeEngine.start(limits, dict.fromkeys(range(ranks), pages))
 
 
 def move(fake: FakeEngine, request_id: str) -> bool:
@@ -27,6 +28,8 @@ def move(fake: FakeEngine, request_id: str) -> bool:
         page, offset = divmod(position, size)
         here, there = before.pages[page] * size + offset, after.pages[page] * size + offset
         target.token[there], target.position[there] = source.token[here], source.position[here]
+    if before.states is not None and after.states is not None and before.computed:
+        target.states[after.states[0]] = source.states[before.states[0]]
     fake._move(state)
     return True
 
@@ -53,9 +56,9 @@ events = st.lists(
 )
 
 
-@given(events)
-def test_whatever_is_moved_and_when_every_stream_has_the_tokens_it_has_alone(script):
-    fake, count = server(), 0
+@given(events, st.booleans())
+def test_whatever_is_moved_and_when_every_stream_has_the_tokens_it_has_alone(script, states):
+    fake, count = server(states=states), 0
     for what, value, length in script:
         if what == "submit" and len(fake.state.waiting) < fake.state.limits.max_queue:
             fake.submit(small_request(f"r{count}", value, max_tokens=length, seed=count))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.recovery_machine import (
     APART,
+    STATES,
     at_every_message,
     coordinator,
     drain_one,
@@ -44,6 +45,11 @@ def test_a_failure_at_some_message_of_any_stage_changes_no_token(act, policy, re
 
 def test_nor_does_one_where_experts_are_apart() -> None:
     at_every_message(lose_experts, {"on_lost_expert": "wait", "kv_replication": "memory", **APART}, every=EVERY)
+
+
+@pytest.mark.parametrize("act", [lose_one, drain_one])
+def test_nor_does_one_of_a_model_whose_layers_have_states(act) -> None:
+    at_every_message(act, {"on_lost_expert": "wait", "kv_replication": "off"}, every=4 * EVERY, model=STATES)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class Programs:
             tokens = unpack(packed, BUCKETS[bucket]).tokens
             value = jnp.where(tokens == BAD, jnp.nan, tokens.astype(jnp.float32))
             sizes = cache_shapes(MIXTRAL, len(tokens))
-            new = KVCache(*(jnp.broadcast_to(value[None, :, None], size) for size in (sizes.k, sizes.v)))
+            new = KVCache(*(jnp.broadcast_to(value[None, :, None], size.shape) for size in (sizes.k, sizes.v)))
             hidden = jnp.broadcast_to(value[:, None], (len(tokens), MIXTRAL.d_model))
             return StepOutputs(hidden=hidden, new_kv=new, expert_load=jnp.zeros((1, 4), jnp.int32))
 

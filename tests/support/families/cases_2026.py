@@ -286,6 +286,53 @@ _LLAMA4: list[dict[str, Any]] = [
         "tie_word_embeddings": True,
     },
 ]
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_DELTA |= {"linear_key_head_dim": 12, "linear_value_head_dim": 20}
+_STATE = "linear_attention"
+_QWEN_NEXT: list[dict[str, Any]] = [
+    WIDE_HEADS
+    | _DELTA
+    | {
+        "num_hidden_layers": 6,
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+    },
+    ODD_HEADS
+    | ODD_WORDS
+    | _DELTA
+    | {
+        "num_hidden_layers": 5,
+        "layer_types": [_STATE, _FULL, _STATE, _FULL, _STATE],
+        "num_experts": 6,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+        "linear_conv_kernel_dim": 3,
+        "linear_num_value_heads": 6,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": False,
+        **_rope(partial_rotary_factor=0.5),
+    },
+    ODD_HEADS
+    | _DELTA
+    | {
+        "layer_types": [_FULL, _STATE, _STATE],
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "linear_conv_kernel_dim": 2,
+        "linear_num_value_heads": 2,
+        "linear_value_head_dim": 8,
+        "tie_word_embeddings": True,
+        **_rope(partial_rotary_factor=0.2),
+    },
+]
+_QWEN_3_5: list[dict[str, Any]] = [
+    {key: value for key, value in fields.items() if key not in ("mlp_only_layers", "norm_topk_prob")}
+    for fields in _QWEN_NEXT
+]
 _VISION: dict[str, dict[str, Any]] = {
     "kimi_k25": {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
     "qwen3_vl_moe": {
@@ -296,6 +343,14 @@ _VISION: dict[str, dict[str, Any]] = {
         "out_hidden_size": 64,
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
+    },
+    "qwen3_5_moe": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
     },
     "glm4v_moe": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
     "llama4": {
@@ -310,7 +365,7 @@ _VISION: dict[str, dict[str, Any]] = {
     },
 }
 _TEXT_TYPES = {"kimi_k25": "deepseek_v3", "qwen3_vl_moe": "qwen3_vl_moe_text", "glm4v_moe": "glm4v_moe_text"}
-_TEXT_TYPES |= {"llama4": "llama4_text"}
+_TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _BY_FAMILY = {
     "glm4_moe_lite": _GLM_LITE,
     "dots1": _DOTS1,
@@ -327,6 +382,8 @@ _BY_FAMILY = {
     "afmoe": _AFMOE,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
+    "qwen3_next": _QWEN_NEXT,
+    "qwen3_5_moe": _QWEN_3_5,
 }
 
 

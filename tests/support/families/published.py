@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_2026 import CASES_2026, ODD
+from tests.support.published import around_one
 
 
 def _long(which: str) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and name.endswith("weight"):
-                values.copy_(1 + 0.2 * torch.randn_like(values))
+                values.copy_(around_one(name, case.family) + 0.2 * torch.randn_like(values))
             elif values.ndim < 2 and "inv_freq" not in name:
                 values.copy_(0.2 * torch.randn_like(values))
             elif values.ndim >= 2:
@@ -239,25 +240,45 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
     return decoder_of(model)
 
 
-def _kimi(name: str, values: Any) -> tuple[str, Any]:
-    moved = name.replace("language_model.model.blocks.", "language_model.model.layers.")
-    return moved.removeprefix("model.") if "mm_projector" in moved else moved, values
+def _kimi(tensors: dict[str, Any]) -> dict[str, Any]:
+    def moved(name: str) -> str:
+        name = name.replace("language_model.model.blocks.", "language_model.model.layers.")
+        return name.removeprefix("model.") if "mm_projector" in name else name
+
+    return {moved(name): values for name, values in tensors.items()}
 
 
-def _qwen_vl(name: str, values: Any) -> tuple[str, Any]:
-    together = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-    return name, values.transpose(1, 2).contiguous() if together else values
+def _qwen_vl(tensors: dict[str, Any]) -> dict[str, Any]:
+    together = ("experts.gate_up_proj", "experts.down_proj")
+    return {n: v.transpose(1, 2).contiguous() if n.endswith(together) else v for n, v in tensors.items()}
 
 
-_AS_PUBLISHED = {"kimi_k25": _kimi, "qwen3_vl_moe": _qwen_vl}
+def _qwen3_5(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The experts of a layer as two tensors, gates above ups."""
+    import torch
+
+    found = {name: values for name, values in tensors.items() if ".mlp.experts." not in name}
+    single = ".mlp.experts.0.gate_proj.weight"
+    for layer in [name.removesuffix(single) for name in tensors if name.endswith(single)]:
+        count = sum(name.startswith(f"{layer}.mlp.experts.") for name in tensors) // 3
+        gate, up, down = (
+            torch.stack([tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] for e in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        found[f"{layer}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        found[f"{layer}.mlp.experts.down_proj"] = down
+    return found
+
+
+_AS_PUBLISHED = {"kimi_k25": _kimi, "qwen3_vl_moe": _qwen_vl, "qwen3_5_moe": _qwen3_5}
 """From how transformers 5.24 writes names and values of these families to how they are published."""
 
 
-def _rewrite(folder: Path, change: Callable[[str, Any], tuple[str, Any]]) -> None:
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     from safetensors.torch import load_file, save_file
 
     for file in folder.glob("*.safetensors"):
-        save_file(dict(change(*item) for item in load_file(file).items()), file, {"format": "pt"})
+        save_file(change(load_file(file)), file, {"format": "pt"})
 
 
 def decoder_of(model: Any) -> Any:

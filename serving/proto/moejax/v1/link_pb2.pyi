@@ -177,28 +177,32 @@ class Adopt(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., mates: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReadCache(_message.Message):
-    __slots__ = ("pages", "first", "count")
+    __slots__ = ("pages", "first", "count", "state")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     pages: _containers.RepeatedScalarFieldContainer[int]
     first: int
     count: int
-    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    state: int
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., state: _Optional[int] = ...) -> None: ...
 
 class WriteCache(_message.Message):
-    __slots__ = ("pages", "first", "count", "rows", "tokens")
+    __slots__ = ("pages", "first", "count", "rows", "tokens", "state")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     pages: _containers.RepeatedScalarFieldContainer[int]
     first: int
     count: int
     rows: bytes
     tokens: bytes
-    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., rows: _Optional[bytes] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+    state: int
+    def __init__(self, pages: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ..., rows: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., state: _Optional[int] = ...) -> None: ...
 
 class RestoreCache(_message.Message):
     __slots__ = ("pages", "first", "count", "tokens", "cache_copy", "from_pages", "rows")

@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections import Counter
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from moejax.checkpoint.families import array_sources, is_unused, read_config
 from moejax.checkpoint.families.latent import PairedHeads
+from moejax.checkpoint.families.source import PickedRows, PlusOne
 from moejax.config.config_values import ConfigError
 from moejax.config.params import is_expert, tensor_specs
 from planner.inputs.published import published_model
@@ -30,7 +32,9 @@ def smallest_of_each_family() -> list[str]:
 def cfg(request):
     cfg = read_config(SERVED[request.param])
     dense = tuple(i for i in cfg.dense_layers if i < 3)
-    return dataclasses.replace(cfg, n_layers=5, full_layers=(0, 2), unrotated_layers=(), dense_layers=dense)
+    states = tuple(i for i in cfg.state_layers if i < 5)
+    fewer = {"full_layers": (0, 2), "unrotated_layers": (), "dense_layers": dense, "state_layers": states}
+    return dataclasses.replace(cfg, n_layers=5, **fewer)
 
 
 def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):
@@ -60,6 +64,7 @@ def test_transforms_keep_every_number_of_their_tensors(cfg):
     [
         ("kimi-k2.5", "language_model.model.layers.", "language_model.lm_head.weight", "vision_tower.patch_embed.w"),
         ("qwen3-vl-30b-a3b", "model.language_model.layers.", "lm_head.weight", "model.visual.blocks.0.w"),
+        ("qwen3.5-35b-a3b", "model.language_model.layers.", "lm_head.weight", "model.visual.blocks.0.w"),
         ("glm-4.5v", "model.language_model.layers.", "lm_head.weight", "model.visual.blocks.0.w"),
     ],
 )
@@ -69,7 +74,7 @@ def test_a_decoder_beside_other_parts_is_found_and_they_are_left(name, layers, h
     assert head in names
     assert f"{layers}{cfg.n_layers - 1}.input_layernorm.weight" in names
     assert is_unused(cfg, beside)
-    assert is_unused(cfg, f"{layers}{cfg.n_layers}.input_layernorm.weight") == (name != "qwen3-vl-30b-a3b")
+    assert is_unused(cfg, f"{layers}{cfg.n_layers}.input_layernorm.weight") == (not name.startswith("qwen3"))
     assert not any(is_unused(cfg, each) for each in names)
 
 
@@ -79,6 +84,19 @@ def test_paired_heads_are_turned_and_values_are_not():
     turned = heads([q, k, v])[:, 0].tolist()
     assert turned == [0, 2, 1, 3, 4, 6, 5, 7, 100, 102, 101, 103, 200, 201, 202, 203]
     assert heads.shapes((16, 5)) == ((8, 5), (4, 5), (4, 5))
+
+
+def test_rows_that_lie_group_by_group_are_picked_kind_by_kind():
+    rows = PickedRows(groups=2, sizes=(1, 2), picked=(1, 0), below=(3,))
+    first, below = np.arange(6)[:, None], np.arange(10, 13)[:, None]
+    assert rows([first, below])[:, 0].tolist() == [1, 2, 4, 5, 0, 3, 10, 11, 12]
+    assert rows.shapes((9, 7)) == ((6, 7), (3, 7))
+    assert PickedRows(groups=2, sizes=(1, 2), picked=(0,))([first])[:, 0].tolist() == [0, 3]
+
+
+def test_scales_published_less_1_keep_what_bfloat16_would_round():
+    small = np.array([0.001], ml_dtypes.bfloat16)
+    assert PlusOne()([small])[0] == np.float32(1) + small.astype(np.float32)[0] != ml_dtypes.bfloat16(1)
 
 
 def test_mixtral_by_hand():

@@ -32,7 +32,8 @@ def test_the_server_counts_what_the_planner_counts(name):
     assert active_parameters(cfg) == counted.active
     assert expert_bytes(cfg, itemsize=1) == counted.expert
     assert cfg.n_moe_layers == counted.moe_layers
-    assert cfg.n_layers * sum(cfg.cache_widths) == unwindowed_cache_elements(model)
+    assert len(cfg.attention_layers) * sum(cfg.cache_widths) == unwindowed_cache_elements(model)
+    assert cfg.state_elements == model.state_elements
 
 
 def test_every_family_that_is_planned_is_served():

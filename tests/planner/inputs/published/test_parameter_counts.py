@@ -83,6 +83,8 @@ CARDS = {
     "k-exaone-236b-a23b": (236, 23),
     "trinity-mini": (26, 3.5),
     "trinity-large": (398, 13),
+    "qwen3-next-80b-a3b": (80, 3),
+    "qwen3.5-35b-a3b": (35, 3),
 }
 # Cache bytes per token at two bytes a value; DeepSeek-V3 as in "Insights into DeepSeek-V3" (2025).
 CACHE = {"deepseek-v3": 70_272, "mixtral-8x7b": 131_072, "qwen3-235b-a22b": 192_512, "gpt-oss-20b": 24_576}
@@ -95,6 +97,8 @@ CARDS_WITH_MARGIN = {
     "minimax-m2.5": 0.11,
     "deepseek-v2-lite": 0.11,
     "granite-3.1-3b-a800m": 0.11,
+    "qwen3-next-80b-a3b": 0.3,
+    "qwen3.5-35b-a3b": 0.16,
 }
 """Cards whose figure is rounded down further than the others'."""
 WITHOUT_A_CARD = {"granitemoeshared", "llama4_text"}
