@@ -132,7 +132,7 @@ def step(
 
 
 def _stacked(layers: list[Any]) -> Any:
-    """What the layers of a pattern give, one above the other; None where none gives anything."""
+    """The outputs of the layers of a pattern, one above the other; None where there are none."""
     return jax.tree.map(lambda *each: jnp.stack(each), *layers) if layers else None
 
 

@@ -60,7 +60,7 @@ def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.
 
 
 def around_one(name: str, family: str) -> float:
-    """What a scale of a norm is published as if it is 1: some families publish most of theirs less 1."""
+    """The published value of a norm whose scale is 1: some families publish most of theirs less 1."""
     return 0.0 if family in ("qwen3_next", "qwen3_5_moe") and "linear_attn" not in name else 1.0
 
 
