@@ -20,6 +20,7 @@ from serving.core.answers import Chunk, Complete, PromptScores
 from serving.core.prompts import Conversation, Prompt
 from serving.errors import (
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     Draining,
     Internal,
@@ -55,6 +56,7 @@ __all__ = [
     "ClientTls",
     "Complete",
     "CompletionOutput",
+    "Conflict",
     "Conversation",
     "DeadlineExceeded",
     "Draining",

@@ -20,14 +20,17 @@ from serving.core.request_processor import RequestProcessor
 from serving.core.step_stats import StepStats
 from serving.edges.front_socket import FrontSocket
 from serving.engine.limits import Limits
+from serving.errors import InvalidRequest, StartError
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
 from serving.launch.launcher import Launcher
 from serving.launch.run_folder import RunFolder
+from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
 from serving.observability.tracing import open_tracer
 from serving.protocol.events import EventLog
-from serving.protocol.prepared_model import PreparedModel, prepare_model
+from serving.protocol.prepared_model import PreparedModel, prepare_model, prepare_weights
+from serving.protocol.weights import WeightsVersion
 from serving.recovery.certificate_watch import read_signed
 from serving.recovery.failover import STATES_NOT_KEPT, Failover
 from serving.text.model_files import load_defaults, load_tokenizer
@@ -76,6 +79,8 @@ class App:
         async with contextlib.AsyncExitStack() as stack:
             request_log = _open_request_log(settings, run)
             stack.callback(request_log.close)
+            weights_record = _weights_record(settings, model, run)
+            weights = await _weights_in_force(settings, model, weights_record.load(), log)
             events, step_stats, wake = EventLog(_last_sequence(run)), StepStats(settings, model.info()), asyncio.Event()
             failover, executor = await _start_ranks(
                 stack,
@@ -87,6 +92,8 @@ class App:
                 step_stats=step_stats,
                 wake=wake,
                 epoch=request_log.epoch,
+                weights=weights,
+                weights_record=weights_record,
             )
             info = model.info()
             tokenizer.check_begin_tokens(info.vocab_size)
@@ -176,6 +183,8 @@ async def _start_ranks(
     step_stats: StepStats,
     wake: asyncio.Event,
     epoch: int,
+    weights: WeightsVersion,
+    weights_record: WeightsRecord,
 ) -> tuple[Failover, RankExecutor]:
     """Start the ranks, or take over those of an earlier front, under their first plan. `stack` ends them."""
     within = None if run is None else run.path
@@ -214,6 +223,8 @@ async def _start_ranks(
         host=launcher.host,
         epoch=epoch,
         placement=None if run is None else run.placement,
+        weights=weights,
+        weights_record=weights_record,
     )
     stack.push_async_callback(failover.close)
     async with asyncio.timeout(settings.start_timeout_s):
@@ -236,6 +247,37 @@ async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> Prep
     if run is not None:
         run.prepared.write_text(model.to_json())
     return model
+
+
+def _weights_record(settings: Settings, model: PreparedModel, run: RunFolder | None) -> WeightsRecord:
+    """The record of the weights in force, in the folder that outlives this front, if there is one."""
+    if run is not None:
+        return WeightsRecord(run.path, model.content)
+    folder = settings.journal if settings.journal not in (None, "off") else None
+    return WeightsRecord(None if folder is None else Path(folder), model.content)
+
+
+async def _weights_in_force(
+    settings: Settings, model: PreparedModel, version: WeightsVersion, log: Log
+) -> WeightsVersion:
+    """The recorded version, whose host store is there. Raises StartError when it cannot be made once more."""
+    if not version.number or Path(version.store).is_dir():
+        return version
+    log(f"preparing weights version {version.label}, which the journal has, from {version.model}")
+    try:
+        prepared = await prepare_weights(
+            version.model, model, in_place=settings.in_place, dense=settings.dense, tensor=settings.tensor
+        )
+    except InvalidRequest as error:
+        raise StartError(
+            f"weights version {version.label} is in force by the journal, and is not there: {error}"
+        ) from None
+    if prepared.content != version.content:
+        raise StartError(
+            f"{version.model} holds other weights than version {version.label}, which is in force by the journal. Give "
+            "it the former content, or start with another --journal."
+        )
+    return dataclasses.replace(version, store=prepared.store)
 
 
 def _open_request_log(settings: Settings, run: RunFolder | None) -> RequestLog:

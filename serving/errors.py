@@ -6,6 +6,7 @@ MoejaxError
 │   └── NoTokenAllowed        INVALID_ARGUMENT    400
 ├── UnknownRequest            NOT_FOUND           404
 ├── QueueFull                 RESOURCE_EXHAUSTED  429
+├── Conflict                  ALREADY_EXISTS      409
 ├── NoCapacity                UNAVAILABLE         503
 ├── Draining                  UNAVAILABLE         503
 ├── DeadlineExceeded          DEADLINE_EXCEEDED   408
@@ -59,6 +60,12 @@ class QueueFull(MoejaxError):
     """The queue has no room for another request. Retry later."""
 
     grpc_status, http_status, openai_type = "RESOURCE_EXHAUSTED", 429, "rate_limit_error"
+
+
+class Conflict(MoejaxError):
+    """Another instruction is being carried out that excludes this one."""
+
+    grpc_status, http_status, openai_type = "ALREADY_EXISTS", 409, "invalid_request_error"
 
 
 class NoCapacity(MoejaxError):

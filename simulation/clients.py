@@ -5,8 +5,7 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
 
 from serving.core.answers import AnswerItem, Chunk, Complete
 from serving.core.request_processor import RequestProcessor
@@ -23,7 +22,7 @@ from serving.errors import (
 )
 from serving.protocol.sampling import SamplingParams
 from simulation.front import Front
-from simulation.hand_model import PREPARED, alone, small_request
+from simulation.hand_model import PREPARED, next_token
 from simulation.scenario import Client
 from simulation.world import World
 
@@ -110,18 +109,8 @@ class SimulatedClient:
         """It is connected, and has not received the end."""
         self.called_at = 0.0
         self._draw = world.random(f"client/{plan.id}")
-        self._expected = [self._alone(choice) for choice in range(plan.choices)]
         self._connections: list[Connection] = []
         self._readers: list[asyncio.Task[None]] = []
-
-    def _alone(self, choice: int) -> tuple[list[int], str]:
-        plan = self.plan
-        fields: Mapping[str, Any] = {
-            "max_tokens": plan.max_tokens,
-            "seed": plan.seed + choice,
-            "stop_tokens": frozenset(plan.stop_tokens),
-        }
-        return alone(small_request(plan.id, plan.prompt, **fields), PREPARED.max_context)
 
     async def run(self) -> None:
         """Call, and read to the end; after a front has died, from the one after it."""
@@ -277,8 +266,10 @@ class _Reading:
     def __init__(self, client: SimulatedClient) -> None:
         self._client = client
         choices = client.plan.choices
-        self._positions = [0] * choices
+        self._tokens: list[list[int]] = [[] for _ in range(choices)]
         self._epochs = [-1] * choices
+        self._weights = [0] * choices
+        """The version of the weights that computed the last token."""
         self.ends = [""] * choices
 
     def take(self, item: AnswerItem) -> None:
@@ -287,34 +278,53 @@ class _Reading:
         if isinstance(item, Chunk):
             client.accepted = True
             for offset, token in enumerate(item.token_ids):
-                self._take_token(item.choice, item.index + offset, token, item.epoch)
+                self._take_token(item.choice, item.index + offset, token, item.epoch, int(item.weights_version))
         elif isinstance(item, Complete):
             self._take_end(item)
 
-    def _take_token(self, choice: int, index: int, token: int, epoch: int) -> None:
-        client, at = self._client, self._positions[choice]
-        expected, _ = client._expected[choice]
+    def _take_token(self, choice: int, index: int, token: int, epoch: int, weights: int) -> None:
+        """A token is the one that its version of the weights chooses after all tokens before it."""
+        client, tokens = self._client, self._tokens[choice]
+        first_reading = client.tokens[choice]
         if self.ends[choice]:
             client.violated(f"answer {choice} goes on after its end, with token {index}")
-        if index != at:
-            client.violated(f"answer {choice} has token {index} after token {at - 1}")
-        if index >= len(expected) or token != expected[index]:
-            wanted = expected[index] if index < len(expected) else "none"
-            client.violated(f"token {index} of answer {choice} is {token}, not {wanted} (epoch {epoch})")
+        if index != len(tokens):
+            client.violated(f"answer {choice} has token {index} after token {len(tokens) - 1}")
+        if self._is_full(choice):
+            client.violated(f"answer {choice} goes on after its {len(tokens)} tokens")
+        expected = self._next(choice, weights)
+        if token != expected or token in client.plan.stop_tokens:
+            of = f"epoch {epoch}, weights {weights}"
+            client.violated(f"token {index} of answer {choice} is {token}, not {expected} ({of})")
+        if index < len(first_reading) and token != first_reading[index]:
+            client.violated(f"token {index} of answer {choice} is {token}, and was {first_reading[index]} before")
         if epoch < self._epochs[choice]:
             client.violated(f"token {index} of answer {choice} is of epoch {epoch}, after {self._epochs[choice]}")
-        self._positions[choice], self._epochs[choice] = index + 1, epoch
-        if index == len(client.tokens[choice]):
-            client.tokens[choice].append(token)
+        if weights < self._weights[choice]:
+            client.violated(f"token {index} of answer {choice} is of weights {weights}, after {self._weights[choice]}")
+        self._epochs[choice], self._weights[choice] = epoch, weights
+        tokens.append(token)
+        if index == len(first_reading):
+            first_reading.append(token)
 
     def _take_end(self, item: Complete) -> None:
         client, choice = self._client, item.choice
-        expected, reason = client._expected[choice]
         if self.ends[choice]:
             client.violated(f"answer {choice} ends twice")
-        if self._positions[choice] != len(expected):
-            client.violated(f"answer {choice} ends after {self._positions[choice]} of {len(expected)} tokens")
-        if item.reason != reason:
-            client.violated(f"answer {choice} ends because of {item.reason}, not {reason}")
+        newest = max((rank.hand.weights for rank in client.world.processes), default=0)
+        after = {self._next(choice, weights) for weights in range(self._weights[choice], newest + 1)}
+        may_stop = after.intersection(client.plan.stop_tokens)
+        if item.reason not in (["length"] if self._is_full(choice) else ["stop"] if may_stop else []):
+            client.violated(f"answer {choice} ends after {len(self._tokens[choice])} tokens because of {item.reason}")
         self.ends[choice] = item.reason
         client.ends[choice] = client.ends[choice] or item.reason
+
+    def _next(self, choice: int, weights: int) -> int:
+        """The token that a version of the weights chooses next."""
+        plan = self._client.plan
+        return next_token((*plan.prompt, *self._tokens[choice]), plan.seed + choice, weights)
+
+    def _is_full(self, choice: int) -> bool:
+        """Whether an answer has as many tokens as it may have."""
+        plan, count = self._client.plan, len(self._tokens[choice])
+        return count >= plan.max_tokens or len(plan.prompt) + count >= PREPARED.max_context

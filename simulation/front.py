@@ -20,6 +20,7 @@ from serving.errors import MoejaxError
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
 from serving.executor.incarnation import Loss
+from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
 from serving.protocol.events import Event, EventKind, EventLog
 from serving.recovery.failover import Failover
@@ -191,6 +192,7 @@ class Front:
         )
         stack.push_async_callback(executor.close)
         await executor.open(SimulatedListener(heartbeat_s=settings.heartbeat_s, listens=self._listen))
+        weights_record = WeightsRecord(world.disk.folder, PREPARED.content)
         step_stats, wake = StepStats(settings, info), asyncio.Event()
         events = TracedEvents()
         events.world = world
@@ -203,6 +205,8 @@ class Front:
             expert_load=lambda: step_stats.expert_load,
             wake=wake.set,
             epoch=request_log.epoch,
+            weights=weights_record.load(),
+            weights_record=weights_record,
         )
         stack.push_async_callback(failover.close)
         async with asyncio.timeout(settings.start_timeout_s):

@@ -44,13 +44,14 @@ PERIOD, VARIED = 4, 9
 """Under an odd seed the fake model repeats the token PERIOD places before, except where VARIED divides the place."""
 
 
-def next_token(prefix: Iterable[int], seed: int) -> int:
-    """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB. Under an odd seed its text has a
-    period, which a token of the first kind changes at every VARIED places, so that some drafts are right."""
+def next_token(prefix: Iterable[int], seed: int, weights: int = 0) -> int:
+    """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB; 7 more for each version of the
+    weights. Under an odd seed its text has a period, which a token of the first kind changes at every VARIED places, so
+    that some drafts are right."""
     tokens = list(prefix)
     if seed % 2 and len(tokens) >= PERIOD and len(tokens) % VARIED:
-        return tokens[-PERIOD]
-    return (seed % 2**32 + sum(place * token for place, token in enumerate(tokens, 1))) % VOCAB
+        return (tokens[-PERIOD] + 7 * weights) % VOCAB
+    return (seed % 2**32 + sum(place * token for place, token in enumerate(tokens, 1)) + 7 * weights) % VOCAB
 
 
 def logprob_of(token: int) -> float:
@@ -125,8 +126,9 @@ def small_request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -
 
 
 class HandCache:
-    """The KV cache of a rank. Its entries are tokens and positions; only `step` reads it and only `commit` writes it,
-    as in the real programs."""
+    """The KV cache of a rank. Its entries are tokens and positions, and the number of the weights that computed them;
+    only `step` reads it and only `commit` writes it, as in the real programs. A step takes no entry of other weights
+    than the rank has."""
 
     def __init__(self, pages: int, page_size: int) -> None:
         self.page_size = page_size
@@ -134,6 +136,9 @@ class HandCache:
         self.position = np.full(pages * page_size, -1)
         self.states: dict[int, tuple[int, ...]] = {}
         """The tokens that each state was made of, by its place."""
+        self.version = np.zeros(pages * page_size, int)
+        self.weights = 0
+        """The number of the weights that the rank has."""
 
     def step(
         self, arrays: Mapping[str, np.ndarray], logits_adjustments: Mapping[int, LogitsAdjustment]
@@ -145,7 +150,7 @@ class HandCache:
                 prefix = self.prefix(arrays, segment, row)
                 assert arrays["sample_position"][segment] in (0, len(prefix))
                 seed = int(arrays["seed"][segment])
-                tokens[segment] = next_token(prefix, seed)
+                tokens[segment] = next_token(prefix, seed, self.weights)
                 if segment in logits_adjustments:
                     tokens[segment] = adjusted_token(fake_logits(prefix, seed), logits_adjustments[segment])
         return tokens, np.array([logprob_of(int(token)) for token in tokens], np.float32)
@@ -157,6 +162,7 @@ class HandCache:
         page = arrays["page_table"][segment][at // self.page_size]
         entries = page * self.page_size + at % self.page_size
         assert (self.position[entries] == at).all(), "the cache holds something else at these entries"
+        assert (self.version[entries] == self.weights).all(), "the cache holds entries of other weights"
         if cached and "state_read" in arrays:
             found = self.states[int(arrays["state_read"][segment])]
             assert found == tuple(self.token[entries].tolist()), "the state is one of other tokens"
@@ -183,6 +189,7 @@ class HandCache:
         assert len(set(entries.tolist())) == len(entries), "two rows write one entry"
         self.token[entries] = arrays["tokens"][rows]
         self.position[entries] = arrays["positions"][rows]
+        self.version[entries] = self.weights
 
     def _new_states(self, arrays: Mapping[str, np.ndarray]) -> dict[int, tuple[int, ...]]:
         """The states that a step writes, by their place: those after the last row of a chunk."""

@@ -18,6 +18,8 @@ from serving.proto.moejax.v1 import link_pb2
 from serving.worker.kv_replicator import KVReplicator, restored_rows
 from simulation.hand_model import HandCache
 
+POSITIONS = 1 << 12
+"""More than there are positions: in a replica an entry's second number is its position, and its version times this."""
 Damage = str
 """The damage of the weights in a slot: "flip" (a bit), which only an inspection finds, or "nan"."""
 
@@ -29,9 +31,9 @@ class HandStore:
     readable: bool = True
 
 
-def weights_of(layer: int, expert: int) -> bytes:
-    """The weights of an expert."""
-    return np.random.default_rng((layer, expert)).bytes(100)
+def weights_of(layer: int, expert: int, version: int = 0) -> bytes:
+    """A version of the weights of an expert."""
+    return np.random.default_rng((layer, expert, version)).bytes(100)
 
 
 class HandRank:
@@ -60,6 +62,10 @@ class HandRank:
         """Experts that the next plan need not read."""
         self.routes: np.ndarray | None = None
         self.mesh: MeshKey | None = None
+        self.weights = 0
+        """The number of the weights that it has."""
+        self.staged: int | None = None
+        """The number of other weights in its host memory."""
         self.epoch = -1
         self.last_epoch = 0
         """The highest epoch that it has adopted."""
@@ -86,8 +92,10 @@ class HandRank:
     def configure(self, m: link_pb2.Configure) -> dict[str, Any]:
         """See `serving.worker.rank.RankWorker.configure`."""
         self._page_size = m.page_size
+        self.weights = m.weights if self.configured is None else self.weights
         self.configured = m
         self.cache = self.cache or HandCache(m.pages, m.page_size)
+        self.cache.weights = self.weights
         self._replicate_as(m)
         self.uncopied = None
         held = link_pb2.Held(
@@ -95,6 +103,7 @@ class HandRank:
             generation=self.generation,
             full=self.index.message(),
             serves=self.epoch >= 0,
+            weights=self.weights,
         )
         return {"held": held}
 
@@ -107,12 +116,38 @@ class HandRank:
         self.index.truncate(m.pages_used)
         return {}
 
+    def stage_weights(self, m: link_pb2.StageWeights) -> dict[str, Any]:
+        """See `serving.worker.weights.RankWeights.stage_weights`."""
+        self.staged = None
+        if m.version.store and m.version.number != self.weights:
+            if not self.store.readable:
+                raise LookupError("the store cannot be read")
+            self.staged = m.version.number
+        return {}
+
+    def use_weights(self, version: link_pb2.WeightsVersion) -> None:
+        """See `serving.worker.weights.RankWeights.use`."""
+        if version.number == self.weights:
+            return
+        if version.number != self.staged and not self.store.readable:
+            raise LookupError("the store cannot be read")
+        assert version.store, "the front names no store for weights that this rank does not have"
+        assert self.cache is not None
+        self.weights = self.cache.weights = version.number
+        self.staged, self.epoch = None, -1
+        self.damaged.clear()
+        self.doubted.clear()
+        self.parity.clear()
+        self._given.clear()
+
     def hold(self, m: link_pb2.Hold) -> dict[str, Any]:
         """See `serving.worker.weights.RankWeights.hold`."""
+        self.use_weights(m.weights)
         return {}
 
     def adopt(self, m: link_pb2.Adopt) -> dict[str, Any]:
         """See `serving.worker.rank.RankWorker.adopt`."""
+        self.use_weights(m.weights)
         key = MeshKey.read(m.mesh)
         wanted = np.frombuffer(m.slots, np.int32).reshape(self._layers, key.slots_of(self.rank))
         self.index.truncate(0)
@@ -158,7 +193,7 @@ class HandRank:
             layer, (expert,) = m.of.layer, m.of.experts
             if (layer, expert) not in self.experts:
                 raise LookupError(f"expert {expert} of layer {layer} is not on rank {self.rank}")
-            whole = weights_of(layer, expert)
+            whole = weights_of(layer, expert, self.weights)
         return {"rows": whole[m.first : m.first + m.count], "size": len(whole)}
 
     def write_weights(self, m: link_pb2.WriteWeights) -> dict[str, Any]:
@@ -173,7 +208,7 @@ class HandRank:
         whole += m.rows
         if len(whole) == m.size and not m.of.parity:
             layer, (expert,) = key
-            if whole != weights_of(layer, expert):
+            if whole != weights_of(layer, expert, self.weights):
                 raise LookupError(f"expert {expert} of layer {layer} arrived with bytes that are not its weights")
             self._given.add((layer, expert))
         return {}
@@ -190,7 +225,8 @@ class HandRank:
         assert self.cache is not None
         if m.HasField("state"):
             return {"rows": np.array(self.cache.states[m.state], np.int32).tobytes()}
-        return {"rows": np.stack([self.cache.token[entries], self.cache.position[entries]]).tobytes()}
+        cache = self.cache
+        return {"rows": np.stack([cache.token[entries], cache.position[entries], cache.version[entries]]).tobytes()}
 
     def write_cache(self, m: link_pb2.WriteCache) -> dict[str, Any]:
         """See `serving.worker.kv_cache.RankKVCache.write_cache`."""
@@ -198,15 +234,16 @@ class HandRank:
             assert self.cache is not None
             self.cache.states[m.state] = tuple(np.frombuffer(m.rows, np.int32).tolist())
             return {}
-        rows = np.frombuffer(m.rows, np.int64).reshape(2, -1)
+        rows = np.frombuffer(m.rows, np.int64).reshape(3, -1)
         assert rows[0].tolist() == np.frombuffer(m.tokens, np.int32).tolist(), "a request moves with another's entries"
         self._write(entry_indices(m.pages, self._page_size, m.first, m.count), rows)
         return {}
 
     def restore_cache(self, m: link_pb2.RestoreCache) -> dict[str, Any]:
         """See `serving.worker.kv_cache.RankKVCache.restore_cache`."""
-        rows = restored_rows(m, self._page_size).view(np.int32).reshape(-1, 2)
-        self._write(entry_indices(m.pages, self._page_size, m.first, m.count), rows.T)
+        token, packed = restored_rows(m, self._page_size).view(np.int32).reshape(-1, 2).T
+        rows = np.stack([token, packed % POSITIONS, packed // POSITIONS])
+        self._write(entry_indices(m.pages, self._page_size, m.first, m.count), rows)
         return {}
 
     def inspect(self, m: link_pb2.Inspect) -> dict[str, Any]:
@@ -306,15 +343,16 @@ class HandRank:
     def _write(self, entries: np.ndarray, rows: np.ndarray) -> None:
         assert self.cache is not None
         self.index.invalidate(entries // self._page_size)
-        self.cache.token[entries], self.cache.position[entries] = rows
+        self.cache.token[entries], self.cache.position[entries], self.cache.version[entries] = rows
         self._copy(entries)
 
     def _copy(self, entries: np.ndarray) -> None:
         if self.replicator is None:
             return
         assert self.cache is not None
-        rows = np.stack([self.cache.token[entries], self.cache.position[entries]], axis=-1).astype(np.int32)
-        self.replicator.copy(entries, rows[:, 0], rows[:, 1], rows[:, None])
+        token, position = self.cache.token[entries].astype(np.int32), self.cache.position[entries].astype(np.int32)
+        packed = position + POSITIONS * self.cache.version[entries].astype(np.int32)
+        self.replicator.copy(entries, token, position, np.stack([token, packed], axis=-1)[:, None])
 
 
 def check_step(ranks: Mapping[int, HandRank], parts: Mapping[int, link_pb2.Step]) -> None:
@@ -326,6 +364,8 @@ def check_step(ranks: Mapping[int, HandRank], parts: Mapping[int, link_pb2.Step]
         assert each.mesh is not None
         assert set(each.mesh.ranks) == set(ranks), f"rank {rank} is in {each.mesh}, the step in {tuple(ranks)}"
         assert each.mesh.has_attention(rank) or not parts[rank].inputs, f"rank {rank} holds experts and was given work"
+    weights = {rank: each.weights for rank, each in ranks.items()}
+    assert len(set(weights.values())) == 1, f"ranks of one exchange have different weights: {weights}"
     for rank, each in ranks.items():
         assert each.mesh is not None
         assert each.routes is not None

@@ -65,6 +65,7 @@ class Injection:
             "scale_down": self._scale_down,
             "scale_up": self._scale_up,
             "rebalance": self._rebalance,
+            "weights": self._weights,
             "pause": self._pause,
             "device_error": self._device_error,
         }
@@ -266,6 +267,11 @@ class Injection:
 
     def _rebalance(self, fault: Fault) -> bool:
         return self.instruct(Instruction(action="rebalance"))
+
+    def _weights(self, fault: Fault) -> bool:
+        running = "finish" if fault.value < 0.5 else "switch"
+        timeout_s = 2 * DRAIN_S * fault.value
+        return self.instruct(Instruction(action="weights", model="fake", running=running, timeout_s=timeout_s))
 
     def _pause(self, fault: Fault) -> bool:
         self.world.loop.call_later(fault.seconds, self.instruct, Instruction(action="retry"))

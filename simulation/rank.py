@@ -34,6 +34,8 @@ SECONDS: dict[str, tuple[float, float]] = {
 }
 """The least and the most virtual seconds that a command takes; any other takes OTHER_SECONDS."""
 OTHER_SECONDS = (0.0005, 0.004)
+STAGE_S = (0.01, 0.5)
+"""The least and the most virtual seconds in which a rank loads other weights beside its steps."""
 READ_EXPERT_S = 0.005
 """Virtual seconds to read an expert from the store."""
 COPY_S = 0.002
@@ -271,6 +273,9 @@ class SimulatedRank:
                 self._loading.append((stream, command))
                 self._load_next()
                 continue
+            if name == "stage_weights":
+                self._stage(stream, command)
+                continue
             self._busy = True
             self._replicate(stream)
             if name == "step":
@@ -349,6 +354,20 @@ class SimulatedRank:
             self._load_next()
 
         self.later(self.slowness * self._draw.uniform(*SECONDS["prepare"]), loaded)
+
+    def _stage(self, stream: Stream, command: link_pb2.Command) -> None:
+        """Load other weights, on a thread of its own."""
+
+        def staged() -> None:
+            try:
+                self.hand.stage_weights(command.stage_weights)
+            except LookupError as error:
+                why = link_pb2.Failed(id=command.id, error=str(error))
+                stream.report(link_pb2.Report(rank=self.rank, failed=why))
+                return
+            stream.report(link_pb2.Report(rank=self.rank, done=link_pb2.Done(id=command.id)))
+
+        self.later(self.slowness * self._draw.uniform(*STAGE_S), staged)
 
     # -- Meshes -------------------------------------------------------------------------------------------------
 

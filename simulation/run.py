@@ -215,6 +215,8 @@ def _why_not_whole(world: World) -> str:
     damaged = [rank for rank in failover.plan_ranks if (process := world.ranks.get(rank)) and process.hand.is_damaged]
     if damaged and world.settings.scrub_s:
         return f"weights of ranks {damaged} are damaged"
+    if failover.membership.next_weights != failover.membership.weights:
+        return "other weights are decided on, and not in force"
     if failover.membership.comm_broken or front.loop.engine.maintenance.pending:
         return "something is still due"
     return ""

@@ -38,6 +38,7 @@ FAULTS: Mapping[str, str] = {
     "drain": "an operator drains a rank and has it replaced",
     "scale_down": "an operator takes a rank out",
     "scale_up": "an operator takes all ranks in again",
+    "weights": "an operator brings other weights in; open streams finish on the old ones, or go on with the new ones",
     "pause": "an operator pauses the server, and lets it go on a little later",
     "device_error": "a device reports an error of some level",
     "rebalance": "an operator has experts moved by the load",

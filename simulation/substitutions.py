@@ -1,7 +1,10 @@
 """Replacements for parts of the front that have no argument for it, while a run lasts."""
 
+import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import planner.solver.lattice
@@ -10,15 +13,20 @@ import serving.core.journal
 import serving.core.loop
 import serving.executor.kv_replica
 import serving.executor.rank_monitor
+import serving.launch.weights_record
 import serving.recovery.kv_restoration
 import serving.recovery.plan_catalog
 import serving.recovery.rendezvous
+import serving.recovery.weights_update
+from serving.protocol.prepared_model import PreparedModel
 from simulation.front import checked_engine
 from simulation.solved_plans import solve_once
 from simulation.world import World
 
 POLL_S = 0.05
 """Virtual seconds between two looks at the ranks: fewer looks, and a run takes less time."""
+PREPARE_S = (0.01, 0.5)
+"""The least and the most virtual seconds in which other weights are copied into the host store."""
 PIECE_ENTRIES = 7
 """KV entries that are restored at once: few, so that much happens between two pieces."""
 
@@ -34,10 +42,22 @@ def substituted(world: World) -> Iterator[None]:
         world.disk.check_room()
         write_at(file, data, at)
 
+    write_whole = serving.launch.weights_record.write_whole
+
+    def write_whole_with_room(path: Path, data: bytes) -> None:
+        world.disk.check_room()
+        write_whole(path, data)
+
+    async def prepare_weights(model: str, like: PreparedModel, **_: Any) -> PreparedModel:
+        await asyncio.sleep(world.random(f"prepare/{world.loop.time()}").uniform(*PREPARE_S))
+        return dataclasses.replace(like, store=str(world.disk.folder))
+
     changes: list[tuple[Any, str, Any]] = [
         (serving.core.loop, "EngineShell", checked_engine(world)),
         (serving.recovery.rendezvous, "Coordinator", world.coordinators),
         (serving.core.journal, "_write_at", write_with_room),
+        (serving.launch.weights_record, "write_whole", write_whole_with_room),
+        (serving.recovery.weights_update, "prepare_weights", prepare_weights),
         (serving.core.background, "COMPACTION_PAUSE_S", 0.0),
         (serving.executor.rank_monitor, "POLL_S", POLL_S),
         (serving.executor.kv_replica, "PIECE_ENTRIES", PIECE_ENTRIES),

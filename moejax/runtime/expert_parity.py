@@ -81,6 +81,10 @@ class HostExpertBuffer:
                     f"expert {key.experts[0]} of MoE layer {key.layer} arrived with bytes that are not its weights"
                 )
 
+    def clear(self) -> None:
+        """Drop everything: it is of weights that this rank does not have any more."""
+        self._whole = {}
+
     def keep_only(self, layer: int, parities: Collection[WeightsKey]) -> None:
         """Drop all other parities of a layer."""
         kept = {*parities, *(key for key in self._whole if key.layer != layer or not key.parity)}

@@ -11,10 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from moejax.checkpoint.checksums import aligned_array
 from moejax.checkpoint.host_store import StoreError
 from moejax.checkpoint.manifest import expert_position
 from moejax.config.kv_cache import KVCache, empty_cache
 from moejax.config.mesh import JaxDevice
+from moejax.config.model_config import ModelConfig
 from moejax.config.parameter_counts import expert_bytes
 from moejax.config.params import (
     FeedForward,
@@ -52,6 +54,20 @@ class Filled:
     missing: tuple[tuple[int, int, int], ...] = ()
     trouble: str = ""
     injected: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedWeights:
+    """Other weights of the same model in host memory, for one rank: their source and checksums, the common weights with
+    their tp shard (None on a rank that does not attend), and the experts by position, for the slots `slot_experts`
+    `[moe layers, P]`."""
+
+    source: WeightSource
+    sums: WeightChecksums
+    shard: int
+    common: Params | None
+    experts: dict[Position, FeedForward]
+    slot_experts: np.ndarray
 
 
 class LiveArrays:
@@ -128,13 +144,43 @@ class LiveArrays:
             self.shard, self._host_weights = wanted, weights
             self._attend(device)
 
+    def stage(self, source: WeightSource) -> StagedWeights:
+        """Load other weights of the same model into host memory: the common weights, and the experts that are in slots
+        now. Everything is compared with its checksums. Safe beside steps. Raises StoreError."""
+        cfg, sums, shard = self.shape.cfg, WeightChecksums(self.shape.cfg, source), self.shard
+        common = _read_common(cfg, source, sums, shard) if self._host_weights is not None else None
+        slots = np.array(self.slot_experts)
+        experts = empty_slots(cfg, slots.shape[1]) if slots.shape[1] else {}
+        filled = [(int(layer), int(slot)) for layer, slot in np.argwhere(slots >= 0)]
+        size = max(1, BATCH_BYTES // max(1, expert_bytes(cfg)))
+        for first in range(0, len(filled), size):
+            batch = filled[first : first + size]
+            read = source.read_experts(list(dict.fromkeys((layer, int(slots[layer, slot])) for layer, slot in batch)))
+            for layer, slot in batch:
+                i, j, repeat = self._places[layer]
+                expert = (layer, int(slots[layer, slot]))
+                one = to_host_weights(cfg, expert_specs(cfg, (i, j)), FeedForward(*read[expert]))
+                sums.note(expert, one)
+                jax.tree.map(lambda leaf, weight, at=(repeat, slot): leaf.__setitem__(at, weight), experts[i, j], one)
+        return StagedWeights(source, sums, shard, common, jax.tree.map(_aligned, experts), slots)
+
+    def switch(self, staged: StagedWeights, device: JaxDevice) -> None:
+        """Have the staged weights instead of the present ones. No argument of a step made before may be used any more;
+        the cache keeps its entries, which are of the former weights. Raises StoreError, after which nothing has
+        changed."""
+        common = staged.common
+        if self._host_weights is not None and (common is None or staged.shard != self.shard):
+            common = _read_common(self.shape.cfg, staged.source, staged.sums, self.shard)
+        self.source, self._sums = staged.source, staged.sums
+        self._injected.clear()
+        self._weights, self._experts = None, {}
+        if self._host_weights is not None:
+            self._host_weights = common
+            self._weights = jax.device_put(common, device)
+        self._experts, self.slot_experts = jax.device_put(staged.experts, device), staged.slot_experts
+
     def _common(self, shard: int) -> Params:
-        cfg, values = self.shape.cfg, self.source.non_expert_params()
-        if cfg.tensor > 1:
-            values = tp_shard_of(values, shard, cfg)
-        weights = to_host_weights(cfg, param_specs(cfg), values)
-        self._sums.note_common(weights)
-        return weights
+        return _read_common(self.shape.cfg, self.source, self._sums, shard)
 
     def _attend(self, device: JaxDevice) -> None:
         self._weights = jax.device_put(self._host_weights, device)
@@ -273,3 +319,18 @@ class LiveArrays:
         for layer, s, _ in unread:
             self.slot_experts[layer, s] = -1
         return Filled(len(read) - injected, tuple(unread), trouble, injected)
+
+
+def _read_common(cfg: ModelConfig, source: WeightSource, sums: WeightChecksums, shard: int) -> Params:
+    """The weights that every rank has, or their tp shard, from a source; `sums` takes their checksums."""
+    values = source.non_expert_params()
+    if cfg.tensor > 1:
+        values = tp_shard_of(values, shard, cfg)
+    weights = to_host_weights(cfg, param_specs(cfg), values)
+    sums.note_common(weights)
+    return weights
+
+
+def _aligned(leaf: np.ndarray) -> np.ndarray:
+    """A host array that a CPU device takes without a copy."""
+    return aligned_array(leaf, leaf.dtype)

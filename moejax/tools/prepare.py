@@ -1,6 +1,6 @@
 """Makes a model ready to serve: finds or builds its folder and copies its weights into the host's memory.
 
-    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR]]
+    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR [LIKE]]]
 
 Progress on standard error, one line of JSON on standard output.
 
@@ -9,6 +9,7 @@ A process of its own, because the front of the server never imports JAX.
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,17 +27,24 @@ from moejax.ops import cpu
 from moejax.runtime.executables import numerics_fingerprint
 from moejax.tools.rank_format import PUBLISHED, format_as_stored, published_workload, widening_note
 from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
+from moejax.tools.same_model import check_same_dtypes, check_same_model
+
+BESIDE_STEPS = 10
+"""Niceness of this process while the model that it is compared with is served on this machine."""
 
 
-def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1") -> dict[str, object]:
+def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1", like: str = "") -> dict[str, object]:
     """Prepare a model and describe it for the front.
 
     `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format,
     or `published`.
     Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
     `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
-    folders before anything is converted.
+    folders before anything is converted. With `like`, the folder of another model, raises ConfigError or
+    CheckpointError, also before that, unless both differ in their weights alone.
     """
+    if like:
+        check_same_model(Path(name), Path(like), sharded=how == "sharded")
     if is_published(Path(name)):
         read_config(Path(name)).tp_shard(int(tensor))
     store: HostStore | PublishedStore
@@ -48,6 +56,8 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         if how == "sharded":
             folder = ensure_sharded_dense(folder)
         store = HostStore.create(folder)
+    if like:
+        check_same_dtypes(folder, Path(like))
     published = published_workload(Path(name)) if is_published(Path(name)) else None
     if weights == PUBLISHED:
         keeps = isinstance(store, PublishedStore) and store.int4_experts
@@ -113,6 +123,8 @@ def _build_kernels() -> None:
 
 def main() -> int:
     """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
+    if len(sys.argv) > len(("program", "MODEL", "FORMAT", "HOW", "TENSOR")):
+        os.nice(BESIDE_STEPS)
     try:
         _build_kernels()
         print(json.dumps(prepare(*sys.argv[1:])))

@@ -107,7 +107,9 @@ def _print_stream(client: Client, prompt: Prompt, options: GenerateOptions, turn
     if stream.complete is not None and sys.stderr.isatty():
         done = stream.complete
         epochs = f", epochs {', '.join(map(str, done.epochs))}" if len(done.epochs) > 1 else ""
-        click.secho(f"[{done.completion_tokens} tokens, {done.reason}{epochs}]", dim=True, err=True)
+        labels = [label for label, _ in done.weights_versions]
+        weights = f", weights {' then '.join(labels)}" if len(labels) > 1 else ""
+        click.secho(f"[{done.completion_tokens} tokens, {done.reason}{epochs}{weights}]", dim=True, err=True)
     return "".join(parts)
 
 

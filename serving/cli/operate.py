@@ -1,22 +1,58 @@
 """The commands that change a running server: `moejax apply` and `moejax kill`."""
 
+from pathlib import Path
+
 import click
 
 from serving.api.client import Client
 from serving.cli.options import client_options, example
 from serving.protocol.backend import FAULTS
 from serving.protocol.instructions import ACTIONS, Action
+from serving.protocol.weights import RUNNING, Running
 
 
-@click.command(short_help="Drain ranks, scale, pause or retry.")
+@click.command(short_help="Drain ranks, scale, pause, retry, or bring new weights in.")
 @click.argument("action", type=click.Choice(ACTIONS))
 @click.argument("ranks", nargs=-1, type=click.IntRange(min=0))
 @click.option("--host", default="", help="Act on all ranks of this host instead of RANKS.")
 @click.option("--to", type=int, help="Scale until this many ranks serve, instead of RANKS.")
 @click.option("--replace", is_flag=True, help="With drain: start a new process for each drained rank.")
+@click.option("--model", default="", help="With weights: the folder of the new weights, on the server.")
+@click.option("--version", default="", help="With weights: their label in answers; their number unless given.")
+@click.option(
+    "--running",
+    type=click.Choice(RUNNING),
+    default="switch",
+    show_default=True,
+    help="With weights: open streams go on with the new weights, or finish on the old ones first, while new requests "
+    "wait.",
+)
+@click.option(
+    "--timeout-s",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests of a leaving rank wait for room, or that open streams may take with --running finish.",
+)
 @client_options
-@example("moejax apply drain 2 --replace", "moejax apply scale_down --to 2", "moejax apply pause")
-def apply(client: Client, action: Action, ranks: tuple[int, ...], host: str, to: int | None, replace: bool) -> None:
+@example(
+    "moejax apply drain 2 --replace",
+    "moejax apply scale_down --to 2",
+    "moejax apply pause",
+    "moejax apply weights --model checkpoints/step-200 --version step-200",
+)
+def apply(
+    client: Client,
+    action: Action,
+    ranks: tuple[int, ...],
+    host: str,
+    to: int | None,
+    replace: bool,
+    model: str,
+    version: str,
+    running: Running,
+    timeout_s: float,
+) -> None:
     """Make a planned change to a server that was started with --operate or --chaos.
 
     Requests move to other ranks and lose no token.
@@ -28,8 +64,21 @@ def apply(client: Client, action: Action, ranks: tuple[int, ...], host: str, to:
     scale_down  drain ranks and keep them out
     scale_up    start ranks that were kept out
     rebalance   move experts so that no rank has more of the traffic than others
+    weights     serve the weights in --model, without a restart: the same
+                configuration, vocabulary and number formats
     """
-    serving = client.apply(action, *ranks, host=host, to=to, replace=replace)
+    model = str(Path(model).resolve()) if model and Path(model).exists() else model
+    serving = client.apply(
+        action,
+        *ranks,
+        host=host,
+        to=to,
+        replace=replace,
+        timeout_s=timeout_s,
+        model=model,
+        version=version,
+        running=running,
+    )
     click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
 
 

@@ -46,6 +46,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
             "state",
             f"{state}, epoch {status.epoch}, generation {status.generation}, front pid {status.front_pid}",
         ),
+        ("weights", _weights(status)),
         ("edges", _edges(status)),
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
@@ -68,6 +69,12 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
 def _failures(ranks: Sequence[RankStatus]) -> list[Text]:
     """How ranks failed of themselves the last time, one on each line."""
     return [Text(f"rank {rank.id} {rank.last_failure}", "red") for rank in ranks if rank.last_failure]
+
+
+def _weights(status: Status) -> str:
+    """The version of the weights in force, and of weights that are being brought in."""
+    coming = f", version {status.next_weights_version} is being brought in" if status.next_weights_version else ""
+    return f"version {status.weights_version}{coming}; {status.weights_switches} switches since the start"
 
 
 def _edges(status: Status) -> str:

@@ -34,6 +34,8 @@ class Chunk:
     epoch: int
     top: tuple[TopLogprobs, ...] = ()
     choice: int = 0
+    weights_version: str = ""
+    """The label of the weights that computed the tokens."""
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
     invalid_calls: tuple[InvalidToolCall, ...] = ()
@@ -59,6 +61,8 @@ class Complete:
     cached_tokens: int = 0
     choice: int = 0
     accepted_drafts: int = 0
+    weights_versions: tuple[tuple[str, int], ...] = ()
+    """The weights that computed the tokens: the label, and how many tokens in a row, in order."""
 
 
 AnswerItem = PromptScores | Chunk | Complete
@@ -79,6 +83,8 @@ class AnswerText:
         self.tokens = 0
         self.accepted_drafts = 0
         self.epochs: list[int] = []
+        self.weights_versions: list[tuple[str, int]] = []
+        """As `Complete` has them."""
         self.matched: str | int | None = None
         self.degraded = False
         self._calls = 0
@@ -92,6 +98,11 @@ class AnswerText:
         self.degraded |= token.degraded
         if token.epoch not in self.epochs:
             self.epochs.append(token.epoch)
+        version, count = self.weights_versions.pop() if self.weights_versions else (token.weights_version, 0)
+        if version == token.weights_version:
+            self.weights_versions.append((version, count + 1))
+        else:
+            self.weights_versions += [(version, count), (token.weights_version, 1)]
         if token.id in self._stop_tokens:
             self.matched, text = token.id, ""
         else:
@@ -107,6 +118,7 @@ class AnswerText:
                 text="",
                 logprobs=(token.logprob,),
                 epoch=token.epoch,
+                weights_version=token.weights_version,
                 top=(token.top,) if token.top else (),
             ),
         )
@@ -120,7 +132,14 @@ class AnswerText:
             parts = [*self._parser.push(text), *self._parser.flush(cut=reason == "length")]
         if not parts or not self.epochs:
             return None
-        chunk = Chunk(index=self.tokens, token_ids=(), text="", logprobs=(), epoch=self.epochs[-1])
+        chunk = Chunk(
+            index=self.tokens,
+            token_ids=(),
+            text="",
+            logprobs=(),
+            epoch=self.epochs[-1],
+            weights_version=self.weights_versions[-1][0],
+        )
         return self._with_parts(parts, chunk)
 
     def _with_parts(self, parts: Sequence[AnswerPart], chunk: Chunk) -> Chunk:
@@ -170,4 +189,5 @@ def complete(request: Request, text: AnswerText, finished: Finished) -> Complete
         degraded=text.degraded,
         cached_tokens=finished.cached_tokens,
         accepted_drafts=text.accepted_drafts,
+        weights_versions=tuple(text.weights_versions),
     )

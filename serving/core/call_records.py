@@ -14,6 +14,7 @@ from serving.engine.poison import Incident
 from serving.errors import Internal, MoejaxError
 from serving.protocol.request import AnswerParsing, Call, Finished, Request, Scored, Token
 from serving.protocol.sampling import ResolvedSampling, StructuredOutputs
+from serving.protocol.weights import FIRST_WEIGHTS
 
 StreamItem = Scored | Token | Finished | MoejaxError
 """One item in the stream of a request."""
@@ -102,6 +103,8 @@ def _request_value(value: Mapping[str, Any], clock_offset_s: float) -> Request:
 def _item_json(item: StreamItem) -> tuple[str, list[Any]]:
     if isinstance(item, Token):
         fields = [item.index, item.id, item.logprob, item.epoch, item.degraded, item.top, item.cached_tokens]
+        if item.weights_version != FIRST_WEIGHTS.label:
+            return "token", [*fields, item.drafted, item.weights_version]
         return "token", [*fields, True] if item.drafted else fields
     if isinstance(item, Scored):
         return "scored", [item.position, item.logprobs, item.top]
@@ -112,8 +115,9 @@ def _item_json(item: StreamItem) -> tuple[str, list[Any]]:
 
 def _item_value(kind: str, fields: list[Any]) -> StreamItem:
     if kind == "token":
-        index, token, logprob, epoch, degraded, top, cached_tokens, *drafted = fields
-        return Token(index, token, logprob, epoch, degraded, _top(top), cached_tokens, bool(drafted))
+        index, token, logprob, epoch, degraded, top, cached_tokens, *more = fields
+        drafted, weights = (more[0], more[1]) if len(more) == 2 else (bool(more), FIRST_WEIGHTS.label)
+        return Token(index, token, logprob, epoch, degraded, _top(top), cached_tokens, drafted, weights)
     if kind == "scored":
         return Scored(fields[0], tuple(fields[1]), tuple(map(_top, fields[2])))
     if kind == "finished":

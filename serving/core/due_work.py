@@ -73,7 +73,9 @@ class DueWorker:
                 await engine.maintenance.run()
                 engine.rebalancing.begin()
         work = next((due for due in self.due() if due in ONE_AT_A_TIME), None)
-        if work is DueWork.ADMIT:
+        if work is DueWork.SWITCH_WEIGHTS:
+            await self._switch_weights()
+        elif work is DueWork.ADMIT:
             self._admitted_at = clock.now()
             failover.joining.begin()
         elif work is DueWork.REJOIN:
@@ -118,6 +120,11 @@ class DueWorker:
             restored = sum(each.count for each in recoverable.values())
             outcome = f"{restored} cache entries to restore, {recomputed} to compute again"
             self._report.begin(losses, began, phases, outcome)
+
+    async def _switch_weights(self) -> None:
+        """Put the plan in force into force once more, with the weights that were decided on."""
+        await self._failover.adoption.adopt_weights()
+        self._engine.plan_adopted()
 
     async def _reconcile(self, plan: Plan) -> None:
         """Load some of the experts that the plan in force lacks of the desired one."""

@@ -180,7 +180,10 @@ class EngineShell:
         pages = dict.fromkeys(attending, failover.plans.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
         known = failover.take_over.take_known_pages()
-        state, outputs = adopt(self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known)
+        weights = failover.membership.weights.number
+        state, outputs = adopt(
+            self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known, weights=weights
+        )
         self.pipeline.forget_sent_pages()
         processes = {rank: self.executor.get(rank) for rank in failover.plan_ranks}
         self.step_stats.begin_plan(

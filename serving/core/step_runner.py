@@ -55,7 +55,8 @@ class StepRunner:
         engine.admission.record(began, left=left, queued=queued)
         if batch is None or plan is None:
             return False
-        batch = dataclasses.replace(batch, degraded=bool(plan.masked))
+        version = failover.membership.weights.label
+        batch = dataclasses.replace(batch, degraded=bool(plan.masked), weights_version=version)
         scheduled = (work.request_id for part in batch.scheduled.values() for work in part)
         engine.output_streams.record_step(scheduled, began)
         engine.pipeline.send(batch, began, epoch=epoch, ranks=plan.rank_ids, state=engine.state)

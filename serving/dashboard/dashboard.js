@@ -67,7 +67,8 @@ function show(now) {
   const model = now.model;
   byId("model").textContent =
     `${model.name} · ${model.experts} experts in ${model.moe_layers} of ${model.layers} layers · ` +
-    `context ${model.max_context}`;
+    `context ${model.max_context} · weights ${now.weights_version}` +
+    (now.next_weights_version ? ` (${now.next_weights_version} are being loaded)` : "");
   const alive = now.ranks.filter((rank) => rank.state === "serving").length;
   const rate = measure(now.tokens);
   figures([

@@ -209,6 +209,8 @@ class FrontSocket:
             async with contextlib.aclosing(cast(AsyncGenerator[Scored | Token | Finished, None], source)) as items:
                 async for item in items:
                     if isinstance(item, Token):
+                        if item.index == 0 < tokens:
+                            _check_weights(message, item)
                         if item.index >= tokens:
                             at = None if item.index > tokens else left_queue(message.request_id)
                             edge.send(messages.TokenItem(stream=stream, token=item, first_step_at=at))
@@ -284,3 +286,14 @@ class FrontSocket:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+def _check_weights(message: messages.Read | messages.Replay, token: Token) -> None:
+    """Raise Internal for an answer that is computed again, because nothing was recorded of it, and with other weights
+    than its client has tokens of."""
+    had = message.weights_version if isinstance(message, messages.Read) else ""
+    if had not in ("", token.weights_version):
+        raise Internal(
+            f"the answer began with weights version {had}; its front died, no journal has it, and version "
+            f"{token.weights_version} is in force. Send the request again, or start the server with a journal."
+        )

@@ -69,13 +69,14 @@ class FailRequests(EdgeMessage):
 
 class Read(EdgeMessage):
     """Send the items of a request of an open call, which is accepted now if no front has accepted it yet. The edge has
-    `tokens` tokens and `scored` scores of prompt tokens already."""
+    `tokens` tokens and `scored` scores of prompt tokens already, the first token of the weights `weights_version`."""
 
     stream: int
     call_id: str
     request_id: str
     tokens: int = 0
     scored: int = 0
+    weights_version: str = ""
 
 
 class Replay(EdgeMessage):

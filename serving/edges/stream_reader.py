@@ -24,13 +24,18 @@ class StreamReader:
         self._opening = opening
         self._tokens = 0
         self._scored = 0
+        self._weights_version = ""
+        """The weights of the first token that has come."""
         self._queue: asyncio.Queue[Item | MoejaxError | None] = asyncio.Queue()
 
     def opening(self) -> messages.EdgeMessage:
         """The message that asks the next front for the rest."""
         if isinstance(self._opening, messages.Watch):
             return self._opening
-        return msgspec.structs.replace(self._opening, tokens=self._tokens, scored=self._scored)
+        opening = msgspec.structs.replace(self._opening, tokens=self._tokens, scored=self._scored)
+        if isinstance(opening, messages.Read):
+            opening.weights_version = self._weights_version
+        return opening
 
     def push(
         self, message: messages.TokenItem | messages.ScoredItem | messages.FinishedItem | messages.EventItem
@@ -67,6 +72,7 @@ class StreamReader:
     def _push_token(self, token: Token) -> bool:
         if token.index == self._tokens:
             self._tokens += 1
+            self._weights_version = self._weights_version or token.weights_version
             self._queue.put_nowait(token)
         return token.index < self._tokens
 

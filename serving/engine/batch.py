@@ -89,6 +89,8 @@ class Batch:
     scheduled: Mapping[int, tuple[ScheduledRequest, ...]]
     degraded: bool = False
     """The step runs while experts are masked."""
+    weights_version: str = "0"
+    """The label of the weights that compute it."""
 
     @property
     def required_bucket(self) -> StepBucket:

@@ -8,6 +8,16 @@ from serving.engine.sequence import Sequence, free_slot
 from serving.engine.state import EngineState, requeue
 
 
+def hold_requests(state: EngineState, held: bool) -> EngineState:
+    """The state in which requests that have not started wait, or do so no longer."""
+    return state if state.held == held else dataclasses.replace(state, held=held)
+
+
+def started_requests(state: EngineState) -> int:
+    """The number of open requests that have been given a rank."""
+    return len(state.running) + sum(sequence.started for sequence in state.waiting.values())
+
+
 def close_ranks(state: EngineState, ranks: Collection[int]) -> EngineState:
     """The state in which exactly these ranks admit no requests. Requests that run there go on."""
     return (

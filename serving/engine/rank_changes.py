@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
+from serving.engine.migration import invalidate_caches
 from serving.engine.page_pool import PageKey, PagePool
 from serving.engine.sequence import RecoverableKV, Sequence
 from serving.engine.state import EngineState, Output, remove_requests, requeue
@@ -43,6 +44,7 @@ def adopt(
     fresh: Collection[int] = (),
     masked: Iterable[tuple[int, int]] = (),
     known: Mapping[int, Mapping[int, PageKey]] | None = None,
+    weights: int = 0,
 ) -> tuple[EngineState, tuple[Output, ...]]:
     """Take up the ranks of a new epoch and their numbers of pages. A rank of the previous epoch keeps its cache and
     its requests.
@@ -50,12 +52,17 @@ def adopt(
     A rank's cache is empty when the rank is new, in `fresh`, or has another number of pages than before; a new rank
     that has served before has the pages in `known`, with their keys. A request that no rank can hold any more ends
     with NoCapacity; without any rank all requests wait. A prefix is found only by requests that run with the same
-    experts `masked`, (layer, expert), as the request that computed it.
+    experts `masked`, (layer, expert), and with the weights of the same number, as the request that computed it. With
+    other `weights` than before no cache holds anything: every open request is computed again, and requests that were
+    held are not any more.
     """
-    state = _rooted(state, frozenset(masked))
+    other_weights = weights != state.weights
+    state = _rooted(dataclasses.replace(state, weights=weights), frozenset(masked))
     emptied = {rank for rank, pool in state.pools.items() if rank in fresh or pages.get(rank) != pool.total}
     decode_first = state.decode_first or bool(emptied)
     state = lose(state, emptied)
+    if other_weights:
+        state = dataclasses.replace(invalidate_caches(state), held=False)
     known = known or {}
     pools = {
         rank: state.pools.get(rank) or PagePool.with_cached_pages(count, known.get(rank, {}))
@@ -78,8 +85,9 @@ def adopt(
 
 
 def _rooted(state: EngineState, masked: Collection[tuple[int, int]]) -> EngineState:
-    """The state after the set of masked experts changed: what runs was computed in part by other experts."""
-    root = hashlib.blake2b(repr(sorted(masked)).encode(), digest_size=16).digest() if masked else b""
+    """The state after the set of masked experts, or the weights, changed: what runs was computed in part by others."""
+    named = repr(sorted(masked)) + (f" weights {state.weights}" if state.weights else "")
+    root = hashlib.blake2b(named.encode(), digest_size=16).digest() if masked or state.weights else b""
     if root == state.root_key:
         return state
     running = {key: dataclasses.replace(_mixed(sequence), page_keys=None) for key, sequence in state.running.items()}

@@ -153,7 +153,7 @@ class _StepBuilder:
             return
         order = AdmissionOrder(self.waiting.values(), self.counters)
         while (sequence := order.peek()) is not None:
-            if self.waits_for_shared_prompt(sequence):
+            if (self.before.held and not sequence.started) or self.waits_for_shared_prompt(sequence):
                 order.skip(sequence)
                 continue
             if sequence.recoverable is not None:  # it found no room just now, and is next

@@ -50,7 +50,7 @@ class EngineState:
     decode_first: bool = False
     """After a loss, until one step has gone to the survivors' streams alone."""
     root_key: PageKey = b""
-    """The root of all page keys. It depends on the masked experts."""
+    """The root of all page keys. It depends on the masked experts and on the weights."""
     prefix_queries: int = 0
     """Prompt tokens looked up in the prefix cache so far."""
     prefix_hits: int = 0
@@ -67,6 +67,10 @@ class EngineState:
     """Requests that were given their first rank so far."""
     closed_ranks: frozenset[int] = frozenset()
     """Ranks that leave: they admit no requests."""
+    weights: int = 0
+    """The number of the weights that compute: all KV in the caches is theirs."""
+    held: bool = False
+    """Only requests that have started are given a rank; the others wait for other weights."""
     suspicion: Suspicion = dataclasses.field(default_factory=Suspicion)
     """Requests that ran while ranks failed."""
 

@@ -136,7 +136,17 @@ def _advanced(
                 break
             cached, drafted = sequence.cached_tokens or 0, nth < len(work.drafts) and each.token == work.drafts[nth]
             items.append(
-                Token(known + nth, each.token, each.logprob, batch.epoch, batch.degraded, each.top, cached, drafted)
+                Token(
+                    known + nth,
+                    each.token,
+                    each.logprob,
+                    batch.epoch,
+                    batch.degraded,
+                    each.top,
+                    cached,
+                    drafted,
+                    batch.weights_version,
+                )
             )
             reason = limits.length_reason(sequence.request, known + nth + 1)
             if reason is not None:

@@ -22,6 +22,7 @@ NOT_EXPORTED: Mapping[str, Mapping[str, str]] = {
         "failed": "vllm:request_success counts requests by how they ended",
         "finished": "vllm:request_success counts requests by how they ended",
         "front_pid": "a process id; Prometheus identifies a server by its address",
+        "next_weights_version": "there while weights are loaded; `moejax status` prints it",
         "operable": "a setting",
         "protection": "a setting",
         "recoveries": "moejax_recoveries counts them by cause and outcome",
@@ -121,6 +122,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ),
     ("moejax_experts_loaded", "Experts read from the host store.", lambda s: s.experts_loaded),
     ("moejax_experts_rebuilt", "Experts rebuilt from parity.", lambda s: s.experts_rebuilt),
+    (
+        "moejax_weights_switches",
+        "Versions of the weights that came into force since the start.",
+        lambda s: s.weights_switches,
+    ),
     ("moejax_weights_repaired", "Damaged weights that were found and loaded again.", lambda s: s.restored),
     (
         "moejax_convicted_requests",
@@ -154,6 +160,9 @@ class StatusCollector(Collector):
         yield from (GaugeMetricFamily(name, text, value(status)) for name, text, value in _GAUGES)
         yield from (CounterMetricFamily(name, text, value(status)) for name, text, value in _COUNTERS)
         yield _lattice(status)
+        weights = GaugeMetricFamily("moejax_weights_info", "The version of the weights in force.", labels=["version"])
+        weights.add_metric([status.weights_version], 1)
+        yield weights
         if status.certificate in CERTIFICATE_HOLDS:
             yield GaugeMetricFamily(
                 "moejax_certificate_holds",

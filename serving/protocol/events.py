@@ -119,6 +119,12 @@ class EventKind(enum.StrEnum):
     """Experts are not moved, although a rank is hot."""
     STORE_UNREADABLE = "store_unreadable", Severity.BAD
     """The host's store could not give experts."""
+    WEIGHTS_LOADING = "weights_loading"
+    """Ranks load other weights into host memory, beside the steps."""
+    WEIGHTS_SWITCHED = "weights_switched", Severity.GOOD
+    """All ranks have other weights, from this epoch on."""
+    WEIGHTS_REFUSED = "weights_refused", Severity.BAD
+    """Other weights could not be loaded; those in force stay."""
     PARITY_READY = "parity_ready", Severity.GOOD
     """All parity groups of the plan are made."""
     REBUILT = "rebuilt", Severity.GOOD

@@ -7,9 +7,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from serving.errors import InvalidRequest, NoCapacity, NotPermitted
+from serving.protocol.weights import RUNNING, Running
 
-Action = Literal["pause", "retry", "drain", "scale_down", "scale_up", "rebalance"]
-ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up", "rebalance")
+Action = Literal["pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights"]
+ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights")
+MAX_LABEL = 64
+"""Most characters in the label of a version of the weights."""
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -86,7 +89,10 @@ class DeviceError:
 class Instruction:
     """A planned change. `ranks`, `host` and `to` (how many shall serve) exclude one another.
 
-    `timeout_s` is how long requests of a leaving rank wait for room elsewhere before they are computed again.
+    `timeout_s` is how long requests of a leaving rank wait for room elsewhere before they are computed again. With
+    weights: `model` is the folder or name of the new weights, `version` their label (their number unless given),
+    `running` what open streams do, and `timeout_s` how long they may take to end with `finish`; those still open then
+    go on with the new weights.
     """
 
     action: Action
@@ -95,6 +101,9 @@ class Instruction:
     to: int | None = None
     replace: bool = False
     timeout_s: float = 30.0
+    model: str = ""
+    version: str = ""
+    running: Running = "switch"
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -104,12 +113,29 @@ class Instruction:
         given = [name for name in ("ranks", "host") if getattr(self, name)] + ["to"] * (self.to is not None)
         if len(given) > 1:
             raise InvalidRequest(f"{' and '.join(given)} exclude one another; give one.", param=given[1])
-        if given and self.action in ("pause", "retry", "rebalance"):
+        if given and self.action in ("pause", "retry", "rebalance", "weights"):
             raise InvalidRequest(f"{self.action} is about the whole server; leave out {given[0]}.", param=given[0])
         if self.to is not None and (self.action == "drain" or self.to < 1):
             raise InvalidRequest(f"to is {self.to}: it goes with scale_down and scale_up, from 1 on.", param="to")
         if self.replace and self.action != "drain":
             raise InvalidRequest(f"replace goes with drain, not with {self.action}.", param="replace")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if self.action != "weights":
+            for name in ("model", "version"):
+                if getattr(self, name):
+                    raise InvalidRequest(f"{name} goes with weights, not with {self.action}.", param=name)
+            return
+        if not self.model:
+            raise InvalidRequest("weights needs model: the folder of the new weights on the server.", param="model")
+        if len(self.version) > MAX_LABEL or not (self.version.isascii() and self.version.isprintable()):
+            text = (
+                f"version is {self.version[:MAX_LABEL]!r}; it must be at most {MAX_LABEL} printable ASCII characters."
+            )
+            raise InvalidRequest(text, param="version")
+        if self.running not in RUNNING:
+            raise InvalidRequest(f"running is {self.running!r}; it must be {' or '.join(RUNNING)}.", param="running")
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
@@ -117,7 +143,8 @@ class Instruction:
         names = {"fault_tolerance_instruction": "action", "fault_tolerance_timeout": "timeout_s"}
         value = {names.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else value
         fields = _fields(value, {f.name for f in dataclasses.fields(cls)})
-        kinds = {"action": str, "ranks": list, "host": str, "to": int, "replace": bool, "timeout_s": (int, float)}
+        kinds: dict[str, Any] = {"action": str, "ranks": list, "host": str, "to": int, "replace": bool}
+        kinds |= {"timeout_s": (int, float), "model": str, "version": str, "running": str}
         for name, kind in kinds.items():
             given = fields.get(name)
             wrong = not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool)

@@ -158,18 +158,39 @@ async def prepare_model(
     A model whose heads cannot be sharded over groups of `tensor` ranks is refused before it is converted. The process
     shows its progress on standard error. Raises StartError with its cause.
     """
+    code, out, _ = await _run_prepare(model, weights, "in-place" if in_place else dense, str(tensor))
+    if code != 0:
+        raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
+    return PreparedModel.from_json(out)
+
+
+async def prepare_weights(
+    model: str, like: PreparedModel, *, in_place: bool = False, dense: str = "replicated", tensor: int = 1
+) -> PreparedModel:
+    """As `prepare_model`, for other weights of a model that is served. Raises InvalidRequest with the cause: before
+    anything is converted or copied when the configurations differ, or their tokenizers."""
+    mode, name = "in-place" if in_place else dense, like.folder
+    code, out, said = await _run_prepare(model, like.weights, mode, str(tensor), name, show=False)
+    if code != 0:
+        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+        cause = lines[-1] if lines else f"the process that prepares it ended with {code}"
+        raise InvalidRequest(f"{model} cannot replace the weights of {like.name}: {cause}", param="model")
+    return PreparedModel.from_json(out)
+
+
+async def _run_prepare(*arguments: str, show: bool = True) -> tuple[int, bytes, bytes]:
+    """Run `python -m moejax.tools.prepare`. Returns its code, its output and, unless it is shown, its standard
+    error."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.tools.prepare", model, weights),
-        *("in-place" if in_place else dense, str(tensor)),
+        *(sys.executable, "-m", "moejax.tools.prepare", *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
+        stderr=None if show else asyncio.subprocess.PIPE,
     )
     try:
-        out, _ = await process.communicate()
+        out, said = await process.communicate()
     except asyncio.CancelledError:
         process.terminate()
         await process.wait()
         raise
-    if process.returncode != 0:
-        raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
-    return PreparedModel.from_json(out)
+    return process.returncode or 0, out, said or b""

@@ -54,7 +54,8 @@ class Token:
     likeliest tokens in its place where they were requested. `cached_tokens` prompt tokens came from the prefix cache.
     `drafted`: a draft had guessed it.
 
-    `degraded`: experts were masked in that epoch, so the token may differ from the full model's.
+    `degraded`: experts were masked in that epoch, so the token may differ from the full model's. `weights_version` is
+    the label of the weights that computed it.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Token:
     top: TopLogprobs = ()
     cached_tokens: int = 0
     drafted: bool = False
+    weights_version: str = "0"
 
 
 @dataclasses.dataclass(frozen=True)

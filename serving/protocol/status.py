@@ -139,6 +139,12 @@ class Status:
     """Requests that were ended since the start, because ranks failed whenever they ran."""
     buckets: tuple[tuple[int, int], ...] = ()
     """Buckets that steps are compiled for: decode rows, tiles of 32."""
+    weights_version: str = "0"
+    """The label of the weights in force."""
+    next_weights_version: str = ""
+    """The label of weights that are being loaded; empty when none are."""
+    weights_switches: int = 0
+    """Versions of the weights that came into force since the start."""
     certificate: str = ""
     """"holds", "does not hold" or "checking"; empty without a certificate."""
     certificate_reason: str = ""

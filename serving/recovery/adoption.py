@@ -13,7 +13,9 @@ from serving.errors import NoCapacity
 from serving.executor.executor import RankExecutor
 from serving.executor.mesh_key import MeshKey
 from serving.launch.host_pool import with_current_hosts
+from serving.launch.rank_process import HostPaths
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol.weights import WeightsVersion
 from serving.recovery.expert_moves import next_moves
 from serving.recovery.expert_parity import ExpertParity
 from serving.recovery.kv_replicas import KVReplicas
@@ -144,6 +146,13 @@ class Adoption:
             part = next_part(part, desired, all_slots, excluding=self._unobtainable(desired))
         await self.adopt(part, desired)
 
+    async def adopt_weights(self) -> None:
+        """Put the plan in force into force once more, with the weights that were decided on. Raises RankLost or
+        CommandFailed."""
+        plan, desired = self.plan, self._state.membership.desired
+        assert plan is not None
+        await self.adopt(plan, desired if desired is not None else plan)
+
     async def reload_damaged(self, damaged: Collection[Slot]) -> None:
         """Empty these slots, and load their experts again. Raises RankLost or CommandFailed."""
         assert self.plan is not None
@@ -199,7 +208,9 @@ class Adoption:
         self._state.record(AdoptionBegan(plan))
         self._kv_replicas.set_groups(plan.groups)
         messages = self._messages(plan)
-        await self._parity.supply(self.plan, plan)
+        membership = self._state.membership
+        if membership.adopting_weights == membership.weights:  # else ranks hold experts of two versions
+            await self._parity.supply(self.plan, plan)
         answers = await self._executor.call_all("adopt", messages)
         self.experts_loaded += sum(answer.experts_loaded for answer in answers)
         for answer in answers:
@@ -219,6 +230,7 @@ class Adoption:
                 slots=slots_of(plan, rank).tobytes(),
                 expert_to_slot=routes[rank].tobytes() if rank in routes else b"",
                 mates=self._tp_indices(plan, rank),
+                weights=weights_message(self._state.membership.adopting_weights, self._executor.host_paths(rank)),
             )
             for rank in plan.rank_ids
         }
@@ -232,6 +244,12 @@ class Adoption:
         """The indices in the mesh of a rank's tensor group; empty where heads are not sharded."""
         group = plan.groups.get(rank, ()) if self._settings.tensor > 1 else ()
         return [plan.rank_ids.index(peer) for peer in group]
+
+
+def weights_message(version: WeightsVersion, host_paths: HostPaths | None) -> link_pb2.WeightsVersion:
+    """The version of the weights for a rank on the front's host, or with these paths on another one."""
+    assert host_paths is None or not version.number, "ranks on other hosts have the weights they were started with"
+    return link_pb2.WeightsVersion(number=version.number, store=version.store)
 
 
 def slots_of(plan: Plan, rank: int) -> np.ndarray:

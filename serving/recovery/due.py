@@ -16,6 +16,7 @@ class DueWork(enum.Enum):
     RECOVER = "ranks of the plan were lost, an exchange failed, or the communicators cannot be used any more"
     RESTORE_KV = "requests wait for KV entries from replicas"
     MAINTAIN = "ranks are leaving, weights are damaged, or requests must be computed again"
+    SWITCH_WEIGHTS = "other weights are loaded on all ranks, and the plan in force does not have them"
     ADMIT = "ready ranks can enter the running generation"
     REJOIN = "ready ranks need a new generation"
     EXPAND = "the plan can take in the ranks that joined"
@@ -26,9 +27,19 @@ class DueWork(enum.Enum):
 
 BESIDE_A_STEP = frozenset({DueWork.PREPARE_AHEAD})
 """Work that can wait for the next pause between steps: it does not stop a step from being sent ahead."""
-URGENT = frozenset({DueWork.RECOVER, DueWork.ADMIT, DueWork.REJOIN, DueWork.EXPAND, DueWork.CONNECT})
+URGENT = frozenset(
+    {
+        DueWork.RECOVER,
+        DueWork.SWITCH_WEIGHTS,
+        DueWork.ADMIT,
+        DueWork.REJOIN,
+        DueWork.EXPAND,
+        DueWork.CONNECT,
+    }
+)
 """Work that a loop without a step to send does not sleep over."""
 ONE_AT_A_TIME = (
+    DueWork.SWITCH_WEIGHTS,
     DueWork.ADMIT,
     DueWork.REJOIN,
     DueWork.EXPAND,
@@ -67,6 +78,8 @@ def due_work(m: Membership, pending: Pending, now: float) -> Iterator[DueWork]:
         yield DueWork.RESTORE_KV
     if m.leaving or pending.maintaining:
         yield DueWork.MAINTAIN
+    if m.plan is not None and m.next_weights != m.weights:
+        yield DueWork.SWITCH_WEIGHTS
     if can_admit(m, pending.spare_ids):
         yield DueWork.ADMIT
     if can_rejoin(m, now) and pending.feasible({*m.members, *m.ready}):

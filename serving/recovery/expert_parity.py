@@ -88,6 +88,11 @@ class ExpertParity:
         """A rank was lost, and the parity it kept."""
         self._stored = {group: stored for group, stored in self._stored.items() if group.rank != rank}
 
+    def forget_all(self) -> None:
+        """The weights change: what ranks keep is of no use, and is dropped when the next parity is made."""
+        self._stale_layers.update(group.layer for group in self._stored)
+        self._stored = {}
+
     # -- Making it ----------------------------------------------------------------------------------------------
 
     async def maintain(self, settled: Callable[[], Plan | None]) -> None:

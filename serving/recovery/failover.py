@@ -22,11 +22,13 @@ from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.launch.coordinator import LOOPBACK
+from serving.launch.weights_record import WeightsRecord
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 from serving.protocol.events import EventKind, EventLog
 from serving.protocol.prepared_model import PreparedModel
-from serving.recovery.adoption import Adoption
+from serving.protocol.weights import FIRST_WEIGHTS, WeightsVersion
+from serving.recovery.adoption import Adoption, weights_message
 from serving.recovery.expert_parity import ExpertParity
 from serving.recovery.generations import Generations
 from serving.recovery.joining import Joining
@@ -34,12 +36,14 @@ from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.membership import Membership
 from serving.recovery.membership_events import (
     CommBroken,
+    DropParity,
     DropRank,
     Effect,
     ExchangeFailed,
     Lost,
     Ready,
     Report,
+    ReportWeights,
     Suspended,
 )
 from serving.recovery.mesh_pool import MeshPool
@@ -65,7 +69,8 @@ class Failover:
     `placement` is the file of the base plan that an earlier front of this server balanced, if it did.
     `cluster` is None when all ranks run on the front's host. `expert_load` returns the measured traffic, tokens
     `[moe layers, experts]`; `wake` makes the engine's loop look again at what is due; `epoch` is one that no plan of
-    this server has yet exceeded.
+    this server has yet exceeded, `weights` are those in force, and
+    `weights_record` has their record, if it outlives this front.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Failover:
         host: str = LOOPBACK,
         epoch: int = -1,
         placement: Path | None = None,
+        weights: WeightsVersion = FIRST_WEIGHTS,
+        weights_record: WeightsRecord | None = None,
     ) -> None:
         self._executor = executor
         self._log = log
@@ -91,13 +98,19 @@ class Failover:
         hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
         self.config: Mapping[str, Any] = json.loads(model.config)
         """The model's configuration, as a rank gets it."""
-        self.store = Path(model.store)
-        """The folder of the weights on the front's host."""
+        self.model = model
+        """The model that the server was started with."""
+        self.weights_record = weights_record or WeightsRecord(None, model.content)
+        self.single_host = single_host
+        """Whether all ranks run on the front's host."""
         self.plans = PlanCatalog(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts))
         self.placement = placement
         if placement is not None and placement.exists():
             self.plans.place(Plan.from_json(placement.read_text()))
-        self.state = RecoveryState(Membership(restart=settings.restart, epoch=epoch), self._execute, wake)
+        membership = Membership(
+            restart=settings.restart, epoch=epoch, weights=weights, next_weights=weights, adopting_weights=weights
+        )
+        self.state = RecoveryState(membership, self._execute, wake)
         self.meshes = MeshPool(executor, self.state, log)
         self._rendezvous = Rendezvous(executor, host, self._on_coordinator_exit)
         self.kv_replicas = KVReplicas.create(
@@ -134,7 +147,7 @@ class Failover:
             self.joining,
         )
         self._configuration = RankConfiguration(
-            settings, model, executor, self.plans, self.kv_replicas, single_host=single_host
+            settings, model, executor, self.plans, self.kv_replicas, self.state, single_host=single_host
         )
         self.take_over = TakeOver(self, executor, log, keep_pages=settings.tensor == 1)
 
@@ -291,6 +304,14 @@ class Failover:
         if isinstance(effect, Report):
             self._events.emit(effect.kind, self.epoch, rank=effect.rank, cause=effect.cause)
             return
+        if isinstance(effect, ReportWeights):
+            text = f"version {effect.version.label}, from {effect.version.model}"
+            phases = {"adopt": 1e3 * effect.seconds}
+            self._events.emit(EventKind.WEIGHTS_SWITCHED, self.epoch, message=text, phases=phases)
+            return
+        if isinstance(effect, DropParity):
+            self.parity.forget_all()
+            return
         self.kv_replicas.retire(effect.rank)
         if isinstance(effect, DropRank):
             self._rendezvous.forget(effect.rank)
@@ -311,7 +332,11 @@ class Failover:
         self._executor.spawn(rank)
         try:
             async with asyncio.timeout(self._start_timeout_s):
+                version = self.membership.next_weights
                 await self.configure(rank)
+                while version != self.membership.next_weights:  # decided on meanwhile: no step shall wait for them
+                    version = self.membership.next_weights
+                    await self.stage_weights(rank, version)
             self._executor.monitor(rank)
         except TimeoutError:
             cause = Cause("error", f"not ready within {self._start_timeout_s:g} s")
@@ -341,6 +366,12 @@ class Failover:
         answer = await self._configuration.configure(rank)
         self.meshes.shares_memory = answer.shares_memory
         return answer.held
+
+    async def stage_weights(self, rank: int, version: WeightsVersion) -> None:
+        """Have a rank load other weights into host memory, beside its steps; for the version that it has, drop what it
+        has staged. Raises RankLost or CommandFailed."""
+        message = weights_message(version, self._executor.host_paths(rank))
+        await self._executor.call(rank, "stage_weights", link_pb2.StageWeights(version=message))
 
     def _on_parity_event(self, kind: EventKind, message: str) -> None:
         self._events.emit(kind, self.epoch, message=message)

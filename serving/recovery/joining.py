@@ -8,7 +8,7 @@ from serving.executor.failure_detector import Cause
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
-from serving.recovery.adoption import slots_of
+from serving.recovery.adoption import slots_of, weights_message
 from serving.recovery.membership_events import JoinBegan, Joined
 from serving.recovery.mesh_preparation import MeshPreparation
 from serving.recovery.plan_catalog import PlanCatalog
@@ -54,8 +54,12 @@ class Joining:
                 async with asyncio.timeout(JOIN_TIMEOUT_S):
                     process_id = await self._rendezvous.join(rank)
                     slots = slots_of(self._plans.of({*self._state.membership.members, rank}), rank)
-                    hold = link_pb2.Hold(slots_per_rank=slots.shape[1], slots=slots.tobytes())
-                    await self._executor.call(rank, "hold", hold)
+                    held = None
+                    while held != self._state.membership.next_weights:  # which may change while they are loaded
+                        held = self._state.membership.next_weights
+                        weights = weights_message(held, self._executor.host_paths(rank))
+                        hold = link_pb2.Hold(slots_per_rank=slots.shape[1], slots=slots.tobytes(), weights=weights)
+                        await self._executor.call(rank, "hold", hold)
             except RankLost:
                 continue
             except (CommandFailed, TimeoutError) as error:

@@ -21,6 +21,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.recovery.membership import Leaving
 from serving.recovery.membership_events import LeaveRefused, LeaveRequested, Released, TakenOut
 from serving.recovery.weight_repair import RepairedServer, WeightRepair
+from serving.recovery.weights_update import UpdatedServer, WeightsUpdate
 
 MOVE_BUDGET_S = 0.02
 """Seconds for which requests are moved between two steps; one request at least."""
@@ -32,7 +33,7 @@ PREPARE_TIMEOUT_S = 20.0
 """Seconds that a rank without requests waits for the mesh without it to be prepared."""
 
 
-class MaintainedServer(RepairedServer, Protocol):
+class MaintainedServer(RepairedServer, UpdatedServer, Protocol):
     """The parts of the engine's loop that maintenance uses."""
 
     @property
@@ -53,6 +54,7 @@ class Maintenance:
         self.paused = False
         self.error_levels: dict[int, int] = {}
         self.repair = WeightRepair(server, self._request_recompute)
+        self.weights = WeightsUpdate(server)
         self._recompute: set[int] = set()
 
     @property
@@ -73,8 +75,11 @@ class Maintenance:
         return bool(self._recompute or self.repair.damaged_slots)
 
     async def apply(self, instruction: Instruction, hosts: Mapping[int, str]) -> None:
-        """Carry out an instruction; returns when it is done. Raises InvalidRequest or NoCapacity."""
+        """Carry out an instruction; returns when it is done. Raises InvalidRequest, NoCapacity or Conflict."""
         server, action = self._server, instruction.action
+        if action == "weights":
+            await self.weights.apply(instruction)
+            return
         if action in ("pause", "retry"):
             self.paused = action == "pause"
             if action == "retry":

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from planner.plan.plan import Plan
 from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
+from serving.protocol.weights import FIRST_WEIGHTS, WeightsVersion
 
 
 class RankState(enum.Enum):
@@ -73,6 +74,14 @@ class Membership:
     """The plan that the serving ranks converge to."""
     next_part: Plan | None = None
     """The next part of the desired plan that the ranks can load beside the steps, if there is one."""
+    weights: WeightsVersion = FIRST_WEIGHTS
+    """The weights of the plan in force."""
+    next_weights: WeightsVersion = FIRST_WEIGHTS
+    """The weights of every plan whose adoption begins from now on."""
+    adopting_weights: WeightsVersion = FIRST_WEIGHTS
+    """The weights of the plan whose adoption began last."""
+    adopting_since: float = 0.0
+    """When that adoption began."""
     states: Mapping[int, RankState] = dataclasses.field(default_factory=dict[int, RankState])
     """STARTING, READY, JOINING, JOINED and OUT, by rank: `state` has the state of every rank."""
     losses: Mapping[int, Loss] = dataclasses.field(default_factory=dict[int, Loss])

@@ -10,6 +10,7 @@ from planner.plan.plan import Plan
 from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.protocol.events import EventKind
+from serving.protocol.weights import WeightsVersion
 from serving.recovery.membership import Leaving
 
 # -- Events of ranks ----------------------------------------------------------------------------------------------
@@ -147,6 +148,14 @@ class Adopted:
 
 
 @dataclass(frozen=True)
+class WeightsDecided:
+    """Every rank has these weights in host memory, and the decision for them is on disk: every plan from now on has
+    them."""
+
+    version: WeightsVersion
+
+
+@dataclass(frozen=True)
 class PartPlanned:
     """The next part of the desired plan that can be loaded beside the steps; None when there is none."""
 
@@ -217,6 +226,7 @@ Event = (
     | ExchangeFailed
     | AdoptionBegan
     | Adopted
+    | WeightsDecided
     | PartPlanned
     | Suspended
     | InvalidatedTaken
@@ -245,6 +255,19 @@ class DropRank:
 
 
 @dataclass(frozen=True)
+class DropParity:
+    """The parity of experts is that of weights which are going out of force."""
+
+
+@dataclass(frozen=True)
+class ReportWeights:
+    """Report to operators that other weights have come into force, and after how many seconds without a step."""
+
+    version: WeightsVersion
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Emit an event to operators."""
 
@@ -253,4 +276,4 @@ class Report:
     cause: str
 
 
-Effect = DropCache | DropRank | Report
+Effect = DropCache | DropRank | DropParity | ReportWeights | Report

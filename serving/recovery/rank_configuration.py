@@ -8,6 +8,7 @@ from serving.protocol.prepared_model import PreparedModel
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.mesh_pool import COLLECTIVE_TIMEOUT_S
 from serving.recovery.plan_catalog import PlanCatalog
+from serving.recovery.recovery_state import RecoveryState
 
 
 class RankConfiguration:
@@ -21,6 +22,7 @@ class RankConfiguration:
         executor: RankExecutor,
         plans: PlanCatalog,
         kv_replicas: KVReplicas,
+        state: RecoveryState,
         *,
         single_host: bool,
     ) -> None:
@@ -29,6 +31,7 @@ class RankConfiguration:
         self._executor = executor
         self._plans = plans
         self._kv_replicas = kv_replicas
+        self._state = state
         self._single_host = single_host
 
     async def configure(self, rank: int) -> link_pb2.Done:
@@ -52,10 +55,12 @@ class RankConfiguration:
     def _message(self, rank: int) -> link_pb2.Configure:
         """The configuration of a rank but for its KV replica."""
         model, settings, base = self._model, self._settings, self._plans.base
+        version = self._state.membership.next_weights
         host_paths = self._executor.host_paths(rank)
         message = link_pb2.Configure(
             model_config=model.config,
-            store=model.store if host_paths is None else host_paths.store,
+            store=host_paths.store if host_paths is not None else version.store or model.store,
+            weights=version.number,
             executables=model.executables if host_paths is None else host_paths.executables,
             page_size=settings.page_size,
             pages=base.pages_per_rank,

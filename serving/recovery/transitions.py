@@ -17,6 +17,7 @@ from serving.recovery.membership_events import (
     CommBroken,
     ConnectBegan,
     DropCache,
+    DropParity,
     DropRank,
     Effect,
     Event,
@@ -36,6 +37,7 @@ from serving.recovery.membership_events import (
     Ready,
     Released,
     Report,
+    ReportWeights,
     Seen,
     ServiceLost,
     StartAbandoned,
@@ -43,6 +45,7 @@ from serving.recovery.membership_events import (
     Suspended,
     TakenOut,
     Wanted,
+    WeightsDecided,
 )
 
 V = TypeVar("V")
@@ -189,20 +192,31 @@ def _adoption_began(m: Membership, event: AdoptionBegan, now: float) -> Outcome:
     regrouped = {rank for rank, group in plan.groups.items() if m.groups.get(rank, group) != group}
     without_cache = set(plan.rank_ids) - set(plan.attention_rank_ids)
     m, effects = _invalidate(m, regrouped | without_cache)
-    return replace(m, epoch=max(m.epoch, plan.epoch), groups=dict(plan.groups)), effects
+    if m.next_weights != m.adopting_weights:
+        effects = (*effects, DropParity())
+    m = replace(m, epoch=max(m.epoch, plan.epoch), groups=dict(plan.groups))
+    return replace(m, adopting_weights=m.next_weights, adopting_since=now), effects
 
 
 def _adopted(m: Membership, event: Adopted, now: float) -> Outcome:
     ranks = set(event.plan.rank_ids)
+    switched = m.adopting_weights != m.weights
+    # Parity that was made while ranks adopted the plan is of both versions.
+    effects = (DropParity(), ReportWeights(m.adopting_weights, now - m.adopting_since)) if switched else ()
     return replace(
         _without(m, [rank for rank in ranks if not m.is_out(rank)]),
         plan=event.plan,
+        weights=m.adopting_weights,
         exchange_failed=False,
         desired=event.desired,
         losses={rank: loss for rank, loss in m.losses.items() if rank in ranks},
         joined_slots=_dropping(m.joined_slots, ranks),
         wanted=m.wanted - (ranks - m.losses.keys()),
-    ), ()
+    ), effects
+
+
+def _weights_decided(m: Membership, event: WeightsDecided, now: float) -> Outcome:
+    return replace(m, next_weights=event.version), ()
 
 
 def _part_planned(m: Membership, event: PartPlanned, now: float) -> Outcome:
@@ -270,6 +284,7 @@ _RULES: Mapping[type, Callable[[Membership, Any, float], Outcome]] = {
     ExchangeFailed: _exchange_failed,
     AdoptionBegan: _adoption_began,
     Adopted: _adopted,
+    WeightsDecided: _weights_decided,
     PartPlanned: _part_planned,
     Suspended: _suspended,
     InvalidatedTaken: _invalidated_taken,

@@ -1,7 +1,7 @@
 """A rank's link to its front: one stream at a time, commands from it and reports to it.
 
 The receiver thread reads commands. It obeys Abort and Stop itself and queues the others for the main thread, which
-obeys them in order; Prepare is handed on to the loader thread, so that it runs beside steps.
+obeys them in order; Prepare and StageWeights are handed on to threads of their own, so that they run beside steps.
 """
 
 import concurrent.futures
@@ -80,6 +80,7 @@ class FrontLink:
         self._stream: FrontStream | None = None
         self._heartbeat_s = HEARTBEAT_S
         self._loader = concurrent.futures.ThreadPoolExecutor(1, "loader")
+        self._stager = concurrent.futures.ThreadPoolExecutor(1, "stager")
 
     def run(self) -> None:
         """Obey commands until the front sends Stop or, unless this rank stays, has gone. Ends the process. An exception
@@ -113,6 +114,8 @@ class FrontLink:
                     stream.send(report)
                 elif name == "prepare":
                     self._loader.submit(self._obey, stream, command, name)
+                elif name == "stage_weights":
+                    self._stager.submit(self._obey, stream, command, name)
                 else:
                     self._replicate(stream)
                     self._obey(stream, command, name)

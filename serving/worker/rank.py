@@ -53,6 +53,7 @@ class RankWorker:
             "connect": self.connect,
             "adopt": self.adopt,
             "hold": self.weights.hold,
+            "stage_weights": self.weights.stage_weights,
             "read_weights": self.weights.read_weights,
             "write_weights": self.weights.write_weights,
             "keep_parity": self.weights.keep_parity,
@@ -78,6 +79,7 @@ class RankWorker:
             generation=state.generation,
             full=state.prefix_index.message(),
             serves=state.plan is not None,
+            weights=state.weights,
         )
 
     def abort(self, epoch: int, connecting: int, *, links: bool = False) -> None:
@@ -110,10 +112,11 @@ class RankWorker:
         wanted = link_pb2.Configure()
         wanted.CopyFrom(command)
         wanted.ClearField("protection")
-        wanted.ClearField("shard")  # that of a new front's first plan; each Adopt says it again
+        for given_again in ("shard", "store", "weights"):  # those of a new front's first plan: each Adopt has them
+            wanted.ClearField(given_again)
         if self._configured is None:
             self.state.configured = self._load_model(command)
-            self._configured = wanted
+            self._configured, self.state.weights = wanted, command.weights
         elif wanted != self._configured:
             raise RuntimeError("this rank serves another model, or other shapes, than its new front asks for")
         self.kv_cache.set_replication(command)
@@ -134,6 +137,7 @@ class RankWorker:
         """Become part of a plan: hold what this rank's role needs, fill the slots and lay the arrays over the mesh."""
         state, model, key = self.state, self.state.model, MeshKey.read(command.mesh)
         state.last_epoch = max(state.last_epoch, command.epoch)
+        self.weights.use(command.weights)
         slots = np.frombuffer(command.slots, np.int32)
         slots = slots.reshape(model.shape.cfg.n_moe_layers, key.slots_of(state.rank))
         routes = np.full(model.arrays.routes_shape, -1, np.int32)

@@ -12,7 +12,7 @@ from moejax.runtime.distributed import World
 from moejax.runtime.executables import CompileCounter, ExecutableStore
 from moejax.runtime.expert_parity import HostExpertBuffer
 from moejax.runtime.kv_transfer import EntryWriter, WrittenRows
-from moejax.runtime.live_weights import LiveArrays
+from moejax.runtime.live_weights import LiveArrays, StagedWeights
 from moejax.runtime.programs import ModelShape
 from serving.executor.mesh_key import MeshKey
 from serving.executor.prefix_index import PrefixIndex
@@ -75,6 +75,10 @@ class WorkerState:
         self.aborted_epoch = -1
         """Steps of this epoch and of earlier ones are refused."""
         self.configured: ConfiguredModel | None = None
+        self.weights = 0
+        """The number of the weights that this rank has."""
+        self.staged: dict[int, StagedWeights] = {}
+        """Other weights in host memory, by their number: at most one version."""
 
     @property
     def model(self) -> ConfiguredModel:

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from moejax.checkpoint.published_store import open_store
 from moejax.runtime.expert_parity import WeightsKey
+from moejax.runtime.live_weights import StagedWeights
 from moejax.runtime.scrub import corrupt_slot, find_damaged_common, find_damaged_slots
 from serving.proto.moejax.v1 import link_pb2
 from serving.worker.meshes import RankMeshes
@@ -22,8 +25,38 @@ class RankWeights:
         self._state = state
         self._meshes = meshes
 
+    def stage_weights(self, command: link_pb2.StageWeights) -> DoneFields:
+        """Load other weights into host memory, while steps run. For a thread of its own. Raises StoreError when they
+        cannot be read, and CheckpointError or ConfigError when they are not those of a model."""
+        state, version = self._state, command.version
+        state.staged = {}
+        if version.store and version.number != state.weights:
+            state.staged = {version.number: self._load(version.store)}
+        return {}
+
+    def use(self, version: link_pb2.WeightsVersion) -> None:
+        """Have the weights of this version from now on; this rank is part of no plan until it adopts the next one.
+        Raises as `stage_weights` does."""
+        state = self._state
+        if version.number == state.weights:
+            return
+        arrays, staged = state.model.arrays, state.staged.get(version.number)
+        if staged is None:
+            staged = self._load(version.store)
+        state.plan = None  # its arguments hold the arrays of the former weights
+        arrays.switch(staged, state.device)
+        state.model.expert_buffer.clear()
+        state.weights, state.staged = version.number, {}
+
+    def _load(self, store: str) -> StagedWeights:
+        """The weights of a store in host memory, in the form in which this rank holds its own."""
+        model = self._state.model
+        exactly = model.shape.cfg.weights.startswith("int4")
+        return model.arrays.stage(open_store(Path(store), exactly=exactly))
+
     def hold(self, command: link_pb2.Hold) -> DoneFields:
         """Fill the slots of a rank that is not part of a plan yet."""
+        self.use(command.weights)
         model = self._state.model
         slots = np.frombuffer(command.slots, np.int32).reshape(model.shape.cfg.n_moe_layers, command.slots_per_rank)
         filled = model.arrays.fill(slots, self._meshes.find_local(command.slots_per_rank), self._state.device)

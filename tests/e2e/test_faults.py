@@ -225,7 +225,7 @@ def test_a_store_that_cannot_be_read_masks_what_is_lost_and_heals_when_it_can(tm
         with Client(server) as client:
             wait_until_whole(client)
             known = Traffic.record(client, streams=2, prompt_tokens=40, max_tokens=40)
-            chunks = server.app.failover.store / "params"
+            chunks = Path(server.app.failover.model.store) / "params"
             chunks.rename(chunks.with_name("gone"))
             before = last_event(client)
             client.kill(2)

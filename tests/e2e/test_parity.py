@@ -36,8 +36,8 @@ def test_one_rank_after_the_other_dies_without_a_store_and_no_token_changes(tmp_
     with Server(model=str(folder), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_protected(client)
         assert server.app is not None
-        assert "bare" in str(server.app.failover.store)
-        shutil.rmtree(server.app.failover.store)
+        assert "bare" in str(server.app.failover.model.store)
+        shutil.rmtree(server.app.failover.model.store)
         known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
         assert [loss.experts_loaded for loss in client.what_if() if loss.kind == "rank"] == [0] * 4
         left = 4

@@ -1,5 +1,6 @@
 """A byte tokenizer, a fake backend and the surfaces over it on free loopback ports."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,10 @@ import serving.executor.kv_replica
 import serving.recovery.due
 import serving.recovery.kv_restoration
 import serving.recovery.rendezvous
+import serving.recovery.weights_update
 from serving.core.request_processor import RequestProcessor
 from serving.observability.metrics import Metrics
+from serving.protocol.prepared_model import PreparedModel
 from serving.text.tokenizer import Tokenizer
 from simulation.byte_tokenizer import byte_tokenizer
 from tests.support.fake_backend import FakeBackend
@@ -41,6 +44,11 @@ def server(backend: FakeBackend) -> Iterator[FakeServer]:
         yield server
 
 
+async def prepare_weights(model: str, like: PreparedModel, **_: object) -> PreparedModel:
+    """Other weights of the fake model, on no disk."""
+    return dataclasses.replace(like, store=model)
+
+
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loop and failover on `tests.support.fake_executor`, in no time."""
@@ -51,6 +59,8 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (serving.recovery.due, "GATHER_S"),
     ):
         monkeypatch.setattr(module, name, 0.005)
+    monkeypatch.setattr(serving.recovery.weights_update, "prepare_weights", prepare_weights)
+    monkeypatch.setattr(serving.recovery.weights_update, "POLL_S", 0.0)
     monkeypatch.setattr(serving.recovery.kv_restoration, "should_restore", lambda *_, **__: True)
     monkeypatch.setattr(serving.executor.kv_replica, "PIECE_ENTRIES", 5)
     monkeypatch.setattr(serving.recovery.kv_restoration, "MIN_BUDGET_S", 0.0)

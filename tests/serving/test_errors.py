@@ -46,7 +46,7 @@ async def test_what_may_be_tried_again_says_when():
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda k: k.__name__)
 def test_client_faults_and_server_faults_agree_on_both_surfaces(kind):
     clients = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED"}
-    clients |= {"CANCELLED", "DEADLINE_EXCEEDED", "UNAUTHENTICATED"}
+    clients |= {"CANCELLED", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "ALREADY_EXISTS"}
     assert (kind.grpc_status in clients) == (400 <= kind.http_status < 500)
 
 

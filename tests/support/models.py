@@ -80,8 +80,8 @@ def lively_params(cfg: ModelConfig, seed: int = 0) -> Params:
     return jax.tree.map(leaf, param_specs(cfg), is_leaf=is_spec)
 
 
-def model_folder(folder: Path, cfg: ModelConfig, dtype: type = np.float32) -> Params:
+def model_folder(folder: Path, cfg: ModelConfig, dtype: type = np.float32, *, seed: int = 0) -> Params:
     """Write a model folder of random parameters, which are returned."""
-    params = random_params(cfg, dtype=dtype)
+    params = random_params(cfg, seed, dtype=dtype)
     save_model(folder, cfg, params, tokenizer_json="{}", chat_template="{{ messages }}")
     return params

@@ -12,14 +12,16 @@ from serving.core.request_log import RequestLog
 from serving.core.step_stats import StepStats
 from serving.engine.limits import Limits
 from serving.errors import NoCapacity
+from serving.launch.weights_record import WeightsRecord
 from serving.protocol.events import EventLog
 from serving.protocol.instructions import Instruction
 from serving.protocol.prepared_model import PreparedModel
-from serving.protocol.request import Finished, Token
+from serving.protocol.request import Finished, Request, Token
+from serving.protocol.weights import FIRST_WEIGHTS
 from serving.recovery.failover import Failover
 from serving.text.structured_output import GrammarMatcher
 from simulation.byte_tokenizer import byte_tokenizer
-from simulation.hand_model import PREPARED, alone, small_request
+from simulation.hand_model import PREPARED, alone, next_token, small_request
 from tests.support.fake_executor import FakeExecutor
 
 RANKS = 3
@@ -47,6 +49,7 @@ class Machine:
         executor: FakeExecutor | None = None,
         request_log: RequestLog | None = None,
         model: PreparedModel = PREPARED,
+        weights_record: WeightsRecord | None = None,
     ) -> None:
         limits = Limits.of(settings, model.max_context, states=model.state_bytes > 0)
         self.executor = executor or FakeExecutor(limits.buckets, max_pages=limits.max_pages)
@@ -59,6 +62,8 @@ class Machine:
             events=events,
             expert_load=lambda: step_stats.expert_load,
             wake=wake.set,
+            weights=FIRST_WEIGHTS if weights_record is None else weights_record.load(),
+            weights_record=weights_record,
         )
         self.executor.on_loss = self.failover.on_rank_lost
         self.executor.on_copied = self.failover.kv_replicas.receive
@@ -76,6 +81,8 @@ class Machine:
         )
         self.requests = [small_request(f"r{i}", range(i, i + 12), max_tokens=24, seed=i) for i in range(6)]
         self.tokens: dict[str, list[int]] = {request.id: [] for request in self.requests}
+        self.weights: dict[str, list[int]] = {request.id: [] for request in self.requests}
+        """The version of the weights that computed each token."""
 
     async def read(self, request) -> None:
         """One client: each token once, in order, then one end."""
@@ -83,8 +90,20 @@ class Machine:
             if isinstance(item, Token):
                 assert item.index == len(self.tokens[request.id])
                 self.tokens[request.id].append(item.id)
+                self.weights.setdefault(request.id, []).append(int(item.weights_version))
             else:
                 assert item == Finished("length")
+
+    def check_tokens(self, request: Request) -> None:
+        """Each token is the one that its version of the weights chooses after those before it, and no version comes
+        back."""
+        tokens, weights = self.tokens[request.id], self.weights[request.id]
+        for index, (token, version) in enumerate(zip(tokens, weights, strict=True)):
+            assert token == next_token((*request.prompt, *tokens[:index]), request.sampling.seed, version)
+        assert weights == sorted(weights)
+        assert len(tokens) == request.sampling.max_tokens
+        if not any(weights):
+            assert tokens == alone(request, PREPARED.max_context)[0]
 
     async def begun(self, tokens: int = 8) -> None:
         """Wait until the streams are under way."""
@@ -109,6 +128,16 @@ async def drain_one(m: Machine) -> None:
 async def scale(m: Machine) -> None:
     await m.loop.apply(Instruction(action="scale_down", ranks=(2,)))
     await m.loop.apply(Instruction(action="scale_up", ranks=(2,)))
+
+
+async def switch_weights(m: Machine) -> None:
+    await m.loop.apply(Instruction(action="weights", model="fake"))
+    assert m.failover.membership.weights.number == 1
+
+
+async def finish_weights(m: Machine) -> None:
+    await m.loop.apply(Instruction(action="weights", model="fake", running="finish"))
+    assert m.failover.membership.weights.number == 1
 
 
 async def spoil(m: Machine) -> None:
@@ -174,7 +203,7 @@ async def play(
         messages = m.executor.log[since:]
         assert m.executor.looked_ahead > 0
         for request in m.requests:
-            assert m.tokens[request.id] == alone(request, PREPARED.max_context)[0]
+            m.check_tokens(request)
         assert m.failover.plan is not None
         assert m.failover.plan.masked == ()
         assert m.loop.status().failed == 0

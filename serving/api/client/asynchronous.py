@@ -17,6 +17,7 @@ from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.weights import Running
 
 T = TypeVar("T")
 
@@ -106,9 +107,22 @@ class AsyncClient(ClientBase):
         to: int | None = None,
         replace: bool = False,
         timeout_s: float = 30.0,
+        model: str = "",
+        version: str = "",
+        running: Running = "switch",
     ) -> list[int]:
         """Make a planned change; see `Client.apply`."""
-        instruction = Instruction(action=action, ranks=ranks, host=host, to=to, replace=replace, timeout_s=timeout_s)
+        instruction = Instruction(
+            action=action,
+            ranks=ranks,
+            host=host,
+            to=to,
+            replace=replace,
+            timeout_s=timeout_s,
+            model=model,
+            version=version,
+            running=running,
+        )
         return await self._call(self._apply_call(instruction))
 
     async def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:

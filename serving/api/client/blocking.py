@@ -17,6 +17,7 @@ from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.weights import Running
 
 T = TypeVar("T")
 
@@ -118,11 +119,24 @@ class Client(ClientBase):
         to: int | None = None,
         replace: bool = False,
         timeout_s: float = 30.0,
+        model: str = "",
+        version: str = "",
+        running: Running = "switch",
     ) -> list[int]:
-        """Make a planned change: pause, retry, drain, scale_down, scale_up or rebalance; see `Instruction` for the
-        arguments. Returns the ranks that serve after it.
+        """Make a planned change: pause, retry, drain, scale_down, scale_up, rebalance or weights; see `Instruction` for
+        the arguments. Returns the ranks that serve after it.
         """
-        instruction = Instruction(action=action, ranks=ranks, host=host, to=to, replace=replace, timeout_s=timeout_s)
+        instruction = Instruction(
+            action=action,
+            ranks=ranks,
+            host=host,
+            to=to,
+            replace=replace,
+            timeout_s=timeout_s,
+            model=model,
+            version=version,
+            running=running,
+        )
         return self._call(self._apply_call(instruction))
 
     def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:

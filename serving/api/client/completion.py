@@ -23,6 +23,8 @@ class CompletionOutput:
     completion_tokens: int
     epochs: tuple[int, ...]
     seed: int
+    weights_versions: tuple[tuple[str, int], ...] = ()
+    """The weights that computed its tokens: the label of each version, and how many tokens in a row, in order."""
     cached_tokens: int = 0
     accepted_drafts: int = 0
     """Tokens that a draft had guessed."""
@@ -62,6 +64,7 @@ def _completion_output(chunks: Sequence[Chunk], end: Complete, scores: Sequence[
         prompt_tokens=end.prompt_tokens,
         completion_tokens=end.completion_tokens,
         epochs=end.epochs,
+        weights_versions=end.weights_versions,
         seed=end.seed,
         cached_tokens=end.cached_tokens,
         accepted_drafts=end.accepted_drafts,

@@ -197,6 +197,7 @@ def response_to_proto(item: AnswerItem) -> inference_pb2.GenerateResponse:
             logprobs=item.logprobs,
             first_index=item.index,
             epoch=item.epoch,
+            weights_version=item.weights_version,
             top=_top_to_proto(item.top),
             tool_calls=[_call_to_proto(call) for call in item.calls],
             reasoning=item.reasoning,
@@ -215,6 +216,9 @@ def response_to_proto(item: AnswerItem) -> inference_pb2.GenerateResponse:
         request_id=item.request_id,
         seed=item.seed,
         degraded=item.degraded,
+        weights_versions=[
+            inference_pb2.WeightsTokens(version=label, tokens=count) for label, count in item.weights_versions
+        ],
     )
     if isinstance(item.matched, str):
         complete.stop_string = item.matched
@@ -255,6 +259,7 @@ def response_from_proto(message: inference_pb2.GenerateResponse) -> AnswerItem:
             text=chunk.text,
             logprobs=tuple(chunk.logprobs),
             epoch=chunk.epoch,
+            weights_version=chunk.weights_version,
             top=_top_from_proto(chunk.top),
             choice=message.choice,
             reasoning=chunk.reasoning,
@@ -275,6 +280,7 @@ def response_from_proto(message: inference_pb2.GenerateResponse) -> AnswerItem:
         cached_tokens=complete.usage.cached_tokens,
         accepted_drafts=complete.usage.accepted_prediction_tokens,
         choice=message.choice,
+        weights_versions=tuple((each.version, each.tokens) for each in complete.weights_versions),
     )
 
 

@@ -93,4 +93,5 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 epoch=status.epoch,
                 ranks_alive=sum(r.state == "serving" for r in status.ranks),
                 ranks_total=len(status.ranks),
+                weights_version=status.weights_version,
             )

@@ -95,5 +95,8 @@ def instruction_from_proto(message: resilience_pb2.ApplyRequest) -> Instruction:
         ranks=tuple(message.ranks),
         host=message.host,
         replace=message.replace,
+        model=message.model,
+        version=message.version,
+        running=message.running or "switch",  # type: ignore[arg-type] - checked by Instruction
         **given,
     )

@@ -49,7 +49,9 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
             await self._permit(context)
             serving = await self._backend.apply(messages.instruction_from_proto(request))
             status = await answered(self._backend.status())
-            return resilience_pb2.ApplyResponse(serving=serving, epoch=status.epoch)
+            return resilience_pb2.ApplyResponse(
+                serving=serving, epoch=status.epoch, weights_version=status.weights_version
+            )
 
     async def Report(self, request: resilience_pb2.ReportRequest, context: Any) -> resilience_pb2.ReportResponse:
         """Take the report of a device's error. Only for callers that may operate the server."""

@@ -63,7 +63,8 @@ class FaultToleranceEndpoints:
         body = await self._operator_body(request)
         serving = await self._backend.apply(Instruction.from_json(body))
         status = await answered(self._backend.status())
-        return JSONResponse({"serving": serving, "epoch": status.epoch})
+        version = status.weights_version
+        return JSONResponse({"serving": serving, "epoch": status.epoch, "weights_version": version})
 
     async def report(self, request: Request) -> Response:
         """Take the report of a device's error. Only for callers that may operate the server."""

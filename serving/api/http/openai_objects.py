@@ -21,12 +21,14 @@ class CompletionTokensDetails(msgspec.Struct, kw_only=True):
 
 class Usage(msgspec.Struct, kw_only=True):
     """Numbers of tokens of a call. Each prompt counts once, whatever `n` is. `completion_tokens_details` are there if a
-    draft had guessed a token."""
+    draft had guessed a token. `weights_versions` has the completion tokens by the version of the weights that computed
+    them, in the order in which the versions came into force."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    weights_versions: dict[str, int]
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
@@ -146,13 +148,15 @@ class TextChoice(Choice, kw_only=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """Base of the responses. In a stream the last event has the usage, if requested, and no choice."""
+    """Base of the responses. In a stream the last event has the usage, if requested, and no choice. `weights_version`
+    is that of the last token; it is left out before the first one."""
 
     id: str
     object: str
     created: int
     model: str
     usage: Usage | UnsetType | None = UNSET
+    weights_version: str | UnsetType = UNSET
     moejax: Degradation | UnsetType = UNSET
 
 

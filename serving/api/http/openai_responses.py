@@ -1,5 +1,6 @@
 """Turns the items of a request into the objects of OpenAI's completions and chat completions."""
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,14 +68,14 @@ class CompletionResponse:
             return []
         parts = [] if choice.started else choice.first_parts()
         parts += choice.chunk(item) if isinstance(item, Chunk) else choice.end(item)
-        return [self._part([each], self._usage_so_far()) for each in parts]
+        return [self._part([each], self._usage_so_far(), version=choice.weights_version) for each in parts]
 
     def final_parts(self) -> list[Completion]:
         """The objects that a stream sends after all choices have ended: the usage, if requested."""
         usage, degradation = self._usage() if self._call.include_usage else UNSET, self._degradation()
         if usage is UNSET and degradation is UNSET:
             return []
-        return [self._part([], usage, degradation)]
+        return [self._part([], usage, degradation, version=self._weights_version)]
 
     def whole(self, items: Iterable[AnswerItem]) -> Completion:
         """The response without streaming."""
@@ -82,13 +83,29 @@ class CompletionResponse:
             self._choices[item.choice].add(item)
         choices: Any = [choice.whole() for choice in self._choices]
         kind = ChatCompletion if self._call.chat else TextCompletion
-        return kind(**self._head, choices=choices, usage=self._usage(), moejax=self._degradation())
+        return kind(
+            **self._head,
+            choices=choices,
+            usage=self._usage(),
+            weights_version=self._weights_version or UNSET,
+            moejax=self._degradation(),
+        )
 
     def _part(
-        self, choices: Any, usage: Usage | UnsetType | None, degradation: Degradation | UnsetType = UNSET
+        self,
+        choices: Any,
+        usage: Usage | UnsetType | None,
+        degradation: Degradation | UnsetType = UNSET,
+        *,
+        version: str,
     ) -> Completion:
         kind = ChatCompletionChunk if self._call.chat else TextCompletion
-        return kind(**self._head, choices=choices, usage=usage, moejax=degradation)
+        return kind(**self._head, choices=choices, usage=usage, weights_version=version or UNSET, moejax=degradation)
+
+    @property
+    def _weights_version(self) -> str:
+        """The last version that computed a token of this call; empty before the first token."""
+        return next((label for choice in reversed(self._choices) if (label := choice.weights_version)), "")
 
     def _degradation(self) -> Degradation | UnsetType:
         """Present only if experts were masked."""
@@ -113,6 +130,7 @@ class CompletionResponse:
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
             completion_tokens_details=CompletionTokensDetails(accepted_prediction_tokens=drafted) if drafted else UNSET,
+            weights_versions=dict(sum((choice.weights for choice in self._choices), collections.Counter[str]())),
         )
 
 
@@ -131,6 +149,10 @@ class _Choice:
         self.started = False
         self.complete: Complete | None = None
         self.completion_tokens = 0
+        self.weights: collections.Counter[str] = collections.Counter()
+        """Its tokens by the version of the weights that computed them."""
+        self.weights_version = ""
+        """The version of the last token; empty before the first one."""
         self.prompt_tokens = len(request.prompt)
 
     @property
@@ -159,6 +181,7 @@ class _Choice:
     def chunk(self, item: Chunk) -> list[Choice]:
         """The choices that a stream sends for a chunk; none when its tokens have no text yet."""
         self.completion_tokens += len(item.token_ids)
+        self._note_weights(item)
         tokens = scored_tokens([item])
         if not self._call.chat:
             logprobs = self._text_logprobs(tokens)
@@ -182,8 +205,14 @@ class _Choice:
             self.add_scores(item)
         elif isinstance(item, Chunk):
             self._chunks.append(item)
+            self._note_weights(item)
         else:
             self._complete(item)
+
+    def _note_weights(self, item: Chunk) -> None:
+        if item.token_ids:
+            self.weights[item.weights_version] += len(item.token_ids)
+            self.weights_version = item.weights_version
 
     def whole(self) -> Choice:
         """The complete choice."""

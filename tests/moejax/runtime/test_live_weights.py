@@ -161,3 +161,47 @@ def test_a_share_that_cannot_be_read_leaves_all_as_it_was(model, monkeypatch):
     arrays.attend(True, device, 1)
     assert arrays.shard == 1
     assert arrays.cache is not before[1]
+
+
+@pytest.fixture(scope="module")
+def other(model, tmp_path_factory):
+    """Other weights of the same model."""
+    folder = tmp_path_factory.mktemp("other") / "m"
+    return folder, model_folder(folder, model[2].cfg, seed=9)
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_staged_weights_are_used_once_they_are_switched_to_and_not_before(model, other, attends):
+    folder, params, shape, programs = model
+    device, slots = jax.devices()[0], some_slots(shape.cfg, 0)
+    arrays = LiveArrays(shape, HostStore.open(folder), attends=attends)
+    arrays.enter_device(device)
+    arrays.fill(slots, programs, device)
+    staged = arrays.stage(HostStore.open(other[0]))
+    assert_holds(arrays, params, slots)
+    assert arrays.damaged() == []
+    later = some_slots(shape.cfg, 1)  # a plan that was adopted after the staging
+    arrays.fill(later, programs, device)
+    arrays.switch(staged, device)
+    assert_holds(arrays, other[1], slots)
+    assert arrays.damaged() == []
+    assert all(arrays.is_intact(layer, slot) for layer, slot in np.argwhere(slots >= 0).tolist())
+    arrays.fill(later, programs, device)
+    assert_holds(arrays, other[1], np.where(later >= 0, later, slots))
+    assert (arrays.weights is not None) == attends
+
+
+def test_weights_that_cannot_be_read_are_not_staged_and_change_nothing(model):
+    folder, params, shape, programs = model
+    device, slots = jax.devices()[0], some_slots(shape.cfg, 0)
+    arrays = LiveArrays(shape, HostStore.open(folder))
+    arrays.enter_device(device)
+    arrays.fill(slots, programs, device)
+
+    class Unreadable(HostStore):
+        def read_experts(self, wanted, dtype=np.float32):
+            raise StoreError("the store is gone")
+
+    with pytest.raises(StoreError, match="the store is gone"):
+        arrays.stage(Unreadable.open(folder))
+    assert_holds(arrays, params, slots)

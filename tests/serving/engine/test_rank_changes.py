@@ -2,6 +2,10 @@
 
 import pytest
 
+from serving.engine.integrity import check_integrity
+from serving.engine.migration import hold_requests, started_requests
+from serving.engine.page_pool import PagePool
+from serving.engine.rank_changes import adopt
 from serving.errors import NoCapacity
 from serving.protocol.request import RequestPhase, Scored
 from simulation.hand_model import small_request
@@ -106,3 +110,39 @@ def test_scores_sent_before_a_loss_are_not_sent_again_and_the_rest_follow():
     s.lose([0])
     s.finish()
     assert sum(len(item.logprobs) for item in s.heard["a"] if isinstance(item, Scored)) == 89
+
+
+def test_other_weights_take_nothing_from_a_cache_and_nothing_from_a_client():
+    s = small_engine((16, 16))
+    s.submit(small_request("a", range(20), max_tokens=9))
+    s.submit(small_request("b", range(20), max_tokens=9, seed=1))
+    s.step()
+    s.step()
+    before = s.state
+    state, outputs = adopt(before, {0: 16, 1: 16}, epoch=1, weights=1)
+    check_integrity(state)
+    assert outputs == ()
+    assert not state.running
+    assert {key: each.generated for key, each in state.waiting.items()} == {
+        key: each.generated for key, each in before.running.items()
+    }
+    assert all(each.recoverable is None for each in state.waiting.values())
+    assert all(pool == PagePool.empty(16) for pool in state.pools.values())
+    assert state.root_key not in (before.root_key, adopt(before, {0: 16, 1: 16}, epoch=1, weights=2)[0].root_key)
+    assert adopt(state, {0: 16, 1: 16}, epoch=2, weights=1)[0].root_key == state.root_key
+
+
+def test_held_requests_wait_until_those_that_started_have_ended():
+    s = small_engine((16, 16))
+    s.submit(small_request("a", (5, 6), max_tokens=3))
+    s.step()
+    s.state = hold_requests(s.state, True)
+    s.submit(small_request("b", (7, 8), max_tokens=2))
+    while s.step() is not None:
+        pass
+    assert started_requests(s.state) == 0
+    assert list(s.state.waiting) == ["b"]
+    state, _ = adopt(s.state, {0: 16, 1: 16}, epoch=1, weights=1)
+    assert not state.held
+    s.state = hold_requests(s.state, False)
+    s.finish()

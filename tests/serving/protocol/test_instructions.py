@@ -134,7 +134,7 @@ async def test_both_surfaces_pass_on_the_same_instruction_and_the_same_report(ba
     async with serve(backend) as server, AsyncClient(server.address) as client, httpx.AsyncClient() as web:
         assert await client.apply("drain", 2, replace=True, timeout_s=7.0) == [0, 1, 3]
         answer = await web.post(f"{server.url}/fault_tolerance/apply", json=body)
-        assert answer.json() == {"serving": [0, 1, 3], "epoch": 0}
+        assert answer.json() == {"serving": [0, 1, 3], "epoch": 0, "weights_version": "0"}
         assert await client.report(1, 5, "0xA", "hot") == "restart"
         answer = await web.post(f"{server.url}/fault_tolerance/report", json=report)
         assert answer.json() == {"action": "restart"}
@@ -146,17 +146,33 @@ async def test_both_surfaces_pass_on_the_same_instruction_and_the_same_report(ba
         assert [p["stall_ms"] for p in status["what_if"]] == [p.stall_ms for p in prospects]
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"action": "weights"}, "weights needs model"),
+        ({"action": "weights", "model": "m", "ranks": (1,)}, "is about the whole server; leave out ranks"),
+        ({"action": "weights", "model": "m", "version": "x" * 65}, "at most 64 printable ASCII characters"),
+        ({"action": "weights", "model": "m", "running": "stop"}, "running is 'stop'; it must be finish or switch"),
+        ({"action": "drain", "ranks": (1,), "model": "m"}, "model goes with weights, not with drain"),
+    ],
+)
+def test_an_instruction_about_weights_says_which(fields, match):
+    with pytest.raises(InvalidRequest, match=match):
+        Instruction(**fields)
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("action", ACTIONS)
 async def test_a_server_that_is_not_operable_refuses_every_instruction_on_both_surfaces(
     backend: FakeBackend, action: str
 ):
     backend.chaos = False
+    more = {"model": "/models/other"} if action == "weights" else {}
     async with serve(backend) as server, AsyncClient(server.address) as client, httpx.AsyncClient() as web:
-        answer = await web.post(f"{server.url}/fault_tolerance/apply", json={"action": action})
+        answer = await web.post(f"{server.url}/fault_tolerance/apply", json={"action": action, **more})
         assert answer.status_code == 403
         with pytest.raises(NotPermitted, match="--operate"):
-            await client.apply(action)
+            await client.apply(action, **more)
         assert backend.applied == []
 
 

@@ -40,7 +40,7 @@ NOT_ON_THE_DASHBOARD = {
             ),
             *("started_at", "experts_loaded", "degraded", "restored", "journal", "protection", "protected_bytes"),
             *("experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "tokens_restored"),
-            *("tokens_recomputed", "rows", "rows_filled"),
+            *("tokens_recomputed", "rows", "rows_filled", "weights_switches"),
         ),
         METRICS,
     )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.protocol.weights import WeightsVersion
 from serving.recovery.due import GATHER_S, ONE_AT_A_TIME, DueWork, Pending, can_admit, can_rejoin, due_work
 from serving.recovery.membership import Leaving, Membership, RankState
 from tests.support.memberships import loss_of, mesh_of, plan_of
@@ -20,7 +21,7 @@ NOTHING = Pending(
     prepared=lambda ranks: False,
 )
 SERVING = Membership(plan=plan_of((0, 1)))
-WITHOUT_A_PLAN = {DueWork.EXPAND, DueWork.RECONCILE, DueWork.PREPARE_AHEAD, DueWork.CONNECT}
+WITHOUT_A_PLAN = {DueWork.SWITCH_WEIGHTS, DueWork.EXPAND, DueWork.RECONCILE, DueWork.PREPARE_AHEAD, DueWork.CONNECT}
 
 
 def due(m: Membership, now: float = 0.0, **facts) -> list[DueWork]:
@@ -36,6 +37,7 @@ CASES = {
     DueWork.RECOVER: ({"losses": {1: loss_of(1)}}, {}),
     DueWork.RESTORE_KV: ({}, {"restoring": True}),
     DueWork.MAINTAIN: ({"leaving": {1: Leaving("drain", True, 1.0, 0.0)}}, {}),
+    DueWork.SWITCH_WEIGHTS: ({"next_weights": WeightsVersion(1, "1")}, {}),
     DueWork.ADMIT: ({"states": READY}, {"spare_ids": 1}),
     DueWork.REJOIN: ({"states": READY}, {}),
     DueWork.EXPAND: ({"states": JOINED}, {"prepared": lambda ranks: True}),

@@ -20,11 +20,12 @@ from tests.support.recovery_machine import (
     rebalance,
     scale,
     spoil,
+    switch_weights,
 )
 
 pytestmark = pytest.mark.usefixtures("no_processes")
 
-CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator, rebalance)
+CASES = (lose_one, lose_two, drain_one, scale, spoil, coordinator, rebalance, switch_weights)
 
 EVERY = 4
 """Of the messages of a case, every run of the tests has one in so many; the soak has all."""

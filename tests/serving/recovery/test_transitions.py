@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from serving.executor.mesh_key import MeshKey
 from serving.protocol.events import EventKind
+from serving.protocol.weights import WeightsVersion
 from serving.recovery.membership import INCOMING, Leaving, Membership, RankState
 from serving.recovery.membership_events import (
     Activated,
@@ -43,6 +44,7 @@ from serving.recovery.membership_events import (
     Suspended,
     TakenOut,
     Wanted,
+    WeightsDecided,
 )
 from serving.recovery.transitions import on
 from tests.support.memberships import loss_of, mesh_of, plan_of
@@ -74,6 +76,7 @@ EVENTS: dict[type, st.SearchStrategy] = {
     ExchangeFailed: st.just(ExchangeFailed()),
     AdoptionBegan: st.builds(AdoptionBegan, plans),
     Adopted: plans.map(lambda plan: Adopted(plan, plan)),
+    WeightsDecided: st.builds(WeightsDecided, st.builds(WeightsVersion, st.integers(0, 3))),
     PartPlanned: st.builds(PartPlanned, st.none() | plans),
     Suspended: st.builds(Suspended, sets, st.just("too few")),
     InvalidatedTaken: st.just(InvalidatedTaken()),

@@ -111,3 +111,43 @@ def test_damaged_common_weights_are_named_but_not_all_of_them(
     assert found["trouble"] == ", ".join(names[:MAX_DAMAGED_NAMES])
     some_slots = ranks[0].weights.inspect(link_pb2.Inspect(first=0, count=1))
     assert not some_slots["damaged"], "common weights are checked with all slots"
+
+
+def version(number: int, folder: Path) -> link_pb2.WeightsVersion:
+    return link_pb2.WeightsVersion(number=number, store=str(folder))
+
+
+def test_a_rank_has_the_weights_that_a_plan_names_staged_or_not(ranks: list[RankWorker], tmp_path: Path) -> None:
+    model_folder(tmp_path / "other", MIXTRAL, seed=9)
+    for rank in ranks:
+        hold(rank, 0, 1, 2)
+    parity = link_pb2.Weights(layer=0, experts=[0, 1], parity=True)
+    ranks[0].weights.write_weights(link_pb2.WriteWeights(of=parity, first=0, size=8, rows=bytes(8)))
+    ranks[0].weights.stage_weights(link_pb2.StageWeights(version=version(1, tmp_path / "other")))
+    before = np.array(ranks[0].state.model.arrays.expert(0, 0).gate_up)
+    np.testing.assert_array_equal(before, ranks[1].state.model.arrays.expert(0, 0).gate_up)
+    for rank in ranks:  # the second one has staged nothing
+        rank.weights.use(version(1, tmp_path / "other"))
+    after = ranks[0].state.model.arrays.expert(0, 0).gate_up
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, ranks[1].state.model.arrays.expert(0, 0).gate_up)
+    assert [rank.state.weights for rank in ranks] == [1, 1]
+    assert not ranks[0].state.staged
+    assert hold_version(ranks[0], 1) == {"experts_loaded": 0}
+    with pytest.raises(ParityError, match="is not kept here"):
+        ranks[0].weights.read_weights(link_pb2.ReadWeights(of=parity, first=0, count=8))
+
+
+def hold_version(rank: RankWorker, number: int) -> DoneFields:
+    slots = np.tile(np.array((0, 1, 2), np.int32), (MIXTRAL.n_moe_layers, 1))
+    weights = link_pb2.WeightsVersion(number=number)
+    return rank.weights.hold(link_pb2.Hold(slots=slots.tobytes(), slots_per_rank=3, weights=weights))
+
+
+def test_staged_weights_are_dropped_when_the_front_names_no_store(ranks: list[RankWorker], tmp_path: Path) -> None:
+    model_folder(tmp_path / "other", MIXTRAL, seed=9)
+    hold(ranks[0], 0, 1, 2)
+    ranks[0].weights.stage_weights(link_pb2.StageWeights(version=version(1, tmp_path / "other")))
+    assert list(ranks[0].state.staged) == [1]
+    ranks[0].weights.stage_weights(link_pb2.StageWeights(version=link_pb2.WeightsVersion(number=0)))
+    assert not ranks[0].state.staged

@@ -198,7 +198,7 @@ class Top(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("token_ids", "text", "logprobs", "first_index", "epoch", "top", "tool_calls", "reasoning", "invalid_calls")
+    __slots__ = ("token_ids", "text", "logprobs", "first_index", "epoch", "top", "tool_calls", "reasoning", "invalid_calls", "weights_version")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class Chunk(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     INVALID_CALLS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -217,7 +218,8 @@ class Chunk(_message.Message):
     tool_calls: _containers.RepeatedCompositeFieldContainer[ToolCall]
     reasoning: str
     invalid_calls: _containers.RepeatedCompositeFieldContainer[InvalidToolCall]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[float]] = ..., first_index: _Optional[int] = ..., epoch: _Optional[int] = ..., top: _Optional[_Iterable[_Union[Top, _Mapping]]] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., reasoning: _Optional[str] = ..., invalid_calls: _Optional[_Iterable[_Union[InvalidToolCall, _Mapping]]] = ...) -> None: ...
+    weights_version: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[float]] = ..., first_index: _Optional[int] = ..., epoch: _Optional[int] = ..., top: _Optional[_Iterable[_Union[Top, _Mapping]]] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., reasoning: _Optional[str] = ..., invalid_calls: _Optional[_Iterable[_Union[InvalidToolCall, _Mapping]]] = ..., weights_version: _Optional[str] = ...) -> None: ...
 
 class InvalidToolCall(_message.Message):
     __slots__ = ("text", "error")
@@ -228,7 +230,7 @@ class InvalidToolCall(_message.Message):
     def __init__(self, text: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Complete(_message.Message):
-    __slots__ = ("finish_reason", "usage", "epochs", "stop_string", "stop_token", "request_id", "seed", "degraded")
+    __slots__ = ("finish_reason", "usage", "epochs", "stop_string", "stop_token", "request_id", "seed", "degraded", "weights_versions")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +239,7 @@ class Complete(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: FinishReason
     usage: Usage
     epochs: _containers.RepeatedScalarFieldContainer[int]
@@ -245,7 +248,16 @@ class Complete(_message.Message):
     request_id: str
     seed: int
     degraded: bool
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., epochs: _Optional[_Iterable[int]] = ..., stop_string: _Optional[str] = ..., stop_token: _Optional[int] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., degraded: bool = ...) -> None: ...
+    weights_versions: _containers.RepeatedCompositeFieldContainer[WeightsTokens]
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., epochs: _Optional[_Iterable[int]] = ..., stop_string: _Optional[str] = ..., stop_token: _Optional[int] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., degraded: bool = ..., weights_versions: _Optional[_Iterable[_Union[WeightsTokens, _Mapping]]] = ...) -> None: ...
+
+class WeightsTokens(_message.Message):
+    __slots__ = ("version", "tokens")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    tokens: int
+    def __init__(self, version: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "accepted_prediction_tokens")
@@ -324,7 +336,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "started_at", "uptime_s", "ready", "chaos", "epoch", "ranks_alive", "ranks_total")
+    __slots__ = ("version", "started_at", "uptime_s", "ready", "chaos", "epoch", "ranks_alive", "ranks_total", "weights_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +345,7 @@ class ServerInfo(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANKS_ALIVE_FIELD_NUMBER: _ClassVar[int]
     RANKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: str
     started_at: float
     uptime_s: float
@@ -341,4 +354,5 @@ class ServerInfo(_message.Message):
     epoch: int
     ranks_alive: int
     ranks_total: int
-    def __init__(self, version: _Optional[str] = ..., started_at: _Optional[float] = ..., uptime_s: _Optional[float] = ..., ready: bool = ..., chaos: bool = ..., epoch: _Optional[int] = ..., ranks_alive: _Optional[int] = ..., ranks_total: _Optional[int] = ...) -> None: ...
+    weights_version: str
+    def __init__(self, version: _Optional[str] = ..., started_at: _Optional[float] = ..., uptime_s: _Optional[float] = ..., ready: bool = ..., chaos: bool = ..., epoch: _Optional[int] = ..., ranks_alive: _Optional[int] = ..., ranks_total: _Optional[int] = ..., weights_version: _Optional[str] = ...) -> None: ...

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Command(_message.Message):
-    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache", "read_weights", "write_weights", "keep_parity")
+    __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache", "read_weights", "write_weights", "keep_parity", "stage_weights")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Command(_message.Message):
     READ_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     WRITE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     KEEP_PARITY_FIELD_NUMBER: _ClassVar[int]
+    STAGE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     id: int
     configure: Configure
     join: Join
@@ -48,10 +49,11 @@ class Command(_message.Message):
     read_weights: ReadWeights
     write_weights: WriteWeights
     keep_parity: KeepParity
-    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ..., read_weights: _Optional[_Union[ReadWeights, _Mapping]] = ..., write_weights: _Optional[_Union[WriteWeights, _Mapping]] = ..., keep_parity: _Optional[_Union[KeepParity, _Mapping]] = ...) -> None: ...
+    stage_weights: StageWeights
+    def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ..., read_weights: _Optional[_Union[ReadWeights, _Mapping]] = ..., write_weights: _Optional[_Union[WriteWeights, _Mapping]] = ..., keep_parity: _Optional[_Union[KeepParity, _Mapping]] = ..., stage_weights: _Optional[_Union[StageWeights, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard", "weights")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,7 @@ class Configure(_message.Message):
     TELL_COPIES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -80,7 +83,22 @@ class Configure(_message.Message):
     tell_copies: bool
     tensor: int
     shard: int
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ...) -> None: ...
+    weights: int
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ..., weights: _Optional[int] = ...) -> None: ...
+
+class WeightsVersion(_message.Message):
+    __slots__ = ("number", "store")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    store: str
+    def __init__(self, number: _Optional[int] = ..., store: _Optional[str] = ...) -> None: ...
+
+class StageWeights(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: WeightsVersion
+    def __init__(self, version: _Optional[_Union[WeightsVersion, _Mapping]] = ...) -> None: ...
 
 class Bucket(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -115,12 +133,14 @@ class Seat(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., process: _Optional[int] = ...) -> None: ...
 
 class Hold(_message.Message):
-    __slots__ = ("slots_per_rank", "slots")
+    __slots__ = ("slots_per_rank", "slots", "weights")
     SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     slots_per_rank: int
     slots: bytes
-    def __init__(self, slots_per_rank: _Optional[int] = ..., slots: _Optional[bytes] = ...) -> None: ...
+    weights: WeightsVersion
+    def __init__(self, slots_per_rank: _Optional[int] = ..., slots: _Optional[bytes] = ..., weights: _Optional[_Union[WeightsVersion, _Mapping]] = ...) -> None: ...
 
 class MeshShape(_message.Message):
     __slots__ = ("ranks", "slots", "attention")
@@ -159,7 +179,7 @@ class Connect(_message.Message):
     def __init__(self, mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., warm: bool = ..., exchange: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot", "cache_copy", "tell_copies", "mates")
+    __slots__ = ("epoch", "mesh", "slots", "expert_to_slot", "cache_copy", "tell_copies", "mates", "weights")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +187,7 @@ class Adopt(_message.Message):
     CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
     TELL_COPIES_FIELD_NUMBER: _ClassVar[int]
     MATES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     mesh: MeshShape
     slots: bytes
@@ -174,7 +195,8 @@ class Adopt(_message.Message):
     cache_copy: str
     tell_copies: bool
     mates: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., mates: _Optional[_Iterable[int]] = ...) -> None: ...
+    weights: WeightsVersion
+    def __init__(self, epoch: _Optional[int] = ..., mesh: _Optional[_Union[MeshShape, _Mapping]] = ..., slots: _Optional[bytes] = ..., expert_to_slot: _Optional[bytes] = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., mates: _Optional[_Iterable[int]] = ..., weights: _Optional[_Union[WeightsVersion, _Mapping]] = ...) -> None: ...
 
 class ReadCache(_message.Message):
     __slots__ = ("pages", "first", "count", "state")
@@ -383,16 +405,18 @@ class Hello(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., cache_copy: _Optional[str] = ...) -> None: ...
 
 class Held(_message.Message):
-    __slots__ = ("epoch", "generation", "full", "serves")
+    __slots__ = ("epoch", "generation", "full", "serves", "weights")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     SERVES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     full: FullPages
     serves: bool
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ...) -> None: ...
+    weights: int
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., serves: bool = ..., weights: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

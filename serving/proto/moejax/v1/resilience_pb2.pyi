@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted", "weights_version", "next_weights_version", "weights_switches")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,9 @@ class Status(_message.Message):
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEXT_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SWITCHES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -136,7 +139,10 @@ class Status(_message.Message):
     drafts: int
     drafted: int
     accepted: int
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ...) -> None: ...
+    weights_version: str
+    next_weights_version: str
+    weights_switches: int
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., weights_version: _Optional[str] = ..., next_weights_version: _Optional[str] = ..., weights_switches: _Optional[int] = ...) -> None: ...
 
 class Edge(_message.Message):
     __slots__ = ("pid", "serving", "calls")
@@ -321,28 +327,36 @@ class Prospect(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., survivable: bool = ..., reason: _Optional[str] = ..., prepared: bool = ..., requests_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., stall_ms: _Optional[float] = ..., moved_stall_ms: _Optional[float] = ..., capacity: _Optional[float] = ..., traffic_lost: _Optional[float] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
-    __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s")
+    __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s", "model", "version", "running")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     action: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     host: str
     to: int
     replace: bool
     timeout_s: float
-    def __init__(self, action: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., host: _Optional[str] = ..., to: _Optional[int] = ..., replace: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    model: str
+    version: str
+    running: str
+    def __init__(self, action: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., host: _Optional[str] = ..., to: _Optional[int] = ..., replace: bool = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., running: _Optional[str] = ...) -> None: ...
 
 class ApplyResponse(_message.Message):
-    __slots__ = ("serving", "epoch")
+    __slots__ = ("serving", "epoch", "weights_version")
     SERVING_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     serving: _containers.RepeatedScalarFieldContainer[int]
     epoch: int
-    def __init__(self, serving: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    weights_version: str
+    def __init__(self, serving: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., weights_version: _Optional[str] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("rank", "level", "code", "message")

@@ -1,0 +1,59 @@
+"""The record of the weights in force, in a file that outlives the front: a switch is decided once it is written.
+
+It stands in the run folder of a supervised front, else in the folder of the journal. It is void when the server is
+started with another model.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from serving.errors import StartError
+from serving.protocol.weights import FIRST_WEIGHTS, WeightsVersion
+
+FILE = "weights.json"
+
+
+class WeightsRecord:
+    """The record in one folder; with `folder` None nothing outlives the front. `base` is the digest of the weights that
+    the server was started with."""
+
+    def __init__(self, folder: Path | None, base: str) -> None:
+        self._path = None if folder is None else folder / FILE
+        self._base = base
+
+    def load(self) -> WeightsVersion:
+        """The version in force; that of number 0 without a record. Raises StartError when the file is not readable."""
+        if self._path is None or not self._path.is_file():
+            return FIRST_WEIGHTS
+        try:
+            value = json.loads(self._path.read_text())
+            return WeightsVersion.from_json(value["version"]) if value["base"] == self._base else FIRST_WEIGHTS
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StartError(
+                f"{self._path}, which names the weights in force, cannot be read ({error}). Delete it to serve the "
+                "weights of --model."
+            ) from error
+
+    def save(self, version: WeightsVersion) -> None:
+        """Replace the record. Returns when the disk has it. Raises OSError with the old record in place."""
+        if self._path is not None:
+            write_whole(self._path, json.dumps({"base": self._base, "version": version.to_json()}).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file, atomically. Raises OSError with the old file in place."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(file, data)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    new.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

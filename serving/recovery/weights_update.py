@@ -1,0 +1,201 @@
+"""Brings other weights of the same model into a running server (docs/decisions/0025).
+
+They are loaded beside the steps: into the host store, then into the host memory of every rank, compared with their
+checksums. Then the switch is decided, by a record on disk, and one epoch switches all ranks between two steps. Whatever
+dies before the decision leaves the former weights, whatever dies after it the new ones.
+"""
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from serving.config import Settings
+from serving.engine import migration
+from serving.engine.state import EngineState
+from serving.errors import Conflict, InvalidRequest, MoejaxError, NoCapacity
+from serving.executor.executor import RankExecutor
+from serving.executor.incarnation import Incarnation
+from serving.executor.mesh_key import MeshKey
+from serving.executor.rank_errors import CommandFailed, RankLost
+from serving.protocol import clock
+from serving.protocol.events import EventKind, EventLog
+from serving.protocol.instructions import Instruction
+from serving.protocol.prepared_model import prepare_weights
+from serving.protocol.weights import WeightsVersion
+from serving.recovery.failover import Failover
+from serving.recovery.kv_replicas import free_bytes
+from serving.recovery.membership import INCOMING, RankState
+from serving.recovery.membership_events import WeightsDecided
+
+POLL_S = 0.005
+"""Seconds between two looks whether streams have ended, or the weights are in force."""
+
+
+class UpdatedServer(Protocol):
+    """The parts of the engine's loop that an update uses."""
+
+    settings: Settings
+    state: EngineState
+    events: EventLog
+    failover: Failover
+    executor: RankExecutor
+
+    def wake(self) -> None:
+        """Make the loop look again at what is due."""
+        ...
+
+
+class WeightsUpdate:
+    """The updates of one server, one at a time."""
+
+    def __init__(self, server: UpdatedServer) -> None:
+        self._server = server
+        self._first = server.failover.membership.weights.number
+        self.next_label = ""
+        """The label of weights that are being brought in; empty when none are."""
+
+    @property
+    def switches(self) -> int:
+        """Versions that came into force since the start."""
+        return self._server.failover.membership.weights.number - self._first
+
+    async def apply(self, instruction: Instruction) -> None:
+        """Bring the weights of a folder in; returns when they are in force. Raises InvalidRequest for weights that are
+        not those of the served model, or cannot be read; Conflict while another update runs; NoCapacity without the
+        memory for it. The former weights stay then, and no rank has more in its memory than before."""
+        server, failover = self._server, self._server.failover
+        version = self._version_of(instruction)
+        self.next_label = version.label
+        try:
+            self._check_memory(version.label)
+            version = await self._prepare(version)
+            text = f"version {version.label}, from {version.model}"
+            server.events.emit(EventKind.WEIGHTS_LOADING, failover.epoch, message=text)
+            try:
+                await self._stage(version)
+                if instruction.running == "finish":
+                    await self._finish_streams(instruction.timeout_s)
+                    await self._stage(version)  # on ranks that came meanwhile
+                await asyncio.shield(self._decide(version))
+            except (MoejaxError, asyncio.CancelledError) as error:
+                if failover.membership.next_weights != version:
+                    await self._abandon(version, str(error) or "the instruction was withdrawn")
+                raise
+            while failover.membership.weights.number < version.number:
+                await asyncio.sleep(POLL_S)
+        finally:
+            self.next_label = ""
+
+    def _version_of(self, instruction: Instruction) -> WeightsVersion:
+        """The version that an instruction asks for, which is not prepared yet."""
+        failover = self._server.failover
+        membership = failover.membership
+        if self.next_label or membership.next_weights != membership.weights:
+            busy = self.next_label or membership.next_weights.label
+            raise Conflict(
+                f"weights version {busy} is being brought in. Wait for it (`moejax status`), then try again."
+            )
+        if not failover.single_host:
+            raise InvalidRequest(
+                "new weights can be brought in where the front starts the ranks itself; this server has ranks on "
+                "other hosts. Start it again with the new --model.",
+                param="action",
+            )
+        number = membership.weights.number + 1
+        label = instruction.version or str(number)
+        if label == membership.weights.label:
+            raise InvalidRequest(f"the weights in force have the version {label!r} already.", param="version")
+        return WeightsVersion(number, label, instruction.model)
+
+    def _check_memory(self, label: str) -> None:
+        """Raises NoCapacity unless the new weights have room beside those in force, which are as large."""
+        failover = self._server.failover
+        model, plan = failover.model, failover.plan or failover.plans.base
+        key = MeshKey.of(plan)
+        attending = sum(key.has_attention(rank) for rank in plan.rank_ids)
+        slots = sum(key.slots_of(rank) for rank in plan.rank_ids) * plan.moe_layers
+        ranks = attending * model.rest_bytes + slots * model.expert_bytes
+        copy = 0 if model.store == model.folder else _folder_bytes(Path(model.store))
+        free = free_bytes()
+        if ranks + copy > free:
+            raise NoCapacity(
+                f"weights version {label} needs {ranks + copy >> 20} MiB beside those in force ({copy >> 20} in the "
+                f"host store, {ranks >> 20} in the ranks), and {free >> 20} MiB of memory are free. Free memory, or "
+                "start the server again with the new --model."
+            )
+
+    async def _prepare(self, version: WeightsVersion) -> WeightsVersion:
+        settings, failover = self._server.settings, self._server.failover
+        prepared = await prepare_weights(
+            version.model,
+            failover.model,
+            in_place=settings.in_place,
+            dense=settings.dense,
+            tensor=settings.tensor,
+        )
+        return WeightsVersion(version.number, version.label, version.model, prepared.store, prepared.content)
+
+    async def _stage(self, version: WeightsVersion) -> None:
+        """Load the weights into the host memory of every rank that is configured. Raises InvalidRequest when a rank
+        cannot read them."""
+        executor, staged = self._server.executor, dict[int, Incarnation | None]()
+
+        async def stage(rank: int) -> str:
+            """Why a rank cannot read the weights; empty if it can, or was lost."""
+            process = executor.get(rank)
+            try:
+                await self._server.failover.stage_weights(rank, version)
+                staged[rank] = process
+            except RankLost:
+                await asyncio.sleep(POLL_S)
+            except CommandFailed as error:
+                return f"rank {rank} cannot load {version.model}: {error.error}"
+            return ""
+
+        while missing := [rank for rank in self._configured_ranks() if staged.get(rank) is not executor.get(rank)]:
+            if causes := list(filter(None, await asyncio.gather(*map(stage, missing)))):
+                raise InvalidRequest(causes[0], param="model")
+
+    def _configured_ranks(self) -> list[int]:
+        """The ranks that have weights in their memory."""
+        membership = self._server.failover.membership
+        has_weights = {RankState.SERVING, RankState.LEAVING, *INCOMING}
+        ranks = {*membership.plan_ranks, *membership.states}
+        return sorted(rank for rank in ranks if membership.state(rank) in has_weights)
+
+    async def _finish_streams(self, timeout_s: float) -> None:
+        """Start no request, and wait until the started ones have ended, at most for `timeout_s` seconds."""
+        server, until = self._server, clock.now() + timeout_s
+        server.state = migration.hold_requests(server.state, True)
+        while migration.started_requests(server.state) and clock.now() < until:
+            await asyncio.sleep(POLL_S)
+
+    async def _decide(self, version: WeightsVersion) -> None:
+        """Decide on the switch: what dies from here on does not undo it. Raises NoCapacity when the decision cannot be
+        written."""
+        try:
+            await asyncio.to_thread(self._server.failover.weights_record.save, version)
+        except OSError as error:
+            raise NoCapacity(f"the decision for weights version {version.label} cannot be written: {error}") from None
+        self._server.failover.state.record(WeightsDecided(version))
+
+    async def _abandon(self, version: WeightsVersion, cause: str) -> None:
+        """The former weights stay: requests are held no longer, and ranks drop what they have loaded."""
+        server, failover = self._server, self._server.failover
+        server.state = migration.hold_requests(server.state, False)
+        server.wake()
+        server.events.emit(EventKind.WEIGHTS_REFUSED, failover.epoch, cause=cause, message=f"version {version.label}")
+        drops = (failover.stage_weights(rank, failover.membership.weights) for rank in self._configured_ranks())
+        await asyncio.gather(*drops, return_exceptions=True)
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    total = 0
+    for path, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += (Path(path) / name).stat().st_size
+    return total
