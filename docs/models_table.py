@@ -92,7 +92,8 @@ Int4 experts stay as they are published: `--data-type published --in-place` hold
 (Kimi-K2) and of symmetric GPTQ ones in int4, with their own integers and scales, if groups are of 32 inputs or a
 multiple of it; other matrices are bfloat16. Every expert is checked for that when its checksum is recorded. With zero
 points (AWQ) or ordered groups they are widened, and the start says why. `--data-type int4` rounds any model to int4,
-except embedding and head, which it holds in int8 ([how](decisions/0020-int4-weights-have-exact-groups.md)).
+except embedding and head, which it holds in int8 ([how](decisions/0020-int4-weights-have-exact-groups.md)); of a small
+model that costs 6 to 9 % more bits per byte ([results](results/README.md)), and converted int4 is rounded once more.
 
 The other forms are widened when they are read. moejax computes in narrow form with int8 and int4, which its CPU kernels
 read directly (`moejax/ops/cpu/`). So far moejax has run on CPUs, and these multiply neither float8 nor FP4: keeping
