@@ -9,6 +9,7 @@ import pytest
 from serving.api.client import Client
 from serving.server import Server
 from tests.e2e.conftest import TINY
+from tests.support.drafts import accepted, answers, parts
 from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 ATTENTION, EXPERTS = (0, 1), (2, 3)
@@ -40,6 +41,14 @@ def test_each_rank_has_what_its_role_takes_and_nothing_else(apart: Client) -> No
 def test_they_say_what_collocated_ranks_say(apart: Client, traffic: Traffic) -> None:
     wait_until_whole(apart)
     traffic.during(apart)
+
+
+def test_drafts_change_no_bit_of_an_answer(apart: Client) -> None:
+    wait_until_whole(apart)
+    compiles, drafted = apart.status().compiles_after_ready, answers(apart, speculate=True)
+    assert parts(drafted) == parts(answers(apart, speculate=False))
+    assert accepted(drafted) > 0
+    assert apart.status().compiles_after_ready == compiles
 
 
 @pytest.mark.parametrize("rank", [*ATTENTION, *EXPERTS])

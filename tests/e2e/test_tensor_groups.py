@@ -12,6 +12,7 @@ from serving.api.client import Client
 from serving.errors import NoCapacity
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.support.drafts import accepted, answers, parts
 from tests.support.processes import Supervised, start
 from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
@@ -40,6 +41,14 @@ def traffic(server: Server) -> Traffic:
 
 def roles(client: Client) -> list[str]:
     return [rank.role if rank.state == "serving" else rank.state for rank in client.status().ranks]
+
+
+def test_drafts_change_no_bit_of_an_answer(whole: Client) -> None:
+    wait_until_whole(whole)
+    compiles, drafted = whole.status().compiles_after_ready, answers(whole, speculate=True)
+    assert parts(drafted) == parts(answers(whole, speculate=False))
+    assert accepted(drafted) > 0
+    assert whole.status().compiles_after_ready == compiles
 
 
 @pytest.mark.parametrize("rank", [0, 3])
