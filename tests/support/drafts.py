@@ -14,7 +14,7 @@ CALLS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "top_k": 20, "seed": 5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
     {"temperature": 0.0, "top_logprobs": 2, "min_tokens": 20},
     {"temperature": 0.8, "seed": 9, "logit_bias": {17: 4.0, 42: 4.0}, "top_p": 0.9},
-    {"temperature": 1.0, "seed": 2, "structured_outputs": StructuredOutputs("regex", "((ab|cd)(, )?){60}")},
+    {"seed": 2, "ignore_eos": False, "structured_outputs": StructuredOutputs("regex", "((ab|cd)(, )?){60}")},
 )
 """Sampling of the calls; a small model goes on repeating its prompt under most of them."""
 
