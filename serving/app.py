@@ -70,6 +70,7 @@ class App:
         if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
             read_signed(settings)
         model = (await _prepared(settings, log, run)).with_context(settings.max_context, log).with_known_tokens(log)
+        model.check_speculation(settings.speculate)
         if model.state_bytes:
             log(STATES_NOT_KEPT.format(name=model.name))
         tokenizer = load_tokenizer(settings, model)

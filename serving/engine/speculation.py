@@ -2,7 +2,7 @@
 
 A draft is a guess. A step computes a row for each and samples the token that follows it, with the key of its position;
 the token is kept while the draft before it is the token that was sampled there. So drafts change when a token is
-computed, never which (docs/decisions/0020). Pure: no clock, and the same drafts from the same history.
+computed, never which (docs/decisions/0022). Pure: no clock, and the same drafts from the same history.
 
 How many drafts a request gets depends on how often its drafts were right, by the length of the match that made them,
 and on the load: one more row is worth its cost while the chance that its token is kept is above the share that a row

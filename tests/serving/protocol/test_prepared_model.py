@@ -37,3 +37,11 @@ def test_a_context_is_the_whole_of_a_model_without_longrope_and_never_longer():
     assert PREPARED.with_context(50, pytest.fail) == dataclasses.replace(PREPARED, max_context=50)
     with pytest.raises(InvalidRequest, match=r"max_context is 97; .* was made for at most 96 tokens"):
         PREPARED.with_context(97, pytest.fail)
+
+
+def test_a_model_whose_layers_keep_a_state_is_not_started_with_drafts():
+    model = dataclasses.replace(PREPARED, state_bytes=64)
+    model.check_speculation("off")
+    PREPARED.check_speculation("ngram")
+    with pytest.raises(InvalidRequest, match="speculate is ngram, and fake has layers whose context is a state"):
+        model.check_speculation("ngram")
