@@ -19,9 +19,9 @@ class NetworkSettings(SettingsGroup):
     grpc_port: int = setting(50051, "TCP port of gRPC; 0 takes a free one.", port=True)
     http_port: int = setting(8000, "TCP port of HTTP (API, dashboard and metrics); 0 takes a free one.", port=True)
     edges: int = setting(
-        0,
+        1,
         "Processes that hold the clients' connections, so that these outlive the front; they share both ports. "
-        "0: the front holds them. Only of a supervised front.",
+        "0: the front holds them, as it does in a server inside a program.",
         at_least=0,
     )
     vllm_grpc: bool = setting(
