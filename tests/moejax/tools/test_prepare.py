@@ -1,5 +1,6 @@
 """The work of a prepared model is what the planner reads from its published configuration."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,9 @@ from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import read_config
 from moejax.config.config_values import ConfigError
 from moejax.tools.prepare import flops, prepare
+from moejax.tools.rank_format import widening_note
 from planner.inputs.published import MODELS, workload_from
+from tests.support.models import DENSE
 from tests.support.published import published_folder
 from tests.support.quantized_folders import quantized_folders
 
@@ -63,6 +66,16 @@ def test_widening_is_said_with_the_bytes_of_both(place, how, capfd):
     assert ("zero points, or other groups than whole ones of 32" in said) == (how == "in-place")
     assert prepare(str(plain), "published", how)["weights"] == "bfloat16"
     assert "ranks hold" not in capfd.readouterr().err
+
+
+def test_a_model_without_experts_is_not_said_to_keep_some():
+    config = json.loads((MODELS / "llama-3.1-8b.json").read_text())
+    published = dataclasses.replace(workload_from(config), weight_format="int4", rest_bytes=1000)
+    dense = dataclasses.replace(DENSE, weights="bfloat16")
+    for in_place in (False, True):
+        assert widening_note(dense, published, in_place=in_place).endswith(
+            "Only experts stay in int4, and it has none."
+        )
 
 
 def test_experts_published_in_int4_stay_so_in_place_and_only_there(place, capfd):
