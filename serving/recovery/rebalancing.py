@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from planner.plan.plan import Plan
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity
 from serving.protocol.events import EventKind, EventLog
 from serving.recovery.failover import Failover
@@ -92,7 +93,7 @@ class Rebalancing:
         planned, self._planned, failover = self._planned, None, self._server.failover
         if planned is None:
             return
-        if failover.plan is None or failover.plan.slots != failover.plans.base.slots:
+        if not self._is_in_force(failover.plans.base):
             message = "ranks were lost while the placement was computed"
             self._server.events.emit(EventKind.REBALANCE_FAILED, failover.epoch, cause=message)
             return
@@ -104,7 +105,7 @@ class Rebalancing:
     def look(self) -> None:
         """Between two steps: report once the placement is in force."""
         moving, failover = self._moving, self._server.failover
-        if moving is None or failover.plan is None or failover.plan.slots != moving.base.slots:
+        if moving is None or not self._is_in_force(moving.base):
             return
         self._moving = None
         message = (
@@ -140,6 +141,10 @@ class Rebalancing:
         missing = sorted(set(failover.plans.base.rank_ids).difference(failover.plan_ranks))
         if missing:
             raise NoCapacity(f"experts move only while all ranks serve; {missing} do not. Wait for them.")
+
+    def _is_in_force(self, base: Plan) -> bool:
+        plan = self._server.failover.plan
+        return plan is not None and plan.rank_ids == base.rank_ids and plan.slots == base.slots
 
     def _least_tokens(self) -> int:
         return LEAST_TOKENS * self._server.failover.plans.base.slot_table().size

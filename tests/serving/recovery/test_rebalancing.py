@@ -137,3 +137,18 @@ def test_while_a_rank_is_missing_nothing_moves() -> None:
         assert not rebalancing.pending
 
     asyncio.run(case())
+
+
+def test_a_rank_that_leaves_while_the_placement_is_computed_moves_nothing() -> None:
+    async def case() -> None:
+        server = Server(plans())
+        rebalancing = server.use(Rebalancing(server, lambda: skewed(server.plans)))  # type: ignore[arg-type]
+        base, moving = server.plan, asyncio.create_task(rebalancing.run())
+        await asyncio.sleep(0)
+        # The slots of other ranks in one row may read like those of all ranks.
+        server.plan = dataclasses.replace(base, ranks=base.ranks[:2], slots_per_rank=2 * base.slots_per_rank)
+        await moving
+        assert server.kinds() == ["rebalance_failed"]
+        assert server.plans.base is base
+
+    asyncio.run(case())
