@@ -14,7 +14,7 @@ from typing import Protocol
 from serving.config import Settings
 from serving.engine import migration
 from serving.engine.state import EngineState
-from serving.errors import Conflict, InvalidRequest, MoejaxError, NoCapacity
+from serving.errors import Conflict, InvalidRequest, NoCapacity
 from serving.executor.executor import RankExecutor
 from serving.executor.incarnation import Incarnation
 from serving.executor.mesh_key import MeshKey
@@ -79,7 +79,7 @@ class WeightsUpdate:
                     await self._finish_streams(instruction.timeout_s)
                     await self._stage(version)  # on ranks that came meanwhile
                 await asyncio.shield(self._decide(version))
-            except (MoejaxError, asyncio.CancelledError) as error:
+            except (Exception, asyncio.CancelledError) as error:
                 if failover.membership.next_weights != version:
                     await self._abandon(version, str(error) or "the instruction was withdrawn")
                 raise
