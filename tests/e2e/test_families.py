@@ -41,6 +41,13 @@ def kill_who_serves(client: Client) -> None:
             os.kill(rank.pid, signal.SIGKILL)
 
 
+def drain_who_serves(client: Client) -> None:
+    """Drain the rank that has the request, if it has not ended, and have it replaced."""
+    for rank in client.status().ranks:
+        if rank.running:
+            client.apply("drain", rank.id, replace=True)
+
+
 def kill_who_computes_a_prompt(client: Client) -> None:
     """SIGKILL to the rank that gets the only request, as soon as it has it."""
     wait_until(lambda: any(rank.running for rank in client.status().ranks), "a rank has the request", 10.0)
@@ -53,7 +60,7 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
     known = Stream(expected.prompt, 0.0, 0, ANSWER, tokens=expected.tokens)
     in_place = name in ("gpt-oss", "llama4")  # the others are converted
     with (
-        Server(model=str(folder), ranks=2, buckets=BUCKETS, in_place=in_place) as server,
+        Server(model=str(folder), ranks=2, buckets=BUCKETS, in_place=in_place, operate=True) as server,
         Client(server) as client,
     ):
         wait_until_whole(client)
@@ -65,6 +72,10 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
             wait_until_whole(client)
         assert len(set(killed.epochs)) > 1, "it was killed on the way"
         if name == "qwen3_next":
+            wait_until_whole(client)
+            recoveries = client.status().recoveries
+            Traffic([known]).during(client, lambda: drain_who_serves(client))
+            assert client.status().recoveries == recoveries, "its state moved with its pages"
             long = Stream((5 * expected.prompt)[:180], 0.0, 0, 8)
             long.run(client)
             for _ in range(5):
