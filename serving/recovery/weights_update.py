@@ -1,4 +1,4 @@
-"""Brings other weights of the same model into a running server (docs/decisions/0025).
+"""Brings other weights of the same model into a running server (docs/decisions/0024).
 
 They are loaded beside the steps: into the host store, then into the host memory of every rank, compared with their
 checksums. Then the switch is decided, by a record on disk, and one epoch switches all ranks between two steps. Whatever

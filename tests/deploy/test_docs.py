@@ -57,6 +57,17 @@ def test_the_page_of_tests_is_what_the_generator_writes():
     assert (ROOT / "docs" / "tests.md").read_text() == tests_table.page()
 
 
+def test_every_decision_has_a_number_of_its_own_and_a_place_in_the_documentation() -> None:
+    records = sorted(file.name for file in (ROOT / "docs" / "decisions").glob("*.md"))
+    listed = [
+        line.split("decisions/")[1] for line in (ROOT / "mkdocs.yml").read_text().splitlines() if "decisions/" in line
+    ]
+    assert listed == records
+    assert [int(name[:4]) for name in records] == list(range(1, len(records) + 1))
+    for name in records:
+        assert (ROOT / "docs" / "decisions" / name).read_text().startswith(f"# {int(name[:4])}. "), name
+
+
 def test_the_table_of_what_becomes_of_a_rank_is_that_of_the_transitions() -> None:
     assert (ROOT / "docs" / "membership.md").read_text() == membership_table.page()
 

@@ -43,8 +43,9 @@ def control(executor: Executor, *, chaos: bool = True, plan: Plan | None = None)
     )
     failover: Any = types.SimpleNamespace(plan_ranks=tuple(hosts), plans=plans, plan=plan)
     maintenance: Any = types.SimpleNamespace(report=lambda error: error)
+    rebalancing: Any = None
     given: Any = executor
-    return Control(SecuritySettings(chaos=chaos), FakeBackend().model, given, failover, maintenance)
+    return Control(SecuritySettings(chaos=chaos), FakeBackend().model, given, failover, maintenance, rebalancing)
 
 
 async def test_a_host_is_killed_with_all_its_ranks():
