@@ -21,8 +21,10 @@ class Loss:
     judged_at: float
 
 
-LIMITED_BY_CALLER = frozenset({"join", "connect", "compile", "prepare", "configure"})
+LIMITED_BY_CALLER = frozenset({"join", "connect", "compile", "configure"})
 """Commands whose callers limit their time: they wait for other ranks, or may compile for minutes."""
+BESIDE_MAIN_THREAD = frozenset({"prepare", "stage_weights"})
+"""Commands that a rank obeys in threads of their own, however long they take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Incarnation:
         has none, one that the caller limits, or a step, which has a limit of its own."""
         if self.pending_steps or not self.pending_commands:
             return None
-        first = next((each for each in self.pending_commands.values() if each.what != "prepare"), None)
+        first = next((each for each in self.pending_commands.values() if each.what not in BESIDE_MAIN_THREAD), None)
         if first is None or first.what in LIMITED_BY_CALLER:
             return None
         return max(first.sent_at, self.answered_at)
