@@ -13,6 +13,7 @@ import grpc
 
 from serving.executor.failure_detector import Cause, FailureDetectorSettings
 from serving.executor.incarnation import Incarnation, Loss, PendingCommand
+from serving.executor.late_steps import LateSteps
 from serving.executor.rank_errors import CommandFailed, NonFiniteStep, RankLost
 from serving.executor.rank_monitor import RankMonitor
 from serving.launch.rank_listener import RankListener, first_report
@@ -20,8 +21,6 @@ from serving.launch.rank_process import HostPaths, RankStarter
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 
-ABORTED_S = 1.0
-"""Seconds that a rank has to answer a step whose exchange was aborted because all ranks were late with it."""
 NON_FINITE_WAIT_S = 1.0
 """Seconds that the other ranks have to end a step in which one rank found values that are not finite."""
 
@@ -310,33 +309,8 @@ class RankExecutor:
         self._tokens.pop(each.process.token, None)
 
     def _fail_step(self) -> None:
-        """All ranks are late, and none counts as failed: one of them may hold up the others. The exchange is aborted; a
-        rank that is not stuck then answers, and one that does not is lost. When all answer, or none, the step fails,
-        and a new generation is formed."""
+        """All ranks are late, and none counts as failed: abort the exchange of their steps, and see who answers."""
         late = [each for each in self._ranks.values() if each.pending_steps and each.loss is None]
-        steps = [(each, dict(each.pending_steps)) for each in late]
-        for each in late:
-            each.pending_steps.clear()
-            each.step_sent_at = None
+        steps = LateSteps(late)
         self.abort((each.rank for each in late), self._step_epoch)
-        self._aborting = asyncio.create_task(self._judge_aborted(steps, clock.now()))
-
-    async def _judge_aborted(
-        self, steps: "list[tuple[Incarnation, dict[int, asyncio.Future[link_pb2.StepDone]]]]", aborted_at: float
-    ) -> None:
-        """Lose the ranks that do not answer these steps after their exchange was aborted, and fail the steps."""
-        await asyncio.sleep(ABORTED_S)
-        silent = [each for each, _ in steps if each.loss is None and each.answered_at < aborted_at]
-        if len(silent) < len(steps):
-            for each in silent:
-                why = f"no answer within {ABORTED_S:g} s after its exchange was aborted, and others answered"
-                self.declare(each.rank, Cause("step", why), each.answered_at)
-        steps.sort(key=lambda item: item[0].loss is None)  # a loss explains the failure of the others
-        for each, futures in steps:
-            for waiting in futures.values():
-                if not waiting.done():
-                    waiting.set_exception(
-                        RankLost(each.rank, str(each.loss.cause))
-                        if each.loss is not None
-                        else CommandFailed(each.rank, "step", "every rank is late with it")
-                    )
+        self._aborting = asyncio.create_task(steps.judge(clock.now(), self.declare))
