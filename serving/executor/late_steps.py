@@ -24,9 +24,9 @@ class LateSteps:
             each.step_sent_at = None
 
     async def judge(self, aborted_at: float, declare: Callable[[int, Cause, float], None]) -> None:
-        """The exchange of the steps was aborted: a rank that is not stuck answers. Declare the others dead, and fail the
-        steps. When all answer, or none does, nobody is declared dead: a new generation is formed, which a rank that is
-        stuck does not join."""
+        """The exchange of the steps was aborted: a rank that is not stuck answers. Declare the others dead, and fail
+        the steps. When all answer, or none does, nobody is declared dead: a new generation is formed, which a rank that
+        is stuck does not join."""
         await asyncio.sleep(ABORTED_S)
         silent = [each for each, _ in self._steps if each.loss is None and each.answered_at < aborted_at]
         if len(silent) < len(self._steps):
