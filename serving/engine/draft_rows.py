@@ -89,10 +89,10 @@ def stop_drafting(state: EngineState, batch: Batch, ranks: Iterable[int]) -> Eng
 
 
 def _free_rows(limits: Limits, work: Work) -> dict[int, int]:
-    """Decode rows of each rank that are left for drafts: in a step with tiles those of its bucket, else those of the
-    largest."""
-    needed = required_bucket(work.values())
-    rows = covering_bucket(limits.buckets, needed).decode if needed.tiles else limits.max_decode_rows
+    """Decode rows of each rank that are left for drafts: in a step whose bucket has tiles those of the bucket, else
+    those of the largest without tiles."""
+    bucket = covering_bucket(limits.buckets, required_bucket(work.values()))
+    rows = bucket.decode if bucket.tiles else max(each.decode for each in limits.buckets if not each.tiles)
     return {rank: rows - sum(item.rows for item in part if not item.tiles) for rank, part in work.items()}
 
 
@@ -105,7 +105,10 @@ def _look_ups(
         for sequence in ranks[rank] if free[rank] > 0 else ():
             if sequence.id not in decoding or sequence.drafting.stopped or not limits.speculates(sequence.request):
                 continue
-            room = min(MAX_DRAFTS, limits.tokens_left(sequence.request, len(sequence.generated)) - 1)
+            sampling, made = sequence.request.sampling, len(sequence.generated)
+            if sampling.needs_logits_processing(made + 1) and not sampling.needs_logits_processing(made):
+                continue  # the first penalty is of the token after this one
+            room = min(MAX_DRAFTS, limits.tokens_left(sequence.request, made) - 1)
             if room < 1 or suspicion.weight_of(sequence.id):
                 continue
             yield sequence.id, _looked_up(sequence, room)

@@ -48,7 +48,8 @@ def logits_adjustments(batch: Batch, rank: int, masks: MaskFunction) -> dict[int
 
 def _params_by_row(work: ScheduledRequest) -> Iterator[LogitsParams]:
     """The inputs of logits processing after the last token, and after each draft as if those up to it were generated,
-    until none is needed: a row needs it only if the row before does."""
+    until none is needed. A row needs it only if the row before does: a request has no drafts in the step whose next row
+    would be the first to need it (`draft_rows`)."""
     if (params := work.logits_params) is None:
         return
     for drafts in range(len(work.drafts) + 1):

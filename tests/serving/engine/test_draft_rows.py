@@ -90,6 +90,24 @@ def test_streams_are_those_without_drafts_through_a_loss(seeds, length, extras, 
     s.finish()
 
 
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_no_draft_escapes_the_first_penalty(penalty):
+    tokens = []
+    for speculate in (False, True):
+        s = speculating((40,), speculate=speculate)
+        s.submit(small_request("cached", (5,) * 32, seed=1, max_tokens=2))
+        s.finish()
+        s.submit(small_request("a", (5,) * 33, seed=1, max_tokens=8, **{penalty: 2.0}))
+        first = s.begin()
+        assert first is not None
+        (item,) = first.scheduled[0]
+        assert (item.start, item.rows) == (32, 1)  # the first token comes from a decode row, without drafts
+        s.end(first)
+        s.finish()
+        tokens.append(s.tokens("a"))
+    assert tokens[0] == tokens[1]
+
+
 def test_no_step_is_made_ahead_of_one_whose_number_of_tokens_is_not_known():
     s = speculating()
     s.submit(small_request("a", PERIODIC, seed=1, max_tokens=40))
@@ -144,6 +162,15 @@ def test_drafts_take_only_rows_that_are_left_and_no_larger_bucket_beside_a_promp
                 assert batch.bucket == min(fits, key=lambda b: b.rows)
         s.end(batch)
     s.finish()
+
+
+def test_drafts_take_no_bucket_with_tiles_beside_no_prompt():
+    s = speculating((40,), buckets=((2, 0), (4, 2)))
+    s.submit(small_request("a", PERIODIC, seed=1, max_tokens=40))
+    while (batch := s.begin()) is not None:
+        assert batch.required_bucket.tiles or batch.bucket.tiles == 0
+        s.end(batch)
+    assert s.state.accepted > 0
 
 
 def test_drafts_never_make_a_rank_preempt():
