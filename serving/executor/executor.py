@@ -134,6 +134,8 @@ class RankExecutor:
         """Run one step on all these ranks, after the steps they have already. Raises RankLost, NonFiniteStep, or
         CommandFailed when one failed and none is known to be dead."""
         now, ranks = clock.now(), [self._alive(rank) for rank in parts]
+        for each in self._ranks.values():
+            each.in_plan = each.rank in parts
         futures: list[asyncio.Future[link_pb2.StepDone]] = []
         for each, part in zip(ranks, parts.values(), strict=True):
             self._step_epoch = part.epoch
@@ -194,10 +196,13 @@ class RankExecutor:
         self._on_loss(each.loss)
 
     def lose_unanswered(self, ranks: Collection[int], what: str, why: str, *, unless_all: bool = False) -> None:
-        """Declare those of these ranks dead that have not answered a command of this name, whoever waits for it; with
-        `unless_all` none if none has answered."""
+        """Declare those of these ranks dead that have not answered a command of this name, for which nobody waits any
+        more; with `unless_all` none if none has answered."""
         called = [self._ranks[rank] for rank in ranks]
-        silent = [each for each in called if any(c.what == what for c in each.pending_commands.values())]
+        given_up = {
+            each.rank: [c.what for c in each.pending_commands.values() if c.future.cancelled()] for each in called
+        }
+        silent = [each for each in called if what in given_up[each.rank]]
         if unless_all and len(silent) == len(called) > 1:
             return
         for each in silent:

@@ -67,6 +67,8 @@ class Observation:
     step_times: Collection[float] = ()
     step_delay: Delay = NO_DELAY
     """As `heartbeat_delay`, of the step that it has not answered yet."""
+    in_plan: bool = True
+    """It takes part in the steps. A rank that joins does not, and is no sign that a late rank alone is late."""
     command_since: float | None = None
     """When it could begin with the command that it obeys now."""
     command_delay: Delay = NO_DELAY
@@ -151,12 +153,13 @@ def late_or_dead(
             if late.overdue_s > 0:
                 found[o.rank] = Cause("heartbeat", late.describe("no heartbeat", o.process_state))
     left = [o for o in seen if o.rank not in found]
-    commands = [command_lateness(o, moment, settings) for o in left]
-    if len(left) == 1 or min((late.overdue_s for late in commands), default=0.0) <= 0:
-        for o, late in zip(left, commands, strict=True):
+    obeying = [o for o in left if o.in_plan or o.command_since is not None]
+    commands = [command_lateness(o, moment, settings) for o in obeying]
+    if len(obeying) == 1 or min((late.overdue_s for late in commands), default=0.0) <= 0:
+        for o, late in zip(obeying, commands, strict=True):
             if late.overdue_s > 0:
                 found[o.rank] = Cause("command", late.describe("a command was not answered", o.process_state))
-    left = [o for o in left if o.rank not in found]
+    left = [o for o in left if o.rank not in found and _steps(o)]
     steps = step_lateness(left, moment, settings)
     least = min((late.overdue_s for late in steps), default=0.0)
     if not 0 < least <= settings.all_late_limit_s:
@@ -171,8 +174,13 @@ def all_late(
 ) -> bool:
     """Whether every rank is late with the step, so that none counts as failed. The executor then aborts the exchange,
     and a rank that is stuck does not answer that."""
-    overdue = [late.overdue_s for late in step_lateness(list(observations), now - front_lag_s, settings)]
+    stepping = [o for o in observations if _steps(o)]
+    overdue = [late.overdue_s for late in step_lateness(stepping, now - front_lag_s, settings)]
     return min(overdue, default=0.0) > 0
+
+
+def _steps(o: Observation) -> bool:
+    return o.in_plan or o.step_sent_at is not None
 
 
 def heartbeat_lateness(o: Observation, moment: float, settings: FailureDetectorSettings) -> Lateness:

@@ -96,6 +96,7 @@ class Watched:
             step_sent_at=each.step_sent_at,
             step_times=each.step_times,
             step_delay=self.step.since(each.step_sent_at),
+            in_plan=each.in_plan,
             command_since=each.command_since,
             command_delay=self.command.since(each.command_since),
         )

@@ -27,8 +27,12 @@ def next_moves(
     table, wanted, hosts = in_force.slots_by_rank(), desired.slots_by_rank(), host_index(desired.expert_ranks)
     moved, stays = np.zeros(table.shape[1], int), set(excluding)
     for layer in range(len(table)):
+        if moved.min() >= max_slots:
+            break
         for start in _changes(table[layer], wanted[layer]):
             if table[layer][start] == wanted[layer][start]:  # it was made with an earlier one
+                continue
+            if moved.any() and moved[start[0]] >= max_slots:
                 continue
             group = _group(start, table[layer], wanted[layer], hosts)
             after = moved + np.bincount([rank for rank, _ in group], minlength=len(moved))

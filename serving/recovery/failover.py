@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.errors import PlannerError
 from planner.inputs.cluster import Cluster
 from planner.plan.plan import Plan
 from serving.config import Settings
@@ -106,7 +107,7 @@ class Failover:
         self.plans = PlanCatalog(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts))
         self.placement = placement
         if placement is not None and placement.exists():
-            self.plans.place(Plan.from_json(placement.read_text()))
+            self._take_placement(placement)
         membership = Membership(
             restart=settings.restart, epoch=epoch, weights=weights, next_weights=weights, adopting_weights=weights
         )
@@ -190,6 +191,15 @@ class Failover:
         return service.process.pid if service is not None else None
 
     # -- Start --------------------------------------------------------------------------------------------------
+
+    def _take_placement(self, file: Path) -> None:
+        """Use the base plan of an earlier front. Raises StartError when the file is no plan."""
+        try:
+            taken = self.plans.place(Plan.from_json(file.read_text()))
+        except (OSError, PlannerError) as error:
+            raise StartError(f"the placement in {file} cannot be read: {error} Remove the file.") from None
+        if not taken:
+            self._log("the placement of an earlier front is not one of these ranks and this model: it is not used")
 
     async def start(self) -> None:
         """Start all ranks under the base plan, with every single loss prepared; deeper losses are prepared beside the

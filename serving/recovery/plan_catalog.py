@@ -33,13 +33,15 @@ case."""
 @dataclass(frozen=True)
 class Rebalanced:
     """The plans of a catalog with experts moved towards a load: the base plan and those of losses, the share of the
-    hottest rank before and after (see `hottest_share`), and the number of slots that change."""
+    hottest rank before and after (see `hottest_share`), the number of slots that change, and the problem that the plans
+    solve."""
 
     base: Plan
     lattice: Lattice
     before: float
     after: float
     moved: int
+    problem: Problem
 
 
 def hottest_share(plan: Plan, load: np.ndarray) -> float:
@@ -147,7 +149,11 @@ class PlanCatalog:
         if not prepared.issuperset(map(MeshKey.of, lattice.plans.values())):
             raise NoCapacity("balanced, a loss would need a mesh that is not prepared.")
         hottest = (hottest_share(plan, load) for plan in (self.base, base))
-        return Rebalanced(base, lattice, *hottest, moved=balanced.moved)
+        return Rebalanced(base, lattice, *hottest, moved=balanced.moved, problem=self._problem)
+
+    def are_those_of(self, rebalanced: "Rebalanced") -> bool:
+        """Whether ranks are on the hosts for which these plans were made."""
+        return rebalanced.problem is self._problem
 
     def adopt(self, rebalanced: "Rebalanced") -> None:
         """Use these plans from now on."""

@@ -6,6 +6,7 @@ any time is recovered from with the new plans, which have the same meshes.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,8 @@ class Rebalancing:
         self._moving: Rebalanced | None = None
         """The placement that experts are moving to."""
         self._busy = False
+        self._refused = ""
+        """Why the placement did not come into force."""
 
     @property
     def pending(self) -> bool:
@@ -68,51 +71,76 @@ class Rebalancing:
     async def run(self) -> None:
         """Balance the load measured since the last call, or since the start if that is too little; returns when experts
         have moved, or need not. Raises InvalidRequest for a model without experts, NoCapacity when not all ranks serve,
-        when experts move already, or when the balanced placement would survive less."""
-        failover = self._server.failover
+        when experts move already, when the balanced placement would survive less or cannot be written for the next
+        front, and when ranks are lost or experts cannot be read meanwhile."""
         self._check()
-        self._busy = True
+        self._busy, self._refused = True, ""
         try:
-            load, self._counted = self._measured(), self._total()
-            load = load if load.sum() >= self._least_tokens() else self._counted
-            rebalanced = await asyncio.to_thread(failover.plans.rebalanced, load)
-            if rebalanced.moved == 0 or rebalanced.before - rebalanced.after < LEAST_GAIN:
-                message = f"no expert moves: the hottest rank has {rebalanced.before:.2f} times the mean"
-                self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
-                return
-            self._planned = rebalanced
-            self._server.wake()
-            while self._planned is not None or self._moving is not None:
-                await asyncio.sleep(POLL_S)
+            await self._move()
+        except MoejaxError as error:
+            self._fail(str(error))
+            raise
         finally:
-            self._busy = False
-            self._planned = None
+            self._busy, self._planned = False, None
+
+    async def _move(self) -> None:
+        failover = self._server.failover
+        load, self._counted = self._measured(), self._total()
+        load = load if load.sum() >= self._least_tokens() else self._counted
+        rebalanced = await asyncio.to_thread(failover.plans.rebalanced, load)
+        if rebalanced.moved == 0 or rebalanced.before - rebalanced.after < LEAST_GAIN:
+            message = f"no expert moves: the hottest rank has {rebalanced.before:.2f} times the mean"
+            self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
+            return
+        try:
+            await asyncio.to_thread(self._keep, rebalanced.base)
+        except OSError as error:
+            raise NoCapacity(f"the placement cannot be written for the next front: {error}") from None
+        self._planned = rebalanced
+        self._server.wake()
+        while self._planned is not None or self._moving is not None:
+            await asyncio.sleep(POLL_S)
+        if self._refused:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(self._keep, failover.plans.base)
+            raise NoCapacity(self._refused)
 
     def begin(self) -> None:
-        """Between two steps: converge to the placement that is planned, unless ranks were lost meanwhile."""
-        planned, self._planned, failover = self._planned, None, self._server.failover
+        """Between two steps: converge to the placement that is planned, unless the ranks are not those it is for."""
+        planned, self._planned, plans = self._planned, None, self._server.failover.plans
         if planned is None:
             return
-        if not self._is_in_force(failover.plans.base):
-            message = "ranks were lost while the placement was computed"
-            self._server.events.emit(EventKind.REBALANCE_FAILED, failover.epoch, cause=message)
+        if not (self._is_in_force(plans.base) and plans.are_those_of(planned)):
+            self._refused = "the ranks have changed while the placement was computed; no expert has moved. Try again."
             return
-        failover.plans.adopt(planned)
-        self._keep(planned)
+        plans.adopt(planned)
         self._moving = planned
-        failover.adoption.converge_to(planned.base)
+        self._server.failover.adoption.converge_to(planned.base)
 
     def look(self) -> None:
-        """Between two steps: report once the placement is in force."""
+        """Between two steps: report once the placement is in force, or cannot come into force by moving alone."""
         moving, failover = self._moving, self._server.failover
-        if moving is None or not self._is_in_force(moving.base):
+        if moving is None:
             return
-        self._moving = None
-        message = (
-            f"the hottest rank has {moving.after:.2f} times the mean, {moving.before:.2f} before; "
-            f"{moving.moved} slots have other experts"
-        )
-        self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
+        if self._is_in_force(moving.base):
+            self._moving = None
+            message = (
+                f"the hottest rank has {moving.after:.2f} times the mean, {moving.before:.2f} before; "
+                f"{moving.moved} slots have other experts"
+            )
+            self._server.events.emit(EventKind.REBALANCED, failover.epoch, message=message)
+        elif failover.plan is None or failover.plan.rank_ids != moving.base.rank_ids:
+            self._give_up("ranks were lost while experts moved; the placement comes into force when they are back.")
+        elif not failover.adoption.reconciling:
+            self._give_up("some experts cannot be read; the others have moved.")
+
+    def _give_up(self, cause: str) -> None:
+        self._moving, self._refused = None, cause
+        if not self._busy:  # nobody waits for it any more
+            self._fail(cause)
+
+    def _fail(self, cause: str) -> None:
+        self._server.events.emit(EventKind.REBALANCE_FAILED, self._server.failover.epoch, cause=cause)
 
     async def watch(self, bound: float, interval_s: float) -> None:
         """Balance when the hottest rank's share was above `bound` in two measurements in a row, until cancelled."""
@@ -120,23 +148,21 @@ class Rebalancing:
         while True:
             await asyncio.sleep(interval_s)
             failover, load = self._server.failover, self._measured()
-            if self._busy or failover.plan is None or load.sum() < self._least_tokens():
+            if self._busy or self.moving or failover.plan is None or load.sum() < self._least_tokens():
                 continue
             above = above + 1 if hottest_share(failover.plan, load) > bound else 0
             if above < 2:
                 self._counted = self._total() if above == 0 else self._counted
                 continue
             above = 0
-            try:
+            with contextlib.suppress(MoejaxError):  # an event has the cause
                 await self.run()
-            except MoejaxError as error:
-                self._server.events.emit(EventKind.REBALANCE_FAILED, failover.epoch, cause=str(error))
 
     def _check(self) -> None:
         failover = self._server.failover
         if not failover.plans.base.experts:
             raise InvalidRequest("the model has no experts to move.", param="action")
-        if self._busy:
+        if self._busy or self.moving:
             raise NoCapacity("experts are being moved already; wait for the event rebalanced.")
         missing = sorted(set(failover.plans.base.rank_ids).difference(failover.plan_ranks))
         if missing:
@@ -155,9 +181,9 @@ class Rebalancing:
     def _measured(self) -> np.ndarray:
         return self._total() - self._counted
 
-    def _keep(self, rebalanced: Rebalanced) -> None:
-        """Write the base plan for the next front."""
+    def _keep(self, base: Plan) -> None:
+        """Write a base plan for the next front. Raises OSError."""
         if self._placement is not None:
             new = self._placement.with_suffix(".new")
-            new.write_text(rebalanced.base.to_json())
+            new.write_text(base.to_json())
             new.rename(self._placement)

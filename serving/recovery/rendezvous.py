@@ -15,7 +15,8 @@ from serving.protocol import clock
 
 JOIN_TIMEOUT_S = 30.0
 RETURN_S = 1.0
-"""Seconds that ranks have to answer once the coordination service is stopped in which they wait for others."""
+"""Seconds that ranks have to answer once the coordination service is stopped. One that waits for the others inside of
+JAX's client does not come back from it, and is lost with the one that it waits for."""
 MAX_JOIN_FAILURES = 3
 """Times in a row that a rank may fail to join a generation before it is replaced."""
 SPARE_PROCESS_IDS = 32

@@ -137,6 +137,17 @@ def test_ranks_that_are_all_late_with_a_command_wait_for_the_same_thing_and_none
     assert judge(*(seen(rank, command_since=NOW - 10 * SETTINGS.command_limit_s) for rank in range(3))) == {}
 
 
+def test_a_rank_that_joins_is_no_sign_that_those_of_the_plan_are_late_alone():
+    joins = seen(3, in_plan=False)
+    steps = [seen(rank, step_sent_at=NOW - 3) for rank in range(3)]
+    assert judge(*steps, joins) == {}
+    assert all_late([*steps, joins], NOW, SETTINGS)
+    commands = [seen(rank, command_since=NOW - 2 * SETTINGS.command_limit_s) for rank in range(3)]
+    assert judge(*commands, joins) == {}
+    assert judge(*commands, seen(3)) == dict.fromkeys(range(3), "command")
+    assert judge(seen(0), seen(3, in_plan=False, command_since=NOW - 2 * SETTINGS.command_limit_s)) == {3: "command"}
+
+
 def test_a_stopped_rank_is_named_and_not_the_ones_that_wait_for_it_in_the_step():
     ranks = [seen(rank, step_sent_at=NOW - 3) for rank in range(3)]
     ranks[1] = dataclasses.replace(ranks[1], last_heartbeat=NOW - 3)

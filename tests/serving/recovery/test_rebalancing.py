@@ -73,13 +73,16 @@ class Server:
         self.plan = catalog.base
         self.epoch = 0
         self.adoption = self
+        self.reconciling = False
+        self.reaches = lambda desired: desired
+        """The plan that the steps come to."""
 
     @property
     def plan_ranks(self) -> tuple[int, ...]:
         return self.plan.rank_ids
 
     def converge_to(self, desired: Plan) -> None:
-        self.plan = desired
+        self.plan = self.reaches(desired)
 
     def wake(self) -> None:
         asyncio.get_running_loop().call_soon(self.between_steps)
@@ -145,10 +148,45 @@ def test_a_rank_that_leaves_while_the_placement_is_computed_moves_nothing() -> N
         rebalancing = server.use(Rebalancing(server, lambda: skewed(server.plans)))  # type: ignore[arg-type]
         base, moving = server.plan, asyncio.create_task(rebalancing.run())
         await asyncio.sleep(0)
+        assert rebalancing._busy
         # The slots of other ranks in one row may read like those of all ranks.
         server.plan = dataclasses.replace(base, ranks=base.ranks[:2], slots_per_rank=2 * base.slots_per_rank)
-        await moving
+        with pytest.raises(NoCapacity, match="have changed"):
+            await moving
         assert server.kinds() == ["rebalance_failed"]
         assert server.plans.base is base
+
+    asyncio.run(case())
+
+
+def test_a_placement_that_cannot_be_written_moves_nothing(tmp_path: Path) -> None:
+    async def case() -> None:
+        server = Server(plans())
+        rebalancing = server.use(
+            Rebalancing(server, lambda: skewed(server.plans), tmp_path / "missing" / "placement.json")  # type: ignore[arg-type]
+        )
+        base = server.plan
+        with pytest.raises(NoCapacity, match="cannot be written"):
+            await rebalancing.run()
+        assert server.plan is server.plans.base is base
+        assert server.kinds() == ["rebalance_failed"]
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["a rank is lost", "an expert cannot be read"])
+def test_a_move_that_cannot_end_is_given_up_and_the_next_one_is_not_refused(lost: bool) -> None:
+    async def case() -> None:
+        server = Server(plans())
+        rebalancing = server.use(Rebalancing(server, lambda: skewed(server.plans)))  # type: ignore[arg-type]
+        before = server.plan
+        server.reaches = lambda desired: server.plans.of([0, 1, 3]) if lost else before
+        with pytest.raises(NoCapacity, match="are back" if lost else "cannot be read"):
+            await rebalancing.run()
+        assert not rebalancing.moving
+        server.plan = server.plans.base
+        server.reaches = lambda desired: desired
+        await rebalancing.run()
+        assert server.kinds() == ["rebalance_failed", "rebalanced"]
 
     asyncio.run(case())
