@@ -36,21 +36,27 @@ class WeightsRecord:
             ) from error
 
     def save(self, version: WeightsVersion) -> None:
-        """Replace the record. Returns when the disk has it. Raises OSError with the old record in place."""
+        """Replace the record. Returns when the disk has it. Raises OSError; `has` tells which one is there then."""
         if self._path is not None:
             write_whole(self._path, json.dumps({"base": self._base, "version": version.to_json()}).encode())
 
+    def has(self, version: WeightsVersion) -> bool:
+        """Whether the next front would have this version in force."""
+        try:
+            return self.load() == version
+        except StartError:
+            return False
+
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file, atomically. Raises OSError with the old file in place."""
+    """Replace a file, atomically. Raises OSError with the old file in place, or with the new one where only the folder
+    could not be flushed to the disk."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     new.rename(path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

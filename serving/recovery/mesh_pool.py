@@ -29,6 +29,8 @@ COMPILE_TIMEOUT_S = 600
 """Seconds that a rank has to compile a mesh while the server waits for it."""
 LOAD_TIMEOUT_S = 60
 """Seconds that ranks have to load the executables of a mesh while the server waits for it."""
+AHEAD_TIMEOUT_S = 2 * LOAD_TIMEOUT_S
+"""Seconds that ranks have to load the executables of a mesh beside the steps. Then the mesh is not loaded ahead."""
 ABORTED_S = 1.0
 """Seconds that ranks have to answer once they were asked to give up connecting."""
 
@@ -162,8 +164,12 @@ class MeshPool:
     async def _load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         for key in (current, *keys):
             try:
-                await self.load(key)
+                async with asyncio.timeout(AHEAD_TIMEOUT_S):
+                    await self.load(key)
             except (RankLost, CommandFailed):
+                continue
+            except TimeoutError:
+                self._log(f"the mesh of ranks {key.ranks} is not loaded ahead: no answer within {AHEAD_TIMEOUT_S} s")
                 continue
             if key != current:
                 self._state.record(MeshLoaded(key))

@@ -31,6 +31,9 @@ from serving.recovery.membership_events import WeightsDecided
 
 POLL_S = 0.005
 """Seconds between two looks whether streams have ended, or the weights are in force."""
+DROP_TIMEOUT_S = 10.0
+"""Seconds that an update which is given up waits until the ranks have dropped what they loaded. A rank that is still
+loading then drops it afterwards."""
 
 
 class UpdatedServer(Protocol):
@@ -78,7 +81,7 @@ class WeightsUpdate:
                 if instruction.running == "finish":
                     await self._finish_streams(instruction.timeout_s)
                     await self._stage(version)  # on ranks that came meanwhile
-                await asyncio.shield(self._decide(version))
+                await self._decide_whole(version)
             except (Exception, asyncio.CancelledError) as error:
                 if failover.membership.next_weights != version:
                     await self._abandon(version, str(error) or "the instruction was withdrawn")
@@ -139,8 +142,12 @@ class WeightsUpdate:
 
     async def _stage(self, version: WeightsVersion) -> None:
         """Load the weights into the host memory of every rank that is configured. Raises InvalidRequest when a rank
-        cannot read them."""
+        cannot read them, and NoCapacity when one does not within the time that a server has to start."""
         executor, staged = self._server.executor, dict[int, Incarnation | None]()
+        limit_s = self._server.settings.start_timeout_s
+
+        def missing() -> list[int]:
+            return [rank for rank in self._configured_ranks() if staged.get(rank) is not executor.get(rank)]
 
         async def stage(rank: int) -> str:
             """Why a rank cannot read the weights; empty if it can, or was lost."""
@@ -154,9 +161,16 @@ class WeightsUpdate:
                 return f"rank {rank} cannot load {version.model}: {error.error}"
             return ""
 
-        while missing := [rank for rank in self._configured_ranks() if staged.get(rank) is not executor.get(rank)]:
-            if causes := list(filter(None, await asyncio.gather(*map(stage, missing)))):
-                raise InvalidRequest(causes[0], param="model")
+        try:
+            async with asyncio.timeout(limit_s):
+                while ranks := missing():
+                    if causes := list(filter(None, await asyncio.gather(*map(stage, ranks)))):
+                        raise InvalidRequest(causes[0], param="model")
+        except TimeoutError:
+            raise NoCapacity(
+                f"ranks {missing()} have not loaded weights version {version.label} within {limit_s:g} s. Look at "
+                f"what keeps them from reading {version.model}, or raise --start-timeout-s, then try again."
+            ) from None
 
     def _configured_ranks(self) -> list[int]:
         """The ranks that have weights in their memory."""
@@ -172,13 +186,31 @@ class WeightsUpdate:
         while migration.started_requests(server.state) and clock.now() < until:
             await asyncio.sleep(POLL_S)
 
+    async def _decide_whole(self, version: WeightsVersion) -> None:
+        """As `_decide`. An instruction that is withdrawn meanwhile raises CancelledError only once the decision is
+        written, or is not: what the disk has is what the server does."""
+        deciding, withdrawn = asyncio.ensure_future(self._decide(version)), False
+        while not deciding.done():
+            try:
+                await asyncio.wait({deciding})
+            except asyncio.CancelledError:
+                withdrawn = True
+        if withdrawn:
+            await asyncio.gather(deciding, return_exceptions=True)
+            raise asyncio.CancelledError
+        deciding.result()
+
     async def _decide(self, version: WeightsVersion) -> None:
         """Decide on the switch: what dies from here on does not undo it. Raises NoCapacity when the decision cannot be
         written."""
+        record = self._server.failover.weights_record
         try:
-            await asyncio.to_thread(self._server.failover.weights_record.save, version)
+            await asyncio.to_thread(record.save, version)
         except OSError as error:
-            raise NoCapacity(f"the decision for weights version {version.label} cannot be written: {error}") from None
+            if not await asyncio.to_thread(record.has, version):
+                raise NoCapacity(
+                    f"the decision for weights version {version.label} cannot be written: {error}"
+                ) from None
         self._server.failover.state.record(WeightsDecided(version))
 
     async def _abandon(self, version: WeightsVersion, cause: str) -> None:
@@ -188,7 +220,9 @@ class WeightsUpdate:
         server.wake()
         server.events.emit(EventKind.WEIGHTS_REFUSED, failover.epoch, cause=cause, message=f"version {version.label}")
         drops = (failover.stage_weights(rank, failover.membership.weights) for rank in self._configured_ranks())
-        await asyncio.gather(*drops, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DROP_TIMEOUT_S):
+                await asyncio.gather(*drops, return_exceptions=True)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+import serving.recovery.mesh_pool
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
@@ -24,13 +25,15 @@ class Host:
 
 
 class Ranks:
-    """Ranks that answer every command, but for those in `failing` and `lost`; `disks` has those of other hosts."""
+    """Ranks that answer every command, but for those in `failing`, `lost` and `hanging`; `disks` has those of other
+    hosts."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, MeshKey]] = []
         self.urgent: list[bool] = []
         self.failing: set[int] = set()
         self.lost: set[int] = set()
+        self.hanging: set[int] = set()
         self.disks: dict[int, str] = {}
         self.aborted: list[tuple[tuple[int, ...], int]] = []
         self.busy: set[int] = set()
@@ -43,6 +46,8 @@ class Ranks:
         self.busy.add(rank)
         await asyncio.sleep(0)
         self.busy.discard(rank)
+        if rank in self.hanging:
+            await asyncio.Event().wait()
         if rank in self.lost:
             raise RankLost(rank, "exited")
         if rank in self.failing:
@@ -131,6 +136,20 @@ def test_meshes_are_loaded_ahead_in_order_and_a_failure_leaves_only_its_mesh_out
         assert not pool.idle
         pool.stop()
         assert pool.idle
+
+    run(case)
+
+
+def test_a_rank_that_hangs_while_it_loads_ahead_leaves_only_its_meshes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.recovery.mesh_pool, "AHEAD_TIMEOUT_S", 0.02)
+
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.hanging = {2}
+        pool.load_ahead(NONE_LOST, [ALL, MeshKey((1,), 4)])
+        async with asyncio.timeout(60):
+            while pool.loading:
+                await asyncio.sleep(0)
+        assert list(state.membership.loaded) == [MeshKey((1,), 4)]
 
     run(case)
 

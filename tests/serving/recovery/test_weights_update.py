@@ -2,18 +2,23 @@
 has the old weights or the new ones; what is refused leaves everything as it was."""
 
 import asyncio
+import dataclasses
 import errno
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+import serving.launch.weights_record
 import serving.recovery.weights_update
 from serving.core.journal import Journal
 from serving.core.request_log import RequestLog
 from serving.errors import Conflict, InvalidRequest, MoejaxError, NoCapacity
 from serving.launch.weights_record import WeightsRecord
+from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.instructions import Instruction
 from serving.protocol.request import Call, Finished, Token
 from simulation.hand_model import PREPARED, next_token, small_request
@@ -206,6 +211,82 @@ def test_one_update_runs_at_a_time_and_an_instruction_that_is_withdrawn_leaves_n
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_an_instruction_that_is_withdrawn_while_it_is_decided_does_what_the_disk_says(
+    monkeypatch, tmp_path: Path, *, written: bool
+) -> None:
+    begun, goes_on, write_whole = threading.Event(), threading.Event(), serving.launch.weights_record.write_whole
+
+    def slow(path: Path, data: bytes) -> None:
+        begun.set()
+        assert goes_on.wait(LIMIT_S)
+        if not written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_whole(path, data)
+
+    monkeypatch.setattr(serving.launch.weights_record, "write_whole", slow)
+
+    async def main() -> None:
+        async with serving_streams(WeightsRecord(tmp_path, PREPARED.content)) as (m, _):
+            applying = asyncio.create_task(m.loop.apply(NEW))
+            while not begun.is_set():
+                await asyncio.sleep(0)
+            for _ in range(2):  # whoever asks may do so again
+                applying.cancel()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            assert m.loop.status().next_weights_version == "7"
+            goes_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await applying
+            assert ("weights_refused" in kinds(m)) is not written
+            while m.failover.membership.weights != m.failover.membership.next_weights:
+                await asyncio.sleep(0)
+        assert m.loop.status().weights_version == ("7" if written else "0")
+        assert all(m.executor.get(rank).staged is None for rank in range(RANKS))
+
+    asyncio.run(main())
+
+
+def test_a_decision_that_is_in_place_stands_although_its_folder_could_not_be_flushed(
+    monkeypatch, tmp_path: Path
+) -> None:
+    write_whole = serving.launch.weights_record.write_whole
+
+    def unsure(path: Path, data: bytes) -> None:
+        write_whole(path, data)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(serving.launch.weights_record, "write_whole", unsure)
+
+    async def main() -> None:
+        async with serving_streams(WeightsRecord(tmp_path, PREPARED.content)) as (m, _):
+            await m.loop.apply(NEW)
+            assert m.loop.status().weights_version == "7"
+
+    asyncio.run(main())
+
+
+def test_an_update_that_a_rank_does_not_load_in_time_is_refused_with_the_ranks_name(monkeypatch) -> None:
+    monkeypatch.setattr(serving.recovery.weights_update, "DROP_TIMEOUT_S", 0.01)
+
+    async def main() -> None:
+        async with serving_streams() as (m, _):
+            call = m.executor.call
+
+            async def hangs(rank: int, what: str, message) -> link_pb2.Done:
+                if (rank, what) == (1, "stage_weights"):
+                    await asyncio.Event().wait()
+                return await call(rank, what, message)
+
+            monkeypatch.setattr(m.executor, "call", hangs)
+            m.loop.engine.settings = dataclasses.replace(SETTINGS, start_timeout_s=0.05)
+            await refused(m, NoCapacity, r"ranks \[1\] have not loaded weights version 7 within 0.05 s")
+            assert kinds(m)[-1] == "weights_refused"
+
+    asyncio.run(main())
+
+
 class FrontDied(BaseException):
     """Nothing catches it but the end of the front."""
 
@@ -213,6 +294,8 @@ class FrontDied(BaseException):
 async def front_dies_at(folder: Path, at: int) -> set[int]:
     """The front dies at message `at` of a switch. The versions of the tokens that the next front sent."""
     record, (journal, records) = WeightsRecord(folder, PREPARED.content), Journal.open(folder)
+    threads = ThreadPoolExecutor(2)
+    asyncio.get_running_loop().set_default_executor(threads)
     first = Machine(SETTINGS, request_log=RequestLog(journal, records), weights_record=record)
     await first.failover.start()
     first.loop.start()
@@ -239,7 +322,8 @@ async def front_dies_at(folder: Path, at: int) -> set[int]:
     for task in filter(None, running):
         task.cancel()
     await asyncio.gather(*filter(None, running), return_exceptions=True)
-    await asyncio.sleep(0.02)  # a thread that was writing the record would have died with the front
+    threads.shutdown()  # none of them writes the record later
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     decided = record.load().number
     had = {key: list(tokens) for key, tokens in first.tokens.items()}
 
