@@ -36,7 +36,7 @@ class WeightsRecord:
             ) from error
 
     def save(self, version: WeightsVersion) -> None:
-        """Replace the record. Returns when the disk has it. Raises OSError; `has` tells which one is there then."""
+        """Replace the record. Returns when the disk has it. Raises OSError; see then which one it `has`."""
         if self._path is not None:
             write_whole(self._path, json.dumps({"base": self._base, "version": version.to_json()}).encode())
 
