@@ -3,11 +3,12 @@
     python -m benchmarks.peers --llama-cpp ENVIRONMENT/bin/python [--model bench-mixtral] [--data-type int8 int4]
         [--form Q8_0 Q4_0] [--rounds 2] [--json FILE]
 
-ENVIRONMENT is one of its own with `pip install xllamacpp`, whose HTTP server is measured as it comes, with one slot for
-each stream and a thread for each core. It gets the model as GGUF in each form of `--form`. In each round every server
-is started, warmed, measured at each concurrency and stopped, so that all share the hours of the machine. The client is
-the asynchronous HTTP client of `benchmarks.throughput`; prompts are greedy, of about 64 tokens, and never repeated to
-one server. Tokens/s are output tokens from the first request to the last token; figures are medians over rounds.
+ENVIRONMENT is one of its own with `pip install xllamacpp`, whose HTTP server is measured as it comes, with one slot
+for each stream and a thread for each core. It gets the model as GGUF in each form of `--form`. In each round every
+server is started, warmed, measured at each concurrency and stopped, so that all share the hours of the machine. The
+client is the asynchronous HTTP client of `benchmarks.throughput`; requests are greedy, with prompts of 64 characters
+(each a token of a yardstick), never repeated to one server. Tokens/s are output tokens from the first request to the
+last token; figures are medians over rounds.
 """
 
 import argparse
@@ -98,6 +99,9 @@ async def play_llama(client: httpx.AsyncClient, ask: Ask) -> Trace:
             if not line.startswith("data: ") or trace.error is not None:
                 continue
             now, event = time.monotonic(), json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                trace.error = event["error"]["message"]
+                continue
             new = event["tokens_predicted"] - len(trace.times)
             trace.times += [now] * new
             trace.tokens += [-1] * new
@@ -118,7 +122,7 @@ async def measure(address: str, play: Any, options: argparse.Namespace, seed: in
     """The figures at each concurrency, after requests that are not counted."""
     counts = [(2 if concurrency > 1 else 4) * concurrency for concurrency in options.concurrency]
     warming = options.concurrency
-    asks = iter(asks_of(sum(counts) + sum(warming), options.prompt_tokens, options.max_tokens, seed))
+    asks = iter(asks_of(sum(counts) + sum(warming), options.prompt_characters, options.max_tokens, seed))
     runs = []
     async with http_client(address, max(options.concurrency)) as client:
         play_one = functools.partial(play, client)
@@ -186,7 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-type", nargs="*", choices=DATA_TYPES, default=["bfloat16", "int8", "int4"])
     parser.add_argument("--form", nargs="*", choices=list(TYPES), default=list(TYPES), help="of GGUF")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-characters", type=int, default=64, help="of a yardstick each is a token")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for all results")

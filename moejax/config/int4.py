@@ -51,7 +51,10 @@ def shape_of(shape: tuple[int, ...]) -> Int4:
 
 def quantize(values: Float[np.ndarray, "*F D"]) -> Int4:
     """Int4 weights near these float32 numbers: of each group, the number that is largest in magnitude is 8 steps from
-    zero. Numbers that are int4 weights already, as the first `_SAMPLE` rows show, stay exactly what they are."""
+    zero. Numbers that are int4 weights already, as the first `_SAMPLE` rows show, stay exactly what they are.
+
+    Raises ValueError for a number whose scale would be beyond those of 16 bits, and for one that is not finite.
+    """
     if _exact(_in_groups(values.reshape(-1, values.shape[-1])[:_SAMPLE])) is not None:
         found = _exact(_in_groups(values))
         if found is not None:
@@ -59,7 +62,13 @@ def quantize(values: Float[np.ndarray, "*F D"]) -> Int4:
     grouped = _in_groups(values)
     highest, lowest = grouped.max(-1), grouped.min(-1)
     largest = np.where(highest > -lowest, highest, lowest)
-    stored = (largest * np.float32(-0.125 / _UNIT)).astype(np.float16)
+    with np.errstate(over="ignore"):
+        stored = (largest * np.float32(-0.125 / _UNIT)).astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"a weight is {largest[~np.isfinite(stored)][0]:g}; int4 weights are at most 2,047 in magnitude. "
+            "Hold them in int8 or bfloat16."
+        )
     scale = stored.astype(np.float32) * np.float32(_UNIT)
     steps = np.rint(grouped / np.where(scale == 0, np.float32(1), scale)[..., None])
     return Int4(_pack(np.clip(steps, -8, 7).astype(np.int8)), stored, values.shape[-1])
@@ -81,12 +90,13 @@ def is_exact(values: Float[np.ndarray, "*F D"]) -> bool:
     return _exact(_in_groups(values)) is not None
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _exact(grouped: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The integers and scales (as stored) whose products are exactly the numbers `[..., 32]`, None if there are none:
     the largest magnitude of a group is a whole number of its steps, 8 at most."""
     largest = np.abs(grouped).max(-1)
     steps, stored = np.zeros(grouped.shape, np.int8), np.zeros(largest.shape, np.float16)
-    open_ = largest > 0
+    open_ = largest != 0
     for most in range(8, 0, -1):
         at = np.nonzero(open_)
         numbers, scale = grouped[at], largest[at] / np.float32(most)

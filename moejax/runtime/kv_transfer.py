@@ -35,7 +35,7 @@ def read_entries(cache: KVCache, entries: np.ndarray) -> np.ndarray:
 
 def read_state(cache: KVCache, place: int) -> np.ndarray:
     """The numbers of a request's state over all layers that have one, float32 `[ModelConfig.state_elements]`."""
-    return np.concatenate([np.asarray(leaf[:, place]).reshape(-1) for leaf in jax.tree.leaves(cache.states)])
+    return np.concatenate([np.asarray(leaf)[:, place].reshape(-1) for leaf in jax.tree.leaves(cache.states)])
 
 
 class EntryWriter:

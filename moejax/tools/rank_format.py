@@ -58,7 +58,10 @@ def widening_note(cfg: ModelConfig, published: Workload | None, *, in_place: boo
     if cfg.moe is None:
         return f"{note} Only experts stay in int4, and it has none."
     if in_place:
-        return f"{note} Its experts have zero points, or other groups than whole ones of {INT4_GROUP} inputs."
+        return (
+            f"{note} Its experts have zero points, ordered groups, groups that are no multiple of {INT4_GROUP} inputs, "
+            "or scales beyond 255."
+        )
     return f"{note} With --in-place, --data-type {PUBLISHED} keeps experts in groups of {INT4_GROUP} inputs in int4."
 
 

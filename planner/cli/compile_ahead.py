@@ -158,7 +158,7 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "topology": topology,
         "config": dict(d.config),
         "name": d.workload.name,
-        "weights": served_weight_format(d.workload),
+        "weights": served_weight_format(d),
         "dense": "sharded" if shards_dense(d) else "replicated",
         "page_tokens": d.workload.page_tokens,
         "pages": best.requests_per_group * -(-longest // d.workload.page_tokens),

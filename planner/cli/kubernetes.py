@@ -49,11 +49,13 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
             "attention": len(plan.attention_rank_ids),
             "experts": len(plan.expert_rank_ids),
         }
+    held = served_weight_format(deployment)
+    weights = {"data_type": "published", "in_place": True} if held == "int4-experts" else {"data_type": held}
     return {
         "ranks": len(plan.ranks),
         **some,
         "survive": deployment.survive.ranks,
-        "data_type": served_weight_format(deployment.workload),
+        **weights,
         **({"dense": "sharded"} if shards_dense(deployment) else {}),
         **({"speculate": "ngram", "draft_tokens": drafts} if (drafts := deployment.workload.drafts) else {}),
         **({"tensor": tensor} if (tensor := tensor_width(deployment)) > 1 else {}),

@@ -38,8 +38,9 @@ _SCRATCH_VOLUMES = """\
 
 def serve_arguments(model: str, settings: Mapping[str, int | str], *more: str) -> list[str]:
     """The command of a front's container: the model's folder, the callers' keys, `more`, and the plan's settings."""
+    flags = (f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items())
     fixed = [f"--model=/models/{model}", "--host=0.0.0.0", "--api-keys=/keys/keys.json", "--log-format=json"]
-    return ["serve", *fixed, *more, *(f"--{key.replace('_', '-')}={value}" for key, value in settings.items())]
+    return ["serve", *fixed, *more, *flags]
 
 
 def group_head(deployment: Deployment, name: str) -> str:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields, replace
 from planner.errors import InputError
 from planner.inputs.layer_states import STATE_COPIES
 
+MAX_DRAFTS = 15
+"""Most drafts by look-up that a request has in a step of `moejax serve`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -114,6 +117,11 @@ class Workload:
         if drafts < 1 or not 0 <= accepted <= 1:
             flag = "--mtp" if layers else "--ngram"
             raise InputError(f"{flag}: drafts={drafts}, accepted={accepted:g}; drafts at least 1, accepted from 0 to 1")
+        if not layers and drafts > MAX_DRAFTS:
+            raise InputError(
+                f"--ngram: drafts={drafts}, and a request of `moejax serve` has at most {MAX_DRAFTS} in a step. Give "
+                f"drafts=1 to {MAX_DRAFTS}."
+            )
         if not layers:
             return replace(self, drafts=drafts, accepted=accepted, draft_layers=0)
         more = 1 + 1 / max(1, self.layers)

@@ -5,25 +5,40 @@ from __future__ import annotations
 from math import ceil
 
 from planner.errors import InputError
+from planner.inputs.layer_states import STATE_COPIES
 from planner.inputs.published import published_model, unwindowed_cache_elements
-from planner.inputs.workload import Workload
 from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
-SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", "int4": "int4"}
+SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+SERVED_REQUESTS = 32
+"""The most requests that a rank of `moejax serve` runs with its default buckets."""
 
 
-def served_weight_format(workload: Workload) -> str:
-    """The value of `moejax serve --data-type` nearest to the weight format of the plan."""
-    return SERVED_WEIGHT_FORMATS.get(workload.weight_format, "int8")
+def served_weight_format(deployment: Deployment) -> str:
+    """The weight format of `moejax serve` nearest to that of the plan: the value of `--data-type`, or `int4-experts`,
+    which is `--data-type published --in-place` for a model whose experts are published in int4. `--data-type int4`
+    would round the other matrices too."""
+    if _keeps_int4(deployment):
+        return "int4-experts"
+    return SERVED_WEIGHT_FORMATS.get(deployment.workload.weight_format, "int8")
+
+
+def _keeps_int4(deployment: Deployment) -> bool:
+    """Whether ranks hold the experts as the model's own files have them, which dense shards are not read from."""
+    d = deployment
+    if d.workload.weight_format != "int4" or "model_type" not in d.config or shards_dense(d):
+        return False
+    return published_model(d.config).form.format == "int4"
 
 
 def served_pages(deployment: Deployment) -> int:
     """Cache pages of a rank that fit in the memory that the plan has for them.
 
     `moejax serve` stores the cache in float32, and shards only attention over tensor groups. A rank of a tensor group
-    also holds the same number of pages of each other member, for its shard of the heads.
+    also holds the same number of pages of each other member, for its shard of the heads. A rank of a model whose layers
+    have a state holds those of all requests that it can run.
     """
     d, w, tensor = deployment, deployment.workload, tensor_width(deployment)
     if not w.cache_bytes_per_token:
@@ -32,6 +47,7 @@ def served_pages(deployment: Deployment) -> int:
     room = d.plan.pages_per_rank * w.page_bytes / tensor
     if tensor > 1:
         room -= _served_rest_bytes(d) - rest_bytes(w, tensor, d.shape.dense)
+    room -= STATE_COPIES * w.state_bytes * SERVED_REQUESTS
     return int(room / (w.page_tokens * whole))
 
 
@@ -61,6 +77,8 @@ def check_servable(deployment: Deployment) -> None:
     states = deployment.workload.state_bytes
     if states and deployment.shape.arch == "disaggregated":
         reasons.append("ranks that attend only, of a model with layers whose context is a state")
+    if states and plan.pages_per_rank and served_pages(deployment) < 1:
+        reasons.append(f"no room for cache beside the states of {SERVED_REQUESTS} requests on a rank")
     if (drafts := deployment.workload.drafts) and (deployment.workload.draft_layers or states):
         reasons.append(f"{drafts} drafted tokens a step ({PLANNED_ONLY})")
     if deployment.work != "all":

@@ -3,11 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
+from planner.inputs.workload import MAX_DRAFTS
 from serving.config.field import SettingsGroup, setting
 from serving.errors import InvalidRequest
-
-MAX_DRAFTS = 15
-"""Most drafts of a request in a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from planner.cost.buckets import covering_bucket
-from serving.config.scheduling import MAX_DRAFTS
+from planner.inputs.workload import MAX_DRAFTS
 from serving.engine.batch import Batch, ScheduledRequest, required_bucket
 from serving.engine.limits import Limits
 from serving.engine.page_pool import PagePool

@@ -16,9 +16,15 @@ def submit(state: EngineState, request: Request, *, retry_after_s: float = QUEUE
     """Accept a request into the queue. A named owner may have no more waiting requests than the queue has free
     places, so that some are left for others.
 
-    Raises PromptTooLong, InvalidRequest (empty prompt, max_tokens below 1, id in use, more pages than a rank has) and
-    QueueFull, which carries `retry_after_s`.
+    Raises PromptTooLong, InvalidRequest (empty prompt, max_tokens below 1, id in use, more pages than a rank has,
+    drafts for a model whose layers have a state) and QueueFull, which carries `retry_after_s`.
     """
+    if state.limits.states and request.sampling.speculate:
+        raise InvalidRequest(
+            "speculate is true, and this model has layers whose context is a state, which cannot take a wrong draft "
+            "back. Leave speculate out.",
+            param="speculate",
+        )
     _check_request(state, request)
     free = state.limits.max_queue - len(state.waiting)
     owners = collections.Counter(sequence.request.owner for sequence in state.waiting.values())

@@ -81,7 +81,7 @@ class Limits:
 
     def speculates(self, request: Request) -> bool:
         """Whether the request is drafted for. None is that has states: those cannot go back to the last draft that was
-        right."""
+        right (`submit` refuses one that asks for drafts)."""
         wanted = request.sampling.speculate
         return not self.states and (self.speculate if wanted is None else wanted)
 

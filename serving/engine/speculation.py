@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serving.config.scheduling import MAX_DRAFTS
+from planner.inputs.workload import MAX_DRAFTS
 
 MIN_MATCH = 3
 """Tokens at the end of a history that must occur earlier in it."""

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 import planner.cli.main
+from planner.cli import kubernetes, kubernetes_parts
 from planner.plan.deployment import read_deployment
+from planner.solver.servable import SERVED_REQUESTS
 from serving.api.http.server import application
 from serving.cli import keys, local, main
 from serving.config import Settings
@@ -84,6 +86,28 @@ def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_make
     plan = read_deployment(path).plan
     assert (settings.arch, settings.attention) == ("disaggregated", len(plan.attention_rank_ids))
     assert (settings.attention or 0) + (settings.experts or 0) == settings.ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [((), ("published", True)), (("--weights", "bfloat16"), ("bfloat16", False))]
+)
+def test_experts_published_in_int4_are_exported_as_they_are_published(weights, expected, capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    words = ["solve", "kimi-k2.5", "h200:8x8", "--tensor", "1", "--dense", "1", *weights, "--out", path]
+    assert planner.cli.main.main(words) == 0
+    capsys.readouterr()
+    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    variables = dict(line.split("=", 1) for line in lines)
+    assert variables.pop("MOEJAX_LAUNCHER") == "join"  # takes settings of its own
+    settings = Settings.load(None, variables)
+    assert (settings.data_type, settings.in_place) == expected
+    of_pod = given(kubernetes_parts.serve_arguments("kimi-k2.5", kubernetes.settings(read_deployment(path))))
+    assert (of_pod.data_type, of_pod.in_place) == expected
+
+
+def test_the_planner_leaves_room_for_the_states_of_the_requests_that_a_server_runs():
+    assert max(decode for decode, _ in Settings().buckets) == SERVED_REQUESTS
 
 
 def test_a_plan_that_the_server_does_not_make_is_not_exported(capsys, tmp_path):

@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX2__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 

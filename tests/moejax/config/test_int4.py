@@ -34,6 +34,16 @@ def test_numbers_that_are_none_are_refused_by_shape():
         int4.keep(values)
 
 
+@pytest.mark.parametrize("wrong", [2100.0, -1e4, np.inf, np.nan])
+def test_a_weight_beyond_the_scales_of_16_bits_is_refused_with_its_value(wrong):
+    values = np.zeros((9, 64), np.float32)
+    values[7, 40] = 2047
+    assert np.isfinite(np.asarray(int4.dequantize(int4.quantize(values)))).all()
+    values[7, 41] = wrong
+    with pytest.raises(ValueError, match=f"a weight is {wrong:g}; int4 weights are at most 2,047"):
+        int4.quantize(values)
+
+
 def test_zeros_and_columns_beyond_whole_groups_stay():
     values = np.zeros((3, 37), np.float32)
     values[1, 36] = 0.25

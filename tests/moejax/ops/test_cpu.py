@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -30,6 +32,17 @@ bits, two in turn for experts."""
 
 def close(a, b, form: str = "float32") -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING[form] * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="flags of g++ for x86")
+@pytest.mark.parametrize("processor", ["x86-64", "ivybridge", "haswell"])
+def test_int4_compiles_for_processors_of_every_age(processor, tmp_path) -> None:
+    flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
+    header = next(source for source in cpu.SOURCES if source.name == "int4.h")
+    (tmp_path / "one.cc").write_text(f'#include "{header}"\n')
+    command = ["g++", *flags, f"-march={processor}", "-fsyntax-only", str(tmp_path / "one.cc")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("form", FORMS)

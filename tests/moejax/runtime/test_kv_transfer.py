@@ -7,6 +7,7 @@ import pytest
 from moejax.config.kv_cache import KVCache, cache_shapes, empty_cache
 from moejax.config.step_inputs import Bucket, idle_inputs
 from moejax.runtime import steps
+from moejax.runtime.executables import CompileCounter
 from moejax.runtime.kv_transfer import (
     EntryWriter,
     entry_indices,
@@ -106,6 +107,14 @@ def test_a_state_comes_to_another_place_with_the_same_bits_and_nothing_else_chan
         np.testing.assert_array_equal(one[:, others], other[:, others])
     np.testing.assert_array_equal(before.k, after.k)
     np.testing.assert_array_equal(before.v, after.v)
+
+
+def test_reading_a_state_of_a_rank_compiles_nothing():
+    shapes = cache_shapes(HYBRID, 2 * PAGE, 6)
+    cache = jax.device_put(jax.tree.map(lambda each: np.ones(each.shape, np.float32), shapes), jax.devices()[0])
+    counter = CompileCounter()
+    assert read_state(cache, 3).sum() == HYBRID.state_elements
+    assert counter.count == 0
 
 
 def test_ranks_and_copies_count_entries_alike():

@@ -63,7 +63,9 @@ def test_widening_is_said_with_the_bytes_of_both(place, how, capfd):
         r"as-published is published in int4, 0\.\d MiB; ranks hold its weights in bfloat16, 0\.\d MiB",
         said := capfd.readouterr().err,
     )
-    assert ("zero points, or other groups than whole ones of 32" in said) == (how == "in-place")
+    assert ("zero points, ordered groups, groups that are no multiple of 32 inputs, or scales" in said) == (
+        how == "in-place"
+    )
     assert prepare(str(plain), "published", how)["weights"] == "bfloat16"
     assert "ranks hold" not in capfd.readouterr().err
 

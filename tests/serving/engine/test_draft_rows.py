@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.config.scheduling import MAX_DRAFTS
+from planner.inputs.workload import MAX_DRAFTS
 from serving.engine.draft_rows import stop_drafting
 from serving.engine.poison import LOSS, Incident
 from serving.engine.step_results import can_look_ahead

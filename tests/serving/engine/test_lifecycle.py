@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.engine.lifecycle import cancel, expire, submit
+from serving.engine.lifecycle import cancel, expire, resubmit, submit
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
 from serving.protocol.request import Finished
 from simulation.hand_model import small_request
@@ -32,6 +32,18 @@ def test_what_cannot_be_served_is_refused_and_names_its_field(change):
     with pytest.raises(InvalidRequest) as refusal:
         s.submit(small_request(**{"name": "a"} | change))
     assert refusal.value.param
+
+
+def test_drafts_that_a_state_cannot_take_back_are_refused_but_not_of_a_request_that_goes_on():
+    s = small_engine(states=True, prefix_caching=False)
+    with pytest.raises(InvalidRequest, match="speculate is true, and this model has layers whose context") as refusal:
+        s.submit(small_request("a", speculate=True))
+    assert refusal.value.param == "speculate"
+    for name, speculate in (("b", None), ("c", False)):
+        s.submit(small_request(name, speculate=speculate))
+    asked = small_request("d", speculate=True)
+    state, ends = resubmit(s.state, asked, generated=(5,), scored=0, cached_tokens=None)
+    assert (set(state.waiting), ends) == ({"b", "c", "d"}, ())
 
 
 def test_the_queue_has_a_bound():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.config.scheduling import MAX_DRAFTS
+from planner.inputs.workload import MAX_DRAFTS
 from serving.engine.speculation import (
     MAX_WAIT,
     MIN_MATCH,

@@ -1,0 +1,36 @@
+"""What `moejax serve` holds for a plan fits in the memory that the plan has."""
+
+from dataclasses import replace
+
+import pytest
+
+from planner.cost.design import design
+from planner.errors import InputError
+from planner.inputs.cluster import read_cluster
+from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.published import find_published, published_model, read_model, unwindowed_cache_elements
+from planner.solver.servable import SERVED_REQUESTS, check_servable, served_pages
+from planner.solver.shapes import memory_budget, rest_bytes
+
+
+def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory() -> None:
+    _, config = find_published("qwen3-next-80b-a3b")
+    model = read_model("qwen3-next-80b-a3b")
+    d = replace(design(model, read_cluster("h200:1x8"), tensor=1, dense=1).deployment, config=config)
+    check_servable(d)
+    weights = rest_bytes(model, 1, 1) + d.plan.slots_per_rank * model.slot_bytes
+    entry = 4 * unwindowed_cache_elements(published_model(config, weights="bfloat16"))
+    states = STATE_COPIES * SERVED_REQUESTS * model.state_bytes
+    budget = memory_budget(d.cluster)
+    assert budget is not None
+    assert 0.99 * budget < weights + served_pages(d) * model.page_tokens * entry + states <= budget
+    few = replace(d, plan=replace(d.plan, pages_per_rank=states // model.page_bytes))
+    with pytest.raises(InputError, match="no room for cache beside the states of 32 requests"):
+        check_servable(few)
+
+
+def test_more_drafts_than_a_server_takes_are_refused_with_both_numbers() -> None:
+    model = read_model("mixtral-8x7b")
+    assert model.with_drafts(15, 0.5, layers=0).drafts == 15
+    with pytest.raises(InputError, match=r"drafts=20, .* at most 15"):
+        model.with_drafts(20, 0.5, layers=0)
