@@ -1,4 +1,4 @@
-"""What `moejax serve` holds for a plan fits in the memory that the plan has."""
+"""The memory of a plan has room for all that `moejax serve` holds."""
 
 from dataclasses import replace
 
