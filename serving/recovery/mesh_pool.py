@@ -29,8 +29,9 @@ COMPILE_TIMEOUT_S = 600
 """Seconds that a rank has to compile a mesh while the server waits for it."""
 LOAD_TIMEOUT_S = 60
 """Seconds that ranks have to load the executables of a mesh while the server waits for it."""
-AHEAD_TIMEOUT_S = 2 * LOAD_TIMEOUT_S
-"""Seconds that ranks have to load the executables of a mesh beside the steps. Then the mesh is not loaded ahead."""
+AHEAD_TIMEOUT_S = LOAD_TIMEOUT_S
+"""Seconds that ranks have to load the executables of a mesh beside the steps. Then the mesh is not loaded ahead, and a
+rank that has not answered is lost, where others have."""
 ABORTED_S = 1.0
 """Seconds that ranks have to answer once they were asked to give up connecting."""
 
@@ -164,7 +165,7 @@ class MeshPool:
     async def _load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         for key in (current, *keys):
             try:
-                async with asyncio.timeout(AHEAD_TIMEOUT_S):
+                async with self._losing_silent(key.ranks, "prepare", AHEAD_TIMEOUT_S):
                     await self.load(key)
             except (RankLost, CommandFailed):
                 continue

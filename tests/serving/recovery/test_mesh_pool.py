@@ -37,6 +37,7 @@ class Ranks:
         self.disks: dict[int, str] = {}
         self.aborted: list[tuple[tuple[int, ...], int]] = []
         self.busy: set[int] = set()
+        self.silent: list[tuple[int, str]] = []
 
     async def call(self, rank: int, what: str, message) -> link_pb2.Done:
         self.calls.append((rank, what, MeshKey.read(message.mesh)))
@@ -59,6 +60,10 @@ class Ranks:
 
     def abort(self, ranks, epoch: int, *, connecting: int = 0) -> None:
         self.aborted.append((tuple(ranks), connecting))
+
+    def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
+        assert unless_all
+        self.silent += [(rank, what) for rank in ranks if rank in self.hanging]
 
     def host_paths(self, rank: int) -> Host | None:
         return Host(self.disks[rank]) if rank in self.disks else None
@@ -140,7 +145,9 @@ def test_meshes_are_loaded_ahead_in_order_and_a_failure_leaves_only_its_mesh_out
     run(case)
 
 
-def test_a_rank_that_hangs_while_it_loads_ahead_leaves_only_its_meshes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_while_it_loads_ahead_is_lost_and_leaves_only_its_meshes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(serving.recovery.mesh_pool, "AHEAD_TIMEOUT_S", 0.02)
 
     async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
@@ -150,6 +157,7 @@ def test_a_rank_that_hangs_while_it_loads_ahead_leaves_only_its_meshes_out(monke
             while pool.loading:
                 await asyncio.sleep(0)
         assert list(state.membership.loaded) == [MeshKey((1,), 4)]
+        assert set(ranks.silent) == {(2, "prepare")}
 
     run(case)
 
