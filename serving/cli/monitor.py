@@ -1,7 +1,9 @@
 """The commands that show a running server: `moejax status`, `moejax events` and `moejax what-if`."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import click
 
@@ -9,6 +11,7 @@ from serving.api.client import Client
 from serving.cli.options import INTERRUPTED, client_options, example
 from serving.cli.tables import console, event_line, loss_forecast_view, status_view
 from serving.errors import DeadlineExceeded, NoCapacity
+from serving.protocol.events import Event
 
 _PAST_EVENTS_S = 0.5
 """Seconds to read past events: the stream has no end, but all past events come at once."""
@@ -32,6 +35,12 @@ def status(client: Client, as_json: bool, as_plan: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(now) | {"model": dataclasses.asdict(model)}))
     else:
         console().print(status_view(now, model))
+
+
+def past_events(client: Client) -> Iterator[Event]:
+    """The events of the server until now, the oldest first."""
+    with contextlib.suppress(DeadlineExceeded):
+        yield from client.watch(0, timeout_s=_PAST_EVENTS_S)
 
 
 @click.command(short_help="Show what happened to the server.")

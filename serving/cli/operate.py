@@ -5,8 +5,10 @@ from pathlib import Path
 import click
 
 from serving.api.client import Client
+from serving.cli.monitor import past_events
 from serving.cli.options import client_options, example
 from serving.protocol.backend import FAULTS
+from serving.protocol.events import EventKind
 from serving.protocol.instructions import ACTIONS, Action
 from serving.protocol.weights import RUNNING, Running
 
@@ -80,6 +82,11 @@ def apply(
         running=running,
     )
     click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
+    if action == "weights":
+        click.echo(f"weights in force: version {client.status().weights_version}")
+    elif action == "rebalance":
+        messages = [event.message for event in past_events(client) if event.kind == EventKind.REBALANCED]
+        click.echo(messages[-1] if messages else "see `moejax events`")
 
 
 @click.command(short_help="Kill, stop or corrupt a rank, to see what happens.")

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serving.auth.limits import CallLimits
+from serving.auth.tls import ServerTls
 from serving.config import Settings
 from serving.errors import StartError
 from serving.launch.edge_processes import EdgeProcesses, SharedPorts
@@ -68,6 +70,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
         if settings.edges:
+            for auth in (CallLimits, ServerTls):  # an error in a file of keys is said once, before any process starts
+                auth.of(settings)
             ports = SharedPorts(settings)
             stack.callback(ports.close)
             settings = ports.in_settings(settings)
@@ -114,7 +118,8 @@ class Supervisor:
                     if key.data is self._ranks:
                         self._ranks.answer()
                     elif key.data is self._edges and self._edges is not None:
-                        self._on_edge_ended(self._edges.on_ended(key.fileobj), front)
+                        was_ready = bool(self._run.ports)
+                        self._on_edge_ended(self._edges.on_ended(key.fileobj, was_ready=was_ready), front)
                 if any(key.fileobj == ended for key, _ in ready):
                     return front.wait()
                 if self._edges is not None and not self._stopping:

@@ -92,15 +92,18 @@ class EdgeProcesses:
                 del self._due[place]
                 self._start(place, deaths)
 
-    def on_ended(self, descriptor: Any) -> int:
-        """An edge has ended. It is started again. Returns its exit code."""
+    def on_ended(self, descriptor: Any, *, was_ready: bool) -> int:
+        """An edge has ended. It is started again; `was_ready`: the server has served before. Returns its exit code."""
         place, edge = next((place, edge) for place, edge in self._edges.items() if edge.ended == descriptor)
         code = self._forget(place)
         steady = time.monotonic() - edge.started_at > STEADY_S
         deaths = 0 if steady else edge.deaths
         pause = PAUSES_S[min(deaths, len(PAUSES_S) - 1)]
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        log.error("an edge ended with %s; another one is started, and its calls can be resumed there", how)
+        if was_ready:
+            log.error("an edge ended with %s; another one is started, and its calls can be resumed there", how)
+        else:
+            log.error("an edge ended with %s before the server was ready", how)
         self._due[place] = time.monotonic() + pause, deaths + 1
         return code
 

@@ -7,6 +7,7 @@ dies before the decision leaves the former weights, whatever dies after it the n
 
 import asyncio
 import contextlib
+import itertools
 import os
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +57,8 @@ class WeightsUpdate:
     def __init__(self, server: UpdatedServer) -> None:
         self._server = server
         self._first = server.failover.membership.weights.number
+        self._contents = {server.failover.membership.weights.label: server.failover.membership.weights.content}
+        """The contents of the weights that have had each label, as far as this front knows."""
         self.next_label = ""
         """The label of weights that are being brought in; empty when none are."""
 
@@ -107,7 +110,8 @@ class WeightsUpdate:
                 param="action",
             )
         number = membership.weights.number + 1
-        label = instruction.version or str(number)
+        free = (str(each) for each in itertools.count(number) if str(each) not in self._contents)
+        label = instruction.version or next(free)
         if label == membership.weights.label:
             raise InvalidRequest(f"the weights in force have the version {label!r} already.", param="version")
         return WeightsVersion(number, label, instruction.model)
@@ -138,6 +142,12 @@ class WeightsUpdate:
             dense=settings.dense,
             tensor=settings.tensor,
         )
+        if self._contents.setdefault(version.label, prepared.content) != prepared.content:
+            raise InvalidRequest(
+                f"version is {version.label!r}, which other weights had before: an answer could not say which made its "
+                "tokens. Choose another label, or none.",
+                param="version",
+            )
         return WeightsVersion(version.number, version.label, version.model, prepared.store, prepared.content)
 
     async def _stage(self, version: WeightsVersion) -> None:

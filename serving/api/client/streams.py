@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import grpc
 
-from serving.api.grpc.errors import error_from_status
+from serving.api.grpc.errors import DETAILS_KEY, error_from_status
 from serving.api.grpc.inference_messages import response_from_proto
 from serving.core.answers import Chunk, Complete, PromptScores
 from serving.errors import Internal, MoejaxError, NoCapacity, UnknownRequest, Unreachable
@@ -26,9 +26,14 @@ def raise_moejax_errors(address: str) -> Iterator[None]:
     except grpc.RpcError as status:
         call = cast(grpc.Call, status)  # every RpcError of a call is one, but its type does not say so
         error: MoejaxError = error_from_status(call.code(), call.details() or "", call.trailing_metadata())
-        if isinstance(error, Unreachable):
+        if type(error) is Unreachable and not _is_of_a_server(call):
             error = Unreachable(f"no moejax server answers at {address}: {error}. Is `moejax serve` running?")
         raise error from None
+
+
+def _is_of_a_server(call: grpc.Call) -> bool:
+    """Whether a moejax server gave this status, and not gRPC itself."""
+    return any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ())
 
 
 class ResumableCall:

@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from serving.errors import Cancelled, DeadlineExceeded, Internal, InvalidRequest, MoejaxError, QueueFull, Unreachable
 
 DOMAIN = "moejax"
-_DETAILS_KEY = "grpc-status-details-bin"
+DETAILS_KEY = "grpc-status-details-bin"
 """Metadata key under which gRPC sends a google.rpc.Status."""
 _MAX_MESSAGE = 1000
 """Characters of an error's text that are sent: a status travels in HTTP/2 headers, which are small."""
@@ -50,14 +50,14 @@ def error_to_status(error: MoejaxError) -> tuple[grpc.StatusCode, str, tuple[tup
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.append(_pack_any(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return code, text, ((_DETAILS_KEY, status.SerializeToString()),)
+    return code, text, ((DETAILS_KEY, status.SerializeToString()),)
 
 
 def error_from_status(
     code: grpc.StatusCode, text: str, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> MoejaxError:
     """The inverse of `error_to_status`. A status of gRPC itself, which has no details, becomes the nearest class."""
-    packed = next((v for k, v in trailers or () if k == _DETAILS_KEY and isinstance(v, bytes)), b"")
+    packed = next((v for k, v in trailers or () if k == DETAILS_KEY and isinstance(v, bytes)), b"")
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status_pb2.Status.FromString(packed).details:
         detail.Unpack(info)

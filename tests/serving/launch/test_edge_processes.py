@@ -62,7 +62,7 @@ def test_an_edge_that_dies_is_started_again_and_all_end_when_the_supervisor_does
             os.kill(victim, signal.SIGKILL)
             (key,) = (key for key, _ in selector.select(60))
             assert key.data is edges
-            assert edges.on_ended(key.fileobj) == -signal.SIGKILL
+            assert edges.on_ended(key.fileobj, was_ready=True) == -signal.SIGKILL
             assert edges.pause_s is not None
             while edges.pause_s is not None:
                 edges.start_due()

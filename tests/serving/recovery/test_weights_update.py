@@ -20,6 +20,7 @@ from serving.errors import Conflict, InvalidRequest, MoejaxError, NoCapacity
 from serving.launch.weights_record import WeightsRecord
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.instructions import Instruction
+from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.request import Call, Finished, Token
 from simulation.hand_model import PREPARED, next_token, small_request
 from tests.support.recovery_machine import (
@@ -360,3 +361,24 @@ def test_the_front_may_die_at_any_message_of_a_switch(tmp_path: Path) -> None:
     for number in range(24):  # more than a switch has
         asyncio.run(main(number))
     assert seen == {0, 1}
+
+
+def test_a_label_is_never_that_of_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = iter(("x", "y", "z", "x"))
+
+    async def prepare(model: str, like: PreparedModel, **_: object) -> PreparedModel:
+        return dataclasses.replace(like, store=model, content=next(contents))
+
+    monkeypatch.setattr(serving.recovery.weights_update, "prepare_weights", prepare)
+
+    async def main() -> None:
+        async with serving_streams() as (m, _):
+            await m.loop.apply(Instruction(action="weights", model="fake", version="2"))
+            await m.loop.apply(Instruction(action="weights", model="fake"))
+            assert m.loop.status().weights_version == "3"
+            with pytest.raises(InvalidRequest, match="other weights had before"):
+                await m.loop.apply(Instruction(action="weights", model="fake", version="2"))
+            await m.loop.apply(Instruction(action="weights", model="fake", version="2"))
+            assert m.loop.status().weights_version == "2"
+
+    asyncio.run(main())
