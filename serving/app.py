@@ -261,7 +261,13 @@ def _weights_record(settings: Settings, model: PreparedModel, run: RunFolder | N
 async def _weights_in_force(
     settings: Settings, model: PreparedModel, version: WeightsVersion, log: Log
 ) -> WeightsVersion:
-    """The recorded version, whose host store is there. Raises StartError when it cannot be made once more."""
+    """The recorded version, whose host store is there. Raises StartError when it cannot be made once more, or ranks
+    run on other hosts, which do not have it."""
+    if version.number and settings.launcher != "local":
+        raise StartError(
+            f"weights version {version.label} is in force by the journal, and ranks on other hosts have those of "
+            f"--model, which is {settings.model}. Start with --model {version.model} and another --journal."
+        )
     if not version.number or Path(version.store).is_dir():
         return version
     log(f"preparing weights version {version.label}, which the journal has, from {version.model}")

@@ -66,6 +66,8 @@ class HandRank:
         """The number of the weights that it has."""
         self.staged: int | None = None
         """The number of other weights in its host memory."""
+        self.stagings_voided = 0
+        """See `serving.worker.state.WorkerState`."""
         self.epoch = -1
         self.last_epoch = 0
         """The highest epoch that it has adopted."""
@@ -94,6 +96,7 @@ class HandRank:
         self._page_size = m.page_size
         self.weights = m.weights if self.configured is None else self.weights
         self.configured = m
+        self._keep_staged(m.weights)
         self.cache = self.cache or HandCache(m.pages, m.page_size)
         self.cache.weights = self.weights
         self._replicate_as(m)
@@ -116,14 +119,20 @@ class HandRank:
         self.index.truncate(m.pages_used)
         return {}
 
-    def stage_weights(self, m: link_pb2.StageWeights) -> dict[str, Any]:
-        """See `serving.worker.weights.RankWeights.stage_weights`."""
+    def stage_weights(self, m: link_pb2.StageWeights, voided: int | None = None) -> dict[str, Any]:
+        """See `serving.worker.weights.RankWeights.stage_weights`; `voided` is `stagings_voided` when it began."""
         self.staged = None
         if m.version.store and m.version.number != self.weights:
             if not self.store.readable:
                 raise LookupError("the store cannot be read")
-            self.staged = m.version.number
+            if voided in (None, self.stagings_voided):
+                self.staged = m.version.number
         return {}
+
+    def _keep_staged(self, number: int | None) -> None:
+        """See `serving.worker.weights.RankWeights.keep_staged`."""
+        self.stagings_voided += 1
+        self.staged = self.staged if self.staged == number else None
 
     def use_weights(self, version: link_pb2.WeightsVersion) -> None:
         """See `serving.worker.weights.RankWeights.use`."""
@@ -134,7 +143,8 @@ class HandRank:
         assert version.store, "the front names no store for weights that this rank does not have"
         assert self.cache is not None
         self.weights = self.cache.weights = version.number
-        self.staged, self.epoch = None, -1
+        self._keep_staged(None)
+        self.epoch = -1
         self.damaged.clear()
         self.doubted.clear()
         self.parity.clear()

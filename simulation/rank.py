@@ -357,10 +357,11 @@ class SimulatedRank:
 
     def _stage(self, stream: Stream, command: link_pb2.Command) -> None:
         """Load other weights, on a thread of its own."""
+        voided = self.hand.stagings_voided
 
         def staged() -> None:
             try:
-                self.hand.stage_weights(command.stage_weights)
+                self.hand.stage_weights(command.stage_weights, voided)
             except LookupError as error:
                 why = link_pb2.Failed(id=command.id, error=str(error))
                 stream.report(link_pb2.Report(rank=self.rank, failed=why))

@@ -108,6 +108,11 @@ class TakeOver:
                 await self._executor.wait_attached(rank)
             async with asyncio.timeout(CONFIGURE_S):
                 held = await self._front.configure(rank)
+            newest = self._front.state.membership.weights
+            if held.weights > newest.number:  # no plan can name what it is to have: its store is known to nobody
+                raise CommandFailed(
+                    rank, "configure", f"has weights number {held.weights}, and those in force are {newest.number}"
+                )
             self._executor.monitor(rank)
             self._front.state.record(Seen(held.generation, held.epoch))
         except (RankLost, CommandFailed, TimeoutError) as error:

@@ -108,7 +108,8 @@ class RankWorker:
 
     def configure(self, command: link_pb2.Configure) -> DoneFields:
         """Fix the shapes and read the common weights into host memory. A rank that is configured already only checks
-        that its new front asks for the same. Raises RuntimeError if it does not."""
+        that its new front asks for the same, and drops what an update that ended with the front before has staged.
+        Raises RuntimeError if it does not ask for the same."""
         wanted = link_pb2.Configure()
         wanted.CopyFrom(command)
         wanted.ClearField("protection")
@@ -119,6 +120,7 @@ class RankWorker:
             self._configured, self.state.weights = wanted, command.weights
         elif wanted != self._configured:
             raise RuntimeError("this rank serves another model, or other shapes, than its new front asks for")
+        self.weights.keep_staged(command.weights)
         self.kv_cache.set_replication(command)
         self.kv_cache.note_committed(None)
         self.meshes.allow_connects()

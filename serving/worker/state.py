@@ -79,6 +79,8 @@ class WorkerState:
         """The number of the weights that this rank has."""
         self.staged: dict[int, StagedWeights] = {}
         """Other weights in host memory, by their number: at most one version."""
+        self.stagings_voided = 0
+        """How often what was being staged became of no use: a front configured this rank, or it took other weights."""
 
     @property
     def model(self) -> ConfiguredModel:

@@ -1,6 +1,7 @@
 """Command handlers for the expert weights of a rank: filling slots, moving experts and parity, and integrity checks."""
 
 import dataclasses
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from serving.proto.moejax.v1 import link_pb2
 from serving.worker.meshes import RankMeshes
 from serving.worker.state import DoneFields, WorkerState
 
+NO_WEIGHTS = -1
+"""The number of no version."""
 MAX_DAMAGED_NAMES = 3
 """Most names of damaged weights in a report."""
 
@@ -24,15 +27,28 @@ class RankWeights:
     def __init__(self, state: WorkerState, meshes: RankMeshes) -> None:
         self._state = state
         self._meshes = meshes
+        self._staging = threading.Lock()
+        """Held while `staged` changes: weights are staged on a thread of their own."""
 
     def stage_weights(self, command: link_pb2.StageWeights) -> DoneFields:
         """Load other weights into host memory, while steps run. For a thread of its own. Raises StoreError when they
         cannot be read, and CheckpointError or ConfigError when they are not those of a model."""
         state, version = self._state, command.version
+        voided = state.stagings_voided
         state.staged = {}
         if version.store and version.number != state.weights:
-            state.staged = {version.number: self._load(version.store)}
+            staged = {version.number: self._load(version.store)}
+            with self._staging:
+                if state.stagings_voided == voided:
+                    state.staged = staged
         return {}
+
+    def keep_staged(self, number: int) -> None:
+        """Drop other staged weights than those of this number, and what is being staged now."""
+        state = self._state
+        with self._staging:
+            state.stagings_voided += 1
+            state.staged = {each: weights for each, weights in state.staged.items() if each == number}
 
     def use(self, version: link_pb2.WeightsVersion) -> None:
         """Have the weights of this version from now on; this rank is part of no plan until it adopts the next one.
@@ -46,7 +62,8 @@ class RankWeights:
         state.plan = None  # its arguments hold the arrays of the former weights
         arrays.switch(staged, state.device)
         state.model.expert_buffer.clear()
-        state.weights, state.staged = version.number, {}
+        state.weights = version.number
+        self.keep_staged(NO_WEIGHTS)
 
     def _load(self, store: str) -> StagedWeights:
         """The weights of a store in host memory, in the form in which this rank holds its own."""

@@ -1,5 +1,6 @@
 """A server inside a Python program."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from serving.errors import StartError
+from serving.launch.weights_record import WeightsRecord
+from serving.protocol.prepared_model import prepare_model
+from serving.protocol.weights import WeightsVersion
 from serving.server import Server
 from tests.support.joining import JoinFiles, free_address
 
@@ -37,6 +41,16 @@ def test_a_start_that_is_interrupted_ends_at_once_and_leaves_no_thread(tmp_path:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not any(thread.name == "moejax-server" for thread in threading.enumerate())
+
+
+def test_a_recorded_version_is_refused_where_ranks_on_other_hosts_do_not_have_it(tmp_path: Path) -> None:
+    join_files = JoinFiles.made(tmp_path, "127.0.0.1")
+    prepared = asyncio.run(prepare_model(str(TINY)))
+    WeightsRecord(tmp_path, prepared.content).save(WeightsVersion(1, "two", "/models/two"))
+    settings = join_files.settings(free_address())
+    server = Server(model=str(TINY), ranks=2, journal=str(tmp_path), **settings)
+    with pytest.raises(StartError, match=r"version two is in force .* other hosts .*--model /models/two"), server:
+        pytest.fail("its ranks would have other weights")
 
 
 def test_a_server_that_runs_is_not_entered_again_and_can_be_started_again() -> None:

@@ -76,6 +76,23 @@ def test_a_rank_that_does_not_come_back_has_ended_before_a_plan_without_it_is_ad
     asyncio.run(scenario())
 
 
+def test_a_rank_with_later_weights_than_those_on_record_is_ended_and_the_others_go_on() -> None:
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        await first.failover.start()
+        await first.failover.close()
+        first.executor._ranks[1].weights = 1  # the record of version 1 was deleted
+        second = Machine(SETTINGS, first.executor)
+        await second.failover.start()
+        assert second.failover.plan_ranks == (0, 2)
+        loss = first.executor._ranks[1].loss
+        assert loss is not None
+        assert "has weights number 1, and those in force are 0" in str(loss.cause)
+        await second.failover.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_a_rank_that_is_lost_before_the_others_have_attached_is_not_counted_on(served: bool) -> None:
     class Dying(FakeExecutor):

@@ -344,6 +344,7 @@ async def front_dies_at(folder: Path, at: int) -> set[int]:
             assert second.tokens[request.id][: len(had[request.id])] == had[request.id]
             assert items[-1] == Finished("length")
         assert all(second.executor.get(rank).weights == decided for rank in range(RANKS))
+        assert all(second.executor.get(rank).staged is None for rank in range(RANKS))
         assert second.loop.status().failed == 0
         return {version for versions in second.weights.values() for version in versions}
     finally:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.runtime.expert_parity import ParityError
+from moejax.runtime.live_weights import StagedWeights
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from serving.worker.rank import RankWorker
@@ -151,3 +152,28 @@ def test_staged_weights_are_dropped_when_the_front_names_no_store(ranks: list[Ra
     assert list(ranks[0].state.staged) == [1]
     ranks[0].weights.stage_weights(link_pb2.StageWeights(version=link_pb2.WeightsVersion(number=0)))
     assert not ranks[0].state.staged
+
+
+def test_a_new_front_drops_what_the_one_before_staged_or_is_still_loading(
+    ranks: list[RankWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(tmp_path / "other", MIXTRAL, seed=9)
+    weights, state = ranks[0].weights, ranks[0].state
+    ranks[0]._configured = link_pb2.Configure()  # by the front before
+    hold(ranks[0], 0, 1, 2)
+    stage = link_pb2.StageWeights(version=version(1, tmp_path / "other"))
+    weights.stage_weights(stage)
+    ranks[0].configure(link_pb2.Configure(weights=1))  # the front had decided on them
+    assert list(state.staged) == [1]
+    ranks[0].configure(link_pb2.Configure(weights=0))
+    assert not state.staged
+    load = weights._load
+
+    def load_while_the_front_changes(store: str) -> StagedWeights:
+        staged = load(store)
+        ranks[0].configure(link_pb2.Configure(weights=0))
+        return staged
+
+    monkeypatch.setattr(weights, "_load", load_while_the_front_changes)
+    weights.stage_weights(stage)
+    assert not state.staged
