@@ -142,7 +142,7 @@ class WeightsUpdate:
             dense=settings.dense,
             tensor=settings.tensor,
         )
-        if self._contents.setdefault(version.label, prepared.content) != prepared.content:
+        if self._contents.get(version.label, prepared.content) != prepared.content:
             raise InvalidRequest(
                 f"version is {version.label!r}, which other weights had before: an answer could not say which made its "
                 "tokens. Choose another label, or none.",
@@ -221,6 +221,7 @@ class WeightsUpdate:
                 raise NoCapacity(
                     f"the decision for weights version {version.label} cannot be written: {error}"
                 ) from None
+        self._contents[version.label] = version.content
         self._server.failover.state.record(WeightsDecided(version))
 
     async def _abandon(self, version: WeightsVersion, cause: str) -> None:
