@@ -199,10 +199,7 @@ class RankExecutor:
         """Declare those of these ranks dead that have not answered a command of this name, for which nobody waits any
         more; with `unless_all` none if none has answered."""
         called = [self._ranks[rank] for rank in ranks]
-        given_up = {
-            each.rank: [c.what for c in each.pending_commands.values() if c.future.cancelled()] for each in called
-        }
-        silent = [each for each in called if what in given_up[each.rank]]
+        silent = [each for each in called if each.leaves_unanswered(what)]
         if unless_all and len(silent) == len(called) > 1:
             return
         for each in silent:

@@ -66,6 +66,10 @@ class Incarnation:
         """How its process ended, or is just ending."""
         return describe_exit(self.process.exit_code, self.process.last_output())
 
+    def leaves_unanswered(self, what: str) -> bool:
+        """Whether it has not answered a command of this name, for which nobody waits any more."""
+        return any(each.what == what and each.future.cancelled() for each in self.pending_commands.values())
+
     @property
     def command_since(self) -> float | None:
         """When it could begin with the command that its main thread obeys now, on the monotonic clock; None while it

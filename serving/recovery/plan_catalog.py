@@ -141,7 +141,7 @@ class PlanCatalog:
         ranks: it solves every planned loss."""
         balanced = rebalance(self.base, load, copies=max(2, self._problem.survive_ranks + 1))
         base = replace(balanced.plan, epoch=self.base.epoch)
-        lattice = extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
+        lattice = self._lattice_of(base)
         lost = self._lattice.plans.keys() - lattice.plans.keys()
         if lost:
             raise NoCapacity(f"balanced, the loss of ranks {sorted(min(lost, key=sorted))} would not be survived.")
@@ -150,6 +150,10 @@ class PlanCatalog:
             raise NoCapacity("balanced, a loss would need a mesh that is not prepared.")
         hottest = (hottest_share(plan, load) for plan in (self.base, base))
         return Rebalanced(base, lattice, *hottest, moved=balanced.moved, problem=self._problem)
+
+    def _lattice_of(self, base: Plan) -> Lattice:
+        """Plans for the losses that are planned for now, derived from another base plan."""
+        return extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
 
     def are_those_of(self, rebalanced: "Rebalanced") -> bool:
         """Whether ranks are on the hosts for which these plans were made."""
@@ -167,7 +171,7 @@ class PlanCatalog:
         )
         if same:
             self.base = base
-            self._lattice = extend_lattice(Lattice(plan=base, plans={}), self._problem, self._lattice.plans)
+            self._lattice = self._lattice_of(base)
         return same
 
     def move(self, rank: int, host_paths: HostPaths) -> None:

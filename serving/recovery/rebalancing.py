@@ -15,6 +15,7 @@ import numpy as np
 
 from planner.plan.plan import Plan
 from serving.errors import InvalidRequest, MoejaxError, NoCapacity
+from serving.launch.weights_record import write_whole
 from serving.protocol.events import EventKind, EventLog
 from serving.recovery.failover import Failover
 from serving.recovery.plan_catalog import Rebalanced, hottest_share
@@ -184,6 +185,4 @@ class Rebalancing:
     def _keep(self, base: Plan) -> None:
         """Write a base plan for the next front. Raises OSError."""
         if self._placement is not None:
-            new = self._placement.with_suffix(".new")
-            new.write_text(base.to_json())
-            new.rename(self._placement)
+            write_whole(self._placement, base.to_json().encode())

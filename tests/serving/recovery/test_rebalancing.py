@@ -162,8 +162,9 @@ def test_a_rank_that_leaves_while_the_placement_is_computed_moves_nothing() -> N
 def test_a_placement_that_cannot_be_written_moves_nothing(tmp_path: Path) -> None:
     async def case() -> None:
         server = Server(plans())
+        (tmp_path / "file").write_text("a file where the folder should be")
         rebalancing = server.use(
-            Rebalancing(server, lambda: skewed(server.plans), tmp_path / "missing" / "placement.json")  # type: ignore[arg-type]
+            Rebalancing(server, lambda: skewed(server.plans), tmp_path / "file" / "placement.json")  # type: ignore[arg-type]
         )
         base = server.plan
         with pytest.raises(NoCapacity, match="cannot be written"):
