@@ -32,7 +32,8 @@ from serving.protocol.events import EventLog
 from serving.protocol.prepared_model import PreparedModel, prepare_model, prepare_weights
 from serving.protocol.weights import WeightsVersion
 from serving.recovery.certificate_watch import read_signed
-from serving.recovery.failover import STATES_NOT_KEPT, Failover
+from serving.recovery.failover import Failover
+from serving.recovery.kv_replicas import STATES_NOT_KEPT
 from serving.text.model_files import load_defaults, load_tokenizer
 from serving.text.structured_output import GrammarMatcher
 

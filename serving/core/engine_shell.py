@@ -56,9 +56,9 @@ class EngineShell:
         self.state = EngineState.start(limits, {})
         self.output_streams = OutputStreams(request_log, self.cancel)
         self.admission = Admission()
-        self.replacements = Replacements(failover.state, events, failover.start_rank)
+        self.replacements = Replacements(failover.state, events, failover.rank_start.start)
         self.maintenance = Maintenance(self)
-        self.rebalancing = Rebalancing(self, failover.adoption.routed_tokens, failover.placement)
+        self.rebalancing = Rebalancing(self, failover.adoption.routed_tokens, failover.plans.placement)
         self.restoration = KVRestoration(self, failover.kv_replicas)
         self.suspects = Suspects(self, settings.poison_limit)
         self._wake = wake

@@ -1,6 +1,9 @@
 """Builds the server's status, loss forecasts and deployment description from its parts."""
 
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from planner.inputs.recovery_times import RecoveryTimes
 from planner.plan.deployment import Deployment, FaultTolerance
@@ -35,6 +38,7 @@ class StatusReport:
         self._model = model
         self._recovery_report = recovery_report
         self._started_at = clock.wall()
+        self._config: Mapping[str, Any] = json.loads(engine.failover.model.config)
         self._certificate = CertificateWatch(engine.settings)
         self._loss_costs: dict[int, LossCost] = {}
         self._loss_costs_key: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
@@ -139,7 +143,7 @@ class StatusReport:
             traffic=current_traffic(engine.state.running.values(), self._model.max_context),
             survive=FaultTolerance(ranks=engine.settings.survive),
             loads=tuple(tuple(map(float, row)) for row in load) if load.size and load.sum(1).all() else (),
-            config=failover.config,
+            config=self._config,
             recovery=recovery if recovery.source == "measured" else None,
         )
 

@@ -5,73 +5,53 @@ Every stage may be cut short by another loss: it is then done again without all 
 """
 
 import asyncio
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from planner.errors import PlannerError
 from planner.inputs.cluster import Cluster
 from planner.plan.plan import Plan
 from serving.config import Settings
-from serving.errors import NoCapacity, StartError
+from serving.errors import NoCapacity
 from serving.executor.executor import RankExecutor
-from serving.executor.failure_detector import Cause
 from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.launch.coordinator import LOOPBACK
 from serving.launch.weights_record import WeightsRecord
-from serving.proto.moejax.v1 import link_pb2
-from serving.protocol import clock
 from serving.protocol.events import EventKind, EventLog
 from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.weights import FIRST_WEIGHTS, WeightsVersion
-from serving.recovery.adoption import Adoption, weights_message
+from serving.recovery.adoption import Adoption
+from serving.recovery.effects import Effects
 from serving.recovery.expert_parity import ExpertParity
+from serving.recovery.first_start import FirstStart
 from serving.recovery.generations import Generations
 from serving.recovery.joining import Joining
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.membership import Membership
-from serving.recovery.membership_events import (
-    CommBroken,
-    DropParity,
-    DropRank,
-    Effect,
-    ExchangeFailed,
-    Lost,
-    Ready,
-    Report,
-    ReportWeights,
-    Suspended,
-)
+from serving.recovery.membership_events import CommBroken, ExchangeFailed, Lost
 from serving.recovery.mesh_pool import MeshPool
 from serving.recovery.mesh_preparation import MeshPreparation
 from serving.recovery.phase_times import PhaseTimes
 from serving.recovery.plan_catalog import PlanCatalog
 from serving.recovery.rank_configuration import RankConfiguration
+from serving.recovery.rank_start import RankStart
 from serving.recovery.recovery_state import RecoveryState
 from serving.recovery.rendezvous import Rendezvous
 from serving.recovery.take_over import TakeOver
 
-STATES_NOT_KEPT = (
-    "{name} has layers whose context is a state: no replica of it and no prefix of ended prompts is kept, and nothing "
-    "is drafted. Requests of a lost rank are computed again from their tokens; a drain moves their states."
-)
-"""The line for whoever serves a model of which a part of the cache cannot be replicated or shared."""
-
 
 class Failover:
     """The ranks of one server, and what happens when one is lost or joins. Its methods are called by one task at a
-    time, the engine's loop; only `start_rank` runs beside them, and `on_rank_lost` whenever a rank is lost.
+    time, the engine's loop; only `rank_start` runs beside them, and `on_rank_lost` whenever a rank is lost.
 
     `placement` is the file of the base plan that an earlier front of this server balanced, if it did.
     `cluster` is None when all ranks run on the front's host. `expert_load` returns the measured traffic, tokens
     `[moe layers, experts]`; `wake` makes the engine's loop look again at what is due; `epoch` is one that no plan of
-    this server has yet exceeded, `weights` are those in force, and
-    `weights_record` has their record, if it outlives this front.
+    this server has yet exceeded, `weights` are those in force, and `weights_record` has their record, if it outlives
+    this front. `log` takes lines for whoever starts the server.
     """
 
     def __init__(
@@ -91,66 +71,42 @@ class Failover:
         weights: WeightsVersion = FIRST_WEIGHTS,
         weights_record: WeightsRecord | None = None,
     ) -> None:
-        self._executor = executor
-        self._log = log
-        self._events = events
-        self._start_timeout_s = settings.start_timeout_s
-        single_host = cluster is None
-        hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
-        self.config: Mapping[str, Any] = json.loads(model.config)
-        """The model's configuration, as a rank gets it."""
         self.model = model
         """The model that the server was started with."""
         self.weights_record = weights_record or WeightsRecord(None, model.content)
-        self.single_host = single_host
+        self.single_host = cluster is None
         """Whether all ranks run on the front's host."""
-        self.plans = PlanCatalog(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts))
-        self.placement = placement
-        if placement is not None and placement.exists():
-            self._take_placement(placement)
+        self._executor = executor
+        self._log = log
+        self._events = events
+        self.plans = plans = PlanCatalog.of_server(settings, model, cluster, placement, log)
+        self.kv_replicas = replicas = KVReplicas.of_server(
+            settings, model, plans.base.pages_per_rank, single_host=self.single_host
+        )
+        self.parity = ExpertParity(executor, settings.parity, self._on_parity_event)
+        self._rendezvous = rendezvous = Rendezvous(executor, host, self._on_coordinator_exit)
+        effects = Effects(events, replicas, self.parity, rendezvous.forget)
         membership = Membership(
             restart=settings.restart, epoch=epoch, weights=weights, next_weights=weights, adopting_weights=weights
         )
-        self.state = RecoveryState(membership, self._execute, wake)
-        self.meshes = MeshPool(executor, self.state, log)
-        self._rendezvous = Rendezvous(executor, host, self._on_coordinator_exit)
-        self.kv_replicas = KVReplicas.create(
-            _kv_replication(settings, model, single_host=single_host),
-            settings.ranks,
-            reason=STATES_NOT_KEPT.format(name=model.name) if model.state_bytes else "",
-            entries=self.plans.base.pages_per_rank * settings.page_size,
-            entry_bytes=model.cache_bytes_per_token // settings.tensor,
-            tensor=settings.tensor,
+        self.state = state = RecoveryState(membership, effects.execute, wake)
+        self.meshes = meshes = MeshPool(executor, state, log)
+        self.adoption = adoption = Adoption(
+            settings, executor, plans, state, replicas, self.parity, expert_load, sharded_layers=model.sharded_layers
         )
-        self.parity = ExpertParity(executor, settings.parity, self._on_parity_event)
-        self.adoption = Adoption(
-            settings,
-            executor,
-            self.plans,
-            self.state,
-            self.kv_replicas,
-            self.parity,
-            expert_load,
-            sharded_layers=model.sharded_layers,
+        self.preparation = preparation = MeshPreparation(plans, meshes, state, adoption, depth=settings.lattice_depth)
+        self.joining = joining = Joining(executor, rendezvous, plans, state, preparation)
+        self.generations = Generations(executor, rendezvous, plans, state, meshes, adoption, preparation, joining)
+        configuration = RankConfiguration(
+            settings, model, executor, plans, replicas, state, single_host=self.single_host
         )
-        self.preparation = MeshPreparation(
-            self.plans, self.meshes, self.state, self.adoption, depth=settings.lattice_depth
+        self.rank_start = RankStart(executor, configuration, state, meshes, timeout_s=settings.start_timeout_s)
+        self.take_over = TakeOver(
+            executor, state, meshes, self.generations, self.rank_start, log, keep_pages=settings.tensor == 1
         )
-        self.joining = Joining(executor, self._rendezvous, self.plans, self.state, self.preparation)
-        self.generations = Generations(
-            executor,
-            self._rendezvous,
-            self.plans,
-            self.state,
-            self.meshes,
-            self.adoption,
-            self.preparation,
-            self.joining,
+        self._first_start = FirstStart(
+            executor, plans, meshes, adoption, preparation, self.generations, self.rank_start, log
         )
-        self._configuration = RankConfiguration(
-            settings, model, executor, self.plans, self.kv_replicas, self.state, single_host=single_host
-        )
-        self.take_over = TakeOver(self, executor, log, keep_pages=settings.tensor == 1)
 
     # -- Queries ------------------------------------------------------------------------------------------------
 
@@ -192,46 +148,13 @@ class Failover:
 
     # -- Start --------------------------------------------------------------------------------------------------
 
-    def _take_placement(self, file: Path) -> None:
-        """Use the base plan of an earlier front. Raises StartError when the file is no plan."""
-        try:
-            taken = self.plans.place(Plan.from_json(file.read_text()))
-        except (OSError, PlannerError) as error:
-            raise StartError(f"the placement in {file} cannot be read: {error} Remove the file.") from None
-        if not taken:
-            self._log("the placement of an earlier front is not one of these ranks and this model: it is not used")
-
     async def start(self) -> None:
-        """Start all ranks under the base plan, with every single loss prepared; deeper losses are prepared beside the
-        steps. Raises StartError naming the rank."""
+        """Take over the ranks of an earlier front, or start all ranks under the base plan, with every single loss
+        prepared; deeper losses are prepared beside the steps. Raises StartError naming the rank."""
         for warning in self.plans.warnings():
             self._log(warning)
-        if await self.take_over.run():
-            return
-        try:
-            await self._start_ranks(self.plans.base.rank_ids)
-        except (RankLost, CommandFailed) as error:
-            incarnation = self._executor.get(error.rank)
-            output = incarnation.process.last_output() if incarnation is not None else ""
-            raise StartError(f"{str(error).removesuffix('.')}. Its last words: {output}") from None
-
-    async def _start_ranks(self, ranks: tuple[int, ...]) -> None:
-        self._log(f"starting {len(ranks)} ranks")
-        for rank in ranks:
-            self._executor.spawn(rank)
-        await asyncio.gather(*(self.configure(rank) for rank in ranks))
-        await self.generations.open(ranks, {})
-        compiled, connected = self.preparation.start_meshes()
-        await self.meshes.compile(compiled)
-        self._log(f"loading and connecting {len(connected)} meshes")
-        for key in connected:
-            await self.meshes.load(key)
-        await self.adoption.adopt(self.plans.base, self.plans.base)
-        if self.adoption.unreadable:
-            raise StartError(next(iter(self.adoption.unreadable.values())))
-        for key in connected:
-            await self.preparation.connect(key)
-        self.generations.serve(ranks)
+        if not await self.take_over.run():
+            await self._first_start.run()
 
     # -- Losses -------------------------------------------------------------------------------------------------
 
@@ -257,7 +180,7 @@ class Failover:
                 try:
                     plan = self.plans.of(survivors)
                 except NoCapacity as error:
-                    self.suspend(survivors, str(error))
+                    self.generations.suspend(survivors, str(error))
                     raise
             try:
                 if self.membership.comm_broken:
@@ -304,29 +227,6 @@ class Failover:
             await self.preparation.ensure_connected(MeshKey.of(plan))
             await self.adoption.adopt_available(plan)
 
-    def suspend(self, ranks: Collection[int], reason: str) -> None:
-        """No plan is in force: these ranks, and those on their way, wait for others and a new generation."""
-        self.joining.cancel()
-        self.state.record(Suspended(frozenset(ranks), reason))
-
-    def _execute(self, effect: Effect) -> None:
-        """Carry out an effect of a transition of the membership."""
-        if isinstance(effect, Report):
-            self._events.emit(effect.kind, self.epoch, rank=effect.rank, cause=effect.cause)
-            return
-        if isinstance(effect, ReportWeights):
-            text = f"version {effect.version.label}, from {effect.version.model}"
-            phases = {"adopt": 1e3 * effect.seconds}
-            self._events.emit(EventKind.WEIGHTS_SWITCHED, self.epoch, message=text, phases=phases)
-            return
-        if isinstance(effect, DropParity):
-            self.parity.forget_all()
-            return
-        self.kv_replicas.retire(effect.rank)
-        if isinstance(effect, DropRank):
-            self._rendezvous.forget(effect.rank)
-            self.parity.forget(effect.rank)
-
     def _on_coordinator_exit(self, how: str) -> None:
         """The next replacement needs a new generation. Where ranks do not share memory this generation cannot connect
         another mesh either, and a new one is due at once."""
@@ -335,24 +235,6 @@ class Failover:
         self._events.emit(EventKind.COORDINATOR_LOST, self.epoch, cause=how)
 
     # -- Ranks that join ----------------------------------------------------------------------------------------
-
-    async def start_rank(self, rank: int) -> None:
-        """Start the process of a rank until it is READY. A rank that is not within the time that a server has to start
-        is lost. Raises RankLost or CommandFailed."""
-        self._executor.spawn(rank)
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                version = self.membership.next_weights
-                await self.configure(rank)
-                while version != self.membership.next_weights:  # decided on meanwhile: no step shall wait for them
-                    version = self.membership.next_weights
-                    await self.stage_weights(rank, version)
-            self._executor.monitor(rank)
-        except TimeoutError:
-            cause = Cause("error", f"not ready within {self._start_timeout_s:g} s")
-            self._executor.declare(rank, cause, clock.now())
-            raise RankLost(rank, str(cause)) from None
-        self.state.record(Ready(rank))
 
     async def expand(self) -> dict[str, float]:
         """Put the plan with the JOINED ranks into force. Returns milliseconds by phase. Raises RankLost or
@@ -370,30 +252,5 @@ class Failover:
         self.preparation.prepare_ahead()
         return phases
 
-    async def configure(self, rank: int) -> link_pb2.Held:
-        """Wait until a rank has attached, and configure it. Returns what it holds of an earlier front. Raises RankLost
-        or CommandFailed."""
-        answer = await self._configuration.configure(rank)
-        self.meshes.shares_memory = answer.shares_memory
-        return answer.held
-
-    async def stage_weights(self, rank: int, version: WeightsVersion) -> None:
-        """Have a rank load other weights into host memory, beside its steps; for the version that it has, drop what it
-        has staged. Raises RankLost or CommandFailed."""
-        message = weights_message(version, self._executor.host_paths(rank))
-        await self._executor.call(rank, "stage_weights", link_pb2.StageWeights(version=message))
-
     def _on_parity_event(self, kind: EventKind, message: str) -> None:
         self._events.emit(kind, self.epoch, message=message)
-
-
-def _kv_replication(settings: Settings, model: PreparedModel, *, single_host: bool) -> str:
-    """Where replicas of the caches are kept, as `auto` is resolved so far. Raises StartError where they are asked for
-    and cannot be kept."""
-    wanted = settings.kv_replication
-    if model.state_bytes and wanted in ("memory", "stream"):
-        raise StartError(
-            f"kv_replication is {wanted!r}, but {model.name} has layers whose context is a state, of which no replica "
-            "is kept yet. Leave it out: requests of a lost rank are computed again from their tokens."
-        )
-    return "off" if model.state_bytes or (wanted == "auto" and not single_host) else wanted

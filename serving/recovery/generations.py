@@ -1,13 +1,13 @@
 """Forms generations of ranks, each a process group of its own, and puts their plans into force."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from serving.executor.executor import RankExecutor
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_errors import RankLost
 from serving.recovery.adoption import Adoption
 from serving.recovery.joining import Joining
-from serving.recovery.membership_events import Activated, CommBroken, GenerationOpened
+from serving.recovery.membership_events import Activated, CommBroken, GenerationOpened, Suspended
 from serving.recovery.mesh_pool import MeshPool
 from serving.recovery.mesh_preparation import MeshPreparation
 from serving.recovery.phase_times import PhaseTimes
@@ -93,3 +93,8 @@ class Generations:
         """Stop what runs beside the steps for the present generation."""
         self._meshes.stop()
         self._joining.cancel()
+
+    def suspend(self, ranks: Collection[int], reason: str) -> None:
+        """No plan is in force: these ranks, and those on their way, wait for others and a new generation."""
+        self._joining.cancel()
+        self._state.record(Suspended(frozenset(ranks), reason))

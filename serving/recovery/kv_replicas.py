@@ -14,17 +14,26 @@ from typing import Any, Self
 
 import numpy as np
 
+from serving.config import Settings
 from serving.engine.batch import Batch
 from serving.engine.kv_restore import replicated_entries, written_since
 from serving.engine.sequence import RecoverableKV, Sequence
+from serving.errors import StartError
 from serving.executor.kv_replica import UNSEALED, KVReplica, NotReplicated, replica_bytes
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol.prepared_model import PreparedModel
 
 STEPS_KEPT = 8
 """Steps that are remembered, for entries that were not replicated yet when a rank died: those of the last step."""
 AUTO_MEMORY_SHARE = 0.25
 """The part of the memory that is free at the start which the replicas of all caches may take with `auto`. The caches
 themselves are as large, replicas of lost ranks come on top, and so do the weights."""
+
+STATES_NOT_KEPT = (
+    "{name} has layers whose context is a state: no replica of it and no prefix of ended prompts is kept, and nothing "
+    "is drafted. Requests of a lost rank are computed again from their tokens; a drain moves their states."
+)
+"""The line for whoever serves a model of which a part of the cache cannot be replicated or shared."""
 
 
 @dataclasses.dataclass
@@ -59,6 +68,26 @@ class KVReplicas:
         self._lost: dict[int, RankReplica] = {}
         self._last_lost: dict[int, int] = {}
         self._steps: collections.deque[Batch] = collections.deque(maxlen=STEPS_KEPT)
+
+    @classmethod
+    def of_server(cls, settings: Settings, model: PreparedModel, pages_per_rank: int, *, single_host: bool) -> Self:
+        """The replicas of a server, whose ranks have caches of so many pages. Raises StartError where they are asked
+        for and cannot be kept."""
+        wanted = settings.kv_replication
+        if model.state_bytes and wanted in ("memory", "stream"):
+            raise StartError(
+                f"kv_replication is {wanted!r}, but {model.name} has layers whose context is a state, of which no "
+                "replica is kept yet. Leave it out: requests of a lost rank are computed again from their tokens."
+            )
+        off = model.state_bytes or (wanted == "auto" and not single_host)
+        return cls.create(
+            "off" if off else wanted,
+            settings.ranks,
+            reason=STATES_NOT_KEPT.format(name=model.name) if model.state_bytes else "",
+            entries=pages_per_rank * settings.page_size,
+            entry_bytes=model.cache_bytes_per_token // settings.tensor,
+            tensor=settings.tensor,
+        )
 
     @classmethod
     def create(

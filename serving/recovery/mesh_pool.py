@@ -41,12 +41,20 @@ class MeshPool:
 
     def __init__(self, executor: RankExecutor, state: RecoveryState, log: Callable[[str], None]) -> None:
         self._state = state
-        self.shares_memory = False
-        """True when ranks exchange through shared memory, and connect without the coordination service."""
+        self._shares_memory = False
         self._executor = executor
         self._log = log
         self._connects = 0
         self._loading: asyncio.Task[None] | None = None
+
+    @property
+    def shares_memory(self) -> bool:
+        """True when ranks exchange through shared memory, and connect without the coordination service."""
+        return self._shares_memory
+
+    def on_configured(self, *, shares_memory: bool) -> None:
+        """A rank has answered how it exchanges; all do so in the same way."""
+        self._shares_memory = shares_memory
 
     @property
     def loading(self) -> bool:
@@ -141,7 +149,7 @@ class MeshPool:
                     connect = link_pb2.Connect(mesh=key.message(), warm=warm, exchange=exchange, number=number)
                     await self._executor.call_all("connect", dict.fromkeys(key.ranks, connect))
             except (RankLost, CommandFailed, asyncio.CancelledError) as error:  # the others must not wait for this rank
-                if not self.shares_memory:
+                if not self._shares_memory:
                     self._state.record(ServiceLost())
                 gone = error.rank if isinstance(error, RankLost) else None
                 self._executor.abort((r for r in key.ranks if r != gone), epoch, connecting=number)

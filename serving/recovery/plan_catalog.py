@@ -1,8 +1,10 @@
 """The plan for every set of ranks of a server. All are derived from the base plan: the set of ranks alone decides on
 which rank an expert is."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -56,7 +58,11 @@ class PlanCatalog:
     asked for. `cluster` has the host of each rank. Raises StartError when the ranks cannot serve even if all are
     alive."""
 
-    def __init__(self, settings: Settings, model: PreparedModel, cluster: Cluster) -> None:
+    def __init__(
+        self, settings: Settings, model: PreparedModel, cluster: Cluster, placement: Path | None = None
+    ) -> None:
+        self.placement = placement
+        """The file from which the next front reads the base plan, where experts have moved."""
         workload = model.workload(settings.page_size)
         try:
             self._problem = Problem(
@@ -74,6 +80,29 @@ class PlanCatalog:
             raise StartError(str(error)) from None
         depth = min(settings.lattice_depth, settings.ranks - 1)
         self._lattice: Lattice = build_lattice(self._problem, self.base, depth=depth)
+
+    @classmethod
+    def of_server(
+        cls,
+        settings: Settings,
+        model: PreparedModel,
+        cluster: Cluster | None,
+        placement: Path | None,
+        log: Callable[[str], None],
+    ) -> Self:
+        """The plans of a server; all its ranks run on the front's host when `cluster` is None. Their base plan is the
+        one that an earlier front wrote to `placement`, if it did. Raises StartError also when that file is no plan."""
+        hosts = [settings.host_of(rank) for rank in range(settings.ranks)]
+        plans = cls(settings, model, cluster or Cluster.local(settings.ranks, hosts=hosts), placement)
+        if placement is None or not placement.exists():
+            return plans
+        try:
+            taken = plans.place(Plan.from_json(placement.read_text()))
+        except (OSError, PlannerError) as error:
+            raise StartError(f"the placement in {placement} cannot be read: {error} Remove the file.") from None
+        if not taken:
+            log("the placement of an earlier front is not one of these ranks and this model: it is not used")
+        return plans
 
     @property
     def workload(self) -> Workload:

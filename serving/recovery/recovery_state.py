@@ -9,13 +9,13 @@ from serving.recovery.transitions import on
 
 
 class RecoveryState:
-    """The membership now. Effects of an event are given to `execute` before `record` returns; `wake` makes the engine's
-    loop look again at what is due."""
+    """The membership now. Effects of an event are given to `execute`, with the epoch after it, before `record` returns;
+    `wake` makes the engine's loop look again at what is due."""
 
     def __init__(
         self,
         membership: Membership | None = None,
-        execute: Callable[[Effect], None] = lambda effect: None,
+        execute: Callable[[Effect, int], None] = lambda effect, epoch: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._membership = membership or Membership()
@@ -32,6 +32,6 @@ class RecoveryState:
         before = self._membership
         self._membership, effects = on(before, event, clock.now())
         for effect in effects:
-            self._execute(effect)
+            self._execute(effect, self._membership.epoch)
         if self._membership is not before:
             self._wake()

@@ -1,8 +1,7 @@
 """The take-over: a new front goes on with the ranks that an earlier front left (docs/decisions/0010)."""
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import Protocol
+from collections.abc import Callable
 
 from serving.engine.page_pool import PageKey
 from serving.errors import NoCapacity
@@ -15,6 +14,7 @@ from serving.protocol import clock
 from serving.recovery.generations import Generations
 from serving.recovery.membership_events import Ready, Seen
 from serving.recovery.mesh_pool import MeshPool
+from serving.recovery.rank_start import RankStart
 from serving.recovery.recovery_state import RecoveryState
 
 TAKE_OVER_S = 5.0
@@ -23,31 +23,26 @@ CONFIGURE_S = 30.0
 """How long it may take to end what it does for the earlier front, and to answer."""
 
 
-class TakingFront(Protocol):
-    """The parts of a failover that a take-over uses."""
-
-    state: RecoveryState
-    meshes: MeshPool
-    generations: Generations
-
-    async def configure(self, rank: int) -> link_pb2.Held:
-        """Configure a rank. Returns what it holds of an earlier front."""
-        ...
-
-    def suspend(self, ranks: Collection[int], reason: str) -> None:
-        """Have these ranks wait for others."""
-        ...
-
-
 class TakeOver:
     """The take-over of one front. `keep_pages`: whether pages of the prefix caches of ranks stay valid; with tensor
     groups these may have changed while there was no front."""
 
     def __init__(
-        self, front: TakingFront, executor: RankExecutor, log: Callable[[str], None], *, keep_pages: bool
+        self,
+        executor: RankExecutor,
+        state: RecoveryState,
+        meshes: MeshPool,
+        generations: Generations,
+        rank_start: RankStart,
+        log: Callable[[str], None],
+        *,
+        keep_pages: bool,
     ) -> None:
-        self._front = front
         self._executor = executor
+        self._state = state
+        self._meshes = meshes
+        self._generations = generations
+        self._rank_start = rank_start
         self._log = log
         self._keep_pages = keep_pages
         self._known_pages: dict[int, dict[int, PageKey]] = {}
@@ -57,7 +52,6 @@ class TakeOver:
     async def run(self) -> bool:
         """Go on with the ranks that an earlier front left, with their weights, their caches and what they know of their
         pages. Ranks that do not attach in time are ended. False when none of them had served."""
-        front = self._front
         left = self._executor.adopt_left_ranks()
         if left:
             self._log(f"taking over {len(left)} ranks")
@@ -65,14 +59,14 @@ class TakeOver:
         attached = [(rank, held) for rank, held in found if not self._is_lost(rank)]
         served = {rank: held for rank, held in attached if held.generation}
         for rank in sorted({rank for rank, _ in attached} - served.keys()):
-            front.state.record(Ready(rank))
+            self._state.record(Ready(rank))
         known = {rank: read_pages(held.full) for rank, held in served.items()}
         one_generation = len({held.generation for held in served.values()}) == 1
-        goes_on = front.meshes.shares_memory and one_generation and all(held.serves for held in served.values())
+        goes_on = self._meshes.shares_memory and one_generation and all(held.serves for held in served.values())
         while served:
             pages = {rank: max(known[rank], default=-1) + 1 for rank in served}
             try:
-                await (front.generations.activate(served) if goes_on else front.generations.start(served, pages))
+                await (self._generations.activate(served) if goes_on else self._generations.start(served, pages))
                 self.ranks_taken_over = len(served)
                 if self._keep_pages:
                     self._known_pages = {rank: known[rank] for rank in served}
@@ -81,13 +75,13 @@ class TakeOver:
                 self._log(str(error) or "the ranks did not come together in time")
             except NoCapacity as error:
                 self.ranks_taken_over = len(served)
-                front.suspend(served, str(error))
+                self._generations.suspend(served, str(error))
                 return True
             lost = [rank for rank in served if self._is_lost(rank)]
             await asyncio.gather(*map(self._executor.fenced, lost))
             served = {rank: held for rank, held in served.items() if rank not in lost}
             goes_on = False
-        for rank in sorted(front.state.membership.ready):
+        for rank in sorted(self._state.membership.ready):
             self._executor.declare(rank, Cause("error", "nobody is left to join"), clock.now())
         return False
 
@@ -107,14 +101,14 @@ class TakeOver:
             async with asyncio.timeout(TAKE_OVER_S):
                 await self._executor.wait_attached(rank)
             async with asyncio.timeout(CONFIGURE_S):
-                held = await self._front.configure(rank)
-            newest = self._front.state.membership.weights
+                held = await self._rank_start.configure(rank)
+            newest = self._state.membership.weights
             if held.weights > newest.number:  # no plan can name what it is to have: its store is known to nobody
                 raise CommandFailed(
                     rank, "configure", f"has weights number {held.weights}, and those in force are {newest.number}"
                 )
             self._executor.monitor(rank)
-            self._front.state.record(Seen(held.generation, held.epoch))
+            self._state.record(Seen(held.generation, held.epoch))
         except (RankLost, CommandFailed, TimeoutError) as error:
             why = str(error) or "did not come back in time"
             self._executor.declare(rank, Cause("error", why), clock.now())

@@ -163,7 +163,7 @@ class WeightsUpdate:
             """Why a rank cannot read the weights; empty if it can, or was lost."""
             process = executor.get(rank)
             try:
-                await self._server.failover.stage_weights(rank, version)
+                await self._server.failover.rank_start.stage_weights(rank, version)
                 staged[rank] = process
             except RankLost:
                 await asyncio.sleep(POLL_S)
@@ -230,7 +230,9 @@ class WeightsUpdate:
         server.state = migration.hold_requests(server.state, False)
         server.wake()
         server.events.emit(EventKind.WEIGHTS_REFUSED, failover.epoch, cause=cause, message=f"version {version.label}")
-        drops = (failover.stage_weights(rank, failover.membership.weights) for rank in self._configured_ranks())
+        drops = (
+            failover.rank_start.stage_weights(rank, failover.membership.weights) for rank in self._configured_ranks()
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DROP_TIMEOUT_S):
                 await asyncio.gather(*drops, return_exceptions=True)

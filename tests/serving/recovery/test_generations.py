@@ -54,7 +54,7 @@ def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
 
         monkeypatch.setattr(m.executor, "wait_attached", never)
         with pytest.raises(RankLost, match=r"not ready within 0\.01 s"):
-            await m.failover.start_rank(1)
+            await m.failover.rank_start.start(1)
         process = m.executor.get(1)
         assert process is not None
         assert process.loss is not None

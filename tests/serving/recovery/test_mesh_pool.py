@@ -106,7 +106,7 @@ def test_a_mesh_is_connected_only_after_all_of_its_ranks_have() -> None:
 @pytest.mark.parametrize("shares_memory", [True, False])
 def test_when_a_rank_dies_while_a_mesh_connects_the_others_are_let_go(shares_memory: bool) -> None:
     async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
-        pool.shares_memory = shares_memory
+        pool.on_configured(shares_memory=shares_memory)
         ranks.lost = {1}
         with pytest.raises(RankLost):
             await pool.connect(ALL, 3, warm=False)
