@@ -9,8 +9,8 @@ from serving.recovery.membership_events import DropParity, DropRank, Effect, Rep
 
 
 class Effects:
-    """What is done at once when the membership of one server changes. `forget_process_id` is called with a rank whose
-    process id in the coordination service is not used again."""
+    """Does at once what a change of the membership of one server asks for. `forget_process_id` is called with a rank
+    whose process id in the coordination service is not used again."""
 
     def __init__(
         self,
