@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 
 from planner.cli.command import CommandResult, read_words, with_store, write_text
 from planner.cli.table import table, terminal_width
+from planner.cost.band import range_text
 from planner.errors import InputError, NoFeasiblePlan
 from planner.failures.certificate import LossesOfASize, Terms, Verdict, certify, read_service_levels
 from planner.failures.certificate_file import Certificate, certificate, read_certificate, read_key
+from planner.failures.loss_bands import LossBands, range_cells
 from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
 from planner.inputs.recovery_times import read_recovery_times
 from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
@@ -43,7 +45,8 @@ def run(options: Namespace) -> CommandResult:
     if options.key:
         made = made.signed(read_key(options.key))
     write_text(options.out, made.to_json())
-    lines = [*_heading(terms, most), *_verdict_lines(verdict)]
+    bands = LossBands(losses)
+    lines = [*_heading(terms, most), *_verdict_lines(verdict), bands.source()]
     if not verdict.holds:
         lines.append(_way_out(losses, terms, most))
     if options.out:
@@ -74,13 +77,20 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
         lines.append("not proven: there are more losses than the bound covers and could be priced")
     else:
         lines.append("holds: every loss keeps it")
+    if verdict.holds:
+        sure = (
+            f"not at the worse ends of the ranges: {verdict.unsure}" if verdict.unsure else "also at their worse ends"
+        )
+        lines.append(sure)
     return lines
 
 
 def _row(size: LossesOfASize) -> list[str]:
-    worst = size.worst
-    figures = [f"{worst[name]:,.1f}" if name in worst else "-" for name in ("tpot_ms", "stall_ms", "moved_stall_ms")]
-    capacity = f"{worst['capacity']:.1%}" if worst else "-"
+    if "tpot_ms" in size.ranges and size.worst["stall_ms"] < inf:
+        figures, (stall, own, capacity) = [range_text(size.ranges["tpot_ms"])], range_cells(size.ranges)
+        figures += [stall, own]
+    else:
+        figures, capacity = ["never"] * 3 if size.worst else ["-"] * 3, "0.0%" if size.worst else "-"
     kept = "no" if size.failing else "not proven" if size.unfinished else "yes"
     return [f"{size.lost} {size.kind}", f"{size.losses:,}", f"{size.priced:,}", *figures, capacity, kept]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from planner.cli import explain as explanations
@@ -21,15 +21,15 @@ from planner.cli.report import (
 )
 from planner.cli.table import terminal_width
 from planner.cli.verify import verify_report
-from planner.cost.band import band_of, short
+from planner.cost.band import band_of
 from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
 from planner.cost.calibration import calibrate, read_steps
 from planner.cost.front import pace_of
 from planner.cost.throughput import assess
 from planner.errors import InputError
-from planner.failures.loss_bands import loss_band, loss_ranges
+from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
 from planner.failures.loss_forecast import check_gate, forecast_losses, summarise, worst_by_kind
-from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
+from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.simulate import timeline
@@ -60,17 +60,16 @@ def degrade(options: Namespace) -> CommandResult:
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; it must be at least 0")
     outcomes, sampled = forecast_losses(losses, kinds=kinds, pairs=_pairs(options.pairs), seed=options.seed)
-    summary = summarise(outcomes)
+    bands = LossBands(losses)
+    summary = summarise(outcomes, bands.of)
     broken = check_gate(options.gate, summary) if options.gate else []
     ready = preparations(deployment.plan)
     width = terminal_width()
     lines = [
-        degrade_report(summary, sampled, recovery.source, width=width),
+        degrade_report(summary, sampled, recovery.source, bands.source(), width=width),
         preparation_report(ready, width=width),
         pace_line(kept),
     ]
-    ranges = {kind: loss_ranges(losses, o) for kind, o in worst_by_kind(outcomes).items()}
-    lines += [_range_line(kind, each) for kind, each in ranges.items()]
     lines += [f"gate does not hold: {b}" for b in broken]
     if options.pictures:
         drawn = pictures().draw_losses(losses, outcomes, options.pictures, "svg" if options.svg else "png")
@@ -78,9 +77,9 @@ def degrade(options: Namespace) -> CommandResult:
     data = {
         "summary": summary,
         "pairs_sampled_of": sampled,
-        "losses": [{**o.to_dict(), "ranges": loss_ranges(losses, o)} for o in outcomes],
-        "ranges": ranges,
-        "band": loss_band(losses).to_dict(),
+        "losses": [{**o.to_dict(), "ranges": bands.of(o)} for o in outcomes],
+        "ranges": {kind: bands.of(o) for kind, o in worst_by_kind(outcomes).items()},
+        "band": bands.to_dict(),
         "gate_broken": broken,
         "preparation": {name: asdict(each) for name, each in ready.items()},
         "recovery": asdict(recovery),
@@ -88,15 +87,6 @@ def degrade(options: Namespace) -> CommandResult:
     }
     survivable = all(r["survivable"] == r["cases"] for r in summary if r["kind"] == "rank")
     return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
-
-
-def _range_line(kind: str, ranges: Mapping[str, Mapping[str, float]]) -> str:
-    """The ranges of the worst loss of a kind."""
-    stall, own = ranges["stall_ms"], ranges["moved_stall_ms"]
-    return (
-        f"worst {kind}: others wait {short(stall['low'])}-{short(stall['high'])} ms, "
-        f"its own {short(own['low'])}-{short(own['high'])} ms"
-    )
 
 
 def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Namespace) -> CommandResult:
@@ -109,15 +99,25 @@ def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Name
     recovery = read_recovery_times(options.measured) if options.measured else None
     kinds = [kind for kind in options.kinds.split(",") if kind in POOL_KINDS]
     outcomes = forecast_pool_losses(pooled, recovery, means, kinds=kinds)
-    summary = summarise(outcomes)
+    bands = pool_loss_bands(pooled)
+
+    def ranges(outcome: LossOutcome) -> Ranges:
+        return bands[outcome.kind.split("_")[0]].of(outcome)
+
+    summary = summarise(outcomes, ranges)
     broken = check_gate(options.gate, summary) if options.gate else []
     source = (recovery or RecoveryTimes()).source
     lines = [
-        degrade_report(summary, 0, source, width=terminal_width()),
+        degrade_report(summary, 0, source, bands["decode"].source(), width=terminal_width()),
         f"pools for prompts and decode: {PLANNED_ONLY}",
     ]
     lines += [f"gate does not hold: {b}" for b in broken]
-    data = {"summary": summary, "losses": [o.to_dict() for o in outcomes], "gate_broken": broken}
+    data = {
+        "summary": summary,
+        "losses": [{**o.to_dict(), "ranges": ranges(o)} for o in outcomes],
+        "band": {name: each.to_dict() for name, each in bands.items()},
+        "gate_broken": broken,
+    }
     survivable = all(row["survivable"] == row["cases"] for row in summary if row["kind"].endswith("_rank"))
     return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
 

@@ -11,6 +11,7 @@ from planner.cli.command import CommandResult, write_text
 from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
 from planner.cost.band import band_of
 from planner.cost.throughput import Candidate, assess, decode_speed, pareto
+from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
@@ -30,16 +31,21 @@ def report(options: Namespace) -> CommandResult:
     found = read_any_deployment(options.plan)
     pools = found.pools() if isinstance(found, PooledDeployment) else {"": found}
     sections = [_head(found, pools), _topology(pools), _memory(pools), _steps(pools)]
+    ranges: Callable[[LossOutcome], Ranges]
     if isinstance(found, PooledDeployment):
-        outcomes = forecast_pool_losses(found)
+        outcomes, bands = forecast_pool_losses(found), pool_loss_bands(found)
+        ranges = lambda o: bands[o.kind.split("_")[0]].of(o)  # noqa: E731
     else:
-        outcomes = forecast_losses(LossModel(found), kinds=POOL_KINDS)[0]
+        losses = LossModel(found)
+        outcomes, ranges = forecast_losses(losses, kinds=POOL_KINDS)[0], LossBands(losses).of
         sections.append(_trade_off(found))
     sections.append(_losses(pools, outcomes))
     sections += [_months(name, pool, options) for name, pool in pools.items() if pool.work != "prompts"]
     title = f"{next(iter(pools.values())).workload.name} on {next(iter(pools.values())).cluster.name}"
     write_text(options.html, page(title, sections))
-    return CommandResult(data={"html": options.html, "losses": summarise(outcomes)}, text=f"wrote {options.html}")
+    return CommandResult(
+        data={"html": options.html, "losses": summarise(outcomes, ranges)}, text=f"wrote {options.html}"
+    )
 
 
 def _assessed(d: Deployment) -> Candidate:

@@ -7,9 +7,11 @@ from math import inf
 from typing import Any
 
 from planner.cli.table import table
+from planner.cost.band import own_range, range_text
 from planner.cost.design import Design
 from planner.cost.front import Pace
 from planner.cost.throughput import Candidate, gb
+from planner.failures.loss_bands import LossBands, range_cells
 from planner.failures.loss_model import LossOutcome
 from planner.failures.simulate import PolicyResult
 from planner.inputs.workload import Workload
@@ -34,24 +36,27 @@ def design_report(design: Design, *, runners_up: int = 8, width: int | None = No
         f"  {best.tokens_per_second:,.0f} tokens/s ({best.per_device():,.0f} a device), "
         f"{best.tokens_per_second_per_user:.1f} a user, "
         f"first token after {best.ttft_seconds:.2f} s  [estimate]",
+        *_band_lines(design),
         f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank",
     ]
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
+        band = design.band(best)
         lines.append(f"  step {best.step.total * 1e3:.1f} ms: {parts}  [estimate]")
-        lines += _band_lines(design)
+        lines.append(f"  {band.text(best.step.total * 1e3, 'tpot', 'ms')}, each part by the same factor")
     if w.experts:
         lines.append(
             f"  hottest rank {design.peak:.3f} x the mean; {(d.plan.copies() >= 2).mean():.0%} of experts have "
             f"two copies or more, {len(d.plan.parity)} parity slots"
         )
     if d.traffic.rps:
-        lines.append(f"  {best.tokens_per_second / d.traffic.output:.3g} requests/s, asked {d.traffic.rps:g}")
+        served = design.band(best).text(best.tokens_per_second / d.traffic.output, "rate", "requests/s")
+        lines.append(f"  {served}, asked {d.traffic.rps:g}")
     for device, uses in best.memory_by_device().items():
         lines += ["", f"memory of {device}", *memory_bars(d, uses)]
     lines += ["", "shapes compared, best first"]
-    rows = [_candidate_row(c, design.candidates[0], rps=d.traffic.rps) for c in design.candidates[:runners_up]]
-    lines.append(table(["shape", "tokens/s", "a device", "a user", "TTFT s", "why not"], rows, width=width))
+    rows = [_candidate_row(c, design) for c in design.candidates[:runners_up]]
+    lines.append(table(["shape", "tokens/s", "a user", "TTFT s", "why not"], rows, width=width))
     left = len(design.candidates) - runners_up
     return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
 
@@ -59,10 +64,14 @@ def design_report(design: Design, *, runners_up: int = 8, width: int | None = No
 def _band_lines(design: Design) -> list[str]:
     """The figures of the chosen shape as ranges, and why they are as wide."""
     best, band = design.chosen, design.band(design.chosen)
+    if best.step is None:
+        return []
     return [
-        f"  a token every {band.text(1e3 / best.tokens_per_second_per_user, 'tpot', 'ms')}, "
-        f"the first after {band.text(best.ttft_seconds, 'ttft', 's')}, "
-        f"{band.text(best.tokens_per_second, 'rate', 'tokens/s')}",
+        f"  {band.text(best.tokens_per_second, 'rate', 'tokens/s')} "
+        f"({band.text(best.per_device(), 'rate', 'a device')}), "
+        f"{band.text(best.tokens_per_second_per_user, 'tpot', 'a user')}, "
+        f"a token every {band.text(1e3 / best.tokens_per_second_per_user, 'tpot', 'ms')}, "
+        f"the first after {band.text(best.ttft_seconds, 'ttft', 's')}",
         f"  {band.source()}",
     ]
 
@@ -73,8 +82,9 @@ def _layers(w: Workload) -> str:
     return f"{w.moe_layers} MoE layers x {w.experts} experts, top {w.experts_per_token}"
 
 
-def _candidate_row(c: Candidate, best: Candidate, *, rps: float | None) -> list[str]:
-    reason = c.reason
+def _candidate_row(c: Candidate, design: Design) -> list[str]:
+    """A shape compared: its figures as ranges, and why it was not chosen."""
+    reason, best, rps = c.reason, design.candidates[0], design.deployment.traffic.rps
     if not reason and c is not best and rps:
         reason = f"{1 - c.tokens_per_second_per_user / best.tokens_per_second_per_user:.1%} slower for a user"
     elif not reason and c is not best:
@@ -82,8 +92,9 @@ def _candidate_row(c: Candidate, best: Candidate, *, rps: float | None) -> list[
         reason = f"{less:.1%} fewer tokens/s" + _bottleneck(c, best)
         if less < 0:
             reason = f"{-less:.1%} more tokens/s if its experts balanced perfectly; not placed"
-    figures = (c.tokens_per_second, c.per_device(), c.tokens_per_second_per_user, c.ttft_seconds)
-    numbers = [f"{x:,.{p}f}" if c.step else "-" for x, p in zip(figures, (0, 0, 1, 2), strict=True)]
+    ranges = design.ranges(c).get("ranges", {})
+    names = ("tokens_per_second", "tokens_per_second_per_user", "ttft_s")
+    numbers = [range_text(ranges[name]) if ranges else "-" for name in names]
     return [c.shape.describe(), *numbers, "chosen" if c is best else reason]
 
 
@@ -113,10 +124,11 @@ def memory_bars(deployment: Deployment, uses: Sequence[tuple[str, int]]) -> list
     return lines
 
 
-def degrade_report(summary: Sequence[dict], sampled: int, phases: str, *, width: int | None = None) -> str:
-    """A few lines for each kind of loss, and a table of the worst losses, each with its own figures.
+def degrade_report(summary: Sequence[dict], sampled: int, phases: str, source: str, *, width: int | None = None) -> str:
+    """A few lines for each kind of loss, and a table of the worst losses, each with its own figures as ranges.
 
-    `phases` is the source of the phases of a recovery; `width` is that of the table, None without a limit.
+    `phases` is the source of the phases of a recovery, `source` that of the ranges; `width` is that of the table, None
+    without a limit.
     """
     lines = []
     for r in summary:
@@ -124,40 +136,45 @@ def degrade_report(summary: Sequence[dict], sampled: int, phases: str, *, width:
         name = "1-rank" if r["kind"] == "rank" else r["kind"]
         line = f"{name} losses{of}: {r['survivable']}/{r['cases']} survivable"
         if r["survivable"]:
+            stall, own, _ = range_cells(r["worst_ranges"])
             line += (
-                f", {r['from_memory']} of them without the store, worst stall {r['worst_stall_ms']:,.0f} ms "
-                f"(streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms)"
+                f", {r['from_memory']} of them without the store, worst stall {r['worst_stall_ms']:,.0f} ms ({stall}), "
+                f"of streams of dead ranks {r['worst_moved_stall_ms']:,.0f} ms ({own})"
             )
         lines.append(line)
         if r["worst_phases_ms"]:
             worst = " + ".join(f"{name} {ms:,.0f}" for name, ms in r["worst_phases_ms"].items())
             lines.append(f"  worst {r['worst_name']}: {worst} ms")
         lines += [f"  {reason}" for reason in r["reasons"]]
-    worst = [(f"{r['kind']} {w['name']}", w) for r in summary for w in r["worst"]]
+    worst = [(f"{r['kind'].replace('_', ' ')} {w['name']}", w) for r in summary for w in r["worst"]]
     if worst:
         masked = any(w["masked"] for _, w in worst)
         more = ["masked", "quality"] if masked else []
-        head = ["loss", "stall ms", "its own", "moved", "capacity", *more, "cache tokens", "expert traffic"]
+        head = ["loss", "stall ms", "its own", "moved", "capacity", *more]
         rows = [[name, *_loss_cells(w, masked=masked), ", ".join(w["worst_in"])] for name, w in worst]
         lines += ["", table([*head, "the worst in"], rows, width=width), ""]
         for name, w in worst:
             means = ", ".join(f"{means} {count:,}" for means, count in w["means"].items())
-            lines.append(f"{name}: {means or 'nothing to restore'}")
+            lines.append(
+                f"{name}: {means or 'nothing to restore'}; {w['cache_tokens']:,} cache tokens, "
+                f"{w['traffic_lost']:.2%} of expert traffic"
+            )
     messages = "messages [measured on simulated ranks, docs/scale.md]"
-    return "\n".join([*lines, "", f"detection, abort and adoption [{phases}], {messages}, all else [estimate]", ""])
+    return "\n".join(
+        [*lines, "", f"detection, abort and adoption [{phases}], {messages}, all else [estimate]", source, ""]
+    )
 
 
 def _loss_cells(loss: Mapping[str, Any], *, masked: bool) -> list[str]:
     """The figures of one loss as cells of a table, those of masking only where some loss masks experts."""
     quality = [str(loss["masked"]), f"{loss['score']:.1%}"] if masked else []
+    stall, own, capacity = range_cells(loss["ranges"])
     return [
-        f"{loss['stall_ms']:,.0f}",
-        f"{loss['moved_stall_ms']:,.0f}",
+        stall,
+        own,
         gb(loss["bytes"]),
-        f"{loss['capacity']:.1%}",
+        capacity,
         *quality,
-        f"{loss['cache_tokens']:,}",
-        f"{loss['traffic_lost']:.2%}",
     ]
 
 
@@ -183,7 +200,11 @@ def pace_line(pace: Pace | None) -> str:
     if pace is None:
         return ""
     ranks = pace.ranks_step * 1e3
-    need = f"{pace.front_step * 1e3:,.0f} ms" if pace.front_step < inf else "all its time to watch the ranks"
+    need = (
+        f"{range_text(own_range(pace.front_step * 1e3))} ms"
+        if pace.front_step < inf
+        else "all its time to watch the ranks"
+    )
     if pace.kept:
         return f"one front keeps pace: a step takes it {need}, the ranks {ranks:,.1f} ms"
     each = pace.requests / pace.ranks
@@ -193,12 +214,17 @@ def pace_line(pace: Pace | None) -> str:
     )
 
 
-def stall_line(outcome: LossOutcome) -> str:
-    """How long the loss of a rank stalls the streams of others, by phase."""
+def stall_line(outcome: LossOutcome, bands: LossBands) -> str:
+    """How long the loss of a rank stalls the streams of others, by phase, and the range of the sum."""
     if not outcome.survivable:
         return f"the loss of rank {outcome.name} is not survivable: {outcome.reason}"
     phases = " + ".join(f"{name} {seconds * 1e3:,.0f}" for name, seconds in outcome.phases.items())
-    return f"the loss of rank {outcome.name} stalls other streams {outcome.stall * 1e3:,.0f} ms: {phases}  [estimate]"
+    stall, own, capacity = range_cells(bands.of(outcome))
+    return (
+        f"the loss of rank {outcome.name} stalls other streams {outcome.stall * 1e3:,.0f} ms: {phases}  [estimate]\n"
+        f"  {stall} ms, its own streams {own} ms, {capacity} of tokens/s left\n"
+        f"  {bands.source()}"
+    )
 
 
 def simulate_report(accounts: Sequence[PolicyResult], days: float, *, width: int | None = None) -> str:

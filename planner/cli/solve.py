@@ -18,6 +18,7 @@ from planner.cost.design import Design, design
 from planner.cost.front import pace_of
 from planner.cost.pools import PooledDesign, design_pools
 from planner.errors import InputError, NoFeasiblePlan, PlannerError
+from planner.failures.loss_bands import LossBands
 from planner.failures.loss_model import LossModel
 from planner.inputs.cluster import Cluster, read_cluster
 from planner.inputs.published import draft_layers, find_published, is_published, workload_from
@@ -51,7 +52,11 @@ def solve(options: Namespace) -> CommandResult:
     )
     if len(found) + len(failed) > 1:
         data["architectures"] = {
-            arch: {"tokens_per_second": _rate(each), "tokens_per_second_per_user": _per_user(each)}
+            arch: {
+                "tokens_per_second": _rate(each),
+                "tokens_per_second_per_user": _per_user(each),
+                **(each.ranges() if isinstance(each, PooledDesign) else each.ranges(each.chosen)),
+            }
             for arch, each in found.items()
         } | {arch: {"reason": reason} for arch, reason in failed.items()}
         text += "\n\n" + architectures_report(found, failed, best, width=terminal_width())
@@ -116,9 +121,10 @@ def _result(found: Design, config: Mapping[str, Any], options: Namespace) -> tup
     """The result of a design of one mesh, as data and as text; writes the plan file and the pictures."""
     deployment = replace(found.deployment, config=config)
     write_text(options.out, deployment.to_json())
-    first = LossModel(deployment).outcome(deployment.plan.rank_ids[:1])
+    losses = LossModel(deployment)
+    first, bands = losses.outcome(deployment.plan.rank_ids[:1]), LossBands(losses)
     kept = pace_of(deployment.workload, found.chosen)
-    lines = [design_report(found, width=terminal_width()), "", stall_line(first), pace_line(kept)]
+    lines = [design_report(found, width=terminal_width()), "", stall_line(first, bands), pace_line(kept)]
     if options.pictures:
         kind = "svg" if options.svg else "png"
         lines += [f"drew {p}" for p in pictures().draw_design(found, options.pictures, kind)]
@@ -128,7 +134,7 @@ def _result(found: Design, config: Mapping[str, Any], options: Namespace) -> tup
         "candidates": [{**c.to_dict(), **found.ranges(c)} for c in found.candidates],
         "pareto": found.pareto,
         "peak_load": found.peak,
-        "first_loss": first.to_dict(),
+        "first_loss": {**first.to_dict(), "band": bands.to_dict(), "ranges": bands.of(first)},
         "front": kept.to_dict() if kept else None,
     }
     return data, "\n".join(lines)
@@ -149,10 +155,16 @@ def _pooled_result(found: PooledDesign, config: Mapping[str, Any], options: Name
         "deployment": json.loads(pooled.to_json()),
         "pools": {**asdict(found.rates), "rate": found.rates.rate, "instances": found.instances},
         **found.ranges(),
-        "prefill": found.prefill.chosen.to_dict(),
+        "prefill": {**found.prefill.chosen.to_dict(), **found.prefill.ranges(found.prefill.chosen)},
         "decode": {**found.decode.chosen.to_dict(), **found.decode.ranges(found.decode.chosen)},
         "splits": [
-            {"hosts_of_an_instance": size, "instances": count, "hosts_for_decode": rest, **asdict(rates)}
+            {
+                "hosts_of_an_instance": size,
+                "instances": count,
+                "hosts_for_decode": rest,
+                **asdict(rates),
+                **found.ranges(rates),
+            }
             for size, count, rest, rates in found.splits
         ],
     }

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 GAP = 2  # columns between two cells
-NARROW = 14  # least width of a column of text that is folded
+NARROW = 10  # least width of a column of text that is folded
 
 
 def terminal_width() -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import HERE, engine_of, read_profile
@@ -14,6 +16,9 @@ UNCHECKED = 2.0
 BEYOND = 1.5
 """The least error factor of figures beyond what was measured, an assumption: all published figures of wide expert
 parallel deployments lie within it (docs/results/planner_accuracy.md)."""
+OWN = 1.25
+"""The error factor of phases of a recovery that were measured, and of the front's work, which follows lines through
+measurements: an assumption."""
 FEW = 10
 QUANTITIES = ("tpot", "ttft", "rate")
 
@@ -39,8 +44,7 @@ class Band:
 
     def text(self, value: float, quantity: str, unit: str) -> str:
         """`value` as a range, such as "18-26 ms"."""
-        ends = self.around(value, quantity)
-        return f"{short(ends['low'])}-{short(ends['high'])} {unit}"
+        return f"{range_text(self.around(value, quantity))} {unit}"
 
     def source(self, quantity: str = "tpot") -> str:
         """The reason for the width of the band, in brackets."""
@@ -55,8 +59,23 @@ class Band:
         return {"error_factor": factors, "settings": self.count, "outside_of_measured": self.beyond}
 
 
+def range_text(ends: Mapping[str, float]) -> str:
+    """{low, high} as "18.0-26.0", or as one number where both look alike."""
+    low, high = short(ends["low"]), short(ends["high"])
+    return low if low == high else f"{low}-{high}"
+
+
+def own_range(value: float) -> dict[str, float]:
+    """Seconds of the front, or of measured phases, as {low, mid, high}."""
+    return {"low": value / OWN, "mid": value, "high": value * OWN}
+
+
 def short(value: float) -> str:
-    """A number with three digits."""
+    """A number with three digits; `never` for endless seconds."""
+    if value == inf:
+        return "never"
+    if not value:
+        return "0"
     if value >= 999.5:
         value = float(f"{value:.3g}")
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -43,9 +43,14 @@ class Design:
 
     @cached_property
     def pareto(self) -> list[dict]:
-        """The trade-off between speed for a user and for a device, over the shapes compared (`throughput.pareto`)."""
-        d, shapes = self.deployment, [c.shape for c in self.candidates if c.step]
-        return pareto(d.workload, d.cluster, shapes, d.traffic, peak=self.peak)
+        """The trade-off between speed for a user and for a device, over the shapes compared (`throughput.pareto`), each
+        point with its `ranges`."""
+        d, shapes, band = self.deployment, [c.shape for c in self.candidates if c.step], self.band(self.chosen)
+        points = pareto(d.workload, d.cluster, shapes, d.traffic, peak=self.peak)
+        return [
+            {**point, "ranges": {name: band.around(point[name], "tpot") for name in ("per_user", "per_device")}}
+            for point in points
+        ]
 
     def band(self, candidate: Candidate) -> Band:
         """How far off predictions of the candidate's kind were."""
@@ -60,10 +65,12 @@ class Design:
         band = self.band(candidate)
         per_user = candidate.tokens_per_second_per_user
         figures = {
-            "tpot_s": band.around(1 / per_user, "tpot"),
+            **({"tpot_s": band.around(1 / per_user, "tpot")} if per_user else {}),
             "step_s": band.around(candidate.step.total, "tpot"),
+            **{f"step_{name}_s": band.around(part, "tpot") for name, part in candidate.step.parts().items()},
             "ttft_s": band.around(candidate.ttft_seconds, "ttft"),
             "tokens_per_second": band.around(candidate.tokens_per_second, "rate"),
+            "tokens_per_second_per_device": band.around(candidate.per_device(), "rate"),
             "tokens_per_second_per_user": band.around(per_user, "tpot"),
         }
         return {"band": band.to_dict(), "ranges": figures}

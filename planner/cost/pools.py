@@ -79,14 +79,17 @@ class PooledDesign:
         beyond = ", ".join(filter(None, (own.beyond, "pools for prompts and decode")))
         return Band(count=own.count, beyond=beyond, **factors)
 
-    def ranges(self) -> dict:
-        """The figures as {low, mid, high}, and the band's source, for JSON."""
-        band = self.band()
+    def ranges(self, rates: PoolRates | None = None) -> dict:
+        """The figures of a split (None: the chosen one) as {low, mid, high}, and the band's source, for JSON."""
+        band, rates = self.band(), rates or self.rates
         figures = {
-            "tpot_s": band.around(self.rates.tpot, "tpot"),
-            "ttft_s": band.around(self.rates.ttft, "ttft"),
-            "tokens_per_second": band.around(self.tokens_per_second, "rate"),
-            "tokens_per_second_per_user": band.around(self.tokens_per_second_per_user, "tpot"),
+            "tpot_s": band.around(rates.tpot, "tpot"),
+            "ttft_s": band.around(rates.ttft, "ttft"),
+            "tokens_per_second": band.around(rates.rate * self.decode.deployment.traffic.output, "rate"),
+            "tokens_per_second_per_user": band.around(1 / rates.tpot, "tpot"),
+            "requests_per_second_of_prompts": band.around(rates.prompts, "rate"),
+            "requests_per_second_of_decode": band.around(rates.decode, "rate"),
+            "transfer_s": band.around(rates.transfer_seconds, "ttft"),
         }
         return {"band": band.to_dict(), "ranges": figures}
 

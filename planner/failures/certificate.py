@@ -11,12 +11,14 @@ which grows with the experts lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations, islice
 from math import comb, inf
 from typing import Any
 
+from planner.cost.band import own_range
 from planner.errors import InputError
+from planner.failures.loss_bands import LossBands, Ranges
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.loss_types import LossTypes
 from planner.failures.lost_copies import LostCopies
@@ -77,8 +79,8 @@ class LossesOfASize:
     """All losses of `lost` units of a `kind`: how many there are, how many were priced one by one, and the worst of the
     figures of those priced and of the bound on all others.
 
-    `failing` is a loss that misses the service levels, as `missed` says; None when none does. `unfinished` is True when
-    some losses are neither proven nor priced.
+    `ranges` are the worst figures as {low, mid, high}. `failing` is a loss that misses the service levels, as `missed`
+    says; None when none does. `unfinished` is True when some losses are neither proven nor priced.
     """
 
     kind: str
@@ -86,6 +88,7 @@ class LossesOfASize:
     losses: int
     priced: int
     worst: Mapping[str, float]
+    ranges: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     failing: LossOutcome | None = None
     missed: str = ""
     unfinished: bool = False
@@ -95,11 +98,13 @@ class LossesOfASize:
 class Verdict:
     """The sizes of losses that were checked, in ascending number of ranks, up to the first with a loss that fails.
 
-    `missed` says what the plan itself misses before any loss.
+    `missed` says what the plan itself misses before any loss, `unsure` what would be missed at the worse ends of the
+    ranges.
     """
 
     sizes: tuple[LossesOfASize, ...]
     missed: str = ""
+    unsure: str = ""
 
     @property
     def holds(self) -> bool:
@@ -117,9 +122,13 @@ class Verdict:
         rows = []
         for s in self.sizes:
             worst = {name: value if value < inf else None for name, value in s.worst.items()}
+            ranges = {
+                name: {end: value if value < inf else None for end, value in each.items()}
+                for name, each in s.ranges.items()
+            }
             failing = s.failing and {"name": s.failing.name, "ranks": list(s.failing.dead), "missed": s.missed}
-            rows.append({**asdict(replace(s, failing=None)), "worst": worst, "failing": failing})
-        return {"holds": self.holds, "missed": self.missed, "sizes": rows}
+            rows.append({**asdict(replace(s, failing=None)), "worst": worst, "ranges": ranges, "failing": failing})
+        return {"holds": self.holds, "missed": self.missed, "unsure": self.unsure, "sizes": rows}
 
 
 def certify(losses: LossModel, terms: Terms, *, each: int = EACH, most_priced: int = MOST_PRICED) -> Verdict:
@@ -137,7 +146,7 @@ class _Certification:
     def __init__(self, losses: LossModel, terms: Terms, each: int, most_priced: int) -> None:
         self.losses, self.terms, self.each, self.most_priced = losses, terms, each, most_priced
         self.capacity_model, self.plan = losses.capacity_model, losses.deployment.plan
-        self.types = LossTypes(self.capacity_model)
+        self.types, self.bands = LossTypes(self.capacity_model), LossBands(losses)
 
     def run(self) -> Verdict:
         """Check size after size; stop where a loss fails and no later size has a smaller one."""
@@ -148,7 +157,15 @@ class _Certification:
             done.append(self._check(kind, lost, units))
             if done[-1].failing:
                 smallest = min(smallest, len(done[-1].failing.dead))
-        return Verdict(sizes=tuple(done), missed=missed)
+        return Verdict(sizes=tuple(done), missed=missed, unsure="" if missed else self._unsure(done))
+
+    def _unsure(self, done: Sequence[LossesOfASize]) -> str:
+        """The first service levels that are missed at the worse ends of the ranges; empty when none are."""
+        for size in done:
+            ends = {name: each["low" if name == "capacity" else "high"] for name, each in size.ranges.items()}
+            if ends and not size.failing and (missed := self.terms.levels.missed(ends)):
+                return f"{size.lost} {size.kind}: {missed}"
+        return ""
 
     def _sizes(self) -> list[tuple[int, str, int, list[tuple[int, ...]]]]:
         """Each kind and number of units to lose, with the units, by the fewest ranks that such a loss takes."""
@@ -164,7 +181,7 @@ class _Certification:
     def _missed_whole(self) -> str:
         """The service levels that the plan misses before any loss; empty when it keeps all."""
         nobody = survivors(self.losses.deployment, (), self.capacity_model, self.losses.means)
-        tpot = self._tpot_ms(nobody, self.capacity_model.shape.slots)
+        tpot = self._tpot_ms(nobody, self.capacity_model.shape.slots)["mid"]
         figures = {"tpot_ms": tpot, "stall_ms": 0.0, "moved_stall_ms": 0.0, "capacity": 1.0}
         missed = self.terms.levels.missed(figures)
         return f"before any loss: {missed}" if missed else ""
@@ -183,10 +200,11 @@ class _Certification:
             return found if found.failing else self._priced(kind, lost, count, units, every)
         copies = LostCopies(self.plan, units, lost)
         kept = _largest(copies.most(), lambda few: all(self._bound(dead, few) for dead in examples))
-        bounds = [self._bound(dead, kept) or {} for dead in examples]
+        bounds = [bound for dead in examples if (bound := self._bound(dead, kept))]
         above = copies.sets_above(kept) if kept < copies.most() else ()
         found = self._priced(kind, lost, count, units, above)
-        return replace(found, worst=_worst([*bounds, found.worst]))
+        ranges = _worst([*bounds, found.ranges])
+        return replace(found, worst=_mid(ranges), ranges=ranges)
 
     def _priced(
         self, kind: str, lost: int, count: int, units: list[tuple[int, ...]], sets: Iterable[tuple[int, ...]]
@@ -195,36 +213,30 @@ class _Certification:
         chosen = list(islice(sets, self.most_priced + 1))
         more, chosen = len(chosen) > self.most_priced, chosen[: self.most_priced]
         chosen.sort(key=lambda each: sum(len(units[at]) for at in each))
-        rows: list[dict[str, float]] = []
+        rows: list[Ranges] = []
         for at, each in enumerate(chosen):
             outcome = self.losses.outcome(_ranks(units, each), kind=kind, name=_name(self.losses, kind, units, each))
-            figures, missed = self._figures(outcome)
-            rows.append(figures)
+            ranges, missed = self._figures(outcome)
+            rows.append(ranges)
             if missed:
                 worst = _worst(rows)
                 head = {"kind": kind, "lost": lost, "losses": count, "priced": at + 1}
-                return LossesOfASize(**head, worst=worst, failing=outcome, missed=missed)
-        return LossesOfASize(
-            kind=kind, lost=lost, losses=count, priced=len(chosen), worst=_worst(rows), unfinished=more
-        )
+                return LossesOfASize(**head, worst=_mid(worst), ranges=worst, failing=outcome, missed=missed)
+        worst, head = _worst(rows), {"kind": kind, "lost": lost, "losses": count, "priced": len(chosen)}
+        return LossesOfASize(**head, worst=_mid(worst), ranges=worst, unfinished=more)
 
-    def _figures(self, outcome: LossOutcome) -> tuple[dict[str, float], str]:
-        """The figures of a loss that was priced, and the service levels that it misses."""
+    def _figures(self, outcome: LossOutcome) -> tuple[Ranges, str]:
+        """The figures of a loss that was priced, as ranges, and the service levels that it misses."""
         if not outcome.survivable:
-            return dict(UNSURVIVABLE), outcome.reason
+            return {name: dict.fromkeys(ENDS, value) for name, value in UNSURVIVABLE.items()}, outcome.reason
         left = survivors(self.losses.deployment, frozenset(outcome.dead), self.capacity_model, self.losses.means)
         slots, _ = self.losses.slots_after(left)
-        figures = {
-            "tpot_ms": self._tpot_ms(left, slots),
-            "stall_ms": outcome.stall * 1e3,
-            "moved_stall_ms": outcome.moved_stall * 1e3,
-            "capacity": outcome.capacity,
-        }
-        return figures, self.terms.levels.missed(figures)
+        ranges = {"tpot_ms": self._tpot_ms(left, slots), **self.bands.of(outcome)}
+        return ranges, self.terms.levels.missed(_mid(ranges))
 
-    def _bound(self, dead: tuple[int, ...], lost: int) -> dict[str, float] | None:
-        """Bounds on the figures of every loss of this type that takes at most `lost` pairs; None when they miss the
-        service levels, or when such a loss may not be survivable."""
+    def _bound(self, dead: tuple[int, ...], lost: int) -> Ranges | None:
+        """Bounds on the figures, and on the ends of their ranges, of every loss of this type that takes at most `lost`
+        pairs; None when they miss the service levels, or when such a loss may not be survivable."""
         left = survivors(self.losses.deployment, frozenset(dead), self.capacity_model, self.losses.means)
         slots, reason = self.losses.slots_after(left)
         if reason or (lost and "store" not in self.losses.means):
@@ -233,29 +245,36 @@ class _Certification:
         if not after.tokens_per_second:
             return None
         weights = self.losses.weights_at_most(left, lost, len(dead))
-        stall = sum(self.losses.phases(left, after, weights).values())
-        figures = {
-            "tpot_ms": self._tpot_ms(left, slots),
-            "stall_ms": stall * 1e3,
-            "moved_stall_ms": (stall + self.losses.recompute(left, after)[1]) * 1e3,
-            "capacity": self.capacity_model.capacity(left, slots),
-        }
-        return None if self.terms.levels.missed(figures) else figures
+        phases = self.losses.phases(left, after, weights)
+        moved = sum(phases.values()) + self.losses.recompute(left, after)[1]
+        capacity = self.capacity_model.capacity(left, slots)
+        ranges = {"tpot_ms": self._tpot_ms(left, slots), **self.bands.around(phases, moved, capacity)}
+        return None if self.terms.levels.missed(_mid(ranges)) else ranges
 
-    def _tpot_ms(self, left: Survivors, slots: int) -> float:
-        """Milliseconds between two tokens: the ranks' or the front's, whichever are more."""
+    def _tpot_ms(self, left: Survivors, slots: int) -> dict[str, float]:
+        """Milliseconds between two tokens, the ranks' or the front's, whichever are more: {low, mid, high}."""
         seconds = self.capacity_model.token_seconds(left, slots, self.terms.requests)
-        return 1e3 * max(seconds, self.losses.recovery.front.step_seconds(left.ranks, self.terms.requests))
+        front = own_range(self.losses.recovery.front.step_seconds(left.ranks, self.terms.requests))
+        ranks = self.bands.band.around(seconds, "tpot")
+        return {end: 1e3 * max(ranks[end], front[end]) for end in ENDS}
 
 
+ENDS = ("low", "mid", "high")
 UNSURVIVABLE = {"tpot_ms": inf, "stall_ms": inf, "moved_stall_ms": inf, "capacity": 0.0}
 
 
-def _worst(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The worst of each figure."""
+def _worst(rows: Iterable[Ranges]) -> dict[str, dict[str, float]]:
+    """The worst of each figure, and of each end of its range."""
     rows = [row for row in rows if row]
-    worst = {name: max(row[name] for row in rows) for name in UNSURVIVABLE if name != "capacity"} if rows else {}
-    return worst | ({"capacity": min(row["capacity"] for row in rows)} if rows else {})
+    if not rows:
+        return {}
+    pick = {name: min if name == "capacity" else max for name in UNSURVIVABLE}
+    return {name: {end: worse(row[name][end] for row in rows) for end in ENDS} for name, worse in pick.items()}
+
+
+def _mid(ranges: Ranges) -> dict[str, float]:
+    """The figures themselves."""
+    return {name: each["mid"] for name, each in ranges.items()}
 
 
 def _ranks(units: Sequence[Sequence[int]], chosen: Iterable[int]) -> tuple[int, ...]:

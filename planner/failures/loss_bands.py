@@ -1,39 +1,97 @@
-"""The ranges around the seconds of a loss: each phase is off by a factor of its own, all in the same direction."""
+"""The ranges around the figures of a loss: each phase is off by a factor of its own, all in the same direction."""
 
 from __future__ import annotations
 
-from planner.cost.band import UNCHECKED, Band, band_of
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from planner.cost.band import BEYOND, OWN, QUANTITIES, UNCHECKED, Band, band_of, range_text
 from planner.failures.loss_model import LossModel, LossOutcome
+from planner.plan.pools import PooledDeployment
 
 FIXED = ("detect", "abort", "adopt")
-OWN = 1.25
-"""The error factor of phases that were measured, and of the front's messages, which follow lines through measurements:
-an assumption."""
+Ranges = Mapping[str, Mapping[str, float]]
 
 
-def loss_band(losses: LossModel) -> Band:
-    """The band of the steps and first tokens of the deployment whose losses these are."""
-    d, whole = losses.deployment, losses.capacity_model.whole
-    return band_of(d.workload, d.cluster, d.shape, whole.requests_per_group, d.traffic.prompt)
+class LossBands:
+    """The ranges of all losses of one deployment.
 
-
-def loss_ranges(losses: LossModel, outcome: LossOutcome) -> dict[str, dict[str, float]]:
-    """`stall_ms` and `moved_stall_ms` as {low, mid, high}.
-
-    Phases that are estimates may be off by UNCHECKED, as loading weights; measured ones and messages by OWN; the first
-    step and the prompts of lost requests by the factors of the band.
+    Phases that are estimates may be off by UNCHECKED, as loading weights; measured ones and the front's messages by
+    OWN; a predicted first step and the prompts of lost requests by the factors of the band of the deployment; and the
+    capacity that is lost, not what is left, by that of tokens/s. With `pooled`, the prompts of lost requests may be off
+    by UNCHECKED too.
     """
-    band = loss_band(losses)
-    measured = OWN if losses.recovery.times.source == "measured" else UNCHECKED
-    factors = {**dict.fromkeys(FIXED, measured), "messages": OWN, "weights": UNCHECKED, "step": band.tpot}
-    low = sum(seconds / factors[phase] for phase, seconds in outcome.phases.items())
-    high = sum(seconds * factors[phase] for phase, seconds in outcome.phases.items())
-    again = max(0.0, outcome.moved_stall - outcome.stall)
-    return {
-        "stall_ms": {"low": low * 1e3, "mid": outcome.stall * 1e3, "high": high * 1e3},
-        "moved_stall_ms": {
-            "low": (low + again / band.ttft) * 1e3,
-            "mid": outcome.moved_stall * 1e3,
-            "high": (high + again * band.ttft) * 1e3,
-        },
-    }
+
+    def __init__(self, losses: LossModel, *, pooled: bool = False) -> None:
+        d, whole, times = losses.deployment, losses.capacity_model.whole, losses.recovery.times
+        self.band = band_of(d.workload, d.cluster, d.shape, whole.requests_per_group, d.traffic.prompt)
+        if pooled:
+            self.band = _beyond(self.band)
+        self.measured = times.source == "measured"
+        fixed = OWN if self.measured else UNCHECKED
+        first = self.band.tpot if times.first_step is None else fixed
+        self.factors = {**dict.fromkeys(FIXED, fixed), "messages": OWN, "weights": UNCHECKED, "step": first}
+        self.again = max(UNCHECKED, self.band.ttft) if pooled else self.band.ttft
+
+    def of(self, outcome: LossOutcome) -> dict[str, dict[str, float]]:
+        """`stall_ms`, `moved_stall_ms` and `capacity` as {low, mid, high}; empty for a loss that is not survivable."""
+        if not outcome.survivable:
+            return {}
+        return self.around(outcome.phases, outcome.moved_stall, outcome.capacity)
+
+    def around(self, phases: Mapping[str, float], moved_stall: float, capacity: float) -> dict[str, dict[str, float]]:
+        """The same for the seconds of `phases`, the seconds that streams of dead ranks wait, and the capacity left."""
+        low, mid, high = self.stall(phases)
+        again = max(0.0, moved_stall - mid)
+        return {
+            "stall_ms": _range(low * 1e3, mid * 1e3, high * 1e3),
+            "moved_stall_ms": _range(
+                (low + again / self.again) * 1e3, moved_stall * 1e3, (high + again * self.again) * 1e3
+            ),
+            "capacity": {
+                "low": max(0.0, 1 - (1 - capacity) * self.band.rate),
+                "mid": capacity,
+                "high": min(1.0, 1 - (1 - capacity) / self.band.rate),
+            },
+        }
+
+    def stall(self, phases: Mapping[str, float]) -> tuple[float, float, float]:
+        """The sum of `phases` in seconds: low, mid, high."""
+        low = sum(seconds / self.factors[phase] for phase, seconds in phases.items())
+        high = sum(seconds * self.factors[phase] for phase, seconds in phases.items())
+        return low, sum(phases.values()), high
+
+    def source(self) -> str:
+        """The reason for the width of the ranges, in a sentence."""
+        phases = f"measured phases {OWN:g}" if self.measured else f"estimated phases {UNCHECKED:g}"
+        return f"ranges: {phases}, messages {OWN:g}, weights {UNCHECKED:g}, first step and prompts {self.band.source()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The factors for JSON."""
+        factors = {**self.factors, "prompts": self.again, "lost_capacity": self.band.rate}
+        return {**self.band.to_dict(), "phase_factors": factors}
+
+
+def pool_loss_bands(pooled: PooledDeployment) -> dict[str, LossBands]:
+    """The ranges by the first word of the kind of a loss of pools ("prefill", "decode")."""
+    pools = {"prefill": pooled.prefill[0], "decode": pooled.decode}
+    return {name: LossBands(LossModel(pool), pooled=True) for name, pool in pools.items()}
+
+
+def _beyond(band: Band) -> Band:
+    beyond = ", ".join(filter(None, (band.beyond, "pools for prompts and decode")))
+    return replace(band, beyond=beyond, **{name: max(BEYOND, getattr(band, name)) for name in QUANTITIES})
+
+
+def _range(low: float, mid: float, high: float) -> dict[str, float]:
+    return {"low": low, "mid": mid, "high": high}
+
+
+def range_cells(ranges: Ranges) -> tuple[str, str, str]:
+    """The stall, the stall of streams of dead ranks, and the capacity as ranges; `-` without any."""
+    if not ranges:
+        return "-", "-", "-"
+    left = ranges["capacity"]
+    shares = sorted({f"{100 * left['low']:.1f}", f"{100 * left['high']:.1f}"}, key=float)
+    return range_text(ranges["stall_ms"]), range_text(ranges["moved_stall_ms"]), "-".join(shares) + "%"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -95,9 +95,13 @@ def worst_losses(outcomes: Iterable[LossOutcome]) -> list[tuple[LossOutcome, lis
     return chosen
 
 
-def _figures_of(outcome: LossOutcome, worst_in: list[str]) -> dict:
+RangesOf = Callable[[LossOutcome], Mapping[str, Mapping[str, float]]]
+
+
+def _figures_of(outcome: LossOutcome, worst_in: list[str], ranges: RangesOf) -> dict:
     """The figures of one loss, for a row of a table."""
     return {
+        "ranges": ranges(outcome),
         "name": outcome.name,
         "worst_in": worst_in,
         "stall_ms": outcome.stall * 1e3,
@@ -112,8 +116,9 @@ def _figures_of(outcome: LossOutcome, worst_in: list[str]) -> dict:
     }
 
 
-def summarise(outcomes: Sequence[LossOutcome]) -> list[dict]:
-    """One row per kind of loss: cases, survivable cases, those from memory alone, and the worst of each figure.
+def summarise(outcomes: Sequence[LossOutcome], ranges: RangesOf) -> list[dict]:
+    """One row per kind of loss: cases, survivable cases, those from memory alone, and the worst of each figure, those
+    of the longest stalls and of the least capacity with their `ranges` (`LossBands.of`).
 
     Figures named `worst_` or `most_` may be of different losses, as gates need them; `worst` has whole losses
     (`worst_losses`), each with its own figures.
@@ -126,6 +131,7 @@ def summarise(outcomes: Sequence[LossOutcome]) -> list[dict]:
     for kind, group in rows.items():
         good = [o for o in group if o.survivable]
         worst = longest.get(kind)
+        own, least = (min(good, key=key, default=None) for key in (lambda o: -o.moved_stall, lambda o: o.capacity))
         result.append(
             {
                 "kind": kind,
@@ -136,13 +142,18 @@ def summarise(outcomes: Sequence[LossOutcome]) -> list[dict]:
                 "worst_name": worst.name if worst else "",
                 "worst_phases_ms": {name: 1e3 * s for name, s in worst.phases.items()} if worst else {},
                 "worst_moved_stall_ms": max((o.moved_stall for o in good), default=0.0) * 1e3,
+                "worst_ranges": {
+                    name: ranges(each)[name]
+                    for name, each in (("stall_ms", worst), ("moved_stall_ms", own), ("capacity", least))
+                    if each
+                },
                 "worst_bytes": max((o.bytes_moved for o in good), default=0),
                 "worst_capacity": min((o.capacity for o in good), default=0.0),
                 "most_masked": max((o.masked for o in group), default=0),
                 "most_cache_tokens": max((o.cache_tokens for o in group), default=0),
                 "worst_traffic_lost": max((o.traffic_lost for o in group), default=0.0),
                 "worst_score": min((o.score for o in good), default=0.0),
-                "worst": [_figures_of(*each) for each in worst_losses(group)],
+                "worst": [_figures_of(*each, ranges) for each in worst_losses(group)],
                 "reasons": sorted({o.reason for o in group if o.reason})[:3],
             }
         )

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.cost.band import range_text
 from serving.protocol.events import Event, EventKind, Severity
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.sampling import SamplingDefaults
@@ -155,16 +156,23 @@ def loss_forecast_view(forecasts: Sequence[LossForecast]) -> RenderableType:
         table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for p in forecasts:
         prepared = ("yes" if p.prepared else "no") if p.survivable else "impossible"
-        figures = (
-            p.requests_moved,
-            p.tokens_recomputed,
-            p.experts_loaded,
-            f"{p.stall_ms:.0f}",
-            f"{p.moved_stall_ms:.0f}",
-        )
-        table.add_row(f"{p.kind} {p.name}", prepared, *map(str, figures), f"{p.capacity:.0%}")
+        figures = (p.requests_moved, p.tokens_recomputed, p.experts_loaded, *_ranges_of(p))
+        table.add_row(f"{p.kind} {p.name}", prepared, *map(str, figures))
+    sources = dict.fromkeys(p.range_source for p in forecasts if p.range_source)
     refused = [Text(f"{p.kind} {p.name} is not survivable: {p.reason}") for p in forecasts if not p.survivable]
-    return Group(table, *(["", *refused] if refused else []))
+    return Group(table, *(["", *refused] if refused else []), *(Text(source) for source in sources))
+
+
+def _ranges_of(p: LossForecast) -> tuple[str, str, str]:
+    """Both stalls and the capacity left of a forecast, as ranges; single figures from a server without ranges."""
+    if not p.range_source or not p.survivable:
+        return f"{p.stall_ms:.0f}", f"{p.moved_stall_ms:.0f}", f"{p.capacity:.0%}"
+    stall, moved = (
+        range_text({"low": low, "high": high})
+        for low, high in ((p.stall_low_ms, p.stall_high_ms), (p.moved_stall_low_ms, p.moved_stall_high_ms))
+    )
+    shares = dict.fromkeys((f"{100 * p.capacity_low:.0f}", f"{100 * p.capacity_high:.0f}"))
+    return stall, moved, "-".join(shares) + "%"
 
 
 def _event_colour(event: Event) -> str:

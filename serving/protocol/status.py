@@ -155,7 +155,8 @@ class Status:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossForecast:
-    """The predicted cost of losing a rank or a host at this moment. Stalls are in milliseconds."""
+    """The predicted cost of losing a rank or a host at this moment. Stalls are in milliseconds; they and the capacity
+    have the ends of their range, as wide as `range_source` says."""
 
     kind: str
     name: str
@@ -170,3 +171,10 @@ class LossForecast:
     moved_stall_ms: float
     capacity: float
     traffic_lost: float
+    stall_low_ms: float = 0.0
+    stall_high_ms: float = 0.0
+    moved_stall_low_ms: float = 0.0
+    moved_stall_high_ms: float = 0.0
+    capacity_low: float = 0.0
+    capacity_high: float = 0.0
+    range_source: str = ""

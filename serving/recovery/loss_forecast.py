@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 import numpy as np
 
 from planner.errors import PlannerError
+from planner.failures.loss_bands import LossBands, Ranges
 from planner.failures.loss_model import SERVED_MEANS, LossModel
 from planner.inputs.cluster import Cluster
 from planner.inputs.recovery_times import RecoveryTimes
@@ -118,11 +119,15 @@ def loss_forecasts(
     hosts = deployment.cluster.domains("host").items()
     shared = ((name, tuple(sorted(alive.intersection(ids)))) for name, ids in hosts)
     domains += [("host", name, ranks) for name, ranks in shared if len(ranks) > 1]
-    return tuple(_forecast(losses, kind, name, ranks, prepared, running, protected) for kind, name, ranks in domains)
+    bands = LossBands(losses)
+    return tuple(
+        _forecast(losses, bands, kind, name, ranks, prepared, running, protected) for kind, name, ranks in domains
+    )
 
 
 def _forecast(
     losses: LossModel,
+    bands: LossBands,
     kind: str,
     name: str,
     ranks: tuple[int, ...],
@@ -142,6 +147,8 @@ def _forecast(
         return LossForecast(**head, **nothing, survivable=False, reason=str(error), prepared=False, experts_loaded=0)
     return LossForecast(
         **head,
+        **_ends(bands.of(outcome)),
+        range_source=bands.source(),
         survivable=outcome.survivable,
         reason=outcome.reason,
         prepared=outcome.survivable and prepared(frozenset(ranks)),
@@ -151,3 +158,12 @@ def _forecast(
         capacity=outcome.capacity,
         traffic_lost=outcome.traffic_lost,
     )
+
+
+def _ends(ranges: Ranges) -> dict[str, float]:
+    """The ends of the ranges as fields of a LossForecast; none for a loss that is not survivable."""
+    found = {}
+    for name, each in ranges.items():
+        head, unit = (name, "") if name == "capacity" else (name.removesuffix("_ms"), "_ms")
+        found |= {f"{head}_low{unit}": each["low"], f"{head}_high{unit}": each["high"]}
+    return found

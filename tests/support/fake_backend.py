@@ -337,6 +337,13 @@ class FakeBackend:
                 moved_stall_ms=200.25,
                 capacity=0.75,
                 traffic_lost=0.125,
+                stall_low_ms=40.25,
+                stall_high_ms=161.0,
+                moved_stall_low_ms=100.5,
+                moved_stall_high_ms=400.5,
+                capacity_low=0.5,
+                capacity_high=0.875,
+                range_source="ranges: estimated phases 2",
             )
             for rank in lost
         )

@@ -93,12 +93,58 @@ def test_certify_holds_or_names_the_smallest_loss_and_signs(capsys, plan_file, t
 
 def test_degrade_counts_losses_and_gates(capsys, plan_file):
     shown = text(capsys, "degrade", plan_file)
-    assert re.search(r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms", shown)
+    assert re.search(
+        r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms \([\d.,]+-", shown
+    )
     found = data(capsys, "degrade", plan_file, "--gate", "survivable>=1.0, worst_stall_ms<=5000")
     assert len(found["losses"]) == 8 + 28
     assert found["gate_broken"] == []
     assert data(capsys, "degrade", plan_file, "--gate", "capacity>=0.99", code=1)["gate_broken"]
     assert main(["degrade", plan_file, "--without", "shop"]) == 2
+
+
+RANGED = {
+    "tpot_s",
+    "ttft_s",
+    "step_s",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "tokens_per_second_per_user",
+}
+
+
+def assert_ranges(ranges: dict, names: set[str]) -> None:
+    assert names <= set(ranges)
+    for each in ranges.values():
+        assert each["low"] <= each["mid"] <= each["high"]
+
+
+def test_every_figure_of_every_command_has_its_range(capsys, plan_file, tmp_path):
+    pools = str(tmp_path / "pools.json")
+    found = data(capsys, "solve", "qwen3-30b-a3b", "h100:4x2", "--arch", "auto")
+    assert set(found["architectures"]) == {"collocated", "disaggregated", "pd"}
+    for each in found["architectures"].values():
+        assert_ranges(each["ranges"], {"tpot_s", "ttft_s", "tokens_per_second", "tokens_per_second_per_user"})
+    found = data(capsys, "solve", "qwen3-30b-a3b", "h100:4x2")
+    for each in found["candidates"]:
+        assert each["reason"] or (assert_ranges(each["ranges"], RANGED) is None and each["band"]["error_factor"])
+    assert all({"per_user", "per_device"} == set(each["ranges"]) for each in found["pareto"])
+    losses = {"stall_ms", "moved_stall_ms", "capacity"}
+    assert_ranges(found["first_loss"]["ranges"], losses)
+    found = data(capsys, "solve", "qwen3-30b-a3b", "h100:4x2", "--arch", "pd", "--out", pools)
+    for each in found["splits"]:
+        assert_ranges(each["ranges"], {"tpot_s", "ttft_s", "tokens_per_second", "requests_per_second_of_decode"})
+    for file in (plan_file, pools):
+        found = data(capsys, "degrade", file)
+        for each in found["losses"]:
+            assert not each["survivable"] or assert_ranges(each["ranges"], losses) is None
+        for row in found["summary"]:
+            assert_ranges(row["worst_ranges"], losses)
+    made = data(capsys, "certify", plan_file, "--slo", "stall_ms=500", "--without-front", "--load", "0.5")
+    for size in made["verdict"]["sizes"]:
+        assert_ranges(size["ranges"], losses | {"tpot_ms"})
+    holds = text(capsys, "certify", plan_file, "--slo", "stall_ms=500", "--without-front", "--load", "0.5")
+    assert "also at their worse ends" in holds or "not at the worse ends of the ranges" in holds
 
 
 def test_simulate_compares_policies(capsys, plan_file):

@@ -48,8 +48,12 @@ def test_reports_fit_80_columns_and_a_pipe_gets_whole_rows(capsys, tmp_path, mon
     commands = (
         ["solve", "olmoe-1b-7b", "h100:2x8", "--arch", "disaggregated", "--out", plan],
         ["degrade", plan, "--pairs", "20"],
+        ["certify", plan, "--slo", "stall_ms=9000", "--load", "0.1", "--without-front"],
         ["simulate", plan, "--days", "3"],
         ["explain", plan, "rank", "3"],
+        ["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "auto"],
+        ["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", plan],
+        ["degrade", plan],
     )
     for command in commands:
         monkeypatch.setenv("COLUMNS", "80")

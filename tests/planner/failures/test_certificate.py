@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from planner import InputError, NoFeasiblePlan, solve
 from planner.cost.design import design
-from planner.failures.certificate import ServiceLevels, Terms, certify, read_service_levels
+from planner.failures.certificate import ServiceLevels, Terms, Verdict, certify, read_service_levels
 from planner.failures.certificate_file import Certificate, certificate, read_key
+from planner.failures.loss_bands import LossBands
 from planner.failures.loss_model import MEANS, LossModel
 from planner.failures.loss_types import LossTypes
 from planner.failures.lost_copies import LostCopies
@@ -79,6 +80,23 @@ def kept(losses: LossModel, terms: Terms, dead: tuple[int, ...]) -> bool:
     return not terms.levels.missed(figures | {"moved_stall_ms": outcome.moved_stall * 1e3})
 
 
+def assert_ranges_hold(
+    losses: LossModel, terms: Terms, dead: list[tuple[int, ...]], verdict: Verdict, *, exact: bool
+) -> None:
+    """The verdict's ranges hold those of every loss, and it is unsure if a loss misses at the worse ends; only if,
+    where all losses were priced."""
+    bands, unsure = LossBands(losses), False
+    for each in dead:
+        ranges = bands.of(losses.outcome(each))
+        for name in ("stall_ms", "moved_stall_ms"):
+            assert ranges[name]["high"] <= max(size.ranges[name]["high"] for size in verdict.sizes) * (1 + 1e-9)
+        limit, least = terms.levels.stall_ms, terms.levels.capacity
+        unsure |= bool(limit and ranges["stall_ms"]["high"] > limit)
+        unsure |= bool(least and ranges["capacity"]["low"] < least)
+    if unsure or (exact and terms.levels.tpot_ms is None):
+        assert bool(verdict.unsure) == unsure
+
+
 @settings(max_examples=60, deadline=None)
 @given(deployments(), st.integers(1, 3), st.integers(0, 2), st.data())
 def test_a_certificate_holds_exactly_if_every_loss_keeps_it_and_else_names_a_smallest(d, ranks, hosts, data):
@@ -101,6 +119,8 @@ def test_a_certificate_holds_exactly_if_every_loss_keeps_it_and_else_names_a_sma
         if verdict.missed:
             continue
         assert verdict.holds == (not failing), each
+        if not failing:
+            assert_ranges_hold(losses, terms, dead, verdict, exact=each > 0)
         if failing:
             assert verdict.failing is not None
             found = verdict.failing.failing

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from planner import Cluster, Hardware, InputError, Workload, moves, solve
 from planner.cost.design import design
 from planner.cost.remaining_score import remaining_score
+from planner.failures.loss_bands import LossBands
 from planner.failures.loss_forecast import WORST, check_gate, forecast_losses, summarise, worst_losses
 from planner.failures.loss_model import MEANS, LossModel
 from planner.failures.survivors import CapacityModel, _regroupings, survivors
@@ -217,13 +218,14 @@ def test_all_pairs_are_looked_at_when_asked_for():
 @settings(max_examples=10)
 @given(cases())
 def test_every_rank_host_and_pair_is_looked_at(case):
-    outcomes, sampled = forecast_losses(LossModel(deployment(case)), pairs=10_000)
+    losses = LossModel(deployment(case))
+    outcomes, sampled = forecast_losses(losses, pairs=10_000)
     kinds = Counter(o.kind for o in outcomes)
     n = case.ranks
     assert kinds["rank"] == n
     assert kinds["pair"] == (n * (n - 1) // 2 if n > 2 else 0)
     assert sampled == 0
-    rows = {r["kind"]: r for r in summarise(outcomes)}
+    rows = {r["kind"]: r for r in summarise(outcomes, LossBands(losses).of)}
     assert sum(r["cases"] for r in rows.values()) == len(outcomes)
 
 
@@ -231,7 +233,7 @@ def test_every_rank_host_and_pair_is_looked_at(case):
 @given(cases())
 def test_a_row_of_the_worst_has_the_figures_of_one_loss(case):
     losses = LossModel(deployment(case))
-    for row in summarise(forecast_losses(losses, kinds=["rank", "host"])[0]):
+    for row in summarise(forecast_losses(losses, kinds=["rank", "host"])[0], LossBands(losses).of):
         for shown in row["worst"]:
             dead = case.cluster.domains(row["kind"])[shown["name"]]
             outcome = losses.outcome(dead, kind=row["kind"])
@@ -254,7 +256,7 @@ def test_every_figure_in_which_losses_differ_has_its_worst_loss(case):
 def test_the_loss_of_the_only_rank_is_not_survivable():
     model = read_model("llama-3.1-8b")
     d = design(model, read_cluster("h100:1x1"), survive=FaultTolerance(ranks=0)).deployment
-    (row,) = summarise(forecast_losses(LossModel(d))[0])
+    (row,) = summarise(forecast_losses(LossModel(d))[0], LossBands(LossModel(d)).of)
     assert (row["kind"], row["cases"], row["survivable"], row["worst"]) == ("rank", 1, 0, [])
     assert row["reasons"]
 
@@ -270,7 +272,7 @@ def test_a_sample_of_pairs_says_of_how_many():
 
 def test_gates_hold_or_say_what_the_value_is():
     d = one_expert_each()
-    summary = summarise(forecast_losses(LossModel(d), kinds=["rank"])[0])
+    summary = summarise(forecast_losses(LossModel(d), kinds=["rank"])[0], LossBands(LossModel(d)).of)
     assert check_gate("survivable>=1.0, worst_stall_ms<=500", summary) == []
     broken = check_gate("from_memory>=0.5, rank.capacity>=0.9", summary)
     assert broken == ["from_memory>=0.5: it is 0", "rank.capacity>=0.9: it is 0.75"]

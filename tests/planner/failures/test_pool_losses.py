@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner.cost.pools import design_pools
+from planner.failures.loss_bands import pool_loss_bands
 from planner.failures.loss_forecast import summarise
 from planner.failures.pool_losses import forecast_pool_losses
 from planner.inputs.cluster import read_cluster
@@ -22,7 +23,12 @@ def pooled():
 
 def test_every_rank_and_host_of_both_pools_has_an_outcome(pooled):
     outcomes = forecast_pool_losses(pooled)
-    rows = {row["kind"]: row["cases"] for row in summarise(outcomes)}
+    bands = pool_loss_bands(pooled)
+
+    def ranges(outcome):
+        return bands[outcome.kind.split("_")[0]].of(outcome)
+
+    rows = {row["kind"]: row["cases"] for row in summarise(outcomes, ranges)}
     ranks = sum(len(pool.plan.ranks) for pool in pooled.prefill)
     assert (rows["prefill_rank"], rows["decode_rank"]) == (ranks, len(pooled.decode.plan.ranks))
     for outcome in outcomes:

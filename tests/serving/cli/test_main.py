@@ -91,6 +91,15 @@ def test_forecasts_are_legible_at_80_columns_and_whole_in_a_pipe(server, backend
     assert max(map(len, lines)) <= 80 if columns else sum(reason.strip() in line for line in lines) == 3
 
 
+def test_forecasts_are_shown_as_ranges_with_their_source(server):
+    lines = run("what-if", "--server", server.address, env={"COLUMNS": "80"}).output.split("\n")
+    row = next(line for line in lines if "rank 0" in line)
+    assert row.split()[-3:] == ["40.2-161", "100-400", "50-88%"]
+    assert "ranges: estimated phases 2" in lines
+    found = json.loads(run("what-if", "--server", server.address, "--json").output)
+    assert (found[0]["stall_low_ms"], found[0]["stall_ms"], found[0]["stall_high_ms"]) == (40.25, 80.5, 161.0)
+
+
 def unsurvivable(rank: int, reason: str) -> LossForecast:
     """The forecast of a loss that is not survivable, with long figures."""
     return LossForecast(

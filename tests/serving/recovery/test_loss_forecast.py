@@ -166,3 +166,15 @@ def test_experts_without_another_copy_are_loaded_and_their_traffic_counted():
     ample = loss_forecasts(deployment(2, slots=8), None, lambda dead: True, ())
     assert [p.experts_loaded for p in ample[:2]] == [0, 0]
     assert [p.traffic_lost for p in ample[:2]] == [0.0, 0.0]
+
+
+def test_a_forecast_has_its_range_and_measuring_makes_it_narrower():
+    widths = []
+    for recovery in (None, RecoveryTimes(source="measured", first_step=0.1, ranks=3)):
+        (forecast, *_) = loss_forecasts(deployment(4), recovery, lambda dead: True, ())
+        assert 0 < forecast.stall_low_ms < forecast.stall_ms < forecast.stall_high_ms
+        assert forecast.moved_stall_low_ms <= forecast.moved_stall_ms <= forecast.moved_stall_high_ms
+        assert forecast.capacity_low <= forecast.capacity <= forecast.capacity_high
+        assert ("measured" if recovery else "estimated") in forecast.range_source
+        widths.append(forecast.stall_high_ms / forecast.stall_low_ms)
+    assert widths[1] < widths[0]

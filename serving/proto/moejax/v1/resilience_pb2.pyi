@@ -297,7 +297,7 @@ class WhatIfResponse(_message.Message):
     def __init__(self, prospects: _Optional[_Iterable[_Union[Prospect, _Mapping]]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class Prospect(_message.Message):
-    __slots__ = ("kind", "name", "ranks", "survivable", "reason", "prepared", "requests_moved", "tokens_recomputed", "experts_loaded", "stall_ms", "moved_stall_ms", "capacity", "traffic_lost")
+    __slots__ = ("kind", "name", "ranks", "survivable", "reason", "prepared", "requests_moved", "tokens_recomputed", "experts_loaded", "stall_ms", "moved_stall_ms", "capacity", "traffic_lost", "stall_low_ms", "stall_high_ms", "moved_stall_low_ms", "moved_stall_high_ms", "capacity_low", "capacity_high", "range_source")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +311,13 @@ class Prospect(_message.Message):
     MOVED_STALL_MS_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     TRAFFIC_LOST_FIELD_NUMBER: _ClassVar[int]
+    STALL_LOW_MS_FIELD_NUMBER: _ClassVar[int]
+    STALL_HIGH_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_STALL_LOW_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_STALL_HIGH_MS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_LOW_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_HIGH_FIELD_NUMBER: _ClassVar[int]
+    RANGE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     kind: str
     name: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
@@ -324,7 +331,14 @@ class Prospect(_message.Message):
     moved_stall_ms: float
     capacity: float
     traffic_lost: float
-    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., survivable: bool = ..., reason: _Optional[str] = ..., prepared: bool = ..., requests_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., stall_ms: _Optional[float] = ..., moved_stall_ms: _Optional[float] = ..., capacity: _Optional[float] = ..., traffic_lost: _Optional[float] = ...) -> None: ...
+    stall_low_ms: float
+    stall_high_ms: float
+    moved_stall_low_ms: float
+    moved_stall_high_ms: float
+    capacity_low: float
+    capacity_high: float
+    range_source: str
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., survivable: bool = ..., reason: _Optional[str] = ..., prepared: bool = ..., requests_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., stall_ms: _Optional[float] = ..., moved_stall_ms: _Optional[float] = ..., capacity: _Optional[float] = ..., traffic_lost: _Optional[float] = ..., stall_low_ms: _Optional[float] = ..., stall_high_ms: _Optional[float] = ..., moved_stall_low_ms: _Optional[float] = ..., moved_stall_high_ms: _Optional[float] = ..., capacity_low: _Optional[float] = ..., capacity_high: _Optional[float] = ..., range_source: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s", "model", "version", "running")
