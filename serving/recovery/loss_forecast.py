@@ -3,6 +3,7 @@ recoveries."""
 
 import statistics
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -160,9 +161,9 @@ def _forecast(
     )
 
 
-def _ends(ranges: Ranges) -> dict[str, float]:
+def _ends(ranges: Ranges) -> dict[str, Any]:
     """The ends of the ranges as fields of a LossForecast; none for a loss that is not survivable."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, each in ranges.items():
         head, unit = (name, "") if name == "capacity" else (name.removesuffix("_ms"), "_ms")
         found |= {f"{head}_low{unit}": each["low"], f"{head}_high{unit}": each["high"]}
