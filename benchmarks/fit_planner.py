@@ -62,10 +62,12 @@ def profile(path: str) -> dict:
     }
 
 
-def limits(result: Accuracy) -> dict[str, int]:
-    """The largest setting that was measured."""
+def limits(result: Accuracy) -> dict:
+    """The largest setting that was measured, and the models and formats of weights that were."""
     each = result.measurements
     return {
+        "models": sorted({m.model for m in each}),
+        "formats": sorted({m.workload.weight_format for m in each}),
         "devices": max(len(m.shape.roles) for m in each),
         "requests": int(np.quantile([m.running for m in each], 0.99)),
         "prompt": int(np.quantile([m.traffic.prompt for m in each], 0.99)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from planner.inputs.cluster import Cluster
@@ -27,15 +27,22 @@ QUANTITIES = ("tpot", "ttft", "rate")
 class Band:
     """The error factors of a prediction's figures: of the time per output token, the time to first token and tokens/s.
 
-    They are those of `count` measured settings of this kind, unless `beyond` says in which way the prediction leaves
-    what was measured.
+    They are those of `count` measured settings of this kind, or of those of other models on this chip where `others`
+    says so, unless `beyond` says in which way the prediction leaves what was measured.
     """
 
     tpot: float
     ttft: float
     rate: float
     count: int = 0
+    others: bool = False
     beyond: str = ""
+
+    def beyond_by(self, how: str) -> Band:
+        """The band of a prediction that leaves what was measured in this way, too."""
+        beyond = ", ".join(filter(None, (self.beyond, how)))
+        tpot, ttft, rate = (max(BEYOND, each) for each in (self.tpot, self.ttft, self.rate))
+        return replace(self, tpot=tpot, ttft=ttft, rate=rate, beyond=beyond)
 
     def around(self, value: float, quantity: str) -> dict[str, float]:
         """`value` as {low, mid, high}; `quantity` is one of QUANTITIES."""
@@ -51,7 +58,8 @@ class Band:
         factor = getattr(self, quantity)
         if self.beyond:
             return f"[outside of what was measured: {self.beyond}; error factor {factor:.2g} assumed]"
-        return f"[measured settings of this kind: error factor {factor:.3g}, n = {self.count}]"
+        kind = "of other models on this chip" if self.others else "of this kind"
+        return f"[measured settings {kind}: error factor {factor:.3g}, n = {self.count}]"
 
     def to_dict(self) -> dict:
         """The band for JSON."""
@@ -89,20 +97,22 @@ def band_of(workload: Workload, cluster: Cluster, shape: Shape, requests: float,
         return Band(tpot=UNCHECKED, ttft=UNCHECKED, rate=UNCHECKED, beyond=where)
     checked = read_profile(engine.name)[1]
     limits, kinds = checked["limits"], checked["kinds"]
-    beyond = _beyond(limits, cluster, shape, requests, prompt)
+    beyond = _beyond(limits, workload, cluster, shape, requests, prompt)
     chip, model = cluster.hardware.name, workload.name
-    own = kinds.get(f"{chip} {model}")
+    own, others = kinds.get(f"{chip} {model}"), False
     if own is None or own["count"] < FEW:
-        own = kinds.get(chip)
+        own, others = kinds.get(chip), own is None
     if own is None:
         own, beyond = kinds["all"], [*beyond, f"chip {chip}"]
     factors = {name: own[name] for name in QUANTITIES}
     if beyond:
         factors = {name: max(BEYOND, factor) for name, factor in factors.items()}
-    return Band(count=own["count"], beyond=", ".join(beyond), **factors)
+    return Band(count=own["count"], others=others, beyond=", ".join(beyond), **factors)
 
 
-def _beyond(limits: dict, cluster: Cluster, shape: Shape, requests: float, prompt: float) -> list[str]:
+def _beyond(
+    limits: dict, workload: Workload, cluster: Cluster, shape: Shape, requests: float, prompt: float
+) -> list[str]:
     """The ways in which a prediction leaves what was measured."""
     devices, found = len(shape.roles), []
     if shape.arch != "collocated":
@@ -115,4 +125,8 @@ def _beyond(limits: dict, cluster: Cluster, shape: Shape, requests: float, promp
         found.append(f"{requests:,.0f} requests a group, measured up to {limits['requests']}")
     if prompt > limits["prompt"]:
         found.append(f"prompts of {prompt:,.0f}, measured up to {limits['prompt']:,}")
+    if workload.drafts:
+        found.append("drafted tokens")
+    if workload.weight_format not in limits["formats"]:
+        found.append(f"{workload.weight_format} weights, measured {', '.join(limits['formats'])}")
     return found

@@ -148,7 +148,8 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
         return f"concurrency of {MANY} and more that was not served together"
     if tensor > chip.per_host or published.heads % tensor:
         return "tensor groups wider than a host, or that do not divide the heads"
-    workload = workload_of(replace(published, form=_form(published, row)), name=name)
+    form = _form(published, row)
+    workload = workload_of(replace(published, form=form), name=name, cache=_cache(form, row))
     count = tensor * data
     shape = Shape(
         arch="collocated",
@@ -264,3 +265,10 @@ def _form(model: PublishedModel, row: Mapping[str, str]) -> WeightForm:
         shared=2.0 if name == "int4" else low,
         experts=low,
     )
+
+
+def _cache(form: WeightForm, row: Mapping[str, str]) -> str:
+    """The format of the KV cache: that which a checkpoint of ModelOpt names (`kv_cache_quant_algo`: FP8), as NVFP4 ones
+    are, and all that NVIDIA publishes; 16-bit numbers otherwise. A row does not say more."""
+    of_modelopt = form.format == "nvfp4" or row["model_path"].startswith("nvidia/")
+    return "fp8" if of_modelopt else "bfloat16"

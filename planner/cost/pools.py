@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planner.cost.band import BEYOND, QUANTITIES, Band
+from planner.cost.band import Band
 from planner.cost.design import Design, best_candidate, design
 from planner.cost.roofline import first_token_time
 from planner.cost.throughput import Candidate, cache_transfer_seconds
@@ -22,6 +22,7 @@ from planner.inputs.workload import Workload
 from planner.plan.plan import Figure
 from planner.plan.pools import PooledDeployment
 
+POOLS_BAND = "pools for prompts and decode"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Hosts of a prefill instance that are tried."""
 
@@ -74,10 +75,7 @@ class PooledDesign:
 
     def band(self) -> Band:
         """How far off the figures may be: no pools were among the measured settings."""
-        own = self.decode.band(self.decode.chosen)
-        factors = {name: max(BEYOND, getattr(own, name)) for name in QUANTITIES}
-        beyond = ", ".join(filter(None, (own.beyond, "pools for prompts and decode")))
-        return Band(count=own.count, beyond=beyond, **factors)
+        return self.decode.band(self.decode.chosen).beyond_by(POOLS_BAND)
 
     def ranges(self, rates: PoolRates | None = None) -> dict:
         """The figures of a split (None: the chosen one) as {low, mid, high}, and the band's source, for JSON."""

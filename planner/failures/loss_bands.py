@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from planner.cost.band import BEYOND, OWN, QUANTITIES, UNCHECKED, Band, band_of, range_text
+from planner.cost.band import OWN, UNCHECKED, band_of, range_text
+from planner.cost.pools import POOLS_BAND
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.plan.pools import PooledDeployment
 
@@ -27,7 +27,7 @@ class LossBands:
         d, whole, times = losses.deployment, losses.capacity_model.whole, losses.recovery.times
         self.band = band_of(d.workload, d.cluster, d.shape, whole.requests_per_group, d.traffic.prompt)
         if pooled:
-            self.band = _beyond(self.band)
+            self.band = self.band.beyond_by(POOLS_BAND)
         self.measured = times.source == "measured"
         fixed = OWN if self.measured else UNCHECKED
         first = self.band.tpot if times.first_step is None else fixed
@@ -77,11 +77,6 @@ def pool_loss_bands(pooled: PooledDeployment) -> dict[str, LossBands]:
     """The ranges by the first word of the kind of a loss of pools ("prefill", "decode")."""
     pools = {"prefill": pooled.prefill[0], "decode": pooled.decode}
     return {name: LossBands(LossModel(pool), pooled=True) for name, pool in pools.items()}
-
-
-def _beyond(band: Band) -> Band:
-    beyond = ", ".join(filter(None, (band.beyond, "pools for prompts and decode")))
-    return replace(band, beyond=beyond, **{name: max(BEYOND, getattr(band, name)) for name in QUANTITIES})
 
 
 def _range(low: float, mid: float, high: float) -> dict[str, float]:

@@ -15,9 +15,10 @@ from planner.inputs.engine import read_profile
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "silicon_sample.csv"
 needs_data = pytest.mark.skipif(not DATA.is_file(), reason="the table of measured settings is not here")
-ELSEWHERE = ("llama-3.1-8b",)
-"""Models whose measured settings compute up to 0.9 of the chips' peak, twice what others reach: their prompts cannot
-all have been computed (docs/results/planner_accuracy.md)."""
+ELSEWHERE = {"llama-3.1-8b": 1.45}
+"""Models that miss the goal, and what they must not exceed. 21 settings of one source compute up to 0.8 of the chips'
+peak, in prompts alone, where others reach half of that: their prompts cannot all have been computed
+(docs/results/planner_accuracy.md)."""
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,10 @@ def test_times_per_token_are_within_the_goal(result):
 @pytest.mark.parametrize("kind", ["model", "chip", "engine"])
 def test_what_the_fit_has_not_seen_is_predicted_as_well(result, kind):
     labels, errors = result.labels(kind), result.left_out[kind]
-    for label in set(labels) - set(ELSEWHERE):
+    for label in set(labels):
         figures = error_figures(errors[labels == label])
         assert figures is not None
-        assert figures.factor <= 1.25, label
+        assert figures.factor <= ELSEWHERE.get(label, 1.25), label
     everything = error_figures(errors)
     assert everything is not None
     assert everything.within_125 >= 0.75

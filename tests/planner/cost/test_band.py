@@ -46,6 +46,18 @@ def test_what_was_not_measured_says_so(cluster, count, requests, prompt, why):
     assert "outside of what was measured" in band.source()
 
 
+def test_drafts_other_formats_and_other_models_say_so():
+    model = read_model("qwen3-235b-a22b")
+    for changed, why in (
+        (model.with_drafts(1, 0.8), "drafted tokens"),
+        (replace(model, weight_format="int8"), "int8 weights"),
+    ):
+        assert why in band_of(changed, read_cluster("h200"), shape(8, 16), 16, 1024).beyond
+    other = band_of(read_model("mixtral-8x7b"), read_cluster("h200"), shape(8, 2), 16, 1024)
+    assert not other.beyond
+    assert "of other models on this chip" in other.source()
+
+
 def test_the_ends_are_the_figure_divided_and_multiplied():
     band = Band(tpot=1.2, ttft=1.5, rate=1.1, count=106)
     assert band.around(21.6, "tpot") == {"low": pytest.approx(18), "mid": 21.6, "high": pytest.approx(25.92)}
