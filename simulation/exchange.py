@@ -14,6 +14,10 @@ from simulation.hand_rank import HandRank, check_step
 
 TIMEOUT_S = 30.0
 """Seconds after which a rank gives up to wait for the others."""
+JOIN_LIMIT_S = 60.0
+"""Seconds after which JAX's client ends a process that waits in it for the other ranks of a generation, as
+`moejax.runtime.distributed` has it. Nothing else ends this wait, neither the end of another rank nor that of the
+service."""
 POLL_S = 0.005
 """Seconds between two looks whether a member that is held goes on."""
 
@@ -39,8 +43,9 @@ class Member(Protocol):
 class Gathering:
     """Something that a number of ranks come to, each once; it ends for all of them when the last one has come."""
 
-    def __init__(self, needed: int, ready: Callable[[], None]) -> None:
+    def __init__(self, needed: int, ready: Callable[[], None], timeout_s: float = TIMEOUT_S) -> None:
         self.needed = needed
+        self._timeout_s = timeout_s
         self.came: dict[int, Member] = {}
         self._waiting: dict[int, tuple[Ended, asyncio.TimerHandle]] = {}
         self._ready = ready
@@ -53,7 +58,7 @@ class Gathering:
             return
         self.came[member.rank] = member
         loop = asyncio.get_running_loop()
-        timeout = loop.call_later(TIMEOUT_S, self.leave, member.rank, "the others did not come in time")
+        timeout = loop.call_later(self._timeout_s, self.leave, member.rank, "the others did not come in time")
         self._waiting[member.rank] = ended, timeout
         if len(self.came) == self.needed:
             self._ready()
@@ -159,28 +164,27 @@ class SimulatedCoordinator:
         self.pid = number
         self.address = f"coordinator:{number}"
         self.returncode: int | None = None
-        self._gathering = Gathering(ranks, self._gathered)
+        self._gathering = Gathering(ranks, self._gathered, JOIN_LIMIT_S)
         self._complete = False
         self._ended = asyncio.Event()
 
     def join(self, member: Member, ended: Ended) -> None:
-        """A rank enters the generation."""
-        if self.returncode is not None:
-            ended("the coordination service cannot be reached")
-        elif self._complete:
+        """A rank enters the generation; `ended` is called with why JAX's client ends its process, or with "". A service
+        that has ended is waited for as one to which others do not come."""
+        if self._complete and self.returncode is None:
             ended("")
         else:
             self._gathering.come(member, ended)
 
     def _gathered(self) -> None:
-        self._complete = True
-        self._gathering.end()
+        if self.returncode is None and all(member.alive for member in self._gathering.came.values()):
+            self._complete = True
+            self._gathering.end()
 
     def die(self, code: int = -9) -> None:
         """The service ends."""
         if self.returncode is None:
             self.returncode = code
-            self._gathering.fail("the coordination service has ended")
             self._ended.set()
 
     async def wait(self) -> int:

@@ -285,7 +285,7 @@ class SimulatedRank:
                 if service is None:
                     self._fail(stream, command.id, "there is no coordination service")
                 else:
-                    service.join(self, lambda why, at=(stream, command): self._gathered(*at, "join", why))
+                    service.join(self, lambda why, at=(stream, command): self._entered(*at, why))
             elif name == "connect":
                 self._connect(stream, command)
             else:
@@ -294,6 +294,13 @@ class SimulatedRank:
     def _work(self, stream: Stream, command: link_pb2.Command, name: str) -> None:
         least, most = SECONDS.get(name, OTHER_SECONDS)
         self.later(self.slowness * self._draw.uniform(least, most), lambda: self._obey(stream, command, name))
+
+    def _entered(self, stream: Stream, command: link_pb2.Command, why: str) -> None:
+        """All ranks have come to the coordination service, or JAX's client ends this process."""
+        if why:
+            self.later(0.0, lambda: self.die(f"signal 6: {why}"))
+        else:
+            self._work(stream, command, "join")
 
     def _gathered(self, stream: Stream, command: link_pb2.Command, name: str, why: str) -> None:
         """All ranks have come, or waiting for them has failed."""

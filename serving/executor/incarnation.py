@@ -21,7 +21,7 @@ class Loss:
     judged_at: float
 
 
-LIMITED_BY_CALLER = frozenset({"join", "connect", "compile", "configure"})
+LIMITED_BY_CALLER = frozenset({"ping", "join", "connect", "compile", "configure"})
 """Commands whose callers limit their time: they wait for other ranks, or may compile for minutes."""
 BESIDE_MAIN_THREAD = frozenset({"prepare", "stage_weights"})
 """Commands that a rank obeys in threads of their own, however long they take."""

@@ -16,7 +16,8 @@ from serving.protocol import clock
 JOIN_TIMEOUT_S = 30.0
 RETURN_S = 1.0
 """Seconds that ranks have to answer once the coordination service is stopped. One that waits for the others inside of
-JAX's client does not come back from it, and is lost with the one that it waits for."""
+JAX's client does not come back from it, and is lost with the one that it waits for. So each is asked first whether its
+main thread answers at all: only a rank that gets stuck between the two takes others with it."""
 MAX_JOIN_FAILURES = 3
 """Times in a row that a rank may fail to join a generation before it is replaced."""
 SPARE_PROCESS_IDS = 32
@@ -68,18 +69,22 @@ class Rendezvous:
         `pages_used` says. Raises RankLost, CommandFailed or TimeoutError."""
         assert self.coordinator is not None
         ranks = tuple(self._process_ids)
+        waits_for = "ping"
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
+                await self._executor.call_all("ping", dict.fromkeys(ranks, link_pb2.Ping()))
+                waits_for = "join"
                 joins = {rank: self._join_message(pages_used.get(rank, 0)) for rank in ranks}
                 await self._executor.call_all("join", joins)
             self._join_failures.clear()
         except (RankLost, CommandFailed, TimeoutError) as error:
-            await self.coordinator.stop()  # so that the ranks that wait in it for the others return
+            await self.coordinator.stop()
             if isinstance(error, CommandFailed):
                 self._count_join_failure(error)
             if isinstance(error, TimeoutError):
-                await asyncio.sleep(RETURN_S)
-                self._executor.lose_unanswered(ranks, "join", f"no answer to join within {JOIN_TIMEOUT_S:.0f} s")
+                await asyncio.sleep(RETURN_S if waits_for == "join" else 0.0)
+                why = f"no answer to {waits_for} within {JOIN_TIMEOUT_S:g} s"
+                self._executor.lose_unanswered(ranks, waits_for, why)
             raise
         finally:
             if self._previous is not None:

@@ -46,6 +46,7 @@ class RankWorker:
         self._configured: link_pb2.Configure | None = None
         self.handlers: Mapping[str, Handler] = {
             "configure": self.configure,
+            "ping": lambda _: {},
             "join": self.meshes.join,
             "seat": self.meshes.seat,
             "compile": self.meshes.compile,

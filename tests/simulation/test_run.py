@@ -82,3 +82,14 @@ def test_a_rank_that_is_stuck_when_it_is_asked_to_adopt_a_plan_is_lost_by_its_li
     outcome = run(quiet)
     assert not outcome.violations
     assert any("rank_lost" in line and "rank 1, cause command" in line for line in outcome.trace)
+
+
+def test_a_rank_that_is_stuck_before_a_generation_is_formed_takes_no_other_with_it() -> None:
+    """Ranks that wait in JAX's client for one that does not come cannot be let go."""
+    faults = (Fault(1.9, "stuck", rank=1, value=0.9), Fault(1.95, "coordinator"), Fault(2.0, "crash", rank=0))
+    quiet = dataclasses.replace(calm(1, *faults), clients=(), shares_memory=False)
+    outcome = run(quiet)
+    assert not outcome.violations
+    lost = [line.split(", cause ") for line in outcome.trace if "event rank_lost" in line]
+    assert [rank.split(", ")[-1] for rank, _ in lost] == ["rank 0", "rank 1"]
+    assert "no answer to ping within 30 s" in lost[1][1]

@@ -63,7 +63,7 @@ def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
     asyncio.run(case())
 
 
-BOUNDED = {"configure", "join", "hold"}
+BOUNDED = {"configure", "ping", "join", "hold"}
 """Messages that delay heartbeats: what waits for their answer has a bound in seconds."""
 
 

@@ -14,10 +14,11 @@ from tests.support.waiting import until
 
 
 class Ranks:
-    """Ranks that answer every command, but for those in `failing`, `lost` and `silent`."""
+    """Ranks that answer every command, but for those in `failing`, `lost` and `silent`, each to the command `fails`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, link_pb2.Join | link_pb2.Seat]] = []
+        self.fails = "join"
         self.failing: set[int] = set()
         self.lost: set[int] = set()
         self.silent: set[int] = set()
@@ -26,6 +27,8 @@ class Ranks:
     async def call(self, rank: int, what: str, message) -> None:
         self.calls.append((rank, what, message))
         await asyncio.sleep(0)
+        if what not in (self.fails, "seat"):
+            return
         if rank in self.lost:
             raise RankLost(rank, "exited")
         if rank in self.failing:
@@ -40,7 +43,7 @@ class Ranks:
         self.declared.append(rank)
 
     def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
-        self.declared += sorted(self.silent.intersection(ranks))
+        self.declared += sorted(self.silent.intersection(ranks)) if what == self.fails else []
 
 
 @pytest.fixture(autouse=True)
@@ -135,16 +138,20 @@ def test_one_success_forgets_the_failures_before_it() -> None:
     run(case)
 
 
-def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["ping", "join"])
+def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 0.2)
 
     async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
-        ranks.silent = {1}
+        ranks.silent, ranks.fails = {1}, fails
         await rendezvous.open((0, 1), 1)
         with pytest.raises(TimeoutError):
             await rendezvous.join_all({})
         assert ranks.declared == [1]
-        await until(lambda: exits)  # the ranks that wait for the others are let go by the end of the service
+        assert bool(joins(ranks)) == (fails == "join"), "a rank waited for one that is stuck"
+        await until(lambda: exits)
 
     run(case)
 
