@@ -141,6 +141,9 @@ class DueWorker:
             phases = await failover.expand()
         except (RankLost, CommandFailed) as error:
             self._events.emit(EventKind.REJOIN_FAILED, failover.epoch, cause=str(error))
+            joined = joined.intersection(failover.plan_ranks).difference(failover.membership.losses)
+            phases = {}
+        if not joined:
             self._engine.plan_adopted()
             return
         self._on_joined(joined, phases | {"total": 1e3 * (clock.now() - self._admitted_at)})

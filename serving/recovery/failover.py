@@ -238,15 +238,15 @@ class Failover:
 
     async def expand(self) -> dict[str, float]:
         """Put the plan with the JOINED ranks into force. Returns milliseconds by phase. Raises RankLost or
-        CommandFailed when that failed; the plan before is in force again, unless its adoption raised this error."""
+        CommandFailed when that failed; the plan in force is then adopted once more, unless that raised this error. It
+        has the JOINED ranks already if a part of the plan had come into force."""
         phases = PhaseTimes()
-        before = self.plan_ranks
         with phases.measure("adopt"):
             try:
                 plan = self.plans.of(self.membership.members)
                 await self.adoption.adopt(plan, plan)
             except (RankLost, CommandFailed):
-                plan = self.plans.of(before)
+                plan = self.plans.of(self.plan_ranks)
                 await self.adoption.adopt(plan, plan)
                 raise
         self.preparation.prepare_ahead()

@@ -4,7 +4,7 @@ import asyncio
 
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import Cause
-from serving.executor.rank_errors import RankLost
+from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 from serving.protocol.weights import WeightsVersion
@@ -34,8 +34,8 @@ class RankStart:
         self._timeout_s = timeout_s
 
     async def start(self, rank: int) -> None:
-        """Start the process of a rank until it is READY. Runs beside the engine's loop. Raises RankLost or
-        CommandFailed."""
+        """Start the process of a rank until it is READY, beside the steps. Raises RankLost: a rank that does
+        not become READY has been declared dead."""
         self._executor.spawn(rank)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -45,8 +45,8 @@ class RankStart:
                     version = wanted
                     await self.stage_weights(rank, version)  # so that no step waits for them
             self._executor.monitor(rank)
-        except TimeoutError:
-            cause = Cause("error", f"not ready within {self._timeout_s:g} s")
+        except (CommandFailed, TimeoutError) as error:
+            cause = Cause("error", str(error) or f"not ready within {self._timeout_s:g} s")
             self._executor.declare(rank, cause, clock.now())
             raise RankLost(rank, str(cause)) from None
         self._state.record(Ready(rank))

@@ -97,6 +97,8 @@ class FakeExecutor:
         self.on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None
 
     def spawn(self, rank: int) -> FakeProcess:
+        before = self._ranks.get(rank)
+        assert before is None or before.loss is not None, f"rank {rank} is started again while its process runs"
         self._pids += 1
         self.monitored.discard(rank)
         each = FakeProcess(rank, self.store, self._buckets, max_pages=self._max_pages, layers=self._layers)

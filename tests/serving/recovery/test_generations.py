@@ -8,9 +8,10 @@ import serving.recovery.rendezvous
 from serving.config import Settings
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import Cause, FailureDetectorSettings
-from serving.executor.rank_errors import RankLost
+from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
-from tests.support.fake_executor import FakeCoordinator
+from serving.protocol.instructions import Instruction
+from tests.support.fake_executor import FakeCoordinator, FakeExecutor
 from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
 
 pytestmark = pytest.mark.usefixtures("no_processes")
@@ -63,6 +64,25 @@ def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
     asyncio.run(case())
 
 
+def test_a_replacement_that_cannot_be_configured_is_lost_before_another_one_is_started(monkeypatch) -> None:
+    async def case() -> None:
+        m = Machine(Settings(**vars(SETTINGS)))
+
+        async def fail(rank: int, what: str, message) -> link_pb2.Done:
+            raise CommandFailed(rank, what, "RuntimeError: of another model")
+
+        monkeypatch.setattr(m.executor, "call", fail)
+        for _ in range(2):
+            with pytest.raises(RankLost, match="RuntimeError: of another model"):
+                await m.failover.rank_start.start(1)
+            process = m.executor.get(1)
+            assert process is not None
+            assert process.loss is not None
+        await m.failover.close()
+
+    asyncio.run(case())
+
+
 BOUNDED = {"configure", "ping", "join", "hold"}
 """Messages that delay heartbeats: what waits for their answer has a bound in seconds."""
 
@@ -104,6 +124,50 @@ def test_the_ranks_of_a_front_that_goes_on_are_monitored(monkeypatch) -> None:
         await second.failover.start()
         assert {what for _, what in second.executor.unmonitored_calls} == {"configure"}
         await second.failover.close()
+
+    asyncio.run(case())
+
+
+def test_a_rank_of_which_a_part_of_the_plan_came_into_force_stays_in_it_when_the_rest_fails() -> None:
+    class Failing(FakeExecutor):
+        """The replacement of rank 1 cannot obey the second Adopt that it gets."""
+
+        adopts = 0
+        first_pids = 1 << 30
+
+        async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+            each = self._ranks[rank]
+            if what == "adopt" and rank == 1 and each.process.pid > self.first_pids:
+                self.adopts += 1
+                if self.adopts == 2:
+                    raise CommandFailed(rank, what, "it cannot")
+            return await super().call(rank, what, message)
+
+    async def case() -> None:
+        settings = Settings(**{**vars(SETTINGS), "on_lost_expert": "mask"})
+        buckets = Machine(settings).executor
+        executor = Failing(buckets._buckets, max_pages=buckets._max_pages)
+        m = Machine(settings, executor)
+        await m.failover.start()
+        executor.first_pids = executor._pids
+        m.loop.start()
+        clients = [asyncio.create_task(m.read(request)) for request in m.requests]
+        await m.begun(2)
+        executor.store.readable = False  # so that the plan with the replacement comes into force in two parts
+        executor.kill(1)
+        async with asyncio.timeout(LIMIT_S):
+            while executor.adopts < 2:
+                await asyncio.sleep(0.001)
+            executor.store.readable = True
+            await m.loop.apply(Instruction(action="retry"))
+            await m.loop.apply(Instruction(action="scale_up", ranks=(1,)))
+            while set(m.failover.plan_ranks) != {0, 1, 2} or m.failover.adoption.reconciling:
+                await asyncio.sleep(0.001)
+            await asyncio.gather(*clients)
+        assert executor._pids == executor.first_pids + 1, "a second replacement was started"
+        assert "rejoined" in [event.kind for event in m.loop.events.retained()]
+        await m.loop.drain(0.0)
+        await m.failover.close()
 
     asyncio.run(case())
 

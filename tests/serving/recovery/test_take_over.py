@@ -117,6 +117,7 @@ def test_a_rank_that_is_lost_before_the_others_have_attached_is_not_counted_on(s
         await first.failover.close()
         executor.since = len(executor.log)
         if not served:
+            executor.kill(1)
             executor.spawn(1)
         second = Machine(SETTINGS, executor)
         await second.failover.start()
