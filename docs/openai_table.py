@@ -1,7 +1,10 @@
 """Writes the page of the OpenAI API: `python -m docs.openai_table > docs/openai.md`."""
 
 import json
+import types
+import typing
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 
@@ -100,21 +103,39 @@ def page() -> str:
 
 def field_section(title: str, text: str, models: tuple[type[msgspec.Struct], ...], shared: Collection[str] = ()) -> str:
     """A section of a page: its text, and the table of the fields of these models, without `shared` ones."""
-    rows = "".join(
-        _row(name, rule) for model in models for name, rule in field_rules(model).items() if name not in shared
-    )
+    rows = ""
+    for model in models:
+        hints = typing.get_type_hints(model)
+        rows += "".join(
+            _row(name, rule, type_name(hints[name])) for name, rule in field_rules(model).items() if name not in shared
+        )
     return f"\n## {title}\n{text}{chr(10) if text else ''}\n{_COLUMNS}{rows}"
 
 
-def _row(name: str, rule: FieldRule) -> str:
-    return f"| `{name}` | {_treatment(rule)} |\n"
+def type_name(hint: Any) -> str:
+    """The type of a field in the words of JSON Schema, without null; empty for any type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(type_name(each) for each in arguments if each is not type(None)))
+    if origin is typing.Literal:
+        return "string"
+    if origin is list:
+        each = type_name(arguments[0])
+        return f"array of ({each})" if " or " in each else f"array of {each}"
+    named = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    return named.get(hint, "" if hint is Any else "object")
 
 
-def _treatment(rule: FieldRule) -> str:
+def _row(name: str, rule: FieldRule, kind: str) -> str:
+    return f"| `{name}` | {_treatment(rule, kind)} |\n"
+
+
+def _treatment(rule: FieldRule, kind: str) -> str:
     neutral = ", ".join(f"`{json.dumps(value)}`" for value in rule.neutral)
     match rule.treatment:
         case "used":
-            return f"used. {rule.why}{f' {rule.bounds.capitalize()}.' if rule.bounds else ''}"
+            bounds = f" {rule.bounds.capitalize()}." if rule.bounds else ""
+            return f"used{f', {kind}' if kind else ''}. {rule.why}{bounds}"
         case "accepted" if neutral:
             return f"{neutral}: accepted; other values are refused: {rule.why}"
         case "ignored":

@@ -29,11 +29,12 @@ from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
 from serving.observability.tracing import open_tracer
 from serving.protocol.events import EventLog
-from serving.protocol.prepared_model import PreparedModel, prepare_model, prepare_weights
+from serving.protocol.prepared_model import PreparedModel, check_speculation, prepare_model, prepare_weights
 from serving.protocol.weights import WeightsVersion
 from serving.recovery.certificate_watch import read_signed
 from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import STATES_NOT_KEPT
+from serving.recovery.published_checks import check_published
 from serving.text.model_files import load_defaults, load_tokenizer
 from serving.text.structured_output import GrammarMatcher
 
@@ -70,8 +71,9 @@ class App:
         limits, tls = CallLimits.of(settings), ServerTls.of(settings)  # their errors come before the slow part
         if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
             read_signed(settings)
+        check_published(settings)
         model = (await _prepared(settings, log, run)).with_context(settings.max_context, log).with_known_tokens(log)
-        model.check_speculation(settings.speculate)
+        check_speculation(model, settings.speculate)
         if model.state_bytes:
             log(STATES_NOT_KEPT.format(name=model.name))
         tokenizer = load_tokenizer(settings, model)

@@ -2,6 +2,7 @@
 
     /dev/shm/moejax-<uid>/<model>-<content hash>/     one copy; only this user may read it
         in-use                                        every reader holds a shared lock on it while it lives
+        source                                        the path of the model folder that it was copied from
 
 The kernel drops a lock with its process, so a copy without locks is idle. Idle copies are removed when another version
 of their model is copied, and, least recently used first, when a new copy needs the space. A copy stays for GRACE_S
@@ -30,6 +31,7 @@ TMPFS = Path("/dev/shm")
 LIMIT_VARIABLE = "MOEJAX_STORE_MIB"
 """Environment variable: the size of all copies together. Half of tmpfs unless given."""
 LOCK_FILE = "in-use"
+SOURCE_FILE = "source"
 GRACE_S = 600.0
 _VERSION = re.compile(r"(.+)-[0-9a-f]{16}")
 
@@ -69,6 +71,7 @@ def ensure_copy(model_folder: Path, place: Path | None = None) -> Path:
         sizes = _sizes(model_folder)
         if place.is_dir() and _sizes(place) == sizes:
             (place / LOCK_FILE).touch()
+            _note_source(place, model_folder)
             return place
         needed, room = sum(sizes.values()), _free_space_for(parent, sum(sizes.values()), place)
         if room < needed:
@@ -80,6 +83,14 @@ def ensure_copy(model_folder: Path, place: Path | None = None) -> Path:
             return model_folder
         _copy(model_folder, place, list(sizes))
         return place
+
+
+def source_of(folder: Path) -> Path | None:
+    """The model folder that a copy was made from; None for a folder that is no copy."""
+    try:
+        return Path((folder / SOURCE_FILE).read_text("utf-8"))
+    except OSError:
+        return None
 
 
 def hold_copy(folder: Path) -> IO[str] | None:
@@ -163,6 +174,12 @@ def _remove_drafts(parent: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _note_source(copy: Path, model_folder: Path) -> None:
+    """Write down where a copy comes from, for the advice of errors; one that cannot be written to does without."""
+    with contextlib.suppress(OSError):
+        (copy / SOURCE_FILE).write_text(str(model_folder.absolute()), "utf-8")
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file the store needs, by path within the model folder."""
     files = [folder / "config.json", folder / FILE, *(folder / "params").rglob("*")]
@@ -200,6 +217,7 @@ def _copy(model_folder: Path, place: Path, files: list[str]) -> None:
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(model_folder / file, draft / file)
         (draft / LOCK_FILE).touch()
+        _note_source(draft, model_folder)
         if place.is_dir():
             shutil.rmtree(place)
         os.rename(draft, place)

@@ -17,14 +17,14 @@ import tensorstore
 
 from moejax.checkpoint.checksums import EXPERT_PARTS, ChecksummedWeights, aligned_array, params_without_experts
 from moejax.checkpoint.errors import Expert, StoreCorrupt, StoreError, StoreMissing, StoreRefused
-from moejax.checkpoint.host_copies import ensure_copy, hold_copy
-from moejax.checkpoint.manifest import Manifest, checksum, expert_position
+from moejax.checkpoint.host_copies import ensure_copy, hold_copy, source_of
+from moejax.checkpoint.manifest import CheckpointError, Manifest, checksum, expert_position
+from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, is_expert
 
 __all__ = ["Expert", "HostStore", "StoreCorrupt", "StoreError", "StoreMissing", "StoreRefused"]
 
-REMEDY = "Delete the folder; the next start copies it again from the model."
 IN_FLIGHT = 64 << 20
 """Bytes of reads under way at once; one read may be more."""
 
@@ -120,27 +120,29 @@ class HostStore(ChecksummedWeights):
     def _whole(self, name: str, read: Any) -> np.ndarray:
         """A tensor that was read completely, compared with its checksums."""
         label = f"tensor {name}"
-        array = self._array(read, label)
+        array = self._array(name, None, read, label)
         if bad := self._manifest.corrupt_chunks(name, array):
             which = f", chunks {bad}" if len(self._manifest.tensors[name].crc32) > 1 else ""
-            raise StoreCorrupt(f"{label} in {self._path(name)} is corrupt: CRC-32 differs{which}. {REMEDY}")
+            advice = self._advice(name)
+            raise StoreCorrupt(f"{label} in {self._path(name)} is corrupt: CRC-32 differs{which}. {advice}")
         return array
 
     def _checked(self, name: str, chunk: int, read: Any, label: str) -> np.ndarray:
         """One chunk of a tensor, compared with its checksum."""
-        array = self._array(read, label)
+        array = self._array(name, chunk, read, label)
         expected, found = self._manifest.tensors[name].crc32[chunk], checksum(array)
         if found != expected:
             raise StoreCorrupt(
-                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. {REMEDY}"
+                f"{label} in {self._path(name)} is corrupt: CRC-32 {found:08x}, expected {expected:08x}. "
+                f"{self._advice(name, chunk)}"
             )
         return array
 
-    def _array(self, read: Any, label: str) -> np.ndarray:
+    def _array(self, name: str, chunk: int | None, read: Any, label: str) -> np.ndarray:
         try:
             return read.result()
         except ValueError as error:
-            raise self._error(error, label) from error
+            raise self._error(error, label, self._advice(name, chunk)) from error
 
     def _handle(self, name: str) -> tensorstore.TensorStore:
         """An opened tensor; it stays open, as opening costs as much as reading an expert."""
@@ -154,17 +156,41 @@ class HostStore(ChecksummedWeights):
             try:
                 self._handles[name] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as error:
-                raise self._error(error, f"tensor {name}") from error
+                raise self._error(error, f"tensor {name}", self._advice(name)) from error
         return self._handles[name]
 
     def _path(self, name: str) -> Path:
         return self.folder / "params" / "state" / name
 
+    def _advice(self, name: str, chunk: int | None = None) -> str:
+        """The way out for a tensor, or the expert with this chunk of it, that cannot be read: the model folder is to be
+        made again where it is damaged as well, else the copy alone is."""
+        source = source_of(self.folder)
+        if source is None:
+            return f"The model folder {self.folder} is damaged: make it again."
+        try:
+            HostStore.open(source)._check(name, chunk)
+        except (StoreError, CheckpointError, ConfigError, OSError):
+            return (
+                f"The model folder {source}, which it was copied from, is damaged: make it again, then delete "
+                f"{self.folder}."
+            )
+        return f"Delete {self.folder}; the next start copies it again from {source}."
+
+    def _check(self, name: str, chunk: int | None) -> None:
+        """Raises StoreMissing or StoreCorrupt unless a tensor, or one chunk of it, is whole."""
+        if chunk is None:
+            self.read(name)
+            return
+        experts = self._manifest.tensors[name].shape[1]
+        read = self._handle(name)[chunk // experts, chunk % experts].read()
+        self._checked(name, chunk, read, f"tensor {name}")
+
     @staticmethod
-    def _error(error: ValueError, label: str) -> StoreError:
+    def _error(error: ValueError, label: str, advice: str) -> StoreError:
         """tensorstore distinguishes absence from damage only by the status at the head of its message."""
         kind, what = (StoreMissing, "missing") if "NOT_FOUND" in str(error)[:40] else (StoreCorrupt, "corrupt")
-        return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {REMEDY}")
+        return kind(f"{label} is {what}: {str(error).split(' [')[0].strip()}. {advice}")
 
 
 def _read_ahead(wanted: Iterable[tuple[Any, int, Any]]) -> Iterator[tuple[Any, Any]]:

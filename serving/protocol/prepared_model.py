@@ -117,15 +117,6 @@ class PreparedModel(ModelInfo):
             bos_token=self.bos_token if self.bos_token in known else None,
         )
 
-    def check_speculation(self, speculate: str) -> None:
-        """Raise InvalidRequest for drafts in a model whose layers keep a state: it cannot take a wrong draft back."""
-        if self.state_bytes and speculate != "off":
-            raise InvalidRequest(
-                f"speculate is {speculate}, and {self.name} has layers whose context is a state, which cannot take a "
-                "wrong draft back. Leave speculate out.",
-                param="speculate",
-            )
-
     def with_context(self, max_context: int | None, log: Callable[[str], None]) -> "PreparedModel":
         """The same model with a shorter context; None: the longest in which it is right at every length. Raises
         InvalidRequest for a longer one than it was made for.
@@ -157,6 +148,16 @@ class PreparedModel(ModelInfo):
         if self.original_context:
             config = json.dumps(json.loads(config) | {"max_context": max_context})
         return dataclasses.replace(self, max_context=max_context, config=config)
+
+
+def check_speculation(model: PreparedModel | Workload, speculate: str) -> None:
+    """Raise InvalidRequest for drafts in a model whose layers keep a state: it cannot take a wrong draft back."""
+    if model.state_bytes and speculate != "off":
+        raise InvalidRequest(
+            f"speculate is {speculate}, and {model.name} has layers whose context is a state, which cannot take a "
+            "wrong draft back. Leave speculate out.",
+            param="speculate",
+        )
 
 
 async def prepare_model(

@@ -221,15 +221,10 @@ def pages_per_rank(settings: Settings, max_context: int, bytes_per_token: int) -
     return settings.pages_per_rank or max(2 * -(-max_context // settings.page_size), tokens // settings.page_size)
 
 
-def rank_roles(settings: MeshSettings, workload: Workload, cluster: Cluster) -> dict[int, str] | None:
-    """The role of each rank, attention ranks first; None for collocated ranks.
-
-    A number of attention or expert ranks that the settings leave open is the one with the most predicted tokens per
-    second, among the numbers that keep an expert rank after `survive` losses. Raises InvalidRequest for a model without
-    experts.
-    """
-    if settings.arch == "collocated":
-        return None
+def check_arch(workload: Workload, arch: str) -> None:
+    """Raise InvalidRequest for ranks with roles of a model whose layers they cannot share so."""
+    if arch != "disaggregated":
+        return
     if workload.state_bytes:
         raise InvalidRequest(
             f"{workload.name} has layers whose context is a state, which attention ranks of their own do not keep yet. "
@@ -240,6 +235,18 @@ def rank_roles(settings: MeshSettings, workload: Workload, cluster: Cluster) -> 
         raise InvalidRequest(
             f"{workload.name} has no experts that ranks of their own could hold. Leave arch out.", param="arch"
         )
+
+
+def rank_roles(settings: MeshSettings, workload: Workload, cluster: Cluster) -> dict[int, str] | None:
+    """The role of each rank, attention ranks first; None for collocated ranks.
+
+    A number of attention or expert ranks that the settings leave open is the one with the most predicted tokens per
+    second, among the numbers that keep an expert rank after `survive` losses. Raises InvalidRequest for a model without
+    experts.
+    """
+    if settings.arch == "collocated":
+        return None
+    check_arch(workload, settings.arch)
     attention = settings.attention
     if attention is None and settings.experts is not None:
         attention = settings.ranks - settings.experts

@@ -60,6 +60,7 @@ def _sampling(body: MessagesBody) -> dict[str, Any]:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": body.top_k,
+        "speculate": body.speculate,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -24,7 +24,7 @@ NAMES = FieldNames(
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
 _PASSED_ON = (
     "model", "temperature", "top_p", "tool_choice", "parallel_tool_calls", "seed", "stop", "top_k", "min_p",
-    "chat_template_kwargs",
+    "speculate", "chat_template_kwargs",
 )  # fmt: skip
 """Fields that a chat completion has under the same names."""
 _FORMATS = ("text", "json_object", "json_schema")

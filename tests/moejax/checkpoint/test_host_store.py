@@ -182,3 +182,26 @@ def test_weights_lie_where_a_device_takes_them_as_they_are(store, dtype):
     for array in jax.tree.leaves(store.non_expert_params(dtype)):
         assert array.dtype == dtype
         assert array.ctypes.data % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole tensor", "expert"])
+def test_the_advice_names_the_folder_that_is_damaged(tmp_path, whole):
+    source, copy = tmp_path / "model", tmp_path / "host" / "copy"
+    model_folder(source, SHARED, np.float16)
+    store = HostStore.create(source, copy)
+    damaged = "params/state/segments.0.0.qkv/c/0/0/0" if whole else EXPERT
+
+    def read(store: HostStore) -> None:
+        if whole:
+            store.non_expert_params()
+        else:
+            store.read_experts([(1, 3)])
+
+    (copy / damaged).write_bytes(b"")
+    with pytest.raises(StoreCorrupt, match=f"Delete {copy}; the next start copies it again from {source}\\."):
+        read(store)
+    (source / damaged).write_bytes(b"")
+    with pytest.raises(StoreCorrupt, match=f"model folder {source}, .*is damaged: make it again, then delete {copy}\\."):
+        read(store)
+    with pytest.raises(StoreCorrupt, match=f"The model folder {source} is damaged: make it again\\."):
+        read(HostStore.open(source))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from serving.errors import InvalidRequest
-from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.prepared_model import PreparedModel, check_speculation
 from simulation.hand_model import PREPARED
 
 
@@ -41,7 +41,7 @@ def test_a_context_is_the_whole_of_a_model_without_longrope_and_never_longer():
 
 def test_a_model_whose_layers_keep_a_state_is_not_started_with_drafts():
     model = dataclasses.replace(PREPARED, state_bytes=64)
-    model.check_speculation("off")
-    PREPARED.check_speculation("ngram")
+    check_speculation(model, "off")
+    check_speculation(PREPARED, "ngram")
     with pytest.raises(InvalidRequest, match="speculate is ngram, and fake has layers whose context is a state"):
-        model.check_speculation("ngram")
+        check_speculation(model, "ngram")

@@ -113,6 +113,9 @@ class MessagesBody(CountTokensBody, kw_only=True):
     temperature: Annotated[float | None, used("0 takes the likeliest token.", minimum=0)] = None
     top_p: Annotated[float | None, used("Share of probability to sample from.", exclusiveMinimum=0, maximum=1)] = None
     top_k: Annotated[int | None, used("Number of tokens to sample from.", minimum=0)] = None
+    speculate: Annotated[
+        bool | None, used("An addition: draft tokens ahead, which changes none of them. Default: as the server does.")
+    ] = None
     metadata: Annotated[Any, ignored("a label of the caller's; nothing depends on it", {})] = None
     service_tier: Annotated[Any, ignored("there is one", "auto", "standard_only")] = None
     container: Annotated[Any, refused(_NO_SERVER_TOOLS)] = None

@@ -101,6 +101,9 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     stop: Annotated[str | list[str] | None, used("As in chat completions; an addition.")] = None
     top_k: Annotated[int | None, used("As in chat completions; an addition.", minimum=-1)] = None
     min_p: Annotated[float | None, used("As in chat completions; an addition.", minimum=0, maximum=1)] = None
+    speculate: Annotated[
+        bool | None, used("As in chat completions; an addition. Draft tokens ahead, which changes none of them.")
+    ] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, used("Variables of the chat template.")] = None
 
     truncation: Annotated[Any, accepted("a conversation is never cut", "disabled")] = None

@@ -166,3 +166,12 @@ async def test_a_broken_stream_goes_on_after_the_last_event_that_came(backend):
             assert rest == "".join(f"{event}\n\n" for event in events[position + 1 :])
     assert len(events) == 11
     assert json.loads(events[0].splitlines()[1].removeprefix("data: "))["message"]["content"] == []
+
+
+async def test_speculation_is_chosen_by_the_request(backend):
+    async with client(backend) as c:
+        for given in (True, False, None):
+            await c.messages.create(**ASK, extra_body={"speculate": given})
+        with pytest.raises(anthropic.BadRequestError, match="speculate"):
+            await c.messages.create(**ASK, extra_body={"speculate": "yes"})
+    assert [request.sampling.speculate for request in backend.requests] == [True, False, None]

@@ -209,3 +209,12 @@ async def test_the_stream_of_another_api_is_no_response(backend):
         assert again.count("event: response.completed") == 1
         bad = await c.get(f"/v1/responses/{response['id']}?stream=true&starting_after=x")
         assert bad.json()["error"]["param"] == "starting_after"
+
+
+async def test_speculation_is_chosen_by_the_request(backend):
+    async with client(backend) as c:
+        for given in (True, False, None):
+            await c.responses.create(input="hi", extra_body={"speculate": given})
+        with pytest.raises(openai.BadRequestError, match="speculate"):
+            await c.responses.create(input="hi", extra_body={"speculate": 3})
+    assert [request.sampling.speculate for request in backend.requests] == [True, False, None]
