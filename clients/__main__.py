@@ -16,10 +16,11 @@ from clients.tool import Tool, tools
 from serving import Client, Server
 
 TINY = ROOT / "models" / "tiny"
+NAMES = ", ".join(tool.key for tool in tools())
 
 
 @click.command()
-@click.option("--only", help="Names of tools, divided by commas; the rows of the others are kept.")
+@click.option("--only", help=f"Names of tools, divided by commas; the rows of the others are kept. There are {NAMES}.")
 @click.option("--model", default=str(TINY), show_default=False, help="Model to serve. Default: models/tiny.")
 @click.option("--ranks", default=2, show_default=True, help="Number of ranks.")
 @click.option(
@@ -30,7 +31,7 @@ def main(only: str | None, model: str, ranks: int, log: Path | None) -> None:
     chosen = [tool for tool in tools() if only is None or tool.key in only.split(",")]
     unknown = set(only.split(",") if only else ()) - {tool.key for tool in chosen}
     if unknown:
-        raise click.UsageError(f"no tool is named {', '.join(sorted(unknown))}; there are {_names()}")
+        raise click.UsageError(f"no tool is named {', '.join(sorted(unknown))}; there are {NAMES}")
     with (
         tempfile.TemporaryDirectory() as journal,
         Server(model=model, ranks=ranks, vllm_grpc=True, journal=journal) as server,
@@ -100,10 +101,6 @@ def run_trials(tool: Tool, command: list[str], at: dict[str, str], log: Path | N
 
 def _text(output: bytes | str | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-
-
-def _names() -> str:
-    return ", ".join(tool.key for tool in tools())
 
 
 if __name__ == "__main__":

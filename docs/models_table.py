@@ -83,10 +83,14 @@ compared with its formula (`tests/moejax/checkpoint/quantized/`). Scales of acti
 used, which is said when a model is converted. What is not read (bitsandbytes, AWQ other than `gemm`, sparse formats,
 pickled `.bin` files) is refused with an error that names it and what is read instead.
 
+`--data-type auto`, the default, is the type that a model's own configuration names (`weights` in our config.json: int8
+for `smollm2-moe`), and float32 for all others.
+
 `--data-type published` takes the narrowest type that represents the stored weights: bfloat16 for bfloat16 and for
 quantised forms, float32 for float32 and float16. Where ranks hold more bytes than are published, the server says both
-at the start: "is published in int4, 595.2 GiB; ranks hold its weights in bfloat16, ...". `moejax plan` counts the bytes
-of the published form.
+at the start: "is published in int4, 595.2 GiB; ranks hold its weights in bfloat16, ...", and so does `moejax inspect
+--data-type published`. Of a folder in our own form it says how that is stored. `moejax plan` counts the bytes of the
+published form.
 
 Int4 experts stay as they are published: `--data-type published --in-place` holds those of `pack-quantized` folders
 (Kimi-K2) and of symmetric GPTQ ones in int4, with their own integers and scales, if groups are of 32 inputs or a

@@ -14,21 +14,32 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.checkpoint.checkpoint import TOKENIZERS
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.manifest import Manifest
-from moejax.checkpoint.published import check_tensors, published_name
+from moejax.checkpoint.published import check_tensors, published_name, stored_dtypes
 from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.layer_states import state_bytes
 from moejax.config.model_config import ModelConfig, WeightFormat
 from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
+from moejax.tools.rank_format import (
+    AUTO,
+    PUBLISHED,
+    format_as_stored,
+    published_workload,
+    stored_note,
+    widening_note,
+)
 from moejax.tools.resolve import ensure_model, is_published
 from planner.errors import NoFeasiblePlan
 from planner.inputs.cluster import Cluster
@@ -43,8 +54,9 @@ SERVED, NOT_YET = "served", "not yet"
 Values = dict[str, Any]
 
 
-def describe(model: str, ranks: int = RANKS, weights: WeightFormat = "float32") -> Values:
-    """Everything about a model whose matrices ranks hold in this format, as data; bytes unless the key says otherwise.
+def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
+    """Everything about a model whose matrices ranks hold in this format, `published` or `auto` as in `serve`, as data;
+    bytes unless the key says otherwise.
 
     Raises ConfigError for an architecture that is not served, CheckpointError for weights that are not those of the
     configuration, AssetUnavailable when a model known by name cannot be had.
@@ -57,7 +69,9 @@ def describe(model: str, ranks: int = RANKS, weights: WeightFormat = "float32") 
     else:
         folder = ensure_model(model)
         cfg = ModelConfig.load(folder)
-    cfg = dataclasses.replace(cfg, weights=weights)
+    if weights != AUTO:
+        form = _published_format(path, folder, cfg) if weights == PUBLISHED else weights
+        cfg = dataclasses.replace(cfg, weights=form)
     return {
         "name": cfg.name,
         "family": cfg.family,
@@ -73,7 +87,31 @@ def describe(model: str, ranks: int = RANKS, weights: WeightFormat = "float32") 
         "cache_bytes_of_full_context": bytes_per_token(cfg) * cfg.max_context,
         "state_bytes": state_bytes(cfg),
         "plan": first_plan(cfg, ranks),
+        "note": _format_note(path, folder, cfg) if weights == PUBLISHED else "",
     }
+
+
+def _published_format(path: Path, folder: Path | None, cfg: ModelConfig) -> WeightFormat:
+    """The format that `serve --data-type published` has ranks hold a model in, unless it is read in place."""
+    published = published_workload(path) if folder is None or is_published(folder) else None
+    if folder is not None:
+        return format_as_stored(cfg, _stored_dtypes(folder, cfg), published)
+    if published is None:
+        raise ConfigError(f"{path} does not say in which form the weights are published. Give another --data-type.")
+    return "float32" if published.weight_format in ("float32", "float16") else "bfloat16"
+
+
+def _format_note(path: Path, folder: Path | None, cfg: ModelConfig) -> str:
+    """The note of `serve --data-type published`: the bytes that are published or stored, and those that ranks hold."""
+    if folder is not None and not is_published(folder):
+        return stored_note(cfg, _stored_dtypes(folder, cfg))
+    return widening_note(cfg, published_workload(path), in_place=False)
+
+
+def _stored_dtypes(folder: Path, cfg: ModelConfig) -> Mapping[str, np.dtype]:
+    if is_published(folder):
+        return stored_dtypes(cfg, SafetensorsFolder.open(folder), None)
+    return {name: jnp.dtype(tensor.dtype) for name, tensor in Manifest.load(folder).tensors.items()}
 
 
 def active_parameters(cfg: ModelConfig) -> int:
@@ -188,6 +226,8 @@ def _report(found: Values) -> str:
         each = _size(found["state_bytes"])
         rows.append(("states", f"{each} of {layers} layers, {STATE_COPIES} for each request (float32)"))
     rows.append((f"on {plan['ranks']} ranks", _plan_text(plan, found["config"]["weights"])))
+    if found["note"]:
+        rows.append(("note", found["note"]))
     return "\n".join(f"{label:<12} {text}" for label, text in rows)
 
 
@@ -225,7 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="a known name, a model folder (ours or published), or a config.json")
     parser.add_argument("--ranks", type=int, default=RANKS, help=f"ranks of the first plan (default: {RANKS})")
     parser.add_argument(
-        "--data-type", choices=get_args(WeightFormat), default="float32", help="weight format of the ranks"
+        "--data-type",
+        choices=(*get_args(WeightFormat), PUBLISHED, AUTO),
+        default=AUTO,
+        help="weight format of the ranks; published and auto as for `moejax serve`",
     )
     parser.add_argument("--families", action="store_true", help="list the model families instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

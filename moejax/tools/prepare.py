@@ -25,9 +25,16 @@ from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
 from moejax.ops import cpu
 from moejax.runtime.executables import numerics_fingerprint
-from moejax.tools.rank_format import PUBLISHED, format_as_stored, published_workload, widening_note
+from moejax.tools.rank_format import (
+    AUTO,
+    PUBLISHED,
+    format_as_stored,
+    published_workload,
+    stored_note,
+    widening_note,
+)
 from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
-from moejax.tools.same_model import check_same_dtypes, check_same_model
+from moejax.tools.same_model import check_same_dtypes, check_same_model, unused_files
 
 BESIDE_STEPS = 10
 """Niceness of this process while the model that it is compared with is served on this machine."""
@@ -36,8 +43,8 @@ BESIDE_STEPS = 10
 def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1", like: str = "") -> dict[str, object]:
     """Prepare a model and describe it for the front.
 
-    `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format,
-    or `published`.
+    `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format, or
+    `published`, or `auto`, the one in the model's own configuration.
     Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
     `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
     folders before anything is converted. With `like`, the folder of another model, raises ConfigError or
@@ -59,12 +66,17 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
     if like:
         check_same_dtypes(folder, Path(like))
     published = published_workload(Path(name)) if is_published(Path(name)) else None
-    if weights == PUBLISHED:
+    as_published = weights == PUBLISHED
+    if weights == AUTO:
+        weights = store.cfg.weights
+    elif as_published:
         keeps = isinstance(store, PublishedStore) and store.int4_experts
         weights = "int4-experts" if keeps else format_as_stored(store.cfg, store.dtypes, published)
     cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
     cfg.tp_shard(int(tensor))
-    if note := widening_note(cfg, published, in_place=isinstance(store, PublishedStore)):
+    in_place = isinstance(store, PublishedStore)
+    own = as_published and published is None and not in_place
+    if note := stored_note(cfg, store.dtypes) if own else widening_note(cfg, published, in_place=in_place):
         print(note, file=sys.stderr)
     moe = cfg.moe
     return {
@@ -92,6 +104,7 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         "weights": cfg.weights,
         "cache_bytes_per_token": bytes_per_token(cfg),
         "state_bytes": state_bytes(cfg),
+        "unused_files": unused_files(folder, Path(like)) if like else (),
         "hidden_bytes": 4 * cfg.d_model,
         "heads": cfg.n_heads,
         **flops(cfg),

@@ -14,6 +14,8 @@ from planner.inputs.workload import Workload
 
 PUBLISHED = "published"
 """The value of `--data-type` that asks for what lies in the folder."""
+AUTO = "auto"
+"""The value of `--data-type` that asks for what the model's own configuration says (`ModelConfig.weights`)."""
 PLAIN = ("float32", "bfloat16", "float16")
 NOTED = 1.05
 """Ranks that hold more than this times the published bytes are worth a note."""
@@ -30,6 +32,21 @@ def format_as_stored(cfg: ModelConfig, dtypes: Mapping[str, np.dtype], published
     most = max(sizes, key=lambda name: sizes[name])
     is_quantized = published is not None and published.weight_format not in PLAIN
     return "bfloat16" if most == "bfloat16" or (most == "float16" and is_quantized) else "float32"
+
+
+def stored_note(cfg: ModelConfig, dtypes: Mapping[str, np.dtype]) -> str:
+    """In which form the weights of a model folder of ours are stored and in which ranks hold them, with the bytes of
+    both."""
+    sizes: dict[str, int] = {}
+    for path, spec in tensor_specs(cfg).items():
+        dtype = np.dtype(dtypes[path])
+        sizes[dtype.name] = sizes.get(dtype.name, 0) + spec.size * dtype.itemsize
+    most = max(sizes, key=lambda name: sizes[name])
+    held = weight_bytes(cfg, experts=True) + weight_bytes(cfg, experts=False)
+    return (
+        f"{cfg.name} is stored in {most}, {_size(sum(sizes.values()))}; ranks hold its weights in {cfg.weights}, "
+        f"{_size(held)} with one copy of each expert."
+    )
 
 
 def published_workload(folder: Path) -> Workload | None:

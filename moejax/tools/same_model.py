@@ -1,6 +1,7 @@
 """Whether two folders hold the same model and differ in their weights alone: configuration, vocabulary, data types.
 
-The other files of the tokenizer, the chat template and the defaults of sampling may differ: the served ones stay.
+The other files of the tokenizer, the chat template and the defaults of sampling may differ: the served ones stay, and
+`unused_files` says which of the others are not used.
 """
 
 import dataclasses
@@ -16,7 +17,17 @@ from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.tools.resolve import is_published
 
-NOT_COMPARED = frozenset({"name"})
+NOT_COMPARED = frozenset({"name", "weights"})
+"""Fields of the configuration that may differ: new weights are held in the format of the old ones."""
+SERVED_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+"""Files that say how a model is talked to: the server goes on with those that it was started with."""
 
 
 def check_same_model(other: Path, served: Path, *, sharded: bool) -> None:
@@ -34,8 +45,8 @@ def check_same_model(other: Path, served: Path, *, sharded: bool) -> None:
 
 
 def check_same_config(cfg: ModelConfig, served: ModelConfig) -> None:
-    """Raise ConfigError, naming the first field that differs with both values, unless these are equal but for the
-    name."""
+    """Raise ConfigError, naming the first field that differs with both values, unless these are equal but for those
+    in NOT_COMPARED."""
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(served, field.name), getattr(cfg, field.name)
         if field.name not in NOT_COMPARED and ours != theirs:
@@ -55,6 +66,27 @@ def check_same_dtypes(folder: Path, served: Path) -> None:
                 f"tensor {name} is stored as {other}, and that of the served model as {tensor.dtype}. Write the new "
                 "weights in the number format of the old ones."
             )
+
+
+def unused_files(other: Path, served: Path) -> tuple[str, ...]:
+    """The files of new weights that say how the model is talked to, and say it otherwise than those of the served
+    model; also one that only either of them has."""
+    names = sorted(
+        {str(file.relative_to(each)) for each in (other, served) for name in SERVED_FILES for file in each.glob(name)}
+    )
+    return tuple(name for name in names if _content(other / name) != _content(served / name))
+
+
+def _content(file: Path) -> Any:
+    """What is compared of a file: the value of JSON, else the text without a byte-order mark and white space around it;
+    None where there is none."""
+    if not file.is_file():
+        return None
+    text = file.read_text("utf-8-sig", errors="replace").strip()
+    try:
+        return json.loads(text) if file.suffix == ".json" else text
+    except ValueError:
+        return text
 
 
 def _check_same_vocabulary(other: Path, served: Path) -> None:

@@ -84,6 +84,9 @@ def apply(
     click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
     if action == "weights":
         click.echo(f"weights in force: version {client.status().weights_version}")
+        loaded = [event.message for event in past_events(client) if event.kind == EventKind.WEIGHTS_LOADING]
+        if unused := loaded[-1].partition("; ")[2] if loaded else "":
+            click.echo(f"note: {unused}")
     elif action == "rebalance":
         messages = [event.message for event in past_events(client) if event.kind == EventKind.REBALANCED]
         click.echo(messages[-1] if messages else "see `moejax events`")

@@ -19,11 +19,12 @@ class ModelSettings(SettingsGroup):
 
     model: str = setting("smollm2-moe", "Name of a known model (`moejax models` lists them) or path of a model folder.")
     data_type: str = setting(
-        "float32",
+        "auto",
         "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel, int4 one "
         "for each group of 32 inputs, published is the narrowest type that represents the published weights (the "
-        "server says which, and what that costs).",
-        choices=(*DATA_TYPES, "published"),
+        "server says which, and what that costs), auto is the type that the model's own configuration names (int8 for "
+        "smollm2-moe), or float32.",
+        choices=(*DATA_TYPES, "published", "auto"),
     )
     dense: str = setting(
         "replicated",

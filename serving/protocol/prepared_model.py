@@ -58,6 +58,8 @@ class PreparedModel(ModelInfo):
     """MoE layers that are shards of dense layers: none of their experts can be masked."""
     content: str = ""
     """A digest of the weights."""
+    unused_files: tuple[str, ...] = ()
+    """Of other weights for a served model: their files that are not used because the served model's differ."""
     steps: str = ""
     """Folder of the counts of step shapes; empty: none are kept."""
     numerics: str = ""
@@ -73,8 +75,8 @@ class PreparedModel(ModelInfo):
         values: dict[str, Any] = json.loads(text)
         for key, name in JSON_KEYS.items():
             values[name] = values.pop(key)
-        for name in ("stop_tokens", "sharded_layers"):
-            values[name] = tuple(values[name])
+        for name in ("stop_tokens", "sharded_layers", "unused_files"):
+            values[name] = tuple(values.get(name, ()))
         values.pop("sampling_defaults", None)
         return cls(**values)
 

@@ -1,4 +1,4 @@
-"""Settings that a published model cannot have, refused by its config.json before it is converted, which takes minutes."""
+"""Settings that a published model cannot have, refused by its config.json before it is converted."""
 
 from pathlib import Path
 

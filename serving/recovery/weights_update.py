@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -76,8 +77,8 @@ class WeightsUpdate:
         self.next_label = version.label
         try:
             self._check_memory(version.label)
-            version = await self._prepare(version)
-            text = f"version {version.label}, from {version.model}"
+            version, unused = await self._prepare(version)
+            text = f"version {version.label}, from {version.model}{unused_note(unused)}"
             server.events.emit(EventKind.WEIGHTS_LOADING, failover.epoch, message=text)
             try:
                 await self._stage(version)
@@ -133,7 +134,8 @@ class WeightsUpdate:
                 "start the server again with the new --model."
             )
 
-    async def _prepare(self, version: WeightsVersion) -> WeightsVersion:
+    async def _prepare(self, version: WeightsVersion) -> tuple[WeightsVersion, tuple[str, ...]]:
+        """The version with its host store and its content, and the files of the folder that are not used."""
         settings, failover = self._server.settings, self._server.failover
         prepared = await prepare_weights(
             version.model,
@@ -148,7 +150,8 @@ class WeightsUpdate:
                 "tokens. Choose another label, or none.",
                 param="version",
             )
-        return WeightsVersion(version.number, version.label, version.model, prepared.store, prepared.content)
+        made = WeightsVersion(version.number, version.label, version.model, prepared.store, prepared.content)
+        return made, prepared.unused_files
 
     async def _stage(self, version: WeightsVersion) -> None:
         """Load the weights into the host memory of every rank that is configured. Raises InvalidRequest when a rank
@@ -236,6 +239,16 @@ class WeightsUpdate:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DROP_TIMEOUT_S):
                 await asyncio.gather(*drops, return_exceptions=True)
+
+
+def unused_note(files: Sequence[str]) -> str:
+    """The end of a message about new weights: which of their files are not used, and what would use them."""
+    if not files:
+        return ""
+    return (
+        f"; {' and '.join(files)} of it differ from those of the served model and are not used: start the server with "
+        "this folder to use them"
+    )
 
 
 def _folder_bytes(folder: Path) -> int:

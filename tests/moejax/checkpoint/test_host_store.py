@@ -201,7 +201,7 @@ def test_the_advice_names_the_folder_that_is_damaged(tmp_path, whole):
     with pytest.raises(StoreCorrupt, match=f"Delete {copy}; the next start copies it again from {source}\\."):
         read(store)
     (source / damaged).write_bytes(b"")
-    with pytest.raises(StoreCorrupt, match=f"model folder {source}, .*is damaged: make it again, then delete {copy}\\."):
+    with pytest.raises(StoreCorrupt, match=f"folder {source}, .*is damaged: make it again, then delete {copy}\\."):
         read(store)
     with pytest.raises(StoreCorrupt, match=f"The model folder {source} is damaged: make it again\\."):
         read(HostStore.open(source))

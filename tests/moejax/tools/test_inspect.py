@@ -1,15 +1,20 @@
 """The description of a model is true, and a model whose weights are of another one is refused."""
 
+import dataclasses
 import json
+import re
 
 import ml_dtypes
+import numpy as np
 import pytest
 
 from moejax.checkpoint.families import SERVED_FAMILIES, read_config
 from moejax.checkpoint.manifest import CheckpointError
 from moejax.tools.inspect import describe, families, main
+from moejax.tools.prepare import prepare
 from moejax.tools.resolve import ensure_model
 from planner.inputs.published import FAMILIES, MODELS, NOT_READ, count_parameters, published_model
+from tests.support.models import MIXTRAL, model_folder
 from tests.support.published import published_folder
 
 
@@ -76,6 +81,36 @@ def test_bytes_are_those_of_the_form_in_which_ranks_hold_weights():
         assert plain[key] > narrow[key] > small[key] > plain[key] / 4
     assert small["plan"]["bytes_per_rank"] < narrow["plan"]["bytes_per_rank"] < plain["plan"]["bytes_per_rank"]
     assert small["config"]["weights"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(np.float32, "float32"), (ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float32")]
+)
+def test_published_is_the_format_that_the_server_would_take(tmp_path, monkeypatch, capfd, dtype, expected):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    published_folder(tmp_path / "hf", dtype=dtype)
+    found = describe(str(tmp_path / "hf"), 2, "published")
+    assert found["config"]["weights"] == expected == prepare(str(tmp_path / "hf"), "published")["weights"]
+    said = capfd.readouterr().err
+    assert found["note"] in said if found["note"] else "ranks hold" not in said
+    config = describe(str(MODELS / "deepseek-v3.json"), 8, "published")
+    assert config["config"]["weights"] == "bfloat16"
+    assert re.search(r"is published in f\S*8\S*, \d+\.\d GiB; ranks hold its weights in bfloat16", config["note"])
+
+
+def test_published_and_auto_of_our_own_folders(tmp_path, capfd):
+    cfg = dataclasses.replace(MIXTRAL, weights="int8")
+    model_folder(tmp_path / "m", cfg, np.float16)
+    assert (
+        describe(str(tmp_path / "m"))["config"]["weights"] == "int8" == prepare(str(tmp_path / "m"), "auto")["weights"]
+    )
+    assert "stored" not in capfd.readouterr().err
+    found = describe(str(tmp_path / "m"), 2, "published")
+    assert prepare(str(tmp_path / "m"), "published")["weights"] == found["config"]["weights"] == "float32"
+    said = capfd.readouterr().err
+    assert re.search(r"is stored in float16, \d+\.\d [KM]iB; ranks hold its weights in float32, ", said)
+    assert said.strip().endswith(found["note"])
+    assert describe("tiny", 2)["config"]["weights"] == "float32"
 
 
 def test_every_family_is_listed_once_with_its_state():

@@ -9,7 +9,7 @@ import pytest
 
 from moejax.checkpoint.manifest import CheckpointError
 from moejax.config.config_values import ConfigError
-from moejax.tools.same_model import check_same_config, check_same_dtypes, check_same_model
+from moejax.tools.same_model import check_same_config, check_same_dtypes, check_same_model, unused_files
 from tests.support.models import MIXTRAL, model_folder
 
 TOKENIZER = Path(__file__).parents[3] / "models" / "tiny" / "tokenizer.json"
@@ -26,6 +26,8 @@ def test_other_weights_of_the_same_model_pass(served: Path, tmp_path: Path) -> N
     model_folder(tmp_path / "m", dataclasses.replace(MIXTRAL, name="step-200"), seed=3)
     check_same_model(tmp_path / "m", served, sharded=False)
     check_same_dtypes(tmp_path / "m", served)
+    check_same_config(dataclasses.replace(MIXTRAL, weights="int8"), MIXTRAL)
+    assert unused_files(tmp_path / "m", served) == ()
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,17 @@ def test_another_number_format_is_refused_by_tensor(served: Path, tmp_path: Path
 def test_a_folder_that_is_not_there_is_named(served: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is no folder on this machine"):
         check_same_model(tmp_path / "nowhere", served, sharded=False)
+
+
+def test_files_that_say_how_the_model_is_talked_to_and_differ_are_named(served: Path, tmp_path: Path) -> None:
+    other = tmp_path / "m"
+    shutil.copytree(served, other)
+    template = (served / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(f"\ufeff{template}\n")
+    assert unused_files(other, served) == ()
+    (other / "chat_template.jinja").write_text(f"{template}!")
+    (other / "generation_config.json").write_text('{"temperature": 0.3}')
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates" / "rag.jinja").write_text("x")
+    named = ("additional_chat_templates/rag.jinja", "chat_template.jinja", "generation_config.json")
+    assert unused_files(other, served) == unused_files(served, other) == named

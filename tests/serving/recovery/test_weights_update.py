@@ -383,3 +383,22 @@ def test_a_label_is_never_that_of_two_weights(monkeypatch: pytest.MonkeyPatch) -
             assert m.loop.status().weights_version == "2"
 
     asyncio.run(main())
+
+
+def test_files_of_new_weights_that_are_not_used_are_named_in_the_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = iter(((), ("chat_template.jinja", "generation_config.json")))
+
+    async def prepare(model: str, like: PreparedModel, **_: object) -> PreparedModel:
+        return dataclasses.replace(like, store=model, content=model, unused_files=next(unused))
+
+    monkeypatch.setattr(serving.recovery.weights_update, "prepare_weights", prepare)
+
+    async def main() -> None:
+        async with serving_streams() as (m, _):
+            for model in ("first", "second"):
+                await m.loop.apply(Instruction(action="weights", model=model))
+            said = [each.message for each in m.loop.events.retained() if str(each.kind) == "weights_loading"]
+            assert said[0] == "version 1, from first"
+            assert said[1].startswith("version 2, from second; chat_template.jinja and generation_config.json of it")
+
+    asyncio.run(main())
