@@ -102,7 +102,7 @@ def _published_format(path: Path, folder: Path | None, cfg: ModelConfig) -> Weig
 
 
 def _format_note(path: Path, folder: Path | None, cfg: ModelConfig) -> str:
-    """The note of `serve --data-type published`: the bytes that are published or stored, and those that ranks hold."""
+    """The note of `serve --data-type published`: the bytes in the folder, and the bytes in the ranks."""
     if folder is not None and not is_published(folder):
         return stored_note(cfg, _stored_dtypes(folder, cfg))
     return widening_note(cfg, published_workload(path), in_place=False)

@@ -27,7 +27,7 @@ SERVED_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-"""Files that say how a model is talked to: the server goes on with those that it was started with."""
+"""Files that say how a model is talked to: the server goes on with its own."""
 
 
 def check_same_model(other: Path, served: Path, *, sharded: bool) -> None:
@@ -78,8 +78,8 @@ def unused_files(other: Path, served: Path) -> tuple[str, ...]:
 
 
 def _content(file: Path) -> Any:
-    """What is compared of a file: the value of JSON, else the text without a byte-order mark and white space around it;
-    None where there is none."""
+    """The part of a file that is compared: the value of JSON, else the text without a byte-order mark and the white
+    space around it; None where there is no file."""
     if not file.is_file():
         return None
     text = file.read_text("utf-8-sig", errors="replace").strip()
