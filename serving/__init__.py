@@ -40,7 +40,7 @@ from serving.errors import (
 from serving.protocol.events import Event, EventKind
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.sampling import SamplingParams, StructuredOutputs
-from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
+from serving.protocol.status import EdgeStatus, LossCost, LossForecast, PoolStatus, RankStatus, Status
 from serving.server import Server
 from serving.text.answer_parts import InvalidToolCall, ToolCall
 from serving.text.tokenizer import Message
@@ -76,6 +76,7 @@ __all__ = [
     "NoTokenAllowed",
     "NotPermitted",
     "PoisonRequest",
+    "PoolStatus",
     "Prompt",
     "PromptScores",
     "PromptTooLong",

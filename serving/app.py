@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from planner.plan.pools import POOLS
 from serving.api.surfaces import Ports, open_surfaces, raise_file_limit
 from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls
@@ -15,15 +15,12 @@ from serving.config import Settings, listed
 from serving.core.bucket_counts import BucketCounts, resolve_buckets
 from serving.core.journal import Journal
 from serving.core.loop import Loop
+from serving.core.pools import Pools, start_pools
 from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
-from serving.core.step_stats import StepStats
+from serving.core.start import ServerParts, start_loop
 from serving.edges.front_socket import FrontSocket
-from serving.engine.limits import Limits
 from serving.errors import InvalidRequest, StartError
-from serving.executor.executor import RankExecutor
-from serving.executor.failure_detector import FailureDetectorSettings
-from serving.launch.launcher import Launcher
 from serving.launch.run_folder import RunFolder
 from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
@@ -36,7 +33,6 @@ from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import STATES_NOT_KEPT
 from serving.recovery.published_checks import check_published
 from serving.text.model_files import load_defaults, load_tokenizer
-from serving.text.structured_output import GrammarMatcher
 
 EVENTS_OF_A_FRONT = 1_000_000
 """The events of a front that takes over have sequences above a multiple of this."""
@@ -52,13 +48,17 @@ def no_log(_: str) -> None:
 class App:
     """A running server in this event loop. `await App.start(settings)`, then `await app.stop()`."""
 
-    def __init__(self, settings: Settings, processor: RequestProcessor, loop: Loop, failover: Failover) -> None:
+    def __init__(self, settings: Settings, processor: RequestProcessor, loop: Loop | Pools) -> None:
         self.settings = settings
         self.processor = processor
         self.loop = loop
-        self.failover = failover
         self.ports = Ports(grpc=0, http=0)
         self._stack = contextlib.AsyncExitStack()
+
+    @property
+    def failover(self) -> Failover:
+        """The ranks of the server, or of its decode pool."""
+        return self.loop.failover
 
     @classmethod
     async def start(cls, settings: Settings, log: Log = no_log, run: RunFolder | None = None) -> Self:
@@ -85,37 +85,23 @@ class App:
             stack.callback(request_log.close)
             weights_record = _weights_record(settings, model, run)
             weights = await _weights_in_force(settings, model, weights_record.load(), log)
-            events, step_stats, wake = EventLog(_last_sequence(run)), StepStats(settings, model.info()), asyncio.Event()
-            failover, executor = await _start_ranks(
-                stack,
-                settings,
-                model,
-                log,
-                run,
-                events=events,
-                step_stats=step_stats,
-                wake=wake,
-                epoch=request_log.epoch,
-                weights=weights,
-                weights_record=weights_record,
-            )
             info = model.info()
             tokenizer.check_begin_tokens(info.vocab_size)
             if names := listed(settings.served_model_name):
                 info = dataclasses.replace(info, name=names[0])
-            grammar_matcher = GrammarMatcher(tokenizer, info.vocab_size, info.stop_tokens)
-            loop = Loop(
-                settings,
-                info,
-                Limits.of(settings, model.max_context, states=model.state_bytes > 0),
-                executor,
-                failover,
-                grammar_matcher,
-                request_log,
-                events=events,
-                step_stats=step_stats,
-                wake=wake,
+            parts = ServerParts(
+                settings=settings,
+                model=model,
+                info=info,
+                tokenizer=tokenizer,
+                request_log=request_log,
+                events=EventLog(_last_sequence(run)),
+                weights=weights,
+                weights_record=weights_record,
+                run=run,
+                log=log,
             )
+            loop = await (start_pools if settings.arch == POOLS else start_loop)(stack, parts)
             tracer = None
             if settings.otlp_endpoint is not None:
                 tracer = open_tracer(settings.otlp_endpoint)
@@ -124,13 +110,15 @@ class App:
                 loop,
                 tokenizer,
                 Metrics(loop, tracer),
-                grammar_matcher,
+                loop.grammar_matcher,
                 max_prompt_tokens=settings.max_prompt_tokens,
                 sampling_defaults=defaults,
             )
-            app = cls(settings, processor, loop, failover)
+            app = cls(settings, processor, loop)
             loop.start()
-            if saved_counts is not None:
+            for step_stats in loop.step_stats:
+                if saved_counts is None:
+                    break
                 stack.push_async_callback(saved_counts.save, step_stats, settings.buckets)
                 counting = asyncio.create_task(saved_counts.save_periodically(step_stats, settings.buckets))
                 stack.callback(counting.cancel)
@@ -174,66 +162,6 @@ class App:
         """Drain for `grace_s` seconds (None: those of the settings), then end every process."""
         await self.loop.drain(self.settings.grace_s if grace_s is None else grace_s)
         await self._stack.aclose()
-
-
-async def _start_ranks(
-    stack: contextlib.AsyncExitStack,
-    settings: Settings,
-    model: PreparedModel,
-    log: Log,
-    run: RunFolder | None,
-    *,
-    events: EventLog,
-    step_stats: StepStats,
-    wake: asyncio.Event,
-    epoch: int,
-    weights: WeightsVersion,
-    weights_record: WeightsRecord,
-) -> tuple[Failover, RankExecutor]:
-    """Start the ranks, or take over those of an earlier front, under their first plan. `stack` ends them."""
-    within = None if run is None else run.path
-    log_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moejax-logs-", dir=within)))
-    health = FailureDetectorSettings(
-        heartbeat_floor_s=(
-            settings.heartbeat_floor_s
-            if settings.launcher == "local"
-            else max(settings.heartbeat_floor_s, settings.network_heartbeat_floor_s)
-        ),
-        step_floor_s=settings.step_floor_s,
-        command_limit_s=settings.command_limit_s,
-        starved_factor=settings.starved_factor,
-    )
-    launcher = Launcher.of(settings, model, log_folder, run)
-    executor = RankExecutor(
-        health,
-        lambda loss: failover.on_rank_lost(loss),
-        launcher.starter,
-        on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
-        on_starved=lambda rank, evidence: failover.on_rank_starved(rank, evidence),
-    )
-    stack.push_async_callback(executor.close)
-    await executor.open(launcher.listener)
-    stack.push_async_callback(launcher.close)
-    cluster = await launcher.wait_for_ranks(settings, executor.address, log)
-    failover = Failover(
-        settings,
-        model,
-        executor,
-        log,
-        events=events,
-        expert_load=lambda: step_stats.expert_load,
-        wake=wake.set,
-        cluster=cluster,
-        host=launcher.host,
-        epoch=epoch,
-        placement=None if run is None else run.placement,
-        weights=weights,
-        weights_record=weights_record,
-    )
-    stack.push_async_callback(failover.close)
-    async with asyncio.timeout(settings.start_timeout_s):
-        await failover.start()
-    return failover, executor
 
 
 async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> PreparedModel:

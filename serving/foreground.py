@@ -5,10 +5,10 @@ import signal
 
 from serving.app import App, Log
 from serving.config import Settings
-from serving.core.loop import Loop
 from serving.errors import MoejaxError
 from serving.launch.run_folder import RunFolder
 from serving.observability import logs
+from serving.protocol.backend import Backend
 
 
 def serve(settings: Settings, run: RunFolder | None = None) -> int:
@@ -55,8 +55,8 @@ async def _serve(settings: Settings, run: RunFolder | None) -> int:
     return 0
 
 
-async def _log_events(loop: Loop) -> None:
-    async for event in loop.watch():
+async def _log_events(backend: Backend) -> None:
+    async for event in backend.watch():
         logs.log_event(event)
 
 

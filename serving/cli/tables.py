@@ -49,6 +49,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ),
         ("weights", _weights(status)),
         ("edges", _edges(status)),
+        *((("pools", _pools(status)),) if status.pools else ()),
         ("mesh", f"{mesh}; {status.slots_per_rank} slots per rank"),
         ("losses prepared", lattice),
         ("experts masked", masked),
@@ -82,6 +83,17 @@ def _edges(status: Status) -> str:
     """The processes that hold the clients' connections, with their open calls."""
     texts = (f"pid {edge.pid} with {edge.calls} calls{'' if edge.serving else ', starting'}" for edge in status.edges)
     return ", ".join(texts) or "none; the front holds the clients' connections"
+
+
+def _pools(status: Status) -> str:
+    """The work of each pool, and how many requests have gone from one to the other."""
+    texts = (
+        f"{each.name} {'with' if each.serving else '[red]lost[/], with'} {each.ranks} ranks, epoch {each.epoch}, "
+        f"generation {each.generation}, {each.running} running, {each.waiting} waiting, "
+        f"{each.step_ms / max(each.steps, 1):.1f} ms for each of {each.steps} steps"
+        for each in status.pools
+    )
+    return f"{'; '.join(texts)}; {status.requests_sent} requests sent, {status.requests_returned} returned"
 
 
 def _certificate(status: Status) -> str:

@@ -1,9 +1,8 @@
 """Settings of the ranks: how many there are, what each does, and how many slots it has."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from planner.plan.deployment import PLANNED_ONLY
 from planner.plan.pools import POOLS
 from planner.solver.roles import SWITCHES
 from planner.solver.shapes import ARCHITECTURES
@@ -25,15 +24,21 @@ class MeshSettings(SettingsGroup):
     )
     arch: str = setting(
         "collocated",
-        "Whether every rank runs attention and holds experts (collocated), or each rank does one of the two "
-        "(disaggregated).",
-        choices=ARCHITECTURES,
+        "Whether every rank runs attention and holds experts (collocated), each rank does one of the two "
+        "(disaggregated), or some ranks compute prompts and the others decode, each side a whole model (pd).",
+        choices=(*ARCHITECTURES, POOLS),
     )
     attention: int | None = setting(
         None, "Number of attention ranks, with arch disaggregated. Default: the planner chooses."
     )
     experts: int | None = setting(
         None, "Number of expert ranks, with arch disaggregated. Default: all ranks that are not attention ranks."
+    )
+    prefill: int | None = setting(
+        None, "Number of ranks that compute prompts, with arch pd. Default: the planner chooses."
+    )
+    decode: int | None = setting(
+        None, "Number of ranks that decode, with arch pd. Default: all ranks that do not compute prompts."
     )
     tensor: int = setting(
         1, "Number of ranks of one host that split the attention heads among them (with arch collocated)."
@@ -64,21 +69,12 @@ class MeshSettings(SettingsGroup):
         60.0, "With rebalance auto: seconds over which traffic is measured, and between two moves.", at_least=1.0
     )
 
-    def check_fields(self) -> None:
-        """Check each field against its choices and bounds. Raises InvalidRequest."""
-        if self.arch == POOLS:
-            raise InvalidRequest(
-                f"arch is {POOLS!r}: pools for prompts and for decode are {PLANNED_ONLY}. "
-                f"Choose one of {', '.join(ARCHITECTURES)}.",
-                param="arch",
-            )
-        super().check_fields()
-
     def check(self) -> None:
         """Check fields of this group against each other. Raises InvalidRequest."""
         if not 1 <= self.ranks <= 64:
             raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and 64 local ranks.", param="ranks")
-        self._check_sides()
+        self._check_sides("disaggregated", ("attention", "experts"), "must attend or hold experts")
+        self._check_sides(POOLS, ("prefill", "decode"), "must compute prompts or decode")
         if not 0 <= self.survive < max(self.ranks, 1) and self.ranks > 1:
             raise InvalidRequest(
                 f"survive is {self.survive} with {self.ranks} ranks. Choose between 0 and {self.ranks - 1}.",
@@ -104,30 +100,40 @@ class MeshSettings(SettingsGroup):
                     param="tensor",
                 )
         if self.tensor > 1 and self.arch != "collocated":
+            why = "their entries are not sent yet" if self.arch == POOLS else "attention ranks of that attend alone"
             raise InvalidRequest(
-                f"tensor is {self.tensor} with arch {self.arch!r}: attention ranks of that attend alone. "
-                "Set tensor to 1, or arch to collocated.",
+                f"tensor is {self.tensor} with arch {self.arch!r}: {why}. Set tensor to 1, or arch to collocated.",
                 param="tensor",
             )
 
-    def _check_sides(self) -> None:
-        """Check `attention` and `experts`; both together set `ranks` where it has its default."""
-        sides = {name: getattr(self, name) for name in ("attention", "experts") if getattr(self, name) is not None}
-        if sides and self.arch != "disaggregated":
+    def _check_sides(self, arch: str, names: tuple[str, str], what: str) -> None:
+        """Check the two counts that go with an architecture; both together set `ranks` where it has its default."""
+        sides = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if sides and self.arch != arch:
             raise InvalidRequest(
-                f"{' and '.join(sides)} is given with arch {self.arch!r}. Set arch to disaggregated.", param="arch"
+                f"{' and '.join(sides)} is given with arch {self.arch!r}. Set arch to {arch}.", param="arch"
             )
         if len(sides) == 2 and self.ranks in (sum(sides.values()), type(self).ranks):
             object.__setattr__(self, "ranks", sum(sides.values()))
         open_sides = 2 - len(sides)
-        if self.arch == "disaggregated" and (
+        if self.arch == arch and (
             min(sides.values(), default=1) < 1
             or sum(sides.values()) + open_sides > self.ranks
             or (not open_sides and sum(sides.values()) != self.ranks)
         ):
             given = ", ".join(f"{name} {count}" for name, count in sides.items()) or "neither side"
             raise InvalidRequest(
-                f"{given} of {self.ranks} ranks: each rank must attend or hold experts, and each side needs one. "
-                "Give attention, experts or both.",
+                f"{given} of {self.ranks} ranks: each rank {what}, and each side needs one. "
+                f"Give {', '.join(names)} or both.",
                 param=next(iter(sides), "ranks"),
             )
+        if self.arch == arch == POOLS and len(sides) == 1:
+            rest = names[1 - names.index(next(iter(sides)))]
+            object.__setattr__(self, rest, self.ranks - sum(sides.values()))
+
+    def for_pool(self, ranks: int) -> Self:
+        """The settings of the mesh of one pool of so many ranks."""
+        survive = min(self.survive, ranks - 1)
+        return dataclasses.replace(
+            self, arch="collocated", prefill=None, decode=None, ranks=ranks, hosts=1, survive=survive
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from planner.plan.pools import POOLS
 from serving.config.cache import CacheSettings
 from serving.config.detection import DetectionSettings
 from serving.config.durability import DurabilitySettings
@@ -74,6 +75,8 @@ class Settings(
                 f"their parity on one more. Choose 0 to {self.ranks - 1}.",
                 param="parity",
             )
+        if self.arch == POOLS:
+            self._check_pools()
         if self.launcher == "local":
             return
         if self.kv_replication == "memory":
@@ -88,6 +91,26 @@ class Settings(
                 "they are on. Leave it out.",
                 param="hosts",
             )
+
+    def _check_pools(self) -> None:
+        """Check what pools for prompts and for decode cannot be combined with. Raises InvalidRequest."""
+        refused = {
+            "launcher": (self.launcher != "local", "ranks on other hosts cannot read the replicas", "local"),
+            "kv_replication": (
+                self.kv_replication in ("stream", "off"),
+                "a request goes to its decode rank by the replica of its prefill rank",
+                "memory",
+            ),
+            "parity": (self.parity > 0, "it is made in one mesh, and each pool has its own", "0"),
+            "certificate": (self.certificate is not None, "certificates are about one mesh", "nothing"),
+        }
+        for name, (given, why, instead) in refused.items():
+            if given:
+                raise InvalidRequest(
+                    f"{name} is {getattr(self, name)!r} with arch {self.arch!r}: {why}. Set it to {instead}, or arch "
+                    "to collocated.",
+                    param=name,
+                )
 
     @classmethod
     def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any) -> Self:

@@ -30,8 +30,8 @@ from serving.recovery.replacements import Replacements
 
 
 class EngineShell:
-    """The mutable holder of the pure engine state of one server, with the parts that change it between steps. `wake`
-    makes the loop check what is due."""
+    """The mutable holder of the pure engine state of one mesh, with the parts that change it between steps. `wake`
+    makes the loop check what is due; `output_streams` are those of another pool of the server."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class EngineShell:
         events: EventLog,
         step_stats: StepStats,
         wake: asyncio.Event,
+        output_streams: OutputStreams | None = None,
     ) -> None:
         self.settings = settings
         self.executor = executor
@@ -54,7 +55,7 @@ class EngineShell:
         self.step_stats = step_stats
         self.pipeline = pipeline
         self.state = EngineState.start(limits, {})
-        self.output_streams = OutputStreams(request_log, self.cancel)
+        self.output_streams = output_streams or OutputStreams(request_log, self.cancel)
         self.admission = Admission()
         self.replacements = Replacements(failover.state, events, failover.rank_start.start)
         self.maintenance = Maintenance(self)
@@ -71,6 +72,10 @@ class EngineShell:
     def wake(self) -> None:
         """Make the loop check what is due."""
         self._wake.set()
+
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
+        """Call a function after so many seconds."""
+        return asyncio.get_running_loop().call_later(delay_s, act)
 
     # -- Requests -----------------------------------------------------------------------------------------------
 

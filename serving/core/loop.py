@@ -5,7 +5,7 @@ It implements `serving.protocol.backend.Backend`.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from serving.core.background import follow_device_errors, maintain_journal, scru
 from serving.core.control import Control
 from serving.core.due_work import DueWorker
 from serving.core.engine_shell import EngineShell
+from serving.core.output_streams import OutputStreams
 from serving.core.recovery_report import RecoveryReport
 from serving.core.request_log import RequestLog
 from serving.core.status_report import StatusReport
@@ -60,6 +61,7 @@ class Loop:
         events: EventLog,
         step_stats: StepStats,
         wake: asyncio.Event,
+        output_streams: OutputStreams | None = None,
     ) -> None:
         self.model = model
         self.events = events
@@ -76,9 +78,10 @@ class Loop:
             events=events,
             step_stats=step_stats,
             wake=wake,
+            output_streams=output_streams,
         )
         report = RecoveryReport(failover, events)
-        self._grammar_matcher = grammar_matcher
+        self.grammar_matcher = grammar_matcher
         self._pipeline = pipeline
         self._steps = StepRunner(self.engine, report, wake, grammar_matcher.take_failures)
         self._worker = DueWorker(self.engine, report)
@@ -99,12 +102,28 @@ class Loop:
         main = [self._task] if self._task is not None else []
         return [*main, *self._background, *self.engine.replacements.tasks]
 
-    def start(self) -> None:
-        """Begin to serve. The ranks must be under their first plan."""
+    @property
+    def step_stats(self) -> tuple[StepStats, ...]:
+        """The statistics of the steps of each mesh."""
+        return (self.engine.step_stats,)
+
+    @property
+    def serves(self) -> bool:
+        """Whether a plan is in force."""
+        return self.failover.plan is not None
+
+    def before_steps(self, act: Callable[[], None]) -> None:
+        """Have a function called each time before a step is scheduled."""
+        self._steps.before_step = act
+
+    def start(self, *, keeps_log: bool = True) -> None:
+        """Begin to serve. The ranks must be under their first plan. With `keeps_log` this loop takes up the calls of
+        the journal, and keeps it."""
         engine, failover, settings = self.engine, self.failover, self.settings
         engine.apply_plan(())
-        engine.suspects.restore()
-        engine.resume_journaled_calls(self._check_resumed)
+        engine.suspects.restore(recorded=keeps_log)
+        if keeps_log:
+            engine.resume_journaled_calls(self._check_resumed)
         taken = f", {n} of them taken over" if (n := failover.take_over.ranks_taken_over) else ""
         self.events.emit(EventKind.READY, failover.epoch, message=f"{len(failover.plan_ranks)} ranks{taken}")
         self._worker.report_missing_replicas()
@@ -112,7 +131,7 @@ class Loop:
         if settings.restart:  # a front that takes over ranks may lack some
             for rank in failover.plans.base.rank_ids:
                 engine.replace(rank)
-        if engine.request_log.enabled:
+        if engine.request_log.enabled and keeps_log:
             self._begin(maintain_journal(engine.request_log, self._on_journal_change, settings.journal_sync_s))
         if settings.scrub_s:
             self._begin(scrub_weights(self._slots_per_rank, engine.maintenance.repair.inspect_next, settings.scrub_s))
@@ -127,10 +146,14 @@ class Loop:
                 failover.parity.maintain(lambda: None if membership.membership.losses else failover.settled_plan)
             )
 
-    async def drain(self, grace_s: float) -> None:
-        """Refuse new requests, give running ones `grace_s` seconds to end, then end the loop and what is left."""
+    def refuse_requests(self) -> None:
+        """Take no new requests any more."""
         self._draining = True
         self.events.emit(EventKind.DRAINING, self.failover.epoch)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, give running ones `grace_s` seconds to end, then end the loop and what is left."""
+        self.refuse_requests()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 while self.engine.state.running or self.engine.state.waiting:
@@ -144,7 +167,12 @@ class Loop:
 
     # -- Backend ------------------------------------------------------------------------------------------------
 
-    async def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
+    @property
+    def ended(self) -> MoejaxError | None:
+        """Why the loop has stopped by itself, if so."""
+        return self._ended
+
+    async def stream(self, request: Request) -> AsyncGenerator[Scored | Token | Finished]:
         """See `serving.protocol.backend.Backend.stream`."""
         if self._ended is not None:
             raise self._ended
@@ -303,7 +331,7 @@ class Loop:
         """A request of the journal as this server runs it. Raises InvalidRequest."""
         request = check_resumed(request, self.model.vocab_size)
         if (constraint := request.sampling.structured_outputs) is not None:
-            self._grammar_matcher.check(constraint)
+            self.grammar_matcher.check(constraint)
         return request
 
     def _slots_per_rank(self) -> int:

@@ -20,7 +20,8 @@ class OutputStreams:
         self.degraded = 0
         """Number of requests that ended with tokens computed while experts were masked."""
         self._request_log = request_log
-        self._on_abandoned = on_abandoned
+        self.on_abandoned = on_abandoned
+        """Called with the id of a request whose last reader has left before its end."""
         self._readers: dict[str, list[asyncio.Queue[StreamItem]]] = {}
         self._degraded: set[str] = set()
         self._first_steps: dict[str, float] = {}
@@ -64,7 +65,7 @@ class OutputStreams:
                 self._first_steps.pop(request_id, None)
             if not readers and self._readers.get(request_id) is readers:
                 del self._readers[request_id]
-                self._on_abandoned(request_id)
+                self.on_abandoned(request_id)
 
     def send(self, outputs: Iterable[Output]) -> None:
         """Record the outputs of a step, then send them to their readers."""

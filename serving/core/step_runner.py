@@ -39,6 +39,8 @@ class StepRunner:
         self._engine = engine
         self._report = report
         self._woken = woken
+        self.before_step: Callable[[], None] = lambda: None
+        """Called before a step is scheduled."""
         self._exchange_failed = False
         """Whether an exchange between ranks that live has failed since the last step that was done."""
 
@@ -46,6 +48,7 @@ class StepRunner:
         """Schedule a step and send it to the ranks. False when there is nothing to compute."""
         engine, failover = self._engine, self._engine.failover
         engine.expire()
+        self.before_step()
         began = clock.now()
         plan, epoch = failover.plan, failover.epoch
         admitted, batch = engine.state.admitted, None

@@ -1,7 +1,7 @@
 """Requests that are suspected of breaking ranks: which loss accuses whom, and what becomes of it (decision 0017)."""
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from serving.core.request_log import RequestLog
@@ -40,14 +40,16 @@ class Suspects:
         self._noted: dict[int, tuple[Batch, ...]] = {}
         """The steps that were in flight when a rank was lost, in order of the losses."""
         self._recorded: tuple[Incident, ...] = ()
+        self.elsewhere: Callable[[], tuple[Incident, ...]] = tuple
+        """The incidents of requests in another pool of the server, which are written with those of this one."""
         self.convicted = 0
         self.last_failures: dict[int, str] = {}
         """How a rank failed of itself the last time."""
 
-    def restore(self) -> None:
-        """Take up what the front before this one suspected."""
+    def restore(self, *, recorded: bool = True) -> None:
+        """Take up what the front before this one suspected, if this pool is to."""
         server = self._server
-        self._recorded = server.request_log.incidents
+        self._recorded = server.request_log.incidents if recorded else ()
         self._set(Suspicion(self._limit, self._recorded))
 
     def note_losses(self, ranks: Iterable[int], batches: tuple[Batch, ...]) -> None:
@@ -112,7 +114,7 @@ class Suspects:
 
     def _record(self) -> None:
         self._recorded = self._server.state.suspicion.incidents
-        self._server.request_log.record_incidents(self._recorded)
+        self._server.request_log.record_incidents((*self._recorded, *self.elsewhere()))
 
     def _emit(self, kind: EventKind, rank: int | None, message: str) -> None:
         self._server.events.emit(kind, self._server.failover.epoch, rank=rank, message=message)

@@ -27,6 +27,8 @@ def check_integrity(state: EngineState, before: EngineState | None = None) -> No
         if before is not None and before.waiting.get(key) is sequence:
             continue
         assert sequence == sequence.preempted(), f"{sequence.id} waits and holds {sequence.pages}"
+    open_and_sent = state.sent.keys() & {**state.waiting, **state.running}.keys()
+    assert not open_and_sent, f"{open_and_sent} are open here and in another pool"
     for sequence in state.running.values():
         assert sequence.rank in state.pools, f"{sequence.id} runs on rank {sequence.rank}, which is not there"
         assert sequence.pending >= 1 or sequence.ending, f"{sequence.id} has nothing to compute"
@@ -36,11 +38,12 @@ def check_integrity(state: EngineState, before: EngineState | None = None) -> No
         here = [sequence for sequence in state.running.values() if sequence.rank == rank]
         if before is not None and before.pools.get(rank) is pool:
             there = [sequence for sequence in before.running.values() if sequence.rank == rank]
-            if list(map(id, here)) == list(map(id, there)):
+            if list(map(id, here)) == list(map(id, there)) and state.sent == before.sent:
                 continue
         most = state.limits.max_decode_rows
         assert len(here) <= most, f"rank {rank} runs {len(here)} sequences, its rows are {most}"
-        check_pages(pool, [page for sequence in here for page in sequence.pages])
+        sent = [sequence for sequence in state.sent.values() if sequence.rank == rank]
+        check_pages(pool, [page for sequence in (*here, *sent) for page in sequence.pages])
         slots = [sequence.slot for sequence in here if state.limits.states]
         assert len(set(slots)) == len(slots), f"rank {rank} has two sequences in one slot of states: {slots}"
         beyond = [slot for slot in slots if slot is None or slot >= most]

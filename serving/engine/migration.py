@@ -83,4 +83,4 @@ def invalidate_caches(state: EngineState) -> EngineState:
     state = requeue_ranks(state, state.pools)
     waiting = {key: sequence.restarted() for key, sequence in state.waiting.items()}
     pools = {rank: PagePool.empty(pool.total) for rank, pool in state.pools.items()}
-    return dataclasses.replace(state, pools=pools, waiting=waiting)
+    return dataclasses.replace(state, pools=pools, waiting=waiting, sent={})

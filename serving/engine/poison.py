@@ -99,6 +99,23 @@ class Suspicion:
             return dataclasses.replace(after, incidents=unexplained), alone
         return after, None
 
+    def without(self, request_id: str) -> tuple["Suspicion", tuple[Incident, ...]]:
+        """The suspicion of the other requests, and the incidents of this one, which goes on in another pool."""
+        own = tuple(
+            dataclasses.replace(each, until={request_id: each.until[request_id]})
+            for each in self.incidents
+            if request_id in each.until
+        )
+        left = (
+            dataclasses.replace(each, until={key: at for key, at in each.until.items() if key != request_id})
+            for each in self.incidents
+        )
+        return dataclasses.replace(self, incidents=tuple(each for each in left if each.until)), own
+
+    def with_incidents(self, incidents: tuple[Incident, ...]) -> "Suspicion":
+        """The suspicion with incidents of another pool."""
+        return dataclasses.replace(self, incidents=(*self.incidents, *incidents))
+
     def ranks_of(self, request_id: str) -> tuple[int, ...]:
         """The ranks that failed while a request ran, in order."""
         return tuple(rank for each in self.incidents if request_id in each.until for rank in each.ranks)

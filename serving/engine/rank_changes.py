@@ -33,6 +33,7 @@ def lose(
         waiting=requeue(state.waiting, lost),
         in_flight=(),
         decode_first=True,
+        sent={key: each for key, each in state.sent.items() if each.rank not in dead},
     )
 
 

@@ -13,6 +13,7 @@ from `reserve_for_restore`, and runs once its entries are restored.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from planner.cost.buckets import covering_bucket
 from planner.plan.step_layout import TILE
@@ -54,7 +55,7 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
             tiles = builder.tiles_of_first_prompt if serial_prefill else limits.max_tiles
     work = {
         rank: _schedule_rank([each for each in sequences if turn.admits(each.id)], tiles)
-        for rank, sequences in builder.ranks.items()
+        for rank, sequences in builder.running.items()
     }
     if not any(work.values()):
         return state, None
@@ -94,9 +95,16 @@ class _StepBuilder:
             self.ranks[sequence.rank].append(sequence)
 
     @property
+    def running(self) -> Mapping[int, list[Sequence]]:
+        """The sequences that the step may have: all, or without the ones that another pool decodes."""
+        if self.before.decodes:
+            return self.ranks
+        return {rank: [each for each in row if not _decodes(each)] for rank, row in self.ranks.items()}
+
+    @property
     def decoding(self) -> int:
         """Number of sequences that need one decode row, on all ranks."""
-        return sum(_decodes(sequence) for sequences in self.ranks.values() for sequence in sequences)
+        return sum(_decodes(sequence) for sequences in self.running.values() for sequence in sequences)
 
     @property
     def tiles_beside_decode(self) -> int:
@@ -117,19 +125,19 @@ class _StepBuilder:
     @property
     def decode_rows(self) -> int:
         """Decode rows of the rank that has most."""
-        return max((sum(map(_decodes, sequences)) for sequences in self.ranks.values()), default=0)
+        return max((sum(map(_decodes, sequences)) for sequences in self.running.values()), default=0)
 
     @property
     def prefilling_or_waiting(self) -> int:
         """Number of requests that do not decode yet."""
         ending = sum(sequence.ending for sequences in self.ranks.values() for sequence in sequences)
-        return sum(map(len, self.ranks.values())) - ending - self.decoding + len(self.waiting)
+        return sum(map(len, self.running.values())) - ending - self.decoding + len(self.waiting)
 
     def allocate_decode_pages(self, rank: int) -> None:
         """Allocate a page to every sequence whose next decode row starts one: the oldest first, at the youngest's
         expense."""
         sequences, page_size, at = self.ranks[rank], self.before.limits.page_size, 0
-        while at < len(sequences):
+        while self.before.decodes and at < len(sequences):
             sequence = sequences[at]
             if sequence.computed == len(sequence.pages) * page_size and not sequence.ending:
                 if not self.pools[rank].available:

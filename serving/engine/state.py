@@ -9,6 +9,7 @@ A transition takes a state and returns its successor, with outputs for clients w
 | ranks are lost; a plan is adopted | `rank_changes` |
 | a rank is to leave: its requests move | `migration` |
 | KV entries of a lost rank are restored | `kv_restore` |
+| requests go on in another pool | `hand_over` |
 
 `schedule` makes a step and `apply` takes its results in. Another step may be scheduled before that, from the state as
 it will be, in which the tokens of the step in flight are placeholders. A step that fails leaves no trace: continue from
@@ -73,6 +74,11 @@ class EngineState:
     """Only requests that have started are given a rank; the others wait for other weights."""
     suspicion: Suspicion = dataclasses.field(default_factory=Suspicion)
     """Requests that ran while ranks failed."""
+    decodes: bool = True
+    """Whether requests get decode rows. If not, they stop once a single token is left to compute, and another pool goes
+    on with them."""
+    sent: Mapping[str, Sequence] = dataclasses.field(default_factory=dict)
+    """Requests that another pool goes on with, whose pages are held until it has their entries."""
 
     @classmethod
     def start(cls, limits: Limits, pages: Mapping[int, int], *, epoch: int = 0) -> "EngineState":

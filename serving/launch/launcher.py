@@ -6,7 +6,7 @@ import importlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -41,11 +41,19 @@ class Launcher:
     """The host agents that `cluster_module` started."""
 
     @classmethod
-    def of(cls, settings: Settings, model: PreparedModel, logs: Path, run: RunFolder | None = None) -> Self:
-        """The launcher that the settings ask for; `run` is the folder of a supervised front. Raises StartError or
-        InvalidRequest when a file or package that they need is missing or wrong."""
+    def of(
+        cls,
+        settings: Settings,
+        model: PreparedModel,
+        logs: Path,
+        run: RunFolder | None = None,
+        *,
+        ranks: Collection[int] | None = None,
+    ) -> Self:
+        """The launcher that the settings ask for; `run` is the folder of a supervised front, `ranks` are those of one
+        pool. Raises StartError or InvalidRequest when a file or package that they need is missing or wrong."""
         if settings.launcher == "local":
-            return cls._local(settings, logs, run)
+            return cls._local(settings, logs, run, ranks)
         cluster_module = _ray() if settings.launcher == "ray" else None
         secret = PREFIX + secrets.token_urlsafe(32) if cluster_module is not None else ""
         order = link_pb2.PrepareModel(
@@ -66,12 +74,12 @@ class Launcher:
         )
 
     @classmethod
-    def _local(cls, settings: Settings, logs: Path, run: RunFolder | None) -> Self:
+    def _local(cls, settings: Settings, logs: Path, run: RunFolder | None, ranks: Collection[int] | None) -> Self:
         threads, heartbeat_s = threads_of_a_rank(settings.ranks), settings.heartbeat_s
         if run is None:
             return cls(starter=LocalStarter(logs, threads), listener=RankListener(heartbeat_s=heartbeat_s))
         listener = RankListener(address=run.link, heartbeat_s=heartbeat_s)
-        return cls(starter=SupervisedStarter(run.path, logs, threads), listener=listener)
+        return cls(starter=SupervisedStarter(run.path, logs, threads, ranks), listener=listener)
 
     @property
     def host(self) -> str:

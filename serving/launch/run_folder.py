@@ -15,6 +15,12 @@ class RunFolder:
     """The files that a supervisor and its fronts share."""
 
     path: Path
+    pool: str = ""
+    """The pool whose link and placement these are, where a server has several."""
+
+    def of_pool(self, name: str) -> "RunFolder":
+        """The same folder with the link and the placement of one pool."""
+        return dataclasses.replace(self, pool=name)
 
     @classmethod
     def of_this_front(cls) -> "RunFolder | None":
@@ -35,7 +41,7 @@ class RunFolder:
     @property
     def link(self) -> str:
         """The address that ranks of this machine dial, the same for every front."""
-        return f"unix:{self.path / 'link'}"
+        return f"unix:{self.path / f'link{self.pool}'}"
 
     @property
     def prepared(self) -> Path:
@@ -50,7 +56,7 @@ class RunFolder:
     @property
     def placement(self) -> Path:
         """The base plan after experts were moved because of the load, as a plan file."""
-        return self.path / "placement.json"
+        return self.path / f"placement{self.pool}.json"
 
     @property
     def metrics(self) -> Path:

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ class RankParent:
 
 
 class SupervisedStarter:
-    """Has the supervisor start ranks. `folder` is the run folder; the ranks' output goes to files in `logs`."""
+    """Has the supervisor start ranks, and takes over the `ranks` that an earlier front left (None: all). `folder`
+    is the run folder; the ranks' output goes to files in `logs`."""
 
-    def __init__(self, folder: Path, logs: Path, threads: int) -> None:
+    def __init__(self, folder: Path, logs: Path, threads: int, ranks: Collection[int] | None = None) -> None:
         self._request = functools.partial(_request, folder / SOCKET)
         self._logs = logs
         self._threads = threads
+        self._ranks = ranks
 
     def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
         """See `RankStarter.start`."""
@@ -103,6 +105,7 @@ class SupervisedStarter:
         return {
             rank: functools.partial(ChildProcess, SupervisedProcess(pid, self._request), spec)
             for rank, (pid, spec) in found.items()
+            if self._ranks is None or rank in self._ranks
         }
 
 

@@ -96,6 +96,16 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
         "XLA compilations after the server was ready; it should stay 0.",
         lambda s: s.compiles_after_ready,
     ),
+    (
+        "moejax_requests_sent",
+        "Requests that went from the prefill pool to the decode pool.",
+        lambda s: s.requests_sent,
+    ),
+    (
+        "moejax_requests_returned",
+        "Requests that went back to the prefill pool, to be computed again.",
+        lambda s: s.requests_returned,
+    ),
     ("moejax_steps", "Steps that have ended.", lambda s: s.steps),
     (
         "moejax_step_seconds",
@@ -169,6 +179,7 @@ class StatusCollector(Collector):
                 "1 while every loss that the server's certificate names would keep its service levels.",
                 CERTIFICATE_HOLDS[status.certificate],
             )
+        yield from _by_pool(status)
         yield from _by_rank(status)
         yield from _experts(status)
 
@@ -210,6 +221,29 @@ def _lattice(status: Status) -> Metric:
     for loss, share in status.lattice.items():
         coverage.add_metric([loss], share)
     return coverage
+
+
+def _by_pool(status: Status) -> Iterator[Metric]:
+    families = [
+        GaugeMetricFamily(f"moejax_pool_{name}", text, labels=["pool"])
+        for name, text in (
+            ("ranks_alive", "Ranks of the pool that serve."),
+            ("serving", "1 while the pool does its work; else the other pool does it."),
+            ("epoch", "Epoch of the pool's plan in force."),
+            ("generation", "Process groups that the pool's ranks have formed since the start."),
+            ("requests_running", "Requests in the batch of the pool."),
+            ("requests_waiting", "Requests in the queue of the pool."),
+        )
+    ]
+    counters = [
+        CounterMetricFamily("moejax_pool_steps", "Steps of the pool that have ended.", labels=["pool"]),
+        CounterMetricFamily("moejax_pool_step_seconds", "Seconds spent on steps of the pool.", labels=["pool"]),
+    ]
+    for each in status.pools:
+        gauges = (each.ranks, each.serving, each.epoch, each.generation, each.running, each.waiting)
+        for family, value in zip((*families, *counters), (*gauges, each.steps, each.step_ms / 1e3), strict=True):
+            family.add_metric([each.name], value)
+    yield from (*families, *counters)
 
 
 def _by_rank(status: Status) -> Iterator[Metric]:

@@ -21,8 +21,8 @@ class LossCost:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankStatus:
     """The status of one rank. `state` is starting, serving, draining, dead, joining or out; `role` collocated,
-    attention or expert; `slots[moe_layer]` are the experts held. `slowness` is the ratio of its own work to that of
-    other ranks lately (0: unknown), `level` the level of the last device error (0: none)."""
+    attention, expert, prefill or decode; `slots[moe_layer]` are the experts held. `slowness` is the ratio of its own
+    work to that of other ranks lately (0: unknown), `level` the level of the last device error (0: none)."""
 
     id: int
     pid: int | None
@@ -50,6 +50,22 @@ class EdgeStatus:
     pid: int
     serving: bool
     calls: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolStatus:
+    """The status of one pool, with arch pd: `name` is prefill or decode, `serving` whether a plan is in force. While it
+    is not, the other pool does its work."""
+
+    name: str
+    serving: bool
+    epoch: int
+    generation: int
+    ranks: int
+    running: int
+    waiting: int
+    steps: int
+    step_ms: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +167,12 @@ class Status:
     """Why it does not hold."""
     certificate_repair: str = ""
     """The ranks with which it would hold again; empty when none are known."""
+    pools: tuple[PoolStatus, ...] = ()
+    """The pools, with arch pd."""
+    requests_sent: int = 0
+    """Requests that went from the prefill pool to the decode pool."""
+    requests_returned: int = 0
+    """Requests that went back, to be computed again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ class Failover:
     time, the engine's loop; only `rank_start` runs beside them, and `on_rank_lost` whenever a rank is lost.
 
     `placement` is the file of the base plan that an earlier front of this server balanced, if it did.
-    `cluster` is None when all ranks run on the front's host. `expert_load` returns the measured traffic, tokens
+    `cluster` is None when all ranks run on the front's host and it has no others; `single_host` says so of a cluster.
+    `kv_replicas` are those of all pools of the server. `expert_load` returns the measured traffic, tokens
     `[moe layers, experts]`; `wake` makes the engine's loop look again at what is due; `epoch` is one that no plan of
     this server has yet exceeded, `weights` are those in force, and `weights_record` has their record, if it outlives
     this front. `log` takes lines for whoever starts the server.
@@ -65,6 +66,8 @@ class Failover:
         expert_load: Callable[[], np.ndarray],
         wake: Callable[[], None],
         cluster: Cluster | None = None,
+        single_host: bool | None = None,
+        kv_replicas: KVReplicas | None = None,
         host: str = LOOPBACK,
         epoch: int = -1,
         placement: Path | None = None,
@@ -74,13 +77,13 @@ class Failover:
         self.model = model
         """The model that the server was started with."""
         self.weights_record = weights_record or WeightsRecord(None, model.content)
-        self.single_host = cluster is None
+        self.single_host = cluster is None if single_host is None else single_host
         """Whether all ranks run on the front's host."""
         self._executor = executor
         self._log = log
         self._events = events
         self.plans = plans = PlanCatalog.of_server(settings, model, cluster, placement, log)
-        self.kv_replicas = replicas = KVReplicas.of_server(
+        self.kv_replicas = replicas = kv_replicas or KVReplicas.of_server(
             settings, model, plans.base.pages_per_rank, single_host=self.single_host
         )
         self.parity = ExpertParity(executor, settings.parity, self._on_parity_event)

@@ -8,7 +8,7 @@ the memory outlives the rank and its host. When the front dies, the next one tak
 import collections
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,7 +67,10 @@ class KVReplicas:
         self._live: dict[int, RankReplica] = {}
         self._lost: dict[int, RankReplica] = {}
         self._last_lost: dict[int, int] = {}
-        self._steps: collections.deque[Batch] = collections.deque(maxlen=STEPS_KEPT)
+        self._steps: dict[int, collections.deque[Batch]] = {}
+        """The last steps that each rank had a part in."""
+        self.needs: list[Callable[[], Collection[int]]] = []
+        """Whoever restores from these replicas: functions that return the numbers of those that requests wait for."""
 
     @classmethod
     def of_server(cls, settings: Settings, model: PreparedModel, pages_per_rank: int, *, single_host: bool) -> Self:
@@ -174,6 +177,7 @@ class KVReplicas:
 
     def _assign(self, rank: int, replica: KVReplica, *, streamed: bool) -> None:
         self._numbers += 1
+        self._steps.pop(rank, None)
         self._live[rank] = RankReplica(self._numbers, replica, streamed)
 
     def receive(self, rank: int, message: link_pb2.Copied) -> None:
@@ -198,8 +202,8 @@ class KVReplicas:
 
     def record_step(self, batch: Batch) -> None:
         """Remember a step whose results were applied."""
-        if self.on:
-            self._steps.append(batch)
+        for rank in batch.scheduled if self.on else ():
+            self._steps.setdefault(rank, collections.deque(maxlen=STEPS_KEPT)).append(batch)
 
     def set_groups(self, groups: Mapping[int, tuple[int, ...]]) -> None:
         """A plan with these tensor groups is being adopted."""
@@ -222,10 +226,7 @@ class KVReplicas:
         replicas = [each for each in held if each is not None]
         if len(replicas) < len(group):
             return None
-        sealed = min(each.replica.sealed for each in replicas)
-        if len(self._steps) == STEPS_KEPT and self._steps[0].step > sealed:
-            return None  # it is further behind than steps are remembered
-        count = replicated_entries(sequence, written_since(sealed, rank, self._steps, page_size), page_size)
+        count = self._replicated(sequence, replicas, page_size)
         if count == 0:
             return None
         page_keys = None if sequence.page_keys is None else sequence.page_keys[: count // page_size]
@@ -233,9 +234,28 @@ class KVReplicas:
         pages = tuple(first + page for page in sequence.pages[: -(-count // page_size)])
         return RecoverableKV(tuple(each.number for each in replicas), pages, count, page_keys)
 
-    def lost_replica(self, number: int) -> RankReplica | None:
-        """The replica of a lost rank, by its number."""
-        return self._lost.get(number)
+    def to_send(self, sequence: Sequence, page_size: int) -> RecoverableKV | None:
+        """All KV entries of a request, which another pool goes on with, in the replica of its living rank; None until
+        they are there. Tensor groups have none."""
+        held = self._live.get(-1 if sequence.rank is None else sequence.rank)
+        if held is None or self._replicated(sequence, [held], page_size) < sequence.computed:
+            return None
+        pages = sequence.pages[: -(-sequence.computed // page_size)]
+        page_keys = None if sequence.page_keys is None else sequence.page_keys[: sequence.computed // page_size]
+        return RecoverableKV((held.number,), pages, sequence.computed, page_keys, sent=True)
+
+    def _replicated(self, sequence: Sequence, replicas: list[RankReplica], page_size: int) -> int:
+        """The number of leading entries of a request that all these replicas of its rank have."""
+        sealed, rank = min(each.replica.sealed for each in replicas), sequence.rank
+        assert rank is not None
+        steps = self._steps.get(rank, ())
+        if len(steps) == STEPS_KEPT and steps[0].step > sealed:
+            return 0  # it is further behind than steps are remembered
+        return replicated_entries(sequence, written_since(sealed, rank, steps, page_size), page_size)
+
+    def replica(self, number: int) -> RankReplica | None:
+        """The replica of a lost rank, or of a rank whose requests go on in another pool, by its number."""
+        return self._lost.get(number) or next((each for each in self._live.values() if each.number == number), None)
 
     def discard_except(self, numbers: Collection[int]) -> set[int]:
         """Close the replicas of lost ranks but for these. Returns the numbers of replicas that are closed although

@@ -50,7 +50,10 @@ class KVRestoration:
         self.costs = RestoreCosts.guess(replicas.entry_bytes)
         self.restored = 0
         self.recomputed = 0
+        self.received = 0
+        """Entries of requests that came from another pool."""
         self._piece = piece_entries(replicas.entry_bytes)
+        replicas.needs.append(self._needed)
         self._began: float | None = None
         self._requests = 0
         self._tokens = 0
@@ -120,8 +123,7 @@ class KVRestoration:
         """Restore for the time there is between two steps. Raises RankLost, after which it can be called again."""
         server, began = self._server, clock.now()
         wanted = sequences_to_restore(server.state)
-        needed = {number for each in wanted if each.recoverable is not None for number in each.recoverable.replicas}
-        gone = self.replicas.discard_except(needed)
+        gone = self.replicas.discard_except({number for needed in self.replicas.needs for number in needed()})
         if not wanted:
             return
         self._compute_again(
@@ -137,8 +139,13 @@ class KVRestoration:
                     raise error
             if clock.now() - began > budget_s:
                 break
-        if not self.pending and self._requests:
+        if not self.pending:
             self._report()
+
+    def _needed(self) -> set[int]:
+        """The numbers of the replicas that requests wait for."""
+        wanted = (each.recoverable for each in sequences_to_restore(self._server.state))
+        return {number for each in wanted if each is not None for number in each.replicas}
 
     def _is_at_once(self, wanted: Collection[Sequence], budget_s: float) -> bool:
         """Whether all requests are restored before the first step after a loss: when no more requests wait for that
@@ -178,6 +185,9 @@ class KVRestoration:
         if count > 0:
             self.costs = self.costs.with_copy(count, clock.now() - began)
         if not server.state.running[sequence.id].restoring:
+            if recoverable.sent:
+                self.received += recoverable.count
+                return
             self._requests += 1
             self._tokens += recoverable.count
             self.restored += recoverable.count
@@ -191,7 +201,7 @@ class KVRestoration:
             self._server.failover.adoption.kv_locations(sequence.rank, sequence.pages),
             strict=True,
         ):
-            lost = self.replicas.lost_replica(number)
+            lost = self.replicas.replica(number)
             if lost is None:
                 raise NotReplicated("the replica was closed")
             message = link_pb2.RestoreCache(pages=pages, first=first, count=count, tokens=tokens.tobytes())
@@ -213,7 +223,10 @@ class KVRestoration:
         self._server.state = drop_recoverable(self._server.state, [sequence.id for sequence in sequences])
 
     def _report(self) -> None:
-        assert self._began is not None
+        """All that waited is restored. Requests that came from another pool are no event."""
+        if self._began is None or not self._requests:
+            self._began = None
+            return
         text = f"{self._tokens} cache entries of {self._requests} requests"
         phases = {"restore": 1e3 * (clock.now() - self._began)}
         self._server.events.emit(EventKind.CACHE_RESTORED, self._server.failover.epoch, message=text, phases=phases)

@@ -25,12 +25,22 @@ ENTRY_BYTES = 8
 class ReplicatedEngine(FakeEngine):
     """As FakeEngine. `piece` entries of a request are restored between two steps; `way` as in the settings."""
 
-    def __init__(self, limits: Limits, pages: dict[int, int], *, way: str, most_pages: int, piece: int = 5) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        pages: dict[int, int],
+        *,
+        way: str,
+        most_pages: int,
+        piece: int = 5,
+        replicas: KVReplicas | None = None,
+    ) -> None:
         super().__init__(EngineState.start(limits, pages))
         self.piece = piece
         self.restored = 0
         entries = most_pages * limits.page_size
-        self.replicas = KVReplicas.create(way, len(pages), entries=entries, entry_bytes=ENTRY_BYTES)
+        self.replicas = replicas or KVReplicas.create(way, len(pages), entries=entries, entry_bytes=ENTRY_BYTES)
+        self.replicas.needs.append(self._needed)
         self.replicators: dict[int, KVReplicator] = {}
         self.uncopied: dict[int, tuple[int, np.ndarray]] = {}
         for rank, count in pages.items():
@@ -84,13 +94,7 @@ class ReplicatedEngine(FakeEngine):
 
     def restore(self) -> None:
         """Give places to what can be restored, and restore a piece of it on each rank."""
-        needed = {
-            number
-            for each in sequences_to_restore(self.state)
-            if each.recoverable
-            for number in each.recoverable.replicas
-        }
-        gone = self.replicas.discard_except(needed)
+        gone = self.replicas.discard_except({number for needed in self.replicas.needs for number in needed()})
         lost = [
             each.id
             for each in sequences_to_restore(self.state)
@@ -100,6 +104,10 @@ class ReplicatedEngine(FakeEngine):
         self._move(reserve_for_restore(self.state))
         for sequence in [each for each in self.state.running.values() if each.restoring]:
             self._restore(sequence)
+
+    def _needed(self) -> set[int]:
+        wanted = (each.recoverable for each in sequences_to_restore(self.state))
+        return {number for each in wanted if each is not None for number in each.replicas}
 
     def close(self) -> None:
         self.replicas.close()
@@ -119,7 +127,7 @@ class ReplicatedEngine(FakeEngine):
         count = max(0, min(self.piece, recoverable.count - first))
         if count:
             kept, size, fake = (
-                self.replicas.lost_replica(recoverable.replicas[0]),
+                self.replicas.replica(recoverable.replicas[0]),
                 self.state.limits.page_size,
                 self.ranks[sequence.rank],
             )

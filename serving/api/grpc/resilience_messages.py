@@ -6,7 +6,7 @@ from typing import Any
 from serving.proto.moejax.v1 import resilience_pb2
 from serving.protocol.events import Event, severity_of
 from serving.protocol.instructions import Instruction
-from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
+from serving.protocol.status import EdgeStatus, LossCost, LossForecast, PoolStatus, RankStatus, Status
 
 
 def status_to_proto(status: Status) -> resilience_pb2.Status:
@@ -14,6 +14,7 @@ def status_to_proto(status: Status) -> resilience_pb2.Status:
     values = {f.name: getattr(status, f.name) for f in dataclasses.fields(status)}
     values["ranks"] = [_rank_to_proto(r) for r in status.ranks]
     values["edges"] = [resilience_pb2.Edge(**dataclasses.asdict(edge)) for edge in status.edges]
+    values["pools"] = [resilience_pb2.Pool(**dataclasses.asdict(pool)) for pool in status.pools]
     values["masked"] = [resilience_pb2.MaskedExpert(layer=l, expert=e) for l, e in status.masked]
     values["expert_load"] = [resilience_pb2.ExpertLoad(tokens=row) for row in status.expert_load]
     values["buckets"] = [resilience_pb2.StepShape(decode=rows, tiles=tiles) for rows, tiles in status.buckets]
@@ -32,6 +33,8 @@ def status_from_proto(message: resilience_pb2.Status) -> Status:
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(Status)}
     values["ranks"] = tuple(_rank_from_proto(r) for r in message.ranks)
     values["edges"] = tuple(EdgeStatus(pid=e.pid, serving=e.serving, calls=e.calls) for e in message.edges)
+    names = [f.name for f in dataclasses.fields(PoolStatus)]
+    values["pools"] = tuple(PoolStatus(**{name: getattr(each, name) for name in names}) for each in message.pools)
     values["masked"] = tuple((m.layer, m.expert) for m in message.masked)
     values["expert_load"] = tuple(tuple(row.tokens) for row in message.expert_load)
     values["buckets"] = tuple((shape.decode, shape.tiles) for shape in message.buckets)

@@ -70,7 +70,7 @@ def test_what_a_rank_wrote_is_there_after_it_and_none_of_its_successor(way):
     assert (recoverable.pages, recoverable.count) == ((0, 1, 2), 20)
     filled(made, 0, 9, step=5)
     assert made.recoverable(sequence, 8) == recoverable
-    kept = made.lost_replica(recoverable.replicas[0])
+    kept = made.replica(recoverable.replicas[0])
     assert kept is not None
     assert len(kept.replica.read(np.arange(20), np.arange(20), np.arange(20))) == 20
     made.close()
@@ -90,7 +90,7 @@ def test_a_request_of_a_tensor_group_is_in_the_copies_of_all_its_ranks_as_far_as
     assert (recoverable.pages, recoverable.count) == ((4, 5, 6), 20), (
         "rank 1 has the second part of each cache of its group"
     )
-    found = [made.lost_replica(number) for number in recoverable.replicas]
+    found = [made.replica(number) for number in recoverable.replicas]
     assert [kept.replica.sealed for kept in found if kept is not None] == [4, 3], "in order of the shares"
     for step in range(4, 6):
         works = (work([1], 16, (0, 1, 2)),)
@@ -113,7 +113,7 @@ def test_copies_of_the_dead_go_when_nobody_needs_them_the_oldest_first_when_ther
     before = made.bytes
     assert made.discard_except(numbers[1:]) == {numbers[1]}
     assert made.bytes == before // 2
-    assert [made.lost_replica(number) is not None for number in numbers] == [False, False, True, True]
+    assert [made.replica(number) is not None for number in numbers] == [False, False, True, True]
     assert made.discard_except(()) == set()
     assert made.bytes == 0
 

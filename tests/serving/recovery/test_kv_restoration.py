@@ -109,7 +109,7 @@ def test_a_copy_that_is_gone_is_done_without(monkeypatch):
     choose(monkeypatch, True)
 
     def spoil(m: Machine) -> None:
-        monkeypatch.setattr(m.failover.kv_replicas, "lost_replica", lambda _: None)
+        monkeypatch.setattr(m.failover.kv_replicas, "replica", lambda _: None)
 
     _, events = asyncio.run(lose_one(spoil))
     assert "the replica was closed" in events["not_restored"].cause

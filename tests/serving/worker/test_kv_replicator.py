@@ -33,7 +33,7 @@ def test_a_rank_that_may_not_open_its_replica_sends_messages_and_restores_entrie
     assert not made.can_map(0)
     assert replicator.take_messages() == []
     made.retire(0)
-    kept = made.lost_replica(1)
+    kept = made.replica(1)
     assert kept is not None
     assert kept.replica.sealed == 7
     assert kept.replica.read(AT + 3, AT, AT).view(np.float32).tolist() == ROWS.reshape(5, -1).tolist()

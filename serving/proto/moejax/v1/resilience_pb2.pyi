@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted", "weights_version", "next_weights_version", "weights_switches")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted", "weights_version", "next_weights_version", "weights_switches", "pools", "requests_sent", "requests_returned")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,9 @@ class Status(_message.Message):
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEXT_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SWITCHES_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_SENT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RETURNED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -142,7 +145,32 @@ class Status(_message.Message):
     weights_version: str
     next_weights_version: str
     weights_switches: int
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., weights_version: _Optional[str] = ..., next_weights_version: _Optional[str] = ..., weights_switches: _Optional[int] = ...) -> None: ...
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    requests_sent: int
+    requests_returned: int
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., weights_version: _Optional[str] = ..., next_weights_version: _Optional[str] = ..., weights_switches: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., requests_sent: _Optional[int] = ..., requests_returned: _Optional[int] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("name", "serving", "epoch", "generation", "ranks", "running", "waiting", "steps", "step_ms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    serving: bool
+    epoch: int
+    generation: int
+    ranks: int
+    running: int
+    waiting: int
+    steps: int
+    step_ms: float
+    def __init__(self, name: _Optional[str] = ..., serving: bool = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ranks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...
 
 class Edge(_message.Message):
     __slots__ = ("pid", "serving", "calls")

@@ -1,0 +1,57 @@
+"""One status of a server with two pools."""
+
+import dataclasses
+
+from serving.core.hand_over import HandOver
+from serving.protocol.status import EdgeStatus, PoolStatus, Status
+
+SUMMED = (
+    *("running", "waiting", "recoveries", "steps", "step_ms", "rank_ms", "program_ms", "preemptions"),
+    *("prefix_queries", "prefix_hits", "compiles_after_ready", "experts_loaded", "restored"),
+    *("experts_rebuilt", "tokens_restored", "tokens_recomputed", "rows", "rows_filled"),
+    *("drafts", "drafted", "accepted", "suspects", "convicted"),
+)
+"""Fields of a status that add up over the pools. What belongs to the whole server is the same in both."""
+
+
+def joint_status(prefill: Status, decode: Status, hand_over: HandOver, edges: tuple[EdgeStatus, ...]) -> Status:
+    """The status of both pools together, with that of each in short. It serves while one of them does."""
+    both = {"prefill": prefill, "decode": decode}
+    sums = {name: getattr(prefill, name) + getattr(decode, name) for name in SUMMED}
+    ranks = tuple(dataclasses.replace(rank, role=name) for name, status in both.items() for rank in status.ranks)
+    losses = {**prefill.lattice, **decode.lattice}
+    covered = {loss: min(each.lattice.get(loss, 1.0) for each in both.values()) for loss in losses}
+    layers = zip(prefill.expert_load, decode.expert_load, strict=True)
+    load = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in layers)
+    return dataclasses.replace(
+        decode,
+        **sums,
+        epoch=max(prefill.epoch, decode.epoch),
+        generation=max(prefill.generation, decode.generation),
+        ready=prefill.ready or decode.ready,
+        draining=prefill.draining or decode.draining,
+        paused=prefill.paused and decode.paused,
+        ranks=ranks,
+        axes={name: status.axes.get("expert", 0) for name, status in both.items()},
+        slots_per_rank=max(prefill.slots_per_rank, decode.slots_per_rank),
+        masked=tuple(sorted({*prefill.masked, *decode.masked})),
+        lattice=covered,
+        expert_load=load,
+        edges=edges,
+        requests_sent=hand_over.sent,
+        requests_returned=hand_over.returned,
+        pools=tuple(
+            PoolStatus(
+                name=name,
+                ranks=sum(rank.state == "serving" for rank in status.ranks),
+                serving=bool(status.axes),
+                epoch=status.epoch,
+                generation=status.generation,
+                running=status.running,
+                waiting=status.waiting,
+                steps=status.steps,
+                step_ms=status.step_ms,
+            )
+            for name, status in both.items()
+        ),
+    )

@@ -1,0 +1,260 @@
+"""A server of two pools: ranks that compute prompts, and ranks that decode (docs/decisions/0025).
+
+Each pool is a loop of its own, with its membership, generation, plans, lattice, executables and steps: no step and no
+recovery of one waits for the other. A request moves between them (serving/core/hand_over.py).
+
+It implements `serving.protocol.backend.FrontBackend`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Collection
+
+from planner.cost.pools import design_pools
+from planner.errors import PlannerError
+from planner.inputs.cluster import Cluster
+from planner.plan.deployment import Deployment, FaultTolerance
+from serving.config import Settings
+from serving.core.hand_over import HandOver
+from serving.core.loop import Loop
+from serving.core.pool_status import joint_status
+from serving.core.start import ServerParts, start_loop
+from serving.core.step_stats import StepStats
+from serving.errors import InvalidRequest, MoejaxError, StartError, UnknownRequest
+from serving.protocol.events import Event
+from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
+from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.request import Call, Finished, Request, Scored, Token
+from serving.protocol.status import EdgeStatus, LossForecast, Status
+from serving.recovery.failover import Failover
+from serving.recovery.kv_replicas import KVReplicas
+from serving.recovery.plan_catalog import pages_per_rank
+
+DRAIN_POLL_S = 0.02
+"""Seconds between two looks whether all requests have ended."""
+
+
+async def start_pools(stack: contextlib.AsyncExitStack, parts: ServerParts) -> "Pools":
+    """The pools of a server, with all ranks under their first plans; they do not run yet. `stack` ends what was
+    started. Raises StartError, also for a model whose requests cannot be sent."""
+    if parts.model.state_bytes:
+        raise StartError(
+            f"{parts.model.name} has layers whose context is a state, which is not sent between pools yet. Leave arch "
+            "out."
+        )
+    settings = with_pool_sizes(parts.settings, parts.model)
+    parts.log(f"{settings.prefill} ranks compute prompts, {settings.decode} decode")
+    parts = dataclasses.replace(parts, settings=settings)
+    pages = pages_per_rank(settings, parts.model.max_context, parts.model.cache_bytes_per_token)
+    replicas = KVReplicas.of_server(settings, parts.model, pages, single_host=True)
+    stack.callback(replicas.close)
+    if replicas.channel != "memory":
+        raise StartError(
+            f"with arch pd requests go to the decode pool by the replicas of KV caches, and {replicas.take_warning()} "
+            "Or leave arch out."
+        )
+    prefill = await start_loop(stack, parts, pool="prefill", kv_replicas=replicas)
+    streams = prefill.engine.output_streams
+    decode = await start_loop(stack, parts, pool="decode", kv_replicas=replicas, output_streams=streams)
+    return Pools(prefill, decode)
+
+
+def with_pool_sizes(settings: Settings, model: PreparedModel) -> Settings:
+    """The settings with the number of ranks of each pool: as given, or the planner's for its default traffic; equal
+    halves where it has none."""
+    if settings.prefill is not None:
+        return settings
+    prefill, cluster = settings.ranks // 2, Cluster.local(settings.ranks)
+    with contextlib.suppress(PlannerError):
+        workload = model.workload(settings.page_size)
+        found = design_pools(workload, cluster, survive=FaultTolerance(ranks=0)).deployment
+        prefill = sum(len(pool.plan.ranks) for pool in found.prefill)
+    return dataclasses.replace(settings, prefill=prefill, decode=settings.ranks - prefill)
+
+
+class Pools:
+    """The two loops of one server as one backend."""
+
+    def __init__(self, prefill: Loop, decode: Loop) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.model = prefill.model
+        self.grammar_matcher = prefill.grammar_matcher
+        self.hand_over = HandOver(prefill.engine, decode.engine)
+        self.connected_edges: Callable[[], tuple[EdgeStatus, ...]] = tuple
+        """The status of the edges that are connected."""
+        for each, other in ((prefill, decode), (decode, prefill)):
+            each.before_steps(self.hand_over.run)
+            suspected = other.engine
+            each.engine.suspects.elsewhere = lambda of=suspected: of.state.suspicion.incidents
+        prefill.engine.output_streams.on_abandoned = self._cancel
+
+    @property
+    def loops(self) -> tuple[Loop, Loop]:
+        """The loop that computes prompts, and the one that decodes."""
+        return self.prefill, self.decode
+
+    @property
+    def failover(self) -> Failover:
+        """The ranks of the decode pool."""
+        return self.decode.failover
+
+    @property
+    def step_stats(self) -> tuple[StepStats, ...]:
+        """See `Loop.step_stats`."""
+        return tuple(each.engine.step_stats for each in self.loops)
+
+    def start(self) -> None:
+        """Begin to serve. The ranks must be under their first plans."""
+        self.decode.start(keeps_log=False)
+        self.prefill.start()
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, give running ones `grace_s` seconds to end, then end the loops and what is left."""
+        for each in self.loops:
+            each.refuse_requests()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while any(each.engine.state.running or each.engine.state.waiting for each in self.loops):
+                    await asyncio.sleep(DRAIN_POLL_S)
+        for each in self.loops:
+            await each.drain(0.0)
+
+    # -- Requests -----------------------------------------------------------------------------------------------
+
+    async def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
+        """See `serving.protocol.backend.Backend.stream`."""
+        if (ended := next((each.ended for each in self.loops if each.ended is not None), None)) is not None:
+            raise ended
+        loop = self.decode if self.decode.serves and not self.prefill.serves else self.prefill
+        if any(each.engine.state.find(request.id) for each in self.loops):
+            raise InvalidRequest(f"request id {request.id!r} is in use. Choose another.", param="request_id")
+        self.hand_over.count_arrivals()
+        async with contextlib.aclosing(loop.stream(request)) as items:
+            async for item in items:
+                yield item
+
+    def replay(self, request_id: str, *, follow: bool = True) -> AsyncIterator[Scored | Token | Finished]:
+        """See `serving.protocol.backend.Backend.replay`."""
+        return self.prefill.replay(request_id, follow=follow)
+
+    @property
+    def resumable(self) -> bool:
+        """See `serving.protocol.backend.Backend.resumable`."""
+        return self.prefill.resumable
+
+    @property
+    def recovering(self) -> bool:
+        """See `serving.protocol.backend.Backend.recovering`."""
+        return False
+
+    def has_begun(self, request_id: str) -> bool:
+        """See `serving.protocol.backend.FrontBackend.has_begun`."""
+        return any(each.has_begun(request_id) for each in self.loops)
+
+    def register_call(self, call: Call) -> None:
+        """See `serving.protocol.backend.Backend.register_call`."""
+        self.prefill.register_call(call)
+
+    def close_call(self, call_id: str) -> None:
+        """See `serving.protocol.backend.Backend.close_call`."""
+        self.prefill.close_call(call_id)
+
+    def forget_call(self, call_id: str) -> None:
+        """See `serving.protocol.backend.Backend.forget_call`."""
+        self.prefill.forget_call(call_id)
+
+    def find_call(self, call_id: str, owner: str) -> Call:
+        """See `serving.protocol.backend.Backend.find_call`."""
+        return self.prefill.find_call(call_id, owner)
+
+    def abort(self, request_id: str) -> bool:
+        """See `serving.protocol.backend.Backend.abort`."""
+        return self.prefill.abort(request_id) or self.decode.abort(request_id)
+
+    def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
+        """See `serving.protocol.backend.Backend.fail_requests`."""
+        here = [key for key in request_ids if self.decode.engine.state.find(key) is not None]
+        self.decode.fail_requests(here, error)
+        self.prefill.fail_requests([key for key in request_ids if key not in here], error)
+
+    def first_step_at(self, request_id: str) -> float | None:
+        """See `serving.protocol.backend.Backend.first_step_at`."""
+        return self.prefill.first_step_at(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        for each in self.loops:
+            each.engine.cancel(request_id)
+
+    # -- Edges, status and operations ---------------------------------------------------------------------------
+
+    def edge_started(self, pid: int) -> None:
+        """See `Loop.edge_started`."""
+        self.prefill.edge_started(pid)
+
+    def edge_lost(self, pid: int, calls: int) -> None:
+        """See `Loop.edge_lost`."""
+        self.prefill.edge_lost(pid, calls)
+
+    def status(self) -> Status:
+        """See `serving.protocol.backend.Backend.status`."""
+        return joint_status(self.prefill.status(), self.decode.status(), self.hand_over, self.connected_edges())
+
+    def watch(self, after: int = 0) -> AsyncIterator[Event]:
+        """See `serving.protocol.backend.Backend.watch`."""
+        return self.prefill.watch(after)
+
+    async def kill(self, rank: int, signal: str = "SIGKILL", host: str = "") -> None:
+        """See `serving.protocol.backend.Backend.kill`."""
+        if not host:
+            await self._of(rank).kill(rank, signal)
+            return
+        with_host = [each for each in self.loops if any(rank.host == host for rank in each.status().ranks)]
+        for each in with_host or self.loops[:1]:
+            await each.kill(rank, signal, host)
+
+    def what_if(self) -> tuple[LossForecast, ...]:
+        """See `serving.protocol.backend.Backend.what_if`."""
+        return tuple(forecast for each in self.loops for forecast in each.what_if())
+
+    def deployment(self) -> Deployment | None:
+        """See `serving.protocol.backend.Backend.deployment`. That of the decode pool, or of the other if it is lost."""
+        return self.decode.deployment() or self.prefill.deployment()
+
+    async def apply(self, instruction: Instruction) -> tuple[int, ...]:
+        """See `serving.protocol.backend.Backend.apply`."""
+        if instruction.action == "weights":
+            raise InvalidRequest(
+                "action is 'weights' with arch 'pd': both pools would have to switch between two steps, which they do "
+                "not yet. Restart the server with the new --model.",
+                param="action",
+            )
+        concerned = self.loops
+        if instruction.ranks:
+            concerned = (self._of(instruction.ranks[0]),)
+            other = [rank for rank in instruction.ranks if self._of(rank) is not concerned[0]]
+            if other:
+                raise InvalidRequest(
+                    f"ranks {sorted(instruction.ranks)} are of both pools; give those of one at a time.", param="ranks"
+                )
+        elif instruction.to is not None or instruction.host:
+            raise InvalidRequest(
+                f"{instruction.action} by {'host' if instruction.host else 'to'} is about one mesh, and this server "
+                "has two pools. Give ranks.",
+                param="host" if instruction.host else "to",
+            )
+        await asyncio.gather(*(each.apply(instruction) for each in concerned))
+        return tuple(rank for each in self.loops for rank in each.failover.plan_ranks)
+
+    def report(self, error: DeviceError) -> ErrorResponse:
+        """See `serving.protocol.backend.Backend.report`."""
+        return self._of(error.rank).report(error)
+
+    def _of(self, rank: int) -> Loop:
+        """The loop of a rank. Raises UnknownRequest."""
+        for each in self.loops:
+            if rank in each.failover.plans.base.rank_ids:
+                return each
+        known = [each for loop in self.loops for each in loop.failover.plans.base.rank_ids]
+        raise UnknownRequest(f"there is no rank {rank}; ranks are {known}.", param="rank")
