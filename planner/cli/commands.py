@@ -34,7 +34,7 @@ from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.simulate import timeline
 from planner.inputs.recovery_times import RecoveryTimes, read_recovery_times
-from planner.plan.deployment import PLANNED_ONLY, READ_POOLS, Deployment, read_deployment
+from planner.plan.deployment import READ_POOLS, Deployment, read_deployment
 from planner.plan.expert_loads import read_loads
 from planner.plan.plan import Plan
 from planner.plan.pools import PooledDeployment, read_any_deployment
@@ -109,7 +109,7 @@ def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Name
     source = (recovery or RecoveryTimes()).source
     lines = [
         degrade_report(summary, 0, source, bands["decode"].source(), width=terminal_width()),
-        f"pools for prompts and decode: {PLANNED_ONLY}",
+        f"pools for prompts and decode: {pooled.service}",
     ]
     lines += [f"gate does not hold: {b}" for b in broken]
     data = {
@@ -232,7 +232,7 @@ def export(options: Namespace) -> CommandResult:
         return CommandResult(data={"to": "json", "text": found.to_json()}, text=found.to_json(), verbatim=True)
     if isinstance(found, PooledDeployment):
         raise InputError(
-            f"--to {options.to}: a plan of pools for prompts and for decode is {PLANNED_ONLY}; {READ_POOLS}"
+            f"--to {options.to}: a plan of pools for prompts and for decode is {found.service}; {READ_POOLS}"
         )
     text = export_plan(found, options.to, image=options.image, name=options.name)
     return CommandResult(data={"to": options.to, "text": text}, text=text.rstrip("\n"), verbatim=True)

@@ -16,7 +16,7 @@ from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate, timeline
-from planner.plan.deployment import PLANNED_ONLY, Deployment
+from planner.plan.deployment import Deployment
 from planner.plan.plan import EXPERT_ROLES
 from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.solver.balance import relative_rank_loads
@@ -70,7 +70,7 @@ def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) ->
     meshes = "; ".join(
         f"{name}: {pool.shape.describe()}" if name else pool.shape.describe() for name, pool in pools.items()
     )
-    note = f" Pools for prompts and decode are {PLANNED_ONLY}." if isinstance(found, PooledDeployment) else ""
+    note = f" Pools for prompts and decode are {found.service}." if isinstance(found, PooledDeployment) else ""
     title = f"<h1>{escape(f'{first.workload.name} on {first.cluster.name}')}</h1><p>{meshes}.{note} {band.source()}</p>"
     return title + f"<section>{facts(rows)}</section>"
 

@@ -14,7 +14,6 @@ from planner.cost.throughput import Candidate
 from planner.failures.loss_bands import pool_loss_bands, range_cells
 from planner.failures.loss_forecast import summarise
 from planner.failures.pool_losses import forecast_pool_losses
-from planner.plan.deployment import PLANNED_ONLY
 
 
 def pools_report(found: PooledDesign, *, splits: int = 6, width: int | None = None) -> str:
@@ -24,7 +23,7 @@ def pools_report(found: PooledDesign, *, splits: int = 6, width: int | None = No
     devices = len(decode.shape.roles) + found.instances * len(prompts.shape.roles)
     traffic = d.traffic
     lines = [
-        f"{d.workload.name} on {d.cluster.name}: pools for prompts and decode, {PLANNED_ONLY}",
+        f"{d.workload.name} on {d.cluster.name}: pools for prompts and decode, {pooled.service}",
         "",
         f"prefill: {found.instances} x ({prompts.shape.describe()})",
         f"  {band.text(rates.prompts, 'rate', 'prompts/s')} of {traffic.prompt:,.0f} tokens, "
@@ -97,7 +96,7 @@ def architectures_report(
             gain = f"{times:.2f}" + (f" ({times / unsure:.2f}-{times * unsure:.2f})" if unsure > 1 else "")
         note = "chosen" if arch == best else ""
         if isinstance(each, PooledDesign):
-            note = ", ".join(filter(None, (note, PLANNED_ONLY)))
+            note = ", ".join(filter(None, (note, each.deployment.service)))
         names = ("tokens_per_second", "tokens_per_second_per_user", "ttft_s")
         rate, user, ttft = (range_text(ranges[name]) for name in names)
         rows.append([arch, rate, gain, user, ttft, note])

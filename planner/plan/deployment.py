@@ -53,7 +53,7 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
 
 
 PLANNED_ONLY = "planned, not served by this version"
-READ_POOLS = "`degrade`, `report` and `export --to json` read it. Solve with another --arch to serve it."
+READ_POOLS = "`degrade`, `report` and `export --to json` read it, and say how it is served. Solve with another --arch."
 WORKS = ("all", "prompts", "decode")
 
 
@@ -112,7 +112,7 @@ class Deployment:
         if isinstance(data, dict) and "deployment" in data:
             data = data["deployment"]
         if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
-            raise InputError(f"a plan of pools for prompts and for decode is {PLANNED_ONLY}; {READ_POOLS}")
+            raise InputError(f"this is a plan of pools for prompts and for decode, not of one mesh; {READ_POOLS}")
         if not isinstance(data, dict) or not {"plan", "workload", "cluster"} <= set(data):
             raise InputError("not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes")
         for key in data:

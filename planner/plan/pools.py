@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from planner.errors import InputError
-from planner.plan.deployment import Deployment, read_deployment
+from planner.plan.deployment import PLANNED_ONLY, Deployment, read_deployment
 from planner.plan.plan import Figure
 
 POOLS = "pd"
@@ -42,6 +42,17 @@ class PooledDeployment:
     def pools(self) -> dict[str, Deployment]:
         """All pools by name: "prefill 0" and on, and "decode"."""
         return {**{f"prefill {i}": pool for i, pool in enumerate(self.prefill)}, "decode": self.decode}
+
+    @property
+    def service(self) -> str:
+        """The command that serves the plan, or that this version only plans it: pools are served on one host, with all
+        attention heads on each rank."""
+        pools = self.pools().values()
+        hosts = {rank.host for pool in pools for rank in pool.plan.ranks}
+        if len(hosts) > 1 or any(dict(pool.plan.axes).get("tensor", 1) > 1 for pool in pools):
+            return PLANNED_ONLY
+        prefill, decode = sum(len(pool.plan.ranks) for pool in self.prefill), len(self.decode.plan.ranks)
+        return f"served by `moejax serve --arch {POOLS} --prefill {prefill} --decode {decode}`"
 
     def figure(self, name: str) -> float:
         """The value of one of the figures. KeyError when there is none of this name."""

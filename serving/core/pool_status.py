@@ -1,9 +1,10 @@
-"""One status of a server with two pools."""
+"""One status, and the forecasts of losses, of a server with two pools."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 from serving.core.hand_over import HandOver
-from serving.protocol.status import EdgeStatus, PoolStatus, Status
+from serving.protocol.status import EdgeStatus, LossForecast, PoolStatus, RankStatus, Status
 
 SUMMED = (
     *("running", "waiting", "recoveries", "steps", "step_ms", "rank_ms", "program_ms", "preemptions"),
@@ -14,11 +15,44 @@ SUMMED = (
 """Fields of a status that add up over the pools. What belongs to the whole server is the same in both."""
 
 
+def joint_forecasts(
+    forecasts: Mapping[str, Iterable[LossForecast]], *, serving: Mapping[str, bool]
+) -> tuple[LossForecast, ...]:
+    """The forecasts of both pools, of kinds as "prefill_rank". `serving` says which pools have a plan in force. While
+    both do, streams do not wait for a loss in the prefill pool, and a loss that one pool cannot survive is the other
+    one's work."""
+    found = []
+    for pool, other in (("prefill", "decode"), ("decode", "prefill")):
+        for forecast in forecasts[pool]:
+            forecast = dataclasses.replace(forecast, kind=f"{pool}_{forecast.kind}")
+            if all(serving.values()) and not forecast.survivable:
+                reason = f"the {other} pool does the work of both until a rank is back"
+                forecast = dataclasses.replace(forecast, survivable=True, prepared=True, reason=reason)
+            if all(serving.values()) and pool == "prefill":
+                forecast = dataclasses.replace(forecast, stall_ms=0.0, stall_low_ms=0.0, stall_high_ms=0.0)
+            found.append(forecast)
+    return tuple(found)
+
+
+def _ranks(name: str, status: Status, *, both: bool) -> tuple[RankStatus, ...]:
+    """The ranks of a pool; see `joint_forecasts` for the costs of their losses."""
+    ranks = []
+    for rank in status.ranks:
+        loss = rank.loss
+        if loss is not None and both:
+            stall_ms = 0.0 if name == "prefill" else loss.stall_ms
+            loss = dataclasses.replace(loss, survivable=True, prepared=loss.prepared or not loss.survivable)
+            loss = dataclasses.replace(loss, stall_ms=stall_ms)
+        ranks.append(dataclasses.replace(rank, role=name, loss=loss))
+    return tuple(ranks)
+
+
 def joint_status(prefill: Status, decode: Status, hand_over: HandOver, edges: tuple[EdgeStatus, ...]) -> Status:
     """The status of both pools together, with that of each in short. It serves while one of them does."""
     both = {"prefill": prefill, "decode": decode}
     sums = {name: getattr(prefill, name) + getattr(decode, name) for name in SUMMED}
-    ranks = tuple(dataclasses.replace(rank, role=name) for name, status in both.items() for rank in status.ranks)
+    serves = all(status.axes for status in both.values())
+    ranks = tuple(rank for name, status in both.items() for rank in _ranks(name, status, both=serves))
     losses = {**prefill.lattice, **decode.lattice}
     covered = {loss: min(each.lattice.get(loss, 1.0) for each in both.values()) for loss in losses}
     layers = zip(prefill.expert_load, decode.expert_load, strict=True)

@@ -18,7 +18,7 @@ from planner.plan.deployment import Deployment, FaultTolerance
 from serving.config import Settings
 from serving.core.hand_over import HandOver
 from serving.core.loop import Loop
-from serving.core.pool_status import joint_status
+from serving.core.pool_status import joint_forecasts, joint_status
 from serving.core.start import ServerParts, start_loop
 from serving.core.step_stats import StepStats
 from serving.errors import InvalidRequest, MoejaxError, StartError, UnknownRequest
@@ -216,7 +216,9 @@ class Pools:
 
     def what_if(self) -> tuple[LossForecast, ...]:
         """See `serving.protocol.backend.Backend.what_if`."""
-        return tuple(forecast for each in self.loops for forecast in each.what_if())
+        both = {"prefill": self.prefill, "decode": self.decode}
+        serving = {name: each.serves for name, each in both.items()}
+        return joint_forecasts({name: each.what_if() for name, each in both.items()}, serving=serving)
 
     def deployment(self) -> Deployment | None:
         """See `serving.protocol.backend.Backend.deployment`. That of the decode pool, or of the other if it is lost."""

@@ -1,13 +1,17 @@
 """Prompts and decode apart, on a real server: the tokens of collocated ranks, whichever rank or pool is lost."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
 from serving.api.client import Client
+from serving.errors import InvalidRequest
+from serving.protocol.sampling import StructuredOutputs
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.support.processes import Supervised, processes_of, start
 from tests.support.streams import Traffic, kill, wait_until, wait_until_whole
 
 PREFILL, DECODE = (0, 1), (2, 3)
@@ -61,3 +65,73 @@ def test_the_other_pool_takes_over_from_one_that_died(
     acts = [kill(client, rank) for rank in side]
     traffic.during(client, *acts, after=after)
     traffic.during(client)
+
+
+LONG = [(11 * i) % 500 + 5 for i in range(400)]
+
+
+def test_answers_scores_grammars_and_drafts_are_those_of_collocated_ranks(client: Client, whole: Client) -> None:
+    grammar = StructuredOutputs("regex", "[ab]{4,8}")
+    for options in (
+        {"n": 3, "temperature": 1.0, "seed": 7, "max_tokens": 20},
+        {"temperature": 0.0, "max_tokens": 12, "top_logprobs": 2, "prompt_logprobs": 1},
+        {
+            "temperature": 1.0,
+            "seed": 3,
+            "max_tokens": 12,
+            "structured_outputs": grammar,
+        },
+        {"temperature": 0.0, "max_tokens": 30, "speculate": True},
+    ):
+        apart, together = (each.generate_all(LONG, **options) for each in (client, whole))
+        for one, other in zip(apart, together, strict=True):
+            assert (one.token_ids, one.logprobs, one.top) == (other.token_ids, other.logprobs, other.top)
+            assert one.prompt_logprobs == other.prompt_logprobs
+
+
+def test_a_request_is_cancelled_in_either_pool(client: Client) -> None:
+    for tokens in (1, 5):
+        chunks = 0
+        for _ in client.stream(LONG, max_tokens=100, ignore_eos=True, request_id=f"left-{tokens}"):
+            chunks += 1
+            if chunks == tokens:
+                client.abort(f"left-{tokens}")
+        assert chunks < 100
+
+
+def test_a_rank_of_either_pool_is_drained_and_comes_back(client: Client, traffic: Traffic) -> None:
+    for rank in (PREFILL[0], DECODE[0]):
+        traffic.during(client, lambda rank=rank: client.apply("drain", rank, replace=True))
+        wait_until_whole(client)
+
+
+def test_instructions_about_both_pools_are_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="both pools"):
+        client.apply("drain", PREFILL[0], DECODE[0])
+    with pytest.raises(InvalidRequest, match="two pools"):
+        client.apply("scale_down", to=3)
+    with pytest.raises(InvalidRequest, match="Restart"):
+        client.apply("weights", model=str(TINY))
+
+
+def test_a_front_that_dies_costs_a_pause(traffic: Traffic) -> None:
+    options = ("--arch", "pd", "--prefill", "1", "--decode", "1", "--buckets", "8,0;8,2", "--edges", "0")
+    process = start("--model", str(TINY), "--grpc-port", "0", *options)
+    try:
+        server = Supervised(process)
+        with Client(server.address) as client:
+            wait_until_whole(client)
+            before = [rank.pid for rank in client.status().ranks]
+            for act in (
+                lambda: os.kill(server.front(), signal.SIGKILL),
+                lambda: server.kill_with(client, 0),
+                lambda: server.kill_with(client, 1),
+            ):
+                traffic.during(client, act, after=0.2)
+                wait_until_whole(client)
+                assert client.status().compiles_after_ready == 0
+            assert before[0] != client.status().ranks[0].pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)

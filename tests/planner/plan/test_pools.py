@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from planner.inputs.published import read_model
 from planner.plan.deployment import Deployment, read_deployment
 from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.solver.servable import check_servable
+from serving.config import Settings
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,20 @@ def test_a_plan_file_is_read_as_it_was_written(pooled, tmp_path):
     (tmp_path / "plan.json").write_text(replace(pooled.decode, work="all").to_json())
     assert read_any_deployment(tmp_path / "pools.json") == pooled
     assert isinstance(read_any_deployment(tmp_path / "plan.json"), Deployment)
-    with pytest.raises(InputError, match="planned, not served by this version"):
+    with pytest.raises(InputError, match="not of one mesh"):
         read_deployment(tmp_path / "pools.json")
 
 
-def test_no_pool_can_be_served(pooled):
+def test_pools_of_one_host_are_served_as_the_plan_says(pooled):
+    assert pooled.service == "planned, not served by this version"
+    alone = design_pools(read_model("olmoe-1b-7b"), read_cluster("h100:1x4"), tensor=1).deployment
+    flags = re.fullmatch(r"served by `moejax serve --arch pd --prefill (\d+) --decode (\d+)`", alone.service)
+    assert flags is not None
+    settings = Settings(arch="pd", prefill=int(flags[1]), decode=int(flags[2]))
+    assert settings.ranks == sum(len(pool.plan.ranks) for pool in alone.pools().values())
+
+
+def test_no_pool_can_be_served_alone(pooled):
     for pool in pooled.pools().values():
         with pytest.raises(InputError, match="planned, not served by this version"):
             check_servable(pool)
