@@ -70,7 +70,7 @@ class KVReplicas:
         self._steps: dict[int, collections.deque[Batch]] = {}
         """The last steps that each rank had a part in."""
         self.needs: list[Callable[[], Collection[int]]] = []
-        """Whoever restores from these replicas: functions that return the numbers of the replicas that requests wait for."""
+        """Of whoever restores from these replicas, functions that return the numbers that requests wait for."""
 
     @classmethod
     def of_server(cls, settings: Settings, model: PreparedModel, pages_per_rank: int, *, single_host: bool) -> Self:
