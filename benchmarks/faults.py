@@ -1,14 +1,15 @@
 """Measures the cost of each kind of fault for the streams of a real server, beside a warm restart of the same server.
 
-    python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--arch collocated|disaggregated ...]
+    python -m benchmarks.faults [--model smollm2-moe|tiny] [--ranks 4] [--arch collocated|disaggregated|pd ...]
         [--only NAME ...] [--rounds N] [--json FILE]
 
 Starts `moejax serve` for each setup (collocated ranks on two hosts; attention ranks and expert ranks, half of each; the
-same with roles that always switch, without spare slots, and both with sharded dense layers; and bench-mixtral in tensor
-groups of two, which smollm2-moe with its three key/value heads cannot form), keeps streams running whose tokens are
-known from an undisturbed run, and injects one fault after the other at moments drawn from --seed; the next fault comes
-when all ranks serve again and every single loss is prepared. Where the rank matters it is the one with the most
-streams, or an expert rank. The server and this program share one clock.
+same with roles that always switch, without spare slots, and both with sharded dense layers; ranks for prompts and ranks
+that decode, half of each; and bench-mixtral in tensor groups of two, which smollm2-moe with its three key/value heads
+cannot form), keeps streams running whose tokens are known from an undisturbed run, and injects one fault after the
+other at moments drawn from --seed; the next fault comes when all ranks serve again and every single loss is prepared.
+Where the rank matters it is the one with the most streams, or an expert rank. The server and this program share one
+clock.
 
 Results of a scenario: `detect_ms` from the injection to the server's first event of it; `survivor_stall_ms` and
 `moved_stall_ms`, median and 99th percentile of the added stalls of streams elsewhere and on the victim (see
@@ -66,6 +67,8 @@ class Scenario:
     first_event: str
     over: str
     expert: bool = False
+    pool: str = ""
+    """The pool of the victim, with arch pd."""
     same_tokens: bool = True
     everybody: bool = False
     """All streams lose their cache, wherever they run."""
@@ -130,6 +133,12 @@ async def _crash_in_prefill(scene: Scene, victim: int) -> float:
     moment = time.monotonic()
     await scene.signal(victim, signal.SIGKILL)
     return moment
+
+
+async def _pool(scene: Scene, victim: int) -> None:
+    ranks = (await scene.client.status()).ranks
+    for rank in [rank for rank in ranks if rank.role == ranks[victim].role]:
+        await scene.signal(rank.id, signal.SIGKILL)
 
 
 async def _crash_in_rejoin(scene: Scene, victim: int) -> float:
@@ -202,6 +211,14 @@ DISAGGREGATED = (
     Scenario("coordinator", _coordinator, "coordinator_lost", "coordinator_lost"),
     Scenario("drain", _drain, "leaving", "drained"),
 )
+POOLS = (
+    Scenario("prefill rank", _crash_in_prefill, "rank_lost", "recovered", pool="prefill"),
+    Scenario("decode rank", _crash, "rank_lost", "recovered", pool="decode"),
+    Scenario("hang of a decode rank", _hang, "rank_lost", "recovered", pool="decode"),
+    Scenario("prefill pool", _pool, "rank_lost", "rejoined", pool="prefill"),
+    Scenario("decode pool", _pool, "rank_lost", "rejoined", pool="decode", later=True),
+    Scenario("drain", _drain, "leaving", "drained", pool="decode"),
+)
 FRONT = Scenario("front", _front, "ready", "ready", everybody=True)
 SWITCHING = (Scenario("role switch", _crash, "rank_lost", "recovered", expert=True),)
 SHARDS = Scenario("dense shards", _crash, "rank_lost", "recovered")
@@ -214,12 +231,19 @@ def _halves(ranks: int) -> list[str]:
     return ["--arch", "disaggregated", "--attention", str(attention), "--experts", str(ranks - attention)]
 
 
+def _pools(ranks: int) -> list[str]:
+    return ["--arch", "pd", "--prefill", str(ranks // 2), "--decode", str(ranks - ranks // 2)]
+
+
+ARCHITECTURES = ("collocated", "disaggregated", "pd")
 _DIVIDED = ("--dense", "sharded")
 _UNCACHED = "--no-prefix-caching"
 """The same prompts are asked again and again: found in a cache, they would all go to one rank."""
 SETUPS = (
     Setup("collocated", lambda ranks: [_UNCACHED, *(["--hosts", "2"] if ranks % 2 == 0 else [])], COLLOCATED),
     Setup("disaggregated", lambda ranks: [_UNCACHED, *_halves(ranks)], DISAGGREGATED),
+    Setup("pd", lambda ranks: [_UNCACHED, *_pools(ranks)], POOLS),
+    Setup("pd", _pools, (FRONT,)),
     Setup("collocated", lambda _: [], (FRONT,)),
     Setup("disaggregated", _halves, (FRONT,)),
     Setup("disaggregated", lambda ranks: [*_halves(ranks), "--role-switch", "always"], SWITCHING),
@@ -242,6 +266,8 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     before = await client.status()
     counts = running(before)
     experts = [rank.id for rank in before.ranks if rank.role == "expert"]
+    if scenario.pool:
+        counts = {rank.id: rank.running for rank in before.ranks if rank.role == scenario.pool}
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     moment = time.monotonic()
     moment = await scenario.inject(scene, victim) or moment
@@ -409,7 +435,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument(
-        "--arch", nargs="+", choices=("collocated", "disaggregated"), default=["collocated", "disaggregated"]
+        "--arch",
+        nargs="+",
+        choices=("collocated", "disaggregated", "pd"),
+        default=["collocated", "disaggregated", "pd"],
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=[])
     parser.add_argument("--rounds", type=int, default=1)

@@ -13,6 +13,7 @@ from serving.errors import MoejaxError, Unreachable
 from serving.protocol.status import Status
 
 TEXT = Path(__file__).resolve().parent.parent / "models" / "tiny" / "held_out" / "shakespeare.txt"
+PLACE_LOOKS, PLACE_LOOK_S = 20, 0.01
 _AFTER_ERROR_S = 0.5  # pause before the next request, so that a server that refuses is not flooded
 
 
@@ -141,8 +142,12 @@ class Load:
             trace = Trace(ask, time.monotonic())
             self._loops.append(asyncio.create_task(self._loop(ask, trace)))
             await trace.begun.wait()
-            after = running(await self._client.status())
-            grown = [rank for rank, count in after.items() if count > before.get(rank, 0)]
+            for _ in range(PLACE_LOOKS):  # with arch pd it goes to its decode rank after its first token
+                after = running(await self._client.status())
+                grown = [rank for rank, count in after.items() if count > before.get(rank, 0)]
+                if grown:
+                    break
+                await asyncio.sleep(PLACE_LOOK_S)
             trace.rank = grown[0] if len(grown) == 1 else None
             placed.append(trace)
         return placed
@@ -170,8 +175,8 @@ class Load:
 
 
 def running(status: Status) -> dict[int, int]:
-    """The number of streams on each serving rank."""
-    return {rank.id: rank.running for rank in status.ranks if rank.state == "serving"}
+    """The number of streams on each serving rank that decodes."""
+    return {rank.id: rank.running for rank in status.ranks if rank.state == "serving" and rank.role != "prefill"}
 
 
 def whole(status: Status) -> bool:
