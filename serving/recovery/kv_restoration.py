@@ -129,7 +129,7 @@ class KVRestoration:
         self._compute_again(
             [each for each in wanted if each.recoverable is not None and gone.intersection(each.recoverable.replicas)]
         )
-        budget_s = self._budget_s(len(wanted))
+        budget_s = self._budget_s(len(wanted)) if self._restores_losses(wanted) else 0.0
         server.state = reserve_for_restore(server.state, at_once=self._is_at_once(wanted, budget_s))
         self._began = self._began or began
         while first := self._next():
@@ -141,6 +141,12 @@ class KVRestoration:
                 break
         if not self.pending:
             self._report()
+
+    def _restores_losses(self, wanted: Collection[Sequence]) -> bool:
+        """Whether a loss is behind any of the requests that wait, or no other request would be delayed. Streams never
+        wait for more than a piece on each rank of a request that another pool sends."""
+        lost = any(each.recoverable is not None and not each.recoverable.sent for each in wanted)
+        return lost or all(each.restoring for each in self._server.state.running.values())
 
     def _needed(self) -> set[int]:
         """The numbers of the replicas that requests wait for."""

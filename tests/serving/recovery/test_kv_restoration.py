@@ -1,6 +1,7 @@
 """The loop restores recoverable KV where its measurements favour that, and computes it again where that fails."""
 
 import asyncio
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,12 +11,16 @@ import serving.executor.kv_replica
 import serving.recovery.kv_restoration
 import serving.recovery.rendezvous
 from serving.config import Settings
+from serving.engine import hand_over
 from serving.engine.restore_cost import LinearFit, RestoreCosts
+from serving.engine.sequence import RecoverableKV, Sequence
 from serving.protocol.instructions import Instruction
-from simulation.hand_model import PREPARED, alone
+from serving.recovery.kv_restoration import KVRestoration
+from simulation.hand_model import PREPARED, alone, small_limits, small_request
 from simulation.hand_rank import HandRank
 from tests.support.fake_executor import FakeCoordinator
 from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
+from tests.support.replicated_engine import ReplicatedEngine
 
 FREE = Settings(**{**vars(SETTINGS), "restart": False, "prefix_caching": False})
 
@@ -193,3 +198,30 @@ def test_steps_and_pieces_are_measured(monkeypatch):
     m, _ = asyncio.run(lose_one())
     assert m.loop.engine.restoration.costs.step.weight > 10
     assert m.loop.engine.restoration.costs.piece != type(m.loop.engine.restoration.costs).guess(8).piece
+
+
+@pytest.mark.parametrize(("others", "sent", "pieces"), [(True, True, 1), (False, True, 3), (True, False, 3)])
+def test_streams_wait_for_one_piece_at_a_time_of_a_request_that_another_pool_sends(others, sent, pieces):
+    engine = ReplicatedEngine(small_limits(), {0: 16}, way="memory", most_pages=16)
+    if others:
+        engine.submit(small_request("stream", max_tokens=20))
+        engine.step()
+    arriving = Sequence(small_request("prompt", range(60)), engine.state.arrivals)
+    engine.state = hand_over.receive(engine.state, arriving, RecoverableKV((1,), tuple(range(8)), 60, None, sent=sent))
+    calls = []
+
+    async def call_all(what, messages):
+        calls.append(messages)
+
+    places = SimpleNamespace(kv_locations=lambda rank, pages: [(rank, pages)])
+    server = SimpleNamespace(
+        state=engine.state,
+        failover=SimpleNamespace(adoption=places, epoch=0),
+        executor=SimpleNamespace(call_all=call_all),
+        events=SimpleNamespace(emit=lambda *_, **__: None),
+    )
+    restoration = KVRestoration(server, engine.replicas)
+    restoration._piece = 20
+    asyncio.run(restoration.run())
+    assert len(calls) == pieces
+    engine.close()
