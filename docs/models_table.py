@@ -41,6 +41,11 @@ cache cannot change theirs when a sequence grows, so that it is served up to the
 are those of `transformers`. With `--max-context` beyond it one set of factors, that of long texts, serves every
 length; the server says so when it starts.
 
+DeepSeek-V3.2 and GLM-5 attend to the positions that an indexer chooses, 2,048 of them, and to all while there are no
+more. Its keys are cached with the others, so that replicas, transfers and restorations have them too. Published
+engines score in float8, moejax in float32; where two positions have the same score, the earlier is chosen. Attention
+reads the whole context and leaves out what is not chosen: that is right, not yet fast.
+
 Three of four layers of Qwen3-Next and Qwen3.5 have a state of the request in place of keys and values of its
 positions. Rows are added to it one after the other in prompts as in decode, so that a request that is computed again
 has the same bits ([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and

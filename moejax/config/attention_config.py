@@ -1,5 +1,5 @@
 """The configuration of attention that only some models have: scaled rotary frequencies, growing scores, latent
-attention, and gated delta nets in its place."""
+attention, the indexer that chooses its positions, and gated delta nets in its place."""
 
 import dataclasses
 from typing import Literal
@@ -8,6 +8,7 @@ from moejax.config.config_values import ConfigError
 from planner.inputs.latent_attention import LatentAttention
 from planner.inputs.layer_states import DeltaNet
 from planner.inputs.score_growth import PublishedScoreGrowth
+from planner.inputs.sparse_attention import Indexer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,18 @@ class LatentConfig(LatentAttention):
     """Multi-head latent attention, and the epsilon of the norms of its latents."""
 
     norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexerConfig(Indexer):
+    """An indexer, validated; the norm of its keys has the epsilon 1e-6."""
+
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("heads", "d_key", "chosen"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"indexer has {field} {getattr(self, field)}; it must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

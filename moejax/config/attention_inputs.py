@@ -9,6 +9,17 @@ from moejax.config.kv_cache import KVCache
 
 
 @struct.dataclass
+class IndexInputs:
+    """The queries of an indexer, which chooses the positions that attention sees (`moejax.model.indexer`). Its keys are
+    the last numbers of the keys in the cache and among the new ones."""
+
+    q: Float[ArrayLike, "Z Q I H"]
+    weights: Float[ArrayLike, "Z Q I"]
+    """How much each head counts."""
+    chosen: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class AttentionInputs:
     """Queries of Z segments, Q of each, and where the keys and values that they see are.
 
@@ -41,7 +52,9 @@ class AttentionInputs:
     sinks: Float[ArrayLike, " N"] | None = None
     """A score per head that takes its share of the weight and adds nothing (arXiv 2309.17453)."""
     latent: bool = struct.field(pytree_node=False, default=False)
-    """Queries meet the value followed by the key (`moejax.model.projections`): Hq = Hv + Hk."""
+    """Queries meet the value followed by the key (`moejax.model.projections`): Hq = Hv + Hk, or less where an indexer's
+    key follows."""
+    index: IndexInputs | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -9,7 +9,7 @@ Names and annotations give shapes by one letter per axis, `gates_TE = x_TD @ rou
     L layers                M cache pages of a segment
 
     R rows of a step, or repeats of a segment's pattern (the scanned axis of parameters)
-    Z segments of a step, Q queries of a segment
+    Z segments of a step, Q queries of a segment    I heads of an indexer
     A answers that a token can get from one rank     n ranks     r rows that reached a rank
     G groups (of experts, of query heads)            W words of a bit mask
 """

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config.attention_config import DeltaNetConfig, LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, RopeScaling, ScoreGrowth
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
 
@@ -20,6 +20,7 @@ _STORED_NAMES = {"shard_dense": "divide_dense"}
 _NESTED = {
     "moe": MoEConfig,
     "latent": LatentConfig,
+    "indexer": IndexerConfig,
     "delta_net": DeltaNetConfig,
     "rope_scaling": RopeScaling,
     "score_growth": ScoreGrowth,
@@ -41,13 +42,15 @@ class ModelConfig:
 
     `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, or with
     `chunked` their chunk of so many positions (Llama 4), except `full_layers`; `unrotated_layers` have no rotary
-    embedding, and scores that grow as `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all`
+    embedding. Scores grow as `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all`
     heads at once (OLMoE), with `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only
     where they are rotated (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid of the
     layer's input, and `post_norms` norms the outputs of attention and feed-forward before they are added (both
     Trinity). `sinks` gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries,
     keys and values. `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are
     Granite's.
+
+    With an `indexer`, latent attention sees the positions that it chooses; its keys are cached beside the others.
 
     `state_layers` have a gated delta net in place of attention: their context is a state of the request instead of keys
     and values of its positions (`moejax.config.layer_states`).
@@ -93,6 +96,7 @@ class ModelConfig:
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
     latent: LatentConfig | None = None
+    indexer: IndexerConfig | None = None
     delta_net: DeltaNetConfig | None = None
     state_layers: tuple[int, ...] = ()
     moe: MoEConfig | None = None
@@ -137,10 +141,20 @@ class ModelConfig:
             raise ConfigError("head_bias is true with tied_head: only a head of its own can have a bias.")
         if self.latent is not None:
             self._check_latent(self.latent)
+        if self.indexer is not None:
+            self._check_indexer(self.indexer)
         if self.delta_net is not None or self.state_layers:
             self._check_state_layers()
         if self.shard_dense:
             self._check_sharded_dense()
+
+    def _check_indexer(self, indexer: IndexerConfig) -> None:
+        if self.latent is None or not self.latent.d_query:
+            raise ConfigError("indexer needs latent attention whose queries go through a latent (d_query above 0).")
+        if indexer.d_key < self.latent.d_rope:
+            raise ConfigError(
+                f"indexer has d_key {indexer.d_key}, but {self.latent.d_rope} numbers of its keys are rotated (d_rope)."
+            )
 
     def _check_state_layers(self) -> None:
         if self.delta_net is None or not self.state_layers:
@@ -226,10 +240,10 @@ class ModelConfig:
 
     @property
     def cache_widths(self) -> tuple[int, int]:
-        """Numbers cached per position and layer, of keys and of values. Latent attention caches the rotated key as
-        the one and the latent as the other."""
+        """Numbers cached per position and layer, of keys and of values. Latent attention caches the rotated key,
+        followed by that of the indexer, as the one and the latent as the other."""
         if self.latent is not None:
-            return self.latent.d_rope, self.latent.d_latent
+            return self.latent.d_rope + (self.indexer.d_key if self.indexer else 0), self.latent.d_latent
         return self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head
 
     @property

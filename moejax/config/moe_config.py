@@ -39,9 +39,10 @@ class MoEConfig(RoutedExperts):
     def _check_groups(self) -> None:
         if self.groups == 1:
             return
-        if self.gate not in ("share", "sigmoid"):
+        if self.gate not in ("share", "biased_share", "sigmoid"):
             raise ConfigError(
-                f"groups is {self.groups} with gate {self.gate!r}; only 'share' and 'sigmoid' have groups."
+                f"groups is {self.groups} with gate {self.gate!r}; only 'share', 'biased_share' and 'sigmoid' have "
+                "groups."
             )
         if self.experts % self.groups or not 1 <= self.groups_used <= self.groups:
             raise ConfigError(

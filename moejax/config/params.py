@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config.attention_config import LatentConfig
+from moejax.config.attention_config import IndexerConfig, LatentConfig
 from moejax.config.model_config import LayerKind, ModelConfig, in_slots
 
 Position = tuple[int, int]
@@ -67,6 +67,18 @@ class Latent:
 
 
 @struct.dataclass
+class IndexerWeights:
+    """An indexer (`moejax.model.indexer`): `query [R, heads * d_key, d_query]`, `key [R, d_key, D]` and its layer norm
+    `[R, d_key]`, and how much each head counts, `weigh [R, heads, D]`."""
+
+    query: Any
+    key: Any
+    norm: Any
+    norm_bias: Any
+    weigh: Any
+
+
+@struct.dataclass
 class DeltaNetWeights:
     """A gated delta net (`moejax.model.delta_net`).
 
@@ -98,6 +110,7 @@ class Layer:
     ffn: FeedForward | None
     moe: MoE | None
     latent: Latent | None = None
+    indexer: IndexerWeights | None = None
     qkv_bias: Any = None
     out_bias: Any = None
     query_norm: Any = None
@@ -221,6 +234,7 @@ def _attention_layer(cfg: ModelConfig, R: int) -> Layer:
         ffn=None,
         moe=None,
         latent=_latent(cfg, latent, R) if latent else None,
+        indexer=_indexer(cfg, cfg.indexer, R) if cfg.indexer else None,
         qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
         out_bias=ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.out_bias else None,
         query_norm=query_norm,
@@ -245,6 +259,18 @@ def _latent(cfg: ModelConfig, latent: LatentConfig, R: int) -> Latent:
         norm=ParamSpec((R, C), ("layer", "latent"), 0),
         key_up=ParamSpec((R, N, C, latent.d_plain), ("layer", "heads", "latent", "head"), 0.02),
         value_up=ParamSpec((R, N, latent.d_value, C), ("layer", "heads", "head", "latent"), 0.02),
+    )
+
+
+def _indexer(cfg: ModelConfig, indexer: IndexerConfig, R: int) -> IndexerWeights:
+    assert cfg.latent is not None
+    D, N, H = cfg.d_model, indexer.heads, indexer.d_key
+    return IndexerWeights(
+        query=ParamSpec((R, N * H, cfg.latent.d_query), ("layer", "heads", "latent"), 0.02),
+        key=ParamSpec((R, H, D), ("layer", "head", "model"), 0.02),
+        norm=ParamSpec((R, H), ("layer", "head"), 0),
+        norm_bias=ParamSpec((R, H), ("layer", "head"), BIAS_STD),
+        weigh=ParamSpec((R, N, D), ("layer", "rate", "model"), 0.02),
     )
 
 

@@ -7,10 +7,11 @@ length of other contexts, nor on which positions were cached and which are new.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moejax.config.attention_inputs import AttentionInputs
-from moejax.config.axes import MASKED_SCORE
+from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.model.indexer import best_positions, index_scores
 from moejax.model.layers import ordered_sum
 from moejax.ops import cpu
 
@@ -45,34 +46,31 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
 
     One page of all segments at a time. Cost grows with the longest sequence of the batch, its result does not.
     """
-    q_ZQNH, k_RKH, v_RKH, cache, page_size = inputs.q, inputs.k, inputs.v, inputs.cache, inputs.page_size
+    q_ZQNH, page_size = inputs.q, inputs.page_size
     positions_ZQ, window, chunk = inputs.positions, inputs.window, inputs.chunk
     Z, Q, N, H = q_ZQNH.shape
-    R, K, _ = k_RKH.shape
-    Hv = v_RKH.shape[-1]
+    K, Hv = inputs.v.shape[1:]
     G = N // K
     q = (q_ZQNH * inputs.scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
     positions = jnp.repeat(positions_ZQ, G, axis=1)
 
+    pages = (positions_ZQ.max() + page_size) // page_size
+    chosen_ZQS = _chosen(inputs, pages)
+
     def page(i, carry):
         maximum, total, out = carry
-        ids_Z = inputs.page_table[:, i]
         at_S = i * page_size + jnp.arange(page_size)
-        is_new_ZS = at_S >= inputs.cached[:, None]
-        row_ZS = jnp.clip(inputs.new_base[:, None] + at_S - inputs.cached[:, None], 0, R - 1)
-        # Entries are gathered first and reshaped into heads afterwards: when a whole cache is reshaped into heads, XLA
-        # copies all of it into another layout on every layer when it compiles for a TPU.
-        entry_ZS = ids_Z[:, None] * page_size + jnp.arange(page_size)
-        old_k, old_v = (each[inputs.layer, entry_ZS].reshape(Z, page_size, K, -1) for each in (cache.k, cache.v))
-        k = jnp.where(is_new_ZS[..., None, None], k_RKH[row_ZS], old_k).transpose(0, 2, 1, 3)
-        v = jnp.where(is_new_ZS[..., None, None], v_RKH[row_ZS], old_v).transpose(0, 2, 1, 3)
+        k, v = (each.transpose(0, 2, 1, 3) for each in _entries(inputs, i))
         if inputs.latent:
-            k = jnp.concatenate([v, k], axis=-1)
+            k = jnp.concatenate([v, k], axis=-1)[..., :H]
         seen = at_S <= positions[..., None]
         if window is not None:
             seen &= at_S > positions[..., None] - window
         if chunk is not None:
             seen &= at_S >= (positions // chunk * chunk)[..., None]
+        if chosen_ZQS is not None:
+            here_ZQS = lax.dynamic_slice_in_dim(chosen_ZQS, i * page_size, page_size, axis=2)
+            seen &= jnp.repeat(here_ZQS, G, axis=1)
         seen = seen[:, None]
         scores = jnp.where(seen, (q[:, :, :, None, :] * k[:, :, None]).sum(-1), MASKED_SCORE)
         higher = jnp.maximum(maximum, scores.max(-1))
@@ -81,7 +79,6 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
         mixed = _mix(weights, v)
         return higher, total * shrink + ordered_sum(weights), out * shrink[..., None] + mixed
 
-    pages = (positions_ZQ.max() + page_size) // page_size
     first = 0
     nearest = jnp.where(positions_ZQ >= 0, positions_ZQ, page_size * pages).min()
     if window is not None:
@@ -99,6 +96,39 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
     _, total, out = lax.fori_loop(first, pages, page, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return out.reshape(Z, K, Q, G, Hv).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, Hv)
+
+
+def _entries(inputs: AttentionInputs, i: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[Z, page_size, K, H]` of page i of all sequences: cached ones, and new ones beyond them."""
+    page_size, (R, K, _) = inputs.page_size, inputs.k.shape
+    at_S = i * page_size + jnp.arange(page_size)
+    is_new_ZS11 = (at_S >= inputs.cached[:, None])[..., None, None]
+    row_ZS = jnp.clip(inputs.new_base[:, None] + at_S - inputs.cached[:, None], 0, R - 1)
+    # Entries are gathered first and reshaped into heads afterwards: when a whole cache is reshaped into heads, XLA
+    # copies all of it into another layout on every layer when it compiles for a TPU.
+    entry_ZS = inputs.page_table[:, i][:, None] * page_size + jnp.arange(page_size)
+    k, v = (
+        jnp.where(is_new_ZS11, new[row_ZS], cached[inputs.layer, entry_ZS].reshape(*row_ZS.shape, K, -1))
+        for new, cached in ((inputs.k, inputs.cache.k), (inputs.v, inputs.cache.v))
+    )
+    return k, v
+
+
+def _chosen(inputs: AttentionInputs, pages: jax.Array) -> Bool[jax.Array, "Z Q S"] | None:
+    """True for the positions of `pages` pages that the indexer chooses for each query; None where all are seen."""
+    index, page_size = inputs.index, inputs.page_size
+    Z, Q = inputs.positions.shape
+    S = inputs.page_table.shape[1] * page_size
+    if index is None or index.chosen >= S:
+        return None
+
+    def page(i, scores_ZQS):
+        keys_ZSH = _entries(inputs, i)[0][:, :, 0, -index.q.shape[-1] :]
+        scores = index_scores(index.q, index.weights, keys_ZSH)
+        return lax.dynamic_update_slice_in_dim(scores_ZQS, scores, i * page_size, axis=2)
+
+    scores_ZQS = lax.fori_loop(0, pages, page, jnp.full((Z, Q, S), -jnp.inf, jnp.float32))
+    return best_positions(scores_ZQS, inputs.positions, index.chosen)
 
 
 def _mix(weights_ZKQS: jax.Array, v_ZKSH: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.attention_inputs import AttentionInputs, IndexInputs
 from moejax.config.axes import ArrayLike
 from moejax.config.kv_cache import KVCache
 from moejax.config.layer_states import LayerStates
@@ -28,6 +28,7 @@ from moejax.config.weight_formats import StackSlice, is_scaled, look_up
 from moejax.model.attention import paged_attention
 from moejax.model.delta_net import delta_net, finite_states
 from moejax.model.feed_forward import add_residual, feed_forward, routed_feed_forward
+from moejax.model.indexer import IndexRows
 from moejax.model.layers import norm
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.step_shape import StepShape
@@ -253,7 +254,7 @@ def _attend_heads(
     cfg, bucket, inputs = context.shape.cfg, context.shape.bucket, context.inputs
     depth = _place_among(cfg.attention_layers, index, cfg) if cfg.state_layers else index
     wanted = rows_needed(inputs, index, cfg)
-    q, k, v = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
+    q, k, v, indexed = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
     if context.merge_kv is not None:
         k, v = context.merge_kv(k, v)
     window = chunk = None
@@ -284,8 +285,16 @@ def _attend_heads(
                     page_size=context.shape.page_size,
                     scale=score_scale(cfg),
                     latent=cfg.latent is not None,
+                    index=None if indexed is None else _index_inputs(indexed, rows, Z, cfg),
                 )
             )
             out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
     out_TD = project_heads(jnp.concatenate(out), h_TD, layer)
     return out_TD, KVCache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
+
+
+def _index_inputs(indexed: IndexRows, rows: slice, Z: int, cfg: ModelConfig) -> IndexInputs:
+    """The queries of the indexer of Z segments, which have these rows."""
+    assert cfg.indexer is not None
+    q, weights = (each[rows].reshape(Z, -1, *each.shape[1:]) for each in (indexed.q, indexed.weights))
+    return IndexInputs(q=q, weights=weights, chosen=cfg.indexer.chosen)

@@ -15,6 +15,7 @@ from moejax.config.attention_config import LatentConfig
 from moejax.config.axes import ArrayLike
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Latent, Layer
+from moejax.model.indexer import IndexRows, index_rows
 from moejax.model.layers import head_dot, rms_norm, row_dot
 from moejax.model.rope import rotate
 
@@ -22,12 +23,14 @@ from moejax.model.rope import rotate
 class QKV(NamedTuple):
     """Queries, keys and values of rows; the cache holds keys and values.
 
-    With latent attention K is 1, and a query meets the value followed by the key: Hq = Hv + Hk.
+    With latent attention K is 1, and a query meets the value followed by the key: Hq = Hv + Hk. With an indexer the key
+    is followed by that of the indexer, whose queries are in `index`.
     """
 
     q: Float[ArrayLike, "T N Hq"]
     k: Float[ArrayLike, "T K Hk"]
     v: Float[ArrayLike, "T K Hv"]
+    index: IndexRows | None = None
 
 
 def project_qkv(
@@ -40,7 +43,7 @@ def project_qkv(
     """Queries, keys and values of the normed rows of layer `index`."""
     if cfg.latent is not None:
         assert layer.latent is not None
-        return _latent_heads(h_TD, layer.latent, positions_T, cfg, cfg.latent)
+        return _latent_heads(h_TD, layer, layer.latent, positions_T, cfg, cfg.latent)
     T, N, K, H = len(h_TD), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     qkv = row_dot(h_TD, layer.qkv)
     if layer.qkv_bias is not None:
@@ -75,20 +78,22 @@ def _rotate_in_layer(
     rotated = rotate(qk_TNH, positions_T, cfg)
     if cfg.qk_norm == "l2":
         rotated = rms_norm(rotated, jnp.ones(cfg.d_head), cfg.norm_eps)
+    rotated = _grow(rotated, positions_T, cfg, is_rotated=True)
     if not cfg.unrotated_layers:
         return rotated
     is_rotated_L = jnp.array([i not in cfg.unrotated_layers for i in range(cfg.n_layers)])
-    return jnp.where(is_rotated_L[index], rotated, _grown(qk_TNH, positions_T, cfg))
+    return jnp.where(is_rotated_L[index], rotated, _grow(qk_TNH, positions_T, cfg, is_rotated=False))
 
 
-def _grown(
-    qk_TNH: Float[ArrayLike, "T NK H"], positions_T: Int[ArrayLike, " T"], cfg: ModelConfig
+def _grow(
+    qk_TNH: Float[ArrayLike, "T NK H"], positions_T: Int[ArrayLike, " T"], cfg: ModelConfig, *, is_rotated: bool
 ) -> Float[ArrayLike, "T NK H"]:
-    """Queries multiplied as `cfg.score_growth` says, and keys as they are."""
+    """Queries multiplied as `cfg.score_growth` says for a layer with or without rotary embedding, and keys, which may
+    follow them, as they are."""
     growth = cfg.score_growth
-    if growth is None:
+    if growth is None or (is_rotated and not growth.all_layers):
         return qk_TNH
-    steps_T = jnp.floor((positions_T.astype(jnp.float32) + 1) / growth.every)
+    steps_T = jnp.floor((positions_T.astype(jnp.float32) + growth.first) / growth.every)
     factor_T11 = (1 + growth.scale * jnp.log1p(steps_T))[:, None, None]
     return jnp.concatenate([qk_TNH[:, : cfg.n_heads] * factor_T11, qk_TNH[:, cfg.n_heads :]], axis=1)
 
@@ -120,6 +125,7 @@ def score_scale(cfg: ModelConfig) -> float:
 
 def _latent_heads(
     h_TD: Float[ArrayLike, "T D"],
+    layer: Layer,
     weights: Latent,
     positions_T: Int[ArrayLike, " T"],
     cfg: ModelConfig,
@@ -135,4 +141,9 @@ def _latent_heads(
     key = rotate(down[:, None, C:], positions_T, cfg)
     plain = head_dot(query[..., : latent.d_plain], weights.key_up)
     rotated = rotate(query[..., latent.d_plain :], positions_T, cfg)
-    return QKV(jnp.concatenate([plain, rotated], axis=-1), key, value[:, None])
+    q = _grow(jnp.concatenate([plain, rotated], axis=-1), positions_T, cfg, is_rotated=True)
+    if cfg.indexer is None:
+        return QKV(q, key, value[:, None])
+    assert layer.indexer is not None
+    index = index_rows(h_TD, low, layer.indexer, positions_T, cfg, cfg.indexer)
+    return QKV(q, jnp.concatenate([key, index.key[:, None]], axis=-1), value[:, None], index)

@@ -24,6 +24,7 @@ from moejax.config.step_inputs import Bucket, idle_inputs, unpack
 from moejax.model.delta_net import delta_net
 from moejax.model.experts import apply_expert, apply_shared_expert
 from moejax.model.feed_forward import finish_feed_forward
+from moejax.model.indexer import best_positions, index_scores
 from moejax.model.layers import norm, row_dot, swiglu
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.router import route
@@ -105,9 +106,9 @@ def attention(
     """Causal grouped-query attention (arXiv 2305.13245) of layer `index` over whole sequences that start at position 0,
     of which each position sees the last ones that its window holds."""
     B, T, D = x_BTD.shape
-    q, k, v = project_qkv(x_BTD.reshape(B * T, D), layer, index, jnp.tile(jnp.arange(T), B), cfg)
+    q, k, v, indexed = project_qkv(x_BTD.reshape(B * T, D), layer, index, jnp.tile(jnp.arange(T), B), cfg)
     if cfg.latent is not None:
-        k = jnp.concatenate([v, k], axis=-1)
+        k = jnp.concatenate([v, k], axis=-1)[..., : q.shape[-1]]
     N, K = q.shape[1], k.shape[1]
     q_BTKGH = q.reshape(B, T, K, N // K, -1)
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k.reshape(B, T, K, -1)) * score_scale(cfg)
@@ -116,6 +117,10 @@ def attention(
         window = jnp.array([each or T for each in cfg.windows])[index]
         first_T = jnp.arange(T) // window * window if cfg.chunked else jnp.arange(T) - window + 1
         seen &= jnp.arange(T) >= first_T[:, None]
+    if indexed is not None and cfg.indexer is not None:
+        by_sequence = (each.reshape(B, T, *each.shape[1:]) for each in indexed)
+        best_BTS = best_positions(index_scores(*by_sequence), jnp.tile(jnp.arange(T), (B, 1)), cfg.indexer.chosen)
+        seen = (seen & best_BTS)[:, None, None]
     scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
     if layer.sinks is not None:
         sinks = jnp.broadcast_to(layer.sinks.reshape(K, N // K, 1, 1), (B, K, N // K, T, 1))

@@ -61,7 +61,7 @@ def _in_best_groups(choice_TE: Float[ArrayLike, "T E"], moe: MoEConfig) -> Float
     """Scores outside the best groups set to minus infinity (DeepSeek-V2, section 2.2.2; V3, section 2.1.2)."""
     size = moe.experts // moe.groups
     by_group = choice_TE.reshape(-1, moe.groups, size)
-    counted = min(2 if moe.gate == "sigmoid" else 1, size)
+    counted = min(1 if moe.gate == "share" else 2, size)
     group_TG = jax.lax.top_k(by_group, counted)[0].sum(-1)
     used = jax.lax.top_k(group_TG, moe.groups_used)[1]
     in_TG = (used[..., None] == jnp.arange(moe.groups)).any(1)

@@ -22,7 +22,7 @@ class RoutedExperts:
 
     The weights are divided by their sum if `normalised`, then multiplied by `gate_scale`. With `groups` > 1 only
     experts of the best `groups_used` groups can be chosen; a group counts by its best expert (`share`) or the sum
-    of its two best (`sigmoid`).
+    of its two best (`sigmoid`, and `biased_share`: Mistral 4, without a bias).
 
     `router_bias` says that the router's bias is a published parameter, not zeros. `expert_bias` gives experts biases,
     `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedScoreGrowth:
-    """The queries at position p of layers without rotary embedding are multiplied by
-    1 + scale * log(1 + floor((p + 1) / every)), so that attention stays sharp over long contexts (Llama 4; arXiv
-    2501.19399)."""
+    """The queries at position p are multiplied by 1 + scale * log(1 + floor((p + first) / every)), so that attention
+    stays sharp over long contexts (arXiv 2501.19399): those of layers without rotary embedding (Llama 4), or with
+    `all_layers` of every layer (Ministral 3, Mistral 4)."""
 
     scale: float
     every: int
+    first: int = 1
+    all_layers: bool = False

@@ -60,6 +60,8 @@ def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index
     if cfg.chunked:
         chunk = np.arange(T) // (window or T)
         unseen = (distance < 0) | (chunk[:, None] != chunk)
+    if cfg.indexer is not None:
+        unseen = unseen | ~_chosen(h, layer, repeat, cfg)
     out = []
     for n in range(N):
         scores = q[:, n] @ k[:, n].T * (cfg.attention_scale or cfg.d_head**-0.5)
@@ -93,9 +95,9 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, i
         q, k = _rotate(q, cfg), _rotate(k, cfg)
         if cfg.qk_norm == "l2":
             q, k = (_norm(x, np.ones(H), None, cfg.norm_eps) for x in (q, k))
-    elif cfg.score_growth is not None:
-        steps = (np.arange(T) + 1) // cfg.score_growth.every
-        q = q * (1 + cfg.score_growth.scale * np.log1p(steps))[:, None, None]
+    growth = cfg.score_growth
+    if growth is not None and (growth.all_layers or index in cfg.unrotated_layers):
+        q = q * (1 + growth.scale * np.log1p((np.arange(T) + growth.first) // growth.every))[:, None, None]
     if cfg.norm_after_rope:
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
     return q, np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
@@ -140,7 +142,25 @@ def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig)
     rotated = np.repeat(_rotate(down[:, None, C:], cfg), N, axis=1)
     k = np.stack([latent @ _f64(weights.key_up[repeat, n]) for n in range(N)], axis=1)
     v = np.stack([latent @ _f64(weights.value_up[repeat, n]).T for n in range(N)], axis=1)
+    if (growth := cfg.score_growth) is not None and growth.all_layers:
+        q = q * (1 + growth.scale * np.log1p((np.arange(T) + growth.first) // growth.every))[:, None, None]
     return q, np.concatenate([k, rotated], axis=-1), v
+
+
+def _chosen(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    """The positions [T, T] that the indexer chooses for each query: for those of few predecessors all."""
+    indexer, w = cfg.indexer, layer.indexer
+    T, latent = len(h), layer.latent
+    low = _norm(h @ _f64(latent.query_down[repeat]).T, latent.query_norm[repeat], None, cfg.latent.norm_eps)
+    q = _rotate((low @ _f64(w.query[repeat]).T).reshape(T, indexer.heads, indexer.d_key), cfg)
+    key = _norm(h @ _f64(w.key[repeat]).T, w.norm[repeat], w.norm_bias[repeat], indexer.norm_eps)
+    key = _rotate(key[:, None], cfg)[:, 0]
+    weigh = h @ _f64(w.weigh[repeat]).T
+    chosen = np.zeros((T, T), bool)
+    for t in range(T):
+        scores = weigh[t] @ np.maximum(q[t] @ key[: t + 1].T, 0)
+        chosen[t, np.argsort(-scores, kind="stable")[: indexer.chosen]] = True
+    return chosen
 
 
 def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked: Collection[int]) -> np.ndarray:
@@ -170,7 +190,7 @@ def _route(
         return _sparsemixer(choice, moe)
     if moe.groups > 1:
         by_group = np.sort(choice.reshape(moe.groups, -1), axis=1)
-        worth = by_group[:, -2:].sum(1) if moe.gate == "sigmoid" else by_group[:, -1]
+        worth = by_group[:, -2:].sum(1) if moe.gate != "share" else by_group[:, -1]
         used = np.argsort(-worth, kind="stable")[: moe.groups_used]
         choice = np.where(np.isin(np.arange(moe.experts) // by_group.shape[1], used), choice, -np.inf)
     chosen = np.argsort(-choice, kind="stable")[: moe.experts_per_token]

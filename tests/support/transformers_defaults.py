@@ -38,6 +38,7 @@ WITHIN = {
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "glm4v_moe": "glm4v_moe_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "mistral3": "mistral4",
 }
 """The `model_type` of the decoder of families that have more than one."""
 
@@ -72,6 +73,7 @@ VARIANTS = {
     "a global layer of two": ("afmoe", {"global_attn_every_n_layers": 2, "mup_enabled": True}),
     "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
     "attention on every second layer": ("qwen3_next", {"full_attention_interval": 2, "norm_topk_prob": False}),
+    "another indexer": ("deepseek_v32", {"index_topk": 64, "index_head_dim": 96, "index_n_heads": 5}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }
 """Fields whose absence, null or value decides about others."""

@@ -1,6 +1,6 @@
 """From a published model, as `planner.inputs.published` reads it, to the ModelConfig that serves it."""
 
-from moejax.config.attention_config import DeltaNetConfig, LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, RopeScaling, ScoreGrowth
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
@@ -58,6 +58,7 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         max_context=context,
         stop_tokens=model.stop_tokens,
         latent=None if model.latent is None else LatentConfig(**vars(model.latent)),
+        indexer=None if model.indexer is None else IndexerConfig(**vars(model.indexer)),
         delta_net=None if model.delta_net is None else DeltaNetConfig(**vars(model.delta_net)),
         state_layers=model.state_layers,
         moe=None if model.experts is None else MoEConfig(**vars(model.experts)),

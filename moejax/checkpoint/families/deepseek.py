@@ -1,5 +1,5 @@
 """DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 and R1 (arXiv 2412.19437), Kimi-K2, which is V3 in other sizes,
-Kimi-K2.5, whose decoder stands beside a vision tower, and GLM-4.7-Flash.
+Kimi-K2.5, whose decoder stands beside a vision tower, GLM-4.7-Flash, and DeepSeek-V3.2 and GLM-5 with their indexer.
 
 Their rotated dimensions lie in pairs; ours lie in halves. Queries and keys are both reordered, so that scores are the
 same. The layer for multi-token prediction that V3's checkpoints carry is left out.
@@ -9,7 +9,7 @@ import dataclasses
 
 from moejax.checkpoint.families.decoder import ATTENTION, MLP, decoder_names, expert_names
 from moejax.checkpoint.families.family import NameMap, ServedFamily, TensorNames
-from moejax.checkpoint.families.latent import KeyUp, PairsToHalves, ValueUp
+from moejax.checkpoint.families.latent import FirstPairsToHalves, KeyUp, PairsToHalves, ValueUp
 from moejax.config.model_config import ModelConfig
 
 PLAIN = {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
@@ -47,6 +47,30 @@ def _latent_names(cfg: ModelConfig) -> dict[str, TensorNames]:
     }
 
 
+def indexed_names(cfg: ModelConfig) -> NameMap:
+    """The name map of DeepSeek-V3.2: the rotated numbers of its indexer lie in halves."""
+    part = ATTENTION + "indexer."
+    return {
+        **names(cfg),
+        "indexer.query": TensorNames((part + "wq_b.weight",)),
+        "indexer.key": TensorNames((part + "wk.weight",)),
+        "indexer.norm": TensorNames((part + "k_norm.weight",)),
+        "indexer.norm_bias": TensorNames((part + "k_norm.bias",)),
+        "indexer.weigh": TensorNames((part + "weights_proj.weight",)),
+    }
+
+
+def paired_index_names(cfg: ModelConfig) -> NameMap:
+    """The name map of GLM-5: the rotated numbers of its indexer lie in pairs."""
+    plain = dict(indexed_names(cfg))
+    assert cfg.indexer is not None
+    assert cfg.latent is not None
+    for leaf, heads in (("query", cfg.indexer.heads), ("key", 1), ("norm", 1), ("norm_bias", 1)):
+        name = f"indexer.{leaf}"
+        plain[name] = TensorNames(plain[name].names, FirstPairsToHalves(heads, cfg.latent.d_rope))
+    return plain
+
+
 def next_token_layers(cfg: ModelConfig) -> tuple[str, ...]:
     """Tensors of the layers after the last: multi-token prediction."""
     return ("*.rotary_emb.inv_freq", f"model.layers.{cfg.n_layers}.*")
@@ -57,6 +81,8 @@ DEEPSEEK_V3 = KIMI_K2 = ServedFamily(
     names=names, only=PLAIN | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}, unused=next_token_layers
 )
 GLM4_MOE_LITE = ServedFamily(names=names, only=DEEPSEEK_V3.only, unused=next_token_layers)
+DEEPSEEK_V32 = dataclasses.replace(DEEPSEEK_V3, names=indexed_names)
+GLM_MOE_DSA = dataclasses.replace(DEEPSEEK_V3, names=paired_index_names)
 KIMI_K25 = dataclasses.replace(
     DEEPSEEK_V3,
     moved={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},

@@ -26,6 +26,25 @@ class PairsToHalves:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstPairsToHalves:
+    """The same where the first `rotated` rows of each of `heads` lie in pairs; also of vectors."""
+
+    heads: int
+    rotated: int
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (target,)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        rows = len(parts[0]) // self.heads
+        pairs = np.arange(self.rotated)
+        order = np.concatenate([pairs[::2], pairs[1::2], np.arange(self.rotated, rows)])
+        return parts[0].reshape(self.heads, rows, -1)[:, order].reshape(parts[0].shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class PairedHeads:
     """Queries, keys and values below each other. The numbers that are rotated against each other, which are all of a
     head, lie in pairs in queries and keys, as in PairsToHalves."""

@@ -7,7 +7,15 @@ from typing import Any
 
 from moejax.checkpoint.families.afmoe import AFMOE
 from moejax.checkpoint.families.conversion import serving_config
-from moejax.checkpoint.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, KIMI_K2, KIMI_K25
+from moejax.checkpoint.families.deepseek import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
+    KIMI_K2,
+    KIMI_K25,
+)
 from moejax.checkpoint.families.ernie4_5_moe import ERNIE4_5_MOE
 from moejax.checkpoint.families.exaone_moe import EXAONE_MOE
 from moejax.checkpoint.families.family import ServedFamily
@@ -18,6 +26,7 @@ from moejax.checkpoint.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from moejax.checkpoint.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from moejax.checkpoint.families.llama4 import LLAMA4, LLAMA4_TEXT
 from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
+from moejax.checkpoint.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4
 from moejax.checkpoint.families.mixtral import MIXTRAL
 from moejax.checkpoint.families.olmoe import OLMOE
 from moejax.checkpoint.families.phimoe import PHIMOE
@@ -65,6 +74,11 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "glm4v_moe": GLM4V_MOE,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe": QWEN3_5_MOE,
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": GLM_MOE_DSA,
+    "ministral3": MINISTRAL3,
+    "mistral4": MISTRAL4,
+    "mistral3": MISTRAL3,
 }
 """The families of `planner.inputs.published` that are served, by `model_type`."""
 

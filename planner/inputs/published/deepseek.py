@@ -1,8 +1,10 @@
-"""DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 and R1 (arXiv 2412.19437), and Kimi-K2, which is V3 in other sizes."""
+"""DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 and R1 (arXiv 2412.19437), Kimi-K2, which is V3 in other sizes, and
+DeepSeek-V3.2 (arXiv 2512.02556), whose attention sees the positions that an indexer chooses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from planner.inputs.latent_attention import LatentAttention
@@ -10,6 +12,7 @@ from planner.inputs.published.config_fields import ConfigFields
 from planner.inputs.published.decoder import read_decoder, read_dense_layers, read_experts
 from planner.inputs.published.rope import rope_scaling_kind, yarn_magnitude
 from planner.inputs.routed_experts import RoutedExperts
+from planner.inputs.sparse_attention import Indexer
 
 
 def read_deepseek_v2(f: ConfigFields) -> dict[str, Any]:
@@ -40,6 +43,24 @@ def reader_of_v3(*, groups: int, used: int, scale: float, dense: int) -> Callabl
         return read_latent_decoder(f, experts, context=4096, stop=(1,)) | read_dense_layers(f, dense)
 
     return read
+
+
+def read_deepseek_v32(f: ConfigFields) -> dict[str, Any]:
+    """DeepSeek-V3.2: V3 with an indexer in every layer."""
+    experts = read_sigmoid_experts(f, width=2048, experts=256, groups=8, used=4, scale=2.5)
+    plain = read_latent_decoder(f, experts, context=163_840, stop=(1,))
+    return plain | read_dense_layers(f, 3) | {"indexer": read_indexer(f, heads=64)}
+
+
+def read_indexer(f: ConfigFields, *, heads: int) -> Indexer:
+    """The indexer of V3.2 and GLM-5; `heads` is the default of the family's class."""
+    rotated = f.integer("qk_rope_head_dim", 64)
+    size = f.integer("index_head_dim", 128)
+    if size < rotated:
+        raise f.error(f"index_head_dim is {size}, but {rotated} numbers of an indexer's key are rotated")
+    if not f.integer("q_lora_rank", 1, null=0):
+        raise f.error("q_lora_rank is null; the queries of an indexer are made of the latent of the queries")
+    return Indexer(heads=f.integer("index_n_heads", heads), d_key=size, chosen=f.integer("index_topk", 2048))
 
 
 def read_sigmoid_experts(
@@ -84,10 +105,11 @@ def read_latent_decoder(
     d_plain: int = 128,
     d_value: int = 128,
     d_query: int = 1536,
+    d_latent: int = 512,
 ) -> dict[str, Any]:
     """A decoder with latent attention, with the defaults of a family's class."""
     latent = LatentAttention(
-        d_latent=f.integer("kv_lora_rank", 512),
+        d_latent=f.integer("kv_lora_rank", d_latent),
         d_rope=f.integer("qk_rope_head_dim", 64),
         d_plain=f.integer("qk_nope_head_dim", d_plain),
         d_value=f.integer("v_head_dim", d_value),
@@ -99,6 +121,8 @@ def read_latent_decoder(
     return plain | {
         "kv_heads": plain["heads"],
         "latent": latent,
+        # A partial_rotary_factor, if given, is a part of all of a head.
+        "rope": replace(plain["rope"], size=latent.d_rope),
         "experts": experts,
         "qkv_bias": biased,
         "out_bias": biased,

@@ -8,17 +8,24 @@ from typing import Any
 
 from planner.inputs.published.afmoe import read_afmoe
 from planner.inputs.published.config_fields import ConfigFields
-from planner.inputs.published.deepseek import read_deepseek_v2, reader_of_v3
+from planner.inputs.published.deepseek import read_deepseek_v2, read_deepseek_v32, reader_of_v3
 from planner.inputs.published.dots1 import read_dots1
 from planner.inputs.published.ernie4_5_moe import read_ernie4_5_moe
 from planner.inputs.published.exaone_moe import read_exaone_moe
-from planner.inputs.published.glm4_moe import read_glm4_moe, read_glm4_moe_lite, read_glm4v_moe, read_solar_open
+from planner.inputs.published.glm4_moe import (
+    read_glm4_moe,
+    read_glm4_moe_lite,
+    read_glm4v_moe,
+    read_glm_moe_dsa,
+    read_solar_open,
+)
 from planner.inputs.published.gpt_oss import read_gpt_oss
 from planner.inputs.published.granite_moe import read_granite_moe, read_granite_moe_shared
 from planner.inputs.published.hunyuan import read_hunyuan_v1_moe, read_hy_v3
 from planner.inputs.published.llama import read_llama, read_mistral, read_qwen2, read_qwen3
 from planner.inputs.published.llama4 import read_llama4
 from planner.inputs.published.minimax_m2 import read_minimax_m2
+from planner.inputs.published.mistral import read_ministral3, read_mistral3, read_mistral4
 from planner.inputs.published.mixtral import read_mixtral
 from planner.inputs.published.olmoe import read_olmoe
 from planner.inputs.published.phimoe import read_phimoe
@@ -150,6 +157,27 @@ FAMILIES: dict[str, PublishedFamily] = {
         read_qwen3_5_moe,
         "Qwen3.5, 3.6, 3.8: the decoder of text, which is Qwen3-Next's",
     ),
+    "deepseek_v32": PublishedFamily(
+        ("DeepseekV32ForCausalLM",),
+        read_deepseek_v32,
+        "DeepSeek-V3 whose attention sees the positions that an indexer chooses; its keys are cached too",
+    ),
+    "glm_moe_dsa": PublishedFamily(
+        ("GlmMoeDsaForCausalLM",), read_glm_moe_dsa, "GLM-5, 5.1: DeepSeek-V3.2's attention and routing"
+    ),
+    "ministral3": PublishedFamily(
+        ("Ministral3ForCausalLM",), read_ministral3, "no experts; queries grow with position"
+    ),
+    "mistral4": PublishedFamily(
+        ("Mistral4ForCausalLM",),
+        read_mistral4,
+        "DeepSeek-V3's latent attention with queries that grow, experts by softmax in groups",
+    ),
+    "mistral3": PublishedFamily(
+        ("Mistral3ForConditionalGeneration",),
+        read_mistral3,
+        "the decoder of text of Mistral Small 3 and 4 and of Ministral 3",
+    ),
     "glm4v_moe": PublishedFamily(
         ("Glm4vMoeForConditionalGeneration",), read_glm4v_moe, "the decoder of text of GLM-4.5V and 4.6V"
     ),
@@ -158,10 +186,8 @@ FAMILIES: dict[str, PublishedFamily] = {
 
 NOT_READ = {
     "bailing_hybrid": "linear attention and latent attention, whose context is a state",
-    "deepseek_v32": "the lightning indexer, which chooses the positions that a query sees",
     "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
     "gemma4": "a dense part beside the experts, and head sizes by kind of layer",
-    "glm_moe_dsa": "the lightning indexer, which chooses the positions that a query sees",
     "granitemoehybrid": "Mamba-2 layers, whose context is a state",
     "jamba": "Mamba layers, whose context is a state",
     "kimi_linear": "Kimi delta attention, whose context is a state",
@@ -171,7 +197,6 @@ NOT_READ = {
     "mimo_v2_flash": "numbers of key/value heads by layer, and values of another size than keys",
     "minimax_m3": "block-sparse attention",
     "minimax_m3_vl": "block-sparse attention",
-    "mistral4": "latent attention with softmax routing",
     "nemotron_h": "Mamba-2 layers, whose context is a state",
     "qwen3_5": "gated delta nets without experts beside them",
     "step3p7": "numbers of heads by layer, and rotary embeddings of two sizes",

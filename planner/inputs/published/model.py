@@ -11,6 +11,7 @@ from planner.inputs.layer_states import DeltaNet
 from planner.inputs.published.weight_form import WeightForm
 from planner.inputs.routed_experts import RoutedExperts
 from planner.inputs.score_growth import PublishedScoreGrowth
+from planner.inputs.sparse_attention import Indexer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class PublishedModel:
     `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
     multiplies mixed values by a sigmoid of the layer's input, `post_norms` norms what attention and feed-forward add.
-    `state_layers` have a gated delta net in place of attention. `sinks` gives each head a score that takes weight and
+    `state_layers` have a gated delta net in place of attention. An `indexer` chooses the positions that latent
+    attention sees. `sinks` gives each head a score that takes weight and
     adds nothing. `score_scale` multiplies attention scores
     (head_size ** -0.5 by default). `context` is the longest published context in tokens.
     """
@@ -88,6 +90,7 @@ class PublishedModel:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     latent: LatentAttention | None = None
+    indexer: Indexer | None = None
     delta_net: DeltaNet | None = None
     state_layers: tuple[int, ...] = ()
     experts: RoutedExperts | None = None
@@ -121,5 +124,6 @@ class PublishedModel:
     def cache_elements_per_layer(self) -> int:
         """Numbers that one layer caches per position."""
         if self.latent is not None:
-            return self.latent.d_latent + self.latent.d_rope
+            indexed = self.indexer.d_key if self.indexer else 0
+            return self.latent.d_latent + self.latent.d_rope + indexed
         return 2 * self.kv_heads * self.head_size

@@ -124,4 +124,5 @@ def _latent_attention(model: PublishedModel, latent: LatentAttention) -> int:
     count = queries + d * down + latent.d_latent
     count += latent.d_latent * n * (latent.d_plain + latent.d_value) + n * latent.d_value * d
     count += low + down if model.qkv_bias else 0
+    count += model.indexer.parameters(d, low) if model.indexer else 0
     return count + (d if model.out_bias else 0)

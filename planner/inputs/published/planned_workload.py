@@ -58,7 +58,8 @@ def draft_layers(values: Mapping[str, Any]) -> int:
 def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfloat16") -> Workload:
     """The workload of a model.
 
-    Flops are two per parameter and token; attention adds, per layer and token of context, two products with all heads.
+    Flops are two per parameter and token; attention adds, per layer and token of context, two products with all heads
+    (of all positions, also where an indexer chooses, as `moejax serve` computes them), and an indexer one of its own.
     Raises InputError for a weight form or a cache format that is not known.
     """
     if cache not in BYTES:
@@ -71,6 +72,7 @@ def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfl
     latent = model.latent
     products = 2 * model.head_size if latent is None else 2 * latent.d_latent + latent.d_rope
     in_prompts = products if latent is None else latent.d_plain + latent.d_rope + latent.d_value
+    scored = 0 if model.indexer is None else model.indexer.heads * model.indexer.d_key
     dense, attention = p.dense * form.dense, p.attention * form.attention
     low = (p.embedding + p.head + p.norms + p.router) * form.base
     return Workload(
@@ -93,8 +95,8 @@ def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfl
         expert_flops=2.0 * p.expert,
         rest_flops=2.0 * (p.rest - (p.embedding if p.head else 0)),
         head_flops=2.0 * (p.head or p.embedding),
-        context_flops=2.0 * model.attention_layers * model.heads * products,
-        prompt_context_flops=2.0 * model.attention_layers * model.heads * in_prompts,
+        context_flops=2.0 * model.attention_layers * (model.heads * products + scored),
+        prompt_context_flops=2.0 * model.attention_layers * (model.heads * in_prompts + scored),
         windowed_share=sum(w is not None for w in model.windows) / model.layers if per_request else 0.0,
         lookup_bytes=round(p.embedding * form.base) if p.head else 0,
         kernels=_kernels(model, p),
@@ -107,9 +109,11 @@ def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfl
 
 def _kernels(model: PublishedModel, p: ParameterCounts) -> int:
     """The kernels that engines launch for one step, counted by part of a layer: norms, projections, rotation, attention
-    and its output (8), norms of queries and keys (2), the projections of latent attention (5), scaling of narrow inputs
-    (2); a dense feed-forward part (3), routing, sorting and two products of experts (6), a shared expert (3)."""
+    and its output (8), norms of queries and keys (2), the projections of latent attention (5), an indexer (6), scaling
+    of narrow inputs (2); a dense feed-forward part (3), routing, sorting and two products of experts (6), a shared
+    expert (3)."""
     narrow = min(model.form.attention, model.form.dense) < 2
-    attention = 8 + 2 * (model.qk_norm != "none") + 5 * (model.latent is not None) + 2 * narrow
+    latent = 5 * (model.latent is not None) + 6 * (model.indexer is not None)
+    attention = 8 + 2 * (model.qk_norm != "none") + latent + 2 * narrow
     routed = 6 + 3 * bool(p.shared)
     return model.layers * attention + (model.layers - p.moe_layers) * 3 + p.moe_layers * routed

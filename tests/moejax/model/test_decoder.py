@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config.attention_config import DeltaNetConfig, LatentConfig, ScoreGrowth
+from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, ScoreGrowth
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import init_params
@@ -136,6 +136,19 @@ CONFIGS["qwen-next"] = shape(
     state_layers=(0, 2),
     delta_net=DeltaNetConfig(key_heads=2, value_heads=6, d_key=12, d_value=20, kernel=4),
 )
+CONFIGS["deepseek-sparse"] = shape(
+    "deepseek-sparse",
+    {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "biased_share", "normalised": True}
+    | {"groups": 4, "groups_used": 2},
+    n_layers=2,
+    n_kv_heads=4,
+    d_head=24,
+    d_ff=48,
+    tied_head=False,
+    latent=LatentConfig(d_latent=40, d_rope=8, d_plain=16, d_value=12, d_query=32),
+    indexer=IndexerConfig(heads=3, d_key=12, chosen=20),
+    score_growth=ScoreGrowth(scale=0.5, every=16, first=0, all_layers=True),
+)
 CONFIGS |= {f"{name}-sharded": dataclasses.replace(CONFIGS[name], shard_dense=True) for name in ("shared", "deepseek")}
 PAGES = (5, 2, 9, 11)
 TABLES = {1: list(range(8)), 2: [*range(8), 0, 1], 3: [*range(8), 3], 4: [7, 6, 5, 4, 3, 2, 1, 0, 0, 3, 5, 7]}
@@ -167,7 +180,7 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
     return kv, model.segment(out, bucket, rank, last)
 
 
-BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "shared-sharded", "deepseek-sharded"}
+BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 """One of each kind of attention, experts and placement; `scripts/soak` compares all, which compiles for minutes."""
 
 

@@ -5,6 +5,7 @@ numbers of experts, one or all of them chosen, windows shorter than the prompt, 
 from typing import Any
 
 from tests.support.families.case import LATENT, YARN, Case
+from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, V32
 
 ODD_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
 WIDE_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}
@@ -353,6 +354,16 @@ _VISION: dict[str, dict[str, Any]] = {
         "num_position_embeddings": 16,
     },
     "glm4v_moe": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    "mistral3": {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    },
     "llama4": {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -384,6 +395,11 @@ _BY_FAMILY = {
     "llama4_text": _LLAMA4,
     "qwen3_next": _QWEN_NEXT,
     "qwen3_5_moe": _QWEN_3_5,
+    "deepseek_v32": V32,
+    "glm_moe_dsa": GLM_DSA,
+    "ministral3": MINISTRAL3,
+    "mistral4": MISTRAL4,
+    "mistral3": MISTRAL3,
 }
 
 
@@ -391,7 +407,7 @@ def _case(family: str, fields: dict[str, Any]) -> Case:
     if family not in _VISION:
         return Case(family, fields)
     beside = {"vision_config": _VISION[family], "tie_word_embeddings": fields.get("tie_word_embeddings", False)}
-    return Case(family, fields, beside=beside, text_type=_TEXT_TYPES[family])
+    return Case(family, fields, beside=beside, text_type=fields.get("model_type") or _TEXT_TYPES[family])
 
 
 CASES_2026 = {family: _case(family, cases[0]) for family, cases in _BY_FAMILY.items()}

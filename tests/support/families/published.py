@@ -1,6 +1,7 @@
 """Small models of every published family, written as a folder by `transformers` itself: the branches its configurations
 can take, with random weights large enough that each of them matters."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -220,7 +221,7 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
     from transformers import AutoConfig
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(case.model_type, **case.placed(case.decoder))
+    config = AutoConfig.for_model(case.model_type, **copy.deepcopy(case.placed(case.decoder)))
     config._attn_implementation = "eager"
     model = reference_class(case).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -289,6 +290,8 @@ def decoder_of(model: Any) -> Any:
 
 def reference_class(case: Case) -> Any:
     """The class of transformers that makes a model of a case."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mistral4Config, Mistral4ForCausalLM
 
+    # transformers 5.24 knows the decoder of Mistral 4 by itself, but not as one of its causal models.
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
     return AutoModelForCausalLM if case.beside is None else AutoModelForImageTextToText

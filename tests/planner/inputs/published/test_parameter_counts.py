@@ -85,6 +85,9 @@ CARDS = {
     "trinity-large": (398, 13),
     "qwen3-next-80b-a3b": (80, 3),
     "qwen3.5-35b-a3b": (35, 3),
+    "deepseek-v3.2": (671, 37),
+    "glm-5": (744, 40),
+    "mistral-small-4": (119, 6.5),
 }
 # Cache bytes per token at two bytes a value; DeepSeek-V3 as in "Insights into DeepSeek-V3" (2025).
 CACHE = {"deepseek-v3": 70_272, "mixtral-8x7b": 131_072, "qwen3-235b-a22b": 192_512, "gpt-oss-20b": 24_576}
@@ -101,7 +104,7 @@ CARDS_WITH_MARGIN = {
     "qwen3.5-35b-a3b": 0.16,
 }
 """Cards whose figure is rounded down further than the others'."""
-WITHOUT_A_CARD = {"granitemoeshared", "llama4_text"}
+WITHOUT_A_CARD = {"granitemoeshared", "llama4_text", "ministral3", "mistral4"}
 """Families whose only published models are tests, or stand within a larger model."""
 
 

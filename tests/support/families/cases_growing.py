@@ -1,0 +1,92 @@
+"""Small models of the families of 2026 with an indexer or with queries that grow with position: DeepSeek-V3.2, GLM-5,
+Ministral 3 and Mistral 4. Fewer positions are chosen than the prompt has, and it passes several steps of growth.
+
+Indexers have many heads, so that no two positions have the same score: with few, the scores of many positions are 0,
+and which of them `torch.topk` chooses is not defined.
+"""
+
+from typing import Any
+
+from tests.support.families.case import LATENT, YARN
+
+_LATENT = {key: value for key, value in LATENT.items() if key != "first_k_dense_replace"}
+_INDEX = {"index_n_heads": 15, "index_head_dim": 12, "index_topk": 9}
+V32: list[dict[str, Any]] = [
+    _LATENT
+    | _INDEX
+    | {
+        "q_lora_rank": 32,
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    _LATENT
+    | _INDEX
+    | {"vocab_size": 277}
+    | {
+        "q_lora_rank": 20,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "index_topk": 30,
+        "index_head_dim": 8,
+        "first_k_dense_replace": 0,
+        "v_head_dim": 20,
+    },
+    _LATENT
+    | _INDEX
+    | {
+        "q_lora_rank": 12,
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "index_topk": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": False,
+    },
+]
+GLM_DSA: list[dict[str, Any]] = [fields | {"index_n_heads": 14 + i} for i, fields in enumerate(V32)]
+_GROWN = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+_GROWN |= {"original_max_position_embeddings": 16}
+MINISTRAL3: list[dict[str, Any]] = [
+    {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24} | {"rope_parameters": _GROWN},
+    {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
+    | {"vocab_size": 277}
+    | {"rope_parameters": _GROWN | {"llama_4_scaling_beta": 0.1}, "tie_word_embeddings": True},
+    {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
+    | {"rope_parameters": _GROWN | {"factor": 2.0}, "sliding_window": 20},
+]
+MISTRAL4: list[dict[str, Any]] = [
+    _LATENT | {"q_lora_rank": 32, "n_routed_experts": 5, "n_shared_experts": 1, "rope_parameters": _GROWN},
+    _LATENT
+    | {"vocab_size": 277}
+    | {
+        "q_lora_rank": None,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 4,
+        "n_group": 3,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": _GROWN | {"llama_4_scaling_beta": 0.1},
+    },
+    _LATENT
+    | {
+        "q_lora_rank": 12,
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 1,
+        "v_head_dim": 20,
+        "rope_parameters": _GROWN | {"factor": 2.0},
+    },
+]
+MISTRAL3: list[dict[str, Any]] = [
+    MINISTRAL3[0] | {"model_type": "ministral3"},
+    MISTRAL4[1] | {"model_type": "mistral4"},
+    {"num_key_value_heads": 1, "head_dim": 24, "sliding_window": 20, "model_type": "mistral"},
+]
