@@ -19,7 +19,7 @@ V32: list[dict[str, Any]] = [
         "n_routed_experts": 6,
         "n_group": 3,
         "topk_group": 2,
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "first_k_dense_replace": 1,
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
     _LATENT
@@ -45,7 +45,7 @@ V32: list[dict[str, Any]] = [
         "n_group": 1,
         "topk_group": 1,
         "index_topk": 1,
-        "first_k_dense_replace": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
         "n_shared_experts": 1,
         "norm_topk_prob": False,
     },
