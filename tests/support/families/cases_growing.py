@@ -50,7 +50,9 @@ V32: list[dict[str, Any]] = [
         "norm_topk_prob": False,
     },
 ]
-GLM_DSA: list[dict[str, Any]] = [fields | {"index_n_heads": 14 + i} for i, fields in enumerate(V32)]
+GLM_DSA: list[dict[str, Any]] = [
+    fields | {"index_n_heads": heads} for fields, heads in zip(V32, (14, 17, 16), strict=True)
+]
 _GROWN = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 _GROWN |= {"original_max_position_embeddings": 16}
 MINISTRAL3: list[dict[str, Any]] = [
