@@ -60,7 +60,7 @@ def index_scores(
 def best_positions(
     scores_ZQS: Float[ArrayLike, "Z Q S"], positions_ZQ: Int[ArrayLike, "Z Q"], chosen: int
 ) -> Bool[jax.Array, "Z Q S"]:
-    """True for the `chosen` positions, among those that queries at these positions may see, with the best scores."""
+    """True for the `chosen` positions with the best scores, among the positions that each query may see."""
     Z, Q, S = scores_ZQS.shape
     seen_ZQS = jnp.arange(S) <= positions_ZQ[..., None]
     if chosen >= S:
