@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import serving.recovery.rendezvous
+from benchmarks.stuck import StuckProgram
 from serving.api.client import Client
 from serving.errors import NoCapacity, NotPermitted
 from serving.server import Server
@@ -290,3 +292,30 @@ def test_a_server_that_lets_nobody_operate_it_says_so() -> None:
         pytest.raises(NotPermitted, match="--operate"),
     ):
         client.apply("pause")
+
+
+def test_a_rank_that_is_stuck_when_a_generation_is_formed_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it inside of JAX, from where they do not come back."""
+    monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 3.0)
+    settings = {"buckets": FEW_BUCKETS, "lattice_depth": 1}
+    with Server(model=str(TINY), ranks=3, **settings) as server, Client(server) as client:
+        assert server.app is not None
+        wait_until_whole(client)
+        before, generation, kept = last_event(client), client.status().generation, pid_of(client.status(), 0)
+        loop, failover = server.app.loop, server.app.failover
+        stuck = StuckProgram(pid_of(client.status(), 1))
+
+        def break_generation() -> None:
+            failover.mark_comm_broken()
+            loop.engine.wake()
+
+        assert loop._task is not None
+        loop._task.get_loop().call_soon_threadsafe(break_generation)
+        stuck.release()  # once it is killed
+        wait_until(lambda: "recovered" in kinds_since(client, before), "the others have formed a generation")
+        lost = [event for event in events_since(client, before) if event.kind == "rank_lost"]
+        assert [event.rank for event in lost] == [1]
+        assert "no answer to ping" in lost[0].cause
+        wait_until_whole(client)
+        assert pid_of(client.status(), 0) == kept
+        assert client.status().generation > generation
