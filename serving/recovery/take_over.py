@@ -81,6 +81,7 @@ class TakeOver:
             await asyncio.gather(*map(self._executor.fenced, lost))
             served = {rank: held for rank, held in served.items() if rank not in lost}
             goes_on = False
+        self._generations.suspend((), "nobody is left to join")  # a plan may have come into force before they died
         for rank in sorted(self._state.membership.ready):
             self._executor.declare(rank, Cause("error", "nobody is left to join"), clock.now())
         return False

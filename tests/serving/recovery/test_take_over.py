@@ -126,3 +126,34 @@ def test_a_rank_that_is_lost_before_the_others_have_attached_is_not_counted_on(s
         await second.failover.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60.0))
+
+
+def test_ranks_that_die_once_their_plan_is_in_force_do_not_count_as_lost_when_all_are_started_again() -> None:
+    class Dying(FakeExecutor):
+        """All ranks end when the second front connects them."""
+
+        dies = False
+
+        async def call_all(self, what: str, messages) -> list[link_pb2.Done]:
+            if what == "connect" and self.dies:
+                self.dies = False
+                for rank in range(SETTINGS.ranks):
+                    self.kill(rank)
+            return await super().call_all(what, messages)
+
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        executor = Dying(first.executor._buckets, max_pages=first.executor._max_pages)
+        first = Machine(SETTINGS, executor)
+        await first.failover.start()
+        await first.failover.close()
+        executor.dies = True
+        second = Machine(SETTINGS, executor)
+        await second.failover.start()
+        assert not executor.dies
+        assert second.failover.plan_ranks == (0, 1, 2)
+        assert not second.failover.membership.losses
+        assert not second.failover.membership.wanted
+        await second.failover.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60.0))
