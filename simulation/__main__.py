@@ -1,8 +1,8 @@
 """python -m simulation --seeds 1000: run scenarios, and print the first that breaks a law, made small."""
 
 import argparse
-import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from simulation.figures import Figures, Record, code_digest, parts, total
 from simulation.run import Outcome, run
 from simulation.scenario import Mode, draw
 from simulation.shrink import shrink
@@ -19,6 +19,8 @@ from simulation.shrink import shrink
 TRACE_LINES = 200
 CHUNK = 16
 """Seeds that a process of `--jobs` takes at a time."""
+PART = 1000
+"""Seeds of a part of the record."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=("safety", "liveness", "both"), default="both", help="default: both in turn")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--json", type=Path, help="write the figures and the failing seeds to this file")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help=f"append a line to this file for every {PART} seeds that have run, and do not run those again that are in "
+        "it, with this code: a long run can be stopped and goes on",
+    )
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first seed that breaks a law")
     parser.add_argument("--no-shrink", action="store_true", help="do not make failing scenarios smaller")
     options = parser.parse_args(arguments)
@@ -42,18 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run_all(options, modes)
 
 
-def _outcomes(options: argparse.Namespace, modes: tuple[Mode, ...]) -> Iterator[Outcome]:
-    """The outcomes of all seeds, in order."""
-    seeds = range(options.first, options.first + options.seeds)
-    wanted: list[tuple[int, Mode]] = [(seed, modes[seed % len(modes)]) for seed in seeds]
-    if options.jobs == 1:
-        yield from map(_outcome, wanted)
-        return
-    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        try:
-            yield from pool.map(_outcome, wanted, chunksize=CHUNK)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _outcomes(
+    wanted: Sequence[tuple[int, Mode]], pool: concurrent.futures.ProcessPoolExecutor | None
+) -> Iterator[Outcome]:
+    """The outcomes of these seeds, in order."""
+    return map(_outcome, wanted) if pool is None else pool.map(_outcome, wanted, chunksize=CHUNK)
 
 
 def _outcome(wanted: tuple[int, Mode]) -> Outcome:
@@ -63,39 +64,49 @@ def _outcome(wanted: tuple[int, Mode]) -> Outcome:
 
 
 def _run_all(options: argparse.Namespace, modes: tuple[Mode, ...]) -> int:
-    began, happened, failing = time.perf_counter(), collections.Counter[str](), []
-    ran = tokens = 0
-    virtual_s = 0.0
-    for outcome in _outcomes(options, modes):
-        ran, tokens, virtual_s = ran + 1, tokens + outcome.tokens, virtual_s + outcome.virtual_s
-        happened.update(outcome.happened)
+    record = Record(options.record, modes, code_digest(Path(__file__).parents[1]))
+    done: list[Figures] = []
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if options.jobs > 1:
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(options.jobs))
+            stack.callback(pool.shutdown, cancel_futures=True)
+        for first, number in parts(options.first, options.seeds, PART):
+            figures = record.figures_of(first, number)
+            if figures is None:
+                wanted: list[tuple[int, Mode]] = [
+                    (seed, modes[seed % len(modes)]) for seed in range(first, first + number)
+                ]
+                figures = _run_part(options, wanted, pool)
+                if figures.seeds == number:
+                    record.add(first, number, figures)
+                if options.record is not None:
+                    print(f"seeds {first} to {first + figures.seeds - 1}: {figures.line()}", flush=True)
+            done.append(figures)
+            if figures.failing and not options.keep_going:
+                break
+    figures = total(done)
+    print(figures.line())
+    if options.json is not None:
+        options.json.write_text(json.dumps({"first": options.first, "modes": modes, **figures.json()}, indent=2) + "\n")
+    return 1 if figures.failing else 0
+
+
+def _run_part(
+    options: argparse.Namespace,
+    wanted: Sequence[tuple[int, Mode]],
+    pool: concurrent.futures.ProcessPoolExecutor | None,
+) -> Figures:
+    """Run these seeds, to the first that breaks a law unless others are wanted."""
+    figures, began = Figures(), time.perf_counter()
+    for outcome in _outcomes(wanted, pool):
+        figures.add(outcome)
         if outcome.violations:
-            failing.append(outcome)
             _print_failure(outcome, shrinks=not options.no_shrink)
             if not options.keep_going:
                 break
-    took = time.perf_counter() - began
-    figures: dict[str, Any] = {
-        "seeds": ran,
-        "first": options.first,
-        "modes": modes,
-        "seeds_per_minute": 60 * ran / took,
-        "faults_per_seed": sum(happened.values()) / max(1, ran),
-        "virtual_seconds": virtual_s,
-        "tokens": tokens,
-        "faults": dict(sorted(happened.items())),
-        "failing": [
-            {"seed": each.scenario.seed, "mode": each.scenario.mode, "violations": each.violations} for each in failing
-        ],
-    }
-    print(
-        f"{ran} seeds in {took:.1f} s ({figures['seeds_per_minute']:.0f} a minute), "
-        f"{figures['faults_per_seed']:.1f} faults a seed, {virtual_s:.0f} virtual seconds, {tokens} tokens; "
-        f"{len(failing)} seeds break a law"
-    )
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return 1 if failing else 0
+    figures.seconds = time.perf_counter() - began
+    return figures
 
 
 def _replay(seed: int, mode: Mode, *, shrinks: bool) -> int:
