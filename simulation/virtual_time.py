@@ -24,6 +24,45 @@ class OutOfTime(Exception):
     """A run has taken more turns of the loop than it may."""
 
 
+class _Callback(asyncio.Handle):
+    """A handle that is made in less time: it looks for no debugger, and keeps no trace of where it was made."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., Any],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
+class _Timer(_Callback, asyncio.TimerHandle):
+    """A callback at a time."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., Any],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        _Callback.__init__(self, callback, args, loop, context)
+        self._when = when
+        self._scheduled = False
+
+
 class VirtualTimeLoop(asyncio.BaseEventLoop):
     """An event loop under virtual time, for at most `max_turns` turns. `thread_delay` gives the virtual seconds before
     a function that asyncio would run in a thread is run (here), and before its result arrives.
@@ -55,15 +94,21 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         """Call a function in the next turn."""
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Callback(callback, args, self, context)
         self._turn.append(handle)
         return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call a function after some seconds."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         """Call a function at a time."""
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        handle = _Timer(when, callback, args, self, context)
         self._timers_set += 1
         heapq.heappush(self._timers, (when, self._timers_set, handle))
         return handle
@@ -85,9 +130,12 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         while timers and timers[0][0] <= now:
             turn.append(heapq.heappop(timers)[2])
         for _ in range(len(turn)):
-            handle = turn.popleft()
-            if not handle._cancelled:  # type: ignore[attr-defined]
-                handle._run()  # type: ignore[attr-defined]
+            handle: Any = turn.popleft()
+            if not handle._cancelled:
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except Exception as error:
+                    self.call_exception_handler({"message": f"Exception in {handle!r}", "exception": error})
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """A timer was cancelled: it is dropped when its time comes."""
