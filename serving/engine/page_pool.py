@@ -146,14 +146,20 @@ def check_pages(pool: PagePool, held: Iterable[int]) -> None:
     Raises AssertionError naming the pages that are not."""
     holders = collections.Counter(held)
     pages = sorted((*pool.free, *pool.evictable, *holders))
-    twice = sorted(page for page, count in collections.Counter(pages).items() if count > 1)
-    missing = sorted(set(range(pool.total)) - set(pages))
-    foreign = sorted(set(pages) - set(range(pool.total)))
-    assert pages == list(range(pool.total)), f"pages in two places {twice}, lost {missing}, not ours {foreign}"
-    wrong = sorted(page for page in holders if holders[page] != pool.ref_counts.get(page))
-    assert dict(holders) == dict(pool.ref_counts), (
-        f"pages held otherwise than counted {wrong or sorted(pool.ref_counts)}"
-    )
+    assert pages == list(range(pool.total)), _why_not_conserved(pool, pages)
+    assert dict(holders) == dict(pool.ref_counts), _why_miscounted(pool, holders)
     assert {key: page for page, key in pool.keys.items()} == dict(pool.index), "a key does not lead to its page"
     assert pool.keys.keys() >= set(pool.evictable), "an evictable page has no key"
     assert not pool.keys.keys() & set(pool.free), "a page is free and has content"
+
+
+def _why_not_conserved(pool: PagePool, pages: list[int]) -> str:
+    twice = sorted(page for page, count in collections.Counter(pages).items() if count > 1)
+    missing = sorted(set(range(pool.total)) - set(pages))
+    foreign = sorted(set(pages) - set(range(pool.total)))
+    return f"pages in two places {twice}, lost {missing}, not ours {foreign}"
+
+
+def _why_miscounted(pool: PagePool, holders: Mapping[int, int]) -> str:
+    wrong = sorted(page for page in holders if holders[page] != pool.ref_counts.get(page))
+    return f"pages held otherwise than counted {wrong or sorted(pool.ref_counts)}"
