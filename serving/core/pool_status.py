@@ -16,19 +16,25 @@ SUMMED = (
 
 
 def joint_forecasts(
-    forecasts: Mapping[str, Iterable[LossForecast]], *, serving: Mapping[str, bool]
+    forecasts: Mapping[str, Iterable[LossForecast]], *, ranks: Mapping[str, int], take_over_ms: float
 ) -> tuple[LossForecast, ...]:
-    """The forecasts of both pools, of kinds as "prefill_rank". `serving` says which pools have a plan in force. While
-    both do, streams do not wait for a loss in the prefill pool, and a loss that one pool cannot survive is the other
-    one's work."""
-    found = []
+    """The forecasts of both pools, of kinds as "prefill_rank". `ranks` has how many serve in each pool. While both
+    serve, streams do not wait for a loss in the prefill pool, and a loss that one pool cannot survive is the other
+    one's work: `take_over_ms` later it goes on with all requests, and has its share of all ranks as capacity."""
+    found, both = [], all(ranks.values())
     for pool, other in (("prefill", "decode"), ("decode", "prefill")):
         for forecast in forecasts[pool]:
             forecast = dataclasses.replace(forecast, kind=f"{pool}_{forecast.kind}")
-            if all(serving.values()) and not forecast.survivable:
-                reason = f"the {other} pool does the work of both until a rank is back"
-                forecast = dataclasses.replace(forecast, survivable=True, prepared=True, reason=reason)
-            if all(serving.values()) and pool == "prefill":
+            if both and not forecast.survivable:
+                forecast = dataclasses.replace(
+                    forecast,
+                    survivable=True,
+                    prepared=True,
+                    reason=f"the {other} pool does the work of both until a rank is back",
+                    moved_stall_ms=take_over_ms,
+                    capacity=ranks[other] / sum(ranks.values()),
+                )
+            if both and pool == "prefill":
                 forecast = dataclasses.replace(forecast, stall_ms=0.0, stall_low_ms=0.0, stall_high_ms=0.0)
             found.append(forecast)
     return tuple(found)

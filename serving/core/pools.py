@@ -29,6 +29,7 @@ from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import EdgeStatus, LossForecast, Status
 from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import KVReplicas
+from serving.recovery.loss_forecast import measured_recovery
 from serving.recovery.plan_catalog import pages_per_rank
 
 DRAIN_POLL_S = 0.02
@@ -217,8 +218,12 @@ class Pools:
     def what_if(self) -> tuple[LossForecast, ...]:
         """See `serving.protocol.backend.Backend.what_if`."""
         both = {"prefill": self.prefill, "decode": self.decode}
-        serving = {name: each.serves for name, each in both.items()}
-        return joint_forecasts({name: each.what_if() for name, each in both.items()}, serving=serving)
+        times = measured_recovery(self.decode.events.retained(), 1)
+        return joint_forecasts(
+            {name: each.what_if() for name, each in both.items()},
+            ranks={name: len(each.failover.plan_ranks) if each.serves else 0 for name, each in both.items()},
+            take_over_ms=1e3 * (times.detect + times.abort + (times.first_step or 0.0)),
+        )
 
     def deployment(self) -> Deployment | None:
         """See `serving.protocol.backend.Backend.deployment`. That of the decode pool, or of the other if it is lost."""

@@ -86,11 +86,12 @@ def test_one_status_has_the_ranks_of_both_pools_and_their_sums() -> None:
 def test_a_loss_of_all_ranks_of_a_pool_is_survived_only_while_the_other_one_serves() -> None:
     last = dataclasses.replace(FORECAST, survivable=False, prepared=False, reason="none left")
     found = {"prefill": [FORECAST, last], "decode": [last]}
-    prefill, alone, decode = joint_forecasts(found, serving={"prefill": True, "decode": True})
+    prefill, alone, decode = joint_forecasts(found, ranks={"prefill": 1, "decode": 3}, take_over_ms=80.0)
     assert (prefill.kind, prefill.stall_ms, prefill.moved_stall_ms) == ("prefill_rank", 0.0, 70.0)
     assert alone.survivable
     assert "decode pool" in alone.reason
+    assert (alone.capacity, alone.moved_stall_ms) == (0.75, 80.0)
     assert (decode.kind, decode.survivable) == ("decode_rank", True)
-    (decode,) = joint_forecasts({"prefill": [], "decode": [last]}, serving={"prefill": False, "decode": True})
+    (decode,) = joint_forecasts({"prefill": [], "decode": [last]}, ranks={"prefill": 0, "decode": 1}, take_over_ms=80.0)
     assert not decode.survivable
     assert decode.reason == "none left"
