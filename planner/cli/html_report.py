@@ -10,7 +10,8 @@ from itertools import pairwise
 from planner.cli.command import CommandResult, write_text
 from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
 from planner.cost.band import band_of
-from planner.cost.throughput import Candidate, assess, decode_speed, pareto
+from planner.cost.mixed import assess_kinds
+from planner.cost.throughput import Candidate, decode_speed, pareto
 from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
@@ -49,7 +50,7 @@ def report(options: Namespace) -> CommandResult:
 
 
 def _assessed(d: Deployment) -> Candidate:
-    return assess(d.workload, d.cluster, d.shape, d.traffic, peak=d.plan.figure("peak_load", 1.0), work=d.work)
+    return assess_kinds(d.workload, d.cluster, d.shape, d.traffic, peak=d.plan.figure("peak_load", 1.0), work=d.work)
 
 
 def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) -> str:

@@ -17,6 +17,7 @@ from planner.failures.simulate import PolicyResult
 from planner.inputs.workload import Workload
 from planner.plan.deployment import Deployment
 from planner.plan.transfer import Transfer
+from planner.solver.balance import relative_rank_loads
 from planner.solver.lattice import Preparation
 from planner.solver.shapes import memory_budget
 
@@ -38,6 +39,7 @@ def design_report(design: Design, *, runners_up: int = 8, width: int | None = No
         f"first token after {best.ttft_seconds:.2f} s  [estimate]",
         *_band_lines(design),
         f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank",
+        *_kind_lines(design),
     ]
     if best.step:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in best.step.parts().items())
@@ -59,6 +61,21 @@ def design_report(design: Design, *, runners_up: int = 8, width: int | None = No
     lines.append(table(["shape", "tokens/s", "a user", "TTFT s", "why not"], rows, width=width))
     left = len(design.candidates) - runners_up
     return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
+
+
+def _kind_lines(design: Design) -> list[str]:
+    """The requests of a group of each kind of devices, and the expert traffic of its ranks."""
+    d, best = design.deployment, design.chosen
+    if not best.requests_by_kind:
+        return []
+    loads = relative_rank_loads(d.plan, d.load_array()).mean(axis=0) if d.plan.experts else []
+    by_rank = dict(zip(d.plan.expert_rank_ids, loads, strict=False))
+    lines = []
+    for kind, count in best.requests_by_kind:
+        own = [by_rank[device.id] for device in d.cluster.devices if device.kind == kind and device.id in by_rank]
+        traffic = f", {sum(own) / len(own):.2f} x the mean expert traffic a rank" if own else ""
+        lines.append(f"  {kind}: {count} requests a group{traffic}")
+    return lines
 
 
 def _band_lines(design: Design) -> list[str]:

@@ -40,7 +40,8 @@ def solve(options: Namespace) -> CommandResult:
     workload = _drafting(workload, config, options)
     cluster = _cluster(options.cluster)
     if options.engine:
-        cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine))
+        kinds = {name: replace(each, engine=options.engine) for name, each in cluster.kinds.items()}
+        cluster = replace(cluster, hardware=replace(cluster.hardware, engine=options.engine), kinds=kinds)
     found, failed = _designs(workload, cluster, options)
     best = max(found, key=lambda arch: _merit(found[arch], options)) if options.arch == AUTO else options.arch
     config = config if is_published(config) else {}

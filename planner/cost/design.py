@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from planner.cost.band import Band, band_of
-from planner.cost.throughput import Candidate, assess, pareto
+from planner.cost.mixed import assess_kinds, rank_speeds
+from planner.cost.throughput import Candidate, pareto
 from planner.errors import InputError, NoFeasiblePlan
 from planner.inputs.cluster import Cluster
 from planner.inputs.traffic import Traffic
@@ -217,12 +218,19 @@ class _Comparison:
         plans: dict[Layout, tuple[Plan, float]] = {}
         while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
             best = candidates[0].shape
-            plan = place_shape(self.workload, self.cluster, best, loads=loads, protect=protect)
-            peak = float(peak_load(plan, self.shares).max()) if self.uneven else 1.0
+            speed = self._speed_of(best)
+            plan = place_shape(self.workload, self.cluster, best, loads=loads, protect=protect, speed=speed)
+            peak = float(peak_load(plan, self.shares, speed).max()) if self.uneven or speed is not None else 1.0
             plans[best.layout] = plan, peak
             candidates = [self._assess(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
             candidates.sort(key=self._order)
         return candidates, plans
+
+    def _speed_of(self, shape: Shape) -> np.ndarray | None:
+        """The speed of each expert rank, where devices are of several kinds."""
+        if not self.cluster.kinds or not self.workload.experts:
+            return None
+        return rank_speeds(self.workload, self.cluster, shape, self.traffic.context)
 
     def _assess(self, shape: Shape, peak: float) -> Candidate:
         left, experts = shape.expert_rank_count - self.lost, self.workload.experts
@@ -235,7 +243,7 @@ class _Comparison:
             return Candidate(
                 shape=shape, reason=f"after losing {self.lost} of {ranks} ranks {slots} slots for {experts} experts"
             )
-        return assess(self.workload, self.cluster, shape, self.traffic, peak=peak, work=self.work)
+        return assess_kinds(self.workload, self.cluster, shape, self.traffic, peak=peak, work=self.work)
 
     def _order(self, candidate: Candidate) -> tuple:
         """Best first: the most tokens, or where a request rate is asked for, the fastest for a user."""
@@ -291,8 +299,9 @@ def place_shape(
     *,
     loads: np.ndarray | None = None,
     protect: str = "copies",
+    speed: np.ndarray | None = None,
 ) -> Plan:
-    """A plan with the roles of a shape and its experts placed, as if memory had no limit."""
+    """A plan with the roles of a shape and its experts placed (by the `speed` of ranks), as if memory had no limit."""
     problem = Problem(
         workload=workload,
         cluster=without_memory_limit(cluster),
@@ -301,6 +310,7 @@ def place_shape(
         loads=loads,
         protect=protect,
         tensor=shape.tensor,
+        speed=speed,
     )
     return replace(solve(problem), axes=shape.axes)
 
@@ -314,6 +324,7 @@ def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
         ("tokens_per_second_per_user", candidate.tokens_per_second_per_user, "tokens/s"),
         ("ttft", candidate.ttft_seconds, "s"),
         ("requests_per_group", candidate.requests_per_group, "requests"),
+        *((f"requests_per_group_{kind}", count, "requests") for kind, count in candidate.requests_by_kind),
         ("peak_load", peak, "x mean"),
     ]
     if step is not None:

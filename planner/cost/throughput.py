@@ -20,7 +20,8 @@ UNLIMITED = 256  # requests of a group when neither memory nor delay limits them
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A shape and the prediction for it; `reason` says why it is out, empty when it is feasible."""
+    """A shape and the prediction for it; `reason` says why it is out, empty when it is feasible. Where devices are of
+    several kinds, `requests_by_kind` are the requests of a group of each, and `requests_per_group` is their mean."""
 
     shape: Shape
     reason: str = ""
@@ -30,6 +31,7 @@ class Candidate:
     tokens_per_second: float = 0.0
     tokens_per_second_per_user: float = 0.0
     ttft_seconds: float = 0.0
+    requests_by_kind: tuple[tuple[str, int], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
 
     def per_device(self) -> float:
@@ -56,6 +58,7 @@ class Candidate:
             "tokens_per_second_per_user": self.tokens_per_second_per_user,
             "ttft_s": self.ttft_seconds,
             "requests_per_group": self.requests_per_group,
+            **({"requests_by_kind": dict(self.requests_by_kind)} if self.requests_by_kind else {}),
             "pages_per_rank": self.pages_per_rank,
             "step_s": self.step.parts() if self.step else {},
             "memory_bytes": dict(self.memory),

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 
+from planner.cost.mixed import assess_kinds
 from planner.cost.roofline import prefill_time, step_time
-from planner.cost.throughput import Candidate, assess, token_gap
+from planner.cost.throughput import Candidate, token_gap
 from planner.inputs.engine import engine_of
 from planner.plan.deployment import Deployment, shape_of
 from planner.plan.plan import ATTENTION_ROLES, EXPERT_ROLES, PlannedRank
@@ -63,7 +64,7 @@ class CapacityModel:
 
     def _assess(self, shape: Shape) -> Candidate:
         d = self.deployment
-        return assess(d.workload, d.cluster, shape, d.traffic, peak=self._peak, work=d.work)
+        return assess_kinds(d.workload, d.cluster, shape, d.traffic, peak=self._peak, work=d.work)
 
     def predict(self, left: Survivors, slots: int) -> Candidate:
         """The prediction for `left` with `slots` slots a rank."""
@@ -101,7 +102,7 @@ class CapacityModel:
             return inf
         each = ceil(requests / shape.data)
         patient = replace(d.traffic, tpot_ms=inf, ttft_ms=inf, rps=None)
-        room = assess(d.workload, d.cluster, shape, patient, peak=self._peak, work=d.work).requests_per_group
+        room = assess_kinds(d.workload, d.cluster, shape, patient, peak=self._peak, work=d.work).requests_per_group
         if each > room:
             return inf
         step = step_time(d.workload, d.cluster, shape, each, d.traffic.context, peak=self._peak).total

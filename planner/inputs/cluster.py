@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ STORES = ("memory", "disk", "network")
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator; rank `id` runs on it. Devices of one host, or of one rack, can die together."""
+    """One accelerator; rank `id` runs on it. Devices of one host, or of one rack, can die together. `kind` names its
+    hardware in a cluster of several kinds."""
 
     id: int
     host: str
     rack: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,17 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Devices in ascending id, all of one kind of hardware."""
+    """Devices in ascending id. Where they are of several `kinds`, by name, `hardware` has the least of each figure:
+    it describes a device that none of them is slower or smaller than (`slowest`)."""
 
     name: str
     devices: tuple[Device, ...]
     hardware: Hardware = field(default_factory=Hardware)
+    kinds: Mapping[str, Hardware] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.kinds and (unknown := {d.kind for d in self.devices}.difference(self.kinds)):
+            raise InputError(f"cluster {self.name!r}: hardware {min(unknown)!r} is none of {', '.join(self.kinds)}")
         ids = [d.id for d in self.devices]
         if ids != sorted(set(ids)):
             raise InputError(f"cluster {self.name!r}: device ids must ascend without repeats, got {ids[:20]}")
@@ -106,6 +112,11 @@ class Cluster:
             for i in range(per_host)
         )
         return cls(name=name, devices=devices, hardware=hardware)
+
+    def only(self, kind: str) -> Cluster:
+        """The cluster as if all its devices were of this kind."""
+        devices = tuple(replace(d, kind="") for d in self.devices)
+        return replace(self, devices=devices, hardware=self.kinds[kind], kinds={})
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -141,12 +152,35 @@ class Cluster:
         return {name: tuple(ids) for name, ids in groups.items()}
 
 
+def slowest(kinds: Mapping[str, Hardware]) -> Hardware:
+    """Hardware with the least of each figure of several kinds: the smallest memory and rates, the largest latencies.
+
+    Raises InputError for kinds with different engines, or stores of different kinds.
+    """
+    found: dict[str, Any] = {"name": "+".join(kinds)}
+    for f in fields(Hardware):
+        values = [getattr(hardware, f.name) for hardware in kinds.values()]
+        if f.name in ("engine", "store") and len(set(values)) > 1:
+            raise InputError(
+                f"hosts of {', '.join(kinds)} have {f.name} {', '.join(values)}; give them one in [hardware]"
+            )
+        if f.name in ("engine", "store"):
+            found[f.name] = values[0]
+        elif f.name != "name":
+            given = [value for value in values if value is not None]
+            worst = max if f.name in ("collective_latency", "step_overhead", "repair_hours") else min
+            all_given = len(given) == len(values) or f.name == "memory_bytes"
+            found[f.name] = worst(given) if given and all_given else None
+    return Hardware(**found)
+
+
 def read_cluster(text: str) -> Cluster:
     """A cluster from a TOML file, from a preset (`h200`), or from a preset with a size (`h200:40x8`).
 
     A file has `name`, a `[hardware]` table (the fields of Hardware, or `preset = "h200"` and what differs)
     and either `[[hosts]]` with `count`, `devices` and `hosts_per_rack`, or `[[devices]]` with `id`, `host`
-    and `rack`.
+    and `rack`. Hosts and devices with a `preset` of their own are of another kind: its figures, with those of
+    `[hardware]` beside its preset in their place.
     """
     match = re.fullmatch(r"([\w.-]+?)(?::(\d+)x(\d+))?", text)
     preset = PRESETS / f"{match[1]}.toml" if match else None
@@ -175,32 +209,52 @@ def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
     """The cluster that the tables of a cluster file describe; `where` names the file in errors."""
     _known(data, ("name", "hardware", "hosts", "devices"), where)
     hardware = dict(_table(data.get("hardware", {}), f"{where} [hardware]"))
-    if "preset" in hardware:
-        base = _read_toml(_preset(hardware.pop("preset"), where))["hardware"]
-        hardware = {**base, **hardware}
+    preset = hardware.pop("preset", None)
     _known(hardware, [f.name for f in fields(Hardware)], f"{where} [hardware]")
     devices: list[Device] = []
     for row in _rows(data, "devices", where):
-        _known(row, ("id", "host", "rack"), f"{where} [[devices]]")
-        host = _text(row, "host", where)
-        devices.append(Device(id=_count(row, "id", where, 0), host=host, rack=_text(row, "rack", where, "")))
+        _known(row, ("id", "host", "rack", "preset"), f"{where} [[devices]]")
+        host, kind = _text(row, "host", where), row.get("preset", preset)
+        devices.append(
+            Device(id=_count(row, "id", where, 0), host=host, rack=_text(row, "rack", where, ""), kind=kind or "")
+        )
     hosts = 0
     for row in _rows(data, "hosts", where):
-        _known(row, ("count", "devices", "hosts_per_rack"), f"{where} [[hosts]]")
+        _known(row, ("count", "devices", "hosts_per_rack", "preset"), f"{where} [[hosts]]")
         per_rack = _count(row, "hosts_per_rack", where, 1) if "hosts_per_rack" in row else 1
         count, each = _count(row, "count", where, 1), _count(row, "devices", where, 1)
         if len(devices) + count * each > MOST_DEVICES:
             raise InputError(f"{where}: {count:,} hosts of {each:,} devices; a cluster has at most {MOST_DEVICES:,}")
         for _ in range(count):
-            for _ in range(each):
-                rack = f"rack{hosts // per_rack}"
-                devices.append(Device(id=len(devices), host=f"host{hosts}", rack=rack))
+            rack, kind = f"rack{hosts // per_rack}", row.get("preset", preset) or ""
+            devices += [Device(id=len(devices) + i, host=f"host{hosts}", rack=rack, kind=kind) for i in range(each)]
             hosts += 1
     if not devices:
         raise InputError(f"{where} has no devices: give [[hosts]] or [[devices]]")
     devices.sort(key=lambda d: d.id)
-    name = str(data.get("name", where))
-    return Cluster(name=name, devices=tuple(devices), hardware=Hardware(**hardware))
+    return _of_kinds(str(data.get("name", where)), devices, preset, hardware, where)
+
+
+def _of_kinds(name: str, devices: list[Device], preset: object, differs: Mapping[str, Any], where: str) -> Cluster:
+    """The cluster of devices whose `kind` is the name of a preset, or empty for hardware without one. What `differs`
+    in `[hardware]` holds for all of them."""
+    names = list(dict.fromkeys(d.kind for d in devices))
+    if len(names) > 1 and "" in names:
+        raise InputError(f"{where}: hosts of several kinds need a preset each, or one in [hardware] for the others")
+
+    def described(kind: object) -> Hardware:
+        base = _read_toml(_preset(kind, where))["hardware"] if kind else {}
+        return Hardware(**{**base, **differs})
+
+    if len(names) == 1:
+        plain = tuple(replace(d, kind="") for d in devices)
+        return Cluster(name=name, devices=plain, hardware=described(names[0] or preset))
+    for host in {d.host for d in devices}:
+        inside = sorted({d.kind for d in devices if d.host == host})
+        if len(inside) > 1:
+            raise InputError(f"{where}: host {host!r} has devices of {', '.join(inside)}; a host has one kind")
+    kinds = {kind: replace(described(kind), name=kind) for kind in names}
+    return Cluster(name=name, devices=tuple(devices), hardware=slowest(kinds), kinds=kinds)
 
 
 def _table(value: object, where: str) -> Mapping[str, Any]:

@@ -94,7 +94,11 @@ class Deployment:
         """JSON text; `from_json` gives back an equal deployment."""
         data = asdict(self)
         data["plan"] = json.loads(self.plan.to_json())
-        data["cluster"]["devices"] = [[d.id, d.host, d.rack] for d in self.cluster.devices]
+        data["cluster"]["devices"] = [
+            [d.id, d.host, d.rack, *([d.kind] if d.kind else [])] for d in self.cluster.devices
+        ]
+        if not self.cluster.kinds:
+            del data["cluster"]["kinds"]
         if self.work == "all":
             del data["work"]
         return json.dumps(data, separators=(",", ":"))
@@ -120,11 +124,15 @@ class Deployment:
                 raise unknown_key(key, cls.__dataclass_fields__, "plan file")
         cluster = data["cluster"]
         try:
-            devices = tuple(Device(id=i, host=h, rack=r) for i, h, r in cluster["devices"])
+            devices = tuple(
+                Device(id=i, host=h, rack=r, kind=kind[0] if kind else "") for i, h, r, *kind in cluster["devices"]
+            )
+            kinds = {name: _build(Hardware, each) for name, each in cluster.get("kinds", {}).items()}
+            hardware = _build(Hardware, cluster["hardware"])
             return cls(
                 plan=Plan.from_json(json.dumps(data["plan"])),
                 workload=_build(Workload, data["workload"]),
-                cluster=Cluster(name=cluster["name"], devices=devices, hardware=_build(Hardware, cluster["hardware"])),
+                cluster=Cluster(name=cluster["name"], devices=devices, hardware=hardware, kinds=kinds),
                 traffic=_build(Traffic, data.get("traffic", {})),
                 survive=_build(FaultTolerance, data.get("survive", {})),
                 loads=tuple(tuple(float(x) for x in row) for row in data.get("loads", ())),

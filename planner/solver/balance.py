@@ -40,15 +40,17 @@ def rank_loads(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
     return slot_loads(table, loads).sum(axis=2)
 
 
-def peak_over_mean(table: np.ndarray, loads: np.ndarray) -> np.ndarray:
-    """The highest load of a rank over the mean, float [layers]; 1 is perfect balance."""
+def peak_over_mean(table: np.ndarray, loads: np.ndarray, speed: np.ndarray | None = None) -> np.ndarray:
+    """The highest load of a rank over the mean, float [layers]; 1 is perfect balance. Loads are over the `speed` of
+    their rank, float [ranks] with a mean of 1, where it is given."""
     by_rank = rank_loads(table, loads)
-    return by_rank.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1e-300)
+    top = by_rank if speed is None else by_rank / speed
+    return top.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1e-300)
 
 
-def peak_load(plan: Plan, loads: np.ndarray) -> np.ndarray:
-    """Load of the hottest rank of a plan over the mean, float [moe_layers]."""
-    return peak_over_mean(plan.slots_by_rank(), loads)
+def peak_load(plan: Plan, loads: np.ndarray, speed: np.ndarray | None = None) -> np.ndarray:
+    """Load of the hottest rank of a plan over the mean, float [moe_layers], as `peak_over_mean` has it."""
+    return peak_over_mean(plan.slots_by_rank(), loads, speed)
 
 
 def relative_rank_loads(plan: Plan, shares: np.ndarray) -> np.ndarray:
@@ -60,9 +62,15 @@ def relative_rank_loads(plan: Plan, shares: np.ndarray) -> np.ndarray:
 
 
 def balance_by_swaps(
-    table: np.ndarray, loads: np.ndarray, domain: np.ndarray, *, rounds: int | None = None
+    table: np.ndarray,
+    loads: np.ndarray,
+    domain: np.ndarray,
+    *,
+    rounds: int | None = None,
+    speed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The table after swaps that each lower the highest load of a rank, one swap per layer and round.
+    """The table after swaps that each lower the highest load of a rank (over its `speed`, float [ranks], if given), one
+    swap per layer and round.
 
     A swap never puts an expert twice on a rank and never brings copies that are on two hosts onto one.
     Stops when no swap helps, or after `rounds`.
@@ -79,7 +87,7 @@ def balance_by_swaps(
     for _ in range(min(4 * ranks, 300) if rounds is None else rounds):
         if not len(live):
             break
-        done = _swap_once(table, weight, on_host, span, domain, live)
+        done = _swap_once(table, weight, on_host, span, domain, live, speed)
         live = live[done]
     return table
 
@@ -100,6 +108,7 @@ def _swap_once(
     span: np.ndarray,
     domain: np.ndarray,
     live: np.ndarray,
+    speed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Make the best swap of the rank with the highest load on each of the `live` layers: bool [live], where made.
 
@@ -108,17 +117,21 @@ def _swap_once(
     """
     row = np.arange(len(live))
     by_rank = weight[live].sum(axis=2)
+    even = by_rank.mean(axis=1)
+    pace = np.ones(by_rank.shape[1]) if speed is None else speed
+    by_rank = by_rank / pace
     hot = by_rank.argmax(axis=1)
     partners = min(max(24, PARTNERS // weight.shape[2]), by_rank.shape[1] - 1)
     cool = np.argpartition(by_rank, partners - 1, axis=1)[:, :partners]
     top = by_rank[row, hot]
     gain = weight[live, hot][:, :, None, None] - weight[live[:, None], cool][:, None]
-    after = np.maximum(top[:, None, None, None] - gain, by_rank[row[:, None], cool][:, None, :, None] + gain)
+    less, more = gain / pace[hot][:, None, None, None], gain / pace[cool][:, None, :, None]
+    after = np.maximum(top[:, None, None, None] - less, by_rank[row[:, None], cool][:, None, :, None] + more)
     legal = (gain > 1e-15) & _legal(table, on_host, span, domain, live, hot, cool)
     after = np.where(legal, after, np.inf).reshape(len(live), -1)
     pick = after.argmin(axis=1)
     done = after[row, pick] < top * (1 - 1e-9)
-    done &= top > NEAR * by_rank.mean(axis=1)
+    done &= top > NEAR * even
     mine, partner, theirs = np.unravel_index(pick, gain.shape[1:])
     rank = cool[row, partner]
     a, b = (live[done], hot[done], mine[done]), (live[done], rank[done], theirs[done])

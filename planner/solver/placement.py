@@ -22,16 +22,17 @@ PATIENCE = 12  # orders without improvement after which the search stops
 
 
 def place_afresh(
-    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: str = "copies"
+    loads: np.ndarray, domain: np.ndarray, slots: int, *, protect: str = "copies", speed: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[ParityGroup, ...]]:
-    """A fresh placement: slot table int32 [layers, ranks, slots] and parity groups."""
+    """A fresh placement: slot table int32 [layers, ranks, slots] and parity groups. `speed`, float [ranks], is the
+    traffic that each rank should have over the mean; None: all the same."""
     ranks, experts = len(domain), loads.shape[1]
     hosts = int(domain.max()) + 1
     apart = domain if hosts > 2 else np.arange(ranks)
     members = max(1, min(8, (int(apart.max()) + 1) * 3 // 4))
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
     tries = max(1, min(60, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
-    table = _best_start(loads, domain, slots, protect == "copies", spare, tries)
+    table = _best_start(loads, domain, slots, protect == "copies", spare, tries, speed)
     if not spare:
         return table, ()
     groups = tuple(
@@ -40,15 +41,17 @@ def place_afresh(
     return np.where(table >= experts, -1, table), groups
 
 
-def _best_start(loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int) -> np.ndarray:
+def _best_start(
+    loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int, speed: np.ndarray | None
+) -> np.ndarray:
     """The best balanced of placements counted and packed in several orders and improved by swaps, layer by layer."""
     best, lowest, without_gain = None, None, 0
     rng = np.random.default_rng(0)
     for attempt in range(tries):
         noise = 1 + NOISE[attempt % len(NOISE)] * rng.random(loads.shape)
-        table = place_experts(loads, domain, slots, protect=protect, parity=spare, order=noise)
-        table = balance_by_swaps(table, loads, domain)
-        hottest = peak_over_mean(table, loads)
+        table = place_experts(loads, domain, slots, protect=protect, parity=spare, order=noise, speed=speed)
+        table = balance_by_swaps(table, loads, domain, speed=speed)
+        hottest = peak_over_mean(table, loads, speed)
         if best is None or lowest is None:
             best, lowest = table, hottest
         better = hottest < lowest
@@ -70,6 +73,7 @@ def place_experts(
     protect: bool = True,
     parity: int = 0,
     order: np.ndarray | None = None,
+    speed: np.ndarray | None = None,
 ) -> np.ndarray:
     """A slot table with the copies of an expert on different ranks and on at least two hosts, and then balanced load.
 
@@ -91,7 +95,7 @@ def place_experts(
         experts += parity
     item, weight = _items(counts, loads, order)
     if layers * ranks * item.shape[1] <= PACKED:
-        at = _pack(item, weight, np.full((layers, ranks), slots), experts, domain)
+        at = _pack(item, weight, np.full((layers, ranks), slots), experts, domain, speed)
     else:
         at = _deal(item, domain, slots)
     table = _fill(item, at, ranks, slots)
@@ -116,7 +120,14 @@ def _items(counts: np.ndarray, loads: np.ndarray, order: np.ndarray | None) -> t
     return item, weight
 
 
-def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, domain: np.ndarray) -> np.ndarray:
+def _pack(
+    item: np.ndarray,
+    weight: np.ndarray,
+    room: np.ndarray,
+    experts: int,
+    domain: np.ndarray,
+    speed: np.ndarray | None = None,
+) -> np.ndarray:
     """The rank of each item, int [layers, items], -1 for padding; `room` is the slots of each rank [layers, ranks].
 
     Copies of an expert go to different ranks, evenly over the hosts that have free slots.
@@ -135,7 +146,8 @@ def _pack(item: np.ndarray, weight: np.ndarray, room: np.ndarray, experts: int, 
     tie_break = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
     for i in range(item.shape[1]):
         expert = item[:, i]
-        key = load + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
+        full = load if speed is None else (load + weight[:, i, None]) / speed
+        key = full + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
         key += FAR / 100 * (hosted[rows, expert][:, domain] >= quota[rows, expert][:, None])
         best = key.argmin(axis=1)
         live = expert >= 0

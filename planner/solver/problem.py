@@ -30,7 +30,8 @@ class Problem:
 
     With `previous` the plan is the next one of a server that runs that plan: weights in place stay, and slots, pages,
     tensor groups and roles are those of `previous` where nothing else is asked. `roles` are the roles of ranks that are
-    not collocated; `switch` says when a rank changes its role after a loss (`planner.solver.roles`).
+    not collocated; `switch` says when a rank changes its role after a loss (`planner.solver.roles`). A fresh placement
+    gives expert ranks traffic by their `speed`, float [expert ranks] with a mean of 1 (None: all the same).
 
     Raises InputError, naming the value, when a part is out of range or does not fit the model or the cluster.
     """
@@ -48,6 +49,7 @@ class Problem:
     switch: str = "auto"
     protect: str = "copies"
     tensor: int | None = None
+    speed: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         slots = 1 if self.workload.experts else 0

@@ -69,7 +69,8 @@ def _placement(
         return np.zeros((0, len(expert_ranks), 0), np.int32), ()
     if problem.previous is not None:
         return inherit_placement(problem.previous, expert_ranks, slots, problem.load_shares)
-    return place_afresh(problem.load_shares, host_index(expert_ranks), slots, protect=problem.protect)
+    hosts = host_index(expert_ranks)
+    return place_afresh(problem.load_shares, hosts, slots, protect=problem.protect, speed=problem.speed)
 
 
 def _wanted_roles(problem: Problem) -> Mapping[int, str]:
