@@ -1,4 +1,5 @@
-"""Makes the pictures of the README from a real server: `python -m docs.make_pictures` (needs Chromium).
+"""Makes the pictures of the README from a real server, and that of a plan's report: `python -m docs.make_pictures`
+(needs Chromium); `--only report` makes the latter alone.
 
 It starts `moejax serve`, generates text, kills a rank with SIGKILL meanwhile, and records what a terminal and a browser
 show. The pictures contain only what happened.
@@ -10,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.launch import launched
+from planner.cli.main import main as planner
 from serving.api.client import Client
 from tests.support import browser
 
@@ -148,6 +151,20 @@ def dashboard(address: str, url: str, prompt: str) -> None:
             time.sleep(8)  # until the rank has rejoined
 
 
+def report() -> None:
+    """Take a screenshot of the page of `moejax plan report` on DeepSeek-V3 on 40 hosts, light."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan, page = f"{folder}/plan.json", f"{folder}/report.html"
+        given = ["--survive", "ranks=1,hosts=1", "--skew", "0.8", "--out", plan]
+        assert planner(["solve", "deepseek-v3", "h200:40x8", *given]) == 0
+        assert planner(["report", plan, "--html", page]) == 0
+        with browser.chromium(width=1120, height=900, dark=False) as driver:
+            driver.get(f"file://{page}")
+            bottom = driver.execute_script("return document.querySelector('main').getBoundingClientRect().bottom")
+            browser.resize(driver, width=1120, height=round(bottom))
+            driver.save_screenshot(FOLDER / "planner" / "report.png")
+
+
 def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,7 +172,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--question", default="Why is the sky blue? Explain it to a child.")
+    parser.add_argument("--only", choices=("server", "report"))
     options = parser.parse_args()
+    if options.only != "server":
+        report()
+    if options.only == "report":
+        return
     with launched(options.model, options.ranks) as server:
         pieces = record(server.address, options.prompt, 90)
         (FOLDER / "survive.svg").write_text(animation(pieces))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from math import floor, log10
 
 LEVELS = 7
 PARTS = 6
@@ -11,10 +12,10 @@ STYLE = (
     """
 :root{color-scheme:light;--page:#f7f8fa;--card:#fff;--ink:#16202b;--soft:#566373;--line:#d9dfe6;
 --p0:#2f6f9f;--p1:#d98324;--p2:#4d8a5a;--p3:#8c96a3;--p4:#7d5ba6;--p5:#b5533c;--band:#2f6f9f33;
---s0:#e9f1f7;--s1:#cfe1ee;--s2:#a9cbe1;--s3:#7cafd1;--s4:#4f8fbc;--s5:#2f6f9f;--s6:#174a70;--bad:#c0392b;--good:#2e7d4f}
+--s0:#dfeaf2;--s1:#cfe1ee;--s2:#a9cbe1;--s3:#7cafd1;--s4:#4f8fbc;--s5:#2f6f9f;--s6:#174a70;--bad:#c0392b;--good:#2e7d4f}
 @media (prefers-color-scheme:dark){:root:not([data-theme=light]){color-scheme:dark;--page:#11161c;--card:#1a212a;
 --ink:#e6ebf0;--soft:#9aa7b5;--line:#303a45;--p0:#5aa2d6;--p1:#e5a04c;--p2:#76b584;--p3:#7f8b99;--p4:#a988cf;
---p5:#d97b63;--band:#5aa2d640;--s0:#1f2b37;--s1:#23405a;--s2:#28567c;--s3:#2f6f9f;--s4:#4a90c4;--s5:#7db6de;
+--p5:#d97b63;--band:#5aa2d640;--s0:#2a3a4a;--s1:#23405a;--s2:#28567c;--s3:#2f6f9f;--s4:#4a90c4;--s5:#7db6de;
 --s6:#b9d9ef;--bad:#ef6a5a;--good:#6fc08d}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -23,11 +24,13 @@ h2{font-size:17px;margin:0 0 4px}p{margin:2px 0 10px;color:var(--soft)}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;margin:16px 0;
 overflow-x:auto}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}
-.fact b{display:block;font-size:21px}.fact span{color:var(--soft);font-size:13px}
+.fact b{display:block;font-size:20px;white-space:nowrap}.fact span{color:var(--soft);font-size:13px}
 table{border-collapse:collapse;font-size:13.5px}th,td{padding:3px 14px 3px 0;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--line)}
-svg{display:block;max-width:100%;height:auto}svg text{fill:var(--ink);font-size:12px}svg .soft{fill:var(--soft)}
+svg{display:block;max-width:100%;min-width:680px;height:auto}
+svg text{fill:var(--ink);font-size:12px}svg .soft{fill:var(--soft)}
 .axis{stroke:var(--line)}.edge{stroke:var(--card)}.bad{fill:var(--bad);color:var(--bad)}
+@media (max-width:520px){main{padding:18px 10px 40px}section{padding:12px}.fact b{font-size:17px}}
 """
     + "".join(f".s{i}{{fill:var(--s{i})}}" for i in range(LEVELS))
     + "".join(f".p{i}{{fill:var(--p{i})}}" for i in range(PARTS))
@@ -103,7 +106,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]],
     most = max([limit, *(begin + size for _, parts in rows for _, begin, size in parts)], default=1.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, _, _ in parts))
     left, width, step = 190.0, 680.0, 30.0
-    drawn = []
+    drawn, before = [], 0.0
     for at, (name, parts) in enumerate(rows):
         drawn.append(label(left - 8, at * step + 19, name, anchor="end"))
         for part, begin, size in parts:
@@ -117,7 +120,14 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]],
             )
             drawn.append(shown)
         end = max((begin + size for _, begin, size in parts), default=0.0)
-        drawn.append(label(left + end / most * width + 6, at * step + 19, f"{end:,.1f} {unit}", kind="soft"))
+        whole = sum(size for _, _, size in parts)
+        if at and abs(parts[0][1] - before) < 1e-9 and before:  # a bar that begins where the one before ends
+            x = left + before / most * width
+            drawn.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{at * step - 6:.0f}" y2="{at * step + 6:.0f}" class="axis"/>'
+            )
+        before = end
+        drawn.append(label(left + end / most * width + 6, at * step + 19, f"{whole:,.1f} {unit}", kind="soft"))
     height = len(rows) * step + 8
     if limit:
         x = left + limit / most * width
@@ -129,6 +139,13 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]],
         drawn += [rect(x, height + 4, 11, 11, f"p{at % PARTS}"), label(x + 16, height + 14, name, kind="soft")]
         x += 34 + 6.6 * len(name)
     return svg(max(960.0, x), height + 24, drawn, "bars")
+
+
+def ticks(most: float) -> list[float]:
+    """Round numbers from 0 up to `most`, four to nine of them."""
+    power = 10 ** floor(log10(most))
+    step = next(each for each in (power / 5, power / 2, power, 2 * power) if most / each < 8)
+    return [step * i for i in range(int(most / step) + 1)]
 
 
 def curve(
@@ -159,10 +176,13 @@ def curve(
     if mark is not None:
         x, y = at(mark).split(",")
         drawn.append(f'<circle cx="{x}" cy="{y}" r="6" fill="var(--p1)"><title>this plan</title></circle>')
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = left + share * width, top + height - share * height
+    for value in ticks(most_y):
+        y = top + height - value / most_y * height
         drawn.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" class="axis"/>')
-        drawn.append(label(left - 6, y + 4, f"{share * most_y:,.0f}", anchor="end", kind="soft"))
-        drawn.append(label(x, top + height + 16, f"{share * most_x:,.0f}", anchor="middle", kind="soft"))
+        drawn.append(label(left - 6, y + 4, f"{value:,.0f}", anchor="end", kind="soft"))
+    for value in ticks(most_x):
+        drawn.append(
+            label(left + value / most_x * width, top + height + 16, f"{value:,.0f}", anchor="middle", kind="soft")
+        )
     drawn += [label(left, top + height + 34, x_name, kind="soft"), label(left + 6, top + 12, y_name, kind="soft")]
     return svg(left + width + 30, top + height + 42, drawn, f"{y_name} against {x_name}")

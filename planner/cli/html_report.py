@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
+from math import exp, log
 
 from planner.cli.command import CommandResult, write_text
 from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
-from planner.cost.band import band_of
+from planner.cost.band import band_of, range_text
 from planner.cost.mixed import assess_kinds
 from planner.cost.throughput import Candidate, decode_speed, pareto
-from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
+from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands, range_cells
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
@@ -25,6 +27,7 @@ from planner.solver.shapes import memory_budget, mesh_shapes
 
 DAYS = 180.0
 WIDTH = 960.0
+MOST_ROWS = 16
 
 
 def report(options: Namespace) -> CommandResult:
@@ -40,7 +43,7 @@ def report(options: Namespace) -> CommandResult:
         losses = LossModel(found)
         outcomes, ranges = forecast_losses(losses, kinds=POOL_KINDS)[0], LossBands(losses).of
         sections.append(_trade_off(found))
-    sections.append(_losses(pools, outcomes))
+    sections.append(_losses(pools, outcomes, ranges))
     sections += [_months(name, pool, options) for name, pool in pools.items() if pool.work != "prompts"]
     title = f"{next(iter(pools.values())).workload.name} on {next(iter(pools.values())).cluster.name}"
     write_text(options.html, page(title, sections))
@@ -63,7 +66,7 @@ def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) ->
     band = band_of(first.workload, first.cluster, first.shape, best.requests_per_group, first.traffic.prompt)
     ranks = sum(len(pool.plan.ranks) for pool in pools.values())
     rows = [
-        (band.text(rate, "rate", "tokens/s"), "all answers together"),
+        (band.text(rate, "rate", "").strip(), "tokens/s of all answers together"),
         (band.text(1e3 / user, "tpot", "ms") if user else "-", "between two tokens of a stream"),
         (band.text(ttft, "ttft", "s"), "until the first token"),
         (f"{ranks:,}", f"ranks on {len({r.host for p in pools.values() for r in p.plan.ranks}):,} hosts"),
@@ -176,8 +179,13 @@ def _steps(pools: dict[str, Deployment]) -> str:
         if begin - step.total > 1e-6:
             rows.append(("hidden by overlap", [("hidden by overlap", step.total * 1e3, (begin - step.total) * 1e3)]))
         rows.append(("the step", [("the step", 0.0, step.total * 1e3)]))
-        drawn.append((f"<p>{name or 'all ranks'}: {step.total * 1e3:,.1f} ms</p>") + stacked_bars(rows, "ms"))
-    return section("A step", "Seconds of the busiest rank by part, as a waterfall.", *drawn)
+        requests = _assessed(d).requests_per_group
+        band = band_of(d.workload, d.cluster, d.shape, requests, d.traffic.prompt)
+        took = band.text(step.total * 1e3, "tpot", "ms")
+        drawn.append(f"<p>{name or 'all ranks'}: {took} {escape(band.source())}</p>" + stacked_bars(rows, "ms"))
+    return section(
+        "A step", "Milliseconds of the busiest rank by part, as a waterfall; each is off as the step is.", *drawn
+    )
 
 
 def _trade_off(d: Deployment) -> str:
@@ -200,43 +208,50 @@ def _trade_off(d: Deployment) -> str:
     )
 
 
-def _shade(o: LossOutcome, low: float, high: float) -> tuple[str, str]:
+def _shade(o: LossOutcome, low: float, high: float, ranges: Ranges) -> tuple[str, str]:
     """The class and the text of a loss."""
     if not o.survivable:
         return "bad", f"not survivable: {o.reason}"
-    text = f"its requests wait {o.moved_stall * 1e3:,.0f} ms, others {o.stall * 1e3:,.0f} ms; {o.capacity:.1%} left"
-    return f"s{level(o.moved_stall, low, high)}", text
+    stall, own, left = range_cells(ranges)
+    return f"s{level(log(o.moved_stall), low, high)}", f"its requests wait {own} ms, others {stall} ms; {left} left"
 
 
-def _losses(pools: dict[str, Deployment], outcomes: Sequence[LossOutcome]) -> str:
-    """The cost of each loss: a heat map of ranks, and the hosts and racks as tables of the worst."""
+def _alike(losses: Sequence[LossOutcome]) -> list[list[LossOutcome]]:
+    """The losses that cost nearly the same, together; the worst first."""
+    found: dict[tuple, list[LossOutcome]] = {}
+    for o in losses:
+        stalls = (f"{o.stall:.2g}", f"{o.moved_stall:.2g}", f"{o.capacity:.2f}")
+        found.setdefault((o.kind, o.survivable, *(stalls if o.survivable else (o.reason,))), []).append(o)
+    return sorted(found.values(), key=lambda each: (each[0].survivable, -each[0].moved_stall))
+
+
+def _losses(
+    pools: dict[str, Deployment], outcomes: Sequence[LossOutcome], ranges: Callable[[LossOutcome], Ranges]
+) -> str:
+    """The cost of each loss: a heat map of ranks, hosts and racks, and a table of those that cost the most."""
     of_rank = {o.dead[0]: o for o in outcomes if o.kind.endswith("rank")}
     of_domain = {(o.kind, o.name): o for o in outcomes if not o.kind.endswith("rank")}
-    values = [o.moved_stall for o in outcomes if o.survivable]
+    values = [log(o.moved_stall) for o in outcomes if o.survivable]
     low, high = min(values, default=0.0), max(values, default=0.0)
 
     def shade(pool: str, rank: int) -> tuple[str, str]:
-        return _shade(of_rank[rank], low, high)
+        return _shade(of_rank[rank], low, high, ranges(of_rank[rank]))
 
     def domain(pool: str, kind: str, name: str) -> tuple[str, str] | None:
         outcome = of_domain.get((f"{pool.split(' ')[0]}_{kind}" if pool else kind, name))
-        return None if outcome is None else _shade(outcome, low, high)
+        return None if outcome is None else _shade(outcome, low, high, ranges(outcome))
 
-    drawn = _grid(pools, shade, (f"{low * 1e3:,.0f}", f"{high * 1e3:,.0f} ms"), "cost of each loss", domain)
-    larger = [o for o in outcomes if not o.kind.endswith("rank")]
-    larger.sort(key=lambda o: (o.survivable, -o.moved_stall))
-    rows = [
-        [
-            f"{o.kind.replace('_', ' ')} {o.name}",
-            f"{o.stall * 1e3:,.0f}" if o.survivable else o.reason or "no",
-            f"{o.moved_stall * 1e3:,.0f}",
-            f"{o.capacity:.1%}",
-            f"{o.bytes_moved / 1e9:,.1f}",
-        ]
-        for o in larger[:24]
-    ]
-    head = ["host or rack", "others wait, ms", "its own, ms", "capacity left", "GB moved"]
-    title = f"<p>Hosts and racks, the worst {len(rows)} of {len(larger)}</p>" if rows else ""
+    key = (f"{exp(low) * 1e3:,.0f}", f"{exp(high) * 1e3:,.0f} ms")
+    drawn = _grid(pools, shade, key, "cost of each loss", domain)
+    rows, groups = [], _alike(outcomes)
+    for each in groups[:MOST_ROWS]:
+        o = each[0]
+        stall, own, left = range_cells(ranges(o))
+        more = f" and {len(each) - 1} like it" if len(each) > 1 else ""
+        why = stall if o.survivable else o.reason or "no"
+        rows.append([f"{o.kind.replace('_', ' ')} {o.name}{more}", why, own, left, f"{o.bytes_moved / 1e9:,.1f}"])
+    head = ["loss", "others wait, ms", "its own, ms", "capacity left", "GB moved"]
+    title = "<p>By cost, the worst first</p>" if rows else ""
     text = (
         "A cell is the loss of a rank, the bar beside them that of the host, and the one above that of the rack: "
         "deeper where its own requests wait longer, red where it is not survivable. All are estimates."
@@ -245,29 +260,41 @@ def _losses(pools: dict[str, Deployment], outcomes: Sequence[LossOutcome]) -> st
 
 
 def _months(name: str, d: Deployment, options: Namespace) -> str:
-    """Simulated months: the devices that are down over time, and the policies side by side."""
+    """Simulated months: the devices that are down over time, the throughput left, and the policies side by side."""
     events = timeline(d, days=DAYS, seed=options.seed)
     results = simulate(d, events, days=DAYS, seed=options.seed)
-    down, points = 0, [(0.0, 0)]
+    ranks, down, points = len(d.plan.ranks), Counter(), [(0.0, 0)]
     for event in events:
-        down += (-1 if event.up else 1) * len(event.ids)
-        points.append((event.hour / 24, max(0, down)))
+        for rank in event.ids:
+            down[rank] += -1 if event.up else 1
+        points.append((event.hour / 24, sum(1 for count in down.values() if count > 0)))
     points.append((DAYS, points[-1][1]))
     most = max(1, *(count for _, count in points))
-    drawn = []
+    drawn, floor = [], 128.0
     for (day, count), (until, _) in pairwise(points):
-        height = 70 * count / most
-        text = f"day {day:.1f} to {until:.1f}: {count} devices down"
-        drawn.append(rect(40 + day / DAYS * 900, 80 - height, (until - day) / DAYS * 900, height, "p5", text))
-    drawn.append('<line x1="40" x2="940" y1="80.5" y2="80.5" class="axis"/>')
-    drawn += [label(34, 16, str(most), anchor="end", kind="soft"), label(40, 98, "day 0", kind="soft")]
-    drawn.append(label(940, 98, f"day {DAYS:.0f}", anchor="end", kind="soft"))
+        height = 112 * count / most
+        text = f"day {day:.1f} to {until:.1f}: {count} of {ranks:,} devices down"
+        wide = max(1.2 if count else 0.0, (until - day) / DAYS * 900)
+        drawn.append(rect(40 + day / DAYS * 900, floor - height, wide, height, "p5", text))
+    drawn.append(f'<line x1="40" x2="940" y1="{floor}" y2="{floor}" class="axis"/>')
+    drawn += [label(34, 22, f"{most}", anchor="end", kind="soft"), label(44, 12, "devices down", kind="soft")]
+    for month in range(int(DAYS) // 30 + 1):
+        x = 40 + month * 30 / DAYS * 900
+        drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}" class="axis"/>')
+        drawn.append(label(x, floor + 18, f"day {month * 30}", anchor="end" if x > 920 else "middle", kind="soft"))
     head = ["policy", "availability", "goodput lost", "outage, h", "masked, h", "reduced, h", "stall, s"]
     rows = [
-        [r.policy, f"{r.availability:.4%}", f"{r.goodput_lost:.3%}"]
-        + [f"{x:,.1f}" for x in (r.outage_hours, r.degraded_hours, r.reduced_hours, r.stall_seconds)]
+        [r.policy, _shares(*r.availability_range), f"{r.goodput_lost:.3%}"]
+        + [f"{x:,.1f}" for x in (r.outage_hours, r.degraded_hours, r.reduced_hours)]
+        + [range_text({"low": r.stall_low, "high": r.stall_high})]
         for r in results
     ]
     where = f" of the ranks for {name}" if name else ""
     text = f"Devices down{where} at the cluster's failure rates, and what the months cost under each policy [estimate]."
-    return section(f"{DAYS:.0f} simulated days", text, svg(WIDTH, 106, drawn, "devices down"), html_table(head, rows))
+    return section(f"{DAYS:.0f} simulated days", text, svg(WIDTH, 152, drawn, "devices down"), html_table(head, rows))
+
+
+def _shares(low: float, high: float) -> str:
+    """Two shares near one as text, once where they look alike."""
+    ends = dict.fromkeys(f"{100 * share:.4f}" for share in (low, high))
+    return "-".join(ends) + "%"

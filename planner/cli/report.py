@@ -254,18 +254,18 @@ def simulate_report(accounts: Sequence[PolicyResult], days: float, *, width: int
         "masked h",
         "reduced h",
         "stall s",
-        "recomputed",
+        "tokens again, M",
     ]
     rows = [
         [
             a.policy,
-            f"{a.availability:.5%}",
+            "-".join(dict.fromkeys(f"{100 * share:.4f}" for share in a.availability_range)) + "%",
             f"{a.goodput_lost:.3%}",
             f"{a.outage_hours:,.1f}",
             f"{a.degraded_hours:,.1f}",
             f"{a.reduced_hours:,.1f}",
-            f"{a.stall_seconds:,.1f}",
-            f"{a.tokens_recomputed / 1e6:,.1f} M",
+            range_text({"low": a.stall_low, "high": a.stall_high}),
+            f"{a.tokens_recomputed / 1e6:,.1f}",
         ]
         for a in accounts
     ]

@@ -10,7 +10,7 @@ from planner.cost.pools import POOLS_BAND
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.plan.pools import PooledDeployment
 
-FIXED = ("detect", "abort", "adopt")
+FIXED = ("detect", "abort", "adopt", "restart", "rejoin")
 Ranges = Mapping[str, Mapping[str, float]]
 
 

@@ -7,12 +7,15 @@ policies see the same timeline. Throughput is taken as proportional to the tenso
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from planner.cost.recovery_model import RecoveryModel, store_seconds
 from planner.errors import InputError, unknown_key
+from planner.failures.loss_bands import LossBands
+from planner.failures.loss_model import LossModel
 from planner.inputs.recovery_times import RecoveryTimes
 from planner.plan.deployment import Deployment
 from planner.plan.plan import ATTENTION_ROLES
@@ -34,7 +37,9 @@ class FailureEvent:
 class PolicyResult:
     """The cost of one policy; shares are of the whole time, or of the tokens of a cluster without failures.
 
-    In `degraded_hours` experts were masked, in `reduced_hours` throughput was below full, in `outage_hours` zero.
+    `stall_low` and `stall_high` are the ends of the range of `stall_seconds`, of `hours` in all
+    (`planner.failures.loss_bands`). In `degraded_hours` experts were masked, in `reduced_hours` throughput was below
+    full, in `outage_hours` zero.
     """
 
     policy: str
@@ -48,10 +53,24 @@ class PolicyResult:
     tokens_recomputed: float
     store_bytes: float
     most_dead: int
+    stall_low: float = 0.0
+    stall_high: float = 0.0
+    hours: float = 0.0
+
+    @property
+    def availability_range(self) -> tuple[float, float]:
+        """The ends of the availability: with the longest and the shortest stalls."""
+        up = [1 - (self.outage_hours + stall / 3600) / self.hours for stall in (self.stall_high, self.stall_low)]
+        return up[0], up[1]
 
     def to_dict(self) -> dict:
         """The result for JSON."""
-        return asdict(self)
+        low, high = self.availability_range
+        ranges = {
+            "availability": {"low": low, "mid": self.availability, "high": high},
+            "stall_seconds": {"low": self.stall_low, "mid": self.stall_seconds, "high": self.stall_high},
+        }
+        return {**asdict(self), "ranges": ranges}
 
 
 def timeline(
@@ -113,8 +132,9 @@ def simulate(
     if not 0 <= spares < ranks:
         raise InputError(f"--spares is {spares} of {ranks} ranks; it must be at least 0, and one at least must serve")
     model = RecoveryModel.of(deployment.workload, recovery or deployment.recovery)
+    bands = LossBands(LossModel(deployment, model.times))
     return [
-        _PolicyRun(deployment, policy, model, spares if policy == "spare" else 0, seed).play(events, days)
+        _PolicyRun(deployment, policy, model, bands, spares if policy == "spare" else 0, seed).play(events, days)
         for policy in policies
     ]
 
@@ -122,9 +142,12 @@ def simulate(
 class _PolicyRun:
     """The state of one policy while events pass: dead ranks, the expert in each slot, and the totals so far."""
 
-    def __init__(self, deployment: Deployment, policy: str, recovery: RecoveryModel, spares: int, seed: int) -> None:
+    def __init__(
+        self, deployment: Deployment, policy: str, recovery: RecoveryModel, bands: LossBands, spares: int, seed: int
+    ) -> None:
         plan = deployment.plan
         self.deployment, self.policy, self.recovery, self.spares = deployment, policy, recovery, spares
+        self.bands = bands
         self.rng = np.random.default_rng(seed)
         self.table = plan.slots_by_rank()
         self.original = self.table.copy()
@@ -138,7 +161,9 @@ class _PolicyRun:
         whole = plan.figure("requests_per_group", 1.0)
         self.cache_tokens = whole * deployment.traffic.context
         self.groups = max(1, len(set(self.group_of.values())))
-        self.bill = dict.fromkeys(("outage", "lost", "degraded", "reduced", "stall", "tokens", "store"), 0.0)
+        self.bill = dict.fromkeys(
+            ("outage", "lost", "degraded", "reduced", "stall", "low", "high", "tokens", "store"), 0.0
+        )
         self.most_dead = self.failures = 0
 
     def play(self, events: list[FailureEvent], days: float) -> PolicyResult:
@@ -165,6 +190,9 @@ class _PolicyRun:
             tokens_recomputed=bill["tokens"],
             store_bytes=bill["store"],
             most_dead=self.most_dead,
+            stall_low=bill["low"],
+            stall_high=bill["high"],
+            hours=end,
         )
 
     def _pass(self, hours: float) -> None:
@@ -205,7 +233,7 @@ class _PolicyRun:
         if self.policy == "restart":
             self._vacate(rows)
             self._refill()
-            self.bill["stall"] += fixed.detect + fixed.restart
+            self._stall({"detect": fixed.detect, "restart": fixed.restart})
             self.bill["tokens"] += self.cache_tokens * max(0, self.groups - len(self.broken) + len(fresh))
             return
         self._vacate(rows)
@@ -217,7 +245,13 @@ class _PolicyRun:
         requests = plan.figure("requests_per_group", 0.0) * max(0, self.groups - len(self.broken))
         step = plan.figure("step", 0.0)
         phases = self.recovery.phases(left, weights=weights, requests=requests, ranks_step=step)
-        self.bill["stall"] += sum(phases.values())
+        self._stall(phases)
+
+    def _stall(self, phases: Mapping[str, float]) -> None:
+        """Add the seconds of the phases of a recovery, and the ends of their range."""
+        low, mid, high = self.bands.stall(phases)
+        for name, seconds in (("stall", mid), ("low", low), ("high", high)):
+            self.bill[name] += seconds
 
     def _up(self, ids: tuple[int, ...]) -> None:
         back = []
@@ -230,7 +264,7 @@ class _PolicyRun:
         self._return(back)
         restart = self.policy == "restart"
         times = self.recovery.times
-        self.bill["stall"] += times.restart if restart else times.rejoin
+        self._stall({"restart": times.restart} if restart else {"rejoin": times.rejoin})
         self.bill["tokens"] += self.cache_tokens * (self.groups - len(self.broken)) * restart
 
     def _return(self, ids) -> None:

@@ -209,7 +209,8 @@ def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:
     """The cluster that the tables of a cluster file describe; `where` names the file in errors."""
     _known(data, ("name", "hardware", "hosts", "devices"), where)
     hardware = dict(_table(data.get("hardware", {}), f"{where} [hardware]"))
-    preset = hardware.pop("preset", None)
+    if (preset := hardware.pop("preset", None)) is not None:
+        _preset(preset, where)
     _known(hardware, [f.name for f in fields(Hardware)], f"{where} [hardware]")
     devices: list[Device] = []
     for row in _rows(data, "devices", where):
