@@ -161,7 +161,7 @@ class _PolicyRun:
         whole = plan.figure("requests_per_group", 1.0)
         self.cache_tokens = whole * deployment.traffic.context
         self.groups = max(1, len(set(self.group_of.values())))
-        self.bill = dict.fromkeys(
+        self.bill: dict[str, float] = dict.fromkeys(
             ("outage", "lost", "degraded", "reduced", "stall", "low", "high", "tokens", "store"), 0.0
         )
         self.most_dead = self.failures = 0
