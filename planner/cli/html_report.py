@@ -228,7 +228,7 @@ def _alike(losses: Sequence[LossOutcome]) -> list[list[LossOutcome]]:
 def _losses(
     pools: dict[str, Deployment], outcomes: Sequence[LossOutcome], ranges: Callable[[LossOutcome], Ranges]
 ) -> str:
-    """The cost of each loss: a heat map of ranks, hosts and racks, and a table of those that cost the most."""
+    """The cost of each loss: a heat map of ranks, hosts and racks, and a table of the losses that cost the most."""
     of_rank = {o.dead[0]: o for o in outcomes if o.kind.endswith("rank")}
     of_domain = {(o.kind, o.name): o for o in outcomes if not o.kind.endswith("rank")}
     values = [log(o.moved_stall) for o in outcomes if o.survivable]
