@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Self
 
@@ -19,10 +20,13 @@ from serving.core.pools import Pools, start_pools
 from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
 from serving.core.start import ServerParts, start_loop
+from serving.core.upgrades import Upgrades
 from serving.edges.front_socket import FrontSocket
 from serving.errors import InvalidRequest, StartError
 from serving.launch.run_folder import RunFolder
+from serving.launch.upgrade_record import UpgradeRecord
 from serving.launch.weights_record import WeightsRecord
+from serving.observability import logs
 from serving.observability.metrics import Metrics
 from serving.observability.tracing import open_tracer
 from serving.protocol.events import EventLog
@@ -80,7 +84,7 @@ class App:
         defaults = load_defaults(settings, model)
         saved_counts = BucketCounts.for_server(settings, model)
         settings = resolve_buckets(settings, saved_counts, log, run)
-        async with contextlib.AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack, _ends_at_once_in_an_upgrade(run):
             request_log = _open_request_log(settings, run)
             stack.callback(request_log.close)
             weights_record = _weights_record(settings, model, run)
@@ -115,7 +119,10 @@ class App:
                 sampling_defaults=defaults,
             )
             app = cls(settings, processor, loop)
-            loop.start()
+            if run is not None and settings.edges and isinstance(loop, Loop):
+                loop.upgrades = Upgrades(loop.engine, run)
+                loop.upgrades.processor = processor
+            tried = loop.start()
             for step_stats in loop.step_stats:
                 if saved_counts is None:
                     break
@@ -123,6 +130,8 @@ class App:
                 counting = asyncio.create_task(saved_counts.save_periodically(step_stats, settings.buckets))
                 stack.callback(counting.cancel)
             stack.push_async_callback(loop.drain, 0.0)
+            if tried is not None and (cause := await tried):
+                raise StartError(f"this front does not answer as the one before the upgrade: {cause}")
             reader = asyncio.create_task(processor.read_unattended(request_log.running()))
             stack.callback(reader.cancel)
             if run is not None and settings.edges:
@@ -144,7 +153,7 @@ class App:
             grpc=settings.grpc_port or earlier.get("grpc_port", 0),
             http=settings.http_port or earlier.get("http_port", 0),
         )
-        self.ports = await open_surfaces(stack, self.processor, settings, limits, tls, wanted)
+        self.ports = (await open_surfaces(stack, self.processor, settings, limits, tls, wanted)).ports
 
     async def _open_to_edges(self, stack: contextlib.AsyncExitStack, run: RunFolder) -> None:
         """Serve the edges, which have opened gRPC and HTTP or are about to, and wait for one of them."""
@@ -162,6 +171,20 @@ class App:
         """Drain for `grace_s` seconds (None: those of the settings), then end every process."""
         await self.loop.drain(self.settings.grace_s if grace_s is None else grace_s)
         await self._stack.aclose()
+
+
+@contextlib.asynccontextmanager
+async def _ends_at_once_in_an_upgrade(run: RunFolder | None) -> AsyncIterator[None]:
+    """While a new front of an upgrade starts, an error ends its process with status 1 and leaves ranks and calls to the
+    front that follows, as the death of a front does."""
+    try:
+        yield
+    except Exception as error:
+        record = None if run is None else UpgradeRecord.load(run.path)
+        if record is None or record.stage != "front":
+            raise
+        logs.SERVER.error("%s", str(error) or type(error).__name__)
+        os._exit(1)
 
 
 async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> PreparedModel:

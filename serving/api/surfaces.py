@@ -1,12 +1,13 @@
 """Opens the surfaces of a server: gRPC and HTTP over one request processor."""
 
+import asyncio
 import contextlib
 import dataclasses
 import resource
 import socket
 
-from serving.api.grpc.server import start_grpc
-from serving.api.http.server import start_http
+from serving.api.grpc.server import GrpcServer, start_grpc
+from serving.api.http.server import HttpServer, start_http
 from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls
 from serving.config import Settings
@@ -21,6 +22,24 @@ class Ports:
     http: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Surfaces:
+    """The surfaces that are open."""
+
+    grpc: GrpcServer
+    http: HttpServer
+
+    @property
+    def ports(self) -> Ports:
+        """Their ports."""
+        return Ports(grpc=self.grpc.port, http=self.http.port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept no more connections and calls, and wait until all open calls have ended, or are cancelled after
+        `grace_s` seconds."""
+        await asyncio.gather(self.grpc.stop(grace_s), self.http.stop(grace_s))
+
+
 async def open_surfaces(
     stack: contextlib.AsyncExitStack,
     processor: RequestProcessor,
@@ -29,7 +48,7 @@ async def open_surfaces(
     tls: ServerTls | None,
     ports: Ports,
     listener: socket.socket | None = None,
-) -> Ports:
+) -> Surfaces:
     """Start gRPC and HTTP; `stack` stops them. With `listener`, the socket of HTTP, other processes serve at the same
     ports."""
     grpc_server = await start_grpc(
@@ -46,7 +65,7 @@ async def open_surfaces(
         processor, host=settings.host, port=ports.http, limits=limits, tls=tls, settings=settings, listener=listener
     )
     stack.push_async_callback(http_server.stop, 1.0)
-    return Ports(grpc=grpc_server.port, http=http_server.port)
+    return Surfaces(grpc_server, http_server)
 
 
 def raise_file_limit() -> None:

@@ -17,12 +17,13 @@ def main() -> int:
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches all processes; the supervisor ends this one
+    run = RunFolder.of_this_front()
+    assert run is not None, f"{ENV_RUN} is not set"
+    run.note("waiting")
     if not sys.stdin.readline():
         return 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    run = RunFolder.of_this_front()
-    assert run is not None, f"{ENV_RUN} is not set"
     return serve(Settings.load(run.settings, {}), run)
 
 

@@ -13,6 +13,7 @@ from serving.cli.operate import apply, kill
 from serving.cli.programs import bench, convert, inspect, models, plan, train
 from serving.cli.serve import serve
 from serving.cli.tables import printable
+from serving.cli.upgrade import upgrade
 from serving.errors import MoejaxError
 from serving.version import version
 
@@ -20,7 +21,7 @@ SECTIONS = {
     "Serve": (serve, doctor, models),
     "Use a running server": (generate, chat),
     "Observe a running server": (status, events, what_if),
-    "Change a running server": (apply, kill),
+    "Change a running server": (apply, upgrade, kill),
     "Let clients and hosts in": (keys, tokens, rank),
     "Plan and prepare": (plan, inspect, convert, train, bench),
     "Shell": (completion,),

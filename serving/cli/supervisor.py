@@ -12,7 +12,6 @@ import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +21,13 @@ from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls
 from serving.config import Settings
 from serving.errors import StartError
+from serving.launch import upgrade
+from serving.launch.code import Code
 from serving.launch.edge_processes import EdgeProcesses, SharedPorts
-from serving.launch.run_folder import ENV_RUN, RunFolder
+from serving.launch.run_folder import RunFolder
+from serving.launch.standby import Standby
 from serving.launch.supervised import RankParent
+from serving.launch.upgrade import Upgrade
 from serving.observability import logs
 from serving.observability.metrics import FOLDER as METRICS_FOLDER
 
@@ -63,6 +66,8 @@ class Supervisor:
         self._edge_code: int | None = None
         """How an edge ended before any front was ready: the server cannot start."""
         self._edges: EdgeProcesses | None = None
+        self._upgrade: Upgrade | None = None
+        """None without edges: the front holds the clients' connections, and cannot be replaced under them."""
         self._selector = stack.enter_context(selectors.DefaultSelector())
         self._ranks = RankParent(run.path)
         stack.callback(self._ranks.end)
@@ -78,22 +83,29 @@ class Supervisor:
             run.metrics.mkdir()
             os.environ[METRICS_FOLDER] = str(run.metrics)
         run.settings.write_text(settings.to_toml())
-        self._standby = Standby(run)
+        self._standby = Standby(run, Code.own())
         stack.callback(self._standby.end)
         if settings.edges:
             self._edges = EdgeProcesses(settings, run, ports, self._selector)
             stack.callback(self._edges.end)
+            start_s = settings.start_timeout_s
+            self._upgrade = Upgrade(run, self._standby, self._edges, self._ranks, start_s=start_s)
+            self._ranks.on_upgrade = self._upgrade.answer
 
     def serve(self) -> int:
         """Run one front after the other. Returns the exit status of the last one."""
         deaths: collections.deque[float] = collections.deque(maxlen=MAX_RESTARTS)
         while True:
+            if self._upgrade is not None:
+                self._upgrade.on_front_started()
             front = self._front = self._standby.serve()
             code = self._wait_for(front)
             now = time.monotonic()
             often = len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTART_WINDOW_S
             if self._edge_code is not None:
                 return self._edge_code
+            if self._upgrade is not None and self._upgrade.on_front_ended(front, code) and not self._stopping:
+                continue
             if self._stopping or code == 0 or often or not self._run.was_ready(front.pid):
                 return 128 - code if code < 0 else code
             deaths.append(now)
@@ -112,7 +124,9 @@ class Supervisor:
         self._selector.register(ended, selectors.EVENT_READ)
         try:
             while True:
-                pauses = [each for each in (pause, self._edges and self._edges.pause_s) if each is not None]
+                upgrading = self._upgrade is not None and self._upgrade.active and not self._stopping
+                waits = (pause, self._edges and self._edges.pause_s, upgrade.POLL_S if upgrading else None)
+                pauses = [each for each in waits if each is not None]
                 ready = self._selector.select(min(pauses, default=None))
                 for key, _ in ready:
                     if key.data is self._ranks:
@@ -124,6 +138,8 @@ class Supervisor:
                     return front.wait()
                 if self._edges is not None and not self._stopping:
                     self._edges.start_due()
+                if upgrading and self._upgrade is not None:
+                    self._upgrade.step(front)
                 if pause is not None and self._run.was_ready(front.pid):
                     self._standby.prepare()
                     pause = None
@@ -136,35 +152,3 @@ class Supervisor:
         if code > 0 and not self._run.ports:
             self._edge_code = code
             front.terminate()
-
-
-class Standby:
-    """The next front: a process that has made all imports and waits for the order to serve."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def prepare(self) -> None:
-        """Start the process, if none runs."""
-        if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "serving.cli.front"]
-            environment = os.environ | {ENV_RUN: str(self._run.path)}
-            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
-
-    def serve(self) -> "subprocess.Popen[bytes]":
-        """Let the process serve, and return it."""
-        self.prepare()
-        process, self._process = self._process, None
-        assert process is not None
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has just died; its exit status is noticed by the caller
-            process.stdin.write(b"\n")
-            process.stdin.close()
-        return process
-
-    def end(self) -> None:
-        """Kill the process, if one waits."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +48,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
             "state",
             f"{state}, epoch {status.epoch}, generation {status.generation}, front pid {status.front_pid}",
         ),
+        ("code", _code(status)),
         ("weights", _weights(status)),
         ("edges", _edges(status)),
         *((("pools", _pools(status)),) if status.pools else ()),
@@ -65,7 +67,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("compiles since ready", str(status.compiles_after_ready)),
     ):
         facts.add_row(Text(name, "bold"), Text.from_markup(value))
-    return Group(facts, "", _ranks(status.ranks), *_failures(status.ranks))
+    return Group(facts, "", _ranks(status.ranks, status.build), *_failures(status.ranks))
 
 
 def _failures(ranks: Sequence[RankStatus]) -> list[Text]:
@@ -79,9 +81,23 @@ def _weights(status: Status) -> str:
     return f"version {status.weights_version}{coming}; {status.weights_switches} switches since the start"
 
 
+def _code(status: Status) -> str:
+    """The build of the front, and how the last upgrade goes on or ended."""
+    if not status.upgrade:
+        return escape(status.build)
+    stage = f", {status.upgrade_stage} to {status.upgrade_build}" if status.upgrade_stage else ""
+    cause = f": {status.upgrade_cause}" if status.upgrade_cause else ""
+    ended = f"; {status.upgrades_done} upgrades done, {status.upgrades_rolled_back} rolled back"
+    return escape(f"{status.build}; upgrade {status.upgrade.replace('_', ' ')}{stage}{cause}{ended}")
+
+
 def _edges(status: Status) -> str:
     """The processes that hold the clients' connections, with their open calls."""
-    texts = (f"pid {edge.pid} with {edge.calls} calls{'' if edge.serving else ', starting'}" for edge in status.edges)
+    texts = (
+        f"pid {edge.pid} with {edge.calls} calls{'' if edge.serving else ', starting'}"
+        + (f", {edge.build}" if edge.build != status.build else "")
+        for edge in status.edges
+    )
     return ", ".join(texts) or "none; the front holds the clients' connections"
 
 
@@ -128,13 +144,17 @@ def _shapes(status: Status) -> str:
     return "buckets " + (" ".join(f"{rows},{tiles}" for rows, tiles in status.buckets) or "unknown")
 
 
-def _ranks(ranks: Sequence[RankStatus]) -> Table:
+def _ranks(ranks: Sequence[RankStatus], build: str) -> Table:
+    """The ranks, and their builds while one runs other code than the front, of `build`."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     several = len({rank.host for rank in ranks}) > 1
+    mixed = any(rank.build not in ("", build) for rank in ranks)
     for column in ("rank", "state", "role", "pid", "requests", "cache", "step ms"):
         table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
     if several:
         table.add_column("host", no_wrap=True)
+    if mixed:
+        table.add_column("build", no_wrap=True)
     table.add_column("experts in slots")
     for rank in ranks:
         cache = f"{rank.pages_used}/{rank.pages}" if rank.pages else "-"
@@ -147,6 +167,7 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
             cache,
             f"{rank.step_ms:.1f}",
             *([rank.host] if several else []),
+            *([rank.build] if mixed else []),
             _experts(rank),
         )
     return table

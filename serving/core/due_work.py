@@ -67,6 +67,7 @@ class DueWorker:
     async def _between_steps(self) -> None:
         """Do what is due while no rank is missing. Raises RankLost, CommandFailed or TimeoutError."""
         engine, failover = self._engine, self._failover
+        engine.canary.submit_requested()
         if failover.plan is not None:
             await engine.restoration.run()
             if DueWork.MAINTAIN in self.due():
@@ -168,6 +169,7 @@ class DueWorker:
             self._engine.step_stats.forget_rank(rank)
             self._engine.replacements.on_joined(rank)
         self._engine.apply_plan(joiners)
+        self._engine.canary.on_joined(joiners)
         for rank in sorted(joiners):
             self._events.emit(EventKind.REJOINED, self._failover.epoch, rank=rank, phases=phases)
         self.report_missing_replicas()

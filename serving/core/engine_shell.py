@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 
 from serving.config import Settings
 from serving.core.admission import Admission
+from serving.core.canary import Canary
 from serving.core.output_streams import OutputStreams
 from serving.core.request_log import RequestLog, scored_count, token_ids
 from serving.core.step_stats import StepStats
@@ -62,6 +63,7 @@ class EngineShell:
         self.rebalancing = Rebalancing(self, failover.adoption.routed_tokens, failover.plans.placement)
         self.restoration = KVRestoration(self, failover.kv_replicas)
         self.suspects = Suspects(self, settings.poison_limit)
+        self.canary = Canary(self)
         self._wake = wake
 
     @property
@@ -105,7 +107,7 @@ class EngineShell:
     def put(self, state: EngineState, outputs: Iterable[Output]) -> None:
         """Take the state that a function of the engine returned, and send its outputs."""
         self.state = state
-        self.output_streams.send(outputs)
+        self.output_streams.send(self.canary.take(outputs))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request."""
@@ -195,3 +197,4 @@ class EngineShell:
             {rank: process.compiles for rank, process in processes.items() if process is not None}
         )
         self.put(migration.close_ranks(state, self.maintenance.closed_ranks), outputs)
+        self.canary.on_plan()

@@ -21,9 +21,10 @@ from serving.core.request_log import RequestLog
 from serving.core.status_report import StatusReport
 from serving.core.step_runner import StepRunner
 from serving.core.step_stats import StepStats
+from serving.core.upgrades import Upgrades
 from serving.engine.limits import Limits
 from serving.engine.step_results import can_look_ahead
-from serving.errors import Draining, Internal, MoejaxError, NoCapacity
+from serving.errors import Conflict, Draining, Internal, InvalidRequest, MoejaxError, NoCapacity
 from serving.executor.executor import RankExecutor
 from serving.executor.step_pipeline import StepPipeline
 from serving.protocol import clock
@@ -93,6 +94,8 @@ class Loop:
         self._due_checked_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
+        self.upgrades: Upgrades | None = None
+        """None where processes cannot be replaced under their clients: without a supervisor, or without edges."""
         self.connected_edges: Callable[[], tuple[EdgeStatus, ...]] = tuple
         """The status of the edges that are connected."""
 
@@ -116,11 +119,13 @@ class Loop:
         """Have a function called each time before a step is scheduled."""
         self._steps.before_step = act
 
-    def start(self, *, keeps_log: bool = True) -> None:
+    def start(self, *, keeps_log: bool = True) -> "asyncio.Future[str] | None":
         """Begin to serve. The ranks must be under their first plan. With `keeps_log` this loop takes up the calls of
-        the journal, and keeps it."""
+        the journal, and keeps it. In an upgrade, this front computes its canaries before anything else: the future gets
+        why it must not serve, empty when it may."""
         engine, failover, settings = self.engine, self.failover, self.settings
         engine.apply_plan(())
+        tried = self.upgrades.try_front() if self.upgrades is not None else None
         engine.suspects.restore(recorded=keeps_log)
         if keeps_log:
             engine.resume_journaled_calls(self._check_resumed)
@@ -145,6 +150,9 @@ class Loop:
             self._begin(
                 failover.parity.maintain(lambda: None if membership.membership.losses else failover.settled_plan)
             )
+        if self.upgrades is not None:
+            self._begin(self.upgrades.follow())
+        return tried
 
     def refuse_requests(self) -> None:
         """Take no new requests any more."""
@@ -200,7 +208,9 @@ class Loop:
 
     def edge_lost(self, pid: int, calls: int) -> None:
         """An edge has gone, and has left that many open calls."""
-        self.events.emit(EventKind.EDGE_LOST, self.failover.epoch, message=f"pid {pid}, {calls} calls open")
+        replaced = not calls and self.upgrades is not None and self.upgrades.active
+        kind = EventKind.EDGE_REPLACED if replaced else EventKind.EDGE_LOST
+        self.events.emit(kind, self.failover.epoch, message=f"pid {pid}, {calls} calls open")
 
     @property
     def recovering(self) -> bool:
@@ -246,7 +256,10 @@ class Loop:
     def status(self) -> Status:
         """See `serving.protocol.backend.Backend.status`."""
         return self._status_report.status(
-            draining=self._draining, ended=self._ended is not None, edges=self.connected_edges()
+            draining=self._draining,
+            ended=self._ended is not None,
+            edges=self.connected_edges(),
+            upgrade=self.upgrades.record if self.upgrades is not None else None,
         )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
@@ -267,6 +280,17 @@ class Loop:
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.protocol.backend.Backend.apply`."""
+        if instruction.action == "upgrade":
+            if self.upgrades is None:
+                raise InvalidRequest(
+                    "an upgrade replaces the processes under their clients, which needs a supervisor and edges. Start "
+                    "the server with --edges 1 or more, and without --no-supervise.",
+                    param="action",
+                )
+            await self.upgrades.begin(instruction)
+            return self.failover.plan_ranks
+        if instruction.action == "weights" and self.upgrades is not None and self.upgrades.busy:
+            raise Conflict("an upgrade is under way. Wait for it (`moejax status`), then bring the weights in.")
         return await self._control.apply(instruction)
 
     def report(self, error: DeviceError) -> ErrorResponse:

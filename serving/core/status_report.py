@@ -10,12 +10,14 @@ from planner.plan.deployment import Deployment, FaultTolerance
 from serving.core.engine_shell import EngineShell
 from serving.core.recovery_report import RecoveryReport
 from serving.executor.mesh_key import MeshKey
+from serving.launch.upgrade_record import UpgradeRecord
 from serving.protocol import clock
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
 from serving.recovery.certificate_watch import CertificateState, CertificateWatch
 from serving.recovery.loss_forecast import current_traffic, loss_costs, loss_forecasts, measured_recovery
 from serving.recovery.membership import RankState
+from serving.version import build
 
 _STATE_NAMES = {
     RankState.STARTING: "starting",
@@ -43,7 +45,9 @@ class StatusReport:
         self._loss_costs: dict[int, LossCost] = {}
         self._loss_costs_key: tuple[int, frozenset[MeshKey], tuple[int, int]] | None = None
 
-    def status(self, *, draining: bool, ended: bool, edges: tuple[EdgeStatus, ...]) -> Status:
+    def status(
+        self, *, draining: bool, ended: bool, edges: tuple[EdgeStatus, ...], upgrade: UpgradeRecord | None
+    ) -> Status:
         """The status now."""
         engine, failover, state = self._engine, self._engine.failover, self._engine.state
         request_log, step_stats, output_streams = engine.request_log, engine.step_stats, engine.output_streams
@@ -108,6 +112,13 @@ class StatusReport:
             certificate=certificate.state,
             certificate_reason=certificate.reason,
             certificate_repair=certificate.repair,
+            build=build(),
+            upgrade=upgrade.state if upgrade is not None else "",
+            upgrade_stage=upgrade.stage if upgrade is not None else "",
+            upgrade_build=upgrade.code.build if upgrade is not None else "",
+            upgrade_cause=upgrade.cause if upgrade is not None else "",
+            upgrades_done=upgrade.done if upgrade is not None else 0,
+            upgrades_rolled_back=upgrade.rolled_back if upgrade is not None else 0,
         )
 
     def what_if(self) -> tuple[LossForecast, ...]:
@@ -191,4 +202,5 @@ class StatusReport:
             level=engine.maintenance.error_levels.get(rank, 0),
             last_failure=engine.suspects.last_failures.get(rank, ""),
             loss=self._current_loss_costs().get(rank) if serving else None,
+            build=process.build if process is not None else "",
         )

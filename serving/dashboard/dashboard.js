@@ -116,6 +116,12 @@ function certificateText(now) {
   return [now.certificate, ...why.filter(Boolean)].join("; ");
 }
 
+function upgradeText(now) {
+  const stage = now.upgrade_stage && `${now.upgrade_stage} to ${now.upgrade_build}`;
+  const ended = `${now.upgrades_done} done, ${now.upgrades_rolled_back} rolled back`;
+  return [now.upgrade.replace("_", " "), stage, now.upgrade_cause, `front ${now.build}`, ended].filter(Boolean).join("; ");
+}
+
 function facts(now) {
   const masked = now.masked.map(([layer, expert]) => `${layer}:${expert}`);
   const values = {
@@ -125,6 +131,7 @@ function facts(now) {
     ...Object.fromEntries(now.pools.map((pool) => [`${pool.name} pool`,
       `${pool.serving ? "" : "lost, "}${pool.ranks} ranks, ${pool.running} running, ${pool.waiting} waiting`])),
     ...(now.pools.length ? {"requests sent to decode": `${now.requests_sent}, ${now.requests_returned} returned`} : {}),
+    ...(now.upgrade ? {upgrade: upgradeText(now)} : {}),
     "requests finished": now.finished,
     "requests failed": now.failed,
     "requests that broke ranks": `${now.convicted} ended, ${now.suspects} run alone`,
@@ -150,7 +157,7 @@ function ranks(now) {
     const used = rank.pages ? Math.round((100 * rank.pages_used) / rank.pages) : 0;
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
-    tile.title = rank.last_failure;
+    tile.title = [rank.build, rank.last_failure].filter(Boolean).join("; ");
     tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack].filter(Boolean).join(" · ");
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
     tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;

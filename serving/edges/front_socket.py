@@ -23,6 +23,7 @@ from serving.protocol.backend import FrontBackend, answered
 from serving.protocol.events import Event
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import EdgeStatus
+from serving.protocol.versions import EDGE
 
 CLOSE_S = 2.0
 """Most seconds that a front which stops waits for its edges to take what they lack."""
@@ -36,6 +37,7 @@ class Edge:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.pid = 0
+        self.build = ""
         self.serving = False
         self.calls: dict[str, Call] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
@@ -75,7 +77,9 @@ class FrontSocket:
     def edges(self) -> tuple[EdgeStatus, ...]:
         """The edges that are connected."""
         known = [edge for edge in self._edges.values() if edge.pid]
-        return tuple(EdgeStatus(pid=edge.pid, serving=edge.serving, calls=len(edge.calls)) for edge in known)
+        return tuple(
+            EdgeStatus(pid=edge.pid, serving=edge.serving, calls=len(edge.calls), build=edge.build) for edge in known
+        )
 
     async def open(self, folder: Path) -> None:
         """Listen in the run folder, in the place of the front before this one."""
@@ -138,13 +142,14 @@ class FrontSocket:
                 self._keep(self._answer(edge, message))
 
     def _welcome(self, edge: Edge, hello: messages.Hello) -> None:
-        if hello.version != messages.VERSION:
-            edge.send(messages.Refused(text=messages.refusal(hello.version)))
+        common = EDGE.common_with(hello.versions)
+        if common is None:
+            edge.send(messages.Refused(text=messages.refusal(hello.versions)))
             edge.connection.close()
             return
-        edge.pid = hello.pid
+        edge.pid, edge.build = hello.pid, hello.build
         backend = self._backend
-        edge.send(messages.Welcome(version=messages.VERSION, model=backend.model, resumable=backend.resumable))
+        edge.send(messages.Welcome(version=common, model=backend.model, resumable=backend.resumable))
 
     def _read(self, edge: Edge, message: messages.Read) -> None:
         """Replay a request that was accepted before; accept it otherwise."""

@@ -20,9 +20,10 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Scored, Token
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.versions import EDGE, VersionRange
 
-VERSION = 1
-"""The version of the messages that this code speaks."""
+VERSION = EDGE.newest
+"""The newest version of the messages that this code speaks."""
 SOCKET = "edges"
 """Name of the front's socket in the run folder."""
 
@@ -35,10 +36,18 @@ class EdgeMessage(msgspec.Struct, array_like=True, tag=True, kw_only=True):
 
 
 class Hello(EdgeMessage):
-    """The first message of an edge, with its process id."""
+    """The first message of an edge: the newest and the oldest version that it speaks, its process id, and the code that
+    it runs."""
 
     version: int
     pid: int
+    oldest: int | None = None
+    build: str = ""
+
+    @property
+    def versions(self) -> VersionRange:
+        """The versions that the edge speaks; one that does not say its oldest speaks one alone."""
+        return VersionRange(self.version if self.oldest is None else self.oldest, self.version)
 
 
 class Serving(EdgeMessage):
@@ -241,10 +250,10 @@ def event_of(fields: dict[str, Any]) -> Event:
     return Event(**values)
 
 
-def refusal(version: int) -> str:
-    """Why an edge that speaks this version is not served by this front."""
+def refusal(versions: VersionRange) -> str:
+    """Why an edge that speaks these versions is not served by this front."""
     return (
-        f"the edge speaks version {version} of the messages between edges and front, and the front version {VERSION}. "
+        f"the edge speaks version {versions} of the messages between edges and front, and the front version {EDGE}. "
         "Start both from the same release."
     )
 

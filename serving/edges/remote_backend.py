@@ -27,6 +27,8 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.versions import EDGE
+from serving.version import build
 
 RETRY_S = 0.01
 """Seconds between two attempts to reach the next front."""
@@ -278,7 +280,7 @@ class RemoteBackend:
                 await asyncio.sleep(RETRY_S)
                 continue
             try:
-                connection.send(messages.Hello(version=messages.VERSION, pid=os.getpid()))
+                connection.send(messages.Hello(version=EDGE.newest, oldest=EDGE.oldest, pid=os.getpid(), build=build()))
                 await lost.wait()
             finally:
                 self._detach()

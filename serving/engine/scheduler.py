@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from planner.cost.buckets import covering_bucket
 from planner.plan.step_layout import TILE
 from serving.engine.batch import Batch, ScheduledRequest, required_bucket
+from serving.engine.canaries import others, preempted_for
 from serving.engine.draft_rows import add_drafts
 from serving.engine.fairness import AdmissionOrder
 from serving.engine.page_pool import PageKey, hash_pages
@@ -34,7 +35,8 @@ DECODE_ROWS_PER_TILE = 4
 def schedule(state: EngineState, *, serial_prefill: bool = False) -> tuple[EngineState, Batch | None]:
     """Schedule a step. Returns the state with the step in flight, and the step; the same state and None when there is
     nothing to run. With `serial_prefill` a step for prompts has no more tiles than the bucket of the first prompt."""
-    for turn in state.suspicion.turns():
+    turns = state.suspicion.turns() if not state.canaries else (Turn(without=others(state)),)
+    for turn in turns:
         successor, batch = _schedule(state, turn, serial_prefill=serial_prefill)
         if batch is not None:
             return successor, batch
@@ -47,7 +49,10 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
     for rank in state.pools:
         builder.allocate_decode_pages(rank)
     tiles = 0
-    if not (state.decode_first and builder.decoding):
+    if state.canaries:
+        builder.admit_canaries()
+        tiles = limits.max_tiles
+    elif not (state.decode_first and builder.decoding):
         builder.admit()
         if builder.decoding >= builder.prefilling_or_waiting:
             tiles = builder.tiles_beside_decode
@@ -61,7 +66,8 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
         return state, None
     drafted = add_drafts(limits, state.suspicion, builder.ranks, builder.pools, work)
     builder.ranks, builder.pools, work = drafted.ranks, drafted.pools, drafted.work
-    successor = dataclasses.replace(builder.with_step(), suspicion=state.suspicion.after_turn(turn))
+    suspicion = state.suspicion if state.canaries else state.suspicion.after_turn(turn)
+    successor = dataclasses.replace(builder.with_step(), suspicion=suspicion)
     batch = Batch(successor.step, state.epoch, covering_bucket(limits.buckets, required_bucket(work.values())), work)
     return look_ahead(successor, batch, drafted.drafts), batch
 
@@ -190,6 +196,26 @@ class _StepBuilder:
         self.counters = order.counters
         for sequences in self.ranks.values():
             sequences.sort(key=_arrival)
+
+    def admit_canaries(self) -> None:
+        """Give each canary that waits its rank, at the expense of the rank's youngest requests."""
+        limits, canaries = self.before.limits, self.before.canaries
+        for sequence in [each for each in self.waiting.values() if canaries.get(each.id) in self.pools]:
+            rank = canaries[sequence.id]
+            need = limits.pages_needed(sequence.request)
+            while len(self.ranks[rank]) >= limits.max_decode_rows or self.pools[rank].available < need:
+                youngest = preempted_for(self.ranks[rank], canaries)
+                if youngest is None:
+                    break
+                self.ranks[rank].remove(youngest)
+                self.pools[rank] = self.pools[rank].release(youngest.pages)
+                self.waiting = requeue(self.waiting, [youngest])
+                self.preempted += 1
+            else:
+                del self.waiting[sequence.id]
+                self.pools[rank], pages = self.pools[rank].alloc(need)
+                placed = sequence.placed_on(rank, pages, page_keys=None, slot=self.free_slot(rank))
+                self.ranks[rank].append(placed)
 
     def admit_recoverable(self) -> None:
         """Give ranks to requests with recoverable KV in order of arrival, until one finds no room. Pages that a rank

@@ -10,6 +10,7 @@ A transition takes a state and returns its successor, with outputs for clients w
 | a rank is to leave: its requests move | `migration` |
 | KV entries of a lost rank are restored | `kv_restore` |
 | requests go on in another pool | `hand_over` |
+| ranks with other code are tried | `canaries` |
 
 `schedule` makes a step and `apply` takes its results in. Another step may be scheduled before that, from the state as
 it will be, in which the tokens of the step in flight are placeholders. A step that fails leaves no trace: continue from
@@ -72,6 +73,8 @@ class EngineState:
     """The number of the weights that compute: all KV in the caches is theirs."""
     held: bool = False
     """Only requests that have started are given a rank; the others wait for other weights."""
+    canaries: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """The rank of each canary: while there are any, no other request is in a step."""
     suspicion: Suspicion = dataclasses.field(default_factory=Suspicion)
     """Requests that ran while ranks failed."""
     decodes: bool = True

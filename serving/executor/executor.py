@@ -20,6 +20,7 @@ from serving.launch.rank_listener import RankListener, first_report
 from serving.launch.rank_process import HostPaths, RankStarter
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
+from serving.protocol.versions import LINK, VersionRange
 
 NON_FINITE_WAIT_S = 1.0
 """Seconds that the other ranks have to end a step in which one rank found values that are not finite."""
@@ -222,6 +223,13 @@ class RankExecutor:
         if each is None or not hmac.compare_digest(each.process.token, token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")
             return
+        theirs = VersionRange(hello.oldest, hello.newest) if hello.HasField("newest") else VersionRange(1, 1)
+        if LINK.common_with(theirs) is None:
+            text = f"rank {each.rank} speaks version {theirs} of the link protocol, and the front version {LINK}"
+            self.declare(each.rank, Cause("error", text), clock.now())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+            return
+        each.build = hello.build
         await context.send_initial_metadata(self._stream_metadata)
         listener = asyncio.create_task(self._read_reports(each, reports))
         if not each.attached.done():

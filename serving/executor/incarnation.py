@@ -55,6 +55,8 @@ class Incarnation:
         self.last_heartbeat = clock.now()
         self.heartbeat_gaps: collections.deque[float] = collections.deque(maxlen=200)
         self.step_times: collections.deque[float] = collections.deque(maxlen=200)
+        self.build = ""
+        """The code that it runs, once it has attached."""
         self.in_plan = False
         """It was part of the last step."""
         self.compiles = 0

@@ -8,16 +8,17 @@ itself: each edge has one at the same port, which the supervisor reserves.
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import selectors
 import socket
 import subprocess
-import sys
 import time
 from typing import Any
 
 from serving.config import Settings
 from serving.errors import StartError
+from serving.launch.code import Code
 from serving.launch.run_folder import ENV_RUN, RunFolder
 
 PAUSES_S = (0.0, 0.2, 1.0, 5.0)
@@ -25,7 +26,7 @@ PAUSES_S = (0.0, 0.2, 1.0, 5.0)
 STEADY_S = 60.0
 """An edge that has lived that long is started again at once when it dies."""
 END_S = 5.0
-"""Most seconds for an edge to end by itself."""
+"""Most seconds for an edge to end by itself, and for one that drains beyond the time that its streams have."""
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +57,41 @@ class SharedPorts:
 
 @dataclasses.dataclass
 class EdgeProcess:
-    """An edge that runs. `deaths` of its place, in a row, came before it."""
+    """An edge that runs the code of a `build`. `deaths` of its place, in a row, came before it. One that drains is
+    ended at `until`, on the monotonic clock."""
 
     process: subprocess.Popen[bytes]
     ended: int
     started_at: float
     deaths: int
+    build: str
+    until: float = math.inf
+
+    def send(self, line: str) -> None:
+        """Write a line to its standard input."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has just died, which is noticed by its descriptor
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
 
 
 class EdgeProcesses:
     """Keeps `settings.edges` edges running, in the thread that made it. `selector` gets a descriptor for each, which is
-    readable once the edge has ended, with this object as its data."""
+    readable once the edge has ended, with this object as its data. Edges that are started run `code`."""
 
     def __init__(
-        self, settings: Settings, run: RunFolder, ports: SharedPorts, selector: selectors.BaseSelector
+        self,
+        settings: Settings,
+        run: RunFolder,
+        ports: SharedPorts,
+        selector: selectors.BaseSelector,
+        code: Code | None = None,
     ) -> None:
+        self.code = code or Code.own()
+        self.successor_failed = ""
+        """How the successor of an edge ended before clients could connect to it; empty unless one did."""
+        self._successor: tuple[int, EdgeProcess] | None = None
+        self._draining: list[EdgeProcess] = []
         self._run = run
         self._ports = ports
         self._selector = selector
@@ -94,8 +115,10 @@ class EdgeProcesses:
 
     def on_ended(self, descriptor: Any, *, was_ready: bool) -> int:
         """An edge has ended. It is started again; `was_ready`: the server has served before. Returns its exit code."""
+        if (code := self._on_replacement_ended(descriptor)) is not None:
+            return code
         place, edge = next((place, edge) for place, edge in self._edges.items() if edge.ended == descriptor)
-        code = self._forget(place)
+        code = self._forget(self._edges.pop(place))
         steady = time.monotonic() - edge.started_at > STEADY_S
         deaths = 0 if steady else edge.deaths
         pause = PAUSES_S[min(deaths, len(PAUSES_S) - 1)]
@@ -110,34 +133,92 @@ class EdgeProcesses:
     def end(self) -> None:
         """Let every edge finish what it writes, and end it."""
         self._due.clear()
-        for edge in self._edges.values():
+        edges = [*self._edges.values(), *self._draining]
+        if self._successor is not None:
+            edges.append(self._successor[1])
+        for edge in edges:
             assert edge.process.stdin is not None
             with contextlib.suppress(OSError):
                 edge.process.stdin.close()
         deadline = time.monotonic() + END_S
-        for place, edge in list(self._edges.items()):
+        for edge in edges:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 edge.process.wait(max(deadline - time.monotonic(), 0.01))
             edge.process.kill()
-            self._forget(place)
+            self._forget(edge)
+
+    # -- Other code ---------------------------------------------------------------------------------------------
+
+    def replace_next(self, code: Code, drain_s: float) -> bool:
+        """Do the next part of replacing the edges, one after the other, by such that run `code`: start the successor of
+        one, drain the edge once clients can connect to its successor, and end it when its streams have not ended within
+        `drain_s` seconds. False when nothing is left to do."""
+        self.code = code
+        now = time.monotonic()
+        for edge in self._draining:
+            if edge.until < now:
+                edge.process.kill()
+        if self._successor is not None:
+            place, successor = self._successor
+            if self._run.has_noted("serving", successor.process.pid):
+                self._successor = None
+                former = self._edges.pop(place, None)
+                self._due.pop(place, None)
+                self._edges[place] = successor
+                if former is not None:
+                    former.until = now + drain_s + END_S
+                    former.send(f"drain {drain_s}")
+                    self._draining.append(former)
+            return True
+        if self._draining or self._due:
+            return True
+        place = next((place for place, edge in self._edges.items() if edge.build != code.build), None)
+        if place is None:
+            return False
+        self.successor_failed = ""
+        self._successor = place, self._spawn(deaths=0)
+        return True
+
+    def drop_successor(self) -> None:
+        """Kill the edge that is being started beside another one."""
+        if self._successor is not None:
+            edge, self._successor = self._successor[1], None
+            edge.process.kill()
+            self._forget(edge)
+
+    def _on_replacement_ended(self, descriptor: Any) -> int | None:
+        """An edge has ended: its code when it was a successor, or one that drained; None for any other."""
+        if self._successor is not None and self._successor[1].ended == descriptor:
+            code, self._successor = self._forget(self._successor[1]), None
+            self.successor_failed = f"the new edge ended with code {code} before clients could connect to it"
+            return code
+        for edge in self._draining:
+            if edge.ended == descriptor:
+                self._draining.remove(edge)
+                return self._forget(edge)
+        return None
 
     def _start(self, place: int, deaths: int) -> None:
+        self._edges[place] = self._spawn(deaths)
+
+    def _spawn(self, deaths: int) -> EdgeProcess:
         descriptor = self._ports.http.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-m", "serving.cli.edge", str(descriptor)],
-            env=os.environ | {ENV_RUN: str(self._run.path)},
+            self.code.command("serving.cli.edge", str(descriptor)),
+            env=self.code.environment() | {ENV_RUN: str(self._run.path)},
             stdin=subprocess.PIPE,
             pass_fds=(descriptor,),
         )
         ended = os.pidfd_open(process.pid)
-        self._edges[place] = EdgeProcess(process, ended, time.monotonic(), deaths)
         self._selector.register(ended, selectors.EVENT_READ, self)
+        return EdgeProcess(process, ended, time.monotonic(), deaths, self.code.build)
 
-    def _forget(self, place: int) -> int:
-        edge = self._edges.pop(place)
+    def _forget(self, edge: EdgeProcess) -> int:
         self._selector.unregister(edge.ended)
         os.close(edge.ended)
-        return edge.process.wait()
+        code = edge.process.wait()
+        self._run.forget(edge.process.pid)
+        return code
 
 
 def _bind(host: str, port: int, what: str, flag: str) -> socket.socket:

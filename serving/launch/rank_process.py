@@ -11,12 +11,12 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
+from serving.launch.code import Code
 from serving.launch.last_words import last_words
 from serving.launch.run_delay import run_delay_s
 
@@ -131,12 +131,13 @@ class LaunchSpec:
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
         return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **link, **quiet})
 
-    def start(self) -> "subprocess.Popen[bytes]":
-        """Start the process as a child of this one."""
+    def start(self, code: Code | None = None) -> "subprocess.Popen[bytes]":
+        """Start the process as a child of this one, with `code` unless it runs that of this process."""
+        code = code or Code.own()
         with Path(self.log).open("wb") as out:
             return subprocess.Popen(
-                [sys.executable, "-m", "serving.worker.main"],
-                env={**os.environ, **self.variables},
+                code.command("serving.worker.main"),
+                env={**code.environment(), **self.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -63,6 +63,25 @@ class RunFolder:
         """The folder in which front and edges add up their metrics."""
         return self.path / "metrics"
 
+    @property
+    def canary(self) -> Path:
+        """The answers that the canaries of an upgrade must give, as JSON."""
+        return self.path / "canary.json"
+
+    def note(self, what: str) -> None:
+        """Note that the process which calls this is so far: a front that is "waiting" or "ready", or an edge that
+        is "serving"."""
+        (self.path / f"{what}-{os.getpid()}").touch()
+
+    def has_noted(self, what: str, pid: int) -> bool:
+        """Whether a process has noted that it is so far."""
+        return (self.path / f"{what}-{pid}").exists()
+
+    def forget(self, pid: int) -> None:
+        """Drop the notes of a process that has ended: another one may get its number."""
+        for note in self.path.glob(f"*-{pid}"):
+            note.unlink(missing_ok=True)
+
     def next_front(self) -> int:
         """The number of the front in this process: 0 for the first, then one more for each."""
         file = self.path / "fronts"
@@ -82,6 +101,7 @@ class RunFolder:
 
     def announce(self, **ports: int) -> None:
         """Note that the front in this process is ready, on these ports."""
+        self.note("ready")
         new = self.path / "ready.new"
         new.write_text(json.dumps({"pid": os.getpid(), "ports": ports}))
         new.rename(self.path / "ready.json")

@@ -1,7 +1,7 @@
 """Ranks as child processes of the supervisor, so that they survive the front that had them started.
 
 The front sends requests over a socket in the run folder, one JSON object a connection: start a rank, report how a rank
-ended, or list the ranks that run.
+ended, list the ranks that run, or what an upgrade needs (`serving.launch.upgrade`).
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from serving.launch.code import Code
 from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, OnExit, RankProcess
 
 SOCKET = "ranks"
@@ -27,9 +28,12 @@ _POLL_S = 0.001
 
 
 class RankParent:
-    """The supervisor's side: the parent of all ranks, in the thread that made it."""
+    """The supervisor's side: the parent of all ranks, in the thread that made it. Ranks run `code`, that of this
+    process unless it is set; `on_upgrade` answers what fronts ask about upgrades."""
 
     def __init__(self, folder: Path) -> None:
+        self.code = Code.own()
+        self.on_upgrade: Callable[[Mapping[str, Any]], Any] = lambda _: None
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(folder / SOCKET))
         self._socket.listen()
@@ -53,11 +57,19 @@ class RankParent:
                 answer = {"error": str(error)}
             connection.sendall(json.dumps(answer).encode() + b"\n")
 
-    def _handle(self, start: dict[str, Any] | None = None, ended: int | None = None) -> Any:
-        """The answer to a request: the pid of a started rank, the exit code of the process `ended`, or all that run."""
+    def _handle(
+        self,
+        start: dict[str, Any] | None = None,
+        ended: int | None = None,
+        upgrade: dict[str, Any] | None = None,
+    ) -> Any:
+        """The answer to a request: the pid of a started rank, the exit code of the process `ended`, what is to be said
+        about an `upgrade`, or all ranks that run."""
+        if upgrade is not None:
+            return self.on_upgrade(upgrade)
         if start is not None:
             spec = LaunchSpec(**start)
-            process = spec.start()
+            process = spec.start(self.code)
             self._children[process.pid] = spec, process
             return process.pid
         if ended is not None:
@@ -82,7 +94,7 @@ class SupervisedStarter:
     is the run folder; the ranks' output goes to files in `logs`."""
 
     def __init__(self, folder: Path, logs: Path, threads: int, ranks: Collection[int] | None = None) -> None:
-        self._request = functools.partial(_request, folder / SOCKET)
+        self._request = functools.partial(request_supervisor, folder)
         self._logs = logs
         self._threads = threads
         self._ranks = ranks
@@ -130,10 +142,10 @@ class SupervisedProcess:
         return code
 
 
-def _request(path: Path, **request: Any) -> Any:
-    """Send one request to the supervisor's socket and return its answer. Raises OSError."""
+def request_supervisor(folder: Path, **request: Any) -> Any:
+    """Send one request to the supervisor's socket in the run folder, and return its answer. Raises OSError."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
+        connection.connect(str(folder / SOCKET))
         connection.sendall(json.dumps(request).encode() + b"\n")
         with connection.makefile("rb") as reply:
             answer = json.loads(reply.readline())

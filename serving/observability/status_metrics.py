@@ -1,5 +1,6 @@
 """Prometheus metrics of the server's `Status`, read at the moment of the scrape: vLLM's names, then moejax's own."""
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
@@ -22,6 +23,9 @@ NOT_EXPORTED: Mapping[str, Mapping[str, str]] = {
         "failed": "vllm:request_success counts requests by how they ended",
         "finished": "vllm:request_success counts requests by how they ended",
         "front_pid": "a process id; Prometheus identifies a server by its address",
+        "upgrade_stage": "text; `moejax status` prints it",
+        "upgrade_build": "text; `moejax status` prints it",
+        "upgrade_cause": "text; `moejax status` prints it",
         "next_weights_version": "there while weights are loaded; `moejax status` prints it",
         "operable": "a setting",
         "protection": "a setting",
@@ -71,6 +75,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("moejax_ranks", "Ranks that the server was started with.", lambda s: len(s.ranks)),
     ("moejax_ready", "1 while requests can be served.", lambda s: s.ready),
     ("moejax_draining", "1 while the server ends and accepts no new requests.", lambda s: s.draining),
+    (
+        "moejax_upgrading",
+        "1 while processes are replaced by such that run other code.",
+        lambda s: s.upgrade in ("running", "rolling_back"),
+    ),
     ("moejax_paused", "1 while an operator has paused the server.", lambda s: s.paused),
     ("moejax_start_time_seconds", "When the server started, in seconds since the epoch.", lambda s: s.started_at),
     ("moejax_journal", "1 while running requests would survive the death of the front.", lambda s: s.journal == "on"),
@@ -137,6 +146,12 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
         "Versions of the weights that came into force since the start.",
         lambda s: s.weights_switches,
     ),
+    ("moejax_upgrades_done", "Upgrades after which all processes ran the new code.", lambda s: s.upgrades_done),
+    (
+        "moejax_upgrades_rolled_back",
+        "Upgrades after which all processes ran the former code again.",
+        lambda s: s.upgrades_rolled_back,
+    ),
     ("moejax_weights_repaired", "Damaged weights that were found and loaded again.", lambda s: s.restored),
     (
         "moejax_convicted_requests",
@@ -173,6 +188,7 @@ class StatusCollector(Collector):
         weights = GaugeMetricFamily("moejax_weights_info", "The version of the weights in force.", labels=["version"])
         weights.add_metric([status.weights_version], 1)
         yield weights
+        yield _builds(status)
         if status.certificate in CERTIFICATE_HOLDS:
             yield GaugeMetricFamily(
                 "moejax_certificate_holds",
@@ -210,6 +226,17 @@ def _vllm(status: Status, model: str) -> Iterator[Metric]:
     )
     info.add_metric([str(status.page_size), str(pages)], 1)
     yield info
+
+
+def _builds(status: Status) -> Metric:
+    builds = GaugeMetricFamily(
+        "moejax_build_info", "Processes that run a build of moejax, by what they are.", labels=["process", "build"]
+    )
+    running = [("front", status.build), *(("edge", edge.build) for edge in status.edges)]
+    running += [("rank", rank.build) for rank in _serving(status)]
+    for (process, build), count in sorted(collections.Counter(running).items()):
+        builds.add_metric([process, build], count)
+    return builds
 
 
 def _lattice(status: Status) -> Metric:

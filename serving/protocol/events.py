@@ -44,6 +44,8 @@ class EventKind(enum.StrEnum):
     """Steps run again."""
     EDGE_STARTED = "edge_started", Severity.GOOD
     """Clients can connect to a new edge."""
+    EDGE_REPLACED = "edge_replaced"
+    """An edge has ended because one with other code has taken its place."""
     EDGE_LOST = "edge_lost", Severity.BAD
     """An edge has gone; its calls run on and can be resumed at another one."""
 
@@ -90,6 +92,17 @@ class EventKind(enum.StrEnum):
     """A rank has left."""
     DRAIN_FAILED = "drain_failed", Severity.BAD
     """A rank could not leave."""
+
+    UPGRADING = "upgrading"
+    """The processes are being replaced by such that run other code, and which of them."""
+    UPGRADED = "upgraded", Severity.GOOD
+    """All processes run the new code."""
+    CANARY_FAILED = "canary_failed", Severity.BAD
+    """A rank with new code did not answer as the others do; it was ended before it computed for a client."""
+    UPGRADE_FAILED = "upgrade_failed", Severity.BAD
+    """The new code could not start or answered otherwise; processes go back to the former code."""
+    ROLLED_BACK = "rolled_back", Severity.GOOD
+    """All processes run the former code again."""
 
     # of single ranks
     DEVICE_ERROR = "device_error", Severity.BAD

@@ -9,8 +9,10 @@ from typing import Any, Literal, Self
 from serving.errors import InvalidRequest, NoCapacity, NotPermitted
 from serving.protocol.weights import RUNNING, Running
 
-Action = Literal["pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights"]
-ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights")
+Action = Literal["pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights", "upgrade"]
+ACTIONS: tuple[Action, ...] = ("pause", "retry", "drain", "scale_down", "scale_up", "rebalance", "weights", "upgrade")
+OF_THE_WHOLE_SERVER: tuple[Action, ...] = ("pause", "retry", "rebalance", "weights", "upgrade")
+"""Actions that name no rank."""
 MAX_LABEL = 64
 """Most characters in the label of a version of the weights."""
 LOOPBACK = ("127.", "::1", "localhost")
@@ -92,7 +94,8 @@ class Instruction:
     `timeout_s` is how long requests of a leaving rank wait for room elsewhere before they are computed again. With
     weights: `model` is the folder or name of the new weights, `version` their label (their number unless given),
     `running` what open streams do, and `timeout_s` how long they may take to end with `finish`; those still open then
-    go on with the new weights.
+    go on with the new weights. With upgrade: `path` is a checkout and `python` an interpreter, of which one must be
+    given, and `timeout_s` how long streams of an edge may take to end before they are resumed at its successor.
     """
 
     action: Action
@@ -104,6 +107,8 @@ class Instruction:
     model: str = ""
     version: str = ""
     running: Running = "switch"
+    path: str = ""
+    python: str = ""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -113,13 +118,14 @@ class Instruction:
         given = [name for name in ("ranks", "host") if getattr(self, name)] + ["to"] * (self.to is not None)
         if len(given) > 1:
             raise InvalidRequest(f"{' and '.join(given)} exclude one another; give one.", param=given[1])
-        if given and self.action in ("pause", "retry", "rebalance", "weights"):
+        if given and self.action in OF_THE_WHOLE_SERVER:
             raise InvalidRequest(f"{self.action} is about the whole server; leave out {given[0]}.", param=given[0])
         if self.to is not None and (self.action == "drain" or self.to < 1):
             raise InvalidRequest(f"to is {self.to}: it goes with scale_down and scale_up, from 1 on.", param="to")
         if self.replace and self.action != "drain":
             raise InvalidRequest(f"replace goes with drain, not with {self.action}.", param="replace")
         self._check_weights()
+        self._check_upgrade()
 
     def _check_weights(self) -> None:
         if self.action != "weights":
@@ -137,6 +143,15 @@ class Instruction:
         if self.running not in RUNNING:
             raise InvalidRequest(f"running is {self.running!r}; it must be {' or '.join(RUNNING)}.", param="running")
 
+    def _check_upgrade(self) -> None:
+        given = [name for name in ("path", "python") if getattr(self, name)]
+        if self.action != "upgrade":
+            if given:
+                raise InvalidRequest(f"{given[0]} goes with upgrade, not with {self.action}.", param=given[0])
+            return
+        if not given:
+            raise InvalidRequest("upgrade needs path, a checkout on the server, or python.", param="path")
+
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """From JSON. vLLM's names `fault_tolerance_instruction` and `fault_tolerance_timeout` are accepted too."""
@@ -144,7 +159,8 @@ class Instruction:
         value = {names.get(k, k): v for k, v in value.items()} if isinstance(value, Mapping) else value
         fields = _fields(value, {f.name for f in dataclasses.fields(cls)})
         kinds: dict[str, Any] = {"action": str, "ranks": list, "host": str, "to": int, "replace": bool}
-        kinds |= {"timeout_s": (int, float), "model": str, "version": str, "running": str}
+        kinds |= {"timeout_s": (int, float)}
+        kinds |= dict.fromkeys(("model", "version", "running", "path", "python"), str)
         for name, kind in kinds.items():
             given = fields.get(name)
             wrong = not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool)

@@ -41,6 +41,8 @@ class RankStatus:
     last_failure: str = ""
     """How a process of this rank failed of itself the last time: its exception or crash; empty if none did."""
     loss: LossCost | None = None
+    build: str = ""
+    """The version and a digest of the sources that it runs; empty before it has attached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class EdgeStatus:
     pid: int
     serving: bool
     calls: int
+    build: str = ""
+    """The version and a digest of the sources that it runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +177,19 @@ class Status:
     """Requests that went from the prefill pool to the decode pool."""
     requests_returned: int = 0
     """Requests that went back, to be computed again."""
+    build: str = ""
+    """The version and a digest of the sources that the front runs."""
+    upgrade: str = ""
+    """The last upgrade: "running", "rolling_back", "done" or "rolled_back"; empty before the first."""
+    upgrade_stage: str = ""
+    """The processes that are replaced now: "front", "edges" or "ranks"."""
+    upgrade_build: str = ""
+    """The build that processes are to run."""
+    upgrade_cause: str = ""
+    """Why the upgrade is, or was, rolled back."""
+    upgrades_done: int = 0
+    upgrades_rolled_back: int = 0
+    """Upgrades that ended so, since the start."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,9 @@ class MeshPool:
     async def load(self, key: MeshKey, *, urgent: bool = False) -> None:
         """Load the executables of a mesh on all its ranks; `urgent` while the server waits for it. Raises RankLost or
         CommandFailed, and TimeoutError when it is urgent."""
+        if len({self._build_of(rank) for rank in key.ranks}) > 1:  # an upgrade: other code has other programs
+            compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
+            await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
         prepare = dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent))
         if not urgent:
             await self._executor.call_all("prepare", prepare)
@@ -184,9 +187,16 @@ class MeshPool:
                 self._state.record(MeshLoaded(key))
 
     def _by_executable_store(self, key: MeshKey) -> dict[str, list[int]]:
-        """The ranks of a mesh by the store of executables that they share; the store of the front's host is ""."""
+        """The ranks of a mesh by the store of executables that they share, and by the code that they run: during an
+        upgrade it differs, and with it what is compiled. The store of the front's host is ""."""
         found: dict[str, list[int]] = {}
         for rank in key.ranks:
             host_paths = self._executor.host_paths(rank)
-            found.setdefault("" if host_paths is None else host_paths.disk, []).append(rank)
+            store = "" if host_paths is None else host_paths.disk
+            found.setdefault(f"{store} {self._build_of(rank)}", []).append(rank)
         return found
+
+    def _build_of(self, rank: int) -> str:
+        """The code that a rank runs."""
+        process = self._executor.get(rank)
+        return "" if process is None else process.build

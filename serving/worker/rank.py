@@ -25,6 +25,8 @@ from moejax.runtime.programs import ModelShape
 from serving.executor.mesh_key import MeshKey
 from serving.launch.rank_channel import RankChannel
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol.versions import LINK
+from serving.version import build
 from serving.worker.kv_cache import RankKVCache
 from serving.worker.meshes import EVERY_CONNECT, RankMeshes
 from serving.worker.state import AdoptedPlan, ConfiguredModel, DoneFields, WorkerState
@@ -68,7 +70,14 @@ class RankWorker:
 
     def hello(self, token: str) -> link_pb2.Report:
         """The first report to a front: who this is."""
-        hello = link_pb2.Hello(pid=os.getpid(), token=token, cache_copy=self.kv_cache.replica_path)
+        hello = link_pb2.Hello(
+            pid=os.getpid(),
+            token=token,
+            cache_copy=self.kv_cache.replica_path,
+            build=build(),
+            oldest=LINK.oldest,
+            newest=LINK.newest,
+        )
         return link_pb2.Report(rank=self.state.rank, hello=hello)
 
     def held(self) -> link_pb2.Held:

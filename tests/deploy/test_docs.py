@@ -63,7 +63,7 @@ def test_every_decision_has_a_number_of_its_own_and_a_place_in_the_documentation
         line.split("decisions/")[1] for line in (ROOT / "mkdocs.yml").read_text().splitlines() if "decisions/" in line
     ]
     assert listed == records
-    assert [int(name[:4]) for name in records] == list(range(1, len(records) + 1))
+    assert len({name[:4] for name in records}) == len(records)
     for name in records:
         assert (ROOT / "docs" / "decisions" / name).read_text().startswith(f"# {int(name[:4])}. "), name
 

@@ -37,6 +37,7 @@ class FakeProcess(HandRank):
     loss: Loss | None = None
     failed_of_itself = False
     compiles = 0
+    build = ""
     process: Process
 
 

@@ -110,6 +110,8 @@ class AsyncClient(ClientBase):
         model: str = "",
         version: str = "",
         running: Running = "switch",
+        path: str = "",
+        python: str = "",
     ) -> list[int]:
         """Make a planned change; see `Client.apply`."""
         instruction = Instruction(
@@ -122,6 +124,8 @@ class AsyncClient(ClientBase):
             model=model,
             version=version,
             running=running,
+            path=path,
+            python=python,
         )
         return await self._call(self._apply_call(instruction))
 

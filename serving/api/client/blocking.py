@@ -122,9 +122,12 @@ class Client(ClientBase):
         model: str = "",
         version: str = "",
         running: Running = "switch",
+        path: str = "",
+        python: str = "",
     ) -> list[int]:
-        """Make a planned change: pause, retry, drain, scale_down, scale_up, rebalance or weights; see `Instruction` for
-        the arguments. Returns the ranks that serve after it.
+        """Make a planned change: pause, retry, drain, scale_down, scale_up, rebalance, weights or upgrade; see
+        `Instruction` for the arguments. Returns the ranks that serve after it. An upgrade has only begun then; the
+        status says how it goes on.
         """
         instruction = Instruction(
             action=action,
@@ -136,6 +139,8 @@ class Client(ClientBase):
             model=model,
             version=version,
             running=running,
+            path=path,
+            python=python,
         )
         return self._call(self._apply_call(instruction))
 

@@ -11,7 +11,7 @@ import grpc
 from serving.api.grpc.errors import DETAILS_KEY, error_from_status
 from serving.api.grpc.inference_messages import response_from_proto
 from serving.core.answers import Chunk, Complete, PromptScores
-from serving.errors import Internal, MoejaxError, NoCapacity, UnknownRequest, Unreachable
+from serving.errors import Cancelled, Internal, MoejaxError, NoCapacity, UnknownRequest, Unreachable
 from serving.proto.moejax.v1 import inference_pb2
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
@@ -28,7 +28,14 @@ def raise_moejax_errors(address: str) -> Iterator[None]:
         error: MoejaxError = error_from_status(call.code(), call.details() or "", call.trailing_metadata())
         if type(error) is Unreachable and not _is_of_a_server(call):
             error = Unreachable(f"no moejax server answers at {address}: {error}. Is `moejax serve` running?")
+        elif type(error) is Cancelled and _is_of_grpc(call):
+            error = Unreachable(f"the process at {address} ended before it took the call.")
         raise error from None
+
+
+def _is_of_grpc(call: grpc.Call) -> bool:
+    """Whether the gRPC of a server that stops has cancelled the call, and neither its client nor a moejax server."""
+    return not _is_of_a_server(call) and not (call.details() or "").startswith("Locally cancelled")
 
 
 def _is_of_a_server(call: grpc.Call) -> bool:
@@ -41,7 +48,7 @@ class ResumableCall:
 
     def __init__(self, stub: Any, message: Any, timeout_s: float | None, metadata: Any, resume_s: float) -> None:
         self._stub = stub
-        self._request_id = message.request_id
+        self._message = message
         self._metadata = metadata
         self._resume_s = resume_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -60,8 +67,8 @@ class ResumableCall:
     def resume(self, error: MoejaxError) -> bool:
         """Replace `call` by one that continues after `error`; False when the error is the result of the request.
 
-        A server that could not be reached at all is not waited for. Raises the error that broke the call when the
-        server does not know the request any more.
+        A server that could not be reached at all is not waited for. A call of which nothing came, and which the server
+        does not know, is made again. Raises the error that broke the call when the server has forgotten the request.
         """
         now = time.monotonic()
         if self._error is None:
@@ -69,6 +76,10 @@ class ResumableCall:
             if not isinstance(error, Unreachable) or not accepted or self._resume_s <= 0:
                 return False
             self._error, self._broke_at, self.pause_s = error, now, _FIRST_PAUSE_S
+        elif isinstance(error, UnknownRequest) and not self._received:
+            left_s = None if self._deadline is None else max(self._deadline - now, 0.0)
+            self.call = self._stub.Generate(self._message, timeout=left_s, metadata=self._metadata)
+            return True
         elif not isinstance(error, Unreachable | NoCapacity):
             if isinstance(error, UnknownRequest | Internal):
                 raise self._error
@@ -79,7 +90,7 @@ class ResumableCall:
             self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
         after = [self._received.get(choice, 0) for choice in range(max(self._received, default=-1) + 1)]
         left_s = None if self._deadline is None else max(self._deadline - now, 0.0)
-        message = inference_pb2.ResumeRequest(request_id=self._request_id, after=after)
+        message = inference_pb2.ResumeRequest(request_id=self._message.request_id, after=after)
         self.call = self._stub.Resume(message, timeout=left_s, metadata=self._metadata)
         return True
 

@@ -32,7 +32,7 @@ def status_from_proto(message: resilience_pb2.Status) -> Status:
     """The inverse of `status_to_proto`."""
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(Status)}
     values["ranks"] = tuple(_rank_from_proto(r) for r in message.ranks)
-    values["edges"] = tuple(EdgeStatus(pid=e.pid, serving=e.serving, calls=e.calls) for e in message.edges)
+    values["edges"] = tuple(_edge_from_proto(edge) for edge in message.edges)
     names = [f.name for f in dataclasses.fields(PoolStatus)]
     values["pools"] = tuple(PoolStatus(**{name: getattr(each, name) for name in names}) for each in message.pools)
     values["masked"] = tuple((m.layer, m.expert) for m in message.masked)
@@ -43,6 +43,10 @@ def status_from_proto(message: resilience_pb2.Status) -> Status:
         dict(sorted(message.lattice.items())),
     )
     return Status(**values)
+
+
+def _edge_from_proto(message: resilience_pb2.Edge) -> EdgeStatus:
+    return EdgeStatus(pid=message.pid, serving=message.serving, calls=message.calls, build=message.build)
 
 
 def _rank_from_proto(message: resilience_pb2.Rank) -> RankStatus:
@@ -101,5 +105,7 @@ def instruction_from_proto(message: resilience_pb2.ApplyRequest) -> Instruction:
         model=message.model,
         version=message.version,
         running=message.running or "switch",  # type: ignore[arg-type] - checked by Instruction
+        path=message.path,
+        python=message.python,
         **given,
     )

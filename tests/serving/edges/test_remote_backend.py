@@ -18,6 +18,7 @@ from serving.errors import Draining, InvalidRequest, NoCapacity, StartError, Unk
 from serving.observability.metrics import Metrics
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.sampling import SamplingParams
+from serving.protocol.versions import VersionRange
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED, alone
 from tests.serving.edges.fronts import Front, edge, seen
@@ -292,7 +293,7 @@ async def test_another_version_is_refused_with_both_numbers(front: Front) -> Non
 
 async def test_an_edge_that_is_refused_does_not_start(tmp_path_factory: pytest.TempPathFactory) -> None:
     def refuse(connection: Connection, _: bytes) -> None:
-        connection.send(messages.Refused(text=messages.refusal(7)))
+        connection.send(messages.Refused(text=messages.refusal(VersionRange(7, 7))))
         connection.close()
 
     folder = tmp_path_factory.mktemp("run")

@@ -153,6 +153,9 @@ async def test_both_surfaces_pass_on_the_same_instruction_and_the_same_report(ba
         ({"action": "weights", "model": "m", "ranks": (1,)}, "is about the whole server; leave out ranks"),
         ({"action": "weights", "model": "m", "version": "x" * 65}, "at most 64 printable ASCII characters"),
         ({"action": "weights", "model": "m", "running": "stop"}, "running is 'stop'; it must be finish or switch"),
+        ({"action": "upgrade"}, "upgrade needs path"),
+        ({"action": "upgrade", "path": "/new", "to": 1}, "is about the whole server; leave out to"),
+        ({"action": "drain", "ranks": (1,), "python": "/new"}, "python goes with upgrade, not with drain"),
         ({"action": "drain", "ranks": (1,), "model": "m"}, "model goes with weights, not with drain"),
     ],
 )
@@ -167,7 +170,7 @@ async def test_a_server_that_is_not_operable_refuses_every_instruction_on_both_s
     backend: FakeBackend, action: str
 ):
     backend.chaos = False
-    more = {"model": "/models/other"} if action == "weights" else {}
+    more = {"weights": {"model": "/models/other"}, "upgrade": {"path": "/new"}}.get(action, {})
     async with serve(backend) as server, AsyncClient(server.address) as client, httpx.AsyncClient() as web:
         answer = await web.post(f"{server.url}/fault_tolerance/apply", json={"action": action, **more})
         assert answer.status_code == 403

@@ -24,9 +24,16 @@ class Host:
     disk: str
 
 
+@dataclasses.dataclass
+class Process:
+    """A process that runs the code of a build."""
+
+    build: str
+
+
 class Ranks:
     """Ranks that answer every command, but for those in `failing`, `lost` and `hanging`; `disks` has those of other
-    hosts."""
+    hosts, `builds` those that run other code."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, MeshKey]] = []
@@ -35,6 +42,7 @@ class Ranks:
         self.lost: set[int] = set()
         self.hanging: set[int] = set()
         self.disks: dict[int, str] = {}
+        self.builds: dict[int, str] = {}
         self.aborted: list[tuple[tuple[int, ...], int]] = []
         self.busy: set[int] = set()
         self.silent: list[tuple[int, str]] = []
@@ -67,6 +75,9 @@ class Ranks:
 
     def host_paths(self, rank: int) -> Host | None:
         return Host(self.disks[rank]) if rank in self.disks else None
+
+    def get(self, rank: int) -> Process:
+        return Process(self.builds.get(rank, "one"))
 
     def of(self, what: str) -> list[tuple[int, MeshKey]]:
         return [(rank, key) for rank, each, key in self.calls if each == what]
@@ -169,6 +180,18 @@ def test_a_mesh_that_was_not_prepared_is_compiled_and_loaded_before_all_others()
         assert ranks.of("compile") == [(0, ALL), (1, ALL)]
         assert ranks.of("prepare") == [(0, ALL), (1, ALL), (2, ALL)]
         assert all(ranks.urgent)
+
+    run(case)
+
+
+def test_ranks_that_run_other_code_compile_their_programs_before_a_mesh_with_them_is_loaded() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        await pool.load(ALL)
+        assert ranks.of("compile") == []
+        ranks.builds = {2: "other"}
+        await pool.load(ALL)
+        assert ranks.of("compile") == [(0, ALL), (2, ALL)]
+        assert [what for _, what, _ in ranks.calls][3:] == ["compile", "compile", "prepare", "prepare", "prepare"]
 
     run(case)
 

@@ -401,14 +401,20 @@ class Report(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., step_failed: _Optional[_Union[StepFailed, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., raised: _Optional[_Union[Raised, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("pid", "token", "cache_copy")
+    __slots__ = ("pid", "token", "cache_copy", "build", "oldest", "newest")
     PID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     CACHE_COPY_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
     pid: int
     token: str
     cache_copy: str
-    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., cache_copy: _Optional[str] = ...) -> None: ...
+    build: str
+    oldest: int
+    newest: int
+    def __init__(self, pid: _Optional[int] = ..., token: _Optional[str] = ..., cache_copy: _Optional[str] = ..., build: _Optional[str] = ..., oldest: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
 
 class Held(_message.Message):
     __slots__ = ("epoch", "generation", "full", "serves", "weights")

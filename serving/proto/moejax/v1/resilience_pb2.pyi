@@ -11,7 +11,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted", "weights_version", "next_weights_version", "weights_switches", "pools", "requests_sent", "requests_returned")
+    __slots__ = ("epoch", "generation", "ready", "draining", "chaos", "ranks", "axes", "slots_per_rank", "masked", "lattice", "running", "waiting", "finished", "failed", "recoveries", "tokens", "steps", "preemptions", "compiles_after_ready", "started_at", "step_ms", "program_ms", "prefix_queries", "prefix_hits", "page_size", "experts_loaded", "expert_load", "paused", "operable", "degraded", "restored", "rank_ms", "journal", "protection", "protected_bytes", "tokens_restored", "tokens_recomputed", "front_pid", "experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "rows", "rows_filled", "buckets", "suspects", "convicted", "certificate", "certificate_reason", "certificate_repair", "edges", "speculate", "drafts", "drafted", "accepted", "weights_version", "next_weights_version", "weights_switches", "pools", "requests_sent", "requests_returned", "build", "upgrade", "upgrade_stage", "upgrade_build", "upgrade_cause", "upgrades_done", "upgrades_rolled_back")
     class AxesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,13 @@ class Status(_message.Message):
     POOLS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_SENT_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RETURNED_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    UPGRADE_FIELD_NUMBER: _ClassVar[int]
+    UPGRADE_STAGE_FIELD_NUMBER: _ClassVar[int]
+    UPGRADE_BUILD_FIELD_NUMBER: _ClassVar[int]
+    UPGRADE_CAUSE_FIELD_NUMBER: _ClassVar[int]
+    UPGRADES_DONE_FIELD_NUMBER: _ClassVar[int]
+    UPGRADES_ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     generation: int
     ready: bool
@@ -148,7 +155,14 @@ class Status(_message.Message):
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
     requests_sent: int
     requests_returned: int
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., weights_version: _Optional[str] = ..., next_weights_version: _Optional[str] = ..., weights_switches: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., requests_sent: _Optional[int] = ..., requests_returned: _Optional[int] = ...) -> None: ...
+    build: str
+    upgrade: str
+    upgrade_stage: str
+    upgrade_build: str
+    upgrade_cause: str
+    upgrades_done: int
+    upgrades_rolled_back: int
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., chaos: bool = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., axes: _Optional[_Mapping[str, int]] = ..., slots_per_rank: _Optional[int] = ..., masked: _Optional[_Iterable[_Union[MaskedExpert, _Mapping]]] = ..., lattice: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., recoveries: _Optional[int] = ..., tokens: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., started_at: _Optional[float] = ..., step_ms: _Optional[float] = ..., program_ms: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., page_size: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., paused: bool = ..., operable: bool = ..., degraded: _Optional[int] = ..., restored: _Optional[int] = ..., rank_ms: _Optional[float] = ..., journal: _Optional[str] = ..., protection: _Optional[str] = ..., protected_bytes: _Optional[int] = ..., tokens_restored: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., front_pid: _Optional[int] = ..., experts_rebuilt: _Optional[int] = ..., parity_groups: _Optional[int] = ..., parity_wanted: _Optional[int] = ..., parity_bytes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_filled: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[StepShape, _Mapping]]] = ..., suspects: _Optional[int] = ..., convicted: _Optional[int] = ..., certificate: _Optional[str] = ..., certificate_reason: _Optional[str] = ..., certificate_repair: _Optional[str] = ..., edges: _Optional[_Iterable[_Union[Edge, _Mapping]]] = ..., speculate: _Optional[str] = ..., drafts: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., weights_version: _Optional[str] = ..., next_weights_version: _Optional[str] = ..., weights_switches: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., requests_sent: _Optional[int] = ..., requests_returned: _Optional[int] = ..., build: _Optional[str] = ..., upgrade: _Optional[str] = ..., upgrade_stage: _Optional[str] = ..., upgrade_build: _Optional[str] = ..., upgrade_cause: _Optional[str] = ..., upgrades_done: _Optional[int] = ..., upgrades_rolled_back: _Optional[int] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("name", "serving", "epoch", "generation", "ranks", "running", "waiting", "steps", "step_ms")
@@ -173,14 +187,16 @@ class Pool(_message.Message):
     def __init__(self, name: _Optional[str] = ..., serving: bool = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ranks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...
 
 class Edge(_message.Message):
-    __slots__ = ("pid", "serving", "calls")
+    __slots__ = ("pid", "serving", "calls", "build")
     PID_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
     pid: int
     serving: bool
     calls: int
-    def __init__(self, pid: _Optional[int] = ..., serving: bool = ..., calls: _Optional[int] = ...) -> None: ...
+    build: str
+    def __init__(self, pid: _Optional[int] = ..., serving: bool = ..., calls: _Optional[int] = ..., build: _Optional[str] = ...) -> None: ...
 
 class StepShape(_message.Message):
     __slots__ = ("decode", "tiles")
@@ -213,7 +229,7 @@ class LossCost(_message.Message):
     def __init__(self, survivable: bool = ..., prepared: bool = ..., stall_ms: _Optional[float] = ..., experts_to_load: _Optional[int] = ..., traffic: _Optional[float] = ..., measured: bool = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack", "last_failure")
+    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack", "last_failure", "build")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +246,7 @@ class Rank(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RACK_FIELD_NUMBER: _ClassVar[int]
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
     id: int
     pid: int
     host: str
@@ -246,7 +263,8 @@ class Rank(_message.Message):
     role: str
     rack: str
     last_failure: str
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ..., last_failure: _Optional[str] = ...) -> None: ...
+    build: str
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ..., last_failure: _Optional[str] = ..., build: _Optional[str] = ...) -> None: ...
 
 class Slots(_message.Message):
     __slots__ = ("experts",)
@@ -369,7 +387,7 @@ class Prospect(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., survivable: bool = ..., reason: _Optional[str] = ..., prepared: bool = ..., requests_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., experts_loaded: _Optional[int] = ..., stall_ms: _Optional[float] = ..., moved_stall_ms: _Optional[float] = ..., capacity: _Optional[float] = ..., traffic_lost: _Optional[float] = ..., stall_low_ms: _Optional[float] = ..., stall_high_ms: _Optional[float] = ..., moved_stall_low_ms: _Optional[float] = ..., moved_stall_high_ms: _Optional[float] = ..., capacity_low: _Optional[float] = ..., capacity_high: _Optional[float] = ..., range_source: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
-    __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s", "model", "version", "running")
+    __slots__ = ("action", "ranks", "host", "to", "replace", "timeout_s", "model", "version", "running", "path", "python")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -379,6 +397,8 @@ class ApplyRequest(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PYTHON_FIELD_NUMBER: _ClassVar[int]
     action: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     host: str
@@ -388,7 +408,9 @@ class ApplyRequest(_message.Message):
     model: str
     version: str
     running: str
-    def __init__(self, action: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., host: _Optional[str] = ..., to: _Optional[int] = ..., replace: bool = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., running: _Optional[str] = ...) -> None: ...
+    path: str
+    python: str
+    def __init__(self, action: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., host: _Optional[str] = ..., to: _Optional[int] = ..., replace: bool = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., running: _Optional[str] = ..., path: _Optional[str] = ..., python: _Optional[str] = ...) -> None: ...
 
 class ApplyResponse(_message.Message):
     __slots__ = ("serving", "epoch", "weights_version")
