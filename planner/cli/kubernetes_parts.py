@@ -18,8 +18,12 @@ PROBES = """\
             livenessProbe:
               httpGet: {path: /live, port: http}
               periodSeconds: 5
-              failureThreshold: 6"""
-"""Probes of the front's container: it is alive while it answers, and ready while a request can be served."""
+              failureThreshold: 6
+            lifecycle:
+              preStop:
+                exec: {command: [sleep, "5"]}  # the Service has noticed by then: no new connection comes"""
+"""Probes of the front's container: it is alive while it answers, and ready while a request can be served. It is asked
+to end only once the Service sends it nothing more."""
 KEYS_MOUNT = "              - {name: keys, mountPath: /keys, readOnly: true}"
 SCRAPED = """
         annotations:

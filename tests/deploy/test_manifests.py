@@ -16,6 +16,7 @@ from planner.solver.servable import SERVED_REQUESTS
 from serving.api.http.server import application
 from serving.cli import keys, local, main
 from serving.config import Settings
+from serving.launch.edge_processes import END_S
 from tests.planner.cli.test_main import plan_file  # noqa: F401  (a fixture)
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -62,6 +63,14 @@ def test_ports_selectors_and_volumes_fit_together():
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod()["volumes"]}
     assert pod()["terminationGracePeriodSeconds"] > Settings().grace_s
+
+
+def test_a_pod_that_is_to_end_gets_nothing_more_and_has_the_time_to_finish_what_it_has():
+    found, container = pod(), pod()["containers"][0]
+    command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (command, float(seconds)) == ("sleep", 5.0)
+    assert container["readinessProbe"]["periodSeconds"] < float(seconds)
+    assert float(seconds) + Settings().grace_s + END_S < found["terminationGracePeriodSeconds"]
 
 
 def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # noqa: F811
