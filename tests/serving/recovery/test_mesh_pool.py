@@ -33,7 +33,7 @@ class Process:
 
 class Ranks:
     """Ranks that answer every command, but for those in `failing`, `lost` and `hanging`; `disks` has those of other
-    hosts, `builds` those that run other code."""
+    hosts, `builds` the code of ranks that run another."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, MeshKey]] = []
