@@ -151,7 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-moe", help="a model's name or folder")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tensor", type=int, default=1, help="ranks of a tensor group")
-    parser.add_argument("--data-type", choices=DATA_TYPES, default="float32")
+    parser.add_argument("--data-type", choices=(*DATA_TYPES, "published", "auto"), default="auto")
     parser.add_argument("--buckets", help="--buckets of the server, for example auto after another run")
     parser.add_argument("--concurrency", type=concurrencies, default=(1, 8, 32), metavar="1,8,32")
     parser.add_argument("--surface", type=surfaces, default=SURFACES, metavar="grpc,http")

@@ -7,21 +7,16 @@ with all experts chosen the layer is the dense one.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from scipy.optimize import linear_sum_assignment
 
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import FeedForward, Layer, MoE, Params
-from moejax.model.layers import rms_norm, swiglu
-from moejax.model.reference import attention
 
 ROUNDS = 12
 """Most rounds of balanced k-means; it settles in fewer."""
@@ -68,9 +63,14 @@ class Split:
 
 
 def split_model(
-    params: Params, cfg: ModelConfig, inputs_LTD: np.ndarray, ridge: float, done: Callable[[], None]
+    params: Params,
+    cfg: ModelConfig,
+    inputs: Mapping[int, np.ndarray] | np.ndarray,
+    ridge: float,
+    done: Callable[[], None],
 ) -> Params:
-    """The parameters of `cfg`, from those of the dense model and the feed-forward inputs of every layer.
+    """The parameters of `cfg`, from those of the dense model and the feed-forward inputs `[T, D]` of each layer that is
+    split, by its number.
 
     `done` is called after each split layer. Leaves are NumPy arrays.
     """
@@ -81,7 +81,7 @@ def split_model(
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
         if kind == "moe":
             assert layer.ffn is not None
-            layer = layer.replace(ffn=None, moe=split_layer(layer.ffn, cfg.moe, np.asarray(inputs_LTD[i]), ridge))
+            layer = layer.replace(ffn=None, moe=split_layer(layer.ffn, cfg.moe, np.asarray(inputs[i]), ridge))
             done()
         layers.append(layer)
     return dataclasses.replace(params, segments=_segments(cfg, layers))
@@ -97,21 +97,6 @@ def _segments(cfg: ModelConfig, layers: list[Layer]) -> tuple[tuple[Layer, ...],
         positions = [block[i :: len(pattern)] for i in range(len(pattern))]
         segments.append(tuple(jax.tree.map(lambda *leaves: np.stack(leaves), *same) for same in positions))
     return tuple(segments)
-
-
-@partial(jax.jit, static_argnames=("cfg",))
-def feed_forward_inputs(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
-    """The inputs of the feed-forward part of each layer of a dense model `[L, B, T, D]`."""
-
-    def body(x_BTD: jax.Array, at: tuple[Layer, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        layer, index = at
-        assert layer.ffn is not None
-        x_BTD = x_BTD + attention(layer, cfg, rms_norm(x_BTD, layer.attention_norm, cfg.norm_eps), index)
-        h_BTD = rms_norm(x_BTD, layer.ffn_norm, cfg.norm_eps)
-        y_TD = swiglu(h_BTD.reshape(-1, cfg.d_model), layer.ffn.gate_up, layer.ffn.down)
-        return x_BTD + y_TD.reshape(x_BTD.shape), h_BTD
-
-    return lax.scan(body, params.embed[tokens_BT], (params.segments[0][0], jnp.arange(cfg.n_layers)))[1]
 
 
 def split_layer(ffn: FeedForward, moe: MoEConfig, x_TD: np.ndarray, ridge: float) -> MoE:

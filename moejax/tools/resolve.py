@@ -17,14 +17,15 @@ from moejax.checkpoint.manifest import content_hash
 from moejax.checkpoint.published import fingerprint, published_name
 from moejax.checkpoint.published_store import record_checksums
 from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
-from moejax.config.config_values import ConfigError, build_config
+from moejax.config.config_values import Config, ConfigError, build_config
 from moejax.config.model_config import ModelConfig
+from moejax.tools.distil import Distillation
 from moejax.tools.moefy import Split
 from moejax.tools.random_model import build_random, load_random
-from moejax.tools.smollm2 import build
+from moejax.tools.smollm2 import DISTILLATION_WINDOW, SEPARATOR, build, distillation_texts
 from planner.inputs.shipped import shipped
 
-RECIPE = 2
+RECIPE = 3
 """Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 
 
@@ -38,7 +39,8 @@ def ensure_model(name_or_path: str | Path) -> Path:
     if str(name_or_path) == "tiny":
         return checked_folder(shipped("models/tiny"))
     if str(name_or_path) == "smollm2-moe":
-        return ensure_smollm2(load_split(shipped("configs/presets/smollm2-moe.toml")))
+        preset = shipped("configs/presets/smollm2-moe.toml")
+        return ensure_smollm2(load_split(preset), load_distillation(preset))
     if str(name_or_path) == "bench-mixtral":
         return ensure_random(shipped("configs/presets/bench-mixtral.toml"))
     if is_published(Path(name_or_path)):
@@ -92,13 +94,19 @@ def ensure_random(preset: Path) -> Path:
     return checked_folder(folder)
 
 
-def ensure_smollm2(split: Split) -> Path:
-    """The folder of SmolLM2 split in this way, found in the cache or made there."""
-    default = load_split(shipped("configs/presets/smollm2-moe.toml"))
-    name = "smollm2-moe" if split == default else f"smollm2-moe-{split.label}"
-    folder = cache_folder() / "models" / f"smollm2-moe-{split.label}-recipe{RECIPE}"
+def ensure_smollm2(split: Split, distillation: Distillation | None = None) -> Path:
+    """The folder of SmolLM2 split, and unless `distillation` is None distilled, in this way: found in the cache or made
+    there."""
+    preset = shipped("configs/presets/smollm2-moe.toml")
+    is_default = (split, distillation) == (load_split(preset), load_distillation(preset))
+    name = "smollm2-moe" if is_default else f"smollm2-moe-{split.label}"
+    label = split.label
+    if distillation is not None:
+        about = f"{distillation} {DISTILLATION_WINDOW}" + SEPARATOR.join(distillation_texts())
+        label += f"-distilled{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+    folder = cache_folder() / "models" / f"smollm2-moe-{label}-recipe{RECIPE}"
     if not folder.is_dir():
-        build(folder, name, split)
+        build(folder, name, split, distillation)
     return checked_folder(folder)
 
 
@@ -117,14 +125,23 @@ def ensure_sharded_dense(folder: Path) -> Path:
 
 def load_split(path: Path) -> Split:
     """Read the `[split]` table of a preset. Raises ConfigError on an unknown key."""
+    return _load_table(path, Split, "split")
+
+
+def load_distillation(path: Path) -> Distillation:
+    """Read the `[distillation]` table of a preset. Raises ConfigError on an unknown key."""
+    return _load_table(path, Distillation, "distillation")
+
+
+def _load_table(path: Path, kind: type[Config], table: str) -> Config:
     with path.open("rb") as file:
         values = tomllib.load(file)
     try:
-        return build_config(Split, values["split"], "split")
+        return build_config(kind, values[table], table)
     except KeyError as error:
         raise ConfigError(f"{path} lacks the table {error}.") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}, table split: {error}") from None
+        raise ConfigError(f"{path}, table {table}: {error}") from None
 
 
 def checked_folder(folder: Path) -> Path:

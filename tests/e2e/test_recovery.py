@@ -110,7 +110,9 @@ def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
     assert whole.generate([5, 6, 7], max_tokens=3, ignore_eos=True).reason == "length"
 
 
-@pytest.mark.parametrize("data_type", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "data_type", ["float32", "int8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "int4"))]
+)
 def test_ranks_die_one_after_the_other_down_to_the_last(data_type: str) -> None:
     settings = {"model": str(TINY), "ranks": 3, "restart": False, "chaos": True, "data_type": data_type}
     with Server(**settings) as server, Client(server) as client:

