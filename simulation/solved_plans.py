@@ -1,7 +1,7 @@
 """Plans that were solved before in this process: the planner is pure, and many scenarios have the same problems."""
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from planner.errors import NoFeasiblePlan
@@ -31,6 +31,11 @@ def solve_once(problem: Problem) -> Plan:
 
 
 def _hashable(value: Any) -> Hashable:
-    if isinstance(value, dict):
-        return tuple(sorted(value.items()))
-    return tuple(value) if isinstance(value, list) else value
+    """A value with the mappings and lists in it, at any depth, as tuples."""
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _hashable(each)) for key, each in value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if dataclasses.is_dataclass(value):
+        return type(value), *(_hashable(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value
