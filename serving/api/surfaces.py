@@ -22,6 +22,10 @@ class Ports:
     http: int
 
 
+LINGER_S = 2.0
+"""Seconds in which clients of an edge that is replaced can send a request over a connection that they have kept."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Surfaces:
     """The surfaces that are open."""
@@ -36,8 +40,8 @@ class Surfaces:
 
     async def stop(self, grace_s: float) -> None:
         """Accept no more connections and calls, and wait until all open calls have ended, or are cancelled after
-        `grace_s` seconds."""
-        await asyncio.gather(self.grpc.stop(grace_s), self.http.stop(grace_s))
+        `grace_s` seconds. Connections of HTTP without a request are closed after LINGER_S."""
+        await asyncio.gather(self.grpc.stop(grace_s), self.http.stop(grace_s, linger_s=min(LINGER_S, grace_s)))
 
 
 async def open_surfaces(

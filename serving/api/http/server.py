@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import math
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import uvicorn
@@ -37,6 +38,10 @@ from serving.protocol.backend import answered
 
 BACKLOG = 2048
 """Connections that wait to be accepted."""
+KEEP_ALIVE_S = 75
+"""Seconds until a connection without a request is closed. Proxies and clients keep theirs for up to a minute, and a
+request that they send just as the server closes its connection fails; they must be the first to close it."""
+CLOSE = (b"connection", b"close")
 SHARED_BACKLOG = 16
 """Connections that asyncio accepts at once: one process does not take all of a burst from the others."""
 
@@ -69,12 +74,26 @@ class HttpServer:
         self._shutdown = shutdown
         self.port = port
 
-    async def stop(self, grace_s: float | None = None) -> None:
-        """Refuse new requests, end the event streams, and cancel the other requests after `grace_s` seconds."""
+    async def stop(self, grace_s: float | None = None, *, linger_s: float = 0.0) -> None:
+        """Refuse new requests, end the event streams, and cancel the other requests after `grace_s` seconds.
+
+        Connections that are open can have further requests for `linger_s` seconds, each of which is answered with
+        `Connection: close`: a client that sends one just then would find its connection closed under it."""
         self._shutdown.begin()
+        if linger_s:
+            await self._linger(linger_s)
         self._server.config.timeout_graceful_shutdown = max(1, math.ceil(grace_s or 0))
         self._server.should_exit = True
         await self._task
+
+    async def _linger(self, linger_s: float) -> None:
+        state, until = self._server.server_state, time.monotonic() + linger_s
+        for server in self._server.servers:
+            server.close()
+        state.default_headers.append(CLOSE)
+        self._server.config.encoded_headers.append(CLOSE)  # of which uvicorn makes the default ones each second
+        while state.connections and time.monotonic() < until:
+            await asyncio.sleep(0.02)
 
 
 async def start_http(
@@ -106,6 +125,7 @@ async def start_http(
         h11_max_incomplete_event_size=limits.max_header_bytes,
         **(tls.uvicorn() if tls is not None else {}),
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         backlog=SHARED_BACKLOG if shared else BACKLOG,
         log_config=None,
         access_log=False,

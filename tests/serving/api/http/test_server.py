@@ -444,6 +444,26 @@ async def test_a_server_that_stops_does_not_wait_for_watches(processor):
             await server.stop(60)
 
 
+async def test_a_kept_connection_of_a_server_that_stops_can_have_one_more_request_and_is_then_closed(processor):
+    server = await start_http(processor)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    first = await reader.readuntil(b"\r\n\r\n")
+    assert b"connection: close" not in first.lower()
+    await reader.readexactly(int(first.lower().split(b"content-length: ")[1].split()[0]))
+    stopping = asyncio.create_task(server.stop(20, linger_s=20))
+    await until(lambda: not any(each.is_serving() for each in server._server.servers))
+    with pytest.raises(ConnectionError):
+        await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(15):
+        rest = await reader.read()
+        await stopping
+    assert b"200 OK" in rest
+    assert b"connection: close" in rest.lower()
+    writer.close()
+
+
 async def test_an_accepted_connection_sends_each_event_at_once(processor):
     server = await start_http(processor)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
