@@ -11,6 +11,7 @@ checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -161,6 +162,15 @@ def draft_folder(folder: Path) -> Iterator[Path]:
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is to be made: another process that makes it too waits, and then finds it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name.lstrip('.')}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def replace_folder(draft: Path, folder: Path) -> None:

@@ -11,7 +11,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import shutil
@@ -25,7 +24,7 @@ import tensorstore
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moejax.checkpoint.checkpoint import PARAMS, replace_folder, write_metadata
+from moejax.checkpoint.checkpoint import PARAMS, exclusive, replace_folder, write_metadata
 from moejax.checkpoint.families import array_sources
 from moejax.checkpoint.families.source import ArraySource
 from moejax.checkpoint.manifest import FILE, CheckpointError, checksum
@@ -64,9 +63,8 @@ def convert(
     cfg, weights = open_published(source, name)
     dtypes = stored_dtypes(cfg, weights, dtype)
     draft = target.parent / f".{target.name}.converting"
-    target.parent.mkdir(parents=True, exist_ok=True)
     of = fingerprint(source, cfg, dtype)
-    with _exclusive(draft):
+    with exclusive(draft):
         draft.mkdir(exist_ok=True)
         _check_disk_space(draft, cfg, dtypes)
         with _Journal(draft, of) as journal:
@@ -158,14 +156,6 @@ def _check_disk_space(draft: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]
             f"{draft.parent} has {free >> 20} MiB free; the weights of {cfg.name} need {(needed - there) >> 20} MiB. "
             "Make room, or convert to another place: moejax convert SRC DST."
         )
-
-
-@contextlib.contextmanager
-def _exclusive(draft: Path) -> Iterator[None]:
-    """Hold the lock of a target; waits while another process converts to it."""
-    with (draft.parent / f"{draft.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @dataclasses.dataclass

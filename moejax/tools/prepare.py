@@ -113,15 +113,17 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
 
 def flops(cfg: ModelConfig) -> dict[str, float]:
     """Work per token, a multiply-add being two: of one expert (on average over all that a token goes to, the shards of
-    sharded dense layers among them), of all else, and of attention per token of context."""
+    sharded dense layers among them), of all else, and of attention, with its
+    indexer, per token of context."""
     held, used = expert_counts(cfg)
     rest = parameter_count(cfg) - held
     looked_up = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
     a_position = cfg.latent.d_rope + 2 * cfg.latent.d_latent if cfg.latent else 2 * cfg.d_head
+    scored = cfg.indexer.heads * cfg.indexer.d_key if cfg.indexer else 0
     return {
         "expert_flops": 2.0 * used / (cfg.n_moe_layers * cfg.moe.experts_per_token) if cfg.moe else 0.0,
         "rest_flops": 2.0 * (rest - looked_up),
-        "context_flops": 2.0 * len(cfg.attention_layers) * cfg.n_heads * a_position,
+        "context_flops": 2.0 * len(cfg.attention_layers) * (cfg.n_heads * a_position + scored),
     }
 
 

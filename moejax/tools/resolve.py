@@ -9,7 +9,7 @@ import json
 import tomllib
 from pathlib import Path
 
-from moejax.checkpoint.checkpoint import PARAMS, TOKENIZERS, CheckpointError
+from moejax.checkpoint.checkpoint import PARAMS, TOKENIZERS, CheckpointError, exclusive
 from moejax.checkpoint.convert import convert, progress
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import read_config
@@ -88,9 +88,10 @@ def ensure_random(preset: Path) -> Path:
     cfg, seed = load_random(preset)
     about = hashlib.sha256(f"{cfg.to_json()} {seed} {RECIPE}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{cfg.name}-{about}"
-    if not folder.is_dir():
-        with progress(f"Making {cfg.name}, once"):
-            build_random(folder, cfg, seed)
+    with exclusive(folder):
+        if not folder.is_dir():
+            with progress(f"Making {cfg.name}, once"):
+                build_random(folder, cfg, seed)
     return checked_folder(folder)
 
 
@@ -105,8 +106,9 @@ def ensure_smollm2(split: Split, distillation: Distillation | None = None) -> Pa
         about = f"{distillation} {DISTILLATION_WINDOW}" + SEPARATOR.join(distillation_texts())
         label += f"-distilled{hashlib.sha256(about.encode()).hexdigest()[:8]}"
     folder = cache_folder() / "models" / f"smollm2-moe-{label}-recipe{RECIPE}"
-    if not folder.is_dir():
-        build(folder, name, split, distillation)
+    with exclusive(folder):
+        if not folder.is_dir():
+            build(folder, name, split, distillation)
     return checked_folder(folder)
 
 

@@ -21,8 +21,10 @@ from tests.support.models import DENSE
 from tests.support.published import published_folder
 from tests.support.quantized_folders import quantized_folders
 
+NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3.2", "glm-5", "llama-3.1-8b")
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3", "llama-3.1-8b"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_work_per_token_is_that_of_the_published_configuration(name: str) -> None:
     config = json.loads((MODELS / f"{name}.json").read_text())
     told, planned = flops(read_config(config, name=name)), workload_from(config)
