@@ -82,8 +82,8 @@ def _solve(subs) -> None:
         "--arch",
         choices=ARCHS,
         default="collocated",
-        help="attention and experts on the same ranks, or on ranks of their own; pools for prompts and decode (pd: "
-        "planned, not served by this version); or the best of all (auto)",
+        help="attention and experts on the same ranks, or on ranks of their own; prompts and decode on pools of "
+        "their own (pd); or the best of all (auto)",
     )
     p.add_argument(
         "--protect",

@@ -64,6 +64,8 @@ class EngineShell:
         self.restoration = KVRestoration(self, failover.kv_replicas)
         self.suspects = Suspects(self, settings.poison_limit)
         self.canary = Canary(self)
+        self.drop_elsewhere: Callable[[str], None] = lambda _: None
+        """Called with the id of a request that ends with an error, which another pool may have."""
         self._wake = wake
 
     @property
@@ -117,9 +119,14 @@ class EngineShell:
         """End the requests whose deadline has passed."""
         self.put(*expire(self.state, clock.now()))
 
+    def drop(self, request_id: str) -> None:
+        """Compute a request no further; its stream is ended by the caller."""
+        self.state, _ = cancel(self.state, request_id)
+
     def fail_request(self, request_id: str, error: MoejaxError) -> None:
         """End a request with an error."""
-        self.state, _ = cancel(self.state, request_id)
+        self.drop(request_id)
+        self.drop_elsewhere(request_id)
         self.output_streams.send([(request_id, error)])
 
     def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
@@ -131,7 +138,7 @@ class EngineShell:
                 self.request_log.record([(request_id, error)])
 
     def fail_all(self, error: MoejaxError) -> None:
-        """End every request with an error."""
+        """End every request with an error, those of another pool too."""
         for request_id in self.output_streams.open_requests:
             self.fail_request(request_id, error)
 

@@ -154,10 +154,13 @@ class Loop:
             self._begin(self.upgrades.follow())
         return tried
 
-    def refuse_requests(self) -> None:
-        """Take no new requests any more."""
+    def refuse_requests(self, *, reports: bool = True) -> None:
+        """Take no new requests any more. The first time is an event, unless another pool `reports` it."""
+        if self._draining:
+            return
         self._draining = True
-        self.events.emit(EventKind.DRAINING, self.failover.epoch)
+        if reports:
+            self.events.emit(EventKind.DRAINING, self.failover.epoch)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, give running ones `grace_s` seconds to end, then end the loop and what is left."""

@@ -18,21 +18,28 @@ SUMMED = (
 def joint_forecasts(
     forecasts: Mapping[str, Iterable[LossForecast]], *, ranks: Mapping[str, int], take_over_ms: float
 ) -> tuple[LossForecast, ...]:
-    """The forecasts of both pools, of kinds as "prefill_rank". `ranks` has how many serve in each pool. While both
-    serve, streams do not wait for a loss in the prefill pool, and a loss that one pool cannot survive is the other
-    one's work: `take_over_ms` later it goes on with all requests, and has its share of all ranks as capacity."""
+    """The forecasts of both pools, of kinds as "prefill_rank". `ranks` has how many serve in each pool; capacities are
+    shares of all of them. While both serve, streams do not wait for a loss in the prefill pool, and a loss that one
+    pool cannot survive is the other one's work: `take_over_ms` later it goes on with all requests."""
     found, both = [], all(ranks.values())
     for pool, other in (("prefill", "decode"), ("decode", "prefill")):
         for forecast in forecasts[pool]:
             forecast = dataclasses.replace(forecast, kind=f"{pool}_{forecast.kind}")
+            low, capacity, high = (
+                (each * ranks[pool] + ranks[other]) / sum(ranks.values())
+                for each in (forecast.capacity_low, forecast.capacity, forecast.capacity_high)
+            )
+            if forecast.survivable:
+                forecast = dataclasses.replace(forecast, capacity=capacity, capacity_low=low, capacity_high=high)
             if both and not forecast.survivable:
+                left = ranks[other] / sum(ranks.values())
                 forecast = dataclasses.replace(
                     forecast,
                     survivable=True,
                     prepared=True,
                     reason=f"the {other} pool does the work of both until a rank is back",
-                    moved_stall_ms=take_over_ms,
-                    capacity=ranks[other] / sum(ranks.values()),
+                    **dict.fromkeys(("moved_stall_ms", "moved_stall_low_ms", "moved_stall_high_ms"), take_over_ms),
+                    **dict.fromkeys(("capacity", "capacity_low", "capacity_high"), left),
                 )
             if both and pool == "prefill":
                 forecast = dataclasses.replace(forecast, stall_ms=0.0, stall_low_ms=0.0, stall_high_ms=0.0)
@@ -53,8 +60,11 @@ def _ranks(name: str, status: Status, *, both: bool) -> tuple[RankStatus, ...]:
     return tuple(ranks)
 
 
-def joint_status(prefill: Status, decode: Status, hand_over: HandOver, edges: tuple[EdgeStatus, ...]) -> Status:
-    """The status of both pools together, with that of each in short. It serves while one of them does."""
+def joint_status(
+    prefill: Status, decode: Status, hand_over: HandOver, edges: tuple[EdgeStatus, ...], *, ended: bool
+) -> Status:
+    """The status of both pools together, with that of each in short. It serves while one of them does, unless a loop
+    has `ended` by itself."""
     both = {"prefill": prefill, "decode": decode}
     sums = {name: getattr(prefill, name) + getattr(decode, name) for name in SUMMED}
     serves = all(status.axes for status in both.values())
@@ -68,7 +78,7 @@ def joint_status(prefill: Status, decode: Status, hand_over: HandOver, edges: tu
         **sums,
         epoch=max(prefill.epoch, decode.epoch),
         generation=max(prefill.generation, decode.generation),
-        ready=prefill.ready or decode.ready,
+        ready=(prefill.ready or decode.ready) and not ended,
         draining=prefill.draining or decode.draining,
         paused=prefill.paused and decode.paused,
         ranks=ranks,

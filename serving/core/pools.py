@@ -35,6 +35,9 @@ from serving.recovery.plan_catalog import pages_per_rank
 DRAIN_POLL_S = 0.02
 """Seconds between two looks whether all requests have ended."""
 
+OF_ONE_POOL = ("drain", "scale_down", "scale_up")
+"""Instructions about ranks of one pool, given by their numbers."""
+
 
 async def start_pools(stack: contextlib.AsyncExitStack, parts: ServerParts) -> "Pools":
     """The pools of a server, with all ranks under their first plans; they do not run yet. `stack` ends what was
@@ -89,6 +92,7 @@ class Pools:
             each.before_steps(self.hand_over.run)
             suspected = other.engine
             each.engine.suspects.elsewhere = lambda of=suspected: of.state.suspicion.incidents
+            each.engine.drop_elsewhere = suspected.drop
         prefill.engine.output_streams.on_abandoned = self._cancel
 
     @property
@@ -113,8 +117,8 @@ class Pools:
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, give running ones `grace_s` seconds to end, then end the loops and what is left."""
-        for each in self.loops:
-            each.refuse_requests()
+        self.prefill.refuse_requests()
+        self.decode.refuse_requests(reports=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 while any(each.engine.state.running or each.engine.state.waiting for each in self.loops):
@@ -122,12 +126,17 @@ class Pools:
         for each in self.loops:
             await each.drain(0.0)
 
+    @property
+    def _ended(self) -> MoejaxError | None:
+        """Why a loop has stopped by itself, if one has: the server then serves no request any more."""
+        return next((each.ended for each in self.loops if each.ended is not None), None)
+
     # -- Requests -----------------------------------------------------------------------------------------------
 
     async def stream(self, request: Request) -> AsyncIterator[Scored | Token | Finished]:
         """See `serving.protocol.backend.Backend.stream`."""
-        if (ended := next((each.ended for each in self.loops if each.ended is not None), None)) is not None:
-            raise ended
+        if self._ended is not None:
+            raise self._ended
         loop = self.decode if self.decode.serves and not self.prefill.serves else self.prefill
         if any(each.engine.state.find(request.id) for each in self.loops):
             raise InvalidRequest(f"request id {request.id!r} is in use. Choose another.", param="request_id")
@@ -200,7 +209,8 @@ class Pools:
 
     def status(self) -> Status:
         """See `serving.protocol.backend.Backend.status`."""
-        return joint_status(self.prefill.status(), self.decode.status(), self.hand_over, self.connected_edges())
+        both, edges = (self.prefill.status(), self.decode.status()), self.connected_edges()
+        return joint_status(*both, self.hand_over, edges, ended=self._ended is not None)
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """See `serving.protocol.backend.Backend.watch`."""
@@ -238,6 +248,12 @@ class Pools:
                 param="action",
             )
         concerned = self.loops
+        if instruction.action in OF_ONE_POOL and instruction.to is None and not (instruction.ranks or instruction.host):
+            raise InvalidRequest(
+                f"{instruction.action} names no ranks, and this server has two pools. Give the numbers of ranks of one "
+                "of them (`moejax status` lists them).",
+                param="ranks",
+            )
         if instruction.ranks:
             concerned = (self._of(instruction.ranks[0]),)
             other = [rank for rank in instruction.ranks if self._of(rank) is not concerned[0]]

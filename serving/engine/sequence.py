@@ -12,9 +12,9 @@ from serving.protocol.request import Request, RequestPhase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecoverableKV:
-    """KV entries of a lost rank that replicas hold: positions 0 .. count - 1, in `pages` of the KV replicas with these
-    numbers (serving/recovery/kv_replicas.py), one for each tp shard. `page_keys`: keys of the full pages. With `sent`
-    the rank is not lost: the request goes on in another pool."""
+    """KV entries of a request that replicas hold for another rank to restore: positions 0 .. count - 1, in `pages` of
+    the KV replicas with these numbers (serving/recovery/kv_replicas.py), one for each tp shard. `page_keys`: keys of
+    the full pages. Without `sent` their rank was lost; with it, it lives, and the request goes on in another pool."""
 
     replicas: tuple[int, ...]
     pages: tuple[int, ...]

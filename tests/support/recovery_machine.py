@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Awaitable, Callable
 
+from planner.inputs.cluster import Cluster
 from serving.config import Settings
 from serving.core.loop import Loop
 from serving.core.request_log import RequestLog
@@ -41,7 +42,8 @@ GRAMMAR = GrammarMatcher(byte_tokenizer(), PREPARED.vocab_size, PREPARED.stop_to
 
 
 class Machine:
-    """A server of fake ranks with requests on it; its front may take over the ranks of an `executor`."""
+    """A server of fake ranks with requests on it; its front may take over the ranks of an `executor`. With `beside` it
+    is the decode pool of a server whose prefill pool is that one."""
 
     def __init__(
         self,
@@ -50,10 +52,15 @@ class Machine:
         request_log: RequestLog | None = None,
         model: PreparedModel = PREPARED,
         weights_record: WeightsRecord | None = None,
+        beside: "Machine | None" = None,
     ) -> None:
         limits = Limits.of(settings, model.max_context, states=model.state_bytes > 0)
         self.executor = executor or FakeExecutor(limits.buckets, max_pages=limits.max_pages)
-        events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
+        events, cluster = EventLog(), None
+        if beside is not None:
+            events, whole = beside.loop.events, Cluster.local(2 * settings.ranks)
+            cluster = dataclasses.replace(whole, devices=whole.devices[settings.ranks :])
+        step_stats, wake = StepStats(settings, model.info()), asyncio.Event()
         self.failover = Failover(
             settings,
             model,
@@ -62,6 +69,8 @@ class Machine:
             events=events,
             expert_load=lambda: step_stats.expert_load,
             wake=wake.set,
+            cluster=cluster,
+            kv_replicas=None if beside is None else beside.failover.kv_replicas,
             weights=FIRST_WEIGHTS if weights_record is None else weights_record.load(),
             weights_record=weights_record,
         )
@@ -78,6 +87,7 @@ class Machine:
             events=events,
             step_stats=step_stats,
             wake=wake,
+            output_streams=None if beside is None else beside.loop.engine.output_streams,
         )
         self.requests = [small_request(f"r{i}", range(i, i + 12), max_tokens=24, seed=i) for i in range(6)]
         self.tokens: dict[str, list[int]] = {request.id: [] for request in self.requests}

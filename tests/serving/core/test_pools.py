@@ -1,17 +1,29 @@
 """Two pools as one server: what is refused, and what status and forecasts say of both."""
 
+import asyncio
+import collections
+import contextlib
 import dataclasses
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+import serving.recovery.rendezvous
+from serving.cli.tables import _ranges_of
 from serving.config import Settings
 from serving.core.pool_status import joint_forecasts, joint_status
+from serving.core.pools import Pools
 from serving.core.start import pool_ranks
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, MoejaxError
+from serving.protocol.events import EventKind
+from serving.protocol.instructions import Instruction
 from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
+from simulation.hand_model import small_request
 from tests.support.fake_backend import FakeBackend
+from tests.support.fake_executor import FakeCoordinator
+from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
 
 FORECAST = LossForecast(
     kind="rank",
@@ -28,6 +40,7 @@ FORECAST = LossForecast(
     capacity=0.5,
     traffic_lost=0.0,
 )
+POOL = {"ranks": 2, "pages_per_rank": 40, "kv_replication": "memory"}
 LOSS = LossCost(survivable=False, prepared=False, stall_ms=9.0, experts_to_load=0, traffic=1.0, measured=False)
 
 
@@ -73,7 +86,7 @@ def test_the_first_ranks_compute_prompts(sizes: dict[str, int]) -> None:
 
 def test_one_status_has_the_ranks_of_both_pools_and_their_sums() -> None:
     moved = cast(Any, SimpleNamespace(sent=5, returned=1))
-    both = joint_status(status(0, running=1, waiting=2), status(1, running=3, waiting=0), moved, ())
+    both = joint_status(status(0, running=1, waiting=2), status(1, running=3, waiting=0), moved, (), ended=False)
     assert [(rank.id, rank.role) for rank in both.ranks] == [(0, "prefill"), (1, "decode")]
     assert (both.running, both.waiting, both.requests_sent, both.requests_returned) == (4, 2, 5, 1)
     assert [(pool.name, pool.running, pool.ranks) for pool in both.pools] == [("prefill", 1, 1), ("decode", 3, 1)]
@@ -88,6 +101,7 @@ def test_a_loss_of_all_ranks_of_a_pool_is_survived_only_while_the_other_one_serv
     found = {"prefill": [FORECAST, last], "decode": [last]}
     prefill, alone, decode = joint_forecasts(found, ranks={"prefill": 1, "decode": 3}, take_over_ms=80.0)
     assert (prefill.kind, prefill.stall_ms, prefill.moved_stall_ms) == ("prefill_rank", 0.0, 70.0)
+    assert prefill.capacity == (0.5 * 1 + 3) / 4, "its pool has half, the other three quarters of the ranks all"
     assert alone.survivable
     assert "decode pool" in alone.reason
     assert (alone.capacity, alone.moved_stall_ms) == (0.75, 80.0)
@@ -95,3 +109,91 @@ def test_a_loss_of_all_ranks_of_a_pool_is_survived_only_while_the_other_one_serv
     (decode,) = joint_forecasts({"prefill": [], "decode": [last]}, ranks={"prefill": 0, "decode": 1}, take_over_ms=80.0)
     assert not decode.survivable
     assert decode.reason == "none left"
+
+
+def test_a_forecast_has_the_ends_of_its_figures_as_the_table_shows_them() -> None:
+    ends = {"moved_stall_low_ms": 60.0, "moved_stall_high_ms": 90.0, "capacity_low": 0.25, "capacity_high": 0.75}
+    ranged = dataclasses.replace(FORECAST, range_source="measured", **ends)
+    last = dataclasses.replace(FORECAST, survivable=False, range_source="measured", capacity=0.0)
+    found = {"prefill": [ranged, last], "decode": []}
+    for forecast in joint_forecasts(found, ranks={"prefill": 2, "decode": 2}, take_over_ms=80.0):
+        assert forecast.moved_stall_low_ms <= forecast.moved_stall_ms <= forecast.moved_stall_high_ms
+        assert forecast.capacity_low <= forecast.capacity <= forecast.capacity_high
+    one, all_of_them = joint_forecasts(found, ranks={"prefill": 2, "decode": 2}, take_over_ms=80.0)
+    assert _ranges_of(one)[2] == "62-88%"
+    assert _ranges_of(all_of_them)[1:] == ("80.0", "50%")
+
+
+@contextlib.asynccontextmanager
+async def two_pools() -> AsyncIterator[Pools]:
+    """A server of two pools on fake ranks, which serves."""
+    settings = Settings(**{**vars(SETTINGS), **POOL})
+    prefill = Machine(settings)
+    decode = Machine(settings, beside=prefill)
+    both = (prefill, decode)
+    for each in both:
+        await each.failover.start()
+    pools = Pools(prefill.loop, decode.loop)
+    pools.start()
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield pools
+    finally:
+        await pools.drain(0.0)
+        for each in both:
+            await each.failover.close()
+
+
+async def read(pools: Pools, request_id: str) -> list[Any]:
+    """The items of a request, and the error that it ended with."""
+    items: list[Any] = []
+    try:
+        async for item in pools.stream(small_request(request_id, range(12), max_tokens=60)):
+            items.append(item)
+    except MoejaxError as error:
+        items.append(error)
+    return items
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_loop_that_ends_by_itself_ends_every_request_once_and_the_server_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+
+    def broken() -> None:
+        raise ValueError("no such thing")
+
+    async def play() -> None:
+        async with two_pools() as pools:
+            clients = [asyncio.create_task(read(pools, f"r{nth}")) for nth in range(3)]
+            while len(pools.decode.engine.state.running) < 2:  # the third waits for its replica
+                await asyncio.sleep(0)
+            late = asyncio.create_task(read(pools, "late"))
+            await asyncio.sleep(0)
+            assert pools.status().ready
+            monkeypatch.setattr(pools.loops[which].engine, "expire", broken)
+            ended = await asyncio.gather(*clients, late)
+            assert ["no such thing" in str(items[-1]) for items in ended] == [True] * 4
+            assert not pools.status().ready
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            status = pools.status()
+            assert (status.running, status.waiting) == (0, 0), "requests without a reader run on"
+            assert (status.failed, status.finished) == (4, 0)
+
+    asyncio.run(play())
+
+
+def test_operations_are_about_ranks_of_one_pool_and_a_drain_is_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+
+    async def play() -> collections.Counter[str]:
+        async with two_pools() as pools:
+            for action in ("scale_up", "scale_down", "drain"):
+                with pytest.raises(InvalidRequest, match="Give the numbers of ranks") as refused:
+                    await pools.apply(Instruction(action=action))
+                assert refused.value.param == "ranks"
+        return collections.Counter(str(event.kind) for event in pools.prefill.events.retained())
+
+    assert asyncio.run(play())[EventKind.DRAINING] == 1
