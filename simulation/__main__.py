@@ -8,8 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from simulation.figures import Figures, Record, code_digest, parts, total
 from simulation.run import Outcome, run
@@ -82,6 +83,9 @@ def _run_all(options: argparse.Namespace, modes: tuple[Mode, ...]) -> int:
                     record.add(first, number, figures)
                 if options.record is not None:
                     print(f"seeds {first} to {first + figures.seeds - 1}: {figures.line()}", flush=True)
+            else:
+                for failing in figures.failing:
+                    _print_recorded(failing)
             done.append(figures)
             if figures.failing and not options.keep_going:
                 break
@@ -136,7 +140,18 @@ def _print_failure(outcome: Outcome, *, shrinks: bool) -> None:
     print("\n".join(outcome.trace[max(0, until - TRACE_LINES) : until + 10]))
     for violation in outcome.violations:
         print(f"broken: {violation}")
-    print(f"again: python -m simulation --seed {scenario.seed} --mode {scenario.mode}")
+    print(_again(scenario.seed, scenario.mode))
+
+
+def _print_recorded(failing: Mapping[str, Any]) -> None:
+    """Print a failing seed of a part that has run before."""
+    seed, mode = failing["seed"], failing["mode"]
+    print(f"seed {seed} ({mode}) breaks a law: {failing['violations'][0]}\n{_again(seed, mode)}")
+
+
+def _again(seed: int, mode: str) -> str:
+    """The line that says how a seed is run once more."""
+    return f"again: python -m simulation --seed {seed} --mode {mode}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The figures of many runs, and the record of the parts of a range of seeds that have run."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,8 +86,7 @@ class Record:
         self._file = file
         self._key = {"modes": list(modes), "code": code}
         self._done: dict[tuple[int, int], Figures] = {}
-        for line in file.read_text().splitlines() if file is not None and file.exists() else ():
-            part = json.loads(line)
+        for part in _recorded(file) if file is not None and file.exists() else ():
             if {name: part[name] for name in self._key} == self._key:
                 self._done[part["first"], part["number"]] = Figures(**part["figures"])
 
@@ -99,8 +99,18 @@ class Record:
         self._done[first, number] = figures
         if self._file is not None:
             part = {"first": first, "number": number, **self._key, "figures": dataclasses.asdict(figures)}
+            text = self._file.read_text() if self._file.exists() else ""
+            ends = "\n" if text and not text.endswith("\n") else ""  # a line that was cut short
             with self._file.open("a") as out:
-                out.write(json.dumps(part) + "\n")
+                out.write(f"{ends}{json.dumps(part)}\n")
+
+
+def _recorded(file: Path) -> Iterator[dict[str, Any]]:
+    """The parts in a file. A line that was cut short, since whoever wrote it was ended, counts as none: its part runs
+    once more."""
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def code_digest(root: Path) -> str:

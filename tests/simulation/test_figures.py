@@ -31,6 +31,29 @@ def test_a_part_that_has_run_counts_for_the_same_code_and_modes_alone(tmp_path: 
     assert Record(file, ("liveness",), "a").figures_of(4, 3) is None
 
 
+def test_a_line_that_was_cut_short_counts_as_none_and_the_next_part_has_a_line_of_its_own(tmp_path: Path) -> None:
+    file, figures = tmp_path / "record", Figures(seeds=3, tokens=7)
+    for first in (0, 3):
+        Record(file, ("safety",), "a").add(first, 3, figures)
+    file.write_text(file.read_text()[:-9])
+    again = Record(file, ("safety",), "a")
+    assert (again.figures_of(0, 3), again.figures_of(3, 3)) == (figures, None)
+    again.add(3, 3, figures)
+    whole = Record(file, ("safety",), "a")
+    assert (whole.figures_of(0, 3), whole.figures_of(3, 3)) == (figures, figures)
+
+
+def test_a_part_that_has_run_names_its_failing_seeds_once_more(tmp_path: Path, capsys) -> None:
+    failing = [{"seed": seed, "mode": "safety", "violations": ["a token came twice"]} for seed in (1, 2)]
+    record = tmp_path / "record"
+    Record(record, ("safety",), code_digest(ROOT)).add(0, 3, Figures(seeds=3, failing=failing))
+    assert command.main(["--seeds", "3", "--mode", "safety", "--keep-going", "--record", str(record)]) == 1
+    said = capsys.readouterr().out
+    for seed in (1, 2):
+        assert f"seed {seed} (safety) breaks a law: a token came twice" in said
+        assert f"again: python -m simulation --seed {seed} --mode safety" in said
+
+
 def test_figures_add_up() -> None:
     one = Figures(seeds=1, seconds=2.0, tokens=3, virtual_seconds=4.0, faults={"crash": 1})
     two = Figures(seeds=10, seconds=20.0, tokens=30, virtual_seconds=40.0, faults={"crash": 1, "hang": 5})
