@@ -82,8 +82,10 @@ class TakeOver:
             served = {rank: held for rank, held in served.items() if rank not in lost}
             goes_on = False
         self._generations.suspend((), "nobody is left to join")  # a plan may have come into force before they died
-        for rank in sorted(self._state.membership.ready):
+        ready = sorted(self._state.membership.ready)
+        for rank in ready:
             self._executor.declare(rank, Cause("error", "nobody is left to join"), clock.now())
+        await asyncio.gather(*map(self._executor.fenced, ready))  # they are started again
         return False
 
     def take_known_pages(self) -> dict[int, dict[int, PageKey]]:

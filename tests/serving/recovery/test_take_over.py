@@ -128,6 +128,36 @@ def test_a_rank_that_is_lost_before_the_others_have_attached_is_not_counted_on(s
     asyncio.run(asyncio.wait_for(scenario(), 60.0))
 
 
+def test_ranks_that_had_not_served_have_ended_before_they_are_started_again() -> None:
+    class Slow(FakeExecutor):
+        """Its lost ranks end a while after they were killed."""
+
+        async def fenced(self, rank: int) -> None:
+            await super().fenced(rank)
+            await asyncio.sleep(0.01)
+            self.log.append((rank, "fenced"))
+
+        def spawn(self, rank: int):
+            self.log.append((rank, "spawn"))
+            return super().spawn(rank)
+
+    async def scenario() -> None:
+        first = Machine(SETTINGS)
+        executor = Slow(first.executor._buckets, max_pages=first.executor._max_pages)
+        for rank in range(SETTINGS.ranks):
+            executor.spawn(rank)
+        executor.log.clear()
+        front = Machine(SETTINGS, executor)
+        await front.failover.start()
+        starts = [each for each in executor.log if each[1] in ("fenced", "spawn")]
+        assert sorted(starts[: SETTINGS.ranks]) == [(rank, "fenced") for rank in range(SETTINGS.ranks)]
+        assert sorted(starts[SETTINGS.ranks :]) == [(rank, "spawn") for rank in range(SETTINGS.ranks)]
+        assert front.failover.plan_ranks == (0, 1, 2)
+        await front.failover.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60.0))
+
+
 def test_ranks_that_die_once_their_plan_is_in_force_do_not_count_as_lost_when_all_are_started_again() -> None:
     class Dying(FakeExecutor):
         """All ranks end when the second front connects them."""
