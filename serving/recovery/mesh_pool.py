@@ -115,24 +115,15 @@ class MeshPool:
                 task.result()
 
     async def build(self, key: MeshKey) -> None:
-        """Compile and load a mesh that was not prepared ahead, before all others. Raises RankLost or CommandFailed."""
-        compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
-        async with self._losing_silent(compilers, "compile", COMPILE_TIMEOUT_S):
-            await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
+        """Compile and load a mesh that was not prepared ahead, before all others. Raises RankLost, CommandFailed or
+        TimeoutError."""
+        await self._compile_one(key)
         await self.load(key, urgent=True)
 
     async def load(self, key: MeshKey, *, urgent: bool = False) -> None:
         """Load the executables of a mesh on all its ranks; `urgent` while the server waits for it. Raises RankLost or
-        CommandFailed, and TimeoutError when it is urgent."""
-        if len({self._build_of(rank) for rank in key.ranks}) > 1:  # an upgrade: other code has other programs
-            compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
-            await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
-        prepare = dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent))
-        if not urgent:
-            await self._executor.call_all("prepare", prepare)
-            return
-        async with self._losing_silent(key.ranks, "prepare", LOAD_TIMEOUT_S):
-            await self._executor.call_all("prepare", prepare)
+        CommandFailed, and TimeoutError when it is urgent, or ranks with other code do not compile in time."""
+        await self._load(key, urgent=urgent, limit_s=LOAD_TIMEOUT_S if urgent else None)
 
     def load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         """Load these meshes in the background, after what is missing of the mesh in force; each is in `loaded` then."""
@@ -161,27 +152,42 @@ class MeshPool:
 
     @contextlib.asynccontextmanager
     async def _losing_silent(
-        self, ranks: Collection[int], what: str, limit_s: float, *, after_s: float = 0.0
+        self, ranks: Collection[int], what: str, limit_s: float | None, *, after_s: float = 0.0
     ) -> AsyncIterator[None]:
-        """A block in which these ranks are called. After `limit_s` seconds it ends with TimeoutError, and ranks that
-        have not answered `after_s` seconds later are lost, where others have."""
+        """A block in which these ranks are called. After `limit_s` seconds, if there is a limit, it ends with
+        TimeoutError, and ranks that have not answered `after_s` seconds later are lost, where others have."""
         try:
             async with asyncio.timeout(limit_s):
                 yield
         except TimeoutError:
             await asyncio.sleep(after_s)
-            self._executor.lose_unanswered(ranks, what, f"no answer to {what} within {limit_s} s", unless_all=True)
-            raise
+            why = f"no answer to {what} within {limit_s} s"
+            self._executor.lose_unanswered(ranks, what, why, unless_all=True)
+            raise TimeoutError(why) from None
+
+    async def _compile_one(self, key: MeshKey) -> None:
+        """Compile what is missing of one mesh, on one of the ranks that share a store of executables and the code.
+        Raises RankLost, CommandFailed or TimeoutError."""
+        compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
+        async with self._losing_silent(compilers, "compile", COMPILE_TIMEOUT_S):
+            await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
+
+    async def _load(self, key: MeshKey, *, urgent: bool, limit_s: float | None) -> None:
+        """As `load`; ranks have `limit_s` seconds to load, and no limit without it."""
+        if len({self._build_of(rank) for rank in key.ranks}) > 1:  # an upgrade: other code has other programs
+            await self._compile_one(key)
+        prepare = dict.fromkeys(key.ranks, link_pb2.Prepare(mesh=key.message(), urgent=urgent))
+        async with self._losing_silent(key.ranks, "prepare", limit_s):
+            await self._executor.call_all("prepare", prepare)
 
     async def _load_ahead(self, current: MeshKey, keys: Iterable[MeshKey]) -> None:
         for key in (current, *keys):
             try:
-                async with self._losing_silent(key.ranks, "prepare", AHEAD_TIMEOUT_S):
-                    await self.load(key)
+                await self._load(key, urgent=False, limit_s=AHEAD_TIMEOUT_S)
             except (RankLost, CommandFailed):
                 continue
-            except TimeoutError:
-                self._log(f"the mesh of ranks {key.ranks} is not loaded ahead: no answer within {AHEAD_TIMEOUT_S} s")
+            except TimeoutError as error:
+                self._log(f"the mesh of ranks {key.ranks} is not loaded ahead: {error}")
                 continue
             if key != current:
                 self._state.record(MeshLoaded(key))

@@ -13,6 +13,7 @@ from serving.proto.moejax.v1 import link_pb2
 from serving.recovery.membership_events import GenerationOpened, MeshLoaded
 from serving.recovery.mesh_pool import MeshPool
 from serving.recovery.recovery_state import RecoveryState
+from simulation.virtual_time import VirtualTimeLoop
 
 ALL, NONE_LOST = MeshKey((0, 1, 2), 4), MeshKey((0, 1), 4)
 
@@ -194,6 +195,51 @@ def test_ranks_that_run_other_code_compile_their_programs_before_a_mesh_with_the
         assert [what for _, what, _ in ranks.calls][3:] == ["compile", "compile", "prepare", "prepare", "prepare"]
 
     run(case)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_rank_that_hangs_while_it_compiles_in_an_upgrade_is_lost(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    monkeypatch.setattr(serving.recovery.mesh_pool, "COMPILE_TIMEOUT_S", 0.02)
+
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.builds, ranks.hanging = {2: "other"}, {2}
+        async with asyncio.timeout(60):
+            if ahead:
+                pool.load_ahead(NONE_LOST, [ALL])
+                while pool.loading:
+                    await asyncio.sleep(0)
+            else:
+                with pytest.raises(TimeoutError, match="no answer to compile"):
+                    await pool.load(ALL, urgent=True)
+        assert ranks.silent == [(2, "compile")]
+        assert not state.membership.loaded
+
+    run(case)
+
+
+def test_to_compile_in_an_upgrade_is_no_part_of_the_time_to_load_ahead() -> None:
+    class Slow(Ranks):
+        async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+            if what == "compile":
+                await asyncio.sleep(2 * serving.recovery.mesh_pool.AHEAD_TIMEOUT_S)
+            return await super().call(rank, what, message)
+
+    async def case() -> None:
+        ranks, state, said = Slow(), RecoveryState(), list[str]()
+        ranks.builds = {2: "other"}
+        pool = MeshPool(ranks, state, said.append)  # type: ignore[arg-type]
+        pool.load_ahead(NONE_LOST, [ALL])
+        while pool.loading:
+            await asyncio.sleep(1.0)
+        assert list(state.membership.loaded) == [ALL], said
+
+    loop = VirtualTimeLoop(max_turns=10_000)
+    try:
+        loop.run_until_complete(case())
+    finally:
+        loop.close()
 
 
 def test_a_loaded_mesh_is_taken_once_in_the_order_of_loading() -> None:
