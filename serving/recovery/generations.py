@@ -56,7 +56,8 @@ class Generations:
         return phases
 
     async def open(self, ranks: tuple[int, ...], pages_used: dict[int, int]) -> None:
-        """Form a new generation of these ranks, which have no plan in it yet. Raises as `start` does."""
+        """Form a new generation of these ranks, which have no plan in it yet. Raises as `start` does. A rank is JOINING
+        only once all have answered: until then none has left the present generation, or waits for another."""
         generation = self._state.membership.generation + 1
         processes = {rank: self._executor.get(rank) for rank in ranks}
         await self._rendezvous.open(ranks, generation)
@@ -64,6 +65,7 @@ class Generations:
             if process is None or process.loss is not None or self._executor.get(rank) is not process:
                 await self._rendezvous.abandon()
                 raise RankLost(rank, "it ended before its generation was opened")
+        await self._rendezvous.ping_all()
         self._state.record(GenerationOpened(generation, ranks))
         await self._rendezvous.join_all(pages_used)
 

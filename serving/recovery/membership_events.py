@@ -106,7 +106,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class GenerationOpened:
-    """A new generation of these ranks is being formed."""
+    """A new generation of these ranks is being formed; they have all answered that they can enter it."""
 
     number: int
     ranks: tuple[int, ...]

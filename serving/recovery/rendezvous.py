@@ -5,6 +5,7 @@ import asyncio
 import collections
 import os
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import Cause
@@ -13,7 +14,10 @@ from serving.launch.coordinator import Coordinator
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 
+PING_TIMEOUT_S = 30.0
+"""Seconds that ranks have to end what they do, and to answer that they can enter a generation."""
 JOIN_TIMEOUT_S = 30.0
+"""Seconds that ranks have to enter a generation once all have answered that they can."""
 RETURN_S = 1.0
 """Seconds that ranks have to answer once the coordination service is stopped. One that waits for the others inside of
 JAX's client does not come back from it, and is lost with the one that it waits for. So each is asked first whether its
@@ -47,7 +51,8 @@ class Rendezvous:
         return len(self._spare_ids)
 
     async def open(self, ranks: tuple[int, ...], generation: int) -> None:
-        """Start the coordination service of a generation, which has these ranks; they enter with `join_all`."""
+        """Start the coordination service of a generation, which has these ranks; they enter with `join_all`, once
+        all have answered (`ping_all`)."""
         self._previous = self.coordinator
         if self._monitoring is not None:
             self._monitoring.cancel()
@@ -64,28 +69,22 @@ class Rendezvous:
             if service is not None:
                 await service.stop()
 
+    async def ping_all(self) -> None:
+        """Wait until every rank of the generation has answered that it can enter it. Raises RankLost, CommandFailed or
+        TimeoutError; then no rank has begun to enter, and none waits for another."""
+        try:
+            await self._call_all("ping", dict.fromkeys(self._process_ids, link_pb2.Ping()), PING_TIMEOUT_S)
+        except (RankLost, CommandFailed, TimeoutError):
+            await self.abandon()
+            raise
+
     async def join_all(self, pages_used: Mapping[int, int]) -> None:
         """Have every rank of the generation enter it; each keeps as many pages of its cache, from the first on, as
-        `pages_used` says. Raises RankLost, CommandFailed or TimeoutError."""
-        assert self.coordinator is not None
-        ranks = tuple(self._process_ids)
-        waits_for = "ping"
+        `pages_used` says. Raises RankLost, CommandFailed or TimeoutError; then ranks may wait for others in JAX."""
+        joins = {rank: self._join_message(pages_used.get(rank, 0)) for rank in self._process_ids}
         try:
-            async with asyncio.timeout(JOIN_TIMEOUT_S):
-                await self._executor.call_all("ping", dict.fromkeys(ranks, link_pb2.Ping()))
-                waits_for = "join"
-                joins = {rank: self._join_message(pages_used.get(rank, 0)) for rank in ranks}
-                await self._executor.call_all("join", joins)
+            await self._call_all("join", joins, JOIN_TIMEOUT_S, return_s=RETURN_S)
             self._join_failures.clear()
-        except (RankLost, CommandFailed, TimeoutError) as error:
-            await self.coordinator.stop()
-            if isinstance(error, CommandFailed):
-                self._count_join_failure(error)
-            if isinstance(error, TimeoutError):
-                await asyncio.sleep(RETURN_S if waits_for == "join" else 0.0)
-                why = f"no answer to {waits_for} within {JOIN_TIMEOUT_S:g} s"
-                self._executor.lose_unanswered(ranks, waits_for, why)
-            raise
         finally:
             if self._previous is not None:
                 await self._previous.stop()
@@ -110,8 +109,26 @@ class Rendezvous:
         """Stop the coordination service."""
         if self._monitoring is not None:
             self._monitoring.cancel()
-        if self.coordinator is not None:
+        await self.abandon()
+
+    async def _call_all(self, what: str, messages: Mapping[int, Any], limit_s: float, *, return_s: float = 0.0) -> None:
+        """Call ranks of the generation. If one fails the coordination service ends; after `limit_s` seconds, and
+        `return_s` more, ranks that have not answered are lost. Raises RankLost, CommandFailed or TimeoutError."""
+        assert self.coordinator is not None
+        ranks, why = tuple(messages), f"no answer to {what} within {limit_s:g} s"
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._executor.call_all(what, messages)
+        except (RankLost, CommandFailed) as error:
             await self.coordinator.stop()
+            if isinstance(error, CommandFailed):
+                self._count_join_failure(error)
+            raise
+        except TimeoutError:
+            await self.coordinator.stop()
+            await asyncio.sleep(return_s)
+            self._executor.lose_unanswered(ranks, what, why)
+            raise TimeoutError(why) from None
 
     def _join_message(self, pages_used: int) -> link_pb2.Join:
         assert self.coordinator is not None

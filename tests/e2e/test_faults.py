@@ -296,7 +296,7 @@ def test_a_server_that_lets_nobody_operate_it_says_so() -> None:
 
 def test_a_rank_that_is_stuck_when_a_generation_is_formed_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others would wait for it inside of JAX, from where they do not come back."""
-    monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(serving.recovery.rendezvous, "PING_TIMEOUT_S", 3.0)
     settings = {"buckets": FEW_BUCKETS, "lattice_depth": 1}
     with Server(model=str(TINY), ranks=3, **settings) as server, Client(server) as client:
         assert server.app is not None

@@ -45,6 +45,48 @@ def test_a_rank_lost_while_its_generation_is_opened_does_not_enter_it(monkeypatc
     asyncio.run(case())
 
 
+def test_when_a_serving_rank_is_stuck_the_replacement_that_answers_is_not_lost_with_it(monkeypatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # no spare process ids: a replacement needs a new generation
+    monkeypatch.setattr(serving.recovery.rendezvous, "PING_TIMEOUT_S", 0.05)
+
+    class Stuck(FakeExecutor):
+        """The first process of rank 0 does not answer Ping once the replacement of rank 1 is there."""
+
+        first_pids = 1 << 30
+        stuck = 0
+
+        async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+            if what == "ping" and self._ranks[rank].process.pid == self.stuck and self._pids > self.first_pids:
+                await asyncio.Event().wait()
+            return await super().call(rank, what, message)
+
+        def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
+            super().lose_unanswered((0,), what, why)
+
+    async def case() -> None:
+        buckets = Machine(SETTINGS).executor
+        executor = Stuck(buckets._buckets, max_pages=buckets._max_pages)
+        m = Machine(SETTINGS, executor)
+        await m.failover.start()
+        executor.first_pids, executor.stuck = executor._pids, executor._ranks[0].process.pid
+        m.loop.start()
+        clients = [asyncio.create_task(m.read(request)) for request in m.requests]
+        await m.begun(2)
+        executor.kill(1)
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*clients)
+            while set(m.failover.plan_ranks) != {0, 1, 2} or m.failover.membership.losses:
+                await asyncio.sleep(0.001)
+        events = m.loop.events.retained()
+        assert "rejoin_failed" in [event.kind for event in events]
+        assert [event.rank for event in events if event.kind == "rank_lost"] == [1, 0]
+        assert executor._pids == executor.first_pids + 2, "the replacement of rank 1 was lost, too"
+        await m.loop.drain(0.0)
+        await m.failover.close()
+
+    asyncio.run(case())
+
+
 def test_a_replacement_that_is_not_ready_in_time_is_lost(monkeypatch) -> None:
     async def case() -> None:
         m = Machine(Settings(**{**vars(SETTINGS), "start_timeout_s": 0.01}))

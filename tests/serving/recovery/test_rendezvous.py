@@ -8,7 +8,14 @@ import pytest
 import serving.recovery.rendezvous
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
-from serving.recovery.rendezvous import MAX_JOIN_FAILURES, SPARE_PROCESS_IDS, Rendezvous
+from serving.recovery.rendezvous import (
+    JOIN_TIMEOUT_S,
+    MAX_JOIN_FAILURES,
+    PING_TIMEOUT_S,
+    SPARE_PROCESS_IDS,
+    Rendezvous,
+)
+from simulation.virtual_time import VirtualTimeLoop
 from tests.support.fake_executor import FakeCoordinator
 from tests.support.waiting import until
 
@@ -61,6 +68,12 @@ def run(case: Callable[[Rendezvous, Ranks, list[str]], Awaitable[None]]) -> None
             await rendezvous.close()
 
     asyncio.run(whole())
+
+
+async def enter(rendezvous: Rendezvous) -> None:
+    """Have the ranks of a generation answer, then enter it."""
+    await rendezvous.ping_all()
+    await rendezvous.join_all({})
 
 
 def joins(ranks: Ranks) -> dict[int, link_pb2.Join]:
@@ -142,16 +155,56 @@ def test_one_success_forgets_the_failures_before_it() -> None:
 def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(
     monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(serving.recovery.rendezvous, f"{fails.upper()}_TIMEOUT_S", 0.2)
 
     async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
         ranks.silent, ranks.fails = {1}, fails
         await rendezvous.open((0, 1), 1)
-        with pytest.raises(TimeoutError):
-            await rendezvous.join_all({})
+        with pytest.raises(TimeoutError, match=f"no answer to {fails} within 0.2 s"):
+            await enter(rendezvous)
         assert ranks.declared == [1]
         assert bool(joins(ranks)) == (fails == "join"), "a rank waited for one that is stuck"
         await until(lambda: exits)
+
+    run(case)
+
+
+def test_a_rank_that_was_busy_until_the_end_of_the_time_to_answer_has_all_of_the_time_to_join() -> None:
+    class Busy(Ranks):
+        async def call(self, rank: int, what: str, message) -> None:
+            await asyncio.sleep(0.9 * (PING_TIMEOUT_S if what == "ping" else JOIN_TIMEOUT_S))
+            await super().call(rank, what, message)
+
+    async def case() -> None:
+        ranks = Busy()
+        rendezvous = Rendezvous(ranks, "127.0.0.1", lambda how: None)  # type: ignore[arg-type]
+        await rendezvous.open((0, 1), 1)
+        await enter(rendezvous)
+        assert set(joins(ranks)) == {0, 1}
+        assert ranks.declared == []
+        await rendezvous.close()
+
+    loop = VirtualTimeLoop(max_turns=1_000)
+    try:
+        loop.run_until_complete(case())
+    finally:
+        loop.close()
+
+
+def test_a_generation_that_is_given_up_before_a_rank_enters_it_leaves_no_service() -> None:
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        await enter(rendezvous)
+        before = rendezvous.coordinator
+        ranks.lost, ranks.fails = {1}, "ping"
+        await rendezvous.open((0, 1), 2)
+        with pytest.raises(RankLost):
+            await enter(rendezvous)
+        for service in (before, rendezvous.coordinator):
+            assert service is not None
+            async with asyncio.timeout(10.0):
+                await service.process.wait()
+        assert ranks.declared == []
 
     run(case)
 
