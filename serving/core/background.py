@@ -2,12 +2,15 @@
 maintenance of the journal."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
+from serving.core.engine_shell import EngineShell
 from serving.core.request_log import RequestLog
 from serving.errors import MoejaxError
 from serving.protocol import clock
+from serving.protocol.events import EventKind
 from serving.protocol.instructions import DeviceError
 
 DEVICE_ERRORS_POLL_S = 0.2
@@ -16,6 +19,47 @@ JOURNAL_POLL_S = 0.25
 """Seconds between two rounds of journal maintenance."""
 COMPACTION_PAUSE_S = 0.0002
 """Seconds of pause after each record of a compaction, in which steps have the interpreter to themselves."""
+
+
+class Background:
+    """The tasks beside the steps of one server, until its loop ends them. `report` takes errors of its devices."""
+
+    def __init__(self, engine: EngineShell, report: Callable[[DeviceError], object]) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+        self._engine = engine
+        self._report = report
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine beside the steps."""
+        self.tasks.append(asyncio.create_task(work))
+
+    def start(self, *, keeps_log: bool) -> None:
+        """Begin all that the settings ask for; the maintenance of the journal with `keeps_log` alone."""
+        engine, failover, settings = self._engine, self._engine.failover, self._engine.settings
+        if engine.request_log.enabled and keeps_log:
+            self.begin(maintain_journal(engine.request_log, self._on_journal_change, settings.journal_sync_s))
+        if settings.scrub_s:
+            self.begin(scrub_weights(self._slots_per_rank, engine.maintenance.repair.inspect_next, settings.scrub_s))
+        if settings.rebalance == "auto":
+            self.begin(engine.rebalancing.watch(settings.rebalance_bound, settings.rebalance_interval_s))
+        if settings.device_errors:
+            path = Path(settings.device_errors)
+            self.begin(follow_device_errors(path, self._report, self._on_unreadable_device_error))
+        if settings.parity:
+            self.begin(failover.parity.maintain(lambda: None if failover.membership.losses else failover.settled_plan))
+
+    def _slots_per_rank(self) -> int:
+        plan = self._engine.failover.plan
+        return plan.moe_layers * plan.slots_per_rank if plan is not None else 0
+
+    def _on_unreadable_device_error(self, text: str) -> None:
+        engine = self._engine
+        engine.events.emit(EventKind.DEVICE_ERROR, engine.failover.epoch, message=f"not understood: {text}")
+
+    def _on_journal_change(self, write_error: str | None) -> None:
+        engine = self._engine
+        kind = EventKind.JOURNAL_BACK if write_error is None else EventKind.JOURNAL_FAILED
+        engine.events.emit(kind, engine.failover.epoch, cause=write_error or "")
 
 
 async def scrub_weights(slots: Callable[[], int], inspect: Callable[[int], Awaitable[None]], period_s: float) -> None:

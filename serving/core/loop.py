@@ -5,13 +5,11 @@ It implements `serving.protocol.backend.Backend`.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 
 from planner.plan.deployment import Deployment
 from serving.config import Settings
-from serving.core.background import follow_device_errors, maintain_journal, scrub_weights
+from serving.core.background import Background
 from serving.core.control import Control
 from serving.core.due_work import DueWorker
 from serving.core.engine_shell import EngineShell
@@ -93,7 +91,7 @@ class Loop:
         self._ended: MoejaxError | None = None
         self._due_checked_at = 0.0
         self._task: asyncio.Task[None] | None = None
-        self._background: list[asyncio.Task[None]] = []
+        self._background = Background(self.engine, self._control.report)
         self.upgrades: Upgrades | None = None
         """None where processes cannot be replaced under their clients: without a supervisor, or without edges."""
         self.connected_edges: Callable[[], tuple[EdgeStatus, ...]] = tuple
@@ -103,7 +101,7 @@ class Loop:
     def tasks(self) -> list[asyncio.Task[None]]:
         """All tasks of this loop."""
         main = [self._task] if self._task is not None else []
-        return [*main, *self._background, *self.engine.replacements.tasks]
+        return [*main, *self._background.tasks, *self.engine.replacements.tasks]
 
     @property
     def step_stats(self) -> tuple[StepStats, ...]:
@@ -136,22 +134,9 @@ class Loop:
         if settings.restart:  # a front that takes over ranks may lack some
             for rank in failover.plans.base.rank_ids:
                 engine.replace(rank)
-        if engine.request_log.enabled and keeps_log:
-            self._begin(maintain_journal(engine.request_log, self._on_journal_change, settings.journal_sync_s))
-        if settings.scrub_s:
-            self._begin(scrub_weights(self._slots_per_rank, engine.maintenance.repair.inspect_next, settings.scrub_s))
-        if settings.rebalance == "auto":
-            self._begin(engine.rebalancing.watch(settings.rebalance_bound, settings.rebalance_interval_s))
-        if settings.device_errors:
-            path = Path(settings.device_errors)
-            self._begin(follow_device_errors(path, self.report, self._on_unreadable_device_error))
-        if settings.parity:
-            membership = failover.state
-            self._begin(
-                failover.parity.maintain(lambda: None if membership.membership.losses else failover.settled_plan)
-            )
+        self._background.start(keeps_log=keeps_log)
         if self.upgrades is not None:
-            self._begin(self.upgrades.follow())
+            self._background.begin(self.upgrades.follow())
         return tried
 
     def refuse_requests(self, *, reports: bool = True) -> None:
@@ -350,24 +335,9 @@ class Loop:
             async with asyncio.timeout(IDLE_S):
                 await self._wake.wait()
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine beside the steps until the loop ends."""
-        self._background.append(asyncio.create_task(work))
-
     def _check_resumed(self, request: Request) -> Request:
         """A request of the journal as this server runs it. Raises InvalidRequest."""
         request = check_resumed(request, self.model.vocab_size)
         if (constraint := request.sampling.structured_outputs) is not None:
             self.grammar_matcher.check(constraint)
         return request
-
-    def _slots_per_rank(self) -> int:
-        plan = self.failover.plan
-        return plan.moe_layers * plan.slots_per_rank if plan is not None else 0
-
-    def _on_unreadable_device_error(self, text: str) -> None:
-        self.events.emit(EventKind.DEVICE_ERROR, self.failover.epoch, message=f"not understood: {text}")
-
-    def _on_journal_change(self, write_error: str | None) -> None:
-        kind = EventKind.JOURNAL_BACK if write_error is None else EventKind.JOURNAL_FAILED
-        self.events.emit(kind, self.failover.epoch, cause=write_error or "")
