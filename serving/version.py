@@ -5,7 +5,9 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-SOURCES = (".py", ".cc", ".proto")
+PACKAGES = ("moejax", "planner", "serving")
+SOURCES = (".py", ".cc", ".h", ".proto", ".js", ".css", ".html", ".svg", ".toml", ".json")
+"""The files of a package that its processes run, compile or send, whether it is installed or a checkout."""
 
 
 def version() -> str:
@@ -18,9 +20,9 @@ def version() -> str:
 
 @functools.cache
 def build() -> str:
-    """The version and a digest of the sources that a front and its ranks must have in common."""
+    """The version and a digest of everything that a front, its edges and its ranks run or send."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for file in sorted(f for name in ("moejax", "serving") for f in (root / name).rglob("*") if f.suffix in SOURCES):
+    for file in sorted(each for name in PACKAGES for each in (root / name).rglob("*") if each.suffix in SOURCES):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return f"{version()} ({digest.hexdigest()[:12]})"

@@ -104,8 +104,10 @@ class Supervisor:
             often = len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTART_WINDOW_S
             if self._edge_code is not None:
                 return self._edge_code
-            if self._upgrade is not None and self._upgrade.on_front_ended(front, code) and not self._stopping:
-                continue
+            if self._upgrade is not None and self._upgrade.on_front_ended(front, code):
+                time.sleep(0.0 if self._stopping else self._upgrade.pause_s)
+                if not self._stopping:
+                    continue
             if self._stopping or code == 0 or often or not self._run.was_ready(front.pid):
                 return 128 - code if code < 0 else code
             deaths.append(now)

@@ -45,7 +45,7 @@ class Code:
     def from_json(cls, value: Any) -> Self:
         """The inverse of `to_json`."""
         protocols = {name: VersionRange(*numbers) for name, numbers in value["protocols"].items()}
-        return cls(**{**value, "protocols": protocols})
+        return cls(**known_fields(cls, value) | {"protocols": protocols})
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -70,6 +70,11 @@ class Code:
         return {**base, "PYTHONPATH": os.pathsep.join(paths), _SAFE_PATH: "1"}
 
 
+def known_fields(of: Any, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for the fields that a dataclass has: code of another version may have written more of them."""
+    return {field.name: value[field.name] for field in dataclasses.fields(of) if field.name in value}
+
+
 async def read_code(python: str, path: str) -> Code:
     """The code that an interpreter runs with a checkout ("" for none). Raises InvalidRequest when it cannot say so."""
     unread = Code(python=python, path=path, build="", root=path, protocols={})
@@ -88,11 +93,13 @@ async def read_code(python: str, path: str) -> Code:
         async with asyncio.timeout(READ_TIMEOUT_S):
             out, err = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
         raise InvalidRequest(
             f"{where} has not said within {READ_TIMEOUT_S:g} s which code it is.", param="path"
         ) from None
+    finally:  # also when the caller has gone
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode != 0:
         words = last_words(err.decode(errors="replace").splitlines())
         raise InvalidRequest(f"{where} cannot be started: {words}", param="path")

@@ -105,6 +105,11 @@ class EdgeProcesses:
         """Seconds until `start_due` has something to do; None: not before an edge ends."""
         return max(min(at for at, _ in self._due.values()) - time.monotonic(), 0.0) if self._due else None
 
+    @property
+    def successor_started_at(self) -> float | None:
+        """When the edge was started that is to replace another one and does not serve yet, on the monotonic clock."""
+        return None if self._successor is None else self._successor[1].started_at
+
     def start_due(self) -> None:
         """Start the edges whose pause is over."""
         now = time.monotonic()

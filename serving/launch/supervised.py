@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from serving.launch.code import Code
+from serving.launch.code import Code, known_fields
 from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, OnExit, RankProcess
 
 SOCKET = "ranks"
@@ -55,6 +55,8 @@ class RankParent:
                 answer = {"is": self._handle(**request)}
             except OSError as error:
                 answer = {"error": str(error)}
+            except (TypeError, ValueError, KeyError, AttributeError) as error:  # of a front of another version
+                answer = {"error": f"the request is not understood: {type(error).__name__}: {error}"}
             connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def _handle(
@@ -68,7 +70,7 @@ class RankParent:
         if upgrade is not None:
             return self.on_upgrade(upgrade)
         if start is not None:
-            spec = LaunchSpec(**start)
+            spec = LaunchSpec(**known_fields(LaunchSpec, start))
             process = spec.start(self.code)
             self._children[process.pid] = spec, process
             return process.pid
@@ -109,7 +111,7 @@ class SupervisedStarter:
         """See `RankStarter.orphans`. Of two processes of one rank the older was about to be replaced: it is killed."""
         found: dict[int, tuple[int, LaunchSpec]] = {}
         for pid, fields in self._request():
-            spec = LaunchSpec(**fields)
+            spec = LaunchSpec(**known_fields(LaunchSpec, fields))
             if spec.rank in found:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(found[spec.rank][0], signal.SIGKILL)
@@ -150,5 +152,5 @@ def request_supervisor(folder: Path, **request: Any) -> Any:
         with connection.makefile("rb") as reply:
             answer = json.loads(reply.readline())
     if "error" in answer:
-        raise OSError(f"the supervisor could not start a rank: {answer['error']}")
+        raise OSError(f"the supervisor could not do what a front asked: {answer['error']}")
     return answer["is"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from serving.launch.code import Code
+from serving.launch.code import Code, known_fields
 from serving.launch.weights_record import write_whole
 
 UpgradeState = Literal["", "running", "rolling_back", "done", "rolled_back"]
@@ -37,7 +37,7 @@ class UpgradeRecord:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """The inverse of `to_json`."""
-        return cls(**value | {name: Code.from_json(value[name]) for name in ("code", "origin")})
+        return cls(**known_fields(cls, value) | {name: Code.from_json(value[name]) for name in ("code", "origin")})
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.launch.supervised import RankParent, SupervisedStarter
+from serving.launch.supervised import RankParent, SupervisedStarter, request_supervisor
 from tests.support.streams import wait_until
 
 
@@ -102,3 +102,13 @@ def test_a_malformed_request_harms_nobody(folder: Path) -> None:
 
     with supervisor(folder):
         asyncio.run(front())
+
+
+def test_fields_that_are_not_known_are_left_out_and_requests_that_are_not_known_get_an_error(folder: Path) -> None:
+    with supervisor(folder):
+        for request in ({"later": 1}, {"start": {"rank": 0}}, {"ended": "no pid"}):
+            with pytest.raises(OSError, match="is not understood"):
+                request_supervisor(folder, **request)
+        log = folder / "rank0.log"
+        spec = {"rank": 0, "token": "t", "log": str(log), "variables": {"MOEJAX_LINK_RANK": "0"}, "later": 1}
+        assert request_supervisor(folder, start=spec) > 0

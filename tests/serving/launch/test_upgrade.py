@@ -2,6 +2,7 @@
 and whatever fails leads back to the former code."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from serving.launch.run_folder import RunFolder
 from serving.launch.standby import Standby
 from serving.launch.upgrade import Upgrade
 from serving.launch.upgrade_record import UpgradeRecord
+from serving.protocol.versions import VersionRange
 
 OLD = Code.own()
 NEW = dataclasses.replace(OLD, build="new", path="/new", root="/new")
@@ -53,6 +55,8 @@ class Edges:
     def __init__(self) -> None:
         self.builds = [OLD.build, OLD.build]
         self.successor_failed = ""
+        self.successor_started_at: float | None = None
+        self.dropped = 0
 
     def replace_next(self, code: Code, drain_s: float) -> bool:
         old = next((place for place, each in enumerate(self.builds) if each != code.build), None)
@@ -61,7 +65,9 @@ class Edges:
         return old is not None
 
     def drop_successor(self) -> None:
-        """There is none."""
+        """Note that it was asked for."""
+        self.dropped += 1
+        self.successor_started_at = None
 
 
 class Server:
@@ -86,9 +92,17 @@ class Server:
 
     def ends(self, code: int) -> None:
         assert self.upgrade.on_front_ended(self.front, code), "no other front would follow"
+        self.follow()
+
+    def follow(self) -> None:
         self.pids += 1
         self.front, self.build = Front(self.pids), self.standby.code.build
         self.upgrade.on_front_started()
+
+    def dies(self) -> None:
+        """The front that serves dies of itself, and the next one is started."""
+        assert not self.upgrade.on_front_ended(self.front, -11)  # type: ignore[arg-type] - as much as is needed
+        self.follow()
 
     def begin(self) -> None:
         assert self.upgrade.answer({"begin": NEW.to_json(), "drain_s": 1.0}) == {}
@@ -154,6 +168,19 @@ def test_front_edges_and_ranks_are_replaced_in_turn_and_started_with_the_new_cod
     assert not server.upgrade.active
 
 
+def test_code_that_the_supervisor_cannot_run_is_refused_with_both_numbers(server: Server) -> None:
+    protocols = {**NEW.protocols, "supervisor": VersionRange(7, 8)}
+    refused = server.upgrade.answer({"begin": dataclasses.replace(NEW, protocols=protocols).to_json(), "drain_s": 1.0})
+    assert "version 7 to 8 of the supervisor protocol" in refused["refused"]
+    assert not server.upgrade.active
+
+
+def test_records_of_another_version_are_read_as_far_as_their_fields_are_known(server: Server) -> None:
+    server.begin()
+    value = server.record.to_json()
+    assert UpgradeRecord.from_json({**value, "code": {**value["code"], "later": 1}, "later": 1}) == server.record
+
+
 def test_a_second_upgrade_is_refused_while_one_is_under_way(server: Server) -> None:
     server.begin()
     assert "under way" in server.upgrade.answer({"begin": NEW.to_json(), "drain_s": 1.0})["refused"]
@@ -185,6 +212,36 @@ def has_ranks_that_fail(server: Server) -> None:
     server.reports(failed="rank 1 answers otherwise")
 
 
+def does_not_serve_after_a_death_while_edges_are_replaced(server: Server) -> None:
+    server.front_is_replaced()
+    assert server.record.stage == "edges"
+    server.dies()
+    server.ends(1)
+
+
+def does_not_serve_in_time_after_a_death_while_ranks_are_replaced(server: Server) -> None:
+    server.front_is_replaced()
+    server.edges_are_replaced()
+    server.dies()
+    server.upgrade._front_deadline = 0.0
+    server.step()
+
+
+def dies_again_and_again(server: Server) -> None:
+    server.front_is_replaced()
+    server.edges_are_replaced()
+    server.dies()
+    server.serves()
+    server.ends(-11)
+
+
+def has_an_edge_that_is_late(server: Server) -> None:
+    server.front_is_replaced()
+    server.edges.successor_started_at = time.monotonic() - 61.0
+    server.step()
+    assert server.edges.dropped
+
+
 def is_late(server: Server) -> None:
     server.upgrade._deadline = 0.0
     server.step()
@@ -193,7 +250,17 @@ def is_late(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "fails",
-    [fails_before_it_stands_by, fails_before_it_serves, has_an_edge_that_fails, has_ranks_that_fail, is_late],
+    [
+        fails_before_it_stands_by,
+        fails_before_it_serves,
+        has_an_edge_that_fails,
+        has_an_edge_that_is_late,
+        has_ranks_that_fail,
+        does_not_serve_after_a_death_while_edges_are_replaced,
+        does_not_serve_in_time_after_a_death_while_ranks_are_replaced,
+        dies_again_and_again,
+        is_late,
+    ],
     ids=lambda each: each.__name__,
 )
 def test_whatever_fails_leads_back_to_the_former_code(server: Server, fails: Callable[[Server], None]) -> None:
@@ -203,6 +270,43 @@ def test_whatever_fails_leads_back_to_the_former_code(server: Server, fails: Cal
     assert (record.state, record.code, record.origin.build) == ("rolling_back", OLD, "new")
     assert record.cause
     assert server.ranks.code == OLD
+    server.is_back()
+
+
+def test_edges_that_drain_for_long_are_not_late(server: Server) -> None:
+    server.begin()
+    server.front_is_replaced()
+    server.upgrade._deadline = 0.0
+    server.edges.successor_started_at = time.monotonic() - 30.0
+    server.step()
+    assert server.record.state == "running"
+
+
+def test_on_the_way_back_whatever_does_not_start_is_tried_again(server: Server) -> None:
+    server.begin()
+    fails_before_it_serves(server)
+    pauses = []
+    for _ in range(8):
+        server.ends(1)
+        pauses.append(server.upgrade.pause_s)
+    assert pauses[0] <= 1.0
+    assert sorted(pauses) == pauses
+    assert 1.0 < pauses[-1] <= 5.0
+    server.upgrade._front_deadline = 0.0
+    server.step()
+    server.serves()
+    server.edges.successor_started_at = time.monotonic() - 61.0
+    server.is_back()
+
+
+def test_a_standby_that_ends_on_the_way_back_is_started_again(server: Server) -> None:
+    server.begin()
+    server.front_is_replaced()
+    server.edges.successor_failed = "it ended"
+    server.step()
+    server.standby.ended = 1
+    server.step()
+    assert server.standby.ended is None
     server.is_back()
 
 
