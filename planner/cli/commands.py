@@ -11,20 +11,15 @@ from planner.cli import explain as explanations
 from planner.cli.command import CommandResult, pictures, read_words, with_store, write_text
 from planner.cli.compile_ahead import aot_figures, compile_ahead
 from planner.cli.kubernetes import export as export_plan
-from planner.cli.report import (
-    buckets_report,
-    degrade_report,
-    pace_line,
-    preparation_report,
-    simulate_report,
-    transfer_report,
-)
+from planner.cli.loss_report import degrade_report, pace_line, preparation_report, simulate_report
+from planner.cli.report import buckets_report, share_of, transfer_report
 from planner.cli.table import terminal_width
 from planner.cli.verify import verify_report
-from planner.cost.band import band_of
+from planner.cost.band import deployment_band
 from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
 from planner.cost.calibration import calibrate, read_steps
 from planner.cost.front import pace_of
+from planner.cost.mixed import placement_speeds
 from planner.cost.throughput import assess
 from planner.errors import InputError
 from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
@@ -32,7 +27,7 @@ from planner.failures.loss_forecast import check_gate, forecast_losses, summaris
 from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
-from planner.failures.simulate import timeline
+from planner.failures.timeline import timeline
 from planner.inputs.recovery_times import RecoveryTimes, read_recovery_times
 from planner.plan.deployment import READ_POOLS, Deployment, read_deployment
 from planner.plan.expert_loads import read_loads
@@ -99,7 +94,7 @@ def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Name
     recovery = read_recovery_times(options.measured) if options.measured else None
     kinds = [kind for kind in options.kinds.split(",") if kind in POOL_KINDS]
     outcomes = forecast_pool_losses(pooled, recovery, means, kinds=kinds)
-    bands = pool_loss_bands(pooled)
+    bands = pool_loss_bands(pooled, recovery)
 
     def ranges(outcome: LossOutcome) -> Ranges:
         return bands[outcome.kind.split("_")[0]].of(outcome)
@@ -173,12 +168,14 @@ def rebalance(options: Namespace) -> CommandResult:
     deployment = read_deployment(options.plan)
     rows = read_loads(options.loads, deployment.workload) if deployment.workload.experts else ()
     deployment = replace(deployment, loads=rows)
-    done = rebalance_plan(deployment.plan, deployment.load_array(), mode=options.mode, moves_per_layer=options.moves)
+    d = deployment
+    speed = placement_speeds(d.workload, d.cluster, d.shape, d.traffic.context)
+    done = rebalance_plan(d.plan, d.load_array(), mode=options.mode, moves_per_layer=options.moves, speed=speed)
     after = replace(deployment, plan=done.plan)
     write_text(options.out, after.to_json())
     moved = _transfer(after, deployment.plan, done.plan)
     head = (
-        f"hottest rank {done.before.max():.3f} -> {done.after.max():.3f} x the mean on the worst layer, "
+        f"hottest rank {done.before.max():.3f} -> {done.after.max():.3f} x {share_of(d.cluster)} on the worst layer, "
         f"{done.before.mean():.3f} -> {done.after.mean():.3f} on average"
     )
     data = {
@@ -203,7 +200,7 @@ def verify(options: Namespace) -> CommandResult:
     figures = (*d.plan.cost, *(aot_figures(compiled) if compiled else ()))
     cluster = calibration.cluster if calibration is not None else d.cluster
     write_text(options.out, replace(d, cluster=cluster, plan=replace(d.plan, cost=figures)).to_json())
-    band = band_of(d.workload, d.cluster, d.shape, best.requests_per_group, d.traffic.prompt)
+    band = deployment_band(d, d.shape, best.requests_per_group)
     data, text = verify_report(compiled, calibration, best.step.total if best.step else 0.0, band)
     return CommandResult(data=data, text=text, good=not any(row.get("error") for row in compiled.get("meshes", ())))
 

@@ -11,14 +11,17 @@ from math import exp, log
 
 from planner.cli.command import CommandResult, write_text
 from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
-from planner.cost.band import band_of, range_text
+from planner.cli.report import smallest
+from planner.cost.band import deployment_band, range_text
 from planner.cost.mixed import assess_kinds
-from planner.cost.throughput import Candidate, decode_speed, pareto
+from planner.cost.throughput import Candidate
+from planner.cost.trade_off import decode_speed, pareto
 from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands, range_cells
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
-from planner.failures.simulate import simulate, timeline
+from planner.failures.simulate import simulate
+from planner.failures.timeline import timeline
 from planner.plan.deployment import Deployment
 from planner.plan.plan import EXPERT_ROLES
 from planner.plan.pools import PooledDeployment, read_any_deployment
@@ -63,7 +66,7 @@ def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) ->
     rate, user, ttft = best.tokens_per_second, best.tokens_per_second_per_user, best.ttft_seconds
     if isinstance(found, PooledDeployment):
         rate, ttft = found.figure("tokens_per_second"), found.figure("ttft")
-    band = band_of(first.workload, first.cluster, first.shape, best.requests_per_group, first.traffic.prompt)
+    band = deployment_band(first, first.shape, best.requests_per_group)
     ranks = sum(len(pool.plan.ranks) for pool in pools.values())
     rows = [
         (band.text(rate, "rate", "").strip(), "tokens/s of all answers together"),
@@ -153,11 +156,9 @@ def _memory(pools: dict[str, Deployment]) -> str:
                 parts.append((use, begin, size / 1e9))
                 begin += size / 1e9
             rows.append((f"{name} {device}".strip(), parts))
-    return section(
-        "Memory of a device",
-        "Bytes by use; the line is what weights and cache may take.",
-        stacked_bars(rows, "GB", limit),
-    )
+    what = f"Memory of a device{smallest(next(iter(pools.values())).cluster)}"
+    text = "Bytes by use; the line is what weights and cache may take."
+    return section(what, text, stacked_bars(rows, "GB", limit))
 
 
 def _kinds(pools: dict[str, Deployment]) -> dict[str, Deployment]:
@@ -179,8 +180,7 @@ def _steps(pools: dict[str, Deployment]) -> str:
         if begin - step.total > 1e-6:
             rows.append(("hidden by overlap", [("hidden by overlap", step.total * 1e3, (begin - step.total) * 1e3)]))
         rows.append(("the step", [("the step", 0.0, step.total * 1e3)]))
-        requests = _assessed(d).requests_per_group
-        band = band_of(d.workload, d.cluster, d.shape, requests, d.traffic.prompt)
+        band = deployment_band(d, d.shape, _assessed(d).requests_per_group)
         took = band.text(step.total * 1e3, "tpot", "ms")
         drawn.append(f"<p>{name or 'all ranks'}: {took} {escape(band.source())}</p>" + stacked_bars(rows, "ms"))
     return section(
@@ -193,9 +193,9 @@ def _trade_off(d: Deployment) -> str:
     shapes = list(
         mesh_shapes(d.workload, d.cluster, d.cluster.devices, arch=d.shape.arch, lost=d.survive.most_lost(d.cluster))
     )
-    front = pareto(d.workload, d.cluster, shapes, d.traffic)
+    front = pareto(d.workload, d.cluster, shapes, d.traffic, peak=d.plan.figure("peak_load", 1.0))
     best = _assessed(d)
-    band = band_of(d.workload, d.cluster, d.shape, best.requests_per_group, d.traffic.prompt)
+    band = deployment_band(d, d.shape, best.requests_per_group)
     points = [(p["per_user"], p["per_device"]) for p in front]
     low, high = ([(x / f, y / f) for x, y in points] for f in (band.tpot, 1 / band.tpot))
     mark = None

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from planner.cli.report import smallest
 from planner.cost.design import Design
-from planner.cost.throughput import decode_speed
+from planner.cost.trade_off import decode_speed
 from planner.errors import InputError
 from planner.failures.loss_forecast import worst_by_kind
 from planner.failures.loss_model import LossModel, LossOutcome
@@ -66,7 +67,9 @@ def memory(design: Design) -> Figure:
     room = memory_budget(design.deployment.cluster)
     shapes = [c for c in design.candidates if c.memory][:6]
     shown = [(c.shape.describe(), device, dict(uses)) for c in shapes for device, uses in c.memory_by_device().items()]
-    figure, axes = _axes("memory of a device", "GB", "", size=(9, 0.6 * len(shown) + 1.6))
+    figure, axes = _axes(
+        f"memory of a device{smallest(design.deployment.cluster)}", "GB", "", size=(9, 0.6 * len(shown) + 1.6)
+    )
     left = np.zeros(len(shown))
     for colour, (name, _) in zip(COLOURS, shapes[0].memory, strict=False):
         sizes = np.array([uses.get(name, 0) / 1e9 for _, _, uses in shown])

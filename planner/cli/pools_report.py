@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import exp, hypot, log
 
-from planner.cli.report import memory_bars
+from planner.cli.report import memory_bars, smallest
 from planner.cli.table import table
 from planner.cost.band import Band, range_text
 from planner.cost.design import Design
@@ -44,7 +44,11 @@ def pools_report(found: PooledDesign, *, splits: int = 6, width: int | None = No
     for name, design in (("a prefill", found.prefill), ("a decode", found.decode)):
         for device, uses in design.chosen.memory_by_device().items():
             what = f"{name} device" if device == "a device" else f"{device} for {name}"
-            lines += ["", f"memory of {what}", *memory_bars(design.deployment, uses)]
+            lines += [
+                "",
+                f"memory of {what}{smallest(design.deployment.cluster)}",
+                *memory_bars(design.deployment, uses),
+            ]
     bands = pool_loss_bands(pooled)
     lines += ["", "what a loss costs (streams; prompts or its own requests; requests/s left)"]
     for row in summarise(forecast_pool_losses(pooled), lambda o: bands[o.kind.split("_")[0]].of(o)):

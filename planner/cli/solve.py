@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from planner.cli.command import CommandResult, pictures, write_text
+from planner.cli.loss_report import pace_line, stall_line
 from planner.cli.pools_report import architectures_report, pools_report
-from planner.cli.report import design_report, pace_line, stall_line
+from planner.cli.report import design_report
 from planner.cli.table import terminal_width
 from planner.cost.design import Design, design
 from planner.cost.front import pace_of

@@ -9,6 +9,7 @@ from math import inf
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import HERE, engine_of, read_profile
 from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment
 from planner.plan.shape import Shape
 
 UNCHECKED = 2.0
@@ -20,6 +21,7 @@ OWN = 1.25
 """The error factor of phases of a recovery that were measured, and of the front's work, which follows lines through
 measurements: an assumption."""
 FEW = 10
+POOLS_BAND = "pools for prompts and decode"
 QUANTITIES = ("tpot", "ttft", "rate")
 
 
@@ -28,7 +30,8 @@ class Band:
     """The error factors of a prediction's figures: of the time per output token, the time to first token and tokens/s.
 
     They are those of `count` measured settings of this kind, or of those of other models on this chip where `others`
-    says so, unless `beyond` says in which way the prediction leaves what was measured.
+    says so (fewer than FEW are of this model), unless `beyond` says in which way the prediction leaves what was
+    measured.
     """
 
     tpot: float
@@ -64,7 +67,8 @@ class Band:
     def to_dict(self) -> dict:
         """The band for JSON."""
         factors = {name: getattr(self, name) for name in QUANTITIES}
-        return {"error_factor": factors, "settings": self.count, "outside_of_measured": self.beyond}
+        known = {"settings": self.count, "of_other_models": self.others, "outside_of_measured": self.beyond}
+        return {"error_factor": factors, **known}
 
 
 def range_text(ends: Mapping[str, float]) -> str:
@@ -99,15 +103,24 @@ def band_of(workload: Workload, cluster: Cluster, shape: Shape, requests: float,
     limits, kinds = checked["limits"], checked["kinds"]
     beyond = _beyond(limits, workload, cluster, shape, requests, prompt)
     chip, model = cluster.hardware.name, workload.name
-    own, others = kinds.get(f"{chip} {model}"), False
-    if own is None or own["count"] < FEW:
-        own, others = kinds.get(chip), own is None
+    own = kinds.get(f"{chip} {model}")
+    others = own is None or own["count"] < FEW
+    if others:
+        own = kinds.get(chip)
     if own is None:
         own, beyond = kinds["all"], [*beyond, f"chip {chip}"]
     factors = {name: own[name] for name in QUANTITIES}
     if beyond:
         factors = {name: max(BEYOND, factor) for name, factor in factors.items()}
     return Band(count=own["count"], others=others, beyond=", ".join(beyond), **factors)
+
+
+def deployment_band(deployment: Deployment, shape: Shape, requests: float) -> Band:
+    """`band_of` a deployment with `requests` on each tensor group of a shape. No pools were among the measured
+    settings."""
+    d = deployment
+    band = band_of(d.workload, d.cluster, shape, requests, d.traffic.prompt)
+    return band if d.work == "all" else band.beyond_by(POOLS_BAND)
 
 
 def _beyond(

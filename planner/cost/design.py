@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost.band import Band, band_of
-from planner.cost.mixed import assess_kinds, rank_speeds
-from planner.cost.throughput import Candidate, pareto
+from planner.cost.band import Band, deployment_band
+from planner.cost.mixed import assess_kinds, placement_speeds
+from planner.cost.throughput import Candidate
+from planner.cost.trade_off import pareto
 from planner.errors import InputError, NoFeasiblePlan
 from planner.inputs.cluster import Cluster
 from planner.inputs.traffic import Traffic
@@ -44,7 +45,7 @@ class Design:
 
     @cached_property
     def pareto(self) -> list[dict]:
-        """The trade-off between speed for a user and for a device, over the shapes compared (`throughput.pareto`), each
+        """The trade-off between speed for a user and for a device, over the shapes compared (`trade_off.pareto`), each
         point with its `ranges`."""
         d, shapes, band = self.deployment, [c.shape for c in self.candidates if c.step], self.band(self.chosen)
         points = pareto(d.workload, d.cluster, shapes, d.traffic, peak=self.peak)
@@ -55,8 +56,7 @@ class Design:
 
     def band(self, candidate: Candidate) -> Band:
         """How far off predictions of the candidate's kind were."""
-        d = self.deployment
-        return band_of(d.workload, d.cluster, candidate.shape, candidate.requests_per_group, d.traffic.prompt)
+        return deployment_band(self.deployment, candidate.shape, candidate.requests_per_group)
 
     def ranges(self, candidate: Candidate) -> dict:
         """The figures of a candidate as {low, mid, high}, and the band's source, for JSON; empty without a
@@ -218,19 +218,13 @@ class _Comparison:
         plans: dict[Layout, tuple[Plan, float]] = {}
         while candidates[0].shape.layout not in plans and len(plans) < PLACEMENTS and not candidates[0].reason:
             best = candidates[0].shape
-            speed = self._speed_of(best)
+            speed = placement_speeds(self.workload, self.cluster, best, self.traffic.context)
             plan = place_shape(self.workload, self.cluster, best, loads=loads, protect=protect, speed=speed)
             peak = float(peak_load(plan, self.shares, speed).max()) if self.uneven or speed is not None else 1.0
             plans[best.layout] = plan, peak
             candidates = [self._assess(c.shape, peak) if c.shape.layout == best.layout else c for c in candidates]
             candidates.sort(key=self._order)
         return candidates, plans
-
-    def _speed_of(self, shape: Shape) -> np.ndarray | None:
-        """The speed of each expert rank, where devices are of several kinds."""
-        if not self.cluster.kinds or not self.workload.experts:
-            return None
-        return rank_speeds(self.workload, self.cluster, shape, self.traffic.context)
 
     def _assess(self, shape: Shape, peak: float) -> Candidate:
         left, experts = shape.expert_rank_count - self.lost, self.workload.experts

@@ -9,12 +9,22 @@ of hot copies (`expert_speeds`).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf
 
 import numpy as np
 
 from planner.cost.roofline import StepTime, first_token_time, prefill_time, step_time
-from planner.cost.throughput import Candidate, assess, largest_count, token_gap
+from planner.cost.throughput import (
+    Candidate,
+    assess,
+    cache_in_use,
+    largest_count,
+    requests_that_fit,
+    token_gap,
+)
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import engine_of
 from planner.inputs.traffic import Traffic
@@ -44,60 +54,140 @@ def rank_speeds(workload: Workload, cluster: Cluster, shape: Shape, context: flo
     return found / found.mean()
 
 
+def placement_speeds(workload: Workload, cluster: Cluster, shape: Shape, context: float) -> np.ndarray | None:
+    """`rank_speeds` where they differ: None for devices of one kind and for models without experts."""
+    return rank_speeds(workload, cluster, shape, context) if cluster.kinds and workload.experts else None
+
+
 def group_kinds(cluster: Cluster, shape: Shape) -> Counter[str]:
     """The number of tensor groups of each kind. Of a mesh left after a loss the fastest groups are taken as lost."""
-    if len(shape.roles) == len(cluster.devices):
+    if len(shape.groups) == len(cluster.devices):
         of = dict(zip(shape.groups, cluster.devices, strict=True))
         return Counter(device.kind for group, device in of.items() if group >= 0)
     order = sorted(cluster.devices, key=lambda d: cluster.kinds[d.kind].memory_bandwidth)
     return Counter(d.kind for d in order[:: shape.tensor][: shape.data])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """The tensor groups of each kind of devices on a shape, and the seconds that requests on them take.
+
+    `requests` are those of a group of a kind, `mean` those of a group over all kinds.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    shape: Shape
+    traffic: Traffic
+    peak: float
+    work: str
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """The number of groups of each kind."""
+        return group_kinds(self.cluster, self.shape)
+
+    @cached_property
+    def speeds(self) -> dict[str, float]:
+        """The expert traffic of a rank of each kind over the mean."""
+        return expert_speeds(self.workload, self.cluster, self.shape, self.traffic.context)
+
+    @cached_property
+    def prefill(self) -> dict[str, float]:
+        """The seconds of a prompt on a group of each kind; 0 where prompts are computed elsewhere."""
+        w, shape, prompt = self.workload, self.shape, self.traffic.prompt
+        if self.work != "all":
+            return dict.fromkeys(self.counts, 0.0)
+        return {kind: prefill_time(w, self.cluster.only(kind), shape, prompt, peak=self.peak) for kind in self.counts}
+
+    @cached_property
+    def interference(self) -> float:
+        """The share of prefills that falls between the tokens of running streams."""
+        return engine_of(self.cluster.hardware).interference
+
+    def step(self, kind: str, requests: int, mean: float) -> StepTime:
+        """A step of the ranks of a kind."""
+        hot = max(mean, 1.0) / requests * self.speeds[kind] * self.peak  # of the rank's experts, over its own requests
+        hardware, context = self.cluster.only(kind), self.traffic.context
+        return step_time(self.workload, hardware, self.shape, requests, context, peak=hot)
+
+    def gap(self, kind: str, requests: int, mean: float) -> float:
+        """Seconds between two tokens of a stream on the ranks of a kind."""
+        step = self.step(kind, requests, mean).total / self.workload.kept
+        return token_gap(step, self.prefill[kind], requests, self.traffic.output, self.interference)
+
+    def first_token(self, kind: str, requests: int, mean: float) -> float:
+        """Seconds until a first token while steps take as long as those of a kind."""
+        step = self.step(kind, requests, mean).total
+        return first_token_time(self.workload, self.cluster, max(self.prefill.values()), step)
+
+    def keeps(self, kind: str, requests: int, mean: float) -> bool:
+        """Whether the ranks of a kind keep the delays of the traffic."""
+        t = self.traffic
+        in_time = self.gap(kind, requests, mean) <= t.tpot_ms / 1e3
+        return in_time and self.first_token(kind, requests, mean) <= t.ttft_ms / 1e3
+
+    def mean_of(self, requests: dict[str, int]) -> float:
+        """The requests of a group over all kinds."""
+        return sum(count * requests[kind] for kind, count in self.counts.items()) / sum(self.counts.values())
+
+    def most(self, start: int, room: int) -> dict[str, int]:
+        """The requests of a group of each kind that its time allows, up to `room`, from `start` of each; empty when not
+        even one request is in time."""
+        requests, mean = dict.fromkeys(self.counts, start), float(start)
+        for _ in range(ROUNDS):
+            at = mean
+            found = {kind: largest_count(room, lambda n, k=kind, m=at: self.keeps(k, n, m)) for kind in self.counts}
+            now = self.mean_of(found)
+            if not all(found.values()) or now <= mean:
+                break
+            requests, mean = found, (now + mean) / 2
+        mean = self.mean_of(requests)
+        while late := {kind for kind, n in requests.items() if not self.keeps(kind, n, mean)}:
+            several = {kind for kind, n in requests.items() if n > 1}
+            if not several:
+                return {}
+            fewer = late & several or several
+            requests = {kind: n - (kind in fewer) for kind, n in requests.items()}
+            mean = self.mean_of(requests)
+        return requests
+
+    def split(self, requests: int, room: int) -> dict[str, int]:
+        """At least `requests` in all, as those of a group of each kind, so that the largest gap is as short as it can
+        be with `room` for a group; empty when there is no room for so many."""
+        mean = requests / sum(self.counts.values())
+        found = dict.fromkeys(self.counts, 1)
+        after = {kind: self.gap(kind, 2, mean) for kind in found if room > 1}
+        while self.mean_of(found) < mean:
+            if not after:
+                return {}
+            kind = min(after, key=lambda each: after[each])
+            found[kind] += 1
+            if found[kind] < room:
+                after[kind] = self.gap(kind, found[kind] + 1, mean)
+            else:
+                del after[kind]
+        return found
+
+
 def assess_kinds(
     workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0, work: str = "all"
 ) -> Candidate:
     """As `planner.cost.throughput.assess`, also for devices of several kinds. Prompts that have ranks of their own
-    (`work`), and request rates (`traffic.rps`), are those of the slowest kind."""
+    (`work`), and request rates (`traffic.rps`), are those of the slowest kind. All ranks have the cache pages of the
+    smallest kind, since a plan has one number of pages."""
     slow = assess(workload, cluster, shape, traffic, peak=peak, work=work)
     if not cluster.kinds or work == "prompts" or traffic.rps is not None or slow.step is None or slow.reason:
         return slow
-    groups, speeds = group_kinds(cluster, shape), expert_speeds(workload, cluster, shape, traffic.context)
-    alone = {kind: assess(workload, cluster.only(kind), shape, _patient(traffic), work=work) for kind in groups}
-    prefill = {
-        kind: prefill_time(workload, cluster.only(kind), shape, traffic.prompt, peak=peak) if work == "all" else 0.0
-        for kind in groups
-    }
-    share, count = engine_of(cluster.hardware).interference, sum(groups.values())
-
-    def step_of(kind: str, requests: int, mean: float) -> StepTime:
-        hot = max(mean, 1.0) / requests * speeds[kind] * peak  # of the rank's experts, over its own requests
-        return step_time(workload, cluster.only(kind), shape, requests, traffic.context, peak=hot)
-
-    def gap_of(kind: str, requests: int, mean: float) -> float:
-        step = step_of(kind, requests, mean).total / workload.kept
-        return token_gap(step, prefill[kind], requests, traffic.output, share)
-
-    requests, mean = dict.fromkeys(groups, slow.requests_per_group), float(slow.requests_per_group)
-
-    def most_of(kind: str, mean: float) -> int:
-        """The most requests of a group of a kind that its time and memory allow beside `mean` of others."""
-        most = alone[kind].requests_per_group
-        return largest_count(most, lambda n: gap_of(kind, n, mean) <= traffic.tpot_ms / 1e3)
-
-    for _ in range(ROUNDS):
-        found = {kind: most_of(kind, mean) for kind in groups}
-        now = sum(groups[kind] * found[kind] for kind in groups) / count
-        if not all(found.values()) or now <= mean:
-            break
-        requests, mean = found, (now + mean) / 2
-    mean = sum(groups[kind] * requests[kind] for kind in groups) / count
-    while late := {kind for kind, n in requests.items() if n > 1 and gap_of(kind, n, mean) > traffic.tpot_ms / 1e3}:
-        requests = {kind: n - (kind in late) for kind, n in requests.items()}
-        mean = sum(groups[kind] * requests[kind] for kind in groups) / count
-    steps = {kind: step_of(kind, n, mean) for kind, n in requests.items()}
+    groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work=work)
+    requests = groups.most(slow.requests_per_group, requests_that_fit(workload, slow.pages_per_rank, traffic))
+    if not requests:
+        return slow
+    mean = groups.mean_of(requests)
+    steps = {kind: groups.step(kind, n, mean) for kind, n in requests.items()}
     last = max(steps, key=lambda kind: steps[kind].total)
-    busy = max(steps[last].total / workload.kept + n / traffic.output * prefill[kind] for kind, n in requests.items())
-    rate = count * mean / busy
+    prefills = max(n / traffic.output * groups.prefill[kind] for kind, n in requests.items())
+    rate = sum(groups.counts.values()) * mean / (steps[last].total / workload.kept + prefills)
     if rate <= slow.tokens_per_second:
         return slow
     return replace(
@@ -106,11 +196,55 @@ def assess_kinds(
         requests_by_kind=tuple(requests.items()),
         step=steps[last],
         tokens_per_second=rate,
-        tokens_per_second_per_user=1 / max(gap_of(kind, n, mean) for kind, n in requests.items()),
-        ttft_seconds=first_token_time(workload, cluster, max(prefill.values()), steps[last].total),
+        tokens_per_second_per_user=1 / max(groups.gap(kind, n, mean) for kind, n in requests.items()),
+        ttft_seconds=groups.first_token(last, requests[last], mean),
+        memory=(*slow.memory[:-1], cache_in_use(workload, shape, traffic, max(requests.values()))),
     )
 
 
-def _patient(traffic: Traffic) -> Traffic:
-    """The traffic without limits on delays: what fits in memory."""
-    return replace(traffic, tpot_ms=1e9, ttft_ms=1e9)
+def decode_steps(
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0
+) -> Iterator[tuple[int, StepTime]]:
+    """The requests of a group (their mean, where devices are of several kinds) and a step of them, for growing numbers
+    up to the most that memory and `traffic` allow."""
+    best = assess_kinds(workload, cluster, shape, traffic, peak=peak)
+    if best.step is None:
+        return
+    most = best.requests_per_group
+    groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work="all")
+    for requests in (2**i for i in range((most - 1).bit_length())):
+        if best.requests_by_kind:
+            split = {kind: max(1, round(n * requests / most)) for kind, n in best.requests_by_kind}
+            mean = groups.mean_of(split)
+            steps = [groups.step(kind, n, mean) for kind, n in split.items()]
+            yield int(mean), max(steps, key=lambda step: step.total)
+        else:
+            yield requests, step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
+    yield most, best.step
+
+
+def seconds_of_requests(
+    workload: Workload,
+    cluster: Cluster,
+    shape: Shape,
+    traffic: Traffic,
+    requests: int,
+    *,
+    peak: float = 1.0,
+    work: str = "all",
+) -> float:
+    """Seconds between two tokens of a stream while the groups of a shape run `requests` requests in all, with prefills
+    of new ones: of the slowest stream. Groups of a faster kind run more of them. Infinite without room for so many."""
+    patient = replace(traffic, tpot_ms=inf, ttft_ms=inf, rps=None)
+    whole = assess(workload, cluster, shape, patient, peak=peak, work=work)
+    room, each = whole.requests_per_group, -(-requests // shape.data)
+    if each > room:
+        return inf
+    step = step_time(workload, cluster, shape, each, traffic.context, peak=peak).total
+    prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak) if work == "all" else 0.0
+    even = token_gap(step / workload.kept, prefill, each, traffic.output, engine_of(cluster.hardware).interference)
+    if not cluster.kinds or work == "prompts":
+        return even
+    groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work=work)
+    split, mean = groups.split(requests, room), requests / shape.data
+    return min(even, max((groups.gap(kind, n, mean) for kind, n in split.items()), default=inf))

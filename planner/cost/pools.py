@@ -22,7 +22,6 @@ from planner.inputs.workload import Workload
 from planner.plan.plan import Figure
 from planner.plan.pools import PooledDeployment
 
-POOLS_BAND = "pools for prompts and decode"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Hosts of a prefill instance that are tried."""
 
@@ -75,7 +74,7 @@ class PooledDesign:
 
     def band(self) -> Band:
         """How far off the figures may be: no pools were among the measured settings."""
-        return self.decode.band(self.decode.chosen).beyond_by(POOLS_BAND)
+        return self.decode.band(self.decode.chosen)
 
     def ranges(self, rates: PoolRates | None = None) -> dict:
         """The figures of a split (None: the chosen one) as {low, mid, high}, and the band's source, for JSON."""

@@ -1,4 +1,4 @@
-"""Requests that fit on a shape, its tokens per second and delays under a traffic, and the trade-off between shapes."""
+"""Requests that fit on a shape, and its tokens per second and delays under a traffic."""
 
 from __future__ import annotations
 
@@ -117,9 +117,6 @@ def assess(
     ttft = first_token_time(workload, cluster, prefill, step.total)
     if ttft * 1e3 > traffic.ttft_ms:
         late = f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
-    states = STATE_COPIES * workload.state_bytes
-    each = traffic.longest * workload.cache_bytes_per_token + states
-    cache = requests * each // min(shape.tensor, workload.cache_splits)
     return Candidate(
         shape=shape,
         reason=late,
@@ -132,7 +129,7 @@ def assess(
         memory=(
             ("attention, shared, dense, embeddings", rest),
             (EXPERT_SLOTS, shape.slots * workload.slot_bytes),
-            ("cache in use", cache),
+            cache_in_use(workload, shape, traffic, requests),
         ),
     )
 
@@ -150,6 +147,12 @@ def free_pages(workload: Workload, cluster: Cluster, shape: Shape) -> int:
     slots = shape.slots if shape.arch == "collocated" else 0
     rest = rest_bytes(workload, shape.tensor, shape.dense)
     return cache_pages(workload, cluster, slots, tensor=shape.tensor, rest=rest)
+
+
+def cache_in_use(workload: Workload, shape: Shape, traffic: Traffic, requests: int) -> tuple[str, int]:
+    """The use of a rank's memory, (name, bytes), by the cache of `requests` requests of its group at their longest."""
+    each = traffic.longest * workload.cache_bytes_per_token + STATE_COPIES * workload.state_bytes
+    return "cache in use", requests * each // min(shape.tensor, workload.cache_splits)
 
 
 def assess_prompts(
@@ -250,42 +253,6 @@ def largest_count(limit: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def decode_speed(shape: Shape, requests: int, step: StepTime, kept: float) -> dict[str, float]:
-    """Tokens per second of decoding alone, `requests` on every group, each with `kept` tokens of a step: {per_user,
-    per_device}."""
-    per_user = kept / step.total
-    return {"per_user": per_user, "per_device": requests * shape.data * per_user / len(shape.roles)}
-
-
-def pareto(
-    workload: Workload, cluster: Cluster, shapes: list[Shape], traffic: Traffic, *, peak: float = 1.0
-) -> list[dict]:
-    """Points that no other beats in both tokens/s/user and tokens/s/device, over shapes and batch sizes.
-
-    Each is {shape, requests_per_group, per_user, per_device}, by descending speed per user.
-    """
-    points = []
-    for shape in shapes:
-        best = assess(workload, cluster, shape, traffic, peak=peak)
-        most = best.requests_per_group if best.step is not None else 0
-        for requests in sorted({min(most, 2**i) for i in range(most.bit_length() + 1)} - {0}):
-            step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
-            points.append(
-                {
-                    "shape": shape.describe(),
-                    "requests_per_group": requests,
-                    **decode_speed(shape, requests, step, workload.kept),
-                }
-            )
-    points.sort(key=lambda p: (-p["per_user"], -p["per_device"]))
-    front, best_device = [], 0.0
-    for point in points:
-        if point["per_device"] > best_device * (1 + 1e-9):
-            front.append(point)
-            best_device = point["per_device"]
-    return front
 
 
 def gb(count: float) -> str:

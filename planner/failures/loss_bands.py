@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.cost.band import OWN, UNCHECKED, band_of, range_text
-from planner.cost.pools import POOLS_BAND
+from planner.cost.band import OWN, UNCHECKED, deployment_band, range_text
 from planner.failures.loss_model import LossModel, LossOutcome
+from planner.inputs.recovery_times import RecoveryTimes
 from planner.plan.pools import PooledDeployment
 
 FIXED = ("detect", "abort", "adopt", "restart", "rejoin")
@@ -19,20 +19,18 @@ class LossBands:
 
     Phases that are estimates may be off by UNCHECKED, as loading weights; measured ones and the front's messages by
     OWN; a predicted first step and the prompts of lost requests by the factors of the band of the deployment; and the
-    capacity that is lost, not what is left, by that of tokens/s. With `pooled`, the prompts of lost requests may be off
-    by UNCHECKED too.
+    capacity that is lost, not what is left, by that of tokens/s. In pools, the prompts of lost requests may be off by
+    UNCHECKED too.
     """
 
-    def __init__(self, losses: LossModel, *, pooled: bool = False) -> None:
+    def __init__(self, losses: LossModel) -> None:
         d, whole, times = losses.deployment, losses.capacity_model.whole, losses.recovery.times
-        self.band = band_of(d.workload, d.cluster, d.shape, whole.requests_per_group, d.traffic.prompt)
-        if pooled:
-            self.band = self.band.beyond_by(POOLS_BAND)
+        self.band = deployment_band(d, d.shape, whole.requests_per_group)
         self.measured = times.source == "measured"
         fixed = OWN if self.measured else UNCHECKED
         first = self.band.tpot if times.first_step is None else fixed
         self.factors = {**dict.fromkeys(FIXED, fixed), "messages": OWN, "weights": UNCHECKED, "step": first}
-        self.again = max(UNCHECKED, self.band.ttft) if pooled else self.band.ttft
+        self.again = max(UNCHECKED, self.band.ttft) if d.work != "all" else self.band.ttft
 
     def of(self, outcome: LossOutcome) -> dict[str, dict[str, float]]:
         """`stall_ms`, `moved_stall_ms` and `capacity` as {low, mid, high}; empty for a loss that is not survivable."""
@@ -73,10 +71,11 @@ class LossBands:
         return {**self.band.to_dict(), "phase_factors": factors}
 
 
-def pool_loss_bands(pooled: PooledDeployment) -> dict[str, LossBands]:
-    """The ranges by the first word of the kind of a loss of pools ("prefill", "decode")."""
+def pool_loss_bands(pooled: PooledDeployment, recovery: RecoveryTimes | None = None) -> dict[str, LossBands]:
+    """The ranges by the first word of the kind of a loss of pools ("prefill", "decode"), with the phases of `recovery`
+    if they are given."""
     pools = {"prefill": pooled.prefill[0], "decode": pooled.decode}
-    return {name: LossBands(LossModel(pool), pooled=True) for name, pool in pools.items()}
+    return {name: LossBands(LossModel(pool, recovery)) for name, pool in pools.items()}
 
 
 def _range(low: float, mid: float, high: float) -> dict[str, float]:

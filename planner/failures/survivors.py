@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 
-from planner.cost.mixed import assess_kinds
-from planner.cost.roofline import prefill_time, step_time
-from planner.cost.throughput import Candidate, token_gap
-from planner.inputs.engine import engine_of
+from planner.cost.mixed import assess_kinds, seconds_of_requests
+from planner.cost.throughput import Candidate
 from planner.plan.deployment import Deployment, shape_of
 from planner.plan.plan import ATTENTION_ROLES, EXPERT_ROLES, PlannedRank
 from planner.plan.shape import Shape
@@ -75,6 +73,8 @@ class CapacityModel:
 
     def _shape_of(self, left: Survivors, slots: int) -> Shape:
         """The mesh of `left` as a shape."""
+        if left.ranks == len(self.place):
+            return replace(self.shape, slots=slots)
         idle = ["standby"] * max(0, left.ranks - left.expert_rank_count)
         groups = [g for g in range(left.data) for _ in range(left.tensor)]
         return replace(
@@ -100,16 +100,7 @@ class CapacityModel:
         d = self.deployment
         if not shape.data or not shape.expert_rank_count:
             return inf
-        each = ceil(requests / shape.data)
-        patient = replace(d.traffic, tpot_ms=inf, ttft_ms=inf, rps=None)
-        room = assess_kinds(d.workload, d.cluster, shape, patient, peak=self._peak, work=d.work).requests_per_group
-        if each > room:
-            return inf
-        step = step_time(d.workload, d.cluster, shape, each, d.traffic.context, peak=self._peak).total
-        prompt = d.traffic.prompt if d.work == "all" else 0
-        prefill = prefill_time(d.workload, d.cluster, shape, prompt, peak=self._peak)
-        share = engine_of(d.cluster.hardware).interference
-        return token_gap(step / d.workload.kept, prefill, each, d.traffic.output, share)
+        return seconds_of_requests(d.workload, d.cluster, shape, d.traffic, requests, peak=self._peak, work=d.work)
 
     def capacity(self, left: Survivors, slots: int) -> float:
         """The share of the whole deployment's tokens per second that `left` has; 0 when it cannot serve."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from planner.cli.main import main
+from planner.cost.band import OWN
 from planner.cost.buckets import StepCounts, StepDemand, read_buckets
 from planner.plan.deployment import Deployment
 
@@ -143,8 +144,12 @@ def test_every_figure_of_every_command_has_its_range(capsys, plan_file, tmp_path
     made = data(capsys, "certify", plan_file, "--slo", "stall_ms=500", "--without-front", "--load", "0.5")
     for size in made["verdict"]["sizes"]:
         assert_ranges(size["ranges"], losses | {"tpot_ms"})
-    holds = text(capsys, "certify", plan_file, "--slo", "stall_ms=500", "--without-front", "--load", "0.5")
-    assert "also at their worse ends" in holds or "not at the worse ends of the ranges" in holds
+    worst = made["verdict"]["sizes"][0]["ranges"]["stall_ms"]
+    for level, sure in ((1.01 * worst["high"], True), ((worst["mid"] + worst["high"]) / 2, False)):
+        argv = ["certify", plan_file, "--slo", f"stall_ms={level}", "--without-front", "--load", "0.5"]
+        assert (data(capsys, *argv)["verdict"]["unsure"] == "") == sure
+        said = "also at their worse ends" if sure else "not at the worse ends of the ranges"
+        assert said in text(capsys, *argv)
 
 
 def test_simulate_compares_policies(capsys, plan_file):
@@ -268,6 +273,10 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
     assert rates[found["arch"]] == max(rates.values())
     rows = {row["kind"] for row in data(capsys, "degrade", plan)["summary"]}
     assert {"prefill_rank", "decode_rank"} <= rows
+    times = tmp_path / "recovery.json"
+    times.write_text(json.dumps({"summary": {"detect_ms": 9, "survivor_stall_ms": 30}, "kills": [{"adopt_ms": 3}]}))
+    bands = data(capsys, "degrade", plan, "--measured", str(times))["band"]
+    assert all(each["phase_factors"]["detect"] == OWN for each in bands.values())
     assert "prefill_rank losses" in text(capsys, "degrade", plan, "--gate", "decode_rank.survivable>=1.0")
     assert json.loads(text(capsys, "export", plan, "--to", "json"))["decode"]["work"] == "decode"
     for argv in (
@@ -336,4 +345,7 @@ def test_a_report_is_one_page_with_every_rank_in_both_maps(capsys, tmp_path, arc
     for part in ("Where everything is", "Memory of a device", "A step", "What each loss costs", "simulated days"):
         assert part in page
     assert ("planned, not served by this version" in page) == (arch == "pd")
+    bands = page.count("[outside of what was measured: ")
+    assert bands or arch == "collocated"
+    assert page.count("pools for prompts and decode; error factor") == (bands if arch == "pd" else 0)
     assert "prefers-color-scheme" in page

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+import planner.cost.band
 from planner import Cluster, InputError
 from planner.cli.main import main
-from planner.cost.band import BEYOND, UNCHECKED, Band, band_of
+from planner.cost.band import BEYOND, FEW, UNCHECKED, Band, band_of
 from planner.inputs.cluster import read_cluster
 from planner.inputs.engine import engine_names, engine_of, read_profile
 from planner.inputs.published import read_model
@@ -56,6 +57,18 @@ def test_drafts_other_formats_and_other_models_say_so():
     other = band_of(read_model("mixtral-8x7b"), read_cluster("h200"), shape(8, 2), 16, 1024)
     assert not other.beyond
     assert "of other models on this chip" in other.source()
+
+
+def test_few_settings_of_a_model_say_that_the_error_is_of_others(monkeypatch):
+    model, cluster = read_model("qwen3-235b-a22b"), read_cluster("h200")
+    engine, checked = read_profile(engine_of(cluster.hardware).name)
+    name = f"{cluster.hardware.name} {model.name}"
+    for count in (FEW - 1, FEW):
+        kinds = {**checked["kinds"], name: {**checked["kinds"][name], "count": count}}
+        monkeypatch.setattr(planner.cost.band, "read_profile", lambda _, k=kinds: (engine, {**checked, "kinds": k}))
+        found = band_of(model, cluster, shape(8, 16), 16, 1024)
+        assert found.others == found.to_dict()["of_other_models"] == (count < FEW)
+        assert (found.count == count) == ("of this kind" in found.source()) == (count >= FEW)
 
 
 def test_the_ends_are_the_figure_divided_and_multiplied():

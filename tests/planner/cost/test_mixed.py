@@ -11,14 +11,25 @@ import pytest
 from planner import InputError
 from planner.cli.main import main
 from planner.cost.design import design
-from planner.cost.mixed import assess_kinds, expert_speeds, group_kinds, rank_speeds
+from planner.cost.mixed import (
+    assess_kinds,
+    expert_speeds,
+    group_kinds,
+    placement_speeds,
+    rank_speeds,
+    seconds_of_requests,
+)
+from planner.cost.throughput import assess, requests_that_fit
+from planner.cost.trade_off import decode_speed
+from planner.failures.certificate import ServiceLevels, Terms, certify
 from planner.failures.loss_model import LossModel
 from planner.inputs.cluster import Cluster, cluster_from, read_cluster, slowest
 from planner.inputs.published import read_model
 from planner.inputs.traffic import Traffic
-from planner.plan.deployment import Deployment
+from planner.plan.deployment import Deployment, FaultTolerance, read_deployment
 from planner.plan.expert_loads import zipf_loads
 from planner.solver.balance import peak_load, relative_rank_loads
+from planner.solver.rebalance import MODES, rebalance
 
 MODEL = read_model("qwen3-235b-a22b")
 HOSTS = [{"count": 2, "devices": 8}, {"count": 2, "devices": 8, "preset": "b200"}]
@@ -56,7 +67,9 @@ def test_tokens_lie_between_those_of_the_kinds_and_no_stream_is_too_slow(tpot_ms
     slow, fast = (assess_kinds(MODEL, cluster.only(kind), shape, traffic) for kind in ("h100", "b200"))
     assert slow.tokens_per_second <= found.tokens_per_second <= fast.tokens_per_second
     requests = dict(found.requests_by_kind)
-    assert requests["h100"] < requests["b200"]
+    room = requests_that_fit(MODEL, found.pages_per_rank, traffic)
+    assert requests["h100"] < requests["b200"] or requests["h100"] == room
+    assert max(requests.values()) <= room
     assert 1 / found.tokens_per_second_per_user <= tpot_ms / 1e3 + 1e-9
     assert group_kinds(cluster, shape) == dict.fromkeys(("h100", "b200"), shape.data // 2)
 
@@ -85,6 +98,71 @@ def test_losses_leave_no_more_than_the_whole_and_the_fastest_are_taken_as_lost(d
     shape = losses.capacity_model.shape
     left = group_kinds(designed.deployment.cluster, replace(shape, roles=shape.roles[8:], groups=shape.groups[:24]))
     assert left["h100"] == 16
+
+
+def test_requests_fit_the_pages_of_the_plan_which_are_those_of_the_smallest_kind():
+    model, traffic = read_model("deepseek-v3"), Traffic(tpot_ms=200)
+    hosts = [{"count": 1, "devices": 8}, {"count": 1, "devices": 8, "preset": "b200"}]
+    cluster = cluster_from({"name": "mixed", "hardware": {"preset": "h100"}, "hosts": hosts}, "mixed.toml")
+    found = design(model, cluster, traffic=traffic)
+    plan, best = found.deployment.plan, found.chosen
+    room = requests_that_fit(model, plan.pages_per_rank, traffic)
+    most = max(dict(best.requests_by_kind).values(), default=best.requests_per_group)
+    assert 0 < most <= room
+    uses = dict(best.memory)
+    assert sum(uses.values()) <= min(kind.memory_bytes or 0 for kind in cluster.kinds.values())
+    splits = min(best.shape.tensor, model.cache_splits)
+    assert uses["cache in use"] == most * traffic.longest * model.cache_bytes_per_token // splits
+
+
+@pytest.mark.parametrize("tpot_ms", [20, 30, 40])
+def test_a_limit_on_the_first_token_holds_for_requests_by_kind(tpot_ms):
+    cluster, traffic = mixed(), Traffic(tpot_ms=tpot_ms)
+    shape = design(MODEL, read_cluster("h100:4x8"), tensor=1, slots=8).chosen.shape
+    slow = assess(MODEL, cluster, shape, traffic)
+    limit = slow.ttft_seconds * 1e3 * 1.0001
+    found = assess_kinds(MODEL, cluster, shape, replace(traffic, ttft_ms=limit))
+    assert not found.reason
+    assert found.ttft_seconds * 1e3 <= limit
+    assert found.tokens_per_second > slow.tokens_per_second
+
+
+@pytest.mark.parametrize("arch", ["collocated", "disaggregated"])
+def test_what_solve_promises_is_certified(designed, arch):
+    found = designed if arch == "collocated" else design(MODEL, mixed(), arch=arch, loads=zipf_loads(MODEL, 0.8))
+    d, best = found.deployment, found.chosen
+    requests = best.requests_per_group * best.shape.data
+    seconds = seconds_of_requests(MODEL, d.cluster, d.shape, d.traffic, requests, peak=found.peak)
+    assert 0 < seconds <= 1 / best.tokens_per_second_per_user * (1 + 1e-9)
+    fewer = seconds_of_requests(MODEL, d.cluster, d.shape, d.traffic, requests // 2, peak=found.peak)
+    assert fewer < seconds
+    full = requests_that_fit(MODEL, d.plan.pages_per_rank, d.traffic) * best.shape.data
+    assert seconds_of_requests(MODEL, d.cluster, d.shape, d.traffic, full + 1, peak=found.peak) == np.inf
+    losses = LossModel(d, one_front=False)
+    levels = ServiceLevels(tpot_ms=1e3 / best.tokens_per_second_per_user * (1 + 1e-9))
+    verdict = certify(losses, Terms(survive=FaultTolerance(ranks=0), levels=levels, requests=requests))
+    assert verdict.holds, verdict.missed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rebalancing_keeps_a_placement_by_speed(designed, mode):
+    d = designed.deployment
+    speed = placement_speeds(MODEL, d.cluster, d.shape, d.traffic.context)
+    done = rebalance(d.plan, d.load_array(), mode=mode, speed=speed)
+    assert done.before == pytest.approx(peak_load(d.plan, d.load_array(), speed))
+    assert done.after == pytest.approx(peak_load(done.plan, d.load_array(), speed))
+    assert (done.after <= done.before + 1e-12).all()
+    other = zipf_loads(MODEL, 0.8)[:, ::-1]
+    shares = other / other.sum(axis=1, keepdims=True)
+    moved = rebalance(d.plan, shares, mode=mode, speed=speed)
+    assert peak_load(moved.plan, shares, speed).mean() < peak_load(d.plan, shares, speed).mean()
+
+
+def test_the_chosen_plan_is_on_the_front_of_its_trade_off(designed):
+    best = designed.chosen
+    own = decode_speed(best.shape, best.requests_per_group, best.step, MODEL.kept)
+    better = [p for p in designed.pareto if p["per_user"] >= own["per_user"] * (1 - 1e-9)]
+    assert max(p["per_device"] for p in better) >= own["per_device"] * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +196,21 @@ def test_the_commands_take_a_mixed_cluster(tmp_path, capsys):
     assert "h100: " in shown
     assert "b200: " in shown
     assert "chip h100+b200" in shown
+    words = " ".join(shown.split())
+    assert "4 h100 of 80.0 GB each, 4 b200 of" in words
+    assert "memory of a device of the smallest kind" in words
+    assert "x its share by speed" in words
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps({"loads": zipf_loads(read_model("qwen3-30b-a3b"), 0.8)[:, ::-1].tolist()}))
+    after = str(tmp_path / "after.json")
+    assert main(["rebalance", plan, str(loads), "--out", after, "--json"]) == 0
+    found, d = json.loads(capsys.readouterr().out), read_deployment(after)
+    speed = rank_speeds(d.workload, d.cluster, d.shape, d.traffic.context)
+    assert found["peak_after"] == pytest.approx(peak_load(d.plan, d.load_array(), speed))
+    html = tmp_path / "report.html"
+    assert main(["report", plan, "--html", str(html)]) == 0
+    assert "Memory of a device of the smallest kind" in html.read_text()
+    capsys.readouterr()
     assert main(["degrade", plan, "--json"]) == 0
     assert all(each["survivable"] for each in json.loads(capsys.readouterr().out)["losses"] if each["kind"] == "rank")
     assert main(["solve", "qwen3-30b-a3b", str(file), "--engine", "jax"]) == 0

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from planner import Cluster, Hardware, Workload
 from planner.cost.roofline import PARTS, StepTime, part_seconds, prefill_time, step_time
 from planner.cost.step_work import step_work
-from planner.cost.throughput import assess, pareto
+from planner.cost.throughput import assess
+from planner.cost.trade_off import pareto
 from planner.inputs.cluster import read_cluster
 from planner.inputs.engine import engine_of
 from planner.inputs.published import read_model

@@ -55,6 +55,9 @@ def test_a_loss_that_is_not_survivable_has_no_range(deployment):
 
 def test_losses_of_pools_are_outside_of_what_was_measured():
     pooled = design_pools(read_model("qwen3-30b-a3b"), read_cluster("h100:4x2")).deployment
+    for name, each in pool_loss_bands(pooled, RecoveryTimes(source="measured", first_step=0.2)).items():
+        assert each.measured
+        assert each.factors["detect"] == OWN < pool_loss_bands(pooled)[name].factors["detect"]
     bands = pool_loss_bands(pooled)
     assert all("pools" in each.source() for each in bands.values())
     for outcome in forecast_pool_losses(pooled, kinds=["rank"]):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from planner import Cluster, Hardware, InputError, Workload, solve
 from planner.cost.design import design
 from planner.cost.recovery_model import RecoveryModel
-from planner.failures.simulate import POLICIES, FailureEvent, simulate, timeline
+from planner.failures.simulate import POLICIES, simulate
+from planner.failures.timeline import FailureEvent, timeline
 from planner.inputs.cluster import read_cluster
 from planner.inputs.published import read_model
 from planner.inputs.recovery_times import RecoveryTimes
