@@ -169,7 +169,8 @@ def rebalance(options: Namespace) -> CommandResult:
     rows = read_loads(options.loads, deployment.workload) if deployment.workload.experts else ()
     deployment = replace(deployment, loads=rows)
     d = deployment
-    speed = placement_speeds(d.workload, d.cluster, d.shape, d.traffic.context)
+    serving = replace(d.cluster, devices=d.cluster.alive(d.plan.rank_ids))
+    speed = placement_speeds(d.workload, serving, d.shape, d.traffic.context)
     done = rebalance_plan(d.plan, d.load_array(), mode=options.mode, moves_per_layer=options.moves, speed=speed)
     after = replace(deployment, plan=done.plan)
     write_text(options.out, after.to_json())
