@@ -31,14 +31,9 @@ def leaving_sequences(state: EngineState) -> list[Sequence]:
     return sorted(running, key=lambda sequence: (sequence.computed, sequence.arrival))
 
 
-def migrate(state: EngineState, request_id: str) -> tuple[EngineState, Sequence] | None:
-    """Move a request to another rank, with as many pages there, and return its sequence as it is then. None when no
-    open rank has room.
-
-    The caller must copy the KV entries of positions 0 .. computed - 1 from the old pages to the new ones, and the state
-    that its next step reads, before it uses the state. No step may be in flight.
-    """
-    assert not state.in_flight, "a request cannot move while its step runs"
+def place_elsewhere(state: EngineState, request_id: str) -> Sequence | None:
+    """The sequence of a request as it would be on another rank, with as many pages there. None when no open rank has
+    room."""
     sequence = state.running[request_id]
     source = sequence.rank
     assert source is not None
@@ -54,14 +49,39 @@ def migrate(state: EngineState, request_id: str) -> tuple[EngineState, Sequence]
     if not rooms:
         return None
     target = min(rooms, key=lambda rank: (running.count(rank), -state.pools[rank].available, rank))
-    pool, pages = state.pools[target].alloc(len(sequence.pages))
-    for page, key in zip(pages, sequence.page_keys or (), strict=False):
-        pool = pool.seal(page, key)
+    _, pages = state.pools[target].alloc(len(sequence.pages))
     others = (other for other in state.running.values() if other.rank == target)
     slot = free_slot(others, states=state.limits.states)
-    moved = dataclasses.replace(sequence, rank=target, pages=pages, slot=slot)
-    pools = {**state.pools, target: pool, source: state.pools[source].release(sequence.pages)}
-    return dataclasses.replace(state, pools=pools, running={**state.running, request_id: moved}), moved
+    return dataclasses.replace(sequence, rank=target, pages=pages, slot=slot)
+
+
+def free_places(state: EngineState, after: Sequence) -> EngineState:
+    """The state in which the pages of `place_elsewhere` have no content: entries can be copied to them, whether or not
+    the request moves then."""
+    rank = after.rank
+    assert rank is not None
+    pool, pages = state.pools[rank].alloc(len(after.pages))
+    assert pages == after.pages, f"pages {pages} are next on rank {rank}, not {after.pages}"
+    return dataclasses.replace(state, pools={**state.pools, rank: pool.release(pages)})
+
+
+def move(state: EngineState, before: Sequence, after: Sequence) -> EngineState:
+    """The state in which a request is at the places that `free_places` freed. Requests may have come, ended or gone to
+    another pool since; where it is not as `before` any more nothing changes.
+
+    The caller has copied the KV entries of positions 0 .. computed - 1 from the old pages to the new ones, and the
+    state that its next step reads. No step may be in flight.
+    """
+    assert not state.in_flight, "a request cannot move while its step runs"
+    if state.running.get(before.id) != before:
+        return state
+    assert before.rank is not None
+    assert after.rank is not None
+    pool = state.pools[after.rank].take(after.pages)
+    for page, key in zip(after.pages, after.page_keys or (), strict=False):
+        pool = pool.seal(page, key)
+    pools = {**state.pools, after.rank: pool, before.rank: state.pools[before.rank].release(before.pages)}
+    return dataclasses.replace(state, pools=pools, running={**state.running, before.id: after})
 
 
 def requeue_ranks(state: EngineState, ranks: Collection[int]) -> EngineState:

@@ -106,6 +106,13 @@ class PagePool:
             index = {key: page for key, page in index.items() if page not in gone}
         return PagePool(self.total, self.free[:left], evictable, holders, keys, index), pages
 
+    def take(self, pages: Sequence[int]) -> "PagePool":
+        """Hold free pages, to write on. The caller checks that they are free."""
+        taken = set(pages)
+        assert taken <= set(self.free), f"pages {sorted(taken.difference(self.free))} are not free"
+        left = tuple(page for page in self.free if page not in taken)
+        return dataclasses.replace(self, free=left, ref_counts={**self.ref_counts, **dict.fromkeys(pages, 1)})
+
     def seal(self, page: int, key: PageKey) -> "PagePool":
         """Record the key of a held page that is full. A second page with the same content stays without a key."""
         assert page in self.ref_counts, f"page {page} is sealed without a holder"

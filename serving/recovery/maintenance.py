@@ -171,12 +171,11 @@ class Maintenance:
         """Move requests of LEAVING ranks; release the ranks that have none left."""
         server, began = self._server, clock.now()
         for sequence in migration.leaving_sequences(server.state):
-            before = server.state
-            moved = migration.migrate(before, sequence.id) if sequence.id in before.running else None
-            if moved is not None:
-                await self._copy_kv(sequence, moved[1])
-                if server.state is before:  # else a request ended meanwhile: this one moves the next time
-                    server.state = moved[0]
+            is_here = sequence.id in server.state.running
+            if is_here and (moved := migration.place_elsewhere(server.state, sequence.id)) is not None:
+                server.state = migration.free_places(server.state, moved)
+                await self._copy_kv(sequence, moved)
+                server.state = migration.move(server.state, sequence, moved)
             if clock.now() - began > MOVE_BUDGET_S:
                 break
         affected_by = server.failover.adoption.affected_by

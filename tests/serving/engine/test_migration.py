@@ -15,13 +15,13 @@ def server(ranks: int = 3, pages: int = 24, *, states: bool = False) -> FakeEngi
     return FakeEngine.start(limits, dict.fromkeys(range(ranks), pages))
 
 
-def move(fake: FakeEngine, request_id: str) -> bool:
-    """Move a request with its cache entries, as operations do."""
+def move(fake: FakeEngine, request_id: str, *, ends: bool = True) -> bool:
+    """Move a request with its cache entries, as operations do; or only copy them, if the move never `ends`."""
     before = fake.state.running[request_id]
-    moved = migration.migrate(fake.state, request_id)
-    if moved is None:
+    after = migration.place_elsewhere(fake.state, request_id)
+    if after is None:
         return False
-    state, after = moved
+    fake._move(migration.free_places(fake.state, after))
     size = fake.state.limits.page_size
     source, target = fake.ranks[before.rank], fake.ranks[after.rank]
     for position in range(before.computed):
@@ -30,7 +30,8 @@ def move(fake: FakeEngine, request_id: str) -> bool:
         target.token[there], target.position[there] = source.token[here], source.position[here]
     if before.states is not None and after.states is not None and before.computed:
         target.states[after.states[0]] = source.states[before.states[0]]
-    fake._move(state)
+    if ends:
+        fake._move(migration.move(fake.state, before, after))
     return True
 
 
@@ -49,6 +50,7 @@ events = st.lists(
         st.tuples(st.just("step"), st.integers(1, 5), st.just(0)),
         st.tuples(st.just("drain"), st.integers(0, 2), st.just(0)),
         st.tuples(st.just("move"), st.integers(0, 11), st.just(0)),
+        st.tuples(st.just("copy"), st.integers(0, 11), st.just(0)),
         st.tuples(st.just("distrust"), st.just(0), st.just(0)),
         st.tuples(st.just("lose"), st.integers(0, 2), st.just(0)),
     ),
@@ -71,8 +73,8 @@ def test_whatever_is_moved_and_when_every_stream_has_the_tokens_it_has_alone(scr
             fake.adopt({rank: 24 for rank in range(3) if rank != value})
             fake.adopt(dict.fromkeys(range(3), 24), fresh=(value,))
             fake._move(migration.close_ranks(fake.state, ()))
-        elif what == "move" and f"r{value}" in fake.state.running:
-            move(fake, f"r{value}")
+        elif what in ("move", "copy") and f"r{value}" in fake.state.running:
+            move(fake, f"r{value}", ends=what == "move")
         elif what == "distrust":
             fake._move(migration.invalidate_caches(fake.state))
         elif what == "lose":
@@ -130,7 +132,7 @@ def test_without_room_elsewhere_a_request_stays_where_it_is():
     fake.step()
     rank = fake.state.running["a"].rank
     fake._move(migration.close_ranks(fake.state, {rank}))
-    assert migration.migrate(fake.state, "a") is None
+    assert migration.place_elsewhere(fake.state, "a") is None
     fake.drain()
     fake.check_streams(all_ended=True)
 
@@ -140,4 +142,23 @@ def test_a_request_does_not_move_while_its_step_runs():
     fake.submit(small_request("a"))
     fake.begin()
     with pytest.raises(AssertionError, match="while its step runs"):
-        migration.migrate(fake.state, "a")
+        move(fake, "a")
+
+
+def test_a_copy_whose_request_ended_leaves_no_prefix_that_it_wrote_over():
+    fake = server(2, pages=10)
+    prompt = range(1, 60)
+    fake.submit(small_request("a", prompt, max_tokens=2))
+    fake.drain()
+    (cached,) = [rank for rank, pool in fake.state.pools.items() if pool.evictable]
+    fake._move(migration.close_ranks(fake.state, {cached}))
+    fake.submit(small_request("b", range(40, 90), max_tokens=20, seed=5))
+    for _ in range(3):
+        fake.step()
+    fake._move(migration.close_ranks(fake.state, ()))
+    assert fake.state.running["b"].rank != cached
+    assert move(fake, "b", ends=False)
+    fake._move(migration.close_ranks(fake.state, {fake.state.running["b"].rank}))
+    fake.submit(small_request("c", prompt, max_tokens=8, seed=1))
+    fake.drain()
+    fake.check_streams(all_ended=True)
