@@ -450,6 +450,11 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ranks < 2:
         parser.error("--ranks is 1, and streams of a rank without others have nowhere to go; give at least 2")
+    if "pd" in arguments.arch and arguments.ranks < 4:
+        parser.error(
+            f"--ranks is {arguments.ranks}, and with arch pd a pool of one rank does not recover from its loss without "
+            "a replacement; give at least 4, or other --arch"
+        )
     return arguments
 
 
