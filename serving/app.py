@@ -175,13 +175,13 @@ class App:
 
 @contextlib.asynccontextmanager
 async def _ends_at_once_in_an_upgrade(run: RunFolder | None) -> AsyncIterator[None]:
-    """While a new front of an upgrade starts, an error ends its process with status 1 and leaves ranks and calls to the
-    front that follows, as the death of a front does."""
+    """While a front starts in an upgrade, or on the way back, an error ends its process with status 1 and leaves ranks
+    and calls to the front that follows, as the death of a front does."""
     try:
         yield
     except Exception as error:
         record = None if run is None else UpgradeRecord.load(run.path)
-        if record is None or record.stage != "front":
+        if record is None or not record.active:
             raise
         logs.SERVER.error("%s", str(error) or type(error).__name__)
         os._exit(1)

@@ -1,6 +1,5 @@
 """The command that replaces the code of a running server: `moejax upgrade`."""
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,8 @@ from serving.protocol.status import Status
 
 POLL_S = 0.2
 """Seconds between two looks at the status."""
+SILENCE_S = 60.0
+"""Seconds without a status after which the server counts as ended."""
 
 
 @click.command(short_help="Replace the code of a running server, without losing a stream.")
@@ -41,15 +42,21 @@ def upgrade(client: Client, path: str, python: str, timeout_s: float) -> None:
     """
     path, python = _absolute(path), _absolute(python)
     client.apply("upgrade", timeout_s=timeout_s, path=path, python=python)
-    shown, status = "", None
+    shown, status, answered_at = "", None, time.monotonic()
     while status is None or status.upgrade in ("running", "rolling_back"):
         time.sleep(POLL_S)
-        with contextlib.suppress(Unreachable, DeadlineExceeded):  # the front, or this edge, is being replaced
+        try:
             status = client.status()
-            text = _progress(status)
-            if text != shown:
-                click.echo(printable(text))
-            shown = text
+        except (Unreachable, DeadlineExceeded) as error:  # the front, or this edge, is being replaced
+            if time.monotonic() - answered_at > SILENCE_S:
+                raise Unreachable(
+                    f"the server has not answered for {SILENCE_S:g} s of the upgrade ({error}). Its log says why."
+                ) from None
+            continue
+        answered_at, text = time.monotonic(), _progress(status)
+        if text != shown:
+            click.echo(printable(text))
+        shown = text
     if status.upgrade != "done":
         sys.exit(1)
 

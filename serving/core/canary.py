@@ -118,7 +118,16 @@ class Canary:
                 if isinstance(item, MoejaxError):
                     trial.errors[request_id] = str(item)
         if trial is not None and trial.tokens and not trial.missing:
-            self._end(trial, self._judge(trial))
+            known, cause, failover = self.expected, self._judge(trial), self._server.failover
+            masked = failover.plan is not None and bool(failover.plan.masked)
+            if masked and (cause or known is None):
+                self.expected = known
+                cause = f"{cause or 'canaries are not compared'}, while experts are masked"
+            if masked and cause and failover.adoption.reconciling:
+                trial.requested = True  # once more, until the experts are there that are being loaded
+                self._server.wake()
+            else:
+                self._end(trial, cause)
         return rest
 
     def _submit(self, trial: Trial) -> None:

@@ -127,7 +127,7 @@ class EngineShell:
         """End a request with an error."""
         self.drop(request_id)
         self.drop_elsewhere(request_id)
-        self.output_streams.send([(request_id, error)])
+        self.output_streams.send(self.canary.take([(request_id, error)]))
 
     def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
         """See `serving.protocol.backend.Backend.fail_requests`. One that was never accepted ends in the log alone."""

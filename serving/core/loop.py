@@ -277,8 +277,11 @@ class Loop:
                 )
             await self.upgrades.begin(instruction)
             return self.failover.plan_ranks
-        if instruction.action == "weights" and self.upgrades is not None and self.upgrades.busy:
-            raise Conflict("an upgrade is under way. Wait for it (`moejax status`), then bring the weights in.")
+        if instruction.action != "retry" and self.upgrades is not None and self.upgrades.busy:
+            raise Conflict(
+                f"an upgrade is under way, which {instruction.action} would cross. Wait for it (`moejax status`), then "
+                "try again."
+            )
         return await self._control.apply(instruction)
 
     def report(self, error: DeviceError) -> ErrorResponse:

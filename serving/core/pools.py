@@ -241,6 +241,12 @@ class Pools:
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.protocol.backend.Backend.apply`."""
+        if instruction.action == "upgrade":
+            raise InvalidRequest(
+                "action is 'upgrade' with arch 'pd', whose front holds the connections of its clients and cannot be "
+                "replaced under them. Stop the server, and start it with the new version.",
+                param="action",
+            )
         if instruction.action == "weights":
             raise InvalidRequest(
                 "action is 'weights' with arch 'pd': both pools would have to switch between two steps, which they do "

@@ -3,7 +3,10 @@ and replaces the ranks one after the other (docs/decisions/0026).
 """
 
 import asyncio
+import contextlib
 import json
+import logging
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from serving.core.engine_shell import EngineShell
 from serving.core.request_processor import RequestProcessor
 from serving.errors import Conflict, Internal, InvalidRequest, NoCapacity, StartError
 from serving.executor.failure_detector import Cause
-from serving.launch.code import Code, read_code
+from serving.launch.code import Code, check_owned, read_code
 from serving.launch.run_folder import RunFolder
 from serving.launch.supervised import request_supervisor
 from serving.launch.upgrade_record import UpgradeRecord
@@ -22,11 +25,16 @@ from serving.protocol.events import EventKind
 from serving.protocol.instructions import Instruction
 from serving.protocol.versions import check_common
 from serving.recovery.membership import RankState
+from serving.version import PACKAGES
 
 POLL_S = 0.05
 """Seconds between two looks at the record of the upgrade, and at a rank that is replaced."""
+RETRY_S = 1.0
+"""Seconds until a rank is asked to leave again that could not."""
 FAILURES = frozenset({EventKind.RESTART_FAILED, EventKind.DRAIN_FAILED})
 """Events of a rank that is replaced which end the upgrade."""
+
+log = logging.getLogger(__name__)
 
 
 class Upgrades:
@@ -74,11 +82,22 @@ class Upgrades:
             raise Conflict(f"an upgrade to {code} is under way. Wait for it (`moejax status`), then try again.")
         if self._engine.maintenance.weights.next_label:
             raise Conflict("new weights are being brought in. Wait for them (`moejax status`), then try again.")
+        if self._engine.maintenance.paused:
+            raise Conflict("the server is paused. `moejax apply retry` has it go on; then try again.")
+        if self._engine.rebalancing.moving:
+            raise Conflict("experts are being moved. Wait for them (`moejax status`), then try again.")
         self._began = True
         try:
             self._check_ranks()
             code = await self._code_of(instruction)
-            await self._record_answers()
+            limit_s = self._engine.settings.start_timeout_s
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._record_answers()
+            except TimeoutError:
+                raise Internal(
+                    f"the server has not answered a canary before the upgrade within {limit_s:g} s."
+                ) from None
             answer = request_supervisor(
                 self._run.path, upgrade={"begin": code.to_json(), "drain_s": instruction.timeout_s}
             )
@@ -92,20 +111,30 @@ class Upgrades:
 
     def _check_ranks(self) -> None:
         failover = self._engine.failover
-        ranks = failover.plans.base.rank_ids
+        ranks = self._wanted_ranks()
         if not failover.single_host:
             raise InvalidRequest(
                 "an upgrade replaces ranks that the front starts itself; this server has ranks on other hosts. Replace "
                 "their hosts one after the other (docs/runbook.md).",
                 param="action",
             )
-        missing = sorted(set(ranks).difference(failover.plan_ranks))
+        missing = [rank for rank in ranks if failover.membership.state(rank) is not RankState.SERVING]
         if missing:
-            raise NoCapacity(f"ranks {missing} do not serve. Wait until all do, or `moejax apply retry`.")
+            raise NoCapacity(f"ranks {missing} do not serve, or leave. Wait until all do, or `moejax apply retry`.")
+        if failover.plan is not None and failover.plan.masked:
+            raise NoCapacity(
+                f"{len(failover.plan.masked)} experts are masked, so that answers could not be compared. Wait until "
+                "they are loaded (`moejax status`), then try again."
+            )
         for rank in ranks:
             left = [each for each in ranks if each != rank]
             if why := failover.plans.why_infeasible(left):
                 raise NoCapacity(f"ranks are replaced one after the other, and ranks {left} cannot serve alone: {why}")
+
+    def _wanted_ranks(self) -> list[int]:
+        """The ranks that are to serve: all but those that an operator, or the error of a device, has taken out."""
+        failover = self._engine.failover
+        return [rank for rank in failover.plans.base.rank_ids if not failover.membership.is_out(rank)]
 
     async def _code_of(self, instruction: Instruction) -> Code:
         """The code that an instruction names."""
@@ -115,6 +144,11 @@ class Upgrades:
             python = str(Path(python) / "bin" / "python")
         if path and not (Path(path) / "serving").is_dir():
             raise InvalidRequest(f"path is {path}, which has no folder serving/. Name a checkout.", param="path")
+        if path:
+            check_owned(path, *(f"{path}/{name}" for name in PACKAGES), param="path")
+        if python != self._own.python:
+            environment = Path(python).parent.parent
+            check_owned(python, *map(str, (environment, *environment.glob("lib/*/site-packages"))), param="python")
         code = await read_code(python, path)
         if code.build == self._own.build:
             raise InvalidRequest(f"the server runs {code.build} already.", param="path")
@@ -138,7 +172,7 @@ class Upgrades:
         """Write what canaries must answer: the ranks, with code that is trusted, and the tokenizer of this front."""
         canary = self._engine.canary
         canary.expected = None
-        cause = await canary.request()
+        cause = await asyncio.shield(canary.request())
         if cause:
             raise Internal(f"the ranks do not agree before the upgrade: {cause}")
         text = await answer_text(self.processor)
@@ -149,13 +183,19 @@ class Upgrades:
     async def follow(self) -> None:
         """Follow the record, and do this front's part, until the server ends."""
         while True:
-            record = await asyncio.to_thread(UpgradeRecord.load, self._run.path)
-            self._take(record)
-            if record is not None and record.active and record.stage == "ranks" and self._replacing is None:
-                self._replacing = asyncio.create_task(self._replace_ranks(record))
-            elif self._replacing is not None and self._replacing.done():
-                self._replacing.result()
-                self._replacing = None
+            try:
+                record = await asyncio.to_thread(UpgradeRecord.load, self._run.path)
+                self._take(record)
+                if record is not None and record.active and record.stage == "ranks" and self._replacing is None:
+                    self._replacing = asyncio.create_task(self._replace_ranks(record))
+                elif self._replacing is not None and self._replacing.done():
+                    replacing, self._replacing = self._replacing, None
+                    replacing.result()
+            except Exception as error:  # what follows depends on it: it goes on, and the upgrade fails
+                log.exception("this front's part of the upgrade has failed")
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    self._report_failed(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(RETRY_S)
             await asyncio.sleep(POLL_S)
 
     def _take(self, record: UpgradeRecord | None) -> None:
@@ -174,7 +214,11 @@ class Upgrades:
         if not number and not record.active:
             return  # an earlier front has said so
         kind = EventKind.UPGRADING
-        if record.state == "rolling_back" and state != record.state:
+        if (
+            record.state == "rolling_back"
+            and state != record.state
+            and self._run.first_to_note(f"upgrade {record.number} failed")
+        ):
             kind = EventKind.UPGRADE_FAILED
         elif not record.active:
             kind = EventKind.UPGRADED if record.state == "done" else EventKind.ROLLED_BACK
@@ -200,18 +244,22 @@ class Upgrades:
         prepared for. Returns why it could not be; on the way back it is tried until it can."""
         engine, build = self._engine, record.code.build
         since = max((event.sequence for event in engine.events.retained()), default=0)
-        until, asked = clock.now() + engine.settings.start_timeout_s, False
+        until, asked_at = clock.now() + engine.settings.start_timeout_s, -math.inf
         while not self._turned(record):
             membership = engine.failover.membership
+            if membership.is_out(rank):
+                return ""
             serving = membership.state(rank) is RankState.SERVING
-            if membership.can_start(rank) and not membership.is_out(rank):
-                engine.replace(rank)
+            for each in self._wanted_ranks() if record.state == "rolling_back" else [rank]:
+                if membership.can_start(each):
+                    engine.replace(each)
             if serving and self._build_of(rank) == build and not engine.canary.busy and self._prepared():
                 return ""
-            if serving and self._build_of(rank) != build and not asked and self._prepared():
+            again = clock.now() - asked_at > RETRY_S if record.state == "rolling_back" else asked_at == -math.inf
+            if serving and self._build_of(rank) != build and again and self._may_leave(rank):
                 engine.maintenance.leave(rank, f"upgrade to {build}", replace=True)
                 engine.wake()
-                asked = True
+                asked_at = clock.now()
             if record.state == "running":
                 failed = [
                     event
@@ -222,8 +270,6 @@ class Upgrades:
                     return f"rank {rank}: {failed[-1].cause}"
                 if clock.now() > until:
                     return f"rank {rank} did not serve with the new code within {engine.settings.start_timeout_s:g} s"
-            elif serving and asked and rank not in engine.maintenance.leaving and self._build_of(rank) != build:
-                asked = False
             await asyncio.sleep(POLL_S)
         return ""
 
@@ -235,6 +281,14 @@ class Upgrades:
     def _prepared(self) -> bool:
         return self._engine.failover.preparation.coverage().get("1 rank", 1.0) == 1.0
 
+    def _may_leave(self, rank: int) -> bool:
+        """Whether a rank may leave now: all others that are to serve do so, and go on without it, as is prepared."""
+        failover = self._engine.failover
+        left = [each for each in self._wanted_ranks() if each != rank]
+        if any(failover.membership.state(each) is not RankState.SERVING for each in left):
+            return False
+        return not failover.plans.why_infeasible(left) and self._prepared()
+
     def _build_of(self, rank: int) -> str:
         process = self._engine.executor.get(rank)
         return "" if process is None else process.build
@@ -242,15 +296,25 @@ class Upgrades:
     def _on_canary_failed(self, ranks: frozenset[int], cause: str) -> None:
         """Ranks that have joined do not answer as the others do: they are ended before they compute for a client. The
         supervisor starts the next ones with the former code."""
-        engine = self._engine
+        engine, record = self._engine, self.record
         for rank in sorted(ranks):
             engine.events.emit(EventKind.CANARY_FAILED, engine.failover.epoch, rank=rank, cause=cause)
-        if ranks and self.record is not None:
-            self._report(failed=cause, number=self.record.number)
+        try:
+            self._report_failed(cause)
+        except (OSError, ValueError, KeyError, TypeError):
+            log.exception("a failed canary could not be reported to the supervisor")
+        if not ranks and record is not None and record.state == "running" and record.stage == "ranks":
+            # A front that died before they were tried has let them join: any rank with the new code may be the one.
+            former = record.origin.build
+            ranks = frozenset(each for each in engine.failover.plan_ranks if self._build_of(each) != former)
         for rank in sorted(ranks):
             incarnation = engine.executor.get(rank)
             if incarnation is not None and incarnation.loss is None:
                 engine.executor.declare(rank, Cause("error", f"canary: {cause}"), clock.now())
+
+    def _report_failed(self, cause: str) -> None:
+        if self.record is not None and self.record.active:
+            self._report(failed=cause, number=self.record.number)
 
     def _report(self, **report: object) -> None:
         """Say to the supervisor how far the ranks are."""

@@ -45,7 +45,7 @@ class Code:
     def from_json(cls, value: Any) -> Self:
         """The inverse of `to_json`."""
         protocols = {name: VersionRange(*numbers) for name, numbers in value["protocols"].items()}
-        return cls(**known_fields(cls, value) | {"protocols": protocols})
+        return cls(**{**known_fields(cls, value), "protocols": protocols})
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -73,6 +73,26 @@ class Code:
 def known_fields(of: Any, value: Mapping[str, Any]) -> dict[str, Any]:
     """The values for the fields that a dataclass has: code of another version may have written more of them."""
     return {field.name: value[field.name] for field in dataclasses.fields(of) if field.name in value}
+
+
+def check_owned(*paths: str, param: str) -> None:
+    """Raises InvalidRequest unless all paths are there and nobody but root and the user of this process can change
+    them: what is in them runs as that user. Links are followed."""
+    for path in paths:
+        try:
+            state = os.stat(path)
+        except OSError as error:
+            raise InvalidRequest(
+                f"{param} names {path}, which cannot be read: {error.strerror}. Give an absolute path on the server.",
+                param=param,
+            ) from None
+        if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
+            raise InvalidRequest(
+                f"{path} belongs to user {state.st_uid} with mode {state.st_mode & 0o777:o}; it holds code that would "
+                f"run as user {os.getuid()}, so it must belong to that user or to root, and nobody else may write to "
+                f"it: `chown -R` and `chmod -R go-w`.",
+                param=param,
+            )
 
 
 async def read_code(python: str, path: str) -> Code:

@@ -77,6 +77,14 @@ class RunFolder:
         """Whether a process has noted that it is so far."""
         return (self.path / f"{what}-{pid}").exists()
 
+    def first_to_note(self, what: str) -> bool:
+        """Note something for all fronts that follow. Whether no front has noted it before."""
+        try:
+            (self.path / f"{what}.noted").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
     def forget(self, pid: int) -> None:
         """Drop the notes of a process that has ended: another one may get its number."""
         for note in self.path.glob(f"*-{pid}"):

@@ -37,7 +37,7 @@ class UpgradeRecord:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """The inverse of `to_json`."""
-        return cls(**known_fields(cls, value) | {name: Code.from_json(value[name]) for name in ("code", "origin")})
+        return cls(**{**known_fields(cls, value), **{name: Code.from_json(value[name]) for name in ("code", "origin")}})
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""

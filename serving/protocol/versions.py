@@ -1,6 +1,8 @@
 """The versions of what processes of one server say to each other, and of what one of them writes for the next.
 
-Each side names the range that it speaks, and both use the newest version that the ranges have in common. Raise the
+Code names the range that it speaks, and an upgrade to code that has no version in common is refused. Ranks and edges
+name theirs when they connect, and both sides use the newest common version; the journal and requests to the supervisor
+carry no number. Raise the
 newest number when a message changes so that an older reader would misunderstand it; raise the oldest one when this code
 no longer speaks an earlier version. A field with a default that older readers ignore needs neither.
 """

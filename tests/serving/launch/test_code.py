@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serving.errors import InvalidRequest
-from serving.launch.code import Code, read_code
+from serving.launch.code import Code, check_owned, read_code
 from serving.version import build
 from tests.support.checkouts import copy_checkout
 from tests.support.processes import ROOT
@@ -51,3 +51,13 @@ async def test_a_copy_is_imported_from_its_folder_whatever_the_working_directory
 async def test_what_is_no_code_of_moejax_is_refused(python: str, path: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=text):
         await read_code(python, path.format(empty=tmp_path))
+
+
+def test_code_that_others_can_change_is_refused(tmp_path: Path) -> None:
+    check_owned(str(tmp_path), param="path")
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving").chmod(0o775)
+    with pytest.raises(InvalidRequest, match=r"mode 775.*go-w"):
+        check_owned(str(tmp_path), str(tmp_path / "serving"), param="path")
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        check_owned(str(tmp_path / "missing"), param="python")
