@@ -132,7 +132,7 @@ class Upgrades:
                 raise NoCapacity(f"ranks are replaced one after the other, and ranks {left} cannot serve alone: {why}")
 
     def _wanted_ranks(self) -> list[int]:
-        """The ranks that are to serve: all but those that an operator, or the error of a device, has taken out."""
+        """The ranks that are to serve: all but the ranks which were taken out."""
         failover = self._engine.failover
         return [rank for rank in failover.plans.base.rank_ids if not failover.membership.is_out(rank)]
 
