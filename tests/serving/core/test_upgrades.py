@@ -54,7 +54,7 @@ def on_a_server(act: Callable[[Machine, Upgrades], Awaitable[None]], folder: Pat
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What fronts say to the supervisor."""
+    """The reports of fronts to the supervisor."""
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(module, "request_supervisor", lambda folder, upgrade: said.append(upgrade) or {})
     return said
