@@ -37,7 +37,9 @@ class UpgradeRecord:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{**known_fields(cls, value), **{name: Code.from_json(value[name]) for name in ("code", "origin")}})
+        values: dict[str, Any] = dict(known_fields(cls, value))
+        values |= {name: Code.from_json(value[name]) for name in ("code", "origin")}
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
