@@ -48,7 +48,7 @@ class RankWorker:
         self._configured: link_pb2.Configure | None = None
         self.handlers: Mapping[str, Handler] = {
             "configure": self.configure,
-            "ping": lambda _: {},
+            "ping": self.ping,
             "join": self.meshes.join,
             "seat": self.meshes.seat,
             "compile": self.meshes.compile,
@@ -67,6 +67,10 @@ class RankWorker:
             "restore_cache": self.kv_cache.restore_cache,
         }
         """By the name of the command in `Command.what`."""
+
+    def ping(self, _: link_pb2.Ping) -> dict[str, Any]:
+        """Answer, which says that the main thread is free."""
+        return {}
 
     def hello(self, token: str) -> link_pb2.Report:
         """The first report to a front: who this is."""

@@ -95,7 +95,7 @@ def test_certify_holds_or_names_the_smallest_loss_and_signs(capsys, plan_file, t
 def test_degrade_counts_losses_and_gates(capsys, plan_file):
     shown = text(capsys, "degrade", plan_file)
     assert re.search(
-        r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms \([\d.,]+-", shown
+        r"1-rank losses: 8/8 survivable, \d of them without the store, worst stall \d+ ms\s+\([\d.,]+-", shown
     )
     found = data(capsys, "degrade", plan_file, "--gate", "survivable>=1.0, worst_stall_ms<=5000")
     assert len(found["losses"]) == 8 + 28
