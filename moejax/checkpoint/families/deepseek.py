@@ -9,7 +9,7 @@ import dataclasses
 
 from moejax.checkpoint.families.decoder import ATTENTION, MLP, decoder_names, expert_names
 from moejax.checkpoint.families.family import NameMap, ServedFamily, TensorNames
-from moejax.checkpoint.families.latent import FirstPairsToHalves, KeyUp, PairsToHalves, ValueUp
+from moejax.checkpoint.families.latent import KeyUp, PairsToHalves, ValueUp
 from moejax.config.model_config import ModelConfig
 
 PLAIN = {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
@@ -67,7 +67,7 @@ def paired_index_names(cfg: ModelConfig) -> NameMap:
     assert cfg.latent is not None
     for leaf, heads in (("query", cfg.indexer.heads), ("key", 1), ("norm", 1), ("norm_bias", 1)):
         name = f"indexer.{leaf}"
-        plain[name] = TensorNames(plain[name].names, FirstPairsToHalves(heads, cfg.latent.d_rope))
+        plain[name] = TensorNames(plain[name].names, PairsToHalves(heads, cfg.latent.d_rope, leading=True))
     return plain
 
 

@@ -8,10 +8,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PairsToHalves:
-    """Rows of each of `heads`, whose last `rotated` rows lie in pairs: all first ones of the pairs, then all second."""
+    """Rows of each of `heads`, whose last `rotated` rows lie in pairs, or with `leading` the first: all first ones of
+    the pairs, then all second. Also numbers of vectors."""
 
     heads: int
     rotated: int
+    leading: bool = False
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """See Transform."""
@@ -20,27 +22,9 @@ class PairsToHalves:
     def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """See Transform."""
         rows = len(parts[0]) // self.heads
-        plain, pairs = np.arange(rows - self.rotated), np.arange(rows - self.rotated, rows)
-        order = np.concatenate([plain, pairs[::2], pairs[1::2]])
-        return parts[0].reshape(self.heads, rows, -1)[:, order].reshape(parts[0].shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstPairsToHalves:
-    """The same where the first `rotated` rows of each of `heads` lie in pairs; also of vectors."""
-
-    heads: int
-    rotated: int
-
-    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """See Transform."""
-        return (target,)
-
-    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """See Transform."""
-        rows = len(parts[0]) // self.heads
-        pairs = np.arange(self.rotated)
-        order = np.concatenate([pairs[::2], pairs[1::2], np.arange(self.rotated, rows)])
+        first = 0 if self.leading else rows - self.rotated
+        before, pairs, after = np.split(np.arange(rows), [first, first + self.rotated])
+        order = np.concatenate([before, pairs[::2], pairs[1::2], after])
         return parts[0].reshape(self.heads, rows, -1)[:, order].reshape(parts[0].shape)
 
 
