@@ -29,6 +29,8 @@ from serving.version import PACKAGES
 
 POLL_S = 0.05
 """Seconds between two looks at the record of the upgrade, and at a rank that is replaced."""
+IDLE_S = 1.0
+"""Seconds between two looks at the record while no upgrade is under way: `begin` reads it."""
 RETRY_S = 1.0
 """Seconds until a rank is asked to leave again that could not."""
 FAILURES = frozenset({EventKind.RESTART_FAILED, EventKind.DRAIN_FAILED})
@@ -196,7 +198,7 @@ class Upgrades:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     self._report_failed(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(RETRY_S)
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(POLL_S if self.busy else IDLE_S)
 
     def _take(self, record: UpgradeRecord | None) -> None:
         """Take note of the record, and emit the events of what has changed."""
