@@ -1,6 +1,10 @@
 """`import serving` offers the clients, the server, and every type that a caller needs."""
 
+import ast
 import dataclasses
+import inspect
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -22,6 +26,24 @@ def named_types(hint) -> set[str]:
 def test_every_name_of_all_exists():
     assert all(hasattr(serving, name) for name in serving.__all__)
     assert sorted(serving.__all__) == serving.__all__
+
+
+def test_names_that_are_imported_at_their_first_use_are_all_names_and_the_names_that_a_type_checker_sees():
+    tree = ast.parse(inspect.getsource(serving))
+    (for_checkers,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name for node in ast.walk(for_checkers) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(serving.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Servre'"):
+        serving.Servre  # noqa: B018
+
+
+def test_the_process_of_a_rank_imports_no_client_and_no_surface():
+    imported = "import sys, serving.worker.main; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", imported], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "serving.worker.rank" in modules
+    assert not {"serving.app", "serving.server", "serving.api", "serving.core", "starlette", "tokenizers"} & {*modules}
 
 
 def test_every_error_of_the_server_can_be_caught_by_name():
