@@ -51,7 +51,7 @@ curl -N localhost:8000/v1/completions -H 'X-Moejax-Event-Ids: true' -d '{"prompt
 curl -N localhost:8000/v1/resume -H 'Last-Event-ID: cmpl-0123/17'
 ```
 
-A body may be packed: `Content-Encoding: gzip`. `--max-body-bytes` bounds what comes out.
+A body may be packed: `Content-Encoding: gzip` or `deflate`. `--max-body-bytes` bounds what comes out.
 
 ## Errors
 Errors have OpenAI's form, `{"error": {"message", "type", "param", "code"}}`. Codes that clients act on are OpenAI's:

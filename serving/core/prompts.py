@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,12 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parallel_tool_calls: bool = True
+
+
+class BareText(str):
+    """A text whose tokens are its own alone: none that the tokenizer puts before every text, such as BOS."""
+
+    __slots__ = ()
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | Conversation
@@ -39,7 +46,8 @@ class PromptEncoder:
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequest("the prompt is empty. Send at least one character.", param="prompt")
-            return self._checked(await _in_thread_if_long(len(prompt), self._tokenizer.encode, prompt))
+            encode = functools.partial(self._tokenizer.encode, special=not isinstance(prompt, BareText))
+            return self._checked(await _in_thread_if_long(len(prompt), encode, prompt))
         if isinstance(prompt, Conversation):
             return await self._encode_conversation(prompt)
         if not prompt:

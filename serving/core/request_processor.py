@@ -14,7 +14,7 @@ from typing import Any, cast
 from serving.auth.api_keys import CALLER, SHARE
 from serving.core.answers import AnswerItem, AnswerText, Complete, complete, prompt_scores
 from serving.core.merging import merged
-from serving.core.prompts import Conversation, Prompt, PromptEncoder
+from serving.core.prompts import BareText, Conversation, Prompt, PromptEncoder
 from serving.errors import Cancelled, Internal, InvalidRequest, MoejaxError, PromptTooLong
 from serving.observability.metrics import Metrics, RequestTimer
 from serving.protocol.backend import Backend, answered
@@ -304,6 +304,12 @@ class RequestProcessor:
         finally:
             if timer is not None:
                 timer.finished(ended)
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """As `encode`; an empty text, to which there is no answer, has its tokens too."""
+        if isinstance(prompt, str) and not prompt:
+            return self.tokenizer.encode(prompt, special=not isinstance(prompt, BareText))
+        return await self.encode(prompt)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt. Raises InvalidRequest, with `param` naming the field."""

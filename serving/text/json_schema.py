@@ -21,25 +21,56 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 """Keywords whose value has schemas by name."""
 
 
+_VALUES = ("const", "default", "example", "examples")
+"""Keywords whose value may be null; that of other keywords is null where a program writes what it does not set."""
+_APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "additionalProperties")
+"""Keywords beside which `unevaluatedProperties` may mean something else than `additionalProperties`."""
+
+
 def with_spacing(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with our spacing where it does not choose its own, and without formats that are unknown."""
-    return {"x-guidance": dict(SPACING), **without_unknown_formats(schema)}
+    """The schema with our spacing where it does not choose its own, and without what says nothing."""
+    return {"x-guidance": dict(SPACING), **without_neutral_keywords(schema)}
 
 
-def without_unknown_formats(schema: Any) -> Any:
-    """The schema without formats that llguidance does not know. Values that only look like a schema, such as those of
-    `const`, `enum` and `default`, stay as they are."""
+def without_neutral_keywords(schema: Any) -> Any:
+    """The schema without keywords that say nothing, of which llguidance refuses many: formats that are unknown, nulls,
+    and values that permit everything, as in `"uniqueItems": false`. Values that only look like a schema, such as those
+    of `const`, `enum` and `default`, stay as they are."""
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}
     for key, value in schema.items():
-        if key == "format" and not (isinstance(value, str) and value in _KNOWN_FORMATS):
+        if _says_nothing(key, value, schema):
             continue
+        if key == "unevaluatedProperties" and not any(each in schema for each in _APPLICATORS):
+            key = "additionalProperties"
         if key in _LISTS and isinstance(value, list):
-            value = [without_unknown_formats(each) for each in value]
+            value = [without_neutral_keywords(each) for each in value]
         elif key in _MAPS and isinstance(value, Mapping):
-            value = {name: without_unknown_formats(each) for name, each in value.items()}
+            value = {name: without_neutral_keywords(each) for name, each in value.items()}
         elif key in _SINGLE:
-            value = without_unknown_formats(value)
+            value = without_neutral_keywords(value)
         found[key] = value
     return found
+
+
+def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a keyword of a schema permits every value."""
+    if value is None:
+        return key not in _VALUES
+    match key:
+        case "format":
+            return not (isinstance(value, str) and value in _KNOWN_FORMATS)
+        case "uniqueItems" | "not":
+            return value is False
+        case "propertyNames" | "unevaluatedProperties" | "unevaluatedItems":
+            return value is True or value == {}
+        case "dependentRequired" | "dependentSchemas":
+            return value == {}
+        case "minContains" | "maxContains":
+            return "contains" not in schema
+        case "then" | "else":
+            return "if" not in schema
+        case "if":
+            return "then" not in schema and "else" not in schema
+    return False

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Sequence
 
 import llguidance
@@ -17,7 +18,7 @@ from serving.errors import InvalidRequest
 from serving.protocol.request import LogitsParams
 from serving.protocol.sampling import StructuredOutputs
 from serving.text.grammar_vocabulary import grammar_vocabulary
-from serving.text.json_schema import SPACING, without_unknown_formats
+from serving.text.json_schema import SPACING, without_neutral_keywords
 from serving.text.tokenizer import Tokenizer
 from serving.text.tokenizer_formats import HuggingFaceTokenizer
 
@@ -75,7 +76,7 @@ class GrammarMatcher:
             return f"the constraint cannot be used: {str(error)[:500]}"
         wrong, said = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, self._llguidance_tokenizer())
         if wrong:
-            return f"the constraint cannot be used: {said[0][:500]}"
+            return f"the constraint cannot be used: {_in_words(said[0])}"
         # Some limits show only when the first token is to be chosen.
         matcher = self._matcher(grammar)
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)
@@ -180,7 +181,7 @@ class GrammarMatcher:
     def _whole(self, constraint: StructuredOutputs) -> str:
         kind, text = constraint.kind, constraint.text
         if kind == "json":
-            schema = json.dumps(without_unknown_formats(json.loads(text)))
+            schema = json.dumps(without_neutral_keywords(json.loads(text)))
             return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=SPACING)
         if kind == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
@@ -209,3 +210,13 @@ class GrammarMatcher:
             size = max(self._vocab_size, vocabulary.size)
             self._vocabulary = grammar_vocabulary(vocabulary, size, self._stop_tokens)
         return self._vocabulary
+
+
+def _in_words(said: str) -> str:
+    """The fault that llguidance found in a grammar."""
+    if found := re.search(r"Unimplemented keys: \[([^\]]*)\]", said):
+        return (
+            f"its schema has {found[1]}, which cannot be enforced while an answer is written. Leave it out, and check "
+            "the answer by it."
+        )
+    return said.rpartition("failed to compile JSON schema: ")[2][:500]

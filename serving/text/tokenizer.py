@@ -132,8 +132,11 @@ class Tokenizer:
         """Whether `chat` can be called."""
         return self._template is not None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a prompt. Raises InvalidRequest when the text cannot be written in UTF-8."""
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The tokens of a prompt; with `special` also the ones that the tokenizer puts around every text. Raises
+        InvalidRequest when the text cannot be written in UTF-8."""
+        if not special:
+            return self._encode(text, special=False)
         return _with_bos(self._bos, self._encode(text, special=self._special))
 
     def chat(

@@ -39,7 +39,7 @@ def read_tool_choice(
         return tools, None
     if value == "none":
         return (), None
-    if value == "required" and tools:
+    if value in ("required", "any") and tools:  # the latter is Mistral's word
         return tools, required_call(tools)
     if isinstance(value, dict):
         if value.get("type") == "allowed_tools":

@@ -69,6 +69,14 @@ class AsyncClient(ClientBase):
         """Cancel a request by its id, whichever client sent it. False when no such request runs."""
         return await self._call(self._abort_call(request_id))
 
+    async def tokenize(self, prompt: PromptLike) -> tuple[int, ...]:
+        """The tokens that `generate` would have for a prompt; see `Client.tokenize`."""
+        return await self._call(self._tokenize_call(prompt))
+
+    async def detokenize(self, token_ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens have none."""
+        return await self._call(self._detokenize_call(token_ids))
+
     async def model(self) -> ModelInfo:
         """The model being served."""
         return await self._call(self._model_call())

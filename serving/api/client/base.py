@@ -2,13 +2,18 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 from serving.api.client.options import GenerateOptions, sampling_params
-from serving.api.client.prompts import PromptLike, read_prompt
+from serving.api.client.prompts import PromptLike, read_prompt, read_tokens
 from serving.api.client.streams import ResumableCall
-from serving.api.grpc.inference_messages import model_from_proto, request_to_proto
+from serving.api.grpc.inference_messages import (
+    model_from_proto,
+    request_to_proto,
+    tokenize_to_proto,
+    tokens_to_proto,
+)
 from serving.api.grpc.resilience_messages import instruction_to_proto, prospect_from_proto, status_from_proto
 from serving.auth.tls import ClientTls
 from serving.errors import Unreachable
@@ -107,6 +112,14 @@ class ClientBase:
     def _abort_call(self, request_id: str) -> UnaryCall[bool]:
         request = inference_pb2.AbortRequest(request_id=request_id)
         return UnaryCall(self._inference.Abort, request, lambda response: response.aborted)
+
+    def _tokenize_call(self, prompt: PromptLike) -> UnaryCall[tuple[int, ...]]:
+        request = tokenize_to_proto(read_prompt(prompt))
+        return UnaryCall(self._inference.Tokenize, request, lambda response: tuple(response.ids))
+
+    def _detokenize_call(self, token_ids: Iterable[int]) -> UnaryCall[str]:
+        request = tokens_to_proto(read_tokens(token_ids))
+        return UnaryCall(self._inference.Detokenize, request, lambda response: response.text)
 
     def _model_call(self) -> UnaryCall[ModelInfo]:
         return UnaryCall(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest(), model_from_proto)

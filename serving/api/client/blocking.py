@@ -77,6 +77,14 @@ class Client(ClientBase):
         """Cancel a request by its id, whichever client sent it. False when no such request runs."""
         return self._call(self._abort_call(request_id))
 
+    def tokenize(self, prompt: PromptLike) -> tuple[int, ...]:
+        """The tokens that `generate` would have for a prompt: text, or messages by the chat template."""
+        return self._call(self._tokenize_call(prompt))
+
+    def detokenize(self, token_ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens have none."""
+        return self._call(self._detokenize_call(token_ids))
+
     def model(self) -> ModelInfo:
         """The model being served."""
         return self._call(self._model_call())

@@ -31,12 +31,24 @@ def read_prompt(value: Any) -> Prompt:
             "AsyncClient run side by side with asyncio.gather.",
             param="prompt",
         )
+    return _token_ids(items)
+
+
+def read_tokens(value: Any) -> tuple[int, ...]:
+    """The token ids in a list, an array or any other iterable. Raises InvalidRequest for other values."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"token_ids is {_described(value)}; it must be a list of token ids.", param="token_ids")
+    return _token_ids(list(value), "token_ids", "a list of token ids")
+
+
+def _token_ids(items: Sequence[Any], param: str = "prompt", forms: str = _FORMS) -> tuple[int, ...]:
     try:
         return tuple(map(operator.index, items))
     except TypeError:
         wrong = next((item for item in items if not isinstance(item, SupportsIndex)), items[0])
+        subject = "the prompt" if param == "prompt" else param
         raise InvalidRequest(
-            f"the prompt has an item that is {_described(wrong)}; it must be {_FORMS}.", param="prompt"
+            f"{subject} has an item that is {_described(wrong)}; it must be {forms}.", param=param
         ) from None
 
 

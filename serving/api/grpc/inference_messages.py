@@ -35,22 +35,48 @@ def request_to_proto(prompt: Prompt, params: SamplingParams, request_id: str = "
     """The message of a request. Raises InvalidRequest when a number does not fit its field."""
     try:
         message = inference_pb2.GenerateRequest(request_id=request_id, sampling=_sampling_to_proto(params))
-        if isinstance(prompt, str):
-            message.text = prompt
-        elif isinstance(prompt, Conversation):
-            message.chat.messages.extend(map(_turn_to_proto, prompt.messages))
-            message.chat.tools.extend(json.dumps(tool) for tool in prompt.tools)
-            message.chat.template_variables = json.dumps(prompt.variables) if prompt.variables else ""
-            message.chat.one_tool_call = not prompt.parallel_tool_calls
-        elif prompt and isinstance(prompt[0], Message):
-            turns = [inference_pb2.Message(role=m.role, content=[m.content]) for m in prompt]  # type: ignore[union-attr]
-            message.chat.messages.extend(turns)
-        else:
+        if not _set_text(message, prompt):
             message.token_ids.SetInParent()
             message.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}") from error
     return message
+
+
+def tokenize_to_proto(prompt: Prompt) -> inference_pb2.TokenizeRequest:
+    """The message that asks for the tokens of a prompt. Raises InvalidRequest for a prompt of tokens."""
+    message = inference_pb2.TokenizeRequest()
+    if not _set_text(message, prompt):
+        raise InvalidRequest(
+            f"the prompt is a list of {len(prompt)} token ids, which are its tokens. Send text or messages.",  # type: ignore[arg-type]
+            param="prompt",
+        )
+    return message
+
+
+def tokens_to_proto(ids: Sequence[int]) -> inference_pb2.TokenIds:
+    """The message of token ids. Raises InvalidRequest when one does not fit its field."""
+    try:
+        return inference_pb2.TokenIds(ids=ids)
+    except ValueError as error:
+        raise InvalidRequest(f"the token ids cannot be sent: {error}", param="token_ids") from error
+
+
+def _set_text(message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, prompt: Prompt) -> bool:
+    """Write a prompt that is text or messages into a message; False for one of tokens."""
+    if isinstance(prompt, str):
+        message.text = prompt
+    elif isinstance(prompt, Conversation):
+        message.chat.messages.extend(map(_turn_to_proto, prompt.messages))
+        message.chat.tools.extend(json.dumps(tool) for tool in prompt.tools)
+        message.chat.template_variables = json.dumps(prompt.variables) if prompt.variables else ""
+        message.chat.one_tool_call = not prompt.parallel_tool_calls
+    elif prompt and isinstance(prompt[0], Message):
+        turns = [inference_pb2.Message(role=m.role, content=[m.content]) for m in prompt]  # type: ignore[union-attr]
+        message.chat.messages.extend(turns)
+    else:
+        return False
+    return True
 
 
 def _turn_to_proto(turn: Mapping[str, Any]) -> inference_pb2.Message:

@@ -67,7 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenIds:
         """The tokens of a prompt."""
         async with abort_on_error(context):
-            return inference_pb2.TokenIds(ids=await self._processor.encode(messages.prompt_from_proto(request)))
+            return inference_pb2.TokenIds(ids=await self._processor.tokenize(messages.prompt_from_proto(request)))
 
     async def Detokenize(self, request: inference_pb2.TokenIds, context: Any) -> inference_pb2.DetokenizeResponse:
         """The text of token ids."""

@@ -42,6 +42,8 @@ def chat_body(body: CountTokensBody) -> dict[str, Any]:
     }
     if body.tools:
         made |= {"tools": list(map(_tool, body.tools)), **_tool_choice(body.tool_choice)}
+    elif body.tool_choice is not None and body.tool_choice.type in ("any", "tool"):
+        raise InvalidRequest(f"tool_choice is {body.tool_choice.type}, and there are no tools.", param="tool_choice")
     made |= _thinking(body) | _output(body)
     return made | (_sampling(body) if isinstance(body, MessagesBody) else {})
 

@@ -1,6 +1,7 @@
 """Reads the JSON body of a request, and cancels work when its client disconnects."""
 
 import asyncio
+import codecs
 import json
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ T = TypeVar("T")
 
 
 async def read_json(request: Request) -> Any:
-    """The decoded JSON body. The middleware limits its length. Raises InvalidRequest if it is not JSON in UTF-8."""
-    data = await request.body()
+    """The decoded JSON body, which may begin with a byte-order mark. The middleware limits its length. Raises
+    InvalidRequest if it is not JSON in UTF-8."""
+    data = (await request.body()).removeprefix(codecs.BOM_UTF8)
     try:
         return msgspec.json.decode(data)
     except RecursionError:

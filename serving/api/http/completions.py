@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -82,14 +83,24 @@ class CompletionEndpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a prompt or a conversation, the same as in a completion."""
-        prompt, ignored = openai_requests.parse_tokenize(await read_json(request), strict=self._strict)
-        tokens = await self._processor.encode(prompt)
-        found = Tokens(tokens=list(tokens), count=len(tokens), max_model_len=self._backend.model.max_context)
+        prompt, body, ignored = openai_requests.parse_tokenize(
+            await read_json(request), models=self._models, strict=self._strict
+        )
+        tokens = await self._processor.tokenize(prompt)
+        names = self._processor.tokenizer.format.token
+        found = Tokens(
+            tokens=list(tokens),
+            count=len(tokens),
+            max_model_len=self._backend.model.max_context,
+            token_strs=[names(each) or "" for each in tokens] if body.return_token_strs else UNSET,
+        )
         return json_response(found, ignored_fields_header(request, ignored))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        tokens, ignored = openai_requests.parse_detokenize(await read_json(request), strict=self._strict)
+        tokens, ignored = openai_requests.parse_detokenize(
+            await read_json(request), models=self._models, strict=self._strict
+        )
         check_tokens(tokens, self._backend.model.vocab_size, "tokens")
         text = TokenText(prompt=self._processor.tokenizer.decode(tokens))
         return json_response(text, ignored_fields_header(request, ignored))

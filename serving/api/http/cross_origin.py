@@ -1,4 +1,4 @@
-"""Answers browsers that ask whether pages of other sites may call the API (CORS), and takes off a proxy's path."""
+"""Answers browsers that ask whether pages of other sites may call the API (CORS)."""
 
 from collections.abc import Sequence
 
@@ -27,18 +27,3 @@ class CrossOriginMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         closed = scope["type"] == "http" and scope["path"].startswith(ADMIN_PREFIX)
         await (self._app if closed else self._open)(scope, receive, send)
-
-
-class RootPathMiddleware:
-    """ASGI middleware that takes `root_path` off the paths of requests: some proxies leave it in, and others do not."""
-
-    def __init__(self, app: ASGIApp, root_path: str) -> None:
-        self._app = app
-        self._root_path = root_path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if path == self._root_path or path.startswith(f"{self._root_path}/"):
-            path = path[len(self._root_path) :] or "/"
-            scope = {**scope, "path": path, "raw_path": path.encode()}
-        await self._app(scope, receive, send)

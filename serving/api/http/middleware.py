@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.http.errors import moejax_error, routing_error
-from serving.api.http.gzip_body import PACKED, PLAIN, GzipBody, too_long
+from serving.api.http.packed_body import PACKED, PLAIN, PackedBody, too_long
 from serving.auth.limits import CallLimits
 from serving.errors import DeadlineExceeded, MoejaxError
 from serving.observability.tracing import TRACEPARENT
@@ -75,15 +75,15 @@ class LimitsMiddleware:
         of it."""
         complete, size, bound = False, 0, self._limits.max_body_bytes
         encoding = Headers(scope=scope).get("content-encoding", "").strip().lower()
-        unpacked = GzipBody(bound) if encoding in PACKED else None
+        unpacked = PackedBody(bound, encoding) if encoding in PACKED else None
 
         async def receive_limited() -> Message:
             nonlocal complete, size
             if complete:
                 return await receive()
             if unpacked is None and encoding not in PLAIN:
-                text = f"the body is encoded as {encoding[:40]!r}. Send it as it is, or as gzip."
-                raise HTTPException(415, text, {"Accept-Encoding": "gzip"})
+                text = f"the body is encoded as {encoding[:40]!r}. Send it as it is, as gzip or as deflate."
+                raise HTTPException(415, text, {"Accept-Encoding": "gzip, deflate"})
             try:
                 async with asyncio.timeout(self._limits.slow_client_s):
                     message = await receive()

@@ -199,11 +199,12 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 class Tokens(msgspec.Struct, kw_only=True):
-    """The tokens of a prompt."""
+    """The tokens of a prompt; `token_strs` are their names in the vocabulary, for those who asked."""
 
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | UnsetType = UNSET
 
 
 class TokenText(msgspec.Struct, kw_only=True):

@@ -8,22 +8,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.api.http.bodies.chat import ChatBody, Tool
-from serving.api.http.bodies.completion import MAX_LEGACY_LOGPROBS, CompletionBody
+from serving.api.http.bodies.completion import CompletionBody
 from serving.api.http.bodies.constraints import read_constraint
 from serving.api.http.bodies.decoding import decode_body
 from serving.api.http.bodies.messages import RequestMessage, template_message
 from serving.api.http.bodies.rules import field_rules
-from serving.api.http.bodies.sampling import GenerationFields, StreamOptions
+from serving.api.http.bodies.sampling import GenerationFields
 from serving.api.http.bodies.tokenize import DetokenizeBody, TokenizeBody
-from serving.core.prompts import Conversation, Prompt
+from serving.api.http.body import required
+from serving.core.prompts import BareText, Conversation, Prompt
 from serving.errors import InvalidRequest, UnknownRequest
 from serving.protocol.sampling import SamplingParams, StructuredOutputs
 from serving.text.json_fields import describe_value
 from serving.text.tool_calls import read_tool_choice, read_tools
-from serving.text.validation import SAME_NAMES, FieldNames
+from serving.text.validation import MAX_TOP_LOGPROBS, SAME_NAMES, FieldNames
 
 CHAT_NAMES = FieldNames(prompt="messages")
 """Names of chat completions, where the prompt is a conversation."""
+_AS_MANY_AS_FIT = -1
+"""The limit of tokens by which programs made for llama.cpp say that there is none."""
 _COMPLETION_TOKENS = FieldNames(CHAT_NAMES, max_tokens="max_completion_tokens")
 """The same for a caller who sends the newer name of the field."""
 
@@ -61,32 +64,38 @@ def parse_completion(body: Any, *, chat: bool, models: Sequence[str], strict: bo
     return _completion(*decode_body(body, CompletionBody, strict=strict), models)
 
 
-def parse_tokenize(body: Any, *, strict: bool = False) -> tuple[Prompt, tuple[str, ...]]:
-    """The prompt or the conversation in the body of /tokenize, and the paths of ignored fields. Raises InvalidRequest
-    naming the field."""
+def parse_tokenize(
+    body: Any, *, models: Sequence[str], strict: bool = False
+) -> tuple[Prompt, TokenizeBody, tuple[str, ...]]:
+    """The prompt or the conversation in the body of /tokenize, the body, and the paths of ignored fields. Raises
+    InvalidRequest naming the field, and UnknownRequest when the body names another model."""
     read, ignored = decode_body(body, TokenizeBody, strict=strict)
+    _check_model(read.model, models)
     if read.messages is None:
-        return read.prompt or "", ignored
-    return _conversation(read.messages, read.chat_template_kwargs or {}, body)[0], ignored
+        return _text(required(read.prompt, "prompt"), read.add_special_tokens), read, ignored
+    return _conversation(read.messages, read.chat_template_kwargs or {}, body)[0], read, ignored
 
 
-def parse_detokenize(body: Any, *, strict: bool = False) -> tuple[Sequence[int], tuple[str, ...]]:
+def parse_detokenize(
+    body: Any, *, models: Sequence[str], strict: bool = False
+) -> tuple[Sequence[int], tuple[str, ...]]:
     """The token ids in the body of /detokenize, and the paths of ignored fields. Raises InvalidRequest naming the
-    field."""
+    field, and UnknownRequest when the body names another model."""
     read, ignored = decode_body(body, DetokenizeBody, strict=strict)
+    _check_model(read.model, models)
     return read.tokens, ignored
 
 
 def _completion(body: CompletionBody, ignored: tuple[str, ...], models: Sequence[str]) -> CompletionRequest:
     _check_model(body.model, models)
-    if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LEGACY_LOGPROBS:
+    if body.logprobs is not None and not 0 <= body.logprobs <= MAX_TOP_LOGPROBS:
         raise InvalidRequest(
-            f"logprobs is {body.logprobs}; it must be between 0 and {MAX_LEGACY_LOGPROBS}.", param="logprobs"
+            f"logprobs is {body.logprobs}; it must be between 0 and {MAX_TOP_LOGPROBS}.", param="logprobs"
         )
     params = _params(body, body.max_tokens, body.logprobs, read_constraint(body), echo=bool(body.echo))
     return CompletionRequest(
         chat=False,
-        prompts=_prompts(body.prompt),
+        prompts=_prompts(body.prompt, body.add_special_tokens),
         params=params,
         logprobs=body.logprobs,
         echo=bool(body.echo),
@@ -129,8 +138,6 @@ def _check_model(requested: str | None, models: Sequence[str]) -> None:
 
 def _delivery(body: GenerationFields) -> dict[str, bool]:
     stream, options = bool(body.stream), body.stream_options
-    if options is not None and not stream and options != StreamOptions():
-        raise InvalidRequest("stream_options is only for stream: true.", param="stream_options")
     if stream and body.prompt_logprobs is not None:
         raise InvalidRequest(
             "prompt_logprobs are not streamed. Leave out stream or prompt_logprobs.", param="prompt_logprobs"
@@ -178,7 +185,7 @@ def _params(
     return SamplingParams(
         n=n,
         seed=body.seed,
-        max_tokens=limit,
+        max_tokens=None if limit == _AS_MANY_AS_FIT else limit,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_tokens=tuple(body.stop_token_ids or ()),
         logit_bias=tuple((body.logit_bias or {}).items()),
@@ -189,9 +196,13 @@ def _params(
     )
 
 
-def _prompts(value: str | Sequence[Any]) -> tuple[Prompt, ...]:
+def _text(value: str, add_special_tokens: bool | None) -> str:
+    return BareText(value) if add_special_tokens is False else value
+
+
+def _prompts(value: str | Sequence[Any], add_special_tokens: bool | None) -> tuple[Prompt, ...]:
     if isinstance(value, str):
-        return (value,)
+        return (_text(value, add_special_tokens),)
     if not value or all(type(each) is int for each in value):
         return (tuple(value),)
     for position, each in enumerate(value):
@@ -201,7 +212,7 @@ def _prompts(value: str | Sequence[Any]) -> tuple[Prompt, ...]:
                 "token ids, or a list of either.",
                 param=f"prompt[{position}]",
             )
-    return tuple(each if isinstance(each, str) else tuple(each) for each in value)
+    return tuple(_text(each, add_special_tokens) if isinstance(each, str) else tuple(each) for each in value)
 
 
 def _conversation(
@@ -215,7 +226,8 @@ def _conversation(
 
 
 def _template_tool(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool as a chat template takes it: as the caller wrote it, without nulls and without what is ignored."""
+    """A tool as a chat template takes it: as the caller wrote it, with its type, without nulls and without what is
+    ignored."""
     rules = field_rules(Tool)
     kept = {
         name: value
@@ -223,4 +235,4 @@ def _template_tool(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         if value is not None and (name not in rules or rules[name].treatment == "used")
     }
     function = {name: value for name, value in raw["function"].items() if value is not None}
-    return kept | {"function": function}
+    return {"type": "function"} | kept | {"function": function}

@@ -48,7 +48,7 @@ _ERROR_RESPONSES = {
     "405": "the path does not support this method",
     "408": "the deadline passed, or the body did not arrive in time",
     "413": "the body is too long",
-    "415": "the body must be JSON, as it is or packed with gzip",
+    "415": "the body must be JSON, as it is or packed with gzip or deflate",
     "429": "the queue is full, or this key has too many requests; Retry-After says when to retry",
     "431": "the headers are too long",
     "500": "a defect of the server",

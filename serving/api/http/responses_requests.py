@@ -6,7 +6,7 @@ The fields of a body, and what happens to each, stand in `serving/api/http/bodie
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.api.http.bodies.messages import ContentPart
+from serving.api.http.bodies.messages import ContentPart, part_text
 from serving.api.http.bodies.responses import LOGPROBS, FunctionTool, InputItem, ResponsesBody, TextFormat
 from serving.api.http.body import required
 from serving.errors import InvalidRequest
@@ -21,10 +21,11 @@ NAMES = FieldNames(
     response_format="text.format",
 )
 """The names of the Responses API for the fields of chat completions."""
-_TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text")
 _PASSED_ON = (
     "model", "temperature", "top_p", "tool_choice", "parallel_tool_calls", "seed", "stop", "top_k", "min_p",
-    "speculate", "chat_template_kwargs",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+    "priority", "speculate", "chat_template_kwargs",
 )  # fmt: skip
 """Fields that a chat completion has under the same names."""
 _FORMATS = ("text", "json_object", "json_schema")
@@ -57,7 +58,7 @@ def input_messages(items: str | Sequence[InputItem]) -> list[dict[str, Any]]:
     for position, item in enumerate(items):
         where = f"input[{position}]"
         match item.type:
-            case "message":
+            case "message" | None:
                 role, text = required(item.role, f"{where}.role"), _text(item.content, f"{where}.content")
                 if role != "assistant":
                     messages.append({"role": role, "content": text})
@@ -121,17 +122,9 @@ def _format(form: TextFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": form.name or "answer", "schema": form.schema}}
 
 
-def _text(content: str | Sequence[ContentPart] | None, where: str) -> str:
+def _text(content: str | Sequence[str | ContentPart] | None, where: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
         raise InvalidRequest(f"{where} is missing.", param=where)
-    return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
-
-
-def _part(part: ContentPart, where: str) -> str:
-    if part.type == "refusal":
-        return required(part.refusal, f"{where}.refusal")
-    if part.type not in _TEXT_PARTS:
-        raise InvalidRequest(f"{where} has the type {part.type!r}; this model reads text only.", param=where)
-    return required(part.text, f"{where}.text")
+    return "".join(part_text(part, f"{where}[{i}]", _TEXT_PARTS) for i, part in enumerate(content))

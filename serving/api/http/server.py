@@ -19,13 +19,14 @@ from starlette.routing import Route
 
 from serving.api.http import anthropic, responses
 from serving.api.http.completions import CompletionEndpoints
-from serving.api.http.cross_origin import CrossOriginMiddleware, RootPathMiddleware
+from serving.api.http.cross_origin import CrossOriginMiddleware
 from serving.api.http.errors import internal_error, moejax_error, routing_error
 from serving.api.http.fault_tolerance import FaultToleranceEndpoints
 from serving.api.http.middleware import LimitsMiddleware
 from serving.api.http.models import ModelEndpoints
 from serving.api.http.probes import ProbeEndpoints
 from serving.api.http.request_ids import RequestIdMiddleware
+from serving.api.http.request_target import RequestTargetMiddleware
 from serving.api.http.resume import ResumeEndpoint
 from serving.api.shutdown import Shutdown
 from serving.auth.limits import CallLimits
@@ -171,7 +172,7 @@ def application(
     return Starlette(
         lifespan=lifespan,
         middleware=[
-            *([Middleware(RootPathMiddleware, root_path=settings.root_path)] if settings.root_path else []),
+            Middleware(RequestTargetMiddleware, root_path=settings.root_path),
             *([Middleware(CrossOriginMiddleware, origins=origins)] if origins else []),
             Middleware(RequestIdMiddleware),
             Middleware(LimitsMiddleware, limits=limits or CallLimits.of(Settings())),

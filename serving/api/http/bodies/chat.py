@@ -23,8 +23,8 @@ class FunctionDefinition(msgspec.Struct, kw_only=True):
 class Tool(msgspec.Struct, kw_only=True):
     """A tool that the model may call."""
 
-    type: Annotated[str, used("`function`.", enum=["function"])]
     function: Annotated[FunctionDefinition, used("The function.")]
+    type: Annotated[str | None, used("`function`, also when it is left out.")] = None
     cache_control: Annotated[Any, ignored("prefixes are cached by their content")] = None
 
 
@@ -41,7 +41,7 @@ class ChatBody(GenerationFields, kw_only=True):
     chat_template_kwargs: Annotated[dict[str, Any] | None, used("Variables of the chat template.")] = None
     reasoning_effort: Annotated[str | None, used("Reaches the chat template under this name.")] = None
     documents: Annotated[list[dict[str, Any]] | None, used("Reach the chat template under this name.")] = None
-    max_completion_tokens: Annotated[int | None, used("The newer name of max_tokens.", minimum=1)] = None
+    max_completion_tokens: Annotated[int | None, used("The newer name of max_tokens.", minimum=-1)] = None
     logprobs: Annotated[bool | None, used("Send log-probabilities.")] = None
     top_logprobs: Annotated[
         int | None, used("Number of alternatives to each token.", minimum=0, maximum=MAX_TOP_LOGPROBS)

@@ -4,9 +4,7 @@ from typing import Annotated, Any
 
 from serving.api.http.bodies.rules import accepted, used
 from serving.api.http.bodies.sampling import GenerationFields
-
-MAX_LEGACY_LOGPROBS = 5
-"""The largest `logprobs` of /v1/completions, the same as OpenAI's."""
+from serving.text.validation import MAX_TOP_LOGPROBS
 
 
 class CompletionBody(GenerationFields, kw_only=True):
@@ -17,12 +15,12 @@ class CompletionBody(GenerationFields, kw_only=True):
         used("Text or token ids, or a list of either: each is a prompt of its own."),
     ]
     echo: Annotated[bool | None, used("Put the prompt before the answer.")] = None
+    add_special_tokens: Annotated[
+        bool | None, used("With false, no BOS is put before a text, as the tokenizer's settings may want.")
+    ] = None
     logprobs: Annotated[
         int | None,
-        used("Log-probabilities, with that many alternatives.", minimum=0, maximum=MAX_LEGACY_LOGPROBS),
+        used("Log-probabilities, with that many alternatives.", minimum=0, maximum=MAX_TOP_LOGPROBS),
     ] = None
 
-    add_special_tokens: Annotated[Any, accepted("the tokenizer's settings decide about BOS; send token ids", True)] = (
-        None
-    )
     suffix: Annotated[Any, accepted("the model continues text and does not fill gaps", "")] = None

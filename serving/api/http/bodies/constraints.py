@@ -28,11 +28,16 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 
     type: Annotated[str, used("`text`, `json_object` or `json_schema`.")]
     json_schema: Annotated[JsonSchemaFormat | None, used("The schema, for the type `json_schema`.")] = None
+    schema: Annotated[
+        dict[str, Any] | None, used("The schema where llama.cpp has it, for `json_object` and `json_schema`.")
+    ] = None
 
     def structured_outputs(self) -> StructuredOutputs | None:
         """The constraint, None for text. Raises InvalidRequest."""
         if self.type == "text":
             return None
+        if self.schema is not None and self.json_schema is None and self.type in ("json_object", "json_schema"):
+            return StructuredOutputs("json", json.dumps(self.schema))
         if self.type == "json_object":
             return StructuredOutputs("json", _OBJECT)
         if self.type == "json_schema" and self.json_schema is not None:
@@ -105,7 +110,7 @@ def _constraints(body: ConstraintFields) -> Iterator[tuple[str, StructuredOutput
         ("structured_outputs.grammar", outputs.grammar, _grammar),
         ("guided_grammar", body.guided_grammar, _grammar),
     ):
-        if value is not None:
+        if value not in (None, ""):  # programs with a field for each constraint send the others empty
             yield name, read(value, name)
 
 
@@ -113,9 +118,7 @@ def _schema(value: Any, _: str) -> StructuredOutputs:
     return StructuredOutputs("json", value if isinstance(value, str) else json.dumps(value))
 
 
-def _regex(value: Any, name: str) -> StructuredOutputs:
-    if not value:
-        raise InvalidRequest(f"{name} is empty; it must be a regular expression.", param=name)
+def _regex(value: Any, _: str) -> StructuredOutputs:
     return StructuredOutputs("regex", value)
 
 

@@ -11,6 +11,8 @@ from serving.text.json_fields import describe_value
 
 Model = TypeVar("Model", bound=msgspec.Struct)
 
+_MOST_WHOLE = 32
+"""Most numbers, or lists of them, of one body that are made integers; each costs another look at the body."""
 _WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -23,17 +25,47 @@ _WORDS = {
 
 
 def decode_body(raw: Any, model: type[Model], *, strict: bool = False) -> tuple[Model, tuple[str, ...]]:
-    """The body in decoded JSON, and the paths of the fields that are ignored.
+    """The body in decoded JSON, and the paths of the fields that are ignored. Whole numbers that are written with a
+    fraction, as in 3.0, become integers in `raw` where integers are wanted.
 
     Raises InvalidRequest, with `param` the path of the field at fault.
     """
     if not isinstance(raw, dict):
         raise InvalidRequest(f"the body is {describe_value(raw)}; it must be a JSON object.")
-    try:
-        body = msgspec.convert(raw, model, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _invalid(str(error), raw) from None
+    body = _convert(raw, model)
     return body, tuple(ignored_fields(body, raw, strict=strict))
+
+
+def _convert(raw: dict[str, Any], model: type[Model]) -> Model:
+    for _ in range(_MOST_WHOLE):
+        try:
+            return msgspec.convert(raw, model, str_keys=True)
+        except msgspec.ValidationError as error:
+            if not _make_whole(str(error), raw):
+                raise _invalid(str(error), raw) from None
+    raise InvalidRequest(f"more than {_MOST_WHOLE} integers are written with a fraction, as in 3.0. Write them as 3.")
+
+
+def _make_whole(text: str, raw: Any) -> bool:
+    """Whether the number that an error is about is a whole one, and is an integer now; in a list, all of its numbers.
+    There are languages in which every number has a fraction."""
+    found = re.search(r"Expected `([^`]+)`, got `float` - at `\$\.?([^`]*)`", text)
+    if found is None or "int" not in found[1].split(" | "):
+        return False
+    number, path = _value_at(raw, found[2]), re.sub(r"(\[\d+\])+$", "", found[2])
+    outer, _, name = path.rpartition(".")
+    inner = _value_at(raw, outer)
+    if not isinstance(number, float) or not number.is_integer() or not isinstance(inner, dict) or name not in inner:
+        return False
+    inner[name] = _whole(inner[name])
+    return True
+
+
+def _whole(value: Any) -> Any:
+    """The value with integers for whole numbers, also in lists and in lists of them."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _invalid(text: str, raw: Any) -> InvalidRequest:

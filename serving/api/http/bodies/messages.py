@@ -1,6 +1,6 @@
 """The messages of a conversation, and what a chat template gets of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -17,8 +17,13 @@ _OPTIONAL_CONTENT = ("assistant", "tool")
 class ContentPart(msgspec.Struct, kw_only=True):
     """A part of a message's content."""
 
-    type: Annotated[str, used("`text`; also input_text, output_text and refusal, which are text.")]
+    type: Annotated[
+        str | None, used("`text`, also when it is left out; input_text, output_text and refusal, which are text.")
+    ] = None
     text: Annotated[str | None, used("The text.")] = None
+    thinking: Annotated[
+        "str | list[ContentPart] | None", used("Reasoning, of a part of the type thinking of an assistant's message.")
+    ] = None
     refusal: Annotated[str | None, used("The text of a part of the type refusal.")] = None
     annotations: Annotated[Any, ignored("they are about the text and not part of it", [])] = None
     cache_control: Annotated[Any, ignored("prefixes are cached by their content")] = None
@@ -44,7 +49,7 @@ class RequestMessage(msgspec.Struct, kw_only=True):
     """A message of a conversation."""
 
     role: Annotated[str, used("system, developer, user, assistant or tool.")]
-    content: Annotated[str | list[ContentPart] | None, used("Text, or parts of text.")] = None
+    content: Annotated[str | list[str | ContentPart] | None, used("Text, or parts of text.")] = None
     name: Annotated[str | None, used("Reaches the chat template.")] = None
     tool_calls: Annotated[list[PreviousToolCall] | None, used("Calls that the model made in this turn.")] = None
     tool_call_id: Annotated[str | None, used("The call that this message answers.")] = None
@@ -64,7 +69,9 @@ def template_message(message: RequestMessage, where: str) -> Mapping[str, Any]:
     if content is None and message.role in _OPTIONAL_CONTENT and message.tool_calls is None and reasoning is None:
         content = ""
     if isinstance(content, list):
-        content = [_text_part(part, f"{where}.content[{position}]") for position, part in enumerate(content)]
+        placed = [(part, f"{where}.content[{position}]") for position, part in enumerate(content)]
+        reasoning = reasoning or "".join(_thought(*each) for each in placed if _is_thought(each[0])) or None
+        content = [_text_part(*each) for each in placed if not _is_thought(each[0])]
     made = {
         "role": message.role,
         "content": content,
@@ -76,14 +83,34 @@ def template_message(message: RequestMessage, where: str) -> Mapping[str, Any]:
     return read_message(made, where)
 
 
-def _text_part(part: ContentPart, where: str) -> Mapping[str, Any]:
-    if part.type not in _TEXT_PARTS:
+def _is_thought(part: str | ContentPart) -> bool:
+    return isinstance(part, ContentPart) and part.type == "thinking"
+
+
+def _thought(part: str | ContentPart, where: str) -> str:
+    """The reasoning in a part, which Mistral's models write in parts of its own."""
+    assert isinstance(part, ContentPart)
+    if isinstance(part.thinking, list):
+        return "".join(part_text(each, f"{where}.thinking[{i}]") for i, each in enumerate(part.thinking))
+    return part.thinking or ""
+
+
+def _text_part(part: str | ContentPart, where: str) -> Mapping[str, Any]:
+    return {"type": "text", "text": part_text(part, where)}
+
+
+def part_text(part: str | ContentPart, where: str, types: Sequence[str] = _TEXT_PARTS) -> str:
+    """The text of a part of content, which may be a text itself. Raises InvalidRequest for other types than `types`
+    and no type."""
+    if isinstance(part, str):
+        return part
+    if part.type not in (None, *types):
         raise InvalidRequest(f"{where} has the type {part.type!r}; this model reads text only.", param=where)
     name = "refusal" if part.type == "refusal" else "text"
     text = part.refusal if part.type == "refusal" else part.text
     if text is None:
         raise InvalidRequest(f"{where}.{name} is missing.", param=f"{where}.{name}")
-    return {"type": "text", "text": text}
+    return text
 
 
 def _call(call: PreviousToolCall) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from serving.text.validation import MAX_TOP_LOGPROBS
 _LABEL = "a label of the caller's; nothing depends on it"
 _CACHED = "prefixes are cached by their content"
 _NO_TOOLS = "the server runs no tools of its own"
+_ADDITION = "As in chat completions; an addition."
 LOGPROBS = "message.output_text.logprobs"
 """The part of `include` that asks for log-probabilities."""
 
@@ -18,15 +19,17 @@ LOGPROBS = "message.output_text.logprobs"
 class InputItem(msgspec.Struct, kw_only=True):
     """An item of the input: a message, a function call, its output, or reasoning. Items of an output may come back."""
 
-    type: Annotated[str, used("`message`, `function_call`, `function_call_output` or `reasoning`.")] = "message"
+    type: Annotated[
+        str | None, used("`message`, also when it is left out, `function_call`, `function_call_output` or `reasoning`.")
+    ] = None
     role: Annotated[str | None, used("system, developer, user or assistant, of a message.")] = None
-    content: Annotated[str | list[ContentPart] | None, used("Text or parts of text, of a message or of reasoning.")] = (
-        None
-    )
+    content: Annotated[
+        str | list[str | ContentPart] | None, used("Text or parts of text, of a message or of reasoning.")
+    ] = None
     call_id: Annotated[str | None, used("The id of a function call.")] = None
     name: Annotated[str | None, used("The function of a function call.")] = None
     arguments: Annotated[str | None, used("The arguments of a function call, as JSON.")] = None
-    output: Annotated[str | list[ContentPart] | None, used("What the function of a call returned.")] = None
+    output: Annotated[str | list[str | ContentPart] | None, used("What the function of a call returned.")] = None
     id: Annotated[str | None, used("The item's id; nothing depends on it.")] = None
     status: Annotated[str | None, used("The item's status; nothing depends on it.")] = None
     phase: Annotated[Any, ignored("the chat template has no place for it")] = None
@@ -97,16 +100,23 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     text: Annotated[TextOptions | None, used("Options of the text.")] = None
     reasoning: Annotated[ReasoningOptions | None, used("Options of the reasoning.")] = None
     metadata: Annotated[dict[str, Any] | None, used("Comes back in the response.")] = None
-    seed: Annotated[int | None, used("As in chat completions; an addition.")] = None
-    stop: Annotated[str | list[str] | None, used("As in chat completions; an addition.")] = None
-    top_k: Annotated[int | None, used("As in chat completions; an addition.", minimum=-1)] = None
-    min_p: Annotated[float | None, used("As in chat completions; an addition.", minimum=0, maximum=1)] = None
+    seed: Annotated[int | None, used(_ADDITION)] = None
+    stop: Annotated[str | list[str] | None, used(_ADDITION)] = None
+    top_k: Annotated[int | None, used(_ADDITION, minimum=-1)] = None
+    min_p: Annotated[float | None, used(_ADDITION, minimum=0, maximum=1)] = None
+    frequency_penalty: Annotated[float | None, used(_ADDITION, minimum=-2, maximum=2)] = None
+    presence_penalty: Annotated[float | None, used(_ADDITION, minimum=-2, maximum=2)] = None
+    repetition_penalty: Annotated[float | None, used(_ADDITION, minimum=0.01, maximum=100)] = None
+    min_tokens: Annotated[int | None, used(_ADDITION, minimum=0)] = None
+    ignore_eos: Annotated[bool | None, used(_ADDITION)] = None
+    stop_token_ids: Annotated[list[int] | None, used(_ADDITION)] = None
+    priority: Annotated[int | None, used(_ADDITION, minimum=-(2**31), maximum=2**31 - 1)] = None
     speculate: Annotated[
         bool | None, used("As in chat completions; an addition. Draft tokens ahead, which changes none of them.")
     ] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, used("Variables of the chat template.")] = None
 
-    truncation: Annotated[Any, accepted("a conversation is never cut", "disabled")] = None
+    truncation: Annotated[Any, ignored("a conversation that is too long is refused and never cut", "disabled")] = None
     conversation: Annotated[Any, accepted("send previous_response_id, or the items themselves")] = None
     prompt: Annotated[Any, refused("the server stores no prompts")] = None
     context_management: Annotated[Any, ignored("a conversation is never cut", [])] = None

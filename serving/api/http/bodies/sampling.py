@@ -15,7 +15,7 @@ _ELSEWHERE = "of disaggregated deployments of other servers"
 class StreamOptions(msgspec.Struct, kw_only=True):
     """Options of a stream."""
 
-    include_usage: Annotated[bool | None, used("Send the usage in a last event.")] = None
+    include_usage: Annotated[bool | None, used("Send the usage in a last event; a whole answer always has it.")] = None
     continuous_usage_stats: Annotated[bool | None, used("With include_usage: the usage so far in each event.")] = None
     include_obfuscation: Annotated[Any, ignored("events are not padded", True, False)] = None
 
@@ -26,7 +26,9 @@ class GenerationFields(ConstraintFields, kw_only=True):
     model: Annotated[str | None, used("Name of the model; without it, the one that is served.")] = None
     n: Annotated[int | None, used("Number of answers to each prompt.", minimum=1, maximum=MAX_CHOICES)] = None
     best_of: Annotated[int | None, used("Must equal n: all sampled answers are returned.", minimum=1)] = None
-    max_tokens: Annotated[int | None, used("Most tokens of an answer.", minimum=0)] = None
+    max_tokens: Annotated[
+        int | None, used("Most tokens of an answer; -1, as without it: all that fit.", minimum=-1)
+    ] = None
     min_tokens: Annotated[int | None, used("No stop ends an answer before it has that many.", minimum=0)] = None
     temperature: Annotated[float | None, used("0 takes the likeliest token.", minimum=0, maximum=MAX_TEMPERATURE)] = (
         None

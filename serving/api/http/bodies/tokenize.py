@@ -6,7 +6,7 @@ import msgspec
 
 from serving.api.http.bodies.chat import Tool
 from serving.api.http.bodies.messages import RequestMessage
-from serving.api.http.bodies.rules import accepted, ignored, used
+from serving.api.http.bodies.rules import accepted, used
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -18,11 +18,13 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     tools: Annotated[list[Tool] | None, used("Functions that the model may call.")] = None
     tool_choice: Annotated[str | dict[str, Any] | None, used("As in /v1/chat/completions.")] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, used("Variables of the chat template.")] = None
+    add_special_tokens: Annotated[
+        bool | None, used("With false, a text gets no BOS; a conversation has the one of its template.")
+    ] = None
+    return_token_strs: Annotated[bool | None, used("Send the names of the tokens too.")] = None
 
-    add_special_tokens: Annotated[Any, ignored("the tokens are those of a completion", True, False)] = None
     add_generation_prompt: Annotated[Any, accepted("the tokens are those of a completion", True)] = None
     continue_final_message: Annotated[Any, accepted("the tokens are those of a completion", False)] = None
-    return_token_strs: Annotated[Any, accepted("/detokenize has the text of a token", False)] = None
     chat_template: Annotated[Any, accepted("templates of callers are not run")] = None
 
 

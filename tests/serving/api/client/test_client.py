@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 
+import numpy as np
 import pytest
 
 from serving import errors
@@ -53,6 +54,28 @@ def test_chat_takes_text_or_messages(server, backend):
         assert client.chat("hi").text == "yes"
         assert client.chat([Message("system", "s"), Message("user", "hi")]).text == "yes"
     assert backend.requests[0].prompt == (258, *b"hi", 256, 260)
+
+
+def test_tokens_of_a_prompt_are_those_that_an_answer_goes_on_from(server, backend):
+    with Client(server.address) as client:
+        assert client.tokenize("hi") == (104, 105)
+        assert client.detokenize(np.array([104, 105])) == "hi"
+        turns = client.tokenize([{"role": "user", "content": "hi"}])
+        client.chat("hi")
+        assert backend.requests[-1].prompt == turns
+        assert client.tokenize("") == ()
+        with pytest.raises(errors.InvalidRequest, match="which are its tokens"):
+            client.tokenize([1, 2])
+        for wrong in ("hi", [1.5], [-1], [10**6], [10**12]):
+            with pytest.raises(errors.InvalidRequest) as caught:
+                client.detokenize(wrong)
+            assert caught.value.param in ("ids", "token_ids")
+
+    async def side_by_side():
+        async with AsyncClient(server.address) as client:
+            return await asyncio.gather(client.tokenize("hi"), client.detokenize([104]))
+
+    assert asyncio.run(side_by_side()) == [(104, 105), "h"]
 
 
 def test_status_and_model_are_the_servers_own(server, backend):

@@ -1,5 +1,6 @@
 """Callers of the endpoints get more than the answer: ids of events, warnings, names, the usage on the way."""
 
+import codecs
 import contextlib
 import json
 
@@ -8,6 +9,7 @@ import pytest
 
 from serving.api.http.server import application
 from serving.config import HttpSettings
+from serving.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.anyio
 ASK = {"prompt": "a", "max_tokens": 3}
@@ -87,3 +89,26 @@ async def test_errors_have_the_codes_of_openai(processor):
         processor.backend.max_queue = 0
         limited = await c.post("/v1/completions", json=ASK)
         assert (limited.status_code, limited.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+async def test_tokens_of_a_text_are_those_of_its_completion_with_bos_or_without(processor):
+    processor.tokenizer = Tokenizer(processor.tokenizer.format, bos_token=256)
+    async with client(processor) as c:
+        for special, begin in ((None, [256]), (True, [256]), (False, [])):
+            asked = {"prompt": "ab", "add_special_tokens": special}
+            assert (await c.post("/tokenize", json=asked)).json()["tokens"] == [*begin, 97, 98]
+            await c.post("/v1/completions", json=asked | {"max_tokens": 1})
+            assert processor.backend.requests[-1].prompt == (*begin, 97, 98)
+        named = (await c.post("/tokenize", json={"prompt": "ab", "return_token_strs": True})).json()
+        assert (named["count"], named["token_strs"][1:]) == (3, ["a", "b"])
+        assert (await c.post("/tokenize", json={"prompt": ""})).json()["tokens"] == [256]
+        assert (await c.post("/tokenize", json={})).json()["error"]["param"] == "prompt"
+        for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
+            assert (await c.post(path, json=body | {"model": None})).status_code == 200
+            assert (await c.post(path, json=body | {"model": "gpt-4"})).json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_body_may_begin_with_a_byte_order_mark(processor):
+    async with client(processor) as c:
+        sent = codecs.BOM_UTF8 + json.dumps(ASK).encode()
+        assert (await c.post("/v1/completions", content=sent)).json()["choices"][0]["text"] == "bcd"

@@ -56,6 +56,31 @@ async def test_a_path_of_a_proxy_is_taken_off_before_keys_are_asked_for(processo
         assert (await c.get("/moejax/openapi.json")).json()["servers"] == [{"url": "/moejax"}]
 
 
+@pytest.mark.parametrize("root_path", ["", "/moejax"])
+async def test_a_path_may_come_with_its_host_and_with_slashes_in_a_row(processor, tmp_path, root_path):
+    ApiKeyFile(tmp_path / "keys.json").add("a")
+    limits = CallLimits.of(Settings(api_keys=str(tmp_path / "keys.json")))
+    app = application(processor, limits=limits, settings=HttpSettings(root_path=root_path))
+    for target, status in (
+        (f"http://server:8000{root_path}/v1/models", 401),
+        (f"HTTPS://server{root_path}//v1//models", 401),
+        (f"/{root_path}/v1//models", 401),
+        (f"http://server{root_path}/live", 200),
+        ("http://server", 200),
+        ("*", 404),
+        ("//server/v1/models", 404),
+        ("ftp://server/v1/models", 404),
+    ):
+        statuses = []
+
+        async def send(message, statuses=statuses):
+            statuses.append(message.get("status"))
+
+        scope = {"type": "http", "method": "GET", "path": target, "headers": [], "query_string": b""}
+        await app(scope, None, send)
+        assert statuses[0] == status, target
+
+
 @pytest.mark.parametrize("path", ["moejax", "/moejax/", "/"])
 def test_a_path_that_is_none_is_refused(path):
     with pytest.raises(InvalidRequest, match="root_path is"):

@@ -218,3 +218,17 @@ async def test_speculation_is_chosen_by_the_request(backend):
         with pytest.raises(openai.BadRequestError, match="speculate"):
             await c.responses.create(input="hi", extra_body={"speculate": 3})
     assert [request.sampling.speculate for request in backend.requests] == [True, False, None]
+
+
+async def test_what_chat_completions_add_is_added_here_too(backend):
+    more = {
+        "top_k": 3, "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.5,
+        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [7], "seed": 5, "priority": 2,
+    }  # fmt: skip
+    async with client(backend) as c:
+        made = await c.responses.with_raw_response.create(input="hi", max_output_tokens=4, extra_body=more)
+    assert "x-moejax-ignored-fields" not in made.headers
+    sampling = backend.requests[-1].sampling
+    for name in more.keys() - {"stop_token_ids", "ignore_eos"}:
+        assert getattr(sampling, name) == more[name], name
+    assert sampling.stop_tokens == {7}  # and not those of the model, which `ignore_eos` takes away

@@ -43,14 +43,23 @@ def test_parts_of_every_kind_of_text_are_text_and_others_are_refused_by_their_pa
         {"type": "output_text", "text": "b"},
         {"type": "refusal", "refusal": "c"},
     ]
-    assert turns({"role": "assistant", "content": parts})[0]["content"] == "abc"
+    assert turns({"role": "assistant", "content": [*parts, "d", {"text": "e"}]})[0]["content"] == "abcde"
     for part, path in (
         ({"type": "image_url", "image_url": {"url": "x"}}, "messages[0].content[0]"),
         ({"type": "text"}, "messages[0].content[0].text"),
+        ({"image_url": {"url": "x"}}, "messages[0].content[0].text"),
+        (None, "messages[0].content[0]"),
     ):
         with pytest.raises(InvalidRequest) as caught:
             chat({"role": "user", "content": [part]})
         assert caught.value.param == path
+
+
+def test_parts_that_think_are_the_reasoning_of_a_turn():
+    for thinking in ("hm", [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}]):
+        parts = [{"type": "thinking", "thinking": thinking, "closed": True}, {"type": "text", "text": "x"}]
+        made = turns(USER, {"role": "assistant", "content": parts})[1]
+        assert (made["content"], made["reasoning_content"]) == ("x", "hm")
 
 
 def test_calls_with_nulls_and_arguments_of_either_form_reach_the_template_as_values():
@@ -85,4 +94,9 @@ def test_tools_reach_the_template_as_they_were_sent_without_nulls_and_marks():
         {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": None}}},
     )
     assert made.ignored == ("tools[0].cache_control",)
+    for without_type in ({"function": {"name": "f"}}, {"type": None, "function": {"name": "f"}}):
+        assert chat(USER, tools=[without_type]).prompts[0].tools == ({"type": "function", "function": {"name": "f"}},)
+    for other in ({"type": "custom", "function": {"name": "f"}}, {"type": "function", "name": "f"}):
+        with pytest.raises(InvalidRequest):
+            chat(USER, tools=[other])
     assert decode_body({"messages": [USER], "tools": [tool]}, ChatBody)[0].tools is not None

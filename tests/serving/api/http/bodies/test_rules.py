@@ -15,6 +15,7 @@ from serving.errors import InvalidRequest
 
 
 class Inner(msgspec.Struct, kw_only=True):
+    size: Annotated[int | None, used("A number.")] = None
     text: Annotated[str | None, used("The text.")] = None
     label: Annotated[Any, ignored("a label", [])] = None
 
@@ -23,6 +24,7 @@ class Body(msgspec.Struct, kw_only=True):
     number: Annotated[int | None, used("A number.")] = None
     inner: Annotated[Inner | None, used("Inside.")] = None
     parts: Annotated[list[str | Inner] | None, used("Parts.")] = None
+    ids: Annotated[str | list[int | list[int]] | None, used("Numbers.")] = None
     neutral: Annotated[Any, accepted("it cannot be done", False, [])] = None
     never: Annotated[Any, refused("it does not exist")] = None
     hint: Annotated[Any, ignored("a hint", 1)] = None
@@ -72,6 +74,25 @@ def test_every_field_of_a_body_says_what_happens_to_it(model):
     for name, rule in rules.items():  # a value that is documented as neutral is silent
         for value in rule.neutral:
             assert rule.is_neutral(value), name
+
+
+def test_whole_numbers_may_have_a_fraction_at_any_depth():
+    raw = {"number": 3.0, "inner": {"size": 2.0}, "parts": ["a", {"size": 1.0}], "ids": [1.0, [2.0, 3], 4.0]}
+    body, _ = decode_body(raw, Body)
+    assert body == Body(number=3, inner=Inner(size=2), parts=["a", Inner(size=1)], ids=[1, [2, 3], 4])
+    assert isinstance(body.number, int)
+    for wrong, path in (
+        ({"number": 3.5}, "number"),
+        ({"ids": [1.0, [2.0, 2.5]]}, "ids[1][1]"),
+        ({"parts": [{"size": 1.0}, {"size": "1"}]}, "parts[1].size"),
+    ):
+        error = refusal(wrong)
+        assert error is not None
+        assert error.param == path
+    assert decode_body({"ids": [[1.0]] * 1000}, Body)[0].ids == [[1]] * 1000
+    many = refusal({"parts": [{"size": 1.0} for _ in range(1000)]})
+    assert many is not None
+    assert "more than 32 integers are written with a fraction" in str(many)
 
 
 JSON = st.recursive(
