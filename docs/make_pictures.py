@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from selenium import webdriver
+
 from benchmarks.launch import launched
 from planner.cli.main import main as planner
 from serving.api.client import Client
@@ -143,12 +145,20 @@ def dashboard(address: str, url: str, prompt: str) -> None:
             rank = max(alive, key=lambda each: each.running).id
             driver.find_element("css selector", f"#rank-{rank} button.kill").click()
             time.sleep(2.5)
-            bottom = driver.execute_script(  # of the page, which was scrolled to the prompt
-                f"scrollTo(0, 0); return document.getElementById('{last_panel}-panel').getBoundingClientRect().bottom"
-            )
-            browser.resize(driver, width=width, height=round(bottom) + 14)
+            end_below(driver, f"{last_panel}-panel", width)
             driver.save_screenshot(FOLDER / f"{name}.png")
             time.sleep(8)  # until the rank has rejoined
+
+
+def end_below(driver: webdriver.Chrome, panel: str, width: int) -> None:
+    """Let the page, which was scrolled to the prompt, begin at its top, and the window end below a panel."""
+    driver.execute_script("document.documentElement.style.scrollbarWidth = 'none'; scrollTo(0, 0)")
+    below = f"return document.getElementById('{panel}').getBoundingClientRect().bottom"
+    for _ in range(5):  # a panel may grow meanwhile, and in a window of another size
+        bottom = round(driver.execute_script(below)) + 14
+        browser.resize(driver, width=width, height=bottom)
+        if round(driver.execute_script(below)) + 14 == bottom:
+            return
 
 
 def report() -> None:

@@ -47,11 +47,11 @@ await run({
   },
   "errors by their classes": async () => {
     try {
-      await client.completions.create({ model, prompt: PROMPT, max_tokens: -1 });
+      await client.completions.create({ model, prompt: PROMPT, max_tokens: -2 });
     } catch (error) {
       if (error instanceof OpenAI.BadRequestError) return;
       throw error;
     }
-    throw new Error("max_tokens -1 raised nothing");
+    throw new Error("max_tokens -2 raised nothing");
   },
 });

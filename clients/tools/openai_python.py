@@ -98,7 +98,7 @@ def responses() -> None:
 @trial("errors by their classes")
 def errors() -> None:
     asked = {"model": trials.model(), "prompt": PROMPT}
-    for wrong, error in (({"max_tokens": -1}, openai.BadRequestError), ({"model": "other"}, openai.NotFoundError)):
+    for wrong, error in (({"max_tokens": -2}, openai.BadRequestError), ({"model": "other"}, openai.NotFoundError)):
         try:
             CLIENT.completions.create(**asked | wrong)
         except error:
