@@ -143,7 +143,8 @@ def dashboard(address: str, url: str, prompt: str) -> None:
             with Client(address) as client:
                 alive = [rank for rank in client.status().ranks if rank.state == "serving"]
             rank = max(alive, key=lambda each: each.running).id
-            driver.find_element("css selector", f"#rank-{rank} button.kill").click()
+            for _ in range(2):  # the first press asks whether it is meant
+                driver.find_element("css selector", f"#rank-{rank} button.kill").click()
             time.sleep(2.5)
             end_below(driver, f"{last_panel}-panel", width)
             driver.save_screenshot(FOLDER / f"{name}.png")

@@ -7,6 +7,7 @@ const PHASES = ["detect", "fence", "plan", "adopt", "resume", "join", "load", "c
 const SHOWN_LAYERS = 12;
 const SHOWN_RECOVERIES = 8;
 const HEAT_WINDOW_S = 15;
+const ARMED_MS = 4000; // for which a button waits for the second press
 const INTERVAL_MS = 500;
 const MAX_EVENTS = 200;
 
@@ -169,7 +170,6 @@ function ranks(now) {
 }
 
 function newTile(id) {
-  const kill = (signal) => () => killRank(id, signal);
   return element("article", { id: `rank-${id}`, "aria-label": `Rank ${id}` },
     element("header", {}, element("b", {}, `rank ${id}`), element("span", { class: "state" })),
     element("div", { class: "place quiet" }),
@@ -178,9 +178,35 @@ function newTile(id) {
     element("div", { class: "bar" }, element("i")),
     element("div", { class: "price quiet" }),
     element("div", { class: "buttons" },
-      element("button", { class: "kill", onclick: kill("SIGKILL"), title: "SIGKILL", "aria-label": `Kill rank ${id}` }, "Kill"),
-      element("button", { class: "kill", onclick: kill("SIGSTOP"), title: "SIGSTOP", "aria-label": `Hang rank ${id}` }, "Hang")),
+      killButton("Kill", id, "SIGKILL"), killButton("Hang", id, "SIGSTOP")),
   );
+}
+
+// Kills at the second press: the first one may be a slip of the thumb.
+function killButton(word, rank, signal) {
+  const button = element("button", { class: "kill", title: signal });
+  let armed = 0;
+  const show = (text, hint) => {
+    button.textContent = text;
+    button.classList.toggle("armed", armed !== 0);
+    button.setAttribute("aria-label", `${word} rank ${rank}${hint}`);
+  };
+  const rest = () => {
+    clearTimeout(armed);
+    armed = 0;
+    show(word, "");
+  };
+  button.addEventListener("click", () => {
+    if (armed) {
+      rest();
+      killRank(rank, signal);
+      return;
+    }
+    armed = setTimeout(rest, ARMED_MS);
+    show("Sure?", ": press again to do it");
+  });
+  rest();
+  return button;
 }
 
 // The forecast of the loss of this rank.

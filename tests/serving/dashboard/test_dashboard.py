@@ -64,7 +64,12 @@ def test_a_rank_dies_and_the_text_goes_on(driver, told):
         assert text(driver, "#headline") == "All streams are served by 4 of 4 ranks."
         driver.find_element(By.ID, "prompt").send_keys("What happens?", Keys.ENTER)
         wait(driver, lambda: len(text(driver, ".turn.assistant")) > 20)
-        driver.find_element(By.CSS_SELECTOR, "#rank-2 button.kill").click()
+        kill, other = (driver.find_element(By.CSS_SELECTOR, f"#rank-{rank} button.kill") for rank in (2, 1))
+        other.click()
+        kill.click()
+        assert (kill.text, kill.get_attribute("aria-label")) == ("Sure?", "Kill rank 2: press again to do it")
+        assert told.killed == []
+        kill.click()
         wait(driver, lambda: "dead" in driver.find_element(By.ID, "rank-2").get_attribute("class"))
         wait(driver, lambda: text(driver, "#headline") == "Answers are degraded: 1 expert missing.")
         wait(driver, lambda: "Rank 2 was lost at" in text(driver, "#headline-lines"))
@@ -83,6 +88,7 @@ def test_a_rank_dies_and_the_text_goes_on(driver, told):
         assert "rank lost" in text(driver, "#events")
         assert text(driver, "#figures").startswith("3 / 4")
         assert errors(driver) == []
+        wait(driver, lambda: other.text == "Kill", "the press of a button is forgotten")
     assert told.killed == [(2, "SIGKILL")]
 
 
