@@ -11,7 +11,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.joining import JoinFiles, free_address, host_agent
 from tests.support.streams import Traffic, events_since, kill, last_event, pid_of, wait_until, wait_until_whole
 
@@ -41,7 +41,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def joined(hosts: Hosts) -> Iterator[Client]:
-    settings = hosts.join_files.settings(hosts.front)
+    settings = hosts.join_files.settings(hosts.front) | {"buckets": FEW_BUCKETS}
     with Server(model=str(TINY), ranks=3, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         yield client

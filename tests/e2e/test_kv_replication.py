@@ -4,17 +4,17 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.streams import Traffic, events_since, kill, last_event, wait_until_whole
 
+SETTINGS = {"model": str(TINY), "buckets": FEW_BUCKETS, "prefix_caching": False, "chaos": True}
 LONG = {"streams": 8, "prompt_tokens": 380, "max_tokens": 60}
 """Contexts that take a dozen tiles to compute: a copy is quicker on any machine."""
 
 
 @pytest.mark.parametrize("way", ["memory", "stream"])
 def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_changes(way: str) -> None:
-    settings = {"model": str(TINY), "ranks": 3, "chaos": True, "kv_replication": way, "prefix_caching": False}
-    with Server(**settings) as server, Client(server) as client:
+    with Server(ranks=3, kv_replication=way, **SETTINGS) as server, Client(server) as client:
         traffic = Traffic.record(client, **LONG)
         for victim in (0, 2):
             wait_until_whole(client)
@@ -33,8 +33,7 @@ def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_change
 
 
 def test_a_context_is_restored_though_no_rank_is_left() -> None:
-    settings = {"model": str(TINY), "ranks": 2, "chaos": True, "prefix_caching": False, "kv_replication": "memory"}
-    with Server(**settings) as server, Client(server) as client:
+    with Server(ranks=2, kv_replication="memory", **SETTINGS) as server, Client(server) as client:
         traffic = Traffic.record(client, streams=4, prompt_tokens=380, max_tokens=60)
         traffic.during(client, kill(client, 0), kill(client, 1), after=0.3)
         assert client.status().tokens_restored > 380

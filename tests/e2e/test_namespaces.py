@@ -12,7 +12,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.joining import JoinFiles, host_agent
 from tests.support.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
 
@@ -61,7 +61,11 @@ def spread(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for name in HOSTS:
             within = ("ip", "netns", "exec", f"moejax-{name}")
             stack.enter_context(host_agent(name, front, join_files.arguments(), within=within))
-        with Server(model=str(TINY), ranks=3, **join_files.settings(front)) as server, Client(server) as client:
+        settings = join_files.settings(front)
+        with (
+            Server(model=str(TINY), ranks=3, buckets=FEW_BUCKETS, **settings) as server,
+            Client(server) as client,
+        ):
             wait_until_whole(client)
             yield client
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.streams import Traffic, events_since, wait_until
 
 
@@ -33,6 +33,7 @@ def test_one_rank_after_the_other_dies_without_a_store_and_no_token_changes(tmp_
     config = folder / "config.json"  # a name of its own, so that its host copy is not that of other servers
     config.write_text(config.read_text().replace('"name": "tiny"', '"name": "bare"'))
     settings = {"survive": 0, "slots_per_rank": 2, "parity": 3, "restart": False, "scrub_s": 2.0}
+    settings |= {"buckets": FEW_BUCKETS}
     with Server(model=str(folder), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_protected(client)
         assert server.app is not None

@@ -8,7 +8,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.streams import (
     Traffic,
     events_since,
@@ -115,6 +115,7 @@ def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
 )
 def test_ranks_die_one_after_the_other_down_to_the_last(data_type: str) -> None:
     settings = {"model": str(TINY), "ranks": 3, "restart": False, "chaos": True, "data_type": data_type}
+    settings |= {"buckets": FEW_BUCKETS}
     with Server(**settings) as server, Client(server) as client:
         traffic = Traffic.record(client, streams=6, prompt_tokens=30, max_tokens=30)
         for victim in (0, 2):
