@@ -1,31 +1,32 @@
-"""One front: the real loop, recovery, planner, journal and request processor, put together as in `serving.app`, and
-killed as a process is."""
+"""One front: the real loop, or the two of a server with pools, recovery, planner, journal and request processor, put
+together as in `serving.app`, and killed as a process is."""
 
 import asyncio
 import contextlib
-import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
+from planner.plan.pools import POOLS
+from serving.config import Settings
 from serving.core.engine_shell import EngineShell
 from serving.core.journal import Journal
 from serving.core.loop import Loop
+from serving.core.pools import Pools, start_pools
 from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
-from serving.core.step_stats import StepStats
+from serving.core.start import ServerParts, start_loop
 from serving.engine.integrity import check_integrity
 from serving.errors import MoejaxError
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
 from serving.executor.incarnation import Loss
+from serving.launch.launcher import Launcher
+from serving.launch.rank_process import RankStarter
 from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
 from serving.protocol.events import Event, EventKind, EventLog
-from serving.recovery.failover import Failover
-from serving.text.structured_output import GrammarMatcher
-from serving.text.tokenizer import Tokenizer
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED
 from simulation.launch import Processes, SimulatedListener, SimulatedStarter
@@ -48,6 +49,27 @@ class CheckedEngine(EngineShell):
             except AssertionError as error:
                 type(self).violated(f"the engine's state: {error}")
         super().__setattr__(name, value)
+
+
+class CheckedExecutor(RankExecutor):
+    """The executor of a front, each loss of which is in the trace and keeps the laws of its world."""
+
+    world: ClassVar[World]
+
+    def __init__(
+        self, health: FailureDetectorSettings, on_lost: Callable[[Loss], None], starter: RankStarter, **others: Any
+    ) -> None:
+        def lost(loss: Loss) -> None:
+            self.world.note(f"the front loses rank {loss.rank}: {loss.cause}")
+            self.world.check_loss(loss)
+            on_lost(loss)
+
+        super().__init__(health, lost, starter, **others)
+
+
+def checked_executor(world: World) -> type[RankExecutor]:
+    """The executor of the fronts of a world."""
+    return type("CheckedExecutor", (CheckedExecutor,), {"world": world})
 
 
 def checked_engine(world: World) -> type[EngineShell]:
@@ -74,19 +96,29 @@ class Front:
         self.world = world
         self.number = number
         self.dead = False
-        self.listening = False
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         """It runs no more."""
         self.context = context_of(self)
-        self.executor: RankExecutor
-        self.failover: Failover | None = None
-        self.loop: Loop | None = None
+        self.backend: Loop | Pools | None = None
         self.processor: RequestProcessor | None = None
         self._processes = processes
+        self._executors: dict[int, RankExecutor] = {}
+        """By rank, the executors that listen."""
         self._request_log: RequestLog | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """The loops that serve; none while the front starts."""
+        if self.backend is None:
+            return ()
+        return self.backend.loops if isinstance(self.backend, Pools) else (self.backend,)
+
+    def executor_of(self, rank: int) -> RankExecutor | None:
+        """The executor that a rank dials; None before the front listens to it."""
+        return self._executors.get(rank)
 
     def begin(self) -> None:
         """Start the process."""
@@ -113,8 +145,8 @@ class Front:
             self._request_log.close()
         self.world.front_died(self)
         await self._reap()
-        if self.failover is not None:
-            self.failover.kv_replicas.close()
+        for each in self.loops:
+            each.failover.kv_replicas.close()
         self.ended.set()
 
     async def _reap(self) -> None:
@@ -134,7 +166,7 @@ class Front:
         """No task of a front may end with an error that nobody sees, and the engine never stops."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        answers = self.loop.engine.pipeline.answers if self.loop is not None else ()
+        answers = {answer for each in self.loops for answer in each.engine.pipeline.answers}
         for owner, task, error in loop.unseen_errors():
             read_in_turn = task in answers or is_item_of_stream(task)  # a reader sees the error when it comes to it
             if owner is self and not read_in_turn:
@@ -158,7 +190,7 @@ class Front:
         except Exception as error:
             self.world.violated(f"front {self.number} died of {type(error).__name__}: {error}")
         finally:
-            self.listening = False
+            self._executors.clear()
             if not self.dead:
                 self.dead = True
                 self.world.front_died(self)
@@ -167,71 +199,45 @@ class Front:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """As `serving.app.App.start`."""
-        world, settings, model = self.world, self.world.settings, self.world.scenario.model()
-        info = model.info()
+        world, model = self.world, self.world.scenario.model()
         self._request_log = request_log = self._open_request_log()
         stack.callback(request_log.close)
-
-        def lost(loss: Loss) -> None:
-            world.note(f"front {self.number} loses rank {loss.rank}: {loss.cause}")
-            world.check_loss(loss)
-            failover.on_rank_lost(loss)
-
-        health = FailureDetectorSettings(
-            heartbeat_floor_s=settings.heartbeat_floor_s,
-            step_floor_s=settings.step_floor_s,
-            command_limit_s=settings.command_limit_s,
-            starved_factor=settings.starved_factor,
-        )
-        self.executor = executor = RankExecutor(
-            health,
-            lost,
-            SimulatedStarter(world, self, self._processes),
-            on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
-            on_starved=lambda rank, evidence: failover.on_rank_starved(rank, evidence),
-        )
-        stack.push_async_callback(executor.close)
-        await executor.open(SimulatedListener(heartbeat_s=settings.heartbeat_s, listens=self._listen))
         weights_record = WeightsRecord(world.disk.folder, PREPARED.content)
-        step_stats, wake = StepStats(settings, info), asyncio.Event()
         events = TracedEvents()
         events.world = world
-        self.failover = failover = Failover(
-            settings,
-            model,
-            executor,
-            lambda text: world.note(f"front {self.number}: {text}"),
+        parts = ServerParts(
+            settings=world.settings,
+            model=model,
+            info=model.info(),
+            tokenizer=byte_tokenizer(),
+            request_log=request_log,
             events=events,
-            expert_load=lambda: step_stats.expert_load,
-            wake=wake.set,
-            epoch=request_log.epoch,
             weights=weights_record.load(),
             weights_record=weights_record,
+            run=None,
+            log=lambda text: world.note(f"front {self.number}: {text}"),
+            launcher=self._launcher,
         )
-        stack.push_async_callback(failover.close)
-        async with asyncio.timeout(settings.start_timeout_s):
-            await failover.start()
-        tokenizer, grammar_matcher = _text()
-        self.loop = loop = Loop(
-            settings,
-            info,
-            world.limits,
-            executor,
-            failover,
-            grammar_matcher,
-            request_log,
-            events=events,
-            step_stats=step_stats,
-            wake=wake,
+        start = start_pools if world.settings.arch == POOLS else start_loop
+        self.backend = backend = await start(stack, parts)
+        self.processor = processor = RequestProcessor(
+            backend, parts.tokenizer, Metrics(backend), backend.grammar_matcher
         )
-        self.processor = processor = RequestProcessor(loop, tokenizer, Metrics(loop), grammar_matcher)
-        loop.start()
-        stack.push_async_callback(loop.drain, 0.0)
+        backend.start()
+        stack.push_async_callback(backend.drain, 0.0)
         reader = asyncio.create_task(processor.read_unattended(request_log.running()))
         stack.callback(reader.cancel)
 
-    def _listen(self) -> None:
-        self.listening = True
+    def _launcher(self, settings: Settings, *_: object, ranks: Collection[int] | None) -> Launcher:
+        """See `serving.launch.launcher.Launcher.of`."""
+
+        def listens(executor: RankExecutor) -> None:
+            self._executors |= dict.fromkeys(range(settings.ranks) if ranks is None else ranks, executor)
+
+        return Launcher(
+            starter=SimulatedStarter(self.world, self, self._processes, ranks),
+            listener=SimulatedListener(heartbeat_s=settings.heartbeat_s, listens=listens),
+        )
 
     def _open_request_log(self) -> RequestLog:
         world = self.world
@@ -239,10 +245,3 @@ class Front:
             return RequestLog(None)
         journal, records = Journal.open(world.disk.folder)
         return RequestLog(journal, records, retention_s=world.settings.resume_s, wall=world.wall)
-
-
-@functools.cache
-def _text() -> tuple[Tokenizer, GrammarMatcher]:
-    """The tokenizer, which is the same for all fronts, and structured output over it."""
-    tokenizer = byte_tokenizer()
-    return tokenizer, GrammarMatcher(tokenizer, PREPARED.vocab_size, PREPARED.stop_tokens)

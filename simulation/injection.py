@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from serving.core.loop import Loop
+from serving.core.pools import Pools
 from serving.errors import MoejaxError
 from serving.protocol.instructions import DeviceError, Instruction
 from simulation.front import Front
@@ -229,12 +230,12 @@ class Injection:
 
     # -- Operators ----------------------------------------------------------------------------------------------
 
-    def _serving(self) -> tuple[Front, Loop] | None:
-        """The front that serves, and its loop."""
+    def _serving(self) -> tuple[Front, Loop | Pools] | None:
+        """The front that serves, and its loop or loops."""
         front = self.world.front
-        if not isinstance(front, Front) or not front.ready.is_set() or front.dead or front.loop is None:
+        if not isinstance(front, Front) or not front.ready.is_set() or front.dead or front.backend is None:
             return None
-        return front, front.loop
+        return front, front.backend
 
     def instruct(self, instruction: Instruction) -> bool:
         """An operator gives an instruction to the front that serves."""
@@ -253,6 +254,12 @@ class Injection:
         self.operators.append(front.task(apply()))
         return True
 
+    def call_up(self) -> bool:
+        """An operator asks for all ranks, pool by pool where there are several."""
+        pools = self.world.pools
+        wanted = [Instruction(action="scale_up", ranks=ranks if len(pools) > 1 else ()) for ranks in pools.values()]
+        return sum(self.instruct(each) for each in wanted) == len(wanted)  # each of them, not the first alone
+
     def _drain(self, fault: Fault) -> bool:
         timeout_s = DRAIN_S * fault.value
         return self.instruct(
@@ -263,7 +270,7 @@ class Injection:
         return self.instruct(Instruction(action="scale_down", ranks=(fault.rank,), timeout_s=DRAIN_S * fault.value))
 
     def _scale_up(self, fault: Fault) -> bool:
-        return self.instruct(Instruction(action="scale_up"))
+        return self.call_up()
 
     def _rebalance(self, fault: Fault) -> bool:
         return self.instruct(Instruction(action="rebalance"))

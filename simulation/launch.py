@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import grpc
 
+from serving.executor.executor import RankExecutor
 from serving.launch.rank_listener import AttachService, RankListener
 from serving.launch.rank_process import HostPaths, OnExit, RankProcess
 from simulation.rank import SimulatedRank
@@ -86,12 +87,16 @@ class SimulatedProcess:
 
 
 class SimulatedStarter:
-    """Starts ranks for one front; see `serving.launch.rank_process.RankStarter`."""
+    """Starts ranks for one front, those of one pool where there are several; see
+    `serving.launch.rank_process.RankStarter`."""
 
-    def __init__(self, world: World, front: FrontProcess, processes: "Processes") -> None:
+    def __init__(
+        self, world: World, front: FrontProcess, processes: "Processes", ranks: Collection[int] | None
+    ) -> None:
         self._world = world
         self._front = front
         self._processes = processes
+        self._ranks = range(world.settings.ranks) if ranks is None else ranks
 
     def start(self, rank: int, front: str, on_exit: OnExit) -> SimulatedProcess:
         """See `RankStarter.start`."""
@@ -99,7 +104,7 @@ class SimulatedStarter:
 
     def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
         """See `RankStarter.orphans`."""
-        left = {rank: each for rank, each in self._world.ranks.items() if each.alive}
+        left = {rank: each for rank, each in self._world.ranks.items() if each.alive and rank in self._ranks}
         return {rank: functools.partial(self._own, each) for rank, each in left.items()}
 
     def _own(self, rank: SimulatedRank, on_exit: OnExit) -> SimulatedProcess:
@@ -132,9 +137,9 @@ class _NoServer:
 class SimulatedListener(RankListener):
     """Where ranks dial a simulated front."""
 
-    listens: Callable[[], None]
+    listens: Callable[[RankExecutor], None]
 
     async def open(self, executor: AttachService) -> tuple[grpc.aio.Server, str]:
         """See `RankListener.open`."""
-        self.listens()
+        self.listens(cast(RankExecutor, executor))
         return cast(Any, _NoServer()), "front"

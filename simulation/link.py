@@ -42,12 +42,17 @@ class LinkQuality:
 class FrontEnd(Protocol):
     """The front as its streams know it."""
 
-    executor: RankExecutor
     dead: bool
+
+    def executor_of(self, rank: int) -> RankExecutor | None:
+        """The executor that a rank dials; None before the front listens to it."""
+        ...
 
 
 class RankEnd(Protocol):
     """The rank as its streams know it."""
+
+    rank: int
 
     def receive(self, stream: "Stream", command: link_pb2.Command) -> None:
         """A command has arrived."""
@@ -77,6 +82,9 @@ class Stream:
         self._reports: asyncio.Queue[link_pb2.Report | None] = asyncio.Queue()
         self._up_at = self._down_at = 0.0
         self._broken = False
+        executor = front.executor_of(rank.rank)
+        assert executor is not None
+        self.executor = executor
         self._task = self._loop.create_task(self._serve(), context=context_of(front))
 
     def is_of(self, rank: object) -> bool:
@@ -126,7 +134,7 @@ class Stream:
     async def _serve(self) -> None:
         refused = False
         try:
-            async with contextlib.aclosing(self.front.executor.Attach(self._read(), self)) as commands:  # type: ignore[type-var]
+            async with contextlib.aclosing(self.executor.Attach(self._read(), self)) as commands:  # type: ignore[type-var]
                 async for command in commands:
                     if self.front.dead:
                         break

@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import serving.core.engine_shell
+import serving.engine.hand_over
 import serving.recovery.adoption
 import serving.recovery.kv_restoration
 import serving.recovery.take_over
 from planner.plan.plan import Plan
+from serving.core.hand_over import HandOver
 from serving.core.request_log import RequestLog
 from serving.engine.page_pool import PagePool
+from serving.engine.state import EngineState
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import NO_DELAY
 from serving.executor.rank_monitor import DelayEvidence
@@ -152,6 +155,16 @@ def _missing_not_masked() -> list[Change]:
     return [everything, *_wrapped(Adoption, "_adopt_once", wrap)]
 
 
+def _sent_and_kept() -> list[Change]:
+    def wrap(send: Callable[..., EngineState]) -> Callable[..., EngineState]:
+        def kept(state: EngineState, request_id: str) -> EngineState:
+            return dataclasses.replace(send(state, request_id), running=state.running)
+
+        return kept
+
+    return _wrapped(serving.engine.hand_over, "send", wrap)
+
+
 def _replay_forgets_the_last_item() -> list[Change]:
     return _wrapped(RequestLog, "items", lambda items: lambda self, request_id: items(self, request_id)[:-1])
 
@@ -214,6 +227,12 @@ MUTANTS = (
         "starved_taken_for_hung",
         "a rank whose process waits for a processor is given longer",
         lambda: [(DelayEvidence, "since", lambda self, since: NO_DELAY)],
+    ),
+    Mutant("sent_and_kept", "a request is in one of two pools", _sent_and_kept),
+    Mutant(
+        "sent_never_released",
+        "the prefill pool gives the pages of a request up that is decoded elsewhere",
+        lambda: _nothing(HandOver, "_release"),
     ),
     Mutant("replay_forgets", "a replay has all that clients have received", _replay_forgets_the_last_item),
 )

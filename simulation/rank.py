@@ -388,7 +388,7 @@ class SimulatedRank:
         if key not in self._loaded:
             self.later(0.0, lambda: self._fail(stream, command.id, f"KeyError: mesh {key.ranks} is not loaded"))
             return
-        at = (stream.front, message.number)
+        at = (stream.executor, message.number)
         self._connecting = gathering = self.world.connecting(at, key)
 
         def connected(why: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from serving.core.loop import Loop
 from serving.protocol.instructions import Instruction
 from simulation.clients import SimulatedClient
 from simulation.front import Front
@@ -157,7 +158,7 @@ async def _check_liveness(
     injection.heal()
     world.note("faults stop")
     until = world.loop.time() + LIVENESS_S
-    while not (injection.instruct(Instruction(action="retry")) and injection.instruct(Instruction(action="scale_up"))):
+    while not (injection.instruct(Instruction(action="retry")) and injection.call_up()):
         await asyncio.sleep(LOOK_S)
         if world.loop.time() > until:
             world.violated(f"no front serves {LIVENESS_S:.0f} s after the last fault")
@@ -171,7 +172,7 @@ async def _check_liveness(
             break
         if why and world.loop.time() > called_up + CALL_UP_S:  # a scale-down may have been under way
             called_up = world.loop.time()
-            injection.instruct(Instruction(action="scale_up"))
+            injection.call_up()
         await asyncio.sleep(LOOK_S)
     else:
         late = [client.plan.id for client, task in zip(clients, calls, strict=True) if not task.done()]
@@ -201,9 +202,14 @@ async def _call_until_served(world: World) -> None:
 def _why_not_whole(world: World) -> str:
     """Why the server does not serve on all its ranks with all experts; "" if it does."""
     front = world.front
-    if not isinstance(front, Front) or front.loop is None or front.failover is None or front.dead:
+    if not isinstance(front, Front) or not front.loops or front.dead:
         return "no front serves"
-    failover, plan = front.failover, front.failover.plan
+    return next((why for loop in front.loops if (why := _why_not_all(world, loop))), "")
+
+
+def _why_not_all(world: World, loop: Loop) -> str:
+    """Why a loop does not serve on all its ranks with all experts; "" if it does."""
+    failover, plan = loop.failover, loop.failover.plan
     if plan is None:
         return f"no plan is in force: {failover.membership.no_plan_reason}"
     missing = sorted(set(failover.plans.base.rank_ids) - set(failover.plan_ranks))
@@ -217,6 +223,6 @@ def _why_not_whole(world: World) -> str:
         return f"weights of ranks {damaged} are damaged"
     if failover.membership.next_weights != failover.membership.weights:
         return "other weights are decided on, and not in force"
-    if failover.membership.comm_broken or front.loop.engine.maintenance.pending:
+    if failover.membership.comm_broken or loop.engine.maintenance.pending:
         return "something is still due"
     return ""

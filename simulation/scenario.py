@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from planner.plan.pools import POOLS
 from serving.config import Settings
 from serving.protocol.prepared_model import PreparedModel
 from simulation.hand_model import PREPARED, VOCAB
@@ -154,6 +155,8 @@ def draw(seed: int, mode: Mode) -> Scenario:
     states = "arch" not in settings and random.Random(f"states/{mode}/{seed}").random() < 0.25
     if states:
         settings["kv_replication"] = "off"
+    elif "arch" not in settings:
+        settings |= _draw_pools(random.Random(f"pools/{mode}/{seed}"), settings["ranks"])
     ranks = settings["ranks"]
     rates = {
         "late": rng.choice((0.0, 0.0, 0.002, 0.02)),
@@ -209,6 +212,14 @@ def _draw_settings(rng: random.Random) -> dict[str, Any]:
         experts = rng.randint(1, ranks - 2)
         settings |= {"arch": "disaggregated", "attention": ranks - experts, "experts": experts, "hosts": 1}
     return settings
+
+
+def _draw_pools(rng: random.Random, ranks: int) -> dict[str, Any]:
+    if rng.random() < 0.75:
+        return {}
+    prefill = rng.randint(1, ranks - 1)
+    pools = {"arch": POOLS, "prefill": prefill, "decode": ranks - prefill}
+    return pools | {"hosts": 1, "parity": 0, "kv_replication": "memory"}
 
 
 def _draw_speculation(rng: random.Random) -> dict[str, Any]:

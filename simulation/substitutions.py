@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import planner.solver.lattice
 import serving.core.background
 import serving.core.journal
 import serving.core.loop
+import serving.core.start
 import serving.executor.kv_replica
 import serving.executor.rank_monitor
 import serving.launch.weights_record
@@ -19,7 +21,9 @@ import serving.recovery.plan_catalog
 import serving.recovery.rendezvous
 import serving.recovery.weights_update
 from serving.protocol.prepared_model import PreparedModel
-from simulation.front import checked_engine
+from serving.text.structured_output import GrammarMatcher
+from serving.text.tokenizer import Tokenizer
+from simulation.front import checked_engine, checked_executor
 from simulation.solved_plans import solve_once
 from simulation.world import World
 
@@ -29,6 +33,12 @@ PREPARE_S = (0.01, 0.5)
 """The least and the most virtual seconds in which other weights are copied into the host store."""
 PIECE_ENTRIES = 7
 """KV entries that are restored at once: few, so that much happens between two pieces."""
+
+
+@functools.cache
+def grammar_matcher(tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> GrammarMatcher:
+    """Structured output over the one tokenizer of all fronts."""
+    return GrammarMatcher(tokenizer, vocab_size, stop_tokens)
 
 
 @contextlib.contextmanager
@@ -54,6 +64,8 @@ def substituted(world: World) -> Iterator[None]:
 
     changes: list[tuple[Any, str, Any]] = [
         (serving.core.loop, "EngineShell", checked_engine(world)),
+        (serving.core.start, "RankExecutor", checked_executor(world)),
+        (serving.core.start, "GrammarMatcher", grammar_matcher),
         (serving.recovery.rendezvous, "Coordinator", world.coordinators),
         (serving.core.journal, "_write_at", write_with_room),
         (serving.launch.weights_record, "write_whole", write_whole_with_room),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from planner.plan.pools import POOLS
+from serving.core.start import pool_ranks
 from serving.engine.limits import Limits
 from serving.executor.executor import RankExecutor
 from serving.executor.incarnation import Loss
@@ -30,9 +32,11 @@ MAX_VIOLATIONS = 20
 class FrontProcess(Protocol):
     """A front as its world knows it."""
 
-    executor: RankExecutor
     dead: bool
-    listening: bool
+
+    def executor_of(self, rank: int) -> RankExecutor | None:
+        """The executor that a rank dials; None before the front listens to it."""
+        ...
 
 
 class World:
@@ -69,8 +73,8 @@ class World:
         self._streams: list[tuple[object, Stream]] = []
         self._gatherings: dict[object, Gathering] = {}
         self._communicators: dict[object, Communicator] = {}
-        self._epochs: dict[int, tuple[object, MeshKey, set[SimulatedRank]]] = {}
-        """By epoch: the front that gave it, the mesh, and who adopted it."""
+        self._epochs: dict[tuple[int, str], tuple[object, MeshKey, set[SimulatedRank]]] = {}
+        """By epoch and pool: the front that gave it, the mesh, and who adopted it."""
         self._draws = self.random("world")
 
     def random(self, purpose: str) -> random.Random:
@@ -128,7 +132,7 @@ class World:
     def dial(self, rank: SimulatedRank) -> Stream | None:
         """See `simulation.rank.RankWorld.dial`."""
         front = self.front
-        if front is None or front.dead or not front.listening:
+        if front is None or front.dead or front.executor_of(rank.rank) is None:
             return None
         stream = Stream(front, rank, self.links[rank.rank], self.random(f"link/{rank.pid}/{self.loop.time()}"))
         self._streams = [each for each in self._streams if not each[1].closed]
@@ -144,6 +148,15 @@ class World:
         """The ranks of the host that a rank is on."""
         host = self.settings.host_of(rank)
         return [each for each in range(self.settings.ranks) if self.settings.host_of(each) == host]
+
+    @property
+    def pools(self) -> Mapping[str, tuple[int, ...]]:
+        """The ranks of each pool; where ranks do all kinds of work, they are one without a name."""
+        return pool_ranks(self.settings) if self.settings.arch == POOLS else {"": tuple(range(self.settings.ranks))}
+
+    def pool_of(self, rank: int) -> str:
+        """The pool of a rank."""
+        return next(name for name, ranks in self.pools.items() if rank in ranks)
 
     def front_died(self, front: FrontProcess) -> None:
         """The process of a front has ended."""
@@ -208,9 +221,10 @@ class World:
             rank.later(self._draws.uniform(0.0, 0.02), lambda: rank.die("signal 9"))
         rank.joins = False
         rank.exchanged_with = [each for each in rank.exchanged_with if each.rank in mesh.ranks]
-        known = self._epochs.get(message.epoch)
+        epoch = message.epoch, self.pool_of(rank.rank)
+        known = self._epochs.get(epoch)
         if known is None or not any(each.alive for each in known[2]):
-            self._epochs[message.epoch] = (front, mesh, {rank})
+            self._epochs[epoch] = (front, mesh, {rank})
             return
         if known[:2] != (front, mesh):
             self.violated(f"epoch {message.epoch} is used for two plans; rank {rank.rank} adopts the second one")

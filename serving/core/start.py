@@ -44,6 +44,8 @@ class ServerParts:
     run: RunFolder | None
     """The folder of a supervised front."""
     log: Callable[[str], None]
+    launcher: Callable[..., Launcher] = Launcher.of
+    """Chooses how ranks are started; it takes the arguments of `Launcher.of`."""
 
 
 def pool_ranks(settings: Settings) -> Mapping[str, tuple[int, ...]]:
@@ -112,7 +114,7 @@ async def _start_ranks(
         command_limit_s=settings.command_limit_s,
         starved_factor=settings.starved_factor,
     )
-    launcher = Launcher.of(parts.settings, parts.model, log_folder, run, ranks=ranks)
+    launcher = parts.launcher(parts.settings, parts.model, log_folder, run, ranks=ranks)
     executor = RankExecutor(
         health,
         lambda loss: failover.on_rank_lost(loss),
