@@ -19,8 +19,7 @@ from planner.cost.band import deployment_band
 from planner.cost.buckets import bucket_figures, choose_buckets, read_buckets, read_counts
 from planner.cost.calibration import calibrate, read_steps
 from planner.cost.front import pace_of
-from planner.cost.mixed import placement_speeds
-from planner.cost.throughput import assess
+from planner.cost.mixed import assess_kinds, placement_speeds
 from planner.errors import InputError
 from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
 from planner.failures.loss_forecast import check_gate, forecast_losses, summarise, worst_by_kind
@@ -195,7 +194,7 @@ def verify(options: Namespace) -> CommandResult:
         raise InputError("verify against what? Give --aot TOPOLOGY, --measured FILE, or both.")
     deployment = read_deployment(options.plan)
     d = deployment
-    best = assess(d.workload, d.cluster, d.shape, d.traffic)
+    best = assess_kinds(d.workload, d.cluster, d.shape, d.traffic)
     calibration = calibrate(d, read_steps(options.measured)) if options.measured else None
     compiled = compile_ahead(d, options.aot, each_loss=options.each_loss) if options.aot else {}
     figures = (*d.plan.cost, *(aot_figures(compiled) if compiled else ()))

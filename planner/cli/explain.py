@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from planner.errors import InputError
+from planner.failures.loss_bands import LossBands, Ranges, range_cells
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.plan.deployment import Deployment
 from planner.plan.plan import EXPERT_ROLES
@@ -30,7 +31,9 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
     if rank not in plan.rank_ids:
         raise InputError(f"rank {rank} is not in the plan, which has {plan.rank_ids[0]}..{plan.rank_ids[-1]}")
     place = plan.ranks[plan.rank_ids.index(rank)]
-    outcome = LossModel(deployment).outcome({rank})
+    losses = LossModel(deployment)
+    outcome, bands = losses.outcome({rank}), LossBands(losses)
+    ranges = bands.of(outcome)
     facts = {"rank": rank, "host": place.host, "rack": place.rack, "role": place.role, "group": place.group}
     lines = [f"rank {rank} is {place.role} on {place.host} ({place.rack or 'no rack'})"]
     if place.group >= 0:
@@ -51,8 +54,10 @@ def explain_rank(deployment: Deployment, rank: int) -> tuple[dict, str]:
         lines.append(
             f"serves {mine.mean():.2f} x the mean expert traffic, at most {mine.max():.2f} x on layer {mine.argmax()}"
         )
-    facts["loss"] = outcome.to_dict()
-    lines.append("if it dies: " + outcome_sentence(outcome))
+    facts |= {"loss": outcome.to_dict(), "ranges": ranges, "band": bands.to_dict()}
+    lines.append("if it dies: " + outcome_sentence(outcome, ranges))
+    if ranges:
+        lines.append(bands.source())
     return facts, "\n".join(lines)
 
 
@@ -93,13 +98,13 @@ def explain_expert(deployment: Deployment, expert: int, layer: int | None) -> tu
     return {"expert": expert, "layers": rows}, "\n".join(lines)
 
 
-def outcome_sentence(outcome: LossOutcome) -> str:
-    """One loss in one line."""
+def outcome_sentence(outcome: LossOutcome, ranges: Ranges) -> str:
+    """One loss in one line, its figures as `ranges`."""
     if not outcome.survivable:
         return f"not survivable: {outcome.reason}"
     means = ", ".join(f"{count} by {name}" for name, count in outcome.means.items()) or "nothing to restore"
+    stall, moved, capacity = range_cells(ranges)
     return (
-        f"survivable ({means}); other streams wait {outcome.stall * 1e3:.0f} ms, its own "
-        f"{outcome.moved_stall * 1e3:.0f} ms; {outcome.bytes_moved / 1e9:.1f} GB move, "
-        f"{outcome.cache_tokens:,} cache tokens are recomputed, {outcome.capacity:.1%} of capacity is left"
+        f"survivable ({means}); other streams wait {stall} ms, its own {moved} ms; {outcome.bytes_moved / 1e9:.1f} GB "
+        f"move, {outcome.cache_tokens:,} cache tokens are recomputed, {capacity} of capacity is left"
     )

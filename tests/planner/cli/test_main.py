@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planner.cli.main import main
-from planner.cost.band import OWN
+from planner.cost.band import OWN, range_text
 from planner.cost.buckets import StepCounts, StepDemand, read_buckets
 from planner.plan.deployment import Deployment
 
@@ -176,7 +176,11 @@ def test_explain_a_rank_and_an_expert(capsys, plan_file):
     assert "if it dies: survivable" in text(capsys, "explain", plan_file, "rank", "3")
     assert "copies on ranks" in text(capsys, "explain", plan_file, "expert", "5", "layer", "2")
     assert len(data(capsys, "explain", plan_file, "expert 5")["layers"]) == 16
-    assert data(capsys, "explain", plan_file, "3")["rank"] == 3
+    rank = data(capsys, "explain", plan_file, "3")
+    assert rank["rank"] == 3
+    stall = rank["ranges"]["stall_ms"]
+    assert stall["low"] < stall["mid"] < stall["high"]
+    assert f"other streams wait {range_text(stall)} ms" in text(capsys, "explain", plan_file, "rank", "3")
     for wrong in ("rank 99", "expert 64", "expert 1 layer 16", "host 3"):
         assert main(["explain", plan_file, wrong]) == 2
 
@@ -212,6 +216,21 @@ def test_verify_against_measurements(capsys, plan_file, tmp_path):
     assert data(capsys, "degrade", out)["summary"]
     assert data(capsys, "solve", "olmoe-1b-7b", out)["deployment"]["cluster"]["hardware"] == found["hardware"]
     assert main(["verify", plan_file]) == 2
+
+
+def test_a_plan_of_several_kinds_is_verified_as_it_was_solved(capsys, tmp_path):
+    hosts = '[[hosts]]\ncount = 1\ndevices = 8\n[[hosts]]\ncount = 1\ndevices = 8\npreset = "b200"\n'
+    (tmp_path / "mixed.toml").write_text(f'name = "mixed"\n[hardware]\npreset = "h100"\n{hosts}')
+    plan, measured = str(tmp_path / "plan.json"), tmp_path / "throughput.json"
+    solved = data(capsys, "solve", "olmoe-1b-7b", str(tmp_path / "mixed.toml"), "--out", plan)
+    measured.write_text(json.dumps({"runs": [{"concurrency": c, "itl_ms": 10 + 0.5 * c} for c in (1, 8, 32)]}))
+    found = data(capsys, "verify", plan, "--measured", str(measured))
+    cost = {each["name"]: each["value"] for each in solved["deployment"]["plan"]["cost"]}
+    assert {name for name in cost if name.startswith("requests_per_group_")} == {
+        "requests_per_group_h100",
+        "requests_per_group_b200",
+    }
+    assert found["estimate_step_s"] == pytest.approx(cost["step"], rel=0.02)  # the peak of the experts' load apart
 
 
 def test_pictures_are_drawn(capsys, plan_file, tmp_path):
