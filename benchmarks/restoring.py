@@ -87,7 +87,7 @@ class OneRank:
         """Restore a context from the replica to the cache."""
         for first in range(0, tokens, PIECE_ENTRIES):
             at = np.arange(first, min(first + PIECE_ENTRIES, tokens))
-            rows = self.copy.read(at, np.full(len(at), 5), at, self._piece).view(np.float32)
+            rows = self.copy.read(at, np.full(len(at), 5), at, self._piece)
             rows = rows.reshape(len(at), self.cfg.n_layers, -1).swapaxes(0, 1)
             self.cache = self._writer.write(self.cache, at, rows, lambda _: self._commit, self.device)
         jax.block_until_ready(self.cache)

@@ -81,7 +81,8 @@ compare the weights with checksums, and both distinguish missing weights from da
 | NVFP4 (modelopt, compressed-tensors) | the number format of the model | the same choice |
 | int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice; published int4 also as it is |
 
-Routers, norms, biases, sums and the KV cache are float32 in every case. All data types work with all families: a test
+Routers, norms, biases and sums are float32 in every case, the KV cache unless `--kv-cache-type` says otherwise
+([how](decisions/0027-a-narrow-cache-is-seen-as-it-is-kept.md)). All data types work with all families: a test
 computes a step of every family in each of them. Each form is widened to the same bits as the tools that write it widen
 it: `compressed-tensors` (FP8, int8, int4, NVFP4, MXFP4, MXFP8), `transformers` (block FP8, gpt-oss), AutoAWQ; GPTQ is
 compared with its formula (`tests/moejax/checkpoint/quantized/`). Scales of activations and of the KV cache are not

@@ -198,6 +198,7 @@ async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> Prep
         in_place=settings.in_place,
         dense=settings.dense,
         tensor=settings.tensor,
+        kv_cache_type=settings.kv_cache_type,
     )
     if run is not None:
         run.prepared.write_text(model.to_json())

@@ -20,21 +20,21 @@ def attention_case(
 ) -> AttentionInputs:
     """One segment for each of `cached [Z]`, with `queries` new positions after so many cached ones. Pages of `cache`
     (keys and values `[L, entries, K * H]`) are divided over the segments in random order."""
-    segments, entries, width = len(cached), cache.k.shape[1], cache.k.shape[2]
+    segments, entries, width = len(cached), cache.entries, cache.k.shape[2]
     pages = entries // page // segments
     table = draw.permutation(segments * pages).astype(np.int32).reshape(segments, pages)
-    new = (segments * queries, width // head_size, head_size)
+    new = (segments * queries, width)
     q, k, v = (draw.standard_normal(shape, np.float32) for shape in ((segments, queries, heads, head_size), new, new))
     inputs = AttentionInputs(
         q=q,
-        k=k,
-        v=v,
+        new=KVCache(k, v),
         cache=cache,
         layer=np.array(0, np.int32),
         page_table=table,
         cached=cached.astype(np.int32),
         new_base=queries * np.arange(segments, dtype=np.int32),
         positions=(cached[:, None] + np.arange(queries)).astype(np.int32),
+        kv_heads=width // head_size,
         page_size=page,
         scale=scale,
     )

@@ -79,7 +79,7 @@ def open_published(source: Path, name: str | None = None) -> tuple[ModelConfig, 
     if weights.unused:
         print(
             f"{source.name}: {len(weights.unused)} scales of activations or of the KV cache ({min(weights.unused)}, "
-            "...) are not used: moejax holds both in float32.",
+            "...) are not used: ranks compute in float32, and --kv-cache-type makes scales of its own.",
             file=sys.stderr,
         )
     if not any(file for pattern in TOKENIZERS for file in source.glob(pattern)):

@@ -25,14 +25,12 @@ class AttentionInputs:
 
     A query at position p sees positions 0..p of its segment's sequence, or the last `window` of them, or those since
     the last multiple of `chunk`: positions below `cached` in the pages of the cache, the others in the step's own new
-    rows `new_base + position - cached` of `k`, `v`.
+    rows `new_base + position - cached` of `new`.
     """
 
     q: Float[ArrayLike, "Z Q N Hq"]
-    k: Float[ArrayLike, "R K Hk"]
-    """New keys of the step."""
-    v: Float[ArrayLike, "R K Hv"]
-    """New values of the step."""
+    new: KVCache
+    """New keys and values of the step `[R, width]`, in the format of the cache."""
     cache: KVCache
     layer: Int[ArrayLike, ""]
     """Layer of the cache that is read."""
@@ -41,9 +39,11 @@ class AttentionInputs:
     cached: Int[ArrayLike, " Z"]
     """Positions of the sequence that are in the cache."""
     new_base: Int[ArrayLike, " Z"]
-    """Row of `k` and `v` that has the first position that is not."""
+    """Row of `new` that has the first position that is not."""
     positions: Int[ArrayLike, "Z Q"]
     """Position of each query; -1 for padding, whose output is zero."""
+    kv_heads: int = struct.field(pytree_node=False)
+    """K: heads of keys and values, which groups of N / K queries share."""
     page_size: int = struct.field(pytree_node=False)
     scale: float = struct.field(pytree_node=False)
     """Factor of the scores."""

@@ -13,6 +13,8 @@ WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "int4-experts"]
 """Of matrices; int4-experts: experts in int4 as published, the others in bfloat16."""
 INT4_GROUP = 32
 """Inputs of an output that share a scale in int4 (`moejax.config.int4`)."""
+CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
+"""Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
 LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
@@ -32,7 +34,8 @@ class ModelConfig:
     """A decoder of attention and SwiGLU layers, some with routed experts. The defaults are Llama's.
 
     `family` names the checkpoints that its parameters come from (`moejax.checkpoint.families`); `weights` is the weight
-    format (`moejax.config.weight_formats`), chosen when a model is served.
+    format (`moejax.config.weight_formats`), `cache_format` that of keys and values in the cache
+    (`moejax.config.kv_cache`); both are chosen when a model is served.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
     `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. With `shard_dense` the
@@ -68,6 +71,7 @@ class ModelConfig:
     d_ff: int
     family: str = "moejax"
     weights: WeightFormat = "float32"
+    cache_format: CacheFormat = "float32"
     rope_base: float = 10_000.0
     rope_dims: int | None = None
     rope_scaling: RopeScaling | None = None
@@ -108,6 +112,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights not in get_args(WeightFormat):
             raise ConfigError(f"weights is {self.weights!r}; known are {', '.join(map(repr, get_args(WeightFormat)))}.")
+        if self.cache_format not in get_args(CacheFormat):
+            known = ", ".join(map(repr, get_args(CacheFormat)))
+            raise ConfigError(f"cache_format is {self.cache_format!r}; known are {known}.")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly. "
@@ -239,12 +246,19 @@ class ModelConfig:
         return scaling.original_context if scaling is not None and changes else 0
 
     @property
-    def cache_widths(self) -> tuple[int, int]:
-        """Numbers cached per position and layer, of keys and of values. Latent attention caches the rotated key,
-        followed by that of the indexer, as the one and the latent as the other."""
+    def cache_parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers cached per position and layer, of keys and of values, by the parts that share a scale in formats that
+        have scales: heads. Latent attention caches the rotated key, followed by that of the indexer, as the one and the
+        latent as the other."""
         if self.latent is not None:
-            return self.latent.d_rope + (self.indexer.d_key if self.indexer else 0), self.latent.d_latent
-        return self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head
+            return (self.latent.d_rope, *((self.indexer.d_key,) if self.indexer else ())), (self.latent.d_latent,)
+        return (self.d_head,) * self.n_kv_heads, (self.d_head,) * self.n_kv_heads
+
+    @property
+    def cache_widths(self) -> tuple[int, int]:
+        """Numbers cached per position and layer, of keys and of values."""
+        k, v = self.cache_parts
+        return sum(k), sum(v)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -333,6 +347,8 @@ class ModelConfig:
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
         values = {_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        if self.cache_format == "float32":
+            del values["cache_format"]  # which earlier releases do not read
         return json.dumps(values, indent=2)
 
     @classmethod

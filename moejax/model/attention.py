@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.config.kv_cache import from_cache_format, numbers_of
 from moejax.model.indexer import best_positions, index_scores
 from moejax.model.layers import ordered_sum
 from moejax.ops import cpu
@@ -49,8 +50,8 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
     q_ZQNH, page_size = inputs.q, inputs.page_size
     positions_ZQ, window, chunk = inputs.positions, inputs.window, inputs.chunk
     Z, Q, N, H = q_ZQNH.shape
-    K, Hv = inputs.v.shape[1:]
-    G = N // K
+    K = inputs.kv_heads
+    G, Hv = N // K, numbers_of(inputs.new.v).shape[-1] // K
     q = (q_ZQNH * inputs.scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
     positions = jnp.repeat(positions_ZQ, G, axis=1)
 
@@ -99,18 +100,21 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
 
 
 def _entries(inputs: AttentionInputs, i: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[Z, page_size, K, H]` of page i of all sequences: cached ones, and new ones beyond them."""
-    page_size, (R, K, _) = inputs.page_size, inputs.k.shape
+    """Keys and values `[Z, page_size, K, H]` of page i of all sequences, in float32: cached ones, and new ones beyond
+    them."""
+    page_size, R, K = inputs.page_size, inputs.new.entries, inputs.kv_heads
     at_S = i * page_size + jnp.arange(page_size)
-    is_new_ZS11 = (at_S >= inputs.cached[:, None])[..., None, None]
+    is_new_ZS1 = (at_S >= inputs.cached[:, None])[..., None]
     row_ZS = jnp.clip(inputs.new_base[:, None] + at_S - inputs.cached[:, None], 0, R - 1)
     # Entries are gathered first and reshaped into heads afterwards: when a whole cache is reshaped into heads, XLA
     # copies all of it into another layout on every layer when it compiles for a TPU.
     entry_ZS = inputs.page_table[:, i][:, None] * page_size + jnp.arange(page_size)
-    k, v = (
-        jnp.where(is_new_ZS11, new[row_ZS], cached[inputs.layer, entry_ZS].reshape(*row_ZS.shape, K, -1))
-        for new, cached in ((inputs.k, inputs.cache.k), (inputs.v, inputs.cache.v))
+    here = jax.tree.map(
+        lambda new, cached: jnp.where(is_new_ZS1, new[row_ZS], cached[inputs.layer, entry_ZS]),
+        (inputs.new.k, inputs.new.v),
+        (inputs.cache.k, inputs.cache.v),
     )
+    k, v = (from_cache_format(rows).reshape(*row_ZS.shape, K, -1) for rows in here)
     return k, v
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from moejax.config.attention_inputs import AttentionInputs, IndexInputs
 from moejax.config.axes import ArrayLike
-from moejax.config.kv_cache import KVCache
+from moejax.config.kv_cache import KVCache, from_cache_format, to_cache_format
 from moejax.config.layer_states import LayerStates
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.params import Layer, Params
@@ -35,8 +35,8 @@ from moejax.model.step_shape import StepShape
 from moejax.model.tensor_parallel import TensorGroup, finite_in_group, group_all_to_all
 from planner.plan.step_layout import TILE
 
-MergeKV = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""Puts the keys and values `[T, K, H]` of a micro-batch among those of the whole step `[R, K, H]`."""
+MergeKV = Callable[[KVCache], KVCache]
+"""Puts the keys and values `[T, width]` of a micro-batch among those of the whole step `[R, width]`."""
 NO_WINDOW = 2**30
 """A window that no context reaches."""
 
@@ -162,7 +162,8 @@ def rows_needed(inputs: StepInputs, index: Int[ArrayLike, ""], cfg: ModelConfig)
 def is_finite(new_kv: KVCache, bucket: Bucket) -> Bool[ArrayLike, " R"]:
     """True for rows whose new keys and values in the last layer, and the new states of their segments, are all
     finite."""
-    finite_R = jnp.isfinite(new_kv.k[-1]).all(-1) & jnp.isfinite(new_kv.v[-1]).all(-1)
+    k, v = (from_cache_format(jax.tree.map(lambda a: a[-1], rows)) for rows in (new_kv.k, new_kv.v))
+    finite_R = jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1)
     return finite_R if new_kv.states is None else finite_R & finite_states(new_kv.states, bucket)
 
 
@@ -233,7 +234,7 @@ def _attend_in_group(
     group, shape = context.group, context.shape
     assert group is not None
     members = len(group.inputs)
-    pages = context.cache.k.shape[1] // members // shape.page_size
+    pages = context.cache.entries // members // shape.page_size
     rows = group_all_to_all(jnp.broadcast_to(h_TD, (members, *h_TD.shape)), group.tp_peers, shape.exchange)
     outs, kvs = [], []
     for t, inputs in enumerate(group.inputs):
@@ -255,8 +256,9 @@ def _attend_heads(
     depth = _place_among(cfg.attention_layers, index, cfg) if cfg.state_layers else index
     wanted = rows_needed(inputs, index, cfg)
     q, k, v, indexed = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
+    new = to_cache_format(cfg, k.reshape(len(k), -1), v.reshape(len(v), -1))
     if context.merge_kv is not None:
-        k, v = context.merge_kv(k, v)
+        new = context.merge_kv(new)
     window = chunk = None
     if cfg.window is not None:
         window = jnp.array([w or NO_WINDOW for w in cfg.windows])[index]
@@ -271,8 +273,7 @@ def _attend_heads(
             mixed = paged_attention(
                 AttentionInputs(
                     q=q[rows].reshape(Z, Q, *q.shape[1:]),
-                    k=k,
-                    v=v,
+                    new=new,
                     cache=context.cache,
                     layer=depth,
                     page_table=inputs.page_table[segments],
@@ -282,6 +283,7 @@ def _attend_heads(
                     window=window,
                     chunk=chunk,
                     sinks=layer.sinks,
+                    kv_heads=k.shape[1],
                     page_size=context.shape.page_size,
                     scale=score_scale(cfg),
                     latent=cfg.latent is not None,
@@ -290,7 +292,7 @@ def _attend_heads(
             )
             out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
     out_TD = project_heads(jnp.concatenate(out), h_TD, layer)
-    return out_TD, KVCache(k=k.reshape(len(k), -1), v=v.reshape(len(v), -1))
+    return out_TD, new
 
 
 def _index_inputs(indexed: IndexRows, rows: slice, Z: int, cfg: ModelConfig) -> IndexInputs:

@@ -196,16 +196,12 @@ def _merge_kv(
     rows: np.ndarray,
     count: int,
     other_kv: KVCache | None,
-    k_TKH: Float[ArrayLike, "T K Hk"],
-    v_TKH: Float[ArrayLike, "T K Hv"],
-) -> tuple[Float[ArrayLike, "R K Hk"], Float[ArrayLike, "R K Hv"]]:
-    """A micro-batch's keys and values among those of the whole step, which has `count` rows."""
-
-    def put(old: Any, new: jax.Array) -> jax.Array:
-        whole = jnp.zeros((count, *new.shape[1:]), new.dtype) if old is None else old.reshape(count, *new.shape[1:])
-        return whole.at[rows].set(new)
-
-    return put(other_kv.k if other_kv else None, k_TKH), put(other_kv.v if other_kv else None, v_TKH)
+    new: KVCache,
+) -> KVCache:
+    """A micro-batch's keys and values `[T, width]` among those of the whole step, which has `count` rows."""
+    if other_kv is None:
+        other_kv = jax.tree.map(lambda part: jnp.zeros((count, *part.shape[1:]), part.dtype), new)
+    return jax.tree.map(lambda whole, part: whole.at[rows].set(part), other_kv, new)
 
 
 def _add_answers(

@@ -3,11 +3,11 @@
     python -m moejax.runtime.aot < PROBLEM        (JSON in, JSON out; `planner.cli.compile_ahead` asks)
 
 A problem has a `topology` (`v5e:2x4`, which needs libtpu, or `cpu:4`), a model's `config` (as published, or ours) and
-`name`, the format of its `weights`, whether `dense` layers are `replicated` or `sharded`, `page_tokens` and `pages` of
-a rank's cache, `rows` decoded in a step, `longest` tokens of a sequence, and `meshes`: a `name`, positions of `devices`
-in the topology, `slots` on each, and `tiles`, the number of (slot, tile of rows) pairs that a step multiplies. Each
-mesh is compiled as a server does, by `moejax.runtime.programs`. The answer for a mesh has the bytes of a device and the
-compiler's own seconds by part, or the `error` of a mesh that does not compile.
+`name`, the format of its `weights` and of its `cache`, whether `dense` layers are `replicated` or `sharded`,
+`page_tokens` and `pages` of a rank's cache, `rows` decoded in a step, `longest` tokens of a sequence, and `meshes`: a
+`name`, positions of `devices` in the topology, `slots` on each, and `tiles`, the number of (slot, tile of rows) pairs
+that a step multiplies. Each mesh is compiled as a server does, by `moejax.runtime.programs`. The answer for a mesh
+has the bytes of a device and the compiler's own seconds by part, or the `error` of a mesh that does not compile.
 """
 
 import contextlib
@@ -61,7 +61,8 @@ def problem_config(problem: Problem) -> ModelConfig:
         cfg = ModelConfig.from_json(json.dumps(config))
     if problem["dense"] == "sharded":
         cfg = sharded_dense_config(cfg) or cfg
-    return dataclasses.replace(cfg, weights=problem["weights"], max_context=max(cfg.max_context, problem["longest"]))
+    context = max(cfg.max_context, problem["longest"])
+    return dataclasses.replace(cfg, weights=problem["weights"], cache_format=problem["cache"], max_context=context)
 
 
 def topology_devices(topology: str) -> Sequence[JaxDevice]:

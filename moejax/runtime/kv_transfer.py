@@ -7,7 +7,7 @@ every step uses: nothing is compiled for it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,8 +29,8 @@ def entry_indices(pages: Sequence[int], page_size: int, first: int, count: int) 
 
 
 def read_entries(cache: KVCache, entries: np.ndarray) -> np.ndarray:
-    """Keys and values of these entries next to each other, float32 `[L, count, widths]`."""
-    return np.concatenate([np.asarray(part)[:, entries] for part in (cache.k, cache.v)], axis=-1)
+    """Keys and values of these entries next to each other, bytes `[L, count, bytes of a layer]`."""
+    return _bytes_of(jax.tree.map(lambda part: np.asarray(part)[:, entries], (cache.k, cache.v)))
 
 
 def read_state(cache: KVCache, place: int) -> np.ndarray:
@@ -50,15 +50,17 @@ class EntryWriter:
     def write(
         self, cache: KVCache, entries: np.ndarray, rows: np.ndarray, commit: Callable[[int], Commit], device: JaxDevice
     ) -> KVCache:
-        """Write `rows [L, count, widths]` into these entries and return the cache when that is done. `commit` gives the
-        program of a bucket's index. The cache is donated, as in every commit."""
+        """Write `rows`, bytes `[L, count, bytes of a layer]`, into these entries and return the cache when that is
+        done. `commit` gives the program of a bucket's index. The cache is donated, as in every commit."""
         index = self._index(len(entries))
         size = self._buckets[index].rows
         for at in range(0, len(entries), size):
             some, block = entries[at : at + size], rows[:, at : at + size]
-            new = self._host_rows(index)
-            width = new.k.shape[-1]
-            new.k[:, : len(some)], new.v[:, : len(some)] = block[..., :width], block[..., width:]
+            new, first = self._host_rows(index), 0
+            for leaf in jax.tree.leaves((new.k, new.v)):
+                last = first + leaf.shape[-1] * leaf.itemsize
+                leaf.view(np.uint8)[:, : len(some)] = block[..., first:last]
+                first = last
             cache = self._commit(cache, index, some, commit, device)
         return cache
 
@@ -126,9 +128,13 @@ def written_rows(packed: np.ndarray, bucket: Bucket, entries: int = 0) -> Writte
 
 
 def rows_by_entry(new: KVCache, rows: np.ndarray) -> np.ndarray:
-    """Keys and values of some rows of a step, `[n, L, widths]`: those of one entry lie together."""
-    parts = [np.asarray(part)[:, rows].swapaxes(0, 1) for part in (new.k, new.v)]
-    return np.concatenate(parts, axis=-1)
+    """Keys and values of some rows of a step, bytes `[n, L, bytes of a layer]`: those of one entry lie together."""
+    return _bytes_of(jax.tree.map(lambda part: np.asarray(part)[:, rows].swapaxes(0, 1), (new.k, new.v)))
+
+
+def _bytes_of(rows: tuple[Any, Any]) -> np.ndarray:
+    """The bytes of keys, of their scales if there are any, and of values, next to each other on the last axis."""
+    return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in jax.tree.leaves(rows)], axis=-1)
 
 
 def _writing(bucket: Bucket, entries: np.ndarray) -> np.ndarray:

@@ -120,7 +120,8 @@ class LiveArrays:
             in_group = self.shape.cfg.tensor > 1
             used = self.shape.entries if in_group else pages_used * self.shape.page_size
             held = jax.tree.map(np.asarray, self.cache)
-            self._host_cache = jax.tree.map(np.array, held.replace(k=held.k[:, :used], v=held.v[:, :used]))
+            k, v = jax.tree.map(lambda rows: rows[:, :used], (held.k, held.v))
+            self._host_cache = jax.tree.map(np.array, held.replace(k=k, v=v))
         if self._experts:
             self._host_experts = jax.tree.map(np.array, self._experts)
         self.cache, self._weights, self._experts = None, None, {}

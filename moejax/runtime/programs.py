@@ -301,7 +301,9 @@ def _head(device: JaxDevice, cfg: ModelConfig) -> Head:
 
 
 def cache_on_device(device: JaxDevice, cfg: ModelConfig, entries: int, states: int = 0) -> KVCache:
-    return jax.tree.map(lambda each: shape_on_device(device, each.shape), cache_shapes(cfg, entries, states))
+    return jax.tree.map(
+        lambda each: shape_on_device(device, each.shape, each.dtype), cache_shapes(cfg, entries, states)
+    )
 
 
 def _global_shape(mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, local: jax.ShapeDtypeStruct) -> Any:

@@ -277,4 +277,4 @@ def gather_lowering(roles: RolesShape, me: JaxDevice) -> Lowering:
 
 def _of_layers(me: JaxDevice, rows: KVCache, count: int) -> KVCache:
     """Shapes of the new keys and values of so many layers; `rows` has those of all."""
-    return jax.tree.map(lambda part: shape_on_device(me, (count, *part.shape[1:])), rows)
+    return jax.tree.map(lambda part: shape_on_device(me, (count, *part.shape[1:]), part.dtype), rows)

@@ -157,7 +157,7 @@ def run_commit(cache: KVCache, new_kv: KVCache, packed: Int[ArrayLike, " packed"
     `packed` has the inputs of one step, or those of each member of a tensor group, whose entries lie in its own part of
     the cache."""
     members = [unpack(each, bucket) for each in packed.reshape(-1, packed_size(bucket))]
-    entries = cache.k.shape[1] // len(members)
+    entries = cache.entries // len(members)
     write = [inputs.write + t * entries for t, inputs in enumerate(members)]
     return commit(cache, new_kv, jnp.concatenate(write), members[0].state_write)
 

@@ -1,6 +1,6 @@
 """Makes a model ready to serve: finds or builds its folder and copies its weights into the host's memory.
 
-    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR [LIKE]]]
+    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR [CACHE [LIKE]]]]
 
 Progress on standard error, one line of JSON on standard output.
 
@@ -40,11 +40,13 @@ BESIDE_STEPS = 10
 """Niceness of this process while the model that it is compared with is served on this machine."""
 
 
-def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1", like: str = "") -> dict[str, object]:
+def prepare(
+    name: str, weights: str = "float32", how: str = "", tensor: str = "1", cache: str = AUTO, like: str = ""
+) -> dict[str, object]:
     """Prepare a model and describe it for the front.
 
     `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format, or
-    `published`, or `auto`, the one in the model's own configuration.
+    `published`, or `auto`, the one in the model's own configuration; `cache` is the cache format, or `auto`, float32.
     Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
     `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
     folders before anything is converted. With `like`, the folder of another model, raises ConfigError or
@@ -67,12 +69,13 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         check_same_dtypes(folder, Path(like))
     published = published_workload(Path(name)) if is_published(Path(name)) else None
     as_published = weights == PUBLISHED
+    cache = "float32" if cache == AUTO else cache
     if weights == AUTO:
         weights = store.cfg.weights
     elif as_published:
         keeps = isinstance(store, PublishedStore) and store.int4_experts
         weights = "int4-experts" if keeps else format_as_stored(store.cfg, store.dtypes, published)
-    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights)
+    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights, cache_format=cache)
     cfg.tp_shard(int(tensor))
     in_place = isinstance(store, PublishedStore)
     own = as_published and published is None and not in_place
@@ -102,6 +105,7 @@ def prepare(name: str, weights: str = "float32", how: str = "", tensor: str = "1
         "expert_bytes": bytes_per_expert(cfg),
         "rest_bytes": weight_bytes(cfg, experts=False),
         "weights": cfg.weights,
+        "cache_format": cfg.cache_format,
         "cache_bytes_per_token": bytes_per_token(cfg),
         "state_bytes": state_bytes(cfg),
         "unused_files": unused_files(folder, Path(like)) if like else (),
@@ -138,7 +142,7 @@ def _build_kernels() -> None:
 
 def main() -> int:
     """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
-    if len(sys.argv) > len(("program", "MODEL", "FORMAT", "HOW", "TENSOR")):
+    if len(sys.argv) > len(("program", "MODEL", "FORMAT", "HOW", "TENSOR", "CACHE")):
         os.nice(BESIDE_STEPS)
     try:
         _build_kernels()

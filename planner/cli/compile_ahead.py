@@ -24,7 +24,13 @@ from planner.plan.deployment import Deployment
 from planner.plan.plan import Figure
 from planner.plan.shape import Shape
 from planner.solver.lattice import loss_sets
-from planner.solver.servable import check_servable, served_weight_format, shards_dense, tensor_width
+from planner.solver.servable import (
+    check_servable,
+    served_cache_format,
+    served_weight_format,
+    shards_dense,
+    tensor_width,
+)
 from planner.solver.shapes import rest_bytes, slots_per_rank
 
 PROGRAM = "moejax.runtime.aot"
@@ -159,6 +165,7 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "config": dict(d.config),
         "name": d.workload.name,
         "weights": served_weight_format(d),
+        "cache": served_cache_format(d),
         "dense": "sharded" if shards_dense(d) else "replicated",
         "page_tokens": d.workload.page_tokens,
         "pages": best.requests_per_group * -(-longest // d.workload.page_tokens),
@@ -235,8 +242,8 @@ def _notes(d: Deployment, topology: str, best: Candidate, problem: dict, answer:
         )
     if answer["cache_bytes_per_token"] != d.workload.cache_bytes_per_token:
         notes.append(
-            f"moejax keeps {answer['cache_bytes_per_token']:,} bytes of cache a token, the plan counts "
-            f"{d.workload.cache_bytes_per_token:,}: solve with --cache float32 to compare memory"
+            f"moejax keeps {answer['cache_bytes_per_token']:,} bytes of cache a token, in {problem['cache']} and "
+            f"without windows, the plan counts {d.workload.cache_bytes_per_token:,} in {d.workload.cache_format}"
         )
     if problem["weights"] != d.workload.weight_format:
         notes.append(f"the plan's weights are {d.workload.weight_format}, which moejax does not hold")

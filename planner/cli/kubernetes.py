@@ -20,7 +20,14 @@ from planner.cli.kubernetes_parts import (
 )
 from planner.errors import InputError
 from planner.plan.deployment import Deployment
-from planner.solver.servable import check_servable, served_pages, served_weight_format, shards_dense, tensor_width
+from planner.solver.servable import (
+    check_servable,
+    served_cache_format,
+    served_pages,
+    served_weight_format,
+    shards_dense,
+    tensor_width,
+)
 
 FORMATS = ("k8s", "env", "json")
 
@@ -59,6 +66,7 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
         **({"dense": "sharded"} if shards_dense(deployment) else {}),
         **({"speculate": "ngram", "draft_tokens": drafts} if (drafts := deployment.workload.drafts) else {}),
         **({"tensor": tensor} if (tensor := tensor_width(deployment)) > 1 else {}),
+        "kv_cache_type": served_cache_format(deployment),
         "page_size": deployment.workload.page_tokens,
         "pages_per_rank": served_pages(deployment),
     }

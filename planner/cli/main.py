@@ -111,7 +111,7 @@ def _solve(subs) -> None:
         "them that is kept",
     )
     p.add_argument("--engine", choices=engine_names(), help="constants of a step (default: those of the cluster)")
-    p.add_argument("--cache", default="bfloat16", help="format of the KV cache (moejax serve uses float32)")
+    p.add_argument("--cache", default="bfloat16", help="format of the KV cache, as moejax serve --kv-cache-type")
     p.add_argument("--loads", help="JSON of measured expert loads [moe_layers][experts]")
     p.add_argument("--skew", type=float, help="Zipf exponent of expert traffic, instead of --loads")
     p.add_argument("--out", help="write the plan file that the other commands read")

@@ -34,7 +34,8 @@ def design_report(design: Design, *, runners_up: int = 8, width: int | None = No
         f"{best.tokens_per_second_per_user:.1f} a user, "
         f"first token after {best.ttft_seconds:.2f} s  [estimate]",
         *_band_lines(design),
-        f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank",
+        f"  {best.requests_per_group} requests x {best.shape.data} groups, {best.pages_per_rank:,} cache pages a rank, "
+        f"{w.cache_bytes_per_token:,} bytes a token in {w.cache_format}",
         *_kind_lines(design),
     ]
     if best.step:

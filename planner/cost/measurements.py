@@ -149,7 +149,7 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
     if tensor > chip.per_host or published.heads % tensor:
         return "tensor groups wider than a host, or that do not divide the heads"
     form = _form(published, row)
-    workload = workload_of(replace(published, form=form), name=name, cache=_cache(form, row))
+    workload = workload_of(replace(published, form=form), name=name, cache=_cache(form, row), cache_scales=False)
     count = tensor * data
     shape = Shape(
         arch="collocated",

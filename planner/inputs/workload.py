@@ -20,6 +20,7 @@ class Workload:
     `rest_bytes` is everything but the routed experts (attention, shared experts, dense layers, router,
     embeddings), held by every rank when attention is data-parallel. `hidden_bytes` is one token's
     hidden state on the wire. `context_flops` is attention's work per token and per token of context.
+    `cache_format` is that of keys and values, whose bytes are counted with their scales, if the format has some.
     `cache_bytes_per_request` is what layers with a sliding window (or chunks) of `cache_window` tokens keep, once a
     request is as long as that; `cache_splits` is how many tensor ranks the cache can be sharded over (1 for a latent
     cache, the kv heads otherwise). `state_bytes` is one state of a request, where layers have a state in place of keys
@@ -67,13 +68,14 @@ class Workload:
     accepted: float = 0.0
     draft_layers: int = 1
     weight_format: str = "bfloat16"
+    cache_format: str = "float32"
     total_parameters: int = 0
     active_parameters: int = 0
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("name", "weight_format"):
+            if f.name in ("name", "weight_format", "cache_format"):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
                 raise InputError(f"workload {self.name!r}: {f.name} is {value!r}, it must be at least 0")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import ceil
 
 from planner.errors import InputError
+from planner.inputs.cache_formats import CACHE_FORMATS
 from planner.inputs.layer_states import STATE_COPIES
-from planner.inputs.published import published_model, unwindowed_cache_elements
+from planner.inputs.published import BYTES, cache_number_bytes, published_model, unwindowed_cache_elements
 from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.solver.shapes import memory_budget, rest_bytes
 
@@ -36,14 +37,14 @@ def _keeps_int4(deployment: Deployment) -> bool:
 def served_pages(deployment: Deployment) -> int:
     """Cache pages of a rank that fit in the memory that the plan has for them.
 
-    `moejax serve` stores the cache in float32, and shards only attention over tensor groups. A rank of a tensor group
-    also holds the same number of pages of each other member, for its shard of the heads. A rank of a model whose layers
-    have a state holds those of all requests that it can run.
+    `moejax serve` stores the whole context of layers with a window too, and shards only attention over tensor groups.
+    A rank of a tensor group also holds the same number of pages of each other member, for its shard of the heads. A
+    rank of a model whose layers have a state holds those of all requests that it can run.
     """
     d, w, tensor = deployment, deployment.workload, tensor_width(deployment)
     if not w.cache_bytes_per_token:
         return d.plan.pages_per_rank // tensor
-    whole = w.cache_bytes_per_token if "model_type" not in d.config else 4 * _unwindowed(d)
+    whole = w.cache_bytes_per_token if "model_type" not in d.config else _unwindowed_bytes(d)
     room = d.plan.pages_per_rank * w.page_bytes / tensor
     if tensor > 1:
         room -= _served_rest_bytes(d) - rest_bytes(w, tensor, d.shape.dense)
@@ -51,8 +52,16 @@ def served_pages(deployment: Deployment) -> int:
     return int(room / (w.page_tokens * whole))
 
 
-def _unwindowed(deployment: Deployment) -> int:
-    return unwindowed_cache_elements(published_model(deployment.config, weights="bfloat16"))
+def served_cache_format(deployment: Deployment) -> str:
+    """The format of the KV cache of `moejax serve` nearest to that of the plan: the value of `--kv-cache-type`."""
+    planned = deployment.workload.cache_format
+    return planned if planned in CACHE_FORMATS else "bfloat16" if BYTES.get(planned, 2.0) >= 2 else "int8"
+
+
+def _unwindowed_bytes(deployment: Deployment) -> int:
+    """Bytes of the cache of one token when layers with a window keep everything too."""
+    model = published_model(deployment.config, weights="bfloat16")
+    return round(unwindowed_cache_elements(model) * cache_number_bytes(model, served_cache_format(deployment)))
 
 
 def tensor_width(deployment: Deployment) -> int:

@@ -12,7 +12,7 @@ import click
 
 from serving.api.client import DEFAULT_ADDRESS, Client
 from serving.auth.tls import ClientTls
-from serving.config import GROUPS, RENAMED, RENAMED_VALUES, Settings
+from serving.config import ALIAS_VALUES, ALIASES, GROUPS, RENAMED, RENAMED_VALUES, Settings
 
 Command = Callable[..., Any]
 INTERRUPTED = 130
@@ -41,16 +41,17 @@ def settings_options(function: Command) -> Command:
     @functools.wraps(function)
     def call(config: Path | None, **given: Any) -> Any:
         names = [field.name for field in dataclasses.fields(Settings)]
-        flags = {name: given.pop(name) for name in (*names, *RENAMED)}
+        flags = {name: given.pop(name) for name in (*names, *RENAMED, *ALIASES)}
         return function(settings=Settings.load(config, **flags), **given)
 
     wrapped: Command = call
     for group in reversed(GROUPS):
         for field in reversed(dataclasses.fields(group)):
             wrapped = _flag(field, hints[field.name], group.title)(wrapped)
-    for old, new in RENAMED.items():
-        text = f"The name of --{_flag_name(new)} before this release."
-        wrapped = click.option(f"--{_flag_name(old)}", default=None, hidden=True, help=text)(wrapped)
+    others = {old: f"The name of --{_flag_name(new)} before this release." for old, new in RENAMED.items()}
+    others |= {alias: f"The name of --{_flag_name(name)} in vLLM." for alias, name in ALIASES.items()}
+    for name, text in others.items():
+        wrapped = click.option(f"--{_flag_name(name)}", default=None, hidden=True, help=text)(wrapped)
     return click.option(
         "--config",
         envvar="MOEJAX_CONFIG",
@@ -98,20 +99,21 @@ def _flag(field: "dataclasses.Field[Any]", hint: Any, group: str) -> Callable[[C
         text = f"{text}  [default: {shown}]"
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind in (int, float)]
     choices = field.metadata["choices"]
-    kind: Any = _SettingChoice(choices, RENAMED_VALUES.get(field.name, ())) if choices else kinds[0] if kinds else str
+    hidden = (*RENAMED_VALUES.get(field.name, ()), *ALIAS_VALUES.get(field.name, ()))
+    kind: Any = _SettingChoice(choices, hidden) if choices else kinds[0] if kinds else str
     return click.option(name, cls=_SettingOption, group=group, default=None, type=kind, help=text)
 
 
 class _SettingChoice(click.Choice[str]):
-    """One of several words, or of those used before this release, which the help does not show."""
+    """One of several words, or of others that are accepted and that the help does not show."""
 
-    def __init__(self, choices: Sequence[str], renamed: Collection[str]) -> None:
+    def __init__(self, choices: Sequence[str], hidden: Collection[str]) -> None:
         super().__init__(choices)
-        self._renamed = renamed
+        self._hidden = hidden
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The word as it was given."""
-        return value if value in self._renamed else super().convert(value, param, ctx)
+        return value if value in self._hidden else super().convert(value, param, ctx)
 
 
 def client_options(function: Command) -> Command:

@@ -59,6 +59,7 @@ def status_view(status: Status, model: ModelInfo) -> RenderableType:
         ("expert parity", f"{parity}, {status.parity_bytes >> 20} MiB"),
         ("requests", f"{status.running} running, {status.waiting} waiting, {status.finished} finished"),
         ("steps", f"{status.steps}; {_padding(status)}; {_shapes(status)}"),
+        ("KV cache", f"{status.kv_cache_type}, {status.kv_token_bytes:,} bytes a token"),
         ("KV replicas", f"{status.protection}, {status.protected_bytes >> 20} MiB; {recovered}"),
         ("recoveries", f"{status.recoveries}; {status.failed} requests failed"),
         ("poison", f"{status.suspects} requests suspected, {status.convicted} ended"),

@@ -1,6 +1,6 @@
 """Settings of a server: groups by concern, each field with its help, default and bounds; and where they come from."""
 
-from serving.config.cache import KV_REPLICATION, CacheSettings
+from serving.config.cache import KV_CACHE_TYPES, KV_REPLICATION, CacheSettings
 from serving.config.detection import DetectionSettings
 from serving.config.durability import DurabilitySettings
 from serving.config.field import SettingsGroup
@@ -14,11 +14,14 @@ from serving.config.recovery import RecoverySettings
 from serving.config.scheduling import SchedulingSettings
 from serving.config.security import SecuritySettings
 from serving.config.settings import GROUPS, Settings
-from serving.config.sources import PREFIX, RENAMED, RENAMED_VALUES
+from serving.config.sources import ALIAS_VALUES, ALIASES, PREFIX, RENAMED, RENAMED_VALUES
 
 __all__ = [
+    "ALIASES",
+    "ALIAS_VALUES",
     "DATA_TYPES",
     "GROUPS",
+    "KV_CACHE_TYPES",
     "KV_REPLICATION",
     "PREFIX",
     "RENAMED",

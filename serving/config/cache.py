@@ -3,14 +3,16 @@
 import dataclasses
 from typing import ClassVar
 
+from planner.inputs.cache_formats import CACHE_FORMATS
 from serving.config.field import SettingsGroup, setting
 
 KV_REPLICATION = ("auto", "memory", "stream", "off")
+KV_CACHE_TYPES = ("auto", *CACHE_FORMATS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheSettings(SettingsGroup):
-    """Size of the KV cache, its reuse, and its replicas."""
+    """Size and data type of the KV cache, its reuse, and its replicas."""
 
     title: ClassVar[str] = "KV cache"
 
@@ -19,6 +21,13 @@ class CacheSettings(SettingsGroup):
         None,
         "Pages of the KV cache in each rank. Default: enough for two contexts, or 256 tokens for each row of a step "
         "in up to 128 MiB, whichever is more.",
+    )
+    kv_cache_type: str = setting(
+        "auto",
+        "Data type of keys and values in the KV cache, its replicas and what ranks send of it; int8 and fp8 (e4m3) "
+        "have a float32 scale for each head of a token, auto is float32. Answers in a narrower type differ slightly, "
+        "and are as exact through every failure. States of layers that have them stay float32.",
+        choices=KV_CACHE_TYPES,
     )
     prefix_caching: bool = setting(True, "Keep the pages of ended prompts for later prompts that begin the same.")
     kv_replication: str = setting(

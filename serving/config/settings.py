@@ -22,7 +22,7 @@ from serving.config.observability import ObservabilitySettings
 from serving.config.recovery import RecoverySettings
 from serving.config.scheduling import SchedulingSettings
 from serving.config.security import SecuritySettings
-from serving.config.sources import RENAMED, current_names, parse, read_environment, read_file, toml_value
+from serving.config.sources import ALIASES, RENAMED, current_names, parse, read_environment, read_file, toml_value
 from serving.errors import InvalidRequest
 
 GROUPS: tuple[type[SettingsGroup], ...] = (
@@ -121,7 +121,7 @@ class Settings(
         known = {field.name for field in dataclasses.fields(cls)}
         sources = (
             read_file(Path(file)) if file is not None else {},
-            read_environment(environment, known | RENAMED.keys()),
+            read_environment(environment, known | RENAMED.keys() | ALIASES.keys()),
             {name: value for name, value in flags.items() if value is not None},
         )
         values: dict[str, Any] = {}

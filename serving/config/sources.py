@@ -25,22 +25,35 @@ RENAMED = {"protect_cache": "kv_replication"}
 """Settings by the name they had before this release, which is still accepted."""
 RENAMED_VALUES = {"dense": {"whole": "replicated", "divided": "sharded"}}
 """Values of settings by the name they had before this release, which is still accepted."""
+ALIASES = {"kv_cache_dtype": "kv_cache_type"}
+"""Settings by the name that vLLM has for them, which is accepted too."""
+ALIAS_VALUES = {
+    "kv_cache_type": {"fp8_e4m3": "fp8", "fp8_per_token_head": "fp8", "int8_per_token_head": "int8"},
+}
+"""Values of settings by the name that vLLM has for them, which is accepted too."""
 _CLOSE_NAME = 0.75
 """Similarity, 0 to 1, from which a MOEJAX_ variable counts as a misspelt setting."""
 
 
 def current_names(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings of one source, with names and values of earlier releases replaced; each one replaced adds a note."""
+    """The settings of one source, with other names and values that are accepted replaced; each one of an earlier
+    release adds a note. Raises InvalidRequest for a setting that is given by two names with two values."""
     values: dict[str, Any] = {}
     for key, value in source.items():
-        name = RENAMED.get(key, key)
-        if name != key:
+        name = ALIASES.get(key) or RENAMED.get(key, key)
+        if key in RENAMED:
             notes.append(f"the setting {key} is called {name} now; the old name goes with the next release")
             if name in source:
                 continue
         new = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
         if new != value:
             notes.append(f"{name} {value} is called {name} {new} now; the old value goes with the next release")
+        new = ALIAS_VALUES.get(name, {}).get(new, new) if isinstance(new, str) else new
+        if key in ALIASES and name in source and values.get(name, source[name]) != new:
+            raise InvalidRequest(
+                f"{key} is {value!r} and {name} is {source[name]!r}, which are the same setting. Leave one out.",
+                param=name,
+            )
         values[name] = new
     return values
 

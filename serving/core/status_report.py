@@ -80,6 +80,8 @@ class StatusReport:
             preemptions=state.preemptions,
             prefix_queries=state.prefix_queries,
             prefix_hits=state.prefix_hits,
+            kv_cache_type=failover.model.cache_format,
+            kv_token_bytes=failover.model.cache_bytes_per_token,
             speculate=settings.speculate,
             drafts=state.drafts,
             drafted=state.drafted,

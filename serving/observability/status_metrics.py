@@ -97,6 +97,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("moejax_edges", "Edges to which clients can connect.", lambda s: sum(edge.serving for edge in s.edges)),
     ("moejax_edge_calls", "Calls that are open at all edges.", lambda s: sum(edge.calls for edge in s.edges)),
     ("moejax_suspect_requests", "Requests that run alone, because ranks failed while they ran.", lambda s: s.suspects),
+    ("moejax_kv_token_bytes", "Bytes of the KV cache of one token, over all layers.", lambda s: s.kv_token_bytes),
     ("moejax_masked_experts", "Experts that no rank holds.", lambda s: len(s.masked)),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
@@ -221,10 +222,10 @@ def _vllm(status: Status, model: str) -> Iterator[Metric]:
         yield counter
     info = GaugeMetricFamily(
         "vllm:cache_config_info",
-        "Tokens in a cache page and cache pages of all serving ranks, as labels.",
-        labels=["block_size", "num_gpu_blocks"],
+        "Tokens in a cache page, cache pages of all serving ranks, and the data type of the cache, as labels.",
+        labels=["block_size", "num_gpu_blocks", "cache_dtype"],
     )
-    info.add_metric([str(status.page_size), str(pages)], 1)
+    info.add_metric([str(status.page_size), str(pages), status.kv_cache_type], 1)
     yield info
 
 

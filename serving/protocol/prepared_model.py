@@ -38,7 +38,8 @@ class ModelInfo:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedModel(ModelInfo):
     """The output of `python -m moejax.tools.prepare`: a model in host memory, with its numbers and paths. `weights` is
-    the format in which ranks hold matrices; byte counts are those of that format."""
+    the format in which ranks hold matrices, `cache_format` that of keys and values in the cache; byte counts are those
+    of these formats."""
 
     config: str
     folder: str
@@ -49,6 +50,7 @@ class PreparedModel(ModelInfo):
     cache_bytes_per_token: int
     hidden_bytes: int
     weights: str
+    cache_format: str = "float32"
     original_context: int = 0
     """The longest context up to which a model with LongRoPE is served as `transformers` does, where it was made for a
     longer one; else 0."""
@@ -163,14 +165,21 @@ def check_speculation(model: PreparedModel | Workload, speculate: str) -> None:
 
 
 async def prepare_model(
-    model: str, weights: str = "float32", *, in_place: bool = False, dense: str = "replicated", tensor: int = 1
+    model: str,
+    weights: str = "float32",
+    *,
+    in_place: bool = False,
+    dense: str = "replicated",
+    tensor: int = 1,
+    kv_cache_type: str = "auto",
 ) -> PreparedModel:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
     A model whose heads cannot be sharded over groups of `tensor` ranks is refused before it is converted. The process
     shows its progress on standard error. Raises StartError with its cause.
     """
-    code, out, _ = await _run_prepare(model, weights, "in-place" if in_place else dense, str(tensor))
+    how = "in-place" if in_place else dense
+    code, out, _ = await _run_prepare(model, weights, how, str(tensor), kv_cache_type)
     if code != 0:
         raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
     return PreparedModel.from_json(out)
@@ -181,8 +190,8 @@ async def prepare_weights(
 ) -> PreparedModel:
     """As `prepare_model`, for other weights of a model that is served. Raises InvalidRequest with the cause: before
     anything is converted or copied when the configurations differ, or their tokenizers."""
-    mode, name = "in-place" if in_place else dense, like.folder
-    code, out, said = await _run_prepare(model, like.weights, mode, str(tensor), name, show=False)
+    given = (model, like.weights, "in-place" if in_place else dense, str(tensor), like.cache_format, like.folder)
+    code, out, said = await _run_prepare(*given, show=False)
     if code != 0:
         lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
         cause = lines[-1] if lines else f"the process that prepares it ended with {code}"

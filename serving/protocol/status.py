@@ -145,6 +145,10 @@ class Status:
     """Rows computed in steps on all ranks, padding included."""
     rows_filled: int = 0
     """Rows that were a token of a request."""
+    kv_cache_type: str = "float32"
+    """The data type of keys and values in the KV cache."""
+    kv_token_bytes: int = 0
+    """Bytes of the KV cache of one token, over all layers."""
     speculate: str = "off"
     """How tokens are drafted for requests that do not say: "ngram" or "off"."""
     drafts: int = 0

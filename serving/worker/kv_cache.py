@@ -49,14 +49,14 @@ class RankKVCache:
             )
             return {}
         layers = len(self._state.model.shape.cfg.attention_layers)
-        self._write(command, np.frombuffer(command.rows, np.float32).reshape(layers, command.count, -1))
+        self._write(command, np.frombuffer(command.rows, np.uint8).reshape(layers, command.count, -1))
         return {}
 
     def restore_cache(self, command: link_pb2.RestoreCache) -> DoneFields:
         """Receive cache entries of a sequence whose rank died, from the replica of that rank's cache."""
         shape = self._state.model.shape
         buffer = self._restore_buffer if len(self._restore_buffer) >= command.count else None
-        rows = restored_rows(command, shape.page_size, buffer).view(np.float32)
+        rows = restored_rows(command, shape.page_size, buffer)
         self._write(command, rows.reshape(command.count, len(shape.cfg.attention_layers), -1).swapaxes(0, 1))
         return {}
 
@@ -106,7 +106,7 @@ class RankKVCache:
         return [link_pb2.Report(rank=self._state.rank, copied=message) for message in messages]
 
     def _write(self, command: link_pb2.WriteCache | link_pb2.RestoreCache, rows: np.ndarray) -> None:
-        """Write `rows [L, count, widths]` into the cache and into its replica."""
+        """Write `rows`, bytes `[L, count, bytes of a layer]`, into the cache and into its replica."""
         state, model, plan = self._state, self._state.model, self._state.plan
         cache = model.arrays.cache
         assert cache is not None, "Join comes first"

@@ -37,7 +37,8 @@ class KVReplicator:
         return self._shared.path if self._shared is not None else ""
 
     def copy(self, entries: np.ndarray, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Copy cache entries `[n]`, with their tokens and positions `[n]` and `rows [n, L, widths]`."""
+        """Copy cache entries `[n]`, with their tokens and positions `[n]`, and their bytes `rows [n, L, bytes
+        of a layer]`."""
         if not len(entries):
             return
         if self._shared is not None:

@@ -19,8 +19,10 @@ from tests.support.streams import Traffic, events_since, pid_of, wait_until, wai
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
-    """Two ranks of the tiny model under a supervisor."""
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--edges", "0")
+    """Two ranks of the tiny model, with caches in bfloat16, under a supervisor."""
+    process = start(
+        *("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--edges", "0", "--kv-cache-dtype", "bfloat16")
+    )
     yield Supervised(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

@@ -15,6 +15,25 @@ from serving.config import GROUPS, DetectionSettings, MeshSettings, Settings
 from serving.errors import InvalidRequest
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("auto", "auto"), ("fp8_e4m3", "fp8"), ("int8_per_token_head", "int8"), ("bfloat16", "bfloat16")],
+)
+@pytest.mark.parametrize("name", ["kv_cache_type", "kv_cache_dtype"])
+def test_the_type_of_the_cache_is_read_by_the_names_of_vllm_too(name, given, expected):
+    for settings in (Settings.load(None, {}, **{name: given}), Settings.load(None, {f"MOEJAX_{name.upper()}": given})):
+        assert settings.kv_cache_type == expected
+        assert settings.deprecations == ()
+
+
+def test_a_type_of_the_cache_that_is_not_served_or_given_twice_is_refused():
+    with pytest.raises(InvalidRequest, match=r"kv_cache_type is 'fp8_e5m2'\. Choose one of auto, float32, bfloat16"):
+        Settings.load(None, {}, kv_cache_dtype="fp8_e5m2")
+    with pytest.raises(InvalidRequest, match="kv_cache_dtype is 'fp8' and kv_cache_type is 'int8'"):
+        Settings.load(None, {}, kv_cache_dtype="fp8", kv_cache_type="int8")
+    assert Settings.load(None, {}, kv_cache_dtype="fp8_e4m3", kv_cache_type="fp8").kv_cache_type == "fp8"
+
+
 def test_every_setting_says_what_it_is_for():
     assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(Settings))
 

@@ -108,9 +108,10 @@ class Stepper:
         return outputs.hidden[at : at + count] @ head.weight.T + (0 if head.bias is None else head.bias)
 
     def rows(self, outputs: Outcome, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
-        """New keys and values of some rows of a rank, next to each other [L, rows, widths]."""
-        at = rank * bucket.rows + first
-        return np.concatenate([a[:, at : at + count] for a in (outputs.new_kv.k, outputs.new_kv.v)], axis=-1)
+        """New keys and values of some rows of a rank, next to each other [L, rows, widths]; of formats with scales the
+        numbers as they are held, and the scales."""
+        at, leaves = rank * bucket.rows + first, jax.tree.leaves((outputs.new_kv.k, outputs.new_kv.v))
+        return np.concatenate([a[:, at : at + count].astype(np.float32) for a in leaves], axis=-1)
 
     def _with_states(self, rank: int, item: ScheduledRequest) -> ScheduledRequest:
         """The work with its states, in a slot for each rank and page table; from the same start the same states."""
@@ -172,7 +173,7 @@ class Stepper:
 
 def _part(cache: KVCache, rank: int, entries: int, states: int) -> KVCache:
     """The part of a rank, which has so many entries and states."""
-    k, v = (a[:, rank * entries : (rank + 1) * entries] for a in (cache.k, cache.v))
+    k, v = jax.tree.map(lambda a: a[:, rank * entries : (rank + 1) * entries], (cache.k, cache.v))
     return KVCache(k, v, jax.tree.map(lambda a: a[:, rank * states : (rank + 1) * states], cache.states))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from moejax.checkpoint.host_store import HostStore
 from moejax.config.kv_cache import KVCache
+from moejax.config.model_config import ModelConfig
 from moejax.config.params import expert_positions
 from moejax.config.step_inputs import Bucket, idle_inputs, unpack
 from moejax.runtime import steps
@@ -46,13 +47,13 @@ class OwnPrograms:
         return sample, commit
 
 
-def make_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int = 0) -> RankWorker:
+def make_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int = 0, cfg: ModelConfig = MIXTRAL) -> RankWorker:
     """A rank that has the model in `folder` (`tests.support.models.model_folder` of MIXTRAL), an empty cache, and the
-    programs for SLOTS slots."""
+    programs for SLOTS slots. `cfg` is MIXTRAL, with a cache of any format."""
     device = jax.devices()[0]
     monkeypatch.setattr(WorkerState, "device", device)
     worker = RankWorker(rank, RankChannel(front="127.0.0.1:1", address="127.0.0.1"))
-    shape = ModelShape(cfg=MIXTRAL, buckets=BUCKETS, page_size=PAGE, pages=PAGES)
+    shape = ModelShape(cfg=cfg, buckets=BUCKETS, page_size=PAGE, pages=PAGES)
     arrays = LiveArrays(shape, HostStore.open(folder))
     arrays.enter_device(device)
     worker.state.configured = ConfiguredModel(
@@ -60,7 +61,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int = 0) ->
         executables=ExecutableStore(folder / "executables"),
         arrays=arrays,
         expert_buffer=HostExpertBuffer(arrays),
-        entry_writer=EntryWriter(MIXTRAL, BUCKETS),
+        entry_writer=EntryWriter(cfg, BUCKETS),
         idle_inputs=tuple(idle_inputs(bucket) for bucket in BUCKETS),
         collective_timeout_s=1,
     )

@@ -26,6 +26,7 @@ from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import ArrayLike
 from moejax.config.delta_inputs import DeltaInputs
 from moejax.config.int4 import Int4
+from moejax.config.kv_cache import Scaled
 from moejax.config.weight_formats import Int8, is_scaled
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "int4.h", "shared.cc", "spread.h"))
@@ -155,10 +156,12 @@ def experts(
 
 
 def paged_attention(inputs: AttentionInputs) -> Float[jax.Array, "Z Q N H"]:
-    """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
+    """Attention of plain inputs (`AttentionInputs.is_plain`), float32, over a cache of any format."""
+    new, cache = inputs.new, inputs.cache
     return jax.ffi.ffi_call("moejax_paged_attention", jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32))(
-        *(inputs.q, inputs.k, inputs.v, inputs.cache.k, inputs.cache.v),
+        *(inputs.q, *(part for rows in (new.k, new.v, cache.k, cache.v) for part in _rows(rows))),
         *(_indices((inputs.layer,)), inputs.page_table, inputs.cached, inputs.new_base, inputs.positions),
+        kv_heads=int(inputs.kv_heads),
         page_size=int(inputs.page_size),
         scale=np.float32(inputs.scale),
     )
@@ -213,6 +216,11 @@ def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike]:
     if isinstance(weight, (Int8, Int4)):
         return weight.numbers, weight.scale
     return weight, jnp.zeros((0,), jnp.float32)
+
+
+def _rows(rows: ArrayLike | Scaled) -> tuple[ArrayLike, ArrayLike]:
+    """The numbers of keys or values and their scales, which are empty unless the cache has some."""
+    return (rows.numbers, rows.scale) if isinstance(rows, Scaled) else (rows, jnp.zeros((0,), jnp.float32))
 
 
 def _indices(index: tuple[ArrayLike | int, ...]) -> jax.Array:

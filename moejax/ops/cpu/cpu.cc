@@ -653,18 +653,75 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// Where keys and values of a block begin.
+// Numbers of keys and values in the cache, as `moejax.config.kv_cache` holds them: bits of fp8 are e4m3.
+struct Float8 {
+  uint8_t bits;
+};
+
+inline Vector widened(const bfloat16* p) { return load(p); }
+
+inline Vector widened(const int8_t* p) {
+#ifdef __AVX2__
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vector wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = p[i];
+  return wide;
+#endif
+}
+
+inline float widened_one(bfloat16 x) { return single(&x); }
+
+inline float widened_one(int8_t x) { return x; }
+
+inline float widened_one(Float8 x) {
+  int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+  return x.bits & 128 ? -size : size;
+}
+
+// As a number of 16 bits with the same exponent, which is 2^8 too small. Unlike those of 32 bits, its smallest numbers
+// are not flushed to zero.
+inline Vector widened(const Float8* p) {
+#if defined(__AVX2__) && defined(__F16C__)
+  __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
+  __m128i size = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)), 7);
+  return _mm256_cvtph_ps(_mm_or_si128(sign, size)) * 256.0f;
+#else
+  Vector wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = widened_one(p[i]);
+  return wide;
+#endif
+}
+
+template <typename T>
+void widen(const T* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(to + i, widened(from + i));
+  for (; i < size; ++i) to[i] = widened_one(from[i]);
+}
+
+template <typename T>
+constexpr bool SCALED = std::is_same_v<T, int8_t> || std::is_same_v<T, Float8>;
+
+// Where keys and values of a block begin, and their scales, if they have some.
+template <typename T>
 struct Entries {
-  const float *k[KEYS], *v[KEYS];
+  const T *k[KEYS], *v[KEYS];
+  const float *k_scale[KEYS], *v_scale[KEYS];
 };
 
 // The queries of one segment that share a key/value head: blocks of keys with a running maximum (arXiv 2205.14135).
+// Keys and values narrower than float32 are widened once for all queries. A scale multiplies the sum of a key's products,
+// and the weight of a value: the same numbers, whichever queries are together.
+template <typename T>
 struct Queries {
   int64_t H;
   std::vector<const float*> q;  // rows of H numbers, already scaled
   std::vector<int64_t> position;
   std::vector<float*> out;
-  std::vector<float> maximum, sum, scores;
+  std::vector<float> maximum, sum, scores, wide;
   std::vector<float*> rows;
 
   void begin() {
@@ -672,15 +729,24 @@ struct Queries {
     maximum.assign(n, -std::numeric_limits<float>::infinity());
     sum.assign(n, 0.0f);
     scores.resize(n * KEYS);
+    if constexpr (!std::is_same_v<T, float>) wide.resize(2 * KEYS * H);
     rows = row_pointers(scores.data(), n, KEYS);
     for (float* row : out) std::fill(row, row + H, 0.0f);
   }
 
   // Keys and values at positions first .. first + KEYS. Those of `next` are prefetched meanwhile, a few at a time.
-  void see(int64_t first, const Entries& now, const Entries& next, int64_t at) {
+  void see(int64_t first, const Entries<T>& now, const Entries<T>& next, int64_t head) {
     const float *k[KEYS], *v[KEYS];
-    for (int64_t s = 0; s < KEYS; ++s) k[s] = now.k[s] + at, v[s] = now.v[s] + at;
-    int64_t n = q.size();
+    int64_t n = q.size(), at = head * H;
+    for (int64_t s = 0; s < KEYS; ++s) {
+      if constexpr (std::is_same_v<T, float>) {
+        k[s] = now.k[s] + at, v[s] = now.v[s] + at;
+      } else {
+        float *wide_k = wide.data() + 2 * s * H, *wide_v = wide_k + H;
+        widen(now.k[s] + at, H, wide_k), widen(now.v[s] + at, H, wide_v);
+        k[s] = wide_k, v[s] = wide_v;
+      }
+    }
     for (int64_t s = 0; s < KEYS; s += COLUMNS) {
       for (int64_t i = s; i < s + COLUMNS; ++i) ahead(next.k[i] + at, next.k[i] + at + H);
       tile_rows<COLUMNS>(q.data(), k + s, n, H, rows.data(), s);
@@ -688,7 +754,13 @@ struct Queries {
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t s = i * KEYS / n; s < (i + 1) * KEYS / n; ++s) ahead(next.v[s] + at, next.v[s] + at + H);
       int64_t seen = std::min(KEYS, position[i] + 1 - first);
-      if (seen > 0) mix(rows[i], v, seen, maximum[i], sum[i], out[i]);
+      if (seen <= 0) continue;
+      if constexpr (SCALED<T>)
+        for (int64_t s = 0; s < seen; ++s) rows[i][s] *= now.k_scale[s][head];
+      mix(rows[i], v, seen, maximum[i], sum[i], out[i], [&](float* weights) {
+        if constexpr (SCALED<T>)
+          for (int64_t s = 0; s < seen; ++s) weights[s] *= now.v_scale[s][head];
+      });
     }
   }
 
@@ -709,7 +781,9 @@ struct Queries {
     for (int i = 0; i < COUNT; ++i) store(out + h + i * LANES, mixed[i]);
   }
 
-  void mix(float* scores, const float* const* v, int64_t seen, float& maximum, float& sum, float* out) const {
+  template <typename Scale>
+  void mix(float* scores, const float* const* v, int64_t seen, float& maximum, float& sum, float* out,
+           Scale scale) const {
     float higher = maximum;
     for (int64_t s = 0; s < seen; ++s) higher = std::max(higher, scores[s]);
     for (int64_t s = seen; s < KEYS; ++s) scores[s] = -std::numeric_limits<float>::infinity();
@@ -721,6 +795,7 @@ struct Queries {
     }
     sum = sum * shrink[0] + total(added);
     maximum = higher;
+    scale(scores);
     int64_t h = 0;
     for (; h + BESIDE * LANES <= H; h += BESIDE * LANES) mix_at<BESIDE>(scores, v, seen, shrink, h, out);
     for (; h + LANES <= H; h += LANES) mix_at<1>(scores, v, seen, shrink, h, out);
@@ -732,63 +807,111 @@ struct Queries {
   }
 };
 
-// Outputs [Z, Q, N, H]; see moejax.model.attention.paged_attention for the arguments.
-ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k_new,
-                          ffi::Buffer<ffi::F32> v_new, ffi::Buffer<ffi::F32> k_pages, ffi::Buffer<ffi::F32> v_pages,
-                          ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached,
-                          ffi::Buffer<ffi::S32> new_base, ffi::Buffer<ffi::S32> positions,
-                          ffi::ResultBuffer<ffi::F32> out, int64_t page_size, float scale) {
-  int64_t Z = q.dimensions()[0], Q = q.dimensions()[1], N = q.dimensions()[2], H = q.dimensions()[3];
-  int64_t R = k_new.dimensions()[0], K = k_new.dimensions()[1], G = N / K;
-  int64_t L = k_pages.dimensions()[0], held = k_pages.dimensions()[1], M = page_table.dimensions()[1];
-  int64_t at = layer.typed_data()[0];
+// Keys or values of a step [R, K * H], or of the cache [L, entries, K * H], and their scales [..., K], if they have some.
+struct HeldRows {
+  ffi::AnyBuffer numbers;
+  ffi::Buffer<ffi::F32> scale;
+};
+
+struct Attention {
+  ffi::Buffer<ffi::F32> q;
+  HeldRows k_new, v_new, k_pages, v_pages;
+  ffi::Buffer<ffi::S32> layer, page_table, cached, new_base, positions;
+  int64_t K, page_size;
+  float scale;
+};
+
+// Those of a step, or of a layer of the cache.
+template <typename T>
+struct Rows {
+  const T* numbers;
+  const float* scale;
+
+  Rows(const HeldRows& rows, int64_t first, int64_t K, int64_t H)
+      : numbers(reinterpret_cast<const T*>(rows.numbers.untyped_data()) + first * K * H),
+        scale(rows.scale.typed_data() + (SCALED<T> ? first * K : 0)) {}
+};
+
+// Outputs [Z, Q, N, H] over a cache of type T.
+template <typename T>
+ffi::Error attend(ffi::ThreadPool& pool, const Attention& a, float* out) {
+  int64_t Z = a.q.dimensions()[0], Q = a.q.dimensions()[1], N = a.q.dimensions()[2], H = a.q.dimensions()[3];
+  int64_t R = a.k_new.numbers.dimensions()[0], K = a.K, G = N / K, page_size = a.page_size;
+  auto pages_of = a.k_pages.numbers.dimensions();
+  int64_t L = pages_of[0], held = pages_of[1], M = a.page_table.dimensions()[1], at = a.layer.typed_data()[0];
+  const float* q = a.q.typed_data();
+  const int32_t* positions = a.positions.typed_data();
   if (at < 0 || at >= L) return ffi::Error::InvalidArgument("paged_attention: no such layer");
-  const float* keys = k_pages.typed_data() + at * held * K * H;
-  const float* values = v_pages.typed_data() + at * held * K * H;
+  Rows<T> new_keys(a.k_new, 0, K, H), new_values(a.v_new, 0, K, H);
+  Rows<T> keys(a.k_pages, at * held, K, H), values(a.v_pages, at * held, K, H);
   // Heads of a segment stay together if there are enough segments: their keys are adjacent in memory.
   int64_t together = Z >= 2 * pool.num_threads() ? K : 1, parts = K / together;
   spread(pool, Z * parts, 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t job = first; job < last; ++job) {
       int64_t z = job / parts, head = job % parts * together, longest = 0;
-      const int32_t* pages = page_table.typed_data() + z * M;
-      int64_t old = cached.typed_data()[z], base = new_base.typed_data()[z];
+      const int32_t* pages = a.page_table.typed_data() + z * M;
+      int64_t old = a.cached.typed_data()[z], base = a.new_base.typed_data()[z];
       std::vector<float> scaled(together * Q * G * H);
-      std::vector<Queries> heads(together, Queries{H});
+      std::vector<Queries<T>> heads(together, Queries<T>{H});
       for (int64_t i = 0; i < together * Q * G; ++i) {
         int64_t own = i / (Q * G), nth = i % (Q * G), n = (z * Q + nth / G) * N + (head + own) * G + nth % G;
-        int64_t position = std::min<int64_t>(positions.typed_data()[z * Q + nth / G], M * page_size - 1);
+        int64_t position = std::min<int64_t>(positions[z * Q + nth / G], M * page_size - 1);
         if (position < 0) {
-          std::fill_n(out->typed_data() + n * H, H, 0.0f);
+          std::fill_n(out + n * H, H, 0.0f);
           continue;
         }
-        for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q.typed_data()[n * H + h] * scale;
+        for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q[n * H + h] * a.scale;
         longest = std::max(longest, position + 1);
         heads[own].q.push_back(scaled.data() + i * H);
         heads[own].position.push_back(position);
-        heads[own].out.push_back(out->typed_data() + n * H);
+        heads[own].out.push_back(out + n * H);
       }
-      for (Queries& each : heads) each.begin();
+      for (Queries<T>& each : heads) each.begin();
       auto entries = [&](int64_t block) {
-        Entries found;
+        Entries<T> found;
         for (int64_t s = 0; s < KEYS; ++s) {
           int64_t p = std::min(block + s, longest - 1);
           int64_t row = base + p - old, entry = pages[p / page_size] * page_size + p % page_size;
           bool fresh = p >= old;
           row = std::clamp<int64_t>(row, 0, R - 1), entry = std::clamp<int64_t>(entry, 0, held - 1);
-          found.k[s] = (fresh ? k_new.typed_data() + row * K * H : keys + entry * K * H) + head * H;
-          found.v[s] = (fresh ? v_new.typed_data() + row * K * H : values + entry * K * H) + head * H;
+          const Rows<T>&k = fresh ? new_keys : keys, &v = fresh ? new_values : values;
+          int64_t first = (fresh ? row : entry) * K + head;
+          found.k[s] = k.numbers + first * H, found.v[s] = v.numbers + first * H;
+          if constexpr (SCALED<T>) found.k_scale[s] = k.scale + first, found.v_scale[s] = v.scale + first;
         }
         return found;
       };
-      Entries now, next = longest > 0 ? entries(0) : Entries{};
+      Entries<T> now, next = longest > 0 ? entries(0) : Entries<T>{};
       for (int64_t block = 0; block < longest; block += KEYS) {
         now = next, next = entries(block + KEYS);
-        for (int64_t own = 0; own < together; ++own) heads[own].see(block, now, next, own * H);
+        for (int64_t own = 0; own < together; ++own) heads[own].see(block, now, next, own);
       }
-      for (Queries& each : heads) each.end();
+      for (Queries<T>& each : heads) each.end();
     }
   });
   return ffi::Error::Success();
+}
+
+// See moejax.model.attention.paged_attention for the arguments.
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k_new,
+                          ffi::Buffer<ffi::F32> k_new_scale, ffi::AnyBuffer v_new, ffi::Buffer<ffi::F32> v_new_scale,
+                          ffi::AnyBuffer k_pages, ffi::Buffer<ffi::F32> k_scale, ffi::AnyBuffer v_pages,
+                          ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> page_table,
+                          ffi::Buffer<ffi::S32> cached, ffi::Buffer<ffi::S32> new_base,
+                          ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out, int64_t kv_heads,
+                          int64_t page_size, float scale) {
+  Attention a{q,     {k_new, k_new_scale}, {v_new, v_new_scale}, {k_pages, k_scale}, {v_pages, v_scale}, layer, page_table,
+              cached, new_base,            positions,            kv_heads,           page_size,          scale};
+  switch (k_pages.element_type()) {
+    case ffi::U16:
+      return attend<bfloat16>(pool, a, out->typed_data());
+    case ffi::S8:
+      return attend<int8_t>(pool, a, out->typed_data());
+    case ffi::U8:
+      return attend<Float8>(pool, a, out->typed_data());
+    default:
+      return attend<float>(pool, a, out->typed_data());
+  }
 }
 
 // Of each row of logits [Z, V] the first of the highest, and log(sum(exp(row))).
@@ -894,9 +1017,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
@@ -904,5 +1031,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("kv_heads")
                                   .Attr<int64_t>("page_size")
                                   .Attr<float>("scale"));

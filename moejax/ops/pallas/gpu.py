@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
 from moejax.config.int4 import Int4
+from moejax.config.kv_cache import numbers_of
 from moejax.config.weight_formats import Int8, StackSlice, index_weight
 from moejax.ops.pallas.grouping import group_by_slot
-from moejax.ops.pallas.queries import GroupedQueries, new_entries
+from moejax.ops.pallas.queries import GroupedQueries
 
 _MIN_TILE = 16
 """Rows of a tile: the fewest that tensor cores multiply."""
@@ -174,15 +175,18 @@ def row_dot(
 
 
 def supports_attention(inputs: AttentionInputs) -> bool:
-    """True when `paged_attention` covers these sizes: of heads and pages, powers of two, 16 or more."""
+    """True when `paged_attention` covers these sizes, of heads and pages: powers of two, 16 or more; and the format of
+    the cache, which is any but fp8."""
+    if numbers_of(inputs.cache.k).dtype == jnp.uint8:
+        return False
     sizes = (inputs.q.shape[-1], inputs.page_size)
     return all(size >= _MIN_TILE and size & (size - 1) == 0 for size in sizes)
 
 
 def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Float[jax.Array, "Z Q N H"]:
     """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
-    page_table_ZM, cache, page_size = inputs.page_table, inputs.cache, inputs.page_size
-    (Z, Q, N, H), K = inputs.q.shape, inputs.k.shape[1]
+    page_table_ZM, page_size, new, cache = inputs.page_table, inputs.page_size, inputs.new, inputs.cache
+    (Z, Q, N, H), K = inputs.q.shape, inputs.kv_heads
     rows = max(_MIN_TILE, 1 << (Q * N // K - 1).bit_length())
     block = min(rows, _MAX_QUERY_ROWS)
     queries = GroupedQueries.of(inputs, rows)
@@ -190,7 +194,7 @@ def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Floa
         [jnp.broadcast_to(inputs.layer, Z), inputs.cached, inputs.new_base, inputs.last_positions()], axis=1
     ).astype(jnp.int32)
     whole = lambda each: pl.BlockSpec(each.shape, lambda *_: (0,) * each.ndim)  # noqa: E731
-    new = new_entries(inputs)
+    parts = jax.tree.leaves((new.k, new.v, cache.k, cache.v))  # where keys have scales, each is two arrays
     out = pl.pallas_call(
         functools.partial(_attend, page_size=page_size, size=H, exact=_float32_precision(interpret)),
         out_shape=jax.ShapeDtypeStruct((Z, K, rows, H), jnp.float32),
@@ -200,12 +204,12 @@ def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Floa
             pl.BlockSpec((1, page_table_ZM.shape[1]), lambda z, h, b: (z, 0)),
             pl.BlockSpec((1, block), lambda z, h, b: (z, b)),
             pl.BlockSpec((1, 1, block, H), lambda z, h, b: (z, h, b, 0)),
-            *map(whole, (*new, cache.k, cache.v)),
+            *map(whole, parts),
         ],
         out_specs=pl.BlockSpec((1, 1, block, H), lambda z, h, b: (z, h, b, 0)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-    )(facts, page_table_ZM, queries.position, queries.rows, *new, cache.k, cache.v)
+    )(facts, page_table_ZM, queries.position, queries.rows, *parts)
     return queries.outputs(out, Q)
 
 
@@ -214,29 +218,36 @@ def _attend(
     table_ref: Any,
     positions_ref: Any,
     q_ref: Any,
-    new_k_ref: Any,
-    new_v_ref: Any,
-    cache_k_ref: Any,
-    cache_v_ref: Any,
-    out_ref: Any,
-    *,
+    *refs: Any,
     page_size: int,
     size: int,
     exact: Any,
 ) -> None:
+    *parts, out_ref = refs
+    each = len(parts) // 4  # keys and values, new and old: numbers, and their scales if there are any
+    new_k, new_v, cache_k, cache_v = (parts[i * each : (i + 1) * each] for i in range(4))
     layer, cached, base, last = (facts_ref[0, i] for i in range(4))
-    head = pl.ds(pl.program_id(1) * size, size)
+    nth = pl.program_id(1)
+    head = pl.ds(nth * size, size)
     q, positions = q_ref[0, 0], positions_ref[0]
     at_P = jnp.arange(page_size)
 
-    def old(ref: Any, i: jax.Array) -> jax.Array:
-        return ref[layer, pl.ds(table_ref[0, i] * page_size, page_size), head]
+    def read(refs: Any, *rows: Any) -> jax.Array:
+        """The numbers of this head in some rows `[page_size, H]`, float32."""
+        numbers = refs[0][(*rows, head)]
+        if numbers.dtype == jnp.uint16:  # the bits of bfloat16
+            numbers = lax.bitcast_convert_type(numbers.astype(jnp.uint32) << 16, jnp.float32)
+        numbers = numbers.astype(jnp.float32)
+        return numbers if len(refs) == 1 else numbers * refs[1][(*rows, nth)][:, None]
 
-    def mixed(new_ref: Any, old_ref: Any, i: jax.Array) -> jax.Array:
+    def old(refs: Any, i: jax.Array) -> jax.Array:
+        return read(refs, layer, pl.ds(table_ref[0, i] * page_size, page_size))
+
+    def mixed(new_refs: Any, old_refs: Any, i: jax.Array) -> jax.Array:
         """A page with some positions that are not in the cache yet."""
         at = i * page_size + at_P
-        row = jnp.clip(base + at - cached, 0, new_ref.shape[0] - 1)
-        return jnp.where((at >= cached)[:, None], new_ref[row, head], old(old_ref, i))
+        row = jnp.clip(base + at - cached, 0, new_refs[0].shape[0] - 1)
+        return jnp.where((at >= cached)[:, None], read(new_refs, row), old(old_refs, i))
 
     def page(i: jax.Array, carry: Any, k: jax.Array, v: jax.Array) -> Any:
         highest, total, out = carry
@@ -248,10 +259,10 @@ def _attend(
         return higher, total * shrink + weights.sum(-1), out * shrink[:, None] + _dot(weights, v.T, exact)
 
     def of_cache(i: jax.Array, carry: Any) -> Any:
-        return page(i, carry, old(cache_k_ref, i), old(cache_v_ref, i))
+        return page(i, carry, old(cache_k, i), old(cache_v, i))
 
     def of_both(i: jax.Array, carry: Any) -> Any:
-        return page(i, carry, mixed(new_k_ref, cache_k_ref, i), mixed(new_v_ref, cache_v_ref, i))
+        return page(i, carry, mixed(new_k, cache_k, i), mixed(new_v, cache_v, i))
 
     rows = q.shape[0]
     start = (jnp.full(rows, MASKED_SCORE), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))

@@ -1,5 +1,4 @@
-"""Inputs of attention kernels, prepared: queries grouped by the key/value head that they read, and new keys
-and values as rows of the cache."""
+"""Inputs of attention kernels, prepared: queries grouped by the key/value head that they read."""
 
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ class GroupedQueries(NamedTuple):
     @classmethod
     def of(cls, inputs: AttentionInputs, rows: int) -> "GroupedQueries":
         """Scale the queries, and group them by key/value head, each padded to `rows`."""
-        (Z, Q, N, H), K = inputs.q.shape, inputs.k.shape[1]
+        (Z, Q, N, H), K = inputs.q.shape, inputs.kv_heads
         G = N // K
         scaled = (inputs.q * inputs.scale).reshape(Z, Q, K, G, H)
         by_head = scaled.transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
@@ -40,9 +39,3 @@ class GroupedQueries(NamedTuple):
         Z, K, _, H = out_ZKRH.shape
         out = out_ZKRH[:, :, : self.of_segment].reshape(Z, K, queries, -1, H)
         return out.transpose(0, 2, 1, 3, 4).reshape(Z, queries, -1, H)
-
-
-def new_entries(inputs: AttentionInputs) -> tuple[Float[ArrayLike, "R KH"], Float[ArrayLike, "R KH"]]:
-    """The step's new keys and values, a row each, as the cache holds them."""
-    k, v = (each.reshape(len(each), -1) for each in (inputs.k, inputs.v))
-    return k, v

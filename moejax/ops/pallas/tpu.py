@@ -4,7 +4,7 @@ Experts use JAX's own kernel for groups of rows (Megablox). In attention, the st
 its pages. The page table says which page comes next, so it is fetched while the page before is computed. (JAX's own
 `ragged_paged_attention` wants old and new keys and values in one array; here the cache is not written before the step
 has ended.) Rows multiply bfloat16 weights in bfloat16 with float32 sums; float32 stays float32. int8 and int4
-weights are left to the reference (`supports_experts`).
+weights and caches narrower than float32 are left to the references (`supports_experts`, `supports_attention`).
 """
 
 import functools
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
-from moejax.config.kv_cache import KVCache
+from moejax.config.kv_cache import KVCache, numbers_of
 from moejax.config.weight_formats import StackSlice, is_scaled
 from moejax.ops.pallas.grouping import group_by_slot
-from moejax.ops.pallas.queries import GroupedQueries, new_entries
+from moejax.ops.pallas.queries import GroupedQueries
 
 LANES = 128
 SUBLANES = 8
@@ -70,21 +70,24 @@ def experts(
 
 
 def supports_attention(inputs: AttentionInputs) -> bool:
-    """True when `paged_attention` covers the cache and its pages: entries and pages are whole vectors."""
-    widths = [each.shape[-1] for each in (inputs.cache.k, inputs.cache.v)]
+    """True when `paged_attention` covers the cache and its pages: float32, entries and pages of whole vectors."""
+    held = (inputs.cache.k, inputs.cache.v)
+    if any(numbers_of(each).dtype != jnp.float32 for each in held):
+        return False
+    widths = [each.shape[-1] for each in held]
     return all(width % LANES == 0 for width in widths) and inputs.page_size % SUBLANES == 0
 
 
 def paged_attention(inputs: AttentionInputs, *, interpret: bool = False) -> Float[jax.Array, "Z Q N H"]:
     """Attention of plain inputs (`AttentionInputs.is_plain`), float32."""
     page_table_ZM, cache, page_size = inputs.page_table, inputs.cache, inputs.page_size
-    (Z, Q, N, H), (R, K, _) = inputs.q.shape, inputs.k.shape
+    (Z, Q, N, H), R, K = inputs.q.shape, inputs.new.entries, inputs.kv_heads
     M = page_table_ZM.shape[1]
     rows = -(-(Q * N // K) // SUBLANES) * SUBLANES
     queries = GroupedQueries.of(inputs, rows)
     # A page may begin before the step's new rows and end after them, and rows are read in whole vectors.
     after = page_size + SUBLANES - R % SUBLANES
-    new = [jnp.pad(each, ((page_size, after), (0, 0))) for each in new_entries(inputs)]
+    new = [jnp.pad(each, ((page_size, after), (0, 0))) for each in (inputs.new.k, inputs.new.v)]
 
     def page_of(z: Any, i: Any, layer: Any, table: Any, cached: Any, base: Any, last: Any) -> tuple[Any, ...]:
         """The page that a grid step reads: the last page again when no page is left."""

@@ -11,6 +11,7 @@ from planner.inputs.published.model import PublishedModel, PublishedRope
 from planner.inputs.published.parameter_counts import (
     ParameterCounts,
     cache_elements,
+    cache_number_bytes,
     count_parameters,
     unwindowed_cache_elements,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "PublishedRope",
     "WeightForm",
     "cache_elements",
+    "cache_number_bytes",
     "count_parameters",
     "draft_layers",
     "find_published",

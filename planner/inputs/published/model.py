@@ -127,3 +127,11 @@ class PublishedModel:
             indexed = self.indexer.d_key if self.indexer else 0
             return self.latent.d_latent + self.latent.d_rope + indexed
         return 2 * self.kv_heads * self.head_size
+
+    @property
+    def cache_parts_per_layer(self) -> int:
+        """Parts of what one layer caches per position that have a scale each, in formats with scales: the key and the
+        value of each head; a latent, its rotated key, and the key of an indexer."""
+        if self.latent is not None:
+            return 2 + (self.indexer is not None)
+        return 2 * self.kv_heads

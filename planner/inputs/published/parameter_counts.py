@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from planner.inputs.cache_formats import SCALED_CACHE_FORMATS
 from planner.inputs.latent_attention import LatentAttention
 from planner.inputs.published.families import CARDS_WITHOUT_EMBEDDING
 from planner.inputs.published.model import PublishedModel
+from planner.inputs.published.quantization import BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,13 @@ def cache_elements(model: PublishedModel) -> tuple[int, int]:
 def unwindowed_cache_elements(model: PublishedModel) -> int:
     """Numbers cached per token when layers with a window keep everything too, as `moejax serve` does."""
     return model.attention_layers * model.cache_elements_per_layer
+
+
+def cache_number_bytes(model: PublishedModel, form: str, *, scales: bool = True) -> float:
+    """Bytes of a number in the cache. In int8 and fp8 `moejax serve` has a float32 scale for each key and value of a
+    head, of which this is a share; without `scales` it has none, as in engines with one for the whole model."""
+    scaled = scales and form in SCALED_CACHE_FORMATS
+    return BYTES[form] + (4 * model.cache_parts_per_layer / model.cache_elements_per_layer if scaled else 0)
 
 
 def _delta_nets(model: PublishedModel) -> int:

@@ -8,7 +8,12 @@ from typing import Any
 
 from planner.errors import InputError, unknown_key
 from planner.inputs.published.model import PublishedModel
-from planner.inputs.published.parameter_counts import ParameterCounts, cache_elements, count_parameters
+from planner.inputs.published.parameter_counts import (
+    ParameterCounts,
+    cache_elements,
+    cache_number_bytes,
+    count_parameters,
+)
 from planner.inputs.published.quantization import BYTES
 from planner.inputs.published.reader import find_published, published_model
 from planner.inputs.workload import Workload
@@ -55,8 +60,10 @@ def draft_layers(values: Mapping[str, Any]) -> int:
     return max(int(place.get(name) or 0) for place in places for name in DRAFT_LAYERS)
 
 
-def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfloat16") -> Workload:
-    """The workload of a model.
+def workload_of(
+    model: PublishedModel, *, name: str = "model", cache: str = "bfloat16", cache_scales: bool = True
+) -> Workload:
+    """The workload of a model. `cache_scales` is false for engines whose caches have no scale for each head.
 
     Flops are two per parameter and token; attention adds, per layer and token of context, two products with all heads
     (of all positions, also where an indexer chooses, as `moejax serve` computes them), and an indexer one of its own.
@@ -68,7 +75,7 @@ def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfl
     if form.problem:
         raise InputError(form.problem)
     p = count_parameters(model)
-    per_token, per_request = cache_elements(model)
+    (per_token, per_request), cached = cache_elements(model), cache_number_bytes(model, cache, scales=cache_scales)
     latent = model.latent
     products = 2 * model.head_size if latent is None else 2 * latent.d_latent + latent.d_rope
     in_prompts = products if latent is None else latent.d_plain + latent.d_rope + latent.d_value
@@ -85,8 +92,9 @@ def workload_of(model: PublishedModel, *, name: str = "model", cache: str = "bfl
         rest_bytes=round(low + dense + attention + p.shared * form.shared),
         dense_bytes=round(dense),
         attention_bytes=round(attention),
-        cache_bytes_per_token=round(per_token * BYTES[cache]),
-        cache_bytes_per_request=round(per_request * BYTES[cache]),
+        cache_format=cache,
+        cache_bytes_per_token=round(per_token * cached),
+        cache_bytes_per_request=round(per_request * cached),
         cache_window=(model.window or 0) if per_request else 0,
         state_bytes=4 * model.state_elements,
         cache_splits=model.kv_heads if latent is None else 1,

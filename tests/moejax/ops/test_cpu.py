@@ -6,13 +6,17 @@ import platform
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from moejax.config import int4
+from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.kv_cache import Scaled, numbers_of
 from moejax.config.params import FeedForward
 from moejax.config.weight_formats import Int8, StackSlice, dequantize
 from moejax.model.attention import paged_attention_reference
@@ -20,6 +24,7 @@ from moejax.model.experts import apply_experts_reference
 from moejax.model.layers import row_dot_reference
 from moejax.model.sampling import draw_tokens_reference
 from moejax.ops import cpu
+from planner.inputs.cache_formats import CACHE_FORMATS
 from tests.support.kernel_cases import attention_case, held, last_query_alone, normal
 from tests.support.models import MIXTRAL
 
@@ -122,10 +127,56 @@ def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> Non
         np.testing.assert_array_equal(ask(rows[i : i + 1], wanted[i : i + 1])[0], whole[i])
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-def test_attention_is_its_reference(queries) -> None:
-    case = attention_case(queries)
-    close(cpu.paged_attention(case), paged_attention_reference(case))
+def attention_by_hand(case: AttentionInputs) -> np.ndarray:
+    """Softmax attention in float64, one query and one head at a time, over numbers that NumPy reads from the cache."""
+    (Z, Q, N, H), K = case.q.shape, case.kv_heads
+    out = np.zeros((Z, Q, N, H))
+    for z, q, n in np.ndindex(Z, Q, N):
+        seen = np.arange(int(case.positions[z, q]) + 1)
+        entry = np.asarray(case.page_table)[z, seen // case.page_size] * case.page_size + seen % case.page_size
+        new = seen >= int(case.cached[z])
+        row = np.where(new, int(case.new_base[z]) + seen - int(case.cached[z]), 0)
+        k, v = (
+            np.where(
+                new[:, None], widened(here, K)[row], widened(jax.tree.map(lambda a: a[case.layer], held), K)[entry]
+            ).reshape(len(seen), K, H)[:, n // (N // K)]
+            for here, held in ((case.new.k, case.cache.k), (case.new.v, case.cache.v))
+        )
+        if len(seen):
+            scores = k @ np.asarray(case.q[z, q, n], np.float64) * case.scale
+            weights = np.exp(scores - scores.max())
+            out[z, q, n] = weights @ v / weights.sum()
+    return out
+
+
+def widened(rows: Any, heads: int) -> np.ndarray:
+    """Rows of a cache `[..., width]` in float64, as NumPy reads their bits."""
+    numbers = np.asarray(numbers_of(rows))
+    floats = {"uint16": ml_dtypes.bfloat16, "uint8": ml_dtypes.float8_e4m3fn}.get(numbers.dtype.name, numbers.dtype)
+    numbers = numbers.view(floats)
+    if not isinstance(rows, Scaled):
+        return numbers.astype(np.float64)
+    return numbers.astype(np.float64) * np.repeat(np.asarray(rows.scale), numbers.shape[-1] // heads, axis=-1)
+
+
+@pytest.mark.parametrize("form", CACHE_FORMATS)
+@pytest.mark.parametrize(("queries", "size"), [(1, 16), (3, 20)])
+def test_attention_over_a_cache_of_any_format_is_its_reference(queries, size, form) -> None:
+    case = attention_case(queries, size=size, form=form)
+    ours = cpu.paged_attention(case)
+    close(ours, paged_attention_reference(case))
+    close(ours, attention_by_hand(case))
+
+
+def test_every_number_of_eight_bits_is_read_as_numpy_reads_it() -> None:
+    case = attention_case(1, heads=2, kv_heads=2, size=20, form="fp8")
+    bits = np.arange(256, dtype=np.uint8)
+    finite = bits[(bits & 127) < 127]
+    held = np.resize(finite, case.cache.v.numbers.shape)
+    one = dataclasses.replace(case.cache.v, numbers=jnp.asarray(held), scale=jnp.ones_like(case.cache.v.scale))
+    keys = dataclasses.replace(case.cache.k, numbers=jnp.zeros_like(case.cache.k.numbers))
+    case = dataclasses.replace(case, cache=case.cache.replace(k=keys, v=one))
+    close(cpu.paged_attention(case), attention_by_hand(case))
 
 
 def test_queries_at_no_position_give_zeros_and_change_no_other() -> None:
@@ -137,8 +188,9 @@ def test_queries_at_no_position_give_zeros_and_change_no_other() -> None:
     np.testing.assert_array_equal(some[fewer >= 0], whole[fewer >= 0])
 
 
-def test_attention_does_not_know_what_was_cached_nor_who_else_attends() -> None:
-    case = attention_case(3)
+@pytest.mark.parametrize("form", CACHE_FORMATS)
+def test_attention_does_not_know_what_was_cached_nor_who_else_attends(form) -> None:
+    case = attention_case(3, form=form)
     whole = np.asarray(cpu.paged_attention(case))
     # The last query of the middle segment once more, alone, with the two before it in the cache.
     alone = cpu.paged_attention(last_query_alone(case))
@@ -210,6 +262,7 @@ import os, threading
 from pathlib import Path
 import jax.numpy as jnp
 from moejax.ops import cpu
+from planner.inputs.cache_formats import CACHE_FORMATS
 cpu.load()
 cores = os.sched_getaffinity(0)
 for _ in range(20):

@@ -81,10 +81,13 @@ def test_experts_nobody_wants_are_not_read(kernel) -> None:
     np.testing.assert_array_equal(spoilt, ask(lambda stack: stack))
 
 
-@BOTH
-@pytest.mark.parametrize("queries", [1, 3, 32])
-def test_attention_is_its_reference(kernel, queries) -> None:
-    case = attention_case(queries, page=16, size=64)
+@pytest.mark.parametrize(
+    ("kernel", "queries", "form"),
+    [*((gpu, n, "float32") for n in (1, 3, 32)), (gpu, 1, "bfloat16"), (gpu, 3, "int8"), (tpu, 3, "float32")],
+)
+def test_attention_is_its_reference(kernel, queries, form) -> None:
+    case = attention_case(queries, page=16, size=64, form=form)
+    assert gpu.supports_attention(case)
     near(kernel.paged_attention(case, interpret=True), paged_attention_reference(case), 1e-6)
 
 
@@ -115,6 +118,9 @@ def test_sizes_that_a_kernel_does_not_cover_are_left_to_the_reference() -> None:
     assert not tpu.supports_experts(whole.gate_up, whole.down)
     assert not gpu.supports_attention(attention_case(1, page=16, size=24))
     assert not tpu.supports_attention(attention_case(1, page=16, size=48))
+    assert not gpu.supports_attention(attention_case(1, page=16, size=64, form="fp8"))
+    assert tpu.supports_attention(attention_case(1, page=16, size=64))
+    assert not tpu.supports_attention(attention_case(1, page=16, size=64, form="bfloat16"))
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
@@ -122,7 +128,7 @@ def test_a_step_lowered_for_a_gpu_has_the_kernels_in_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(cpu, "_library", None)
     experts, product = weights(form, 128, 256), form != "float32"  # by which XLA multiplies itself
 
-    leaves, tree = jax.tree.flatten(attention_case(1, page=16, size=64))
+    leaves, tree = jax.tree.flatten(attention_case(1, page=16, size=64, form=form))
 
     def layer(x, wanted, leaves):
         attended = paged_attention(jax.tree.unflatten(tree, leaves))

@@ -1,10 +1,13 @@
 """The entries that a step wrote are copied one by one, with the same bits, to another cache."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from moejax.config.kv_cache import KVCache, cache_shapes, empty_cache
+from moejax.config.kv_cache import KVCache, bytes_per_token, cache_shapes, empty_cache
+from moejax.config.model_config import ModelConfig
 from moejax.config.step_inputs import Bucket, idle_inputs
 from moejax.runtime import steps
 from moejax.runtime.executables import CompileCounter
@@ -38,13 +41,13 @@ def packed_step() -> np.ndarray:
     return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays.values()])
 
 
-def random_rows(count: int) -> KVCache:
-    draw, shapes = np.random.default_rng(0), cache_shapes(MIXTRAL, count)
-    return jax.tree.map(lambda each: draw.normal(size=each.shape).astype(np.float32), shapes)
+def random_rows(cfg: ModelConfig, count: int) -> KVCache:
+    draw, shapes = np.random.default_rng(0), cache_shapes(cfg, count)
+    return jax.tree.map(lambda each: (100 * draw.normal(size=each.shape)).astype(each.dtype), shapes)
 
 
-def new_cache() -> KVCache:
-    return jax.device_put(empty_cache(MIXTRAL, ENTRIES), jax.devices()[0], may_alias=False)
+def new_cache(cfg: ModelConfig) -> KVCache:
+    return jax.device_put(empty_cache(cfg, ENTRIES), jax.devices()[0], may_alias=False)
 
 
 def test_a_step_wrote_its_tokens_at_their_positions_and_no_padding():
@@ -68,19 +71,29 @@ def test_the_step_of_a_tensor_group_wrote_for_every_member_in_its_part_of_the_ca
     assert len(both.rows) == 2 * n
 
 
-@pytest.mark.parametrize("sizes", [((2, 0),), ((8, 2), (2, 0)), ((8, 0), (8, 1))])
-def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        (((2, 0),), "float32"),
+        (((8, 2), (2, 0)), "int8"),
+        (((8, 0), (8, 1)), "bfloat16"),
+        (((2, 0), (2, 1)), "fp8"),
+    ],
+)
+def test_rows_copied_by_entry_are_the_bits_that_were_committed(sizes, form):
+    cfg = dataclasses.replace(MIXTRAL, cache_format=form)
     sizes = [Bucket(decode=decode, tiles=tiles, max_pages=1) for decode, tiles in sizes]
-    packed, new = packed_step(), random_rows(BUCKET.rows)
-    here = steps.run_commit(new_cache(), new, packed, bucket=BUCKET)
+    packed, new = packed_step(), random_rows(cfg, BUCKET.rows)
+    here = steps.run_commit(new_cache(cfg), new, packed, bucket=BUCKET)
     wrote = written_rows(packed, BUCKET)
     rows = rows_by_entry(new, wrote.rows)
+    assert rows[0].nbytes == bytes_per_token(cfg)
     np.testing.assert_array_equal(rows.swapaxes(0, 1), read_entries(here, wrote.entries))
 
     def commit(index):
         return lambda cache, new, packed: steps.run_commit(cache, new, packed, bucket=sizes[index])
 
-    writer, there, device = EntryWriter(MIXTRAL, sizes), new_cache(), jax.devices()[0]
+    writer, there, device = EntryWriter(cfg, sizes), new_cache(cfg), jax.devices()[0]
     there = writer.warm(there, len(wrote.entries), commit, device)
     first, rest = wrote.entries[:5], wrote.entries[5:]
     for entries, block in ((rest, rows[5:]), (first, rows[:5])):

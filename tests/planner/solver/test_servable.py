@@ -19,7 +19,7 @@ def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory() -> None
     d = replace(design(model, read_cluster("h200:1x8"), tensor=1, dense=1).deployment, config=config)
     check_servable(d)
     weights = rest_bytes(model, 1, 1) + d.plan.slots_per_rank * model.slot_bytes
-    entry = 4 * unwindowed_cache_elements(published_model(config, weights="bfloat16"))
+    entry = 2 * unwindowed_cache_elements(published_model(config, weights="bfloat16"))
     states = STATE_COPIES * SERVED_REQUESTS * model.state_bytes
     budget = memory_budget(d.cluster)
     assert budget is not None

@@ -139,7 +139,7 @@ async def test_load_of_experts_and_price_of_ranks_are_those_of_the_status(proces
     assert value(metrics, "moejax_protected_bytes") == 1 << 20
     assert value(metrics, "moejax_tokens_restored_total") == 510
     assert value(metrics, "moejax_tokens_recomputed_total") == 2
-    assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="192") == 1
+    assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="192", cache_dtype="float32") == 1
 
 
 async def test_a_large_model_exports_only_the_imbalance_of_layers():

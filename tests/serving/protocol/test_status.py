@@ -44,7 +44,10 @@ NOT_ON_THE_DASHBOARD = {
         ),
         METRICS,
     )
-    | dict.fromkeys(("page_size", "buckets", "front_pid", "operable", "speculate"), "in `moejax status`"),
+    | dict.fromkeys(
+        ("page_size", "buckets", "front_pid", "operable", "speculate", "kv_cache_type", "kv_token_bytes"),
+        "in `moejax status`",
+    ),
     RankStatus: dict.fromkeys(("compiles", "slowness", "level"), METRICS),
 }
 NOT_IN_THE_TABLE = {

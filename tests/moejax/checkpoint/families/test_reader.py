@@ -1,16 +1,25 @@
 """Laws of the reader of configurations to serve: it counts what the planner counts, and errors name what is wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moejax.checkpoint.families import SERVED_FAMILIES, read_config
 from moejax.config.config_values import ConfigError
+from moejax.config.kv_cache import bytes_per_token
 from moejax.config.model_config import ModelConfig
 from moejax.config.parameter_counts import expert_bytes, parameter_count
 from moejax.tools.inspect import active_parameters, main
-from planner.inputs.published import FAMILIES, count_parameters, published_model, unwindowed_cache_elements
+from planner.inputs.cache_formats import CACHE_FORMATS
+from planner.inputs.published import (
+    FAMILIES,
+    cache_number_bytes,
+    count_parameters,
+    published_model,
+    unwindowed_cache_elements,
+)
 from simulation.byte_tokenizer import byte_tokenizer
 from tests.support.families.published import CASES
 from tests.support.families.small import small_config
@@ -32,7 +41,9 @@ def test_the_server_counts_what_the_planner_counts(name):
     assert active_parameters(cfg) == counted.active
     assert expert_bytes(cfg, itemsize=1) == counted.expert
     assert cfg.n_moe_layers == counted.moe_layers
-    assert len(cfg.attention_layers) * sum(cfg.cache_widths) == unwindowed_cache_elements(model)
+    for form in CACHE_FORMATS:
+        counted_bytes = unwindowed_cache_elements(model) * cache_number_bytes(model, form)
+        assert bytes_per_token(replace(cfg, cache_format=form)) == round(counted_bytes)
     assert cfg.state_elements == model.state_elements
 
 
