@@ -21,7 +21,9 @@ from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
 from serving.core.start import ServerParts, start_loop
 from serving.core.upgrades import Upgrades
+from serving.edges.edge_listener import EdgeListener
 from serving.edges.front_socket import FrontSocket
+from serving.edges.served_model import ServedModel
 from serving.errors import InvalidRequest, StartError
 from serving.launch.run_folder import RunFolder
 from serving.launch.upgrade_record import UpgradeRecord
@@ -57,12 +59,18 @@ class App:
         self.processor = processor
         self.loop = loop
         self.ports = Ports(grpc=0, http=0)
+        self._edge_listener: EdgeListener | None = None
         self._stack = contextlib.AsyncExitStack()
 
     @property
     def failover(self) -> Failover:
         """The ranks of the server, or of its decode pool."""
         return self.loop.failover
+
+    @property
+    def edge_port(self) -> int:
+        """The port where edges on other hosts connect; 0 without one."""
+        return 0 if self._edge_listener is None else self._edge_listener.port
 
     @classmethod
     async def start(cls, settings: Settings, log: Log = no_log, run: RunFolder | None = None) -> Self:
@@ -73,6 +81,7 @@ class App:
         """
         raise_file_limit()
         limits, tls = CallLimits.of(settings), ServerTls.of(settings)  # their errors come before the slow part
+        edge_listener = _edge_listener(settings, run)
         if run is None or not run.ports:  # a front that takes over shows what is wrong with it instead
             read_signed(settings)
         check_published(settings)
@@ -119,6 +128,7 @@ class App:
                 sampling_defaults=defaults,
             )
             app = cls(settings, processor, loop)
+            app._edge_listener = edge_listener
             if run is not None and settings.edges and isinstance(loop, Loop):
                 loop.upgrades = Upgrades(loop.engine, run)
                 loop.upgrades.processor = processor
@@ -135,11 +145,11 @@ class App:
             reader = asyncio.create_task(processor.read_unattended(request_log.running()))
             stack.callback(reader.cancel)
             if run is not None and settings.edges:
-                await app._open_to_edges(stack, run)
+                await app._open_to_edges(stack, run, model)
             else:
                 await app._open_surfaces(stack, limits, tls, run)
             if run is not None:
-                run.announce(grpc_port=app.ports.grpc, http_port=app.ports.http)
+                run.announce(grpc_port=app.ports.grpc, http_port=app.ports.http, edge_port=app.edge_port)
             app._stack = stack.pop_all()
             return app
         raise AssertionError("unreachable: the block above returns or raises")
@@ -155,13 +165,17 @@ class App:
         )
         self.ports = (await open_surfaces(stack, self.processor, settings, limits, tls, wanted)).ports
 
-    async def _open_to_edges(self, stack: contextlib.AsyncExitStack, run: RunFolder) -> None:
-        """Serve the edges, which have opened gRPC and HTTP or are about to, and wait for one of them."""
-        loop = self.loop
-        front = FrontSocket(loop, self.processor, on_started=loop.edge_started, on_lost=loop.edge_lost)
+    async def _open_to_edges(self, stack: contextlib.AsyncExitStack, run: RunFolder, model: PreparedModel) -> None:
+        """Serve the edges, which have opened gRPC and HTTP or are about to, and wait for one of this machine."""
+        loop, listener = self.loop, self._edge_listener
+        served = None if listener is None else ServedModel.of(self.settings, model, run)
+        front = FrontSocket(loop, self.processor, on_started=loop.edge_started, on_lost=loop.edge_lost, served=served)
         loop.connected_edges = lambda: front.edges
         await front.open(run.path)
         stack.push_async_callback(front.close)
+        if listener is not None:
+            await listener.open(front.admit, run.ports.get("edge_port", 0))
+            stack.callback(listener.close)
         following = asyncio.create_task(self.processor.metrics.follow())
         stack.callback(following.cancel)
         await front.serving.wait()
@@ -171,6 +185,22 @@ class App:
         """Drain for `grace_s` seconds (None: those of the settings), then end every process."""
         await self.loop.drain(self.settings.grace_s if grace_s is None else grace_s)
         await self._stack.aclose()
+
+
+def _edge_listener(settings: Settings, run: RunFolder | None) -> EdgeListener | None:
+    """The port for edges on other hosts, not yet open, if the settings want one."""
+    if settings.edge_listen is None:
+        return None
+    if run is None:
+        raise InvalidRequest(
+            f"edge_listen is {settings.edge_listen} in a server inside a program, which has no edges. Run `moejax "
+            "serve`, or leave it out.",
+            param="edge_listen",
+        )
+    listener = EdgeListener(settings, settings.edge_listen)
+    if not run.ports:  # a front that takes over serves the edges that it has, and says what is wrong with the file
+        listener.rejection("")
+    return listener
 
 
 @contextlib.asynccontextmanager

@@ -71,6 +71,8 @@ def _announce(app: App, log: Log) -> None:
     log(f"       ranks: {', '.join(f'{r.id} (pid {r.pid})' for r in status.ranks)}")
     log(f"gRPC   {grpc_at}")
     log(f"HTTP   {http_at}  (dashboard, /v1/completions, /v1/chat/completions, /metrics)")
+    if settings.edge_listen is not None:
+        log(f"edges  {settings.edge_listen.rpartition(':')[0]}:{app.edge_port}  (moejax edge --front)")
     if not settings.loopback and settings.api_keys is None:
         logs.SERVER.warning(
             "anybody who reaches %s can call this server. Set --api-keys (docs/security.md).", settings.host

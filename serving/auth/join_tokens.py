@@ -1,8 +1,9 @@
-"""Join tokens: which hosts may run ranks. The front's file holds names, SHA-256 hashes and expiry times; a secret is
-shown once, when it is made. As with API keys, 256 random bits need no slow hash.
+"""Join tokens: which hosts may run ranks, or edges, each with a file of its own. The front's file holds names, SHA-256
+hashes and expiry times; a secret is shown once, when it is made. As with API keys, 256 random bits need no slow hash.
 
 A rank reads a model's weights and its users' prompts, and what it computes becomes their answers. A join token is
-therefore worth more than an API key, and neither is ever accepted in place of the other.
+therefore worth more than an API key, and neither is ever accepted in place of the other. An edge reads prompts and
+answers, and decides which clients may ask; it cannot change the server.
 """
 
 import dataclasses
@@ -41,12 +42,12 @@ class JoinTokens:
     path: Path
 
     @classmethod
-    def open(cls, path: Path) -> "JoinTokens":
-        """The tokens of a file that must exist. Raises JoinTokenFileError."""
+    def open(cls, path: Path, *, param: str = "rank_tokens") -> "JoinTokens":
+        """The tokens of a file that must exist; `param` is the setting that names it. Raises JoinTokenFileError."""
         if not path.is_file():
             raise JoinTokenFileError(
                 f"there is no file of join tokens {path}. Make one with `moejax tokens add NAME --file {path}`.",
-                param="rank_tokens",
+                param=param,
             )
         tokens = cls(path)
         tokens.entries()

@@ -27,7 +27,7 @@ class ServerTls:
 
     @classmethod
     def of_ranks(cls, settings: LaunchSettings) -> Self | None:
-        """The files that the settings name for the port where ranks dial in."""
+        """The files that the settings name for the ports where ranks and edges of other hosts dial in."""
         return cls._from(settings.rank_tls_cert, settings.rank_tls_key, settings.rank_tls_client_ca)
 
     @classmethod
@@ -61,6 +61,15 @@ class ServerTls:
             options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
         return options
 
+    def context(self) -> ssl.SSLContext:
+        """A context for a port of this process's event loop."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     def grpc(self) -> grpc.ServerCredentials:
         """Credentials for a gRPC port."""
         return grpc.ssl_server_credentials(
@@ -81,6 +90,20 @@ class ClientTls:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise InvalidRequest("a client certificate needs both its certificate and its key.", param="cert")
+
+    def context(self) -> ssl.SSLContext:
+        """A context for a connection of this process's event loop. Without `ca` it trusts the authorities of the
+        system. Raises StartError naming the file that cannot be used."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+        except (OSError, ValueError) as error:
+            raise StartError(f"{self.ca} holds no certificate of an authority: {error}.") from None
+        if self.cert is not None and self.key is not None:
+            try:
+                context.load_cert_chain(self.cert, self.key)
+            except (OSError, ValueError) as error:
+                raise StartError(f"{self.cert} and {self.key} are no certificate with its key: {error}.") from None
+        return context
 
     def grpc(self) -> grpc.ChannelCredentials:
         """Credentials for a channel. Without `ca`, the client trusts gRPC's own authorities."""

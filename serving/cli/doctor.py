@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving.config import Settings
+from serving.config import Settings, split_address
 
 MEMORY_PER_RANK = 900 << 20
 """Bytes that a rank of a small model needs beside its weights: the interpreter, JAX, its buffers."""
@@ -43,9 +43,10 @@ def run_checks(settings: Settings, cache: Path) -> Iterator[Finding]:
         yield check_port(settings.host, getattr(settings, name), f"--{name.replace('_', '-')}")
     ranks_here = settings.ranks
     if settings.launcher != "local":
-        host, _, number = settings.rank_listen.rpartition(":")
-        yield check_port(host, int(number), "--rank-listen")
+        yield check_port(*split_address(settings.rank_listen), "--rank-listen")
         ranks_here = 0
+    if settings.edge_listen is not None:
+        yield check_port(*split_address(settings.edge_listen), "--edge-listen")
     yield check_memory(_available_memory(), ranks_here)
     yield check_host_store(Path("/dev/shm"))
     yield check_cache(cache)

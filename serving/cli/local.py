@@ -19,7 +19,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 @click.command(cls=SettingsCommand, short_help="Check this machine for a server.")
-@settings_options
+@settings_options()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per check.")
 @example("moejax doctor", "moejax doctor --config my.toml --ranks 8")
 def doctor(settings: Settings, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from serving.cli.local import completion, doctor
 from serving.cli.monitor import events, status, what_if
 from serving.cli.operate import apply, kill
 from serving.cli.programs import bench, convert, inspect, models, plan, train
+from serving.cli.remote_edge import edge
 from serving.cli.serve import serve
 from serving.cli.tables import printable
 from serving.cli.upgrade import upgrade
@@ -22,7 +23,7 @@ SECTIONS = {
     "Use a running server": (generate, chat),
     "Observe a running server": (status, events, what_if),
     "Change a running server": (apply, upgrade, kill),
-    "Let clients and hosts in": (keys, tokens, rank),
+    "Let clients and hosts in": (keys, tokens, rank, edge),
     "Plan and prepare": (plan, inspect, convert, train, bench),
     "Shell": (completion,),
 }

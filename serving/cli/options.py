@@ -30,34 +30,41 @@ def example(*lines: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def settings_options(function: Command) -> Command:
-    """One flag for each field of Settings, and --config; the command gets `settings`. For a `SettingsCommand`.
+def settings_options(names: Collection[str] | None = None) -> Callable[[Command], Command]:
+    """One flag for each field of Settings, or for those of some `names`, and --config; the command gets `settings`. For
+    a `SettingsCommand`.
 
     A flag that is not given is None, so that the environment and the file decide: a default is written in `Settings`
-    alone.
+    alone. A command with some of the settings ignores the others in the environment and in the file.
     """
     hints = typing.get_type_hints(Settings)
-
-    @functools.wraps(function)
-    def call(config: Path | None, **given: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(Settings)]
-        flags = {name: given.pop(name) for name in (*names, *RENAMED, *ALIASES)}
-        return function(settings=Settings.load(config, **flags), **given)
-
-    wrapped: Command = call
-    for group in reversed(GROUPS):
-        for field in reversed(dataclasses.fields(group)):
-            wrapped = _flag(field, hints[field.name], group.title)(wrapped)
+    given_names = {field.name for field in dataclasses.fields(Settings)} if names is None else set(names)
     others = {old: f"The name of --{_flag_name(new)} before this release." for old, new in RENAMED.items()}
     others |= {alias: f"The name of --{_flag_name(name)} in vLLM." for alias, name in ALIASES.items()}
-    for name, text in others.items():
-        wrapped = click.option(f"--{_flag_name(name)}", default=None, hidden=True, help=text)(wrapped)
-    return click.option(
-        "--config",
-        envvar="MOEJAX_CONFIG",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Settings as TOML.",
-    )(wrapped)
+    names_of_others = RENAMED | ALIASES
+    others = {other: text for other, text in others.items() if names_of_others[other] in given_names}
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def call(config: Path | None, **given: Any) -> Any:
+            flags = {name: given.pop(name) for name in (*given_names, *others)}
+            return function(settings=Settings.load(config, only=names, **flags), **given)
+
+        wrapped: Command = call
+        for group in reversed(GROUPS):
+            for field in reversed(dataclasses.fields(group)):
+                if field.name in given_names:
+                    wrapped = _flag(field, hints[field.name], group.title)(wrapped)
+        for other, text in others.items():
+            wrapped = click.option(f"--{_flag_name(other)}", default=None, hidden=True, help=text)(wrapped)
+        return click.option(
+            "--config",
+            envvar="MOEJAX_CONFIG",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Settings as TOML.",
+        )(wrapped)
+
+    return decorate
 
 
 def _flag_name(setting: str) -> str:

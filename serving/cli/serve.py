@@ -9,7 +9,7 @@ from serving.foreground import serve as serve_until_stopped
 
 
 @click.command(cls=SettingsCommand, short_help="Serve a model over gRPC and HTTP.")
-@settings_options
+@settings_options()
 @click.option("--show-settings", is_flag=True, help="Print all settings as TOML and stop.")
 @example("moejax serve --model tiny --ranks 4 --chaos", "MOEJAX_HTTP_PORT=9000 moejax serve --config my.toml")
 def serve(settings: Settings, show_settings: bool) -> None:

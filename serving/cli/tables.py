@@ -95,8 +95,9 @@ def _code(status: Status) -> str:
 def _edges(status: Status) -> str:
     """The processes that hold the clients' connections, with their open calls."""
     texts = (
-        f"pid {edge.pid} with {edge.calls} calls{'' if edge.serving else ', starting'}"
-        + (f", {edge.build}" if edge.build != status.build else "")
+        escape(f"{edge}")
+        + f" with {edge.calls} calls{'' if edge.serving else ', not serving'}"
+        + (f", {escape(edge.build)}" if edge.build != status.build else "")
         for edge in status.edges
     )
     return ", ".join(texts) or "none; the front holds the clients' connections"

@@ -8,7 +8,7 @@ from serving.config.http import HttpSettings, listed
 from serving.config.launch import LaunchSettings
 from serving.config.mesh import MeshSettings
 from serving.config.model import DATA_TYPES, ModelSettings
-from serving.config.network import NetworkSettings, is_loopback
+from serving.config.network import NetworkSettings, is_address, is_loopback, split_address
 from serving.config.observability import ObservabilitySettings
 from serving.config.recovery import RecoverySettings
 from serving.config.scheduling import SchedulingSettings
@@ -40,6 +40,8 @@ __all__ = [
     "SecuritySettings",
     "Settings",
     "SettingsGroup",
+    "is_address",
     "is_loopback",
     "listed",
+    "split_address",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from serving.config.field import SettingsGroup, check_tls, setting
-from serving.config.network import is_loopback
+from serving.config.network import is_address, is_loopback
 from serving.errors import InvalidRequest
 
 LAUNCHERS = ("local", "join", "ray")
@@ -30,18 +30,22 @@ class LaunchSettings(SettingsGroup):
     rank_tokens: str | None = setting(
         None, "File of join tokens that let ranks on other hosts in (`moejax tokens add` makes one)."
     )
-    rank_tls_cert: str | None = setting(None, "Certificate chain (PEM file) of --rank-listen; needs --rank-tls-key.")
+    rank_tls_cert: str | None = setting(
+        None, "Certificate chain (PEM file) of --rank-listen and --edge-listen; needs --rank-tls-key."
+    )
     rank_tls_key: str | None = setting(None, "Private key (PEM file) of --rank-tls-cert.")
     rank_tls_client_ca: str | None = setting(
-        None, "Authority (PEM file) that must have signed the certificate of each rank (mutual TLS)."
+        None, "Authority (PEM file) that must have signed the certificate of each rank and edge (mutual TLS)."
     )
-    rank_plaintext: bool = setting(False, "Let ranks on other hosts connect without TLS, on a network that you trust.")
+    rank_plaintext: bool = setting(
+        False, "Let ranks and edges on other hosts connect without TLS, on a network that you trust."
+    )
 
     def check(self) -> None:
         """Check fields of this group against each other. Raises InvalidRequest."""
         check_tls(self, "rank_")
-        host, _, port = self.rank_listen.rpartition(":")
-        if not (host and port.isdecimal() and int(port) <= 65535):
+        host = self.rank_listen.rpartition(":")[0]
+        if not is_address(self.rank_listen):
             raise InvalidRequest(f"rank_listen is {self.rank_listen!r}; it must be host:port.", param="rank_listen")
         if self.launcher == "local":
             return

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from serving.config.http import HttpSettings
 from serving.config.launch import LaunchSettings
 from serving.config.mesh import MeshSettings
 from serving.config.model import ModelSettings
-from serving.config.network import NetworkSettings
+from serving.config.network import NetworkSettings, is_loopback, split_address
 from serving.config.observability import ObservabilitySettings
 from serving.config.recovery import RecoverySettings
 from serving.config.scheduling import SchedulingSettings
@@ -77,6 +77,7 @@ class Settings(
             )
         if self.arch == POOLS:
             self._check_pools()
+        self._check_edges()
         if self.launcher == "local":
             return
         if self.kv_replication == "memory":
@@ -90,6 +91,27 @@ class Settings(
                 f"hosts is {self.hosts} with launcher {self.launcher}: ranks elsewhere say themselves which host "
                 "they are on. Leave it out.",
                 param="hosts",
+            )
+
+    def _check_edges(self) -> None:
+        """Check what edges on other hosts need. Raises InvalidRequest."""
+        if self.edge_listen is None:
+            return
+        if not self.supervise:
+            raise InvalidRequest(
+                f"edge_listen is {self.edge_listen} without a supervisor: edges wait for the front that follows a dead "
+                "one, which a supervisor starts. Leave out --no-supervise.",
+                param="supervise",
+            )
+        if (
+            self.rank_tls_cert is None
+            and not self.rank_plaintext
+            and not is_loopback(split_address(self.edge_listen)[0])
+        ):
+            raise InvalidRequest(
+                f"edge_listen is {self.edge_listen}, and without TLS anybody on the way can read prompts and answers "
+                "and take the token. Give rank_tls_cert and rank_tls_key; or, on a network of yours, rank_plaintext.",
+                param="rank_tls_cert",
             )
 
     def _check_pools(self) -> None:
@@ -113,8 +135,16 @@ class Settings(
                 )
 
     @classmethod
-    def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ, **flags: Any) -> Self:
-        """Settings from a TOML file, then MOEJAX_ variables, then flags that are not None; the last source wins.
+    def load(
+        cls,
+        file: Path | None = None,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        only: Collection[str] | None = None,
+        **flags: Any,
+    ) -> Self:
+        """Settings from a TOML file, then MOEJAX_ variables, then flags that are not None; the last source wins. With
+        `only` the file and the variables may have others too, which are not used.
 
         Raises InvalidRequest on an unknown key, naming the nearest, and on a value of the wrong type.
         """
@@ -133,6 +163,8 @@ class Settings(
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InvalidRequest(f"unknown setting {key!r}.{hint}", param=key)
+        if only is not None:
+            values = {key: value for key, value in values.items() if key in only}
         types = typing.get_type_hints(cls)
         settings = cls(**{key: parse(key, value, types[key]) for key, value in values.items()})
         object.__setattr__(settings, "deprecations", tuple(notes))

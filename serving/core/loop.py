@@ -190,15 +190,17 @@ class Loop:
         """See `serving.protocol.backend.Backend.resumable`."""
         return self.engine.request_log.enabled
 
-    def edge_started(self, pid: int) -> None:
+    def edge_started(self, edge: EdgeStatus) -> None:
         """Clients can connect to an edge."""
-        self.events.emit(EventKind.EDGE_STARTED, self.failover.epoch, message=f"pid {pid}")
+        self.events.emit(EventKind.EDGE_STARTED, self.failover.epoch, message=f"{edge}")
 
-    def edge_lost(self, pid: int, calls: int) -> None:
-        """An edge has gone, and has left that many open calls."""
-        replaced = not calls and self.upgrades is not None and self.upgrades.active
-        kind = EventKind.EDGE_REPLACED if replaced else EventKind.EDGE_LOST
-        self.events.emit(kind, self.failover.epoch, message=f"pid {pid}, {calls} calls open")
+    def edge_lost(self, edge: EdgeStatus, announced: bool) -> None:
+        """An edge has gone, and has left its open calls; `announced`: on request, as it said before."""
+        replaced = not edge.host and self.upgrades is not None and self.upgrades.active
+        kind = EventKind.EDGE_LOST
+        if not edge.calls and (replaced or announced):
+            kind = EventKind.EDGE_REPLACED if replaced else EventKind.EDGE_ENDED
+        self.events.emit(kind, self.failover.epoch, message=f"{edge}, {edge.calls} calls open")
 
     @property
     def recovering(self) -> bool:

@@ -199,13 +199,13 @@ class Pools:
 
     # -- Edges, status and operations ---------------------------------------------------------------------------
 
-    def edge_started(self, pid: int) -> None:
+    def edge_started(self, edge: EdgeStatus) -> None:
         """See `Loop.edge_started`."""
-        self.prefill.edge_started(pid)
+        self.prefill.edge_started(edge)
 
-    def edge_lost(self, pid: int, calls: int) -> None:
+    def edge_lost(self, edge: EdgeStatus, announced: bool) -> None:
         """See `Loop.edge_lost`."""
-        self.prefill.edge_lost(pid, calls)
+        self.prefill.edge_lost(edge, announced)
 
     def status(self) -> Status:
         """See `serving.protocol.backend.Backend.status`."""

@@ -128,7 +128,7 @@ function facts(now) {
   const values = {
     "slots per rank": now.slots_per_rank,
     "experts masked": masked.length > 6 ? masked.length : masked.join(", ") || "none",
-    ...(now.edges.length ? {"edges, calls open": now.edges.map((edge) => `pid ${edge.pid}: ${edge.calls}`).join(", ")} : {}),
+    ...(now.edges.length ? {"edges, calls open": now.edges.map((edge) => `pid ${edge.pid}${edge.host && ` on ${edge.host}`}: ${edge.calls}`).join(", ")} : {}),
     ...Object.fromEntries(now.pools.map((pool) => [`${pool.name} pool`,
       `${pool.serving ? "" : "lost, "}${pool.ranks} ranks, ${pool.running} running, ${pool.waiting} waiting`])),
     ...(now.pools.length ? {"requests sent to decode": `${now.requests_sent}, ${now.requests_returned} returned`} : {}),

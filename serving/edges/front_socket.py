@@ -1,4 +1,4 @@
-"""The front's side of the edges' socket: each connection is an edge, with the calls that it has open.
+"""The front's side of the connections of edges: each is an edge, with the calls that it has open.
 
 An edge that dies leaves calls behind. Where calls are recorded they run to their end without a reader, as those do that
 an earlier front left, so that their clients can resume them at any edge; else they are cancelled.
@@ -17,8 +17,10 @@ import msgspec
 from serving.core.request_processor import RequestProcessor
 from serving.edges import messages
 from serving.edges.connection import Connection
+from serving.edges.served_model import ServedModel
 from serving.edges.stream_reader import after_position
-from serving.errors import Internal, InvalidRequest, MoejaxError, UnknownRequest
+from serving.errors import Internal, InvalidRequest, MoejaxError, NotPermitted, UnknownRequest
+from serving.protocol import clock
 from serving.protocol.backend import FrontBackend, answered
 from serving.protocol.events import Event
 from serving.protocol.request import Call, Finished, Request, Scored, Token
@@ -28,41 +30,71 @@ from serving.protocol.versions import EDGE
 CLOSE_S = 2.0
 """Most seconds that a front which stops waits for its edges to take what they lack."""
 
+INSTRUCTIONS = ("kill", "apply", "report")
+"""The methods that change the server. An edge on another host, whose port is open to clients, may not ask for them."""
+
 log = logging.getLogger(__name__)
 
 
 class Edge:
-    """An edge that is connected: its process id, its open calls by id, and the tasks that send to it by stream."""
+    """An edge that is connected: its process id, its open calls by id, and the tasks that send to it by stream. One on
+    another host has its name."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, host: str = "") -> None:
         self.connection = connection
+        self.host = host
         self.pid = 0
+        self.id = ""
         self.build = ""
         self.serving = False
+        self.leaving = False
         self.calls: dict[str, Call] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.streams: dict[str, list[int]] = {}
         """Streams by the id of their open call."""
 
+    @property
+    def since(self) -> float:
+        """The time less which deadlines are sent to it and come from it (`messages.call_record`)."""
+        return clock.now() if self.host else 0.0
+
+    @property
+    def status(self) -> EdgeStatus:
+        """Its status."""
+        return EdgeStatus(pid=self.pid, serving=self.serving, calls=len(self.calls), build=self.build, host=self.host)
+
     def send(self, message: messages.EdgeMessage) -> None:
         """Send a message to the edge, if it is still there."""
         self.connection.send(message)
 
+    def send_token(self, stream: int, token: Token, first_step_at: float | None) -> None:
+        """Send a token, and when its request left the queue, on the monotonic clock of this machine."""
+        if first_step_at is None or not self.host:
+            self.send(messages.TokenItem(stream=stream, token=token, first_step_at=first_step_at))
+        else:
+            age_s = clock.now() - first_step_at
+            self.send(messages.TokenItem(stream=stream, token=token, first_step_age_s=age_s))
+
 
 class FrontSocket:
-    """Serves a backend to edges. `processor` reads the calls that an edge leaves behind; `on_started` gets the process
-    id of a new edge once clients can connect to it, `on_lost` that of one that has gone and how many calls it had."""
+    """Serves a backend to edges. `processor` reads the calls that an edge leaves behind; `on_started` gets the status
+    of a new edge once clients can connect to it, `on_lost` that of one that has gone, and whether it had said so.
+    `served` is for edges on other hosts."""
 
     def __init__(
         self,
         backend: FrontBackend,
         processor: RequestProcessor,
         *,
-        on_started: Callable[[int], object] = lambda _: None,
-        on_lost: Callable[[int, int], object] = lambda *_: None,
+        on_started: Callable[[EdgeStatus], object] = lambda _: None,
+        on_lost: Callable[[EdgeStatus, bool], object] = lambda *_: None,
+        served: ServedModel | None = None,
     ) -> None:
         self.serving = asyncio.Event()
-        """Set once clients can connect to an edge."""
+        """Set once clients can connect to an edge of this machine."""
+        self._served = served
+        self._lost: set[str] = set()
+        """Ids of edges on other hosts whose loss was reported."""
         self._backend = backend
         self._processor = processor
         self._on_started = on_started
@@ -76,10 +108,7 @@ class FrontSocket:
     @property
     def edges(self) -> tuple[EdgeStatus, ...]:
         """The edges that are connected."""
-        known = [edge for edge in self._edges.values() if edge.pid]
-        return tuple(
-            EdgeStatus(pid=edge.pid, serving=edge.serving, calls=len(edge.calls), build=edge.build) for edge in known
-        )
+        return tuple(edge.status for edge in self._edges.values() if edge.pid)
 
     async def open(self, folder: Path) -> None:
         """Listen in the run folder, in the place of the front before this one."""
@@ -106,21 +135,37 @@ class FrontSocket:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
+    def admit(self, connection: Connection, hello: messages.Hello) -> None:
+        """Serve an edge on another host from now on, whose token is valid. A connection that it had before is ended:
+        the edge has lost it, and this front does not know that yet."""
+        for edge in list(self._edges.values()):
+            if edge.id and edge.id == hello.id:
+                edge.id = ""
+                edge.connection.abort()
+        connection.on_frame, connection.on_lost = self._on_frame, self._on_gone
+        edge = self._edges[connection] = Edge(connection, hello.host)
+        edge.id = hello.id
+        self._welcome(edge, hello)
+
     # -- Messages -----------------------------------------------------------------------------------------------
 
     def _on_frame(self, connection: Connection, frame: bytes) -> None:
         edge = self._edges.setdefault(connection, Edge(connection))
         message = messages.decode_from_edge(frame)
         match message:
-            case messages.Hello():
+            case messages.Hello() if not edge.host:
                 self._welcome(edge, message)
             case messages.Serving():
                 edge.serving = True
-                self.serving.set()
-                if not message.again:
-                    self._on_started(edge.pid)
+                if not edge.host:
+                    self.serving.set()
+                if not message.again or edge.id in self._lost:
+                    self._lost.discard(edge.id)
+                    self._on_started(edge.status)
+            case messages.Leaving():
+                edge.serving, edge.leaving = False, True
             case messages.OpenCall():
-                call = messages.call_of_record(message.call)
+                call = messages.call_of_record(message.call, edge.since)
                 edge.calls[call.id] = call
             case messages.CloseCall():
                 self._close_call(edge, message.call_id)
@@ -149,7 +194,8 @@ class FrontSocket:
             return
         edge.pid, edge.build = hello.pid, hello.build
         backend = self._backend
-        edge.send(messages.Welcome(version=common, model=backend.model, resumable=backend.resumable))
+        served = self._served if edge.host else None
+        edge.send(messages.Welcome(version=common, model=backend.model, resumable=backend.resumable, served=served))
 
     def _read(self, edge: Edge, message: messages.Read) -> None:
         """Replay a request that was accepted before; accept it otherwise."""
@@ -217,8 +263,9 @@ class FrontSocket:
                         if item.index == 0 < tokens:
                             _check_weights(message, item)
                         if item.index >= tokens:
-                            at = None if item.index > tokens else left_queue(message.request_id)
-                            edge.send(messages.TokenItem(stream=stream, token=item, first_step_at=at))
+                            edge.send_token(
+                                stream, item, None if item.index > tokens else left_queue(message.request_id)
+                            )
                     elif isinstance(item, Scored):
                         rest = after_position(item, message.scored)
                         if rest is not None:
@@ -242,11 +289,16 @@ class FrontSocket:
         try:
             if ask.method not in messages.METHODS:
                 raise InvalidRequest(f"an edge asks for {ask.method!r}, which this front does not know.")
+            if edge.host and ask.method in INSTRUCTIONS:
+                raise NotPermitted(
+                    f"this edge is on another host ({edge.host}) and may not change the server. Ask the server's own "
+                    "ports, on the host of its front."
+                )
             arguments = msgspec.msgpack.decode(ask.arguments, type=messages.METHODS[ask.method][0])
             method = self._abort if ask.method == "abort" else getattr(self._backend, ask.method)
             answer = await answered(method(*arguments))
             made, _ = messages.RECORDED.get(ask.method, (None, None))
-            value = messages.encode(answer if made is None else made(answer))
+            value = messages.encode(answer if made is None else made(answer, edge.since))
             edge.send(messages.Answered(number=ask.number, value=msgspec.Raw(value)))
         except MoejaxError as error:
             edge.send(messages.failed(ask.number, error))
@@ -272,8 +324,9 @@ class FrontSocket:
                 task.cancel()
         if self._closing:
             return
-        if edge.serving:
-            self._on_lost(edge.pid, len(edge.calls))
+        if (edge.serving or edge.leaving) and (edge.id or not edge.host):
+            self._lost |= {edge.id} - {""}
+            self._on_lost(edge.status, edge.leaving)
         for call in edge.calls.values():
             self._keep(self._finish(edge, call))
 

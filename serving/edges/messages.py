@@ -1,8 +1,9 @@
-"""The messages between an edge and the front, over a Unix socket in the run folder.
+"""The messages between an edge and the front, over a Unix socket in the run folder, or TCP from another host.
 
 A frame is its length in four bytes, then a message in MessagePack. An edge says Hello and the front answers Welcome, or
 Refused when they speak no version in common. Everything is stated by what an edge holds: which calls are open, and how
-much of each stream has come. So an edge that reaches another front says the same again and goes on.
+much of each stream has come. So an edge that reaches another front says the same again and goes on. Monotonic clocks of
+two hosts have nothing in common: between hosts a moment is sent as the seconds until it or since it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import msgspec
 from planner.plan.deployment import Deployment
 from serving import errors
 from serving.core.call_records import decode, encode_call
+from serving.edges.served_model import ServedModel
 from serving.errors import Internal, MoejaxError
 from serving.protocol.events import Event, EventKind, Severity
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
@@ -37,12 +39,16 @@ class EdgeMessage(msgspec.Struct, array_like=True, tag=True, kw_only=True):
 
 class Hello(EdgeMessage):
     """The first message of an edge: the newest and the oldest version that it speaks, its process id, and the code that
-    it runs."""
+    it runs. An edge on another host has a `token`, the name of its `host`, and an `id` that is the same in each of its
+    connections."""
 
     version: int
     pid: int
     oldest: int | None = None
     build: str = ""
+    token: str = ""
+    host: str = ""
+    id: str = ""
 
     @property
     def versions(self) -> VersionRange:
@@ -54,6 +60,10 @@ class Serving(EdgeMessage):
     """The edge accepts connections of clients; `again`: it did so under an earlier front."""
 
     again: bool = False
+
+
+class Leaving(EdgeMessage):
+    """The edge accepts no more connections, and ends when its calls have ended."""
 
 
 class OpenCall(EdgeMessage):
@@ -123,11 +133,12 @@ class Ask(EdgeMessage):
 
 
 class Welcome(EdgeMessage):
-    """The front serves this model. `resumable`: it records calls."""
+    """The front serves this model. `resumable`: it records calls. `served` is for edges on other hosts."""
 
     version: int
     model: ModelInfo
     resumable: bool
+    served: ServedModel | None = None
 
 
 class Refused(EdgeMessage):
@@ -137,11 +148,13 @@ class Refused(EdgeMessage):
 
 
 class TokenItem(EdgeMessage):
-    """A token. `first_step_at` is when the request left the queue, in seconds of the machine's monotonic clock."""
+    """A token. `first_step_at` is when the request left the queue, in seconds of the machine's monotonic clock; for an
+    edge on another host `first_step_age_s` is how many seconds ago that was."""
 
     stream: int
     token: Token
     first_step_at: float | None = None
+    first_step_age_s: float | None = None
 
 
 class ScoredItem(EdgeMessage):
@@ -189,10 +202,10 @@ class Answered(EdgeMessage):
 
 
 class Goodbye(EdgeMessage):
-    """The server is shutting down: no other front follows."""
+    """The server is shutting down: no other front of it follows."""
 
 
-FromEdge = Hello | Serving | OpenCall | CloseCall | FailRequests | Read | Replay | Watch | Leave | Ask
+FromEdge = Hello | Serving | Leaving | OpenCall | CloseCall | FailRequests | Read | Replay | Watch | Leave | Ask
 FromFront = Welcome | Refused | TokenItem | ScoredItem | FinishedItem | EventItem | Failed | Ended | Answered | Goodbye
 
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -209,17 +222,20 @@ METHODS: dict[str, tuple[Any, Any]] = {
 """The methods of a backend that an edge forwards: the types of their arguments and of their answer."""
 encode = msgspec.msgpack.Encoder().encode
 decode_from_edge: Callable[[bytes], FromEdge] = msgspec.msgpack.Decoder(FromEdge).decode
+decode_hello: Callable[[bytes], Hello] = msgspec.msgpack.Decoder(Hello).decode
+"""Reads the first message of a peer that is not known yet, and nothing else."""
 decode_from_front: Callable[[bytes], FromFront] = msgspec.msgpack.Decoder(FromFront).decode
 
 
-def call_record(call: Call) -> bytes:
-    """The record of a call. Deadlines are of the machine's monotonic clock, which edges and front share."""
-    return encode_call(call, 0.0)
+def call_record(call: Call, since: float = 0.0) -> bytes:
+    """The record of a call. Deadlines are sent less `since`: 0 on one machine, whose monotonic clock edges and front
+    share; between hosts the time at which the record is sent, so that the seconds that are left travel."""
+    return encode_call(call, -since)
 
 
-def call_of_record(record: bytes) -> Call:
-    """The inverse of `call_record`."""
-    call, _ = decode(record, 0.0)
+def call_of_record(record: bytes, since: float = 0.0) -> Call:
+    """The inverse of `call_record`; `since` is 0, or the time at which the record came."""
+    call, _ = decode(record, -since)
     assert call is not None, "the record is that of a call"
     return call
 
@@ -258,11 +274,11 @@ def refusal(versions: VersionRange) -> str:
     )
 
 
-RECORDED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+RECORDED: dict[str, tuple[Callable[[Any, float], Any], Callable[[Any, float], Any]]] = {
     "find_call": (call_record, call_of_record),
     "deployment": (
-        lambda deployment: None if deployment is None else deployment.to_json(),
-        lambda text: None if text is None else Deployment.from_json(text),
+        lambda deployment, _: None if deployment is None else deployment.to_json(),
+        lambda text, _: None if text is None else Deployment.from_json(text),
     ),
 }
-"""Answers that travel in a form of their own: how it is made, and read."""
+"""Answers that travel in a form of their own: how it is made, and read, with `since` as in `call_record`."""

@@ -2,17 +2,16 @@
 
 When a front dies, every open stream waits and is attached to the next front from the place that it has reached, so that
 its client sees a pause. A call that no front has accepted yet is sent again with the same key, by which a front that
-has accepted it knows it.
+has accepted it knows it. Where the front is on another host, its server may end and another one begin; an edge beside
+it ends with the server.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -20,18 +19,17 @@ import msgspec
 from planner.plan.deployment import Deployment
 from serving.edges import messages
 from serving.edges.connection import Connection
+from serving.edges.front_dialer import FrontDialer
+from serving.edges.front_link import FrontLink
+from serving.edges.served_model import ServedModel
 from serving.edges.stream_reader import StreamReader
-from serving.errors import Draining, InvalidRequest, MoejaxError, StartError, Unreachable
+from serving.errors import Draining, Internal, InvalidRequest, MoejaxError, StartError, Unreachable
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import LossForecast, Status
-from serving.protocol.versions import EDGE
-from serving.version import build
 
-RETRY_S = 0.01
-"""Seconds between two attempts to reach the next front."""
 WAIT_S = 20.0
 """Most seconds for which a question, such as the status, waits for the next front."""
 NOT_REPEATED = ("kill", "apply", "report")
@@ -40,64 +38,61 @@ NOT_REPEATED = ("kill", "apply", "report")
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class HeldCall:
-    """A call of this edge that has not been closed, and its record."""
-
-    call: Call
-    record: bytes
-
-
 class RemoteBackend:
-    """See `serving.protocol.backend.Backend`. `open` it before its first use; `folder` is the run folder."""
+    """See `serving.protocol.backend.Backend`. `open` it before its first use."""
 
-    def __init__(self, folder: Path, *, wait_s: float = WAIT_S) -> None:
+    def __init__(self, front: FrontDialer, *, wait_s: float = WAIT_S) -> None:
         self.model: ModelInfo
+        self.served: ServedModel | None = None
+        """What a front on another host has sent of its model."""
         self.resumable = False
         self.refused = asyncio.Event()
         """Set when a front refuses this edge, for good."""
-        self._path = str(folder / messages.SOCKET)
+        self._front = front
+        self._link = FrontLink(front, self._on_frame, self._detach)
         self._wait_s = wait_s
         self._connection: Connection | None = None
-        self._welcomed = asyncio.Event()
-        self._serving = False
+        self._opened = self._serving = False
+        self._leaving = False
         self._ended: MoejaxError | None = None
-        self._calls: dict[str, HeldCall] = {}
+        """Why nothing can be asked any more, or not before another front has come."""
+        self._calls: dict[str, Call] = {}
         self._call_of_request: dict[str, str] = {}
-        self._closed_meanwhile: list[HeldCall] = []
+        self._closed_meanwhile: list[Call] = []
         self._readers: dict[int, StreamReader] = {}
         self._asked: dict[int, tuple[messages.Ask, asyncio.Future[bytes]]] = {}
         self._first_steps: dict[str, float] = {}
         self._numbers = 0
-        self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Reach the first front, however long it takes. Raises StartError when it refuses this edge."""
-        self._task = asyncio.create_task(self._stay_connected())
-        await self._welcomed.wait()
+        self._link.start()
+        await self._link.welcomed.wait()
         if self.refused.is_set():
             assert self._ended is not None
             raise self._ended
+        self._opened = True
 
     def serve(self) -> None:
         """Say to this front and the next ones that clients can connect."""
         self._serving = True
         self._send(messages.Serving())
 
+    def leave(self) -> None:
+        """This edge is to end: no more clients can connect. A front on another host learns it, and the next ones."""
+        self._leaving = True
+        if self._front.remote:
+            self._send(messages.Leaving())
+
     async def close(self) -> None:
         """End the connection. The front finishes what is open."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        if self._connection is not None:
-            self._connection.close()
+        await self._link.stop()
         self._end(Draining("the server is shutting down."))
 
     @property
     def recovering(self) -> bool:
-        """See `serving.protocol.backend.Backend.recovering`."""
-        return self._connection is None
+        """See `serving.protocol.backend.Backend.recovering`. Also true once this edge is to end."""
+        return self._connection is None or self._leaving
 
     # -- Calls --------------------------------------------------------------------------------------------------
 
@@ -105,20 +100,19 @@ class RemoteBackend:
         """See `serving.protocol.backend.Backend.register_call`. Raises InvalidRequest for the id of an open call."""
         if call.id in self._calls:
             raise InvalidRequest(f"the request id {call.id!r} is in use. Choose another.", param="request_id")
-        call = dataclasses.replace(call, key=uuid.uuid4().hex)
-        opened = self._calls[call.id] = HeldCall(call, messages.call_record(call))
+        call = self._calls[call.id] = dataclasses.replace(call, key=uuid.uuid4().hex)
         self._call_of_request |= {request.id: call.id for request in call.requests}
-        self._send(messages.OpenCall(call=opened.record))
+        self._open_call(call)
 
     def close_call(self, call_id: str) -> None:
         """See `serving.protocol.backend.Backend.close_call`."""
-        opened = self._calls.pop(call_id, None)
-        if opened is None:
+        call = self._calls.pop(call_id, None)
+        if call is None:
             return
-        for request in opened.call.requests:
+        for request in call.requests:
             del self._call_of_request[request.id]
-        if self._connection is None:
-            self._closed_meanwhile.append(opened)
+        if self._connection is None and self._ended is None:
+            self._closed_meanwhile.append(call)
         self._send(messages.CloseCall(call_id=call_id))
 
     def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
@@ -216,7 +210,7 @@ class RemoteBackend:
         try:
             async with asyncio.timeout(self._wait_s) as limit:
                 if self._connection is None and method in NOT_REPEATED:
-                    await self._welcomed.wait()
+                    await self._link.welcomed.wait()
                 self._asked[number] = ask, answer
                 self._send(ask)
                 if method in NOT_REPEATED and self._connection is not None:
@@ -229,7 +223,7 @@ class RemoteBackend:
         _, kind = messages.METHODS[method]
         answer_value = msgspec.msgpack.decode(value, type=kind)
         _, read = messages.RECORDED.get(method, (None, None))
-        return answer_value if read is None else read(answer_value)
+        return answer_value if read is None else read(answer_value, self._front.since())
 
     # -- Streams ------------------------------------------------------------------------------------------------
 
@@ -268,47 +262,58 @@ class RemoteBackend:
         if self._connection is not None:
             self._connection.send(message)
 
-    async def _stay_connected(self) -> None:
-        while self._ended is None:
-            lost = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            try:
-                _, connection = await loop.create_unix_connection(
-                    lambda lost=lost: Connection(self._on_frame, lambda _: lost.set()), self._path
+    def _open_call(self, call: Call) -> None:
+        if self._connection is not None:
+            self._send(messages.OpenCall(call=messages.call_record(call, self._front.since())))
+
+    def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
+        """A front is there, perhaps one of another server."""
+        before, served = self.served, welcome.served
+        if before is not None and served is not None:
+            if why := before.change_to(served):
+                self._refuse(f"{why}. This edge ends; start it again.")
+                return
+            if not before.computes_as(served):
+                error = Internal(
+                    "the server that began this answer ended, and another one would compute it otherwise: it runs "
+                    f"{served.build}, where {before.build} began it, or on other processors. Send the request again."
                 )
-            except OSError:
-                await asyncio.sleep(RETRY_S)
-                continue
-            try:
-                connection.send(messages.Hello(version=EDGE.newest, oldest=EDGE.oldest, pid=os.getpid(), build=build()))
-                await lost.wait()
-            finally:
-                self._detach()
-                connection.close()
+                for reader in self._readers.values():
+                    if reader.begun:
+                        reader.fail(error)
+            if before.server != served.server:
+                for reader in self._readers.values():
+                    reader.begin_events()
+        self.served = served
+        self._attach(connection, welcome)
 
     def _attach(self, connection: Connection, welcome: messages.Welcome) -> None:
         """A front is there: it gets all that holds."""
         self._connection, self.model, self.resumable = connection, welcome.model, welcome.resumable
-        for closed in self._closed_meanwhile:
-            self._send(messages.OpenCall(call=closed.record))
-            self._send(messages.CloseCall(call_id=closed.call.id))
+        self._ended = None
+        for call in self._closed_meanwhile:
+            self._open_call(call)
+            self._send(messages.CloseCall(call_id=call.id))
         self._closed_meanwhile.clear()
-        for opened in self._calls.values():
-            self._send(messages.OpenCall(call=opened.record))
+        for call in self._calls.values():
+            self._open_call(call)
         for reader in self._readers.values():
-            self._send(reader.opening())
+            if not reader.ended:
+                self._send(reader.opening())
         for ask, _ in self._asked.values():
             self._send(ask)
         if self._serving:
             self._send(messages.Serving(again=True))
-        self._welcomed.set()
+        if self._leaving and self._front.remote:
+            self._send(messages.Leaving())
+        self._link.welcomed.set()
 
     def _detach(self) -> None:
         """The front has gone. Questions wait for the next one; nobody knows how far instructions came."""
         if self._connection is None:
             return
         self._connection = None
-        self._welcomed.clear()
+        self._link.welcomed.clear()
         for ask, answer in self._asked.values():
             if ask.method in NOT_REPEATED and not answer.done():
                 text = (
@@ -317,9 +322,10 @@ class RemoteBackend:
                 answer.set_exception(Unreachable(text))
 
     def _end(self, error: MoejaxError) -> None:
-        """No front will follow: what is open ends with this error."""
+        """What is open ends with this error, and what is asked before another front is there, if ever one will be."""
         self._ended = self._ended or error
         self._connection = None
+        self._link.welcomed.clear()
         for reader in self._readers.values():
             reader.fail(error)
         for _, answer in self._asked.values():
@@ -341,21 +347,31 @@ class RemoteBackend:
                 if answer is not None and not answer.done():
                     answer.set_result(bytes(message.value))
             case messages.Welcome():
-                self._attach(connection, message)
+                self._welcome(connection, message)
             case messages.Goodbye():
                 self._end(Draining("the server shut down before the request was done."))
+                connection.close()
             case messages.Refused():
-                log.error("%s", message.text)
-                self._end(StartError(message.text))
-                self.refused.set()
-                self._welcomed.set()
+                self._refuse(message.text)
+
+    def _refuse(self, text: str) -> None:
+        """This edge cannot be served, by no front."""
+        if self._opened:  # else `open` raises it
+            log.error("%s", text)
+        self._end(StartError(text))
+        self._link.over = True
+        self.refused.set()
+        self._link.welcomed.set()
 
     def _on_item(self, connection: Connection, message: Any) -> None:
         reader = self._readers.get(message.stream)
         if reader is None:
             return
-        if isinstance(message, messages.TokenItem) and message.first_step_at is not None:
-            self._first_steps.setdefault(cast(str, reader.request_id), message.first_step_at)
+        if isinstance(message, messages.TokenItem):
+            at, age_s = message.first_step_at, message.first_step_age_s
+            at = self._front.since() - age_s if age_s is not None else at
+            if at is not None:
+                self._first_steps.setdefault(cast(str, reader.request_id), at)
         if not reader.push(message):
             log.error("the front left out a part of a stream; the edge attaches again")
             connection.abort()

@@ -28,6 +28,11 @@ class StreamReader:
         """The weights of the first token that has come."""
         self._queue: asyncio.Queue[Item | MoejaxError | None] = asyncio.Queue()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a part of an answer has come."""
+        return bool(self._tokens or self._scored)
+
     def opening(self) -> messages.EdgeMessage:
         """The message that asks the next front for the rest."""
         if isinstance(self._opening, messages.Watch):
@@ -36,6 +41,11 @@ class StreamReader:
         if isinstance(opening, messages.Read):
             opening.weights_version = self._weights_version
         return opening
+
+    def begin_events(self) -> None:
+        """A stream of events goes on with the first event of another server, which counts its own."""
+        if isinstance(self._opening, messages.Watch):
+            self._opening = messages.Watch(stream=self.stream, after=0)
 
     def push(
         self, message: messages.TokenItem | messages.ScoredItem | messages.FinishedItem | messages.EventItem

@@ -44,11 +44,14 @@ the files of a folder. It must be set before that package is imported."""
 
 class Metrics:
     """All metrics of one server, in a registry of their own. Where FOLDER is set, edges and the front write theirs to
-    one folder: each shows the sum, and only the front counts events."""
+    one folder: each shows the sum, and only the front counts events. `beside_front` False: for an edge on another
+    host, which counts its own requests alone."""
 
-    def __init__(self, backend: Backend, tracer: Tracer | None = None) -> None:
+    def __init__(self, backend: Backend, tracer: Tracer | None = None, *, beside_front: bool = True) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        self.folder = os.environ.get(FOLDER)
+        self.folder = os.environ.get(FOLDER) if beside_front else None
+        self.counts_events = beside_front and self.folder is None
+        """Whether whoever serves these metrics has `follow` count events: with a folder, the front does."""
         self.tracer = tracer
         self._backend = backend
         self.model_name = backend.model.name

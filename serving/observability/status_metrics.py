@@ -95,6 +95,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
         lambda s: s.parity_groups / s.parity_wanted if s.parity_wanted else 1.0,
     ),
     ("moejax_edges", "Edges to which clients can connect.", lambda s: sum(edge.serving for edge in s.edges)),
+    (
+        "moejax_remote_edges",
+        "Edges on other hosts to which clients can connect; moejax_edges counts them too.",
+        lambda s: sum(edge.serving and bool(edge.host) for edge in s.edges),
+    ),
     ("moejax_edge_calls", "Calls that are open at all edges.", lambda s: sum(edge.calls for edge in s.edges)),
     ("moejax_suspect_requests", "Requests that run alone, because ranks failed while they ran.", lambda s: s.suspects),
     ("moejax_kv_token_bytes", "Bytes of the KV cache of one token, over all layers.", lambda s: s.kv_token_bytes),

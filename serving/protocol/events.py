@@ -46,6 +46,8 @@ class EventKind(enum.StrEnum):
     """Clients can connect to a new edge."""
     EDGE_REPLACED = "edge_replaced"
     """An edge has ended because one with other code has taken its place."""
+    EDGE_ENDED = "edge_ended"
+    """An edge on another host has ended on request, and has left no call open."""
     EDGE_LOST = "edge_lost", Severity.BAD
     """An edge has gone; its calls run on and can be resumed at another one."""
 

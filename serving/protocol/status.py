@@ -54,6 +54,11 @@ class EdgeStatus:
     calls: int
     build: str = ""
     """The version and a digest of the sources that it runs."""
+    host: str = ""
+    """The name of its host; empty for an edge beside the front."""
+
+    def __str__(self) -> str:
+        return f"pid {self.pid}" + (f" on {self.host}" if self.host else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

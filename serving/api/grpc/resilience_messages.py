@@ -46,7 +46,7 @@ def status_from_proto(message: resilience_pb2.Status) -> Status:
 
 
 def _edge_from_proto(message: resilience_pb2.Edge) -> EdgeStatus:
-    return EdgeStatus(pid=message.pid, serving=message.serving, calls=message.calls, build=message.build)
+    return EdgeStatus(**{field.name: getattr(message, field.name) for field in dataclasses.fields(EdgeStatus)})
 
 
 def _rank_from_proto(message: resilience_pb2.Rank) -> RankStatus:

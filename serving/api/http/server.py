@@ -162,7 +162,7 @@ def application(
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         followers = [asyncio.create_task(history.follow(lambda: answered(processor.backend.status())))]
-        if processor.metrics.folder is None:
+        if processor.metrics.counts_events:
             followers.append(asyncio.create_task(processor.metrics.follow()))
         yield
         for follower in followers:

@@ -8,11 +8,17 @@ from pathlib import Path
 from serving.core.journal import Journal
 from serving.core.request_log import RequestLog
 from serving.core.request_processor import RequestProcessor
+from serving.edges.front_dialer import LocalFront
 from serving.edges.front_socket import FrontSocket
 from serving.edges.remote_backend import RemoteBackend
+from serving.edges.served_model import ServedModel
 from serving.observability.metrics import Metrics
+from serving.protocol.status import EdgeStatus
 from simulation.byte_tokenizer import byte_tokenizer
+from simulation.hand_model import PREPARED
 from tests.support.recovery_machine import SETTINGS, Machine
+
+SERVED = ServedModel(prepared=PREPARED.to_json(), settings={}, server="one", build="1")
 
 
 class Front:
@@ -23,12 +29,21 @@ class Front:
         self.loop = machine.loop
         self.started: list[int] = []
         self.lost: list[tuple[int, int]] = []
+        """Process ids of edges that have gone, and how many calls they left."""
         processor = RequestProcessor(self.loop, byte_tokenizer(), Metrics(self.loop))
         self._unattended = asyncio.create_task(processor.read_unattended(self.loop.engine.request_log.running()))
         self.socket = FrontSocket(
-            self.loop, processor, on_started=self.started.append, on_lost=lambda *edge: self.lost.append(edge)
+            self.loop, processor, on_started=self._on_started, on_lost=self._on_lost, served=SERVED
         )
         self.loop.connected_edges = lambda: self.socket.edges
+
+    def _on_started(self, edge: EdgeStatus) -> None:
+        self.started.append(edge.pid)
+        self.loop.edge_started(edge)
+
+    def _on_lost(self, edge: EdgeStatus, announced: bool) -> None:
+        self.lost.append((edge.pid, edge.calls))
+        self.loop.edge_lost(edge, announced)
 
     @classmethod
     async def start(cls, folder: Path, before: "Front | None" = None) -> "Front":
@@ -69,7 +84,7 @@ class Front:
 @contextlib.asynccontextmanager
 async def edge(folder: Path) -> AsyncIterator[RemoteBackend]:
     """An edge that serves."""
-    backend = RemoteBackend(folder)
+    backend = RemoteBackend(LocalFront(folder))
     await backend.open()
     backend.serve()
     try:

@@ -8,6 +8,7 @@ import pytest
 
 from serving.edges import messages
 from serving.edges.connection import Connection
+from serving.edges.front_dialer import LocalFront
 from serving.edges.remote_backend import RemoteBackend
 from serving.errors import NoCapacity
 from serving.protocol.request import Call, Finished
@@ -28,7 +29,7 @@ async def front(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Front
 async def test_calls_of_an_edge_that_dies_are_resumed_at_another_one(front: Front) -> None:
     folder, requests = folder_of(front), front.machine.requests
     async with edge(folder) as other, asyncio.timeout(LIMIT_S):
-        dying = RemoteBackend(folder)
+        dying = RemoteBackend(LocalFront(folder))
         await dying.open()
         dying.serve()
         pair = Call(id=requests[0].id, requests=tuple(requests[:2]))
@@ -41,8 +42,8 @@ async def test_calls_of_an_edge_that_dies_are_resumed_at_another_one(front: Fron
         await seen(lambda: all(got.values()))
         assert dying._connection is not None
         dying._connection.abort()
-        assert dying._task is not None
-        dying._task.cancel()
+        assert dying._link._task is not None
+        dying._link._task.cancel()
         await until(lambda: len(front.lost) > 0)
         assert front.lost[0][1] == 1
         found = await other.find_call(pair.id, "")
@@ -58,7 +59,7 @@ async def test_calls_of_an_edge_that_dies_are_resumed_at_another_one(front: Fron
 async def test_what_an_edge_had_not_begun_of_a_call_is_run_too(front: Front) -> None:
     folder, (first, second, *_) = folder_of(front), front.machine.requests
     async with edge(folder) as other, asyncio.timeout(LIMIT_S):
-        dying = RemoteBackend(folder)
+        dying = RemoteBackend(LocalFront(folder))
         await dying.open()
         call, items = Call(id=first.id, requests=(first, second)), []
         dying.register_call(call)
@@ -66,8 +67,8 @@ async def test_what_an_edge_had_not_begun_of_a_call_is_run_too(front: Front) -> 
         await seen(lambda: items)
         assert not front.loop.has_begun(second.id)
         assert dying._connection is not None
-        assert dying._task is not None
-        dying._task.cancel()
+        assert dying._link._task is not None
+        dying._link._task.cancel()
         dying._connection.abort()
         await until(lambda: front.loop.has_begun(second.id))
         for request in (first, second):

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from serving.core.request_processor import RequestProcessor
 from serving.edges import messages
 from serving.edges.connection import Connection
+from serving.edges.front_dialer import LocalFront
 from serving.edges.front_socket import FrontSocket
 from serving.edges.remote_backend import RemoteBackend
 from serving.errors import Draining, InvalidRequest, NoCapacity, StartError, UnknownRequest, Unreachable
 from serving.observability.metrics import Metrics
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.sampling import SamplingParams
+from serving.protocol.status import EdgeStatus
 from serving.protocol.versions import VersionRange
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED, alone
@@ -240,7 +242,7 @@ async def test_questions_wait_for_the_next_front_and_instructions_are_not_repeat
         with pytest.raises(Unreachable, match="kill"):
             await killing
     async with asyncio.timeout(LIMIT_S):
-        impatient = RemoteBackend(folder, wait_s=0.01)
+        impatient = RemoteBackend(LocalFront(folder), wait_s=0.01)
         with pytest.raises(Unreachable, match=r"0\.01 s"):
             await impatient.status()
 
@@ -254,7 +256,7 @@ async def test_watchers_get_the_events_of_every_front(front: Front) -> None:
         second = await Front.start(folder, front)
         try:
             second.loop.events._sequence += 1000  # as the run folder has it
-            second.loop.edge_lost(1, 2)
+            second.loop.edge_lost(EdgeStatus(pid=1, serving=True, calls=2), False)
             while first[-1].kind != "edge_lost":
                 first.append(await anext(events))
             assert first[-1].severity == "bad"
@@ -299,7 +301,7 @@ async def test_an_edge_that_is_refused_does_not_start(tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("run")
     path = str(folder / messages.SOCKET)
     server = await asyncio.get_running_loop().create_unix_server(lambda: Connection(refuse, lambda _: None), path)
-    backend = RemoteBackend(folder)
+    backend = RemoteBackend(LocalFront(folder))
     async with server, asyncio.timeout(LIMIT_S):
         with pytest.raises(StartError, match="version 7 "):
             await backend.open()

@@ -191,16 +191,18 @@ class Pool(_message.Message):
     def __init__(self, name: _Optional[str] = ..., serving: bool = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., ranks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...
 
 class Edge(_message.Message):
-    __slots__ = ("pid", "serving", "calls", "build")
+    __slots__ = ("pid", "serving", "calls", "build", "host")
     PID_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     pid: int
     serving: bool
     calls: int
     build: str
-    def __init__(self, pid: _Optional[int] = ..., serving: bool = ..., calls: _Optional[int] = ..., build: _Optional[str] = ...) -> None: ...
+    host: str
+    def __init__(self, pid: _Optional[int] = ..., serving: bool = ..., calls: _Optional[int] = ..., build: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
 
 class StepShape(_message.Message):
     __slots__ = ("decode", "tiles")
