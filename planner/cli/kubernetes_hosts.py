@@ -1,9 +1,10 @@
-"""Kubernetes manifests of a plan on several hosts: a pod with the front, and a host agent's pod on each host."""
+"""Kubernetes manifests of a plan on several hosts: a pod with the front, a host agent's pod on each host, and edges."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.cli.kubernetes_edges import EDGE_PORT, TLS, edge_arguments, edges
 from planner.cli.kubernetes_parts import (
     KEYS_MOUNT,
     PROBES,
@@ -24,14 +25,16 @@ from planner.cli.kubernetes_parts import (
 from planner.plan.deployment import Deployment
 
 RANK_PORT = 50052
-_TLS = "/rank-tls"
+_TLS = TLS
 _MOUNTS = mounts(rank="/rank", rank_tls=_TLS)
+_EDGE_MOUNT = "              - {name: edge, mountPath: /edge, readOnly: true}"
 _SECRETS = ("rank", "rank-tls")
 
 
 def kubernetes_hosts(deployment: Deployment, settings: Mapping[str, int | str], *, image: str, name: str) -> str:
     """A LeaderWorkerSet whose leader is the front and whose workers are hosts of ranks (`moejax rank --join`), a
-    Service for the leader, a PodDisruptionBudget that lets one pod go at a time, and a NetworkPolicy for the ranks.
+    Service for the leader, where operators reach it, a Deployment of edges with the Service where clients do, a
+    PodDisruptionBudget that lets one pod go at a time, and a NetworkPolicy for the ranks.
 
     Kubernetes restarts a lost worker, which joins again, without a restart of its group. The leader is ready once the
     ranks have joined, so workers must not wait for it to be ready.
@@ -49,6 +52,7 @@ def kubernetes_hosts(deployment: Deployment, settings: Mapping[str, int | str], 
         _front(deployment, settings, image, name),
         _ranks(each, device_limit(deployment.cluster.hardware, each), image, name),
         service(name, f"app: {name}, part: front"),
+        edges(image, name, deployment.workload.name),
         disruption_budget(name, "maxUnavailable: 1"),
         _network_policy(name),
     ]
@@ -62,8 +66,12 @@ def _preparation(hosts: int, name: str) -> str:
 #   moejax keys add NAME --file keys.json; kubectl create secret generic {name}-keys --from-file=keys.json
 #   (umask 077; moejax tokens add pods --file tokens.json > token)
 #   kubectl create secret generic {name}-rank --from-file=tokens.json --from-file=token
-#   a secret {name}-rank-tls with tls.crt, tls.key, ca.crt for *.{name}.NAMESPACE (cert-manager makes such)
-# What ranks exchange (tokens, activations) is not encrypted: a NetworkPolicy keeps it among these pods."""
+#   (umask 077; moejax tokens add edges --file edge/tokens.json > edge/token)
+#   kubectl create secret generic {name}-edge --from-file=edge/tokens.json --from-file=edge/token
+#   a secret {name}-rank-tls with tls.crt, tls.key, ca.crt for *.{name}.NAMESPACE and {name}-front-edges (cert-manager
+#   makes such)
+# Clients reach the Service {name}-edges, operators (moejax status, apply) the Service {name}-front.
+# What ranks exchange (tokens, activations) is not encrypted: a NetworkPolicy keeps it among the front and the ranks."""
 
 
 def _front(deployment: Deployment, settings: Mapping[str, int | str], image: str, name: str) -> str:
@@ -75,16 +83,18 @@ def _front(deployment: Deployment, settings: Mapping[str, int | str], image: str
         f"--rank-tls-cert={_TLS}/tls.crt",
         f"--rank-tls-key={_TLS}/tls.key",
         f"--rank-tls-client-ca={_TLS}/ca.crt",
+        *edge_arguments(),
     ]
     lines = [
         "    leaderTemplate:",
         pod_head(f"app: {name}, part: front", 60, SCRAPED),
         container_head("front", image, serve_arguments(deployment.workload.name, settings, *links)),
-        container_ports(ranks=RANK_PORT),
+        container_ports(ranks=RANK_PORT, edges=EDGE_PORT),
         PROBES,
-        container_end("16Gi", "", [*_MOUNTS, KEYS_MOUNT]),
+        container_end("16Gi", "", [*_MOUNTS, _EDGE_MOUNT, KEYS_MOUNT]),
         "        volumes:",
         secret_volume(name, "keys"),
+        secret_volume(name, "edge"),
         volumes(name, _SECRETS),
     ]
     return "\n".join(lines)
@@ -125,7 +135,8 @@ def _ranks(count: int, device: str, image: str, name: str) -> str:
 
 
 def _network_policy(name: str) -> str:
-    """A NetworkPolicy by which ranks are reached by pods of this server only."""
+    """A NetworkPolicy by which ranks are reached by the front and one another only, and not by edges, which clients of
+    the whole world may reach."""
     return f"""\
 ---
 apiVersion: networking.k8s.io/v1
@@ -139,4 +150,5 @@ spec:
   ingress:
     - from:
         - podSelector:
-            matchLabels: {{app: {name}}}"""
+            matchLabels: {{app: {name}}}
+            matchExpressions: [{{key: part, operator: In, values: [front, ranks]}}]"""

@@ -22,8 +22,8 @@ PROBES = """\
             lifecycle:
               preStop:
                 exec: {command: [sleep, "5"]}  # the Service has noticed by then: no new connection comes"""
-"""Probes of the front's container: it is alive while it answers, and ready while a request can be served. It is asked
-to end only once the Service sends it nothing more."""
+"""Probes of a front's or an edge's container, which opens its ports once a front serves: it is alive while it answers,
+and ready while a request can be served. It is asked to end only once the Service sends it nothing more."""
 KEYS_MOUNT = "              - {name: keys, mountPath: /keys, readOnly: true}"
 SCRAPED = """
         annotations:
@@ -141,14 +141,14 @@ def device_limit(hardware: Hardware, count: int) -> str:
     return "" if hardware.name == "cpu" else f"\n                {resource}: {count}"
 
 
-def service(name: str, labels: str, note: str = "") -> str:
-    """A Service for the fronts that have these labels."""
+def service(name: str, labels: str, note: str = "", of: str = "front") -> str:
+    """A Service where clients reach the pods that have these labels."""
     return f"""\
 ---
 apiVersion: v1
 kind: Service
 metadata:
-  name: {name}-front{note}
+  name: {name}-{of}{note}
 spec:
   selector: {{{labels}}}
   ports:

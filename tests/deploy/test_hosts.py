@@ -32,7 +32,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def found(exported: str) -> dict[str, Any]:
-    return {each["kind"]: each for each in yaml.safe_load_all(exported)}
+    each_of = list(yaml.safe_load_all(exported))
+    services = {each["metadata"]["name"]: each for each in each_of if each["kind"] == "Service"}
+    return {each["kind"]: each for each in each_of} | services
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,12 @@ def container(group: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def options(arguments: list[str]) -> dict[str, Any]:
-    """The options that `moejax rank` parses from a command line; it does not check that files exist."""
+    """The options that `moejax rank` or `edge` parses from a command line; it does not check that files exist."""
     command = main.main.commands[arguments[0]]
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False
-    return command.make_context("rank", arguments[1:]).params
+    return command.make_context(arguments[0], arguments[1:]).params
 
 
 def test_the_file_in_deploy_is_what_the_planner_exports(exported):
@@ -85,12 +87,13 @@ def test_workers_dial_the_port_that_the_front_opens_with_papers_it_asks_for(grou
     assert set(re.findall(r"\$\((\w+)\)", rank["host"])) <= given_variables
 
 
-def test_every_file_that_is_named_is_mounted(group):
-    for part in ("leaderTemplate", "workerTemplate"):
-        mounts = {each["mountPath"]: each["name"] for each in container(group, part)["volumeMounts"]}
-        volumes = {each["name"] for each in group[part]["spec"]["volumes"]}
+def test_every_file_that_is_named_is_mounted(found, group):
+    for pod in (group["leaderTemplate"], group["workerTemplate"], found["Deployment"]["spec"]["template"]):
+        [of_pod] = pod["spec"]["containers"]
+        mounts = {each["mountPath"]: each["name"] for each in of_pod["volumeMounts"]}
+        volumes = {each["name"] for each in pod["spec"]["volumes"]}
         assert set(mounts.values()) == volumes
-        for path in re.findall(r"=(/\S+)", " ".join(container(group, part)["args"])):
+        for path in re.findall(r"=(/\S+)", " ".join(of_pod["args"])):
             assert any(path.startswith(f"{mount}/") for mount in mounts), path
 
 
@@ -105,10 +108,43 @@ def test_a_rank_or_a_host_that_dies_restarts_nothing_else(found, group):
     assert found["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
 
 
-def test_callers_reach_the_front_alone_and_ranks_each_other(found, group):
+def test_edges_find_the_front_and_clients_find_edges_that_are_ready(found, group):
+    settings, deployment = given(container(group, "leaderTemplate")["args"]), found["Deployment"]
+    pod = deployment["spec"]["template"]
+    [edge] = pod["spec"]["containers"]
+    parsed = options(edge["args"])
+    service, _, port = parsed["front"].rpartition(":")
+    assert settings.edge_listen == f"0.0.0.0:{port}"
+    assert settings.edges >= 1, "the front's own probes need an edge beside it"
+    assert settings.edge_tokens
+    assert settings.edge_tokens != settings.rank_tokens
+    assert None not in (parsed["ca"], parsed["cert"], parsed["key"])
+    towards = found[service]["spec"]
+    assert towards["selector"] == group["leaderTemplate"]["metadata"]["labels"]
+    assert towards["publishNotReadyAddresses"], "a front that recovers is not ready, and edges look for it then"
+    names = {each["name"]: each["containerPort"] for each in container(group, "leaderTemplate")["ports"]}
+    assert [(names[each["targetPort"]], each["port"]) for each in towards["ports"]] == [(int(port), int(port))]
+    labels = pod["metadata"]["labels"]
+    assert found["moejax-edges"]["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == labels
+    assert deployment["spec"]["replicas"] >= 2
+    assert edge["readinessProbe"]["httpGet"]["path"] == "/health"
+    assert edge["livenessProbe"]["httpGet"]["path"] == "/live"
+    command, seconds = edge["lifecycle"]["preStop"]["exec"]["command"]
+    assert (command, edge["readinessProbe"]["periodSeconds"] < float(seconds)) == ("sleep", True)
+    assert float(seconds) + float(parsed["grace_s"]) < pod["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_operators_reach_the_front_and_only_the_front_and_ranks_reach_ranks(found, group):
     labels = {part: group[part]["metadata"]["labels"] for part in ("leaderTemplate", "workerTemplate")}
-    assert found["Service"]["spec"]["selector"] == labels["leaderTemplate"]
+    assert found["moejax-front"]["spec"]["selector"] == labels["leaderTemplate"]
     policy = found["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"] == labels["workerTemplate"]
-    let_in = policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
-    assert all(let_in.items() <= each.items() for each in labels.values())
+    let_in = policy["ingress"][0]["from"][0]["podSelector"]
+    [parts] = let_in["matchExpressions"]
+    assert (parts["key"], parts["operator"]) == ("part", "In")
+
+    def is_let_in(each: dict[str, str]) -> bool:
+        return let_in["matchLabels"].items() <= each.items() and each["part"] in parts["values"]
+
+    assert all(is_let_in(each) for each in labels.values())
+    assert not is_let_in(found["Deployment"]["spec"]["template"]["metadata"]["labels"])
