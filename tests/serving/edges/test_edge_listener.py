@@ -16,7 +16,7 @@ import pytest
 from serving.auth.tls import ClientTls
 from serving.config import Settings
 from serving.edges import edge_listener, messages
-from serving.edges.connection import MAX_FRAME_BYTES, Connection
+from serving.edges.connection import GONE_S, MAX_FRAME_BYTES, Connection
 from serving.edges.edge_listener import HELLO_BYTES, MAX_STRANGERS, EdgeListener
 from serving.edges.front_dialer import RemoteFront
 from serving.edges.remote_backend import RemoteBackend
@@ -143,6 +143,20 @@ async def test_an_edge_on_another_host_is_served_and_no_moment_of_one_clock_is_r
             with pytest.raises(NotPermitted, match="another host"):
                 await asked
         await until(lambda: len(front.started) == 1)
+
+
+async def test_both_sides_have_the_kernel_notice_a_host_that_vanishes(tmp_path: Path, files: JoinFiles) -> None:
+    async with served(tmp_path, files) as (front, listener), edge(files, listener.port) as backend:
+        for connection in (backend._connection, *front.socket._edges):
+            assert connection is not None
+            assert connection._transport is not None
+            tcp = connection._transport.get_extra_info("socket")
+            assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            probes_s = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            probes_s += tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) * tcp.getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_KEEPCNT
+            )
+            assert probes_s == GONE_S == tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1e3
 
 
 async def test_fronts_die_and_the_edge_goes_on_at_the_next_one(tmp_path: Path, files: JoinFiles) -> None:
