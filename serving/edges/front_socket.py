@@ -162,7 +162,7 @@ class FrontSocket:
                 if not message.again or edge.id in self._lost:
                     self._lost.discard(edge.id)
                     self._on_started(edge.status)
-            case messages.Leaving():
+            case messages.EdgeEnding():
                 edge.serving, edge.leaving = False, True
             case messages.OpenCall():
                 call = messages.call_of_record(message.call, edge.since)

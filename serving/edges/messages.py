@@ -62,7 +62,7 @@ class Serving(EdgeMessage):
     again: bool = False
 
 
-class Leaving(EdgeMessage):
+class EdgeEnding(EdgeMessage):
     """The edge accepts no more connections, and ends when its calls have ended."""
 
 
@@ -205,7 +205,7 @@ class Goodbye(EdgeMessage):
     """The server is shutting down: no other front of it follows."""
 
 
-FromEdge = Hello | Serving | Leaving | OpenCall | CloseCall | FailRequests | Read | Replay | Watch | Leave | Ask
+FromEdge = Hello | Serving | EdgeEnding | OpenCall | CloseCall | FailRequests | Read | Replay | Watch | Leave | Ask
 FromFront = Welcome | Refused | TokenItem | ScoredItem | FinishedItem | EventItem | Failed | Ended | Answered | Goodbye
 
 METHODS: dict[str, tuple[Any, Any]] = {

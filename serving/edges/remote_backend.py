@@ -20,7 +20,7 @@ from planner.plan.deployment import Deployment
 from serving.edges import messages
 from serving.edges.connection import Connection
 from serving.edges.front_dialer import FrontDialer
-from serving.edges.front_link import FrontLink
+from serving.edges.reconnection import Reconnection
 from serving.edges.served_model import ServedModel
 from serving.edges.stream_reader import StreamReader
 from serving.errors import Draining, Internal, InvalidRequest, MoejaxError, StartError, Unreachable
@@ -49,7 +49,7 @@ class RemoteBackend:
         self.refused = asyncio.Event()
         """Set when a front refuses this edge, for good."""
         self._front = front
-        self._link = FrontLink(front, self._on_frame, self._detach)
+        self._link = Reconnection(front, self._on_frame, self._detach)
         self._wait_s = wait_s
         self._connection: Connection | None = None
         self._opened = self._serving = False
@@ -82,7 +82,7 @@ class RemoteBackend:
         """This edge is to end: no more clients can connect. A front on another host learns it, and the next ones."""
         self._leaving = True
         if self._front.remote:
-            self._send(messages.Leaving())
+            self._send(messages.EdgeEnding())
 
     async def close(self) -> None:
         """End the connection. The front finishes what is open."""
@@ -305,7 +305,7 @@ class RemoteBackend:
         if self._serving:
             self._send(messages.Serving(again=True))
         if self._leaving and self._front.remote:
-            self._send(messages.Leaving())
+            self._send(messages.EdgeEnding())
         self._link.welcomed.set()
 
     def _detach(self) -> None:

@@ -248,7 +248,7 @@ async def test_an_edge_that_connects_again_takes_the_place_of_its_dead_connectio
             connection.send(messages.Serving(again=got is second))
         await until(lambda: len(front.socket._edges) == 1)
         assert front.lost == []
-        connection.send(messages.Leaving())
+        connection.send(messages.EdgeEnding())
         await until(lambda: not front.socket.edges[0].serving)
         connection.close()
         await until(lambda: front.lost)

@@ -13,7 +13,7 @@ WELCOME_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class FrontLink:
+class Reconnection:
     """`run` connects again and again. `on_frame` gets each frame, `on_lost` is called when a connection has ended.
     Whoever reads the frames sets `welcomed` when the front has answered Hello, and clears it in `on_lost`."""
 
