@@ -32,7 +32,7 @@ SETTINGS = (
     "log_level",
     "otlp_endpoint",
 )
-"""The settings of `moejax serve` that an edge has itself. Those that decide what an answer is come from the front."""
+"""The settings of `moejax serve` that an edge has itself. Settings that decide what an answer is are the front's."""
 
 _pem = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -75,8 +75,8 @@ def edge(
     """Serve clients for the front at HOST:PORT until Ctrl-C: this process holds their connections, the front computes.
 
     A front that dies is a pause for them, and this edge waits for the next one. Each setting comes from its flag, else
-    from the environment (MOEJAX_HTTP_PORT and so on), else from the file --config; those that decide what an answer is
-    come from the front.
+    from the environment (MOEJAX_HTTP_PORT and so on), else from the file --config. Settings that decide what an answer
+    is are the front's.
     """
     if not is_address(front):
         raise InvalidRequest(f"--front is {front!r}; it must be HOST:PORT.", param="front")

@@ -68,7 +68,7 @@ class EdgeListener:
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        """Accept no more edges. Those that were admitted stay connected."""
+        """Accept no more edges. The admitted ones stay connected."""
         if self._server is not None:
             self._server.close()
         for connection in list(self._strangers):

@@ -44,7 +44,7 @@ class RemoteBackend:
     def __init__(self, front: FrontDialer, *, wait_s: float = WAIT_S) -> None:
         self.model: ModelInfo
         self.served: ServedModel | None = None
-        """What a front on another host has sent of its model."""
+        """The model as a front on another host has sent it."""
         self.resumable = False
         self.refused = asyncio.Event()
         """Set when a front refuses this edge, for good."""
@@ -322,7 +322,7 @@ class RemoteBackend:
                 answer.set_exception(Unreachable(text))
 
     def _end(self, error: MoejaxError) -> None:
-        """What is open ends with this error, and what is asked before another front is there, if ever one will be."""
+        """End all that is open with this error, and all that is asked before another front is there, if one comes."""
         self._ended = self._ended or error
         self._connection = None
         self._link.welcomed.clear()

@@ -1,4 +1,4 @@
-"""What an edge on another host must know to answer as the edges beside the front do, which read it from the run folder.
+"""The facts by which an edge on another host answers as edges beside the front do, which read them in the run folder.
 
 Settings that decide what an answer is come from the front, so that no two edges can differ in them; an edge's own
 settings are those of its host: ports, keys, TLS, limits and logs.
