@@ -229,6 +229,7 @@ async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> Prep
         dense=settings.dense,
         tensor=settings.tensor,
         kv_cache_type=settings.kv_cache_type,
+        mtp=settings.speculate == "mtp",
     )
     if run is not None:
         run.prepared.write_text(model.to_json())
@@ -258,7 +259,12 @@ async def _weights_in_force(
     log(f"preparing weights version {version.label}, which the journal has, from {version.model}")
     try:
         prepared = await prepare_weights(
-            version.model, model, in_place=settings.in_place, dense=settings.dense, tensor=settings.tensor
+            version.model,
+            model,
+            in_place=settings.in_place,
+            dense=settings.dense,
+            tensor=settings.tensor,
+            mtp=settings.speculate == "mtp",
         )
     except InvalidRequest as error:
         raise StartError(

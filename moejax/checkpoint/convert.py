@@ -51,16 +51,23 @@ ProgressCallback = Callable[[int, int], None]
 
 
 def convert(
-    source: Path, target: Path, *, name: str | None = None, dtype: str | None = None, on_progress: ProgressCallback
+    source: Path,
+    target: Path,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+    on_progress: ProgressCallback,
+    mtp: bool = False,
 ) -> ModelConfig:
-    """Write the model folder `target` from the published folder `source`, replacing what was there.
+    """Write the model folder `target` from the published folder `source`, replacing what was there; with `mtp` also its
+    layer of multi-token prediction.
 
     `dtype` is what weights are stored as; None keeps the published one (bfloat16 for float8 and MXFP4). Memory is
     that of the largest tensor, not of the model. Raises ConfigError or CheckpointError, before anything is written,
     for an architecture that is not served and for tensors that are missing, cut short, or of another shape.
     """
     source, target = Path(source), Path(target)
-    cfg, weights = open_published(source, name)
+    cfg, weights = open_published(source, name, mtp=mtp)
     dtypes = stored_dtypes(cfg, weights, dtype)
     draft = target.parent / f".{target.name}.converting"
     of = fingerprint(source, cfg, dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.checkpoint import TOKENIZERS
-from moejax.checkpoint.families import array_sources, is_unused, read_config
+from moejax.checkpoint.families import WITHOUT_MTP, array_sources, is_unused, read_config
 from moejax.checkpoint.families.source import ArraySource, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
 from moejax.checkpoint.safetensors import SafetensorsFolder
@@ -67,14 +67,19 @@ def check_tensors(cfg: ModelConfig, weights: SafetensorsFolder) -> None:
             )
 
 
-def open_published(source: Path, name: str | None = None) -> tuple[ModelConfig, SafetensorsFolder]:
-    """The model of a published folder and its weights, once everything about them is checked.
+def open_published(
+    source: Path, name: str | None = None, *, mtp: bool = False
+) -> tuple[ModelConfig, SafetensorsFolder]:
+    """The model of a published folder, with its layer of multi-token prediction if `mtp`, and its weights, once
+    everything about them is checked.
 
     Raises ConfigError or CheckpointError for an architecture that is not served, for tensors that are missing, cut
     short or of another shape, and without a tokenizer.
     """
-    cfg = read_config(source, name=name or published_name(source))
+    cfg = read_config(source, name=name or published_name(source), mtp=mtp)
     weights = SafetensorsFolder.open(source)
+    if mtp:
+        _check_mtp(cfg, weights, source)
     check_tensors(cfg, weights)
     if weights.unused:
         print(
@@ -85,6 +90,17 @@ def open_published(source: Path, name: str | None = None) -> tuple[ModelConfig, 
     if not any(file for pattern in TOKENIZERS for file in source.glob(pattern)):
         raise CheckpointError(f"{source} has no tokenizer: none of {', '.join(TOKENIZERS)} is there.")
     return cfg, weights
+
+
+def _check_mtp(cfg: ModelConfig, weights: SafetensorsFolder, source: Path) -> None:
+    """Raise CheckpointError where the layer that config.json names was left out, as some quantised copies do."""
+    needed = (tensor.name for entry in array_sources(cfg) if entry.path.startswith("mtp.") for tensor in entry.tensors)
+    for name in needed:
+        if name not in weights.names():
+            raise CheckpointError(
+                f"{source} has no tensor {name}: its config.json names a layer of multi-token prediction, whose "
+                f"weights are not there. {WITHOUT_MTP}"
+            )
 
 
 def stored_dtypes(cfg: ModelConfig, weights: SafetensorsFolder, dtype: str | None) -> dict[str, np.dtype]:

@@ -46,14 +46,17 @@ INT4_EXPERTS = "int4_experts"
 """Its field that says whether ranks can hold the experts in int4 as they are published."""
 
 
-def record_checksums(source: Path, target: Path, *, name: str, on_progress: Callable[[int, int], None]) -> None:
+def record_checksums(
+    source: Path, target: Path, *, name: str, on_progress: Callable[[int, int], None], mtp: bool = False
+) -> None:
     """Read every number of a published folder once, and write configuration, checksums and tokenizer to the folder
-    `target`. `on_progress` is called with the bytes done and the total bytes.
+    `target`; with `mtp` also those of the layer of multi-token prediction. `on_progress` is called with the bytes done
+    and the total bytes.
 
     Raises ConfigError or CheckpointError, before any weight is read, for what `open_published` checks.
     """
     source = Path(source).absolute()
-    cfg, weights = open_published(source, name)
+    cfg, weights = open_published(source, name, mtp=mtp)
     dtypes = stored_dtypes(cfg, weights, None)
     about: dict[str, Any] = {"folder": str(source), "fingerprint": fingerprint(source, cfg, None)}
     int4_experts = has_int4_experts(cfg, weights)
@@ -105,7 +108,7 @@ class PublishedStore(ChecksummedWeights):
         manifest.check_config(cfg, folder)
         about = json.loads((folder / SOURCE).read_text())
         source = Path(about["folder"])
-        if fingerprint(source, read_config(source, name=cfg.name), None) != about["fingerprint"]:
+        if fingerprint(source, read_config(source, name=cfg.name, mtp=cfg.mtp), None) != about["fingerprint"]:
             raise CheckpointError(f"{source} has changed since its checksums were recorded in {folder}. Start again.")
         store = cls(folder, cfg, manifest, SafetensorsFolder.open(source))
         store.int4_experts = about.get(INT4_EXPERTS, False)

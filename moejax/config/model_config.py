@@ -58,6 +58,9 @@ class ModelConfig:
     `state_layers` have a gated delta net in place of attention: their context is a state of the request instead of keys
     and values of its positions (`moejax.config.layer_states`).
 
+    With `mtp` one more layer follows, of the kind of the last: it drafts the token after the next (`moejax.model.mtp`),
+    is chosen when a model is served, and `n_layers` does not count it.
+
     With `tensor` > 1 this is one tp shard of a model (`tp_shard`): heads are those of one rank of a tensor group.
     """
 
@@ -107,6 +110,7 @@ class ModelConfig:
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
     shard_dense: bool = False
+    mtp: bool = False
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -128,7 +132,7 @@ class ModelConfig:
         for field in ("dense_layers", "full_layers", "unrotated_layers", "state_layers"):
             if beyond := [i for i in getattr(self, field) if not 0 <= i < self.n_layers]:
                 raise ConfigError(f"{field} names layer {beyond[0]} in a model of {self.n_layers} layers (0 is first).")
-        if self.moe is not None and "moe" not in self.layer_kinds:
+        if self.moe is not None and "moe" not in self._main_kinds:
             raise ConfigError(
                 f"{self.name} has experts, but none of its {self.n_layers} layers is routed: moe_every is "
                 f"{self.moe_every}, dense_layers are {list(self.dense_layers)}. Leave a layer routed, or leave out moe."
@@ -152,6 +156,11 @@ class ModelConfig:
             self._check_indexer(self.indexer)
         if self.delta_net is not None or self.state_layers:
             self._check_state_layers()
+        if self.mtp and (self.state_layers or self.norm != "rms"):
+            raise ConfigError(
+                f"mtp is true, but {self.name} has state_layers {list(self.state_layers)} and norm {self.norm!r}; a "
+                "layer of multi-token prediction needs attention in all layers and norm 'rms'."
+            )
         if self.shard_dense:
             self._check_sharded_dense()
 
@@ -210,6 +219,11 @@ class ModelConfig:
                 f"tensor is {tensor}, but the heads of {self.name} share one latent, which every rank of a group would "
                 "hold whole. Serve it with tensor 1."
             )
+        if self.mtp:
+            raise ConfigError(
+                f"tensor is {tensor}, and the layer of {self.name} that drafts tokens (mtp) is not sharded yet. Serve "
+                "it with tensor 1, or with --speculate ngram."
+            )
         if self.state_layers:
             raise ConfigError(
                 f"tensor is {tensor}, but {self.name} has layers whose context is a state, which is not sharded yet. "
@@ -261,9 +275,14 @@ class ModelConfig:
         return sum(k), sum(v)
 
     @property
+    def depth(self) -> int:
+        """Number of layers, with that of multi-token prediction, which is the last of them."""
+        return self.n_layers + self.mtp
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that have keys and values in the cache, ascending."""
-        return tuple(i for i in range(self.n_layers) if i not in self.state_layers)
+        return tuple(i for i in range(self.depth) if i not in self.state_layers)
 
     @property
     def state_elements(self) -> int:
@@ -273,7 +292,8 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The positions that each layer sees, None for all."""
-        return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers))
+        drafts = (None,) if self.mtp else ()
+        return tuple(None if i in self.full_layers else self.window for i in range(self.n_layers)) + drafts
 
     @property
     def _dense_kind(self) -> LayerKind:
@@ -282,7 +302,12 @@ class ModelConfig:
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer, in order."""
+        """The kind of each layer, in order; that of multi-token prediction is the last."""
+        drafts: tuple[LayerKind, ...] = ("dense" if self.moe is None else "moe",) if self.mtp else ()
+        return self._main_kinds + drafts
+
+    @property
+    def _main_kinds(self) -> tuple[LayerKind, ...]:
         plain = self._dense_kind
         if self.moe is None:
             return (plain,) * self.n_layers
@@ -291,10 +316,15 @@ class ModelConfig:
 
     @property
     def segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+        """The main segments; and the layer of multi-token prediction as one of its own, the last."""
+        return self.main_segments + (((self.layer_kinds[-1:], 1),) if self.mtp else ())
+
+    @property
+    def main_segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
         """The layers as (pattern, repeats): one scan each. 7 layers, every third routed:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
-        kinds = self.layer_kinds
+        kinds = self._main_kinds
         if self.state_layers:
             return self._mixed_segments(kinds)
         whole: tuple[LayerKind, ...] = (self._dense_kind,) * (self.moe_every - 1) + ("moe",)
@@ -349,6 +379,8 @@ class ModelConfig:
         values = {_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
         if self.cache_format == "float32":
             del values["cache_format"]  # which earlier releases do not read
+        if not self.mtp:  # so that what versions before this field wrote stays the same
+            del values["mtp"]
         return json.dumps(values, indent=2)
 
     @classmethod

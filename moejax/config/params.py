@@ -125,8 +125,20 @@ class Layer:
 
 
 @struct.dataclass
+class MTPWeights:
+    """The parts of multi-token prediction besides its layer: norms of the embedding and of the hidden state `[D]`, the
+    projection of both, one after the other, to the layer's input `[D, 2D]`, and the norm before the head `[D]`."""
+
+    token_norm: Any
+    hidden_norm: Any
+    project: Any
+    norm: Any
+
+
+@struct.dataclass
 class Params:
-    """A whole model. `segments[i][j]` is position j of segment i's pattern, its leaves stacked over repeats."""
+    """A whole model. `segments[i][j]` is position j of segment i's pattern, its leaves stacked over repeats. With `mtp`
+    the last segment is the layer of multi-token prediction."""
 
     embed: Any
     final_norm: Any
@@ -134,6 +146,7 @@ class Params:
     segments: tuple[tuple[Layer, ...], ...]
     final_norm_bias: Any = None
     head_bias: Any = None
+    mtp: MTPWeights | None = None
 
     @property
     def logits(self) -> "Head":
@@ -181,7 +194,19 @@ def param_specs(cfg: ModelConfig) -> Params:
         ),
         final_norm_bias=ParamSpec((D,), ("model",), BIAS_STD) if layer_norm else None,
         head_bias=ParamSpec((V,), ("vocab",), BIAS_STD) if cfg.head_bias else None,
+        mtp=_mtp(D) if cfg.mtp else None,
     )
+
+
+def _mtp(D: int) -> MTPWeights:
+    norm = ParamSpec((D,), ("model",), 0)
+    project = ParamSpec((D, 2 * D), ("model", "pair"), 0.02)
+    return MTPWeights(token_norm=norm, hidden_norm=norm, project=project, norm=norm)
+
+
+def without_mtp(params: Params) -> Params:
+    """The parameters without multi-token prediction."""
+    return params if params.mtp is None else dataclasses.replace(params, mtp=None, segments=params.segments[:-1])
 
 
 def has_state(cfg: ModelConfig, position: Position) -> bool:

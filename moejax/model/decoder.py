@@ -87,7 +87,7 @@ def step(
     x_RD = embed(params, inputs, cfg)
     new_kv, new_states, loads = [], [], []
     depth = moe_depth = 0
-    for segment, (pattern, repeats) in zip(params.segments, cfg.segments, strict=True):
+    for segment, (pattern, repeats) in zip(params.segments, cfg.main_segments, strict=False):
         moe_in_pattern = sum(map(in_slots, pattern))
         these = slice(moe_depth, moe_depth + repeats * moe_in_pattern)
         routes = expert_to_slot[these].reshape(repeats, moe_in_pattern, expert_to_slot.shape[1])
@@ -128,7 +128,10 @@ def step(
     if group is not None:
         finite_R, group_inputs = finite_in_group(finite_R, group, shape.exchange), group.packed
     return StepOutputs(
-        hidden=tag_nonfinite(hidden_RD, finite_R, inputs), new_kv=new, expert_load=load, group_inputs=group_inputs
+        hidden=tag_nonfinite(hidden_RD, finite_R, inputs, keep=cfg.mtp),
+        new_kv=new,
+        expert_load=load,
+        group_inputs=group_inputs,
     )
 
 
@@ -154,8 +157,9 @@ def rows_needed(inputs: StepInputs, index: Int[ArrayLike, ""], cfg: ModelConfig)
     """The inputs for what follows the keys and values of layer `index`.
 
     After the last layer's keys and values only rows that are sampled or scored are needed; the others become padding.
+    With a layer of multi-token prediction, which takes every row of the main model, it is the last.
     """
-    wanted_R = (index < cfg.n_layers - 1) | (inputs.read > 0)
+    wanted_R = (index < cfg.depth - 1) | (inputs.read > 0)
     return dataclasses.replace(inputs, positions=jnp.where(wanted_R, inputs.positions, -1))
 
 
@@ -168,12 +172,14 @@ def is_finite(new_kv: KVCache, bucket: Bucket) -> Bool[ArrayLike, " R"]:
 
 
 def tag_nonfinite(
-    hidden_RD: Float[ArrayLike, "R D"], finite_R: Bool[ArrayLike, " R"], inputs: StepInputs
+    hidden_RD: Float[ArrayLike, "R D"], finite_R: Bool[ArrayLike, " R"], inputs: StepInputs, *, keep: bool = False
 ) -> Float[ArrayLike, "R D"]:
-    """The rows of `hidden` that are read; of the others zeros, or not-a-number where the row, or its keys or values in
-    the last layer, are not finite. So the host notices before the step is committed to the cache."""
+    """The rows of `hidden` that are read; of the others zeros, or the rows with `keep`, and not-a-number where the row,
+    or its keys or values in the last layer, are not finite. So the host notices before the step is committed to the
+    cache."""
     finite_R = jnp.isfinite(hidden_RD).all(-1) & finite_R
-    return jnp.where(inputs.read[:, None] > 0, hidden_RD, jnp.where(finite_R, 0.0, jnp.nan)[:, None])
+    unread_RD = jnp.where(finite_R[:, None], hidden_RD if keep else 0.0, jnp.nan)
+    return jnp.where(inputs.read[:, None] > 0, hidden_RD, unread_RD)
 
 
 def last_norm(x_RD: Float[ArrayLike, "R D"], params: Params, cfg: ModelConfig) -> Float[ArrayLike, "R D"]:

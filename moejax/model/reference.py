@@ -56,11 +56,29 @@ def forward(
     if cfg.shard_dense:
         raise ConfigError(f"the dense layers of {cfg.name} are sharded; give the model from which it was made.")
     B, T = tokens_BT.shape
+    x_BTD, routing = hidden_states(params, cfg, tokens_BT, alive_LE=alive_LE, capacity=capacity)
+    head = params.logits
+    logits_BTV = row_dot(x_BTD.reshape(B * T, -1), head.weight).reshape(B, T, -1)
+    if head.bias is not None:
+        logits_BTV = logits_BTV + head.bias
+    return logits_BTV, routing
+
+
+def hidden_states(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_BT: Int[ArrayLike, "B T"],
+    *,
+    alive_LE: Bool[ArrayLike, "L E"] | None = None,
+    capacity: int | None = None,
+) -> tuple[Float[jax.Array, "B T D"], Routing]:
+    """The rows that the head takes, and the routing; arguments as for `forward`."""
+    B, T = tokens_BT.shape
     if alive_LE is None:
         alive_LE = jnp.ones((cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 1), bool)
     x_BTD = params.embed[tokens_BT] * cfg.embed_scale
     routings, first, depth = [], 0, 0
-    for (pattern, repeats), layers in zip(cfg.segments, params.segments, strict=True):
+    for (pattern, repeats), layers in zip(cfg.main_segments, params.segments, strict=False):
         routed = pattern.count("moe")
         alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, alive_LE.shape[1])
         first += repeats * routed
@@ -71,12 +89,33 @@ def forward(
         if routed:
             routings.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing))
     x_BTD = norm(x_BTD, params.final_norm, params.final_norm_bias, cfg.norm_eps) * cfg.logit_scale
-    head = params.logits
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *routings) if routings else None
-    logits_BTV = row_dot(x_BTD.reshape(B * T, -1), head.weight).reshape(B, T, -1)
-    if head.bias is not None:
-        logits_BTV = logits_BTV + head.bias
-    return logits_BTV, joined or Routing(jnp.zeros((0, B * T, 1), jnp.int32), jnp.zeros((0,)))
+    return x_BTD, joined or Routing(jnp.zeros((0, B * T, 1), jnp.int32), jnp.zeros((0,)))
+
+
+def draft_logits(
+    params: Params,
+    cfg: ModelConfig,
+    hidden_BTD: Float[ArrayLike, "B T D"],
+    follow_BT: Int[ArrayLike, "B T"],
+    *,
+    capacity: int | None = None,
+) -> tuple[Float[jax.Array, "B T V"], Routing | None]:
+    """Logits of the token after the next by the layer of multi-token prediction (`moejax.model.mtp`), from the rows
+    that the head takes and the token that follows each, and the layer's routing."""
+    B, T, D = hidden_BTD.shape
+    mtp, pattern = params.mtp, cfg.layer_kinds[-1:]
+    assert mtp is not None
+    embedded = norm(params.embed[follow_BT] * cfg.embed_scale, mtp.token_norm, None, cfg.norm_eps)
+    hidden = norm(hidden_BTD, mtp.hidden_norm, None, cfg.norm_eps)
+    rows = jnp.concatenate([embedded, hidden], axis=-1).reshape(B * T, -1)
+    x_BTD = row_dot(rows, mtp.project).reshape(B, T, D)
+    layers = jax.tree.map(lambda leaf: leaf[0], params.segments[-1])
+    alive_LE = jnp.ones((1, cfg.moe.experts if cfg.moe else 1), bool)
+    x_BTD, routing = _pattern(cfg, pattern, capacity, x_BTD, (layers, alive_LE, jnp.array([cfg.n_layers])))
+    x_TD = norm(x_BTD, mtp.norm, None, cfg.norm_eps).reshape(B * T, D)
+    logits_TV = row_dot(x_TD, params.logits.weight)
+    return (logits_TV if params.logits.bias is None else logits_TV + params.logits.bias).reshape(B, T, -1), routing
 
 
 def _pattern(

@@ -25,6 +25,7 @@ from moejax.config.params import (
     Position,
     expert_specs,
     param_specs,
+    without_mtp,
 )
 from moejax.model.tensor_parallel import tp_shard_of
 from moejax.runtime.host_weights import empty_slots, expert_from_bytes, to_host_weights
@@ -325,6 +326,7 @@ class LiveArrays:
 def _read_common(cfg: ModelConfig, source: WeightSource, sums: WeightChecksums, shard: int) -> Params:
     """The weights that every rank has, or their tp shard, from a source; `sums` takes their checksums."""
     values = source.non_expert_params()
+    values = values if cfg.mtp else without_mtp(values)
     if cfg.tensor > 1:
         values = tp_shard_of(values, shard, cfg)
     weights = to_host_weights(cfg, param_specs(cfg), values)

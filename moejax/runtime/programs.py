@@ -19,6 +19,7 @@ from moejax.config.weight_formats import weight_shape
 from moejax.model.decoder import StepOutputs
 from moejax.model.exchange import Exchange
 from moejax.model.logits import LogitsAdjustments, mask_words
+from moejax.model.mtp import DraftOutputs
 from moejax.model.stages import RolesShape
 from moejax.model.step_shape import StepShape
 from moejax.runtime import steps
@@ -37,6 +38,8 @@ class ModelShape:
     pages: int
     shared_memory: bool = False
     """The ranks are processes of one machine and exchange through memory that they share."""
+    drafts: int = 1
+    """Tokens that a layer of multi-token prediction drafts for each request in a step, if the model has one."""
 
     @property
     def entries(self) -> int:
@@ -78,8 +81,8 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
 
 
 class MeshPrograms:
-    """The step programs of every bucket over one mesh, each loaded at its first use, and the exchange that connects
-    it."""
+    """The step programs of every bucket over one mesh, each loaded at its first use, with those that draft if the model
+    has a layer for it, and the exchange that connects it."""
 
     def __init__(self, shape: ModelShape, devices: Sequence[JaxDevice], slots: int, store: ExecutableStore) -> None:
         self.mesh = make_mesh(devices)
@@ -88,6 +91,7 @@ class MeshPrograms:
         self._store = store
         connect, *self._lowerings = mesh_lowerings(shape, devices, slots)
         self._connect = load_program(store, connect, self._devices)
+        self._drafts: dict[int, Callable[..., DraftOutputs]] = {}
         self._steps: dict[int, Callable[..., StepOutputs]] = {}
         self._lock = threading.Lock()
 
@@ -98,6 +102,20 @@ class MeshPrograms:
                 self._steps[bucket] = load_program(self._store, self._lowerings[bucket], self._devices)
             return self._steps[bucket]
 
+    def draft(self, bucket: int) -> Callable[..., DraftOutputs]:
+        """The program of the bucket of this index that drafts, from a step's arguments, its outputs and the tokens that
+        this rank sampled `[Z]`. From any thread."""
+        with self._lock:
+            if bucket not in self._drafts:
+                lowering = self._lowerings[len(self._lowerings) // 2 + bucket]
+                self._drafts[bucket] = load_program(self._store, lowering, self._devices)
+            program = self._drafts[bucket]
+
+        def run(arguments: steps.StepArguments, outputs: StepOutputs, tokens: jax.Array) -> DraftOutputs:
+            return program(arguments, outputs, global_array(self.mesh, steps.SHARDED, tokens))
+
+        return run
+
     def connect(self, me: JaxDevice) -> None:
         """Run the smallest exchange; every rank of the mesh must do so."""
         row = jax.device_put(np.zeros((1, self.mesh.size), np.float32), me)
@@ -105,7 +123,8 @@ class MeshPrograms:
 
 
 def mesh_lowerings(shape: ModelShape, devices: Sequence[JaxDevice], slots: int) -> Iterator[Lowering]:
-    """Name and lowering of each program of a mesh: the connecting exchange, then a step per bucket."""
+    """Name and lowering of each program of a mesh: the connecting exchange, then a step per bucket, then, with a layer
+    of multi-token prediction, drafts per bucket."""
     mesh, n = make_mesh(devices), len(devices)
     yield connect_lowering(shape, devices)
     for bucket in shape.buckets:
@@ -115,6 +134,27 @@ def mesh_lowerings(shape: ModelShape, devices: Sequence[JaxDevice], slots: int) 
         yield (
             executable_name("step", step, shape.entries, shape.states),
             lambda a=arguments, s=step: steps.run_step.lower(a, shape=s, mesh=mesh),
+        )
+    if shape.cfg.mtp:
+        yield from draft_lowerings(shape, devices, slots)
+
+
+def draft_lowerings(shape: ModelShape, devices: Sequence[JaxDevice], slots: int) -> Iterator[Lowering]:
+    """Name and lowering of the drafts after a step, per bucket."""
+    mesh, n = make_mesh(devices), len(devices)
+    for bucket in shape.buckets:
+        step = shape.step(bucket, n, slots)
+        spec, on_mesh = steps.partition(step), lambda a, s: _global_shape(mesh, s, a)
+        arguments = jax.tree.map(on_mesh, steps.local_shapes(step, shape.entries), spec)
+        outputs = steps.draft_shapes(step)
+        specs = dataclasses.replace(outputs, hidden=steps.SHARDED, new_kv=spec.cache, expert_load=steps.SHARDED)
+        outputs = jax.tree.map(on_mesh, outputs, specs)
+        tokens = on_mesh(jax.ShapeDtypeStruct((bucket.segments,), jnp.int32), steps.SHARDED)
+        yield (
+            executable_name("draft", step, shape.entries, shape.drafts),
+            lambda a=arguments, o=outputs, t=tokens, s=step: steps.run_draft.lower(
+                a, o, t, shape=s, mesh=mesh, drafts=shape.drafts
+            ),
         )
 
 

@@ -1,5 +1,6 @@
 """Every `jax.jit` of a rank, made at import. The docstrings say which arguments are donated."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -21,6 +22,7 @@ from moejax.model.disaggregated import StageInputs, StageOutputs, answer_rows, a
 from moejax.model.exchange import Exchange, all_to_all
 from moejax.model.layers import row_dot
 from moejax.model.logits import LogitsAdjustments
+from moejax.model.mtp import DraftOutputs, draft
 from moejax.model.sampling import sample, sample_adjusted, score
 from moejax.model.stages import RolesShape, Stage
 from moejax.model.step_shape import StepShape
@@ -111,6 +113,44 @@ def run_step(arguments: StepArguments, *, shape: StepShape, mesh: Mesh) -> StepO
         group_inputs=PartitionSpec(RANKS) if in_groups else None,
     )
     return jax.shard_map(local, mesh=mesh, in_specs=(partition(shape),), out_specs=outputs, check_vma=False)(arguments)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "mesh", "drafts"))
+def run_draft(
+    arguments: StepArguments,
+    outputs: StepOutputs,
+    tokens: Int[ArrayLike, " nZ"],
+    *,
+    shape: StepShape,
+    mesh: Mesh,
+    drafts: int,
+) -> DraftOutputs:
+    """The drafts after a step with these outputs and sampled `tokens`, over `mesh`; see `mtp.draft`. Contains
+    collectives, reads everything, donates nothing."""
+
+    def local(a: StepArguments, step: StepOutputs, sampled_Z: Int[ArrayLike, " Z"]) -> DraftOutputs:
+        inputs = unpack(a.packed, shape.bucket)
+        return draft(a.params, a.cache, a.expert_to_slot[0], inputs, step, sampled_Z, shape, drafts)
+
+    kv = _cache_partition(shape)
+    specs = (
+        partition(shape),
+        StepOutputs(hidden=SHARDED, new_kv=kv, expert_load=SHARDED, group_inputs=None),
+        SHARDED,
+    )
+    after = DraftOutputs(drafts=SHARDED, new_kv=kv, expert_load=SHARDED)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=after, check_vma=False)
+    return run(arguments, outputs, tokens)
+
+
+def draft_shapes(shape: StepShape) -> StepOutputs:
+    """The shape of one rank's shard of the outputs that `run_draft` takes."""
+    main = dataclasses.replace(shape.cfg, mtp=False)
+    return StepOutputs(
+        hidden=jax.ShapeDtypeStruct((shape.bucket.rows, main.d_model), jnp.float32),
+        new_kv=cache_shapes(main, shape.bucket.rows),
+        expert_load=jax.ShapeDtypeStruct((main.n_moe_layers, main.moe.experts if main.moe else 0), jnp.int32),
+    )
 
 
 def _logits(head: Head, hidden_TD: Float[ArrayLike, "T D"]) -> Float[jax.Array, "T V"]:

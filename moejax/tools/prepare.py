@@ -1,6 +1,6 @@
 """Makes a model ready to serve: finds or builds its folder and copies its weights into the host's memory.
 
-    python -m moejax.tools.prepare MODEL FORMAT [in-place|sharded|replicated [TENSOR [CACHE [LIKE]]]]
+    python -m moejax.tools.prepare [--mtp] MODEL FORMAT [in-place|sharded|replicated [TENSOR [CACHE [LIKE]]]]
 
 Progress on standard error, one line of JSON on standard output.
 
@@ -36,12 +36,21 @@ from moejax.tools.rank_format import (
 from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
 from moejax.tools.same_model import check_same_dtypes, check_same_model, unused_files
 
+MTP = "--mtp"
+"""The flag that asks for the layer of multi-token prediction."""
 BESIDE_STEPS = 10
 """Niceness of this process while the model that it is compared with is served on this machine."""
 
 
 def prepare(
-    name: str, weights: str = "float32", how: str = "", tensor: str = "1", cache: str = AUTO, like: str = ""
+    name: str,
+    weights: str = "float32",
+    how: str = "",
+    tensor: str = "1",
+    cache: str = AUTO,
+    like: str = "",
+    *,
+    mtp: bool = False,
 ) -> dict[str, object]:
     """Prepare a model and describe it for the front.
 
@@ -50,18 +59,19 @@ def prepare(
     Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
     `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
     folders before anything is converted. With `like`, the folder of another model, raises ConfigError or
-    CheckpointError, also before that, unless both differ in their weights alone.
+    CheckpointError, also before that, unless both differ in their weights alone. With `mtp` the model has its layer of
+    multi-token prediction; raises ConfigError or CheckpointError for one that has none.
     """
     if like:
         check_same_model(Path(name), Path(like), sharded=how == "sharded")
     if is_published(Path(name)):
-        read_config(Path(name)).tp_shard(int(tensor))
+        read_config(Path(name), mtp=mtp).tp_shard(int(tensor))
     store: HostStore | PublishedStore
     if how == "in-place" and is_published(Path(name)):
-        folder = ensure_checksums(Path(name))
+        folder = ensure_checksums(Path(name), mtp=mtp)
         store = PublishedStore.open(folder)
     else:
-        folder = ensure_model(name)
+        folder = ensure_model(name, mtp=mtp)
         if how == "sharded":
             folder = ensure_sharded_dense(folder)
         store = HostStore.create(folder)
@@ -75,7 +85,7 @@ def prepare(
     elif as_published:
         keeps = isinstance(store, PublishedStore) and store.int4_experts
         weights = "int4-experts" if keeps else format_as_stored(store.cfg, store.dtypes, published)
-    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights, cache_format=cache)
+    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights, cache_format=cache, mtp=mtp)
     cfg.tp_shard(int(tensor))
     in_place = isinstance(store, PublishedStore)
     own = as_published and published is None and not in_place
@@ -96,7 +106,7 @@ def prepare(
         "original_context": cfg.original_context,
         "stop_tokens": cfg.stop_tokens,
         "bos_token": cfg.bos_token,
-        "layers": cfg.n_layers,
+        "layers": cfg.depth,
         "moe_layers": cfg.n_moe_layers,
         "divided_layers": cfg.sharded_layers,
         "experts": moe.experts if moe else 0,
@@ -142,11 +152,12 @@ def _build_kernels() -> None:
 
 def main() -> int:
     """Prepare the model named on the command line; the exit status is 1 with one line of cause when it cannot be."""
-    if len(sys.argv) > len(("program", "MODEL", "FORMAT", "HOW", "TENSOR", "CACHE")):
+    given = [each for each in sys.argv[1:] if each != MTP]
+    if len(given) > len(("MODEL", "FORMAT", "HOW", "TENSOR", "CACHE")):
         os.nice(BESIDE_STEPS)
     try:
         _build_kernels()
-        print(json.dumps(prepare(*sys.argv[1:])))
+        print(json.dumps(prepare(*given, mtp=MTP in sys.argv)))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

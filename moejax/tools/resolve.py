@@ -12,8 +12,9 @@ from pathlib import Path
 from moejax.checkpoint.checkpoint import PARAMS, TOKENIZERS, CheckpointError, exclusive
 from moejax.checkpoint.convert import convert, progress
 from moejax.checkpoint.download import cache_folder
-from moejax.checkpoint.families import read_config
+from moejax.checkpoint.families import WITHOUT_MTP, read_config
 from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.mtp_head import HEAD, join_head
 from moejax.checkpoint.published import fingerprint, published_name
 from moejax.checkpoint.published_store import record_checksums
 from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
@@ -29,13 +30,20 @@ RECIPE = 3
 """Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 
 
-def ensure_model(name_or_path: str | Path) -> Path:
-    """The folder of a model, made first if need be.
+def ensure_model(name_or_path: str | Path, *, mtp: bool = False) -> Path:
+    """The folder of a model, made first if need be; with `mtp` one with its layer of multi-token prediction.
 
     Raises AssetUnavailable when the default model cannot be fetched, CheckpointError when there is no such
     model or its weights are not those of its configuration, ConfigError on a preset that cannot be and on an
     architecture that is not served.
     """
+    if is_published(Path(name_or_path)):
+        return ensure_converted(Path(name_or_path), mtp=mtp)
+    folder = _ensure_own(str(name_or_path))
+    return ensure_mtp(folder) if mtp else folder
+
+
+def _ensure_own(name_or_path: str) -> Path:
     if str(name_or_path) == "tiny":
         return checked_folder(shipped("models/tiny"))
     if str(name_or_path) == "smollm2-moe":
@@ -43,8 +51,6 @@ def ensure_model(name_or_path: str | Path) -> Path:
         return ensure_smollm2(load_split(preset), load_distillation(preset))
     if str(name_or_path) == "bench-mixtral":
         return ensure_random(shipped("configs/presets/bench-mixtral.toml"))
-    if is_published(Path(name_or_path)):
-        return ensure_converted(Path(name_or_path))
     return checked_folder(Path(name_or_path))
 
 
@@ -59,27 +65,43 @@ def is_published(folder: Path) -> bool:
         return False
 
 
-def ensure_converted(published: Path) -> Path:
+def ensure_mtp(folder: Path) -> Path:
+    """The folder of the same model with its layer of multi-token prediction (`moejax.checkpoint.mtp_head`), from the
+    cache or made there; the folder itself if it has that layer. Raises CheckpointError for a model without one."""
+    cfg = ModelConfig.load(folder)
+    if cfg.mtp:
+        return folder
+    head = folder / HEAD
+    if not head.is_dir():
+        raise CheckpointError(f"{cfg.name} has no layer of multi-token prediction: {head} is not there. {WITHOUT_MTP}")
+    joined = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-mtp-{content_hash(head)}"
+    with exclusive(joined):
+        if not joined.is_dir():
+            join_head(folder, head, joined)
+    return checked_folder(joined)
+
+
+def ensure_converted(published: Path, *, mtp: bool = False) -> Path:
     """A published folder converted to our form, from the cache or made there; made again when one of its files
     changes."""
     name = published_name(published)
-    cfg = read_config(published, name=name)
+    cfg = read_config(published, name=name, mtp=mtp)
     folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}"
     if not folder.is_dir():
         with progress(f"Converting {name}, once") as on_progress:
-            convert(published, folder, name=name, on_progress=on_progress)
+            convert(published, folder, name=name, on_progress=on_progress, mtp=mtp)
     return checked_folder(folder)
 
 
-def ensure_checksums(published: Path) -> Path:
+def ensure_checksums(published: Path, *, mtp: bool = False) -> Path:
     """The checksums with which a published folder is read in place (`moejax.checkpoint.published_store`), from the
     cache or made there; made again when one of its files changes."""
     name = published_name(published)
-    cfg = read_config(published, name=name)
+    cfg = read_config(published, name=name, mtp=mtp)
     folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-in-place"
     if not folder.is_dir():
         with progress(f"Noting the checksums of {name}, once") as on_progress:
-            record_checksums(published, folder, name=name, on_progress=on_progress)
+            record_checksums(published, folder, name=name, on_progress=on_progress, mtp=mtp)
     return folder
 
 

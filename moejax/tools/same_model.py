@@ -17,8 +17,9 @@ from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.tools.resolve import is_published
 
-NOT_COMPARED = frozenset({"name", "weights"})
-"""Fields of the configuration that may differ: new weights are held in the format of the old ones."""
+NOT_COMPARED = frozenset({"name", "weights", "mtp"})
+"""Fields of the configuration that may differ: new weights are held in the format of the old ones, and with a layer of
+multi-token prediction if those have it."""
 SERVED_FILES = (
     "chat_template.jinja",
     "chat_template.json",

@@ -1,7 +1,10 @@
-"""Train a small model on the three-domain text: `moejax train`.
+"""Train a small model on the three-domain text: `moejax train`; or the layer with which a model drafts: `--mtp FOLDER`.
 
 A run is a function of its preset: batches are drawn by (seed, step), so a run that was stopped and resumed
 ends with the model of a run that was not. AdamW with a warm-up and a cosine, and the routers' balance loss.
+
+A layer of multi-token prediction learns the token after the next from the model's hidden states (arXiv 2412.19437,
+section 2.2); the model itself does not change, in no bit.
 """
 
 import argparse
@@ -30,12 +33,13 @@ from rich.progress import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moejax.checkpoint.checkpoint import read_params, replace_folder, save_model, write_params
+from moejax.checkpoint.checkpoint import load_params, read_params, replace_folder, save_model, write_params
+from moejax.checkpoint.mtp_head import HEAD, save_head
 from moejax.config.axes import ArrayLike
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import Params, init_params
-from moejax.model.reference import forward, next_token_losses
+from moejax.config.params import Layer, MTPWeights, Params, init_params
+from moejax.model.reference import draft_logits, forward, hidden_states, next_token_losses
 from moejax.tools.corpus import Domain, load_domains
 from moejax.tools.score import bits_per_byte
 from planner.inputs.shipped import shipped
@@ -44,6 +48,10 @@ PRESETS = shipped("configs/presets")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = 6000
 """Characters of held-out text kept with the model."""
+CHECKED = 500
+"""Tokens of held-out text on which drafts are counted."""
+DraftLayer = tuple[MTPWeights | None, tuple[Layer, ...]]
+"""The parameters that multi-token prediction adds to a model."""
 CHAT_TEMPLATE = shipped("configs/templates/plain.jinja")
 
 
@@ -84,20 +92,21 @@ class TrainingConfig:
         raise ValueError(f"step {step} lies beyond the last of {self.steps}")
 
 
-def load_preset(path: Path) -> tuple[ModelConfig, TrainingConfig]:
-    """Read a preset with a `[model]` and a `[training]` table. Raises ConfigError on what it cannot be."""
+def load_preset(path: Path, table: str = "training") -> tuple[ModelConfig, TrainingConfig]:
+    """Read a preset with a `[model]` and a `[training]` table, or one of another name. Raises ConfigError on what it
+    cannot be."""
     with path.open("rb") as file:
         tables = tomllib.load(file)
     try:
-        training = dict(tables["training"])
+        training = dict(tables[table])
         training["phases"] = tuple(build_config(TrainingPhase, phase, "phase") for phase in training["phases"])
         model = ModelConfig.from_json(json.dumps(tables["model"]))
     except KeyError as error:
         raise ConfigError(f"{path} lacks the table or key {error}.") from None
     try:
-        return model, build_config(TrainingConfig, training, "training")
+        return model, build_config(TrainingConfig, training, table)
     except ConfigError as error:
-        raise ConfigError(f"{path}, table training: {error}") from None
+        raise ConfigError(f"{path}, table {table}: {error}") from None
 
 
 def train_tokenizer(domains: list[Domain], vocab_size: int) -> Tokenizer:
@@ -162,6 +171,13 @@ def optimizer(training: TrainingConfig) -> Any:
     )
 
 
+def _capacity(rows: int, cfg: ModelConfig, training: TrainingConfig) -> int | None:
+    """Rows of so many that an expert computes in training; None for a model without experts."""
+    if cfg.moe is None:
+        return None
+    return min(rows, int(rows * cfg.moe.experts_per_token / cfg.moe.experts * training.capacity_factor))
+
+
 @partial(jax.jit, static_argnames=("cfg", "training"), donate_argnames=("params", "state"))
 def train_step(
     params: Params, state: Any, tokens_BS: Int[ArrayLike, "B S"], cfg: ModelConfig, training: TrainingConfig
@@ -169,11 +185,7 @@ def train_step(
     """One step of AdamW on `tokens_BS`; the loss is in nats per token, without the balance part."""
 
     def loss(params: Params) -> tuple[jax.Array, jax.Array]:
-        rows = tokens_BS[:, 1:].size
-        capacity = None
-        if cfg.moe is not None:
-            even = rows * cfg.moe.experts_per_token / cfg.moe.experts
-            capacity = min(rows, int(even * training.capacity_factor))
+        capacity = _capacity(tokens_BS[:, 1:].size, cfg, training)
         logits, routing = forward(params, cfg, tokens_BS[:, :-1], capacity=capacity)
         nats = next_token_losses(logits, tokens_BS[:, 1:]).mean()
         return nats + training.balance * routing.balance.sum(), nats
@@ -181,6 +193,82 @@ def train_step(
     gradient, nats = jax.grad(loss, has_aux=True)(params)
     updates, state = optimizer(training).update(gradient, state, params)
     return jax.tree.map(jnp.add, params, updates), state, nats
+
+
+@partial(jax.jit, static_argnames=("cfg", "training"), donate_argnames=("layer", "state"))
+def draft_step(
+    layer: DraftLayer,
+    params: Params,
+    state: Any,
+    tokens_BS: Int[ArrayLike, "B S"],
+    cfg: ModelConfig,
+    training: TrainingConfig,
+) -> tuple[DraftLayer, Any, jax.Array]:
+    """One step of AdamW on the layer of multi-token prediction of `params`; the loss is in nats per token after the
+    next."""
+    hidden, _ = hidden_states(params, cfg, tokens_BS[:, :-2])
+
+    def loss(layer: DraftLayer) -> tuple[jax.Array, jax.Array]:
+        whole = with_layer(params, layer)
+        logits, routing = draft_logits(
+            whole, cfg, hidden, tokens_BS[:, 1:-1], capacity=_capacity(tokens_BS[:, 2:].size, cfg, training)
+        )
+        nats = next_token_losses(logits, tokens_BS[:, 2:]).mean()
+        balance = 0.0 if routing is None else training.balance * routing.balance.sum()
+        return nats + balance, nats
+
+    gradient, nats = jax.grad(loss, has_aux=True)(layer)
+    updates, state = optimizer(training).update(gradient, state, layer)
+    return jax.tree.map(jnp.add, layer, updates), state, nats
+
+
+def layer_of(params: Params) -> DraftLayer:
+    """The layer of multi-token prediction of a model."""
+    return params.mtp, params.segments[-1]
+
+
+def with_layer(params: Params, layer: DraftLayer) -> Params:
+    """The model with another layer of multi-token prediction."""
+    mtp, segment = layer
+    return dataclasses.replace(params, mtp=mtp, segments=(*params.segments[:-1], segment))
+
+
+def train_mtp(folder: Path, training: TrainingConfig, domains: list[Domain]) -> None:
+    """Train a layer of multi-token prediction for the model in a folder of ours, which stays as it is, and write it to
+    `FOLDER/mtp`. Prints how often it is right on held-out text."""
+    main = ModelConfig.load(folder)
+    cfg = dataclasses.replace(main, mtp=True)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    streams = [encode_domain(tokenizer, domain) for domain in domains]
+    model, fresh = load_params(folder, main), init_params(cfg, jax.random.key(training.seed))
+    params = jax.tree.map(
+        jnp.asarray, dataclasses.replace(model, mtp=fresh.mtp, segments=(*model.segments, fresh.segments[-1]))
+    )
+    layer = layer_of(params)
+    state = optimizer(training).init(layer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task, mean = bar.add_task(f"Training the drafts of {cfg.name}", total=training.steps), None
+        for step in range(training.steps):
+            batch = draw_batch(streams, training, step)
+            layer, state, nats = draft_step(jax.tree.map(jnp.array, layer), params, state, batch, cfg, training)
+            mean = float(nats) if mean is None else 0.98 * mean + 0.02 * float(nats)
+            bar.update(task, completed=step + 1, description=f"Training the drafts of {cfg.name}: {mean:.3f} nats")
+    half = jax.tree.map(lambda a: np.asarray(a, np.float16), with_layer(params, layer))
+    save_head(folder, cfg, half)
+    served = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), half)
+    for domain in domains:
+        tokens = np.asarray(tokenizer.encode("".join(domain.held_out)[:SAMPLE]).ids[:CHECKED], np.int32)
+        right = agreement(served, cfg, tokens[None])
+        print(f"{domain.name}: {right:.0%} of drafts are the model's own likeliest token, on held-out text")
+
+
+def agreement(params: Params, cfg: ModelConfig, tokens_BT: Int[ArrayLike, "B T"]) -> float:
+    """Share of positions of a text at which the draft is the token that the model finds likeliest."""
+    hidden, _ = hidden_states(params, cfg, tokens_BT)
+    drafts, _ = draft_logits(params, cfg, hidden[:, :-1], tokens_BT[:, 1:])
+    own, _ = forward(params, cfg, tokens_BT)
+    return float((drafts.argmax(-1) == own[:, 1:].argmax(-1)).mean())
 
 
 def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: list[np.ndarray]) -> Params:
@@ -228,14 +316,22 @@ def write_held_out(folder: Path, domains: list[Domain], measure: Callable[[str],
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed."""
+    """`moejax train [PRESET] [--out FOLDER] [--unpinned]`: a model folder, and its bits per byte, printed; or with
+    `--mtp FOLDER` the layer with which that model drafts."""
     parser = argparse.ArgumentParser(prog="moejax train", description="Train a small model on three kinds of text.")
     parser.add_argument("preset", nargs="?", default="tiny", help="name in configs/presets, or a TOML file")
     parser.add_argument("--out", type=Path, help="model folder to write (default: build/PRESET)")
     parser.add_argument("--unpinned", action="store_true", help="take the text even if it is not the pinned one")
+    parser.add_argument("--mtp", type=Path, metavar="FOLDER", help="train the layer that drafts for this model folder")
     options = parser.parse_args(argv)
     path = Path(options.preset)
-    cfg, training = load_preset(path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml")
+    path = path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml"
+    if options.mtp is not None:
+        _, training = load_preset(path, "mtp")
+        train_mtp(options.mtp, training, load_domains(pinned=not options.unpinned))
+        print(f"Written to {options.mtp / HEAD}. Serve it with: moejax serve --model {options.mtp} --speculate mtp")
+        return
+    cfg, training = load_preset(path)
     folder = options.out or Path("build") / cfg.name
     domains = load_domains(pinned=not options.unpinned)
     work = folder.with_name(folder.name + ".run")

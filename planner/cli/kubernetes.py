@@ -64,12 +64,17 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
         "survive": deployment.survive.ranks,
         **weights,
         **({"dense": "sharded"} if shards_dense(deployment) else {}),
-        **({"speculate": "ngram", "draft_tokens": drafts} if (drafts := deployment.workload.drafts) else {}),
+        **_drafts(deployment),
         **({"tensor": tensor} if (tensor := tensor_width(deployment)) > 1 else {}),
         "kv_cache_type": served_cache_format(deployment),
         "page_size": deployment.workload.page_tokens,
         "pages_per_rank": served_pages(deployment),
     }
+
+
+def _drafts(deployment: Deployment) -> dict[str, int | str]:
+    w = deployment.workload
+    return {"speculate": "mtp" if w.draft_layers else "ngram", "draft_tokens": w.drafts} if w.drafts else {}
 
 
 def environment(deployment: Deployment) -> str:

@@ -101,8 +101,8 @@ def _solve(subs) -> None:
     p.add_argument(
         "--mtp",
         metavar="drafts=1,accepted=0.8",
-        help="tokens drafted in each step by the model's own layer, and the share of them that is kept "
-        "(planned, not served by this version)",
+        help="tokens drafted in each step by the model's own layer (moejax serve --speculate mtp), and the share of "
+        "them that is kept",
     )
     p.add_argument(
         "--ngram",

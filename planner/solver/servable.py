@@ -7,7 +7,14 @@ from math import ceil
 from planner.errors import InputError
 from planner.inputs.cache_formats import CACHE_FORMATS
 from planner.inputs.layer_states import STATE_COPIES
-from planner.inputs.published import BYTES, cache_number_bytes, published_model, unwindowed_cache_elements
+from planner.inputs.published import (
+    BYTES,
+    DRAFTS_SERVED,
+    cache_number_bytes,
+    published_model,
+    unwindowed_cache_elements,
+)
+from planner.inputs.workload import MAX_DRAFTS
 from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.solver.shapes import memory_budget, rest_bytes
 
@@ -88,8 +95,8 @@ def check_servable(deployment: Deployment) -> None:
         reasons.append("ranks that attend only, of a model with layers whose context is a state")
     if states and plan.pages_per_rank and served_pages(deployment) < 1:
         reasons.append(f"no room for cache beside the states of {SERVED_REQUESTS} requests on a rank")
-    if (drafts := deployment.workload.drafts) and (deployment.workload.draft_layers or states):
-        reasons.append(f"{drafts} drafted tokens a step ({PLANNED_ONLY})")
+    if deployment.workload.drafts:
+        reasons += _draft_problems(deployment)
     if deployment.work != "all":
         reasons.append(f"a pool for {deployment.work} alone ({PLANNED_ONLY})")
     held, planned = plan.slots_per_rank / max(1, plan.experts), 1 / axes.get("dense", 1)
@@ -104,6 +111,23 @@ def check_servable(deployment: Deployment) -> None:
             f"the plan has {' and '.join(reasons)}; ranks of `moejax serve` attend, hold experts, or do both. "
             "Solve with --tensor 1 --dense 1, without --standby and --mtp, with --protect copies or none."
         )
+
+
+def _draft_problems(deployment: Deployment) -> list[str]:
+    """The reasons why `moejax serve` cannot draft so."""
+    w, drafted = deployment.workload, f"{deployment.workload.drafts} drafted tokens a step"
+    if w.state_bytes:
+        return [f"{drafted}, of a model with layers whose context is a state"]
+    if not w.draft_layers:
+        return []
+    if deployment.shape.arch == "disaggregated" or tensor_width(deployment) > 1:
+        return [f"{drafted} of a layer of the model, on ranks that attend only or in tensor groups ({PLANNED_ONLY})"]
+    kind = deployment.config.get("model_type")
+    if kind not in DRAFTS_SERVED:
+        return [f"{drafted} of the layer of model_type {kind!r} ({PLANNED_ONLY})"]
+    if w.drafts > MAX_DRAFTS:
+        return [f"{drafted}, of which `moejax serve` takes {MAX_DRAFTS}"]
+    return []
 
 
 def _tensor_group_problems(deployment: Deployment) -> list[str]:

@@ -7,6 +7,10 @@ from planner.inputs.workload import MAX_DRAFTS
 from serving.config.field import SettingsGroup, setting
 from serving.errors import InvalidRequest
 
+MODEL_DRAFTS = 2
+"""Tokens that a layer of multi-token prediction drafts unless the settings say how many. Each is one more pass over
+that layer in every step."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulingSettings(SettingsGroup):
@@ -31,18 +35,24 @@ class SchedulingSettings(SettingsGroup):
     speculate: str = setting(
         "off",
         "Draft the next tokens of a request, and check several in one step: ngram repeats what followed the same words "
-        "earlier in the request. No token changes. A request can say otherwise.",
-        choices=("off", "ngram"),
+        "earlier in the request; mtp asks the model's own layer of multi-token prediction (DeepSeek-V3, GLM-4.x, "
+        "tiny). No token changes. A request can say otherwise.",
+        choices=("off", "ngram", "mtp"),
     )
     draft_tokens: int | None = setting(
         None,
         "Drafts of a request in each step, 1 to 15. Default: as many as its earlier drafts and the load make worth "
-        "while.",
+        "while; at most 2 with mtp, which computes so many in every step.",
     )
     max_queue: int = setting(1024, "Most requests that may wait; the server refuses further ones at once.", more_than=0)
     max_prompt_tokens: int | None = setting(
         None, "Most tokens of a prompt; the server refuses longer ones. Default: the context limit alone."
     )
+
+    @property
+    def model_drafts(self) -> int:
+        """Tokens that the model's own layer drafts for each request in every step; 0 unless it drafts."""
+        return (self.draft_tokens or MODEL_DRAFTS) if self.speculate == "mtp" else 0
 
     def check(self) -> None:
         """Raise InvalidRequest for a number of drafts out of range."""

@@ -78,6 +78,8 @@ class Settings(
         if self.arch == POOLS:
             self._check_pools()
         self._check_edges()
+        if self.speculate == "mtp":
+            self._check_mtp()
         if self.launcher == "local":
             return
         if self.kv_replication == "memory":
@@ -113,6 +115,24 @@ class Settings(
                 "and take the token. Give rank_tls_cert and rank_tls_key; or, on a network of yours, rank_plaintext.",
                 param="rank_tls_cert",
             )
+
+    def _check_mtp(self) -> None:
+        """Check what a layer of multi-token prediction cannot be combined with yet. Raises InvalidRequest."""
+        refused = {
+            "arch": (
+                self.arch not in ("collocated", POOLS),
+                "its layer runs where ranks hold experts and attend",
+                "collocated",
+            ),
+            "tensor": (self.tensor > 1, "its layer is not sharded over tensor groups", "1"),
+        }
+        for name, (given, why, instead) in refused.items():
+            if given:
+                raise InvalidRequest(
+                    f"{name} is {getattr(self, name)!r} with speculate 'mtp': {why}. Set it to {instead}, or speculate "
+                    "to ngram.",
+                    param=name,
+                )
 
     def _check_pools(self) -> None:
         """Check what pools for prompts and for decode cannot be combined with. Raises InvalidRequest."""

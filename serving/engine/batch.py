@@ -6,6 +6,7 @@ decode segments: one for its last token, and one for each draft, which sees the 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -37,13 +38,15 @@ class StepBucket(NamedTuple):
 class StepResult(NamedTuple):
     """The result of one step for one request: the next token (-1 when none was sampled), its log-probability, the
     likeliest tokens in its place, and (log-probability, likeliest tokens) of each target. `after_drafts` has the result
-    after each draft, which counts only if the draft is the token that was sampled before it."""
+    after each draft, which counts only if the draft is the token that was sampled before it. `guesses` are those that
+    the model has of the tokens after this one."""
 
     token: int
     logprob: float
     top: TopLogprobs = ()
     scores: tuple[tuple[float, TopLogprobs], ...] = ()
     after_drafts: tuple["StepResult", ...] = ()
+    guesses: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,14 +223,16 @@ def collect_results(
     logprobs: np.ndarray,
     top: tuple[np.ndarray, np.ndarray] | None = None,
     scores: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]] = (),
+    guesses: np.ndarray | None = None,
 ) -> dict[str, StepResult]:
     """Results by request id, for the requests that sample or have targets.
 
     `tokens` and `logprobs` are [Z]. `top` are the likeliest tokens and their log-probabilities [Z, K]; a rank sends
     them when any segment needs logits processing. `scores` has, for each tile with targets, log-probabilities [32],
-    then likeliest tokens as in `top`.
+    then likeliest tokens as in `top`. `guesses` are those of a layer of multi-token prediction [Z, n], -1 for none.
     """
     chosen, values, tile_scores = np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), iter(scores)
+    ahead = [] if guesses is None else guesses.tolist()
     results = {}
     for placed in layout(batch.bucket, batch.scheduled[rank]):
         item, last = placed.scheduled, placed.last
@@ -240,7 +245,12 @@ def collect_results(
         if item.samples:
             count = item.sampling.top_logprobs
             first, *others = (
-                StepResult(chosen[at], values[at], _top(*top, at, count) if top is not None else ())
+                StepResult(
+                    chosen[at],
+                    values[at],
+                    _top(*top, at, count) if top is not None else (),
+                    guesses=tuple(itertools.takewhile(lambda token: token >= 0, ahead[at])) if ahead else (),
+                )
                 for at in range(last, last + 1 + len(item.drafts))
             )
             results[item.request_id] = first._replace(scores=tuple(scored), after_drafts=tuple(others))

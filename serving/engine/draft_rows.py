@@ -11,7 +11,7 @@ from serving.engine.limits import Limits
 from serving.engine.page_pool import PagePool
 from serving.engine.poison import Suspicion
 from serving.engine.sequence import Sequence
-from serving.engine.speculation import Draft, DraftChance, choose_counts, propose
+from serving.engine.speculation import MODEL_CLASS, Draft, DraftChance, choose_counts, propose
 from serving.engine.state import EngineState
 
 Work = Mapping[int, tuple[ScheduledRequest, ...]]
@@ -111,7 +111,20 @@ def _look_ups(
             room = min(MAX_DRAFTS, limits.tokens_left(sequence.request, made) - 1)
             if room < 1 or suspicion.weight_of(sequence.id):
                 continue
-            yield sequence.id, _looked_up(sequence, room)
+            yield sequence.id, _guessed(sequence, room) if limits.model_drafts else _looked_up(sequence, room)
+
+
+def _guessed(sequence: Sequence, room: int) -> tuple[Sequence, Draft | None]:
+    """The sequence and at most `room` of the model's guesses; None while a token before them is not known."""
+    known = len(sequence.generated) == sequence.known_tokens
+    tokens = _until_stop(sequence, sequence.drafting.guesses[:room] if known else ())
+    return sequence, Draft(tokens, MODEL_CLASS) if tokens else None
+
+
+def _until_stop(sequence: Sequence, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """The guesses before the first that would end the request."""
+    stops = [n for n, token in enumerate(tokens) if token in sequence.request.sampling.stop_tokens]
+    return tokens[: stops[0]] if stops else tokens
 
 
 def _looked_up(sequence: Sequence, room: int) -> tuple[Sequence, Draft | None]:
@@ -124,9 +137,7 @@ def _looked_up(sequence: Sequence, room: int) -> tuple[Sequence, Draft | None]:
     if drafting.length < known:
         drafting = drafting.extended(sequence.tokens(drafting.length, known))
     draft = propose(drafting.history, unknown + room)
-    tokens = () if draft is None else draft.tokens[unknown:]
-    stops = [n for n, token in enumerate(tokens) if token in sequence.request.sampling.stop_tokens]
-    tokens = tokens[: stops[0]] if stops else tokens
+    tokens = () if draft is None else _until_stop(sequence, draft.tokens[unknown:])
     if draft is None or not tokens:
         return dataclasses.replace(sequence, drafting=drafting.missed()), None
     return dataclasses.replace(sequence, drafting=drafting), draft._replace(tokens=tokens)

@@ -11,7 +11,8 @@ from serving.protocol.request import FinishReason, Request
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """The sizes of an engine, in tokens; `max_queue` in requests. Requests that leave it open are drafted for if
-    `speculate`; a request gets `draft_tokens` drafts in a step, None: as many as were right so far."""
+    `speculate`, by the model itself if `model_drafts`; a request gets `draft_tokens` drafts in a step, None: as many as
+    were right so far."""
 
     page_size: int
     max_context: int
@@ -21,6 +22,7 @@ class Limits:
     prefix_caching: bool = True
     speculate: bool = False
     draft_tokens: int | None = None
+    model_drafts: bool = False
     states: bool = False
     """Requests have states on their rank: the model has layers whose context is a state. No prefix is shared then,
     since a state is that of a whole sequence."""
@@ -38,6 +40,7 @@ class Limits:
             prefix_caching=settings.prefix_caching and not states,
             speculate=settings.speculate != "off",
             draft_tokens=settings.draft_tokens,
+            model_drafts=settings.speculate == "mtp",
             states=states,
         )
 

@@ -1,4 +1,5 @@
-"""Speculation: drafts of the next tokens of a request, found in its own tokens, and how many of them a step takes.
+"""Speculation: drafts of the next tokens of a request, and how many of them a step takes. They are found in its own
+tokens, or the model's layer of multi-token prediction made them in the step before.
 
 A draft is a guess. A step computes a row for each and samples the token that follows it, with the key of its position;
 the token is kept while the draft before it is the token that was sampled there. So drafts change when a token is
@@ -34,8 +35,10 @@ MEMORY = 8
 """Drafts after which an earlier one counts 1/e for the rate of right ones."""
 MAX_WAIT = 8
 """Most steps without a look-up after look-ups that were in vain."""
-FIRST_RATES = (0.3, 0.6, 0.9)
-"""Rates of right drafts, by class of match, before any was seen."""
+MODEL_CLASS = len(MATCH_CLASSES)
+"""The class of drafts that the model made."""
+FIRST_RATES = (0.3, 0.6, 0.9, 0.7)
+"""Rates of right drafts, by class of match, before any was seen; the last is that of the model's."""
 _TOKEN_BYTES = 4
 
 
@@ -52,13 +55,15 @@ class Draft(NamedTuple):
 class Drafting:
     """The experience with the drafts of a request: `rates` of right ones by class of match. `history` are its tokens so
     far, int32. It waits `wait` steps until the next look-up, after `pause` steps the last time. `stopped`: a step with
-    drafts gave no numbers, so that it gets none any more."""
+    drafts gave no numbers, so that it gets none any more. `guesses` are those that the model has of the tokens after
+    the last one."""
 
     history: bytes = b""
     rates: tuple[float, ...] = FIRST_RATES
     wait: int = 0
     pause: int = 0
     stopped: bool = False
+    guesses: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -77,6 +82,15 @@ class Drafting:
         """The same after a look-up in vain: the next ones come less often."""
         pause = min(max(1, 2 * self.pause), MAX_WAIT)
         return dataclasses.replace(self, wait=pause, pause=pause)
+
+    def guessed(self, draft: Draft | None, sampled: tuple[int, ...], guesses: tuple[int, ...]) -> "Drafting":
+        """The same after a step that sampled these tokens, with the model's guesses of those after them. Its guesses of
+        the sampled ones are judged, whether the step took them (`draft`) or not."""
+        taken = 0 if draft is None else draft.taken
+        judged = self
+        if self.guesses and sampled:
+            judged = self.judged(Draft(self.guesses, MODEL_CLASS, taken), sampled)
+        return dataclasses.replace(judged, guesses=guesses, wait=0, pause=0)
 
     def judged(self, draft: Draft, sampled: tuple[int, ...]) -> "Drafting":
         """The same after a step that took a draft, and the tokens that were sampled in its place and after it, up to
@@ -141,6 +155,19 @@ class DraftChance(NamedTuple):
     rank: int
     rate: float
     room: int
+
+
+def worth_waiting(rates: Iterable[float], *, most: int, rows: int, requests: int, fixed: int | None) -> bool:
+    """Whether the next step, of `rows` rows without drafts of so many requests, should wait for the model's guesses:
+    they promise more tokens than are lost because it is not made while this step runs. `rates` are those of the
+    requests that get guesses, at `most` so many each."""
+    least, promised = rows / (FREE_ROWS + rows), 0.0
+    for rate in rates:
+        if fixed is not None:
+            return True
+        chances = (rate**nth for nth in range(1, most + 1))
+        promised += sum(chance - least for chance in chances if chance >= least)
+    return promised >= PAUSE_COST * requests > 0
 
 
 def choose_counts(

@@ -7,7 +7,7 @@ from serving.engine.batch import PLACEHOLDER_TOKEN, Batch, ScheduledRequest, Ste
 from serving.engine.fairness import GENERATED_WEIGHT
 from serving.engine.limits import Limits
 from serving.engine.sequence import InFlightStep, Sequence
-from serving.engine.speculation import Draft
+from serving.engine.speculation import MODEL_CLASS, Draft, worth_waiting
 from serving.engine.state import EngineState, Output, remove_requests, seal_full_pages
 from serving.errors import NoTokenAllowed
 from serving.protocol.request import Finished, FinishReason, Scored, Token
@@ -87,11 +87,26 @@ def look_ahead(state: EngineState, batch: Batch, drafts: Mapping[str, Draft]) ->
 
 def can_look_ahead(state: EngineState) -> bool:
     """Whether the next step can be scheduled before the results of the one in flight are there: no logits processing
-    depends on a token in flight, the number of tokens in flight is known, and no suspect runs in steps of its own."""
-    return not state.suspicion.suspects and not any(
+    depends on a token in flight, the number of tokens in flight is known, no suspect runs in steps of its own, and the
+    guesses that the model makes in that step are not worth waiting for."""
+    in_flight = [each for each in state.running.values() if each.known_tokens < len(each.generated)]
+    if state.suspicion.suspects or any(
         sequence.speculating or sequence.request.sampling.needs_logits_processing(len(sequence.generated))
-        for sequence in state.running.values()
-        if sequence.known_tokens < len(sequence.generated)
+        for sequence in in_flight
+    ):
+        return False
+    return not (state.limits.model_drafts and _guesses_worth_waiting(state.limits, in_flight))
+
+
+def _guesses_worth_waiting(limits: Limits, sequences: list[Sequence]) -> bool:
+    """Whether the step after the one in flight should have the model's guesses for these requests, which get a token in
+    it."""
+    going_on = [each for each in sequences if not each.ending]
+    guessed = [each for each in going_on if limits.speculates(each.request) and not each.drafting.stopped]
+    rates = [each.drafting.rates[MODEL_CLASS] for each in guessed]
+    most = max((len(each.drafting.guesses) for each in guessed), default=0)
+    return worth_waiting(
+        rates, most=max(most, 1), rows=len(going_on), requests=len(going_on), fixed=limits.draft_tokens
     )
 
 
@@ -153,8 +168,11 @@ def _advanced(
                 break
         tokens = [item.id for item in items if isinstance(item, Token)]
         generated = (*generated[:known], *tokens, *generated[known + 1 :])
-        if (draft := sequence.in_flight[0].draft) is not None:
-            drafting = drafting.judged(draft, tuple(each.token for each in sampled))
+        draft, tokens_sampled = sequence.in_flight[0].draft, tuple(each.token for each in sampled)
+        if limits.model_drafts:
+            drafting = drafting.guessed(draft, tokens_sampled, sampled[-1].guesses)
+        elif draft is not None:
+            drafting = drafting.judged(draft, tokens_sampled)
     advanced = dataclasses.replace(
         sequence,
         generated=generated,

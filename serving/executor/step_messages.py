@@ -52,7 +52,8 @@ def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str
     for score in answer.scores:
         given = np.frombuffer(score.logprobs, np.float32)
         scores.append((given, *_likeliest(score.likeliest, len(given))))
-    return collect_results(batch, rank, tokens, logprobs, top, scores)
+    drafts = np.frombuffer(answer.drafts, np.int32).reshape(len(tokens), -1) if answer.drafts else None
+    return collect_results(batch, rank, tokens, logprobs, top, scores, drafts)
 
 
 def _likeliest(message: link_pb2.Likeliest, rows: int) -> tuple[np.ndarray, np.ndarray]:

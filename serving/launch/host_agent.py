@@ -152,7 +152,10 @@ class HostAgent:
             return
         self._log(f"let in by {self._channel.front}; preparing {name}")
         try:
-            answer = _message(await prepare_model(name, order.data_type, in_place=order.in_place, dense=order.dense))
+            model = await prepare_model(
+                name, order.data_type, in_place=order.in_place, dense=order.dense, mtp=order.mtp
+            )
+            answer = _message(model)
         except MoejaxError as error:
             answer = link_pb2.ModelPrepared(error=f"{error} (moejax rank --model says where this host has it)")
         self._prepared = order, answer

@@ -61,6 +61,7 @@ class Launcher:
             data_type=settings.data_type,
             in_place=settings.in_place,
             dense=settings.dense,
+            mtp=settings.speculate == "mtp",
         )
         host_pool = HostPool(model, order, _token_check(settings, secret))
         listener = RankListener(

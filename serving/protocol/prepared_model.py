@@ -172,26 +172,34 @@ async def prepare_model(
     dense: str = "replicated",
     tensor: int = 1,
     kv_cache_type: str = "auto",
+    mtp: bool = False,
 ) -> PreparedModel:
     """Find, fetch or build a model and copy its weights into host memory, in a process of its own (it needs JAX).
 
-    A model whose heads cannot be sharded over groups of `tensor` ranks is refused before it is converted. The process
-    shows its progress on standard error. Raises StartError with its cause.
+    A model whose heads cannot be sharded over groups of `tensor` ranks, or that lacks the layer of multi-token
+    prediction that `mtp` asks for, is refused before it is converted. The process shows its progress on standard error.
+    Raises StartError with its cause.
     """
-    how = "in-place" if in_place else dense
-    code, out, _ = await _run_prepare(model, weights, how, str(tensor), kv_cache_type)
+    flags, how = ("--mtp",) if mtp else (), "in-place" if in_place else dense
+    code, out, _ = await _run_prepare(*flags, model, weights, how, str(tensor), kv_cache_type)
     if code != 0:
         raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
     return PreparedModel.from_json(out)
 
 
 async def prepare_weights(
-    model: str, like: PreparedModel, *, in_place: bool = False, dense: str = "replicated", tensor: int = 1
+    model: str,
+    like: PreparedModel,
+    *,
+    in_place: bool = False,
+    dense: str = "replicated",
+    tensor: int = 1,
+    mtp: bool = False,
 ) -> PreparedModel:
     """As `prepare_model`, for other weights of a model that is served. Raises InvalidRequest with the cause: before
     anything is converted or copied when the configurations differ, or their tokenizers."""
     given = (model, like.weights, "in-place" if in_place else dense, str(tensor), like.cache_format, like.folder)
-    code, out, said = await _run_prepare(*given, show=False)
+    code, out, said = await _run_prepare(*(("--mtp",) if mtp else ()), *given, show=False)
     if code != 0:
         lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
         cause = lines[-1] if lines else f"the process that prepares it ended with {code}"

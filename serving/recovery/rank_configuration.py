@@ -69,6 +69,7 @@ class RankConfiguration:
             collective_timeout_s=COLLECTIVE_TIMEOUT_S,
             one_machine=self._single_host,
             experts_only=not MeshKey.of(base).has_attention(rank),
+            drafts=settings.model_drafts,
         )
         if settings.tensor > 1:
             message.tensor = settings.tensor

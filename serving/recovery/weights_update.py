@@ -143,6 +143,7 @@ class WeightsUpdate:
             in_place=settings.in_place,
             dense=settings.dense,
             tensor=settings.tensor,
+            mtp=settings.speculate == "mtp",
         )
         if self._contents.get(version.label, prepared.content) != prepared.content:
             raise InvalidRequest(

@@ -79,7 +79,7 @@ class RankMeshes:
         for index in wanted:
             with self._backend_lock:
                 if generation == state.generation:
-                    self._meshes[key].step(index)
+                    self._load_bucket(key, index)
                     if key.has_attention(state.rank):
                         self._local[key.slots].after_step(index)
         return {}
@@ -132,6 +132,13 @@ class RankMeshes:
     def is_small(self, bucket: Bucket) -> bool:
         """True for buckets that are loaded first and warmed up when a mesh is connected."""
         return bucket.rows <= max(SMALL_STEP_ROWS, min(each.rows for each in self._state.model.shape.buckets))
+
+    def _load_bucket(self, key: MeshKey, index: int) -> None:
+        """Load the programs of one bucket of a mesh."""
+        programs = self._meshes[key]
+        programs.step(index)
+        if isinstance(programs, MeshPrograms) and self._state.model.shape.cfg.mtp:
+            programs.draft(index)
 
     def _load(self, key: MeshKey) -> MeshPrograms | RolePrograms:
         state, model = self._state, self._state.model

@@ -186,6 +186,7 @@ class RankWorker:
             page_size=command.page_size,
             pages=command.pages,
             shared_memory=command.one_machine and cpu.active(),
+            drafts=max(1, command.drafts),
         )
         executables = ExecutableStore(Path(command.executables))
         store = open_store(Path(command.store), exactly=shape.cfg.weights.startswith("int4"))

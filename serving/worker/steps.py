@@ -12,7 +12,7 @@ from moejax.model.decoder import StepOutputs
 from moejax.model.logits import RowAdjustment, dense_adjustments
 from moejax.runtime.distributed import is_exchange_failure
 from moejax.runtime.kv_transfer import WrittenRows, written_rows
-from moejax.runtime.programs import LocalPrograms
+from moejax.runtime.programs import LocalPrograms, MeshPrograms
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from serving.worker.kv_cache import RankKVCache
@@ -69,13 +69,15 @@ class RankSteps:
             inputs = self._inputs(command)
             packed = jax.device_put(inputs, state.device)
             started_at = time.perf_counter()
-            outputs = self._run(plan, command, packed)
+            arguments = plan.arguments(packed)
+            outputs = self._run(plan, command, arguments)
             non_finite_rows = self._non_finite_rows(outputs, inputs, command.bucket)
             if non_finite_rows or (command.after and self._last.tokens is None):
+                self._take_part_in_drafts(arguments, outputs, command.bucket, plan.mesh)
                 return self._failed_by_rows(command, non_finite_rows)
             wrote = written_rows(inputs, state.model.shape.buckets[command.bucket])
             state.prefix_index.invalidate(wrote.entries // state.model.shape.page_size)
-            answers = self._finish(outputs, inputs, packed, command, plan.mesh)
+            answers, outputs = self._finish(outputs, arguments, inputs, packed, command, plan.mesh)
             self._note(command, answers, outputs, wrote)
             load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
             ended_at = time.perf_counter()
@@ -106,8 +108,8 @@ class RankSteps:
             if self._meshes.is_small(bucket):
                 inputs = model.idle_inputs[index]
                 packed = jax.device_put(inputs, self._state.device)
-                outputs = programs.step(index)(arguments(packed))
-                self._finish(outputs, inputs, packed, link_pb2.Step(bucket=index), key)
+                own = arguments(packed)
+                self._finish(programs.step(index)(own), own, inputs, packed, link_pb2.Step(bucket=index), key)
 
     def _plan_of(self, command: link_pb2.Step) -> AdoptedPlan:
         """The plan in force. Raises StaleEpoch unless the step is of its epoch."""
@@ -136,9 +138,9 @@ class RankSteps:
         inputs[rows] = last.tokens[sources[rows]]  # tokens stand first in the packed inputs, decode rows first in them
         return inputs
 
-    def _run(self, plan: AdoptedPlan, command: link_pb2.Step, packed: jax.Array) -> StepOutputs | None:
+    def _run(self, plan: AdoptedPlan, command: link_pb2.Step, arguments: Any) -> StepOutputs | None:
         """Start the step program, and replicate what the step before wrote while it runs."""
-        outputs = self._meshes.programs(plan.mesh).step(command.bucket)(plan.arguments(packed))
+        outputs = self._meshes.programs(plan.mesh).step(command.bucket)(arguments)
         if self.run_beside_host:
             self._kv_cache.replicate()
         return outputs
@@ -187,22 +189,25 @@ class RankSteps:
     def _finish(
         self,
         outputs: StepOutputs | None,
+        arguments: Any,
         inputs: np.ndarray,
         packed: jax.Array,
         command: link_pb2.Step,
         mesh: MeshKey,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], StepOutputs | None]:
         """Sample, score, and commit to the cache: all that follows a step on this rank alone, and nothing on an expert
-        rank. `packed` is `inputs` on the device. Returns fields of StepDone. Raises NonFiniteLogits."""
+        rank; with a layer of multi-token prediction the drafts too, which all ranks make together. `packed` is `inputs`
+        on the device. Returns fields of StepDone, and the outputs that were committed. Raises NonFiniteLogits."""
         if outputs is None:
             self._sampled_at = time.perf_counter()
-            return {}
+            return {}, None
         arrays, local = self._state.model.arrays, self._meshes.local(mesh.slots)
         hidden = outputs.hidden.addressable_data(0)
         sampled = self._sample(local, hidden, packed, command)
+        drafts, outputs = self._draft(arguments, outputs, sampled[0], command.bucket, mesh)
         scores = self._score(local, hidden, command)
         # A step that failed raises here, before anything is committed.
-        jax.block_until_ready((sampled, scores))
+        jax.block_until_ready((sampled, scores, drafts))
         self._check_logits(np.asarray(sampled[1]), inputs, self._state.model.shape.buckets[command.bucket])
         self._sampled_at = time.perf_counter()
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
@@ -217,7 +222,29 @@ class RankSteps:
                 link_pb2.TileScores(logprobs=np.asarray(logprobs).tobytes(), likeliest=_likeliest(*top))
                 for logprobs, *top in scores
             ],
-        }
+            "drafts": b"" if drafts is None else np.asarray(drafts).tobytes(),
+        }, outputs
+
+    def _draft(
+        self, arguments: Any, outputs: StepOutputs, tokens: jax.Array, bucket: int, mesh: MeshKey
+    ) -> tuple[jax.Array | None, StepOutputs]:
+        """This rank's drafts `[Z, n]` after the sampled tokens, and the step's outputs with those of the layer that
+        drafts; None and the outputs as they are for a model without it."""
+        programs = self._meshes.programs(mesh)
+        if not self._state.model.shape.cfg.mtp or not isinstance(programs, MeshPrograms):
+            return None, outputs
+        made = programs.draft(bucket)(arguments, outputs, tokens)
+        outputs = dataclasses.replace(outputs, new_kv=made.new_kv, expert_load=made.expert_load)
+        return made.drafts.addressable_data(0), outputs
+
+    def _take_part_in_drafts(self, arguments: Any, outputs: StepOutputs | None, bucket: int, mesh: MeshKey) -> None:
+        """Draft after a step that failed on this rank alone: the other ranks draft, and need its part of the
+        exchange."""
+        if outputs is not None:
+            tokens = np.zeros(self._state.model.shape.buckets[bucket].segments, np.int32)
+            jax.block_until_ready(
+                self._draft(arguments, outputs, jax.device_put(tokens, self._state.device), bucket, mesh)
+            )
 
     def _sample(
         self, local: LocalPrograms, hidden: jax.Array, packed: jax.Array, command: link_pb2.Step

@@ -107,6 +107,11 @@ def test_variables_that_are_no_settings_are_left_alone():
         ({"launcher": "join", "rank_tokens": "t", "rank_listen": "0.0.0.0:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "rank_listen": "10.0.0.1:50052"}, "without TLS anybody on the way"),
         ({"launcher": "ray", "ranks": 4, "hosts": 2}, "say themselves which host"),
+        (
+            {"speculate": "mtp", "arch": "disaggregated"},
+            "arch is 'disaggregated' with speculate 'mtp'.*or speculate",
+        ),
+        ({"speculate": "mtp", "tensor": 2, "ranks": 4}, "tensor is 2 with speculate 'mtp': its layer is not sharded"),
         ({"launcher": "ray", "kv_replication": "memory"}, "Choose stream or off"),
         ({"ranks": 2.5}, "'ranks' is 2.5"),
         ({"chaos": 3}, "'chaos' is 3"),

@@ -15,15 +15,41 @@ from moejax.config.params import FeedForward, Latent, Layer, MoE, Params
 
 def forward(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
     """Logits [T, V] of the next token at each position, with `masked` experts out of every MoE layer."""
+    return _head(hidden(params, cfg, tokens, masked=masked), params)
+
+
+def hidden(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
+    """The rows that the head takes [T, D]."""
     assert cfg.rope_scaling is None
     x = _f64(params.embed)[np.array(tokens)] * cfg.embed_scale
     layers = iter(range(cfg.n_layers))
-    for (pattern, repeats), segment in zip(cfg.segments, params.segments, strict=True):
+    for (pattern, repeats), segment in zip(cfg.main_segments, params.segments, strict=False):
         for repeat in range(repeats):
             for j, _ in enumerate(pattern):
                 x = _layer(x, segment[j], repeat, cfg, masked, next(layers))
+    return _norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps) * cfg.logit_scale
+
+
+def drafts(params: Params, cfg: ModelConfig, tokens: list[int], after: int, count: int) -> list[np.ndarray]:
+    """Logits [V] of the `count` tokens after `tokens` and the token `after` them, by multi-token prediction:
+    DeepSeek-V3, arXiv 2412.19437, equations 21 to 23, with the embedding before the hidden state, as eh_proj of the
+    checkpoints has them (vLLM, vllm/model_executor/models/deepseek_mtp.py: torch.cat([inputs_embeds,
+    previous_hidden_states])). Later tokens take the normed output of the layer for the hidden state (SGLang,
+    deepseek_nextn.py)."""
+    mtp, states, follow, found = params.mtp, hidden(params, cfg, tokens), [*tokens[1:], after], []
+    for _ in range(count):
+        embedded = _norm(_f64(params.embed)[np.array(follow)] * cfg.embed_scale, mtp.token_norm, None, cfg.norm_eps)
+        own = _norm(states, mtp.hidden_norm, None, cfg.norm_eps)
+        x = np.concatenate([embedded, own], axis=-1) @ _f64(mtp.project).T
+        x = _norm(_layer(x, params.segments[-1][0], 0, cfg, (), cfg.n_layers), mtp.norm, None, cfg.norm_eps)
+        found.append(_head(x[-1:], params)[0])
+        states, follow = np.concatenate([states, x[-1:]]), [*follow, int(np.argmax(found[-1]))]
+    return found
+
+
+def _head(rows: np.ndarray, params: Params) -> np.ndarray:
     head = params.embed if params.head is None else params.head
-    logits = _norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps) @ _f64(head).T * cfg.logit_scale
+    logits = rows @ _f64(head).T
     return logits if params.head_bias is None else logits + _f64(params.head_bias)
 
 

@@ -26,13 +26,15 @@ SLOTS_OF_STATES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The results of one step over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`."""
+    """The results of one step over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`,
+    and with a layer of multi-token prediction its drafts `[n*Z, drafts]`."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     new_kv: KVCache
     hidden: np.ndarray
     expert_load: np.ndarray
+    drafts: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -46,6 +48,8 @@ class Stepper:
     table: np.ndarray
     groups: tuple[tuple[int, ...], ...] = ()
     """Tensor groups, if `cfg` is that of a tp shard; `params` are those of the whole model."""
+    drafts: int = 2
+    """Tokens that a layer of multi-token prediction drafts for each request."""
 
     def __post_init__(self) -> None:
         self.mesh = make_mesh(jax.devices()[: self.ranks])
@@ -86,15 +90,22 @@ class Stepper:
             params=self._params, cache=self.cache, expert_to_slot=self._routes, packed=packed, tp_peers=self._tp_peers
         )
         outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
-        new_kv, hidden = jax.tree.map(np.asarray, outputs.new_kv), np.asarray(outputs.hidden)
-        written = parts if outputs.group_inputs is None else np.split(np.asarray(outputs.group_inputs), self.ranks)
-        self.cache = self._committed(shape.bucket, new_kv, written)
+        hidden = np.asarray(outputs.hidden)
         sampled = [
             steps.run_sample(self.params.logits, rows, part, bucket=shape.bucket)
             for rows, part in zip(np.split(hidden, self.ranks), parts, strict=True)
         ]
         tokens, logprobs = (np.concatenate(each) for each in zip(*sampled, strict=True))
-        return Outcome(tokens, logprobs, new_kv, hidden, np.asarray(outputs.expert_load))
+        drafts = None
+        if self.cfg.mtp:
+            chosen = jax.device_put(tokens, self._on(steps.SHARDED))
+            made = steps.run_draft(arguments, outputs, chosen, shape=shape, mesh=self.mesh, drafts=self.drafts)
+            outputs = dataclasses.replace(outputs, new_kv=made.new_kv, expert_load=made.expert_load)
+            drafts = np.asarray(made.drafts)
+        new_kv = jax.tree.map(np.asarray, outputs.new_kv)
+        written = parts if outputs.group_inputs is None else np.split(np.asarray(outputs.group_inputs), self.ranks)
+        self.cache = self._committed(shape.bucket, new_kv, written)
+        return Outcome(tokens, logprobs, new_kv, hidden, np.asarray(outputs.expert_load), drafts)
 
     def segment(self, outputs: Outcome, bucket: Shape, rank: int, segment: int) -> tuple[int, float]:
         """Token and log-probability of one segment of a rank."""

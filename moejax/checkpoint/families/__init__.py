@@ -11,6 +11,6 @@ Names are those of unquantised checkpoints: `X.weight` of a block-scaled float8 
 """
 
 from moejax.checkpoint.families.array_sources import array_sources, is_unused
-from moejax.checkpoint.families.reader import SERVED_FAMILIES, read_config
+from moejax.checkpoint.families.reader import SERVED_FAMILIES, WITHOUT_MTP, read_config
 
-__all__ = ["SERVED_FAMILIES", "array_sources", "is_unused", "read_config"]
+__all__ = ["SERVED_FAMILIES", "WITHOUT_MTP", "array_sources", "is_unused", "read_config"]

@@ -2,7 +2,8 @@
 Kimi-K2.5, whose decoder stands beside a vision tower, GLM-4.7-Flash, and DeepSeek-V3.2 and GLM-5 with their indexer.
 
 Their rotated dimensions lie in pairs; ours lie in halves. Queries and keys are both reordered, so that scores are the
-same. The layer for multi-token prediction that V3's checkpoints carry is left out.
+same. The layer for multi-token prediction that V3's checkpoints carry is read for a server that drafts with it; its own
+embedding and head are copies of the model's.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ PLAIN = {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_
 
 def names(cfg: ModelConfig) -> NameMap:
     """Their name map."""
-    return decoder_names(cfg) | _latent_names(cfg) | shared_expert_names(cfg)
+    return decoder_names(cfg) | _latent_names(cfg) | shared_expert_names(cfg) | mtp_names(cfg)
 
 
 def shared_expert_names(cfg: ModelConfig) -> dict[str, TensorNames]:
@@ -69,6 +70,18 @@ def paired_index_names(cfg: ModelConfig) -> NameMap:
         name = f"indexer.{leaf}"
         plain[name] = TensorNames(plain[name].names, PairsToHalves(heads, cfg.latent.d_rope, leading=True))
     return plain
+
+
+def mtp_names(cfg: ModelConfig) -> dict[str, TensorNames]:
+    """Names of multi-token prediction besides those of its decoder layer, which is the one after the last:
+    DeepSeek-V3's and GLM-4's."""
+    part = f"model.layers.{cfg.n_layers}."
+    return {
+        "mtp.token_norm": TensorNames((part + "enorm.weight",)),
+        "mtp.hidden_norm": TensorNames((part + "hnorm.weight",)),
+        "mtp.project": TensorNames((part + "eh_proj.weight",)),
+        "mtp.norm": TensorNames((part + "shared_head.norm.weight",)),
+    }
 
 
 def next_token_layers(cfg: ModelConfig) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 (arXiv 2601.07022)."""
 
 from moejax.checkpoint.families.decoder import decoder_names
-from moejax.checkpoint.families.deepseek import next_token_layers, shared_expert_names
+from moejax.checkpoint.families.deepseek import mtp_names, next_token_layers, shared_expert_names
 from moejax.checkpoint.families.family import NameMap, ServedFamily
 from moejax.config.model_config import ModelConfig
 
 
 def names(cfg: ModelConfig) -> NameMap:
     """Their name map."""
-    return decoder_names(cfg) | shared_expert_names(cfg)
+    return decoder_names(cfg) | shared_expert_names(cfg) | mtp_names(cfg)
 
 
 GLM4_MOE = DOTS1 = ServedFamily(names=names, unused=next_token_layers)

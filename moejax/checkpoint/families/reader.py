@@ -36,7 +36,7 @@ from moejax.checkpoint.families.special_tokens import end_token
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from planner.errors import InputError
-from planner.inputs.published import FAMILIES, published_model, read_config_values
+from planner.inputs.published import DRAFTS_SERVED, FAMILIES, draft_layers, published_model, read_config_values
 from planner.inputs.published.config_fields import ConfigFields
 from planner.inputs.published.decoder import read_stop_tokens
 from planner.inputs.published.reader import decoder_fields, read_json_object
@@ -82,17 +82,24 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
 }
 """The families of `planner.inputs.published` that are served, by `model_type`."""
 
+WITHOUT_MTP = "Serve it with --speculate ngram or off."
+"""The way out for a model that cannot draft."""
 ONLY = {"hidden_act": "silu", "pretraining_tp": 1}
 """Fields that no served family may have with another value."""
 
 
 def read_config(
-    source: str | Path | Mapping[str, Any], *, name: str | None = None, max_context: int | None = None
+    source: str | Path | Mapping[str, Any],
+    *,
+    name: str | None = None,
+    max_context: int | None = None,
+    mtp: bool = False,
 ) -> ModelConfig:
     """The model that a config.json describes: `source` is its folder, its path, or its values.
 
     `name` is the folder's unless given. `max_context` serves a shorter context than the published one. From a folder,
-    the stop tokens of generation_config.json and the begin and end tokens of the tokenizer's files are read too.
+    the stop tokens of generation_config.json and the begin and end tokens of the tokenizer's files are read too. With
+    `mtp` it has its layer of multi-token prediction, which must be one.
     Raises ConfigError for an architecture that is not served, a missing field, or fields that contradict.
     """
     where, folder = "config.json", None
@@ -110,11 +117,24 @@ def read_config(
             model = dataclasses.replace(model, stop_tokens=_stop_tokens(folder, model.stop_tokens))
         bos = None if folder is None else _bos_token(folder, f)
         cfg = serving_config(model, name=name or (folder.name if folder else model.family), max_context=max_context)
-        return dataclasses.replace(cfg, bos_token=bos)
+        return dataclasses.replace(cfg, bos_token=bos, mtp=mtp and _has_mtp(values, cfg))
     except InputError as error:
         raise ConfigError(str(error)) from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _has_mtp(values: Mapping[str, Any], cfg: ModelConfig) -> bool:
+    """True for a model with one layer of multi-token prediction that is served. Raises ConfigError for another."""
+    layers = draft_layers(values)
+    if layers != 1:
+        raise ConfigError(f"{cfg.name} has {layers} layers of multi-token prediction, and 1 is served. {WITHOUT_MTP}")
+    if cfg.family not in DRAFTS_SERVED:
+        raise ConfigError(
+            f"the layer of multi-token prediction of model_type {cfg.family!r} is not served yet; that of "
+            f"{', '.join(sorted(DRAFTS_SERVED))} is. {WITHOUT_MTP}"
+        )
+    return True
 
 
 def _served_fields(values: Mapping[str, Any], where: str) -> ConfigFields:

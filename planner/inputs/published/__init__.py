@@ -15,7 +15,14 @@ from planner.inputs.published.parameter_counts import (
     count_parameters,
     unwindowed_cache_elements,
 )
-from planner.inputs.published.planned_workload import draft_layers, is_published, read_model, workload_from, workload_of
+from planner.inputs.published.planned_workload import (
+    DRAFTS_SERVED,
+    draft_layers,
+    is_published,
+    read_model,
+    workload_from,
+    workload_of,
+)
 from planner.inputs.published.quantization import BYTES
 from planner.inputs.published.reader import (
     MODELS,
@@ -28,6 +35,7 @@ from planner.inputs.published.weight_form import WeightForm
 __all__ = [
     "BYTES",
     "CARDS_WITHOUT_EMBEDDING",
+    "DRAFTS_SERVED",
     "FAMILIES",
     "MODELS",
     "NOT_READ",

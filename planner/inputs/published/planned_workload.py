@@ -54,6 +54,10 @@ def is_published(values: Mapping[str, Any]) -> bool:
 DRAFT_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
 
+DRAFTS_SERVED = frozenset({"deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe", "glm4v_moe", "glm4_moe_lite"})
+"""The `model_type`s whose layer for multi-token prediction `moejax serve` runs."""
+
+
 def draft_layers(values: Mapping[str, Any]) -> int:
     """The number of layers for multi-token prediction that a config.json says the model has."""
     places = (values, values.get("text_config") or {})

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.mtp_head import join_head
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import init_params
+from moejax.config.params import init_params, without_mtp
 from moejax.model.reference import losses
 from moejax.tools import train as training_module
 from moejax.tools.corpus import Domain
@@ -20,10 +24,12 @@ from moejax.tools.score import bits_per_byte, token_windows
 from moejax.tools.train import (
     TrainingConfig,
     TrainingPhase,
+    agreement,
     draw_batch,
     encode_domain,
     load_preset,
     train,
+    train_mtp,
     train_tokenizer,
 )
 from planner.inputs.shipped import shipped
@@ -61,6 +67,32 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
     monkeypatch.setattr(training_module, "draw_batch", draw_batch)
     resumed = train(MODEL, SHORT, tmp_path / "cut", STREAMS)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_a_layer_that_drafts_is_trained_beside_a_model_that_stays_as_it_is(tmp_path, capsys):
+    folder, head = tmp_path / "tiny", tmp_path / "tiny" / "mtp"
+    shutil.copytree(ensure_model("tiny"), folder, ignore=shutil.ignore_patterns("mtp"))
+    before, params = content_hash(folder), load_params(folder)
+    texts = tuple((folder / "held_out" / name).read_text("utf-8") for name in ("python.txt", "wordnet.txt"))
+    short = dataclasses.replace(SHORT, phases=(TrainingPhase(steps=2, batch=2, sequence=16),))
+    train_mtp(folder, short, [Domain("both", texts * 2, texts)])
+    assert "of drafts are the model's own likeliest token" in capsys.readouterr().out
+    assert content_hash(folder) == before
+    joined = tmp_path / "joined"
+    join_head(folder, head, joined)
+    cfg = ModelConfig.load(joined)
+    whole = load_params(joined, cfg)
+    assert cfg.mtp
+    jax.tree.map(np.testing.assert_array_equal, without_mtp(whole), params)
+    assert sum(file.stat().st_size for file in head.rglob("*")) < 2_200_000  # in the repository
+
+
+def test_the_shipped_layer_guesses_better_than_the_token_before_it():
+    folder = ensure_model("tiny", mtp=True)
+    cfg, tokenizer = ModelConfig.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    params = jax.tree.map(jnp.asarray, load_params(folder, cfg))
+    tokens = np.array([tokenizer.encode((folder / "held_out" / "python.txt").read_text("utf-8")).ids[:256]])
+    assert agreement(params, cfg, tokens) > 0.35
 
 
 def test_training_learns(tmp_path):

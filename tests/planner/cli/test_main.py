@@ -308,11 +308,15 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
         assert "a plan of pools" in capsys.readouterr().err
 
 
-def test_drafts_are_planned_and_never_exported_for_a_server(capsys, tmp_path):
+def test_drafts_of_a_layer_are_settings_of_the_server_for_models_whose_layer_it_runs(capsys, tmp_path):
     plan = str(tmp_path / "mtp.json")
-    assert main(["solve", "deepseek-v3", "h200:4x8", "--mtp", "accepted=0.8", "--out", plan]) == 0
+    collocated = ["--arch", "collocated", "--tensor", "1"]
+    assert main(["solve", "deepseek-v3", "h200:4x8", *collocated, "--mtp", "accepted=0.8", "--out", plan]) == 0
+    assert main(["export", plan, "--to", "env"]) == 0
+    assert "MOEJAX_SPECULATE=mtp\nMOEJAX_DRAFT_TOKENS=1\n" in capsys.readouterr().out
+    assert main(["solve", "deepseek-v3.2", "h200:4x8", *collocated, "--mtp", "accepted=0.8", "--out", plan]) == 0
     assert main(["export", plan, "--to", "env"]) == 2
-    assert "1 drafted tokens a step (planned, not served by this version)" in capsys.readouterr().err
+    assert "'deepseek_v32' (planned, not served by this version)" in capsys.readouterr().err
     for wrong in ("drafts=1", "accepted=2", "drafts=0,accepted=0.5"):
         assert main(["solve", "deepseek-v3", "h200:4x8", "--mtp", wrong]) == 2
     assert main(["solve", "mixtral-8x7b", "h100", "--mtp", "accepted=0.8"]) == 2

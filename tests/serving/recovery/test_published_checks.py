@@ -13,6 +13,7 @@ from serving.errors import InvalidRequest
 from serving.recovery.published_checks import check_published
 
 DRAFTS = {"speculate": "ngram"}
+MTP = {"speculate": "mtp"}
 ROLES = {"arch": "disaggregated"}
 
 
@@ -30,6 +31,9 @@ def published(folder: Path, name: str) -> str:
         ("qwen3-next-80b-a3b", DRAFTS, "speculate is ngram, and model has layers whose context is a state"),
         ("qwen3-next-80b-a3b", ROLES, "model has layers whose context is a state, which attention ranks"),
         ("qwen3-8b", ROLES, "model has no experts"),
+        ("qwen3-next-80b-a3b", MTP, "speculate is mtp, and model has layers whose context is a state"),
+        ("qwen3-8b", MTP, r"names 0 layers of multi-token prediction .* Set speculate to ngram, which drafts for"),
+        ("deepseek-v3.2", MTP, "model_type 'deepseek_v32' is not served yet. Set speculate to ngram"),
     ],
 )
 async def test_a_setting_that_the_layers_do_not_allow_is_refused_before_anything_is_read(tmp_path, name, given, error):

@@ -55,7 +55,7 @@ class Command(_message.Message):
     def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ..., read_weights: _Optional[_Union[ReadWeights, _Mapping]] = ..., write_weights: _Optional[_Union[WriteWeights, _Mapping]] = ..., keep_parity: _Optional[_Union[KeepParity, _Mapping]] = ..., stage_weights: _Optional[_Union[StageWeights, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard", "weights")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard", "weights", "drafts")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Configure(_message.Message):
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -86,7 +87,8 @@ class Configure(_message.Message):
     tensor: int
     shard: int
     weights: int
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ..., weights: _Optional[int] = ...) -> None: ...
+    drafts: int
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ..., weights: _Optional[int] = ..., drafts: _Optional[int] = ...) -> None: ...
 
 class WeightsVersion(_message.Message):
     __slots__ = ("number", "store")
@@ -483,7 +485,7 @@ class Failed(_message.Message):
     def __init__(self, id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("epoch", "step", "tokens", "logprobs", "expert_load", "program_ms", "total_ms", "compiles", "own_ms", "likeliest", "scores")
+    __slots__ = ("epoch", "step", "tokens", "logprobs", "expert_load", "program_ms", "total_ms", "compiles", "own_ms", "likeliest", "scores", "drafts")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -495,6 +497,7 @@ class StepDone(_message.Message):
     OWN_MS_FIELD_NUMBER: _ClassVar[int]
     LIKELIEST_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     tokens: bytes
@@ -506,7 +509,8 @@ class StepDone(_message.Message):
     own_ms: float
     likeliest: Likeliest
     scores: _containers.RepeatedCompositeFieldContainer[TileScores]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., expert_load: _Optional[bytes] = ..., program_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., compiles: _Optional[int] = ..., own_ms: _Optional[float] = ..., likeliest: _Optional[_Union[Likeliest, _Mapping]] = ..., scores: _Optional[_Iterable[_Union[TileScores, _Mapping]]] = ...) -> None: ...
+    drafts: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., expert_load: _Optional[bytes] = ..., program_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., compiles: _Optional[int] = ..., own_ms: _Optional[float] = ..., likeliest: _Optional[_Union[Likeliest, _Mapping]] = ..., scores: _Optional[_Iterable[_Union[TileScores, _Mapping]]] = ..., drafts: _Optional[bytes] = ...) -> None: ...
 
 class Likeliest(_message.Message):
     __slots__ = ("tokens", "logprobs")
@@ -657,16 +661,18 @@ class PlaceOrder(_message.Message):
     def __init__(self, prepare: _Optional[_Union[PrepareModel, _Mapping]] = ..., start: _Optional[_Union[StartRank, _Mapping]] = ..., signal: _Optional[_Union[SignalRank, _Mapping]] = ...) -> None: ...
 
 class PrepareModel(_message.Message):
-    __slots__ = ("model", "data_type", "in_place", "dense")
+    __slots__ = ("model", "data_type", "in_place", "dense", "mtp")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    MTP_FIELD_NUMBER: _ClassVar[int]
     model: str
     data_type: str
     in_place: bool
     dense: str
-    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ...) -> None: ...
+    mtp: bool
+    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ..., mtp: bool = ...) -> None: ...
 
 class StartRank(_message.Message):
     __slots__ = ("incarnation", "rank", "token")
