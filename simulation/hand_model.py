@@ -44,6 +44,10 @@ PERIOD, VARIED = 4, 9
 """Under an odd seed the fake model repeats the token PERIOD places before, except where VARIED divides the place."""
 
 
+WRONG = 5
+"""Guesses of a layer of multi-token prediction are wrong at positions that it divides."""
+
+
 def next_token(prefix: Iterable[int], seed: int, weights: int = 0) -> int:
     """The fake model: seed + 1 x first token + 2 x second token + ..., modulo VOCAB; 7 more for each version of the
     weights. Under an odd seed its text has a period, which a token of the first kind changes at every VARIED places, so
@@ -154,6 +158,18 @@ class HandCache:
                 if segment in logits_adjustments:
                     tokens[segment] = adjusted_token(fake_logits(prefix, seed), logits_adjustments[segment])
         return tokens, np.array([logprob_of(int(token)) for token in tokens], np.float32)
+
+    def guesses(self, arrays: Mapping[str, np.ndarray], tokens: np.ndarray, count: int) -> np.ndarray:
+        """The guesses of a layer of multi-token prediction [Z, count] after the sampled tokens [Z]: right but at
+        positions that WRONG divides; -1 for segments that do not sample."""
+        made = np.full((len(tokens), count), -1, np.int32)
+        for segment in np.flatnonzero(arrays["sample_position"] > 0).tolist():
+            prefix = [*self.prefix(arrays, segment, arrays["sample_row"][segment]), int(tokens[segment])]
+            for nth in range(count):
+                right = next_token(prefix, int(arrays["seed"][segment]), self.weights)
+                prefix.append(right if len(prefix) % WRONG else (right + 1) % VOCAB)
+                made[segment, nth] = prefix[-1]
+        return made
 
     def prefix(self, arrays: Mapping[str, np.ndarray], segment: int, row: int) -> list[int]:
         """The tokens that `row` attends to, itself the last: those in the cache, then the step's own."""

@@ -299,6 +299,8 @@ class HandRank:
         assert self.routes is not None
         self.index.add(part.full)
         tokens, logprobs = self.cache.step(arrays, {})
+        drafts = self.configured.drafts if self.configured is not None else 0
+        guesses = self.cache.guesses(arrays, tokens, drafts).tobytes() if drafts else b""
         wrote = arrays["write"][arrays["write"] != DROPPED]
         self.index.invalidate(wrote // self._page_size)
         self.cache.commit(arrays)
@@ -307,7 +309,12 @@ class HandRank:
         routed = arrays["tokens"][arrays["positions"] >= 0]
         for layer, row in enumerate(load):  # every other token goes to one expert
             np.add.at(row, np.where(routed % 2, layer, routed) % len(row), 1)
-        return {"tokens": tokens.tobytes(), "logprobs": logprobs.tobytes(), "expert_load": load.tobytes()}
+        return {
+            "tokens": tokens.tobytes(),
+            "logprobs": logprobs.tobytes(),
+            "expert_load": load.tobytes(),
+            "drafts": guesses,
+        }
 
     def copy_last(self, *, part: bool = False) -> list[link_pb2.Copied]:
         """Copy what the last step wrote to the replica; with `part` only every other entry, because the rank dies

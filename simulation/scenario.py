@@ -157,6 +157,9 @@ def draw(seed: int, mode: Mode) -> Scenario:
         settings["kv_replication"] = "off"
     elif "arch" not in settings:
         settings |= _draw_pools(random.Random(f"pools/{mode}/{seed}"), settings["ranks"])
+    by_model = settings["speculate"] == "ngram" and settings.get("arch") != "disaggregated" and not states
+    if by_model and random.Random(f"mtp/{mode}/{seed}").random() < 0.4:
+        settings["speculate"] = "mtp"
     ranks = settings["ranks"]
     rates = {
         "late": rng.choice((0.0, 0.0, 0.002, 0.02)),

@@ -155,7 +155,7 @@ class Status:
     kv_token_bytes: int = 0
     """Bytes of the KV cache of one token, over all layers."""
     speculate: str = "off"
-    """How tokens are drafted for requests that do not say: "ngram" or "off"."""
+    """How tokens are drafted for requests that do not say: "mtp", "ngram" or "off"."""
     drafts: int = 0
     """Times that a request had drafts in a step."""
     drafted: int = 0

@@ -23,21 +23,12 @@ from serving.engine.state import EngineState, Output
 from serving.engine.step_results import apply
 from serving.errors import NoCapacity
 from serving.protocol.request import Finished, Request, Scored, Token
-from simulation.hand_model import (
-    VOCAB,
-    HandCache,
-    allowed_by,
-    alone,
-    logprob_of,
-    next_token,
-    score_of,
-    small_limits,
-)
+from simulation.hand_model import HandCache, allowed_by, alone, logprob_of, score_of, small_limits
 
 CONTEXT = small_limits().max_context
 """Positions of the context under `small_limits`."""
-GUESSES, WRONG = 2, 5
-"""Guesses of the fake model after each token; those of positions that WRONG divides are wrong."""
+GUESSES = 2
+"""Guesses of the fake model after each token, where it has a layer for them."""
 
 
 @dataclasses.dataclass
@@ -89,28 +80,12 @@ class FakeEngine:
         tokens, logprobs = self.ranks[rank].step(arrays, logits_adjustments(batch, rank, allowed_by))
         scores = [self.ranks[rank].scores(arrays, tile) for tile in scored_tiles(batch, rank)]
         top = tokens[:, None], logprobs[:, None]
-        results = collect_results(batch, rank, tokens, logprobs, top, scores, self.guesses(batch, rank, tokens))
+        drafting = self.state.limits.model_drafts
+        guesses = self.ranks[rank].guesses(arrays, tokens, GUESSES) if drafting else None
+        results = collect_results(batch, rank, tokens, logprobs, top, scores, guesses)
         self.ranks[rank].commit(arrays)
         self.made |= {request_id: result.token for request_id, result in results.items()}
         return results
-
-    def guesses(self, batch: Batch, rank: int, tokens: np.ndarray) -> np.ndarray | None:
-        """The guesses of a layer of multi-token prediction after each segment, some of them wrong; None without one."""
-        if not self.state.limits.model_drafts:
-            return None
-        made = np.full((batch.bucket.segments, GUESSES), -1, np.int32)
-        for placed in layout(batch.bucket, batch.scheduled[rank]):
-            item = placed.scheduled
-            request = self.requests[item.request_id]
-            known = [*request.prompt, *self.tokens(item.request_id), self.made.get(item.request_id, 0)]
-            for nth in range(1 + len(item.drafts) if item.samples else 0):
-                at = placed.last + nth
-                prefix = [*known[: item.start + len(item.tokens)], *item.drafts[:nth], int(tokens[at])]
-                for guess in range(GUESSES):
-                    right = next_token(prefix, request.sampling.seed)
-                    prefix.append(right if len(prefix) % WRONG else (right + 1) % VOCAB)
-                    made[at, guess] = prefix[-1]
-        return made
 
     def fill(self, batch: Batch, rank: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Tokens that were unknown when the step was made are those of the step before it."""
