@@ -156,6 +156,11 @@ class ModelConfig:
             self._check_indexer(self.indexer)
         if self.delta_net is not None or self.state_layers:
             self._check_state_layers()
+        if self.mtp and self.cache_format != "float32":
+            raise ConfigError(
+                f"cache_format is {self.cache_format} with mtp: a layer of multi-token prediction keeps float32 only "
+                "yet. Serve it with --kv-cache-type float32, or with --speculate ngram."
+            )
         if self.mtp and (self.state_layers or self.norm != "rms"):
             raise ConfigError(
                 f"mtp is true, but {self.name} has state_layers {list(self.state_layers)} and norm {self.norm!r}; a "

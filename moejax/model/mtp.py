@@ -69,7 +69,7 @@ def draft(
     guesses = [jnp.where(samples_Z, guess(params, x_ZD), NO_GUESS)]
     strips = _strips(kv, inputs, B, drafts)
     for nth in range(1, drafts if B else 1):
-        ahead = _ahead(inputs, guesses[-1], samples_Z, nth, shape, len(strips.k) // B)
+        ahead = _ahead(inputs, guesses[-1], samples_Z, nth, shape, strips.entries // B)
         merge = functools.partial(_put, strips, inputs, B, nth)
         part = dataclasses.replace(shape, bucket=dataclasses.replace(shape.bucket, tiles=0))
         context = StepContext(cache=cache, inputs=ahead, shape=part, merge_kv=merge)
@@ -157,22 +157,12 @@ def _strips(kv: KVCache, inputs: StepInputs, decode: int, drafts: int) -> KVCach
     return jax.tree.map(lambda each: finite(each)[jnp.clip(rows.reshape(-1), 0, len(each) - 1)], kv)
 
 
-def _put(
-    strips: KVCache,
-    inputs: StepInputs,
-    decode: int,
-    nth: int,
-    k_BKH: Float[ArrayLike, "B K Hk"],
-    v_BKH: Float[ArrayLike, "B K Hv"],
-) -> tuple[jax.Array, jax.Array]:
+def _put(strips: KVCache, inputs: StepInputs, decode: int, nth: int, new: KVCache) -> KVCache:
     """The strips with the keys and values of guess number `nth` behind the new rows of each segment."""
-    width = len(strips.k) // decode
+    width = strips.entries // decode
     place_B = jnp.clip(inputs.positions[:decode] - inputs.cached[:decode] + nth, 0, width - 1)
     at_B = jnp.arange(decode) * width + place_B
-    k, v = (
-        strip.reshape(-1, *new.shape[1:]).at[at_B].set(new) for strip, new in ((strips.k, k_BKH), (strips.v, v_BKH))
-    )
-    return k, v
+    return jax.tree.map(lambda strip, rows: strip.at[at_B].set(rows), strips, new)
 
 
 def _ahead(

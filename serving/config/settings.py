@@ -124,6 +124,11 @@ class Settings(
                 "its layer runs where ranks hold experts and attend",
                 "collocated",
             ),
+            "kv_cache_type": (
+                self.kv_cache_type not in ("auto", "float32"),
+                "the entries of its layer are in float32",
+                "float32",
+            ),
             "tensor": (self.tensor > 1, "its layer is not sharded over tensor groups", "1"),
         }
         for name, (given, why, instead) in refused.items():
