@@ -81,8 +81,8 @@ Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
 
 
 class MeshPrograms:
-    """The step programs of every bucket over one mesh, each loaded at its first use, with those that draft if the model
-    has a layer for it, and the exchange that connects it."""
+    """The step programs of every bucket over one mesh, each loaded at its first use, with its drafting programs if the
+    model has a layer for it, and the exchange that connects it."""
 
     def __init__(self, shape: ModelShape, devices: Sequence[JaxDevice], slots: int, store: ExecutableStore) -> None:
         self.mesh = make_mesh(devices)

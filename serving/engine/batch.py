@@ -38,7 +38,7 @@ class StepBucket(NamedTuple):
 class StepResult(NamedTuple):
     """The result of one step for one request: the next token (-1 when none was sampled), its log-probability, the
     likeliest tokens in its place, and (log-probability, likeliest tokens) of each target. `after_drafts` has the result
-    after each draft, which counts only if the draft is the token that was sampled before it. `guesses` are those that
+    after each draft, which counts only if the draft is the token that was sampled before it. `guesses` are what
     the model has of the tokens after this one."""
 
     token: int

@@ -55,7 +55,7 @@ class Draft(NamedTuple):
 class Drafting:
     """The experience with the drafts of a request: `rates` of right ones by class of match. `history` are its tokens so
     far, int32. It waits `wait` steps until the next look-up, after `pause` steps the last time. `stopped`: a step with
-    drafts gave no numbers, so that it gets none any more. `guesses` are those that the model has of the tokens after
+    drafts gave no numbers, so that it gets none any more. `guesses` are the guesses of the model of the tokens after
     the last one."""
 
     history: bytes = b""
