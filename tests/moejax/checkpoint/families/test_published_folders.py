@@ -101,6 +101,7 @@ SIZES = {"vocab_size", "d_model", "d_ff", "max_context", "stop_tokens", "bos_tok
 FIXED = {
     "weights",
     "shard_dense",
+    "mtp",
     "tensor",
     "swiglu_alpha",
     "low_frequency",
