@@ -330,6 +330,12 @@ async def test_nothing_is_obeyed_before_a_hello_and_garbage_harms_nobody(
     async with asyncio.timeout(LIMIT_S):
         for case in cases:
             assert await (await Stranger.connect(listener.port)).is_left_after(case), case
+        wrong = messages.encode(messages.Hello(version=1, pid=1, token="mjr_wrong"))
+        guessing = await Stranger.connect(listener.port)
+        guessing.writer.write(framed(wrong, hello, hello))
+        refused = messages.Refused(text="the front lets this edge not in: this is no join token of this server.")
+        assert await guessing.reader.read() == framed(messages.encode(refused)), "one guess for each connection"
+        assert not front.socket._edges
         monkeypatch.setattr(edge_listener, "HELLO_S", 0.05)
         for silent in (b"", b"\0", hello[:10]):
             assert await (await Stranger.connect(listener.port)).is_left_after(silent)
