@@ -81,6 +81,12 @@ compare the weights with checksums, and both distinguish missing weights from da
 | NVFP4 (modelopt, compressed-tensors) | the number format of the model | the same choice |
 | int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice; published int4 also as it is |
 
+A GGUF file (`--model model.gguf`) is read as the folder that it was made of: config.json, tensors by their published
+names, tokenizer and chat template, written once into the cache. Architectures: `llama` (with experts Mixtral), `olmoe`,
+`qwen2`, `qwen2moe`, `qwen3`, `qwen3moe`. Q4_0, Q8_0, Q4_K, Q6_K and every other type that the `gguf` package widens become
+float16; F32, F16 and BF16 stay. Another architecture, scaled rotary embeddings other than linear and YaRN, and a tokenizer
+that is not known are refused by name; a `tokenizer.json` beside the file is used instead of the file's own.
+
 Routers, norms, biases and sums are float32 in every case, the KV cache unless `--kv-cache-type` says otherwise
 ([how](decisions/0027-a-narrow-cache-is-seen-as-it-is-kept.md)). All data types work with all families: a test
 computes a step of every family in each of them. Each form is widened to the same bits as the tools that write it widen

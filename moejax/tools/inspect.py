@@ -40,7 +40,7 @@ from moejax.tools.rank_format import (
     stored_note,
     widening_note,
 )
-from moejax.tools.resolve import ensure_model, is_published
+from moejax.tools.resolve import ensure_model, is_published, published_place
 from planner.errors import NoFeasiblePlan
 from planner.inputs.cluster import Cluster
 from planner.inputs.layer_states import STATE_COPIES
@@ -61,7 +61,7 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
     Raises ConfigError for an architecture that is not served, CheckpointError for weights that are not those of the
     configuration, AssetUnavailable when a model known by name cannot be had.
     """
-    path = Path(model)
+    path = published_place(Path(model))
     if path.is_file():
         cfg, folder = read_config(path, name=path.stem if path.stem != "config" else None), None
     elif is_published(path):

@@ -33,7 +33,13 @@ from moejax.tools.rank_format import (
     stored_note,
     widening_note,
 )
-from moejax.tools.resolve import ensure_checksums, ensure_model, ensure_sharded_dense, is_published
+from moejax.tools.resolve import (
+    ensure_checksums,
+    ensure_model,
+    ensure_sharded_dense,
+    is_published,
+    published_place,
+)
 from moejax.tools.same_model import check_same_dtypes, check_same_model, unused_files
 
 MTP = "--mtp"
@@ -62,6 +68,7 @@ def prepare(
     CheckpointError, also before that, unless both differ in their weights alone. With `mtp` the model has its layer of
     multi-token prediction; raises ConfigError or CheckpointError for one that has none.
     """
+    name = str(published_place(Path(name)))
     if like:
         check_same_model(Path(name), Path(like), sharded=how == "sharded")
     if is_published(Path(name)):

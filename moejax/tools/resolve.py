@@ -1,7 +1,7 @@
 """From a model's name to its folder.
 
 `tiny` is in the repository; `smollm2-moe` and `bench-mixtral` are made on first use, in the cache; anything else is a
-folder, ours or one as models are published, which is converted on first use, into the cache.
+folder, ours or one as models are published, which is converted on first use, into the cache, or a GGUF file.
 """
 
 import hashlib
@@ -37,9 +37,10 @@ def ensure_model(name_or_path: str | Path, *, mtp: bool = False) -> Path:
     model or its weights are not those of its configuration, ConfigError on a preset that cannot be and on an
     architecture that is not served.
     """
-    if is_published(Path(name_or_path)):
-        return ensure_converted(Path(name_or_path), mtp=mtp)
-    folder = _ensure_own(str(name_or_path))
+    path = published_place(Path(name_or_path))
+    if is_published(path):
+        return ensure_converted(path, mtp=mtp)
+    folder = _ensure_own(str(path))
     return ensure_mtp(folder) if mtp else folder
 
 
@@ -52,6 +53,23 @@ def _ensure_own(name_or_path: str) -> Path:
     if str(name_or_path) == "bench-mixtral":
         return ensure_random(shipped("configs/presets/bench-mixtral.toml"))
     return checked_folder(Path(name_or_path))
+
+
+def published_place(path: Path) -> Path:
+    """The published folder of a GGUF file, made first if need be; any other path as it is."""
+    if not is_gguf(path):
+        return path
+    from moejax.tools.gguf_folder import ensure_folder  # not at import: reads and writes GGUF, which others do not need
+
+    return ensure_folder(path)
+
+
+def is_gguf(path: Path) -> bool:
+    """True for a file of GGUF."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def is_published(folder: Path) -> bool:

@@ -17,7 +17,9 @@ class ModelSettings(SettingsGroup):
 
     title: ClassVar[str] = "Model"
 
-    model: str = setting("smollm2-moe", "Name of a known model (`moejax models` lists them) or path of a model folder.")
+    model: str = setting(
+        "smollm2-moe", "Name of a known model (`moejax models` lists them), path of a model folder, or of a GGUF file."
+    )
     data_type: str = setting(
         "auto",
         "Data type of the weight matrices in the ranks; int8 stores one scale for each output channel, int4 one "

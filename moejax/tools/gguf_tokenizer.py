@@ -1,0 +1,129 @@
+"""The tokenizer of a GGUF file as it is published: SentencePiece (`tokenizer.model`) or `tokenizer.json`, with the
+special tokens and the chat template."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+TokenizerFiles = Mapping[str, bytes]
+"""Contents of files by name."""
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    "ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_MARKS = "!-/:-~！-／：-～‘-‟　-。"
+CJK = "[一-龥ࠀ-一가-퟿]+"
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+"""Types of tokens in GGUF, as in SentencePiece."""
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def _bytes(use_regex: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": [_bytes(True)],
+    "mpt": [_bytes(True)],
+    "olmo": [_bytes(True)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
+    "starcoder": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
+    "refact": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
+    "llama-bpe": [_split(LLAMA3), _bytes(False)],
+    "qwen2": [_split(QWEN), _bytes(False)],
+    "qwen35": [_split(QWEN35), _bytes(False)],
+    "command-r": [pre_tokenizers.Digits(individual_digits=True), _bytes(True)],
+    "falcon": [_split(r"[\p{P}\$\+<=>\^~\|`]+"), _bytes(True), _split("[0-9][0-9][0-9]")],
+    "deepseek-llm": [
+        *(_split("[\r\n]"), _split(rf"\s?[{DEEPSEEK_LETTERS}]+"), _split(rf"\s?[{DEEPSEEK_MARKS}]+"), _split(r"\s+$")),
+        *(_split(CJK), _split(r"\p{N}+"), _bytes(False)),
+    ],
+    "deepseek-coder": [
+        *(_split("[\r\n]"), _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _split(CJK), _split(r"\p{N}"), _bytes(False)),
+    ],
+}
+"""How each model cuts text before the merges, from its published tokenizer.json."""
+
+
+def tokenizer_files(fields: Mapping[str, Any], *, beside: Path | None = None) -> TokenizerFiles:
+    """The tokenizer in the fields of a GGUF file; or the tokenizer.json in the folder `beside` the file, if there is
+    one. Raises ValueError for a tokenizer that is not read, KeyError for a field that is missing."""
+    found = {"tokenizer_config.json": json.dumps(_settings(fields)).encode()}
+    if "tokenizer.chat_template" in fields:
+        found["chat_template.jinja"] = fields["tokenizer.chat_template"].encode()
+    published = None if beside is None else beside / "tokenizer.json"
+    if published is not None and published.is_file():
+        return found | {"tokenizer.json": published.read_bytes()}
+    kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "default")
+    if kind == "llama":
+        return found | {"tokenizer.model": _sentencepiece(fields)}
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"its tokenizer is {kind}/{pre}; read are llama and gpt2/ with {', '.join(PRE_TOKENIZERS)}. Put the "
+            "model's own tokenizer.json beside the file, which is then used."
+        )
+    return found | {"tokenizer.json": _json(fields, pre)}
+
+
+def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of tokenizer_config.json."""
+    settings: dict[str, Any] = {"add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False))}
+    for name in ("bos", "eos"):
+        if f"tokenizer.ggml.{name}_token_id" in fields:
+            settings[f"{name}_token"] = fields["tokenizer.ggml.tokens"][fields[f"tokenizer.ggml.{name}_token_id"]]
+    return settings
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
+    model, kinds = sentencepiece_model_pb2.ModelProto(), list(fields["tokenizer.ggml.token_type"])
+    for i, kind in enumerate(kinds):
+        if kind == UNKNOWN and UNKNOWN in kinds[:i]:
+            kinds[i] = CONTROL  # SentencePiece has one unknown token; llama.cpp calls some special tokens so too
+    for piece, score, kind in zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], kinds, strict=True):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def _json(fields: Mapping[str, Any], pre: str) -> bytes:
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    inner.decoder = decoders.ByteLevel()
+    marks = {
+        wanted: [
+            tokenizers.AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == wanted
+        ]
+        for wanted in (CONTROL, USER_DEFINED)
+    }
+    inner.add_special_tokens(marks[CONTROL])
+    inner.add_tokens(marks[USER_DEFINED])
+    return inner.to_str().encode()
