@@ -90,13 +90,14 @@ def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
-    model, kinds = sentencepiece_model_pb2.ModelProto(), list(fields["tokenizer.ggml.token_type"])
+    proto: Any = sentencepiece_model_pb2  # has no types
+    model, kinds = proto.ModelProto(), list(fields["tokenizer.ggml.token_type"])
     for i, kind in enumerate(kinds):
         if kind == UNKNOWN and UNKNOWN in kinds[:i]:
             kinds[i] = CONTROL  # SentencePiece has one unknown token; llama.cpp calls some special tokens so too
     for piece, score, kind in zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], kinds, strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
