@@ -102,6 +102,7 @@ FIXED = {
     "weights",
     "shard_dense",
     "mtp",
+    "cache_format",
     "tensor",
     "swiglu_alpha",
     "low_frequency",
