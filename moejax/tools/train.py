@@ -259,7 +259,7 @@ def train_mtp(folder: Path, training: TrainingConfig, domains: list[Domain]) -> 
     served = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), half)
     for domain in domains:
         tokens = np.asarray(tokenizer.encode("".join(domain.held_out)[:SAMPLE]).ids[:CHECKED], np.int32)
-        right = agreement(served, cfg, tokens[None])
+        right = agreement(served, cfg, jnp.asarray(tokens[None]))
         print(f"{domain.name}: {right:.0%} of drafts are the model's own likeliest token, on held-out text")
 
 

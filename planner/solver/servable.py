@@ -60,8 +60,11 @@ def served_pages(deployment: Deployment) -> int:
 
 
 def served_cache_format(deployment: Deployment) -> str:
-    """The format of the KV cache of `moejax serve` nearest to that of the plan: the value of `--kv-cache-type`."""
+    """The format of the KV cache of `moejax serve` nearest to that of the plan: the value of `--kv-cache-type`. Of a
+    model that drafts with a layer of its own it is float32 as yet."""
     planned = deployment.workload.cache_format
+    if deployment.workload.drafts and deployment.workload.draft_layers:
+        return "float32"
     return planned if planned in CACHE_FORMATS else "bfloat16" if BYTES.get(planned, 2.0) >= 2 else "int8"
 
 

@@ -80,8 +80,8 @@ def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # 
     settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
     assert (settings.ranks, settings.data_type) == (8, "bfloat16")
     planned = read_deployment(plan_file).plan.pages_per_rank
-    assert settings.pages_per_rank == planned // 2  # the plan counts two bytes a value, the server keeps four
-    assert len(lines) == 6
+    assert (settings.pages_per_rank, settings.kv_cache_type) == (planned, "bfloat16")
+    assert len(lines) == 7
 
 
 def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_makes(capsys, tmp_path):

@@ -313,7 +313,9 @@ def test_drafts_of_a_layer_are_settings_of_the_server_for_models_whose_layer_it_
     collocated = ["--arch", "collocated", "--tensor", "1"]
     assert main(["solve", "deepseek-v3", "h200:4x8", *collocated, "--mtp", "accepted=0.8", "--out", plan]) == 0
     assert main(["export", plan, "--to", "env"]) == 0
-    assert "MOEJAX_SPECULATE=mtp\nMOEJAX_DRAFT_TOKENS=1\n" in capsys.readouterr().out
+    exported = capsys.readouterr().out
+    assert "MOEJAX_SPECULATE=mtp\nMOEJAX_DRAFT_TOKENS=1\n" in exported
+    assert "MOEJAX_KV_CACHE_TYPE=float32\n" in exported, "the server keeps no other cache for such a model"
     assert main(["solve", "deepseek-v3.2", "h200:4x8", *collocated, "--mtp", "accepted=0.8", "--out", plan]) == 0
     assert main(["export", plan, "--to", "env"]) == 2
     assert "'deepseek_v32' (planned, not served by this version)" in capsys.readouterr().err
