@@ -150,7 +150,9 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    """The public name, imported from its module at its first use. Raises AttributeError."""
+    """The public name, or the package that has some, imported at its first use. Raises AttributeError."""
+    if any(module.split(".")[1] == name for module in _MODULES):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -57,7 +57,7 @@ def without_neutral_keywords(schema: Any) -> Any:
 def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a keyword of a schema permits every value."""
     if value is None:
-        return key not in _VALUES
+        return key not in (*_VALUES, "type")  # whose null was more likely to be the type "null"
     match key:
         case "format":
             return not (isinstance(value, str) and value in _KNOWN_FORMATS)

@@ -37,6 +37,11 @@ def test_names_that_are_imported_at_their_first_use_are_all_names_and_the_names_
         serving.Servre  # noqa: B018
 
 
+def test_packages_of_public_names_are_there_without_an_import_of_their_own():
+    used = "import serving; print(serving.errors.QueueFull.__name__, serving.config.Settings.__name__)"
+    assert subprocess.check_output([sys.executable, "-c", used], text=True).split() == ["QueueFull", "Settings"]
+
+
 def test_the_process_of_a_rank_imports_no_client_and_no_surface():
     imported = "import sys, serving.worker.main; print(*sys.modules)"
     modules = subprocess.run(

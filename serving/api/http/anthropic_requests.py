@@ -56,6 +56,8 @@ def field_names(body: CountTokensBody) -> FieldNames:
 
 
 def _sampling(body: MessagesBody) -> dict[str, Any]:
+    if body.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {body.max_tokens}; it must be at least 1.", param="max_tokens")
     given = {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences or None,

@@ -37,6 +37,10 @@ def chat_body(body: ResponsesBody, messages: Sequence[Mapping[str, Any]]) -> dic
     made: dict[str, Any] = {"messages": [*instructions, *messages], "stream": True}
     made |= {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
     if body.max_output_tokens is not None:
+        if body.max_output_tokens < 1:
+            raise InvalidRequest(
+                f"max_output_tokens is {body.max_output_tokens}; it must be at least 1.", param="max_output_tokens"
+            )
         made["max_tokens"] = body.max_output_tokens
     if body.tools:
         made["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]

@@ -33,6 +33,10 @@ def test_a_keyword_that_permits_everything_changes_nothing_at_any_depth(more):
     assert without_neutral_keywords({"anyOf": [written]}) == {"anyOf": [PLAIN]}
 
 
+def test_a_type_that_is_null_is_not_taken_for_any_type():
+    assert without_neutral_keywords({"type": None}) == {"type": None}
+
+
 def test_values_that_look_like_schemas_stay_as_they_are():
     schema = {"const": None, "enum": [None, {"not": False}], "default": {"format": None}, "properties": {"not": PLAIN}}
     assert without_neutral_keywords(schema) == schema

@@ -47,8 +47,8 @@ def _convert(raw: dict[str, Any], model: type[Model]) -> Model:
 
 
 def _make_whole(text: str, raw: Any) -> bool:
-    """Whether the number that an error is about is a whole one, and is an integer now; in a list, all of its numbers.
-    There are languages in which every number has a fraction."""
+    """Whether the number that an error is about is a whole one, and is an integer now, with the others beside it; in a
+    list, all of its numbers. There are languages in which every number has a fraction."""
     found = re.search(r"Expected `([^`]+)`, got `float` - at `\$\.?([^`]*)`", text)
     if found is None or "int" not in found[1].split(" | "):
         return False
@@ -58,13 +58,14 @@ def _make_whole(text: str, raw: Any) -> bool:
     if not isinstance(number, float) or not number.is_integer() or not isinstance(inner, dict) or name not in inner:
         return False
     inner[name] = _whole(inner[name])
+    inner |= {key: int(each) for key, each in inner.items() if isinstance(each, float) and each.is_integer()}
     return True
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: Any, deep: int = 2) -> Any:
     """The value with integers for whole numbers, also in lists and in lists of them."""
     if isinstance(value, list):
-        return [_whole(each) for each in value]
+        return [_whole(each, deep - 1) for each in value] if deep else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

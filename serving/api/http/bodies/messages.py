@@ -70,8 +70,13 @@ def template_message(message: RequestMessage, where: str) -> Mapping[str, Any]:
         content = ""
     if isinstance(content, list):
         placed = [(part, f"{where}.content[{position}]") for position, part in enumerate(content)]
-        reasoning = reasoning or "".join(_thought(*each) for each in placed if _is_thought(each[0])) or None
-        content = [_text_part(*each) for each in placed if not _is_thought(each[0])]
+        thoughts = [each for each in placed if message.role == "assistant" and _is_thought(each[0])]
+        if thoughts and reasoning is not None:
+            raise InvalidRequest(
+                f"{where} has its reasoning twice: {thoughts[0][1]} is some, too.", param=thoughts[0][1]
+            )
+        reasoning = "".join(_thought(*each) for each in thoughts) if thoughts else reasoning
+        content = [_text_part(*each) for each in placed if each not in thoughts]
     made = {
         "role": message.role,
         "content": content,
@@ -92,7 +97,9 @@ def _thought(part: str | ContentPart, where: str) -> str:
     assert isinstance(part, ContentPart)
     if isinstance(part.thinking, list):
         return "".join(part_text(each, f"{where}.thinking[{i}]") for i, each in enumerate(part.thinking))
-    return part.thinking or ""
+    if part.thinking is None:
+        raise InvalidRequest(f"{where}.thinking is missing.", param=f"{where}.thinking")
+    return part.thinking
 
 
 def _text_part(part: str | ContentPart, where: str) -> Mapping[str, Any]:

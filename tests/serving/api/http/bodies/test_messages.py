@@ -62,6 +62,23 @@ def test_parts_that_think_are_the_reasoning_of_a_turn():
         assert (made["content"], made["reasoning_content"]) == ("x", "hm")
 
 
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "the type 'thinking'"),
+        ({"role": "assistant", "content": [{"type": "thinking", "text": "hm"}]}, "thinking is missing"),
+        (
+            {"role": "assistant", "reasoning_content": "a", "content": [{"type": "thinking", "thinking": "b"}]},
+            "reasoning twice",
+        ),
+    ],
+)
+def test_reasoning_that_would_be_lost_is_refused(message, text):
+    with pytest.raises(InvalidRequest, match=text) as caught:
+        turns(USER, message)
+    assert caught.value.param.startswith("messages[1].content[0]")
+
+
 def test_calls_with_nulls_and_arguments_of_either_form_reach_the_template_as_values():
     call = {"id": "c", "type": None, "index": 0, "function": {"name": "f", "arguments": '{"x": null}', "more": None}}
     other = {"function": {"name": "f", "arguments": {"y": 1}}}
