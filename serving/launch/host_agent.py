@@ -153,7 +153,12 @@ class HostAgent:
         self._log(f"let in by {self._channel.front}; preparing {name}")
         try:
             model = await prepare_model(
-                name, order.data_type, in_place=order.in_place, dense=order.dense, mtp=order.mtp
+                name,
+                order.data_type,
+                in_place=order.in_place,
+                dense=order.dense,
+                kv_cache_type=order.kv_cache_type,
+                mtp=order.mtp,
             )
             answer = _message(model)
         except MoejaxError as error:

@@ -15,6 +15,7 @@ import asyncio
 import collections
 import dataclasses
 import functools
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -163,7 +164,7 @@ class HostPool:
     def _model_prepared(self, slot: HostSlot, theirs: link_pb2.ModelPrepared) -> None:
         """Free a slot whose host has the front's model; refuse a host that has another or none."""
         ours, refusal = self._model, theirs.error
-        if not refusal and (theirs.config, theirs.content) != (ours.config, ours.content):
+        if not refusal and (_shared(theirs.config), theirs.content) != (_shared(ours.config), ours.content):
             refusal = f"its {ours.name} is another than the front's: the configuration or the weights differ"
         if refusal:
             slot.refusal = refusal
@@ -237,6 +238,13 @@ class HostPool:
         others = set(self._assigned.values()) - {self._assigned.get(rank)}
         is_own, is_same_host = slot.number == self._assigned.get(rank), slot.host == self._hosts.get(rank)
         return (not is_own, not is_same_host, slot.number in others, slot.number)
+
+
+def _shared(config: str) -> dict[str, Any]:
+    """The part of a configuration that hosts and front have alike: a front serves contexts of its own length."""
+    values = json.loads(config)
+    values.pop("max_context", None)
+    return values
 
 
 def with_rank_moved(cluster: Cluster, rank: int, host_paths: HostPaths) -> Cluster:

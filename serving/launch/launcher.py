@@ -62,6 +62,7 @@ class Launcher:
             in_place=settings.in_place,
             dense=settings.dense,
             mtp=settings.speculate == "mtp",
+            kv_cache_type=model.cache_format,
         )
         host_pool = HostPool(model, order, _token_check(settings, secret))
         listener = RankListener(

@@ -17,7 +17,7 @@ from simulation.hand_model import PREPARED
 
 ROOT = Path(__file__).parents[2]
 
-JOINED_MODEL = dataclasses.replace(PREPARED, config="ours", content="0123", numerics="4567")
+JOINED_MODEL = dataclasses.replace(PREPARED, config='{"max_context": 96, "layers": 2}', content="0123", numerics="4567")
 """A model that a front and its hosts have prepared alike."""
 
 

@@ -27,11 +27,16 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.anyio
 
 
+ORDER = link_pb2.PrepareModel(
+    model="tiny", data_type="int8", in_place=True, dense="sharded", mtp=True, kv_cache_type="bfloat16"
+)
+
+
 class Front:
     """A front at an address, whose hosts need no token. It ends as if it had died: it sends nothing to them."""
 
     def __init__(self, address: str, heartbeat_s: float = 0.05) -> None:
-        self.host_pool = HostPool(JOINED_MODEL, link_pb2.PrepareModel(model="tiny"), lambda secret, now: None)
+        self.host_pool = HostPool(JOINED_MODEL, ORDER, lambda secret, now: None)
         self.executor = RankExecutor(
             FailureDetectorSettings(heartbeat_floor_s=60, step_floor_s=60), lambda loss: None, self.host_pool
         )
@@ -62,7 +67,9 @@ class Front:
 async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """The address of the front of an agent whose host has prepared the model already."""
 
-    async def prepare(model: str, weights: str = "", *, in_place: bool = False, dense: str = "") -> PreparedModel:
+    async def prepare(model: str, weights: str, **how: object) -> PreparedModel:
+        asked = {field.name: value for field, value in ORDER.ListFields()}
+        assert {"model": model, "data_type": weights} | how == asked, "all that the front orders is obeyed"
         return dataclasses.replace(JOINED_MODEL, executables=str(tmp_path / "executables"))
 
     monkeypatch.setattr(serving.launch.host_agent, "prepare_model", prepare)

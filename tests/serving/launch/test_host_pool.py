@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,13 @@ async def test_a_host_with_another_moejax_or_model_learns_what_differs(join_file
     async with Front(join_files) as front, ScriptedAgent(front) as host:
         with pytest.raises(Refused, match=f"FAILED_PRECONDITION.*{why}"):
             await host.offer_and_wait(join_files.secret, **{what: value})
+
+
+async def test_a_host_knows_nothing_of_the_context_that_the_front_serves(join_files):
+    theirs = json.loads(JOINED_MODEL.config) | {"max_context": 131072}
+    async with Front(join_files) as front, ScriptedAgent(front) as host:
+        await host.offer(join_files.secret, "a", config=json.dumps(theirs))
+        await front.host_pool.wait_for_slots(1, "here", 20, lambda _: None)
 
 
 async def test_the_token_of_a_rank_is_valid_once(join_files):

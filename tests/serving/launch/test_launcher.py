@@ -1,5 +1,6 @@
 """The launcher that settings ask for."""
 
+import dataclasses
 import secrets
 
 import pytest
@@ -29,6 +30,15 @@ def test_the_setting_of_heartbeats_reaches_the_listener_of_every_launcher(tmp_pa
     assert isinstance(made.starter, starter)
     assert made.listener.heartbeat_s == 0.125
     assert made.listener.stream_metadata == (("moejax-heartbeat-s", "0.125"),)
+
+
+def test_hosts_prepare_the_model_with_the_cache_format_of_the_front(tmp_path):
+    tokens = JoinTokens(tmp_path / "tokens.json")
+    tokens.add("hosts")
+    model = dataclasses.replace(JOINED_MODEL, cache_format="int8")
+    made = Launcher.of(Settings(launcher="join", rank_tokens=str(tokens.path)), model, tmp_path)
+    assert made.host_pool is not None
+    assert made.host_pool._prepare.prepare.kv_cache_type == "int8"
 
 
 def test_the_secret_of_this_server_and_tokens_of_its_file_are_valid(tmp_path):

@@ -661,18 +661,20 @@ class PlaceOrder(_message.Message):
     def __init__(self, prepare: _Optional[_Union[PrepareModel, _Mapping]] = ..., start: _Optional[_Union[StartRank, _Mapping]] = ..., signal: _Optional[_Union[SignalRank, _Mapping]] = ...) -> None: ...
 
 class PrepareModel(_message.Message):
-    __slots__ = ("model", "data_type", "in_place", "dense", "mtp")
+    __slots__ = ("model", "data_type", "in_place", "dense", "mtp", "kv_cache_type")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     MTP_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_TYPE_FIELD_NUMBER: _ClassVar[int]
     model: str
     data_type: str
     in_place: bool
     dense: str
     mtp: bool
-    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ..., mtp: bool = ...) -> None: ...
+    kv_cache_type: str
+    def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ..., mtp: bool = ..., kv_cache_type: _Optional[str] = ...) -> None: ...
 
 class StartRank(_message.Message):
     __slots__ = ("incarnation", "rank", "token")
