@@ -66,7 +66,7 @@ def _preparation(hosts: int, name: str) -> str:
 #   moejax keys add NAME --file keys.json; kubectl create secret generic {name}-keys --from-file=keys.json
 #   (umask 077; moejax tokens add pods --file tokens.json > token)
 #   kubectl create secret generic {name}-rank --from-file=tokens.json --from-file=token
-#   (umask 077; moejax tokens add edges --file edge/tokens.json > edge/token)
+#   (umask 077; mkdir -p edge && moejax tokens add edges --file edge/tokens.json > edge/token)
 #   kubectl create secret generic {name}-edge --from-file=edge/tokens.json --from-file=edge/token
 #   a secret {name}-rank-tls with tls.crt, tls.key, ca.crt for *.{name}.NAMESPACE and {name}-front-edges (cert-manager
 #   makes such)

@@ -38,6 +38,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._received = bytearray()
         self._unsent: list[bytes] = []
+        self._granted = 0
 
     @property
     def open(self) -> bool:
@@ -59,6 +60,11 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent += (len(frame).to_bytes(_LENGTH_BYTES, "big"), frame)
 
+    def grant_unsent(self) -> None:
+        """What was sent in this turn of the event loop may wait beside MAX_BUFFERED_BYTES: it is all that an edge
+        attaches with, and a connection that ends over it would be made again, and end again."""
+        self._granted += sum(map(len, self._unsent))
+
     def close(self) -> None:
         """End the connection once everything is sent."""
         self._flush()
@@ -77,7 +83,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or not data:
             return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > MAX_BUFFERED_BYTES:
+        if self._transport.get_write_buffer_size() > MAX_BUFFERED_BYTES + self._granted:
             log.warning("a process on the other side of the edges' socket reads nothing; its connection is ended")
             self._transport.abort()
 

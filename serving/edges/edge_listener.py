@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,9 +20,10 @@ from serving.errors import StartError
 HELLO_BYTES = 4096
 """Most bytes of the first message of a peer that is not known yet."""
 HELLO_S = 5.0
-"""Most seconds for TLS, and then for the first message."""
+"""Most seconds for TLS and the first message together."""
 MAX_STRANGERS = 64
-"""Most peers that are not known yet. One more, and the one that has waited longest is disconnected."""
+"""Most peers that are not known yet, from the moment they are accepted: the handshake of TLS costs a buffer. One more,
+and the one that has waited longest is disconnected."""
 BACKLOG = 128
 MAX_NAME, MAX_PID = 253, 1 << 31
 """Most characters of the name of a host, and more than any process id."""
@@ -41,6 +42,7 @@ class EdgeListener:
         self._host, self.port = split_address(address)
         self._path = Path(settings.edge_tokens or "")
         self._tls = ServerTls.of_ranks(settings)
+        self._context: ssl.SSLContext | None = None
         self._admit: Admit
         self._server: asyncio.Server | None = None
         self._strangers: dict[Connection, asyncio.TimerHandle] = {}
@@ -53,12 +55,10 @@ class EdgeListener:
         """Begin to listen. A port of 0 is that of the front before this one, or a free one. Raises StartError when the
         address cannot be had."""
         self._admit, self.port = admit, self.port or former_port
-        tls: dict[str, Any] = {}
-        if self._tls is not None:
-            tls = {"ssl": self._tls.context(), "ssl_handshake_timeout": HELLO_S, "ssl_shutdown_timeout": CLOSE_S}
+        self._context = None if self._tls is None else self._tls.context()
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                self._make, self._host, self.port, backlog=BACKLOG, **tls
+                self._make, self._host, self.port, backlog=BACKLOG
             )
         except OSError as error:
             raise StartError(
@@ -75,7 +75,7 @@ class EdgeListener:
             connection.abort()
 
     def _make(self) -> Connection:
-        return Stranger(self._on_stranger, self._on_first, self._forget)
+        return Stranger(self._on_stranger, self._on_first, self._forget, self._context)
 
     def _on_stranger(self, connection: Connection) -> None:
         if len(self._strangers) >= MAX_STRANGERS:
@@ -124,18 +124,59 @@ def _shown(hello: messages.Hello, peer: str) -> messages.Hello:
 
 
 class Stranger(Connection):
-    """A connection of a peer that is not known yet, which goes to `on_made` first."""
+    """A connection of a peer that is not known yet. It goes to `on_made` when it is accepted, and begins TLS after that
+    if there is a `context`: asyncio's own TLS server would name it only once the handshake is done."""
 
     def __init__(
         self,
         on_made: Callable[[Connection], None],
         on_frame: Callable[[Connection, bytes], None],
         on_lost: Callable[[Connection], None],
+        context: ssl.SSLContext | None,
     ) -> None:
         super().__init__(on_frame, on_lost, HELLO_BYTES)
         self._on_made = on_made
+        self._context = context
+        self._securing: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         self._on_made(self)
+        if self._context is not None and self._transport is not None:
+            self._transport.pause_reading()
+            self._securing = asyncio.create_task(self._secure(self._transport, self._context))
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`. Nothing is read before TLS can also answer."""
+        if self._securing is not None:
+            self._received += data
+        else:
+            super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`. Called once, whether TLS or the connection below it has ended."""
+        if self._transport is not None:
+            super().connection_lost(exc)
+
+    async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        secured = None
+        if not transport.is_closing():
+            try:
+                secured = await asyncio.get_running_loop().start_tls(
+                    transport,
+                    self,
+                    context,
+                    server_side=True,
+                    ssl_handshake_timeout=HELLO_S,
+                    ssl_shutdown_timeout=CLOSE_S,
+                )
+            except OSError as error:
+                log.debug("%s does not begin TLS: %s", self.peer, error)
+        self._securing = None
+        if secured is None or self._closing:
+            transport.abort()
+            self.connection_lost(None)
+        elif self._transport is not None:
+            self._transport = secured
+            self.data_received(b"")

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from serving.edges.connection import Connection
 from serving.edges.front_dialer import RETRY_S, FrontDialer
+from serving.protocol import clock
 
 WELCOME_S = 10.0
 """Most seconds for a front on another host to answer Hello."""
+STEADY_S = 1.0
+"""A connection that ends sooner after Welcome counts as one that was not made: the next one waits."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class Reconnection:
             pause = min(2 * pause, self._front.retry_max_s)
 
     async def _connect(self) -> bool:
-        """Connect, and stay connected as long as the front does. True if it has answered Hello."""
+        """Connect, and stay connected as long as the front does. True if that was a while."""
         lost = asyncio.Event()
         try:
             connection = await self._front.dial(self._on_frame, lambda _: lost.set())
@@ -65,9 +68,10 @@ class Reconnection:
                 connection.abort()
                 return False
             self._said = ""
+            since = clock.now()
             await lost.wait()
             self._log("the front has gone; requests wait for the next one")
-            return True
+            return clock.now() - since >= STEADY_S
         finally:
             self._on_lost()
             connection.close()

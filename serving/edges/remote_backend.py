@@ -69,8 +69,7 @@ class RemoteBackend:
         self._link.start()
         await self._link.welcomed.wait()
         if self.refused.is_set():
-            assert self._ended is not None
-            raise self._ended
+            self._check_ended()
         self._opened = True
 
     def serve(self) -> None:
@@ -202,8 +201,7 @@ class RemoteBackend:
     async def _ask(self, method: str, *arguments: Any) -> Any:
         """The answer of this front or, to a question, of the next one. Raises MoejaxError: that of the front, or
         Unreachable when none answers in time."""
-        if self._ended is not None:
-            raise self._ended
+        self._check_ended()
         number, made = self._next_number(), msgspec.Raw(messages.encode(arguments))
         ask = messages.Ask(number=number, method=method, arguments=made)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -233,8 +231,7 @@ class RemoteBackend:
 
     def _reader(self, opening: messages.Read | messages.Replay | messages.Watch) -> StreamReader:
         """A reader of a stream that is asked of this front, and of each one after it."""
-        if self._ended is not None:
-            raise self._ended
+        self._check_ended()
         reader = self._readers[opening.stream] = StreamReader(opening)
         self._send(opening)
         return reader
@@ -306,6 +303,7 @@ class RemoteBackend:
             self._send(messages.Serving(again=True))
         if self._leaving and self._front.remote:
             self._send(messages.EdgeEnding())
+        connection.grant_unsent()
         self._link.welcomed.set()
 
     def _detach(self) -> None:
@@ -320,6 +318,11 @@ class RemoteBackend:
                     f"the front died while it carried this out ({ask.method}). Look at the status before you repeat it."
                 )
                 answer.set_exception(Unreachable(text))
+
+    def _check_ended(self) -> None:
+        """Raise why nothing can be asked, if so. One error is raised for many requests, and keeps the frames of none."""
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
 
     def _end(self, error: MoejaxError) -> None:
         """End all that is open with this error, and all that is asked before another front is there, if one comes."""

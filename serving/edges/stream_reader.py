@@ -76,7 +76,7 @@ class StreamReader:
         """The next item, None after the last one. Raises MoejaxError."""
         item = await self._queue.get()
         if isinstance(item, MoejaxError):
-            raise item
+            raise item.with_traceback(None)  # one error ends many streams, and keeps the frames of none
         return item
 
     def _push_token(self, token: Token) -> bool:

@@ -57,5 +57,10 @@ async def test_what_is_sent_in_one_turn_leaves_at_once_and_a_peer_that_reads_not
     await until(lambda: transport.written != b"")
     assert len(transport.written) == 3 * (4 + len(messages.encode(messages.Serving())))
     assert not transport.aborted
+    sender.send(messages.CloseCall(call_id="x" * 5000))
+    sender.grant_unsent()
+    sender.send(messages.CloseCall(call_id="x" * 500))
+    await until(lambda: len(transport.written) > 5500)
+    assert not transport.aborted, "what an edge attaches with has ended its connection"
     sender.send(messages.CloseCall(call_id="x" * 1000))
     await until(lambda: transport.aborted)

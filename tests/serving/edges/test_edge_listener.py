@@ -196,6 +196,12 @@ async def test_a_server_that_ends_leaves_the_edge_waiting_for_the_next_one(tmp_p
                 await asked
         with pytest.raises(Draining):
             await last(events)
+        frames = set()
+        for _ in range(3):
+            with pytest.raises(Draining) as raised:
+                await backend.status()
+            frames.add(len(raised.traceback))
+        assert len(frames) == 1, "the error keeps what each of its readers had in hand"
         assert backend.recovering
         front = await Front.start(made(tmp_path / "second"))
         listener = await listen(front, files, listener.port)
@@ -351,6 +357,27 @@ async def test_nothing_is_obeyed_before_a_hello_and_garbage_harms_nobody(
             each.writer.close()
     listener.close()
     await front.stop()
+
+
+async def test_peers_that_begin_no_tls_are_counted_from_the_start_and_keep_no_edge_out(
+    tmp_path: Path, files: JoinFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(tmp_path, files) as (front, listener):
+        waiting = [await Stranger.connect(listener.port) for _ in range(MAX_STRANGERS + 6)]
+        for each in waiting[:6]:
+            assert await each.is_left_after()
+        await until(lambda: len(listener._strangers) == MAX_STRANGERS)
+        async with edge(files, listener.port) as backend:
+            assert (await backend.status()).ready
+            assert await waiting[6].is_left_after(), "the one that has waited longest makes room"
+            assert len(listener._strangers) == MAX_STRANGERS - 1
+            monkeypatch.setattr(edge_listener, "HELLO_S", 0.05)
+            for silent in (b"", b"\x16\x03", b"no TLS"):
+                assert await (await Stranger.connect(listener.port)).is_left_after(silent)
+            assert len(front.socket._edges) == 1
+        for each in waiting:
+            each.writer.close()
+        await until(lambda: not listener._strangers)
 
 
 async def test_what_a_let_in_edge_says_wrongly_ends_its_connection_alone(tmp_path: Path, files: JoinFiles) -> None:
