@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._unsent += (len(frame).to_bytes(_LENGTH_BYTES, "big"), frame)
 
     def grant_unsent(self) -> None:
-        """What was sent in this turn of the event loop may wait beside MAX_BUFFERED_BYTES: it is all that an edge
+        """Let the messages of this turn of the event loop wait beside MAX_BUFFERED_BYTES: they are all that an edge
         attaches with, and a connection that ends over it would be made again, and end again."""
         self._granted += sum(map(len, self._unsent))
 

@@ -320,7 +320,7 @@ class RemoteBackend:
                 answer.set_exception(Unreachable(text))
 
     def _check_ended(self) -> None:
-        """Raise why nothing can be asked, if so. One error is raised for many requests, and keeps the frames of none."""
+        """Raise why nothing can be asked, if so. One error ends many requests, and keeps the frames of none."""
         if self._ended is not None:
             raise self._ended.with_traceback(None)
 
