@@ -26,9 +26,9 @@ from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.families.source import SourceTensor
 from moejax.checkpoint.manifest import CheckpointError
-from moejax.tools.gguf_tokenizer import TokenizerFiles, tokenizer_files
+from moejax.tools.gguf_tokenizer import TokenizerFiles, begins_texts, special_token, tokenizer_files
 
-FORM = 1
+FORM = 2
 """Part of the name of folders that are made here. Raise it when they change, so that they are made again."""
 PERMUTED = re.compile(r"\.self_attn\.([qk])_proj\.")
 """Tensors of Llama's architecture whose rows llama.cpp permutes."""
@@ -36,16 +36,20 @@ KEPT = {"F32": ("F32", np.dtype(np.float32)), "F16": ("F16", np.dtype(np.float16
     "BF16": ("BF16", np.dtype(ml_dtypes.bfloat16))
 }
 """Types of GGUF that stay as they are, by their names in safetensors."""
+ROPE_CONSTANTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""Fields of scaled rotary embeddings that are read with this value alone."""
 NOT_READ = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 Fields = Mapping[str, Any]
 
 
 def ensure_folder(file: Path) -> Path:
-    """The published folder of a GGUF file, from the cache or made there; made again when the file changes. Raises
-    CheckpointError for a file that is cut short or of an architecture, a tokenizer or parts that are not read."""
-    state = file.stat()
-    name = f"{file.stem}-gguf-{state.st_size:x}-{state.st_mtime_ns:x}-{FORM}"
+    """The published folder of a GGUF file, from the cache or made there; made again when the file changes, or the
+    tokenizer.json beside it. Raises CheckpointError for a file that is cut short or of an architecture, a tokenizer or
+    parts that are not read."""
+    made_of = [each.stat() for each in (file, file.parent / "tokenizer.json") if each.is_file()]
+    stamps = "-".join(f"{state.st_size:x}-{state.st_mtime_ns:x}" for state in made_of)
+    name = f"{file.stem}-gguf-{stamps}-{FORM}"
     folder = cache_folder() / "models" / name / file.stem
     with exclusive(folder.parent):
         if not folder.is_dir():
@@ -115,21 +119,29 @@ def published_config(fields: Fields, stored: Mapping[str, Any]) -> dict[str, Any
         "rope_theta": float(of("rope.freq_base", 10_000.0)),
         "max_position_embeddings": of("context_length"),
         "tie_word_embeddings": "output.weight" not in stored,
-        **_rope_scaling(of("rope.scaling.type", "none"), of),
+        **_rope_scaling(of),
     }
-    if "tokenizer.ggml.eos_token_id" in fields:
-        config["eos_token_id"] = fields["tokenizer.ggml.eos_token_id"]
-    if fields.get("tokenizer.ggml.add_bos_token") and "tokenizer.ggml.bos_token_id" in fields:
-        config["bos_token_id"] = fields["tokenizer.ggml.bos_token_id"]
+    stops = [token for name in ("eos", "eot", "eom") if (token := special_token(fields, name)) is not None]
+    if stops:
+        config["eos_token_id"] = list(dict.fromkeys(stops))
+    begin = special_token(fields, "bos")
+    if begins_texts(fields) and begin is not None:
+        config["bos_token_id"] = begin
     return config | ARCHITECTURES[kind](of, stored)
 
 
-def _rope_scaling(kind: str, of: Callable[..., Any]) -> dict[str, Any]:
-    if kind == "none":
+def _rope_scaling(of: Callable[..., Any]) -> dict[str, Any]:
+    """How llama.cpp scales: without a type it is linear, by the factor of either name."""
+    kind = of("rope.scaling.type", "linear")
+    factor = float(of("rope.scaling.factor", of("rope.scale_linear", 0.0))) or 1.0
+    for name, read in ROPE_CONSTANTS.items():
+        if (value := float(of(f"rope.scaling.{name}", read))) != read:
+            raise ValueError(f"its rope.scaling.{name} is {value}; read is {read}")
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return {}
     if kind not in ("linear", "yarn"):
         raise ValueError(f"its rotary embedding is scaled by {kind!r}; read are linear and yarn")
-    scaling = {"rope_type": kind, "factor": float(of("rope.scaling.factor"))}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = of("rope.scaling.original_context_length")
     return {"rope_scaling": scaling}

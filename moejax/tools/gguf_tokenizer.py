@@ -25,8 +25,10 @@ DEEPSEEK_LETTERS = (
 )
 DEEPSEEK_MARKS = "!-/:-~！-／：-～‘-‟　-。"
 CJK = "[一-龥ࠀ-一가-퟿]+"
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 """Types of tokens in GGUF, as in SentencePiece."""
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
+"""The special tokens of SentencePiece where a file names none, as in llama.cpp."""
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -62,13 +64,19 @@ PRE_TOKENIZERS = {
 
 def tokenizer_files(fields: Mapping[str, Any], *, beside: Path | None = None) -> TokenizerFiles:
     """The tokenizer in the fields of a GGUF file; or the tokenizer.json in the folder `beside` the file, if there is
-    one. Raises ValueError for a tokenizer that is not read, KeyError for a field that is missing."""
-    found = {"tokenizer_config.json": json.dumps(_settings(fields)).encode()}
+    one. Raises ValueError for a tokenizer that is not read or is of another model, KeyError for a field that is
+    missing."""
+    published = None if beside is None else beside / "tokenizer.json"
+    published = published if published is not None and published.is_file() else None
+    settings = _special_tokens(fields)
+    begins = begins_texts(fields)
+    if published is None and begins is not None:  # a published tokenizer says so itself
+        settings["add_bos_token"] = begins
+    found = {"tokenizer_config.json": json.dumps(settings).encode()}
     if "tokenizer.chat_template" in fields:
         found["chat_template.jinja"] = fields["tokenizer.chat_template"].encode()
-    published = None if beside is None else beside / "tokenizer.json"
-    if published is not None and published.is_file():
-        return found | {"tokenizer.json": published.read_bytes()}
+    if published is not None:
+        return found | {"tokenizer.json": _checked(published, fields)}
     kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "default")
     if kind == "llama":
         return found | {"tokenizer.model": _sentencepiece(fields)}
@@ -80,13 +88,45 @@ def tokenizer_files(fields: Mapping[str, Any], *, beside: Path | None = None) ->
     return found | {"tokenizer.json": _json(fields, pre)}
 
 
-def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of tokenizer_config.json."""
-    settings: dict[str, Any] = {"add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False))}
-    for name in ("bos", "eos"):
-        if f"tokenizer.ggml.{name}_token_id" in fields:
-            settings[f"{name}_token"] = fields["tokenizer.ggml.tokens"][fields[f"tokenizer.ggml.{name}_token_id"]]
-    return settings
+def begins_texts(fields: Mapping[str, Any]) -> bool | None:
+    """Whether the begin token is put in front of every text: as the file says, else as llama.cpp does for this kind of
+    tokenizer. None where neither says so."""
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    default = True if kind == "llama" or (kind, pre) == ("gpt2", "llama-bpe") else None
+    stated = fields.get("tokenizer.ggml.add_bos_token", default)
+    return None if stated is None else bool(stated)
+
+
+def special_token(fields: Mapping[str, Any], name: str) -> int | None:
+    """The id of a special token (`bos`, `eos`, `eot`, `eom`); None where there is none."""
+    default = SENTENCEPIECE_IDS.get(name) if fields.get("tokenizer.ggml.model") == "llama" else None
+    return fields.get(f"tokenizer.ggml.{name}_token_id", default)
+
+
+def _special_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens as tokenizer_config.json has them."""
+    found = {name: special_token(fields, name) for name in ("bos", "eos")}
+    return {f"{name}_token": fields["tokenizer.ggml.tokens"][i] for name, i in found.items() if i is not None}
+
+
+def _checked(published: Path, fields: Mapping[str, Any]) -> bytes:
+    """The tokenizer.json beside a file. Raises ValueError unless it has as many tokens as the file, whose last ones may
+    be unused."""
+    content, tokens = published.read_bytes(), fields["tokenizer.ggml.tokens"]
+    kinds = list(fields.get("tokenizer.ggml.token_type", ()))
+    used = len(tokens)
+    while used and kinds[used - 1 : used] == [UNUSED]:
+        used -= 1
+    try:
+        size = tokenizers.Tokenizer.from_buffer(content).get_vocab_size()
+    except Exception as error:  # the package has no other type
+        raise ValueError(f"{published} beside it is no tokenizer: {error}") from error
+    if not used <= size <= len(tokens):
+        raise ValueError(
+            f"its vocabulary has {used} tokens, and {published} beside it has {size}: that is of another model. Put "
+            "the model's own tokenizer.json there, or none."
+        )
+    return content
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
