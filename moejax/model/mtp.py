@@ -31,6 +31,7 @@ from moejax.model.feed_forward import feed_forward, routed_feed_forward
 from moejax.model.layers import rms_norm, row_dot
 from moejax.model.step_shape import StepShape
 from planner.inputs.workload import MAX_DRAFTS
+from planner.plan.step_layout import TILE
 
 NO_GUESS = -1
 """In the place of a guess that was not made."""
@@ -90,7 +91,9 @@ def following_tokens(
     after the end of a chunk that does not sample."""
     rows = jnp.arange(len(inputs.tokens))
     next_R = jnp.roll(inputs.tokens, -1)
+    base_R = jnp.concatenate([inputs.new_base[:decode], jnp.repeat(inputs.new_base[decode:], TILE)])
     goes_on_R = (jnp.roll(inputs.positions, -1) == inputs.positions + 1) & (rows >= decode) & (rows < len(rows) - 1)
+    goes_on_R &= jnp.roll(base_R, -1) == base_R  # else the next row is of another request
     follow_R = jnp.where(goes_on_R, next_R, 0)
     place_Z = jnp.where(samples_Z, inputs.sample_row, len(rows))
     return follow_R.at[place_Z].set(jnp.maximum(sampled_Z, 0), mode="drop")

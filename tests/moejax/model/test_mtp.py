@@ -10,6 +10,8 @@ import pytest
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, without_mtp
+from moejax.config.step_inputs import Bucket, StepInputs, layout
+from moejax.model.mtp import following_tokens
 from moejax.model.reference import draft_logits, hidden_states
 from serving.engine.batch import StepBucket
 from tests.moejax.model.test_decoder import CONFIGS, PAGES, tokens_of
@@ -98,6 +100,19 @@ def test_no_bit_of_the_model_changes_and_no_entry_is_not_a_number(name: str) -> 
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other.new_kv))
             assert (other.drafts < CONFIGS[name].vocab_size).all()
         plain = Stepper(CONFIGS[name], without_mtp(params(name)), 2, 4, np.arange(8))
+
+
+@pytest.mark.parametrize(("second", "after"), [(1, 34), (33, 0)], ids=["of the same request", "of another one"])
+def test_a_row_is_followed_by_one_of_its_own_request_alone(second: int, after: int) -> None:
+    """Two tiles whose positions follow each other; the second one's request begins in row `second`."""
+    bucket = Bucket(decode=1, tiles=2, max_pages=1)
+    inputs = StepInputs(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in layout(bucket).items()})
+    rows = np.arange(bucket.rows, dtype=np.int32)
+    bases = np.array([0, 1, second], np.int32)
+    inputs = dataclasses.replace(inputs, tokens=rows + 1, positions=rows - 1, new_base=bases)
+    none = np.zeros(bucket.segments, np.int32)
+    follow = np.asarray(following_tokens(inputs, none, none > 0, bucket.decode))
+    assert follow.tolist() == [0, *range(3, 34), after, *range(35, 66), 0]
 
 
 def test_the_layer_is_trained_as_it_is_served() -> None:
