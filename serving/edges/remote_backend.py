@@ -18,6 +18,7 @@ import msgspec
 
 from planner.plan.deployment import Deployment
 from serving.edges import messages
+from serving.edges.absence import Absence
 from serving.edges.connection import Connection
 from serving.edges.front_dialer import FrontDialer
 from serving.edges.reconnection import Reconnection
@@ -58,8 +59,8 @@ class RemoteBackend:
         """Why nothing can be asked any more, or not before another front has come."""
         self._calls: dict[str, Call] = {}
         self._call_of_request: dict[str, str] = {}
-        self._closed_meanwhile: list[Call] = []
         self._readers: dict[int, StreamReader] = {}
+        self._absence = Absence(self._readers, remote=front.remote)
         self._asked: dict[int, tuple[messages.Ask, asyncio.Future[bytes]]] = {}
         self._first_steps: dict[str, float] = {}
         self._numbers = 0
@@ -86,6 +87,7 @@ class RemoteBackend:
     async def close(self) -> None:
         """End the connection. The front finishes what is open."""
         await self._link.stop()
+        self._absence.end()
         self._end(Draining("the server is shutting down."))
 
     @property
@@ -110,8 +112,8 @@ class RemoteBackend:
             return
         for request in call.requests:
             del self._call_of_request[request.id]
-        if self._connection is None and self._ended is None:
-            self._closed_meanwhile.append(call)
+        if self._ended is None:
+            self._absence.closed(call, connected=self._connection is not None)
         self._send(messages.CloseCall(call_id=call_id))
 
     def fail_requests(self, request_ids: Collection[str], error: MoejaxError) -> None:
@@ -130,7 +132,7 @@ class RemoteBackend:
             self.register_call(Call(id=call_id, requests=(request,)))
         opening = messages.Read(stream=self._next_number(), call_id=call_id, request_id=request.id)
         try:
-            async with contextlib.aclosing(self._read(opening)) as items:
+            async with contextlib.aclosing(self._read(opening, request.deadline)) as items:
                 async for item in items:
                     yield item
         finally:
@@ -229,15 +231,19 @@ class RemoteBackend:
         self._numbers += 1
         return self._numbers
 
-    def _reader(self, opening: messages.Read | messages.Replay | messages.Watch) -> StreamReader:
+    def _reader(
+        self, opening: messages.Read | messages.Replay | messages.Watch, deadline: float | None = None
+    ) -> StreamReader:
         """A reader of a stream that is asked of this front, and of each one after it."""
         self._check_ended()
-        reader = self._readers[opening.stream] = StreamReader(opening)
+        reader = self._readers[opening.stream] = StreamReader(opening, deadline)
         self._send(opening)
         return reader
 
-    async def _read(self, opening: messages.Read | messages.Replay) -> AsyncGenerator[Scored | Token | Finished]:
-        reader = self._reader(opening)
+    async def _read(
+        self, opening: messages.Read | messages.Replay, deadline: float | None = None
+    ) -> AsyncGenerator[Scored | Token | Finished]:
+        reader = self._reader(opening, deadline)
         try:
             while (item := await reader.next()) is not None:
                 assert not isinstance(item, Event)
@@ -273,7 +279,8 @@ class RemoteBackend:
             if not before.computes_as(served):
                 error = Internal(
                     "the server that began this answer ended, and another one would compute it otherwise: it runs "
-                    f"{served.build}, where {before.build} began it, or on other processors. Send the request again."
+                    f"{served.build}, where {before.build} began it, on other processors, or with another cache or other "
+                    "shards of layers. Send the request again."
                 )
                 for reader in self._readers.values():
                     if reader.begun:
@@ -288,10 +295,10 @@ class RemoteBackend:
         """A front is there: it gets all that holds."""
         self._connection, self.model, self.resumable = connection, welcome.model, welcome.resumable
         self._ended = None
-        for call in self._closed_meanwhile:
+        self._absence.end()
+        for call in self._absence.to_close():
             self._open_call(call)
             self._send(messages.CloseCall(call_id=call.id))
-        self._closed_meanwhile.clear()
         for call in self._calls.values():
             self._open_call(call)
         for reader in self._readers.values():
@@ -312,6 +319,7 @@ class RemoteBackend:
             return
         self._connection = None
         self._link.welcomed.clear()
+        self._absence.begin()
         for ask, answer in self._asked.values():
             if ask.method in NOT_REPEATED and not answer.done():
                 text = (

@@ -32,7 +32,8 @@ SETTINGS = (
 
 class ServedModel(msgspec.Struct, kw_only=True):
     """The model that a front serves. `prepared` is its prepared model as JSON, `files` a digest of the files that texts
-    are read and written with, `server` the name of the supervisor, and `build` the code of the front."""
+    are read and written with, `server` the name of the supervisor, `build` the code of the front, and `tensor` the number
+    of ranks that split the attention heads among them."""
 
     prepared: str
     settings: dict[str, Any]
@@ -40,6 +41,7 @@ class ServedModel(msgspec.Struct, kw_only=True):
     files: str = ""
     server: str = ""
     build: str = ""
+    tensor: int = 1
 
     @classmethod
     def of(cls, settings: Settings, model: PreparedModel, run: RunFolder) -> Self:
@@ -56,6 +58,7 @@ class ServedModel(msgspec.Struct, kw_only=True):
             files=text_digest(Path(model.folder)),
             server=f"{socket.gethostname()}/{run.path.name}",
             build=build(),
+            tensor=settings.tensor,
         )
 
     def model(self, folder: str | None, scratch: Path) -> tuple[PreparedModel, dict[str, Any]]:
@@ -105,6 +108,10 @@ class ServedModel(msgspec.Struct, kw_only=True):
 
     def computes_as(self, other: "ServedModel") -> bool:
         """Whether a front of the other one goes on with the answers of this one: it is of the same server, whose
-        upgrades see to that, or runs the same code on hosts whose results agree to the last bit."""
-        ours, theirs = (PreparedModel.from_json(each.prepared).numerics for each in (self, other))
-        return self.server == other.server or (self.build, ours) == (other.build, theirs)
+        upgrades see to that, or runs the same code on hosts whose results agree to the last bit, with the same format
+        of the cache and the same shards of layers, whose parts are summed one by one."""
+        return self.server == other.server or self._arithmetic() == other._arithmetic()
+
+    def _arithmetic(self) -> tuple[object, ...]:
+        model = PreparedModel.from_json(self.prepared)
+        return self.build, self.tensor, model.numerics, model.cache_format, model.sharded_layers

@@ -16,8 +16,12 @@ class StreamReader:
     """The items of a stream in their order, each once, from however many fronts. What its reader has not taken waits
     here: at most one answer."""
 
-    def __init__(self, opening: messages.Read | messages.Replay | messages.Watch) -> None:
+    def __init__(
+        self, opening: messages.Read | messages.Replay | messages.Watch, deadline: float | None = None
+    ) -> None:
         self.stream = opening.stream
+        self.deadline = deadline
+        """That of the request, on this machine's clock, where the edge knows it."""
         self.ended = False
         """True once the last item, or an error, has come."""
         self.request_id = None if isinstance(opening, messages.Watch) else opening.request_id

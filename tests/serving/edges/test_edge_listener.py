@@ -16,17 +16,18 @@ import pytest
 from serving.auth.tls import ClientTls
 from serving.config import Settings
 from serving.edges import edge_listener, messages
+from serving.edges.absence import LATE_S
 from serving.edges.connection import GONE_S, MAX_FRAME_BYTES, Connection
 from serving.edges.edge_listener import HELLO_BYTES, MAX_STRANGERS, EdgeListener
 from serving.edges.front_dialer import RemoteFront
 from serving.edges.remote_backend import RemoteBackend
 from serving.edges.served_model import ServedModel
-from serving.errors import Draining, Internal, InvalidRequest, NotPermitted, StartError
+from serving.errors import DeadlineExceeded, Draining, Internal, InvalidRequest, NotPermitted, StartError
 from serving.launch.run_folder import RunFolder
 from serving.protocol import clock
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, Instruction
-from serving.protocol.request import Call, Request
+from serving.protocol.request import Call, Finished, Request
 from serving.protocol.versions import EDGE
 from simulation.hand_model import PREPARED
 from tests.serving.edges.fronts import SERVED, Front, seen
@@ -212,9 +213,21 @@ async def test_a_server_that_ends_leaves_the_edge_waiting_for_the_next_one(tmp_p
     await front.stop()
 
 
-@pytest.mark.parametrize("change", [{"server": "two"}, {"server": "two", "build": "2"}, {"files": "others"}])
+INT8 = dataclasses.replace(PREPARED, cache_format="int8").to_json()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"server": "two"},
+        {"server": "two", "build": "2"},
+        {"server": "two", "prepared": INT8},
+        {"server": "two", "tensor": 2},
+        {"files": "others"},
+    ],
+)
 async def test_a_new_server_goes_on_with_answers_only_if_it_computes_the_same(
-    tmp_path: Path, files: JoinFiles, change: dict[str, str]
+    tmp_path: Path, files: JoinFiles, change: dict[str, str | int]
 ) -> None:
     front = await Front.start(made(tmp_path / "first"))
     listener = await listen(front, files)
@@ -230,8 +243,8 @@ async def test_a_new_server_goes_on_with_answers_only_if_it_computes_the_same(
             await backend.refused.wait()
             with pytest.raises(StartError, match="other settings than before: files"):
                 await task
-        elif "build" in change:
-            with pytest.raises(Internal, match="it runs 2, where 1 began it"):
+        elif len(change) > 1:
+            with pytest.raises(Internal, match=f"it runs {change.get('build', 1)}, where 1 began it"):
                 await task
         else:
             await task
@@ -239,6 +252,45 @@ async def test_a_new_server_goes_on_with_answers_only_if_it_computes_the_same(
         assert [token.index for token in tokens(items)] == list(range(len(tokens(items))))
     listener.close()
     await front.stop()
+
+
+async def test_a_call_closed_on_a_connection_that_was_dead_already_is_closed_at_the_next_front(
+    tmp_path: Path, files: JoinFiles
+) -> None:
+    front = await Front.start(tmp_path)
+    listener = await listen(front, files)
+    async with asyncio.timeout(LIMIT_S), edge(files, listener.port) as backend:
+        request = front.machine.requests[0]
+        _, task = await begun(backend, request)
+        connection = backend._connection
+        assert connection is not None
+        connection._closing = True  # nothing that is sent leaves
+        backend.close_call(request.id)
+        connection.abort()
+        task.cancel()
+        log = front.loop.engine.request_log
+        await until(lambda: front.socket._edges and log._items[request.id][-1] == Finished("cancelled"))
+        listener.close()
+    await front.stop()
+
+
+async def test_a_deadline_ends_a_request_at_the_edge_while_no_front_is_there(tmp_path: Path, files: JoinFiles) -> None:
+    front = await Front.start(tmp_path)
+    listener = await listen(front, files)
+    async with asyncio.timeout(LIMIT_S), edge(files, listener.port) as backend:
+        late, other = front.machine.requests[:2]
+        late = dataclasses.replace(late, deadline=clock.now() + OTHER_CLOCK_S + 60)
+        (_, task), (_, waiting) = await begun(backend, late), await begun(backend, other)
+        listener.close()
+        await front.kill()
+        await until(lambda: backend.recovering)
+        [reader] = (each for each in backend._readers.values() if each.request_id == late.id)
+        assert reader.deadline == late.deadline
+        reader.deadline = clock.now() - LATE_S
+        with pytest.raises(DeadlineExceeded):
+            await task
+        assert not waiting.done()
+        waiting.cancel()
 
 
 async def test_an_edge_that_connects_again_takes_the_place_of_its_dead_connection(
