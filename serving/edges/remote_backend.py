@@ -279,8 +279,8 @@ class RemoteBackend:
             if not before.computes_as(served):
                 error = Internal(
                     "the server that began this answer ended, and another one would compute it otherwise: it runs "
-                    f"{served.build}, where {before.build} began it, on other processors, or with another cache or other "
-                    "shards of layers. Send the request again."
+                    f"{served.build}, where {before.build} began it, on other processors, or with another cache or "
+                    "other shards of layers. Send the request again."
                 )
                 for reader in self._readers.values():
                     if reader.begun:

@@ -32,8 +32,8 @@ SETTINGS = (
 
 class ServedModel(msgspec.Struct, kw_only=True):
     """The model that a front serves. `prepared` is its prepared model as JSON, `files` a digest of the files that texts
-    are read and written with, `server` the name of the supervisor, `build` the code of the front, and `tensor` the number
-    of ranks that split the attention heads among them."""
+    are read and written with, `server` the name of the supervisor, `build` the code of the front, and `tensor` the
+    number of ranks that split the attention heads among them."""
 
     prepared: str
     settings: dict[str, Any]
