@@ -17,7 +17,7 @@ from planner.cli.kubernetes_parts import (
 )
 
 EDGE_PORT = 50053
-TLS = "/rank-tls"
+_TLS = "/edge-tls"
 COUNT = 2
 """Edges: one can go while clients connect to the other one."""
 
@@ -29,15 +29,16 @@ def edge_arguments() -> list[str]:
 
 def edges(image: str, name: str, model: str) -> str:
     """A Deployment of edges, the Service where clients reach them, and the one where they reach the front. The latter
-    has the front's address also while the front is not ready: that is when edges look for it."""
+    has the front's address also while the front is not ready: that is when edges look for it. Their certificate is
+    their own: clients reach edges, and with the key of the front and the ranks one could pass for either."""
     arguments = [
         "edge",
         f"--front={name}-front-edges:{EDGE_PORT}",
         "--token-file=/edge/token",
         f"--model=/models/{model}",
-        f"--ca={TLS}/ca.crt",
-        f"--cert={TLS}/tls.crt",
-        f"--key={TLS}/tls.key",
+        f"--ca={_TLS}/ca.crt",
+        f"--cert={_TLS}/tls.crt",
+        f"--key={_TLS}/tls.key",
         "--host=0.0.0.0",
         "--api-keys=/keys/keys.json",
         "--grace-s=30",
@@ -92,7 +93,7 @@ def _indented_pod(name: str, image: str, arguments: list[str]) -> str:
             whenUnsatisfiable: ScheduleAnyway
             labelSelector:
               matchLabels: {{app: {name}, part: edges}}"""
-    secrets = mounts(edge="/edge", rank_tls=TLS)
+    secrets = mounts(edge="/edge", edge_tls=_TLS)
     lines = [
         pod_head(f"app: {name}, part: edges", 60, SCRAPED),
         spread,
@@ -102,6 +103,6 @@ def _indented_pod(name: str, image: str, arguments: list[str]) -> str:
         container_end("2Gi", "", [*secrets, KEYS_MOUNT]),
         "        volumes:",
         secret_volume(name, "keys"),
-        volumes(name, ["edge", "rank-tls"]),
+        volumes(name, ["edge", "edge-tls"]),
     ]
     return "\n".join(line.removeprefix("  ") for line in "\n".join(lines).split("\n"))

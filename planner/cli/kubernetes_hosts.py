@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.cli.kubernetes_edges import EDGE_PORT, TLS, edge_arguments, edges
+from planner.cli.kubernetes_edges import EDGE_PORT, edge_arguments, edges
 from planner.cli.kubernetes_parts import (
     KEYS_MOUNT,
     PROBES,
@@ -25,7 +25,7 @@ from planner.cli.kubernetes_parts import (
 from planner.plan.deployment import Deployment
 
 RANK_PORT = 50052
-_TLS = TLS
+_TLS = "/rank-tls"
 _MOUNTS = mounts(rank="/rank", rank_tls=_TLS)
 _EDGE_MOUNT = "              - {name: edge, mountPath: /edge, readOnly: true}"
 _SECRETS = ("rank", "rank-tls")
@@ -68,8 +68,8 @@ def _preparation(hosts: int, name: str) -> str:
 #   kubectl create secret generic {name}-rank --from-file=tokens.json --from-file=token
 #   (umask 077; mkdir -p edge && moejax tokens add edges --file edge/tokens.json > edge/token)
 #   kubectl create secret generic {name}-edge --from-file=edge/tokens.json --from-file=edge/token
-#   a secret {name}-rank-tls with tls.crt, tls.key, ca.crt for *.{name}.NAMESPACE and {name}-front-edges (cert-manager
-#   makes such)
+#   a secret {name}-rank-tls with tls.crt, tls.key, ca.crt for *.{name}.NAMESPACE and {name}-front-edges, and a secret
+#   {name}-edge-tls of the same authority, for client authentication alone (cert-manager makes such)
 # Clients reach the Service {name}-edges, operators (moejax status, apply) the Service {name}-front.
 # What ranks exchange (tokens, activations) is not encrypted: a NetworkPolicy keeps it among the front and the ranks."""
 

@@ -203,7 +203,11 @@ def test_a_plan_over_several_hosts_is_exported_as_a_front_that_hosts_join(capsys
     manifest = text(capsys, "export", path, "--to", "k8s", "--name", "moe")
     assert "size: 5" in manifest  # the front and four hosts
     assert "--count=8" in manifest
-    assert "moe-rank-tls" in manifest
+    parts = manifest.split("\n---\n")
+    [of_edges] = (each for each in parts if "name: moe-edges\n" in each and "kind: Deployment" in each)
+    assert "moe-edge-tls" in of_edges
+    assert "rank" not in of_edges, "edges have the key of the front and the ranks"
+    assert "moe-rank-tls" in manifest.replace(of_edges, "")
 
 
 def test_verify_against_measurements(capsys, plan_file, tmp_path):
