@@ -79,7 +79,7 @@ class ServedModel(msgspec.Struct, kw_only=True):
                 f"front has in {model.folder} ({self.files}): answers would differ. Copy the front's files, or name "
                 "their folder on this host with --model."
             )
-        values = dict(self.settings)
+        values = {name: value for name, value in self.settings.items() if name in SETTINGS}
         if self.chat_template is not None:
             template = scratch / "chat_template.jinja"
             template.write_text(self.chat_template)

@@ -73,14 +73,15 @@ class PreparedModel(ModelInfo):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. A newer version may have fields more, which are of no use here."""
         values: dict[str, Any] = json.loads(text)
         for key, name in JSON_KEYS.items():
             values[name] = values.pop(key)
         for name in ("stop_tokens", "sharded_layers", "unused_files"):
             values[name] = tuple(values.get(name, ()))
         values.pop("sampling_defaults", None)
-        return cls(**values)
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_json(self) -> str:
         """A JSON object, read by this front and by the one after it."""

@@ -491,7 +491,9 @@ def test_the_files_of_a_model_on_another_host_must_be_the_fronts(tmp_path: Path)
     template.write_text("{{ messages }}")
     given = Settings(chat_template=str(template), tool_call_parser="hermes")
     sent = ServedModel.of(given, model, RunFolder(tmp_path))
+    sent.settings["of_a_later_version"] = True
     ours, values = sent.model(None, tmp_path)
+    assert "of_a_later_version" not in values
     assert (ours, values["tool_call_parser"]) == (model, "hermes")
     assert Path(values["chat_template"]).read_text() == template.read_text()
     copy = tmp_path / "copy"

@@ -16,6 +16,7 @@ def test_json_gives_the_model_back_under_the_keys_of_0_1_0():
     assert PreparedModel.from_json(text) == model
     assert json.loads(text)["divided_layers"] == [0, 2]
     assert "sharded_layers" not in json.loads(text)
+    assert PreparedModel.from_json(json.dumps({**json.loads(text), "of_a_later_version": 1})) == model
 
 
 @pytest.mark.parametrize(
