@@ -137,7 +137,7 @@ def secret_volume(name: str, secret: str) -> str:
 
 def device_limit(hardware: Hardware, count: int) -> str:
     """The line of a container's limits for `count` devices; empty on CPUs."""
-    resource = "google.com/tpu" if hardware.name.startswith("v") else "nvidia.com/gpu"
+    resource = "google.com/tpu" if hardware.is_tpu else "nvidia.com/gpu"
     return "" if hardware.name == "cpu" else f"\n                {resource}: {count}"
 
 

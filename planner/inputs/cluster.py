@@ -63,6 +63,11 @@ class Hardware:
     repair_hours: float = 24.0
     engine: str = "jax"
 
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the device is a TPU, by its name."""
+        return self.name.startswith("v")
+
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise unknown_value(self.store, STORES, f"the store of hardware {self.name!r}, none of")

@@ -61,17 +61,20 @@ def served_pages(deployment: Deployment) -> int:
 
 def served_cache_format(deployment: Deployment) -> str:
     """The format of the KV cache of `moejax serve` nearest to that of the plan: the value of `--kv-cache-type`. Of a
-    model that drafts with a layer of its own it is float32 as yet."""
+    model that drafts with a layer of its own, and on TPUs, whose kernels read no other, it is float32 as yet."""
     planned = deployment.workload.cache_format
-    if deployment.workload.drafts and deployment.workload.draft_layers:
+    drafting = deployment.workload.drafts and deployment.workload.draft_layers
+    if drafting or deployment.cluster.hardware.is_tpu:
         return "float32"
     return planned if planned in CACHE_FORMATS else "bfloat16" if BYTES.get(planned, 2.0) >= 2 else "int8"
 
 
 def _unwindowed_bytes(deployment: Deployment) -> int:
-    """Bytes of the cache of one token when layers with a window keep everything too."""
-    model = published_model(deployment.config, weights="bfloat16")
-    return round(unwindowed_cache_elements(model) * cache_number_bytes(model, served_cache_format(deployment)))
+    """Bytes of the cache of one token when layers with a window keep everything too, and a layer that drafts."""
+    model, w = published_model(deployment.config, weights="bfloat16"), deployment.workload
+    layers = 1 + (w.draft_layers / max(1, w.layers) if w.drafts else 0)
+    number = cache_number_bytes(model, served_cache_format(deployment))
+    return round(layers * unwindowed_cache_elements(model) * number)
 
 
 def tensor_width(deployment: Deployment) -> int:
@@ -110,9 +113,10 @@ def check_servable(deployment: Deployment) -> None:
     if plan.parity:
         reasons.append(f"{len(plan.parity)} parity slots")
     if reasons:
+        drafting = " and --mtp" if deployment.workload.drafts and deployment.workload.draft_layers else ""
         raise InputError(
             f"the plan has {' and '.join(reasons)}; ranks of `moejax serve` attend, hold experts, or do both. "
-            "Solve with --tensor 1 --dense 1, without --standby and --mtp, with --protect copies or none."
+            f"Solve with --tensor 1 --dense 1, without --standby{drafting}, with --protect copies or none."
         )
 
 
