@@ -48,14 +48,19 @@ def current_names(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]
         new = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
         if new != value:
             notes.append(f"{name} {value} is called {name} {new} now; the old value goes with the next release")
-        new = ALIAS_VALUES.get(name, {}).get(new, new) if isinstance(new, str) else new
-        if key in ALIASES and name in source and values.get(name, source[name]) != new:
+        new = _current_value(name, new)
+        if key in ALIASES and name in source and _current_value(name, source[name]) != new:
             raise InvalidRequest(
                 f"{key} is {value!r} and {name} is {source[name]!r}, which are the same setting. Leave one out.",
                 param=name,
             )
         values[name] = new
     return values
+
+
+def _current_value(name: str, value: Any) -> Any:
+    """The value of a setting in place of one that other programs use for it."""
+    return ALIAS_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
 def read_file(file: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def test_a_type_of_the_cache_that_is_not_served_or_given_twice_is_refused():
     with pytest.raises(InvalidRequest, match="kv_cache_dtype is 'fp8' and kv_cache_type is 'int8'"):
         Settings.load(None, {}, kv_cache_dtype="fp8", kv_cache_type="int8")
     assert Settings.load(None, {}, kv_cache_dtype="fp8_e4m3", kv_cache_type="fp8").kv_cache_type == "fp8"
+    assert Settings.load(None, {}, kv_cache_dtype="fp8", kv_cache_type="fp8_e4m3").kv_cache_type == "fp8"
 
 
 def test_every_setting_says_what_it_is_for():
