@@ -20,6 +20,8 @@ from moejax.config.params import Params, named_tensors
 
 HEAD = "mtp"
 """The folder of the layer in that of its model."""
+TEMPLATES = "additional_chat_templates"
+"""The folder of a model's named chat templates."""
 STATE = Path(PARAMS) / "state"
 
 
@@ -58,6 +60,8 @@ def join_head(source: Path, head: Path, target: Path) -> None:
         write_metadata(draft / PARAMS, cfg)
         for file in (each for each in source.iterdir() if each.is_file() and each.name not in ("config.json", FILE)):
             shutil.copy2(file, draft / file.name)
+        if (templates := source / TEMPLATES).is_dir():
+            shutil.copytree(templates, draft / TEMPLATES)
         (draft / FILE).write_text(manifest.to_json())
         (draft / "config.json").write_text(cfg.to_json() + "\n")
 

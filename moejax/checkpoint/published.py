@@ -3,6 +3,7 @@
 Everything is checked against the configuration before any weight is read.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -128,6 +129,18 @@ def has_int4_experts(cfg: ModelConfig, weights: SafetensorsFolder) -> bool:
     """True where the matrices of all experts are published in a form of int4 that ranks can hold as it is."""
     matrices = [entry for entry in array_sources(cfg) if is_expert(entry.path) and len(entry.shape) == 2]
     return bool(matrices) and all(weights.is_int4(tensor.name) for entry in matrices for tensor in entry.tensors)
+
+
+def check_mtp_int4(source: Path) -> None:
+    """Raise CheckpointError where the experts of the layers are published in int4 and those of the layer of multi-token
+    prediction are not: held as they are, all are of one form."""
+    cfg, weights = read_config(source, name=published_name(source), mtp=True), SafetensorsFolder.open(source)
+    _check_mtp(cfg, weights, source)
+    if has_int4_experts(dataclasses.replace(cfg, mtp=False), weights) and not has_int4_experts(cfg, weights):
+        raise CheckpointError(
+            f"{cfg.name} has its experts in int4, and those of its layer of multi-token prediction in another form: "
+            f"with that layer none can be held as published. {WITHOUT_MTP}"
+        )
 
 
 def manifest_of(cfg: ModelConfig, dtypes: dict[str, np.dtype], checksums: dict[str, int]) -> Manifest:

@@ -17,6 +17,7 @@ from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.published import check_mtp_int4
 from moejax.checkpoint.published_store import PublishedStore
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.layer_states import state_bytes
@@ -75,6 +76,8 @@ def prepare(
         read_config(Path(name), mtp=mtp).tp_shard(int(tensor))
     store: HostStore | PublishedStore
     if how == "in-place" and is_published(Path(name)):
+        if mtp and weights == PUBLISHED:
+            check_mtp_int4(Path(name))
         folder = ensure_checksums(Path(name), mtp=mtp)
         store = PublishedStore.open(folder)
     else:

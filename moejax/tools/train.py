@@ -327,6 +327,10 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(options.preset)
     path = path if path.suffix == ".toml" else PRESETS / f"{options.preset}.toml"
     if options.mtp is not None:
+        if options.out is not None:
+            parser.error(f"--mtp {options.mtp} writes the layer into that folder: leave out --out {options.out}")
+        if ModelConfig.load(options.mtp).mtp:
+            parser.error(f"--mtp {options.mtp}: that model holds a layer that drafts already. Give the one without.")
         _, training = load_preset(path, "mtp")
         train_mtp(options.mtp, training, load_domains(pinned=not options.unpinned))
         print(f"Written to {options.mtp / HEAD}. Serve it with: moejax serve --model {options.mtp} --speculate mtp")

@@ -28,6 +28,7 @@ from moejax.tools.train import (
     draw_batch,
     encode_domain,
     load_preset,
+    main,
     train,
     train_mtp,
     train_tokenizer,
@@ -79,12 +80,24 @@ def test_a_layer_that_drafts_is_trained_beside_a_model_that_stays_as_it_is(tmp_p
     assert "of drafts are the model's own likeliest token" in capsys.readouterr().out
     assert content_hash(folder) == before
     joined = tmp_path / "joined"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     join_head(folder, head, joined)
+    assert (joined / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
     cfg = ModelConfig.load(joined)
     whole = load_params(joined, cfg)
     assert cfg.mtp
     jax.tree.map(np.testing.assert_array_equal, without_mtp(whole), params)
     assert sum(file.stat().st_size for file in head.rglob("*")) < 2_200_000  # in the repository
+
+
+def test_a_layer_that_drafts_is_trained_in_the_folder_of_a_model_without_one(tmp_path, capsys):
+    cfg = ModelConfig.load(ensure_model("tiny"))
+    (tmp_path / "config.json").write_text(dataclasses.replace(cfg, mtp=True).to_json())
+    for more, why in ((["--out", "x"], "leave out --out x"), ([], "holds a layer that drafts already")):
+        with pytest.raises(SystemExit):
+            main(["--mtp", str(tmp_path), *more])
+        assert why in capsys.readouterr().err
 
 
 def test_the_shipped_layer_guesses_better_than_the_token_before_it():

@@ -11,7 +11,9 @@ from moejax.checkpoint.checkpoint import load_params
 from moejax.checkpoint.convert import convert
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.manifest import CheckpointError
+from moejax.checkpoint.published import check_mtp_int4
 from moejax.checkpoint.published_store import PublishedStore, record_checksums
+from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError
 from moejax.config.params import without_mtp
 from tests.support.families.small import small_config
@@ -76,3 +78,14 @@ def test_a_model_whose_layer_is_not_served_is_refused(name, layers, error):
     with pytest.raises(ConfigError, match=error) as caught:
         read_config(small_config(name, num_nextn_predict_layers=layers), name="model", mtp=True)
     assert "Serve it with --speculate ngram or off." in str(caught.value)
+
+
+def test_a_layer_of_another_form_than_int4_experts_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    source = tmp_path / "hf"
+    drafting, _ = folder_with_layer(source, "deepseek-v3")
+    check_mtp_int4(source)
+    monkeypatch.setattr(SafetensorsFolder, "is_int4", lambda _, name: not name.startswith(drafting))
+    with pytest.raises(CheckpointError, match=r"layer of multi-token prediction in another form.*--speculate ngram"):
+        check_mtp_int4(source)
+    monkeypatch.setattr(SafetensorsFolder, "is_int4", lambda _, name: True)
+    check_mtp_int4(source)
