@@ -159,7 +159,7 @@ def optimizer(training: TrainingConfig) -> Any:
         0.0, training.learning_rate, training.warmup, training.steps, end_value=training.learning_rate * 0.02
     )
 
-    def decays(params: Params) -> Any:
+    def decays(params: Params | DraftLayer) -> Any:
         def spared(path: Any) -> bool:
             return any(word in jax.tree_util.keystr(path) for word in ("norm", "bias"))
 

@@ -104,7 +104,8 @@ def test_the_shipped_layer_guesses_better_than_the_token_before_it():
     folder = ensure_model("tiny", mtp=True)
     cfg, tokenizer = ModelConfig.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     params = jax.tree.map(jnp.asarray, load_params(folder, cfg))
-    tokens = np.array([tokenizer.encode((folder / "held_out" / "python.txt").read_text("utf-8")).ids[:256]])
+    text = (shipped("models/tiny") / "held_out" / "python.txt").read_text("utf-8")
+    tokens = jnp.asarray([tokenizer.encode(text).ids[:256]])
     assert agreement(params, cfg, tokens) > 0.35
 
 
