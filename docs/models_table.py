@@ -85,7 +85,8 @@ A GGUF file (`--model model.gguf`) is read as the folder that it was made of: co
 names, tokenizer and chat template, written once into the cache. Architectures: `llama` (with experts Mixtral), `olmoe`,
 `qwen2`, `qwen2moe`, `qwen3`, `qwen3moe`. Q4_0, Q8_0, Q4_K, Q6_K and every other type that the `gguf` package widens become
 float16; F32, F16 and BF16 stay. Another architecture, scaled rotary embeddings other than linear and YaRN, and a tokenizer
-that is not known are refused by name; a `tokenizer.json` beside the file is used instead of the file's own.
+that is not known are refused by name; a `tokenizer.json` beside the file is used instead of the file's own. Where the file does
+not say whether texts begin with the begin token, it is as in llama.cpp; the tokens that end a turn or a message stop too.
 
 Routers, norms, biases and sums are float32 in every case, the KV cache unless `--kv-cache-type` says otherwise
 ([how](decisions/0027-a-narrow-cache-is-seen-as-it-is-kept.md)). All data types work with all families: a test
