@@ -30,18 +30,20 @@ _file = click.option(
     help="The token file that `moejax serve --rank-tokens` reads. Also the variable MOEJAX_RANK_TOKENS.",
 )
 
-
-@click.command(short_help="Offer this host's devices to a server as ranks.")
-@click.option(
-    "--join", required=True, metavar="HOST:PORT", help="Address on which the front listens for ranks (--rank-listen)."
-)
-@click.option(
+token_file_option = click.option(
     "--token-file",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="MOEJAX_TOKEN_FILE",
     help="File with the secret that `moejax tokens add` printed. Only its owner may read it.",
 )
+
+
+@click.command(short_help="Offer this host's devices to a server as ranks.")
+@click.option(
+    "--join", required=True, metavar="HOST:PORT", help="Address on which the front listens for ranks (--rank-listen)."
+)
+@token_file_option
 @click.option("--host", help="Name of this host in plans: its ranks can be lost together.  [default: the host name]")
 @click.option("--rack", default="", help="Name of the rack of this host in plans.")
 @click.option("--model", help="Folder of the model on this host.  [default: the same as on the front]")

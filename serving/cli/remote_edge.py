@@ -6,6 +6,7 @@ import click
 
 from serving.auth.join_tokens import read_secret
 from serving.auth.tls import ClientTls
+from serving.cli.hosts import token_file_option
 from serving.cli.options import SettingsCommand, example, settings_options
 from serving.config import Settings, is_address, is_loopback, split_address
 from serving.edges.front_dialer import RemoteFront
@@ -41,13 +42,7 @@ _pem = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--front", required=True, metavar="HOST:PORT", help="Address on which the front listens for edges (--edge-listen)."
 )
-@click.option(
-    "--token-file",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    envvar="MOEJAX_TOKEN_FILE",
-    help="File with the secret that `moejax tokens add` printed. Only its owner may read it.",
-)
+@token_file_option
 @click.option(
     "--model", help="Folder with the tokenizer of the model on this host.  [default: the same as on the front]"
 )
