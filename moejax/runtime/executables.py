@@ -5,13 +5,16 @@ An executable carries its device assignment. The public loader accepts only the 
 folder of its owner alone, and files of others are refused.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import pickle
 import platform
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ from jax.experimental import serialize_executable
 
 from moejax.config.mesh import JaxDevice
 from moejax.ops import cpu
+
+LOOK_S = 0.05
+"""Seconds between two looks whether another process has given up its claim."""
 
 
 class ExecutableStoreError(RuntimeError):
@@ -63,6 +69,20 @@ class ExecutableStore:
         """True when the executable was compiled before."""
         return (self.folder / name).is_file()
 
+    @contextlib.contextmanager
+    def claim(self, name: str, wait_s: float) -> Iterator[bool]:
+        """Claim the compile of `name`, so that one process of the host does it. Yields whether the claim was got within
+        `wait_s` seconds. A claim ends with its process."""
+        path, until = self.folder / f"{name}.claim", time.monotonic() + wait_s
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            while not (mine := _lock(file.fileno())) and time.monotonic() < until:
+                time.sleep(LOOK_S)
+            try:
+                yield mine
+            finally:
+                if mine:
+                    path.unlink(missing_ok=True)
+
     def put(self, name: str, compiled: jax.stages.Compiled, devices: Sequence[JaxDevice]) -> None:
         """Keep a fresh compile. Written whole or not at all, so that several processes may do it at once."""
         blob = pickle.dumps((serialize_executable.serialize(compiled), [d.id for d in devices]))
@@ -87,6 +107,15 @@ class ExecutableStore:
                     )
                 self._blobs[name] = pickle.loads(path.read_bytes())
             return self._blobs[name]
+
+
+def _lock(file: int) -> bool:
+    """Whether an open file could be locked. The lock ends when the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Mover(serialize_executable._JaxPjrtUnpickler):

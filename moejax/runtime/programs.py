@@ -77,6 +77,8 @@ class ModelShape:
         return max(packed, *(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges))
 
 
+COMPILE_S = 300.0
+"""Seconds that another process may take for a program before this one compiles it, too."""
 Lowering = tuple[str, Callable[[], jax.stages.Lowered]]
 
 
@@ -313,8 +315,25 @@ def fill_lowerings(shape: ModelShape, device: JaxDevice, slots: int) -> Iterator
 
 
 def compile_missing(store: ExecutableStore, lowerings: Iterator[Lowering], devices: Sequence[JaxDevice]) -> int:
-    """Compile and store the programs that the store lacks; returns how many. Runs no collective."""
-    return sum(_compile(store, lowering, devices) for lowering in lowerings)
+    """Compile and store the programs that the store lacks; returns how many. Runs no collective. Of the processes of a
+    host that lack the same programs, each compiles other ones, and then waits for those of the others."""
+    compiled, others = 0, []
+    for lowering in lowerings:
+        if not store.has(lowering[0]):
+            with store.claim(lowering[0], 0) as mine:
+                if mine:
+                    compiled += _compile(store, lowering, devices)
+                else:
+                    others.append(lowering)
+    return compiled + sum(_compile_alone(store, lowering, devices) for lowering in others)
+
+
+def _compile_alone(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDevice]) -> bool:
+    """Compile and store a program unless the store has it, or gets it meanwhile from another process."""
+    if store.has(lowering[0]):
+        return False
+    with store.claim(lowering[0], COMPILE_S):
+        return _compile(store, lowering, devices)
 
 
 def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDevice]) -> bool:
@@ -327,7 +346,7 @@ def _compile(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDe
 
 def load_program(store: ExecutableStore, lowering: Lowering, devices: Sequence[JaxDevice]) -> Callable[..., Any]:
     """Load a program from the store; compile it first, which is counted, if the store lacks it."""
-    _compile(store, lowering, devices)
+    _compile_alone(store, lowering, devices)
     return store.load(lowering[0], devices)
 
 

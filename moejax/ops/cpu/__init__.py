@@ -8,6 +8,7 @@ in rounding.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -81,21 +82,28 @@ def build(folder: Path | None = None) -> Path:
             f"{state.st_mode & 0o777:o}); it holds code, so JAX's own slower code is used. Remove it."
         )
     if not library.is_file():
-        part = library.with_suffix(f".{os.getpid()}.part")
-        command = [
-            compiler,
-            *FLAGS,
-            "-w",
-            f"-I{jax.ffi.include_dir()}",
-            *(str(each) for each in SOURCES if each.suffix == ".cc"),
-            "-o",
-            str(part),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")
-        part.rename(library)
+        with open(library.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that start at once, one builds
+            if not library.is_file():
+                _build(compiler, library)
     return library
+
+
+def _build(compiler: str, library: Path) -> None:
+    part = library.with_suffix(f".{os.getpid()}.part")
+    command = [
+        compiler,
+        *FLAGS,
+        "-w",
+        f"-I{jax.ffi.include_dir()}",
+        *(str(each) for each in SOURCES if each.suffix == ".cc"),
+        "-o",
+        str(part),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelError(f"{' '.join(command)} failed, so JAX's own slower code is used: {done.stderr[-2000:]}")
+    part.rename(library)
 
 
 def load(folder: Path | None = None) -> None:
