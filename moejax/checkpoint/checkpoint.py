@@ -10,14 +10,10 @@ params/              an Orbax checkpoint of the `Params` tree, one chunk per rou
 checksums.json       the Manifest: shapes, dtypes, CRC-32 of every chunk
 """
 
-import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +22,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from moejax.checkpoint.manifest import FILE, CheckpointError, Manifest
+from moejax.checkpoint.model_folder import PARAMS, draft_folder
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, is_expert, is_spec, named_tensors, param_specs
-
-PARAMS = "params"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
-"""Patterns of the files that a tokenizer is in; `serving.text.tokenizer_formats` reads the first that is there."""
 
 
 def save_model(
@@ -149,39 +142,6 @@ def read_params(path: Path, specs: Any) -> Any:
         return np.asarray(found)
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
-
-
-@contextlib.contextmanager
-def draft_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`: renamed to it on success, removed on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        replace_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is to be made: another process that makes it too waits, and then finds it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name.lstrip('.')}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def replace_folder(draft: Path, folder: Path) -> None:
-    """Rename `draft` to `folder`, replacing what was there."""
-    try:
-        os.rename(draft, folder)
-    except OSError:
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.rename(folder, old / "folder")
-        os.rename(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _one_chunk_per_expert(path: Any, value: Any) -> Any:

@@ -24,10 +24,11 @@ import tensorstore
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moejax.checkpoint.checkpoint import PARAMS, exclusive, replace_folder, write_metadata
+from moejax.checkpoint.checkpoint import write_metadata
 from moejax.checkpoint.families import array_sources
 from moejax.checkpoint.families.source import ArraySource
 from moejax.checkpoint.manifest import FILE, CheckpointError, checksum
+from moejax.checkpoint.model_folder import PARAMS, exclusive, replace_folder
 from moejax.checkpoint.published import (
     DTYPES,
     array_key,

@@ -13,8 +13,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from moejax.checkpoint.checkpoint import PARAMS, draft_folder, write_metadata, write_params
+from moejax.checkpoint.checkpoint import write_metadata, write_params
 from moejax.checkpoint.manifest import FILE, Manifest
+from moejax.checkpoint.model_folder import PARAMS, draft_folder
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, named_tensors
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.checkpoint import TOKENIZERS
 from moejax.checkpoint.families import WITHOUT_MTP, array_sources, is_unused, read_config
 from moejax.checkpoint.families.source import ArraySource, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
+from moejax.checkpoint.model_folder import TOKENIZERS
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import is_expert, tensor_specs

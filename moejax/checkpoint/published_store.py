@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.checkpoint import replace_folder
 from moejax.checkpoint.checksums import EXPERT_PARTS, ChecksummedWeights, aligned_array, params_without_experts
 from moejax.checkpoint.errors import Expert, StoreCorrupt, StoreError, StoreMissing
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.families.source import ArraySource
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import FILE, CheckpointError, Manifest, checksum, expert_position
+from moejax.checkpoint.model_folder import replace_folder
 from moejax.checkpoint.published import (
     array_key,
     copy_tokenizer,

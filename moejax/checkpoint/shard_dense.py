@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from moejax.checkpoint.checkpoint import PARAMS, draft_folder, write_metadata
+from moejax.checkpoint.checkpoint import write_metadata
 from moejax.checkpoint.convert import ProgressCallback, open_leaf
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import FILE, Manifest, TensorRecord
+from moejax.checkpoint.model_folder import PARAMS, draft_folder
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import tensor_specs
 

@@ -20,12 +20,12 @@ import numpy as np
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import dequantize
 
-from moejax.checkpoint.checkpoint import exclusive
 from moejax.checkpoint.convert import ProgressCallback, progress
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.families.source import SourceTensor
 from moejax.checkpoint.manifest import CheckpointError
+from moejax.checkpoint.model_folder import exclusive
 from moejax.tools.gguf_tokenizer import TokenizerFiles, begins_texts, special_token, tokenizer_files
 
 FORM = 2

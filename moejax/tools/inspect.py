@@ -21,9 +21,9 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.checkpoint import TOKENIZERS
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.manifest import Manifest
+from moejax.checkpoint.model_folder import TOKENIZERS
 from moejax.checkpoint.published import check_tensors, published_name, stored_dtypes
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError

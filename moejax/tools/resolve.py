@@ -9,11 +9,11 @@ import json
 import tomllib
 from pathlib import Path
 
-from moejax.checkpoint.checkpoint import PARAMS, TOKENIZERS, CheckpointError, exclusive
 from moejax.checkpoint.convert import convert, progress
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import WITHOUT_MTP, read_config
-from moejax.checkpoint.manifest import content_hash
+from moejax.checkpoint.manifest import CheckpointError, content_hash
+from moejax.checkpoint.model_folder import PARAMS, TOKENIZERS, exclusive
 from moejax.checkpoint.mtp_head import HEAD, join_head
 from moejax.checkpoint.published import fingerprint, published_name
 from moejax.checkpoint.published_store import record_checksums

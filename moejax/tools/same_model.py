@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint.checkpoint import TOKENIZERS
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.manifest import CheckpointError, Manifest
+from moejax.checkpoint.model_folder import TOKENIZERS
 from moejax.checkpoint.shard_dense import sharded_dense_config
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig

@@ -33,7 +33,8 @@ from rich.progress import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moejax.checkpoint.checkpoint import load_params, read_params, replace_folder, save_model, write_params
+from moejax.checkpoint.checkpoint import load_params, read_params, save_model, write_params
+from moejax.checkpoint.model_folder import replace_folder
 from moejax.checkpoint.mtp_head import HEAD, save_head
 from moejax.config.axes import ArrayLike
 from moejax.config.config_values import ConfigError, build_config
