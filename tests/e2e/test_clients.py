@@ -19,7 +19,7 @@ from clients.__main__ import run_trials, where
 from clients.tool import tools
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.serving.observability.test_metrics import VLLM_NAMES
 from tests.support.grpc_requests import BYTES_OF_A_REQUEST
 from tests.support.node import node
@@ -33,7 +33,7 @@ PROMPT, TOKENS = "ROMEO:", 12
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two ranks, a journal, and nothing that lets a caller change the server."""
     journal = tmp_path_factory.mktemp("journal")
-    with Server(model=str(TINY), ranks=2, journal=str(journal)) as server:
+    with Server(model=str(TINY), ranks=2, buckets=FEW_BUCKETS, journal=str(journal)) as server:
         yield server
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.proto.moejax.v1 import inference_pb2, inference_pb2_grpc
-from tests.e2e.conftest import TINY
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import Supervised, supervised
 from tests.support.streams import Traffic, pid_of, wait_until, wait_until_whole
 
 PROMPTS = ("ROMEO:", "JULIET:", "First Citizen:", "KING:")
@@ -25,14 +24,10 @@ TOKENS = 240
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
     """Two ranks of the tiny model under a supervisor, with two edges."""
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--edges", "2")
-    server = Supervised(process)
-    with Client(server.address) as client:
-        wait_until(lambda: len(serving_edges(client)) == 2, "both edges serve")
-    yield server
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "2", "--edges", "2") as server:
+        with Client(server.address) as client:
+            wait_until(lambda: len(serving_edges(client)) == 2, "both edges serve")
+        yield server
 
 
 def serving_edges(client: Client) -> list[int]:

@@ -12,21 +12,15 @@ import pytest
 
 from serving.api.client import Client
 from serving.protocol.events import Event
-from tests.e2e.conftest import TINY
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import Supervised, supervised
 from tests.support.streams import Traffic, events_since, pid_of, wait_until, wait_until_whole
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
     """Two ranks of the tiny model, with caches in bfloat16, under a supervisor."""
-    process = start(
-        *("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--edges", "0", "--kv-cache-dtype", "bfloat16")
-    )
-    yield Supervised(process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "2", "--edges", "0", "--kv-cache-dtype", "bfloat16") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from serving.api.client import Client
-from tests.e2e.conftest import TINY
 from tests.support.joining import JoinFiles, free_address, host_agent
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import SMALL, Supervised, processes_of, start
 from tests.support.streams import Traffic, pid_of, wait_until, wait_until_whole
 
 pytestmark = pytest.mark.slow
@@ -22,7 +21,7 @@ def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         for label in ("amber", "birch"):
             stack.enter_context(host_agent(label, front, join_files.arguments()))
-        process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", *flags)
+        process = start(*SMALL, "--ranks", "2", *flags)
         stack.callback(process.kill)
         server = Supervised(process)
         with Client(server.address) as client:

@@ -13,21 +13,15 @@ import pytest
 from serving.api.client import Client
 from tests.e2e.conftest import TINY
 from tests.support.drafts import accepted, answers, parts
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import Supervised, supervised
 from tests.support.streams import kill, wait_until, wait_until_whole
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
     """Three ranks of the tiny model with its layer that drafts, under a supervisor; ranks that die come back."""
-    process = start(
-        *("--model", str(TINY), "--ranks", "3", "--speculate", "mtp", "--buckets", "8,0;8,2"),
-        *("--grpc-port", "0", "--edges", "0", "--chaos"),
-    )
-    yield Supervised(process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "3", "--speculate", "mtp", "--edges", "0", "--chaos") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from serving.errors import Cancelled, InvalidRequest
 from serving.protocol.sampling import StructuredOutputs
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import supervised
 from tests.support.streams import Traffic, kill, wait_until, wait_until_whole
 
 PREFILL, DECODE = (0, 1), (2, 3)
@@ -116,23 +116,16 @@ def test_instructions_about_both_pools_are_refused(client: Client) -> None:
 
 
 def test_a_front_that_dies_costs_a_pause(traffic: Traffic) -> None:
-    options = ("--arch", "pd", "--prefill", "1", "--decode", "1", "--buckets", "8,0;8,2", "--edges", "0")
-    process = start("--model", str(TINY), "--grpc-port", "0", *options)
-    try:
-        server = Supervised(process)
-        with Client(server.address) as client:
+    options = ("--arch", "pd", "--prefill", "1", "--decode", "1", "--edges", "0")
+    with supervised(*options) as server, Client(server.address) as client:
+        wait_until_whole(client)
+        before = [rank.pid for rank in client.status().ranks]
+        for act in (
+            lambda: os.kill(server.front(), signal.SIGKILL),
+            lambda: server.kill_with(client, 0),
+            lambda: server.kill_with(client, 1),
+        ):
+            traffic.during(client, act, after=0.2)
             wait_until_whole(client)
-            before = [rank.pid for rank in client.status().ranks]
-            for act in (
-                lambda: os.kill(server.front(), signal.SIGKILL),
-                lambda: server.kill_with(client, 0),
-                lambda: server.kill_with(client, 1),
-            ):
-                traffic.during(client, act, after=0.2)
-                wait_until_whole(client)
-                assert client.status().compiles_after_ready == 0
-            assert before[0] != client.status().ranks[0].pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+            assert client.status().compiles_after_ready == 0
+        assert before[0] != client.status().ranks[0].pid

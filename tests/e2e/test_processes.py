@@ -10,13 +10,13 @@ import pytest
 
 from serving.api.client import Client
 from tests.e2e.conftest import TINY
-from tests.support.processes import processes_of, read_until, start
+from tests.support.processes import SMALL, processes_of, read_until, start
 from tests.support.streams import wait_until
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_server_and_leaves_no_process(how: signal.Signals) -> None:
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0")
+    process = start(*SMALL, "--ranks", "2")
     said = read_until(process, r"\btry\b")
     address = re.search(r"gRPC +(\S+)", said)
     assert address is not None
@@ -31,7 +31,7 @@ def test_a_signal_drains_the_server_and_leaves_no_process(how: signal.Signals) -
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed_not_even_a_rank_that_is_stopped() -> None:
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0")
+    process = start(*SMALL, "--ranks", "2")
     pids = re.findall(r"pid (\d+)", read_until(process, r"\btry\b"))
     assert len(pids) == 2
     os.kill(int(pids[0]), signal.SIGSTOP)
@@ -43,7 +43,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed_not_even_a_rank_that_is_st
 def test_a_port_that_is_taken_ends_the_start_with_the_cause_and_no_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start("--model", str(TINY), "--ranks", "1", "--grpc-port", str(port))
+        process = start(*SMALL, "--ranks", "1", "--grpc-port", str(port))
         _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert f"127.0.0.1:{port}" in said
@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_ends_the_start_with_its_tensor_and_no_process(tmp_
 
 def test_a_rank_that_cannot_start_is_named_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0")
+    process = start(*SMALL, "--ranks", "2")
     _, said = process.communicate(timeout=240)
     assert process.returncode == 1
     assert re.search(r"rank [01]", said), said

@@ -9,7 +9,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.joining import free_address
 from tests.support.streams import Traffic, events_since, last_event, wait_until_whole
 
@@ -53,7 +53,7 @@ class _Cluster:
 def test_when_a_node_dies_ray_starts_its_rank_on_another_and_no_token_changes(nodes: tuple[Any, Any]) -> None:
     cluster, by_name = nodes
     settings = {"launcher": "ray", "ray_address": cluster.address, "rank_listen": free_address()}
-    with Server(model=str(TINY), ranks=2, **settings) as server, Client(server) as client:
+    with Server(model=str(TINY), ranks=2, buckets=FEW_BUCKETS, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         hosts = [rank.host for rank in client.status().ranks]
         (spare,) = set(NODES) - set(hosts)

@@ -20,7 +20,7 @@ from serving.api.client import Client
 from tests.e2e.conftest import TINY
 from tests.e2e.test_edges import completion
 from tests.support.joining import JoinFiles
-from tests.support.processes import ROOT, Supervised, processes_of, read_until, start
+from tests.support.processes import ROOT, Supervised, read_until, supervised
 from tests.support.streams import Traffic, events_since, wait_until, wait_until_whole
 
 TOKENS = 240
@@ -38,13 +38,8 @@ def server(files: JoinFiles) -> Iterator[Supervised]:
     names = {"cert": "front.pem", "key": "front.key", "client_ca": "ca.pem"}
     tls = [f"--rank-tls-{name.replace('_', '-')}={files.folder / file}" for name, file in names.items()]
     port = ["--edge-listen", "127.0.0.1:0", "--edge-tokens", str(files.folder / "tokens.json"), *tls]
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", *port)
-    server = Supervised(process)
-    yield server
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "2", *port) as server:
+        yield server
 
 
 def front_of(server: Supervised) -> str:

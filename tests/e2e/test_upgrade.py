@@ -1,7 +1,6 @@
 """Upgrades of a running server: to a copy of this checkout and back, and to copies that must be rolled back."""
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -17,9 +16,8 @@ from serving.api.client import Client
 from serving.errors import Unreachable
 from serving.protocol.status import Status
 from serving.version import build
-from tests.e2e.conftest import TINY
 from tests.support.checkouts import copy_checkout
-from tests.support.processes import ROOT, Supervised, processes_of, start
+from tests.support.processes import ROOT, Supervised, supervised
 from tests.support.streams import Traffic, wait_until, wait_until_whole
 
 STREAMS = 16
@@ -31,11 +29,8 @@ LIMIT_S = 240.0
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
     """Two ranks of the tiny model under a supervisor, with two edges."""
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--edges", "2", "--operate")
-    yield Supervised(process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "2", "--edges", "2", "--operate") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

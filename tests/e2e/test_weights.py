@@ -18,7 +18,7 @@ from serving.errors import InvalidRequest, MoejaxError
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.models import MIXTRAL, model_folder
-from tests.support.processes import Supervised, processes_of, start
+from tests.support.processes import SMALL, Supervised, processes_of, start
 from tests.support.streams import wait_until, wait_until_whole
 
 Run = tuple[Answer, int, int]
@@ -91,7 +91,7 @@ def test_other_models_are_refused_by_name_and_answers_have_the_version_over_http
 
 @pytest.mark.slow
 def test_a_front_that_is_killed_leaves_the_old_or_the_new_weights(other: Path) -> None:
-    process = start("--model", str(TINY), "--ranks", "2", "--grpc-port", "0", "--operate", "--buckets", "8,0;8,2")
+    process = start(*SMALL, "--ranks", "2", "--operate")
     server = Supervised(process)
     order = ["0"]
     try:

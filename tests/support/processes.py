@@ -1,23 +1,40 @@
 """`moejax serve` as a process of its own, and what is left of its process group."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from serving.api.client import Client
-from tests.support.streams import pid_of
+from tests.support.streams import pid_of, wait_until
 
 ROOT = Path(__file__).parents[2]
+SMALL = ("--model", str(ROOT / "models" / "tiny"), "--buckets", "8,0;8,2", "--grpc-port", "0")
+"""The tiny model with few compiles."""
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """`moejax serve` in a process group of its own."""
     command = [sys.executable, "-m", "serving", "serve", "--http-port", "0", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@contextlib.contextmanager
+def supervised(*arguments: str) -> "Iterator[Supervised]":
+    """`moejax serve` of the tiny model, which serves. In the end it drains and leaves no process."""
+    process = start(*SMALL, *arguments)
+    try:
+        yield Supervised(process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
 
 
 def processes_of(group: int) -> list[str]:
