@@ -10,18 +10,15 @@ from pathlib import Path
 
 import click
 
-from serving.auth.join_tokens import JoinTokens, read_secret
-from serving.auth.tls import ClientTls
+from serving.auth.join_tokens import JoinTokens
+from serving.cli.front_connection import FrontConnection, front_connection
 from serving.cli.options import example
-from serving.config import is_loopback
-from serving.errors import InvalidRequest
 from serving.launch.host_agent import SlotOffer, run_agents
 from serving.launch.rank_channel import RankChannel, local_address_towards
 from serving.observability import logs
 
 _DAY_S = 86400.0
 
-_pem = click.Path(exists=True, dir_okay=False, path_type=Path)
 _file = click.option(
     "--file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -30,20 +27,9 @@ _file = click.option(
     help="The token file that `moejax serve --rank-tokens` reads. Also the variable MOEJAX_RANK_TOKENS.",
 )
 
-token_file_option = click.option(
-    "--token-file",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    envvar="MOEJAX_TOKEN_FILE",
-    help="File with the secret that `moejax tokens add` printed. Only its owner may read it.",
-)
-
 
 @click.command(short_help="Offer this host's devices to a server as ranks.")
-@click.option(
-    "--join", required=True, metavar="HOST:PORT", help="Address on which the front listens for ranks (--rank-listen)."
-)
-@token_file_option
+@front_connection("join", "--rank-listen", "host", "the join token")
 @click.option("--host", help="Name of this host in plans: its ranks can be lost together.  [default: the host name]")
 @click.option("--rack", default="", help="Name of the rack of this host in plans.")
 @click.option("--model", help="Folder of the model on this host.  [default: the same as on the front]")
@@ -58,49 +44,25 @@ token_file_option = click.option(
     "--address",
     help="Address at which other ranks reach this host.  [default: the address from which it reaches the front]",
 )
-@click.option("--ca", type=_pem, envvar="MOEJAX_CA", help="Use TLS and trust this certificate authority (PEM).")
-@click.option(
-    "--cert", type=_pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate that this host presents to the front (PEM)."
-)
-@click.option("--key", type=_pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --cert (PEM).")
-@click.option("--plaintext", is_flag=True, help="Connect over a network without TLS.")
 @example(
     "moejax rank --join front.example:50052 --token-file token --ca ca.pem",
     "moejax rank --join 127.0.0.1:50052 --token-file token --count 4",
 )
 def rank(
-    join: str,
-    token_file: Path,
-    host: str | None,
-    rack: str,
-    model: str | None,
-    count: int,
-    address: str | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    plaintext: bool,
+    connection: FrontConnection, host: str | None, rack: str, model: str | None, count: int, address: str | None
 ) -> None:
     """Offer the devices of this host as ranks to the front at HOST:PORT, until Ctrl-C.
 
     The command connects again whenever the front is gone. The front decides which ranks run here, with which settings.
     """
-    name, _, port = join.rpartition(":")
-    if not (name and port.isdecimal()):
-        raise InvalidRequest(f"--join is {join!r}; it must be HOST:PORT.", param="join")
-    tls = ClientTls(ca=ca, cert=cert, key=key) if ca or cert or key else None
-    if tls is None and not plaintext and not is_loopback(name):
-        raise InvalidRequest(
-            f"the connection to {join} would be without TLS, and others on the network could read the join token. "
-            "Give --ca, or --plaintext on a private network.",
-            param="ca",
-        )
     logs.configure("text", "info")
-    channel = RankChannel(front=join, address=address or _own_address(join), tls=tls)
+    channel = RankChannel(
+        front=connection.address, address=address or _own_address(connection.address), tls=connection.tls
+    )
     cores = len(os.sched_getaffinity(0))
     offers = [
         SlotOffer(
-            secret=read_secret(token_file),
+            secret=connection.secret,
             host=host or socket.gethostname(),
             rack=rack,
             model=model,
