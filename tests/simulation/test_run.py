@@ -8,8 +8,8 @@ import pytest
 from simulation.run import run
 from simulation.scenario import FAULTS, Fault, Scenario, draw
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "20"))
-"""Seeds of each mode."""
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "10"))
+"""Seeds of each mode; `scripts/test` runs a thousand beside these tests."""
 
 
 @pytest.mark.parametrize("mode", ["safety", "liveness"])

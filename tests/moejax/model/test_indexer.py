@@ -1,12 +1,13 @@
 """Laws of the indexer: which positions a query attends to, and that a score does not depend on what is beside it."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.model.indexer import best_positions, index_scores
 
 
+@settings(max_examples=30)  # each size compiles
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 24), st.integers(0, 3))
 def test_the_best_positions_that_a_query_may_see_are_chosen_the_earlier_of_equal_ones(seed, size, chosen, values):
     random = np.random.default_rng(seed)

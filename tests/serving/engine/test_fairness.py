@@ -37,7 +37,7 @@ def test_every_request_ends_with_its_own_tokens_whoever_owns_it(wanted, share):
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=30, max_size=40), st.sampled_from([1, 3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_while_two_owners_wait_neither_is_served_much_more_than_its_share(sizes, share):
     """The bound of virtual token counters: what one place can cost, and what runs beside it."""
     s, at = server(prefix_caching=False), TokenCounters().level
