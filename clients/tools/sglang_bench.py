@@ -1,6 +1,6 @@
 # /// script
 # dependencies = [
-#     "torch==2.13.0", "torchvision==0.28.0", "triton", "transformers==5.19.0", "aiohttp", "msgspec", "numpy",
+#     "torch==2.14.1", "torchvision==0.29.1", "triton", "transformers==5.19.0", "aiohttp", "msgspec", "numpy",
 #     "orjson", "pybase64", "pillow", "requests", "tqdm", "datasets", "huggingface_hub", "pyzmq", "psutil",
 #     "ipython", "openai", "pydantic", "python-dateutil", "setproctitle", "uvicorn", "fastapi",
 # ]

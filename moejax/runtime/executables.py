@@ -110,11 +110,13 @@ class ExecutableStore:
 
 
 def _lock(file: int) -> bool:
-    """Whether an open file could be locked. The lock ends when the file is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    """False while another process holds the lock of an open file; a lock ends when its file is closed. On a file system
+    without locks nobody does."""
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 

@@ -83,7 +83,8 @@ def build(folder: Path | None = None) -> Path:
         )
     if not library.is_file():
         with open(library.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that start at once, one builds
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that start at once, one builds
             if not library.is_file():
                 _build(compiler, library)
     return library
