@@ -1,6 +1,8 @@
 """Runs step programs over meshes inside this process, through the same inputs the server sends."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,11 +28,10 @@ SLOTS_OF_STATES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The results of one step over all ranks: sampled tokens and log-probabilities `[n*Z]`, `new_kv`, `expert_load`,
-    and with a layer of multi-token prediction its drafts `[n*Z, drafts]`."""
+    """The results of one step over all ranks: `sampled`, tokens and log-probabilities `[n*Z]` when they are asked for,
+    `new_kv`, `expert_load`, and with a layer of multi-token prediction its drafts `[n*Z, drafts]`."""
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
+    sampled: Callable[[], tuple[np.ndarray, np.ndarray]]
     new_kv: KVCache
     hidden: np.ndarray
     expert_load: np.ndarray
@@ -91,26 +92,30 @@ class Stepper:
         )
         outputs = steps.run_step(arguments, shape=shape, mesh=self.mesh)
         hidden = np.asarray(outputs.hidden)
-        sampled = [
-            steps.run_sample(self.params.logits, rows, part, bucket=shape.bucket)
-            for rows, part in zip(np.split(hidden, self.ranks), parts, strict=True)
-        ]
-        tokens, logprobs = (np.concatenate(each) for each in zip(*sampled, strict=True))
+        head, rows = self.params.logits, zip(np.split(hidden, self.ranks), parts, strict=True)
+
+        @functools.cache
+        def sampled() -> tuple[np.ndarray, np.ndarray]:
+            of_ranks = [steps.run_sample(head, mine, part, bucket=shape.bucket) for mine, part in rows]
+            tokens, logprobs = (np.concatenate(each) for each in zip(*of_ranks, strict=True))
+            return tokens, logprobs
+
         drafts = None
         if self.cfg.mtp:
-            chosen = jax.device_put(tokens, self._on(steps.SHARDED))
+            chosen = jax.device_put(sampled()[0], self._on(steps.SHARDED))
             made = steps.run_draft(arguments, outputs, chosen, shape=shape, mesh=self.mesh, drafts=self.drafts)
             outputs = dataclasses.replace(outputs, new_kv=made.new_kv, expert_load=made.expert_load)
             drafts = np.asarray(made.drafts)
         new_kv = jax.tree.map(np.asarray, outputs.new_kv)
         written = parts if outputs.group_inputs is None else np.split(np.asarray(outputs.group_inputs), self.ranks)
         self.cache = self._committed(shape.bucket, new_kv, written)
-        return Outcome(tokens, logprobs, new_kv, hidden, np.asarray(outputs.expert_load), drafts)
+        return Outcome(sampled, new_kv, hidden, np.asarray(outputs.expert_load), drafts)
 
     def segment(self, outputs: Outcome, bucket: Shape, rank: int, segment: int) -> tuple[int, float]:
         """Token and log-probability of one segment of a rank."""
         at = rank * bucket.segments + segment
-        return int(outputs.tokens[at]), float(outputs.logprobs[at])
+        tokens, logprobs = outputs.sampled()
+        return int(tokens[at]), float(logprobs[at])
 
     def logits(self, outputs: Outcome, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
         """Logits of some rows of a rank, [rows, V]."""
