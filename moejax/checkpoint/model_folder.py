@@ -12,6 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from moejax.checkpoint.manifest import CheckpointError, content_hash
+
+RECIPE = 3
+"""Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 PARAMS = "params"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 """Patterns of the files that a tokenizer is in; `serving.text.tokenizer_formats` reads the first that is there."""
@@ -48,3 +52,16 @@ def replace_folder(draft: Path, folder: Path) -> None:
         os.rename(folder, old / "folder")
         os.rename(draft, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def checked_folder(folder: Path) -> Path:
+    """The folder, if all that a model folder holds is there; else CheckpointError naming what is missing."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder, and no model has that name; known are smollm2-moe, tiny and bench-mixtral."
+        )
+    for patterns in (("config.json",), TOKENIZERS, ("params",)):
+        if not any(file for pattern in patterns for file in folder.glob(pattern)):
+            raise CheckpointError(f"{folder} lacks {' or '.join(patterns)}: it is no model folder.")
+    content_hash(folder)
+    return folder

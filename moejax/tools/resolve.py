@@ -6,28 +6,20 @@ folder, ours or one as models are published, which is converted on first use, in
 
 import hashlib
 import json
-import tomllib
 from pathlib import Path
 
 from moejax.checkpoint.convert import convert, progress
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import WITHOUT_MTP, read_config
 from moejax.checkpoint.manifest import CheckpointError, content_hash
-from moejax.checkpoint.model_folder import PARAMS, TOKENIZERS, exclusive
+from moejax.checkpoint.model_folder import PARAMS, RECIPE, checked_folder, exclusive
 from moejax.checkpoint.mtp_head import HEAD, join_head
 from moejax.checkpoint.published import fingerprint, published_name
 from moejax.checkpoint.published_store import record_checksums
 from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
-from moejax.config.config_values import Config, ConfigError, build_config
 from moejax.config.model_config import ModelConfig
-from moejax.tools.distil import Distillation
-from moejax.tools.moefy import Split
 from moejax.tools.random_model import build_random, load_random
-from moejax.tools.smollm2 import DISTILLATION_WINDOW, SEPARATOR, build, distillation_texts
 from planner.inputs.shipped import shipped
-
-RECIPE = 3
-"""Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 
 
 def ensure_model(name_or_path: str | Path, *, mtp: bool = False) -> Path:
@@ -48,8 +40,11 @@ def _ensure_own(name_or_path: str) -> Path:
     if str(name_or_path) == "tiny":
         return checked_folder(shipped("models/tiny"))
     if str(name_or_path) == "smollm2-moe":
-        preset = shipped("configs/presets/smollm2-moe.toml")
-        return ensure_smollm2(load_split(preset), load_distillation(preset))
+        from moejax.tools.default_model import (
+            ensure_default,  # not at import: scipy and optax, which no other start needs
+        )
+
+        return ensure_default()
     if str(name_or_path) == "bench-mixtral":
         return ensure_random(shipped("configs/presets/bench-mixtral.toml"))
     return checked_folder(Path(name_or_path))
@@ -135,23 +130,6 @@ def ensure_random(preset: Path) -> Path:
     return checked_folder(folder)
 
 
-def ensure_smollm2(split: Split, distillation: Distillation | None = None) -> Path:
-    """The folder of SmolLM2 split, and unless `distillation` is None distilled, in this way: found in the cache or made
-    there."""
-    preset = shipped("configs/presets/smollm2-moe.toml")
-    is_default = (split, distillation) == (load_split(preset), load_distillation(preset))
-    name = "smollm2-moe" if is_default else f"smollm2-moe-{split.label}"
-    label = split.label
-    if distillation is not None:
-        about = f"{distillation} {DISTILLATION_WINDOW}" + SEPARATOR.join(distillation_texts())
-        label += f"-distilled{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-    folder = cache_folder() / "models" / f"smollm2-moe-{label}-recipe{RECIPE}"
-    with exclusive(folder):
-        if not folder.is_dir():
-            build(folder, name, split, distillation)
-    return checked_folder(folder)
-
-
 def ensure_sharded_dense(folder: Path) -> Path:
     """The folder of the same model with sharded dense layers (`moejax.checkpoint.shard_dense`), from the cache or made
     there; the folder itself if the model has no dense layers. Raises ConfigError when they cannot be sharded."""
@@ -163,37 +141,3 @@ def ensure_sharded_dense(folder: Path) -> Path:
         with progress(f"Dividing the dense layers of {cfg.name}, once") as on_progress:
             shard_dense(folder, sharded, on_progress)
     return checked_folder(sharded)
-
-
-def load_split(path: Path) -> Split:
-    """Read the `[split]` table of a preset. Raises ConfigError on an unknown key."""
-    return _load_table(path, Split, "split")
-
-
-def load_distillation(path: Path) -> Distillation:
-    """Read the `[distillation]` table of a preset. Raises ConfigError on an unknown key."""
-    return _load_table(path, Distillation, "distillation")
-
-
-def _load_table(path: Path, kind: type[Config], table: str) -> Config:
-    with path.open("rb") as file:
-        values = tomllib.load(file)
-    try:
-        return build_config(kind, values[table], table)
-    except KeyError as error:
-        raise ConfigError(f"{path} lacks the table {error}.") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}, table {table}: {error}") from None
-
-
-def checked_folder(folder: Path) -> Path:
-    """The folder, if all that a model folder holds is there; else CheckpointError naming what is missing."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is no folder, and no model has that name; known are smollm2-moe, tiny and bench-mixtral."
-        )
-    for patterns in (("config.json",), TOKENIZERS, ("params",)):
-        if not any(file for pattern in patterns for file in folder.glob(pattern)):
-            raise CheckpointError(f"{folder} lacks {' or '.join(patterns)}: it is no model folder.")
-    content_hash(folder)
-    return folder

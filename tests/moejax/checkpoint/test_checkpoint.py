@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 
 from moejax.checkpoint.checkpoint import load_params, save_model, tokenizer_config
 from moejax.checkpoint.manifest import CheckpointError, Manifest, content_hash, expert_position
+from moejax.checkpoint.model_folder import checked_folder
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import is_expert, named_tensors, tensor_specs
-from moejax.tools.resolve import checked_folder, ensure_model, ensure_random
+from moejax.tools.resolve import ensure_model, ensure_random
 from planner.inputs.shipped import shipped
 from tests.support.models import ALL, DENSE, MIXTRAL, SHARED, model_folder, random_params
 

@@ -15,9 +15,10 @@ from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.model.reference import greedy, logits, losses
+from moejax.tools.default_model import ensure_smollm2, load_distillation, load_split
 from moejax.tools.layer_inputs import feed_forward_inputs
 from moejax.tools.moefy import Split, cluster, fit_router, split_model
-from moejax.tools.resolve import ensure_model, ensure_smollm2, load_distillation, load_split
+from moejax.tools.resolve import ensure_model
 from moejax.tools.score import token_windows
 from moejax.tools.smollm2 import CALIBRATION, TEMPLATE, fetch_wheel, read_dense
 from planner.inputs.shipped import shipped
