@@ -2,7 +2,8 @@
 # dependencies = [
 #     "torch==2.14.1", "torchvision==0.29.1", "triton", "transformers==5.19.0", "aiohttp", "msgspec", "numpy",
 #     "orjson", "pybase64", "pillow", "requests", "tqdm", "datasets", "huggingface_hub", "pyzmq", "psutil",
-#     "ipython", "openai", "pydantic", "python-dateutil", "setproctitle", "uvicorn", "fastapi",
+#     "ipython", "openai", "pydantic", "python-dateutil", "setproctitle", "uvicorn", "fastapi", "apache-tvm-ffi",
+#     "sentencepiece", "compressed-tensors", "gguf",
 # ]
 # [tool.clients]
 # name = "sglang.bench_serving"
@@ -10,8 +11,8 @@
 # leave_out = ["*"]
 # minutes = 8
 # ///
-"""SGLang's benchmark of a server; of its libraries only the ones that the benchmark imports. Among
-them is torchvision, which PyPI has for CUDA alone."""
+"""SGLang's benchmark of a server, with the libraries that it imports alone. Torch and torchvision are of
+one release: others cannot be loaded together."""
 
 import json
 import tempfile
