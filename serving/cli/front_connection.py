@@ -33,7 +33,6 @@ def front_connection(flag: str, listen: str, who: str, exposed: str) -> Callable
     options = (
         click.option(
             f"--{flag}",
-            "front",
             required=True,
             metavar="HOST:PORT",
             help=f"Address on which the front listens: its {listen}.",
@@ -62,7 +61,6 @@ def front_connection(flag: str, listen: str, who: str, exposed: str) -> Callable
         @functools.wraps(command)
         def connected(
             *,
-            front: str,
             token_file: Path,
             ca: Path | None,
             cert: Path | None,
@@ -70,6 +68,7 @@ def front_connection(flag: str, listen: str, who: str, exposed: str) -> Callable
             plaintext: bool,
             **others: Any,
         ) -> Any:
+            front = others.pop(flag)
             if not is_address(front):
                 raise InvalidRequest(f"--{flag} is {front!r}; it must be HOST:PORT.", param=flag)
             tls = ClientTls(ca=ca, cert=cert, key=key) if ca or cert or key else None
