@@ -1,12 +1,12 @@
 """The configuration of attention that only some models have: scaled rotary frequencies, growing scores, latent
-attention, the indexer that chooses its positions, and gated delta nets in its place."""
+attention, the indexer that chooses its positions, and gated delta nets and short convolutions in its place."""
 
 import dataclasses
 from typing import Literal
 
 from moejax.config.config_values import ConfigError
 from planner.inputs.latent_attention import LatentAttention
-from planner.inputs.layer_states import DeltaNet
+from planner.inputs.layer_states import DeltaNet, ShortConvolution
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
 
@@ -94,4 +94,15 @@ class DeltaNetConfig(DeltaNet):
         if self.value_heads % self.key_heads:
             raise ConfigError(
                 f"{self.value_heads} value heads of a delta net cannot share {self.key_heads} key heads evenly."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvolutionConfig(ShortConvolution):
+    """A gated short convolution, validated."""
+
+    def __post_init__(self) -> None:
+        if self.kernel < 2:
+            raise ConfigError(
+                f"short_convolution has kernel {self.kernel}; a convolution over time takes at least 2 inputs."
             )

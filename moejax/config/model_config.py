@@ -1,13 +1,23 @@
 """The configuration of a model: frozen, validated, and without anything about where the model runs."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.attention_config import (
+    DeltaNetConfig,
+    IndexerConfig,
+    LatentConfig,
+    RopeScaling,
+    ScoreGrowth,
+    ShortConvolutionConfig,
+)
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
+from planner.inputs.routed_experts import RoutedExperts
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "int4-experts"]
 """Of matrices; int4-experts: experts in int4 as published, the others in bfloat16."""
@@ -18,12 +28,15 @@ CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
+_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None}
+"""Fields that are written only where they differ from these, which earlier releases mean."""
 
 _NESTED = {
     "moe": MoEConfig,
     "latent": LatentConfig,
     "indexer": IndexerConfig,
     "delta_net": DeltaNetConfig,
+    "short_convolution": ShortConvolutionConfig,
     "rope_scaling": RopeScaling,
     "score_growth": ScoreGrowth,
 }
@@ -55,8 +68,8 @@ class ModelConfig:
 
     With an `indexer`, latent attention sees the positions that it chooses; its keys are cached beside the others.
 
-    `state_layers` have a gated delta net in place of attention: their context is a state of the request instead of keys
-    and values of its positions (`moejax.config.layer_states`).
+    `state_layers` have a gated delta net or a short convolution in place of attention: their context is a state of the
+    request instead of keys and values of its positions (`moejax.config.layer_states`).
 
     With `mtp` one more layer follows, of the kind of the last: it drafts the token after the next (`moejax.model.mtp`),
     is chosen when a model is served, and `n_layers` does not count it.
@@ -105,6 +118,7 @@ class ModelConfig:
     latent: LatentConfig | None = None
     indexer: IndexerConfig | None = None
     delta_net: DeltaNetConfig | None = None
+    short_convolution: ShortConvolutionConfig | None = None
     state_layers: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     moe_every: int = 1
@@ -154,7 +168,7 @@ class ModelConfig:
             self._check_latent(self.latent)
         if self.indexer is not None:
             self._check_indexer(self.indexer)
-        if self.delta_net is not None or self.state_layers:
+        if self.delta_net or self.short_convolution or self.state_layers:
             self._check_state_layers()
         if self.mtp and self.cache_format != "float32":
             raise ConfigError(
@@ -178,9 +192,10 @@ class ModelConfig:
             )
 
     def _check_state_layers(self) -> None:
-        if self.delta_net is None or not self.state_layers:
+        if (self.delta_net is None) == (self.short_convolution is None) or not self.state_layers:
             raise ConfigError(
-                f"state_layers are {list(self.state_layers)} with delta_net {self.delta_net}; give both or neither."
+                f"state_layers are {list(self.state_layers)} with delta_net {self.delta_net} and short_convolution "
+                f"{self.short_convolution}; give layers and one of the two, or none of the three."
             )
         if len(set(self.state_layers)) == self.n_layers:
             raise ConfigError(f"all {self.n_layers} layers of {self.name} are state_layers; one must have attention.")
@@ -292,7 +307,8 @@ class ModelConfig:
     @property
     def state_elements(self) -> int:
         """Numbers of a request's state, over all layers that have one."""
-        return len(self.state_layers) * self.delta_net.state_elements if self.delta_net else 0
+        mixer = self.delta_net or self.short_convolution
+        return len(self.state_layers) * mixer.state_elements(self.d_model) if mixer else 0
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -352,12 +368,16 @@ class ModelConfig:
         return tuple(found)
 
     def _mixed_segments(self, kinds: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The segments of a model with state layers: the shortest pattern of kinds, of states and attention that all
-        layers repeat, and the layers that are left."""
+        """The segments of a model with state layers: from each layer on the pattern of kinds, of states and attention
+        whose repeats reach furthest, the shortest of these."""
         pairs = [(kind, i in self.state_layers) for i, kind in enumerate(kinds)]
-        size = next(n for n in range(1, len(pairs) + 1) if all(a == b for a, b in zip(pairs[n:], pairs, strict=False)))
-        repeats, left = divmod(len(kinds), size)
-        return ((kinds[:size], repeats), *(((kinds[:left], 1),) if left else ()))
+        found, at = [], 0
+        while at < len(pairs):
+            counts = {size: _repeats(pairs[at:], size) for size in range(1, len(pairs) - at + 1)}
+            size = max(counts, key=lambda size: (counts[size] > 1) * size * counts[size])
+            found.append((kinds[at : at + size], counts[size]))
+            at += size * counts[size]
+        return tuple(found)
 
     @property
     def n_moe_layers(self) -> int:
@@ -382,10 +402,11 @@ class ModelConfig:
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
         values = {_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
-        if self.cache_format == "float32":
-            del values["cache_format"]  # which earlier releases do not read
-        if not self.mtp:  # so that what versions before this field wrote stays the same
-            del values["mtp"]
+        for name, default in _LATER.items():
+            if values[name] == default:  # earlier releases do not read it, and what they wrote stays the same
+                del values[name]
+        if self.moe is not None and self.moe.sum_epsilon == RoutedExperts.sum_epsilon:
+            del values["moe"]["sum_epsilon"]
         return json.dumps(values, indent=2)
 
     @classmethod
@@ -407,6 +428,12 @@ class ModelConfig:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; a model folder holds config.json, tokenizer.json and params/.")
         return cls.from_json(path.read_text())
+
+
+def _repeats(layers: Sequence[object], size: int) -> int:
+    """How often the first `size` layers follow each other from the beginning."""
+    alike = itertools.takewhile(lambda i: layers[i] == layers[i % size], range(len(layers)))
+    return sum(1 for _ in alike) // size
 
 
 def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:

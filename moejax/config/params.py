@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config.attention_config import IndexerConfig, LatentConfig
+from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, ShortConvolutionConfig
 from moejax.config.model_config import LayerKind, ModelConfig, in_slots
 
 Position = tuple[int, int]
@@ -98,10 +98,24 @@ class DeltaNetWeights:
 
 
 @struct.dataclass
+class ConvolutionWeights:
+    """A gated short convolution (`moejax.model.short_convolution`): `project [R, 3 * D, D]` makes the gate of its
+    inputs, that of its outputs, and the values; `kernel [R, D, kernel]` has the oldest input first; `out [R, D, D]`.
+    Biases `[R, 3 * D]`, `[R, D]`, `[R, D]`, or None."""
+
+    project: Any
+    kernel: Any
+    out: Any
+    project_bias: Any = None
+    kernel_bias: Any = None
+    out_bias: Any = None
+
+
+@struct.dataclass
 class Layer:
     """One decoder layer, or one position of a segment with its leaves stacked over repeats. It has either `ffn` or
-    `moe`, one of `qkv`, `latent` and `delta`, and biases, norms, sinks and gate as the configuration says. A layer with
-    `delta` has no other leaves of attention than its norm."""
+    `moe`, one of `qkv`, `latent`, `delta` and `convolution`, and biases, norms, sinks and gate as the configuration
+    says. A layer with a state (`delta`, `convolution`) has no other leaves of attention than its norm."""
 
     attention_norm: Any
     qkv: Any
@@ -122,6 +136,12 @@ class Layer:
     attention_post_norm: Any = None
     ffn_post_norm: Any = None
     delta: DeltaNetWeights | None = None
+    convolution: ConvolutionWeights | None = None
+
+    @property
+    def has_state(self) -> bool:
+        """True for a layer whose context is a state in place of keys and values."""
+        return self.delta is not None or self.convolution is not None
 
 
 @struct.dataclass
@@ -226,11 +246,33 @@ def _layer(cfg: ModelConfig, kind: LayerKind, R: int, has_state: bool) -> Layer:
 
 def _state_layer(cfg: ModelConfig, R: int) -> Layer:
     """A layer with a state, without its feed-forward part."""
-    delta, D = cfg.delta_net, cfg.d_model
-    assert delta is not None
-    norm = ParamSpec((R, D), ("layer", "model"), 0)
+    norm = ParamSpec((R, cfg.d_model), ("layer", "model"), 0)
+    layer = Layer(attention_norm=norm, qkv=None, out=None, ffn_norm=norm, ffn=None, moe=None)
+    if cfg.short_convolution is not None:
+        return dataclasses.replace(layer, convolution=_convolution(cfg, cfg.short_convolution, R))
+    assert cfg.delta_net is not None
+    return dataclasses.replace(layer, delta=_delta_net(cfg, cfg.delta_net, R))
+
+
+def _convolution(cfg: ModelConfig, convolution: ShortConvolutionConfig, R: int) -> ConvolutionWeights:
+    D = cfg.d_model
+    project, kernel, out = (
+        ParamSpec((R, width), ("layer", "model"), BIAS_STD) if convolution.biased else None for width in (3 * D, D, D)
+    )
+    return ConvolutionWeights(
+        project=ParamSpec((R, 3 * D, D), ("layer", "heads", "model"), 0.02),
+        kernel=ParamSpec((R, D, convolution.kernel), ("layer", "rate", "kernel"), 0.3),
+        out=ParamSpec((R, D, D), ("layer", "model", "heads"), _out_std(cfg)),
+        project_bias=project,
+        kernel_bias=kernel,
+        out_bias=out,
+    )
+
+
+def _delta_net(cfg: ModelConfig, delta: DeltaNetConfig, R: int) -> DeltaNetWeights:
+    D = cfg.d_model
     each = ParamSpec((R, delta.value_heads), ("layer", "heads"), 0)
-    weights = DeltaNetWeights(
+    return DeltaNetWeights(
         project=ParamSpec((R, delta.channels + delta.values, D), ("layer", "heads", "model"), 0.02),
         rates=ParamSpec((R, 2 * delta.value_heads, D), ("layer", "rate", "model"), 0.02),
         convolution=ParamSpec((R, delta.channels, delta.kernel), ("layer", "rate", "kernel"), 0.3),
@@ -239,7 +281,6 @@ def _state_layer(cfg: ModelConfig, R: int) -> Layer:
         norm=ParamSpec((R, delta.d_value), ("layer", "head"), 0),
         out=ParamSpec((R, D, delta.values), ("layer", "model", "heads"), _out_std(cfg)),
     )
-    return Layer(attention_norm=norm, qkv=None, out=None, ffn_norm=norm, ffn=None, moe=None, delta=weights)
 
 
 def _attention_layer(cfg: ModelConfig, R: int) -> Layer:

@@ -31,8 +31,8 @@ class Int8:
 
 def is_matrix(spec: ParamSpec) -> bool:
     """True for matrices that can be stored in fewer bits. A router cannot, rounding would change its choices; nor can
-    the rates and the convolution of a delta net, which are small and act on every later position, and the weights of an
-    indexer's heads."""
+    the rates of a delta net and convolutions over time, which are small and act on every later position, and the
+    weights of an indexer's heads."""
     return len(set(spec.axes) - {"layer", "expert"}) >= 2 and not {"router", "rate"} & set(spec.axes)
 
 

@@ -1,7 +1,7 @@
 """One rank's part of one step: embed and layers. Runs inside `shard_map` over the ranks; head and sampling follow
 on each rank alone (`steps.run_sample`).
 
-    tokens -> embed -> [ norm -> attention over pages and new tokens, or delta net over a state -> + ] per layer -> norm
+    tokens -> embed -> [ norm -> attention over pages and new tokens, or a mix with a state -> + ] per layer -> norm
                        [ norm -> dense FFN, or route -> dispatch -> experts -> combine -> + ]
 
 The step reads the cache and never donates it: a step that fails leaves no trace. Layers of one pattern are scanned.
@@ -26,11 +26,11 @@ from moejax.config.params import Layer, Params
 from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.config.weight_formats import StackSlice, is_scaled, look_up
 from moejax.model.attention import paged_attention
-from moejax.model.delta_net import delta_net, finite_states
 from moejax.model.feed_forward import add_residual, feed_forward, routed_feed_forward
 from moejax.model.indexer import IndexRows
 from moejax.model.layers import norm
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
+from moejax.model.state_layers import finite_states, mix_states
 from moejax.model.step_shape import StepShape
 from moejax.model.tensor_parallel import TensorGroup, finite_in_group, group_all_to_all
 from planner.plan.step_layout import TILE
@@ -98,12 +98,12 @@ def step(
             for j, stacked in enumerate(segment):
                 layer = layer_at(stacked, repeat)
                 index = first + repeat * len(pattern) + j
-                if layer.delta is None:
-                    x_RD, kv = attend(x_RD, layer, index, context)
-                    kvs.append(kv)
-                else:
+                if layer.has_state:
                     x_RD, state = advance_states(x_RD, layer, index, context)
                     states.append(state)
+                else:
+                    x_RD, kv = attend(x_RD, layer, index, context)
+                    kvs.append(kv)
                 wanted = rows_needed(inputs, index, cfg)
                 if layer.moe is None:
                     x_RD = feed_forward(x_RD, layer, wanted, cfg)
@@ -216,14 +216,13 @@ def attend(
 def advance_states(
     x_RD: Float[ArrayLike, "R D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
 ) -> tuple[Float[ArrayLike, "R D"], LayerStates]:
-    """x plus the delta net of layer `index`, and the new states of all segments `[Z, ...]`."""
+    """x plus the delta net or short convolution of layer `index`, and the new states of all segments `[Z, ...]`."""
     cfg, states = context.shape.cfg, context.cache.states
-    assert layer.delta is not None
     assert states is not None
-    with jax.named_scope("delta_net"):
+    with jax.named_scope("state_layer"):
         h_RD = norm(x_RD, layer.attention_norm, None, cfg.norm_eps)
         depth = _place_among(cfg.state_layers, index, cfg)
-        out_RD, new = delta_net(h_RD, layer.delta, states, depth, context.inputs, context.shape.bucket, cfg)
+        out_RD, new = mix_states(h_RD, layer, states, depth, context.inputs, context.shape.bucket, cfg)
         return add_residual(x_RD, out_RD, cfg), new
 
 

@@ -13,9 +13,8 @@ dots over many rows would not.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from moejax.config.axes import ArrayLike
 from moejax.config.delta_inputs import CHAINED, EMPTY, PADDING, DeltaInputs
@@ -24,6 +23,7 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.params import DeltaNetWeights
 from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.model.layers import ordered_sum, read_weight, rms_norm, row_dot
+from moejax.model.short_convolution import convolve, first_rows, last_inputs, read_inputs
 from moejax.ops import cpu
 from planner.plan.step_layout import TILE
 
@@ -48,8 +48,8 @@ def delta_net(
     projected = row_dot(h_RD, weights.project)
     channels_RC, gate = projected[:, : delta.channels], projected[:, delta.channels :]
     write, speed = jnp.split(row_dot(h_RD, weights.rates), 2, axis=1)
-    old_inputs = _read_inputs(states.inputs, layer, inputs)
-    mixed = _convolve(channels_RC, old_inputs, read_weight(weights.convolution), inputs, bucket)
+    old_inputs = read_inputs(states.inputs, layer, inputs)
+    mixed = jax.nn.silu(convolve(channels_RC, old_inputs, read_weight(weights.convolution), inputs, bucket))
     q, k, v = jnp.split(mixed, (delta.keys, 2 * delta.keys), axis=1)
     q = _unit(q.reshape(R, delta.key_heads, delta.d_key)) * delta.d_key**-0.5
     decay = jnp.exp(-jnp.exp(weights.decay) * jax.nn.softplus(speed + weights.rate_bias))
@@ -68,7 +68,7 @@ def delta_net(
     )
     normed = rms_norm(outputs, weights.norm, cfg.norm_eps).reshape(R, -1) * jax.nn.silu(gate)
     out_RD = row_dot(jnp.where(real_R[:, None], normed, 0.0), weights.out)
-    new_inputs = _last_inputs(channels_RC, old_inputs, inputs, bucket)
+    new_inputs = last_inputs(channels_RC, old_inputs, inputs, bucket)
     return out_RD, LayerStates(matrix=matrix, inputs=new_inputs)
 
 
@@ -120,67 +120,9 @@ def _unit(x_RNH: Float[ArrayLike, "R N H"]) -> Float[ArrayLike, "R N H"]:
     return x_RNH * lax.rsqrt(ordered_sum(x_RNH * x_RNH) + NORM_EPS)[..., None]
 
 
-def _segments(bucket: Bucket) -> Int[np.ndarray, " R"]:
-    """The segment of each row."""
-    return np.concatenate([np.arange(bucket.decode), np.repeat(np.arange(bucket.decode, bucket.segments), TILE)])
-
-
-def _first_rows(bucket: Bucket) -> Int[np.ndarray, " Z"]:
-    """The first row of each segment."""
-    return np.concatenate([np.arange(bucket.decode), bucket.decode + TILE * np.arange(bucket.tiles)])
-
-
 def _sources(inputs: StepInputs, bucket: Bucket) -> Int[ArrayLike, " Z"]:
     """Where the state of each segment begins: a place in `states`, EMPTY for a sequence that begins, CHAINED after
     the tile before of the same chunk."""
     assert inputs.state_read is not None
     source_Z = jnp.where(inputs.cached > 0, inputs.state_read, EMPTY)
-    return jnp.where(inputs.new_base == _first_rows(bucket), source_Z, CHAINED)
-
-
-def _read_inputs(
-    held: Float[ArrayLike, "L states W C"], layer: Int[ArrayLike, ""], inputs: StepInputs
-) -> Float[ArrayLike, "Z W C"]:
-    """The inputs of the convolution before the chunk of each segment; zeros before a sequence begins."""
-    assert inputs.state_read is not None
-    found_ZWC = held[layer, inputs.state_read]
-    return jnp.where((inputs.cached > 0)[:, None, None], found_ZWC, 0.0)
-
-
-def _convolve(
-    x_RC: Float[ArrayLike, "R C"],
-    old_ZWC: Float[ArrayLike, "Z W C"],
-    weight_CK: Float[ArrayLike, "C K"],
-    inputs: StepInputs,
-    bucket: Bucket,
-) -> Float[ArrayLike, "R C"]:
-    """Each channel by itself over the last `kernel` rows of the sequence, the oldest first, then SiLU."""
-    kernel, segment_R = weight_CK.shape[1], _segments(bucket)
-    row_R = np.arange(len(segment_R))
-    before_R = row_R - inputs.new_base[segment_R]  # rows of the same chunk before this one
-    total_RC = jnp.zeros_like(x_RC)
-    for back in reversed(range(kernel)):
-        earlier = jnp.clip(kernel - 1 + before_R - back, 0, kernel - 2)
-        is_new_R1 = (before_R >= back)[:, None]
-        value_RC = jnp.where(is_new_R1, x_RC[np.maximum(row_R - back, 0)], old_ZWC[segment_R, earlier])
-        total_RC = total_RC + value_RC * weight_CK[:, kernel - 1 - back]
-    return jax.nn.silu(total_RC)
-
-
-def _last_inputs(
-    x_RC: Float[ArrayLike, "R C"], old_ZWC: Float[ArrayLike, "Z W C"], inputs: StepInputs, bucket: Bucket
-) -> Float[ArrayLike, "Z W C"]:
-    """The last inputs of the convolution after each segment."""
-    width, first_Z = old_ZWC.shape[1], _first_rows(bucket)
-    real_Z = jnp.zeros(bucket.segments, jnp.int32).at[_segments(bucket)].add(inputs.positions >= 0)
-    end_Z1 = (first_Z - inputs.new_base + real_Z)[:, None]  # rows of the chunk up to the end of the segment
-    at_ZW = end_Z1 - width + np.arange(width)
-    new_ZWC = x_RC[jnp.clip(inputs.new_base[:, None] + at_ZW, 0, len(x_RC) - 1)]
-    kept_ZWC = jnp.take_along_axis(old_ZWC, jnp.clip(width + at_ZW, 0, width - 1)[..., None], axis=1)
-    return jnp.where((at_ZW >= 0)[..., None], new_ZWC, kept_ZWC)
-
-
-def finite_states(new: LayerStates, bucket: Bucket) -> Bool[ArrayLike, " R"]:
-    """True for rows of segments whose new states in the last layer that has one are all finite."""
-    finite_Z = jnp.isfinite(new.matrix[-1]).all((1, 2, 3)) & jnp.isfinite(new.inputs[-1]).all((1, 2))
-    return finite_Z[_segments(bucket)]
+    return jnp.where(inputs.new_base == first_rows(bucket), source_Z, CHAINED)

@@ -21,13 +21,13 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import Layer, MoE, Params
 from moejax.config.step_inputs import Bucket, idle_inputs, unpack
-from moejax.model.delta_net import delta_net
 from moejax.model.experts import apply_expert, apply_shared_expert
 from moejax.model.feed_forward import finish_feed_forward
 from moejax.model.indexer import best_positions, index_scores
 from moejax.model.layers import norm, row_dot, swiglu
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.router import route
+from moejax.model.state_layers import mix_states
 from planner.plan.step_layout import TILE
 
 
@@ -125,7 +125,7 @@ def _pattern(
     routings = []
     for j, (kind, layer) in enumerate(zip(pattern, layers, strict=True)):
         h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
-        mixed_BTD = attention(layer, cfg, h_BTD, depths_L[j]) if layer.delta is None else recurrence(layer, cfg, h_BTD)
+        mixed_BTD = recurrence(layer, cfg, h_BTD) if layer.has_state else attention(layer, cfg, h_BTD, depths_L[j])
         x_BTD = x_BTD + cfg.residual_scale * mixed_BTD
         h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
@@ -171,8 +171,8 @@ def attention(
 
 
 def recurrence(layer: Layer, cfg: ModelConfig, x_BTD: Float[ArrayLike, "B T D"]) -> Float[jax.Array, "B T D"]:
-    """The delta net of a layer over whole sequences that start at position 0: each a chunk of tiles of its own."""
-    assert layer.delta is not None
+    """The delta net or short convolution of a layer over whole sequences that start at position 0: each a chunk of
+    tiles of its own."""
     T = x_BTD.shape[1]
     bucket = Bucket(decode=0, tiles=-(-T // TILE), max_pages=1, states=True)
     empty = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), state_shapes(cfg, 1))
@@ -183,7 +183,7 @@ def recurrence(layer: Layer, cfg: ModelConfig, x_BTD: Float[ArrayLike, "B T D"])
         positions=jnp.where(jnp.arange(bucket.rows) < T, jnp.arange(bucket.rows), -1),
         new_base=jnp.zeros_like(inputs.new_base),
     )
-    outs = [delta_net(each, layer.delta, empty, jnp.int32(0), inputs, bucket, cfg)[0][:T] for each in padded]
+    outs = [mix_states(each, layer, empty, jnp.int32(0), inputs, bucket, cfg)[0][:T] for each in padded]
     return jnp.stack(outs)
 
 

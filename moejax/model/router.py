@@ -53,7 +53,7 @@ def _scores(logits_TE: Float[ArrayLike, "T E"], moe: MoEConfig) -> Float[ArrayLi
 
 def _scaled(gates_TX: Float[ArrayLike, "T X"], moe: MoEConfig) -> Float[ArrayLike, "T X"]:
     if moe.normalised:
-        gates_TX = gates_TX / (ordered_sum(gates_TX)[:, None] + 1e-20)
+        gates_TX = gates_TX / (ordered_sum(gates_TX)[:, None] + moe.sum_epsilon)
     return gates_TX if moe.gate_scale == 1.0 else gates_TX * moe.gate_scale
 
 

@@ -11,6 +11,24 @@ until two more steps were committed; two steps may be in flight (docs/decisions/
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortConvolution:
+    """A gated short convolution (LFM2 technical report, arXiv 2511.23404): in place of keys and values of all positions
+    a request has the last `kernel - 1` inputs of a convolution over time, which is as wide as the model. With `biased`
+    the convolution and both projections have biases."""
+
+    kernel: int
+    biased: bool = False
+
+    def state_elements(self, hidden: int) -> int:
+        """Numbers of a request's state in one layer."""
+        return (self.kernel - 1) * hidden
+
+    def parameters(self, hidden: int) -> int:
+        """Parameters of one layer's convolution: projections in and out, and the convolution."""
+        return hidden * (4 * hidden + self.kernel) + (5 * hidden if self.biased else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeltaNet:
     """A gated delta net (arXiv 2412.06464) as Qwen3-Next has it: in place of keys and values of all positions a request
     has one matrix `[d_key, d_value]` for each of `value_heads`, and the last `kernel - 1` inputs of a short convolution
@@ -37,9 +55,8 @@ class DeltaNet:
         """Channels of the convolution: queries, keys and values."""
         return 2 * self.keys + self.values
 
-    @property
-    def state_elements(self) -> int:
-        """Numbers of a request's state in one layer."""
+    def state_elements(self, hidden: int) -> int:
+        """Numbers of a request's state in one layer, whatever the hidden size of the model."""
         return self.values * self.d_key + (self.kernel - 1) * self.channels
 
     def parameters(self, hidden: int) -> int:

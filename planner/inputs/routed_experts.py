@@ -20,9 +20,9 @@ class RoutedExperts:
     those within `jitter` of it), `input_sigmoid` (Llama 4: the sigmoid scales the expert's input), or `one` (each
     chosen expert counts in full: experts that are a split of a dense FFN).
 
-    The weights are divided by their sum if `normalised`, then multiplied by `gate_scale`. With `groups` > 1 only
-    experts of the best `groups_used` groups can be chosen; a group counts by its best expert (`share`) or the sum
-    of its two best (`sigmoid`, and `biased_share`: Mistral 4, without a bias).
+    The weights are divided by their sum plus `sum_epsilon` if `normalised`, then multiplied by `gate_scale`. With
+    `groups` > 1 only experts of the best `groups_used` groups can be chosen; a group counts by its best expert
+    (`share`) or the sum of its two best (`sigmoid`, and `biased_share`: Mistral 4, without a bias).
 
     `router_bias` says that the router's bias is a published parameter, not zeros. `expert_bias` gives experts biases,
     `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);
@@ -35,6 +35,7 @@ class RoutedExperts:
     d_shared: int = 0
     gate: RouterGate = "softmax"
     normalised: bool = False
+    sum_epsilon: float = 1e-20
     gate_scale: float = 1.0
     groups: int = 1
     groups_used: int = 1

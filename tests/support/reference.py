@@ -57,7 +57,10 @@ def _layer(
     x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], index: int
 ) -> np.ndarray:
     h = _norm(x, layer.attention_norm[repeat], _at(layer.attention_norm_bias, repeat), cfg.norm_eps)
-    attended = _attention(h, layer, repeat, cfg, index) if layer.delta is None else _delta_net(h, layer, repeat, cfg)
+    if layer.has_state:
+        attended = (_delta_net if layer.convolution is None else _short_convolution)(h, layer, repeat, cfg)
+    else:
+        attended = _attention(h, layer, repeat, cfg, index)
     if cfg.post_norms:
         attended = _norm(attended, layer.attention_post_norm[repeat], None, cfg.norm_eps)
     x = x + cfg.residual_scale * attended
@@ -154,6 +157,20 @@ def _delta_net(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np
     return mixed @ _f64(w.out[repeat]).T
 
 
+def _short_convolution(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    """LFM2 technical report, arXiv 2511.23404, section 2.2, with the biases of `conv_bias`."""
+    w, width = layer.convolution, cfg.short_convolution.kernel
+
+    def bias(leaf: Any) -> Any:
+        return 0 if leaf is None else _f64(leaf[repeat])
+
+    before, after, values = np.split(h @ _f64(w.project[repeat]).T + bias(w.project_bias), 3, axis=1)
+    padded = np.concatenate([np.zeros((width - 1, cfg.d_model)), before * values])
+    kernel = _f64(w.kernel[repeat]).T
+    mixed = np.stack([(padded[t : t + width] * kernel).sum(0) for t in range(len(h))]) + bias(w.kernel_bias)
+    return (after * mixed) @ _f64(w.out[repeat]).T + bias(w.out_bias)
+
+
 def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:
     """The same from latents, each head's own keys and values made of them."""
     T, N, C, plain = len(h), cfg.n_heads, cfg.latent.d_latent, cfg.latent.d_plain
@@ -228,7 +245,7 @@ def _route(
         "input_sigmoid": lambda: _sigmoid(choice[chosen]),
         "one": lambda: np.ones(len(chosen)),
     }[moe.gate]()
-    return list(zip(chosen.tolist(), gates / gates.sum() if moe.normalised else gates, strict=True))
+    return list(zip(chosen.tolist(), gates / (gates.sum() + moe.sum_epsilon) if moe.normalised else gates, strict=True))
 
 
 def _sparsemixer(scores: np.ndarray, moe: MoEConfig) -> list[tuple[int, float]]:

@@ -1,6 +1,13 @@
 """From a published model, as `planner.inputs.published` reads it, to the ModelConfig that serves it."""
 
-from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, RopeScaling, ScoreGrowth
+from moejax.config.attention_config import (
+    DeltaNetConfig,
+    IndexerConfig,
+    LatentConfig,
+    RopeScaling,
+    ScoreGrowth,
+    ShortConvolutionConfig,
+)
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
@@ -60,6 +67,9 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         latent=None if model.latent is None else LatentConfig(**vars(model.latent)),
         indexer=None if model.indexer is None else IndexerConfig(**vars(model.indexer)),
         delta_net=None if model.delta_net is None else DeltaNetConfig(**vars(model.delta_net)),
+        short_convolution=(
+            None if model.short_convolution is None else ShortConvolutionConfig(**vars(model.short_convolution))
+        ),
         state_layers=model.state_layers,
         moe=None if model.experts is None else MoEConfig(**vars(model.experts)),
         moe_every=model.sparse_step,

@@ -23,6 +23,7 @@ from moejax.checkpoint.families.glm4_moe import DOTS1, GLM4_MOE, GLM4V_MOE, SOLA
 from moejax.checkpoint.families.gpt_oss import GPT_OSS
 from moejax.checkpoint.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from moejax.checkpoint.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moejax.checkpoint.families.lfm2_moe import LFM2_MOE
 from moejax.checkpoint.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from moejax.checkpoint.families.llama4 import LLAMA4, LLAMA4_TEXT
 from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
@@ -74,6 +75,7 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "glm4v_moe": GLM4V_MOE,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe": QWEN3_5_MOE,
+    "lfm2_moe": LFM2_MOE,
     "deepseek_v32": DEEPSEEK_V32,
     "glm_moe_dsa": GLM_MOE_DSA,
     "ministral3": MINISTRAL3,

@@ -22,6 +22,7 @@ from planner.inputs.published.glm4_moe import (
 from planner.inputs.published.gpt_oss import read_gpt_oss
 from planner.inputs.published.granite_moe import read_granite_moe, read_granite_moe_shared
 from planner.inputs.published.hunyuan import read_hunyuan_v1_moe, read_hy_v3
+from planner.inputs.published.lfm2_moe import read_lfm2_moe
 from planner.inputs.published.llama import read_llama, read_mistral, read_qwen2, read_qwen3
 from planner.inputs.published.llama4 import read_llama4
 from planner.inputs.published.minimax_m2 import read_minimax_m2
@@ -157,6 +158,11 @@ FAMILIES: dict[str, PublishedFamily] = {
         read_qwen3_5_moe,
         "Qwen3.5, 3.6, 3.8: the decoder of text, which is Qwen3-Next's",
     ),
+    "lfm2_moe": PublishedFamily(
+        ("Lfm2MoeForCausalLM",),
+        read_lfm2_moe,
+        "gated short convolutions on three of four layers, whose context is a state; sigmoid routing with bias",
+    ),
     "deepseek_v32": PublishedFamily(
         ("DeepseekV32ForCausalLM",),
         read_deepseek_v32,
@@ -192,7 +198,6 @@ NOT_READ = {
     "jamba": "Mamba layers, whose context is a state",
     "kimi_linear": "Kimi delta attention, whose context is a state",
     "laguna": "numbers of heads by layer, and rotary embeddings of two sizes",
-    "lfm2_moe": "short convolutions, whose context is a state",
     "longcat_flash": "two attention parts in a layer, and experts that compute nothing",
     "mimo_v2_flash": "numbers of key/value heads by layer, and values of another size than keys",
     "minimax_m3": "block-sparse attention",

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from planner.inputs.latent_attention import LatentAttention
-from planner.inputs.layer_states import DeltaNet
+from planner.inputs.layer_states import DeltaNet, ShortConvolution
 from planner.inputs.published.weight_form import WeightForm
 from planner.inputs.routed_experts import RoutedExperts
 from planner.inputs.score_growth import PublishedScoreGrowth
@@ -50,10 +50,10 @@ class PublishedModel:
     `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
     multiplies mixed values by a sigmoid of the layer's input, `post_norms` norms what attention and feed-forward add.
-    `state_layers` have a gated delta net in place of attention. An `indexer` chooses the positions that latent
-    attention sees. `sinks` gives each head a score that takes weight and
-    adds nothing. `score_scale` multiplies attention scores
-    (head_size ** -0.5 by default). `context` is the longest published context in tokens.
+    `state_layers` have a gated delta net or a short convolution in place of attention. An `indexer` chooses the
+    positions that latent attention sees. `sinks` gives each head a score that takes weight and adds nothing.
+    `score_scale` multiplies attention scores (head_size ** -0.5 by default). `context` is the longest published context
+    in tokens.
     """
 
     family: str
@@ -92,6 +92,7 @@ class PublishedModel:
     latent: LatentAttention | None = None
     indexer: Indexer | None = None
     delta_net: DeltaNet | None = None
+    short_convolution: ShortConvolution | None = None
     state_layers: tuple[int, ...] = ()
     experts: RoutedExperts | None = None
     sparse_step: int = 1
@@ -118,7 +119,13 @@ class PublishedModel:
     @property
     def state_elements(self) -> int:
         """Numbers of a request's state, over all layers that have one."""
-        return len(self.state_layers) * self.delta_net.state_elements if self.delta_net else 0
+        mixer = self.state_mixer
+        return len(self.state_layers) * mixer.state_elements(self.hidden_size) if mixer else 0
+
+    @property
+    def state_mixer(self) -> DeltaNet | ShortConvolution | None:
+        """The part of `state_layers` in place of attention; None in a model without them."""
+        return self.delta_net or self.short_convolution
 
     @property
     def cache_elements_per_layer(self) -> int:

@@ -57,7 +57,7 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
         expert=0,
         shared=0,
         dense=(layers - moe) * _feed_forward(d, model.dense_width, biased=model.mlp_bias),
-        attention=model.attention_layers * _attention(model) + _delta_nets(model),
+        attention=model.attention_layers * _attention(model) + _state_layers(model),
         router=0,
         norms=norms,
         embedding=embedding,
@@ -103,9 +103,10 @@ def cache_number_bytes(model: PublishedModel, form: str, *, scales: bool = True)
     return BYTES[form] + (4 * model.cache_parts_per_layer / model.cache_elements_per_layer if scaled else 0)
 
 
-def _delta_nets(model: PublishedModel) -> int:
-    """Of all layers with a delta net in place of attention."""
-    return len(model.state_layers) * model.delta_net.parameters(model.hidden_size) if model.delta_net else 0
+def _state_layers(model: PublishedModel) -> int:
+    """Of all layers with a delta net or a short convolution in place of attention."""
+    mixer = model.state_mixer
+    return len(model.state_layers) * mixer.parameters(model.hidden_size) if mixer else 0
 
 
 def _feed_forward(d: int, width: int, *, biased: bool) -> int:

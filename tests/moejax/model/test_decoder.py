@@ -8,7 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, ScoreGrowth
+from moejax.config.attention_config import (
+    DeltaNetConfig,
+    IndexerConfig,
+    LatentConfig,
+    ScoreGrowth,
+    ShortConvolutionConfig,
+)
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import init_params
@@ -136,6 +142,16 @@ CONFIGS["qwen-next"] = shape(
     state_layers=(0, 2),
     delta_net=DeltaNetConfig(key_heads=2, value_heads=6, d_key=12, d_value=20, kernel=4),
 )
+CONFIGS["lfm2"] = shape(
+    "lfm2",
+    {"experts_per_token": 3, "d_expert": 24, "gate": "sigmoid", "normalised": True, "sum_epsilon": 1e-3},
+    n_layers=4,
+    d_ff=48,
+    qk_norm="head",
+    dense_layers=(0,),
+    state_layers=(0, 1, 3),
+    short_convolution=ShortConvolutionConfig(kernel=3, biased=True),
+)
 CONFIGS["deepseek-sparse"] = shape(
     "deepseek-sparse",
     {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "biased_share", "normalised": True}
@@ -181,7 +197,8 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
 
 
 # Tests take four ranks and the same buckets, so that their programs are compiled once.
-BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "shared-sharded", "deepseek-sharded", "deepseek-sparse"}
+BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2"}
+BIT_BY_BIT |= {"shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 """One of each kind of attention, experts and placement; `scripts/soak` compares all, which compiles for minutes."""
 
 

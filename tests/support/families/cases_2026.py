@@ -334,6 +334,44 @@ _QWEN_3_5: list[dict[str, Any]] = [
     {key: value for key, value in fields.items() if key not in ("mlp_only_layers", "norm_topk_prob")}
     for fields in _QWEN_NEXT
 ]
+_CONV = "conv"
+_LFM2: list[dict[str, Any]] = [
+    ODD_HEADS
+    | {
+        "num_hidden_layers": 6,
+        "layer_types": [_CONV, _CONV, _FULL, _CONV, _CONV, _FULL],
+        "num_dense_layers": 2,
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.5,
+    },
+    WIDE_HEADS
+    | ODD_WORDS
+    | {
+        "num_hidden_layers": 5,
+        "layer_types": [_FULL, _CONV, _FULL, _CONV, _CONV],
+        "num_dense_layers": 1,
+        "num_experts": 6,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 20,
+        "conv_L_cache": 4,
+        "conv_bias": True,
+        "norm_topk_prob": False,
+        "use_expert_bias": False,
+        "tie_word_embeddings": False,
+        "norm_eps": 1e-3,
+    },
+    ODD_HEADS
+    | {
+        "layer_types": [_CONV, _FULL, _CONV],
+        "num_dense_layers": 0,
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "conv_L_cache": 2,
+        **_rope(rope_theta=500_000.0),
+    },
+]
 _VISION: dict[str, dict[str, Any]] = {
     "kimi_k25": {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
     "qwen3_vl_moe": {
@@ -395,6 +433,7 @@ _BY_FAMILY = {
     "llama4_text": _LLAMA4,
     "qwen3_next": _QWEN_NEXT,
     "qwen3_5_moe": _QWEN_3_5,
+    "lfm2_moe": _LFM2,
     "deepseek_v32": V32,
     "glm_moe_dsa": GLM_DSA,
     "ministral3": MINISTRAL3,
