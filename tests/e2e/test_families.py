@@ -16,12 +16,13 @@ from tests.support.families.small import small_folder
 from tests.support.streams import Stream, Traffic, wait_until, wait_until_whole
 
 BUCKETS = ((2, 0), (2, 2))
-FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe", "qwen3_next")
+FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe", "qwen3_next", "lfm2_moe")
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, and the one with gated attention and
-norms after each part, and the one with layers whose context is a state. The first and the fifth are among the slow
-tests: `test_dense_shards` serves the first too."""
-SLOW = ("qwen3-moe", "afmoe")
+norms after each part, and the two with layers whose context is a state. The first, the fifth and the last are among the
+slow tests: `test_dense_shards` serves the first too, and slots and copies of a state are the same of both kinds."""
+SLOW = ("qwen3-moe", "afmoe", "lfm2_moe")
+STATES = ("qwen3_next", "lfm2_moe")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES])
@@ -71,7 +72,7 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
                 break
             wait_until_whole(client)
         assert len(set(killed.epochs)) > 1, "it was killed on the way"
-        if name == "qwen3_next":
+        if name in STATES:
             wait_until_whole(client)
             recoveries = client.status().recoveries
             Traffic([known]).during(client, lambda: drain_who_serves(client))

@@ -29,6 +29,7 @@ ROUTED = {
     "olmoe": {"num_experts": 16},
     "qwen2_moe": {"num_experts": 16},
     "qwen3_moe": {"num_experts": 16},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
 } | {kind: {"num_local_experts": 16} for kind in ("mixtral", "gpt_oss", "llama4_text", "granitemoe", "phimoe")}
 """The sizes that it requires of families with experts."""
 
@@ -73,6 +74,7 @@ VARIANTS = {
     "a global layer of two": ("afmoe", {"global_attn_every_n_layers": 2, "mup_enabled": True}),
     "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
     "attention on every second layer": ("qwen3_next", {"full_attention_interval": 2, "norm_topk_prob": False}),
+    "another convolution": ("lfm2_moe", {"conv_L_cache": 5, "conv_bias": True, "tie_embedding": False}),
     "another indexer": ("deepseek_v32", {"index_topk": 64, "index_head_dim": 96, "index_n_heads": 5}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }

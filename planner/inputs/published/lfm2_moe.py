@@ -17,6 +17,8 @@ def read_lfm2_moe(f: ConfigFields) -> dict[str, Any]:
     """LFM2-MoE. Its class calls the norms' epsilon `norm_eps`, and takes `tie_embedding` for `tie_word_embeddings`."""
     width = f.integer("intermediate_size", 7168)
     plain = read_decoder(f, kv_heads=8, context=128_000, stop=(2,), rope_base=1e6, dense_width=width)
+    if f.has("mlp_layer_types"):
+        raise f.error(f"mlp_layer_types is {f.values['mlp_layer_types']!r}, which lfm2_moe does not have")
     layers, states = plain["layers"], layers_of_kind(f, "layer_types", "conv", "full_attention")
     if len(states) == layers:
         raise f.error(f"all {layers} layers are conv; at least one must be full_attention")

@@ -19,9 +19,10 @@ from planner.solver.servable import SERVED_REQUESTS, check_servable, served_cach
 from planner.solver.shapes import memory_budget, rest_bytes
 
 
-def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory() -> None:
-    _, config = find_published("qwen3-next-80b-a3b")
-    model = read_model("qwen3-next-80b-a3b")
+@pytest.mark.parametrize("name", ["qwen3-next-80b-a3b", "lfm2-8b-a1b"])
+def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory(name: str) -> None:
+    _, config = find_published(name)
+    model = read_model(name)
     d = replace(design(model, read_cluster("h200:1x8"), tensor=1, dense=1).deployment, config=config)
     check_servable(d)
     weights = rest_bytes(model, 1, 1) + d.plan.slots_per_rank * model.slot_bytes

@@ -30,6 +30,8 @@ def published(folder: Path, name: str) -> str:
     [
         ("qwen3-next-80b-a3b", DRAFTS, "speculate is ngram, and model has layers whose context is a state"),
         ("qwen3-next-80b-a3b", ROLES, "model has layers whose context is a state, which attention ranks"),
+        ("lfm2-8b-a1b", DRAFTS, "speculate is ngram, and model has layers whose context is a state"),
+        ("lfm2-8b-a1b", ROLES, "model has layers whose context is a state, which attention ranks"),
         ("qwen3-8b", ROLES, "model has no experts"),
         ("qwen3-next-80b-a3b", MTP, "speculate is mtp, and model has layers whose context is a state"),
         ("qwen3-8b", MTP, r"names 0 layers of multi-token prediction .* Set speculate to ngram, which drafts for"),

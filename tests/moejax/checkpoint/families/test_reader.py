@@ -97,6 +97,39 @@ def test_what_is_not_served_or_contradicts_is_named(change, message):
         read_config(MIXTRAL | change)
 
 
+LFM2 = json.loads(PUBLISHED["lfm2-8b-a1b"].read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["conv"] * 24}, "all 24 layers are conv; at least one must be full_attention"),
+        ({"layer_types": ["conv", "full_attention"]}, "layer_types has 2 entries, but num_hidden_layers is 24"),
+        ({"layer_types": ["conv"] * 23 + ["mamba"]}, "layer_types names 'mamba'; known are conv and full_attention"),
+        ({"layer_types": None}, "layer_types is missing"),
+        ({"conv_L_cache": 1}, "conv_L_cache is 1; it must be a whole number of at least 2"),
+        ({"conv_bias": "no"}, "conv_bias is 'no'; it must be true or false"),
+        ({"num_dense_layers": 25}, "num_dense_layers is 25 in a model of 24 layers"),
+        ({"num_experts_per_tok": 33}, "num_experts_per_tok is 33 with 32 experts"),
+        ({"tie_word_embeddings": False}, "tie_embedding is True, but tie_word_embeddings is False"),
+        ({"mlp_layer_types": ["dense"] * 24}, "mlp_layer_types is .*, which lfm2_moe does not have"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is served"),
+        ({"architectures": ["Lfm2ForCausalLM"]}, "names Lfm2ForCausalLM, but model_type 'lfm2_moe' is Lfm2Moe"),
+    ],
+)
+def test_what_lfm2_cannot_have_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(LFM2 | change)
+
+
+def test_layers_of_lfm2_are_few_patterns_and_their_state_is_small():
+    cfg = read_config(LFM2)
+    assert cfg.segments == ((("dense",), 2), (("moe",) * 4, 4), (("moe",) * 3, 2))
+    assert cfg.state_elements == 18 * 2 * 2048
+    assert "short_convolution" not in read_config(MIXTRAL).to_json()
+    assert ModelConfig.from_json(cfg.to_json()) == cfg
+
+
 def test_a_context_can_be_shorter_than_published_and_not_longer():
     assert read_config(MIXTRAL, max_context=100).max_context == 100
     with pytest.raises(ConfigError, match="is 32768; a context of 40000 cannot be served"):

@@ -35,6 +35,7 @@ EXACT = {
     "qwen3-coder-480b-a35b": 480_154_875_392,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
+    "lfm2-8b-a1b": 8_339_930_560,
 }
 # Totals and active parameters in billions as the model cards round them.
 CARDS = {
@@ -85,6 +86,8 @@ CARDS = {
     "trinity-large": (398, 13),
     "qwen3-next-80b-a3b": (80, 3),
     "qwen3.5-35b-a3b": (35, 3),
+    "lfm2-8b-a1b": (8.3, 1.5),
+    "lfm2-24b-a2b": (24, 2.3),
     "deepseek-v3.2": (671, 37),
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
@@ -144,6 +147,8 @@ def test_the_cards_of_gpt_oss_leave_the_embedding_out_of_the_active_parameters(n
         ("llama-3.1-8b", {"mlp_bias": True}, 32 * (2 * 14336 + 4096)),
         ("glm-4.5-air", {"attention_bias": False}, -46 * (96 + 2 * 8) * 128),
         ("deepseek-v3", {"attention_bias": True}, 61 * (1536 + 512 + 64 + 7168)),
+        ("lfm2-8b-a1b", {"conv_bias": True}, 18 * 5 * 2048),
+        ("lfm2-8b-a1b", {"use_expert_bias": False}, -22 * 32),
     ],
 )
 def test_biases_are_counted(name, change, biases):
