@@ -185,8 +185,9 @@ def test_a_configuration_of_other_sizes_is_named_with_both(name, tmp_path):
     assert "has shape (" in said
     assert "but config.json says (" in said
     assert re.search(r"\.safetensors: tensor [a-z_.]*model\.([a-z_]+\.)?layers\.", said)
-    layer = values["num_hidden_layers"]
-    (folder / "config.json").write_text(json.dumps(small_config(name, num_hidden_layers=layer + 1)))
+    layer, kinds = values["num_hidden_layers"], values.get("layer_types", [])
+    more = {"num_hidden_layers": layer + 1} | ({"layer_types": [*kinds, kinds[-1]]} if kinds else {})
+    (folder / "config.json").write_text(json.dumps(small_config(name, **more)))
     assert re.search(rf"tensor [a-z_.]*layers\.{layer}\.", refused(folder))
 
 
