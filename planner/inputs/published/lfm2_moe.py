@@ -17,8 +17,7 @@ def read_lfm2_moe(f: ConfigFields) -> dict[str, Any]:
     """LFM2-MoE. Its class calls the norms' epsilon `norm_eps`, and takes `tie_embedding` for `tie_word_embeddings`."""
     width = f.integer("intermediate_size", 7168)
     plain = read_decoder(f, kv_heads=8, context=128_000, stop=(2,), rope_base=1e6, dense_width=width)
-    if f.has("mlp_layer_types"):
-        raise f.error(f"mlp_layer_types is {f.values['mlp_layer_types']!r}, which lfm2_moe does not have")
+    _check_unknown(f, plain)
     layers, states = plain["layers"], layers_of_kind(f, "layer_types", "conv", "full_attention")
     if len(states) == layers:
         raise f.error(f"all {layers} layers are conv; at least one must be full_attention")
@@ -43,6 +42,20 @@ def read_lfm2_moe(f: ConfigFields) -> dict[str, Any]:
         "experts": experts,
         **read_dense_layers(f, 2, "num_dense_layers"),
     }
+
+
+def _check_unknown(f: ConfigFields, plain: dict[str, Any]) -> None:
+    """Raise InputError for fields that the published class does not follow, where they say something else than it."""
+    if f.has("mlp_layer_types"):
+        raise f.error(f"mlp_layer_types is {f.values['mlp_layer_types']!r}, which lfm2_moe does not have")
+    if plain["rope"].size != plain["head_size"]:
+        raise f.error(
+            f"partial_rotary_factor leaves {plain['rope'].size} of {plain['head_size']} numbers of a head rotated; "
+            "lfm2_moe rotates all"
+        )
+    for key in ("conv_dim", "conv_dim_out"):
+        if f.integer(key, plain["hidden_size"]) != plain["hidden_size"]:
+            raise f.error(f"{key} is {f.values[key]}, but hidden_size is {plain['hidden_size']}; they must be equal")
 
 
 def _is_tied(f: ConfigFields) -> bool:

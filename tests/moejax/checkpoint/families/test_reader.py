@@ -112,6 +112,8 @@ LFM2 = json.loads(PUBLISHED["lfm2-8b-a1b"].read_text())
         ({"num_dense_layers": 25}, "num_dense_layers is 25 in a model of 24 layers"),
         ({"num_experts_per_tok": 33}, "num_experts_per_tok is 33 with 32 experts"),
         ({"tie_word_embeddings": False}, "tie_embedding is True, but tie_word_embeddings is False"),
+        ({"partial_rotary_factor": 0.5}, "leaves 32 of 64 numbers of a head rotated; lfm2_moe rotates all"),
+        ({"conv_dim": 1024}, "conv_dim is 1024, but hidden_size is 2048; they must be equal"),
         ({"mlp_layer_types": ["dense"] * 24}, "mlp_layer_types is .*, which lfm2_moe does not have"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is served"),
         ({"architectures": ["Lfm2ForCausalLM"]}, "names Lfm2ForCausalLM, but model_type 'lfm2_moe' is Lfm2Moe"),
