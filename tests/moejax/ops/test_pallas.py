@@ -39,7 +39,7 @@ def near(ours, theirs, tolerance: float) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * float(np.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("rows", [1, 70, 200])
+@pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize(("kernel", "form"), FORMS)
 def test_experts_answer_as_their_reference_whoever_else_asks(kernel, form, rows) -> None:
     experts = weights(form, 128, 256)
