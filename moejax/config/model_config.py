@@ -369,8 +369,13 @@ class ModelConfig:
 
     def _mixed_segments(self, kinds: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
         """The segments of a model with state layers: from each layer on the pattern of kinds, of states and attention
-        whose repeats reach furthest, the shortest of these."""
+        whose repeats reach furthest, the shortest of these. With delta nets, as folders have them that were converted
+        before there were others: the shortest pattern that all layers repeat, and the layers that are left."""
         pairs = [(kind, i in self.state_layers) for i, kind in enumerate(kinds)]
+        if self.delta_net is not None:
+            size = next(n for n in range(1, len(pairs) + 1) if pairs[n:] == pairs[: len(pairs) - n])
+            repeats, left = divmod(len(kinds), size)
+            return ((kinds[:size], repeats), *(((kinds[:left], 1),) if left else ()))
         found, at = [], 0
         while at < len(pairs):
             counts = {size: _repeats(pairs[at:], size) for size in range(1, len(pairs) - at + 1)}
