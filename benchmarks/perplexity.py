@@ -27,7 +27,7 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.params import Params, param_specs
 from moejax.config.weight_formats import dequantize, is_scaled, to_weight_format
 from moejax.model.reference import losses
-from moejax.tools.default_model import ensure_smollm2, load_split
+from moejax.tools.default_model import PRESET, ensure_smollm2, load_split
 from moejax.tools.resolve import ensure_model
 from moejax.tools.score import token_windows
 from moejax.tools.smollm2 import fetch_wheel, read_dense
@@ -48,7 +48,7 @@ def models() -> Iterator[tuple[str, ModelConfig, Callable[[], Params]]]:
     """Each model that is measured: a label, its configuration, and its parameters."""
     dense = read_dense(fetch_wheel())
     yield "dense", dense.cfg, lambda: dense.params
-    split = ensure_smollm2(load_split(shipped("configs/presets/smollm2-moe.toml")))
+    split = ensure_smollm2(load_split(PRESET))
     yield "split, top 6 of 8", ModelConfig.load(split), lambda: load_params(split)
     folder = ensure_model("smollm2-moe")
     cfg = ModelConfig.load(folder)

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moejax.tools.default_model import ensure_smollm2, load_split
+from moejax.tools.default_model import PRESET, ensure_smollm2, load_split
 from moejax.tools.moefy import Split
 from moejax.tools.resolve import ensure_model
-from planner.inputs.shipped import shipped
 from serving.api.client import Client
 from serving.server import Server
 
@@ -39,7 +38,7 @@ fluent, and often wrong.
 
 def models() -> list[tuple[str, Path, str]]:
     """Label, folder and data type of each model."""
-    split = load_split(shipped("configs/presets/smollm2-moe.toml"))
+    split = load_split(PRESET)
     dense = Split(**{**vars(split), "experts_per_token": split.experts})
     return [
         ("dense, float32", ensure_smollm2(dense), "float32"),

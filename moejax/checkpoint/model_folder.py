@@ -1,7 +1,7 @@
 """The names in a model folder, and how a folder is made: completely or not at all, by one process at a time.
 
 Apart from `moejax.checkpoint.checkpoint`, which imports Orbax: a rank reads the host's copy of the weights, and starts
-a fifth faster without it.
+without it.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def checked_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} is no folder, and no model has that name; known are smollm2-moe, tiny and bench-mixtral."
         )
-    for patterns in (("config.json",), TOKENIZERS, ("params",)):
+    for patterns in (("config.json",), TOKENIZERS, (PARAMS,)):
         if not any(file for pattern in patterns for file in folder.glob(pattern)):
             raise CheckpointError(f"{folder} lacks {' or '.join(patterns)}: it is no model folder.")
     content_hash(folder)

@@ -18,7 +18,7 @@ from serving.errors import InvalidRequest, MoejaxError
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.models import MIXTRAL, model_folder
-from tests.support.processes import SMALL, Supervised, processes_of, start
+from tests.support.processes import supervised
 from tests.support.streams import wait_until, wait_until_whole
 
 Run = tuple[Answer, int, int]
@@ -91,32 +91,25 @@ def test_other_models_are_refused_by_name_and_answers_have_the_version_over_http
 
 @pytest.mark.slow
 def test_a_front_that_is_killed_leaves_the_old_or_the_new_weights(other: Path) -> None:
-    process = start(*SMALL, "--ranks", "2", "--operate")
-    server = Supervised(process)
     order = ["0"]
-    try:
-        with Client(server.address) as client:
-            wait_until_whole(client)
-            with Load(server.address, 3, 40) as load:
-                for number, after in enumerate((0.3, 2.5), 1):
-                    label, model = f"v{number}", other if number % 2 else TINY
-                    order.append(label)
-                    timer = threading.Timer(after, lambda: os.kill(server.front(), signal.SIGKILL))
-                    timer.start()
-                    with contextlib.suppress(MoejaxError):  # the front dies: either version is possible
-                        client.apply("weights", model=str(model), version=label)
-                    timer.join()
-                    wait_until_whole(client)
-                    if client.status().weights_version != label:
-                        wait_until(lambda: not client.status().next_weights_version, "nothing is under way")
-                        client.apply("weights", model=str(model), version=label)
-                    assert client.status().weights_version == label
-            assert not broken_laws(load.answers, order)
-            assert not wrong_tokens(client, runs(load.answers, "0", "v2"))
-            client.apply("weights", model=str(other), version="last")
-            assert not wrong_tokens(client, runs(load.answers, "v1"))
-            assert client.status().compiles_after_ready == 0
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
+    with supervised("--ranks", "2", "--operate") as server, Client(server.address) as client:
+        wait_until_whole(client)
+        with Load(server.address, 3, 40) as load:
+            for number, after in enumerate((0.3, 2.5), 1):
+                label, model = f"v{number}", other if number % 2 else TINY
+                order.append(label)
+                timer = threading.Timer(after, lambda: os.kill(server.front(), signal.SIGKILL))
+                timer.start()
+                with contextlib.suppress(MoejaxError):  # the front dies: either version is possible
+                    client.apply("weights", model=str(model), version=label)
+                timer.join()
+                wait_until_whole(client)
+                if client.status().weights_version != label:
+                    wait_until(lambda: not client.status().next_weights_version, "nothing is under way")
+                    client.apply("weights", model=str(model), version=label)
+                assert client.status().weights_version == label
+        assert not broken_laws(load.answers, order)
+        assert not wrong_tokens(client, runs(load.answers, "0", "v2"))
+        client.apply("weights", model=str(other), version="last")
+        assert not wrong_tokens(client, runs(load.answers, "v1"))
+        assert client.status().compiles_after_ready == 0

@@ -15,7 +15,7 @@ from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.model.reference import greedy, logits, losses
-from moejax.tools.default_model import ensure_smollm2, load_distillation, load_split
+from moejax.tools.default_model import PRESET, ensure_smollm2, load_distillation, load_split
 from moejax.tools.layer_inputs import feed_forward_inputs
 from moejax.tools.moefy import Split, cluster, fit_router, split_model
 from moejax.tools.resolve import ensure_model
@@ -88,9 +88,6 @@ def test_the_calibration_text_is_split_by_lines_of_percent_signs():
     texts = CALIBRATION.read_text("utf-8").split("\n%%\n")
     assert len(texts) == 24
     assert all(texts)
-
-
-PRESET = shipped("configs/presets/smollm2-moe.toml")
 
 
 @pytest.fixture(scope="module")
