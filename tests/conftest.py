@@ -6,11 +6,14 @@ import hypothesis
 import jaxtyping
 import pytest
 
+from moejax.runtime.distributed import CPU_FLAGS
 from tests.support import late_events, typechecker
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "1"
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = " ".join(
+    (*CPU_FLAGS, "--xla_cpu_multi_thread_eigen=false", "--xla_force_host_platform_device_count=4")
+)
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # Compiles of the tests themselves are kept between runs; the server's own are not made this way.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moejax/tests-xla"))
