@@ -21,7 +21,7 @@ _LONG_PROMPTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What every server is asked."""
+    """The requests that every server gets."""
 
     concurrency: tuple[int, ...]
     prompt_characters: int
