@@ -6,7 +6,7 @@
 The tokens of all requests are recorded first from a plain server: collocated, without drafts, undisturbed. Then the
 server under test runs them in closed loops, greedy and seeded in turn, while ranks die: one, or sometimes two at once;
 by SIGKILL, or sometimes stopped; when all ranks serve, or sometimes before they are back. With arch pd half of the
-ranks compute prompts, and losses hit both pools, so that one is lost whole now and then; one rank of all is left alive.
+ranks compute prompts, and losses hit both pools, so that one is sometimes lost whole; one rank of all is left alive.
 With --rebalance experts are moved again and again, and ranks die in the middle of that.
 
 Printed every ten kills, and at the end: `lost` requests that ended in an error, `changed` ones with other tokens than
