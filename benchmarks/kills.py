@@ -120,7 +120,7 @@ class Kills:
                 moving.cancel()
 
     def figures(self) -> dict[str, Any]:
-        """What has happened so far; of every stream the tokens that it has so far are compared."""
+        """The figures so far; of every stream the tokens that it has so far are compared."""
         traces = self.load.traces
         so_far = [dataclasses.replace(each, error=each.error or "it may still run") for each in traces]
         figures = {
