@@ -110,6 +110,8 @@ class StepRunner:
         communicators are broken: after the failure of an exchange alone the same work is done once more over new
         connections, and nobody is accused of it."""
         engine, failover = self._engine, self._engine.failover
+        # Whichever exchange of the step the other ranks wait in, the rank that refused is not coming.
+        engine.executor.abort(set(failover.plan_ranks).difference(failover.membership.losses), failover.epoch)
         again = refusal.exchange and not self._exchange_failed
         quick = again and failover.meshes.shares_memory
         with contextlib.suppress(TimeoutError):

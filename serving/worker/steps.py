@@ -11,27 +11,16 @@ from moejax.config.step_inputs import Bucket, host_field
 from moejax.model.decoder import StepOutputs
 from moejax.model.logits import RowAdjustment, dense_adjustments
 from moejax.runtime.distributed import is_exchange_failure
-from moejax.runtime.kv_transfer import WrittenRows, written_rows
+from moejax.runtime.kv_transfer import written_rows
 from moejax.runtime.programs import LocalPrograms, MeshPrograms
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from serving.worker.kv_cache import RankKVCache
 from serving.worker.meshes import RankMeshes
 from serving.worker.state import AdoptedPlan, CommittedStep, WorkerState
+from serving.worker.step_errors import OWN_ERRORS, NonFiniteLogits, OwnFailure, StaleEpoch, alone
 
 MAX_ERROR_CHARACTERS = 500
-
-
-class StaleEpoch(RuntimeError):
-    """A step of an epoch that this rank is not in."""
-
-
-class NonFiniteLogits(RuntimeError):
-    """Rows of a step whose logits are not-a-number or infinite; nothing was committed."""
-
-    def __init__(self, rows: list[int]) -> None:
-        super().__init__(f"the logits of {len(rows)} rows are not finite")
-        self.rows = rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +64,19 @@ class RankSteps:
             if non_finite_rows or (command.after and self._last.tokens is None):
                 self._take_part_in_drafts(arguments, outputs, command.bucket, plan.mesh)
                 return self._failed_by_rows(command, non_finite_rows)
-            wrote = written_rows(inputs, state.model.shape.buckets[command.bucket])
-            state.prefix_index.invalidate(wrote.entries // state.model.shape.page_size)
-            answers, outputs = self._finish(outputs, arguments, inputs, packed, command, plan.mesh)
-            self._note(command, answers, outputs, wrote)
-            load = b"" if outputs is None else np.asarray(outputs.expert_load.addressable_data(0)).tobytes()
+            answers, committed = self._finish(outputs, arguments, inputs, packed, command, plan.mesh)
+            self._note(command, answers, committed)
+            load = b""
+            if committed is not None:
+                load = np.asarray(committed.outputs.expert_load.addressable_data(0)).tobytes()
             ended_at = time.perf_counter()
         except NonFiniteLogits as error:
             return self._failed_by_rows(command, error.rows)
+        except OwnFailure as error:
+            self._last = LastStep(command.epoch, command.step, None)
+            return self._failed(command, error.cause)
         except (jax.errors.JaxRuntimeError, ValueError, StaleEpoch) as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0][:MAX_ERROR_CHARACTERS]
-            exchange = is_exchange_failure(error)
-            failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, exchange=exchange)
-            return link_pb2.Report(rank=state.rank, step_failed=failed)
+            return self._failed(command, error)
         done = link_pb2.StepDone(
             epoch=command.epoch,
             step=command.step,
@@ -178,12 +167,16 @@ class RankSteps:
         )
         return link_pb2.Report(rank=self._state.rank, step_failed=failed)
 
-    def _note(
-        self, command: link_pb2.Step, answers: dict[str, Any], outputs: StepOutputs | None, wrote: WrittenRows
-    ) -> None:
+    def _failed(self, command: link_pb2.Step, error: Exception) -> link_pb2.Report:
+        """The report of a step that ended with an error."""
+        text = (str(error).splitlines() or [type(error).__name__])[0][:MAX_ERROR_CHARACTERS]
+        exchange = is_exchange_failure(error)
+        failed = link_pb2.StepFailed(epoch=command.epoch, step=command.step, error=text, exchange=exchange)
+        return link_pb2.Report(rank=self._state.rank, step_failed=failed)
+
+    def _note(self, command: link_pb2.Step, answers: dict[str, Any], committed: CommittedStep | None) -> None:
         tokens = np.frombuffer(answers["tokens"], np.int32) if answers else np.zeros(0, np.int32)
         self._last = LastStep(command.epoch, command.step, tokens)
-        committed = None if outputs is None else CommittedStep(command.step, command.bucket, wrote, outputs)
         self._kv_cache.note_committed(committed)
 
     def _finish(
@@ -194,26 +187,24 @@ class RankSteps:
         packed: jax.Array,
         command: link_pb2.Step,
         mesh: MeshKey,
-    ) -> tuple[dict[str, Any], StepOutputs | None]:
+    ) -> tuple[dict[str, Any], CommittedStep | None]:
         """Sample, score, and commit to the cache: all that follows a step on this rank alone, and nothing on an expert
         rank; with a layer of multi-token prediction the drafts too, which all ranks make together. `packed` is `inputs`
-        on the device. Returns fields of StepDone, and the outputs that were committed. Raises NonFiniteLogits."""
+        on the device. Returns fields of StepDone, and what was committed. Raises NonFiniteLogits, and OwnFailure."""
         if outputs is None:
             self._sampled_at = time.perf_counter()
             return {}, None
-        arrays, local = self._state.model.arrays, self._meshes.local(mesh.slots)
+        local = self._meshes.local(mesh.slots)
         hidden = outputs.hidden.addressable_data(0)
-        sampled = self._sample(local, hidden, packed, command)
-        drafts, outputs = self._draft(arguments, outputs, sampled[0], command.bucket, mesh)
-        scores = self._score(local, hidden, command)
-        # A step that failed raises here, before anything is committed.
-        jax.block_until_ready((sampled, scores, drafts))
-        self._check_logits(np.asarray(sampled[1]), inputs, self._state.model.shape.buckets[command.bucket])
-        self._sampled_at = time.perf_counter()
-        new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
-        where = packed if outputs.group_inputs is None else outputs.group_inputs.addressable_data(0)
-        _, commit = local.after_step(command.bucket)
-        arrays.cache = commit(arrays.cache, new, where)
+        sampled, drafts, outputs = self._sample_and_draft(local, arguments, outputs, packed, command, mesh)
+        jax.block_until_ready(drafts)  # a failed exchange raises here
+        with alone():
+            scores = self._score(local, hidden, command)
+            # A step that failed raises here, before anything is committed.
+            jax.block_until_ready((sampled, scores))
+            self._check_logits(np.asarray(sampled[1]), inputs, self._state.model.shape.buckets[command.bucket])
+            self._sampled_at = time.perf_counter()
+            committed = self._commit(local, outputs, inputs, packed, command)
         return {
             "tokens": np.asarray(sampled[0]).tobytes(),
             "logprobs": np.asarray(sampled[1]).tobytes(),
@@ -223,7 +214,40 @@ class RankSteps:
                 for logprobs, *top in scores
             ],
             "drafts": b"" if drafts is None else np.asarray(drafts).tobytes(),
-        }, outputs
+        }, committed
+
+    def _commit(
+        self, local: LocalPrograms, outputs: StepOutputs, inputs: np.ndarray, packed: jax.Array, command: link_pb2.Step
+    ) -> CommittedStep:
+        """Write the new entries of a step to the cache."""
+        model = self._state.model
+        wrote = written_rows(inputs, model.shape.buckets[command.bucket])
+        self._state.prefix_index.invalidate(wrote.entries // model.shape.page_size)
+        new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
+        where = packed if outputs.group_inputs is None else outputs.group_inputs.addressable_data(0)
+        _, commit = local.after_step(command.bucket)
+        model.arrays.cache = commit(model.arrays.cache, new, where)
+        return CommittedStep(command.step, command.bucket, wrote, outputs)
+
+    def _sample_and_draft(
+        self,
+        local: LocalPrograms,
+        arguments: Any,
+        outputs: StepOutputs,
+        packed: jax.Array,
+        command: link_pb2.Step,
+        mesh: MeshKey,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, StepOutputs]:
+        """This rank's samples, and what `_draft` returns. A rank that cannot sample takes part in the drafts all the
+        same, since the other ranks wait for it there. Raises OwnFailure."""
+        try:
+            sampled = self._sample(local, outputs.hidden.addressable_data(0), packed, command)
+            if self._state.model.shape.cfg.mtp:  # tokens that could not be sampled would keep this rank from drafting
+                jax.block_until_ready(sampled)
+        except OWN_ERRORS as error:
+            self._take_part_in_drafts(arguments, outputs, command.bucket, mesh)
+            raise OwnFailure(error) from error
+        return sampled, *self._draft(arguments, outputs, sampled[0], command.bucket, mesh)
 
     def _draft(
         self, arguments: Any, outputs: StepOutputs, tokens: jax.Array, bucket: int, mesh: MeshKey

@@ -58,6 +58,7 @@ def test_after_an_exchange_that_failed_once_the_same_work_is_done_over_new_conne
     assert (kinds[EventKind.STEP_FAILED], kinds[EventKind.RECOVERED]) == (1, 1)
     assert {EventKind.RANK_LOST, EventKind.SUSPECTED}.isdisjoint(kinds)
     again = messages[: messages.index("adopt") + 1]
+    assert again.count("abort") == 2, "at once, as the others wait for a rank that does not come, and by the recovery"
     assert ("join" in again) == (not shares_memory), "memory that ranks share is replaced without a new generation"
     assert "connect" in again or not shares_memory  # a new generation connects after it has adopted
 

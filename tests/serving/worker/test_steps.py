@@ -4,6 +4,7 @@ The model can be worked out by hand: a row's hidden state and its keys and value
 one more. A row of token BAD is not a number.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import pytest
 from moejax.config.kv_cache import KVCache, cache_shapes
 from moejax.config.step_inputs import unpack
 from moejax.model.decoder import StepOutputs
+from moejax.model.mtp import DraftOutputs
 from moejax.runtime.programs import MeshPrograms
 from serving.engine.batch import Batch, ScheduledRequest, StepBucket, prepare_inputs
 from serving.executor.mesh_key import MeshKey
@@ -40,6 +42,23 @@ class Programs:
             new = KVCache(*(jnp.broadcast_to(value[None, :, None], size.shape) for size in (sizes.k, sizes.v)))
             hidden = jnp.broadcast_to(value[:, None], (len(tokens), MIXTRAL.d_model))
             return StepOutputs(hidden=hidden, new_kv=new, expert_load=jnp.zeros((1, 4), jnp.int32))
+
+        return run
+
+
+class DraftingPrograms(MeshPrograms):
+    """The same with a layer that drafts: each rank waits there for the others. `drafted` counts how often it ran."""
+
+    def __init__(self) -> None:
+        self.drafted = 0
+
+    def step(self, bucket: int) -> Any:
+        return Programs().step(bucket)
+
+    def draft(self, bucket: int) -> Any:
+        def run(_: Any, outputs: StepOutputs, tokens: jax.Array) -> DraftOutputs:
+            self.drafted += 1
+            return DraftOutputs(drafts=tokens[:, None], new_kv=outputs.new_kv, expert_load=outputs.expert_load)
 
         return run
 
@@ -91,6 +110,32 @@ def test_a_step_chooses_tokens_and_is_in_the_cache(rank: RankWorker) -> None:
     found = cached(rank)
     assert (found[2 * PAGE + 5], found[4 * PAGE]) == (11, 20)
     assert sum(entry != 0 for entry in found) == 2
+
+
+@pytest.mark.parametrize("place", ["_sample", "_score", "_commit"])
+@pytest.mark.parametrize("made_ahead", [True, False])
+def test_a_rank_that_fails_alone_takes_part_in_every_exchange_of_its_step_and_of_the_next(
+    monkeypatch: pytest.MonkeyPatch, rank: RankWorker, place: str, made_ahead: bool
+) -> None:
+    programs, model, before = DraftingPrograms(), rank.state.model, cached(rank)
+    rank.meshes._meshes[KEY] = programs
+    shape = dataclasses.replace(model.shape, cfg=dataclasses.replace(model.shape.cfg, mtp=True))
+    rank.state.configured = dataclasses.replace(model, shape=shape)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the device has no memory for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rank.steps), place, fail)
+        failed = run(rank, step(1, work([11], 5, (2,)))).step_failed
+    assert failed.error == "the device has no memory for it"
+    assert not failed.exchange
+    assert programs.drafted == 1, "the other ranks wait for it there"
+    sources = np.zeros(4, np.int32).tobytes()
+    ahead = {"after": 1, "sources": sources} if made_ahead else {}
+    assert run(rank, step(2, work([7], 6, (2,)), **ahead)).HasField("step_failed") == made_ahead
+    assert programs.drafted == 2, "they may have begun the next step already"
+    assert (cached(rank) == before) == made_ahead
 
 
 @pytest.mark.parametrize("epoch", [EPOCH - 1, EPOCH + 1])
