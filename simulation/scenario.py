@@ -222,7 +222,7 @@ def _draw_pools(rng: random.Random, ranks: int) -> dict[str, Any]:
         return {}
     prefill = rng.randint(1, ranks - 1)
     pools = {"arch": POOLS, "prefill": prefill, "decode": ranks - prefill}
-    return pools | {"hosts": 1, "parity": 0, "kv_replication": "memory"}
+    return pools | {"hosts": 1, "parity": 0, "kv_replication": rng.choice(("memory", "stream"))}
 
 
 def _draw_speculation(rng: random.Random) -> dict[str, Any]:

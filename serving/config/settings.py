@@ -142,11 +142,10 @@ class Settings(
     def _check_pools(self) -> None:
         """Check what pools for prompts and for decode cannot be combined with. Raises InvalidRequest."""
         refused = {
-            "launcher": (self.launcher != "local", "ranks on other hosts cannot read the replicas", "local"),
             "kv_replication": (
-                self.kv_replication in ("stream", "off"),
+                self.kv_replication == "off",
                 "a request goes to its decode rank by the replica of its prefill rank",
-                "memory",
+                "auto",
             ),
             "parity": (self.parity > 0, "it is made in one mesh, and each pool has its own", "0"),
             "certificate": (self.certificate is not None, "certificates are about one mesh", "nothing"),

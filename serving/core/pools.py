@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Collection
+from pathlib import Path
 
 from planner.cost.pools import design_pools
 from planner.errors import PlannerError
@@ -22,6 +23,7 @@ from serving.core.pool_status import joint_forecasts, joint_status
 from serving.core.start import ServerParts, start_loop
 from serving.core.step_stats import StepStats
 from serving.errors import InvalidRequest, MoejaxError, StartError, UnknownRequest
+from serving.launch.pool_hosts import PoolHosts
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
 from serving.protocol.prepared_model import PreparedModel
@@ -51,13 +53,17 @@ async def start_pools(stack: contextlib.AsyncExitStack, parts: ServerParts) -> "
     parts.log(f"{settings.prefill} ranks compute prompts, {settings.decode} decode")
     parts = dataclasses.replace(parts, settings=settings)
     pages = pages_per_rank(settings, parts.model.max_context, parts.model.cache_bytes_per_token)
-    replicas = KVReplicas.of_server(settings, parts.model, pages, single_host=True)
+    replicas = KVReplicas.of_server(settings, parts.model, pages, single_host=settings.launcher == "local")
     stack.callback(replicas.close)
-    if replicas.channel != "memory":
+    if not replicas.on:
         raise StartError(
             f"with arch pd requests go to the decode pool by the replicas of KV caches, and {replicas.take_warning()} "
             "Or leave arch out."
         )
+    if settings.launcher != "local":
+        hosts = PoolHosts(settings, parts.launcher(settings, parts.model, Path(), parts.run))
+        stack.push_async_callback(hosts.close)
+        parts = dataclasses.replace(parts, launcher=hosts.launcher)
     prefill = await start_loop(stack, parts, pool="prefill", kv_replicas=replicas)
     streams = prefill.engine.output_streams
     decode = await start_loop(stack, parts, pool="decode", kv_replicas=replicas, output_streams=streams)

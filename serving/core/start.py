@@ -127,9 +127,10 @@ async def _start_ranks(
     stack.push_async_callback(launcher.close)
     cluster = await launcher.wait_for_ranks(settings, executor.address, parts.log)
     if ranks is not None:
-        hosts = [parts.settings.host_of(rank) for rank in range(parts.settings.ranks)]
-        whole = Cluster.local(parts.settings.ranks, hosts=hosts)
-        cluster = dataclasses.replace(whole, devices=tuple(each for each in whole.devices if each.id in ranks))
+        if cluster is None:
+            hosts = [parts.settings.host_of(rank) for rank in range(parts.settings.ranks)]
+            cluster = Cluster.local(parts.settings.ranks, hosts=hosts)
+        cluster = dataclasses.replace(cluster, devices=tuple(each for each in cluster.devices if each.id in ranks))
     failover = Failover(
         settings,
         parts.model,
@@ -141,6 +142,7 @@ async def _start_ranks(
         cluster=cluster,
         single_host=settings.launcher == "local",
         kv_replicas=kv_replicas,
+        sends_entries=pool == "prefill",
         host=launcher.host,
         epoch=parts.request_log.epoch,
         placement=None if run is None else run.placement,

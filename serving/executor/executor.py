@@ -5,8 +5,9 @@ RankLost.
 """
 
 import asyncio
+import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -16,8 +17,9 @@ from serving.executor.incarnation import Incarnation, Loss, PendingCommand
 from serving.executor.late_steps import LateSteps
 from serving.executor.rank_errors import CommandFailed, NonFiniteStep, RankLost
 from serving.executor.rank_monitor import RankMonitor
-from serving.launch.rank_listener import RankListener, first_report
+from serving.launch.rank_listener import ListeningServer, RankListener, first_report
 from serving.launch.rank_process import HostPaths, RankStarter
+from serving.launch.shared_listener import SharedListener
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
 from serving.protocol.versions import LINK, VersionRange
@@ -46,7 +48,7 @@ class RankExecutor:
         self._ranks: dict[int, Incarnation] = {}
         self._tokens: dict[str, Incarnation] = {}
         self._command_ids = 0
-        self._server: grpc.aio.Server | None = None
+        self._server: ListeningServer | None = None
         self._stream_metadata: tuple[tuple[str, str], ...] = ()
         self._tokens_known = asyncio.Event()
         """Set once all tokens of ranks are known, also those of ranks that an earlier front left."""
@@ -58,7 +60,7 @@ class RankExecutor:
         self._step_epoch = 0
         """The epoch of the last step that was sent."""
 
-    async def open(self, listener: RankListener | None = None) -> None:
+    async def open(self, listener: RankListener | SharedListener | None = None) -> None:
         """Listen for ranks, on loopback unless `listener` says otherwise, and begin to monitor them. Raises
         StartError."""
         listener = listener or RankListener()
@@ -214,11 +216,28 @@ class RankExecutor:
         """Send a signal to the process of a rank, for fault injection."""
         self._ranks[rank].process.signal(name)
 
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether all tokens of ranks are known, also those of ranks that an earlier front left."""
+        return self._tokens_known.is_set()
+
+    def expects(self, token: str) -> bool:
+        """Whether a rank with this token may attach."""
+        return token in self._tokens
+
     async def Attach(self, reports: AsyncIterator[link_pb2.Report], context: Any) -> AsyncIterator[link_pb2.Command]:
         """The RPC by which a rank attaches: receives its reports, and sends it the commands in its outbox."""
         hello = (await first_report(reports, context)).hello
-        token = hello.token
         await self._tokens_known.wait()
+        async with contextlib.aclosing(self.attach(hello, reports, context)) as commands:
+            async for command in commands:
+                yield command
+
+    async def attach(
+        self, hello: link_pb2.Hello, reports: AsyncIterator[link_pb2.Report], context: Any
+    ) -> AsyncGenerator[link_pb2.Command]:
+        """The same for a rank that has said who it is."""
+        token = hello.token
         each = self._tokens.pop(token, None)
         if each is None or not hmac.compare_digest(each.process.token, token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")

@@ -18,7 +18,7 @@ import functools
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any
 
 import grpc
@@ -98,14 +98,19 @@ class HostPool:
             SERVER.warning("rank %d waits for a slot: none of %d is free", rank, len(self._slots))
         return process
 
-    def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
-        """See `RankStarter.orphans`. Orphans that are not taken over are killed."""
+    def orphans(self, ranks: Collection[int] | None = None) -> Mapping[int, Callable[[OnExit], RankProcess]]:
+        """See `RankStarter.orphans`; of a pool those of its `ranks`. Orphans that nobody takes over are killed, and the
+        slots of the others are theirs until they are taken over."""
         self._adopts_orphans = False
         orphans = {rank: slot for rank, slot in self._orphans().items() if self._assigned.get(rank) == slot.number}
         for slot in self._slots.values():
             if slot not in orphans.values():
                 slot.kill_orphan()
-        return {rank: functools.partial(self._take_over, slot) for rank, slot in orphans.items()}
+        return {
+            rank: functools.partial(self._take_over, slot)
+            for rank, slot in orphans.items()
+            if ranks is None or rank in ranks
+        }
 
     async def Keep(
         self, reports: AsyncIterator[link_pb2.PlaceReport], context: Any
@@ -159,7 +164,7 @@ class HostPool:
             self._start_waiting()
         elif kind == "ended" and slot.orphan is not None and slot.orphan.incarnation == report.ended.incarnation:
             slot.orphan = None
-            self._changed.set()
+            self._start_waiting()
 
     def _model_prepared(self, slot: HostSlot, theirs: link_pb2.ModelPrepared) -> None:
         """Free a slot whose host has the front's model; refuse a host that has another or none."""
@@ -223,7 +228,7 @@ class HostPool:
         self._changed.set()
         still_waiting: collections.deque[RemoteRank] = collections.deque()
         for process in self._waiting:
-            free = self.free
+            free = [slot for slot in self.free if slot.orphan is None]
             if process.is_waiting and free:
                 slot = min(free, key=lambda slot, rank=process.rank: self._preference(slot, rank))
                 process.start_in(slot)

@@ -21,6 +21,7 @@ from serving.launch.host_pool import HostPool, TokenCheck
 from serving.launch.rank_listener import RankListener
 from serving.launch.rank_process import LocalStarter, RankStarter
 from serving.launch.run_folder import RunFolder
+from serving.launch.shared_listener import SharedListener
 from serving.launch.supervised import SupervisedStarter
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.prepared_model import PreparedModel
@@ -33,7 +34,7 @@ class Launcher:
     join token `secret`; None where they are started by hand."""
 
     starter: RankStarter
-    listener: RankListener
+    listener: RankListener | SharedListener
     host_pool: HostPool | None = None
     secret: str = ""
     cluster_module: ModuleType | None = None

@@ -46,6 +46,14 @@ class AttachService(Protocol):
         ...
 
 
+class ListeningServer(Protocol):
+    """A server that listens for ranks."""
+
+    async def stop(self, grace: float | None) -> None:
+        """Stop after so many seconds."""
+        ...
+
+
 class KeepService(Protocol):
     """Serves the streams of host agents: `serving.launch.host_pool`."""
 

@@ -49,7 +49,8 @@ class Failover:
 
     `placement` is the file of the base plan that an earlier front of this server balanced, if it did.
     `cluster` is None when all ranks run on the front's host and it has no others; `single_host` says so of a cluster.
-    `kv_replicas` are those of all pools of the server. `expert_load` returns the measured traffic, tokens
+    `kv_replicas` are those of all pools of the server, and `sends_entries` says that another pool goes on from those of
+    these ranks. `expert_load` returns the measured traffic, tokens
     `[moe layers, experts]`; `wake` makes the engine's loop look again at what is due; `epoch` is one that no plan of
     this server has yet exceeded, `weights` are those in force, and `weights_record` has their record, if it outlives
     this front. `log` takes lines for whoever starts the server.
@@ -68,6 +69,7 @@ class Failover:
         cluster: Cluster | None = None,
         single_host: bool | None = None,
         kv_replicas: KVReplicas | None = None,
+        sends_entries: bool = False,
         host: str = LOOPBACK,
         epoch: int = -1,
         placement: Path | None = None,
@@ -105,7 +107,13 @@ class Failover:
         )
         self.rank_start = RankStart(executor, configuration, state, meshes, timeout_s=settings.start_timeout_s)
         self.take_over = TakeOver(
-            executor, state, meshes, self.generations, self.rank_start, log, keep_pages=settings.tensor == 1
+            executor,
+            state,
+            meshes,
+            self.generations,
+            self.rank_start,
+            log,
+            keeps_pages=lambda rank: settings.tensor == 1 and (not sends_entries or replicas.is_reopened(rank)),
         )
         self._first_start = FirstStart(
             executor, plans, meshes, adoption, preparation, self.generations, self.rank_start, log

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from planner.plan.pools import POOLS
 from serving.config import Settings
 from serving.engine.batch import Batch
 from serving.engine.kv_restore import replicated_entries, written_since
@@ -38,11 +39,13 @@ STATES_NOT_KEPT = (
 
 @dataclasses.dataclass
 class RankReplica:
-    """The replica of one rank, and whether the rank streams its entries instead of writing them."""
+    """The replica of one rank, whether the rank streams its entries instead of writing them, and whether it has those
+    that the rank wrote for an earlier front."""
 
     number: int
     replica: KVReplica
     streamed: bool
+    reopened: bool = False
 
 
 class KVReplicas:
@@ -82,10 +85,11 @@ class KVReplicas:
                 f"kv_replication is {wanted!r}, but {model.name} has layers whose context is a state, of which no "
                 "replica is kept yet. Leave it out: requests of a lost rank are computed again from their tokens."
             )
-        off = model.state_bytes or (wanted == "auto" and not single_host)
+        off = model.state_bytes or (wanted == "auto" and not single_host and settings.arch != POOLS)
         return cls.create(
             "off" if off else wanted,
             settings.ranks,
+            automatic="memory" if single_host else "stream",
             reason=STATES_NOT_KEPT.format(name=model.name) if model.state_bytes else "",
             entries=pages_per_rank * settings.page_size,
             entry_bytes=model.cache_bytes_per_token // settings.tensor,
@@ -98,23 +102,24 @@ class KVReplicas:
         wanted: str,
         ranks: int,
         *,
+        automatic: str = "memory",
         entries: int,
         entry_bytes: int,
         tensor: int = 1,
         free: int | None = None,
         reason: str = "",
     ) -> Self:
-        """The replicas for a setting: memory, stream, off, or auto, which is memory where the replicas of all full
-        caches take no more than AUTO_MEMORY_SHARE of the `free` bytes. `entry_bytes` are those of a rank's shard of the
-        heads, `reason` says why `wanted` is off although it was not asked to be."""
+        """The replicas for a setting: memory, stream, off, or auto, which is `automatic` where the replicas of all full
+        caches take no more than AUTO_MEMORY_SHARE of the `free` bytes, and else off. `entry_bytes` are those of a
+        rank's shard of the heads, `reason` says why `wanted` is off although it was not asked to be."""
         channel = wanted
         if wanted == "auto":
             need, free = ranks * replica_bytes(entries * tensor, entry_bytes), free_bytes() if free is None else free
-            channel = "memory" if need <= AUTO_MEMORY_SHARE * free else "off"
+            channel = automatic if need <= AUTO_MEMORY_SHARE * free else "off"
             if channel == "off":
                 reason = (
                     f"copies of the caches may take {need >> 20} MiB, more than a quarter of the {free >> 20} MiB "
-                    "free: not made. Lower --pages-per-rank or give --kv-replication memory."
+                    "free: not made. Lower --pages-per-rank or give --kv-replication {automatic}."
                 )
         return cls(channel, entries=entries, entry_bytes=entry_bytes, most_lost=ranks, tensor=tensor, reason=reason)
 
@@ -168,7 +173,12 @@ class KVReplicas:
             replica.close()
             return None
         self._assign(rank, replica, streamed=False)
+        self._live[rank].reopened = True
         return link_pb2.Configure(cache_copy=replica.path)
+
+    def is_reopened(self, rank: int) -> bool:
+        """Whether a rank's replica has the entries that the rank wrote for an earlier front."""
+        return rank in self._live and self._live[rank].reopened
 
     def unseal(self, rank: int) -> None:
         """A rank writes no more for an earlier front: the seal of its replica, a step of that front, is reset."""

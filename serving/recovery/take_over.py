@@ -24,8 +24,9 @@ CONFIGURE_S = 30.0
 
 
 class TakeOver:
-    """The take-over of one front. `keep_pages`: whether pages of the prefix caches of ranks stay valid; with tensor
-    groups these may have changed while there was no front."""
+    """The take-over of one front. `keeps_pages` returns whether the pages of a rank's prefix cache stay valid: with
+    tensor groups these may have changed while there was no front, and no other pool can go on from entries that the
+    rank has and its replica has not."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class TakeOver:
         rank_start: RankStart,
         log: Callable[[str], None],
         *,
-        keep_pages: bool,
+        keeps_pages: Callable[[int], bool],
     ) -> None:
         self._executor = executor
         self._state = state
@@ -44,7 +45,7 @@ class TakeOver:
         self._generations = generations
         self._rank_start = rank_start
         self._log = log
-        self._keep_pages = keep_pages
+        self._keeps_pages = keeps_pages
         self._known_pages: dict[int, dict[int, PageKey]] = {}
         self.ranks_taken_over = 0
         """How many ranks an earlier front had started."""
@@ -68,8 +69,7 @@ class TakeOver:
             try:
                 await (self._generations.activate(served) if goes_on else self._generations.start(served, pages))
                 self.ranks_taken_over = len(served)
-                if self._keep_pages:
-                    self._known_pages = {rank: known[rank] for rank in served}
+                self._known_pages = {rank: known[rank] for rank in served if self._keeps_pages(rank)}
                 return True
             except (RankLost, CommandFailed, TimeoutError) as error:
                 self._log(str(error) or "the ranks did not come together in time")

@@ -15,13 +15,14 @@ from tests.support.streams import Traffic, pid_of, wait_until, wait_until_whole
 pytestmark = pytest.mark.slow
 
 
-def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", [(), ("--arch", "pd", "--prefill", "1", "--decode", "1")], ids=["collocated", "pd"])
+def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path, arch: tuple[str, ...]) -> None:
     front, join_files = free_address(), JoinFiles.made(tmp_path, "127.0.0.1")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in join_files.settings(front).items()]
     with contextlib.ExitStack() as stack:
         for label in ("amber", "birch"):
             stack.enter_context(host_agent(label, front, join_files.arguments()))
-        process = start(*SMALL, "--ranks", "2", *flags)
+        process = start(*SMALL, "--ranks", "2", *arch, *flags)
         stack.callback(process.kill)
         server = Supervised(process)
         with Client(server.address) as client:
@@ -31,6 +32,8 @@ def test_hosts_join_the_next_front_and_streams_go_on(tmp_path: Path) -> None:
             known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
             wait_until_whole(client)
             assert before == {pid_of(client.status(), rank) for rank in (0, 1)}, "they have waited for the next front"
+            known.during(client)
+            assert client.status().compiles_after_ready == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         wait_until(lambda: not processes_of(process.pid), "no process is left", 10)

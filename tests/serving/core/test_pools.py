@@ -52,9 +52,7 @@ def status(rank: int, **fields: Any) -> Status:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("launcher", "join"),
         ("kv_replication", "off"),
-        ("kv_replication", "stream"),
         ("parity", 1),
         ("certificate", "file"),
         ("tensor", 2),

@@ -315,6 +315,22 @@ async def test_an_orphan_that_ends_while_the_front_waits_leaves_a_free_slot(join
         assert (await host.order()).start.incarnation > 9
 
 
+async def test_orphans_of_one_pool_keep_their_slots_until_that_pool_takes_them_over(join_files):
+    async with Front(join_files) as front, contextlib.AsyncExitStack() as stack:
+        for number in (0, 1):
+            host = await stack.enter_async_context(ScriptedAgent(front))
+            await host.offer(join_files.secret, f"h{number}", left=orphan(number, 9 + number))
+        await until(lambda: len(front.host_pool.free) == 2)
+        await front.host_pool.wait_for_slots(2, "here", 10, lambda _: None)
+        assert front.host_pool.orphans([0]).keys() == {0}
+        late = front.host_pool.start(0, "", lambda _: None)
+        more = front.host_pool.start(0, "", lambda _: None)
+        assert [each.host_paths for each in (late, more)] == [None, None], "both slots are taken"
+        taken = front.host_pool.orphans([1])[1](lambda _: None)
+        assert taken.host_paths is not None
+        assert taken.host_paths.host == "h1"
+
+
 async def test_spare_slots_replace_orphans_that_do_not_come(join_files, monkeypatch):
     monkeypatch.setattr(serving.launch.host_pool, "ORPHAN_WAIT_S", 0.1)
     async with (
