@@ -35,6 +35,6 @@ class CacheSettings(SettingsGroup):
         "Where replicas of the KV cache are kept, which recover it when its rank dies: memory that ranks of this "
         "machine write to (memory), memory of the front that ranks send to over their streams (stream), or nowhere "
         "(off). auto is memory if all ranks are on this machine and a quarter of its free memory holds the replicas, "
-        "else off.",
+        "stream if ranks are on other hosts with arch pd, else off.",
         choices=KV_REPLICATION,
     )
