@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import serving.recovery.kv_replicas
+from serving.config import Settings
 from serving.engine.batch import Batch, StepBucket
 from serving.engine.sequence import Sequence
 from serving.executor.kv_replica import KVReplica, replica_bytes
 from serving.recovery.kv_replicas import KVReplicas, free_bytes
 from serving.worker.kv_replicator import KVReplicator
-from simulation.hand_model import small_request
+from simulation.hand_model import PREPARED, small_request
 from tests.support.stepping import work
 
 ENTRIES, ENTRY_BYTES = 64, 1024
@@ -40,6 +42,32 @@ def test_auto_makes_copies_where_memory_is_plenty_and_says_why_not_elsewhere():
     assert bare.channel == "off"
     assert "more than a quarter of the 0 MiB free" in bare.reason
     assert replicas("memory", free=0).channel == "memory"
+
+
+@pytest.mark.parametrize(
+    ("arch", "launcher", "channel"),
+    [
+        ("pd", "join", "stream"),
+        ("pd", "local", "memory"),
+        ("collocated", "join", "off"),
+        ("collocated", "local", "memory"),
+    ],
+)
+def test_pools_have_replicas_wherever_their_ranks_are(monkeypatch, arch: str, launcher: str, channel: str):
+    monkeypatch.setattr(serving.recovery.kv_replicas, "free_bytes", lambda: 1 << 40)
+    settings = Settings(arch=arch, launcher=launcher, rank_tokens="file")
+    made = KVReplicas.of_server(settings, PREPARED, 10, single_host=launcher == "local")
+    assert made.channel == channel
+
+
+def test_a_replica_that_an_earlier_front_made_is_known_as_such():
+    made, next_front = replicas(), replicas()
+    path = made.assign(0).cache_copy
+    assert not made.is_reopened(0)
+    assert next_front.reopen(0, path) is not None
+    assert next_front.is_reopened(0)
+    next_front.assign(0)
+    assert not next_front.is_reopened(0), "a rank that is started again has an empty one"
 
 
 def test_off_asks_nothing_of_a_rank_and_takes_nothing():
