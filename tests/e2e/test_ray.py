@@ -17,11 +17,11 @@ NODES = ("ash", "beech", "chestnut")
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[Any, dict[str, Any]]]:
+def nodes() -> Iterator[tuple["_Cluster", dict[str, Any]]]:
     """A cluster whose nodes have room for one rank each: its head, and the others by label."""
     utils = pytest.importorskip("ray.cluster_utils", reason="needs moejax[ray]")
     with contextlib.closing(_Cluster(_started(utils))) as cluster:
-        yield cluster.cluster, {name: cluster.add(name) for name in NODES}
+        yield cluster, {name: cluster.add(name) for name in NODES}
 
 
 def _started(utils: Any) -> Any:
@@ -45,21 +45,31 @@ class _Cluster:
         labels = {"moejax.dev/host": name, "moejax.dev/rack": "grove"}
         return self.cluster.add_node(num_cpus=1, labels=labels, object_store_memory=80 << 20)
 
+    def remove(self, node: Any) -> None:
+        """Have a node die."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
     def close(self) -> None:
         self.cluster.shutdown()
 
 
 @pytest.mark.slow  # a cluster of Ray alone takes half a minute to start
-def test_when_a_node_dies_ray_starts_its_rank_on_another_and_no_token_changes(nodes: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("arch", [{}, {"arch": "pd", "prefill": 1, "decode": 1}], ids=["collocated", "pd"])
+def test_when_a_node_dies_ray_starts_its_rank_on_another_and_no_token_changes(
+    nodes: tuple["_Cluster", dict[str, Any]], arch: dict[str, Any]
+) -> None:
     cluster, by_name = nodes
-    settings = {"launcher": "ray", "ray_address": cluster.address, "rank_listen": free_address()}
+    for name in set(NODES) - by_name.keys():
+        by_name[name] = cluster.add(name)
+    address = cluster.cluster.address
+    settings: dict[str, Any] = {"launcher": "ray", "ray_address": address, "rank_listen": free_address(), **arch}
     with Server(model=str(TINY), ranks=2, buckets=FEW_BUCKETS, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         hosts = [rank.host for rank in client.status().ranks]
         (spare,) = set(NODES) - set(hosts)
         traffic = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
         before = last_event(client)
-        traffic.during(client, lambda: cluster.remove_node(by_name[hosts[1]], allow_graceful=False))
+        traffic.during(client, lambda: cluster.remove(by_name.pop(hosts[1])))
         assert [event.rank for event in events_since(client, before) if event.kind == "rank_lost"] == [1]
         wait_until_whole(client)
         assert [rank.host for rank in client.status().ranks] == [hosts[0], spare]
