@@ -16,6 +16,8 @@ Results of a scenario: `detect_ms` from the injection to the server's first even
 benchmarks.recovery); `back_s` and `tokens_missing`, from the fault until tokens of all streams together arrive at 95 %
 of their rate before it, for two seconds, and the tokens that were missing until then; `tokens_again`, cache entries of
 lost or switched ranks that were computed again (not counted where the front dies: less than a page of each stream);
+`taken_over_ms`, where all ranks of a pool die, from the fault until the other pool sends the first token of a request
+that waited for that pool: of the prompts that were being computed, or of the streams that were running;
 `lost` streams that ended in an error, `changed` streams with other tokens than known; `ratio_to_restart`, the warm
 restart to its first token over the median stall of all streams.
 
@@ -23,7 +25,8 @@ The paper's scenarios (arXiv 2602.21140) are `attention rank`, `redundant expert
 and, collocated, `crash`. Streams move when their rank dies or switches its role, and all streams move when the front
 dies. While experts are missing the tokens are others, and are not compared. `crash in rejoin` kills another rank while
 the replacement of the first joins; its clock starts then, and counts all streams that run then. A straggler is detected
-over minutes and is not measured here (tests/e2e/test_faults.py has one).
+over minutes and is not measured here (tests/e2e/test_faults.py has one). With arch pd `prompts alone` is no fault: the
+stalls of streams beside the same prompts, with which those of `prefill rank` are compared.
 """
 
 import argparse
@@ -34,7 +37,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +52,20 @@ from serving.api.client import AsyncClient
 from serving.executor.failure_detector import p99
 
 _QUIET_S = 2.5
+_CONTROL_S = 1.0
+"""Seconds after which a scenario without a fault is over."""
 _PROMPTS = 4
 """Requests that arrive together, so that their prompts are being computed when a rank dies."""
 _COLUMNS = (
     "name, detect, survivors, moved, s to 95 %, tokens missing, tokens again, requests, lost, changed, compiles, "
-    "restart over stall"
+    "taken over, restart over stall"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A fault: how it is injected at a victim of a role, the first event that reports it, and the last."""
+    """A fault: how it is injected at a victim of a role, the first event that reports it, and the last; both are empty
+    where there is none, for comparison."""
 
     name: str
     inject: Callable[["Scene", int], Awaitable[float | None]]
@@ -74,6 +80,8 @@ class Scenario:
     """All streams lose their cache, wherever they run."""
     later: bool = False
     """The fault happens when the first streams may have ended: the streams of that time are measured, all as moved."""
+    takes_over: bool = False
+    """A pool is lost whole, and the other one does its work."""
     group: int = 1
     """Number of ranks whose streams lose their cache: those of the victim's tensor group."""
 
@@ -135,10 +143,22 @@ async def _crash_in_prefill(scene: Scene, victim: int) -> float:
     return moment
 
 
-async def _pool(scene: Scene, victim: int) -> None:
+async def _prompts(scene: Scene, victim: int) -> float:
+    scene.load.start(_PROMPTS)
+    await asyncio.sleep(scene.draw.uniform(0.05, 0.25))
+    return time.monotonic()
+
+
+async def _pool(scene: Scene, victim: int) -> float:
+    """All ranks of the victim's pool, while prompts are being computed."""
     ranks = (await scene.client.status()).ranks
-    for rank in [rank for rank in ranks if rank.role == ranks[victim].role]:
-        await scene.signal(rank.id, signal.SIGKILL)
+    pids = [rank.pid for rank in ranks if rank.role == ranks[victim].role and rank.pid is not None]
+    scene.load.start(_PROMPTS)
+    await asyncio.sleep(scene.draw.uniform(0.05, 0.25))
+    moment = time.monotonic()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return moment
 
 
 async def _crash_in_rejoin(scene: Scene, victim: int) -> float:
@@ -212,11 +232,12 @@ DISAGGREGATED = (
     Scenario("drain", _drain, "leaving", "drained"),
 )
 POOLS = (
+    Scenario("prompts alone", _prompts, "", "", pool="prefill"),
     Scenario("prefill rank", _crash_in_prefill, "rank_lost", "recovered", pool="prefill"),
     Scenario("decode rank", _crash, "rank_lost", "recovered", pool="decode"),
     Scenario("hang of a decode rank", _hang, "rank_lost", "recovered", pool="decode"),
-    Scenario("prefill pool", _pool, "rank_lost", "rejoined", pool="prefill"),
-    Scenario("decode pool", _pool, "rank_lost", "rejoined", pool="decode", later=True),
+    Scenario("prefill pool", _pool, "rank_lost", "rejoined", pool="prefill", takes_over=True),
+    Scenario("decode pool", _pool, "rank_lost", "rejoined", pool="decode", later=True, takes_over=True),
     Scenario("drain", _drain, "leaving", "drained", pool="decode"),
 )
 FRONT = Scenario("front", _front, "ready", "ready", everybody=True)
@@ -271,8 +292,13 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     moment = time.monotonic()
     moment = await scenario.inject(scene, victim) or moment
-    first = await scene.feed.wait(scenario.first_event, moment)
-    last = await scene.feed.wait(scenario.over, local(first))
+    noticed, over, phases = moment, moment + _CONTROL_S, {}
+    if scenario.first_event:
+        noticed = local(await scene.feed.wait(scenario.first_event, moment))
+        last = await scene.feed.wait(scenario.over, noticed)
+        over, phases = local(last), last.phases
+    else:
+        await asyncio.sleep(_CONTROL_S)
     roles = {rank.id: rank.role for rank in (await client.status()).ranks}
     if scene.task is not None:
         await scene.task
@@ -286,30 +312,39 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
 
     def stalls(belongs: Callable[[Trace], bool]) -> list[float]:
         seen = traces if scenario.later else placed
-        found = [added_stall_ms(t.times, moment, local(last), since=quiet) for t in seen if belongs(t)]
+        found = [added_stall_ms(t.times, moment, over, since=quiet) for t in seen if belongs(t)]
         return [round(stall, 1) for stall in found if stall is not None]
 
     arrivals = (time for trace in traces for time in trace.times)
     loss = goodput_loss(arrivals, moment, since=quiet)
     survivors = stalls(lambda trace: trace.rank is not None and trace.rank not in gone)
     moved = stalls(lambda trace: scenario.later or trace.rank in gone)
+    waited = [trace for trace in traces if scenario.pool == "decode" or not trace.times or trace.times[0] > moment]
     same = [(b, a) for b in before.ranks for a in after.ranks if a.id == b.id and a.pid == b.pid]
     return {
         "arch": arch,
         "name": scenario.name,
         "victim": victim,
-        "detect_ms": round(1e3 * (local(first) - moment), 1),
+        "detect_ms": round(1e3 * (noticed - moment), 1),
         "survivors": survivors,
         "moved": moved,
-        "phases": {name: round(ms, 1) for name, ms in last.phases.items()},
+        "phases": {name: round(ms, 1) for name, ms in phases.items()},
         "back_s": None if loss is None else round(loss[0], 2),
         "tokens_missing": None if loss is None else round(loss[1]),
+        "taken_over_ms": taken_over_ms(waited, moment, noticed) if scenario.takes_over else None,
         "tokens_again": None if scenario.everybody else after.tokens_recomputed - before.tokens_recomputed,
         "requests": len(traces),
         "lost": scene.known.failed(traces),
         "changed": scene.known.changed(traces) if scenario.same_tokens else 0,
         "compiles_between": sum(a.compiles - b.compiles for b, a in same),
     }
+
+
+def taken_over_ms(traces: Iterable[Trace], moment: float, noticed: float) -> float | None:
+    """Milliseconds from the loss of a pool until a stream that was sent before gets a token again, the median; tokens
+    that come before the loss is `noticed` were on their way."""
+    waits = [next((at for at in trace.times if at > noticed), None) for trace in traces if trace.sent < moment]
+    return middle(1e3 * (at - moment) for at in waits if at is not None)
 
 
 def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[str, Any]]:
@@ -329,6 +364,7 @@ def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[
             "moved_stall_ms": {"median": middle(moved), "p99": p99(moved)},
             "back_s": middle(one["back_s"] for one in these),
             "tokens_missing": middle(one["tokens_missing"] for one in these),
+            "taken_over_ms": middle(one["taken_over_ms"] for one in these),
             "ratio_to_restart": round(1e3 * warm_restart_s / stall, 1) if stall and warm_restart_s else None,
         }
         sums = ("tokens_again", "requests", "lost", "changed", "compiles_between")
@@ -346,11 +382,12 @@ def line(row: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:g}"
 
     ratio = "-" if row["ratio_to_restart"] is None else f"{row['ratio_to_restart']:.0f}x"
+    taken_over = "-" if row["taken_over_ms"] is None else f"{row['taken_over_ms']:.0f}"
     return (
         f"{row['arch'][:6]:6} {row['name']:22} {row['detect_ms']:8.1f} {shown(row['survivor_stall_ms']):>12} "
         f"{shown(row['moved_stall_ms']):>12} {plain(row['back_s']):>6} {plain(row['tokens_missing']):>5} "
         f"{row['tokens_again']:6} {row['requests']:5} {row['lost']:4} "
-        f"{row['changed']:7} {row['compiles_between']:8} {ratio:>8}"
+        f"{row['changed']:7} {row['compiles_between']:8} {taken_over:>8} {ratio:>8}"
     )
 
 
