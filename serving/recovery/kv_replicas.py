@@ -39,8 +39,8 @@ STATES_NOT_KEPT = (
 
 @dataclasses.dataclass
 class RankReplica:
-    """The replica of one rank, whether the rank streams its entries instead of writing them, and whether it has those
-    that the rank wrote for an earlier front."""
+    """The replica of one rank, whether the rank streams its entries instead of writing them, and whether the entries
+    that the rank wrote for an earlier front are in it."""
 
     number: int
     replica: KVReplica
