@@ -37,7 +37,7 @@ class Process:
 
 
 class Starter:
-    """Starts ranks with the tokens "rank N"; `left` are those that an earlier front has left."""
+    """Starts ranks with the tokens "rank N"; an earlier front has started `left`."""
 
     def __init__(self, *left: int) -> None:
         self._left = left
