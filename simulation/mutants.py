@@ -28,7 +28,6 @@ from serving.executor.rank_monitor import DelayEvidence
 from serving.executor.step_pipeline import StepPipeline
 from serving.recovery.adoption import Adoption
 from serving.recovery.failover import Failover
-from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.maintenance import Maintenance
 from serving.recovery.membership_events import Seen
 from serving.recovery.take_over import TakeOver
@@ -234,11 +233,6 @@ MUTANTS = (
         "sent_never_released",
         "the prefill pool gives the pages of a request up that is decoded elsewhere",
         lambda: _nothing(HandOver, "_release"),
-    ),
-    Mutant(
-        "unsent_pages_kept",
-        "no request finds pages in a prefill rank's cache that the replica for the next pool lacks",
-        lambda: [(KVReplicas, "is_reopened", lambda *_: True)],
     ),
     Mutant("replay_forgets", "a replay has all that clients have received", _replay_forgets_the_last_item),
 )

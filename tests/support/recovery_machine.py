@@ -53,6 +53,7 @@ class Machine:
         model: PreparedModel = PREPARED,
         weights_record: WeightsRecord | None = None,
         beside: "Machine | None" = None,
+        sends_entries: bool = False,
     ) -> None:
         limits = Limits.of(settings, model.max_context, states=model.state_bytes > 0)
         self.executor = executor or FakeExecutor(limits.buckets, max_pages=limits.max_pages)
@@ -71,6 +72,7 @@ class Machine:
             wake=wake.set,
             cluster=cluster,
             kv_replicas=None if beside is None else beside.failover.kv_replicas,
+            sends_entries=sends_entries,
             weights=FIRST_WEIGHTS if weights_record is None else weights_record.load(),
             weights_record=weights_record,
         )

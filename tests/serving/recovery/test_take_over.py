@@ -2,6 +2,7 @@
 once they have ended."""
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -71,6 +72,31 @@ def test_a_rank_that_does_not_come_back_has_ended_before_a_plan_without_it_is_ad
         assert (2, "adopt") in since
         assert (1, "fenced") not in since[1:]
         assert len([each for each in executor.log if each[1] == "adopt"]) == SETTINGS.ranks + 2
+        await second.failover.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("channel", ["memory", "stream"])
+@pytest.mark.parametrize("sends", [True, False])
+def test_pages_of_prompts_that_no_replica_has_are_not_found_where_another_pool_must_have_them(
+    channel: str, sends: bool
+) -> None:
+    settings = dataclasses.replace(SETTINGS, kv_replication=channel)
+    page, key = 3, b"k" * 16
+
+    async def scenario() -> None:
+        first = Machine(settings, sends_entries=sends)
+        await first.failover.start()
+        await first.failover.close()
+        for rank in first.executor._ranks.values():
+            rank.index._keys = {page: key}
+        second = Machine(settings, first.executor, sends_entries=sends)
+        await second.failover.start()
+        reopened = all(second.failover.kv_replicas.is_reopened(rank) for rank in range(SETTINGS.ranks))
+        known = second.failover.take_over.take_known_pages()
+        assert known == ({} if sends and not reopened else dict.fromkeys(range(SETTINGS.ranks), {page: key}))
+        assert not reopened or channel == "memory"
         await second.failover.close()
 
     asyncio.run(scenario())
