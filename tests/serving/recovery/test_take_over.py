@@ -95,7 +95,7 @@ def test_pages_of_prompts_that_no_replica_has_are_not_found_where_another_pool_m
         await second.failover.start()
         reopened = all(second.failover.kv_replicas.is_reopened(rank) for rank in range(SETTINGS.ranks))
         known = second.failover.take_over.take_known_pages()
-        assert known == ({} if sends and not reopened else dict.fromkeys(range(SETTINGS.ranks), {page: key}))
+        assert known == ({} if sends and not reopened else {rank: {page: key} for rank in range(SETTINGS.ranks)})
         assert not reopened or channel == "memory"
         await second.failover.close()
 
