@@ -292,9 +292,10 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     victim = experts[-1] if scenario.expert else max(counts, key=lambda rank: (counts[rank], rank))
     moment = time.monotonic()
     moment = await scenario.inject(scene, victim) or moment
-    noticed, over, phases = moment, moment + _CONTROL_S, {}
+    noticed, given_up, over, phases = moment, moment, moment + _CONTROL_S, {}
     if scenario.first_event:
         noticed = local(await scene.feed.wait(scenario.first_event, moment))
+        given_up = local(await scene.feed.wait("no_capacity", moment)) if scenario.takes_over else noticed
         last = await scene.feed.wait(scenario.over, noticed)
         over, phases = local(last), last.phases
     else:
@@ -331,7 +332,7 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
         "phases": {name: round(ms, 1) for name, ms in phases.items()},
         "back_s": None if loss is None else round(loss[0], 2),
         "tokens_missing": None if loss is None else round(loss[1]),
-        "taken_over_ms": taken_over_ms(waited, moment, noticed) if scenario.takes_over else None,
+        "taken_over_ms": taken_over_ms(waited, moment, given_up) if scenario.takes_over else None,
         "tokens_again": None if scenario.everybody else after.tokens_recomputed - before.tokens_recomputed,
         "requests": len(traces),
         "lost": scene.known.failed(traces),
@@ -340,10 +341,10 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
     }
 
 
-def taken_over_ms(traces: Iterable[Trace], moment: float, noticed: float) -> float | None:
+def taken_over_ms(traces: Iterable[Trace], moment: float, given_up: float) -> float | None:
     """Milliseconds from the loss of a pool until a stream that was sent before gets a token again, the median; tokens
-    that come before the loss is `noticed` were on their way."""
-    waits = [next((at for at in trace.times if at > noticed), None) for trace in traces if trace.sent < moment]
+    that come before the front has `given_up` the pool were on their way."""
+    waits = [next((at for at in trace.times if at > given_up), None) for trace in traces if trace.sent < moment]
     return middle(1e3 * (at - moment) for at in waits if at is not None)
 
 
