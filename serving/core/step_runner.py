@@ -53,7 +53,10 @@ class StepRunner:
         plan, epoch = failover.plan, failover.epoch
         admitted, batch = engine.state.admitted, None
         if failover.adoption.can_step and not engine.maintenance.paused:
-            engine.state, batch = schedule(engine.state, serial_prefill=engine.restoration.serial_prefill)
+            before = engine.state
+            engine.state, batch = schedule(before, serial_prefill=engine.restoration.serial_prefill)
+            if batch is None and engine.state is not before:
+                self.before_step()  # a prompt was found in the cache, and its request goes on in another pool
         left, queued = engine.state.admitted - admitted, bool(engine.state.waiting)
         engine.admission.record(began, left=left, queued=queued)
         if batch is None or plan is None:

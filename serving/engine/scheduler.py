@@ -34,13 +34,15 @@ DECODE_ROWS_PER_TILE = 4
 
 def schedule(state: EngineState, *, serial_prefill: bool = False) -> tuple[EngineState, Batch | None]:
     """Schedule a step. Returns the state with the step in flight, and the step; the same state and None when there is
-    nothing to run. With `serial_prefill` a step for prompts has no more tiles than the bucket of the first prompt."""
+    nothing to run, or, where another pool decodes, the state with requests placed whose prompts were found in the cache.
+    With `serial_prefill` a step for prompts has no more tiles than the bucket of the first prompt."""
+    successor = state
     turns = state.suspicion.turns() if not state.canaries else (Turn(without=others(state)),)
     for turn in turns:
         successor, batch = _schedule(state, turn, serial_prefill=serial_prefill)
         if batch is not None:
             return successor, batch
-    return state, None
+    return successor, None
 
 
 def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[EngineState, Batch | None]:
@@ -63,7 +65,8 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
         for rank, sequences in builder.running.items()
     }
     if not any(work.values()):
-        return state, None
+        goes_on_elsewhere = not state.decodes and len(builder.waiting) < len(state.waiting)
+        return builder.with_placed() if goes_on_elsewhere and not state.canaries else state, None
     drafted = add_drafts(limits, state.suspicion, builder.ranks, builder.pools, work)
     builder.ranks, builder.pools, work = drafted.ranks, drafted.pools, drafted.work
     suspicion = state.suspicion if state.canaries else state.suspicion.after_turn(turn)
@@ -294,15 +297,13 @@ class _StepBuilder:
 
     def with_step(self) -> EngineState:
         """The finished state, with one more step in flight."""
-        step = self.before.step + 1
+        return dataclasses.replace(self.with_placed(), step=self.before.step + 1, decode_first=False)
+
+    def with_placed(self) -> EngineState:
+        """The finished state, with the requests that got ranks and without a new step."""
         return dataclasses.replace(
-            self.before,
-            pools=self.pools,
-            waiting=self.waiting,
-            running={sequence.id: sequence for sequences in self.ranks.values() for sequence in sequences},
-            step=step,
+            self.without_step(),
             preemptions=self.before.preemptions + self.preempted,
-            decode_first=False,
             prefix_queries=self.before.prefix_queries + self.queried,
             prefix_hits=self.before.prefix_hits + self.cached_tokens,
             counters=self.counters,

@@ -221,6 +221,16 @@ def test_a_prompt_is_computed_in_one_pool_and_its_tokens_after_the_first_in_the_
     assert pools.decode.restored == 40
 
 
+def test_a_prompt_of_which_the_cache_has_all_but_the_last_token_goes_on_though_no_step_has_work_for_it() -> None:
+    pools = TwoPools(prefix_caching=True)
+    prompt = tuple(range(2 * pools.prefill.state.limits.page_size + 1))
+    for _ in range(2):
+        pools.submit(prompt, max_tokens=4)
+        pools.finish()
+    assert pools.hand_over.sent == 2
+    pools.close()
+
+
 def test_a_decode_rank_that_dies_during_the_hand_over_costs_no_prompt(pools: TwoPools) -> None:
     request_id = pools.submit(tuple(range(40)))
     for _ in range(2):
