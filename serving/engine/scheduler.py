@@ -34,8 +34,8 @@ DECODE_ROWS_PER_TILE = 4
 
 def schedule(state: EngineState, *, serial_prefill: bool = False) -> tuple[EngineState, Batch | None]:
     """Schedule a step. Returns the state with the step in flight, and the step; the same state and None when there is
-    nothing to run, or, where another pool decodes, the state with requests placed whose prompts were found in the cache.
-    With `serial_prefill` a step for prompts has no more tiles than the bucket of the first prompt."""
+    nothing to run, or, where another pool decodes, the state with requests placed whose prompts the cache has. With
+    `serial_prefill` a step for prompts has no more tiles than the bucket of the first prompt."""
     successor = state
     turns = state.suspicion.turns() if not state.canaries else (Turn(without=others(state)),)
     for turn in turns:
