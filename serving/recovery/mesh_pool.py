@@ -22,11 +22,13 @@ from serving.recovery.membership_events import (
     ServiceLost,
 )
 from serving.recovery.recovery_state import RecoveryState
+from serving.recovery.rendezvous import PING_TIMEOUT_S
 
 COLLECTIVE_TIMEOUT_S = 30
 """How long ranks wait for each other in a collective, or to connect a mesh."""
 COMPILE_TIMEOUT_S = 600
-"""Seconds that a rank has to compile a mesh while the server waits for it."""
+"""Seconds that a rank has to compile a mesh while the server waits for it. A rank that compiles nothing yet is asked
+with Ping first, so that no rank whose main thread is stuck is waited for as long."""
 LOAD_TIMEOUT_S = 60
 """Seconds that ranks have to load the executables of a mesh while the server waits for it."""
 AHEAD_TIMEOUT_S = LOAD_TIMEOUT_S
@@ -169,6 +171,9 @@ class MeshPool:
         """Compile what is missing of one mesh, on one of the ranks that share a store of executables and the code.
         Raises RankLost, CommandFailed or TimeoutError."""
         compilers = [sharing[0] for sharing in self._by_executable_store(key).values()]
+        idle = [rank for rank in compilers if not self._compiles(rank)]
+        async with self._losing_silent(idle, "ping", PING_TIMEOUT_S):
+            await self._executor.call_all("ping", dict.fromkeys(idle, link_pb2.Ping()))
         async with self._losing_silent(compilers, "compile", COMPILE_TIMEOUT_S):
             await self._executor.call_all("compile", dict.fromkeys(compilers, link_pb2.Compile(mesh=key.message())))
 
@@ -201,6 +206,11 @@ class MeshPool:
             store = "" if host_paths is None else host_paths.disk
             found.setdefault(f"{store} {self._build_of(rank)}", []).append(rank)
         return found
+
+    def _compiles(self, rank: int) -> bool:
+        """Whether a rank still compiles a mesh that nobody waits for any more."""
+        process = self._executor.get(rank)
+        return process is not None and process.leaves_unanswered("compile")
 
     def _build_of(self, rank: int) -> str:
         """The code that a rank runs."""

@@ -40,6 +40,9 @@ class FakeProcess(HandRank):
     build = ""
     process: Process
 
+    def leaves_unanswered(self, what: str) -> bool:
+        return False
+
 
 class FakeCoordinator:
     """A coordination service that never ends by itself."""

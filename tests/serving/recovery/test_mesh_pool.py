@@ -27,14 +27,19 @@ class Host:
 
 @dataclasses.dataclass
 class Process:
-    """A process that runs the code of a build."""
+    """A process that runs the code of a build; `compiling` when nobody waits any more for what it compiles."""
 
     build: str
+    compiling: bool = False
+
+    def leaves_unanswered(self, what: str) -> bool:
+        return self.compiling and what == "compile"
 
 
 class Ranks:
-    """Ranks that answer every command, but for those in `failing`, `lost` and `hanging`; `disks` has those of other
-    hosts, `builds` the code of ranks that run another."""
+    """Ranks that answer every command, but for those in `failing`, `lost` and `hanging`, and those in `stuck`, which
+    answer no Ping either; `disks` has those of other hosts, `builds` the code of ranks that run another, `compiling`
+    ranks that still compile for nobody."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, MeshKey]] = []
@@ -46,9 +51,18 @@ class Ranks:
         self.builds: dict[int, str] = {}
         self.aborted: list[tuple[tuple[int, ...], int]] = []
         self.busy: set[int] = set()
+        self.stuck: set[int] = set()
+        self.compiling: set[int] = set()
         self.silent: list[tuple[int, str]] = []
+        self.pinged: list[int] = []
 
     async def call(self, rank: int, what: str, message) -> link_pb2.Done:
+        if what == "ping":
+            self.pinged.append(rank)
+            await asyncio.sleep(0)
+            if rank in self.stuck:
+                await asyncio.Event().wait()
+            return link_pb2.Done()
         self.calls.append((rank, what, MeshKey.read(message.mesh)))
         if what == "prepare":
             self.urgent.append(message.urgent)
@@ -72,13 +86,13 @@ class Ranks:
 
     def lose_unanswered(self, ranks, what: str, why: str, *, unless_all: bool = False) -> None:
         assert unless_all
-        self.silent += [(rank, what) for rank in ranks if rank in self.hanging]
+        self.silent += [(rank, what) for rank in ranks if rank in self.hanging | self.stuck]
 
     def host_paths(self, rank: int) -> Host | None:
         return Host(self.disks[rank]) if rank in self.disks else None
 
     def get(self, rank: int) -> Process:
-        return Process(self.builds.get(rank, "one"))
+        return Process(self.builds.get(rank, "one"), rank in self.compiling)
 
     def of(self, what: str) -> list[tuple[int, MeshKey]]:
         return [(rank, key) for rank, each, key in self.calls if each == what]
@@ -215,6 +229,35 @@ def test_a_rank_that_hangs_while_it_compiles_in_an_upgrade_is_lost(
                     await pool.load(ALL, urgent=True)
         assert ranks.silent == [(2, "compile")]
         assert not state.membership.loaded
+
+    run(case)
+
+
+def test_a_rank_that_is_stuck_is_lost_before_it_is_waited_for_as_long_as_a_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving.recovery.mesh_pool, "PING_TIMEOUT_S", 0.02)
+
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.stuck = ranks.hanging = {0}
+        async with asyncio.timeout(60):
+            with pytest.raises(TimeoutError, match="no answer to ping"):
+                await pool.build(ALL)
+        assert ranks.silent == [(0, "ping")]
+        assert ranks.of("compile") == []
+
+    run(case)
+
+
+def test_a_rank_that_still_compiles_for_nobody_is_not_asked_first() -> None:
+    async def case(pool: MeshPool, ranks: Ranks, state: RecoveryState) -> None:
+        ranks.stuck = ranks.compiling = {0}
+        await pool.build(ALL)
+        assert ranks.pinged == []
+        ranks.stuck = ranks.compiling = set()
+        await pool.build(NONE_LOST)
+        assert ranks.pinged == [0]
+        assert ranks.of("compile") == [(0, ALL), (0, NONE_LOST)]
 
     run(case)
 
