@@ -247,7 +247,7 @@ class SimulatedClient:
             ended = sum(not rank.alive for rank in self.world.processes)
             allowed = ended + self.world.happened.get("exchange", 0) >= self.world.settings.poison_limit
         elif isinstance(error, Internal):
-            made = sum(rank.non_finite.made for rank in self.world.processes)
+            made = sum(rank.steps.non_finite.made for rank in self.world.processes)
             allowed = "gives no numbers" in str(error) and made >= NON_FINITE_S
         else:
             allowed = False

@@ -1,6 +1,8 @@
 """A model whose answers can be worked out by hand, its requests, and the KV cache of a rank that runs it."""
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +57,7 @@ def next_token(prefix: Iterable[int], seed: int, weights: int = 0) -> int:
     tokens = list(prefix)
     if seed % 2 and len(tokens) >= PERIOD and len(tokens) % VARIED:
         return (tokens[-PERIOD] + 7 * weights) % VOCAB
-    return (seed % 2**32 + sum(place * token for place, token in enumerate(tokens, 1)) + 7 * weights) % VOCAB
+    return (seed % 2**32 + sum(map(operator.mul, tokens, itertools.count(1))) + 7 * weights) % VOCAB
 
 
 def logprob_of(token: int) -> float:
@@ -129,6 +131,9 @@ def small_request(name: str, prompt: Iterable[int] = (1, 2, 3), **fields: Any) -
     return Request(prompt=tuple(prompt), sampling=ResolvedSampling(**sampling), **values)
 
 
+_COUNT = np.arange(1 << 12)
+
+
 class HandCache:
     """The KV cache of a rank. Its entries are tokens and positions, and the number of the weights that computed them;
     only `step` reads it and only `commit` writes it, as in the real programs. A step takes no entry of other weights
@@ -149,15 +154,16 @@ class HandCache:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [Z], log-probabilities [Z]) from the cache and the new rows. 0 for segments of padding."""
         tokens = np.zeros(len(arrays["cached"]), np.int32)
-        for segment, row in enumerate(arrays["sample_row"]):
-            if arrays["positions"][row] >= 0:
+        positions, sampled = arrays["positions"].tolist(), arrays["sample_position"].tolist()
+        for segment, row in enumerate(arrays["sample_row"].tolist()):
+            if positions[row] >= 0:
                 prefix = self.prefix(arrays, segment, row)
-                assert arrays["sample_position"][segment] in (0, len(prefix))
+                assert sampled[segment] in (0, len(prefix))
                 seed = int(arrays["seed"][segment])
                 tokens[segment] = next_token(prefix, seed, self.weights)
                 if segment in logits_adjustments:
                     tokens[segment] = adjusted_token(fake_logits(prefix, seed), logits_adjustments[segment])
-        return tokens, np.array([logprob_of(int(token)) for token in tokens], np.float32)
+        return tokens, np.array([logprob_of(token) for token in tokens.tolist()], np.float32)
 
     def guesses(self, arrays: Mapping[str, np.ndarray], tokens: np.ndarray, count: int) -> np.ndarray:
         """The guesses of a layer of multi-token prediction [Z, count] after the sampled tokens [Z]: right but at
@@ -174,17 +180,21 @@ class HandCache:
     def prefix(self, arrays: Mapping[str, np.ndarray], segment: int, row: int) -> list[int]:
         """The tokens that `row` attends to, itself the last: those in the cache, then the step's own."""
         cached, base = int(arrays["cached"][segment]), int(arrays["new_base"][segment])
-        at = np.arange(cached)
-        page = arrays["page_table"][segment][at // self.page_size]
-        entries = page * self.page_size + at % self.page_size
-        assert (self.position[entries] == at).all(), "the cache holds something else at these entries"
-        assert (self.version[entries] == self.weights).all(), "the cache holds entries of other weights"
-        if cached and "state_read" in arrays:
-            found = self.states[int(arrays["state_read"][segment])]
-            assert found == tuple(self.token[entries].tolist()), "the state is one of other tokens"
+        tokens: list[int] = []
+        if cached:
+            at = _COUNT[:cached]
+            page = arrays["page_table"][segment][at // self.page_size]
+            entries = page * self.page_size + at % self.page_size
+            assert self.position[entries].tolist() == at.tolist(), "the cache holds something else at these entries"
+            versions = self.version[entries].tolist()
+            assert versions == [self.weights] * cached, "the cache holds entries of other weights"
+            tokens = self.token[entries].tolist()
+            if "state_read" in arrays:
+                found = self.states[int(arrays["state_read"][segment])]
+                assert found == tuple(tokens), "the state is one of other tokens"
         new = slice(base, row + 1)
-        assert (arrays["positions"][new] == cached + np.arange(row + 1 - base)).all()
-        return [*self.token[entries].tolist(), *arrays["tokens"][new].tolist()]
+        assert arrays["positions"][new].tolist() == list(range(cached, cached + row + 1 - base))
+        return [*tokens, *arrays["tokens"][new].tolist()]
 
     def scores(self, arrays: Mapping[str, np.ndarray], tile: ScoredTile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of a tile's targets: log-probabilities [32], and of the alternatives the target itself [32, 1] twice."""
@@ -200,11 +210,11 @@ class HandCache:
         if "state_write" in arrays:
             self.states |= self._new_states(arrays)
         rows = arrays["write"] != DROPPED
-        assert (arrays["positions"][rows] >= 0).all()
-        entries = arrays["write"][rows]
+        positions, entries = arrays["positions"][rows], arrays["write"][rows]
+        assert min(positions.tolist(), default=0) >= 0
         assert len(set(entries.tolist())) == len(entries), "two rows write one entry"
         self.token[entries] = arrays["tokens"][rows]
-        self.position[entries] = arrays["positions"][rows]
+        self.position[entries] = positions
         self.version[entries] = self.weights
 
     def _new_states(self, arrays: Mapping[str, np.ndarray]) -> dict[int, tuple[int, ...]]:

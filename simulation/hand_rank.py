@@ -4,6 +4,7 @@ Each method carries out one command of the front, as `serving.worker` does, and 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,13 @@ class HandStore:
     readable: bool = True
 
 
+@functools.cache
+def _shared_padding(bucket: StepBucket, max_pages: int, *, states: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of a bucket without work, which nobody writes to."""
+    return _padding(bucket, max_pages, states=states)
+
+
+@functools.cache
 def weights_of(layer: int, expert: int, version: int = 0) -> bytes:
     """A version of the weights of an expert."""
     return np.random.default_rng((layer, expert, version)).bytes(100)
@@ -279,14 +287,17 @@ class HandRank:
 
     def inputs(self, part: link_pb2.Step) -> dict[str, np.ndarray]:
         """The arrays of this rank's part, with tokens that the step before it chose."""
-        arrays = _padding(self._buckets[part.bucket], self._max_pages)
+        padding = _shared_padding(self._buckets[part.bucket], self._max_pages)
+        arrays: dict[str, np.ndarray] = {}
         if part.inputs:
-            packed, at = np.frombuffer(part.inputs, np.int32), 0
-            if len(packed) > sum(array.size for array in arrays.values()):
-                arrays = _padding(self._buckets[part.bucket], self._max_pages, states=True)
-            for name, like in arrays.items():
-                arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape).copy()
+            packed, at = np.frombuffer(part.inputs, np.int32).copy(), 0
+            if len(packed) > sum(array.size for array in padding.values()):
+                padding = _shared_padding(self._buckets[part.bucket], self._max_pages, states=True)
+            for name, like in padding.items():
+                arrays[name] = packed[at : at + like.size].view(like.dtype).reshape(like.shape)
                 at += like.size
+        else:
+            arrays = {name: like.copy() for name, like in padding.items()}
         if self.chosen is not None:
             for row, source in enumerate(np.frombuffer(part.sources, np.int32)):
                 if source >= 0:
@@ -301,18 +312,20 @@ class HandRank:
         tokens, logprobs = self.cache.step(arrays, {})
         drafts = self.configured.drafts if self.configured is not None else 0
         guesses = self.cache.guesses(arrays, tokens, drafts).tobytes() if drafts else b""
-        wrote = arrays["write"][arrays["write"] != DROPPED]
+        write = arrays["write"]
+        wrote = write[write != DROPPED]
         self.index.invalidate(wrote // self._page_size)
         self.cache.commit(arrays)
         self.uncopied, self.last, self.chosen = (part.step, wrote), part.step, tokens
-        load = np.zeros(self.routes.shape, np.int32)
-        routed = arrays["tokens"][arrays["positions"] >= 0]
-        for layer, row in enumerate(load):  # every other token goes to one expert
-            np.add.at(row, np.where(routed % 2, layer, routed) % len(row), 1)
+        layers, experts = self.routes.shape
+        load = [[0] * experts for _ in range(layers)]
+        for token in arrays["tokens"][arrays["positions"] >= 0].tolist():
+            for layer, row in enumerate(load):  # every other token goes to one expert
+                row[(layer if token % 2 else token) % experts] += 1
         return {
             "tokens": tokens.tobytes(),
             "logprobs": logprobs.tobytes(),
-            "expert_load": load.tobytes(),
+            "expert_load": np.array(load, np.int32).tobytes(),
             "drafts": guesses,
         }
 
@@ -383,11 +396,15 @@ def check_step(ranks: Mapping[int, HandRank], parts: Mapping[int, link_pb2.Step]
         assert each.mesh.has_attention(rank) or not parts[rank].inputs, f"rank {rank} holds experts and was given work"
     weights = {rank: each.weights for rank, each in ranks.items()}
     assert len(set(weights.values())) == 1, f"ranks of one exchange have different weights: {weights}"
+    slots = {rank: None if each.held is None else each.held.tolist() for rank, each in ranks.items()}
     for rank, each in ranks.items():
         assert each.mesh is not None
         assert each.routes is not None
-        for layer, expert in np.argwhere(each.routes >= 0):
-            holder, slot = divmod(int(each.routes[layer, expert]), each.mesh.slots)
-            slots = ranks[each.mesh.expert_ranks[holder]].held
-            held = slots[layer, slot] if slots is not None else -1
-            assert held == expert, f"rank {rank} sends expert {expert} of layer {layer} to a slot with {held}"
+        for layer, routes in enumerate(each.routes.tolist()):
+            for expert, route in enumerate(routes):
+                if route < 0:
+                    continue
+                holder, slot = divmod(route, each.mesh.slots)
+                there = slots[each.mesh.expert_ranks[holder]]
+                held = -1 if there is None else there[layer][slot]
+                assert held == expert, f"rank {rank} sends expert {expert} of layer {layer} to a slot with {held}"

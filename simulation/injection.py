@@ -79,7 +79,7 @@ class Injection:
         for link in world.links.values():
             link.late = link.doubled = link.lost = link.blocked_until = 0.0
         for rank in world.ranks.values():
-            rank.slowness, rank.non_finite.steps = 1.0, 0
+            rank.slowness, rank.steps.non_finite.steps = 1.0, 0
             rank.feed()
 
     # -- Ranks --------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class Injection:
     def _nan(self, fault: Fault) -> bool:
         process = self._process(fault.rank)
         if process is not None:
-            process.non_finite.steps += 1 + int(3 * fault.value)
+            process.steps.non_finite.steps += 1 + int(3 * fault.value)
         return process is not None
 
     def _corrupt_nan(self, fault: Fault) -> bool:

@@ -6,13 +6,9 @@ does is a callback of the event loop, so that it can be stopped and killed betwe
 
 import asyncio
 import collections
-import contextvars
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, Protocol
-
-import numpy as np
 
 from serving.executor.kv_replica import NotReplicated
 from serving.executor.mesh_key import MeshKey
@@ -20,6 +16,8 @@ from serving.proto.moejax.v1 import link_pb2
 from simulation.exchange import Communicator, Coordinators, Gathering, Member
 from simulation.hand_rank import HandRank
 from simulation.link import Stream
+from simulation.process import Process
+from simulation.rank_steps import RankSteps
 
 REDIAL_S = 0.05
 """As `serving.worker.front_link.REDIAL_S`."""
@@ -38,8 +36,6 @@ STAGE_S = (0.01, 0.5)
 """The least and the most virtual seconds in which a rank loads other weights beside its steps."""
 READ_EXPERT_S = 0.005
 """Virtual seconds to read an expert from the store."""
-COPY_S = 0.002
-"""Most virtual seconds between the report of a step and the copy of what it wrote."""
 
 
 class RankWorld(Protocol):
@@ -73,15 +69,7 @@ class RankWorld(Protocol):
         ...
 
 
-@dataclasses.dataclass
-class InjectedNonFinite:
-    """Steps of a rank that come out without numbers: the next `steps` with work."""
-
-    steps: int = 0
-    made: int = 0
-
-
-class SimulatedRank:
+class SimulatedRank(Process):
     """One process of a rank. `stays`: it dials the next front when its front has gone."""
 
     def __init__(
@@ -95,29 +83,21 @@ class SimulatedRank:
         draw: random.Random,
         ended: Callable[["SimulatedRank", str], None],
     ) -> None:
+        super().__init__()
         self.world = world
         self.hand = hand
         self.rank = hand.rank
         self.pid = pid
         self.token = token
         self.stays = stays
-        self.alive = True
-        self.doomed = False
-        """It was sent SIGKILL."""
         self.joins = False
         """It is a replacement that has not adopted a plan yet."""
-        self.stopped = False
-        self.starved_since: float | None = None
-        """Since when its process waits for a processor; None while it has one."""
-        self._starved_until = self._starved_s = 0.0
         self.stuck = False
         """The main thread hangs; heartbeats go on."""
         self.slowness = 1.0
-        self.non_finite = InjectedNonFinite()
-        self._draw = draw
+        self.steps = RankSteps(self)
+        self.draw = draw
         self._ended = ended
-        self._context = contextvars.Context()
-        self._deferred: list[Callable[[], None]] = []
         self._inbox: collections.deque[tuple[Stream, link_pb2.Command]] = collections.deque()
         self._loading: collections.deque[tuple[Stream, link_pb2.Command]] = collections.deque()
         self._busy = False
@@ -125,58 +105,15 @@ class SimulatedRank:
         self._stream: Stream | None = None
         self._void_connects = 0
         self._loaded: set[MeshKey] = set()
-        self._communicators: dict[MeshKey, Communicator] = {}
+        self.communicators: dict[MeshKey, Communicator] = {}
         self._connecting: Gathering | None = None
         self.exchanged_with: list[Member] = []
         """The processes that took part in its last step."""
         self.exited = asyncio.Event()
-        self.later(self._draw.uniform(0.05, 0.5), self._dial)
+        self.later(self.draw.uniform(0.05, 0.5), self._dial)
         self.later(0.2, self._heartbeat)
 
     # -- The process --------------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> str:
-        """The kernel's letter for the process."""
-        if not self.alive:
-            return "X"
-        return "T" if self.stopped else "S" if self.starved_since is None else "R"
-
-    @property
-    def held(self) -> bool:
-        """It runs nothing: it is stopped, or waits for a processor."""
-        return self.stopped or self.starved_since is not None
-
-    def run_delay_s(self) -> float:
-        """Seconds for which it has waited for a processor since its start."""
-        now = asyncio.get_running_loop().time()
-        return self._starved_s + (0.0 if self.starved_since is None else now - self.starved_since)
-
-    def starve(self, seconds: float) -> None:
-        """Its process gets no processor for a while."""
-        loop = asyncio.get_running_loop()
-        if self.starved_since is None:
-            self.starved_since = loop.time()
-        self._starved_until = max(self._starved_until, loop.time() + seconds)
-        loop.call_later(seconds, lambda: loop.time() < self._starved_until or self.feed())
-
-    def feed(self) -> None:
-        """Its process gets a processor."""
-        self._starved_s, self.starved_since = self.run_delay_s(), None
-        self._resume()
-
-    def later(self, seconds: float, act: Callable[[], None]) -> None:
-        """Do something in a while, if this process runs then; once it goes on, if it is held then."""
-
-        def due() -> None:
-            if not self.alive:
-                return
-            if self.held:
-                self._deferred.append(act)
-            else:
-                act()
-
-        asyncio.get_running_loop().call_later(seconds, due, context=self._context)
 
     def stick(self) -> None:
         """The main thread obeys nothing more after what it does now; receiver, loader and heartbeats go on."""
@@ -186,21 +123,6 @@ class SimulatedRank:
         """The main thread goes on."""
         self.stuck = False
         self._next()
-
-    def signal(self, name: str) -> None:
-        """A signal arrives."""
-        if name == "SIGSTOP":
-            self.stopped = True
-        elif name == "SIGCONT" and self.stopped:
-            self.stopped = False
-            self._resume()
-        elif name == "SIGKILL":
-            self.die("signal 9")
-
-    def _resume(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for act in deferred:
-            self.later(0.0, act)
 
     def die(self, how: str) -> None:
         """The process ends."""
@@ -277,9 +199,9 @@ class SimulatedRank:
                 self._stage(stream, command)
                 continue
             self._busy = True
-            self._replicate(stream)
+            self.replicate(stream)
             if name == "step":
-                self._step(stream, command.step)
+                self.steps.run(stream, command.step)
             elif name == "join":
                 service = self.world.coordinators.services.get(command.join.address)
                 if service is None:
@@ -293,7 +215,7 @@ class SimulatedRank:
 
     def _work(self, stream: Stream, command: link_pb2.Command, name: str) -> None:
         least, most = SECONDS.get(name, OTHER_SECONDS)
-        self.later(self.slowness * self._draw.uniform(least, most), lambda: self._obey(stream, command, name))
+        self.later(self.slowness * self.draw.uniform(least, most), lambda: self._obey(stream, command, name))
 
     def _entered(self, stream: Stream, command: link_pb2.Command, why: str) -> None:
         """All ranks have come to the coordination service, or JAX's client ends this process."""
@@ -324,10 +246,10 @@ class SimulatedRank:
             fields["shares_memory"] = self.world.shares_memory
             self._void_connects = 0
         elif name == "join":
-            self._communicators.clear()
+            self.communicators.clear()
             self._loaded.clear()
         elif name == "seat":
-            self._communicators = {k: c for k, c in self._communicators.items() if message.rank not in k.ranks}
+            self.communicators = {k: c for k, c in self.communicators.items() if message.rank not in k.ranks}
             self._loaded = {key for key in self._loaded if message.rank not in key.ranks}
         elif name == "adopt":
             self.world.adopted(self, message, stream.front)
@@ -338,13 +260,14 @@ class SimulatedRank:
     def _done(self, stream: Stream, done: link_pb2.Done) -> None:
         self._send_copied(stream)
         stream.report(link_pb2.Report(rank=self.rank, done=done))
-        self._free()
+        self.free()
 
     def _fail(self, stream: Stream, command_id: int, why: str) -> None:
         stream.report(link_pb2.Report(rank=self.rank, failed=link_pb2.Failed(id=command_id, error=why)))
-        self._free()
+        self.free()
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """The main thread has done what it did."""
         self._busy = False
         self._next()
 
@@ -360,7 +283,7 @@ class SimulatedRank:
             stream.report(link_pb2.Report(rank=self.rank, done=link_pb2.Done(id=command.id)))
             self._load_next()
 
-        self.later(self.slowness * self._draw.uniform(*SECONDS["prepare"]), loaded)
+        self.later(self.slowness * self.draw.uniform(*SECONDS["prepare"]), loaded)
 
     def _stage(self, stream: Stream, command: link_pb2.Command) -> None:
         """Load other weights, on a thread of its own."""
@@ -375,7 +298,7 @@ class SimulatedRank:
                 return
             stream.report(link_pb2.Report(rank=self.rank, done=link_pb2.Done(id=command.id)))
 
-        self.later(self.slowness * self._draw.uniform(*STAGE_S), staged)
+        self.later(self.slowness * self.draw.uniform(*STAGE_S), staged)
 
     # -- Meshes -------------------------------------------------------------------------------------------------
 
@@ -394,7 +317,7 @@ class SimulatedRank:
         def connected(why: str) -> None:
             self._connecting = None
             if not why:
-                self._communicators[key] = self.world.communicator(at)
+                self.communicators[key] = self.world.communicator(at)
             self._gathered(stream, command, "connect", why)
 
         gathering.come(self, connected)
@@ -407,88 +330,12 @@ class SimulatedRank:
             return
         self.hand.aborted_epoch = max(self.hand.aborted_epoch, epoch)
         if self.hand.mesh is not None and self.hand.epoch <= epoch:
-            communicator = self._communicators.get(self.hand.mesh)
+            communicator = self.communicators.get(self.hand.mesh)
             if communicator is not None:
                 communicator.abort(self.rank, "aborted")
 
-    # -- Steps --------------------------------------------------------------------------------------------------
-
-    def _step(self, stream: Stream, part: link_pb2.Step) -> None:
-        why = self.hand.why_stale(part)
-        if not why and part.epoch <= self.hand.aborted_epoch:
-            why = f"epoch {part.epoch} was aborted"
-        communicator = self._communicators.get(self.hand.mesh) if self.hand.mesh is not None else None
-        if not why and communicator is None:
-            why = f"mesh {self.hand.mesh} is not connected"
-        if why or communicator is None:
-            self.later(0.0, lambda: self._step_failed(stream, part, why))
-            return
-        began = asyncio.get_running_loop().time()
-
-        def exchanged(why: str) -> None:
-            if why:
-                self.later(0.0, lambda: self._step_failed(stream, part, why, exchange=True))
-            else:
-                self.exchanged_with = list(communicator.members.values())
-                delay = self.slowness * self._draw.uniform(0.0, 0.002)
-                self.later(delay, lambda: self._exchanged(stream, part, began))
-
-        communicator.exchange(self, part, exchanged)
-
-    def _exchanged(self, stream: Stream, part: link_pb2.Step, began: float) -> None:
-        arrays = self.hand.inputs(part)
-        rows = np.flatnonzero(arrays["positions"] >= 0)
-        void = bool(part.after) and self.hand.chosen is None
-        non_finite = len(rows) > 0 and self._is_non_finite()
-        if non_finite or void:
-            self.hand.last, self.hand.chosen = part.step, None
-            bad = [int(row) for row in rows[: self._draw.randint(1, len(rows))]] if non_finite else []
-            self._step_failed(stream, part, f"{len(bad)} rows came out as not-a-number or infinite", bad)
-            return
-        try:
-            fields = self.hand.run(part, arrays)
-        except AssertionError as error:
-            self.world.violated(f"rank {self.rank} runs step {part.step} of epoch {part.epoch}: {error}")
-            self._step_failed(stream, part, "a law was broken")
-            return
-        milliseconds = 1e3 * (asyncio.get_running_loop().time() - began)
-        own_ms = self.slowness * self._draw.uniform(0.5, 1.0)
-        done: dict[str, Any] = {"program_ms": milliseconds, "total_ms": milliseconds, "own_ms": own_ms}
-        report = link_pb2.StepDone(epoch=part.epoch, step=part.step, **fields, **done)
-        stream.report(link_pb2.Report(rank=self.rank, step_done=report))
-        self.later(self._draw.uniform(0.0, COPY_S), lambda: self._copied(stream))
-
-    def _copied(self, stream: Stream) -> None:
-        self._replicate(stream)
-        self._free()
-
-    def _step_failed(
-        self, stream: Stream, part: link_pb2.Step, why: str, rows: list[int] | None = None, *, exchange: bool = False
-    ) -> None:
-        failed = link_pb2.StepFailed(
-            epoch=part.epoch, step=part.step, error=why, non_finite_rows=rows or [], exchange=exchange
-        )
-        stream.report(link_pb2.Report(rank=self.rank, step_failed=failed))
-        self._free()
-
-    def _is_non_finite(self) -> bool:
-        """Whether this step of this rank comes out without numbers."""
-        if self.non_finite.steps:
-            self.non_finite.steps -= 1
-            self.non_finite.made += 1
-            return True
-        mesh, routes = self.hand.mesh, self.hand.routes
-        communicator = self._communicators.get(mesh) if mesh is not None else None
-        if mesh is None or routes is None or communicator is None:
-            return False
-        for at, rank in enumerate(mesh.expert_ranks):
-            for (layer, slot), damage in communicator.members[rank].hand.damaged.items():
-                if damage == "nan" and at * mesh.slots + slot in routes[layer]:
-                    self.non_finite.made += 1
-                    return True
-        return False
-
-    def _replicate(self, stream: Stream) -> None:
+    def replicate(self, stream: Stream) -> None:
+        """Copy what the last step wrote."""
         for message in self.hand.copy_last():
             stream.report(link_pb2.Report(rank=self.rank, copied=message))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import tempfile
 from collections.abc import Mapping
@@ -71,6 +72,7 @@ def _run(scenario: Scenario, folder: Path) -> Outcome:
     unhandled: list[str] = []
     loop.set_exception_handler(lambda _, context: _note_unhandled(context, unhandled))
     collecting = gc.isenabled()
+    _freeze_what_is_loaded()
     gc.disable()  # so that nothing depends on when it collects
     try:
         loop.run_until_complete(main())
@@ -96,6 +98,13 @@ def _run(scenario: Scenario, folder: Path) -> Outcome:
         turns=loop.turns,
         tokens=sum(len(tokens) for client in clients for tokens in client.tokens),
     )
+
+
+@functools.cache
+def _freeze_what_is_loaded() -> None:
+    """Collect no garbage among what stays until the process ends, the modules above all."""
+    gc.collect()
+    gc.freeze()
 
 
 def _note_unhandled(context: Mapping[str, Any], unhandled: list[str]) -> None:

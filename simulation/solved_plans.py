@@ -1,6 +1,7 @@
 """Plans that were solved before in this process: the planner is pure, and many scenarios have the same problems."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ _solved: dict[Hashable, Plan | str] = {}
 
 def solve_once(problem: Problem) -> Plan:
     """As `planner.solver.solve.solve`."""
-    key = tuple(_hashable(getattr(problem, field.name)) for field in dataclasses.fields(problem))
+    key = tuple(_hashable(getattr(problem, name)) for name in _fields(type(problem)))
     found = _solved.get(key)
     if found is None:
         try:
@@ -32,10 +33,22 @@ def solve_once(problem: Problem) -> Plan:
 
 def _hashable(value: Any) -> Hashable:
     """A value with the mappings and lists in it, at any depth, as tuples."""
+    try:
+        hash(value)
+    except TypeError:
+        pass
+    else:
+        return value
     if isinstance(value, Mapping):
         return tuple(sorted((key, _hashable(each)) for key, each in value.items()))
     if isinstance(value, (list, tuple)):
         return tuple(map(_hashable, value))
     if dataclasses.is_dataclass(value):
-        return type(value), *(_hashable(getattr(value, field.name)) for field in dataclasses.fields(value))
+        return type(value), *(_hashable(getattr(value, name)) for name in _fields(type(value)))
     return value
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[str, ...]:
+    """The names of the fields of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(kind))

@@ -24,43 +24,32 @@ class OutOfTime(Exception):
     """A run has taken more turns of the loop than it may."""
 
 
-class _Callback(asyncio.Handle):
-    """A handle that is made in less time: it looks for no debugger, and keeps no trace of where it was made."""
+class _Callback:
+    """A callback, as `asyncio.Handle` is one, with what is needed here alone: it looks for no debugger, and keeps no
+    trace of where it was made."""
 
-    __slots__ = ()
-
-    def __init__(
-        self,
-        callback: Callable[..., Any],
-        args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None,
-    ) -> None:
-        self._context = contextvars.copy_context() if context is None else context
-        self._loop = loop
-        self._callback = callback
-        self._args = args
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
-
-
-class _Timer(_Callback, asyncio.TimerHandle):
-    """A callback at a time."""
-
-    __slots__ = ()
+    __slots__ = ("_at", "_dropped", "args", "callback", "context")
 
     def __init__(
-        self,
-        when: float,
-        callback: Callable[..., Any],
-        args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None,
+        self, callback: Callable[..., Any], args: tuple[Any, ...], context: contextvars.Context | None, at: float
     ) -> None:
-        _Callback.__init__(self, callback, args, loop, context)
-        self._when = when
-        self._scheduled = False
+        self.callback: Callable[..., Any] | None = callback
+        self.args = args
+        self.context = contextvars.copy_context() if context is None else context
+        self._at = at
+        self._dropped = False
+
+    def cancel(self) -> None:
+        """See `asyncio.Handle.cancel`."""
+        self.callback, self.args, self._dropped = None, (), True
+
+    def cancelled(self) -> bool:
+        """See `asyncio.Handle.cancelled`."""
+        return self._dropped
+
+    def when(self) -> float:
+        """See `asyncio.TimerHandle.when`."""
+        return self._at
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
@@ -78,9 +67,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._max_turns = max_turns
         self._thread_delay = thread_delay
         self._tasks: list[tuple[object, asyncio.Task[Any]]] = []
-        self._turn: collections.deque[asyncio.Handle] = collections.deque()
+        self._turn: collections.deque[_Callback] = collections.deque()
         """The callbacks that are ready to run."""
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Callback]] = []
         """A heap: the time, the number and the handle of each timer."""
         self._timers_set = 0
         self.turns = 0
@@ -92,23 +81,23 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
+    ) -> _Callback:
         """Call a function in the next turn."""
-        handle = _Callback(callback, args, self, context)
+        handle = _Callback(callback, args, context, self._now)
         self._turn.append(handle)
         return handle
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> _Callback:
         """Call a function after some seconds."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> _Callback:
         """Call a function at a time."""
-        handle = _Timer(when, callback, args, self, context)
+        handle = _Callback(callback, args, context, when)
         self._timers_set += 1
         heapq.heappush(self._timers, (when, self._timers_set, handle))
         return handle
@@ -119,7 +108,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         if self.turns > self._max_turns:
             raise OutOfTime(f"{self.turns} turns of the event loop")
         turn, timers = self._turn, self._timers
-        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+        while timers and timers[0][2].callback is None:
             heapq.heappop(timers)
         self._now += TURN_S
         if not turn and not self._stopping:  # type: ignore[attr-defined]
@@ -130,15 +119,13 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         while timers and timers[0][0] <= now:
             turn.append(heapq.heappop(timers)[2])
         for _ in range(len(turn)):
-            handle: Any = turn.popleft()
-            if not handle._cancelled:
+            handle = turn.popleft()
+            callback = handle.callback
+            if callback is not None:
                 try:
-                    handle._context.run(handle._callback, *handle._args)
+                    handle.context.run(callback, *handle.args)
                 except Exception as error:
-                    self.call_exception_handler({"message": f"Exception in {handle!r}", "exception": error})
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """A timer was cancelled: it is dropped when its time comes."""
+                    self.call_exception_handler({"message": f"Exception in {callback!r}", "exception": error})
 
     def close(self) -> None:
         """Drop all that is scheduled."""
