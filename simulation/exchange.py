@@ -30,7 +30,7 @@ class Member(Protocol):
 
     rank: int
     alive: bool
-    doomed: bool
+    doomed_at: float | None
     slowness: float
     hand: HandRank
 

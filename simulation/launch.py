@@ -67,7 +67,8 @@ class SimulatedProcess:
     def signal(self, name: str) -> None:
         """See `RankProcess.signal`."""
         if not self._front.dead:
-            self.rank.doomed = self.rank.doomed or name == "SIGKILL"
+            if name == "SIGKILL":
+                self.rank.doom()
             self._world.loop.call_later(self._draw.uniform(*SIGNAL_S), self.rank.signal, name)
 
     async def fenced(self) -> None:
@@ -82,7 +83,7 @@ class SimulatedProcess:
         """See `RankProcess.end`."""
         self._ending = True
         if not self._front.dead:
-            self.rank.doomed = True
+            self.rank.doom()
             self.rank.signal("SIGKILL")
 
 

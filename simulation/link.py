@@ -75,6 +75,8 @@ class Stream:
         self.closed = False
         """The rank knows that it has ended."""
         self.heartbeat_s = 0.2
+        self.adopt_sent_at: dict[int, float] = {}
+        """When the front sent the plan of each epoch."""
         self._rank = rank
         self._quality = quality
         self._draw = draw
@@ -147,6 +149,8 @@ class Stream:
     def _send(self, command: link_pb2.Command) -> None:
         if self.closed or self._broken:
             return
+        if command.WhichOneof("what") == "adopt":
+            self.adopt_sent_at.setdefault(command.adopt.epoch, self._loop.time())
         for _ in range(self._copies(command.WhichOneof("what") in DOUBLED_COMMANDS)):
             self._down_at = self._arrival(self._down_at)
             self._loop.call_at(self._down_at, self._delivered, command)

@@ -10,14 +10,24 @@ class Process:
 
     def __init__(self) -> None:
         self.alive = True
-        self.doomed = False
-        """It was sent SIGKILL."""
+        self.doomed_at: float | None = None
+        """When it was sent SIGKILL."""
         self.stopped = False
         self.starved_since: float | None = None
         """Since when it waits for a processor; None while it has one."""
         self._starved_until = self._starved_s = 0.0
         self._context = contextvars.Context()
         self._deferred: list[Callable[[], None]] = []
+
+    @property
+    def doomed(self) -> bool:
+        """It was sent SIGKILL."""
+        return self.doomed_at is not None
+
+    def doom(self) -> None:
+        """It is sent SIGKILL."""
+        if self.doomed_at is None:
+            self.doomed_at = asyncio.get_running_loop().time()
 
     @property
     def state(self) -> str:

@@ -56,8 +56,8 @@ class RankWorld(Protocol):
         """The communicator that was connected there."""
         ...
 
-    def adopted(self, rank: "SimulatedRank", message: link_pb2.Adopt, front: object) -> None:
-        """A rank has adopted a plan."""
+    def adopted(self, rank: "SimulatedRank", message: link_pb2.Adopt, stream: Stream) -> None:
+        """A rank has adopted a plan that came in a stream."""
         ...
 
     def violated(self, law: str) -> None:
@@ -252,7 +252,7 @@ class SimulatedRank(Process):
             self.communicators = {k: c for k, c in self.communicators.items() if message.rank not in k.ranks}
             self._loaded = {key for key in self._loaded if message.rank not in key.ranks}
         elif name == "adopt":
-            self.world.adopted(self, message, stream.front)
+            self.world.adopted(self, message, stream)
             extra = READ_EXPERT_S * fields["experts_loaded"]
         done = link_pb2.Done(id=command.id, compiles=0, **fields)
         self.later(self.slowness * extra, lambda: self._done(stream, done))

@@ -209,12 +209,14 @@ class World:
         if waits and loss.judged_at - loss.evidence_at < settings.starved_factor * settings.heartbeat_floor_s:
             self.violated(f"rank {loss.rank} is starved, and fenced as if it did not answer: {loss.cause}")
 
-    def adopted(self, rank: SimulatedRank, message: link_pb2.Adopt, front: object) -> None:
+    def adopted(self, rank: SimulatedRank, message: link_pb2.Adopt, stream: Stream) -> None:
         """A rank has adopted a plan. An epoch is used once, for one plan, by one front; ranks of the plan before that
-        it lacks have been fenced."""
-        mesh = MeshKey.read(message.mesh)
+        it lacks have been fenced, unless they were lost after the plan was sent: one that drains leaves alive."""
+        mesh, front, sent_at = MeshKey.read(message.mesh), stream.front, stream.adopt_sent_at[message.epoch]
         for lost in rank.exchanged_with:
-            if lost.rank not in mesh.ranks and lost.alive and lost.doomed:
+            if lost.rank in mesh.ranks or not lost.alive or lost.doomed_at is None:
+                continue
+            if lost.doomed_at < sent_at:
                 self.violated(f"rank {rank.rank} adopts epoch {message.epoch} before rank {lost.rank} is fenced")
         if rank.joins and not self.faultless and self._draws.random() < self.scenario.rates["dies_joining"]:
             self.count("dies_joining")
