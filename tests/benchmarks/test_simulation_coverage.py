@@ -1,6 +1,6 @@
 """The table of what seeds of the simulator run."""
 
-from simulation.coverage_table import HEAD, table
+from benchmarks.simulation_coverage import HEAD, table
 
 
 def test_a_room_has_the_shares_of_all_its_modules_and_names_those_that_run_least() -> None:

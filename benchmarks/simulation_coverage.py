@@ -1,6 +1,6 @@
 """The lines and branches of the rooms of the server that seeds of the simulator run, as a table.
 
-python -m simulation.coverage_table [--seeds 200]        needs the package coverage (pip install coverage)
+python -m benchmarks.simulation_coverage [--seeds 200]        needs the package coverage (pip install coverage)
 """
 
 import argparse
@@ -23,7 +23,7 @@ LEAST = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run seeds, and print the table. Returns 1 when a seed breaks a law."""
-    parser = argparse.ArgumentParser(prog="python -m simulation.coverage_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation_coverage", description=__doc__)
     parser.add_argument("--seeds", type=int, default=200, help="number of seeds, both modes in turn")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("coverage") is None:
