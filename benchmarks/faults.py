@@ -32,6 +32,7 @@ stalls of streams beside the same prompts, with which those of `prefill rank` ar
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import os
 import random
 import signal
@@ -52,6 +53,8 @@ from serving.api.client import AsyncClient
 from serving.executor.failure_detector import p99
 
 _QUIET_S = 2.5
+_ON_THE_WAY_S = 0.1
+"""Seconds for which tokens of a pool that was given up may still arrive."""
 _CONTROL_S = 1.0
 """Seconds after which a scenario without a fault is over."""
 _PROMPTS = 4
@@ -342,10 +345,16 @@ async def play_scenario(scene: Scene, arch: str, scenario: Scenario, streams: in
 
 
 def taken_over_ms(traces: Iterable[Trace], moment: float, given_up: float) -> float | None:
-    """Milliseconds from the loss of a pool until a stream that was sent before gets a token again, the median; tokens
-    that come before the front has `given_up` the pool were on their way."""
-    waits = [next((at for at in trace.times if at > given_up), None) for trace in traces if trace.sent < moment]
-    return middle(1e3 * (at - moment) for at in waits if at is not None)
+    """Milliseconds from the loss of a pool until a stream that was sent before gets a token from the other one, the
+    median: the end of its longest gap. The front has `given_up` the pool; tokens that were on their way come within
+    _ON_THE_WAY_S of that."""
+    waits = []
+    for trace in traces:
+        arrivals = [moment, *(at for at in trace.times if at > moment)]
+        gaps = [(after - at, after) for at, after in itertools.pairwise(arrivals) if at <= given_up + _ON_THE_WAY_S]
+        if trace.sent < moment and gaps:
+            waits.append(1e3 * (max(gaps)[1] - moment))
+    return middle(waits)
 
 
 def summarize(rounds: list[dict[str, Any]], warm_restart_s: float) -> list[dict[str, Any]]:

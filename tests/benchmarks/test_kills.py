@@ -67,6 +67,12 @@ def test_a_stream_that_still_runs_is_compared_as_far_as_it_has_come_and_one_that
 
 
 def test_the_other_pool_has_taken_over_when_streams_get_tokens_after_the_lost_one_was_given_up() -> None:
-    traces = [trace([0.5, 1.01, 1.4]), trace([0.6, 1.6]), trace([1.5], sent=1.2), trace([0.7])]
+    traces = [
+        trace([0.5, 1.01, 1.4]),
+        trace([0.6, 1.6]),
+        trace([0.9, 1.15, 1.5, 3.0]),
+        trace([1.3], sent=1.2),
+        trace([0.7]),
+    ]
     assert taken_over_ms(traces, moment=1.0, given_up=1.1) == pytest.approx(500)
     assert taken_over_ms([], moment=1.0, given_up=1.1) is None
