@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from planner.cost.accuracy import Accuracy, error_figures
-from planner.cost.engine_fit import FITTED, constants_of, fit_engine, fit_first_tokens, settings_of
+from planner.cost.engine_fit import FITTED, constants_of, fit_engine, fit_variants, settings_of
 from planner.cost.measurements import read_measurements
 from planner.inputs.engine import PROFILES
 
@@ -43,12 +43,12 @@ def profile(path: str) -> dict:
     measurements, left = read_measurements(path)
     settings = settings_of(measurements)
     engine = fit_engine(settings)
-    first_tokens = fit_first_tokens(settings, engine)
-    result = Accuracy(measurements=measurements, settings=settings, engine=engine, first_tokens=first_tokens)
-    constants = {}
+    variants = fit_variants(settings, engine)
+    result = Accuracy(measurements=measurements, settings=settings, engine=engine, variants=variants)
+    found = {}
     for name, value in constants_of(engine).items():
         fitted = name in FITTED
-        constants[name] = {
+        found[name] = {
             "value": float(f"{value:.4g}") if fitted else value,
             "unit": UNITS.get(name, "s"),
             "source": "fitted" if fitted else "assumed (planner.cost.engine_fit.EXPECTED)",
@@ -56,18 +56,22 @@ def profile(path: str) -> dict:
     return {
         "generator": "python -m benchmarks.fit_planner",
         "data": f"{len(measurements):,} settings of {Path(path).name}; {sum(left.values()):,} rows left out",
-        "constants": constants,
-        "variants": {name: {"prompt_kernel": float(f"{value:.4g}")} for name, value in first_tokens.items()},
+        "constants": found,
+        "variants": {
+            name: {key: float(f"{value:.4g}") for key, value in constants.items()}
+            for name, constants in variants.items()
+        },
         "checked": {"limits": limits(result), "kinds": kinds(result)},
     }
 
 
 def limits(result: Accuracy) -> dict:
-    """The largest setting that was measured, and the models and formats of weights that were."""
+    """The largest setting that was measured, the smallest model, and the models and formats of weights that were."""
     each = result.measurements
     return {
         "models": sorted({m.model for m in each}),
         "formats": sorted({m.workload.weight_format for m in each}),
+        "bytes": min(m.workload.all_bytes for m in each),
         "devices": max(len(m.shape.roles) for m in each),
         "requests": int(np.quantile([m.running for m in each], 0.99)),
         "prompt": int(np.quantile([m.traffic.prompt for m in each], 0.99)),

@@ -3,7 +3,8 @@
     python -m benchmarks.wide_ep
 
 Output tokens/s of each GPU in decode, and prompt tokens/s in prefill of 16,384 tokens a rank. Sources are the blog
-posts of SGLang (large-scale expert parallelism on 96 H100, Kimi-K2 on 128 H200) and DeepSeek (profile data).
+posts of SGLang (large-scale expert parallelism on 96 H100, long contexts on 16 H200, Kimi-K2 on 128 H200, GB200 NVL72)
+and DeepSeek (profile data, a day of its inference system).
 """
 
 from __future__ import annotations
@@ -75,13 +76,37 @@ RATES = (
         drafts=1,
         accepted=0.6,
     ),
+    PublishedRate(
+        name="DeepSeek, a day's mean",
+        model="deepseek-v3",
+        chip="h100",
+        ranks=144,
+        requests=128,
+        context=4989,
+        rate=1850,
+    ),
+    PublishedRate(
+        name="SGLang, one batch",
+        model="deepseek-v3",
+        chip="h200",
+        ranks=16,
+        requests=2,
+        context=65500,
+        rate=51.0,
+        alone=True,
+    ),
+    PublishedRate(
+        name="SGLang, two batches", model="deepseek-v3", chip="h200", ranks=16, requests=2, context=65500, rate=60.4
+    ),
+    PublishedRate(name="SGLang", model="deepseek-v3", chip="gb200", ranks=48, requests=768, context=2000, rate=7583),
     PublishedRate(name="SGLang", model="deepseek-v3", chip="h100", ranks=32, context=1024, rate=7209),
     PublishedRate(name="SGLang", model="deepseek-v3", chip="h100", ranks=32, context=2048, rate=6818),
     PublishedRate(name="SGLang", model="deepseek-v3", chip="h100", ranks=32, context=4096, rate=6288),
     PublishedRate(name="DeepSeek's profile", model="deepseek-v3", chip="h100", ranks=32, context=4096, rate=7839),
     PublishedRate(name="SGLang", model="kimi-k2", chip="h200", ranks=32, context=2048, rate=7000),
 )
-"""H800s are described as H100s: their NVLink is slower, which the decode of one host for each 8 ranks does not use."""
+"""H800s are described as H100s: their NVLink is slower, which the decode of one host for each 8 ranks does not use. The
+requests of DeepSeek's day (128) and of GB200s (768) are assumed."""
 
 
 def planned(row: PublishedRate) -> tuple[float, dict[str, float]]:
@@ -89,7 +114,8 @@ def planned(row: PublishedRate) -> tuple[float, dict[str, float]]:
     workload = read_model(row.model)
     if row.drafts:
         workload = workload.with_drafts(row.drafts, row.accepted)
-    cluster = Cluster.regular(row.chip, row.ranks // 8, 8, hardware=read_cluster(row.chip).hardware)
+    chip = read_cluster(row.chip)
+    cluster = Cluster.regular(row.chip, row.ranks // chip.per_host, chip.per_host, hardware=chip.hardware)
     shape = Shape(
         arch="collocated",
         tensor=1,

@@ -49,7 +49,10 @@ def degrade(options: Namespace) -> CommandResult:
         return _degrade_pools(found, means, options)
     deployment = with_store(found, options.store)
     losses = LossModel(deployment, read_recovery_times(options.measured) if options.measured else None, means)
-    recovery, kept = losses.recovery.times, pace_of(deployment.workload, losses.capacity_model.whole)
+    recovery, kept = (
+        losses.recovery.times,
+        pace_of(deployment.workload, losses.capacity_model.whole, deployment.cluster),
+    )
     kinds = [k for k in options.kinds.split(",") if k]
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; it must be at least 0")

@@ -30,7 +30,10 @@ th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:5
 svg{display:block;max-width:100%;min-width:680px;height:auto}
 svg text{fill:var(--ink);font-size:12px}svg .soft{fill:var(--soft)}
 .axis{stroke:var(--line)}.edge{stroke:var(--card)}.bad{fill:var(--bad);color:var(--bad)}
-@media (max-width:520px){main{padding:18px 10px 40px}section{padding:12px}.fact b{font-size:17px}}
+.key{display:flex;flex-wrap:wrap;gap:4px 18px;color:var(--soft);font-size:12.5px;margin-top:8px}
+.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:6px}
+@media (max-width:520px){main{padding:18px 10px 40px}section{padding:12px}.fact b{font-size:17px}
+svg.narrow{min-width:0}svg.narrow text{font-size:21px}td,th{padding-right:10px}}
 """
     + "".join(f".s{i}{{fill:var(--s{i})}}" for i in range(LEVELS))
     + "".join(f".p{i}{{fill:var(--p{i})}}" for i in range(PARTS))
@@ -76,10 +79,12 @@ def label(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
 
 
-def svg(width: float, height: float, parts: Sequence[str], name: str) -> str:
-    """A drawing, `name` for those who cannot see it."""
+def svg(width: float, height: float, parts: Sequence[str], name: str, *, narrow: bool = False) -> str:
+    """A drawing, `name` for those who cannot see it. On phones a `narrow` one is as wide as the screen, with text as
+    large as its room allows; others scroll."""
+    kind = ' class="narrow"' if narrow else ""
     box = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-    return f'<svg {box} role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+    return f'<svg {box}{kind} role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
 
 
 def level(value: float, low: float, high: float) -> int:
@@ -105,7 +110,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]],
     """Horizontal bars of parts: (name, its parts as (name, begin, length)). A line marks the `limit`, if any."""
     most = max([limit, *(begin + size for _, parts in rows for _, begin, size in parts)], default=1.0) or 1.0
     names = list(dict.fromkeys(name for _, parts in rows for name, _, _ in parts))
-    left, width, step = 190.0, 680.0, 30.0
+    left, width, step = 205.0, 660.0, 30.0
     drawn, before = [], 0.0
     for at, (name, parts) in enumerate(rows):
         drawn.append(label(left - 8, at * step + 19, name, anchor="end"))
@@ -134,11 +139,10 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]],
         drawn.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 6:.0f}" stroke="var(--bad)" stroke-dasharray="4 3"/>'
         )
-    x = left
-    for at, name in enumerate(names):
-        drawn += [rect(x, height + 4, 11, 11, f"p{at % PARTS}"), label(x + 16, height + 14, name, kind="soft")]
-        x += 34 + 6.6 * len(name)
-    return svg(max(960.0, x), height + 24, drawn, "bars")
+    key = (
+        f'<span><i style="background:var(--p{at % PARTS})"></i>{escape(name)}</span>' for at, name in enumerate(names)
+    )
+    return f'{svg(1000.0, height, drawn, "bars", narrow=True)}<div class="key">{"".join(key)}</div>'
 
 
 def ticks(most: float) -> list[float]:
@@ -184,5 +188,5 @@ def curve(
         drawn.append(
             label(left + value / most_x * width, top + height + 16, f"{value:,.0f}", anchor="middle", kind="soft")
         )
-    drawn += [label(left, top + height + 34, x_name, kind="soft"), label(left + 6, top + 12, y_name, kind="soft")]
-    return svg(left + width + 30, top + height + 42, drawn, f"{y_name} against {x_name}")
+    drawn += [label(left, top + height + 42, x_name, kind="soft"), label(left + 6, top + 14, y_name, kind="soft")]
+    return svg(left + width + 30, top + height + 50, drawn, f"{y_name} against {x_name}", narrow=True)

@@ -184,7 +184,9 @@ def _steps(pools: dict[str, Deployment]) -> str:
         took = band.text(step.total * 1e3, "tpot", "ms")
         drawn.append(f"<p>{name or 'all ranks'}: {took} {escape(band.source())}</p>" + stacked_bars(rows, "ms"))
     return section(
-        "A step", "Milliseconds of the busiest rank by part, as a waterfall; each is off as the step is.", *drawn
+        "A step",
+        "Milliseconds of the busiest rank by part, as a waterfall; each part is off by the factor of the step.",
+        *drawn,
     )
 
 
@@ -277,11 +279,11 @@ def _months(name: str, d: Deployment, options: Namespace) -> str:
         wide = max(1.2 if count else 0.0, (until - day) / DAYS * 900)
         drawn.append(rect(40 + day / DAYS * 900, floor - height, wide, height, "p5", text))
     drawn.append(f'<line x1="40" x2="940" y1="{floor}" y2="{floor}" class="axis"/>')
-    drawn += [label(34, 22, f"{most}", anchor="end", kind="soft"), label(44, 12, "devices down", kind="soft")]
+    drawn += [label(34, 22, f"{most}", anchor="end", kind="soft"), label(44, 20, "devices down", kind="soft")]
     for month in range(int(DAYS) // 30 + 1):
         x = 40 + month * 30 / DAYS * 900
         drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}" class="axis"/>')
-        drawn.append(label(x, floor + 18, f"day {month * 30}", anchor="end" if x > 920 else "middle", kind="soft"))
+        drawn.append(label(x, floor + 24, f"day {month * 30}", anchor="end" if x > 920 else "middle", kind="soft"))
     head = ["policy", "availability", "goodput lost", "outage, h", "masked, h", "reduced, h", "stall, s"]
     rows = [
         [r.policy, _shares(*r.availability_range), f"{r.goodput_lost:.3%}"]
@@ -291,7 +293,9 @@ def _months(name: str, d: Deployment, options: Namespace) -> str:
     ]
     where = f" of the ranks for {name}" if name else ""
     text = f"Devices down{where} at the cluster's failure rates, and what the months cost under each policy [estimate]."
-    return section(f"{DAYS:.0f} simulated days", text, svg(WIDTH, 152, drawn, "devices down"), html_table(head, rows))
+    return section(
+        f"{DAYS:.0f} simulated days", text, svg(WIDTH, 156, drawn, "devices down", narrow=True), html_table(head, rows)
+    )
 
 
 def _shares(low: float, high: float) -> str:

@@ -102,8 +102,21 @@ def pace_line(pace: Pace | None) -> str:
     each = pace.requests / pace.ranks
     return (
         f"beyond what one front can pace: a step with {pace.requests:,} requests takes it {need}, "
-        f"the ranks {ranks:,.1f} ms; it paces {pace.most_ranks:,} ranks with {each:.3g} requests each (docs/scale.md)"
+        f"the ranks {ranks:,.1f} ms; it paces {pace.most_ranks:,} ranks with {each:.3g} requests each (docs/scale.md)\n"
+        f"  {_fronts_needed(pace)}"
     )
+
+
+def _fronts_needed(pace: Pace) -> str:
+    """How many fronts a plan beyond the pace of one would take, or why no number of them will do."""
+    if pace.fronts:
+        return (
+            f"{pace.fronts:,} servers of at most {pace.most_ranks:,} ranks, each with a front and an edge of its own, "
+            f"would keep pace"
+        )
+    if pace.fewest_ranks:
+        return f"no server of so few ranks holds the model: it takes {pace.fewest_ranks:,}"
+    return "several servers would do no better"
 
 
 def stall_line(outcome: LossOutcome, bands: LossBands) -> str:

@@ -73,7 +73,7 @@ def _solve(subs) -> None:
     p = _command(subs, "solve", solve, "Find the best mesh and placement, and say why the other shapes lost.")
     p.add_argument("model", help="preset (deepseek-v3), config.json, its folder, or a JSON of workload numbers")
     p.add_argument("cluster", help="preset (h200), preset with size (h200:40x8), TOML file, or plan file")
-    p.add_argument("--traffic", help="prompt=2048,output=512,tpot_ms=50,ttft_ms=5000,rps=10")
+    p.add_argument("--traffic", help="prompt=2048,output=512,tpot_ms=50,ttft_ms=5000,rps=10,cached=0.5")
     p.add_argument(
         "--survive",
         help="losses that the placement survives without new weight buffers, as ranks=2,hosts=1 (default: ranks=1)",

@@ -17,7 +17,7 @@ from planner.plan.transfer import Transfer
 from planner.solver.balance import relative_rank_loads
 from planner.solver.shapes import memory_budget
 
-BAR = 40  # characters of a full memory bar
+BAR = 27  # characters of a full memory bar: lines of at most 80
 
 
 def design_report(design: Design, *, runners_up: int = 8, width: int | None = None) -> str:
@@ -81,16 +81,19 @@ def share_of(cluster: Cluster) -> str:
 
 
 def _kind_lines(design: Design) -> list[str]:
-    """The requests of a group of each kind of devices, and the expert traffic of its ranks."""
+    """The requests of a group of each kind of devices, and the expert traffic and the filled slots of its ranks."""
     d, best = design.deployment, design.chosen
     if not best.requests_by_kind:
         return []
     loads = relative_rank_loads(d.plan, d.load_array()).mean(axis=0) if d.plan.experts else []
     by_rank = dict(zip(d.plan.expert_rank_ids, loads, strict=False))
+    held = (d.plan.slots_by_rank() >= 0).sum(axis=2).mean(axis=0) if d.plan.experts else []
+    filled = dict(zip(d.plan.expert_rank_ids, held, strict=False))
     lines = []
     for kind, count in best.requests_by_kind:
-        own = [by_rank[device.id] for device in d.cluster.devices if device.kind == kind and device.id in by_rank]
-        traffic = f", {sum(own) / len(own):.2f} x the mean expert traffic a rank" if own else ""
+        own = [device.id for device in d.cluster.devices if device.kind == kind and device.id in by_rank]
+        load, slots = (sum(each[i] for i in own) / max(1, len(own)) for each in (by_rank, filled))
+        traffic = f", {load:.2f} x the mean expert traffic a rank, in {slots:.1f} of its slots" if own else ""
         lines.append(f"  {kind}: {count} requests a group{traffic}")
     return lines
 

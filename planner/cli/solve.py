@@ -125,7 +125,7 @@ def _result(found: Design, config: Mapping[str, Any], options: Namespace) -> tup
     write_text(options.out, deployment.to_json())
     losses = LossModel(deployment)
     first, bands = losses.outcome(deployment.plan.rank_ids[:1]), LossBands(losses)
-    kept = pace_of(deployment.workload, found.chosen)
+    kept = pace_of(deployment.workload, found.chosen, deployment.cluster)
     lines = [design_report(found, width=terminal_width()), "", stall_line(first, bands), pace_line(kept)]
     if options.pictures:
         kind = "svg" if options.svg else "png"

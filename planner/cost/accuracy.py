@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost.engine_fit import SettingArrays, fit_engine, predict, settings_of
+from planner.cost.engine_fit import SettingArrays, constants_of, fit_engine, predict, settings_of
 from planner.cost.measurements import Measurement
 from planner.inputs.engine import Engine, engine_names, read_profile
 
@@ -49,24 +49,24 @@ def error_figures(errors: np.ndarray) -> ErrorFigures | None:
 class Accuracy:
     """Predictions for measured settings. Errors are natural logarithms of predicted over measured, one for each.
 
-    `first_tokens` is `Engine.prompt_kernel` by the engine that was measured (`fit_first_tokens`).
+    `variants` are the constants that differ by the engine that was measured (`fit_variants`).
     """
 
     measurements: Sequence[Measurement]
     settings: SettingArrays
     engine: Engine
-    first_tokens: Mapping[str, float]
+    variants: Mapping[str, Mapping[str, float]]
 
     @cached_property
     def tpot(self) -> np.ndarray:
         """Errors of the time per output token, with the planner's constants."""
-        return np.log(predict(self.settings, self.engine).tpot / self.settings.tpot)
+        return np.log(predict(self.settings, self.engine, self.variants).tpot / self.settings.tpot)
 
     @cached_property
     def ttft(self) -> np.ndarray:
         """Errors of the time to first token, with the planner's constants; nan where none was measured."""
         measured = np.where(self.settings.ttft > 0, self.settings.ttft, np.nan)
-        return np.log(predict(self.settings, self.engine, self.first_tokens).ttft / measured)
+        return np.log(predict(self.settings, self.engine, self.variants).ttft / measured)
 
     @cached_property
     def full(self) -> np.ndarray:
@@ -105,9 +105,9 @@ class Accuracy:
 def accuracy_of(measurements: Sequence[Measurement], name: str) -> Accuracy:
     """The predictions for `measurements` with the constants of the engine `name`, and of its variants where these are
     what was measured."""
-    variants = {m.engine for m in measurements} & set(engine_names())
-    first_tokens = {each: read_profile(each)[0].prompt_kernel for each in variants}
-    settings = settings_of(measurements)
-    return Accuracy(
-        measurements=measurements, settings=settings, engine=read_profile(name)[0], first_tokens=first_tokens
-    )
+    engine = read_profile(name)[0]
+    variants = {}
+    for each in {m.engine for m in measurements} & set(engine_names()):
+        own = constants_of(read_profile(each)[0])
+        variants[each] = {key: value for key, value in own.items() if value != getattr(engine, key)}
+    return Accuracy(measurements=measurements, settings=settings_of(measurements), engine=engine, variants=variants)

@@ -8,19 +8,23 @@ from math import inf
 
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import HERE, engine_of, read_profile
+from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.deployment import Deployment
+from planner.plan.plan import Figure
 from planner.plan.shape import Shape
 
 UNCHECKED = 2.0
 """The error factor of figures of an engine that was never compared with measurements, an assumption."""
 BEYOND = 1.5
 """The least error factor of figures beyond what was measured, an assumption: all published figures of wide expert
-parallel deployments lie within it (docs/results/planner_accuracy.md)."""
+parallel deployments lie within it but one, of two requests a rank (docs/results/planner_accuracy.md)."""
 OWN = 1.25
 """The error factor of phases of a recovery that were measured, and of the front's work, which follows lines through
 measurements: an assumption."""
 FEW = 10
+SMALLER = 2
+"""How many times smaller than the smallest measured model one may be without leaving what was measured."""
 POOLS_BAND = "pools for prompts and decode"
 QUANTITIES = ("tpot", "ttft", "rate")
 
@@ -51,6 +55,11 @@ class Band:
         """`value` as {low, mid, high}; `quantity` is one of QUANTITIES."""
         factor = getattr(self, quantity)
         return {"low": value / factor, "mid": value, "high": value * factor}
+
+    def figure(self, name: str, value: float, unit: str, quantity: str) -> Figure:
+        """`value` as a figure of a plan, with the ends of its range where `quantity` is one of QUANTITIES."""
+        ends = self.around(float(value), quantity) if quantity else {}
+        return Figure(name=name, value=float(value), unit=unit, low=ends.get("low"), high=ends.get("high"))
 
     def text(self, value: float, quantity: str, unit: str) -> str:
         """`value` as a range, such as "18-26 ms"."""
@@ -119,8 +128,16 @@ def deployment_band(deployment: Deployment, shape: Shape, requests: float) -> Ba
     """`band_of` a deployment with `requests` on each tensor group of a shape. No pools were among the measured
     settings."""
     d = deployment
-    band = band_of(d.workload, d.cluster, shape, requests, d.traffic.prompt)
-    return band if d.work == "all" else band.beyond_by(POOLS_BAND)
+    return band_of_work(d.workload, d.cluster, d.traffic, shape, requests, d.work)
+
+
+def band_of_work(
+    workload: Workload, cluster: Cluster, traffic: Traffic, shape: Shape, requests: float, work: str
+) -> Band:
+    """`band_of` a shape with `requests` on each tensor group that does this part of their `work`
+    (`planner.plan.deployment.WORKS`)."""
+    band = band_of(workload, cluster, shape, requests, traffic.prompt)
+    return band if work == "all" else band.beyond_by(POOLS_BAND)
 
 
 def _beyond(
@@ -138,6 +155,8 @@ def _beyond(
         found.append(f"{requests:,.0f} requests a group, measured up to {limits['requests']}")
     if prompt > limits["prompt"]:
         found.append(f"prompts of {prompt:,.0f}, measured up to {limits['prompt']:,}")
+    if (size := workload.all_bytes) < limits["bytes"] / SMALLER:
+        found.append(f"{size / 1e9:.2g} GB of weights, measured from {limits['bytes'] / 1e9:.2g}")
     if workload.drafts:
         found.append("drafted tokens")
     if workload.weight_format not in limits["formats"]:

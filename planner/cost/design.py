@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost.band import Band, deployment_band
+from planner.cost.band import Band, band_of_work, deployment_band
 from planner.cost.mixed import assess_kinds, placement_speeds
 from planner.cost.throughput import Candidate
 from planner.cost.trade_off import pareto
@@ -21,6 +21,7 @@ from planner.plan.expert_loads import load_shares
 from planner.plan.plan import Figure, Plan
 from planner.plan.shape import Shape
 from planner.solver.balance import peak_load
+from planner.solver.placement import peak_by_speed
 from planner.solver.problem import Problem
 from planner.solver.replicas import copy_counts
 from planner.solver.shapes import mesh_shapes, rest_bytes, slots_per_rank, without_memory_limit
@@ -115,8 +116,9 @@ def design(
     candidates, plans = comparison.place_best(candidates, loads, protect)
     chosen = next(c for c in candidates if c.shape.layout in plans)
     plan, peak = plans[chosen.shape.layout]
+    band = band_of_work(workload, cluster, traffic, chosen.shape, chosen.requests_per_group, work)
     deployment = Deployment(
-        plan=_with_predictions(plan, chosen, peak),
+        plan=_with_predictions(plan, chosen, peak, band),
         workload=workload,
         cluster=cluster,
         traffic=traffic,
@@ -205,6 +207,9 @@ class _Comparison:
             key = (shape.slots, shape.expert_rank_count)
             if key not in peaks:
                 peaks[key] = expected_peak(self.shares, *key) if self.uneven else 1.0
+                speed = placement_speeds(self.workload, self.cluster, shape, self.traffic.context)
+                if speed is not None and shape.slots:
+                    peaks[key] = max(peaks[key], peak_by_speed(speed, shape.slots, self.workload.experts))
             candidates.append(self._assess(shape, peaks[key]))
         return sorted(candidates, key=self._order)
 
@@ -246,7 +251,7 @@ class _Comparison:
         return (bool(candidate.reason), -good, candidate.shape.slots)
 
 
-def _with_predictions(plan: Plan, chosen: Candidate, peak: float) -> Plan:
+def _with_predictions(plan: Plan, chosen: Candidate, peak: float, band: Band) -> Plan:
     """A placement with the tensor groups, axes, cache pages and predictions of the chosen shape."""
     ranks = tuple(replace(r, group=g) for r, g in zip(plan.ranks, chosen.shape.groups, strict=True))
     return replace(
@@ -254,7 +259,7 @@ def _with_predictions(plan: Plan, chosen: Candidate, peak: float) -> Plan:
         ranks=ranks,
         axes=chosen.shape.axes,
         pages_per_rank=chosen.pages_per_rank,
-        cost=figures(chosen, peak),
+        cost=figures(chosen, peak, band),
     )
 
 
@@ -309,20 +314,21 @@ def place_shape(
     return replace(solve(problem), axes=shape.axes)
 
 
-def figures(candidate: Candidate, peak: float) -> tuple[Figure, ...]:
-    """The predictions for a candidate as the cost of a plan; every figure is an estimate."""
+def figures(candidate: Candidate, peak: float, band: Band) -> tuple[Figure, ...]:
+    """The predictions for a candidate as the cost of a plan; every figure is an estimate, and times and rates have the
+    ends of their band."""
     step = candidate.step
     rows = [
-        ("tokens_per_second", candidate.tokens_per_second, "tokens/s"),
-        ("tokens_per_second_per_device", candidate.per_device(), "tokens/s"),
-        ("tokens_per_second_per_user", candidate.tokens_per_second_per_user, "tokens/s"),
-        ("ttft", candidate.ttft_seconds, "s"),
-        ("requests_per_group", candidate.requests_per_group, "requests"),
-        *((f"requests_per_group_{kind}", count, "requests") for kind, count in candidate.requests_by_kind),
-        ("peak_load", peak, "x mean"),
+        ("tokens_per_second", candidate.tokens_per_second, "tokens/s", "rate"),
+        ("tokens_per_second_per_device", candidate.per_device(), "tokens/s", "rate"),
+        ("tokens_per_second_per_user", candidate.tokens_per_second_per_user, "tokens/s", "tpot"),
+        ("ttft", candidate.ttft_seconds, "s", "ttft"),
+        ("requests_per_group", candidate.requests_per_group, "requests", ""),
+        *((f"requests_per_group_{kind}", count, "requests", "") for kind, count in candidate.requests_by_kind),
+        ("peak_load", peak, "x mean", ""),
     ]
     if step is not None:
-        rows.append(("step", step.total, "s"))
-        rows += [(f"step_{name}", seconds, "s") for name, seconds in step.parts().items()]
-    rows += [(f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes") for name, size in candidate.memory]
-    return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)
+        rows.append(("step", step.total, "s", "tpot"))
+        rows += [(f"step_{name}", seconds, "s", "tpot") for name, seconds in step.parts().items()]
+    rows += [(f"memory_{name.split(',')[0].replace(' ', '_')}", size, "bytes", "") for name, size in candidate.memory]
+    return tuple(band.figure(*row) for row in rows)

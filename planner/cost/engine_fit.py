@@ -37,13 +37,19 @@ EXPECTED = Engine(
     collective=4e-6,
     prompt=5e-3,
     prompt_kernel=5e-5,
-    interference=0.6,
+    interference=1.0,
     mixed=True,
     overlaps=True,
 )
 """The constants before a fit. Constants outside of FITTED are assumed: large products of matrices and attention reach
-these shares of peak, rows between the kernels of experts these of memory bandwidth, all-reduces these of a link, and
-streams that begin together wait for less than all prompts."""
+these shares of peak, rows between the kernels of experts these of memory bandwidth, all-reduces these of a link. A
+running stream waits for every prompt that begins while it runs, since prompts are computed in the steps of running
+streams."""
+
+SCHEDULES: Mapping[str, Mapping[str, float]] = {"sglang": {"interference": 0.5}}
+"""Constants that follow from how an engine schedules prompts, where that is not in the steps of running streams. SGLang
+computes prompts before it goes on with running streams, so that requests of a like length begin and end together; each
+then waits, after its own, for half of the others' prompts on average."""
 
 FITTED = (
     "weights",
@@ -59,6 +65,9 @@ FITTED = (
     "prompt_kernel",
 )
 SHARES = ("weights", "cache")
+MOST_BANDWIDTH = 0.95
+"""The largest share of memory bandwidth that a fit may find: copies and triads reach 0.91 to 0.94 of peak on these
+chips."""
 SPREAD = 2.0
 SOFT = 0.15
 FIRST_TOKEN = 0.7
@@ -120,7 +129,7 @@ def settings_of(measurements: Sequence[Measurement]) -> SettingArrays:
         at = (m.workload, m.cluster, m.shape)
         shared = {"reduces_experts": True, "expert_tensor": m.expert_tensor}
         decode.append(step_work(*at, m.running, m.traffic.context, **shared))
-        for done in range(0, m.traffic.prompt, CHUNK):
+        for done in np.arange(m.traffic.known, m.traffic.prompt, CHUNK):
             chunk = min(CHUNK, m.traffic.prompt - done)
             work = step_work(*at, chunk, done + chunk / 2, requests=1, in_prompt=True, **shared)
             prompts.append(work.added())
@@ -152,16 +161,20 @@ def _pick(work: StepWork, chosen: np.ndarray) -> StepWork:
     return StepWork(**{f.name: getattr(work, f.name)[chosen] for f in fields(StepWork)})
 
 
-def predict(s: SettingArrays, engine: Engine, first_tokens: Mapping[str, float] | None = None) -> Predicted:
-    """The seconds of each setting, with the constants of `engine`, and `first_tokens` as its `prompt_kernel` by the
-    name of the engine that was measured."""
-    launch = np.array([(first_tokens or {}).get(str(name), engine.prompt_kernel) for name in s.engine])
+def predict(s: SettingArrays, engine: Engine, variants: Mapping[str, Mapping[str, float]] = SCHEDULES) -> Predicted:
+    """The seconds of each setting, with the constants of `engine`; `variants` are those that differ, by the name of the
+    engine that was measured."""
+
+    def own(constant: str) -> np.ndarray:
+        return np.array([variants.get(str(name), {}).get(constant, getattr(engine, constant)) for name in s.engine])
+
+    launch, waited = own("prompt_kernel"), own("interference")
     step = sum(part_seconds(s.decode, engine))
     attention, experts, exchange, _ = part_seconds(s.prompts, engine)
     prefill = np.bincount(s.owner, attention + experts + exchange, len(s.running))
     begun = s.running / s.output * prefill
     return Predicted(
-        tpot=step + engine.interference * np.maximum(0.0, s.running - 1) / s.output * prefill,
+        tpot=step + waited * np.maximum(0.0, s.running - 1) / s.output * prefill,
         ttft=prefill + step + engine.prompt + launch * s.kernels,
         rate=s.running * s.groups / (step + begun),
     )
@@ -173,7 +186,7 @@ def fit_engine(s: SettingArrays, *, start: Engine = EXPECTED) -> Engine:
     Gauss-Newton steps on the logarithms of the constants, halved where they do not help.
     """
     expected = np.log([getattr(EXPECTED, name) for name in FITTED])
-    highest = np.array([0.0 if name in SHARES else np.inf for name in FITTED])
+    highest = np.array([np.log(MOST_BANDWIDTH) if name in SHARES else np.inf for name in FITTED])
     counts = Counter(s.model)
     weight = np.array([counts[m] for m in s.model], float) ** -0.25
     weight /= np.sqrt((weight**2).mean())
@@ -208,15 +221,15 @@ def fit_engine(s: SettingArrays, *, start: Engine = EXPECTED) -> Engine:
     return with_constants(x)
 
 
-def fit_first_tokens(s: SettingArrays, engine: Engine) -> dict[str, float]:
-    """`prompt_kernel` by the engine that was measured, where first tokens at a concurrency of at most `ALONE` were: the
-    value with which half of them come later than predicted."""
-    found = {}
+def fit_variants(s: SettingArrays, engine: Engine) -> dict[str, dict[str, float]]:
+    """What differs by the engine that was measured: its `SCHEDULES`, and its `prompt_kernel` where first tokens at a
+    concurrency of at most `ALONE` were measured, the value with which half of them come later than predicted."""
+    found = {name: dict(constants) for name, constants in SCHEDULES.items()}
     without = replace(engine, prompt_kernel=0.0)
     for name in np.unique(s.engine[s.alone]):
         own = s.only(s.alone & (s.engine == name))
         rest = (own.ttft - predict(own, without).ttft) / own.kernels
-        found[str(name)] = float(max(0.0, np.median(rest)))
+        found.setdefault(str(name), {})["prompt_kernel"] = float(max(0.0, np.median(rest)))
     return found
 
 

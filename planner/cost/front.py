@@ -10,12 +10,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from planner.cost.throughput import Candidate
+from planner.inputs.cluster import Cluster
 from planner.inputs.shipped import shipped
 from planner.inputs.workload import Workload
+from planner.plan.shape import Shape
+from planner.solver.shapes import memory_budget, rest_bytes
 
 MOST_RANKS = 1 << 20
 
@@ -128,7 +131,8 @@ class Pace:
     """Whether one front can pace a plan: its seconds for a step beside those of the ranks.
 
     `requests` run on all `ranks` ranks together. `watching` is the share of the front's core that watching them takes.
-    `most_ranks` is the largest number of ranks, with as many requests on each, that one front paces.
+    `most_ranks` is the largest number of ranks, with as many requests on each, that one front paces, and
+    `fewest_ranks` the number on which the model fits at all (0 where that is not known).
     """
 
     ranks: int
@@ -137,6 +141,16 @@ class Pace:
     front_step: float
     watching: float
     most_ranks: int
+    fewest_ranks: int = 0
+
+    @property
+    def fronts(self) -> int:
+        """The number of fronts that would pace all ranks, each of a server of its own with at most `most_ranks` of
+        them; 0 where no server of so few ranks holds the model. Edges of a server hold the connections of clients, and
+        add nothing to its step."""
+        if not self.most_ranks or self.most_ranks < self.fewest_ranks:
+            return 0
+        return ceil(self.ranks / self.most_ranks)
 
     @property
     def kept(self) -> bool:
@@ -146,15 +160,30 @@ class Pace:
     def to_dict(self) -> dict:
         """For JSON: infinite seconds, of a front that only watches, are None."""
         seconds = self.front_step if self.front_step < inf else None
-        return {**asdict(self), "front_step": seconds, "kept": self.kept}
+        return {**asdict(self), "front_step": seconds, "kept": self.kept, "fronts": self.fronts}
 
 
-def pace_of(workload: Workload, best: Candidate) -> Pace | None:
-    """The pace of one front for the requests of a prediction; None where no step was predicted."""
+def pace_of(workload: Workload, best: Candidate, cluster: Cluster) -> Pace | None:
+    """The pace of one front for the requests of a prediction on a cluster; None where no step was predicted."""
     if best.step is None:
         return None
     requests = best.requests_per_group * best.shape.data
-    return pace(FrontCost.measured(workload), len(best.shape.roles), requests, best.step.total)
+    kept = pace(FrontCost.measured(workload), len(best.shape.roles), requests, best.step.total)
+    return replace(kept, fewest_ranks=fewest_ranks(workload, cluster, best.shape))
+
+
+def fewest_ranks(workload: Workload, cluster: Cluster, shape: Shape) -> int:
+    """The fewest ranks on which the model fits with groups as wide as those of `shape`, each with a page of the cache;
+    0 where not even a rank's share of the weights beside the experts does."""
+    room = memory_budget(cluster)
+    left = None if room is None else room - rest_bytes(workload, shape.tensor, shape.dense) - workload.page_bytes
+    if left is not None and left < 0:
+        return 0
+    groups = max(shape.tensor, shape.dense)
+    if left is None or not workload.experts:
+        return groups
+    slots = min(workload.experts, left // workload.slot_bytes)
+    return groups * ceil(workload.experts / slots / groups) if slots else 0
 
 
 def pace(front: FrontCost, ranks: int, requests: int, ranks_step: float) -> Pace:

@@ -62,6 +62,9 @@ MODELS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 """Models of measured settings: a pattern of `model_path`, the name, the shipped configuration with matrices of this
 kind, and the sizes that differ from it. MiniMax-M2's matrices are those of a Qwen3-MoE of its sizes."""
 
+DISTINCT, ROUNDS = 100, 10
+"""Distinct prompts, and requests for each of the concurrency, of benchmarks whose prompts repeat (`_cached`)."""
+
 TOGETHER_MS, MANY = 6.0, 512
 """At a concurrency of `MANY` and more, rows with a shorter time per token were not served together (the table's
 note)."""
@@ -142,7 +145,7 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
     if isinstance(parallel, str):
         return parallel
     tensor, data, concurrency = parallel
-    traffic = Traffic(prompt=int(row["isl"]), output=int(row["osl"]))
+    traffic = Traffic(prompt=int(row["isl"]), output=int(row["osl"]), cached=_cached(row, concurrency))
     tpot, ttft = float(row["silicon_tpot_ms"]) / 1e3, float(row["silicon_ttft_ms"] or 0) / 1e3
     if concurrency >= MANY and tpot * 1e3 < TOGETHER_MS:
         return f"concurrency of {MANY} and more that was not served together"
@@ -192,6 +195,8 @@ def _parallelism(row: Mapping[str, str]) -> tuple[int, int, int] | str:
     inner, outer = int(row["moe_tp_size"] or 1), int(row["moe_ep_size"] or 1)
     batch = int(row["batch_size"])
     named = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
+    if named is None and "gtl_job_id=" in row["silicon_data_source"]:
+        return "replicas behind a router, with a concurrency that its row does not say"
     concurrency = int(named[1]) if named else batch * data
     if int(row["pp_size"] or 1) != 1:
         return "pipelines"
@@ -219,6 +224,21 @@ def _may_speculate(model: str, row: Mapping[str, str]) -> bool:
     version = row["backend_version"]
     builds = "rc6.post3" in version or (version == "1.1.0rc2.post2" and row["system"].startswith("b200"))
     return model == "deepseek-v3" and row["backend"] == "trtllm" and builds
+
+
+def _cached(row: Mapping[str, str], concurrency: int) -> float:
+    """The share of prompts that are in the engine's prefix cache, since the benchmark sent them before.
+
+    GenAI-Perf and AIPerf send `DISTINCT` different prompts unless a script asks for more (`--num-dataset-entries`), and
+    scripts usually send `ROUNDS` requests for each of the concurrency; vLLM, SGLang and TensorRT-LLM keep prefixes
+    unless asked not to. Rows do not say so. It is taken for the tables of this source whose lengths are in thousands:
+    there, as many prompt tokens a second as were measured would take up to 0.83 of the chip's peak for their products
+    alone, and with these shares (nothing is fitted to them) the times agree. Tables of the same source with lengths in
+    powers of two are of other benchmarks, and show no repeated prompt.
+    """
+    source = row["silicon_data_source"]
+    repeats = "/aic-auto-gap-analysis/" in source and "gtl_job_id=" not in source and int(row["isl"]) % 1000 == 0
+    return max(0.0, 1 - DISTINCT / (ROUNDS * concurrency)) if repeats else 0.0
 
 
 def _fits(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic) -> int:

@@ -2,8 +2,8 @@
 
 All ranks run the same program, so they have as many slots each, as many as fit on the smallest, and a step takes as
 long as the slowest of them. What can follow speed does: a tensor group (the ranks of a host, all of one kind) runs as
-many requests as it has time and memory for, and ranks of a faster kind get more of the expert traffic, by the placement
-of hot copies (`expert_speeds`).
+many requests as it has time and memory for, and ranks of a faster kind get more of the expert traffic
+(`expert_speeds`): they fill more of their slots (`planner.solver.placement.slots_by_speed`), with hotter copies.
 """
 
 from __future__ import annotations
@@ -95,15 +95,13 @@ class _Groups:
     @cached_property
     def prefill(self) -> dict[str, float]:
         """The seconds of a prompt on a group of each kind; 0 where prompts are computed elsewhere."""
-        w, shape, prompt = self.workload, self.shape, self.traffic.prompt
+        w, shape, traffic = self.workload, self.shape, self.traffic
         if self.work != "all":
             return dict.fromkeys(self.counts, 0.0)
-        return {kind: prefill_time(w, self.cluster.only(kind), shape, prompt, peak=self.peak) for kind in self.counts}
-
-    @cached_property
-    def interference(self) -> float:
-        """The share of prefills that falls between the tokens of running streams."""
-        return engine_of(self.cluster.hardware).interference
+        return {
+            kind: prefill_time(w, self.cluster.only(kind), shape, traffic.prompt, known=traffic.known, peak=self.peak)
+            for kind in self.counts
+        }
 
     def step(self, kind: str, requests: int, mean: float) -> StepTime:
         """A step of the ranks of a kind."""
@@ -114,7 +112,7 @@ class _Groups:
     def gap(self, kind: str, requests: int, mean: float) -> float:
         """Seconds between two tokens of a stream on the ranks of a kind."""
         step = self.step(kind, requests, mean).total / self.workload.kept
-        return token_gap(step, self.prefill[kind], requests, self.traffic.output, self.interference)
+        return token_gap(step, self.prefill[kind], requests, self.traffic.output, engine_of(self.cluster.hardware))
 
     def first_token(self, kind: str, requests: int, mean: float) -> float:
         """Seconds until a first token while steps take as long as those of a kind."""
@@ -241,8 +239,9 @@ def seconds_of_requests(
     if each > room:
         return inf
     step = step_time(workload, cluster, shape, each, traffic.context, peak=peak).total
-    prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak) if work == "all" else 0.0
-    even = token_gap(step / workload.kept, prefill, each, traffic.output, engine_of(cluster.hardware).interference)
+    known = traffic.known
+    prefill = prefill_time(workload, cluster, shape, traffic.prompt, known=known, peak=peak) if work == "all" else 0.0
+    even = token_gap(step / workload.kept, prefill, each, traffic.output, engine_of(cluster.hardware))
     if not cluster.kinds or work == "prompts":
         return even
     groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work=work)

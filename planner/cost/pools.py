@@ -121,7 +121,7 @@ def design_pools(workload: Workload, cluster: Cluster, *, traffic: Traffic | Non
     deployment = PooledDeployment(
         prefill=tuple(each.deployment for each in prompts),
         decode=decode.deployment,
-        figures=_figures(rates, traffic, len(cluster.devices)),
+        figures=_figures(rates, traffic, len(cluster.devices), decode.band(decode.chosen)),
     )
     return PooledDesign(
         deployment=deployment,
@@ -228,19 +228,20 @@ class _Splits:
         return (missed, rates.tpot if traffic.rps is not None else 0.0, -rates.rate, rates.ttft)
 
 
-def _figures(rates: PoolRates, traffic: Traffic, devices: int) -> tuple[Figure, ...]:
-    """The predictions for all pools together; every figure is an estimate."""
+def _figures(rates: PoolRates, traffic: Traffic, devices: int, band: Band) -> tuple[Figure, ...]:
+    """The predictions for all pools together; every figure is an estimate, and times and rates have the ends of their
+    band."""
     rows = [
-        ("requests_per_second", rates.rate, "requests/s"),
-        ("requests_per_second_of_prompts", rates.prompts, "requests/s"),
-        ("requests_per_second_of_decode", rates.decode, "requests/s"),
-        ("tokens_per_second", rates.rate * traffic.output, "tokens/s"),
-        ("tokens_per_second_per_device", rates.rate * traffic.output / devices, "tokens/s"),
-        ("tokens_per_second_per_user", 1 / rates.tpot, "tokens/s"),
-        ("ttft", rates.ttft, "s"),
-        ("tpot", rates.tpot, "s"),
-        ("transfer", rates.transfer_seconds, "s"),
-        ("transfer_bytes", rates.transfer_bytes, "bytes"),
-        ("network_share", rates.rate / rates.network, "of the network of the smaller side"),
+        ("requests_per_second", rates.rate, "requests/s", "rate"),
+        ("requests_per_second_of_prompts", rates.prompts, "requests/s", "rate"),
+        ("requests_per_second_of_decode", rates.decode, "requests/s", "rate"),
+        ("tokens_per_second", rates.rate * traffic.output, "tokens/s", "rate"),
+        ("tokens_per_second_per_device", rates.rate * traffic.output / devices, "tokens/s", "rate"),
+        ("tokens_per_second_per_user", 1 / rates.tpot, "tokens/s", "tpot"),
+        ("ttft", rates.ttft, "s", "ttft"),
+        ("tpot", rates.tpot, "s", "tpot"),
+        ("transfer", rates.transfer_seconds, "s", "ttft"),
+        ("transfer_bytes", rates.transfer_bytes, "bytes", ""),
+        ("network_share", rates.rate / rates.network, "of the network of the smaller side", "rate"),
     ]
-    return tuple(Figure(name=name, value=float(value), unit=unit) for name, value, unit in rows)
+    return tuple(band.figure(*row) for row in rows)

@@ -1,7 +1,8 @@
 """The roofline model of a step: the seconds of each part on a shape.
 
 Every part takes the longer of moving its bytes and of doing its flops, at the engine's shares of the peaks
-(`planner.inputs.engine`); exchanges take their bytes over links and network, and a latency each. Collocated parts
+(`planner.inputs.engine`); exchanges take their bytes over links and network, and a latency each: over the network at
+least the hardware's, since collectives inside a host, of which the engine's is, are quicker. Collocated parts
 follow one another; disaggregated parts overlap as two micro-batches, so that the slowest part sets the pace and
 weights are read twice. Engines that overlap the exchange between hosts do so with two batches, where that is faster:
 while one batch computes attention or experts, the rows of the other are dispatched or combined, so that each such pair
@@ -117,18 +118,21 @@ def part_seconds(work: StepWork, engine: Engine, *, batches: int = 1) -> tuple[A
     experts = experts + w.carried / (w.bandwidth * e.carried)
     linked, networked = w.linked / (w.link * e.links), w.networked / w.network
     exchange = np.maximum(linked, networked) if e.overlaps else linked + networked
-    exchange = exchange + batches * w.exchanges * e.collective
+    exchange = exchange + batches * w.exchanges * np.maximum(e.collective, w.latency)
     overhead = e.step + e.request * w.requests + batches * e.kernel * w.kernels
     return attention, experts, exchange, overhead
 
 
-def prefill_time(workload: Workload, cluster: Cluster, shape: Shape, prompt: int, *, peak: float = 1.0) -> float:
-    """Seconds to prefill one prompt on every tensor group at once, in chunks of CHUNK tokens.
+def prefill_time(
+    workload: Workload, cluster: Cluster, shape: Shape, prompt: int, *, known: float = 0.0, peak: float = 1.0
+) -> float:
+    """Seconds to prefill one prompt on every tensor group at once, in chunks of CHUNK tokens, but for the first `known`
+    tokens, which are in the cache already.
 
     With an engine that mixes prompts into the steps of running streams, only the work that the prompt adds counts.
     """
     engine = engine_of(cluster.hardware)
-    seconds, done = 0.0, 0
+    seconds, done = 0.0, known
     while done < prompt:
         chunk = min(CHUNK, prompt - done)
         context = done + chunk / 2

@@ -28,7 +28,8 @@ class StepWork:
     between the kernels of experts; `kernels` launched; `requests` of a tensor group; reductions within tensor groups
     and the bytes that a rank moves in them; exchanges with other ranks and their bytes over links and over the network,
     `dispatch` the share of these before the experts. `bandwidth`, `flops`, `ratio` (of the rate of narrow numbers to
-    `flops`), `link` and `network` are the hardware's peaks.
+    `flops`), `link` and `network` are the hardware's peaks, `latency` the least seconds of an exchange over the
+    network.
     """
 
     weights: Any
@@ -53,6 +54,7 @@ class StepWork:
     ratio: Any
     link: Any
     network: Any
+    latency: Any
 
     def added(self) -> StepWork:
         """The work that these tokens add to a step that is made anyway: its weights are read and its kernels
@@ -133,6 +135,7 @@ def step_work(
         ratio=rate_ratio(w, hardware),
         link=hardware.link_bandwidth,
         network=hardware.network_bandwidth,
+        latency=hardware.collective_latency if sent[2] else 0.0,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.cost.roofline import CHUNK, StepTime, first_token_time, prefill_time, step_time
 from planner.inputs.cluster import Cluster
-from planner.inputs.engine import engine_of
+from planner.inputs.engine import Engine, engine_of
 from planner.inputs.layer_states import STATE_COPIES
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
@@ -83,8 +83,10 @@ def assess(
         tokens = pages * workload.page_tokens
         reason = f"{tokens:,} cache tokens a rank hold no request of {traffic.longest:,}"
         return Candidate(shape=shape, reason=reason)
-    prefill = prefill_time(workload, cluster, shape, traffic.prompt, peak=peak) if work == "all" else 0.0
-    share = engine_of(cluster.hardware).interference
+    prefill = (
+        prefill_time(workload, cluster, shape, traffic.prompt, known=traffic.known, peak=peak) if work == "all" else 0.0
+    )
+    engine = engine_of(cluster.hardware)
 
     def busy_with(count: int) -> float:
         """Seconds of a group per token of each stream: a step, and the prefill of the requests that begin in it."""
@@ -94,7 +96,7 @@ def assess(
     def gap_with(count: int) -> float:
         """Seconds between two tokens of a stream."""
         step = step_time(workload, cluster, shape, count, traffic.context, peak=peak)
-        return token_gap(step.total / workload.kept, prefill, count, traffic.output, share)
+        return token_gap(step.total / workload.kept, prefill, count, traffic.output, engine)
 
     requests = largest_count(fits, lambda count: gap_with(count) <= traffic.tpot_ms / 1e3)
     if requests < 1:
@@ -173,7 +175,7 @@ def assess_prompts(
     sent = cache_transfer_seconds(workload, cluster, traffic.prompt)
     best = None
     for count in sorted({min(fits, max(1, CHUNK * times // int(traffic.prompt))) for times in (1, 2, 4)}):
-        step, seconds = _prompts_time(workload, cluster, shape, traffic.prompt, count, peak)
+        step, seconds = _prompts_time(workload, cluster, shape, traffic, count, peak)
         ttft = seconds + sent
         rate = count * shape.data / seconds * traffic.output
         if ttft * 1e3 <= traffic.ttft_ms and (best is None or rate > best.tokens_per_second):
@@ -195,17 +197,18 @@ def assess_prompts(
             )
     if best is not None:
         return best
-    _, seconds = _prompts_time(workload, cluster, shape, traffic.prompt, 1, peak)
+    _, seconds = _prompts_time(workload, cluster, shape, traffic, 1, peak)
     late = f"a prompt and its transfer take {(seconds + sent) * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
     return Candidate(shape=shape, reason=late)
 
 
 def _prompts_time(
-    workload: Workload, cluster: Cluster, shape: Shape, prompt: float, count: int, peak: float
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, count: int, peak: float
 ) -> tuple[StepTime, float]:
     """The (last) step of `count` prompts of every group, and the seconds of all of its steps: prompts longer than CHUNK
     tokens take several."""
-    seconds, done, step = 0.0, 0.0, None
+    prompt = traffic.prompt
+    seconds, done, step = 0.0, traffic.known, None
     while step is None or done < prompt:
         chunk = prompt - done if count > 1 else min(CHUNK, prompt - done)
         step = step_time(
@@ -227,13 +230,12 @@ def cache_transfer_seconds(workload: Workload, cluster: Cluster, tokens: float, 
     return workload.cache_bytes(tokens) / (lanes * cluster.hardware.network_bandwidth)
 
 
-def token_gap(step: float, prefill: float, count: float, output: int, interference: float) -> float:
+def token_gap(step: float, prefill: float, count: float, output: int, engine: Engine) -> float:
     """Seconds between two tokens of a stream among `count` of a group: a `step` (its share for each token that it gives
-    a request), and the share of the `prefill` of the others that begin in it which falls between tokens. The rest of
-    their prefills wait for each other."""
-    if interference < 1:
-        return step + interference * max(0.0, count - 1) / output * prefill
-    return step + count / output * prefill
+    a request), and the share of the `prefill` of the others that begin in it which falls between tokens
+    (`Engine.interference`). The rest of their prefills wait for each other."""
+    others = max(0.0, count - 1) if engine.mixed else count
+    return step + engine.interference * others / output * prefill
 
 
 def requests_that_fit(workload: Workload, pages: int, traffic: Traffic) -> int:

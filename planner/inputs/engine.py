@@ -29,7 +29,7 @@ class Engine:
 
     A step costs `step`, `request` for each request of a tensor group, `kernel` for each kernel launched, and
     `collective` for each collective. A first token costs `prompt` and `prompt_kernel` for each kernel besides the
-    work of its prompt. `interference` is the share of other requests' prompts that a running stream waits for; the
+    work of its prompt. `interference` is the share of prompts beginning while a stream runs that it waits for; the
     rest of the prompts wait for each other. `mixed`: prompts are computed in the steps of running streams, so that
     weights are read once for both. `overlaps`: the exchange between hosts overlaps with the work of a second batch
     where that is faster, and links and network carry bytes at the same time.

@@ -96,6 +96,11 @@ class Workload:
         return (self.moe_layers + min(self.draft_layers, self.drafts)) * self.expert_bytes
 
     @property
+    def all_bytes(self) -> int:
+        """Bytes of all weights, each once."""
+        return self.rest_bytes + self.moe_layers * self.experts * self.expert_bytes
+
+    @property
     def kept(self) -> float:
         """Tokens that a request gets from a step, on average."""
         return sum(self.accepted**i for i in range(self.drafts + 1))

@@ -35,12 +35,19 @@ class PlannedRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One predicted or measured number and its source: "estimate", "aot" (the compiler) or "measured"."""
+    """One predicted or measured number and its source: "estimate", "aot" (the compiler) or "measured". `low` and `high`
+    are the ends of its range, where it has one."""
 
     name: str
     value: float
     unit: str
     source: str = "estimate"
+    low: float | None = None
+    high: float | None = None
+
+    def to_dict(self) -> dict:
+        """The figure for JSON, without the ends that it lacks."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +170,8 @@ class Plan:
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal plan."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        data = {**asdict(self), "cost": [figure.to_dict() for figure in self.cost]}
+        return json.dumps(data, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

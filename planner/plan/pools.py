@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from planner.errors import InputError
@@ -63,7 +63,7 @@ class PooledDeployment:
         data = {
             "prefill": [json.loads(pool.to_json()) for pool in self.prefill],
             "decode": json.loads(self.decode.to_json()),
-            "figures": [asdict(each) for each in self.figures],
+            "figures": [each.to_dict() for each in self.figures],
         }
         return json.dumps(data, separators=(",", ":"))
 

@@ -14,6 +14,7 @@ import numpy as np
 from planner.plan.plan import Plan, PlannedRank
 
 NEAR = 1.00001  # peak over mean at which a layer is balanced enough
+FIRST = 48  # best swaps of a layer that are looked at first
 PARTNERS = 320  # slots of the coolest ranks that are tried as partners of one of the hottest
 
 
@@ -125,11 +126,23 @@ def _swap_once(
     cool = np.argpartition(by_rank, partners - 1, axis=1)[:, :partners]
     top = by_rank[row, hot]
     gain = weight[live, hot][:, :, None, None] - weight[live[:, None], cool][:, None]
-    less, more = gain / pace[hot][:, None, None, None], gain / pace[cool][:, None, :, None]
+    less = more = gain
+    if speed is not None:
+        less, more = gain / pace[hot][:, None, None, None], gain / pace[cool][:, None, :, None]
     after = np.maximum(top[:, None, None, None] - less, by_rank[row[:, None], cool][:, None, :, None] + more)
-    legal = (gain > 1e-15) & _legal(table, on_host, span, domain, live, hot, cool)
-    after = np.where(legal, after, np.inf).reshape(len(live), -1)
-    pick = after.argmin(axis=1)
+    after = np.where(gain > 1e-15, after, np.inf).reshape(len(live), -1)
+    pick = np.empty(len(live), np.int64)
+    some, tried = row, min(FIRST, after.shape[1])
+    while len(some):  # the best swap is nearly always legal: few are looked at, and all only where none of them is
+        best = np.sort(np.argpartition(after[some], tried - 1, axis=1)[:, :tried], axis=1)
+        mine, partner, theirs = np.unravel_index(best, gain.shape[1:])
+        rank = cool[some[:, None], partner]
+        legal = _legal(table, on_host, span, domain, (live[some], hot[some], mine), (rank, theirs))
+        value = np.where(legal, np.take_along_axis(after[some], best, axis=1), np.inf)
+        pick[some] = np.take_along_axis(best, value.argmin(axis=1)[:, None], axis=1)[:, 0]
+        after[some, pick[some]] = value.min(axis=1)
+        none = ~np.isfinite(value.min(axis=1))
+        some, tried = (some[none], after.shape[1]) if tried < after.shape[1] else (some[:0], tried)
     done = after[row, pick] < top * (1 - 1e-9)
     done &= top > NEAR * even
     mine, partner, theirs = np.unravel_index(pick, gain.shape[1:])
@@ -150,25 +163,24 @@ def _legal(
     on_host: np.ndarray,
     span: np.ndarray,
     domain: np.ndarray,
-    live: np.ndarray,
-    hot: np.ndarray,
-    cool: np.ndarray,
+    mine: tuple[np.ndarray, np.ndarray, np.ndarray],
+    theirs: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """The swaps that keep copies apart: bool [live, slots of the hot rank, cool ranks, slots].
+    """The swaps that keep copies apart: bool [live, swaps]. `mine` are the layers [live], their hottest ranks [live],
+    and slots of these [live, swaps], `theirs` the ranks and slots swapped with, both [live, swaps].
 
     On the same host only ranks matter; between hosts an expert must stay on two hosts if it is on two.
     """
-    mine, theirs = table[live, hot], table[live[:, None], cool]
-    hot_host, cool_host = domain[hot], domain[cool]
-    held = (theirs[:, None] == mine[:, :, None, None]).any(axis=3, keepdims=True)
-    holds = (mine[:, :, None, None] == theirs[:, None]).any(axis=1, keepdims=True) & (theirs[:, None] >= 0)
-    same = (cool_host == hot_host[:, None])[:, None, :, None]
+    (live, hot, slot), (cool, other) = mine, theirs
+    layer = live[:, None]
+    goes, comes = table[layer, hot[:, None], slot], table[layer, cool, other]
+    held = (table[layer, cool] == goes[:, :, None]).any(axis=2)
+    holds = (table[live, hot][:, None, :] == comes[:, :, None]).any(axis=2) & (comes >= 0)
+    here, there = domain[hot][:, None], domain[cool]
 
-    def fewer(expert: np.ndarray, layer: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    def fewer(expert: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
         change = (on_host[layer, expert, new] == 0).astype(int) - (on_host[layer, expert, old] == 1)
         return (expert >= 0) & (span[layer, expert] + change < np.minimum(span[layer, expert], 2))
 
-    wide = live[:, None, None]
-    mine_suffers = fewer(mine[:, :, None], wide, hot_host[:, None, None], cool_host[:, None, :])
-    theirs_suffers = fewer(theirs, wide, cool_host[:, :, None], hot_host[:, None, None])
-    return ~held & ~holds & (same | ~(mine_suffers[:, :, :, None] | theirs_suffers[:, None]))
+    apart = fewer(goes, here, there) | fewer(comes, there, here)
+    return ~held & ~holds & ((here == there) | ~apart)

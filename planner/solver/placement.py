@@ -33,6 +33,11 @@ def place_afresh(
     spare = parity_slots(loads, ranks * slots, ranks, members) if protect == "parity" else 0
     tries = max(1, min(60, int(TRIES_WORK // (len(loads) * (ranks * slots) ** 2))))
     table = _best_start(loads, domain, slots, protect == "copies", spare, tries, speed)
+    if speed is not None and not spare:
+        room = slots_by_speed(speed, slots, experts, protect=protect == "copies")
+        other = _best_start(loads, domain, slots, protect == "copies", spare, tries, speed, room)
+        better = peak_over_mean(other, loads, speed) < peak_over_mean(table, loads, speed)
+        table = np.where(better[:, None, None], other, table)
     if not spare:
         return table, ()
     groups = tuple(
@@ -41,15 +46,47 @@ def place_afresh(
     return np.where(table >= experts, -1, table), groups
 
 
+def slots_by_speed(speed: np.ndarray, slots: int, experts: int, *, protect: bool) -> np.ndarray:
+    """The slots of each rank that are filled, int [ranks], at most `slots`: as many as follow its `speed` (float
+    [ranks], with a mean of 1), so that even traffic does, too. Experts keep the copies that they have with all slots
+    filled: two with `protect` where there is room for them, else one."""
+    ranks = len(speed)
+    least = 2 * experts if protect and ranks * slots >= 2 * experts else experts
+    total = min(ranks * slots, max(least, int(ranks * slots / speed.max())))
+    low, high = 0.0, slots / speed.min()
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(slots, middle * speed).sum() < total else (low, middle)
+    exact = np.minimum(slots, high * speed)
+    room = np.floor(exact + 1e-6).astype(np.int64)
+    order = np.argsort(-(exact - room), kind="stable")
+    room[order[: max(0, total - int(room.sum()))]] += 1
+    return np.minimum(room, slots)
+
+
+def peak_by_speed(speed: np.ndarray, slots: int, experts: int) -> float:
+    """The load of the hottest rank over its share by `speed` that even traffic has at least, with the slots of
+    `slots_by_speed`."""
+    room = slots_by_speed(speed, slots, experts, protect=True)
+    return float((room / room.sum() * len(speed) / speed).max())
+
+
 def _best_start(
-    loads: np.ndarray, domain: np.ndarray, slots: int, protect: bool, spare: int, tries: int, speed: np.ndarray | None
+    loads: np.ndarray,
+    domain: np.ndarray,
+    slots: int,
+    protect: bool,
+    spare: int,
+    tries: int,
+    speed: np.ndarray | None,
+    room: np.ndarray | None = None,
 ) -> np.ndarray:
     """The best balanced of placements counted and packed in several orders and improved by swaps, layer by layer."""
     best, lowest, without_gain = None, None, 0
     rng = np.random.default_rng(0)
     for attempt in range(tries):
         noise = 1 + NOISE[attempt % len(NOISE)] * rng.random(loads.shape)
-        table = place_experts(loads, domain, slots, protect=protect, parity=spare, order=noise, speed=speed)
+        table = place_experts(loads, domain, slots, protect=protect, parity=spare, order=noise, speed=speed, room=room)
         table = balance_by_swaps(table, loads, domain, speed=speed)
         hottest = peak_over_mean(table, loads, speed)
         if best is None or lowest is None:
@@ -74,12 +111,14 @@ def place_experts(
     parity: int = 0,
     order: np.ndarray | None = None,
     speed: np.ndarray | None = None,
+    room: np.ndarray | None = None,
 ) -> np.ndarray:
     """A slot table with the copies of an expert on different ranks and on at least two hosts, and then balanced load.
 
     `protect` gives every expert a second copy when the slots suffice; `parity` is the number of parity slots per layer,
     numbered from `experts` up in the table. `order`, float [layers, experts], are factors near 1 on the loads by which
-    copies are counted and sorted, to try other placements.
+    copies are counted and sorted, to try other placements. `room`, int [ranks], is the slots of each rank that are
+    filled: all when None.
 
     Items (copies, heaviest first) go to the rank with the least load that has a free slot and no copy of the same
     expert, on a host with no more than its share of the copies. On the largest clusters they are dealt out in rounds
@@ -88,14 +127,15 @@ def place_experts(
     layers, experts = loads.shape
     ranks = len(domain)
     wanted = loads if order is None or parity else loads * order
-    counts = copy_counts(wanted, ranks * slots - parity, ranks, protect=protect)
+    filled = np.full(ranks, slots) if room is None else room
+    counts = copy_counts(wanted, int(filled.sum()) - parity, ranks, protect=protect)
     if parity:
         counts = np.concatenate([counts, np.ones((layers, parity), np.int64)], axis=1)
         loads = np.concatenate([loads, np.zeros((layers, parity))], axis=1)
         experts += parity
     item, weight = _items(counts, loads, order)
     if layers * ranks * item.shape[1] <= PACKED:
-        at = _pack(item, weight, np.full((layers, ranks), slots), experts, domain, speed)
+        at = _pack(item, weight, np.tile(filled, (layers, 1)), experts, domain, speed)
     else:
         at = _deal(item, domain, slots)
     table = _fill(item, at, ranks, slots)
@@ -136,7 +176,6 @@ def _pack(
     at = np.full(item.shape, -1, np.int64)
     load = np.zeros((layers, ranks))
     left = room.astype(np.int64).copy()
-    held = np.zeros((layers, experts, ranks), np.int8)
     hosts = int(domain.max()) + 1
     hosted = np.zeros((layers, experts, hosts), np.int16)
     rows = np.arange(layers)
@@ -144,17 +183,26 @@ def _pack(
     np.add.at(copies, (rows[:, None], item), item >= 0)
     quota = -(-copies // hosts)
     tie_break = (np.arange(ranks)[None, :] + rows[:, None] * 7) % ranks * 1e-9
+    key = load + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3
     for i in range(item.shape[1]):
         expert = item[:, i]
-        full = load if speed is None else (load + weight[:, i, None]) / speed
-        key = full + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3 + FAR * held[rows, expert]
-        key += FAR / 100 * (hosted[rows, expert][:, domain] >= quota[rows, expert][:, None])
-        best = key.argmin(axis=1)
+        if speed is not None:
+            key = (load + weight[:, i, None]) / speed + tie_break - 1e-7 * left + FAR * (left <= 0) * 1e3
+        cost = key.copy()
+        for before in range(i - 1, -1, -1):  # copies of an expert follow one another
+            same = np.flatnonzero(item[:, before] == expert)
+            if not len(same):
+                break
+            cost[same, at[same, before]] += FAR
+        if (full := hosted[rows, expert] >= quota[rows, expert][:, None]).any():
+            cost += FAR / 100 * full[:, domain]
+        best = cost.argmin(axis=1)
         live = expert >= 0
         at[:, i] = np.where(live, best, -1)
         load[rows, best] += np.where(live, weight[:, i], 0.0)
         left[rows, best] -= live
-        held[rows[live], expert[live], best[live]] += 1
+        key[rows, best] = load[rows, best] + tie_break[rows, best] - 1e-7 * left[rows, best]
+        key[rows, best] += FAR * (left[rows, best] <= 0) * 1e3
         hosted[rows[live], expert[live], domain[best[live]]] += 1
     return at
 

@@ -149,7 +149,7 @@ def mesh_shapes(
                 expert_rank_count = sum(role in ("collocated", "expert") for role in roles)
                 if max(groups, default=-1) < 0 or not expert_rank_count:
                     continue
-                for count in _slot_counts(workload, expert_rank_count, lost, slots):
+                for count in _slot_counts(workload, expert_rank_count, lost, slots, _spread(cluster)):
                     shape = Shape(
                         arch=arch,
                         tensor=width,
@@ -211,11 +211,21 @@ def _group(devices: Sequence[Device], attention: int, tensor: int, arch: str) ->
     return roles, groups
 
 
-def _slot_counts(workload: Workload, expert_rank_count: int, lost: int, asked: int | None) -> list[int]:
-    """Numbers of slots worth trying: enough to lose `lost` ranks, and enough for two copies of every expert."""
+def _spread(cluster: Cluster) -> float:
+    """The memory bandwidth of the fastest kind of device over the mean; 1 where all are of one kind."""
+    rates = [cluster.kinds[device.kind].memory_bandwidth for device in cluster.devices] if cluster.kinds else [1.0]
+    return max(rates) / (sum(rates) / len(rates))
+
+
+def _slot_counts(
+    workload: Workload, expert_rank_count: int, lost: int, asked: int | None, spread: float = 1.0
+) -> list[int]:
+    """Numbers of slots worth trying: enough to lose `lost` ranks, and enough for two copies of every expert; also
+    `spread` times as many, with which the fastest ranks hold as many more experts as they are faster."""
     if asked is not None:
         return [asked]
     experts = workload.experts
     enough = ceil(experts / (expert_rank_count - lost)) if expert_rank_count > lost else experts
     twice = ceil(2 * experts / max(1, expert_rank_count - lost))
-    return sorted({min(experts, s) for s in (enough, enough + 1, twice, twice + 1)})
+    wide = {ceil(enough * spread), ceil(twice * spread)} if spread > 1 else set()
+    return sorted({min(experts, s) for s in (enough, enough + 1, twice, twice + 1, *wide)})

@@ -38,7 +38,7 @@ def workload_from(
     `weights` overrides the format of the weights, `cache` is that of the cache (both of `BYTES`).
     """
     if is_published(values):
-        return workload_of(published_model(values, weights=weights), name=name, cache=cache)
+        return workload_of(published_model(values, where, weights=weights), name=name, cache=cache)
     known = [f.name for f in fields(Workload)]
     for key in values:
         if key not in known:

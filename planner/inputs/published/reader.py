@@ -36,6 +36,11 @@ def published_model(
     if lacking := NOT_READ.get(kind.removesuffix("_text")) or NOT_READ.get(str(values.get("model_type"))):
         named = values.get("model_type", kind)
         raise InputError(f"{where}: models of model_type {named!r} are not supported yet; the decoder lacks {lacking}.")
+    if not any("model_type" in each for each in (values, _decoder_values(values))):
+        raise InputError(
+            f"{where} has neither model_type, as a config.json has, nor moe_layers, as a JSON of the fields of "
+            "planner.Workload has; it is one of both."
+        )
     if kind not in FAMILIES:
         raise unknown_key(kind, FAMILIES, f"{where} (model_type)")
     found = FAMILIES[kind].read(fields)

@@ -43,6 +43,9 @@ def test_solve_says_the_plan_and_why_the_others_lost(capsys):
     assert {"arch", "deployment", "candidates", "pareto", "peak_load", "first_loss", "front"} == set(found)
     plan = Deployment.from_json(json.dumps(found)).plan
     assert {f.source for f in plan.cost} == {"estimate"}
+    ranges = {f.name: (f.low, f.value, f.high) for f in plan.cost if f.low is not None and f.high is not None}
+    assert {"tokens_per_second", "ttft", "step", "step_experts"} <= set(ranges)
+    assert all(low <= value <= high for low, value, high in ranges.values())
 
 
 def test_what_does_not_fit_is_exit_code_1_and_wrong_input_2(capsys):

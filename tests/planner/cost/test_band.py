@@ -47,6 +47,14 @@ def test_what_was_not_measured_says_so(cluster, count, requests, prompt, why):
     assert "outside of what was measured" in band.source()
 
 
+def test_a_model_far_smaller_than_those_measured_says_so():
+    cluster, alone = read_cluster("h100:1x1"), shape(1)
+    small, measured = (band_of(read_model(name), cluster, alone, 8, 1024) for name in ("qwen3-0.6b", "llama-3.1-8b"))
+    assert "GB of weights, measured from 9.1" in small.beyond
+    assert small.tpot >= BEYOND
+    assert not measured.beyond
+
+
 def test_drafts_other_formats_and_other_models_say_so():
     model = read_model("qwen3-235b-a22b")
     for changed, why in (

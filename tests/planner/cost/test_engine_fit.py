@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.cost.engine_fit import EXPECTED, FITTED, fit_engine, fit_first_tokens, predict, settings_of
+from planner.cost.engine_fit import EXPECTED, FITTED, fit_engine, fit_variants, predict, settings_of
 from planner.cost.measurements import COLUMNS, read_measurements
 from planner.cost.roofline import first_token_time, prefill_time, step_time
 from planner.cost.throughput import token_gap
@@ -56,7 +56,7 @@ def test_the_constants_behind_the_figures_are_found_again(measured):
     assert np.abs(np.log(again.tpot / made.tpot)).max() < 0.1
     assert found.weights == pytest.approx(0.6, rel=0.1)
     assert found.kernel == pytest.approx(7e-6, rel=0.2)
-    assert fit_first_tokens(replace(s, ttft=made.ttft), true)["vllm"] == pytest.approx(9e-5)
+    assert fit_variants(replace(s, ttft=made.ttft), true)["vllm"]["prompt_kernel"] == pytest.approx(9e-5)
 
 
 def test_what_is_not_fitted_stays_as_assumed(measured):
@@ -72,7 +72,7 @@ def test_predictions_for_the_table_are_those_of_the_planner(measured):
     found = predict(settings_of([m]), engine)
     step = step_time(m.workload, m.cluster, m.shape, m.running, m.traffic.context).total
     prefill = prefill_time(m.workload, m.cluster, m.shape, m.traffic.prompt)
-    gap = token_gap(step, prefill, m.running, m.traffic.output, engine.interference)
+    gap = token_gap(step, prefill, m.running, m.traffic.output, engine)
     assert found.tpot[0] == pytest.approx(gap)
     assert found.ttft[0] == pytest.approx(first_token_time(m.workload, m.cluster, prefill, step))
 
@@ -88,12 +88,38 @@ def test_rows_that_the_planner_does_not_express_are_counted_with_the_reason(tmp_
         good | {"batch_size": "512", "silicon_tpot_ms": "4.5"},
         good | {"batch_size": "8", "silicon_data_source": "silicon_concurrency=64"},
         good | {"silicon_data_source": "elsewhere"},
+        good | {"silicon_data_source": "gtl_job_id=1"},
     ]
     measured, left = read_measurements(write(tmp_path / "data.csv", other))
     assert len(measured) == 1
     assert sum(left.values()) == len(other) - 1
     assert left["the same measurement again"] == 1
     assert left["chip abacus"] == left["model acme/unheard"] == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "batch", "cached"),
+    [
+        ("x/aic-auto-gap-analysis/y.csv; silicon_concurrency=64", "2000", "64", 1 - 10 / 64),
+        ("x/aic-auto-gap-analysis/y.csv; silicon_concurrency=8", "2000", "8", 0.0),
+        ("x/aic-auto-gap-analysis/y.csv; silicon_concurrency=64", "2048", "64", 0.0),
+        ("x/aic-auto-gap-analysis/y.csv; gtl_job_id=1; silicon_concurrency=64", "2000", "64", 0.0),
+        ("elsewhere; silicon_concurrency=64", "2000", "64", 0.0),
+    ],
+)
+def test_prompts_that_a_benchmark_repeats_are_in_the_prefix_cache(tmp_path, source, prompt, batch, cached):
+    row = rows()[-1] | {"silicon_data_source": source, "isl": prompt, "batch_size": batch}
+    measured, _ = read_measurements(write(tmp_path / "data.csv", [row]))
+    assert measured[0].traffic.cached == pytest.approx(cached)
+
+
+def test_streams_wait_for_prompts_as_the_engine_schedules_them(tmp_path):
+    found = [rows()[-1] | {"backend": engine} for engine in ("vllm", "trtllm", "sglang")]
+    s = settings_of(read_measurements(write(tmp_path / "data.csv", found))[0])
+    step = predict(s, replace(EXPECTED, interference=0.0), {}).tpot
+    waited = predict(s, EXPECTED).tpot - step
+    assert waited[1] == pytest.approx(waited[0])
+    assert waited[2] == pytest.approx(waited[0] / 2)
 
 
 def test_two_widths_of_the_same_ranks_are_one(tmp_path):

@@ -14,12 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.scale_tables import fitted
-from planner.cost.front import FrontCost, from_constants, measured_fronts, pace
+from planner.cost.front import FrontCost, fewest_ranks, from_constants, measured_fronts, pace
+from planner.cost.throughput import assess
+from planner.inputs.cluster import read_cluster
 from planner.inputs.published import read_model
+from planner.inputs.traffic import Traffic
+from planner.plan.shape import Shape
 
 ROOT = Path(__file__).parents[3]
 LARGE = read_model("deepseek-v3")
 ranks = st.integers(1, 5000)
+
+
+def flat(count: int) -> Shape:
+    """So many ranks, each with attention of its own and its share of the experts of LARGE."""
+    slots, roles = -(-LARGE.experts // count), ("collocated",) * count
+    return Shape(arch="collocated", tensor=1, dense=1, slots=slots, roles=roles, groups=tuple(range(count)))
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,3 +82,25 @@ def test_one_front_paces_the_ranks_up_to_the_most_and_no_further(n: int, each: i
     assert found.kept == (n <= found.most_ranks)
     assert front.step_seconds(found.most_ranks + 1, (found.most_ranks + 1) * each) > step
     assert found.to_dict()["front_step"] == (found.front_step if found.front_step < inf else None)
+
+
+@given(ranks, st.integers(1, 400), st.floats(1e-3, 1.0), st.integers(0, 64))
+def test_fronts_are_as_many_as_pace_all_ranks_and_none_where_the_model_fits_on_no_so_few(n, each, step, fewest):
+    found = replace(pace(FrontCost.measured(LARGE), n, n * each, step), fewest_ranks=fewest)
+    if found.fronts:
+        assert (found.fronts - 1) * found.most_ranks < n <= found.fronts * found.most_ranks
+        assert found.most_ranks >= fewest
+    else:
+        assert found.most_ranks < max(1, fewest)
+    assert found.to_dict()["fronts"] == found.fronts
+
+
+@pytest.mark.parametrize("chip", ["h100", "h200"])
+def test_the_fewest_ranks_are_those_on_which_the_model_fits(chip):
+    cluster = read_cluster(f"{chip}:4x8")
+    found = [
+        count
+        for count in range(1, 33)
+        if assess(LARGE, cluster, flat(count), Traffic(prompt=1, output=1, tpot_ms=1e9, ttft_ms=1e9)).step is not None
+    ]
+    assert fewest_ranks(LARGE, cluster, flat(1)) == found[0]

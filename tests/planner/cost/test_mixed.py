@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner import InputError
 from planner.cli.main import main
@@ -29,6 +31,7 @@ from planner.inputs.traffic import Traffic
 from planner.plan.deployment import Deployment, FaultTolerance, read_deployment
 from planner.plan.expert_loads import zipf_loads
 from planner.solver.balance import peak_load, relative_rank_loads
+from planner.solver.placement import slots_by_speed
 from planner.solver.rebalance import MODES, rebalance
 
 MODEL = read_model("qwen3-235b-a22b")
@@ -115,7 +118,7 @@ def test_requests_fit_the_pages_of_the_plan_which_are_those_of_the_smallest_kind
     assert uses["cache in use"] == most * traffic.longest * model.cache_bytes_per_token // splits
 
 
-@pytest.mark.parametrize("tpot_ms", [20, 30, 40])
+@pytest.mark.parametrize("tpot_ms", [30, 40, 50])
 def test_a_limit_on_the_first_token_holds_for_requests_by_kind(tpot_ms):
     cluster, traffic = mixed(), Traffic(tpot_ms=tpot_ms)
     shape = design(MODEL, read_cluster("h100:4x8"), tensor=1, slots=8).chosen.shape
@@ -214,3 +217,25 @@ def test_the_commands_take_a_mixed_cluster(tmp_path, capsys):
     assert main(["degrade", plan, "--json"]) == 0
     assert all(each["survivable"] for each in json.loads(capsys.readouterr().out)["losses"] if each["kind"] == "rank")
     assert main(["solve", "qwen3-30b-a3b", str(file), "--engine", "jax"]) == 0
+
+
+@given(st.lists(st.floats(0.2, 5.0), min_size=2, max_size=40), st.integers(1, 12), st.integers(1, 200), st.booleans())
+def test_slots_follow_speed_and_hold_every_expert_as_often_as_full_ranks_would(speeds, slots, experts, protect):
+    speed = np.array(speeds) / np.mean(speeds)
+    if len(speed) * slots < experts:
+        return
+    room = slots_by_speed(speed, slots, experts, protect=protect)
+    twice = protect and len(speed) * slots >= 2 * experts
+    assert room.sum() >= (2 if twice else 1) * experts
+    assert room.max() <= slots
+    faster = np.argsort(speed)
+    assert (np.diff(room[faster]) >= -1).all()
+
+
+def test_even_traffic_follows_speed_where_slots_leave_room_for_it():
+    hosts = [{"count": 1, "devices": 8}, {"count": 1, "devices": 4, "preset": "gb200"}]
+    cluster = cluster_from({"name": "uneven", "hardware": {"preset": "h100"}, "hosts": hosts}, "uneven.toml")
+    found = design(read_model("qwen3-30b-a3b"), cluster)
+    filled = (found.deployment.plan.slots_by_rank() >= 0).sum(axis=2).mean(axis=0)
+    assert filled[8:].min() > 1.5 * filled[:8].max()
+    assert found.peak < 1.1

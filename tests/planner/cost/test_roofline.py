@@ -167,6 +167,28 @@ def test_more_tokens_and_hotter_ranks_are_never_faster(a, b, p, q):
     assert prefill_time(model, cluster, shape, low[0]) <= prefill_time(model, cluster, shape, low[1])
 
 
+@given(st.floats(0, 0.99), st.floats(0, 0.99), st.sampled_from(["h200", "cpu"]))
+def test_what_the_prefix_cache_has_of_prompts_is_not_computed(a, b, chip):
+    model, cluster = read_model("qwen3-30b-a3b"), read_cluster(chip)
+    few, many = (
+        assess(model, cluster, one(1, 128), Traffic(prompt=4096, tpot_ms=1e6, ttft_ms=1e6, cached=share))
+        for share in sorted((a, b))
+    )
+    assert many.tokens_per_second >= few.tokens_per_second
+    assert many.ttft_seconds <= few.ttft_seconds
+    assert many.requests_per_group >= few.requests_per_group
+
+
+def test_an_exchange_over_the_network_takes_at_least_its_latency():
+    model, shape = read_model("qwen3-235b-a22b"), one(16, 8)
+    inside, across = (
+        step_time(model, Cluster.regular("", 16 // each, each, hardware=read_cluster("h200").hardware), shape, 1, 10)
+        for each in (16, 8)
+    )
+    latency = 2 * model.moe_layers * read_cluster("h200").hardware.collective_latency
+    assert inside.exchange < latency <= across.exchange
+
+
 def test_tensor_groups_shard_weights_but_not_a_latent_cache():
     v3, mixtral = read_model("deepseek-v3"), read_model("mixtral-8x7b")
     assert rest_bytes(v3, 2, 2) == pytest.approx(v3.rest_bytes / 2, abs=2)
