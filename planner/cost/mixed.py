@@ -150,6 +150,30 @@ class _Groups:
             mean = self.mean_of(requests)
         return requests
 
+    def slowest(self, requests: dict[str, int]) -> str:
+        """The kind whose step takes longest."""
+        mean = self.mean_of(requests)
+        return max(requests, key=lambda kind: self.step(kind, requests[kind], mean).total)
+
+    def rate(self, requests: dict[str, int]) -> float:
+        """Tokens/s of all groups, with so many requests of a group of each kind."""
+        mean, last = self.mean_of(requests), self.slowest(requests)
+        step = self.step(last, requests[last], mean).total / self.workload.kept
+        prefills = max(n / self.traffic.output * self.prefill[kind] for kind, n in requests.items())
+        return sum(self.counts.values()) * mean / (step + prefills)
+
+    def enough(self, requests: dict[str, int], wanted: float) -> tuple[dict[str, int], str]:
+        """The fewest requests in proportion to these that give `wanted` tokens/s, and why these do not, if so."""
+        if (rate := self.rate(requests)) < wanted:
+            output = self.traffic.output
+            return requests, f"serves {rate / output:.3g} requests/s, asked {wanted / output:g}"
+        most = max(requests.values())
+
+        def part(count: int) -> dict[str, int]:
+            return {kind: max(1, round(n * count / most)) for kind, n in requests.items()}
+
+        return part(largest_count(most - 1, lambda count: self.rate(part(count)) < wanted) + 1), ""
+
     def split(self, requests: int, room: int) -> dict[str, int]:
         """At least `requests` in all, as those of a group of each kind, so that the largest gap is as short as it can
         be with `room` for a group; empty when there is no room for so many."""
@@ -172,31 +196,40 @@ def assess_kinds(
     workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0, work: str = "all"
 ) -> Candidate:
     """As `planner.cost.throughput.assess`, also for devices of several kinds. Prompts that have ranks of their own
-    (`work`), and request rates (`traffic.rps`), are those of the slowest kind. All ranks have the cache pages of the
-    smallest kind, since a plan has one number of pages."""
+    (`work`) are those of the slowest kind. All ranks have the cache pages of the smallest kind, since a plan has one
+    number of pages."""
     slow = assess(workload, cluster, shape, traffic, peak=peak, work=work)
-    if not cluster.kinds or work == "prompts" or traffic.rps is not None or slow.step is None or slow.reason:
+    if not cluster.kinds or work == "prompts":
+        return slow
+    full = (
+        slow
+        if traffic.rps is None
+        else assess(workload, cluster, shape, replace(traffic, rps=None), peak=peak, work=work)
+    )
+    if full.step is None or full.reason:
         return slow
     groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work=work)
-    requests = groups.most(slow.requests_per_group, requests_that_fit(workload, slow.pages_per_rank, traffic))
+    requests = groups.most(full.requests_per_group, requests_that_fit(workload, full.pages_per_rank, traffic))
+    late = ""
+    if requests and traffic.rps is not None:
+        requests, late = groups.enough(requests, traffic.rps * traffic.output)
     if not requests:
         return slow
-    mean = groups.mean_of(requests)
-    steps = {kind: groups.step(kind, n, mean) for kind, n in requests.items()}
-    last = max(steps, key=lambda kind: steps[kind].total)
-    prefills = max(n / traffic.output * groups.prefill[kind] for kind, n in requests.items())
-    rate = sum(groups.counts.values()) * mean / (steps[last].total / workload.kept + prefills)
-    if rate <= slow.tokens_per_second:
+    mean, rate, last = groups.mean_of(requests), groups.rate(requests), groups.slowest(requests)
+    per_user = 1 / max(groups.gap(kind, n, mean) for kind, n in requests.items())
+    served = traffic.rps is not None and not slow.reason
+    if slow.tokens_per_second_per_user >= per_user if served else rate <= slow.tokens_per_second:
         return slow
     return replace(
-        slow,
+        full,
+        reason=late,
         requests_per_group=int(mean),
         requests_by_kind=tuple(requests.items()),
-        step=steps[last],
+        step=groups.step(last, requests[last], mean),
         tokens_per_second=rate,
-        tokens_per_second_per_user=1 / max(groups.gap(kind, n, mean) for kind, n in requests.items()),
+        tokens_per_second_per_user=per_user,
         ttft_seconds=groups.first_token(last, requests[last], mean),
-        memory=(*slow.memory[:-1], cache_in_use(workload, shape, traffic, max(requests.values()))),
+        memory=(*full.memory[:-1], cache_in_use(workload, shape, traffic, max(requests.values()))),
     )
 
 

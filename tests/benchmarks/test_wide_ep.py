@@ -6,13 +6,13 @@ import pytest
 
 from benchmarks.wide_ep import RATES, PublishedRate, planned, report
 
-QUICKER = "DeepSeek's profile"
-"""Its prefill is 1.25 times as quick as SGLang's of the same model, prompts, chips and number of ranks."""
+FEW = 2
+"""Requests a rank of which a published step is mostly neither work nor exchange (docs/results/planner_accuracy.md)."""
 
 
 @pytest.mark.parametrize("row", RATES, ids=lambda row: f"{row.name} {row.requests or 'prefill'} {row.context}")
 def test_a_published_rate_is_within_the_goal(row: PublishedRate):
-    goal = 1.25 if row.requests else 1.5 if row.name == QUICKER else 1.3
+    goal = 1.75 if row.requests == FEW else 1.25 if row.requests else 1.3
     rate, _ = planned(row)
     assert 1 / goal <= rate / row.rate <= goal
 

@@ -239,3 +239,17 @@ def test_even_traffic_follows_speed_where_slots_leave_room_for_it():
     filled = (found.deployment.plan.slots_by_rank() >= 0).sum(axis=2).mean(axis=0)
     assert filled[8:].min() > 1.5 * filled[:8].max()
     assert found.peak < 1.1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_request_rate_is_served_by_all_kinds_and_faster_for_a_user_than_at_full_load(share):
+    shape = design(MODEL, read_cluster("h100:4x8"), tensor=1, slots=8).chosen.shape
+    full = assess_kinds(MODEL, mixed(), shape, Traffic())
+    rps = share * full.tokens_per_second / Traffic().output
+    found = assess_kinds(MODEL, mixed(), shape, Traffic(rps=rps))
+    slow = assess(MODEL, mixed(), shape, Traffic(rps=rps))
+    assert not found.reason
+    assert found.tokens_per_second >= rps * Traffic().output
+    assert found.tokens_per_second_per_user >= full.tokens_per_second_per_user
+    assert slow.reason or found.tokens_per_second_per_user >= slow.tokens_per_second_per_user
+    assert "asked" in assess_kinds(MODEL, mixed(), shape, Traffic(rps=2 * rps / share)).reason
