@@ -49,13 +49,12 @@ streams."""
 SCHEDULES: Mapping[str, Mapping[str, float]] = {"sglang": {"interference": 0.5}}
 """Constants that follow from how an engine schedules prompts, where that is not in the steps of running streams. SGLang
 computes prompts before it goes on with running streams, so that requests of a like length begin and end together; each
-then waits, after its own, for half of the others' prompts on average."""
+then waits for half of the others' prompts on average after its own, and for the other half before it."""
 
 FITTED = (
     "weights",
     "cache",
     "experts",
-    "expert_slope",
     "expert_width",
     "step",
     "request",
@@ -175,7 +174,7 @@ def predict(s: SettingArrays, engine: Engine, variants: Mapping[str, Mapping[str
     begun = s.running / s.output * prefill
     return Predicted(
         tpot=step + waited * np.maximum(0.0, s.running - 1) / s.output * prefill,
-        ttft=prefill + step + engine.prompt + launch * s.kernels,
+        ttft=prefill * (1 + (1 - waited) * np.maximum(0.0, s.running - 1)) + step + engine.prompt + launch * s.kernels,
         rate=s.running * s.groups / (step + begun),
     )
 

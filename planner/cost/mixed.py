@@ -117,7 +117,7 @@ class _Groups:
     def first_token(self, kind: str, requests: int, mean: float) -> float:
         """Seconds until a first token while steps take as long as those of a kind."""
         step = self.step(kind, requests, mean).total
-        return first_token_time(self.workload, self.cluster, max(self.prefill.values()), step)
+        return first_token_time(self.workload, self.cluster, max(self.prefill.values()), step, requests - 1)
 
     def keeps(self, kind: str, requests: int, mean: float) -> bool:
         """Whether the ranks of a kind keep the delays of the traffic."""

@@ -149,7 +149,9 @@ def prefill_time(
     return seconds
 
 
-def first_token_time(workload: Workload, cluster: Cluster, prefill: float, step: float) -> float:
-    """Seconds until the first token of a request that waits for no other: its `prefill`, and a `step` around it."""
+def first_token_time(workload: Workload, cluster: Cluster, prefill: float, step: float, others: float = 0.0) -> float:
+    """Seconds until the first token of a request: its `prefill`, and a `step` around it. It waits for the share of the
+    prefills of `others` that running streams do not wait for (`Engine.interference`)."""
     engine = engine_of(cluster.hardware)
-    return prefill + step + engine.prompt + engine.prompt_kernel * workload.kernels
+    waited = (1 - engine.interference) * max(0.0, others) * prefill
+    return waited + prefill + step + engine.prompt + engine.prompt_kernel * workload.kernels

@@ -116,7 +116,7 @@ def assess(
             requests = largest_count(requests - 1, short) + 1
     step = step_time(workload, cluster, shape, requests, traffic.context, peak=peak)
     busy = busy_with(requests)
-    ttft = first_token_time(workload, cluster, prefill, step.total)
+    ttft = first_token_time(workload, cluster, prefill, step.total, requests - 1)
     if ttft * 1e3 > traffic.ttft_ms:
         late = f"first token after {ttft * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
     return Candidate(

@@ -117,9 +117,13 @@ def test_streams_wait_for_prompts_as_the_engine_schedules_them(tmp_path):
     found = [rows()[-1] | {"backend": engine} for engine in ("vllm", "trtllm", "sglang")]
     s = settings_of(read_measurements(write(tmp_path / "data.csv", found))[0])
     step = predict(s, replace(EXPECTED, interference=0.0), {}).tpot
-    waited = predict(s, EXPECTED).tpot - step
+    found, alone = predict(s, EXPECTED), predict(s, EXPECTED, {})
+    waited = found.tpot - step
     assert waited[1] == pytest.approx(waited[0])
     assert waited[2] == pytest.approx(waited[0] / 2)
+    later = found.ttft - alone.ttft
+    assert later[:2] == pytest.approx([0, 0])
+    assert later[2] == pytest.approx(waited[2] * s.output[2])
 
 
 def test_two_widths_of_the_same_ranks_are_one(tmp_path):
