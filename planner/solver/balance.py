@@ -14,7 +14,7 @@ import numpy as np
 from planner.plan.plan import Plan, PlannedRank
 
 NEAR = 1.00001  # peak over mean at which a layer is balanced enough
-FIRST = 48  # best swaps of a layer that are looked at first
+FIRST = 48  # best swaps of a layer that are checked first
 PARTNERS = 320  # slots of the coolest ranks that are tried as partners of one of the hottest
 
 
@@ -133,7 +133,7 @@ def _swap_once(
     after = np.where(gain > 1e-15, after, np.inf).reshape(len(live), -1)
     pick = np.empty(len(live), np.int64)
     some, tried = row, min(FIRST, after.shape[1])
-    while len(some):  # the best swap is nearly always legal: few are looked at, and all only where none of them is
+    while len(some):  # the best swap is nearly always legal: few are checked, and all only where none of them is
         best = np.sort(np.argpartition(after[some], tried - 1, axis=1)[:, :tried], axis=1)
         mine, partner, theirs = np.unravel_index(best, gain.shape[1:])
         rank = cool[some[:, None], partner]
