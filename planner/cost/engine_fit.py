@@ -161,8 +161,8 @@ def _pick(work: StepWork, chosen: np.ndarray) -> StepWork:
 
 
 def predict(s: SettingArrays, engine: Engine, variants: Mapping[str, Mapping[str, float]] = SCHEDULES) -> Predicted:
-    """The seconds of each setting, with the constants of `engine`; `variants` has the ones that differ, by the name of the
-    engine that was measured."""
+    """The seconds of each setting, with the constants of `engine`; `variants` has the ones that differ, by the name
+    of the engine that was measured."""
 
     def own(constant: str) -> np.ndarray:
         return np.array([variants.get(str(name), {}).get(constant, getattr(engine, constant)) for name in s.engine])
@@ -221,8 +221,9 @@ def fit_engine(s: SettingArrays, *, start: Engine = EXPECTED) -> Engine:
 
 
 def fit_variants(s: SettingArrays, engine: Engine) -> dict[str, dict[str, float]]:
-    """The constants that differ by the engine that was measured: its `SCHEDULES`, and its `prompt_kernel` where first tokens at a
-    concurrency of at most `ALONE` were measured, the value with which half of them come later than predicted."""
+    """The constants that differ by the engine that was measured: its `SCHEDULES`, and its `prompt_kernel` where first
+    tokens at a concurrency of at most `ALONE` were measured, the value with which half of them come later than
+    predicted."""
     found = {name: dict(constants) for name, constants in SCHEDULES.items()}
     without = replace(engine, prompt_kernel=0.0)
     for name in np.unique(s.engine[s.alone]):
