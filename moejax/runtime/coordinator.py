@@ -4,7 +4,9 @@
 
 prints its port, then serves there until its standard input closes.
 
-The first RANKS of the PROCESSES process ids are ranks at the start; the others are spare ids for replacements.
+The first RANKS of the PROCESSES process ids are ranks that enter at once and wait for one another; this process stands
+in for the others. Where RANKS is 0 it stands in for all before it prints its port, so that each rank can enter under an
+id of 1 or above, by itself: nobody waits for a rank that dies meanwhile (docs/decisions/0004).
 """
 
 import os
@@ -12,7 +14,7 @@ import signal
 import socket
 import sys
 
-from moejax.runtime.distributed import hold_spare_process_ids, host_coordination_service
+from moejax.runtime.distributed import host_coordination_service, stand_in
 
 
 def main() -> None:
@@ -24,9 +26,11 @@ def main() -> None:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
     _service = host_coordination_service(processes, port, host)  # lives as long as it is referred to
-    print(port, flush=True)
     here = "127.0.0.1" if host == "0.0.0.0" else host
-    hold_spare_process_ids(f"{here}:{port}", range(ranks, processes), processes)
+    standing_in = stand_in(f"{here}:{port}", range(ranks, processes), processes)
+    for thread in () if ranks else standing_in:
+        thread.join()
+    print(port, flush=True)
     sys.stdin.read()
     os._exit(0)  # after an orderly shutdown the runtime of every rank would end that rank
 

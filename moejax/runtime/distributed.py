@@ -8,7 +8,9 @@ import importlib
 import os
 import re
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +18,8 @@ from moejax.runtime.relay import Relay
 
 HEARTBEAT_TIMEOUT_S = 10**8
 """Heartbeat timeout of JAX's own service, in effect never: the front decides which rank is dead."""
-
-
+ENTER_S = 1.0
+"""Seconds after the end of its coordination service that a rank has to have entered it."""
 _EXCHANGE_FAILURES = re.compile(r"gloo|nccl|the exchange (was aborted|waited too long)", re.IGNORECASE)
 CPU_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
@@ -42,11 +44,13 @@ def host_coordination_service(processes: int, port: int, host: str = "127.0.0.1"
     )
 
 
-def hold_spare_process_ids(address: str, process_ids: Iterable[int], processes: int) -> None:
-    """Connect as each of the spare processes of a generation until all processes know all devices, then leave.
+def stand_in(address: str, process_ids: Iterable[int], processes: int) -> list[threading.Thread]:
+    """Connect as each of these processes of a generation until all of its processes know all devices, then leave.
+    Returns the threads that do so; one that cannot ends this process.
 
     A process cannot come back to a coordination service, and the others do not know a process that was missing at the
-    start. But a replacement can later use a process id that was left in good order, without a new generation.
+    start. But a rank can later use a process id that was left in good order, and then waits for nobody. Process 0
+    publishes what all know of all devices, once: no rank can follow it.
     """
     from jaxlib import xla_client
 
@@ -55,8 +59,18 @@ def hold_spare_process_ids(address: str, process_ids: Iterable[int], processes: 
         xla_client.make_cpu_client(distributed_client=client, node_id=process_id, num_nodes=processes, num_devices=1)
         client.shutdown()
 
+    def run(process_id: int) -> None:
+        try:
+            keep(process_id)
+        except Exception as error:  # ranks would wait for this process
+            print(f"process {process_id} has no stand-in: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threads = []
     for process_id in process_ids:
-        threading.Thread(target=keep, args=(process_id,), daemon=True, name=f"spare process id {process_id}").start()
+        threads.append(threading.Thread(target=run, args=(process_id,), daemon=True, name=f"process {process_id}"))
+        threads[-1].start()
+    return threads
 
 
 def configure_process(collective_timeout_s: int, address: str = "127.0.0.1") -> None:
@@ -136,6 +150,7 @@ class World:
 
     def join(self, address: str, rank: int, process_ids: Mapping[int, int], processes: int) -> None:
         """Enter the generation at `address` as process `process_ids[rank]` of `processes`, leaving the one before.
+        JAX's client does not come back from a service that ends meanwhile: this process is ended then.
 
         Every array of the old generation's backend is gone afterwards; copy to the host first.
         """
@@ -152,7 +167,7 @@ class World:
             jax.clear_caches()
             jax.extend.backend.clear_backends()
             state.client = None
-        self._relay = Relay(address)
+        self._relay = relay = Relay(address, lost=_end_unless_held)
         with self._lock:
             self._data_planes.clear()
             self._close_arenas(self._arenas)
@@ -162,7 +177,7 @@ class World:
         state.client = _connect(self._relay.address, state.process_id)
         self._processes = {d.process_index: d for d in jax.devices()}
         self._devices = {r: self._processes[process_id] for r, process_id in process_ids.items()}
-        self._relay.hold()
+        relay.hold()
 
     def set_process_id(self, rank: int, process_id: int) -> None:
         """Make `rank` that process of the generation; communicators with its predecessor are dropped."""
@@ -260,6 +275,15 @@ def _shut_down(plane: Mapping[int, str]) -> int:
             except OSError:
                 continue
     return cut
+
+
+def _end_unless_held(relay: Relay) -> None:
+    """The coordination service has ended. A rank that was about to have entered goes on; one that waits in JAX's client
+    would be ended by it after a minute, and is ended now."""
+    time.sleep(ENTER_S)
+    if not (relay.holding or relay.closed):
+        print("the coordination service has ended while this rank entered its generation", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _connect(address: str, process: int) -> Any:

@@ -13,19 +13,34 @@ from collections.abc import Callable
 _CHUNK = 1 << 16
 
 
-class Relay:
-    """Passes bytes between one client, in this process, and the service at `target` (host:port)."""
+def check_service(target: str) -> None:
+    """Raise OSError when nobody listens at `target` (host:port)."""
+    host, _, port = target.rpartition(":")
+    with socket.create_connection((host, int(port))):
+        pass
 
-    def __init__(self, target: str) -> None:
+
+class Relay:
+    """Passes bytes between one client, in this process, and the service at `target` (host:port). `lost` is called in a
+    thread of its own, once, when the service is gone and its end is not hidden."""
+
+    def __init__(self, target: str, lost: Callable[["Relay"], object] = lambda relay: None) -> None:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
+        self._on_lost = lost
         self._ends: list[socket.socket] = []
         self._lock = threading.Lock()
         self._holding = False
         self._broken = False
+        self.closed = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._start(self._accept)
+
+    @property
+    def holding(self) -> bool:
+        """True once the end of the service is hidden from the client."""
+        return self._holding
 
     @property
     def silent(self) -> bool:
@@ -40,6 +55,7 @@ class Relay:
     def close(self) -> None:
         """Close everything: the client must be shut down before, or it ends the process."""
         with self._lock:
+            self.closed = True
             ends, self._ends = self._ends, []
         for end in (self._listener, *ends):
             with contextlib.suppress(OSError):
@@ -69,8 +85,11 @@ class Relay:
         self._lost(near)
 
     def _lost(self, near: socket.socket) -> None:
-        self._broken = True
+        with self._lock:
+            first, self._broken = not self._broken, True
         if not self._holding:
+            if first:
+                self._start(lambda: self._on_lost(self))
             with contextlib.suppress(OSError):
                 near.shutdown(socket.SHUT_RDWR)
 

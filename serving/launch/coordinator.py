@@ -18,7 +18,7 @@ class Coordinator:
     @classmethod
     async def start(cls, ranks: int, process_ids: int, host: str = LOOPBACK) -> "Coordinator":
         """Start the service on an address of this machine, for `ranks` processes that join at once and `process_ids` in
-        all: the others are spare ids, for ranks that are started later. Raises StartError."""
+        all: the others are stood in for, and each is free for a rank, but process 0. Raises StartError."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -19,13 +19,18 @@ PING_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 30.0
 """Seconds that ranks have to enter a generation once all have answered that they can."""
 RETURN_S = 1.0
-"""Seconds that ranks have to answer once the coordination service is stopped. One that waits for the others inside of
-JAX's client does not come back from it, and is lost with the one that it waits for. So each is asked first whether its
-main thread answers at all: only a rank that gets stuck between the two takes others with it."""
+"""Seconds that ranks have to answer once the coordination service is stopped, where they wait for one another inside of
+JAX's client: one that waits does not come back from it, and is lost with the one that it waits for."""
 MAX_JOIN_FAILURES = 3
 """Times in a row that a rank may fail to join a generation before it is replaced."""
 SPARE_PROCESS_IDS = 32
 """Replacements that can join a generation; the next one needs a new generation, as every replacement does on a GPU."""
+
+
+def enter_alone() -> bool:
+    """Whether each rank enters a generation by itself, in the place of a process that the coordination service stood in
+    for, rather than with all others. On a GPU no process can be stood in for (docs/decisions/0004)."""
+    return "cuda" not in os.environ.get("JAX_PLATFORMS", "")
 
 
 class Rendezvous:
@@ -38,7 +43,9 @@ class Rendezvous:
         self._executor = executor
         self._host = host
         self._on_coordinator_exit = on_coordinator_exit
-        self._previous: Coordinator | None = None
+        self._previous: list[Coordinator] = []
+        """The services of earlier generations that ranks may still be in."""
+        self._enter_alone = enter_alone()
         self._monitoring: asyncio.Task[None] | None = None
         self._process_ids: dict[int, int] = {}
         self._spare_ids: collections.deque[int] = collections.deque()
@@ -53,21 +60,29 @@ class Rendezvous:
     async def open(self, ranks: tuple[int, ...], generation: int) -> None:
         """Start the coordination service of a generation, which has these ranks; they enter with `join_all`, once
         all have answered (`ping_all`)."""
-        self._previous = self.coordinator
+        if self.coordinator is not None:
+            self._previous.append(self.coordinator)
         if self._monitoring is not None:
             self._monitoring.cancel()
-        self._processes = len(ranks) + (0 if "cuda" in os.environ.get("JAX_PLATFORMS", "") else SPARE_PROCESS_IDS)
-        self.coordinator = await Coordinator.start(len(ranks), self._processes, self._host)
+        first, spare = (1, SPARE_PROCESS_IDS) if self._enter_alone else (0, 0)  # nobody follows process 0
+        self._processes = first + len(ranks) + spare
+        at_once = 0 if self._enter_alone else len(ranks)
+        self.coordinator = await Coordinator.start(at_once, self._processes, self._host)
         self._monitoring = asyncio.create_task(self._monitor(self.coordinator))
         self._generation = generation
-        self._process_ids = {rank: process_id for process_id, rank in enumerate(ranks)}
-        self._spare_ids = collections.deque(range(len(ranks), self._processes))
+        self._process_ids = {rank: process_id for process_id, rank in enumerate(ranks, first)}
+        self._spare_ids = collections.deque(range(first + len(ranks), self._processes))
 
     async def abandon(self) -> None:
-        """Stop the coordination service that was opened, and the one before it: no rank enters it."""
-        for service in (self.coordinator, self._previous):
-            if service is not None:
-                await service.stop()
+        """Stop the coordination service that was opened, and those before it: no rank enters it."""
+        if self.coordinator is not None:
+            await self.coordinator.stop()
+        await self._stop_previous()
+
+    async def _stop_previous(self) -> None:
+        previous, self._previous = self._previous, []
+        for service in previous:
+            await service.stop()
 
     async def ping_all(self) -> None:
         """Wait until every rank of the generation has answered that it can enter it. Raises RankLost, CommandFailed or
@@ -80,14 +95,18 @@ class Rendezvous:
 
     async def join_all(self, pages_used: Mapping[int, int]) -> None:
         """Have every rank of the generation enter it; each keeps as many pages of its cache, from the first on, as
-        `pages_used` says. Raises RankLost, CommandFailed or TimeoutError; then ranks may wait for others in JAX."""
+        `pages_used` says. Raises RankLost, CommandFailed or TimeoutError. Where each enters alone the others then go on
+        to enter, and answer the next Ping; else they may wait in JAX for one that does not come, and the service
+        ends."""
         joins = {rank: self._join_message(pages_used.get(rank, 0)) for rank in self._process_ids}
         try:
-            await self._call_all("join", joins, JOIN_TIMEOUT_S, return_s=RETURN_S)
-            self._join_failures.clear()
-        finally:
-            if self._previous is not None:
-                await self._previous.stop()
+            await self._call_all("join", joins, JOIN_TIMEOUT_S, return_s=0.0 if self._enter_alone else RETURN_S)
+        except (RankLost, CommandFailed, TimeoutError):
+            if not self._enter_alone:
+                await self._stop_previous()
+            raise  # else others may be about to leave the generation before
+        self._join_failures.clear()
+        await self._stop_previous()
 
     async def join(self, rank: int) -> int:
         """Have a replacement enter the generation. Returns the process id it has there. Raises RankLost or
@@ -112,23 +131,28 @@ class Rendezvous:
         await self.abandon()
 
     async def _call_all(self, what: str, messages: Mapping[int, Any], limit_s: float, *, return_s: float = 0.0) -> None:
-        """Call ranks of the generation. If one fails the coordination service ends; after `limit_s` seconds, and
-        `return_s` more, ranks that have not answered are lost. Raises RankLost, CommandFailed or TimeoutError."""
-        assert self.coordinator is not None
+        """Call ranks of the generation. If one fails the coordination service ends, unless each enters alone; after
+        `limit_s` seconds, and `return_s` more, ranks that have not answered are lost. Raises RankLost, CommandFailed or
+        TimeoutError."""
         ranks, why = tuple(messages), f"no answer to {what} within {limit_s:g} s"
         try:
             async with asyncio.timeout(limit_s):
                 await self._executor.call_all(what, messages)
         except (RankLost, CommandFailed) as error:
-            await self.coordinator.stop()
+            await self._release_waiting()
             if isinstance(error, CommandFailed):
                 self._count_join_failure(error)
             raise
         except TimeoutError:
-            await self.coordinator.stop()
+            await self._release_waiting()
             await asyncio.sleep(return_s)
             self._executor.lose_unanswered(ranks, what, why)
             raise TimeoutError(why) from None
+
+    async def _release_waiting(self) -> None:
+        """Stop the coordination service, where ranks may wait in it for one that does not come."""
+        if self.coordinator is not None and not self._enter_alone:
+            await self.coordinator.stop()
 
     def _join_message(self, pages_used: int) -> link_pb2.Join:
         assert self.coordinator is not None

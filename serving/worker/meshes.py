@@ -10,6 +10,7 @@ import numpy as np
 from moejax.config.step_inputs import Bucket
 from moejax.model.shared_memory import Arena
 from moejax.runtime.programs import LocalPrograms, MeshPrograms, compile_missing, local_lowerings, mesh_lowerings
+from moejax.runtime.relay import check_service
 from moejax.runtime.role_programs import RolePrograms, compile_roles
 from moejax.runtime.step_arguments import local_arguments, mesh_arguments
 from serving.executor.mesh_key import MeshKey
@@ -35,14 +36,17 @@ class RankMeshes:
         self._void_connects = 0
 
     def join(self, command: link_pb2.Join) -> DoneFields:
-        """Enter a generation and carry over the weights and the first `pages_used` pages of the cache."""
+        """Enter a generation and carry over the weights and the first `pages_used` pages of the cache. Raises OSError,
+        and stays in the present one, when the coordination service is gone."""
         state, arrays = self._state, self._state.model.arrays
+        address = state.channel.with_host(command.address)
+        check_service(address)
         with self._backend_lock:
             arrays.leave_device(command.pages_used)
             state.prefix_index.truncate(command.pages_used)
             self._meshes, self._local, state.plan = {}, {}, None
             process_ids = dict(zip(command.members, command.seats, strict=True))
-            state.world.join(state.channel.with_host(command.address), state.rank, process_ids, command.processes)
+            state.world.join(address, state.rank, process_ids, command.processes)
             arrays.enter_device(state.device)
             state.generation = command.generation
         return {}

@@ -1,12 +1,13 @@
 """Beyond crashes: planned changes, damaged weights, slow ranks, the coordinator. No token is lost or wrong."""
 
+import asyncio
 import contextlib
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import serving.recovery.rendezvous
 from benchmarks.stuck import StuckProgram
 from serving.api.client import Client
 from serving.errors import NoCapacity, NotPermitted
+from serving.recovery.rendezvous import Rendezvous
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.streams import Traffic, events_since, last_event, pid_of, wait_until, wait_until_whole
@@ -294,23 +296,35 @@ def test_a_server_that_lets_nobody_operate_it_says_so() -> None:
         client.apply("pause")
 
 
-def test_a_rank_that_is_stuck_when_a_generation_is_formed_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others would wait for it inside of JAX, from where they do not come back."""
+@pytest.fixture(scope="module")
+def three() -> Iterator[Server]:
+    """Three ranks of the tiny model."""
+    with Server(model=str(TINY), ranks=3, buckets=FEW_BUCKETS, lattice_depth=1) as server:
+        yield server
+
+
+def break_generation(server: Server) -> None:
+    """Have the ranks form a new generation."""
+    assert server.app is not None
+    loop = server.app.loop
+    assert loop._task is not None
+
+    def act() -> None:
+        loop.failover.mark_comm_broken()
+        loop.engine.wake()
+
+    loop._task.get_loop().call_soon_threadsafe(act)
+
+
+def test_a_rank_that_is_stuck_when_a_generation_is_formed_is_lost_alone(
+    three: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serving.recovery.rendezvous, "PING_TIMEOUT_S", 3.0)
-    settings = {"buckets": FEW_BUCKETS, "lattice_depth": 1}
-    with Server(model=str(TINY), ranks=3, **settings) as server, Client(server) as client:
-        assert server.app is not None
+    with Client(three) as client:
         wait_until_whole(client)
         before, generation, kept = last_event(client), client.status().generation, pid_of(client.status(), 0)
-        loop, failover = server.app.loop, server.app.failover
         stuck = StuckProgram(pid_of(client.status(), 1))
-
-        def break_generation() -> None:
-            failover.mark_comm_broken()
-            loop.engine.wake()
-
-        assert loop._task is not None
-        loop._task.get_loop().call_soon_threadsafe(break_generation)
+        break_generation(three)
         stuck.release()  # once it is killed
         wait_until(lambda: "recovered" in kinds_since(client, before), "the others have formed a generation")
         lost = [event for event in events_since(client, before) if event.kind == "rank_lost"]
@@ -319,3 +333,35 @@ def test_a_rank_that_is_stuck_when_a_generation_is_formed_is_lost_alone(monkeypa
         wait_until_whole(client)
         assert pid_of(client.status(), 0) == kept
         assert client.status().generation > generation
+
+
+@pytest.mark.parametrize("dies", ["a rank", "the coordination service"])
+def test_what_dies_while_ranks_enter_a_generation_takes_no_rank_with_it(
+    three: Server, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    join_all, killed = Rendezvous.join_all, list[int]()
+
+    async def join_all_and_kill(rendezvous: Rendezvous, pages_used: Mapping[int, int]) -> None:
+        if not killed:
+            killed.append(pids[1])
+            if dies == "a rank":  # it has answered that it can enter, and does not
+                os.kill(pids[1], signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(0.5, os.kill, pids[1], signal.SIGKILL)
+            elif rendezvous.coordinator is not None:
+                await rendezvous.coordinator.stop()
+        await join_all(rendezvous, pages_used)
+
+    with Client(three) as client:
+        wait_until_whole(client)
+        pids = {rank: pid_of(client.status(), rank) for rank in range(3)}
+        before = last_event(client)
+        monkeypatch.setattr(Rendezvous, "join_all", join_all_and_kill)
+        break_generation(three)
+        wait_until(lambda: "recovered" in kinds_since(client, before), "the others have formed a generation", 25)
+        wait_until_whole(client)
+        assert killed
+        lost = [event.rank for event in events_since(client, before) if event.kind == "rank_lost"]
+        assert lost == ([1] if dies == "a rank" else [])
+        assert kinds_since(client, before).count("recovered") == 1
+        kept = {rank for rank in pids if pid_of(client.status(), rank) == pids[rank]}
+        assert kept == set(pids).difference(lost)

@@ -65,6 +65,10 @@ class FakeCoordinator:
     async def stop(self) -> None:
         self._ended.set()
 
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
 
 class FakeExecutor:
     """As `serving.executor.executor.RankExecutor`. `fails(number, rank, what)` is asked at every message: the rank it

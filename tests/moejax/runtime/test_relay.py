@@ -3,11 +3,12 @@ never learns of the end of the service."""
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from moejax.runtime.relay import Relay
+from moejax.runtime.relay import Relay, check_service
 
 LIMIT_S = 60.0
 """Ends a test that would hang."""
@@ -18,7 +19,9 @@ class Ends:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.relay = Relay(f"127.0.0.1:{self._listener.getsockname()[1]}")
+        self.lost = threading.Semaphore(0)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.relay = Relay(self.address, lost=lambda relay: self.lost.release())
         stack.callback(self.relay.close)
         host, _, port = self.relay.address.rpartition(":")
         self.client = stack.enter_context(socket.create_connection((host, int(port)), timeout=LIMIT_S))
@@ -55,6 +58,7 @@ def test_before_it_holds_the_end_of_the_service_reaches_the_client(ends: Ends) -
     ends.service.close()
     assert ends.client.recv(1) == b""
     assert not ends.relay.silent
+    assert ends.lost.acquire(timeout=LIMIT_S), "nobody learns of it"
 
 
 def test_while_it_holds_the_client_is_told_nothing(ends: Ends) -> None:
@@ -66,6 +70,7 @@ def test_while_it_holds_the_client_is_told_nothing(ends: Ends) -> None:
     ends.client.setblocking(False)
     with pytest.raises(BlockingIOError):
         ends.client.recv(1)
+    assert not ends.lost.acquire(blocking=False)
 
 
 def test_a_service_that_is_gone_is_not_reached(ends: Ends) -> None:
@@ -73,3 +78,10 @@ def test_a_service_that_is_gone_is_not_reached(ends: Ends) -> None:
     host, _, port = ends.relay.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=LIMIT_S) as late:
         assert late.recv(1) == b""
+
+
+def test_it_is_known_before_whether_somebody_listens(ends: Ends) -> None:
+    check_service(ends.address)
+    ends._listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        check_service(ends.address)

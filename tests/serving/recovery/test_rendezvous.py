@@ -76,6 +76,11 @@ async def enter(rendezvous: Rendezvous) -> None:
     await rendezvous.join_all({})
 
 
+def has_ended(service: object) -> bool:
+    assert isinstance(service, FakeCoordinator)
+    return service.ended
+
+
 def joins(ranks: Ranks) -> dict[int, link_pb2.Join]:
     return {rank: message for rank, what, message in ranks.calls if what == "join"}
 
@@ -87,8 +92,8 @@ def test_all_ranks_of_a_generation_get_the_same_members_and_keep_their_own_pages
         found = joins(ranks)
         assert set(found) == {1, 4, 7}
         assert {rank: join.pages_used for rank, join in found.items()} == {1: 0, 4: 9, 7: 0}
-        assert {(tuple(j.members), tuple(j.seats), j.generation) for j in found.values()} == {((1, 4, 7), (0, 1, 2), 1)}
-        assert {join.processes for join in found.values()} == {3 + SPARE_PROCESS_IDS}
+        assert {(tuple(j.members), tuple(j.seats), j.generation) for j in found.values()} == {((1, 4, 7), (1, 2, 3), 1)}
+        assert {join.processes for join in found.values()} == {1 + 3 + SPARE_PROCESS_IDS}
 
     run(case)
 
@@ -97,7 +102,7 @@ def test_a_process_id_is_given_to_one_rank_only_until_none_is_left() -> None:
     async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
         await rendezvous.open((0, 1), 1)
         await rendezvous.join_all({})
-        used = {0, 1}
+        used = {0, 1, 2}
         for number in range(SPARE_PROCESS_IDS):
             assert rendezvous.spare_count == SPARE_PROCESS_IDS - number
             rendezvous.forget(1)
@@ -105,7 +110,7 @@ def test_a_process_id_is_given_to_one_rank_only_until_none_is_left() -> None:
             assert process_id not in used
             used.add(process_id)
         assert rendezvous.spare_count == 0
-        assert dict(zip(joins(ranks)[1].members, joins(ranks)[1].seats, strict=True)) == {0: 0, 1: max(used)}
+        assert dict(zip(joins(ranks)[1].members, joins(ranks)[1].seats, strict=True)) == {0: 1, 1: max(used)}
         await rendezvous.open((0, 1), 2)
         await rendezvous.join_all({})
         assert {join.generation for join in joins(ranks).values()} == {2}
@@ -151,10 +156,11 @@ def test_one_success_forgets_the_failures_before_it() -> None:
     run(case)
 
 
-@pytest.mark.parametrize("fails", ["ping", "join"])
+@pytest.mark.parametrize(("fails", "platform"), [("ping", "cpu"), ("ping", "cuda"), ("join", "cuda")])
 def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(
-    monkeypatch: pytest.MonkeyPatch, fails: str
+    monkeypatch: pytest.MonkeyPatch, fails: str, platform: str
 ) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
     monkeypatch.setattr(serving.recovery.rendezvous, f"{fails.upper()}_TIMEOUT_S", 0.2)
 
     async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
@@ -165,6 +171,33 @@ def test_ranks_that_do_not_answer_in_time_are_lost_and_the_service_ends(
         assert ranks.declared == [1]
         assert bool(joins(ranks)) == (fails == "join"), "a rank waited for one that is stuck"
         await until(lambda: exits)
+
+    run(case)
+
+
+@pytest.mark.parametrize("how", ["lost", "failing", "silent"])
+def test_a_rank_that_does_not_enter_takes_the_service_from_no_other(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "JOIN_TIMEOUT_S", 0.05)
+
+    async def case(rendezvous: Rendezvous, ranks: Ranks, exits: list[str]) -> None:
+        await rendezvous.open((0, 1), 1)
+        await enter(rendezvous)
+        before = rendezvous.coordinator
+        setattr(ranks, how, {1})
+        await rendezvous.open((0, 1), 2)
+        failed = rendezvous.coordinator
+        with pytest.raises((RankLost, CommandFailed, TimeoutError)):
+            await enter(rendezvous)
+        assert ranks.declared == ([1] if how == "silent" else [])
+        assert not has_ended(before), "rank 0 may still be about to leave it"
+        assert not has_ended(failed), "rank 0 may still be about to enter it"
+        setattr(ranks, how, set())
+        await rendezvous.open((0,), 3)
+        await enter(rendezvous)
+        assert has_ended(before)
+        assert has_ended(failed)
+        assert not has_ended(rendezvous.coordinator)
+        assert exits == []
 
     run(case)
 
