@@ -1,6 +1,7 @@
-"""The joint work of simulated ranks: they join a coordination service, connect meshes, and exchange step after step.
+"""The joint work of simulated ranks: they connect meshes, and exchange step after step, in generations that they enter
+one by one.
 
-Each of the three ends on a rank when all of its members have come, or with an error; a member that has died or hangs
+Each of the two ends on a rank when all of its members have come, or with an error; a member that has died or hangs
 holds up the others until they get an Abort, or time out.
 """
 
@@ -14,10 +15,8 @@ from simulation.hand_rank import HandRank, check_step
 
 TIMEOUT_S = 30.0
 """Seconds after which a rank gives up to wait for the others."""
-JOIN_LIMIT_S = 60.0
-"""Seconds after which JAX's client ends a process that waits in it for the other ranks of a generation, as
-`moejax.runtime.distributed` has it. Nothing else ends this wait, neither the end of another rank nor that of the
-service."""
+ENTER_S = 1.0
+"""As `moejax.runtime.distributed.ENTER_S`."""
 POLL_S = 0.005
 """Seconds between two looks whether a member that is held goes on."""
 
@@ -157,29 +156,15 @@ class Communicator:
 
 
 class SimulatedCoordinator:
-    """The coordination service of one generation; as `serving.launch.coordinator.Coordinator`."""
+    """The coordination service of one generation; as `serving.launch.coordinator.Coordinator`. Each rank enters by
+    itself."""
 
-    def __init__(self, number: int, ranks: int) -> None:
+    def __init__(self, number: int) -> None:
         self.process = self
         self.pid = number
         self.address = f"coordinator:{number}"
         self.returncode: int | None = None
-        self._gathering = Gathering(ranks, self._gathered, JOIN_LIMIT_S)
-        self._complete = False
         self._ended = asyncio.Event()
-
-    def join(self, member: Member, ended: Ended) -> None:
-        """A rank enters the generation; `ended` is called with why JAX's client ends its process, or with "". A service
-        that has ended is waited for as one to which others do not come."""
-        if self._complete and self.returncode is None:
-            ended("")
-        else:
-            self._gathering.come(member, ended)
-
-    def _gathered(self) -> None:
-        if self.returncode is None and all(member.alive for member in self._gathering.came.values()):
-            self._complete = True
-            self._gathering.end()
 
     def die(self, code: int = -9) -> None:
         """The service ends."""
@@ -207,7 +192,7 @@ class Coordinators:
     async def start(self, ranks: int, process_ids: int, host: str = "") -> SimulatedCoordinator:
         """See `Coordinator.start`."""
         await asyncio.sleep(self._draw.uniform(0.01, 0.1))
-        service = SimulatedCoordinator(len(self.services) + 1, ranks)
+        service = SimulatedCoordinator(len(self.services) + 1)
         self.services[service.address] = service
         return service
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from serving.executor.kv_replica import NotReplicated
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
-from simulation.exchange import Communicator, Coordinators, Gathering, Member
+from simulation.exchange import ENTER_S, Communicator, Coordinators, Gathering, Member, SimulatedCoordinator
 from simulation.hand_rank import HandRank
 from simulation.link import Stream
 from simulation.process import Process
@@ -46,6 +46,10 @@ class RankWorld(Protocol):
 
     def dial(self, rank: "SimulatedRank") -> Stream | None:
         """A stream to the front; None when there is none."""
+        ...
+
+    def entering(self, rank: "SimulatedRank", service: SimulatedCoordinator) -> None:
+        """A rank begins to enter a generation."""
         ...
 
     def connecting(self, key: object, mesh: MeshKey) -> Gathering:
@@ -203,11 +207,7 @@ class SimulatedRank(Process):
             if name == "step":
                 self.steps.run(stream, command.step)
             elif name == "join":
-                service = self.world.coordinators.services.get(command.join.address)
-                if service is None:
-                    self._fail(stream, command.id, "there is no coordination service")
-                else:
-                    service.join(self, lambda why, at=(stream, command): self._entered(*at, why))
+                self._join(stream, command)
             elif name == "connect":
                 self._connect(stream, command)
             else:
@@ -217,12 +217,22 @@ class SimulatedRank(Process):
         least, most = SECONDS.get(name, OTHER_SECONDS)
         self.later(self.slowness * self.draw.uniform(least, most), lambda: self._obey(stream, command, name))
 
-    def _entered(self, stream: Stream, command: link_pb2.Command, why: str) -> None:
-        """All ranks have come to the coordination service, or JAX's client ends this process."""
-        if why:
-            self.later(0.0, lambda: self.die(f"signal 6: {why}"))
-        else:
-            self._work(stream, command, "join")
+    def _join(self, stream: Stream, command: link_pb2.Command) -> None:
+        """Enter a generation: an error when its coordination service has ended; JAX's client ends the process when it
+        ends meanwhile."""
+        service = self.world.coordinators.services[command.join.address]
+        if service.returncode is not None:
+            self.later(0.0, lambda: self._fail(stream, command.id, "ConnectionRefusedError: nobody listens"))
+            return
+        self.world.entering(self, service)
+
+        def entered() -> None:
+            if service.returncode is None:
+                self._obey(stream, command, "join")
+            else:
+                self.later(ENTER_S, lambda: self.die("code 1: the coordination service has ended"))
+
+        self.later(self.slowness * self._draw.uniform(*SECONDS["join"]), entered)
 
     def _gathered(self, stream: Stream, command: link_pb2.Command, name: str, why: str) -> None:
         """All ranks have come, or waiting for them has failed."""

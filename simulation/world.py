@@ -15,7 +15,7 @@ from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
 from simulation.disk import Disk
-from simulation.exchange import Communicator, Coordinators, Gathering, Member
+from simulation.exchange import Communicator, Coordinators, Gathering, Member, SimulatedCoordinator
 from simulation.hand_model import PREPARED
 from simulation.hand_rank import HandRank, HandStore
 from simulation.link import LinkQuality, Stream
@@ -24,6 +24,8 @@ from simulation.scenario import Scenario
 
 STEP_S = (0.005, 0.02)
 """The least and the most virtual seconds of a step's exchange."""
+ENTERING_S = (0.0, 0.05)
+"""The least and the most virtual seconds until a rank that enters a generation dies, or its service."""
 WALL_S = 1.7e9
 """Seconds since 1970 when a run begins."""
 MAX_VIOLATIONS = 20
@@ -76,6 +78,7 @@ class World:
         self._epochs: dict[tuple[int, str], tuple[object, MeshKey, set[SimulatedRank]]] = {}
         """By epoch and pool: the front that gave it, the mesh, and who adopted it."""
         self._draws = self.random("world")
+        self._entering = self.random("entering")
 
     def random(self, purpose: str) -> random.Random:
         """A source of randomness that is the same in every run of this scenario."""
@@ -170,6 +173,19 @@ class World:
                 rank.die("its parent has ended")
 
     # -- What ranks do together ---------------------------------------------------------------------------------
+
+    def entering(self, rank: SimulatedRank, service: SimulatedCoordinator) -> None:
+        """See `simulation.rank.RankWorld.entering`. It, or the service, may die meanwhile, but not at the first start,
+        which ends with the loss of a rank."""
+        draws, first = self._entering, rank.hand.generation == 0 and not rank.joins
+        if self.faultless or first or draws.random() >= self.scenario.rates["dies_joining"] / 2:
+            return
+        if draws.random() < 0.75:
+            self.count("dies_joining")
+            rank.later(draws.uniform(*ENTERING_S), lambda: rank.die("signal 9"))
+        else:
+            self.count("coordinator")
+            self.loop.call_later(draws.uniform(*ENTERING_S), service.die)
 
     def connecting(self, key: object, mesh: MeshKey) -> Gathering:
         """See `simulation.rank.RankWorld.connecting`."""

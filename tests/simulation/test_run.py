@@ -85,7 +85,6 @@ def test_a_rank_that_is_stuck_when_it_is_asked_to_adopt_a_plan_is_lost_by_its_li
 
 
 def test_a_rank_that_is_stuck_before_a_generation_is_formed_takes_no_other_with_it() -> None:
-    """Ranks that wait in JAX's client for one that does not come cannot be let go."""
     faults = (Fault(1.9, "stuck", rank=1, value=0.9), Fault(1.95, "coordinator"), Fault(2.0, "crash", rank=0))
     quiet = dataclasses.replace(calm(1, *faults), clients=(), shares_memory=False)
     outcome = run(quiet)
@@ -93,3 +92,13 @@ def test_a_rank_that_is_stuck_before_a_generation_is_formed_takes_no_other_with_
     lost = [line.split(", cause ") for line in outcome.trace if "event rank_lost" in line]
     assert [rank.split(", ")[-1] for rank, _ in lost] == ["rank 0", "rank 1"]
     assert "no answer to ping within 30 s" in lost[1][1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_dies_while_ranks_enter_a_generation_takes_no_other_with_it_for_long(seed) -> None:
+    faults = (Fault(1.95, "coordinator"), Fault(2.0, "crash", rank=0))
+    scenario = calm(seed, *faults)
+    outcome = run(dataclasses.replace(scenario, rates=scenario.rates | {"dies_joining": 1.0}, shares_memory=False))
+    assert not outcome.violations
+    assert outcome.happened["dies_joining"] + outcome.happened["coordinator"] > 1
+    assert not any("no answer to" in line for line in outcome.trace), "somebody waited for one that is gone"
