@@ -232,7 +232,7 @@ class SimulatedRank(Process):
             else:
                 self.later(ENTER_S, lambda: self.die("code 1: the coordination service has ended"))
 
-        self.later(self.slowness * self._draw.uniform(*SECONDS["join"]), entered)
+        self.later(self.slowness * self.draw.uniform(*SECONDS["join"]), entered)
 
     def _gathered(self, stream: Stream, command: link_pb2.Command, name: str, why: str) -> None:
         """All ranks have come, or waiting for them has failed."""
