@@ -24,7 +24,7 @@ class Relay:
     """Passes bytes between one client, in this process, and the service at `target` (host:port). `lost` is called in a
     thread of its own, once, when the service is gone and its end is not hidden."""
 
-    def __init__(self, target: str, lost: Callable[["Relay"], object] = lambda relay: None) -> None:
+    def __init__(self, target: str, lost: Callable[["Relay"], None] = lambda relay: None) -> None:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._on_lost = lost
