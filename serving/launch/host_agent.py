@@ -160,7 +160,7 @@ class HostAgent:
                 kv_cache_type=order.kv_cache_type,
                 mtp=order.mtp,
             )
-            answer = _message(model)
+            answer = prepared_message(model, self._offer.threads)
         except MoejaxError as error:
             answer = link_pb2.ModelPrepared(error=f"{error} (moejax rank --model says where this host has it)")
         self._prepared = order, answer
@@ -233,15 +233,18 @@ async def run_agents(channel: RankChannel, offers: Sequence[SlotOffer], log: Cal
                 group.create_task(HostAgent(channel, offer, log).run())
 
 
-def _message(model: PreparedModel) -> link_pb2.ModelPrepared:
+def prepared_message(model: PreparedModel, threads: int) -> link_pb2.ModelPrepared:
+    """The report of a prepared model for a slot whose ranks compute with so many threads. Compiled programs have the
+    number of threads and the flags of XLA in their names (`moejax.runtime.executables`): slots that differ in either
+    share none, though they have one folder."""
     executables = Path(model.executables)
     executables.mkdir(mode=0o700, parents=True, exist_ok=True)
-    where = os.stat(executables)
+    where, flags = os.stat(executables), os.environ.get("XLA_FLAGS", "")
     return link_pb2.ModelPrepared(
         config=model.config,
         content=model.content,
         store=model.store,
         executables=model.executables,
-        disk=f"{BOOT_ID.read_text().strip()}:{where.st_dev}:{where.st_ino}",
+        disk=":".join(map(str, (BOOT_ID.read_text().strip(), where.st_dev, where.st_ino, threads, flags))),
         numerics=model.numerics,
     )

@@ -36,7 +36,7 @@ OnExit = Callable[[str], None]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostPaths:
     """A joined host as a rank there needs it: its fault domains, its copy of the weights and its compiled programs.
-    Hosts with the same `disk` share those folders."""
+    Slots with the same `disk` share the compiled programs: what one of them has compiled, the others find."""
 
     host: str
     rack: str

@@ -14,7 +14,7 @@ import pytest
 import serving.launch.host_agent
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
-from serving.launch.host_agent import HostAgent, SlotOffer
+from serving.launch.host_agent import HostAgent, SlotOffer, prepared_message
 from serving.launch.host_pool import HostPool
 from serving.launch.rank_channel import RankChannel
 from serving.launch.rank_listener import RankListener
@@ -150,3 +150,11 @@ async def test_a_rank_on_a_joined_host_sends_heartbeats_no_more_often_than_each_
             began = time.monotonic()
             await until(lambda incarnation=incarnation: len(incarnation.heartbeat_gaps) >= 6)
             assert time.monotonic() - began >= 3 * interval_s  # of the first ones some were on their way before
+
+
+def test_slots_of_one_folder_share_programs_only_where_these_have_the_same_names(tmp_path, monkeypatch):
+    model = dataclasses.replace(JOINED_MODEL, executables=str(tmp_path))
+    narrow, also_narrow, wide = (prepared_message(model, threads).disk for threads in (1, 1, 2))
+    assert narrow == also_narrow != wide
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert prepared_message(model, 1).disk != narrow
