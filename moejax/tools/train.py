@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -266,10 +266,15 @@ def train_mtp(folder: Path, training: TrainingConfig, domains: list[Domain]) -> 
 
 def agreement(params: Params, cfg: ModelConfig, tokens_BT: Int[ArrayLike, "B T"]) -> float:
     """Share of positions of a text at which the draft is the token that the model finds likeliest."""
+    return float(_agreeing(params, cfg, tokens_BT).mean())
+
+
+@partial(jax.jit, static_argnames=("cfg",))
+def _agreeing(params: Params, cfg: ModelConfig, tokens_BT: Int[ArrayLike, "B T"]) -> Bool[jax.Array, "B drafted"]:
     hidden, _ = hidden_states(params, cfg, tokens_BT)
     drafts, _ = draft_logits(params, cfg, hidden[:, :-1], tokens_BT[:, 1:])
     own, _ = forward(params, cfg, tokens_BT)
-    return float((drafts.argmax(-1) == own[:, 1:].argmax(-1)).mean())
+    return drafts.argmax(-1) == own[:, 1:].argmax(-1)
 
 
 def train(cfg: ModelConfig, training: TrainingConfig, folder: Path, streams: list[np.ndarray]) -> Params:
