@@ -13,7 +13,7 @@ import click
 from serving.auth.join_tokens import JoinTokens
 from serving.cli.front_connection import FrontConnection, front_connection
 from serving.cli.options import example
-from serving.launch.host_agent import SlotOffer, run_agents
+from serving.launch.host_agent import ORPHAN_TIMEOUT_S, SlotOffer, run_agents
 from serving.launch.rank_channel import RankChannel, local_address_towards
 from serving.observability import logs
 
@@ -44,12 +44,25 @@ _file = click.option(
     "--address",
     help="Address at which other ranks reach this host.  [default: the address from which it reaches the front]",
 )
+@click.option(
+    "--orphan-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=ORPHAN_TIMEOUT_S,
+    show_default=True,
+    help="Seconds that a rank waits for the next front when its front has gone, before the host agent ends it.",
+)
 @example(
     "moejax rank --join front.example:50052 --token-file token --ca ca.pem",
     "moejax rank --join 127.0.0.1:50052 --token-file token --count 4",
 )
 def rank(
-    connection: FrontConnection, host: str | None, rack: str, model: str | None, count: int, address: str | None
+    connection: FrontConnection,
+    host: str | None,
+    rack: str,
+    model: str | None,
+    count: int,
+    address: str | None,
+    orphan_timeout: float,
 ) -> None:
     """Offer the devices of this host as ranks to the front at HOST:PORT, until Ctrl-C.
 
@@ -68,6 +81,7 @@ def rank(
             model=model,
             threads=max(1, cores // count),
             device=number if count > 1 else None,
+            orphan_timeout_s=orphan_timeout,
         )
         for number in range(count)
     ]

@@ -31,7 +31,7 @@ answered and refused this host."""
 REDIAL_WITH_RANK_S = 0.1
 """Seconds before the front is dialed again while a rank waits for it."""
 ORPHAN_TIMEOUT_S = 60.0
-"""Seconds that a rank waits for the next front before the agent kills it."""
+"""Seconds that a rank waits for the next front before the agent kills it, unless the offer says otherwise."""
 CONDITION_S, CONDITION_STEP_S = 0.25, 0.02
 """Seconds between two looks at the rank's process, and by how much its run delay must have grown to be reported."""
 REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
@@ -42,7 +42,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class SlotOffer:
     """A slot as this host offers it, and what its ranks are started with. `secret` is the join token; `model` is where
     this host has the model, when that is not where the front has it; `device` is the number of the GPU, when there are
-    several."""
+    several. A rank waits `orphan_timeout_s` seconds for the next front."""
 
     secret: str
     host: str
@@ -50,6 +50,7 @@ class SlotOffer:
     model: str | None = None
     threads: int = 1
     device: int | None = None
+    orphan_timeout_s: float = ORPHAN_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +124,13 @@ class HostAgent:
                 self._reports.put_nowait(link_pb2.PlaceReport(condition=now))
 
     def _front_lost(self) -> None:
-        """Stop preparing for the lost front. The rank that runs here waits for the next one, for ORPHAN_TIMEOUT_S."""
+        """Stop preparing for the lost front. The rank that runs here waits for the next one, as long as is offered."""
         if self._preparing is not None:
             self._preparing.cancel()
-        now = time.monotonic()
+        now, limit_s = time.monotonic(), self._offer.orphan_timeout_s
         self._front_lost_at = self._front_lost_at or now
-        if self._running is not None and now - self._front_lost_at > ORPHAN_TIMEOUT_S:
-            self._log(f"rank {self._running.order.rank} is ended: no front has come for {ORPHAN_TIMEOUT_S:.0f} s")
+        if self._running is not None and now - self._front_lost_at > limit_s:
+            self._log(f"rank {self._running.order.rank} is ended: no front has come for {limit_s:.0f} s")
             self._kill_rank()
 
     def _obey(self, order: link_pb2.PlaceOrder, logs: Path) -> None:

@@ -64,7 +64,13 @@ class Front:
 
 
 @pytest.fixture
-async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+def orphan_timeout_s() -> float:
+    """Longer than a front takes to come."""
+    return 60.0
+
+
+@pytest.fixture
+async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orphan_timeout_s: float) -> AsyncIterator[str]:
     """The address of the front of an agent whose host has prepared the model already."""
 
     async def prepare(model: str, weights: str, **how: object) -> PreparedModel:
@@ -75,7 +81,8 @@ async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setattr(serving.launch.host_agent, "prepare_model", prepare)
     monkeypatch.setattr(serving.launch.host_agent, "REDIAL_S", 0.05)
     front = free_address()
-    agent = HostAgent(RankChannel(front=front, address="127.0.0.1"), SlotOffer(secret="", host="a"), lambda text: None)
+    offer = SlotOffer(secret="", host="a", orphan_timeout_s=orphan_timeout_s)
+    agent = HostAgent(RankChannel(front=front, address="127.0.0.1"), offer, lambda text: None)
     running = asyncio.create_task(agent.run())
     yield front
     running.cancel()
@@ -102,8 +109,8 @@ async def test_the_next_front_takes_over_the_rank_that_runs_here(address):
         assert not is_there(pid), "a front that ends in order ends its ranks"
 
 
-async def test_a_rank_is_killed_when_no_front_comes(address, monkeypatch):
-    monkeypatch.setattr(serving.launch.host_agent, "ORPHAN_TIMEOUT_S", 2.0)
+@pytest.mark.parametrize("orphan_timeout_s", [2.0])
+async def test_a_rank_is_killed_when_no_front_comes(address):
     async with Front(address) as front:
         front.executor.spawn(0)
         pid = await front.pid()
