@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from moejax.checkpoint.manifest import FILE, CheckpointError, Manifest
 from moejax.checkpoint.model_folder import PARAMS, draft_folder
@@ -97,6 +96,8 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
 
 def write_params(path: Path, params: Any) -> None:
     """Write a tree of NumPy arrays as an Orbax checkpoint, one chunk per routed expert."""
+    from orbax.checkpoint import v1 as ocp  # here, as a server's start needs no Orbax, and its import takes long
+
     context = ocp.Context()
     saving: Any = context.array.saving
     # A file per chunk, stored as it is: an expert is read in one go, and a copy in tmpfs is a plain copy.
@@ -129,6 +130,8 @@ def read_params(path: Path, specs: Any) -> Any:
 
     Raises CheckpointError with Orbax's own words, which name the file, when it cannot.
     """
+    from orbax.checkpoint import v1 as ocp
+
     try:
         with _quiet():
             stored = ocp.load(str(path.absolute()))
@@ -145,6 +148,8 @@ def read_params(path: Path, specs: Any) -> Any:
 
 
 def _one_chunk_per_expert(path: Any, value: Any) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
     if is_expert(jax.tree_util.keystr(path, simple=True, separator=".")):
         return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0, 1))
     return None

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import click
 
-import planner.cli.main
 from serving.cli.options import example
 from serving.errors import InvalidRequest, StartError
 
@@ -48,6 +47,8 @@ def plan(arguments: tuple[str, ...]) -> None:
 
     `moejax plan` without arguments lists the commands of the planner.
     """
+    import planner.cli.main  # here, as no other command needs it
+
     raise SystemExit(planner.cli.main.main(list(arguments)))
 
 

@@ -5,8 +5,6 @@ import click
 from serving.cli.front_connection import FrontConnection, front_connection
 from serving.cli.options import SettingsCommand, example, settings_options
 from serving.config import Settings
-from serving.edges.front_dialer import RemoteFront
-from serving.remote_edge import serve
 
 SETTINGS = (
     "host",
@@ -48,6 +46,9 @@ def edge(settings: Settings, connection: FrontConnection, model: str | None) -> 
     from the environment (MOEJAX_HTTP_PORT and so on), else from the file --config. Settings that decide what an answer
     is are the front's.
     """
+    from serving.edges.front_dialer import RemoteFront  # here, as no other command needs the surfaces
+    from serving.remote_edge import serve
+
     tls = connection.tls
     dialer = RemoteFront(connection.address, connection.secret, None if tls is None else tls.context())
     raise SystemExit(serve(settings, dialer, model))

@@ -5,7 +5,6 @@ import click
 from serving.cli.options import SettingsCommand, example, settings_options
 from serving.cli.supervisor import supervise
 from serving.config import Settings
-from serving.foreground import serve as serve_until_stopped
 
 
 @click.command(cls=SettingsCommand, short_help="Serve a model over gRPC and HTTP.")
@@ -20,4 +19,8 @@ def serve(settings: Settings, show_settings: bool) -> None:
     if show_settings:
         click.echo(settings.to_toml(), nl=False)
         return
-    raise SystemExit(supervise(settings) if settings.supervise else serve_until_stopped(settings))
+    if settings.supervise:
+        raise SystemExit(supervise(settings))
+    from serving.foreground import serve as serve_until_stopped  # here, as a supervisor needs none of a front's modules
+
+    raise SystemExit(serve_until_stopped(settings))

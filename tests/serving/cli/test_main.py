@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import planner.cli.main
+import serving.foreground
 from planner.plan.deployment import read_deployment
 from serving.auth.api_keys import ApiKeyFile
 from serving.auth.limits import CallLimits
@@ -196,8 +197,8 @@ def test_no_server_is_one_line(command):
 @pytest.fixture
 def served(monkeypatch) -> list[Settings]:
     settings: list[Settings] = []
-    for name in ("supervise", "serve_until_stopped"):
-        monkeypatch.setattr(serve, name, lambda s: settings.append(s) or 0)
+    for place in ((serve, "supervise"), (serving.foreground, "serve")):
+        monkeypatch.setattr(*place, lambda s: settings.append(s) or 0)
     return settings
 
 
