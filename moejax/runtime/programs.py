@@ -218,7 +218,8 @@ class LocalPrograms:
 
 
 def local_lowerings(shape: ModelShape, device: JaxDevice, slots: int) -> Iterator[Lowering]:
-    """Name and lowering of each program of a rank alone."""
+    """Name and lowering of each program of a rank alone. These depend on the shapes of their arguments alone, so that
+    models and formats which have those in common share them."""
     yield from sample_lowerings(shape, device)
     yield from (lowering for _, lowering in adjusted_sample_lowerings(shape, device))
     yield from (lowering for _, lowering in score_lowerings(shape, device))
@@ -241,7 +242,7 @@ def sample_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[Lowering]
     for bucket in shape.buckets:
         hidden, packed = _hidden_and_packed(device, cfg, bucket)
         yield (
-            executable_name("sample", cfg, bucket),
+            executable_name("sample", _shapes(head, hidden), bucket),
             lambda b=bucket, h=hidden, p=packed: steps.run_sample.lower(head, h, p, bucket=b),
         )
 
@@ -262,7 +263,7 @@ def adjusted_sample_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[
         yield (
             index,
             (
-                executable_name("sample-adjusted", cfg, bucket),
+                executable_name("sample-adjusted", _shapes(head, hidden), bucket),
                 lambda b=bucket, h=hidden, p=packed, s=adjustments: steps.run_sample_adjusted.lower(
                     head, h, p, s, bucket=b
                 ),
@@ -281,7 +282,7 @@ def score_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[tuple[int,
             yield (
                 index,
                 (
-                    executable_name("score", cfg, bucket.rows),
+                    executable_name("score", _shapes(head, hidden)),
                     lambda h=hidden: steps.run_score.lower(head, h, row, targets),
                 ),
             )
@@ -295,7 +296,7 @@ def commit_lowerings(shape: ModelShape, device: JaxDevice) -> Iterator[Lowering]
         new = cache_on_device(device, cfg, bucket.rows * cfg.tensor, bucket.segments)
         packed = shape_on_device(device, (packed_size(bucket) * cfg.tensor,), jnp.int32)
         yield (
-            executable_name("commit", cfg, bucket, shape.entries, shape.states),
+            executable_name("commit", _shapes(cache, new, packed), bucket),
             lambda b=bucket, n=new, p=packed: steps.run_commit.lower(cache, n, p, bucket=b),
         )
 
@@ -309,7 +310,7 @@ def fill_lowerings(shape: ModelShape, device: JaxDevice, slots: int) -> Iterator
         experts = jax.tree.map(lambda s: shape_on_device(device, s.shape, s.dtype), local.segments[i][j].moe.experts)
         one = jax.tree.map(lambda s: shape_on_device(device, s.shape[2:], s.dtype), experts)
         yield (
-            executable_name("fill", cfg, (i, j), slots),
+            executable_name("fill", _shapes(experts, one)),
             lambda e=experts, o=one: steps.run_fill.lower(e, o, index, index),
         )
 
@@ -352,6 +353,11 @@ def load_program(store: ExecutableStore, lowering: Lowering, devices: Sequence[J
 
 def shape_on_device(device: JaxDevice, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+def _shapes(*arguments: Any) -> str:
+    """The tree of a program's arguments, with shapes and dtypes."""
+    return str(jax.tree.map(lambda each: f"{each.dtype}{list(each.shape)}", arguments))
 
 
 def _head(device: JaxDevice, cfg: ModelConfig) -> Head:

@@ -1,6 +1,7 @@
 """Laws of stored executables: what a program is made of changes its name, and one process of a host compiles it."""
 
 import concurrent.futures
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.config.model_config import ModelConfig
+from moejax.config.step_inputs import Bucket
 from moejax.runtime.executables import ExecutableStore, compiled_sources
-from moejax.runtime.programs import Lowering, compile_missing, load_program
+from moejax.runtime.programs import Lowering, ModelShape, compile_missing, load_program, local_lowerings
+from tests.support.models import MIXTRAL
 
 ROOT = Path(__file__).parents[3]
 IMPORTED = """
@@ -25,6 +29,29 @@ def test_every_module_that_a_step_is_compiled_from_is_in_the_digest() -> None:
     docstrings = {ROOT / "moejax" / "__init__.py", ROOT / "moejax" / "runtime" / "__init__.py"}
     assert ROOT / "moejax" / "model" / "decoder.py" in imported
     assert imported - set(compiled_sources()) <= docstrings
+
+
+def local_names(cfg: ModelConfig) -> dict[str, set[str]]:
+    """Names of the programs of a rank alone, by their kind."""
+    bucket = Bucket(decode=2, tiles=1, max_pages=4)
+    shape, names = ModelShape(cfg=cfg, buckets=(bucket,), page_size=32, pages=8), {}
+    for name, _ in local_lowerings(shape, jax.devices()[0], slots=2):
+        names.setdefault(name.rpartition("-")[0], set()).add(name)
+    return names
+
+
+def test_a_rank_alone_shares_programs_with_models_and_formats_that_have_their_shapes_in_common() -> None:
+    names = local_names(MIXTRAL)
+    assert names.keys() == {"sample", "sample-adjusted", "score", "commit", "fill"}
+
+    def other(**changes: object) -> set[str]:
+        changed = local_names(dataclasses.replace(MIXTRAL, **changes))
+        return {kind for kind in names if names[kind] != changed[kind]}
+
+    assert other(name="another", rope_base=5e5) == set()
+    assert other(cache_format="int8") == {"commit"}
+    assert other(vocab_size=128) == {"sample", "sample-adjusted", "score"}
+    assert other(weights="int8") >= {"fill"}
 
 
 HOLDER = """
