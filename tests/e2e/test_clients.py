@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.__main__ import run_trials, where
 from clients.tool import tools
 from serving.api.client import Client
+from serving.errors import NotPermitted
 from serving.server import Server
-from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.e2e.conftest import PAIR, TINY
 from tests.serving.observability.test_metrics import VLLM_NAMES
 from tests.support.grpc_requests import BYTES_OF_A_REQUEST
 from tests.support.node import node
@@ -33,7 +34,7 @@ PROMPT, TOKENS = "ROMEO:", 12
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two ranks, a journal, and nothing that lets a caller change the server."""
     journal = tmp_path_factory.mktemp("journal")
-    with Server(model=str(TINY), ranks=2, buckets=FEW_BUCKETS, journal=str(journal)) as server:
+    with Server(**PAIR, journal=str(journal)) as server:
         yield server
 
 
@@ -98,6 +99,11 @@ def test_a_prometheus_parser_counts_what_was_generated(open_server: Server, clie
     before = generated()
     client.generate(PROMPT, max_tokens=TOKENS, temperature=0)
     assert generated() == before + TOKENS
+
+
+def test_a_server_that_lets_nobody_operate_it_says_so(client: Client) -> None:
+    with pytest.raises(NotPermitted, match="--operate"):
+        client.apply("pause")
 
 
 def test_no_request_of_the_document_makes_the_server_fail(open_server: Server, client: Client) -> None:

@@ -9,11 +9,11 @@ import pytest
 from moejax.checkpoint.download import cache_folder
 from serving.api.client import Client
 from serving.server import Server
+from tests.e2e.conftest import ONE_BUCKET
 from tests.support.families.answers import ANSWER, recorded
 from tests.support.families.small import small_folder
 from tests.support.streams import Stream, Traffic, events_since, kill, last_event, wait_until_whole
 
-BUCKETS = ((2, 0), (2, 2))
 COLLOCATED = {"ranks": 3, "slots_per_rank": 4, "on_lost_expert": "mask"}
 APART = {"ranks": 3, "arch": "disaggregated", "attention": 1, "experts": 2}
 
@@ -29,7 +29,7 @@ def sharded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     name, settings = request.param
     folder = tmp_path / f"small-{name}-dense"
     small_folder(folder, name)
-    with Server(model=str(folder), dense="sharded", buckets=BUCKETS, lattice_depth=1, **settings) as server:
+    with Server(model=str(folder), dense="sharded", buckets=ONE_BUCKET, lattice_depth=1, **settings) as server:
         yield name, server
     for made in (cache_folder() / "models").glob(f"{folder.name}-*"):
         shutil.rmtree(made)

@@ -51,7 +51,9 @@ def test_drafts_change_no_bit_of_an_answer(apart: Client) -> None:
     assert apart.status().compiles_after_ready == compiles
 
 
-@pytest.mark.parametrize("rank", [*ATTENTION, *EXPERTS])
+@pytest.mark.parametrize(
+    "rank", [0, 3, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 2))]
+)  # the others die with their whole side below
 def test_the_loss_of_either_kind_changes_no_token(apart: Client, traffic: Traffic, rank: int) -> None:
     wait_until_whole(apart)
     compiles = apart.status().compiles_after_ready

@@ -11,11 +11,11 @@ import pytest
 from moejax.checkpoint.download import cache_folder
 from serving.api.client import Client
 from serving.server import Server
+from tests.e2e.conftest import ONE_BUCKET
 from tests.support.families.answers import ANSWER, recorded
 from tests.support.families.small import small_folder
 from tests.support.streams import Stream, Traffic, wait_until, wait_until_whole
 
-BUCKETS = ((2, 0), (2, 2))
 FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe", "qwen3_next", "lfm2_moe")
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, and the one with gated attention and
@@ -61,7 +61,7 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
     known = Stream(expected.prompt, 0.0, 0, ANSWER, tokens=expected.tokens)
     in_place = name in ("gpt-oss", "llama4")  # the others are converted
     with (
-        Server(model=str(folder), ranks=2, buckets=BUCKETS, in_place=in_place, operate=True) as server,
+        Server(model=str(folder), ranks=2, buckets=ONE_BUCKET, in_place=in_place, operate=True) as server,
         Client(server) as client,
     ):
         wait_until_whole(client)

@@ -15,7 +15,7 @@ import pytest
 import serving.recovery.rendezvous
 from benchmarks.stuck import StuckProgram
 from serving.api.client import Client
-from serving.errors import NoCapacity, NotPermitted
+from serving.errors import NoCapacity
 from serving.recovery.rendezvous import Rendezvous
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
@@ -24,7 +24,7 @@ from tests.support.streams import Traffic, events_since, last_event, pid_of, wai
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Server]:
-    """Two ranks of the tiny model."""
+    """Two ranks of the tiny model, with the usual buckets."""
     with Server(model=str(TINY), ranks=2, chaos=True, scrub_s=8.0) as server:
         yield server
 
@@ -183,8 +183,9 @@ def test_the_coordinator_may_die_and_the_next_replacement_costs_a_new_generation
 
 
 def test_the_loss_of_a_whole_host_is_prepared_and_changes_no_token() -> None:
+    like_others = {"slots_per_rank": 4, "buckets": FEW_BUCKETS}  # programs of `test_certificate`
     with (
-        Server(model=str(TINY), ranks=4, hosts=2, lattice_depth=1, chaos=True, restart=False) as server,
+        Server(model=str(TINY), ranks=4, hosts=2, lattice_depth=1, chaos=True, restart=False, **like_others) as server,
         Client(server) as client,
     ):
         wait_until_whole(client)
@@ -285,15 +286,6 @@ def test_what_if_says_for_each_rank_what_its_loss_would_cost(client: Client, kno
     assert all(p.prepared for p in told[:2])
     assert sum(p.requests_moved for p in told[:2]) == told[2].requests_moved > 0
     assert all(p.stall_ms > 0 for p in told[:2])
-
-
-def test_a_server_that_lets_nobody_operate_it_says_so() -> None:
-    with (
-        Server(model=str(TINY), ranks=1) as server,
-        Client(server) as client,
-        pytest.raises(NotPermitted, match="--operate"),
-    ):
-        client.apply("pause")
 
 
 @pytest.fixture(scope="module")

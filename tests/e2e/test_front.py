@@ -18,8 +18,8 @@ from tests.support.streams import Traffic, events_since, pid_of, wait_until, wai
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
-    """Two ranks of the tiny model, with caches in bfloat16, under a supervisor."""
-    with supervised("--ranks", "2", "--edges", "0", "--kv-cache-dtype", "bfloat16") as server:
+    """Two ranks of the tiny model under a supervisor."""
+    with supervised("--ranks", "2", "--edges", "0", end=signal.SIGINT) as server:
         yield server
 
 

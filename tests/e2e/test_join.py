@@ -41,7 +41,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def joined(hosts: Hosts) -> Iterator[Client]:
-    settings = hosts.join_files.settings(hosts.front) | {"buckets": FEW_BUCKETS}
+    settings = hosts.join_files.settings(hosts.front) | {"buckets": FEW_BUCKETS, "lattice_depth": 1}
     with Server(model=str(TINY), ranks=3, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         yield client

@@ -5,7 +5,7 @@ import pytest
 
 from serving.api.client import Client
 from serving.server import Server
-from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.e2e.conftest import FEW_BUCKETS, PAIR, TINY
 from tests.support.streams import Traffic, events_since, kill, last_event, wait_until_whole
 
 SETTINGS = {"model": str(TINY), "buckets": FEW_BUCKETS, "prefix_caching": False, "chaos": True}
@@ -17,7 +17,7 @@ TOKEN_BYTES = 4 * 2 * (64 + 2 * 4)
 
 @pytest.mark.parametrize(("way", "form"), [("memory", "int8"), ("stream", "fp8")])
 def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_changes(way: str, form: str) -> None:
-    settings = {"ranks": 3, "kv_replication": way, "kv_cache_type": form, **SETTINGS}
+    settings = {"lattice_depth": 1, "ranks": 3, "kv_replication": way, "kv_cache_type": form, **SETTINGS}
     with Server(**settings) as server, Client(server) as client:
         traffic = Traffic.record(client, **LONG)
         for victim in (0, 2):
@@ -38,7 +38,7 @@ def test_the_contexts_of_ranks_killed_in_decode_are_restored_and_no_token_change
 
 
 def test_a_context_is_restored_though_no_rank_is_left() -> None:
-    with Server(ranks=2, kv_replication="memory", **SETTINGS) as server, Client(server) as client:
+    with Server(kv_replication="memory", **SETTINGS | PAIR) as server, Client(server) as client:
         traffic = Traffic.record(client, streams=4, prompt_tokens=380, max_tokens=60)
         traffic.during(client, kill(client, 0), kill(client, 1), after=0.3)
         assert client.status().tokens_restored > 380

@@ -57,21 +57,26 @@ def spread(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A server with a rank in each namespace."""
     join_files = JoinFiles.made(tmp_path_factory.mktemp("join_files"), FRONT)
     front = f"{FRONT}:{PORT}"
+    arguments = [*join_files.arguments(), "--orphan-timeout", "5"]
     with contextlib.ExitStack() as stack:
         for name in HOSTS:
             within = ("ip", "netns", "exec", f"moejax-{name}")
-            stack.enter_context(host_agent(name, front, join_files.arguments(), within=within))
+            stack.enter_context(host_agent(name, front, arguments, within=within))
         settings = join_files.settings(front)
         with (
-            Server(model=str(TINY), ranks=3, buckets=FEW_BUCKETS, **settings) as server,
+            Server(model=str(TINY), ranks=3, buckets=FEW_BUCKETS, lattice_depth=1, **settings) as server,
             Client(server) as client,
         ):
             wait_until_whole(client)
             yield client
 
 
-def test_a_link_that_is_cut_for_300_milliseconds_costs_no_rank_and_no_token(spread: Client) -> None:
-    traffic = Traffic.record(spread, streams=6, prompt_tokens=40, max_tokens=60)
+@pytest.fixture(scope="module")
+def traffic(spread: Client) -> Traffic:
+    return Traffic.record(spread, streams=6, prompt_tokens=40, max_tokens=60)
+
+
+def test_a_link_that_is_cut_for_300_milliseconds_costs_no_rank_and_no_token(spread: Client, traffic: Traffic) -> None:
     before = last_event(spread)
 
     def cut_for_a_moment() -> None:
@@ -84,8 +89,9 @@ def test_a_link_that_is_cut_for_300_milliseconds_costs_no_rank_and_no_token(spre
     assert spread.status().compiles_after_ready == 0
 
 
-def test_a_rank_that_is_cut_off_changes_no_token_ends_by_itself_and_joins_again(spread: Client) -> None:
-    traffic = Traffic.record(spread, streams=6, prompt_tokens=40, max_tokens=60)
+def test_a_rank_that_is_cut_off_changes_no_token_ends_by_itself_and_joins_again(
+    spread: Client, traffic: Traffic
+) -> None:
     before, status = last_event(spread), spread.status()
     victim = next(rank.id for rank in status.ranks if rank.host == "north")
     pid = pid_of(status, victim)

@@ -45,8 +45,14 @@ def test_they_say_what_collocated_ranks_say(client: Client, traffic: Traffic) ->
     assert [rank.role for rank in after.ranks] == ["prefill"] * 2 + ["decode"] * 2
 
 
-@pytest.mark.parametrize("rank", [PREFILL[0], DECODE[1]])
-@pytest.mark.parametrize("after", [0.0, 0.3])
+def slow(*values: object) -> object:
+    """Parameters of the slow tests: a pool that is lost at the other time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("rank", "after"), [(PREFILL[0], 0.0), (DECODE[1], 0.3), slow(PREFILL[0], 0.3), slow(DECODE[1], 0.0)]
+)
 def test_the_loss_of_a_rank_of_either_pool_changes_no_token(
     client: Client, traffic: Traffic, rank: int, after: float
 ) -> None:
@@ -57,8 +63,13 @@ def test_a_stopped_rank_of_either_pool_changes_no_token(client: Client, traffic:
     traffic.during(client, kill(client, PREFILL[1], signal.SIGSTOP), kill(client, DECODE[0], signal.SIGSTOP))
 
 
-@pytest.mark.parametrize("side", [PREFILL, DECODE, (*PREFILL[:1], *DECODE[1:])])
-@pytest.mark.parametrize("after", [0.0, 0.3])
+MIXED = (*PREFILL[:1], *DECODE[1:])
+
+
+@pytest.mark.parametrize(
+    ("side", "after"),
+    [(PREFILL, 0.0), (DECODE, 0.3), slow(MIXED, 0.3), slow(PREFILL, 0.3), slow(DECODE, 0.0), slow(MIXED, 0.0)],
+)
 def test_the_other_pool_takes_over_from_one_that_died(
     client: Client, traffic: Traffic, side: tuple[int, ...], after: float
 ) -> None:
@@ -115,17 +126,15 @@ def test_instructions_about_both_pools_are_refused(client: Client) -> None:
         client.apply("weights", model=str(TINY))
 
 
-def test_a_front_that_dies_costs_a_pause(traffic: Traffic) -> None:
-    options = ("--arch", "pd", "--prefill", "1", "--decode", "1", "--edges", "0")
+@pytest.mark.parametrize("ranks", [(1,), slow((0, 1))], ids=str)
+def test_a_front_that_dies_alone_or_with_a_rank_costs_a_pause(traffic: Traffic, ranks: tuple[int, ...]) -> None:
+    options = ("--arch", "pd", "--prefill", "1", "--decode", "1", "--edges", "0", "--kv-cache-type", "float32")
     with supervised(*options) as server, Client(server.address) as client:
         wait_until_whole(client)
         before = [rank.pid for rank in client.status().ranks]
-        for act in (
-            lambda: os.kill(server.front(), signal.SIGKILL),
-            lambda: server.kill_with(client, 0),
-            lambda: server.kill_with(client, 1),
-        ):
+        with_ranks = (lambda rank=rank: server.kill_with(client, rank) for rank in ranks)
+        for act in (lambda: os.kill(server.front(), signal.SIGKILL), *with_ranks):
             traffic.during(client, act, after=0.2)
             wait_until_whole(client)
             assert client.status().compiles_after_ready == 0
-        assert before[0] != client.status().ranks[0].pid
+        assert before[1] != client.status().ranks[1].pid

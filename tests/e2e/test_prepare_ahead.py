@@ -52,11 +52,15 @@ def test_slots_and_means_after_a_rank_is_killed_are_as_predicted(whole: Client, 
         after.append(settled_without(whole, {rank}))
         read.append(whole.status().experts_loaded - loaded)
 
+    sequence = last_event(whole)
     traffic.during(whole, kill(whole, rank), settle)
+    assert {"rank_lost", "recovered"} <= {event.kind for event in events_since(whole, sequence)}
     assert after[0].rank_ids == plan.rank_ids
     assert after[0].slots == plan.slots
     assert after[0].masked == plan.masked == ()
     assert read == [outcome.means.get("store", 0)]
+    wait_until_whole(whole)
+    assert whole.status().compiles_after_ready == 0
 
 
 def test_masked_experts_and_a_lost_host_are_as_predicted() -> None:
@@ -79,7 +83,7 @@ def test_masked_experts_and_a_lost_host_are_as_predicted() -> None:
 
 def test_the_roles_after_a_lost_expert_rank_are_as_predicted() -> None:
     settings = {"arch": "disaggregated", "attention": 2, "experts": 2, "slots_per_rank": 4, "restart": False}
-    settings |= {"buckets": FEW_BUCKETS}
+    settings |= {"lattice_depth": 1, "buckets": FEW_BUCKETS}
     with Server(model=str(TINY), ranks=4, chaos=True, **settings) as server, Client(server) as client:
         wait_until_whole(client)
         known = Traffic.record(client, streams=2, prompt_tokens=20, max_tokens=30)

@@ -14,7 +14,9 @@ from tests.support.processes import SMALL, processes_of, read_until, start
 from tests.support.streams import wait_until
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)  # the server of `test_front` ends upon the latter
 def test_a_signal_drains_the_server_and_leaves_no_process(how: signal.Signals) -> None:
     process = start(*SMALL, "--ranks", "2")
     said = read_until(process, r"\btry\b")

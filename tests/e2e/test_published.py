@@ -17,6 +17,7 @@ from serving.api.client import Client
 from serving.errors import StartError
 from serving.server import Server
 from serving.text.tokenizer import Tokenizer
+from tests.e2e.conftest import ONE_BUCKET
 from tests.support.published import MIXTRAL, published_folder
 from tests.support.quantized_folders import quantized_folders
 from tests.support.streams import kill
@@ -25,7 +26,6 @@ LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
 }
-BUCKETS = ((2, 0), (2, 2))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_published_folder_is_served_as_it_is(folder: Path) -> None:
-    with Server(model=str(folder), ranks=2, buckets=BUCKETS) as server, Client(server) as client:
+    with Server(model=str(folder), ranks=2, buckets=ONE_BUCKET) as server, Client(server) as client:
         model = client.model()
         assert (model.name, model.experts) == ("mixtral-small", 4)
         said = client.generate("To be", temperature=0, max_tokens=24, ignore_eos=True)
@@ -61,7 +61,7 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
 def test_packed_weights_are_served_as_published(packed: tuple[Path, Path], in_place: bool) -> None:
     folder, plain = packed
     asked = {"model": str(folder), "data_type": "published", "in_place": in_place}
-    with Server(**asked, ranks=1, buckets=BUCKETS) as server, Client(server) as client:
+    with Server(**asked, ranks=1, buckets=ONE_BUCKET) as server, Client(server) as client:
         said = client.generate("To be", temperature=0, max_tokens=24, ignore_eos=True)
     ours = ensure_model(plain)
     cfg = ModelConfig.load(ours)
@@ -78,7 +78,7 @@ def dense(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_model_without_experts_is_served_and_a_lost_rank_changes_no_token(dense: Path) -> None:
-    with Server(model=str(dense), ranks=2, buckets=BUCKETS, chaos=True) as server, Client(server) as client:
+    with Server(model=str(dense), ranks=2, buckets=ONE_BUCKET, chaos=True) as server, Client(server) as client:
         said = client.generate("To be", temperature=0, max_tokens=100, ignore_eos=True)
         kill(client, 1)()
         again = client.generate("To be", temperature=0, max_tokens=100, ignore_eos=True)

@@ -19,7 +19,7 @@ from tests.support.streams import Traffic, events_since, last_event, pid_of, wai
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Three ranks of the tiny model, none of which holds all experts."""
-    with Server(model=str(TINY), ranks=3, chaos=True, buckets=FEW_BUCKETS) as server:
+    with Server(model=str(TINY), ranks=3, chaos=True, buckets=FEW_BUCKETS, lattice_depth=1) as server:
         yield server
 
 

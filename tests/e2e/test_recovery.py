@@ -20,7 +20,12 @@ from tests.support.streams import (
 )
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def slow(*values: object) -> list[object]:
+    """Parameters of the slow tests: other ranks in the same place, or other numbers."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("rank", [0, *slow(1, 2, 3)])  # `test_prepare_ahead` kills each of them
 def test_a_rank_killed_in_decode_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
     before, epoch = last_event(whole), whole.status().epoch
     compiles = whole.status().compiles_after_ready
@@ -39,7 +44,7 @@ def test_a_rank_killed_in_decode_changes_no_token(whole: Client, traffic: Traffi
     assert whole.status().compiles_after_ready == compiles == 0
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize("rank", [2, *slow(0, 1, 3)])
 def test_a_rank_killed_in_prefill_changes_no_token(whole: Client, rank: int) -> None:
     long = Traffic.record(whole, streams=4, prompt_tokens=400, max_tokens=4)
     long.during(whole, kill(whole, rank), after=0.0)
@@ -91,28 +96,20 @@ def test_a_replacement_may_die_while_it_joins(whole: Client, traffic: Traffic) -
     wait_until_whole(whole)
 
 
-def test_a_replacement_joins_the_generation_there_is(whole: Client) -> None:
-    generation = whole.status().generation
-    kill(whole, 2)()
-    wait_until(lambda: whole.status().ranks[2].state != "serving", "the loss is seen")
-    wait_until_whole(whole)
-    assert whole.status().generation == generation
-
-
 def test_even_the_loss_of_all_ranks_loses_no_stream(whole: Client, traffic: Traffic) -> None:
     traffic.during(whole, *(kill(whole, rank) for rank in range(4)))
 
 
-def test_an_idle_rank_may_die_and_comes_back(whole: Client) -> None:
+def test_an_idle_rank_may_die_and_its_replacement_joins_the_generation_there_is(whole: Client) -> None:
+    generation = whole.status().generation
     kill(whole, 1)()
     wait_until(lambda: whole.status().ranks[1].state != "serving", "the loss is seen")
     wait_until_whole(whole)
+    assert whole.status().generation == generation
     assert whole.generate([5, 6, 7], max_tokens=3, ignore_eos=True).reason == "length"
 
 
-@pytest.mark.parametrize(
-    "data_type", ["float32", "int8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "int4"))]
-)
+@pytest.mark.parametrize("data_type", ["int8", *slow("float32", "bfloat16", "int4")])
 def test_ranks_die_one_after_the_other_down_to_the_last(data_type: str) -> None:
     settings = {"model": str(TINY), "ranks": 3, "restart": False, "chaos": True, "data_type": data_type}
     settings |= {"buckets": FEW_BUCKETS}

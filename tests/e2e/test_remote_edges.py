@@ -1,5 +1,6 @@
 """Edges on other hosts: `moejax edge` over TLS on this machine, whose front, and which itself, is killed."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -114,6 +115,12 @@ KINDS: tuple[Callable[[Any, str, int], str], ...] = (
 CALLS = [(kind, prompt, seed) for seed, prompt in enumerate(PROMPTS) for kind in KINDS]
 
 
+def all_at_once(server: Any) -> list[str]:
+    """The answers of all calls."""
+    with concurrent.futures.ThreadPoolExecutor(len(CALLS)) as pool:
+        return list(pool.map(lambda call: call[0](server, *call[1:]), CALLS))
+
+
 def remote_calls(client: Client) -> int:
     return sum(each.calls for each in client.status().edges if each.host)
 
@@ -121,8 +128,8 @@ def remote_calls(client: Client) -> int:
 def test_clients_of_an_edge_on_another_host_see_a_pause_when_the_front_is_killed(
     server: Supervised, edge: RemoteEdge
 ) -> None:
-    known = [kind(server, prompt, seed) for kind, prompt, seed in CALLS]
-    assert [kind(edge, prompt, seed) for kind, prompt, seed in CALLS] == known, "the text is that of the local edge"
+    known = all_at_once(server)
+    assert all_at_once(edge) == known, "the text is that of the local edge"
     answers: list[str | Exception | None] = [None] * len(CALLS)
 
     def ask(place: int) -> None:

@@ -13,7 +13,7 @@ from serving.errors import NoCapacity
 from serving.server import Server
 from tests.e2e.conftest import FEW_BUCKETS, TINY
 from tests.support.drafts import accepted, answers, parts
-from tests.support.processes import Supervised, start
+from tests.support.processes import supervised
 from tests.support.streams import Traffic, events_since, kill, last_event, wait_until, wait_until_whole
 
 
@@ -34,7 +34,7 @@ def whole(server: Server) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def traffic(server: Server) -> Traffic:
-    """Requests and their answers, each alone."""
+    """Requests and their answers."""
     with Client(server) as client:
         return Traffic.record(client, streams=8, prompt_tokens=70, max_tokens=40)
 
@@ -51,14 +51,19 @@ def test_drafts_change_no_bit_of_an_answer(whole: Client) -> None:
     assert whole.status().compiles_after_ready == compiles
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client, traffic: Traffic, rank: int) -> None:
+def test_a_rank_killed_takes_its_group_along_and_its_contexts_come_back_from_the_copies_of_all_ranks_of_the_group(
+    whole: Client, traffic: Traffic
+) -> None:
     status, before = whole.status(), last_event(whole)
 
-    def and_look() -> None:
-        wait_until(lambda: roles(whole)[rank ^ 1] == "expert", "the other rank of the group holds experts only")
+    def kill_a_busy_one() -> None:
+        busiest = max(whole.status().ranks, key=lambda rank: rank.running)
+        assert busiest.running
+        kill(whole, busiest.id)()
+        wait_until(lambda: roles(whole)[busiest.id ^ 1] == "expert", "the other rank of the group holds experts only")
 
-    traffic.during(whole, kill(whole, rank), and_look)
+    traffic.during(whole, kill_a_busy_one)
+    assert whole.status().tokens_restored > status.tokens_restored
     assert "recovered" in {event.kind for event in events_since(whole, before)}
     wait_until_whole(whole)
     assert roles(whole) == ["collocated"] * 4
@@ -68,19 +73,7 @@ def test_a_rank_killed_takes_its_group_along_and_changes_no_token(whole: Client,
     assert again < status.page_size * len(traffic.known)  # at most what was not copied yet of each stream's last page
 
 
-def test_contexts_come_back_from_the_copies_of_all_ranks_of_the_group(whole: Client, traffic: Traffic) -> None:
-    restored = whole.status().tokens_restored
-
-    def kill_a_busy_one() -> None:
-        busiest = max(whole.status().ranks, key=lambda rank: rank.running)
-        assert busiest.running
-        kill(whole, busiest.id)()
-
-    traffic.during(whole, kill_a_busy_one)
-    assert whole.status().tokens_restored > restored
-
-
-@pytest.mark.parametrize("victims", [(1, 2), (0, 1)], ids=str)
+@pytest.mark.parametrize("victims", [pytest.param((1, 2), marks=pytest.mark.slow), (0, 1)], ids=str)
 def test_what_is_left_of_two_groups_is_a_group(whole: Client, traffic: Traffic, victims: tuple[int, int]) -> None:
     traffic.during(whole, *(kill(whole, victim) for victim in victims))
     wait_until_whole(whole)
@@ -118,17 +111,13 @@ def test_a_drain_moves_the_requests_of_the_group_and_computes_nothing_again(whol
 
 
 def test_a_front_that_finds_no_whole_group_waits_for_one() -> None:
-    process = start("--model", str(TINY), "--ranks", "2", "--tensor", "2", "--grpc-port", "0")
-    server = Supervised(process)
-    with Client(server.address) as client:
+    with supervised("--ranks", "2", "--tensor", "2") as server, Client(server.address) as client:
         wait_until_whole(client)
         known = Traffic.record(client, streams=4, prompt_tokens=40, max_tokens=60)
         known.during(client, lambda: os.kill(server.front(), signal.SIGKILL), after=0.2)
         wait_until_whole(client)
         known.during(client, lambda: server.kill_with(client, 1), after=0.2)
         wait_until_whole(client)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("protection", ["stream", pytest.param("off", marks=pytest.mark.slow)])

@@ -20,9 +20,8 @@ from tests.support.checkouts import copy_checkout
 from tests.support.processes import ROOT, Supervised, supervised
 from tests.support.streams import Traffic, wait_until, wait_until_whole
 
-STREAMS = 16
-FEW = 5
-"""Streams while a version is tried that is rolled back: enough for both kinds."""
+STREAMS = 5
+"""Enough for both kinds, at either edge."""
 LIMIT_S = 240.0
 
 
@@ -43,12 +42,12 @@ def traffic(server: Supervised) -> Traffic:
 class Load:
     """Streams of every kind that run again and again, while the context is entered. Each must be as it is known."""
 
-    def __init__(self, server: Supervised, traffic: Traffic, streams: int = STREAMS) -> None:
+    def __init__(self, server: Supervised, traffic: Traffic) -> None:
         self.done = 0
         self._wrong: list[object] = []
         self._server, self._traffic, self._stop = server, traffic, threading.Event()
         self._text = completion(server)
-        self._threads = [threading.Thread(target=self._run, args=(place,)) for place in range(streams)]
+        self._threads = [threading.Thread(target=self._run, args=(place,)) for place in range(STREAMS)]
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -184,7 +183,7 @@ def test_a_version_that_does_not_start_or_answers_otherwise_is_rolled_back(
     with Client(server.address) as client:
         wait_until_whole(client)
         count = client.status().upgrades_rolled_back
-        with Load(server, traffic, FEW):
+        with Load(server, traffic):
             ran = upgrade(server, copy_checkout(tmp_path / "broken", **{name: (before, after)}))
         assert ran.returncode == 1, ran.stdout
         assert "rolled back, all processes run" in ran.stdout

@@ -16,7 +16,7 @@ from benchmarks.weights import Answer, Load, broken_laws, kill, perturbed, wrong
 from serving.api.client import Client
 from serving.errors import InvalidRequest, MoejaxError
 from serving.server import Server
-from tests.e2e.conftest import FEW_BUCKETS, TINY
+from tests.e2e.conftest import PAIR, TINY
 from tests.support.models import MIXTRAL, model_folder
 from tests.support.processes import supervised
 from tests.support.streams import wait_until, wait_until_whole
@@ -34,7 +34,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(model=str(TINY), ranks=2, chaos=True, buckets=FEW_BUCKETS) as server:
+    with Server(**PAIR, chaos=True) as server:
         yield server
 
 

@@ -15,7 +15,8 @@ from tests.support.streams import pid_of, wait_until
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--model", str(ROOT / "models" / "tiny"), "--buckets", "8,0;8,2", "--grpc-port", "0")
-"""The tiny model with few compiles."""
+SMALL += ("--kv-cache-type", "bfloat16")
+"""The tiny model with few compiles, and a cache that is narrow also while fronts, edges and versions change."""
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -25,14 +26,14 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @contextlib.contextmanager
-def supervised(*arguments: str) -> "Iterator[Supervised]":
-    """`moejax serve` of the tiny model, which serves. In the end it drains and leaves no process."""
+def supervised(*arguments: str, end: signal.Signals = signal.SIGTERM) -> "Iterator[Supervised]":
+    """`moejax serve` of the tiny model, which serves. Upon the signal `end` it drains and leaves no process."""
     process = start(*SMALL, *arguments)
     try:
         yield Supervised(process)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(end)
         assert process.wait(60) == 0
         wait_until(lambda: not processes_of(process.pid), "no process is left", 10)
 

@@ -1,5 +1,6 @@
 """Streams that run while ranks die, and the tokens they must have."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -56,14 +57,15 @@ class Traffic:
     known: list[Stream]
 
     @classmethod
-    def record(cls, client: Client, *, streams: int, prompt_tokens: int, max_tokens: int) -> Self:
-        """Ask each alone, greedy and seeded in turn."""
+    def record(cls, client: Client, *, streams: int, prompt_tokens: int, max_tokens: int, alone: bool = False) -> Self:
+        """Ask all at once, greedy and seeded in turn; or each `alone`, which takes as many times the steps."""
         known = [
             Stream([(7 * i + 3 * j) % 500 + 5 for j in range(prompt_tokens)], float(i % 2), i, max_tokens)
             for i in range(streams)
         ]
+        with concurrent.futures.ThreadPoolExecutor(1 if alone else streams) as pool:
+            list(pool.map(lambda stream: stream.run(client), known))
         for stream in known:
-            stream.run(client)
             assert stream.error is None
             assert len(stream.tokens) == max_tokens
         return cls(known)
@@ -111,12 +113,12 @@ def kill(client: Client, rank: int, how: signal.Signals = signal.SIGKILL) -> Cal
     return lambda: os.kill(pid, how)
 
 
-def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
-    """Poll until `holds`."""
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 120.0, *, pause_s: float = 0.02) -> None:
+    """Poll until `holds`, every `pause_s` seconds."""
     end = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < end, f"not within {limit_s:.0f} s: {what}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def wait_until_whole(client: Client) -> None:
@@ -130,7 +132,7 @@ def wait_until_whole(client: Client) -> None:
         serving = all(rank.state == "serving" for rank in status.ranks)
         return serving and status.lattice.get("1 rank", 1.0) == 1.0
 
-    wait_until(whole, "all ranks serve again")
+    wait_until(whole, "all ranks serve again", pause_s=0.1)  # it takes seconds, and a status is work of the front's
 
 
 def events_since(client: Client, sequence: int) -> Iterator[Event]:

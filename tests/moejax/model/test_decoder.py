@@ -196,7 +196,8 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
     return kv, model.segment(out, bucket, rank, last)
 
 
-# Tests take four ranks and the same buckets, so that their programs are compiled once.
+BUCKET = StepBucket(8, 2)
+"""Tests take four ranks and this bucket, so that its program is compiled once for each shape of model."""
 BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2"}
 BIT_BY_BIT |= {"shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 """One of each kind of attention, experts and placement; `scripts/soak` compares all, which compiles for minutes."""
@@ -208,7 +209,7 @@ BIT_BY_BIT |= {"shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 def test_a_step_agrees_with_the_float64_reference_on_any_number_of_ranks(name: str, ranks: int) -> None:
     tokens = tokens_of(41)
     logits = forward(params(name), CONFIGS[name], tokens)[-1]
-    _, (token, logprob) = prefill(stepper(name, ranks), tokens, ranks - 1, StepBucket(2, 2))
+    _, (token, logprob) = prefill(stepper(name, ranks), tokens, ranks - 1, BUCKET)
     assert token == int(np.argmax(logits))
     expected = logits[token] - np.logaddexp.reduce(logits)
     assert abs(logprob - expected) < 1e-4 * np.abs(logits).max()  # float32 over at most 7 layers
@@ -229,7 +230,7 @@ a little error in a key chooses other positions, and other experts; the kernels 
 
 @pytest.mark.parametrize(("name", "form"), NARROW)
 def test_a_step_over_a_narrow_cache_is_close_to_the_float64_reference(name: str, form: str) -> None:
-    tokens, model, bucket = tokens_of(41), stepper(name, 4, form), StepBucket(2, 2)
+    tokens, model, bucket = tokens_of(41), stepper(name, 4, form), BUCKET
     logits = forward(params(name), CONFIGS[name], tokens)
     out = model.run(bucket, {0: (work(tokens, 0, PAGES),)})
     error = np.abs(model.logits(out, bucket, 0, bucket.decode, 41) - logits).max(-1) / np.abs(logits).max()
@@ -249,10 +250,10 @@ def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: 
     for ranks in (1, 4) if name in ("mixtral", "shared", "shared-sharded") else (4,):
         model = stepper(name, ranks, form)
         rank = ranks - 1
-        model.run(StepBucket(2, 2), {rank: (work(tokens[:50], 0, PAGES),)})
+        model.run(BUCKET, {rank: (work(tokens[:50], 0, PAGES),)})
         # Token by token from here, in buckets of changing size, beside another rank's prefill.
         for at in range(50, 70):
-            bucket = (StepBucket(2, 0), StepBucket(8, 2))[at % 2]
+            bucket = (StepBucket(2, 0), BUCKET)[at % 2]
             mine = (work([tokens[at]], at, PAGES),)
             crowd = {0: (work(other, 0, (0, 1)),)} if bucket.tiles and rank else {}
             out = model.run(bucket, {rank: mine, **crowd})
@@ -269,7 +270,7 @@ def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: 
     ],
 )
 def test_rows_of_drafts_are_those_of_the_tokens_one_by_one_whatever_the_drafts_after_them(name: str) -> None:
-    tokens, bucket, other = tokens_of(40), StepBucket(8, 2), {0: (work(tokens_of(1, seed=5), 0, (0,)),)}
+    tokens, bucket, other = tokens_of(40), BUCKET, {0: (work(tokens_of(1, seed=5), 0, (0,)),)}
     model, drafted = stepper(name, 4), stepper(name, 4)
     for each in (model, drafted):
         each.run(bucket, {1: (work(tokens[:30], 0, PAGES),)})
@@ -291,9 +292,9 @@ def test_rows_of_drafts_are_those_of_the_tokens_one_by_one_whatever_the_drafts_a
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_made_twice_leaves_the_cache_as_once(name: str) -> None:
     model, tokens = stepper(name, 4), tokens_of(40)
-    first = prefill(model, tokens, 1, StepBucket(2, 2))
+    first = prefill(model, tokens, 1, BUCKET)
     before = jax.tree.map(np.array, model.cache)
-    again = prefill(model, tokens, 1, StepBucket(2, 2))
+    again = prefill(model, tokens, 1, BUCKET)
     assert first[1] == again[1]
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, model.cache))
 
@@ -303,14 +304,14 @@ def test_masked_experts_hand_their_tokens_to_the_next_best() -> None:
     table = np.array([0, 1, 2, 3, 4, 5, -1, 6])
     masked = Stepper(cfg, params("shared"), 2, 4, table)
     logits = forward(params("shared"), cfg, tokens, masked={7})[-1]
-    _, (token, logprob) = prefill(masked, tokens, 0, StepBucket(2, 2))
+    _, (token, logprob) = prefill(masked, tokens, 0, BUCKET)
     assert token == int(np.argmax(logits))
     assert abs(logprob - (logits[token] - np.logaddexp.reduce(logits))) < 1e-4 * np.abs(logits).max()
 
 
 def test_every_row_counts_once_for_each_expert_it_went_to() -> None:
     model = stepper("shared", 4)
-    bucket = StepBucket(2, 2)
+    bucket = BUCKET
     out = model.run(bucket, {2: (work(tokens_of(41), 0, PAGES),)})
     load = np.asarray(out.expert_load).reshape(4, 2, 8)
     assert load.sum((1, 2)).tolist() == [0, 0, 41 * 6 * 2, 0]
@@ -328,7 +329,7 @@ def read_rows(bucket: StepBucket, part: tuple[ScheduledRequest, ...]) -> np.ndar
 
 @pytest.mark.parametrize(("name", "ranks"), [*((x, 4) for x in CONFIGS), ("mixtral", 1)])
 def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(name: str, ranks: int) -> None:
-    bucket, generator = StepBucket(8, 2), np.random.default_rng(ranks)
+    bucket, generator = BUCKET, np.random.default_rng(ranks)
     targets = tuple(np.where(generator.random(40) < 0.3, generator.integers(0, 128, 40), -1).tolist())
     one = (work(tokens_of(1, seed=5), 0, (0,)), work(tokens_of(1, seed=6), 0, (1,), samples=False, targets=(7,)))
     parts = (
