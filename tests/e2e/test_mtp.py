@@ -16,11 +16,14 @@ from tests.support.drafts import accepted, answers, parts
 from tests.support.processes import Supervised, supervised
 from tests.support.streams import kill, wait_until, wait_until_whole
 
+MTP = ("--ranks", "2", "--speculate", "mtp", "--kv-cache-type", "float32", "--edges", "0", "--chaos")
+"""The cache of a layer that drafts has no other type."""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
     """Two ranks of the tiny model with its layer that drafts, under a supervisor; ranks that die come back."""
-    with supervised("--ranks", "2", "--speculate", "mtp", "--edges", "0", "--chaos") as server:
+    with supervised(*MTP) as server:
         yield server
 
 
