@@ -3,9 +3,11 @@
 Everything is checked against the configuration before any weight is read.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +20,11 @@ from moejax.checkpoint.families.source import ArraySource, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
 from moejax.checkpoint.model_folder import TOKENIZERS
 from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.int4 import Int4, Planes, from_published
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import is_expert, tensor_specs
+from moejax.config.packed_form import PackedForm, part_of
+from moejax.config.params import tensor_specs
+from moejax.config.weight_formats import is_matrix
 
 FORMAT_VERSION = 1
 """Version of the converted form; changing it invalidates drafts and cached conversions."""
@@ -117,29 +122,64 @@ def stored_dtypes(cfg: ModelConfig, weights: SafetensorsFolder, dtype: str | Non
     return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
 
 
-def read_array(entry: ArraySource, weights: SafetensorsFolder, dtype: np.dtype, *, exactly: bool = False) -> np.ndarray:
-    """One array of the parameter tree; reads only the bytes that it is made of (`SafetensorsFolder.read_exactly`)."""
-    read = weights.read_exactly if exactly else weights.read
-    array = entry.array([read(tensor.name, tensor.index) for tensor in entry.tensors], dtype)
+def read_array(entry: ArraySource, weights: SafetensorsFolder, dtype: np.dtype) -> np.ndarray:
+    """One array of the parameter tree; reads only the bytes that it is made of."""
+    array = entry.array([weights.read(tensor.name, tensor.index) for tensor in entry.tensors], dtype)
     assert array.shape == entry.shape, (entry, array.shape)
     return array
 
 
-def has_int4_experts(cfg: ModelConfig, weights: SafetensorsFolder) -> bool:
-    """True where the matrices of all experts are published in a form of int4 that ranks can hold as it is."""
-    matrices = [entry for entry in array_sources(cfg) if is_expert(entry.path) and len(entry.shape) == 2]
-    return bool(matrices) and all(weights.is_int4(tensor.name) for entry in matrices for tensor in entry.tensors)
+def read_packed(entry: ArraySource, weights: SafetensorsFolder, form: PackedForm) -> Int4 | None:
+    """One matrix of the parameter tree in the bits in which it is published; None where it is not in this form after
+    all (`moejax.config.int4.from_published`)."""
+    found = [weights.read_planes(tensor.name, tensor.index) for tensor in entry.tensors]
+    zeros = [each.zero for each in found if each.zero is not None]
+    factors = [each.factor for each in found if each.factor is not None]
+    moved = Planes(
+        codes=entry.transform([each.codes for each in found]),
+        scale=entry.transform([each.scale for each in found]),
+        zero=entry.transform(zeros) if zeros else None,
+        factor=entry.transform(factors) if factors else None,
+    )
+    return from_published(moved, form)
 
 
-def check_mtp_int4(source: Path) -> None:
-    """Raise CheckpointError where the experts of the layers are published in int4 and those of the layer of multi-token
-    prediction are not: held as they are, all are of one form."""
+def packed_form(cfg: ModelConfig, weights: SafetensorsFolder) -> PackedForm | None:
+    """The form of four bits that ranks can hold matrices in as they are published, as far as the headers tell: that of
+    the experts, or of most matrices. None where there is none.
+
+    Of each part all layers have it. The two matrices of experts have it both or not at all.
+    """
+    specs, forms = tensor_specs(cfg), collections.defaultdict[str, set[PackedForm | None]](set)
+    sizes: dict[str, int] = collections.defaultdict(int)
+    for entry in array_sources(cfg):
+        spec = specs[entry.path]
+        if is_matrix(spec) and "vocab" not in spec.axes:
+            part = part_of(spec.axes)
+            forms[part] |= {weights.packed(tensor.name) for tensor in entry.tensors} or {None}
+            sizes[part] += math.prod(entry.shape)
+    alike = {part: next(iter(found)) for part, found in forms.items() if len(found) == 1}
+    experts = [part for part in forms if "expert" in part.split()]
+    if len({alike.get(part) for part in experts}) > 1:
+        alike = {part: form for part, form in alike.items() if part not in experts}
+    known = {part: form for part, form in alike.items() if form is not None}
+    if not known:
+        return None
+    most = max(known, key=lambda part: (part in experts, sizes[part]))
+    return dataclasses.replace(known[most], parts=tuple(sorted(p for p in known if known[p] == known[most])))
+
+
+def check_mtp_packed(source: Path) -> None:
+    """Raise CheckpointError where the experts of the layers can be held as they are published and those of the layer of
+    multi-token prediction are of another form: held as they are, all are of one form."""
     cfg, weights = read_config(source, name=published_name(source), mtp=True), SafetensorsFolder.open(source)
     _check_mtp(cfg, weights, source)
-    if has_int4_experts(dataclasses.replace(cfg, mtp=False), weights) and not has_int4_experts(cfg, weights):
+    forms = [packed_form(each, weights) for each in (dataclasses.replace(cfg, mtp=False), cfg)]
+    before, after = (form is not None and form != form.without("expert") for form in forms)
+    if before and not after:
         raise CheckpointError(
-            f"{cfg.name} has its experts in int4, and those of its layer of multi-token prediction in another form: "
-            f"with that layer none can be held as published. {WITHOUT_MTP}"
+            f"{cfg.name} has its experts in four bits, and those of its layer of multi-token prediction in another "
+            f"form: with that layer none can be held as published. {WITHOUT_MTP}"
         )
 
 

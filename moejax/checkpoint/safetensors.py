@@ -5,7 +5,6 @@ Quantised matrices go by the names that they have without quantisation and are d
 (`moejax.checkpoint.quantized`).
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from moejax.checkpoint.manifest import CheckpointError
 from moejax.checkpoint.quantized import QuantizedTensor, StoredTensor, find_quantized
 from moejax.checkpoint.quantized.detection import is_unused, parts_of
+from moejax.config.int4 import Planes
+from moejax.config.packed_form import PackedForm
 from planner.errors import InputError
 from planner.inputs.published.quantization import Quantization, Scheme, read_quantization
 from planner.inputs.published.reader import decoder_fields, read_config_values
@@ -112,15 +113,14 @@ class SafetensorsFolder:
             return self._quantized[name].read(self._numbers, index)
         return self._numbers(self._stored[name], index)
 
-    def is_int4(self, name: str) -> bool:
-        """True for a matrix that ranks can hold in int4 as it is published (`moejax.config.int4`)."""
-        return name in self._quantized and self._quantized[name].is_int4
+    def packed(self, name: str) -> PackedForm | None:
+        """The form in which ranks can hold a matrix as it is published, as far as the headers tell; None where there is
+        none."""
+        return self._quantized[name].packed if name in self._quantized else None
 
-    def read_exactly(self, name: str, index: int | None = None) -> np.ndarray:
-        """As `read`; integers of four bits times their scales in float32, not rounded to the format of the scales."""
-        if name not in self._quantized:
-            return self.read(name, index)
-        return dataclasses.replace(self._quantized[name], exact=True).read(self._numbers, index)
+    def read_planes(self, name: str, index: int | None = None) -> Planes:
+        """As `read`, for a matrix with a `packed` form: its numbers as they are stored, and what scales them."""
+        return self._quantized[name].read_planes(self._numbers, index)
 
     def check_tensor(self, name: str, shape: tuple[int, ...], purpose: str) -> None:
         """Raise CheckpointError unless the tensor is there in this shape, and whole. `purpose` is what it is for."""

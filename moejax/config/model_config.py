@@ -17,22 +17,23 @@ from moejax.config.attention_config import (
 )
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
+from moejax.config.packed_form import GROUP, PackedForm
 from planner.inputs.routed_experts import RoutedExperts
 
-WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "int4-experts"]
-"""Of matrices; int4-experts: experts in int4 as published, the others in bfloat16."""
-INT4_GROUP = 32
-"""Inputs of an output that share a scale in int4 (`moejax.config.int4`)."""
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4"]
+"""Of matrices; the last three: those that are published in this form as they are (`packed`), the others in bfloat16."""
+PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4")
 CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 """Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
 LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
-_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None}
+_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "packed": None}
 """Fields that are written only where they differ from these, which earlier releases mean."""
 
 _NESTED = {
     "moe": MoEConfig,
+    "packed": PackedForm,
     "latent": LatentConfig,
     "indexer": IndexerConfig,
     "delta_net": DeltaNetConfig,
@@ -47,8 +48,9 @@ class ModelConfig:
     """A decoder of attention and SwiGLU layers, some with routed experts. The defaults are Llama's.
 
     `family` names the checkpoints that its parameters come from (`moejax.checkpoint.families`); `weights` is the weight
-    format (`moejax.config.weight_formats`), `cache_format` that of keys and values in the cache
-    (`moejax.config.kv_cache`); both are chosen when a model is served.
+    format (`moejax.config.weight_formats`), with `packed` where ranks hold four bits as they are published,
+    `cache_format` that of keys and values in the cache (`moejax.config.kv_cache`); all are chosen when a model is
+    served.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
     `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. With `shard_dense` the
@@ -87,6 +89,7 @@ class ModelConfig:
     d_ff: int
     family: str = "moejax"
     weights: WeightFormat = "float32"
+    packed: PackedForm | None = None
     cache_format: CacheFormat = "float32"
     rope_base: float = 10_000.0
     rope_dims: int | None = None
@@ -130,6 +133,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights not in get_args(WeightFormat):
             raise ConfigError(f"weights is {self.weights!r}; known are {', '.join(map(repr, get_args(WeightFormat)))}.")
+        if (self.packed is None) == (self.weights in PACKED_FORMATS):
+            raise ConfigError(f"weights is {self.weights} with packed {self.packed}; the forms as published need both.")
         if self.cache_format not in get_args(CacheFormat):
             known = ", ".join(map(repr, get_args(CacheFormat)))
             raise ConfigError(f"cache_format is {self.cache_format!r}; known are {known}.")
@@ -229,11 +234,20 @@ class ModelConfig:
             if getattr(self, field) != off:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; latent attention knows {off!r} only.")
 
+    def with_packed(self, form: PackedForm | None) -> "ModelConfig":
+        """The model with these parts as they are published, and bfloat16 where there are none."""
+        if form is None:
+            return dataclasses.replace(self, weights="bfloat16", packed=None)
+        name = {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(form.scale, "published-int4")
+        return dataclasses.replace(self, weights=name, packed=form)
+
     def tp_shard(self, tensor: int) -> "ModelConfig":
         """The part of the model that one rank computes when its heads are sharded over `tensor` ranks. Raises
-        ConfigError for a model whose heads cannot be."""
+        ConfigError for a model whose heads cannot be. Attention is not packed then."""
         if tensor == 1:
             return self
+        if self.packed is not None and (rest := self.packed.without("heads")) != self.packed:
+            return self.with_packed(rest).tp_shard(tensor)
         if self.latent is not None:
             raise ConfigError(
                 f"tensor is {tensor}, but the heads of {self.name} share one latent, which every rank of a group would "
@@ -443,9 +457,9 @@ def _repeats(layers: Sequence[object], size: int) -> int:
 
 def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:
     """Raise ConfigError where the inputs of a shard end within a group of int4."""
-    if width % INT4_GROUP:
+    if width % GROUP:
         raise ConfigError(
-            f"{shards} of {cfg.name} are {width} inputs wide, which groups of {INT4_GROUP} in int4 do not divide. "
+            f"{shards} of {cfg.name} are {width} inputs wide, which groups of {GROUP} in int4 do not divide. "
             "Serve it with --data-type int8, or without shards."
         )
 

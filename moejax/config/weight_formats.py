@@ -1,8 +1,9 @@
-"""Weight formats: float32, bfloat16, int8 with a scale for each output, or int4 with a scale for each group of 32.
+"""Weight formats: float32, bfloat16, int8 with a scale for each output, int4 with a scale for each group of 32, or the
+four bits that a model is published in (`moejax.config.packed_form`).
 
 Only matrices are stored in the narrow formats: activations, sums, norms, biases and routers are always float32. In
 int4, the embedding and the head are int8 (docs/decisions/0020). On a CPU, rows are rounded to 16 bits before they
-multiply int8 or int4 (docs/decisions/0012).
+multiply int8 or four bits (docs/decisions/0012).
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from moejax.config import int4
 from moejax.config.axes import ArrayLike
 from moejax.config.int4 import Int4
 from moejax.config.model_config import ModelConfig
+from moejax.config.packed_form import part_of
 from moejax.config.params import FeedForward, ParamSpec, Position, expert_specs, is_expert, is_spec, tensor_specs
 
 
@@ -37,13 +39,12 @@ def is_matrix(spec: ParamSpec) -> bool:
 
 
 def format_of(cfg: ModelConfig, spec: ParamSpec) -> str:
-    """The format of one parameter: float32, bfloat16, int8 or int4. int4-experts are int4 as published, beside other
-    matrices in bfloat16. The embedding and
-    the head, which decides between tokens, are int8 where other matrices are int4."""
+    """The format of one parameter: float32, bfloat16, int8, int4 or packed, as published. The embedding and the head,
+    which decides between tokens, are int8 where other matrices are int4."""
     if not is_matrix(spec):
         return "float32"
-    if cfg.weights == "int4-experts":
-        return "int4" if "expert" in spec.axes else "bfloat16"
+    if cfg.packed is not None:
+        return "packed" if part_of(spec.axes) in cfg.packed.parts else "bfloat16"
     return "int8" if cfg.weights == "int4" and "vocab" in spec.axes else cfg.weights
 
 
@@ -52,6 +53,8 @@ def weight_shape(cfg: ModelConfig, spec: ParamSpec) -> Any:
     match format_of(cfg, spec):
         case "int4":
             return int4.shape_of(spec.shape)
+        case "packed":
+            return int4.shape_of(spec.shape, cfg.packed)
         case "int8":
             return Int8(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(spec.shape[:-1], jnp.float32))
         case plain:
@@ -65,15 +68,23 @@ def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward
     return jax.tree.map(lambda spec: jax.tree.map(slot, weight_shape(cfg, spec)), experts, is_leaf=is_spec)
 
 
-def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray) -> Any:
-    """Convert float32 values of a parameter, or of a part of its leading axes, to the format of `cfg`."""
+def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray | Int4) -> Any:
+    """Convert float32 values of a parameter, or of a part of its leading axes, to the format of `cfg`. What is packed
+    stays as it was published. Raises ValueError for float32 values that were to be packed."""
+    if isinstance(values, Int4):
+        return values
     match format_of(cfg, spec):
         case "float32":
             return np.asarray(values, np.float32)
         case "bfloat16":
             return values.astype(ml_dtypes.bfloat16)
         case "int4":
-            return int4.keep(values) if cfg.weights == "int4-experts" else int4.quantize(values)
+            return int4.quantize(values)
+        case "packed":
+            raise ValueError(
+                f"weights of shape {values.shape} are to be held in {cfg.weights} as they are published, and were "
+                "published in another form."
+            )
     highest = np.maximum(values.max(-1), -values.min(-1))
     scale = np.where(highest > 0, highest / np.float32(127), np.float32(1))
     return Int8(np.rint(values / scale[..., None]).astype(np.int8), scale)
@@ -103,7 +114,7 @@ def look_up(weight: Any, index: Int[ArrayLike, "..."]) -> Float[ArrayLike, "... 
 
 
 def dequantize(weight: Any) -> Any:
-    """The weight as one array: float32 if it is stored as int8 or int4, otherwise unchanged."""
+    """The weight as one array: float32 if it is stored as int8 or in four bits, otherwise unchanged."""
     if isinstance(weight, Int4):
         return int4.dequantize(weight)
     return weight.numbers.astype(jnp.float32) * weight.scale[..., None] if isinstance(weight, Int8) else weight

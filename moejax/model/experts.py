@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from moejax.config.axes import ArrayLike
+from moejax.config.int4 import Int4
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import FeedForward, MoE
 from moejax.config.weight_formats import StackSlice
@@ -25,7 +26,9 @@ def apply_experts(
 
     `experts` leaves are `StackSlice` `[P, ...]` of a layer, so that no layer's weights are copied out.
     """
-    reference = functools.partial(apply_experts_reference, experts=experts, slots=slots, moe=moe)
+    packed = cpu.active() and isinstance(experts.down.stack, Int4)  # multiplied where they lie, not widened
+    dot = row_dot if packed else row_dot_reference
+    reference = functools.partial(apply_experts_reference, experts=experts, slots=slots, moe=moe, dot=dot)
     if moe.expert_bias:
         return reference(rows_rD, wanted_rA)
     if cpu.active():
@@ -44,7 +47,12 @@ def apply_experts(
 
 
 def apply_experts_reference(
-    rows_rD: Float[ArrayLike, "r D"], wanted_rA: Int[ArrayLike, "r A"], experts: FeedForward, slots: int, moe: MoEConfig
+    rows_rD: Float[ArrayLike, "r D"],
+    wanted_rA: Int[ArrayLike, "r A"],
+    experts: FeedForward,
+    slots: int,
+    moe: MoEConfig,
+    dot: Dot = row_dot_reference,
 ) -> Float[ArrayLike, "r A D"]:
     """`apply_experts` by XLA: a loop of two-dimensional dots over tiles of rows sorted by slot. (`lax.ragged_dot` is
     dense on a CPU and multiplies every row with every expert.)"""
@@ -66,7 +74,7 @@ def apply_experts_reference(
         inside = at < start_S[slot] + count_S[slot]
         item = order[jnp.minimum(at, r * A - 1)]
         weights = jax.tree.map(lambda leaf: leaf.at(slot), experts, is_leaf=lambda leaf: isinstance(leaf, StackSlice))
-        y = apply_expert(rows_rD[item // A], weights, moe, row_dot_reference)
+        y = apply_expert(rows_rD[item // A], weights, moe, dot)
         return answers.at[jnp.where(inside, item, r * A)].set(y, mode="drop")
 
     answers = lax.fori_loop(0, end_tile_S[-1], one_tile, jnp.zeros((r * A, D), rows_rD.dtype))

@@ -288,7 +288,7 @@ class LiveArrays:
             rest = [expert for expert in dict.fromkeys(wanted) if expert not in error.failed] if error.failed else []
             return (self._read_store(rest)[0] if rest else {}), str(error)
 
-    def _host_expert(self, expert: tuple[int, int], parts: tuple[np.ndarray, ...]) -> FeedForward:
+    def _host_expert(self, expert: tuple[int, int], parts: tuple[Any, ...]) -> FeedForward:
         i, j, _ = self._places[expert[0]]
         held = to_host_weights(self.shape.cfg, expert_specs(self.shape.cfg, (i, j)), FeedForward(*parts))
         self._sums.note(expert, held)

@@ -1,7 +1,7 @@
 """Checksums of a rank's weights, compared with those of their source."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,9 +19,9 @@ class WeightSource(Protocol):
         """All weights that are not experts, as host arrays; expert leaves are None."""
         ...
 
-    def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[np.ndarray, ...]]:
-        """The parts of each (MoE layer, expert): gate_up `[2F, D]`, down `[D, F]`, their biases if it has any. Raises
-        StoreError."""
+    def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[Any, ...]]:
+        """The parts of each (MoE layer, expert): gate_up `[2F, D]`, down `[D, F]`, their biases if it has any; Int4 for
+        matrices that are held as they are published. Raises StoreError."""
         ...
 
     def is_intact(self, expert: tuple[int, int], *parts: np.ndarray) -> bool:

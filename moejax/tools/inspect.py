@@ -24,7 +24,7 @@ import numpy as np
 from moejax.checkpoint.families import array_sources, read_config
 from moejax.checkpoint.manifest import Manifest
 from moejax.checkpoint.model_folder import TOKENIZERS
-from moejax.checkpoint.published import check_tensors, published_name, stored_dtypes
+from moejax.checkpoint.published import check_tensors, packed_form, published_name, stored_dtypes
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
@@ -72,6 +72,9 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
     if weights != AUTO:
         form = _published_format(path, folder, cfg) if weights == PUBLISHED else weights
         cfg = dataclasses.replace(cfg, weights=form)
+        if weights == PUBLISHED and folder is not None and is_published(folder):
+            packed = packed_form(cfg, SafetensorsFolder.open(folder))
+            cfg = cfg if packed is None else cfg.with_packed(packed)
     return {
         "name": cfg.name,
         "family": cfg.family,
@@ -92,7 +95,7 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
 
 
 def _published_format(path: Path, folder: Path | None, cfg: ModelConfig) -> WeightFormat:
-    """The format that `serve --data-type published` has ranks hold a model in, unless it is read in place."""
+    """The format in which `serve --data-type published` has ranks hold the matrices that are not kept as they are."""
     published = published_workload(path) if folder is None or is_published(folder) else None
     if folder is not None:
         return format_as_stored(cfg, _stored_dtypes(folder, cfg), published)
@@ -105,7 +108,7 @@ def _format_note(path: Path, folder: Path | None, cfg: ModelConfig) -> str:
     """The note of `serve --data-type published`: the bytes in the folder, and the bytes in the ranks."""
     if folder is not None and not is_published(folder):
         return stored_note(cfg, _stored_dtypes(folder, cfg))
-    return widening_note(cfg, published_workload(path), in_place=False)
+    return widening_note(cfg, published_workload(path))
 
 
 def _stored_dtypes(folder: Path, cfg: ModelConfig) -> Mapping[str, np.dtype]:

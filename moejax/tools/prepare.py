@@ -17,11 +17,13 @@ from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import content_hash
-from moejax.checkpoint.published import check_mtp_int4
+from moejax.checkpoint.published import check_mtp_packed, packed_form, published_name
 from moejax.checkpoint.published_store import PublishedStore
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.layer_states import state_bytes
-from moejax.config.model_config import ModelConfig
+from moejax.config.model_config import PACKED_FORMATS, ModelConfig
 from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
 from moejax.ops import cpu
@@ -62,45 +64,33 @@ def prepare(
     """Prepare a model and describe it for the front.
 
     `serving.protocol.prepared_model.PreparedModel.from_json` reads the keys. `weights` is the weight format, or
-    `published`, or `auto`, the one in the model's own configuration; `cache` is the cache format, or `auto`, float32.
-    Published folders are converted, or read in place if `how` is `in-place`; dense layers are replicated, or sharded if
-    `how` is `sharded`. Raises ConfigError for heads that cannot be sharded over groups of `tensor` ranks, of published
-    folders before anything is converted. With `like`, the folder of another model, raises ConfigError or
-    CheckpointError, also before that, unless both differ in their weights alone. With `mtp` the model has its layer of
-    multi-token prediction; raises ConfigError or CheckpointError for one that has none.
+    `published`, or `auto`, the one in the model's own configuration; that of a model as it is published (`mxfp4`) asks
+    for `published` and has to come out. `cache` is the cache format, or `auto`, float32.
+    Published folders are converted, or read in place if `how` is `in-place` or ranks hold matrices as they are
+    published; dense layers are replicated, or sharded if `how` is `sharded`. Raises ConfigError for heads that cannot
+    be sharded over groups of `tensor` ranks, of published folders before anything is converted. With `like`, the folder
+    of another model, raises ConfigError or CheckpointError, also before that, unless both differ in their weights
+    alone. With `mtp` the model has its layer of multi-token prediction; raises ConfigError or CheckpointError for one
+    that has none.
     """
     name = str(published_place(Path(name)))
     if like:
         check_same_model(Path(name), Path(like), sharded=how == "sharded")
     if is_published(Path(name)):
         read_config(Path(name), mtp=mtp).tp_shard(int(tensor))
-    store: HostStore | PublishedStore
-    if how == "in-place" and is_published(Path(name)):
-        if mtp and weights == PUBLISHED:
-            check_mtp_int4(Path(name))
-        folder = ensure_checksums(Path(name), mtp=mtp)
-        store = PublishedStore.open(folder)
-    else:
-        folder = ensure_model(name, mtp=mtp)
-        if how == "sharded":
-            folder = ensure_sharded_dense(folder)
-        store = HostStore.create(folder)
+    wanted = weights
+    weights = PUBLISHED if weights in PACKED_FORMATS else weights
+    folder, store = _open(name, weights, how, mtp=mtp)
     if like:
         check_same_dtypes(folder, Path(like))
-    published = published_workload(Path(name)) if is_published(Path(name)) else None
-    as_published = weights == PUBLISHED
-    cache = "float32" if cache == AUTO else cache
-    if weights == AUTO:
-        weights = store.cfg.weights
-    elif as_published:
-        keeps = isinstance(store, PublishedStore) and store.int4_experts
-        weights = "int4-experts" if keeps else format_as_stored(store.cfg, store.dtypes, published)
-    cfg: ModelConfig = dataclasses.replace(store.cfg, weights=weights, cache_format=cache, mtp=mtp)
+    cfg = _held_config(name, store, weights, how, int(tensor))
+    cfg = dataclasses.replace(cfg, cache_format="float32" if cache == AUTO else cache, mtp=mtp)
+    if wanted in PACKED_FORMATS and cfg.weights != wanted:
+        raise ConfigError(
+            f"{name} is held in {cfg.weights} as it is published, and the model that is served in {wanted}. Publish "
+            "the weights in the same form."
+        )
     cfg.tp_shard(int(tensor))
-    in_place = isinstance(store, PublishedStore)
-    own = as_published and published is None and not in_place
-    if note := stored_note(cfg, store.dtypes) if own else widening_note(cfg, published, in_place=in_place):
-        print(note, file=sys.stderr)
     moe = cfg.moe
     return {
         "name": cfg.name,
@@ -133,6 +123,49 @@ def prepare(
         "heads": cfg.n_heads,
         **flops(cfg),
     }
+
+
+def _open(name: str, weights: str, how: str, *, mtp: bool) -> tuple[Path, HostStore | PublishedStore]:
+    """The folder of a model in our form, or of the checksums of a published one, made now if need be, and its store."""
+    keeps = weights == PUBLISHED and how != "sharded" and _keeps_form(name, mtp=mtp)
+    if (how == "in-place" or keeps) and is_published(Path(name)):
+        folder = ensure_checksums(Path(name), mtp=mtp)
+        return folder, PublishedStore.open(folder)
+    folder = ensure_model(name, mtp=mtp)
+    if how == "sharded":
+        folder = ensure_sharded_dense(folder)
+    return folder, HostStore.create(folder)
+
+
+def _held_config(name: str, store: HostStore | PublishedStore, weights: str, how: str, tensor: int) -> ModelConfig:
+    """The model in the format in which ranks hold its weights, which is said where they are widened."""
+    published = published_workload(Path(name)) if is_published(Path(name)) else None
+    as_published, form = weights == PUBLISHED, None
+    if weights == AUTO:
+        weights = store.cfg.weights
+    elif as_published:
+        form = store.packed if isinstance(store, PublishedStore) else None
+        weights = format_as_stored(store.cfg, store.dtypes, published)
+    if form is not None and tensor > 1:
+        form = form.without("heads")  # shards of heads end within groups
+    cfg = dataclasses.replace(store.cfg, weights=weights) if form is None else store.cfg.with_packed(form)
+    own = as_published and published is None and not isinstance(store, PublishedStore)
+    sharded = how == "sharded" and as_published
+    if note := stored_note(cfg, store.dtypes) if own else widening_note(cfg, published, sharded=sharded):
+        print(note, file=sys.stderr)
+    return cfg
+
+
+def _keeps_form(name: str, *, mtp: bool) -> bool:
+    """Whether ranks can hold matrices of a model as they are published, as far as the headers tell. Such a folder is
+    read in place: a conversion would widen them. Raises CheckpointError as `check_mtp_packed`."""
+    folder = Path(name)
+    if not is_published(folder):
+        return False
+    if mtp:
+        check_mtp_packed(folder)
+    cfg = read_config(folder, name=published_name(folder), mtp=mtp)
+    return packed_form(cfg, SafetensorsFolder.open(folder)) is not None
 
 
 def flops(cfg: ModelConfig) -> dict[str, float]:

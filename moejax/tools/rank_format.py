@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.config.model_config import INT4_GROUP, ModelConfig, WeightFormat
+from moejax.config.model_config import ModelConfig, WeightFormat
+from moejax.config.packed_form import GROUP
 from moejax.config.params import tensor_specs
 from moejax.config.weight_formats import is_matrix, weight_bytes
 from planner.errors import PlannerError
@@ -17,6 +18,8 @@ PUBLISHED = "published"
 AUTO = "auto"
 """The value of `--data-type` that asks for what the model's own configuration says (`ModelConfig.weights`)."""
 PLAIN = ("float32", "bfloat16", "float16")
+KEPT = ("int4", "mxfp4", "nvfp4")
+"""Published forms that ranks hold as they are."""
 NOTED = 1.05
 """Ranks that hold more than this times the published bytes are worth a note."""
 
@@ -57,9 +60,9 @@ def published_workload(folder: Path) -> Workload | None:
         return None
 
 
-def widening_note(cfg: ModelConfig, published: Workload | None, *, in_place: bool) -> str:
+def widening_note(cfg: ModelConfig, published: Workload | None, *, sharded: bool = False) -> str:
     """In which form the weights of a model are published and in which ranks hold them, with the bytes of both, and for
-    int4 what would keep it; empty unless ranks hold more."""
+    four bits why they are widened; empty unless ranks hold more. With `sharded`, dense layers were cut."""
     if published is None:
         return ""
     lies = published.moe_layers * published.experts * published.expert_bytes + published.rest_bytes
@@ -70,16 +73,14 @@ def widening_note(cfg: ModelConfig, published: Workload | None, *, in_place: boo
         f"{cfg.name} is published in {published.weight_format}, {_size(lies)}; ranks hold its weights in "
         f"{cfg.weights}, {_size(held)} with one copy of each expert."
     )
-    if published.weight_format != "int4" or cfg.weights == "int4-experts":
+    if published.weight_format not in KEPT or cfg.packed is not None:
         return note
-    if cfg.moe is None:
-        return f"{note} Only experts stay in int4, and it has none."
-    if in_place:
-        return (
-            f"{note} Its experts have zero points, ordered groups, groups that are no multiple of {INT4_GROUP} inputs, "
-            "or scales beyond 255."
-        )
-    return f"{note} With --in-place, --data-type {PUBLISHED} keeps experts in groups of {INT4_GROUP} inputs in int4."
+    if sharded:
+        return f"{note} Without --dense sharded, --data-type {PUBLISHED} keeps matrices in {published.weight_format}."
+    return (
+        f"{note} As they are, ranks hold matrices of one form with groups in the order of the inputs and of a multiple "
+        f"of {GROUP} of them (NVFP4: {GROUP // 2}), with scales in 16 bits up to 255."
+    )
 
 
 def _size(count: float) -> str:

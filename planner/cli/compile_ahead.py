@@ -165,6 +165,7 @@ def aot_problem(deployment: Deployment, topology: str, best: Candidate, chosen: 
         "config": dict(d.config),
         "name": d.workload.name,
         "weights": served_weight_format(d),
+        "published": d.workload.weight_format,
         "cache": served_cache_format(d),
         "dense": "sharded" if shards_dense(d) else "replicated",
         "page_tokens": d.workload.page_tokens,

@@ -57,7 +57,7 @@ def settings(deployment: Deployment) -> dict[str, int | str]:
             "experts": len(plan.expert_rank_ids),
         }
     held = served_weight_format(deployment)
-    weights = {"data_type": "published", "in_place": True} if held == "int4-experts" else {"data_type": held}
+    weights = {"data_type": "published", "in_place": True} if held == "published" else {"data_type": held}
     return {
         "ranks": len(plan.ranks),
         **some,

@@ -20,25 +20,26 @@ from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
 SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+KEPT_FORMATS = ("int4", "mxfp4", "nvfp4")
+"""Forms that `moejax serve` holds as they are published."""
 SERVED_REQUESTS = 32
 """The most requests that a rank of `moejax serve` runs with its default buckets."""
 
 
 def served_weight_format(deployment: Deployment) -> str:
-    """The weight format of `moejax serve` nearest to that of the plan: the value of `--data-type`, or `int4-experts`,
-    which is `--data-type published --in-place` for a model whose experts are published in int4. `--data-type int4`
-    would round the other matrices too."""
-    if _keeps_int4(deployment):
-        return "int4-experts"
+    """The weight format of `moejax serve` nearest to that of the plan: the value of `--data-type`, which is `published`
+    for a model that is published in four bits. `--data-type int4` would round the other matrices too."""
+    if _keeps_form(deployment):
+        return "published"
     return SERVED_WEIGHT_FORMATS.get(deployment.workload.weight_format, "int8")
 
 
-def _keeps_int4(deployment: Deployment) -> bool:
-    """Whether ranks hold the experts as the model's own files have them, which dense shards are not read from."""
+def _keeps_form(deployment: Deployment) -> bool:
+    """Whether ranks hold matrices as the model's own files have them, which dense shards are not read from."""
     d = deployment
-    if d.workload.weight_format != "int4" or "model_type" not in d.config or shards_dense(d):
+    if d.workload.weight_format not in KEPT_FORMATS or "model_type" not in d.config or shards_dense(d):
         return False
-    return published_model(d.config).form.format == "int4"
+    return published_model(d.config).form.format == d.workload.weight_format
 
 
 def served_pages(deployment: Deployment) -> int:

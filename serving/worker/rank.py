@@ -189,7 +189,7 @@ class RankWorker:
             drafts=max(1, command.drafts),
         )
         executables = ExecutableStore(Path(command.executables))
-        store = open_store(Path(command.store), exactly=shape.cfg.weights.startswith("int4"))
+        store = open_store(Path(command.store), held=shape.cfg.packed)
         arrays = LiveArrays(shape, store, attends=not command.experts_only, shard=command.shard)
         return ConfiguredModel(
             shape=shape,

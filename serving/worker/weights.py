@@ -68,8 +68,7 @@ class RankWeights:
     def _load(self, store: str) -> StagedWeights:
         """The weights of a store in host memory, in the form in which this rank holds its own."""
         model = self._state.model
-        exactly = model.shape.cfg.weights.startswith("int4")
-        return model.arrays.stage(open_store(Path(store), exactly=exactly))
+        return model.arrays.stage(open_store(Path(store), held=model.shape.cfg.packed))
 
     def hold(self, command: link_pb2.Hold) -> DoneFields:
         """Fill the slots of a rank that is not part of a plan yet."""

@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu import attention_case as paged
 from moejax.config.attention_inputs import AttentionInputs
+from moejax.config.int4 import FP4, Planes, from_published
 from moejax.config.kv_cache import KVCache, to_cache_format
+from moejax.config.packed_form import PackedForm
 from moejax.config.params import ParamSpec
 from moejax.config.weight_formats import to_weight_format
 from tests.support.models import MIXTRAL
@@ -20,10 +23,58 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+PACKED = {
+    "mxfp4": PackedForm(scale="e8m0", group=32),
+    "nvfp4": PackedForm(scale="e4m3", group=16),
+    "awq": PackedForm(scale="float16", group=64, zeros=True),
+    "int4 by rows": PackedForm(scale="bfloat16", group=0),
+}
+"""Forms of four bits as they are published, by the names that tests have for them."""
+
+
 def held(values: np.ndarray, form: str) -> Any:
-    """A matrix `[..., F, D]` in a weight format, on the device."""
+    """A matrix `[..., F, D]` in a weight format, on the device; in a published form of four bits random numbers of its
+    shape."""
+    if form in PACKED:
+        packed = from_published(planes(values.shape, PACKED[form]), PACKED[form])
+        assert packed is not None
+        return jax.tree.map(jnp.asarray, packed)
     spec = ParamSpec(values.shape, ("layer", "expert", "ffn", "model"), 1.0)
     return jax.tree.map(jnp.asarray, to_weight_format(dataclasses.replace(MIXTRAL, weights=form), spec, values))
+
+
+def planes(shape: tuple[int, ...], form: PackedForm, seed: int = 0) -> Planes:
+    """Random published numbers of a form, at most about 1 in magnitude."""
+    draw = np.random.default_rng(seed)
+    *lead, columns = shape
+    group = form.group or columns
+    groups = (*lead, -(-columns // group))
+    spread = lambda each: np.repeat(each, group, axis=-1)[..., :columns]  # noqa: E731
+    scale: np.ndarray = draw.uniform(0.002, 0.02, groups)
+    if form.scale == "e8m0":
+        scale = draw.integers(117, 122, groups).astype(np.uint8)
+    elif form.scale == "e4m3":
+        scale = draw.uniform(0.1, 400, groups).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        scale = scale.astype(np.float16 if form.scale == "float16" else ml_dtypes.bfloat16)
+    factor = draw.uniform(0.0001, 0.0002, (*lead, 1)).astype(np.float32)
+    return Planes(
+        codes=draw.integers(0, 16, shape).astype(np.uint8),
+        scale=spread(scale),
+        zero=spread(draw.integers(0, 17, groups).astype(np.uint8)) if form.zeros else None,
+        factor=np.broadcast_to(factor, shape) if form.scale == "e4m3" else None,
+    )
+
+
+def published_numbers(planes: Planes) -> np.ndarray:
+    """The numbers of a published form, by its formula, in float32."""
+    if planes.scale.dtype == np.uint8:
+        return FP4[planes.codes] * np.exp2(planes.scale.astype(np.float32) - 127)
+    scale = planes.scale.astype(np.float32)
+    if planes.factor is not None:
+        return FP4[planes.codes] * (scale * planes.factor)
+    zero = np.float32(8) if planes.zero is None else planes.zero.astype(np.float32)
+    return (planes.codes.astype(np.float32) - zero) * scale
 
 
 def attention_case(

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from moejax.checkpoint.manifest import CheckpointError
+from moejax.config.int4 import Planes
+from moejax.config.packed_form import GROUP, PackedForm
 
 Shape = tuple[int, ...]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -54,13 +56,17 @@ class QuantizedTensor(abc.ABC):
     format: str
     parts: Mapping[str, StoredTensor]
     wide: np.dtype
-    exact: bool = dataclasses.field(default=False, kw_only=True)
-    """Integers of four bits times 16-bit scales come out in float32, which holds the products exactly."""
 
     @property
-    def is_int4(self) -> bool:
-        """True for integers of -8 to 7 whose scales are those of whole groups of 32 inputs."""
-        return False
+    def packed(self) -> PackedForm | None:
+        """The form in which ranks can hold the numbers as they are, if scales and zero points are those of groups in
+        order; None where there is none."""
+        return None
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
+        """The numbers as they are stored and what scales each of them, in the shape that `decode` gives. Only where
+        there is a `packed` form."""
+        raise NotImplementedError(f"{self.format} is not held as it is published")
 
     @property
     @abc.abstractmethod
@@ -88,8 +94,6 @@ class QuantizedTensor(abc.ABC):
     @property
     def dtype(self) -> np.dtype:
         """Number format of what is read."""
-        if self.exact and self.is_int4:
-            return np.dtype(np.float32)
         scale = self.parts.get("scale")
         return {"F16": np.dtype(np.float16), "BF16": BFLOAT16}.get(scale.dtype if scale else "", self.wide)
 
@@ -110,12 +114,31 @@ class QuantizedTensor(abc.ABC):
 
     def read(self, load: Load, index: int | None = None) -> np.ndarray:
         """The numbers, or those of one index of the first axis: only their bytes."""
+        return self.decode(self._load(load, index))
+
+    def read_planes(self, load: Load, index: int | None = None) -> Planes:
+        """As `read`, the numbers as they are stored."""
+        return self.planes(self._load(load, index))
+
+    def _load(self, load: Load, index: int | None) -> dict[str, np.ndarray]:
         lead = self.stored_shape[0]
 
         def part(stored: StoredTensor) -> np.ndarray:
             return load(stored, index if index is not None and stored.shape[:1] == (lead,) else None)
 
-        return self.decode({role: part(stored) for role, stored in self.parts.items()})
+        return {role: part(stored) for role, stored in self.parts.items()}
+
+
+def packed_integers(scale: StoredTensor | None, group: int, *, zeros: bool) -> PackedForm | None:
+    """The form of integers of four bits with these scales, for groups of this many inputs (0: whole rows)."""
+    if scale is None or scale.dtype not in ("F16", "BF16") or group % GROUP:
+        return None
+    return PackedForm(scale="float16" if scale.dtype == "F16" else "bfloat16", group=group, zeros=zeros)
+
+
+def spread(values: np.ndarray, group: int, columns: int) -> np.ndarray:
+    """Numbers of groups `[..., groups]`, one for each of these columns."""
+    return np.repeat(values, group or columns, axis=-1)[..., :columns]
 
 
 def widen_scale(scale: np.ndarray) -> np.ndarray:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moejax.checkpoint.quantized.form import BFLOAT16, Needed, QuantizedTensor, Shape, row_chunks, widen_scale
+from moejax.checkpoint.quantized.form import BFLOAT16, Needed, QuantizedTensor, Shape, row_chunks, spread, widen_scale
+from moejax.config.int4 import FP4, Planes
+from moejax.config.packed_form import GROUP, PackedForm
 
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The sixteen numbers of FP4 E2M1."""
 _PAIRS = np.stack([FP4[np.arange(256) & 0x0F], FP4[np.arange(256) >> 4]], axis=-1)
 """The two numbers of each byte, the lower half first."""
 
@@ -56,6 +56,27 @@ class Fp4Tensor(QuantizedTensor):
             scale = scale / factor if self.divides else scale * factor
         return decode_fp4(packed, scale, self.group, self.dtype)
 
+    @property
+    def packed(self) -> PackedForm | None:
+        """See QuantizedTensor."""
+        exponents = self.parts["scale"].dtype in ("U8", "F8_E8M0") if "scale" in self.parts else False
+        if exponents and self.format == "mxfp4" and self.group % GROUP == 0:
+            return PackedForm(scale="e8m0", group=self.group)
+        floats = "scale" in self.parts and self.parts["scale"].dtype == "F8_E4M3"
+        if floats and "global" in self.parts and self.group % (GROUP // 2) == 0:
+            return PackedForm(scale="e4m3", group=self.group)
+        return None
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
+        """See QuantizedTensor."""
+        codes = _codes(parts["numbers"])
+        scale, factor = spread(parts["scale"], self.group, codes.shape[-1]), None
+        if "global" in parts:
+            factor = parts["global"].astype(np.float32)
+            factor = factor.reshape(-1, 1, 1) if factor.size > 1 else factor.reshape(())
+            factor = np.broadcast_to(1 / factor if self.divides else factor, codes.shape)
+        return Planes(codes, scale, factor=factor)
+
     def _name(self, role: str, usual: str) -> str:
         return self.parts[role].name if role in self.parts else usual
 
@@ -83,6 +104,22 @@ class Fp4Blocks(QuantizedTensor):
     def decode(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         """See QuantizedTensor."""
         return dequantize_mxfp4(parts["numbers"], parts["scale"]).swapaxes(-1, -2)
+
+    @property
+    def packed(self) -> PackedForm | None:
+        """See QuantizedTensor."""
+        return PackedForm(scale="e8m0", group=GROUP) if self.stored_shape[-1] == GROUP // 2 else None
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
+        """See QuantizedTensor."""
+        *lead, _, _ = parts["numbers"].shape
+        codes = _codes(parts["numbers"].reshape(*lead, -1))
+        return Planes(codes.swapaxes(-1, -2), spread(parts["scale"], GROUP, codes.shape[-1]).swapaxes(-1, -2))
+
+
+def _codes(packed: np.ndarray) -> np.ndarray:
+    """Bytes `[..., in / 2]` as four bits each `[..., in]`, the lower half first."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def dequantize_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

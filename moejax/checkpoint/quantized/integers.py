@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moejax.checkpoint.quantized.form import Needed, QuantizedTensor, Shape, row_chunks
+from moejax.checkpoint.quantized.form import Needed, QuantizedTensor, Shape, packed_integers, row_chunks
+from moejax.config.int4 import Planes
+from moejax.config.packed_form import PackedForm
 from planner.inputs.published.quantization import Scheme
 
 WORD = 32
-GROUP = 32
-"""Inputs that share a scale where ranks hold int4 (`moejax.config.int4`)."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each four bits of a word hold, from the lowest."""
 
@@ -30,9 +30,21 @@ class PackedTensor(QuantizedTensor):
     full: Shape
 
     @property
-    def is_int4(self) -> bool:
+    def packed(self) -> PackedForm | None:
         """See QuantizedTensor."""
-        return self.scheme.bits == 4 and self.scheme.group % GROUP == 0 and not {"zero", "index"} & self.parts.keys()
+        if self.scheme.bits != 4:
+            return None
+        return packed_integers(self.parts.get("scale"), self.scheme.group, zeros="zero" in self.parts)
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
+        """See QuantizedTensor."""
+        rows, columns = self.full
+        scale, zero = parts["scale"], self._zero(parts.get("zero"), (rows, 0))
+        scale = scale if scale.ndim == 2 else np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
+        index = parts["index"] if "index" in parts and (parts["index"] >= 0).all() else None
+        at = np.arange(columns) // (self.scheme.group or columns) if index is None else index
+        codes = unpack(parts["numbers"], 4, columns)
+        return Planes(codes, scale[:, at], None if zero is None else (zero + 8).astype(np.uint8)[:, at])
 
     @property
     def shape(self) -> Shape:
@@ -90,9 +102,22 @@ class OutputsLastTensor(QuantizedTensor):
     scheme: Scheme
 
     @property
-    def is_int4(self) -> bool:
+    def packed(self) -> PackedForm | None:
+        """See QuantizedTensor. Whether zero points are all in the middle, and groups in order, numbers alone say."""
+        if self.scheme.bits != 4:
+            return None
+        return packed_integers(self.parts.get("scale"), self.scheme.group, zeros=not self.scheme.plain)
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
         """See QuantizedTensor."""
-        return self.scheme.bits == 4 and self.scheme.group % GROUP == 0 and self.scheme.plain
+        inputs = self.shape[1]
+        zero = self._along_outputs(parts["zero"]) + np.uint8(self.scheme.zero_offset)
+        index = parts.get("index", np.arange(inputs) // (self.scheme.group or inputs))
+        if self._awq:
+            codes = self._along_outputs(parts["numbers"]).T
+        else:
+            codes = unpack(np.ascontiguousarray(parts["numbers"].T), 4, inputs)
+        return Planes(np.ascontiguousarray(codes), parts["scale"][index].T, zero[index].T)
 
     @property
     def shape(self) -> Shape:

@@ -123,18 +123,20 @@ def row_dot(
     """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16, Int8 or Int4.
     Differentiable unless Int8 or Int4."""
     if is_scaled(stack):
-        return _row_dot_by(x_TD, *_parts(stack), _indices(index))
+        return _row_dot_by(x_TD, stack, _indices(index))
     return _row_dot(x_TD.astype(jnp.float32), stack, _indices(index))
 
 
 @jax.custom_vjp
 def _row_dot(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike, index: ArrayLike) -> jax.Array:
-    return _row_dot_by(x_TD, *_parts(stack), index)
+    return _row_dot_by(x_TD, stack, index)
 
 
-def _row_dot_by(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike, scale: ArrayLike, index: ArrayLike) -> jax.Array:
-    out = jax.ShapeDtypeStruct((x_TD.shape[0], stack.shape[-2]), jnp.float32)
-    return jax.ffi.ffi_call("moejax_row_dot", out)(x_TD.astype(jnp.float32), stack, scale, index)
+def _row_dot_by(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8 | Int4, index: ArrayLike) -> jax.Array:
+    parts = _parts(stack)
+    out = jax.ShapeDtypeStruct((x_TD.shape[0], parts[0].shape[-2]), jnp.float32)
+    call = jax.ffi.ffi_call("moejax_row_dot", out)
+    return call(x_TD.astype(jnp.float32), *parts, index, group=_group(stack))
 
 
 def _row_dot_forward(x_TD, stack, index):
@@ -160,7 +162,9 @@ def experts(
     """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
     out = jax.ShapeDtypeStruct((*wanted_rA.shape, rows_rD.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("moejax_experts", out)(
-        rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))
+        *(rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))),
+        gate_up_group=_group(gate_up),
+        down_group=_group(down),
     )
 
 
@@ -220,11 +224,17 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest() if active() else ""
 
 
-def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike]:
-    """A weight's numbers and its scale, which is empty unless the weight is int8 or int4."""
-    if isinstance(weight, (Int8, Int4)):
-        return weight.numbers, weight.scale
-    return weight, jnp.zeros((0,), jnp.float32)
+def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+    """A weight's numbers, its scale, and the zero points or factors of four bits, each empty unless there are some."""
+    none = jnp.zeros((0,), jnp.float32)
+    if isinstance(weight, Int4):
+        return weight.numbers, weight.scale, none if weight.more is None else weight.more
+    return (weight.numbers, weight.scale, none) if isinstance(weight, Int8) else (weight, none, none)
+
+
+def _group(weight: ArrayLike | Int8 | Int4) -> int:
+    """Columns of a weight of four bits that share a scale."""
+    return weight.group if isinstance(weight, Int4) else 0
 
 
 def _rows(rows: ArrayLike | Scaled) -> tuple[ArrayLike, ArrayLike]:

@@ -4,7 +4,7 @@
 // number of rows or on the other rows (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
 // Weights are read where they are stored, once per call, as float32, bfloat16, int8 with a scale for each output, or
-// int4 with a scale for each group of 32 (int4.h).
+// four bits with a scale for each group (int4.h).
 //
 // Rows that multiply int8 or int4 weights are rounded to integers of 16 bits with a scale for each row: the error is at
 // most a 65,000th of the row's largest number, a 256th of the error of int8 weights. Processors multiply twice as many
@@ -328,14 +328,20 @@ inline void ahead(const W* first, const W* last) {
 }
 
 template <typename W>
-constexpr bool NIBBLES = std::is_same_v<W, Nibbles>;
+constexpr bool NIBBLES = std::is_same_v<W, Nibbles> || std::is_same_v<W, Fp4>;
 
-// A matrix [F, D], row after row, each multiplied by its `scale` if there is one; nibbles have one for each group.
+// A matrix [F, D], row after row, each multiplied by its `scale` if there is one; nibbles have those of groups.
 template <typename W>
 struct Matrix {
-  using Scale = std::conditional_t<NIBBLES<W>, uint16_t, float>;
+  using Scale = std::conditional_t<NIBBLES<W>, Groups, const float*>;
   const W* numbers;
-  const Scale* scale;
+  Scale scale;
+};
+
+// A weight as a call has it: numbers, scales, and factors of rows or zero points, each empty unless there are some.
+struct Weight {
+  ffi::AnyBuffer numbers, scale, more;
+  int64_t group;
 };
 
 // True for weights that multiply rows of integers.
@@ -377,62 +383,76 @@ int64_t rows_at_once(int64_t D) {
 }
 
 // y[m][column..column + N) for one tile of `rows` rows, at most M.
-template <int M, int N>
-inline void nibble_tile(int64_t rows, const Row<Nibbles>* x, const Nibbles* const* w, const float* const* scale,
-                        int64_t D, float* const* y, int64_t column) {
+template <typename W, int M, int N>
+inline void nibble_tile(int64_t rows, const Row<W>* x, const W* const* w, const float* const* scale,
+                        const int16_t* const* zeros, float unit, int64_t D, float* const* y, int64_t column) {
   if constexpr (M > 1)
-    if (rows < M) return nibble_tile<M - 1, N>(rows, x, w, scale, D, y, column);
+    if (rows < M) return nibble_tile<W, M - 1, N>(rows, x, w, scale, zeros, unit, D, y, column);
   const int16_t* integers[M];
   for (int m = 0; m < M; ++m) integers[m] = x[m].x;
   NibbleSums sums[M][N];
-  nibble_sums<M, N>(integers, w, scale, D, sums);
+  nibble_sums<W, M, N>(integers, w, scale, zeros, D, sums);
   for (int m = 0; m < M; ++m) {
     Vector each[N];
     float out[N];
     for (int n = 0; n < N; ++n) std::memcpy(&each[n], &sums[m][n], sizeof each[n]);
     totals<N>(each, out);
-    for (int n = 0; n < N; ++n) y[m][column + n] = out[n] * (x[m].scale * SCALE_UNIT);
+    for (int n = 0; n < N; ++n) y[m][column + n] = out[n] * (x[m].scale * unit);
   }
 }
 
+// Scales and zero points of COLUMNS columns as the sums meet them, and what they are made with.
+struct GroupRoom {
+  std::vector<float> scales, between;
+  std::vector<int16_t> zeros;
+};
+
 // As `dots`, for N columns from `column` on.
-template <int N>
-void nibble_columns(const Row<Nibbles>* x, int64_t rows, Matrix<Nibbles> matrix, int64_t D, int64_t column,
-                    float* const* y, float* scales) {
-  int64_t count = pairs(D);
-  const Nibbles* w[N];
+template <int N, typename W>
+void nibble_columns(const Row<W>* x, int64_t rows, const Matrix<W>& matrix, int64_t D, int64_t column, float* const* y,
+                    GroupRoom& room) {
+  const W* w[N];
   const float* scale[N];
+  const int16_t* zeros[N];
   for (int n = 0; n < N; ++n) {
-    w[n] = matrix.numbers + (column + n) * count * PAIR_WORDS;
-    scale[n] = scales + n * 4 * quads(D);
-    widen_scales(matrix.scale + (column + n) * 2 * count, count, scales + n * 4 * quads(D));
+    w[n] = matrix.numbers + (column + n) * pairs(D) * PAIR_WORDS;
+    float* scales = room.scales.data() + n * 4 * SETS<W> * quads(D);
+    int16_t* points = matrix.scale.zeros == nullptr ? nullptr : room.zeros.data() + n * 8 * quads(D);
+    spread_groups<W>(matrix.scale, column + n, D, room.between, scales, points);
+    scale[n] = scales;
+    zeros[n] = points;
   }
   for (int64_t m = 0, tiles = (rows + ROWS<int16_t> - 1) / ROWS<int16_t>; tiles > 0; --tiles) {
     int64_t some = (rows - m + tiles - 1) / tiles;
-    nibble_tile<ROWS<int16_t>, N>(some, x + m, w, scale, D, y + m, column);
+    nibble_tile<W, ROWS<int16_t>, N>(some, x + m, w, scale, zeros, matrix.scale.unit, D, y + m, column);
     m += some;
   }
 }
 
-void dots(const std::vector<Row<Nibbles>>& rows, Matrix<Nibbles> matrix, int64_t D, int64_t first, int64_t last,
-          float* const* y) {
-  int64_t size = rows.size(), count = pairs(D), width = count * PAIR_WORDS, most = rows_at_once<int16_t>(quads(D) * QUAD);
-  std::vector<float> scales(COLUMNS * 4 * quads(D));
+template <typename W>
+void nibble_dots(const std::vector<Row<W>>& rows, const Matrix<W>& matrix, int64_t D, int64_t first, int64_t last,
+                 float* const* y) {
+  int64_t size = rows.size(), width = pairs(D) * PAIR_WORDS, most = rows_at_once<int16_t>(quads(D) * QUAD);
+  int64_t bytes = matrix.scale.count * (matrix.scale.form <= ScaleForm::BFLOAT16 ? 2 : 1);
+  auto scales = static_cast<const uint8_t*>(matrix.scale.scale);
+  GroupRoom room;
+  room.scales.resize(COLUMNS * 4 * SETS<W> * quads(D));
+  room.zeros.resize(matrix.scale.zeros == nullptr ? 0 : COLUMNS * 8 * quads(D));
   for (int64_t t = 0; t < size; t += most) {
     int64_t some = std::min(most, size - t), f = first;
     for (; f + COLUMNS <= last; f += COLUMNS) {
       int64_t next = f + AHEAD, end = std::min(next + COLUMNS, last);
       ahead(matrix.numbers + next * width, matrix.numbers + end * width);
-      ahead(matrix.scale + next * 2 * count, matrix.scale + end * 2 * count);
-      nibble_columns<COLUMNS>(rows.data() + t, some, matrix, D, f, y + t, scales.data());
+      ahead(scales + next * bytes, scales + end * bytes);
+      nibble_columns<COLUMNS, W>(rows.data() + t, some, matrix, D, f, y + t, room);
     }
-    for (; f < last; ++f) nibble_columns<1>(rows.data() + t, some, matrix, D, f, y + t, scales.data());
+    for (; f < last; ++f) nibble_columns<1, W>(rows.data() + t, some, matrix, D, f, y + t, room);
   }
 }
 
-// y[t][first..last) = x[t] . w[f] for `rows` rows.
 template <typename W>
-void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last, float* const* y) {
+void plain_dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last,
+                float* const* y) {
   const W* w = matrix.numbers;
   std::vector<float> room;
   std::vector<const Number<W>*> x;
@@ -453,6 +473,15 @@ void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t 
   if constexpr (std::is_same_v<W, int8_t>)
     for (int64_t t = 0; t < size; ++t)
       for (int64_t f = first; f < last; ++f) y[t][f] *= rows[t].scale * matrix.scale[f];
+}
+
+// y[t][first..last) = x[t] . w[f] for `rows` rows.
+template <typename W>
+void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last, float* const* y) {
+  if constexpr (NIBBLES<W>)
+    nibble_dots<W>(rows, matrix, D, first, last, y);
+  else
+    plain_dots<W>(rows, matrix, D, first, last, y);
 }
 
 // Where in a stack the matrix of these indices starts, in matrices; -1 when an index is outside.
@@ -514,39 +543,67 @@ void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64
          [&](int64_t first, int64_t last) { dots(met, w, D, first, last, out.data()); });
 }
 
-// The matrix number `at` of a stack of F x D numbers each, with its scale if there is one.
+// The form of scales of groups, and what its numbers are multiplied with: those of float16 are stored 256-fold, and
+// numbers of FP4 are taken twice.
+inline std::pair<ScaleForm, float> scale_form(ffi::DataType type) {
+  switch (type) {
+    case ffi::U8:
+      return {ScaleForm::EXPONENT, 0.5f};
+    case ffi::F8E4M3FN:
+      return {ScaleForm::FLOAT8, 0.5f};
+    case ffi::BF16:
+      return {ScaleForm::BFLOAT16, 1.0f};
+    default:
+      return {ScaleForm::HALF, 1.0f / 256};
+  }
+}
+
+// The matrix number `at` of a stack of F x D numbers each, with its scales if there are some.
 template <typename W>
-Matrix<W> matrix(ffi::AnyBuffer& stack, ffi::AnyBuffer& scale, int64_t at, int64_t F, int64_t D) {
-  int64_t numbers = NIBBLES<W> ? pairs(D) * PAIR_WORDS : D, scales = NIBBLES<W> ? 2 * pairs(D) : 1;
-  auto first = reinterpret_cast<const typename Matrix<W>::Scale*>(scale.untyped_data());
-  return {reinterpret_cast<const W*>(stack.untyped_data()) + at * F * numbers,
-          scale.element_count() > 0 ? first + at * F * scales : nullptr};
+Matrix<W> matrix(const Weight& weight, int64_t at, int64_t F, int64_t D) {
+  auto numbers = static_cast<const W*>(weight.numbers.untyped_data());
+  if constexpr (NIBBLES<W>) {
+    auto [form, unit] = scale_form(weight.scale.element_type());
+    int64_t count = weight.scale.dimensions().back(), bytes = form <= ScaleForm::BFLOAT16 ? 2 : 1;
+    auto first = static_cast<const uint8_t*>(weight.scale.untyped_data()) + at * F * count * bytes;
+    bool more = weight.more.element_count() > 0, zeros = more && weight.more.element_type() == ffi::S8;
+    auto factors = static_cast<const float*>(weight.more.untyped_data()) + at * F;
+    auto points = static_cast<const int8_t*>(weight.more.untyped_data()) + at * F * count;
+    Groups groups = {first, form, unit, count, weight.group, more && !zeros ? factors : nullptr,
+                     zeros ? points : nullptr};
+    return {numbers + at * F * pairs(D) * PAIR_WORDS, groups};
+  } else {
+    auto scale = reinterpret_cast<const float*>(weight.scale.untyped_data());
+    return {numbers + at * F * D, weight.scale.element_count() > 0 ? scale + at * F : nullptr};
+  }
 }
 
 // Calls `in_form` with a number of the type of the weights.
 template <typename Form>
-void with_form(const ffi::AnyBuffer& weights, Form in_form) {
-  switch (weights.element_type()) {
+void with_form(const Weight& weight, Form in_form) {
+  switch (weight.numbers.element_type()) {
     case ffi::BF16:
       return in_form(bfloat16{});
     case ffi::S8:
       return in_form(int8_t{});
     case ffi::U16:
+      if (scale_form(weight.scale.element_type()).first >= ScaleForm::EXPONENT) return in_form(Fp4{});
       return in_form(Nibbles{});
     default:
       return in_form(float{});
   }
 }
 
-ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                  ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y) {
-  auto stack = w.dimensions();
+ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer numbers, ffi::AnyBuffer scale,
+                  ffi::AnyBuffer more, ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y, int64_t group) {
+  Weight weight = {numbers, scale, more, group};
+  auto stack = numbers.dimensions();
   int64_t D = x.dimensions().back(), F = stack[stack.size() - 2];
   int64_t at = place(stack, ffi::Span<const int32_t>(index.typed_data(), index.element_count()));
   if (at < 0) return ffi::Error::InvalidArgument("row_dot: index outside of the stack");
-  with_form(w, [&](auto number) {
+  with_form(weight, [&](auto number) {
     using W = decltype(number);
-    row_dot(pool, x, matrix<W>(w, scale, at, F, D), F, y->typed_data());
+    row_dot(pool, x, matrix<W>(weight, at, F, D), F, y->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -609,13 +666,16 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weig
 // Outputs [r, A, D] of the wanted slots [r, A] of layer `index`; each slot's weights are read once, for the rows that
 // are routed to it and no others.
 ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::S32> wanted,
-                   ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down,
-                   ffi::AnyBuffer down_scale, ffi::Buffer<ffi::S32> index,
-                   ffi::ResultBuffer<ffi::F32> answers) {
+                   ffi::AnyBuffer gate_up_numbers, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer gate_up_more,
+                   ffi::AnyBuffer down_numbers, ffi::AnyBuffer down_scale, ffi::AnyBuffer down_more,
+                   ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> answers, int64_t gate_up_group,
+                   int64_t down_group) {
+  Weight gate_up = {gate_up_numbers, gate_up_scale, gate_up_more, gate_up_group};
+  Weight down = {down_numbers, down_scale, down_more, down_group};
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
-  int64_t S = down.dimensions()[1], F = gate_up.dimensions()[2] / 2;
+  int64_t S = down_numbers.dimensions()[1], F = gate_up_numbers.dimensions()[2] / 2;
   int64_t repeat = index.typed_data()[0];
-  if (repeat < 0 || repeat >= down.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
+  if (repeat < 0 || repeat >= down_numbers.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
   with_form(down, [&](auto number) {
     using W = decltype(number);
     std::vector<int16_t> room;
@@ -646,7 +706,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
     }
     auto weights = [&](int64_t slot) {
       int64_t at = repeat * S + slot;
-      return std::make_pair(matrix<W>(gate_up, gate_up_scale, at, 2 * F, D), matrix<W>(down, down_scale, at, D, F));
+      return std::make_pair(matrix<W>(gate_up, at, 2 * F, D), matrix<W>(down, at, D, F));
     };
     answer<W>(pool, busy, weights, D, F);
   });
@@ -998,8 +1058,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                               ffi::Ffi::Bind()
@@ -1010,8 +1072,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("gate_up_group")
+                                  .Attr<int64_t>("down_group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()

@@ -16,8 +16,10 @@ from moejax.checkpoint.convert import convert
 from moejax.checkpoint.host_store import HostStore, StoreCorrupt, StoreMissing
 from moejax.checkpoint.manifest import CheckpointError, expert_position
 from moejax.checkpoint.published_store import SOURCE, PublishedStore, open_store, record_checksums
-from moejax.config.params import FeedForward, expert_specs
-from moejax.config.weight_formats import dequantize
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.int4 import Int4
+from moejax.config.params import FeedForward, expert_specs, param_specs
+from moejax.config.weight_formats import dequantize, is_scaled, weight_shape
 from moejax.runtime.host_weights import to_host_weights
 from moejax.tools.resolve import ensure_checksums
 from tests.support.families.published import CASES
@@ -57,23 +59,47 @@ def same(ours: PublishedStore, converted: HostStore) -> None:
     assert not ours.corrupt_tensors(ours.non_expert_params())
 
 
-def test_int4_experts_are_held_as_they_are_published(tmp_path):
-    plain = quantized_folders(tmp_path / "hf", "int4-32")
-    rounded = noted(tmp_path / "hf")
-    assert rounded.int4_experts
-    exact = open_store(tmp_path / "noted", exactly=True)
+@pytest.mark.parametrize("form", ["int4-32", "nvfp4", "mxfp4", "awq"])
+def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
+    plain = quantized_folders(tmp_path / "hf", form, exactly=True)
+    held = noted(tmp_path / "hf").packed
+    assert held is not None
+    assert len(held.parts) == 4  # attention and experts, two matrices each
+    store = open_store(tmp_path / "noted", held=held)
     convert(plain, tmp_path / "out", name="model", on_progress=quiet)
-    there, cfg = HostStore.open(tmp_path / "out"), dataclasses.replace(exact.cfg, weights="int4-experts")
+    there, cfg = HostStore.open(tmp_path / "out"), store.cfg.with_packed(held)
     wanted = all_experts(there)
-    numbers, before, after = there.read_experts(wanted), rounded.read_experts(wanted), exact.read_experts(wanted)
+    numbers, read = there.read_experts(wanted), store.read_experts(wanted)
     for expert in wanted:
         specs = expert_specs(cfg, expert_position(cfg, expert[0])[:2])
-        held = to_host_weights(cfg, specs, FeedForward(*after[expert]))
+        kept = to_host_weights(cfg, specs, FeedForward(*read[expert]))
         for part, name in enumerate(("gate_up", "down")):
-            np.testing.assert_array_equal(dequantize(getattr(held, name)), numbers[expert][part])
-            np.testing.assert_array_equal(before[expert][part], numbers[expert][part].astype(ml_dtypes.bfloat16))
-        assert exact.is_intact(expert, *after[expert])
-    jax.tree.map(np.testing.assert_array_equal, exact.non_expert_params(), there.non_expert_params())
+            assert isinstance(getattr(kept, name), Int4)
+            np.testing.assert_array_equal(dequantize(getattr(kept, name)), numbers[expert][part])
+    common = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf)), store.non_expert_params(), is_leaf=is_scaled)
+    jax.tree.map(np.testing.assert_array_equal, common, there.non_expert_params())
+    shapes = jax.tree.map(lambda spec: weight_shape(cfg, spec), param_specs(cfg).segments[0][0].qkv)
+    assert jax.tree.structure(shapes) == jax.tree.structure(store.non_expert_params().segments[0][0].qkv)
+
+
+def test_a_packed_expert_that_is_damaged_is_not_taken(tmp_path):
+    quantized_folders(tmp_path / "hf", "mxfp4")
+    held = noted(tmp_path / "hf").packed
+    store = open_store(tmp_path / "noted", held=held)
+    name = EXPERT.replace("weight", "weight_packed")
+    file = next(f for f in sorted((tmp_path / "hf").glob("*.safetensors")) if name.encode() in f.read_bytes())
+    stored = SafetensorsFolder.open(tmp_path / "hf")
+    times, place = file.stat(), stored._stored[name]
+    with file.open("r+b") as opened:
+        opened.seek(place.start)
+        first = opened.read(1)[0]
+        opened.seek(place.start)
+        opened.write(bytes([first ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(StoreCorrupt, match=r"expert 3\).* is corrupt: CRC-32 .*, expected"):
+        store.read_experts([(2, 3)])
+    with pytest.raises(CheckpointError, match="ranks hold"):
+        open_store(tmp_path / "noted", held=dataclasses.replace(held, group=64))
 
 
 @pytest.mark.parametrize("name", CASES)

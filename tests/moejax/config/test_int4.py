@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from moejax.config import int4
 from moejax.config.config_values import ConfigError
+from tests.support.kernel_cases import PACKED, planes, published_numbers
 from tests.support.models import MIXTRAL, SHARED
 
 TYPES = [np.float16, ml_dtypes.bfloat16]
@@ -22,16 +24,34 @@ def test_numbers_that_are_int4_stay_what_they_are(seed, dtype, group, groups):
     scale = np.exp(draw.uniform(-12, 4, (6, groups))).astype(dtype).astype(np.float32)
     steps = draw.integers(-8, 8, (6, groups, group)) // draw.integers(1, 9, (6, groups, 1))
     values = (steps * scale[..., None]).reshape(6, groups * group).astype(np.float32)
-    assert int4.is_exact(values)
-    for held in (int4.keep(values), int4.quantize(values)):
-        np.testing.assert_array_equal(np.asarray(int4.dequantize(held)), values)
+    np.testing.assert_array_equal(np.asarray(int4.dequantize(int4.quantize(values))), values)
 
 
-def test_numbers_that_are_none_are_refused_by_shape():
-    values = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
-    assert not int4.is_exact(values)
-    with pytest.raises(ValueError, match=r"shape \(5, 96\) are not int4"):
-        int4.keep(values)
+@pytest.mark.parametrize("columns", [16, 64, 208])
+@pytest.mark.parametrize("form", PACKED)
+def test_published_numbers_are_held_in_their_own_bits_and_as_many(form, columns):
+    if form == "nvfp4" or columns > 16:
+        published = planes((2, 3, columns), PACKED[form], seed=columns)
+        held = int4.from_published(published, PACKED[form])
+        np.testing.assert_array_equal(np.asarray(int4.dequantize(held)), published_numbers(published))
+        shape = int4.shape_of((2, 3, columns), PACKED[form])
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), held) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), shape
+        )
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_scales_that_are_not_those_of_groups_in_order_are_not_held(form):
+    published = planes((3, 128), PACKED[form])
+    moved = published._replace(scale=np.roll(published.scale, 1, axis=-1))
+    if PACKED[form].group:
+        assert int4.from_published(moved, PACKED[form]) is None
+    zero = np.full((3, 128), 7, np.uint8)
+    zero[:, 40:] = 9
+    if form != "mxfp4" and form != "nvfp4":
+        assert int4.from_published(published._replace(zero=zero), PACKED[form]) is None
+    huge = published._replace(scale=np.full((3, 128), 256, np.float16))
+    assert form != "awq" or int4.from_published(huge, PACKED[form]) is None
 
 
 @pytest.mark.parametrize("wrong", [2100.0, -1e4, np.inf, np.nan])

@@ -9,6 +9,8 @@ import pytest
 
 from moejax.checkpoint.host_store import HostStore
 from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
+from moejax.config.packed_form import PackedForm, part_of
 from moejax.config.parameter_counts import expert_bytes, parameter_count
 from moejax.config.params import expert_positions, is_expert, is_spec, named_tensors, param_specs, tensor_specs
 from moejax.config.weight_formats import (
@@ -91,12 +93,36 @@ def test_bytes_are_those_of_the_form():
     scales = sum(np.prod(s.shape[:-1]) for n, s in tensor_specs(MIXTRAL).items() if is_expert(n))
     assert weight_bytes(in_form(MIXTRAL, "int8"), experts=True) == experts * expert_bytes(MIXTRAL, 1) + 4 * scales
     wide = dataclasses.replace(MIXTRAL, d_model=64, moe=dataclasses.replace(MIXTRAL.moe, d_expert=192))
-    for form in ("int4", "int4-experts"):
-        assert weight_bytes(in_form(wide, form), experts=True) == experts * expert_bytes(wide, 1) * 0.5625
+    assert weight_bytes(in_form(wide, "int4"), experts=True) == experts * expert_bytes(wide, 1) * 0.5625
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"),
+    [
+        (PackedForm(scale="e8m0", group=32), 4 + 8 / 32),
+        (PackedForm(scale="e4m3", group=16), 4 + 8 / 16),
+        (PackedForm(scale="bfloat16", group=32), 4 + 16 / 32),
+        (PackedForm(scale="float16", group=128, zeros=True), 4 + (16 + 4) / 128),
+        (PackedForm(scale="float16", group=32, zeros=True), 4 + (16 + 4) / 32),
+    ],
+)
+def test_ranks_hold_published_forms_in_at_most_a_twentieth_more_than_files_have(form, bits):
+    wide = dataclasses.replace(MIXTRAL, d_model=1024, moe=dataclasses.replace(MIXTRAL.moe, d_expert=768))
+    parts = {part_of(spec.axes) for spec in tensor_specs(wide).values() if "expert" in spec.axes}
+    cfg = wide.with_packed(dataclasses.replace(form, parts=tuple(sorted(parts))))
+    published = wide.n_moe_layers * wide.moe.experts * expert_bytes(wide, 1) * bits / 8
+    assert 1 <= weight_bytes(cfg, experts=True) / published <= 1.05
+    assert ModelConfig.from_json(cfg.to_json()) == cfg
+    with pytest.raises(ValueError, match="published in another form"):
+        to_weight_format(cfg, tensor_specs(wide)[experts_down(wide)], np.zeros((4, 4), np.float32))
+
+
+def experts_down(cfg):
+    return next(name for name in tensor_specs(cfg) if name.endswith("experts.down"))
 
 
 def test_a_form_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="'int3'; known are 'float32', 'bfloat16', 'int8', 'int4', 'int4-experts'"):
+    with pytest.raises(ConfigError, match="'int3'; known are 'float32', 'bfloat16', 'int8', 'int4', 'published-int4'"):
         in_form(MIXTRAL, "int3")
 
 

@@ -25,14 +25,14 @@ from moejax.model.layers import row_dot_reference
 from moejax.model.sampling import draw_tokens_reference
 from moejax.ops import cpu
 from planner.inputs.cache_formats import CACHE_FORMATS
-from tests.support.kernel_cases import attention_case, held, last_query_alone, normal
+from tests.support.kernel_cases import PACKED, attention_case, held, last_query_alone, normal, planes, published_numbers
 from tests.support.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not cpu.active(), reason="no C++ compiler on this machine")
-FORMS = ["float32", "bfloat16", "int8", "int4"]
-ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5, "int8": 1e-4, "int4": 1e-4}
-"""Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8 and int4, rows of 16
-bits, two in turn for experts."""
+FORMS = ["float32", "bfloat16", "int8", "int4", *PACKED]
+ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5} | dict.fromkeys(FORMS[2:], 1e-4)
+"""Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8 and four bits, rows of
+16 bits, two in turn for experts."""
 
 
 def close(a, b, form: str = "float32") -> None:
@@ -81,6 +81,20 @@ def test_int8_sums_do_not_overflow_at_the_largest_numbers_there_are() -> None:
     )
 
 
+@pytest.mark.parametrize("columns", [32, 48, 576])
+@pytest.mark.parametrize("form", PACKED)
+def test_dots_of_integers_with_packed_weights_are_exact(form, columns) -> None:
+    published = planes((24, columns), PACKED[form])
+    one = 127 if form == "mxfp4" else 1
+    factor = None if published.factor is None else np.ones_like(published.factor)
+    published = published._replace(scale=np.full_like(published.scale, one), factor=factor)
+    packed = int4.from_published(published, PACKED[form])
+    rows = np.random.default_rng(columns).integers(-99, 100, (9, columns)).astype(np.float32)
+    rows[:, 5] = 32767  # integers of 16 bits as they are
+    answer = cpu.row_dot(rows, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], packed), (0,))
+    np.testing.assert_array_equal(answer, rows @ published_numbers(published).T)
+
+
 @pytest.mark.parametrize("columns", [32, 37, 576])
 def test_int4_dots_of_integers_are_exact(columns) -> None:
     draw = np.random.default_rng(columns)
@@ -89,7 +103,7 @@ def test_int4_dots_of_integers_are_exact(columns) -> None:
     weights = steps * np.repeat(scale, 32, axis=1)[:, :columns]
     rows = draw.integers(-99, 100, (9, columns))
     rows[:, 5] = 32767  # integers of 16 bits as they are
-    stack = jax.tree.map(jnp.asarray, int4.keep(weights.astype(np.float32)[None]))
+    stack = jax.tree.map(jnp.asarray, int4.quantize(weights.astype(np.float32)[None]))
     np.testing.assert_array_equal(dequantize(stack)[0], weights)
     np.testing.assert_array_equal(cpu.row_dot(rows.astype(np.float32), stack, (0,)), rows @ weights.T)
 

@@ -14,6 +14,7 @@ import pytest
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import read_config
 from moejax.config.config_values import ConfigError
+from moejax.tools.inspect import describe
 from moejax.tools.prepare import flops, prepare
 from moejax.tools.rank_format import widening_note
 from planner.inputs.published import MODELS, workload_from
@@ -65,32 +66,33 @@ def test_widening_is_said_with_the_bytes_of_both(place, how, capfd):
         r"as-published is published in int4, 0\.\d MiB; ranks hold its weights in bfloat16, 0\.\d MiB",
         said := capfd.readouterr().err,
     )
-    assert ("zero points, ordered groups, groups that are no multiple of 32 inputs, or scales" in said) == (
-        how == "in-place"
-    )
+    assert "groups in the order of the inputs and of a multiple of 32 of them" in said
     assert prepare(str(plain), "published", how)["weights"] == "bfloat16"
     assert "ranks hold" not in capfd.readouterr().err
 
 
-def test_a_model_without_experts_is_not_said_to_keep_some():
+def test_a_model_that_is_widened_is_said_to_be_with_the_reason():
     config = json.loads((MODELS / "llama-3.1-8b.json").read_text())
     published = dataclasses.replace(workload_from(config), weight_format="int4", rest_bytes=1000)
     dense = dataclasses.replace(DENSE, weights="bfloat16")
-    for in_place in (False, True):
-        assert widening_note(dense, published, in_place=in_place).endswith(
-            "Only experts stay in int4, and it has none."
-        )
+    assert "Without --dense sharded" in widening_note(dense, published, sharded=True)
+    assert "in groups" not in widening_note(dense, dataclasses.replace(published, weight_format="fp8"))
 
 
-def test_experts_published_in_int4_stay_so_in_place_and_only_there(place, capfd):
+def test_matrices_published_in_int4_stay_so_unless_another_type_is_asked_for(place):
     quantized_folders(place, "int4-32")
-    narrow = prepare(str(place), "published", "in-place")
-    said = capfd.readouterr().err
-    assert "ranks hold its weights in int4-experts" in said  # attention of this folder is int4 too
-    assert "--in-place" not in said
-    wide = prepare(str(place), "published")
-    assert "With --in-place, --data-type published keeps experts" in capfd.readouterr().err
-    assert (narrow["weights"], wide["weights"]) == ("int4-experts", "bfloat16")
+    narrow, wide = prepare(str(place), "published"), prepare(str(place), "bfloat16")
+    assert (narrow["weights"], wide["weights"]) == ("published-int4", "bfloat16")
+    assert describe(str(place), weights="published")["expert_bytes"] == narrow["expert_bytes"]
+    assert [tuple(part.split()[-2:]) for part in json.loads(str(narrow["config"]))["packed"]["parts"]] == [
+        ("ffn", "model"),
+        ("model", "ffn"),
+        ("heads", "model"),
+        ("model", "heads"),
+    ]
+    in_group = prepare(str(place), "published", "", "2")  # heads are sharded as bfloat16
+    assert in_group["expert_bytes"] == narrow["expert_bytes"]
+    assert in_group["rest_bytes"] == wide["rest_bytes"] > narrow["rest_bytes"]
     numbers = 3 * 64 * 96
     padded = numbers + 64 * 32  # 96 inputs of down are one and a half pairs of groups
-    assert (narrow["expert_bytes"], wide["expert_bytes"]) == (0.5625 * padded, 2 * numbers)
+    assert (narrow["expert_bytes"], wide["expert_bytes"]) == (padded / 2 + numbers / 16, 2 * numbers)

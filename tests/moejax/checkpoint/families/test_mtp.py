@@ -11,10 +11,11 @@ from moejax.checkpoint.checkpoint import load_params
 from moejax.checkpoint.convert import convert
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.manifest import CheckpointError
-from moejax.checkpoint.published import check_mtp_int4
+from moejax.checkpoint.published import check_mtp_packed
 from moejax.checkpoint.published_store import PublishedStore, record_checksums
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError
+from moejax.config.packed_form import PackedForm
 from moejax.config.params import without_mtp
 from tests.support.families.small import small_config
 from tests.support.published import published_folder, random_tensors, write_shards
@@ -80,12 +81,13 @@ def test_a_model_whose_layer_is_not_served_is_refused(name, layers, error):
     assert "Serve it with --speculate ngram or off." in str(caught.value)
 
 
-def test_a_layer_of_another_form_than_int4_experts_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_layer_of_another_form_than_packed_experts_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     source = tmp_path / "hf"
     drafting, _ = folder_with_layer(source, "deepseek-v3")
-    check_mtp_int4(source)
-    monkeypatch.setattr(SafetensorsFolder, "is_int4", lambda _, name: not name.startswith(drafting))
+    check_mtp_packed(source)
+    form = PackedForm(scale="bfloat16", group=32)
+    monkeypatch.setattr(SafetensorsFolder, "packed", lambda _, name: None if name.startswith(drafting) else form)
     with pytest.raises(CheckpointError, match=r"layer of multi-token prediction in another form.*--speculate ngram"):
-        check_mtp_int4(source)
-    monkeypatch.setattr(SafetensorsFolder, "is_int4", lambda _, name: True)
-    check_mtp_int4(source)
+        check_mtp_packed(source)
+    monkeypatch.setattr(SafetensorsFolder, "packed", lambda _, name: form)
+    check_mtp_packed(source)

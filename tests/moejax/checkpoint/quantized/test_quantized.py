@@ -17,6 +17,7 @@ from moejax.checkpoint.quantized.form import row_chunks
 from moejax.checkpoint.quantized.fp4 import FP4
 from moejax.checkpoint.quantized.integers import unpack
 from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.int4 import dequantize, from_published
 from tests.parity import quantized
 from tests.parity.quantized import Answer, recorded
 
@@ -42,6 +43,38 @@ def test_each_form_is_widened_as_its_own_tool_widens_it(tmp_path, name):
     found = folder.read("w.weight")
     assert (found.shape, found.dtype) == (answer.numbers.shape, folder.dtype("w.weight"))
     np.testing.assert_array_equal(found.astype(np.float32), answer.numbers)
+
+
+def test_numbers_of_four_bits_are_those_of_the_tools_as_they_are_held(tmp_path):
+    held = set()
+    for name, answer in ANSWERS.items():
+        folder = opened(tmp_path, answer.stored, answer.config)
+        if (form := folder.packed("w.weight")) is not None:
+            packed = from_published(folder.read_planes("w.weight"), form)
+            assert packed is not None
+            numbers = np.asarray(dequantize(packed))
+            rounding = 0 if form.scale != "e4m3" else 2**-8  # of the tool: a scale times the factor in bfloat16
+            np.testing.assert_allclose(numbers.astype(folder.dtype("w.weight")), answer.numbers, rtol=rounding)
+            held.add(name.split(",")[0])
+    assert held == {"int4 groups of 32", "int4 channel", "nvfp4", "mxfp4"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gptq_is_held_as_it_is_where_its_groups_are_in_order(tmp_path, ordered):
+    draw = np.random.default_rng(3)
+    inputs, outputs, size = 96, 8, 32
+    q, zeros = (draw.integers(0, 16, (n, outputs), dtype=np.uint8) for n in (inputs, inputs // size))
+    scales = draw.uniform(0.01, 0.1, zeros.shape).astype(np.float16)
+    groups = np.arange(inputs, dtype=np.int32) // size
+    groups = draw.permutation(groups) if ordered else groups
+    stored = {"w.qweight": np.ascontiguousarray(pack(q.T, 4).T), "w.qzeros": pack(zeros, 4), "w.scales": scales}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": False, "desc_act": ordered}
+    folder = opened(tmp_path, stored | {"w.g_idx": groups}, config)
+    packed = from_published(folder.read_planes("w.weight"), folder.packed("w.weight"))
+    assert (packed is None) == ordered
+    if packed is not None:
+        expected = scales[groups].astype(np.float32) * (q.astype(np.float32) - (zeros[groups].astype(np.float32) + 1))
+        np.testing.assert_array_equal(np.asarray(dequantize(packed)), expected.T)
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}")
