@@ -66,10 +66,10 @@ class ChecksummedWeights:
         return sum(t.bytes // (t.shape[0] * t.shape[1]) for t in tensors if t is not None)
 
 
-def params_without_experts(cfg: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Params:
-    """The parameter tree of these arrays by name; leaves that are not among them, the experts', are None."""
+def params_without_experts(cfg: ModelConfig, arrays: Mapping[str, Any]) -> Params:
+    """The parameter tree of these arrays, or Int4, by name; leaves that are not among them, the experts', are None."""
 
-    def leaf(path: Any, _: Any) -> np.ndarray | None:
+    def leaf(path: Any, _: Any) -> Any:
         return arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
 
     return jax.tree_util.tree_map_with_path(leaf, param_specs(cfg), is_leaf=is_spec)

@@ -111,7 +111,7 @@ def ensure_checksums(published: Path, *, mtp: bool = False) -> Path:
     cache or made there; made again when one of its files changes."""
     name = published_name(published)
     cfg = read_config(published, name=name, mtp=mtp)
-    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-in-place"
+    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-as-published"
     if not folder.is_dir():
         with progress(f"Noting the checksums of {name}, once") as on_progress:
             record_checksums(published, folder, name=name, on_progress=on_progress, mtp=mtp)

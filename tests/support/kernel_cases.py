@@ -27,6 +27,7 @@ PACKED = {
     "mxfp4": PackedForm(scale="e8m0", group=32),
     "nvfp4": PackedForm(scale="e4m3", group=16),
     "awq": PackedForm(scale="float16", group=64, zeros=True),
+    "gptq": PackedForm(scale="float16", group=32, zeros=True),
     "int4 by rows": PackedForm(scale="bfloat16", group=0),
 }
 """Forms of four bits as they are published, by the names that tests have for them."""

@@ -100,6 +100,7 @@ def test_the_store_gives_each_expert_alone(name, tmp_path):
 SIZES = {"vocab_size", "d_model", "d_ff", "max_context", "stop_tokens", "bos_token", "name"}
 FIXED = {
     "weights",
+    "packed",
     "shard_dense",
     "mtp",
     "cache_format",
