@@ -72,7 +72,7 @@ def _awq(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
     def words(values: np.ndarray) -> np.ndarray:
         eights = values.reshape(len(values), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] << (4 * np.arange(8))
-        return eights.sum(-1).astype(np.uint32).view(np.int32)
+        return np.ascontiguousarray(eights.sum(-1).astype(np.uint32)).view(np.int32)  # files have rows
 
     return {"qweight": words(q.reshape(w.shape).T), "qzeros": words(zero.T), "scales": scale.T.copy()}, wide
 
