@@ -110,10 +110,10 @@ all others: bfloat16 for bfloat16 and for other quantised forms, float32 for flo
 | int4 of `pack-quantized`, AWQ and GPTQ: groups of a multiple of 32, or whole rows | 4 + (16 + 4) / group; in a rank zero points have 8 bits | integers, bfloat16 or float16 scales, zero points |
 
 Ranks multiply these bits where they lie ([how](decisions/0020-int4-weights-have-exact-groups.md)): experts, attention
-and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder is read in
-place: a conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16 there; and
-with `--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are ordered groups (GPTQ with
-`desc_act`), groups that are no multiple of 32 (NVFP4: 16), and scales in float32.
+and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder
+is read in place: a conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16
+there; and with `--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are
+ordered groups (GPTQ with `desc_act`), groups that are no multiple of 32 (NVFP4: 16), and scales in float32.
 
 Where ranks hold more bytes than are published, the server says both at the start: "is published in int4, 595.2 GiB;
 ranks hold its weights in bfloat16, ...", and so does `moejax inspect --data-type published`. Of a folder in our own

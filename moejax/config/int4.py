@@ -29,8 +29,6 @@ _UNIT = 2.0**-8
 _WORDS = GROUP // 4
 """Words of a group."""
 _SAMPLE = 4
-
-
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The sixteen numbers of FP4 E2M1 (OCP Microscaling 1.0, 5.3.3)."""
 _MIDDLE = 8
