@@ -63,7 +63,7 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
 
 @pytest.mark.parametrize(("packed", "held"), [("nvfp4", "nvfp4"), ("awq", "published-int4")], indirect=["packed"])
 def test_packed_weights_are_served_as_published_and_a_killed_rank_changes_no_token(
-    packed: tuple[Path, Path], held: str
+    packed: tuple[Path, Path], held: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, plain = packed
     ours = ensure_model(plain)
@@ -75,6 +75,7 @@ def test_packed_weights_are_served_as_published_and_a_killed_rank_changes_no_tok
     clear = int(np.append(scores[:, -1] - scores[:, -2] < CLOSE, True).argmax())  # tokens before the first close one
     asked = {"model": str(folder), "data_type": "published", "chaos": True}
     with Server(**asked, ranks=2, buckets=ONE_BUCKET) as server, Client(server) as client:
+        assert f"ranks hold its weights in {held}," in capfd.readouterr().err
         known = Stream(prompt, 0.0, 0, 48)
         known.run(client)
         assert known.tokens[:clear] == expected[:clear]
