@@ -145,7 +145,7 @@ def read_packed(entry: ArraySource, weights: SafetensorsFolder, form: PackedForm
 
 
 def packed_form(cfg: ModelConfig, weights: SafetensorsFolder) -> PackedForm | None:
-    """The form of four bits that ranks can hold matrices in as they are published, as far as the headers tell: that of
+    """The form of four bits that ranks can hold matrices in as they are published, as far as the headers show: that of
     the experts, or of most matrices. None where there is none.
 
     Of each part all layers have it. The two matrices of experts have it both or not at all.

@@ -114,7 +114,7 @@ class SafetensorsFolder:
         return self._numbers(self._stored[name], index)
 
     def packed(self, name: str) -> PackedForm | None:
-        """The form in which ranks can hold a matrix as it is published, as far as the headers tell; None where there is
+        """The form in which ranks can hold a matrix as it is published, as far as the headers show; None where there is
         none."""
         return self._quantized[name].packed if name in self._quantized else None
 

@@ -157,7 +157,7 @@ def _held_config(name: str, store: HostStore | PublishedStore, weights: str, how
 
 
 def _keeps_form(name: str, *, mtp: bool) -> bool:
-    """Whether ranks can hold matrices of a model as they are published, as far as the headers tell. Such a folder is
+    """Whether ranks can hold matrices of a model as they are published, as far as the headers show. Such a folder is
     read in place: a conversion would widen them. Raises CheckpointError as `check_mtp_packed`."""
     folder = Path(name)
     if not is_published(folder):

@@ -103,7 +103,7 @@ class OutputsLastTensor(QuantizedTensor):
 
     @property
     def packed(self) -> PackedForm | None:
-        """See QuantizedTensor. Whether zero points are all in the middle, and groups in order, numbers alone say."""
+        """See QuantizedTensor. Whether zero points are all in the middle, and groups in order, numbers alone show."""
         if self.scheme.bits != 4:
             return None
         return packed_integers(self.parts.get("scale"), self.scheme.group, zeros=not self.scheme.plain)
