@@ -21,7 +21,7 @@ from moejax.config.packed_form import GROUP, PackedForm
 from planner.inputs.routed_experts import RoutedExperts
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4"]
-"""Of matrices; the last three: the formats that are published in this form as they are (`packed`), the others in bfloat16."""
+"""Of matrices; in the last three a rank holds what is published in them as it is (`packed`), the rest in bfloat16."""
 PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4")
 CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 """Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
