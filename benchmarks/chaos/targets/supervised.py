@@ -5,7 +5,6 @@ import abc
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -13,14 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-import httpx
-
 from benchmarks.chaos.environments import without_python_path
 from benchmarks.chaos.processes import descendants, resident_pages
 from benchmarks.chaos.targets.target import Target
+from benchmarks.local_server import free_port, is_healthy
 
 PROBE_EVERY_S = 1.0
-PROBE_LIMIT_S = 1.0
 FAILED_PROBES = 3
 """Failures of /health in a row after which the server is killed: quicker than Kubernetes' usual 30 seconds."""
 _START_LIMIT_S = 600.0
@@ -30,9 +27,7 @@ class Supervised(Target):
     """One command. A thread starts it again at once when its process ends, and probes /health."""
 
     def __init__(self, options: Sequence[str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port: int = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._options = options
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
@@ -73,10 +68,7 @@ class Supervised(Target):
 
     def whole(self) -> bool:
         """True if /health answers."""
-        try:
-            return httpx.get(f"{self.url}/health", timeout=PROBE_LIMIT_S).status_code == 200
-        except httpx.HTTPError:
-            return False
+        return is_healthy(self.url)
 
     @property
     def restarts(self) -> int:
