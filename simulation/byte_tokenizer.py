@@ -12,7 +12,6 @@ TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% en
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
-@functools.cache
 def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     """Token = byte, in the order of their values; then <|end|> (256), <|stop|> (257) and the roles' marks."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_vocabulary(), merges=[]))

@@ -33,6 +33,8 @@ from simulation.launch import Processes, SimulatedListener, SimulatedStarter
 from simulation.virtual_time import VirtualTimeLoop, context_of, is_item_of_stream
 from simulation.world import World
 
+_TOKENIZER = byte_tokenizer()  # one for all fronts of all seeds: making it takes longer than many a front lives
+
 REAP_TURNS = 200
 """Most turns of the event loop that the tasks of a killed front take to be gone."""
 
@@ -209,7 +211,7 @@ class Front:
             settings=world.settings,
             model=model,
             info=model.info(),
-            tokenizer=byte_tokenizer(),
+            tokenizer=_TOKENIZER,
             request_log=request_log,
             events=events,
             weights=weights_record.load(),

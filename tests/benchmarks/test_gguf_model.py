@@ -18,7 +18,7 @@ WIDE = dataclasses.replace(MIXTRAL, moe=dataclasses.replace(MIXTRAL.moe, d_exper
 @pytest.mark.parametrize(("form", "error"), [("bfloat16", 0.004), ("Q8_0", 0.008), ("Q4_0", 0.13)])
 def test_tensors_are_those_of_the_model(tmp_path, form, error):
     params = model_folder(tmp_path / "m", WIDE)
-    (tmp_path / "m/tokenizer.json").write_text(byte_tokenizer()._format.inner.to_str())
+    (tmp_path / "m/tokenizer.json").write_text(byte_tokenizer().format.inner.to_str())
     write_gguf(tmp_path / "m", tmp_path / "m.gguf", form)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     found = {each.name: dequantize(each.data, each.tensor_type) for each in reader.tensors}

@@ -19,7 +19,7 @@ PLAIN = dataclasses.replace(MIXTRAL, stop_tokens=(0,))
 
 def test_the_folder_reads_as_the_same_model(tmp_path):
     model_folder(tmp_path / "m", PLAIN)
-    (tmp_path / "m/tokenizer.json").write_text(byte_tokenizer()._format.inner.to_str())
+    (tmp_path / "m/tokenizer.json").write_text(byte_tokenizer().format.inner.to_str())
     write_published(tmp_path / "m", tmp_path / "published", "float32")
     convert(tmp_path / "published", tmp_path / "again", on_progress=lambda *_: None)
     was, now = (load_params(tmp_path / name) for name in ("m", "again"))

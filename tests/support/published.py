@@ -39,7 +39,7 @@ def published_folder(
     """Write a folder; its tensors are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / "tokenizer.json").write_text(byte_tokenizer()._format.inner.to_str())
+    (folder / "tokenizer.json").write_text(byte_tokenizer().format.inner.to_str())
     settings = {"bos_token": "<|end|>", "eos_token": "<|stop|>", "chat_template": "{{ messages[0].content }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tensors = random_tensors(read_config(folder), dtype, seed)

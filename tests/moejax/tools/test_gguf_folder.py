@@ -65,7 +65,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 def vocabulary() -> list[str]:
-    inner = byte_tokenizer()._format.inner
+    inner = byte_tokenizer().format.inner
     return [*(inner.id_to_token(i) for i in range(inner.get_vocab_size())), "th", "the"]
 
 
@@ -239,7 +239,7 @@ def test_a_folder_is_made_again_for_another_tokenizer_beside_the_file(tmp_path, 
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "m.gguf", "olmoe")
     first = ensure_folder(tmp_path / "m.gguf")
-    inner = byte_tokenizer()._format.inner
+    inner = byte_tokenizer().format.inner
     inner.add_tokens(["th", "the"])
     (tmp_path / "tokenizer.json").write_text(inner.to_str())
     second = ensure_folder(tmp_path / "m.gguf")
@@ -256,7 +256,7 @@ def test_a_tokenizer_that_is_not_known_is_taken_from_beside_the_file(tmp_path: P
     )
     with pytest.raises(CheckpointError, match=r"tokenizer is gpt2/other; .*tokenizer.json beside the file"):
         write_folder(tmp_path / "m.gguf", tmp_path / "m")
-    inner = byte_tokenizer()._format.inner
+    inner = byte_tokenizer().format.inner
     (tmp_path / "tokenizer.json").write_text(inner.to_str())
     sizes = f"has {len(vocabulary())} tokens, and .* has {len(vocabulary()) - 2}"
     with pytest.raises(CheckpointError, match=sizes):

@@ -158,7 +158,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_a_broken_template_is_named_with_its_line(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(BYTES._format.inner.to_str())
+    (tmp_path / "tokenizer.json").write_text(BYTES.format.inner.to_str())
     (tmp_path / "chat_template.jinja").write_text("\n{% for %}")
     with pytest.raises(StartError, match=r"chat_template\.jinja, line 2"):
         Tokenizer.load(tmp_path)
