@@ -11,10 +11,24 @@ from typing import Any
 
 from serving import errors
 from serving.engine.poison import Incident
-from serving.errors import Internal, MoejaxError
+from serving.errors import Internal, InvalidRequest, MoejaxError
 from serving.protocol.request import AnswerParsing, Call, Finished, Request, Scored, Token
 from serving.protocol.sampling import ResolvedSampling, StructuredOutputs
 from serving.protocol.weights import FIRST_WEIGHTS
+
+
+class UnreadableCall(Exception):
+    """The record of the call `call_id` has fields that this code does not know: newer code wrote it. `error` is for its
+    client."""
+
+    def __init__(self, call_id: str, names: Iterable[str]) -> None:
+        self.error = InvalidRequest(
+            f"the front does not know {', '.join(sorted(names))} yet: an edge that runs newer code sent the request. "
+            "Upgrade the front, or leave these parameters out."
+        )
+        super().__init__(f"call {call_id}: {self.error}")
+        self.call_id = call_id
+
 
 StreamItem = Scored | Token | Finished | MoejaxError
 """One item in the stream of a request."""
@@ -64,15 +78,47 @@ def forgotten_call(record: bytes) -> str | None:
 
 
 def decode(record: bytes, clock_offset_s: float) -> tuple[Call | None, list[tuple[str, StreamItem]]]:
-    """The call of a record, if it is one, and its items with the ids of their requests."""
+    """The call of a record, if it is one, and its items with the ids of their requests. Raises UnreadableCall for one
+    of newer code that needs more than this code knows."""
     value: Mapping[str, Any] = json.loads(record)
     call = None
     if "call" in value:
         fields: dict[str, Any] = dict(value["call"])
+        if unknown := _unknown_fields(fields):
+            raise UnreadableCall(fields["id"], unknown)
         fields["requests"] = tuple(_request_value(request, clock_offset_s) for request in fields["requests"])
         fields["stop"] = tuple(fields["stop"])
         call = Call(**fields)
     return call, [(request_id, _item_value(kind, parts)) for request_id, kind, parts in value.get("told", ())]
+
+
+_KNOWN: Mapping[type, frozenset[str]] = {
+    each: frozenset(field.name for field in dataclasses.fields(each))
+    for each in (Call, Request, ResolvedSampling, StructuredOutputs, AnswerParsing)
+}
+"""The names of the fields of each part of a call's record."""
+
+
+def _unknown_fields(call: Mapping[str, Any]) -> set[str]:
+    """Names in the record of a call that no field has."""
+    names = {key: name for name, key in _JOURNAL_KEYS.items()}
+    unknown: set[str] = set(call) - _KNOWN[Call]
+    for request in call["requests"]:
+        unknown |= {str(names.get(key, key)) for key in request} - _KNOWN[Request] - _KNOWN[ResolvedSampling]
+        unknown |= (request.get("guide") or {}).keys() - _KNOWN[StructuredOutputs]
+        unknown |= (request.get("parsing") or {}).keys() - _KNOWN[AnswerParsing]
+    return unknown
+
+
+_ALWAYS = frozenset({"stop_tokens", "logit_bias", "structured_outputs", "deadline"})
+"""Fields that are in each record, as readers of version 1 want them."""
+_DEFAULTS: Mapping[str, Any] = {
+    field.name: field.default
+    for each in (Request, ResolvedSampling)
+    for field in dataclasses.fields(each)
+    if field.default is not dataclasses.MISSING and field.name not in _ALWAYS
+}
+"""Values that a record leaves out: so that older code can read it unless it needs what that code does not have."""
 
 
 def _request_json(request: Request, clock_offset_s: float) -> dict[str, Any]:
@@ -81,7 +127,11 @@ def _request_json(request: Request, clock_offset_s: float) -> dict[str, Any]:
     values |= values.pop("sampling")
     values["stop_tokens"] = sorted(values["stop_tokens"])
     values["deadline"] = None if request.deadline is None else request.deadline + clock_offset_s
-    return {_JOURNAL_KEYS.get(name, name): value for name, value in values.items()}
+    return {
+        _JOURNAL_KEYS.get(name, name): value
+        for name, value in values.items()
+        if name not in _DEFAULTS or value != _DEFAULTS[name]
+    }
 
 
 def _request_value(value: Mapping[str, Any], clock_offset_s: float) -> Request:

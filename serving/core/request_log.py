@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from serving.core.call_records import (
     StreamItem,
+    UnreadableCall,
     decode,
     decode_incidents,
     encode_call,
@@ -22,6 +23,7 @@ from serving.core.journal import Journal, JournalReplacement
 from serving.engine.poison import Incident
 from serving.engine.state import Output
 from serving.errors import MoejaxError, UnknownRequest
+from serving.observability.logs import SERVER
 from serving.protocol import clock
 from serving.protocol.request import Call, Finished, Scored, Token
 
@@ -260,7 +262,11 @@ class RequestLog:
             if forgotten in self._calls:
                 self._forget_call(forgotten)
             return
-        call, items = decode(record, self._clock_offset_s)
+        try:
+            call, items = decode(record, self._clock_offset_s)
+        except UnreadableCall as error:
+            SERVER.warning("the journal has a call that this code cannot read: %s", error)
+            return
         if call is not None and call.id not in self._calls:
             self._add_call(call)
             self._recorded.add(call.id)

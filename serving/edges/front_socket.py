@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from serving.core.call_records import UnreadableCall
 from serving.core.request_processor import RequestProcessor
 from serving.edges import messages
 from serving.edges.connection import Connection
@@ -49,6 +50,8 @@ class Edge:
         self.serving = False
         self.leaving = False
         self.calls: dict[str, Call] = {}
+        self.refused: dict[str, InvalidRequest] = {}
+        """By id, open calls that this front cannot read."""
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.streams: dict[str, list[int]] = {}
         """Streams by the id of their open call."""
@@ -165,8 +168,12 @@ class FrontSocket:
             case messages.EdgeEnding():
                 edge.serving, edge.leaving = False, True
             case messages.OpenCall():
-                call = messages.call_of_record(message.call, edge.since)
-                edge.calls[call.id] = call
+                try:
+                    call = messages.call_of_record(message.call, edge.since)
+                except UnreadableCall as error:
+                    edge.refused[error.call_id] = error.error
+                else:
+                    edge.calls[call.id] = call
             case messages.CloseCall():
                 self._close_call(edge, message.call_id)
             case messages.FailRequests():
@@ -199,6 +206,9 @@ class FrontSocket:
 
     def _read(self, edge: Edge, message: messages.Read) -> None:
         """Replay a request that was accepted before; accept it otherwise."""
+        if (error := edge.refused.get(message.call_id)) is not None:
+            edge.send(messages.failed(message.stream, error))
+            return
         call = edge.calls[message.call_id]
         request = next(each for each in call.requests if each.id == message.request_id)
         edge.streams.setdefault(call.id, []).append(message.stream)
@@ -223,6 +233,7 @@ class FrontSocket:
             return None
 
     def _close_call(self, edge: Edge, call_id: str) -> None:
+        edge.refused.pop(call_id, None)
         call = edge.calls.pop(call_id, None)
         edge.streams.pop(call_id, None)
         if call is None:

@@ -10,8 +10,9 @@ from serving.edges import messages
 from serving.edges.connection import Connection
 from serving.edges.front_dialer import LocalFront
 from serving.edges.remote_backend import RemoteBackend
-from serving.errors import NoCapacity
-from serving.protocol.request import Call, Finished
+from serving.errors import InvalidRequest, NoCapacity
+from serving.protocol.request import Call, Finished, Request
+from serving.protocol.sampling import ResolvedSampling
 from tests.serving.edges.fronts import Front, edge, seen
 from tests.serving.edges.test_remote_backend import LIMIT_S, check, folder_of, read
 from tests.support.waiting import until
@@ -110,6 +111,39 @@ async def test_nothing_that_is_sent_harms_the_front(front: Front) -> None:
             assert (await backend.status()).ready
             with pytest.raises(Exception, match="does not know"):
                 await asked(backend)
+
+
+async def test_a_call_that_needs_what_this_front_does_not_know_is_refused_alone(front: Front) -> None:
+    folder, request = folder_of(front), front.machine.requests[0]
+    newer = messages.call_record(Call(id=request.id, requests=(request,)))
+    newer = newer.replace(b'"seed":', b'"unheard_of":1,"seed":', 1)
+    async with asyncio.timeout(LIMIT_S):
+        reader, writer = await asyncio.open_unix_connection(str(folder / messages.SOCKET))
+        writer.write(_frame(messages.Hello(version=1, pid=1)))
+        writer.write(_frame(messages.OpenCall(call=newer)))
+        writer.write(_frame(messages.Read(stream=1, call_id=request.id, request_id=request.id)))
+        received = []
+        while not any(isinstance(message, messages.Failed) for message in received):
+            size = int.from_bytes(await reader.readexactly(4), "big")
+            received.append(messages.decode_from_front(await reader.readexactly(size)))
+        error = messages.error_of(received[-1])
+        assert isinstance(error, InvalidRequest)
+        assert "unheard_of" in str(error)
+        writer.write(_frame(messages.CloseCall(call_id=request.id)))
+        writer.close()
+        async with edge(folder) as backend:
+            call, items = Call(id=request.id, requests=(request,)), []
+            backend.register_call(call)
+            await read(backend, call, request, items)
+            check(request, items)
+
+
+def test_a_record_names_nothing_that_has_its_default() -> None:
+    request = Request(id="a", prompt=(1,), sampling=ResolvedSampling(max_tokens=3, seed=1, top_k=4))
+    record = messages.call_record(Call(id="a", requests=(request,)))
+    assert b"top_k" in record
+    assert b"top_p" not in record
+    assert messages.call_of_record(record).requests == (request,)
 
 
 async def asked(backend: RemoteBackend) -> None:
