@@ -1,14 +1,15 @@
 """Measures step time and recovery time against the number of ranks, and prints the tables of their model.
 
-    python -m benchmarks.scale [--json FILE] [--only fronts|servers] [--ranks 1,2,4,8] [--kills 2]
+    python -m benchmarks.scale [--json FILE] [--only fronts|servers] [--ranks 1,2,4,8] [--kills 2] [--note TEXT]
     python -m benchmarks.scale --table FILE [--model deepseek-v3] [--cluster h200]
     python -m benchmarks.scale --fit FILE > configs/front.json
 
 The first command measures the constants of the model (benchmarks/scale_model.py, docs/scale.md) on this machine. A real
 front runs steps, rounds of messages and a recovery on 4 to 1024 simulated ranks, which attach over the real protocol
-and answer at once. Then real servers of 1, 2, 4 and 8 ranks give the time of a step with 8 streams, and of recoveries
-from SIGKILL. With --only, the other half stays as it is in FILE. The second prints the tables of docs/scale.md from
-FILE, the third the constants of the front that the planner takes (planner/cost/front.py).
+and answer at once: those of the large model through host agents, eight to a host. Then real servers of 1, 2, 4 and 8
+ranks give the time of a step with 8 streams, and of recoveries from SIGKILL. With --only, the other half stays as it is
+in FILE. The second prints the tables of docs/scale.md from FILE, the third the constants of the front that the planner
+takes (planner/cost/front.py).
 """
 
 import argparse
@@ -27,23 +28,25 @@ from serving.protocol.prepared_model import prepare_model
 from serving.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FRONTS = {"deepseek-v3": (4, 16, 64, 256, 1024), "tiny": (4, 16, 64)}
+FRONTS = {"deepseek-v3": (8, 16, 64, 256, 320, 1024), "tiny": (4, 16, 64)}
 """Models whose shapes the front's messages have, and the numbers of simulated ranks."""
 SERVERS = (("tiny", "float32"), ("bench-mixtral", "int8"))
 LOCAL_RANKS = (1, 2, 4, 8)
-PER_RANK, MOST_ROWS = (2, 8), 2048
-"""Decoding requests on each rank, and the most on all ranks together."""
+PER_HOST = {"deepseek-v3": 8, "tiny": 0}
+"""Ranks that share the stream of a host agent; 0 for ranks of the front's machine, which have streams of their own."""
+PER_RANK, MOST_ROWS = (0.25, 2, 8), 2048
+"""Decoding requests for each rank, and the most on all ranks together."""
 
 
 async def measure_fronts() -> dict[str, Any]:
     """The time that a front spends on steps, rounds and a loss, by model, and on watching idle ranks."""
     tokenizer = Tokenizer.load(ROOT / "models" / "tiny", bos_token=None, stop_tokens=())
     shapes = {name: read_model(source(name)) for name in FRONTS}
-    beat = await scale_front.beating(tokenizer, shapes["tiny"])
-    alone = {"beat_ms": 1e3 * beat, "look_ms": 1e3 * scale_front.looking()}
+    beat = await scale_front.beating(tokenizer, shapes["tiny"], PER_HOST["deepseek-v3"])
+    alone = {"beat_ms": 1e3 * beat, "look_ms": 1e3 * await scale_front.looking()}
     print(f"{'watching':14} {scale_front.line(alone)}", flush=True)
     fronts = {
-        name: await scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS)
+        name: await scale_front.measure(shapes[name], counts, PER_RANK, tokenizer, MOST_ROWS, per_host=PER_HOST[name])
         for name, counts in FRONTS.items()
     }
     return {"fronts": fronts, "standing": alone}
@@ -82,7 +85,10 @@ def main() -> int:
 
     with asyncio.Runner() as runner:  # gRPC wants one loop for all
         if arguments.only != "servers":
-            save({"fronts_machine": where} | runner.run(measure_fronts()))
+            save(
+                {"fronts_machine": where, "per_host": PER_HOST, "fronts_note": arguments.note}
+                | runner.run(measure_fronts())
+            )
         if arguments.only != "fronts":
             servers: dict[str, Any] = {}
             for name, measured in measure_servers(runner, arguments.ranks, arguments.kills):
@@ -107,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=("fronts", "servers"), help="measure this half")
     parser.add_argument("--ranks", type=concurrencies, default=LOCAL_RANKS, metavar="1,2,4,8", help="of the servers")
     parser.add_argument("--kills", type=int, default=2, help="recoveries of each server")
+    parser.add_argument("--note", default="", help="print this beside the date of the fronts: what was not as usual")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of such a file")
     parser.add_argument("--fit", type=Path, metavar="FILE", help="print the front's constants, from such a file")
     parser.add_argument("--model", default="deepseek-v3", help="of the tables: one of configs/models")

@@ -5,15 +5,13 @@ on the cores does not count.
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
-import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
-from benchmarks.simulated_ranks import SimulatedRanks
+from benchmarks.simulated_ranks import SimulatedRank, SimulatedRanks
 from planner.inputs.cluster import Cluster, Hardware
 from planner.inputs.workload import Workload
 from serving.config import Settings
@@ -22,9 +20,13 @@ from serving.core.step_stats import StepStats
 from serving.engine.batch import StepBucket
 from serving.engine.limits import Limits
 from serving.executor.executor import RankExecutor
-from serving.executor.failure_detector import Cause, FailureDetectorSettings, Observation, all_late, late_or_dead
+from serving.executor.failure_detector import Cause, FailureDetectorSettings
+from serving.executor.incarnation import Incarnation
 from serving.executor.mesh_key import MeshKey
+from serving.executor.rank_monitor import RankMonitor
+from serving.launch.rank_listener import RankListener
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol import clock
 from serving.protocol.events import EventLog
 from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.request import Request
@@ -41,6 +43,17 @@ MAX_TOKENS = 2 * MOST_STEPS
 ADOPTIONS = 3
 WATCHED, HEARTBEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
+
+
+class AnyHost:
+    """Lets every host agent in."""
+
+    def Keep(self, reports: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """Simulated agents keep no slots."""
+        raise NotImplementedError
+
+    def refusal_of(self, hello: link_pb2.HostHello, peer: str) -> None:
+        """See `serving.launch.host_pool`."""
 
 
 class AnyNumber(Settings):
@@ -112,12 +125,14 @@ class FrontOf:
     @classmethod
     @contextlib.asynccontextmanager
     async def simulated_ranks(
-        cls, ranks: int, workload: Workload, tokenizer: Tokenizer, *, heartbeat_s: float = 0.0
+        cls, ranks: int, workload: Workload, tokenizer: Tokenizer, *, per_host: int = 0, heartbeat_s: float = 0.0
     ) -> AsyncIterator["FrontOf"]:
-        """A front whose last rank's loss is prepared. It checks no heartbeats until this is switched on."""
+        """A front whose last rank's loss is prepared, with ranks that have connections of their own, or agents of
+        `per_host` ranks. It checks no heartbeats until this is switched on."""
         settings, model = settings_of(ranks), prepared_of(workload)
         launcher = SimulatedRanks(
             min(4, -(-ranks // 64)),
+            per_host=min(per_host, ranks),
             moe_layers=workload.moe_layers,
             experts=workload.experts,
             segments=ROWS + 4,
@@ -131,7 +146,7 @@ class FrontOf:
             launcher,
             on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
         )
-        await executor.open()
+        await executor.open(RankListener(host_pool=AnyHost()))
         cluster = Cluster.regular("stand-ins", -(-ranks // 8), min(8, ranks), hardware=Hardware())
         events, step_stats, wake = EventLog(), StepStats(settings, model.info()), asyncio.Event()
         failover = Failover(
@@ -180,10 +195,9 @@ class FrontOf:
         async for _ in self.loop.stream(request):
             pass
 
-    async def step(self, rows: int) -> dict[str, float]:
-        """A step with `rows` decoding requests on each rank: milliseconds of the front's core, and on the clock."""
-        count = rows * self.ranks
-        clients = [asyncio.create_task(self.read(request(f"{rows}-{i}", i))) for i in range(count)]
+    async def step(self, count: int) -> dict[str, float]:
+        """A step with `count` decoding requests: milliseconds of the front's core, and on the clock."""
+        clients = [asyncio.create_task(self.read(request(f"{count}-{i}", i))) for i in range(count)]
         counts = self.loop.engine.step_stats
         async with asyncio.timeout(LIMIT_S):
             while len(self.loop.engine.state.running) < count or any(s.known_tokens <= PROMPT for s in self._running()):
@@ -211,7 +225,7 @@ class FrontOf:
         for _ in range(ADOPTIONS):
             spent = time.process_time()
             self.executor.abort(range(self.ranks), self.failover.epoch)
-            while any(self.executor.get(rank).outbox.qsize() for rank in range(self.ranks)):  # type: ignore[union-attr]
+            while self._unsent:
                 await asyncio.sleep(0)
             aborts.append(time.process_time() - spent)
             spent = time.process_time()
@@ -230,6 +244,13 @@ class FrontOf:
             "adopt_ms": 1e3 * min(adoptions),
             "adopt_clock_ms": 1e3 * min(clocks),
         }
+
+    @property
+    def _unsent(self) -> bool:
+        """Whether commands wait to be sent."""
+        ranks = [each for rank in range(self.ranks) if (each := self.executor.get(rank)) is not None]
+        hosts = {each.host_stream for each in ranks if each.host_stream is not None}
+        return any(each.outbox.qsize() for each in ranks) or any(host.unsent for host in hosts)
 
     async def lose_one(self) -> dict[str, float]:
         """The last rank dies with a request on each rank: milliseconds by phase, as the front reports them."""
@@ -253,9 +274,11 @@ class FrontOf:
         return {"ranks": self.ranks, "core_ms": 1e3 * spent, **event.phases}
 
 
-async def beating(tokenizer: Tokenizer, workload: Workload, seconds: float = 4.0) -> float:
-    """Seconds of the front's core for a heartbeat, of ranks that do nothing else."""
-    async with FrontOf.simulated_ranks(WATCHED, workload, tokenizer, heartbeat_s=HEARTBEAT_S) as front:
+async def beating(tokenizer: Tokenizer, workload: Workload, per_host: int, seconds: float = 4.0) -> float:
+    """Seconds of the front's core for a heartbeat, of ranks that do nothing else, on hosts of `per_host`."""
+    async with FrontOf.simulated_ranks(
+        WATCHED, workload, tokenizer, per_host=per_host, heartbeat_s=HEARTBEAT_S
+    ) as front:
         watched = [each for rank in range(WATCHED) if (each := front.executor.get(rank)) is not None]
         await asyncio.sleep(1.0)
         beats, spent = sum(len(each.heartbeat_gaps) for each in watched), time.process_time()
@@ -263,34 +286,43 @@ async def beating(tokenizer: Tokenizer, workload: Workload, seconds: float = 4.0
         return (time.process_time() - spent) / (sum(len(each.heartbeat_gaps) for each in watched) - beats)
 
 
-def looking(times: int = 50) -> float:
-    """Seconds of a core for one check of a rank that the front has observed for long."""
-    draw = random.Random(0)
-    known = [collections.deque(draw.random() for _ in range(200)) for _ in range(2 * WATCHED)]
-    settings, spent = FailureDetectorSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S), time.process_time()
-    for _ in range(times):
-        seen = [_seen(rank, *known[2 * rank : 2 * rank + 2]) for rank in range(WATCHED)]
-        assert not late_or_dead(seen, 0.0, settings)
-        assert not all_late(seen, 0.0, settings)
-    return (time.process_time() - spent) / (times * WATCHED)
-
-
-def _seen(rank: int, gaps: Iterable[float], steps: Iterable[float]) -> Observation:
-    return Observation(
-        rank=rank, last_heartbeat=0.0, heartbeat_gaps=tuple(gaps), step_sent_at=0.0, step_times=tuple(steps)
+async def looking(times: int = 50) -> float:
+    """Seconds of a core for one look at a rank that the front has observed for long, and that is in time."""
+    settings = FailureDetectorSettings(heartbeat_floor_s=LIMIT_S, step_floor_s=LIMIT_S)
+    ranks = [Incarnation(rank) for rank in range(WATCHED)]
+    for each in ranks:
+        each.process, each.monitored, each.step_sent_at = SimulatedRank("", lambda how: None), True, clock.now()
+    losses: list[int] = []
+    monitor = RankMonitor(
+        settings,
+        declare=lambda rank, *_: losses.append(rank),
+        fail_step=lambda: losses.append(-1),
+        on_starved=lambda rank, _: losses.append(rank),
     )
+    now, spent = clock.now(), time.process_time()
+    for _ in range(times):
+        monitor.look([each for each in ranks if each.monitored and each.loss is None], now)
+    assert not losses
+    return (time.process_time() - spent) / (times * len(ranks))
 
 
 async def measure(
-    workload: Workload, counts: tuple[int, ...], rows: tuple[int, ...], tokenizer: Tokenizer, most_rows: int
+    workload: Workload,
+    counts: tuple[int, ...],
+    rows: tuple[float, ...],
+    tokenizer: Tokenizer,
+    most_rows: int,
+    *,
+    per_host: int,
 ) -> dict[str, list[dict[str, float]]]:
-    """Steps, rounds and a loss for each number of ranks; steps of no more than `most_rows` tokens but the first."""
+    """Steps, rounds and a loss for each number of ranks, on hosts of `per_host` if that is not 0. `rows` are the
+    numbers of requests for each rank; there are no more than `most_rows` in all."""
     steps, rounds, losses = [], [], []
     for ranks in counts:
-        async with FrontOf.simulated_ranks(ranks, workload, tokenizer) as front:
+        async with FrontOf.simulated_ranks(ranks, workload, tokenizer, per_host=per_host) as front:
             for each in rows:
-                if each == rows[0] or each * ranks <= most_rows:
-                    steps.append(await front.step(each))
+                if each * ranks <= most_rows:
+                    steps.append(await front.step(round(each * ranks)))
                     print(f"{workload.name:14} {line(steps[-1])}", flush=True)
             rounds.append(await front.rounds())
             print(f"{workload.name:14} {line(rounds[-1])}", flush=True)

@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from benchmarks.scale_model import ScaledStep, scaled_recovery, shared_recovery, shared_step
 from planner.cli.table import table
-from planner.cost.front import CostCurve, FrontCost, constants_of, most_ranks
+from planner.cost.front import MANY_RANKS, CostCurve, FrontCost, constants_of, most_ranks
 from planner.cost.roofline import prefill_time, step_time
 from planner.cost.throughput import assess
 from planner.errors import NoFeasiblePlan
@@ -29,7 +29,7 @@ RECOVERY = RecoveryTimes()
 OVERHEAD = 0.1
 """The front's share of a step that counts as small."""
 GROUP = 8
-"""Ranks of each front in the table of many fronts: those of a host."""
+"""Ranks of a host, and of each front in the table of many fronts."""
 STREAMS, CONTEXT = 8, 160
 PUBLISHED = ((16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
 """Ranks, and microseconds of a dispatch and a combine, 128 tokens a rank: DeepEP's low-latency kernels on H800 and
@@ -43,10 +43,11 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
     big = fronts[BIG]
     sizes = [sized(n, model, cluster) for n in SIZES]
     parts = [
-        f"measured {data['fronts_machine']['date'][:10]}, load average {data['fronts_machine']['load_before']}",
-        f"\nThe front of {BIG}: " + described(big),
+        f"fronts measured {data['fronts_machine']['date'][:10]}, load average {data['fronts_machine']['load_before']}"
+        + (f" ({note})" if (note := data.get("fronts_note")) else ""),
+        f"\nThe front of {BIG}{_where(data, BIG)}: " + described(big),
         front_table(data["fronts"][BIG], big),
-        f"\nThe front of {LOCAL}: " + described(fronts[LOCAL]),
+        f"\nThe front of {LOCAL}{_where(data, LOCAL)}: " + described(fronts[LOCAL]),
         f"\n{model} on {cluster}: a step",
         step_table(sizes, big),
         f"\n{model} on {cluster}: the loss of one rank, watching aside",
@@ -65,6 +66,12 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
             *local_tables(data["servers"], fronts[LOCAL], where["cores"]),
         ]
     return "\n".join(parts)
+
+
+def _where(data: dict[str, Any], model: str) -> str:
+    """Whether the ranks of a measured front were on hosts with an agent; empty where each had a stream of its own."""
+    count = data.get("per_host", {}).get(model, 0)
+    return f", ranks on hosts of {count}" if count else ""
 
 
 def fit(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -116,8 +123,9 @@ def described(front: FrontCost) -> str:
         f"  prepare  {p.fixed * 1e3:.2f} + {p.each * 1e3:.3f} n + {p.pair * 1e6:.2f} n^2 / 1000\n"
         f"  adopt    {d.fixed * 1e3:.2f} + {d.each * 1e3:.3f} n + {d.pair * 1e6:.2f} n^2 / 1000\n"
         f"  a heartbeat {front.beat * 1e3:.3f}, every {front.beat_s * 1e3:.0f} ms; "
-        f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms: "
-        f"{front.watch_share(1):.3%} of a core for each rank"
+        f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms "
+        f"({front.many_look_s * 1e3:.0f} beyond {MANY_RANKS} ranks):\n"
+        f"  {front.watch_share(1):.3%} of a core for each rank, {front.watch_share(1024) / 1024:.3%} for each of 1,024"
     )
 
 

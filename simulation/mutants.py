@@ -24,6 +24,7 @@ from serving.engine.page_pool import PagePool
 from serving.engine.state import EngineState
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import NO_DELAY
+from serving.executor.incarnation import Incarnation
 from serving.executor.rank_monitor import DelayEvidence
 from serving.executor.step_pipeline import StepPipeline
 from serving.recovery.adoption import Adoption
@@ -134,13 +135,13 @@ def _pages_of_another_rank() -> list[Change]:
 
 
 def _answer_of_another_step() -> list[Change]:
-    def wrap(take: Any) -> Any:
-        def first(each: Any, step: int, now: float) -> Any:
-            return take.__func__(each, next(iter(each.pending_steps), step), now)
+    def wrap(take: Callable[..., Any]) -> Callable[..., Any]:
+        def first(each: Incarnation, step: int, now: float) -> Any:
+            return take(each, next(iter(each.pending_steps), step), now)
 
-        return staticmethod(first)
+        return first
 
-    return _wrapped(RankExecutor, "_take_pending_step", wrap)
+    return _wrapped(Incarnation, "take_pending_step", wrap)
 
 
 def _missing_not_masked() -> list[Change]:

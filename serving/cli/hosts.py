@@ -5,6 +5,7 @@ import datetime
 import os
 import signal
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import click
 from serving.auth.join_tokens import JoinTokens
 from serving.cli.front_connection import FrontConnection, front_connection
 from serving.cli.options import example
+from serving.executor.host_relay import HostRelay, relaying
 from serving.launch.host_agent import ORPHAN_TIMEOUT_S, SlotOffer, run_agents
 from serving.launch.rank_channel import RankChannel, local_address_towards
 from serving.observability import logs
@@ -89,11 +91,17 @@ def rank(
 
 
 async def _run_until_signal(channel: RankChannel, offers: list[SlotOffer]) -> None:
-    agents = asyncio.ensure_future(run_agents(channel, offers, logs.SERVER.info))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, agents.cancel)
-    await asyncio.wait([agents])
-    agents.result()
+    """Run the agents of these slots. With several, their ranks share one stream to the front (decision 0029)."""
+    log, first = logs.SERVER.info, offers[0]
+    with tempfile.TemporaryDirectory(prefix="moejax-host-") as folder:
+        several = len(offers) > 1
+        relay = HostRelay(channel, Path(folder), secret=first.secret, host=first.host, log=log) if several else None
+        async with relaying(relay):
+            agents = asyncio.ensure_future(run_agents(channel, offers, log, relay))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, agents.cancel)
+            await asyncio.wait([agents])
+            agents.result()
 
 
 def _own_address(front: str) -> str:

@@ -9,6 +9,10 @@ from planner.solver.shapes import ARCHITECTURES
 from serving.config.field import SettingsGroup, setting
 from serving.errors import InvalidRequest
 
+MOST_LOCAL_RANKS, MOST_RANKS = 64, 1024
+"""The most ranks of the front's own machine, and of all hosts: the number that a front was measured with, on hosts of 8
+(docs/scale.md)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings(SettingsGroup):
@@ -71,8 +75,8 @@ class MeshSettings(SettingsGroup):
 
     def check(self) -> None:
         """Check fields of this group against each other. Raises InvalidRequest."""
-        if not 1 <= self.ranks <= 64:
-            raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and 64 local ranks.", param="ranks")
+        if not 1 <= self.ranks <= MOST_RANKS:
+            raise InvalidRequest(f"ranks is {self.ranks}. Choose between 1 and {MOST_RANKS} ranks.", param="ranks")
         self._check_sides("disaggregated", ("attention", "experts"), "must attend or hold experts")
         self._check_sides(POOLS, ("prefill", "decode"), "must compute prompts or decode")
         if not 0 <= self.survive < max(self.ranks, 1) and self.ranks > 1:

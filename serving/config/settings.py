@@ -15,7 +15,7 @@ from serving.config.durability import DurabilitySettings
 from serving.config.field import SettingsGroup
 from serving.config.http import HttpSettings
 from serving.config.launch import LaunchSettings
-from serving.config.mesh import MeshSettings
+from serving.config.mesh import MOST_LOCAL_RANKS, MeshSettings
 from serving.config.model import ModelSettings
 from serving.config.network import NetworkSettings, is_loopback, split_address
 from serving.config.observability import ObservabilitySettings
@@ -81,6 +81,12 @@ class Settings(
         if self.speculate == "mtp":
             self._check_mtp()
         if self.launcher == "local":
+            if self.ranks > MOST_LOCAL_RANKS:
+                raise InvalidRequest(
+                    f"ranks is {self.ranks}, and one machine runs at most {MOST_LOCAL_RANKS}. Choose fewer; or, with "
+                    "launcher join or ray, ranks on other hosts.",
+                    param="ranks",
+                )
             return
         if self.kv_replication == "memory":
             raise InvalidRequest(

@@ -121,6 +121,7 @@ async def _start_ranks(
         launcher.starter,
         on_copied=lambda rank, copied: failover.kv_replicas.receive(rank, copied),
         on_starved=lambda rank, evidence: failover.on_rank_starved(rank, evidence),
+        on_expert_load=step_stats.record_expert_load,
     )
     stack.push_async_callback(executor.close)
     await executor.open(launcher.listener)

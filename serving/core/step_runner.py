@@ -13,6 +13,7 @@ from serving.engine.rank_changes import lose
 from serving.engine.scheduler import schedule
 from serving.engine.step_results import apply
 from serving.errors import MoejaxError
+from serving.executor.host_steps import host_results
 from serving.executor.rank_errors import CommandFailed, NonFiniteStep, RankLost
 from serving.executor.step_messages import step_results
 from serving.protocol import clock
@@ -89,9 +90,12 @@ class StepRunner:
                 await engine.maintenance.repair.on_non_finite(batch, poison.rows)
             return
         results = {}
-        for rank, answer in answers.items():
+        for rank, answer in answers.ranks.items():
             results |= step_results(batch, rank, answer)
             engine.step_stats.record_rank(rank, answer)
+        for host in answers.hosts:
+            results |= host_results(batch, host)
+            engine.step_stats.record_host(host)
         self._exchange_failed = False
         state, outputs = apply(engine.state, batch, results)
         engine.failover.kv_replicas.record_step(batch)

@@ -9,6 +9,7 @@ from planner.cost.buckets import StepDemand
 from planner.plan.plan import Plan
 from serving.config import DetectionSettings
 from serving.engine.batch import Batch
+from serving.executor.host_steps import HostAnswer
 from serving.executor.straggler_detector import StragglerSettings, StragglerState, Verdict, judge
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.prepared_model import ModelInfo
@@ -82,6 +83,25 @@ class StepStats:
         self._rank_ms[rank] += answer.total_ms
         if answer.expert_load:
             self.expert_load += np.frombuffer(answer.expert_load, np.int32).reshape(self.expert_load.shape)
+
+    def record_host(self, answer: HostAnswer) -> None:
+        """Take in what the ranks of a host reported of a step, but for the counts of their routers."""
+        times = np.frombuffer(answer.done.times, np.float32).reshape(-1, 3).tolist()
+        own, program, total = self._own_ms, self._program_ms, self._rank_ms
+        for rank, compiles, (program_ms, total_ms, own_ms) in zip(
+            answer.ranks, answer.done.compiles, times, strict=True
+        ):
+            self.compiles[rank] = compiles
+            self.last_ms[rank] = program_ms
+            own[rank] = own.get(rank, 0.0) + own_ms
+            program[rank] += program_ms
+            total[rank] += total_ms
+
+    def record_expert_load(self, load: bytes) -> None:
+        """Take in counts of the routers of a host's ranks, int32 `[moe layers, experts]`."""
+        counts = np.frombuffer(load, np.int32)
+        if counts.size == self.expert_load.size:
+            self.expert_load += counts.reshape(self.expert_load.shape)
 
     def record_step(self, batch: Batch, began: float, now: float) -> float:
         """Take in a step that was scheduled at `began` and is done `now`; returns its duration in seconds."""

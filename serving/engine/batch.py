@@ -113,7 +113,7 @@ class Batch:
 
 def required_bucket(work: Iterable[tuple[ScheduledRequest, ...]]) -> StepBucket:
     """The most decode rows and the most tiles of any rank."""
-    parts = list(work)
+    parts = [part for part in work if part] or [()]
     rows = (sum(item.rows for item in part if not item.tiles) for part in parts)
     return StepBucket(max(rows), max(sum(item.tiles for item in part) for part in parts))
 

@@ -48,7 +48,7 @@ def schedule(state: EngineState, *, serial_prefill: bool = False) -> tuple[Engin
 def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[EngineState, Batch | None]:
     """`schedule` for a step with the requests that the turn admits; all others keep their places."""
     limits, builder = state.limits, _StepBuilder(state)
-    for rank in state.pools:
+    for rank in [rank for rank, sequences in builder.ranks.items() if sequences]:
         builder.allocate_decode_pages(rank)
     tiles = 0
     if state.canaries:
@@ -61,7 +61,7 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
         else:
             tiles = builder.tiles_of_first_prompt if serial_prefill else limits.max_tiles
     work = {
-        rank: _schedule_rank([each for each in sequences if turn.admits(each.id)], tiles)
+        rank: _schedule_rank([each for each in sequences if turn.admits(each.id)], tiles) if sequences else ()
         for rank, sequences in builder.running.items()
     }
     if not any(work.values()):
@@ -198,7 +198,8 @@ class _StepBuilder:
                 self.cached_tokens += computed
         self.counters = order.counters
         for sequences in self.ranks.values():
-            sequences.sort(key=_arrival)
+            if len(sequences) > 1:
+                sequences.sort(key=_arrival)
 
     def admit_canaries(self) -> None:
         """Give each canary that waits its rank, at the expense of the rank's youngest requests."""

@@ -13,10 +13,14 @@ from typing import Any
 import grpc
 
 from serving.executor.failure_detector import Cause, FailureDetectorSettings
+from serving.executor.host_service import HostService
+from serving.executor.host_steps import StepAnswers
+from serving.executor.host_stream import HostStream
 from serving.executor.incarnation import Incarnation, Loss, PendingCommand
 from serving.executor.late_steps import LateSteps
 from serving.executor.rank_errors import CommandFailed, NonFiniteStep, RankLost
 from serving.executor.rank_monitor import RankMonitor
+from serving.executor.sent_step import SentStep
 from serving.launch.rank_listener import ListeningServer, RankListener, first_report
 from serving.launch.rank_process import HostPaths, RankStarter
 from serving.launch.shared_listener import SharedListener
@@ -31,7 +35,8 @@ NON_FINITE_WAIT_S = 1.0
 class RankExecutor:
     """All ranks of this front. `on_loss` is called once for each rank that is lost, `on_copied` with the KV entries
     that a rank streams to its replica, `on_starved`, at most once a minute for each rank, with one that is late because
-    its process waits for a processor, and with the evidence."""
+    its process waits for a processor, and with the evidence; `on_expert_load` with counts of the routers of a host's
+    ranks, int32 [moe layers, experts]."""
 
     def __init__(
         self,
@@ -41,6 +46,7 @@ class RankExecutor:
         *,
         on_copied: Callable[[int, link_pb2.Copied], None] = lambda rank, copied: None,
         on_starved: Callable[[int, str], None] = lambda rank, evidence: None,
+        on_expert_load: Callable[[bytes], None] = lambda load: None,
     ) -> None:
         self._on_loss = on_loss
         self._on_copied = on_copied
@@ -50,6 +56,7 @@ class RankExecutor:
         self._command_ids = 0
         self._server: ListeningServer | None = None
         self._stream_metadata: tuple[tuple[str, str], ...] = ()
+        self._hosts = HostService(self._let_in, self._receive, on_expert_load)
         self._tokens_known = asyncio.Event()
         """Set once all tokens of ranks are known, also those of ranks that an earlier front left."""
         self.address = ""
@@ -65,7 +72,8 @@ class RankExecutor:
         StartError."""
         listener = listener or RankListener()
         self._stream_metadata = listener.stream_metadata
-        self._server, self.address = await listener.open(self)
+        self._hosts.open(listener)
+        self._server, self.address = await listener.open(self, self._hosts.relay)
         self._monitoring = asyncio.create_task(self._monitor.run(self._ranks.values))
 
     async def close(self) -> None:
@@ -127,53 +135,55 @@ class RankExecutor:
         self._command_ids += 1
         future: asyncio.Future[link_pb2.Done] = asyncio.get_running_loop().create_future()
         each.pending_commands[self._command_ids] = PendingCommand(what, clock.now(), future)
-        each.outbox.put_nowait(link_pb2.Command(id=self._command_ids, **{what: message}))
+        each.send(what, message, self._command_ids)
         answer = await future
         if each.loss is not None:
             raise RankLost(rank, str(each.loss.cause))
         return answer
 
-    async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
-        """Run one step on all these ranks, after the steps they have already. Raises RankLost, NonFiniteStep, or
-        CommandFailed when one failed and none is known to be dead."""
-        now, ranks = clock.now(), [self._alive(rank) for rank in parts]
-        for each in self._ranks.values():
-            each.in_plan = each.rank in parts
-        futures: list[asyncio.Future[link_pb2.StepDone]] = []
-        for each, part in zip(ranks, parts.values(), strict=True):
-            self._step_epoch = part.epoch
-            futures.append(asyncio.get_running_loop().create_future())
-            each.pending_steps[part.step] = futures[-1]
-            each.step_sent_at = each.step_sent_at or now
-            each.outbox.put_nowait(link_pb2.Command(step=part))
+    def by_host(self, ranks: Iterable[int]) -> tuple[list[int], dict[HostStream, list[int]]]:
+        """These ranks: those with streams of their own, and the others by the stream of their host."""
+        own: list[int] = []
+        hosts: dict[HostStream, list[int]] = {}
+        for rank in ranks:
+            each = self._ranks.get(rank)
+            if each is None or each.host_stream is None:
+                own.append(rank)
+            elif each.host_stream in hosts:
+                hosts[each.host_stream].append(rank)
+            else:
+                hosts[each.host_stream] = [rank]
+        return own, hosts
+
+    async def step(
+        self, parts: Mapping[int, link_pb2.Step], hosts: Mapping[HostStream, tuple[list[int], link_pb2.HostStep]]
+    ) -> StepAnswers:
+        """Run one step on all these ranks, after the steps they have already: `parts` by rank, and for the ranks of a
+        host one message. Raises RankLost, NonFiniteStep, or CommandFailed when one failed and none is known to be
+        dead."""
+        sent = SentStep(self._alive, self._ranks, parts, hosts)
+        self._step_epoch = sent.epoch
         try:
-            answers = await asyncio.gather(*futures)
+            return await sent.answers()
         except CommandFailed as error:
             if not error.non_finite_rows:
                 raise
-            await asyncio.wait(futures, timeout=NON_FINITE_WAIT_S)
-            errors = [f.exception() for f in futures if f.done() and not f.cancelled()]
-            raise NonFiniteStep(
-                {e.rank: e.non_finite_rows for e in errors if isinstance(e, CommandFailed) and e.non_finite_rows}
-            ) from None
+            raise NonFiniteStep(await sent.non_finite_rows(NON_FINITE_WAIT_S)) from None
         finally:
-            for each, part, future in zip(ranks, parts.values(), futures, strict=True):
-                future.cancel()
-                each.pending_steps.pop(part.step, None)
-                each.step_sent_at = each.step_sent_at if each.pending_steps else None
-        return dict(zip(parts, answers, strict=True))
+            sent.forget()
 
     def abort(self, ranks: Iterable[int], epoch: int, *, connecting: int = 0) -> None:
         """Have ranks abort the collectives of an epoch at once; or, with `connecting`, only the connection of meshes up
         to this number."""
+        abort = link_pb2.Abort(epoch=epoch, connecting=connecting)
         for rank in ranks:
             each = self._ranks[rank]
             if each.loss is None:
-                each.outbox.put_nowait(link_pb2.Command(abort=link_pb2.Abort(epoch=epoch, connecting=connecting)))
+                each.send("abort", abort)
 
     def cut_links(self, rank: int) -> None:
         """Have a rank cut its connections in the mesh in force, for fault injection."""
-        self._alive(rank).outbox.put_nowait(link_pb2.Command(abort=link_pb2.Abort(links=True)))
+        self._alive(rank).send("abort", link_pb2.Abort(links=True))
 
     def monitor(self, rank: int) -> None:
         """Judge the heartbeats of a rank from now on, if that is not done yet; until now it was busy starting, or
@@ -237,18 +247,10 @@ class RankExecutor:
         self, hello: link_pb2.Hello, reports: AsyncIterator[link_pb2.Report], context: Any
     ) -> AsyncGenerator[link_pb2.Command]:
         """The same for a rank that has said who it is."""
-        token = hello.token
-        each = self._tokens.pop(token, None)
-        if each is None or not hmac.compare_digest(each.process.token, token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token was not given to a rank")
+        each = await self._let_in(hello)
+        if isinstance(each, str):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, each)
             return
-        theirs = VersionRange(hello.oldest, hello.newest) if hello.HasField("newest") else VersionRange(1, 1)
-        if LINK.common_with(theirs) is None:
-            text = f"rank {each.rank} speaks version {theirs} of the link protocol, and the front version {LINK}"
-            self.declare(each.rank, Cause("error", text), clock.now())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
-            return
-        each.build = hello.build
         await context.send_initial_metadata(self._stream_metadata)
         listener = asyncio.create_task(self._read_reports(each, reports))
         if not each.attached.done():
@@ -258,6 +260,20 @@ class RankExecutor:
                 yield command
         finally:
             listener.cancel()
+
+    async def _let_in(self, hello: link_pb2.Hello) -> Incarnation | str:
+        """The rank that attaches with this message; or why it is refused."""
+        await self._tokens_known.wait()
+        each = self._tokens.pop(hello.token, None)
+        if each is None or not hmac.compare_digest(each.process.token, hello.token):
+            return "this token was not given to a rank"
+        theirs = VersionRange(hello.oldest, hello.newest) if hello.HasField("newest") else VersionRange(1, 1)
+        if LINK.common_with(theirs) is None:
+            text = f"rank {each.rank} speaks version {theirs} of the link protocol, and the front version {LINK}"
+            self.declare(each.rank, Cause("error", text), clock.now())
+            return text
+        each.build = hello.build
+        return each
 
     async def _read_reports(self, each: Incarnation, reports: AsyncIterator[link_pb2.Report]) -> None:
         try:
@@ -269,8 +285,7 @@ class RankExecutor:
 
     def _receive(self, each: Incarnation, report: link_pb2.Report) -> None:
         now = clock.now()
-        each.heartbeat_gaps.append(now - each.last_heartbeat)
-        each.last_heartbeat = now
+        each.heard(now)
         what = report.WhichOneof("what")
         if what in ("done", "failed", "step_done", "step_failed"):
             each.answered_at = now
@@ -281,26 +296,19 @@ class RankExecutor:
             self._resolve(each, report.failed.id, report.failed)
         elif what == "copied" and each.loss is None:
             self._on_copied(each.rank, report.copied)
-        elif what == "step_done" and (waiting := self._take_pending_step(each, report.step_done.step, now)):
+        elif what == "step_done" and (waiting := each.take_pending_step(report.step_done.step, now)):
             each.compiles = report.step_done.compiles
             waiting.set_result(report.step_done)
-        elif what == "step_failed" and (waiting := self._take_pending_step(each, report.step_failed.step, now)):
+        elif what == "step_failed" and (waiting := each.take_pending_step(report.step_failed.step, now)):
             failed = report.step_failed
             rows, exchange = tuple(failed.non_finite_rows), failed.exchange
-            waiting.set_exception(CommandFailed(each.rank, "step", failed.error, rows, exchange=exchange))
+            error = CommandFailed(each.rank, "step", failed.error, rows, exchange=exchange)
+            if each.host_stream is not None:
+                each.host_stream.fail_step(failed.step, error)
+            else:
+                waiting.set_exception(error)
         elif what == "raised":
             self.declare(each.rank, Cause("raised", f"{report.raised.error} | {report.raised.trace}"), now)
-
-    @staticmethod
-    def _take_pending_step(each: Incarnation, step: int, now: float) -> "asyncio.Future[link_pb2.StepDone] | None":
-        """Take the future of the answer to this step, if it is still waited for."""
-        waiting = each.pending_steps.pop(step, None)
-        if waiting is None or waiting.done():
-            return None
-        if each.step_sent_at is not None:
-            each.step_times.append(now - each.step_sent_at)
-        each.step_sent_at = now if each.pending_steps else None
-        return waiting
 
     @staticmethod
     def _resolve(each: Incarnation, command: int, answer: link_pb2.Done | link_pb2.Failed) -> None:
@@ -334,7 +342,7 @@ class RankExecutor:
                 future.set_exception(error)
                 future.exception()
         each.pending_commands.clear()
-        each.outbox.put_nowait(None)
+        each.close_stream()
         self._tokens.pop(each.process.token, None)
 
     def _fail_step(self) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import collections
 import dataclasses
+from typing import Any
 
 from serving.executor.failure_detector import Cause, failed_of_itself
+from serving.executor.host_stream import HostStream
 from serving.launch.rank_process import RankProcess, describe_exit
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
@@ -44,10 +46,13 @@ class Incarnation:
         self.process: RankProcess
         self.attached: asyncio.Future[link_pb2.Hello] = asyncio.get_running_loop().create_future()
         self.outbox: asyncio.Queue[link_pb2.Command | None] = asyncio.Queue()
+        self.host_stream: HostStream | None = None
+        """The stream of its host agent, for a rank that attached through it, with the number `link`."""
+        self.link = 0
         self.pending_commands: dict[int, PendingCommand] = {}
         """The commands that it has not answered yet, in order; also those whose answer nobody waits for any more."""
-        self.pending_steps: dict[int, asyncio.Future[link_pb2.StepDone]] = {}
-        """The steps that it has not answered yet, in order."""
+        self.pending_steps: dict[int, asyncio.Future[Any]] = {}
+        """The steps that it has not answered yet, in order; ranks of one host stream share the future of a step."""
         self.step_sent_at: float | None = None
         """When it could begin with the first pending step, on the monotonic clock."""
         self.answered_at = clock.now()
@@ -63,6 +68,44 @@ class Incarnation:
         self.monitored = False
         self.stream_error: str | None = None
         self.loss: Loss | None = None
+
+    def send(self, what: str, message: Any, number: int = 0) -> None:
+        """Send a command; `what` is its name in the Command message."""
+        if self.host_stream is not None:
+            self.host_stream.send(self.link, what, message, number)
+        else:
+            self.outbox.put_nowait(link_pb2.Command(id=number, **{what: message}))
+
+    def attach_through(self, stream: HostStream, link: int) -> None:
+        """It has attached through its host agent: what was sent to it before goes there."""
+        self.host_stream, self.link = stream, link
+        stream.accept(link)
+        while not self.outbox.empty():
+            command = self.outbox.get_nowait()
+            what = None if command is None else command.WhichOneof("what")
+            if command is not None and what is not None:
+                stream.send(link, what, getattr(command, what), command.id)
+
+    def close_stream(self) -> None:
+        """End its stream, after what was sent."""
+        if self.host_stream is not None:
+            self.host_stream.close_rank(self.link)
+        self.outbox.put_nowait(None)
+
+    def heard(self, now: float) -> None:
+        """A report came from it."""
+        self.heartbeat_gaps.append(now - self.last_heartbeat)
+        self.last_heartbeat = now
+
+    def take_pending_step(self, step: int, now: float) -> "asyncio.Future[Any] | None":
+        """Take the future of the answer to this step, if it is still waited for."""
+        waiting = self.pending_steps.pop(step, None)
+        if waiting is None or waiting.done():
+            return None
+        if self.step_sent_at is not None:
+            self.step_times.append(now - self.step_sent_at)
+        self.step_sent_at = now if self.pending_steps else None
+        return waiting
 
     def describe_exit(self) -> str:
         """How its process ended, or is just ending."""

@@ -7,7 +7,7 @@ for a processor meanwhile.
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from serving.executor.failure_detector import (
@@ -26,6 +26,9 @@ from serving.protocol import clock
 
 POLL_S = 0.01
 """Seconds between two looks at the ranks (a pidfd reports the end of a process only when its last thread is gone)."""
+MANY_RANKS, MANY_POLLS = 64, 5
+"""Above so many ranks, which are not all of this machine, only each fifth of these times is a look at them: the ends of
+their processes are reported, and what a look finds by itself are limits of at least 100 ms."""
 REPORT_S = 60.0
 """Least seconds between two reports that one rank is starved."""
 
@@ -125,22 +128,26 @@ class RankMonitor:
         self.front_lag_s = 0.0
         """How long the front itself stood still of late."""
 
-    async def run(self, ranks: Callable[[], Iterable[Incarnation]]) -> None:
+    async def run(self, ranks: Callable[[], Collection[Incarnation]]) -> None:
         """Look at the ranks until cancelled."""
-        last = clock.now()
+        last, polls = clock.now(), 0
         while True:
             await asyncio.sleep(POLL_S)
             now = clock.now()
             late_s = now - last - POLL_S
             self.front_lag_s = max(late_s, 0.9 * self.front_lag_s if self.front_lag_s > POLL_S else 0.0)
             self._front_late_s += late_s if late_s > POLL_S else 0.0
-            last = now
-            self.look([each for each in ranks() if each.monitored and each.loss is None], now)
+            last, polls = now, polls + 1
+            known = ranks()
+            if len(known) <= MANY_RANKS or polls % MANY_POLLS == 0:
+                self.look([each for each in known if each.monitored and each.loss is None], now)
 
     def look(self, ranks: Collection[Incarnation], now: float) -> None:
         """Judge these ranks now, and act on it."""
         known = self._watched
         self._watched = {each.rank: known[each.rank] if self._is_known(each) else Watched(each) for each in ranks}
+        if not any(self._may_be_late(each.incarnation, now) for each in self._watched.values()):
+            return
         for each in self._watched.values():
             self._begin_evidence(each, now)
         found, stuck = self._judge(now)
@@ -159,6 +166,18 @@ class RankMonitor:
                 self._declare(rank, cause, each.last_heartbeat)
         if stuck:
             self._fail_step()
+
+    def _may_be_late(self, each: Incarnation, now: float) -> bool:
+        """Whether there is anything to judge or to begin with: False for a rank that all of the judgement below would
+        find well, at a fraction of its time."""
+        settings, since = self._settings, each.command_since
+        return (
+            each.stream_error is not None
+            or now - each.last_heartbeat > settings.heartbeat_floor_s / 2
+            or (each.step_sent_at is not None and now - each.step_sent_at > settings.step_floor_s / 2)
+            or (since is not None and now - since > settings.command_limit_s / 2)
+            or each.process.state in ("Z", "X", "T")
+        )
 
     def _is_known(self, each: Incarnation) -> bool:
         return each.rank in self._watched and self._watched[each.rank].incarnation is each

@@ -19,6 +19,25 @@ def step_message(
     before: Batch | None = None,
 ) -> link_pb2.Step:
     """The message of a step to one rank. `bucket` is the index of its bucket, `before` the step in flight, if any."""
+    message = rank_step(
+        batch, rank, epoch=epoch, bucket=bucket, page_size=page_size, max_pages=max_pages, before=before
+    )
+    if batch.scheduled.get(rank):
+        add_adjustments(message, batch, rank, masks)
+    return message
+
+
+def rank_step(
+    batch: Batch,
+    rank: int,
+    *,
+    epoch: int,
+    bucket: int,
+    page_size: int,
+    max_pages: int,
+    before: Batch | None = None,
+) -> link_pb2.Step:
+    """`step_message` without logits processing and scores."""
     message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket)
     if before is not None:
         message.after = before.step
@@ -28,6 +47,11 @@ def step_message(
         message.sources = token_sources(before, batch, rank).tobytes()
     arrays = prepare_inputs(batch, rank, page_size=page_size, max_pages=max_pages)
     message.inputs = b"".join(array.tobytes() for array in arrays.values())
+    return message
+
+
+def add_adjustments(message: link_pb2.Step | link_pb2.StepExtras, batch: Batch, rank: int, masks: MaskFunction) -> None:
+    """Add to a message the changes to the logits of a rank's segments, and the tokens that it scores."""
     for segment, row in logits_adjustments(batch, rank, masks).items():
         message.adjustments.add(
             segment=segment,
@@ -39,7 +63,6 @@ def step_message(
         )
     for tile in scored_tiles(batch, rank):
         message.targets.add(row=tile.row, targets=tile.targets.tobytes())
-    return message
 
 
 def step_results(batch: Batch, rank: int, answer: link_pb2.StepDone) -> dict[str, StepResult]:

@@ -13,6 +13,7 @@ from serving.engine.batch import Batch, StepBucket
 from serving.engine.logits import MaskFunction
 from serving.engine.state import EngineState
 from serving.executor.executor import RankExecutor
+from serving.executor.host_steps import StepAnswers, host_step
 from serving.executor.prefix_index import PrefixUpdates
 from serving.executor.step_messages import step_message
 from serving.proto.moejax.v1 import link_pb2
@@ -32,7 +33,7 @@ class StepInFlight:
 
     batch: Batch
     began: float
-    answers: "asyncio.Task[dict[int, link_pb2.StepDone]]"
+    answers: "asyncio.Task[StepAnswers]"
 
 
 class StepPipeline:
@@ -63,7 +64,7 @@ class StepPipeline:
         return tuple(step.batch for step in self._steps)
 
     @property
-    def answers(self) -> tuple["asyncio.Task[dict[int, link_pb2.StepDone]]", ...]:
+    def answers(self) -> tuple["asyncio.Task[StepAnswers]", ...]:
         """The tasks that wait for answers."""
         return tuple(step.answers for step in self._steps)
 
@@ -74,8 +75,13 @@ class StepPipeline:
     def send(self, batch: Batch, began: float, *, epoch: int, ranks: Iterable[int], state: EngineState) -> None:
         """Send a step that was scheduled at `began` to all `ranks`; `state` is that after scheduling it."""
         before = self._steps[-1].batch if self._steps else None
-        parts = {rank: self._part(batch, rank, epoch, before, state) for rank in ranks}
-        self._steps.append(StepInFlight(batch, began, asyncio.create_task(self._executor.step(parts))))
+        own, by_host = self._executor.by_host(ranks)
+        parts = {rank: self._part(batch, rank, epoch, before, state) for rank in own}
+        hosts = {
+            stream: (on_host, self._host_part(batch, on_host, epoch, before, state))
+            for stream, on_host in by_host.items()
+        }
+        self._steps.append(StepInFlight(batch, began, asyncio.create_task(self._executor.step(parts, hosts))))
 
     async def wait_half(self) -> None:
         """Wait for half of the first step's time, estimated by the quickest of its bucket, so that requests which
@@ -87,7 +93,7 @@ class StepPipeline:
             if left > MIN_WAIT_S:
                 await asyncio.wait([self.first.answers], timeout=left)
 
-    async def receive(self) -> dict[int, link_pb2.StepDone]:
+    async def receive(self) -> StepAnswers:
         """Wait for the answers to the step that was sent first. When it failed, the steps after it are discarded.
         Raises RankLost, CommandFailed or NonFiniteStep."""
         try:
@@ -124,3 +130,23 @@ class StepPipeline:
         if full is not None:
             part.full.CopyFrom(full)
         return part
+
+    def _host_part(
+        self, batch: Batch, ranks: list[int], epoch: int, before: Batch | None, state: EngineState
+    ) -> link_pb2.HostStep:
+        full: dict[int, link_pb2.FullPages] = {}
+        for rank in ranks:
+            pool = state.pools.get(rank)
+            pages = self._updates.update_for(rank, pool.keys) if pool is not None else None
+            if pages is not None:
+                full[rank] = pages
+        return host_step(
+            batch,
+            ranks,
+            epoch=epoch,
+            bucket=self._settings.buckets.index(tuple(batch.bucket)),
+            limits=state.limits,
+            masks=self._masks,
+            before=before,
+            full=full,
+        )

@@ -15,11 +15,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 
 from serving.errors import MoejaxError
-from serving.launch.rank_channel import RankChannel
+from serving.launch.rank_channel import ENV_RELAY, RankChannel
 from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.protocol.prepared_model import PreparedModel, prepare_model
@@ -66,10 +67,29 @@ class RunningRank:
         return link_pb2.RankCondition(incarnation=incarnation, state=state, run_delay_s=self.process.run_delay_s())
 
 
-class HostAgent:
-    """The agent of one slot. `await run()` returns only when it is cancelled, and leaves no process then."""
+class Relay(Protocol):
+    """Passes on what the front and the ranks of this host send each other: `serving.executor.host_relay`."""
 
-    def __init__(self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None]) -> None:
+    address: str
+    """Where ranks of this host attach."""
+
+    def expect(self, token: str) -> None:
+        """A rank with this token may attach."""
+        ...
+
+    def forget(self, token: str) -> None:
+        """No rank with this token may attach any more."""
+        ...
+
+
+class HostAgent:
+    """The agent of one slot. Its ranks attach through `relay`, if there is one. `await run()` returns only when it is
+    cancelled, and leaves no process then."""
+
+    def __init__(
+        self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None], relay: Relay | None = None
+    ) -> None:
+        self._relay = relay
         self._channel = channel
         self._offer = offer
         self._log_line = log
@@ -172,6 +192,9 @@ class HostAgent:
         self._kill_rank()
         incarnation, device = order.incarnation, self._offer.device
         variables = self._channel.variables() | {ENV_STAY: "1"}
+        if self._relay is not None and not order.own_stream:
+            self._relay.expect(order.token)
+            variables[ENV_RELAY] = self._relay.address
         variables |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
         spec = LaunchSpec.of(order.rank, self._channel.front, logs, self._offer.threads, order.token, variables)
         process = ChildProcess(spec.start(), spec, lambda _: self._rank_exited(incarnation))
@@ -183,6 +206,7 @@ class HostAgent:
     def _rank_exited(self, incarnation: int) -> None:
         if self._running is None or self._running.order.incarnation != incarnation:
             return
+        self._forget_token(self._running)
         process, self._running = self._running.process, None
         output, code = process.last_output(), process.code or 0
         self._log(f"the rank ended with {f'signal {-code}' if code < 0 else f'code {code}: {output}'}")
@@ -192,7 +216,12 @@ class HostAgent:
     def _kill_rank(self) -> None:
         if self._running is not None:
             self._running.process.end()
+            self._forget_token(self._running)
             self._running = None
+
+    def _forget_token(self, running: RunningRank) -> None:
+        if self._relay is not None:
+            self._relay.forget(running.order.token)
 
     async def _orders(self) -> AsyncIterator[link_pb2.PlaceOrder]:
         """Dial the front and yield its orders until it is gone."""
@@ -226,12 +255,14 @@ class HostAgent:
             self._log_line(line)
 
 
-async def run_agents(channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None]) -> None:
-    """Run one agent for each slot until cancelled."""
+async def run_agents(
+    channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None], relay: Relay | None = None
+) -> None:
+    """Run one agent for each slot until cancelled; ranks of all slots attach through `relay`, if there is one."""
     with contextlib.suppress(asyncio.CancelledError):
         async with asyncio.TaskGroup() as group:
             for offer in offers:
-                group.create_task(HostAgent(channel, offer, log).run())
+                group.create_task(HostAgent(channel, offer, log, relay).run())
 
 
 def prepared_message(model: PreparedModel, threads: int) -> link_pb2.ModelPrepared:

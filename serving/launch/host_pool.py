@@ -32,6 +32,7 @@ from serving.launch.rank_process import HostPaths, OnExit, RankProcess, describe
 from serving.observability.logs import SERVER
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.versions import HOST, VersionRange
 from serving.version import build
 
 ORPHAN_WAIT_S = 3.0
@@ -57,6 +58,8 @@ class HostPool:
         self._hosts: dict[int, str] = {}
         """The host that each rank was last on."""
         self._adopts_orphans = True
+        self.own_streams = False
+        """Whether every rank has a stream of its own, also on hosts whose agents could pass them on as one."""
         self._changed = asyncio.Event()
 
     @property
@@ -117,14 +120,9 @@ class HostPool:
     ) -> AsyncIterator[link_pb2.PlaceOrder]:
         """The gRPC method that a host agent calls to offer a slot."""
         offer = (await first_report(reports, context)).place
-        rejection = self._token_check(offer.token, time.time())
-        if rejection is not None:
-            SERVER.warning("%s (%s) may not offer a slot: %s", offer.host or UNKNOWN_HOST, context.peer(), rejection)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, rejection)
-        if offer.build != build():
-            text = f"this host has moejax {offer.build}, the front has {build()}. Install the same on every host."
-            SERVER.warning("%s (%s) may not offer a slot: %s", offer.host or UNKNOWN_HOST, context.peer(), text)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        refusal = self._refusal(offer.token, offer.build, offer.host, context.peer())
+        if refusal is not None:
+            await context.abort(*refusal)
         orphan = offer.left.incarnation if offer.left.incarnation < MAX_INCARNATION else 0
         self._last_number = 1 + max(self._last_number, orphan)
         slot = self._slots[self._last_number] = HostSlot(self._last_number, offer, context.peer())
@@ -138,6 +136,26 @@ class HostPool:
         finally:
             listener.cancel()
             self._remove(slot)
+
+    def refusal_of(self, hello: link_pb2.HostHello, peer: str) -> tuple[grpc.StatusCode, str] | None:
+        """Why a host agent may not pass on what its ranks and this front send each other; None if it may."""
+        theirs = VersionRange(hello.oldest, hello.newest)
+        if HOST.common_with(theirs) is None:
+            text = f"this host agent speaks version {theirs} of the host protocol, and the front version {HOST}."
+            SERVER.warning("%s (%s) may not pass on ranks: %s", hello.host or UNKNOWN_HOST, peer, text)
+            return grpc.StatusCode.FAILED_PRECONDITION, f"{text} Install the same moejax on every host."
+        return self._refusal(hello.token, hello.build, hello.host, peer)
+
+    def _refusal(self, token: str, theirs: str, host: str, peer: str) -> tuple[grpc.StatusCode, str] | None:
+        """Why a host agent with this join token and code may not take part; None if it may."""
+        rejection, code = self._token_check(token, time.time()), grpc.StatusCode.UNAUTHENTICATED
+        if rejection is None and theirs != build():
+            rejection = f"this host has moejax {theirs}, the front has {build()}. Install the same on every host."
+            code = grpc.StatusCode.FAILED_PRECONDITION
+        if rejection is None:
+            return None
+        SERVER.warning("%s (%s) may not offer a slot: %s", host or UNKNOWN_HOST, peer, rejection)
+        return code, rejection
 
     async def _receive_all(self, slot: HostSlot, reports: AsyncIterator[link_pb2.PlaceReport]) -> None:
         try:
@@ -231,7 +249,7 @@ class HostPool:
             free = [slot for slot in self.free if slot.orphan is None]
             if process.is_waiting and free:
                 slot = min(free, key=lambda slot, rank=process.rank: self._preference(slot, rank))
-                process.start_in(slot)
+                process.start_in(slot, own_stream=self.own_streams)
                 self._hosts[process.rank] = slot.host
             elif process.is_waiting:
                 still_waiting.append(process)

@@ -66,10 +66,13 @@ class RemoteRank:
         """True while it still needs a slot."""
         return self.slot is None and not self._ended.is_set()
 
-    def start_in(self, slot: HostSlot) -> None:
-        """Order the start of its process in a free slot."""
+    def start_in(self, slot: HostSlot, *, own_stream: bool = False) -> None:
+        """Order the start of its process in a free slot. With `own_stream` its host agent does not pass its stream
+        on."""
         self.bind(slot)
-        start = link_pb2.StartRank(incarnation=self.incarnation, rank=self.rank, token=self.token)
+        start = link_pb2.StartRank(
+            incarnation=self.incarnation, rank=self.rank, token=self.token, own_stream=own_stream
+        )
         slot.orders.put_nowait(link_pb2.PlaceOrder(start=start))
 
     def bind(self, slot: HostSlot) -> None:

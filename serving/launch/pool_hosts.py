@@ -37,6 +37,7 @@ class PoolHosts:
         self._settings = settings
         self._launcher = launcher
         self._host_pool = launcher.host_pool
+        self._host_pool.own_streams = True  # steps of both pools have numbers of their own
         self._listener = SharedListener(launcher.listener, pools=2)
         self._cluster: Cluster | None = None
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -54,11 +54,19 @@ class ListeningServer(Protocol):
         ...
 
 
+RelayMethod = Callable[[AsyncIterator[link_pb2.HostReport], Any], AsyncIterator[link_pb2.HostCommands]]
+"""Serves the streams of host agents that pass on those of their ranks: `serving.executor.host_service`."""
+
+
 class KeepService(Protocol):
     """Serves the streams of host agents: `serving.launch.host_pool`."""
 
     def Keep(self, reports: AsyncIterator[link_pb2.PlaceReport], context: Any) -> AsyncIterator[link_pb2.PlaceOrder]:
         """The stream of one host slot."""
+        ...
+
+    def refusal_of(self, hello: link_pb2.HostHello, peer: str) -> tuple[grpc.StatusCode, str] | None:
+        """Why a host agent may not pass on streams of ranks; None if it may."""
         ...
 
 
@@ -81,9 +89,9 @@ class RankListener:
         """The initial metadata of a stream to a rank."""
         return ((HEARTBEAT_METADATA, str(self.heartbeat_s)),)
 
-    async def open(self, executor: AttachService) -> tuple[grpc.aio.Server, str]:
-        """Start the server. Returns it and its address, with the port it got. Raises StartError when the address
-        cannot be used."""
+    async def open(self, executor: AttachService, relay: RelayMethod | None = None) -> tuple[grpc.aio.Server, str]:
+        """Start the server; `relay` serves host agents, if there is a host pool. Returns it and its address, with the
+        port it got. Raises StartError when the address cannot be used."""
         server = grpc.aio.server(options=GRPC_OPTIONS)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Attach": grpc.stream_stream_rpc_method_handler(
@@ -93,6 +101,10 @@ class RankListener:
         if self.host_pool is not None:
             handlers["Keep"] = grpc.stream_stream_rpc_method_handler(
                 self.host_pool.Keep, link_pb2.PlaceReport.FromString, link_pb2.PlaceOrder.SerializeToString
+            )
+        if self.host_pool is not None and relay is not None:
+            handlers["Relay"] = grpc.stream_stream_rpc_method_handler(
+                relay, link_pb2.HostReport.FromString, link_pb2.HostCommands.SerializeToString
             )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:

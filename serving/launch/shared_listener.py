@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from serving.launch.rank_listener import ListeningServer, RankListener, first_report
+from serving.launch.rank_listener import ListeningServer, RankListener, RelayMethod, first_report
 from serving.proto.moejax.v1 import link_pb2
 
 TOKENS_POLL_S = 0.02
@@ -55,8 +55,8 @@ class SharedListener:
         """See `RankListener.stream_metadata`."""
         return self._listener.stream_metadata
 
-    async def open(self, executor: PoolExecutor) -> tuple[ListeningServer, str]:
-        """See `RankListener.open`."""
+    async def open(self, executor: PoolExecutor, relay: RelayMethod | None = None) -> tuple[ListeningServer, str]:
+        """See `RankListener.open`. Ranks of pools have streams of their own, so that `relay` is not served."""
         self._executors.append(executor)
         if self._server is None:
             self._server, self._address = await self._listener.open(self)

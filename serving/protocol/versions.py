@@ -32,13 +32,21 @@ class VersionRange:
 
 LINK = VersionRange(1, 1)
 """Messages between the front and ranks, and the exchange between ranks."""
+HOST = VersionRange(1, 1)
+"""Messages between the front and host agents that pass on those of their ranks."""
 EDGE = VersionRange(1, 1)
 """Messages between edges and the front."""
 JOURNAL = VersionRange(1, 1)
 """Records of the journal."""
 SUPERVISOR = VersionRange(1, 1)
 """Requests of the front to the supervisor, and the files of the run folder."""
-PROTOCOLS: Mapping[str, VersionRange] = {"link": LINK, "edge": EDGE, "journal": JOURNAL, "supervisor": SUPERVISOR}
+PROTOCOLS: Mapping[str, VersionRange] = {
+    "link": LINK,
+    "host": HOST,
+    "edge": EDGE,
+    "journal": JOURNAL,
+    "supervisor": SUPERVISOR,
+}
 """All of them, by name."""
 
 

@@ -61,7 +61,7 @@ class RankMeshes:
     def compile(self, command: link_pb2.Compile) -> DoneFields:
         """Compile the programs of a mesh shape that the executable store lacks."""
         state, model = self._state, self._state.model
-        devices, slots = state.world.devices(command.mesh.ranks), command.mesh.slots
+        devices, slots = state.world.devices(MeshKey.read(command.mesh).ranks), command.mesh.slots
         if attention := command.mesh.attention:
             compiled = compile_roles(model.executables, model.shape, devices, slots, attention, state.device)
         else:

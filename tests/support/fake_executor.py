@@ -7,12 +7,14 @@ expert.
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from serving.engine.batch import StepBucket
 from serving.executor.failure_detector import Cause
+from serving.executor.host_steps import StepAnswers
 from serving.executor.incarnation import Loss
 from serving.executor.kv_replica import NotReplicated
 from serving.executor.rank_errors import CommandFailed, RankLost
@@ -187,10 +189,13 @@ class FakeExecutor:
         self._send(rank, each.take_messages())
         return link_pb2.Done(**fields)
 
-    async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
+    def by_host(self, ranks: Iterable[int]) -> tuple[list[int], dict[Any, Any]]:
+        return list(ranks), {}
+
+    async def step(self, parts: dict[int, link_pb2.Step], hosts: Mapping[Any, Any]) -> StepAnswers:
         self.looked_ahead += any(part.after for part in parts.values())
         async with self._turn:  # ranks do one step after the other
-            return await self._step(parts)
+            return StepAnswers(await self._step(parts))
 
     async def _step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
         for rank in parts:

@@ -1,11 +1,13 @@
 """How long the next step waits for requests that are still to come."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from serving.config import Settings
 from serving.engine.batch import Batch, StepBucket
 from serving.engine.state import EngineState
+from serving.executor.host_steps import StepAnswers
 from serving.executor.step_pipeline import StepPipeline
 from serving.proto.moejax.v1 import link_pb2
 from simulation.hand_model import small_limits
@@ -20,10 +22,14 @@ class Links:
         self.sent: list[int] = []
         self.answer = asyncio.Event()
 
-    async def step(self, parts: dict[int, link_pb2.Step]) -> dict[int, link_pb2.StepDone]:
+    def by_host(self, ranks: Iterable[int]) -> tuple[list[int], dict[Any, list[int]]]:
+        return list(ranks), {}
+
+    async def step(self, parts: dict[int, link_pb2.Step], hosts: dict[Any, Any]) -> StepAnswers:
+        assert not hosts
         self.sent.append(parts[0].step)
         await self.answer.wait()
-        return {rank: link_pb2.StepDone(step=part.step) for rank, part in parts.items()}
+        return StepAnswers({rank: link_pb2.StepDone(step=part.step) for rank, part in parts.items()})
 
 
 def flown(executor: Links, loop: asyncio.AbstractEventLoop) -> tuple[StepPipeline, Any]:
@@ -62,7 +68,7 @@ def test_half_of_a_step_ends_with_the_step_however_long_those_before_it_took() -
         assert not half.done()
         executor.answer.set()
         await half
-        assert set(await flights.receive()) == {0}
+        assert set((await flights.receive()).ranks) == {0}
         assert len(flights) == 0
 
     asyncio.run(run())

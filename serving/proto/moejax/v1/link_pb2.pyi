@@ -6,6 +6,130 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HostCommands(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[HostCommand]
+    def __init__(self, items: _Optional[_Iterable[_Union[HostCommand, _Mapping]]] = ...) -> None: ...
+
+class HostCommand(_message.Message):
+    __slots__ = ("links", "command", "step", "accepted", "closed", "ids")
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedScalarFieldContainer[int]
+    command: Command
+    step: HostStep
+    accepted: bool
+    closed: str
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, links: _Optional[_Iterable[int]] = ..., command: _Optional[_Union[Command, _Mapping]] = ..., step: _Optional[_Union[HostStep, _Mapping]] = ..., accepted: bool = ..., closed: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HostStep(_message.Message):
+    __slots__ = ("epoch", "step", "bucket", "after", "decode", "tiles", "page_size", "max_pages", "counts", "requests", "words", "numbers", "extras")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    bucket: int
+    after: int
+    decode: int
+    tiles: int
+    page_size: int
+    max_pages: int
+    counts: bytes
+    requests: _containers.RepeatedScalarFieldContainer[str]
+    words: bytes
+    numbers: bytes
+    extras: _containers.RepeatedCompositeFieldContainer[StepExtras]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., after: _Optional[int] = ..., decode: _Optional[int] = ..., tiles: _Optional[int] = ..., page_size: _Optional[int] = ..., max_pages: _Optional[int] = ..., counts: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., words: _Optional[bytes] = ..., numbers: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[StepExtras, _Mapping]]] = ...) -> None: ...
+
+class StepExtras(_message.Message):
+    __slots__ = ("index", "adjustments", "targets", "full")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ADJUSTMENTS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    adjustments: _containers.RepeatedCompositeFieldContainer[RowAdjustment]
+    targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
+    full: FullPages
+    def __init__(self, index: _Optional[int] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ...) -> None: ...
+
+class HostReport(_message.Message):
+    __slots__ = ("hello", "items", "beats", "expert_load")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    BEATS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
+    hello: HostHello
+    items: _containers.RepeatedCompositeFieldContainer[HostItem]
+    beats: _containers.RepeatedScalarFieldContainer[int]
+    expert_load: bytes
+    def __init__(self, hello: _Optional[_Union[HostHello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[HostItem, _Mapping]]] = ..., beats: _Optional[_Iterable[int]] = ..., expert_load: _Optional[bytes] = ...) -> None: ...
+
+class HostHello(_message.Message):
+    __slots__ = ("token", "host", "build", "oldest", "newest")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    host: str
+    build: str
+    oldest: int
+    newest: int
+    def __init__(self, token: _Optional[str] = ..., host: _Optional[str] = ..., build: _Optional[str] = ..., oldest: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
+
+class HostItem(_message.Message):
+    __slots__ = ("link", "report", "step_done", "gone")
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    STEP_DONE_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    link: int
+    report: Report
+    step_done: HostStepDone
+    gone: str
+    def __init__(self, link: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., step_done: _Optional[_Union[HostStepDone, _Mapping]] = ..., gone: _Optional[str] = ...) -> None: ...
+
+class HostStepDone(_message.Message):
+    __slots__ = ("epoch", "step", "links", "tokens", "logprobs", "times", "compiles", "detailed", "details")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    COMPILES_FIELD_NUMBER: _ClassVar[int]
+    DETAILED_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    links: _containers.RepeatedScalarFieldContainer[int]
+    tokens: bytes
+    logprobs: bytes
+    times: bytes
+    compiles: _containers.RepeatedScalarFieldContainer[int]
+    detailed: _containers.RepeatedScalarFieldContainer[int]
+    details: _containers.RepeatedCompositeFieldContainer[StepDone]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., links: _Optional[_Iterable[int]] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., times: _Optional[bytes] = ..., compiles: _Optional[_Iterable[int]] = ..., detailed: _Optional[_Iterable[int]] = ..., details: _Optional[_Iterable[_Union[StepDone, _Mapping]]] = ...) -> None: ...
+
 class Command(_message.Message):
     __slots__ = ("id", "configure", "join", "compile", "prepare", "connect", "adopt", "step", "abort", "stop", "read_cache", "write_cache", "inspect", "damage", "seat", "hold", "restore_cache", "read_weights", "write_weights", "keep_parity", "stage_weights", "ping")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -151,14 +275,16 @@ class Hold(_message.Message):
     def __init__(self, slots_per_rank: _Optional[int] = ..., slots: _Optional[bytes] = ..., weights: _Optional[_Union[WeightsVersion, _Mapping]] = ...) -> None: ...
 
 class MeshShape(_message.Message):
-    __slots__ = ("ranks", "slots", "attention")
+    __slots__ = ("ranks", "runs", "slots", "attention")
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     ranks: _containers.RepeatedScalarFieldContainer[int]
+    runs: _containers.RepeatedScalarFieldContainer[int]
     slots: int
     attention: int
-    def __init__(self, ranks: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ..., attention: _Optional[int] = ...) -> None: ...
+    def __init__(self, ranks: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ..., attention: _Optional[int] = ...) -> None: ...
 
 class Compile(_message.Message):
     __slots__ = ("mesh",)
@@ -677,14 +803,16 @@ class PrepareModel(_message.Message):
     def __init__(self, model: _Optional[str] = ..., data_type: _Optional[str] = ..., in_place: bool = ..., dense: _Optional[str] = ..., mtp: bool = ..., kv_cache_type: _Optional[str] = ...) -> None: ...
 
 class StartRank(_message.Message):
-    __slots__ = ("incarnation", "rank", "token")
+    __slots__ = ("incarnation", "rank", "token", "own_stream")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OWN_STREAM_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     rank: int
     token: str
-    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+    own_stream: bool
+    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., token: _Optional[str] = ..., own_stream: bool = ...) -> None: ...
 
 class SignalRank(_message.Message):
     __slots__ = ("incarnation", "name")

@@ -44,6 +44,11 @@ class RankLinkStub(object):
                 request_serializer=moejax_dot_v1_dot_link__pb2.PlaceReport.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_link__pb2.PlaceOrder.FromString,
                 _registered_method=True)
+        self.Relay = channel.stream_stream(
+                '/moejax.v1.RankLink/Relay',
+                request_serializer=moejax_dot_v1_dot_link__pb2.HostReport.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_link__pb2.HostCommands.FromString,
+                _registered_method=True)
 
 
 class RankLinkServicer(object):
@@ -64,6 +69,15 @@ class RankLinkServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Relay(self, request_iterator, context):
+        """A host agent with several slots passes on what the front and the ranks of its host send each other: one stream for
+        all of them, on which a step, an order to several ranks and the heartbeats are one message. When it breaks, the
+        ranks wait for the next front.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +90,11 @@ def add_RankLinkServicer_to_server(servicer, server):
                     servicer.Keep,
                     request_deserializer=moejax_dot_v1_dot_link__pb2.PlaceReport.FromString,
                     response_serializer=moejax_dot_v1_dot_link__pb2.PlaceOrder.SerializeToString,
+            ),
+            'Relay': grpc.stream_stream_rpc_method_handler(
+                    servicer.Relay,
+                    request_deserializer=moejax_dot_v1_dot_link__pb2.HostReport.FromString,
+                    response_serializer=moejax_dot_v1_dot_link__pb2.HostCommands.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +151,33 @@ class RankLink(object):
             '/moejax.v1.RankLink/Keep',
             moejax_dot_v1_dot_link__pb2.PlaceReport.SerializeToString,
             moejax_dot_v1_dot_link__pb2.PlaceOrder.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relay(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moejax.v1.RankLink/Relay',
+            moejax_dot_v1_dot_link__pb2.HostReport.SerializeToString,
+            moejax_dot_v1_dot_link__pb2.HostCommands.FromString,
             options,
             channel_credentials,
             insecure,
