@@ -113,11 +113,11 @@ class HostRelay:
         self._ranks: dict[int, AttachedRank] = {}
         self._steps = StepReports()
         self._items: list[link_pb2.HostItem] = []
-        """What is to be sent behind the answers that are held."""
+        """Items to send behind the answers that are held."""
         self._beats: set[int] = set()
         self._load: np.ndarray | None = None
         self._reports: asyncio.Queue[link_pb2.HostReport | None] | None = None
-        """What is sent to the front; None while there is none."""
+        """The reports to the front; None while there is none."""
         self._connected = asyncio.Event()
         self._heartbeat_s = HEARTBEAT_S
         self._flushing: asyncio.TimerHandle | None = None

@@ -1,6 +1,6 @@
 """The front's end of the stream to a host agent that passes on what the ranks of its host send and get.
 
-Orders that are sent at the same time are one message, and those that several ranks get alike are in it once.
+Orders of one moment are one message, and an order to several ranks is in it once.
 """
 
 import asyncio
@@ -111,7 +111,7 @@ class HostStream:
         self._queued.set()
 
     async def messages(self) -> AsyncIterator[link_pb2.HostCommands]:
-        """What is to be sent, until the end."""
+        """The messages to send, until the end."""
         while True:
             await self._queued.wait()
             self._queued.clear()

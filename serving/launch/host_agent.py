@@ -67,7 +67,7 @@ class RunningRank:
         return link_pb2.RankCondition(incarnation=incarnation, state=state, run_delay_s=self.process.run_delay_s())
 
 
-class Relay(Protocol):
+class StreamRelay(Protocol):
     """Passes on what the front and the ranks of this host send each other: `serving.executor.host_relay`."""
 
     address: str
@@ -87,7 +87,7 @@ class HostAgent:
     cancelled, and leaves no process then."""
 
     def __init__(
-        self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None], relay: Relay | None = None
+        self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None], relay: StreamRelay | None = None
     ) -> None:
         self._relay = relay
         self._channel = channel
@@ -256,7 +256,7 @@ class HostAgent:
 
 
 async def run_agents(
-    channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None], relay: Relay | None = None
+    channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None], relay: StreamRelay | None = None
 ) -> None:
     """Run one agent for each slot until cancelled; ranks of all slots attach through `relay`, if there is one."""
     with contextlib.suppress(asyncio.CancelledError):

@@ -65,7 +65,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def after(batch: Batch) -> Batch:
-    """The next step, of the same requests: those that sample have a token that is not known yet."""
+    """The next step, of the same requests: a request that samples has a token that is not known yet."""
     parts = {
         rank: tuple(
             dataclasses.replace(
