@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from benchmarks.scale_model import ScaledStep, scaled_recovery, shared_recovery, shared_step
 from planner.cli.table import table
-from planner.cost.front import MANY_RANKS, CostCurve, FrontCost, constants_of, most_ranks
+from planner.cost.front import CostCurve, FrontCost, constants_of, most_ranks
 from planner.cost.roofline import prefill_time, step_time
 from planner.cost.throughput import assess
 from planner.errors import NoFeasiblePlan
@@ -43,7 +43,7 @@ def report(data: dict[str, Any], model: str, cluster: str) -> str:
     big = fronts[BIG]
     sizes = [sized(n, model, cluster) for n in SIZES]
     parts = [
-        f"fronts measured {data['fronts_machine']['date'][:10]}, load average {data['fronts_machine']['load_before']}"
+        f"measured {data['fronts_machine']['date'][:10]}, load average {data['fronts_machine']['load_before']}"
         + (f" ({note})" if (note := data.get("fronts_note")) else ""),
         f"\nThe front of {BIG}{_where(data, BIG)}: " + described(big),
         front_table(data["fronts"][BIG], big),
@@ -123,9 +123,8 @@ def described(front: FrontCost) -> str:
         f"  prepare  {p.fixed * 1e3:.2f} + {p.each * 1e3:.3f} n + {p.pair * 1e6:.2f} n^2 / 1000\n"
         f"  adopt    {d.fixed * 1e3:.2f} + {d.each * 1e3:.3f} n + {d.pair * 1e6:.2f} n^2 / 1000\n"
         f"  a heartbeat {front.beat * 1e3:.3f}, every {front.beat_s * 1e3:.0f} ms; "
-        f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms "
-        f"({front.many_look_s * 1e3:.0f} beyond {MANY_RANKS} ranks):\n"
-        f"  {front.watch_share(1):.3%} of a core for each rank, {front.watch_share(1024) / 1024:.3%} for each of 1,024"
+        f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms: "
+        f"{front.watch_share(1):.3%} of a core for each rank"
     )
 
 

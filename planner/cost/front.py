@@ -21,8 +21,6 @@ from planner.plan.shape import Shape
 from planner.solver.shapes import memory_budget, rest_bytes
 
 MOST_RANKS = 1 << 20
-MANY_RANKS = 64
-"""Above so many ranks the front looks at each less often (serving/executor/rank_monitor.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +41,7 @@ class FrontCost:
     """Seconds of the front's core: for a step (and `row` for each token of it), for messages to all ranks to abort, to
     prepare a mesh and to adopt a plan, for receiving one heartbeat (`beat`), and for one check of a rank (`look`).
 
-    A rank sends a heartbeat every `beat_s`, and is checked every `look_s`; the ranks beyond MANY_RANKS every
-    `many_look_s` (in fact all of them then, which is a little less work, but would make more ranks less work than few).
+    A rank sends a heartbeat every `beat_s`, and is checked every `look_s`.
     """
 
     step: CostCurve = CostCurve()
@@ -56,7 +53,6 @@ class FrontCost:
     look: float = 0.0
     beat_s: float = 0.05
     look_s: float = 0.01
-    many_look_s: float = 0.05
 
     @classmethod
     def measured(cls, workload: Workload) -> FrontCost:
@@ -77,8 +73,7 @@ class FrontCost:
 
     def watch_share(self, n: int) -> float:
         """The share of the core that watching `n` ranks takes, without any step."""
-        many = max(n - MANY_RANKS, 0)
-        return n * self.beat / self.beat_s + self.look * ((n - many) / self.look_s + many / self.many_look_s)
+        return n * (self.beat / self.beat_s + self.look / self.look_s)
 
     def busy(self, n: int, work: float) -> float:
         """Seconds that `work` takes while the core also watches `n` ranks; infinite when watching takes all of it."""

@@ -9,8 +9,8 @@ from planner.solver.shapes import ARCHITECTURES
 from serving.config.field import SettingsGroup, setting
 from serving.errors import InvalidRequest
 
-MOST_LOCAL_RANKS, MOST_RANKS = 64, 1024
-"""The most ranks of the front's own machine, and of all hosts: the number that a front was measured with, on hosts of 8
+MOST_LOCAL_RANKS, MOST_RANKS = 64, 320
+"""The most ranks of the front's own machine, and of all hosts: the number that a front was run with, on hosts of 8
 (docs/scale.md)."""
 
 
