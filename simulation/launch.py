@@ -9,7 +9,7 @@ from typing import Any, cast
 import grpc
 
 from serving.executor.executor import RankExecutor
-from serving.launch.rank_listener import AttachService, RankListener
+from serving.launch.rank_listener import AttachService, RankListener, RelayMethod
 from serving.launch.rank_process import HostPaths, OnExit, RankProcess
 from simulation.rank import SimulatedRank
 from simulation.world import FrontProcess, World
@@ -140,7 +140,7 @@ class SimulatedListener(RankListener):
 
     listens: Callable[[RankExecutor], None]
 
-    async def open(self, executor: AttachService) -> tuple[grpc.aio.Server, str]:
+    async def open(self, executor: AttachService, relay: RelayMethod | None = None) -> tuple[grpc.aio.Server, str]:
         """See `RankListener.open`."""
         self.listens(cast(RankExecutor, executor))
         return cast(Any, _NoServer()), "front"

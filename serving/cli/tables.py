@@ -147,14 +147,18 @@ def _shapes(status: Status) -> str:
 
 
 def _ranks(ranks: Sequence[RankStatus], build: str) -> Table:
-    """The ranks, and their builds while one runs other code than the front, of `build`."""
+    """The ranks; whose stream each is on where host agents pass streams on; and their builds while one runs other code
+    than the front, of `build`."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     several = len({rank.host for rank in ranks}) > 1
     mixed = any(rank.build not in ("", build) for rank in ranks)
+    relayed = any(rank.relay for rank in ranks)
     for column in ("rank", "state", "role", "pid", "requests", "cache", "step ms"):
         table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
     if several:
         table.add_column("host", no_wrap=True)
+    if relayed:
+        table.add_column("stream of", no_wrap=True)
     if mixed:
         table.add_column("build", no_wrap=True)
     table.add_column("experts in slots")
@@ -169,6 +173,7 @@ def _ranks(ranks: Sequence[RankStatus], build: str) -> Table:
             cache,
             f"{rank.step_ms:.1f}",
             *([rank.host] if several else []),
+            *([rank.relay or "its own"] if relayed else []),
             *([rank.build] if mixed else []),
             _experts(rank),
         )

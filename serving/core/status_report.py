@@ -205,4 +205,5 @@ class StatusReport:
             last_failure=engine.suspects.last_failures.get(rank, ""),
             loss=self._current_loss_costs().get(rank) if serving else None,
             build=process.build if process is not None else "",
+            relay=process.relay if process is not None else "",
         )

@@ -159,7 +159,8 @@ function ranks(now) {
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
     tile.title = [rank.build, rank.last_failure].filter(Boolean).join("; ");
-    tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack].filter(Boolean).join(" · ");
+    const agent = rank.relay && "through its host agent";
+    tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack, agent].filter(Boolean).join(" · ");
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
     tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;
     tile.querySelector(".bar i").style.width = `${used}%`;

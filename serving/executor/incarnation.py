@@ -69,6 +69,11 @@ class Incarnation:
         self.stream_error: str | None = None
         self.loss: Loss | None = None
 
+    @property
+    def relay(self) -> str:
+        """The host whose agent passes on its stream; empty while it has a stream of its own, or none."""
+        return self.host_stream.host if self.host_stream is not None and self.loss is None else ""
+
     def send(self, what: str, message: Any, number: int = 0) -> None:
         """Send a command; `what` is its name in the Command message."""
         if self.host_stream is not None:

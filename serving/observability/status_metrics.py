@@ -195,6 +195,7 @@ class StatusCollector(Collector):
         weights.add_metric([status.weights_version], 1)
         yield weights
         yield _builds(status)
+        yield _relays(status)
         if status.certificate in CERTIFICATE_HOLDS:
             yield GaugeMetricFamily(
                 "moejax_certificate_holds",
@@ -243,6 +244,15 @@ def _builds(status: Status) -> Metric:
     for (process, build), count in sorted(collections.Counter(running).items()):
         builds.add_metric([process, build], count)
     return builds
+
+
+def _relays(status: Status) -> Metric:
+    relayed = GaugeMetricFamily(
+        "moejax_relayed_ranks", "Ranks that share the stream of their host agent, by host.", labels=["host"]
+    )
+    for host, count in sorted(collections.Counter(rank.relay for rank in status.ranks if rank.relay).items()):
+        relayed.add_metric([host], count)
+    return relayed
 
 
 def _lattice(status: Status) -> Metric:

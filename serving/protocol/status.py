@@ -43,6 +43,8 @@ class RankStatus:
     loss: LossCost | None = None
     build: str = ""
     """The version and a digest of the sources that it runs; empty before it has attached."""
+    relay: str = ""
+    """The host whose agent passes on its stream; empty while it has a stream of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class FakeProcess(HandRank):
     failed_of_itself = False
     compiles = 0
     build = ""
+    relay = ""
     process: Process
 
     def leaves_unanswered(self, what: str) -> bool:

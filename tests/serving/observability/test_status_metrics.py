@@ -39,3 +39,12 @@ def test_every_metric_of_the_status_has_a_help_text_of_one_sentence():
     for metric in StatusCollector(FakeBackend()).collect():
         assert metric.documentation[0].isupper() or metric.documentation[0].isdigit(), metric.name
         assert metric.documentation.endswith("."), metric.name
+
+
+def test_ranks_that_share_the_stream_of_their_host_agent_are_counted_by_host():
+    collector, status = StatusCollector(FakeBackend()), FakeBackend().status()
+    agents = dict(zip((rank.id for rank in status.ranks), ("a", "b", "b"), strict=False))
+    ranks = tuple(dataclasses.replace(rank, relay=agents.get(rank.id, "")) for rank in status.ranks)
+    collector.status = dataclasses.replace(status, ranks=ranks)
+    relayed = next(metric for metric in collector.collect() if metric.name == "moejax_relayed_ranks")
+    assert {sample.labels["host"]: sample.value for sample in relayed.samples} == {"a": 1, "b": 2}
