@@ -34,6 +34,7 @@ from serving.protocol.sampling import ResolvedSampling
 from serving.recovery.failover import Failover
 from serving.text.structured_output import GrammarMatcher
 from serving.text.tokenizer import Tokenizer
+from simulation.launch import AnyHost
 
 PAGE, CONTEXT, ROWS = 32, 4096, 16
 PROMPT, LIMIT_S = 8, 120.0
@@ -43,17 +44,6 @@ MAX_TOKENS = 2 * MOST_STEPS
 ADOPTIONS = 3
 WATCHED, HEARTBEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
-
-
-class AnyHost:
-    """Lets every host agent in."""
-
-    def Keep(self, reports: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        """Simulated agents keep no slots."""
-        raise NotImplementedError
-
-    def refusal_of(self, hello: link_pb2.HostHello, peer: str) -> None:
-        """See `serving.launch.host_pool`."""
 
 
 class AnyNumber(Settings):

@@ -23,13 +23,15 @@ from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
 from serving.executor.incarnation import Loss
 from serving.launch.launcher import Launcher
+from serving.launch.rank_listener import RelayMethod
 from serving.launch.rank_process import RankStarter
 from serving.launch.weights_record import WeightsRecord
 from serving.observability.metrics import Metrics
 from serving.protocol.events import Event, EventKind, EventLog
 from simulation.byte_tokenizer import byte_tokenizer
 from simulation.hand_model import PREPARED
-from simulation.launch import Processes, SimulatedListener, SimulatedStarter
+from simulation.launch import AnyHost, Processes, SimulatedListener, SimulatedStarter
+from simulation.link import Origin
 from simulation.virtual_time import VirtualTimeLoop, context_of, is_item_of_stream
 from simulation.world import World
 
@@ -107,6 +109,8 @@ class Front:
         self._processes = processes
         self._executors: dict[int, RankExecutor] = {}
         """By rank, the executors that listen."""
+        self.relay: RelayMethod | None = None
+        """Serves the streams of host agents; None before the front listens."""
         self._request_log: RequestLog | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -121,6 +125,14 @@ class Front:
     def executor_of(self, rank: int) -> RankExecutor | None:
         """The executor that a rank dials; None before the front listens to it."""
         return self._executors.get(rank)
+
+    def attach_service(self, rank: int) -> RankExecutor | None:
+        """See `simulation.link.Peer`."""
+        return self.executor_of(rank)
+
+    def origin(self, rank: int) -> Origin:
+        """See `simulation.link.Peer`."""
+        return Origin(self, self._executors[rank], {})
 
     def begin(self) -> None:
         """Start the process."""
@@ -193,6 +205,7 @@ class Front:
             self.world.violated(f"front {self.number} died of {type(error).__name__}: {error}")
         finally:
             self._executors.clear()
+            self.relay = None
             if not self.dead:
                 self.dead = True
                 self.world.front_died(self)
@@ -233,12 +246,13 @@ class Front:
     def _launcher(self, settings: Settings, *_: object, ranks: Collection[int] | None) -> Launcher:
         """See `serving.launch.launcher.Launcher.of`."""
 
-        def listens(executor: RankExecutor) -> None:
+        def listens(executor: RankExecutor, relay: RelayMethod | None) -> None:
+            self.relay = relay
             self._executors |= dict.fromkeys(range(settings.ranks) if ranks is None else ranks, executor)
 
         return Launcher(
             starter=SimulatedStarter(self.world, self, self._processes, ranks),
-            listener=SimulatedListener(heartbeat_s=settings.heartbeat_s, listens=listens),
+            listener=SimulatedListener(heartbeat_s=settings.heartbeat_s, host_pool=AnyHost(), listens=listens),
         )
 
     def _open_request_log(self) -> RequestLog:

@@ -11,6 +11,7 @@ from serving.core.pools import Pools
 from serving.errors import MoejaxError
 from serving.protocol.instructions import DeviceError, Instruction
 from simulation.front import Front
+from simulation.host_agent import SimulatedHostAgent
 from simulation.link import GIVE_UP_S
 from simulation.rank import SimulatedRank
 from simulation.scenario import Fault
@@ -69,6 +70,8 @@ class Injection:
             "weights": self._weights,
             "pause": self._pause,
             "device_error": self._device_error,
+            "relay": self._host_crash,
+            "relay_cut": self._relay_cut,
         }
 
     def heal(self) -> None:
@@ -76,7 +79,7 @@ class Injection:
         world = self.world
         world.faultless = True
         world.store.readable, world.disk.full = True, False
-        for link in world.links.values():
+        for link in (*world.links.values(), *(agent.quality for agent in world.agents.values())):
             link.late = link.doubled = link.lost = link.blocked_until = 0.0
         for rank in world.ranks.values():
             rank.slowness, rank.steps.non_finite.steps = 1.0, 0
@@ -96,10 +99,16 @@ class Injection:
 
     def _host_crash(self, fault: Fault) -> bool:
         found = [self._process(rank) for rank in self.world.ranks_of_host(fault.rank)]
+        if (agent := self._agent(fault.rank)) is not None:
+            self.operators.append(self.world.loop.create_task(agent.die()))
         for process in found:
             if process is not None:
                 process.die("signal 9")
         return any(found)
+
+    def _agent(self, rank: int) -> SimulatedHostAgent | None:
+        """The host agent that passes on the stream of a rank, if one does."""
+        return self.world.agents.get(self.world.settings.host_of(rank))
 
     def _hang(self, fault: Fault) -> bool:
         process = self._process(fault.rank)
@@ -161,7 +170,17 @@ class Injection:
         return self._block([fault.rank], fault.seconds)
 
     def _host_partition(self, fault: Fault) -> bool:
-        return self._block(self.world.ranks_of_host(fault.rank), fault.seconds)
+        agent, world = self._agent(fault.rank), self.world
+        if agent is None:
+            return self._block(world.ranks_of_host(fault.rank), fault.seconds)
+        agent.quality.blocked_until = max(agent.quality.blocked_until, world.loop.time() + fault.seconds)
+        if fault.seconds > GIVE_UP_S:
+            world.loop.call_later(GIVE_UP_S, agent.cut)
+        return True
+
+    def _relay_cut(self, fault: Fault) -> bool:
+        agent = self._agent(fault.rank)
+        return agent is not None and agent.cut()
 
     def _block(self, ranks: list[int], seconds: float) -> bool:
         world = self.world

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, cast
 
 import grpc
@@ -11,6 +11,7 @@ import grpc
 from serving.executor.executor import RankExecutor
 from serving.launch.rank_listener import AttachService, RankListener, RelayMethod
 from serving.launch.rank_process import HostPaths, OnExit, RankProcess
+from serving.proto.moejax.v1 import link_pb2
 from simulation.rank import SimulatedRank
 from simulation.world import FrontProcess, World
 
@@ -127,6 +128,17 @@ class Processes:
             process.ended(how)
 
 
+class AnyHost:
+    """Lets every host agent in; it keeps no slots."""
+
+    def Keep(self, reports: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """See `KeepService.Keep`."""
+        raise NotImplementedError
+
+    def refusal_of(self, hello: link_pb2.HostHello, peer: str) -> None:
+        """See `KeepService.refusal_of`."""
+
+
 class _NoServer:
     """Stands for the gRPC server that ranks dial."""
 
@@ -138,9 +150,9 @@ class _NoServer:
 class SimulatedListener(RankListener):
     """Where ranks dial a simulated front."""
 
-    listens: Callable[[RankExecutor], None]
+    listens: Callable[[RankExecutor, RelayMethod | None], None]
 
     async def open(self, executor: AttachService, relay: RelayMethod | None = None) -> tuple[grpc.aio.Server, str]:
         """See `RankListener.open`."""
-        self.listens(cast(RankExecutor, executor))
+        self.listens(cast(RankExecutor, executor), relay)
         return cast(Any, _NoServer()), "front"

@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serving.executor.executor import RankExecutor
-from serving.launch.rank_listener import HEARTBEAT_METADATA
+from serving.launch.rank_listener import HEARTBEAT_METADATA, AttachService
 from serving.proto.moejax.v1 import link_pb2
 from simulation.virtual_time import context_of
 
@@ -37,6 +37,13 @@ class LinkQuality:
     doubled: float = 0.0
     lost: float = 0.0
     blocked_until: float = 0.0
+
+    def arrival(self, draw: random.Random, now: float, after: float) -> float:
+        """When a message arrives that is sent now, after the one before it."""
+        at = now + draw.uniform(*LATENCY_S)
+        if self.late and draw.random() < self.late:
+            at += draw.expovariate(1.0 / self.late_s)
+        return max(at, after + SPACING_S, self.blocked_until)
 
 
 class FrontEnd(Protocol):
@@ -63,6 +70,28 @@ class RankEnd(Protocol):
         ...
 
 
+class Origin(NamedTuple):
+    """The front whose commands come in a stream, its executor, and when it sent the plan of each epoch."""
+
+    front: FrontEnd
+    executor: RankExecutor
+    adopt_sent_at: dict[int, float]
+
+
+class Peer(Protocol):
+    """The process that serves the streams of ranks: their front, or the agent of their host."""
+
+    dead: bool
+
+    def attach_service(self, rank: int) -> AttachService | None:
+        """What a rank dials; None while nothing listens."""
+        ...
+
+    def origin(self, rank: int) -> Origin:
+        """The front that has let a rank in."""
+        ...
+
+
 class Refused(Exception):
     """The front does not know the caller."""
 
@@ -70,13 +99,13 @@ class Refused(Exception):
 class Stream:
     """One stream from its Hello to its end; it is the gRPC context of the front's handler, too."""
 
-    def __init__(self, front: FrontEnd, rank: RankEnd, quality: LinkQuality, draw: random.Random) -> None:
-        self.front = front
+    def __init__(self, peer: Peer, rank: RankEnd, quality: LinkQuality, draw: random.Random) -> None:
+        self.peer_process = peer
         self.closed = False
         """The rank knows that it has ended."""
         self.heartbeat_s = 0.2
-        self.adopt_sent_at: dict[int, float] = {}
-        """When the front sent the plan of each epoch."""
+        self.origin: Origin
+        """The front that the commands are of, once it has let the rank in."""
         self._rank = rank
         self._quality = quality
         self._draw = draw
@@ -84,10 +113,9 @@ class Stream:
         self._reports: asyncio.Queue[link_pb2.Report | None] = asyncio.Queue()
         self._up_at = self._down_at = 0.0
         self._broken = False
-        executor = front.executor_of(rank.rank)
-        assert executor is not None
-        self.executor = executor
-        self._task = self._loop.create_task(self._serve(), context=context_of(front))
+        service = peer.attach_service(rank.rank)
+        assert service is not None
+        self._task = self._loop.create_task(self._serve(service), context=context_of(peer))
 
     def is_of(self, rank: object) -> bool:
         """Whether it is the stream of this process."""
@@ -119,26 +147,27 @@ class Stream:
 
     async def send_initial_metadata(self, metadata: Any) -> None:
         """The front accepts the caller."""
+        self.origin = self.peer_process.origin(self._rank.rank)
         self.heartbeat_s = float(dict(metadata).get(HEARTBEAT_METADATA, self.heartbeat_s))
 
-    def front_died(self) -> None:
-        """The front's process has ended: what it sent still arrives."""
+    def peer_died(self) -> None:
+        """The process that serves the stream has ended: what it sent still arrives."""
         self._end(refused=False)
 
     def _arrived(self, report: link_pb2.Report | None) -> None:
-        if not self.front.dead and (report is None or not self._broken):
+        if not self.peer_process.dead and (report is None or not self._broken):
             self._reports.put_nowait(report)
 
     async def _read(self) -> AsyncIterator[link_pb2.Report]:
         while (report := await self._reports.get()) is not None:
             yield report
 
-    async def _serve(self) -> None:
+    async def _serve(self, service: AttachService) -> None:
         refused = False
         try:
-            async with contextlib.aclosing(self.executor.Attach(self._read(), self)) as commands:  # type: ignore[type-var]
+            async with contextlib.aclosing(service.Attach(self._read(), self)) as commands:  # type: ignore[type-var]
                 async for command in commands:
-                    if self.front.dead:
+                    if self.peer_process.dead:
                         break
                     self._send(command)
         except Refused:
@@ -150,7 +179,7 @@ class Stream:
         if self.closed or self._broken:
             return
         if command.WhichOneof("what") == "adopt":
-            self.adopt_sent_at.setdefault(command.adopt.epoch, self._loop.time())
+            self.origin.adopt_sent_at.setdefault(command.adopt.epoch, self._loop.time())
         for _ in range(self._copies(command.WhichOneof("what") in DOUBLED_COMMANDS)):
             self._down_at = self._arrival(self._down_at)
             self._loop.call_at(self._down_at, self._delivered, command)
@@ -181,12 +210,7 @@ class Stream:
             self._rank.stream_ended(self, refused=refused)
 
     def _arrival(self, after: float) -> float:
-        """When a message arrives that is sent now, after the one before it."""
-        quality, now = self._quality, self._loop.time()
-        at = now + self._draw.uniform(*LATENCY_S)
-        if quality.late and self._draw.random() < quality.late:
-            at += self._draw.expovariate(1.0 / quality.late_s)
-        return max(at, after + SPACING_S, quality.blocked_until)
+        return self._quality.arrival(self._draw, self._loop.time(), after)
 
     def _copies(self, may_be_doubled: bool) -> int:
         """How often a message arrives. A lost one breaks the stream."""

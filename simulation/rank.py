@@ -321,7 +321,7 @@ class SimulatedRank(Process):
         if key not in self._loaded:
             self.later(0.0, lambda: self._fail(stream, command.id, f"KeyError: mesh {key.ranks} is not loaded"))
             return
-        at = (stream.executor, message.number)
+        at = (stream.origin.executor, message.number)
         self._connecting = gathering = self.world.connecting(at, key)
 
         def connected(why: str) -> None:

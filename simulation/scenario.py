@@ -44,8 +44,12 @@ FAULTS: Mapping[str, str] = {
     "device_error": "a device reports an error of some level",
     "rebalance": "an operator has experts moved by the load",
     "stuck": "the main thread of a rank obeys nothing more, and its heartbeats go on; for a while, or for ever",
+    "relay": "a host agent that passes on the streams of its ranks dies, and they with it; it is started again",
+    "relay_cut": "the stream of such an agent is reset, and what is on its way is lost",
 }
 """Kinds of faults, and of what operators do."""
+RELAY_FAULTS = ("relay", "relay_cut")
+"""Kinds that only scenarios with relays have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Scenario:
     stays: bool
     """Ranks outlive their front."""
     journal: bool
+    relays: bool
+    """Ranks share the stream of the agent of their host (docs/decisions/0029)."""
     states: bool
     """The model has layers whose context is a state of the request."""
     restores_always: bool
@@ -125,7 +131,7 @@ class Scenario:
             f"seed {self.seed}, {self.mode}, {self.seconds:.1f} virtual seconds",
             f"settings: {', '.join(f'{name}={value}' for name, value in self.settings.items())}",
             f"ranks share memory: {self.shares_memory}; outlive their front: {self.stays}; journal: {self.journal}; "
-            f"always restore: {self.restores_always}; states: {self.states}",
+            f"always restore: {self.restores_always}; states: {self.states}; relays: {self.relays}",
             f"links and starts: {rates or 'no faults'}",
             f"kinds of faults: {kinds}; {len(self.faults)} faults, {len(self.clients)} clients",
         ]
@@ -168,23 +174,29 @@ def draw(seed: int, mode: Mode) -> Scenario:
         "lost": rng.choice((0.0, 0.0, 0.0, 0.0005)),
         "dies_joining": rng.choice((0.0, 0.0, 0.2, 0.5)),
     }
-    kinds = {kind: math.exp(rng.uniform(math.log(0.05), math.log(0.9))) for kind in FAULTS if rng.random() < 0.35}
+    kinds = {
+        kind: math.exp(rng.uniform(math.log(0.05), math.log(0.9)))
+        for kind in FAULTS
+        if kind not in RELAY_FAULTS and rng.random() < 0.35
+    }
     if rng.random() < 0.05:
         kinds = {}
-    faults = []
-    for kind, rate in kinds.items():
-        at = rng.expovariate(rate)
-        while at < seconds:
-            faults.append(_draw_fault(rng, kind, at, ranks))
-            at += rng.expovariate(rate)
+    faults = _draw_faults(rng, kinds, seconds, ranks)
+    shares_memory, stays = rng.random() < 0.6, rng.random() < 0.75
+    of_relays = random.Random(f"relays/{mode}/{seed}")
+    relays = stays and settings.get("arch") != POOLS and of_relays.random() < 0.4
+    if relays:
+        more = {kind: of_relays.uniform(0.05, 0.4) for kind in RELAY_FAULTS if of_relays.random() < 0.4}
+        kinds, faults = kinds | more, faults + _draw_faults(of_relays, more, seconds, ranks)
     return Scenario(
         seed=seed,
         mode=mode,
         seconds=seconds,
         settings=settings,
-        shares_memory=rng.random() < 0.6,
-        stays=rng.random() < 0.75,
+        shares_memory=shares_memory,
+        stays=stays,
         journal=rng.random() < 0.85,
+        relays=relays,
         states=states,
         restores_always=rng.random() < 0.6,
         rates=rates,
@@ -229,6 +241,17 @@ def _draw_speculation(rng: random.Random) -> dict[str, Any]:
     if rng.random() < 0.4:
         return {"speculate": "off"}
     return {"speculate": "ngram", "draft_tokens": rng.choice((None, 1, 2, 5))}
+
+
+def _draw_faults(rng: random.Random, kinds: Mapping[str, float], seconds: float, ranks: int) -> list[Fault]:
+    """Faults of these kinds, so many a second."""
+    faults: list[Fault] = []
+    for kind, rate in kinds.items():
+        at = rng.expovariate(rate)
+        while at < seconds:
+            faults.append(_draw_fault(rng, kind, at, ranks))
+            at += rng.expovariate(rate)
+    return faults
 
 
 def _draw_fault(rng: random.Random, kind: str, at: float, ranks: int) -> Fault:

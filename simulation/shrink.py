@@ -31,7 +31,7 @@ def shrink(scenario: Scenario, fails: Callable[[Scenario], bool], *, most_runs: 
             plain = tuple(dataclasses.replace(client, **{name: None}) for client in scenario.clients)
             if plain != scenario.clients and still_fails(candidate := dataclasses.replace(scenario, clients=plain)):
                 scenario = candidate
-        for name, value in (("journal", False), ("restores_always", False), ("shares_memory", True)):
+        for name, value in (("journal", False), ("restores_always", False), ("shares_memory", True), ("relays", False)):
             plainer = dataclasses.replace(scenario, **{name: value})
             if plainer != scenario and still_fails(plainer):
                 scenario = plainer

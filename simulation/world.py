@@ -10,7 +10,6 @@ from typing import Protocol
 from planner.plan.pools import POOLS
 from serving.core.start import pool_ranks
 from serving.engine.limits import Limits
-from serving.executor.executor import RankExecutor
 from serving.executor.incarnation import Loss
 from serving.executor.mesh_key import MeshKey
 from serving.proto.moejax.v1 import link_pb2
@@ -18,7 +17,8 @@ from simulation.disk import Disk
 from simulation.exchange import Communicator, Coordinators, Gathering, Member, SimulatedCoordinator
 from simulation.hand_model import PREPARED
 from simulation.hand_rank import HandRank, HandStore
-from simulation.link import LinkQuality, Stream
+from simulation.host_agent import RelayingFront, SimulatedHostAgent
+from simulation.link import LinkQuality, Peer, Stream
 from simulation.rank import SimulatedRank
 from simulation.scenario import Scenario
 
@@ -31,14 +31,8 @@ WALL_S = 1.7e9
 MAX_VIOLATIONS = 20
 
 
-class FrontProcess(Protocol):
+class FrontProcess(RelayingFront, Peer, Protocol):
     """A front as its world knows it."""
-
-    dead: bool
-
-    def executor_of(self, rank: int) -> RankExecutor | None:
-        """The executor that a rank dials; None before the front listens to it."""
-        ...
 
 
 class World:
@@ -72,13 +66,18 @@ class World:
         self.happened: dict[str, int] = {}
         """Faults that took effect, by kind."""
         self._pids = 1000
-        self._streams: list[tuple[object, Stream]] = []
+        self._streams: list[Stream] = []
         self._gatherings: dict[object, Gathering] = {}
         self._communicators: dict[object, Communicator] = {}
         self._epochs: dict[tuple[int, str], tuple[object, MeshKey, set[SimulatedRank]]] = {}
         """By epoch and pool: the front that gave it, the mesh, and who adopted it."""
         self._draws = self.random("world")
         self._entering = self.random("entering")
+        hosts = dict.fromkeys(self.settings.host_of(rank) for rank in range(self.settings.ranks))
+        self.agents = {host: SimulatedHostAgent(self, host) for host in hosts} if scenario.relays else {}
+        """The agent of each host whose ranks share a stream."""
+        for agent in self.agents.values():
+            agent.quality.late, agent.quality.late_s = rates["late"], rates["late_s"]
 
     def random(self, purpose: str) -> random.Random:
         """A source of randomness that is the same in every run of this scenario."""
@@ -112,15 +111,24 @@ class World:
         if before is not None and before.alive and not before.doomed:
             self.violated(f"rank {rank} is started again while its process {before.pid} runs and was not killed")
         self._pids += 1
+        token, agent = f"token {self._pids}", self.agents.get(self.settings.host_of(rank))
+
+        def over(process: SimulatedRank, how: str) -> None:
+            if agent is not None:
+                agent.forget(token)
+            ended(process, how)
+
+        if agent is not None:
+            agent.expect(token)
         hand = HandRank(rank, self.store, self.limits.buckets, max_pages=self.limits.max_pages, layers=PREPARED.layers)
         each = SimulatedRank(
             self,
             hand,
             pid=self._pids,
-            token=f"token {self._pids}",
+            token=token,
             stays=self.scenario.stays,
             draw=self.random(f"rank/{rank}/{self._pids}"),
-            ended=ended,
+            ended=over,
         )
         self.ranks[rank] = each
         self.processes.append(each)
@@ -134,18 +142,23 @@ class World:
 
     def dial(self, rank: SimulatedRank) -> Stream | None:
         """See `simulation.rank.RankWorld.dial`."""
-        front = self.front
-        if front is None or front.dead or front.executor_of(rank.rank) is None:
+        peer = self.agents[self.settings.host_of(rank.rank)].process if self.agents else self.front
+        if peer is None or peer.dead or peer.attach_service(rank.rank) is None:
             return None
-        stream = Stream(front, rank, self.links[rank.rank], self.random(f"link/{rank.pid}/{self.loop.time()}"))
-        self._streams = [each for each in self._streams if not each[1].closed]
-        self._streams.append((front, stream))
+        stream = Stream(peer, rank, self.links[rank.rank], self.random(f"link/{rank.pid}/{self.loop.time()}"))
+        self._streams = [each for each in self._streams if not each.closed]
+        self._streams.append(stream)
         return stream
+
+    @property
+    def relaying_front(self) -> RelayingFront | None:
+        """See `simulation.host_agent.AgentWorld.relaying_front`."""
+        return self.front
 
     def streams_of(self, rank: int) -> list[Stream]:
         """The open streams of a rank."""
         process = self.ranks.get(rank)
-        return [stream for _, stream in self._streams if not stream.closed and stream.is_of(process)]
+        return [stream for stream in self._streams if not stream.closed and stream.is_of(process)]
 
     def ranks_of_host(self, rank: int) -> list[int]:
         """The ranks of the host that a rank is on."""
@@ -165,12 +178,18 @@ class World:
         """The process of a front has ended."""
         for service in self.coordinators.services.values():
             service.die()
-        for owner, stream in self._streams:
-            if owner is front:
-                stream.front_died()
+        self.peer_died(front)
+        for agent in self.agents.values():
+            agent.front_died(front)
         if not self.scenario.stays:
             for rank in self.ranks.values():
                 rank.die("its parent has ended")
+
+    def peer_died(self, peer: object) -> None:
+        """A process that served streams of ranks has ended."""
+        for stream in self._streams:
+            if stream.peer_process is peer:
+                stream.peer_died()
 
     # -- What ranks do together ---------------------------------------------------------------------------------
 
@@ -228,7 +247,8 @@ class World:
     def adopted(self, rank: SimulatedRank, message: link_pb2.Adopt, stream: Stream) -> None:
         """A rank has adopted a plan. An epoch is used once, for one plan, by one front; ranks of the plan before that
         it lacks have been fenced, unless they were lost after the plan was sent: one that drains leaves alive."""
-        mesh, front, sent_at = MeshKey.read(message.mesh), stream.front, stream.adopt_sent_at[message.epoch]
+        mesh, origin = MeshKey.read(message.mesh), stream.origin
+        front, sent_at = origin.front, origin.adopt_sent_at[message.epoch]
         for lost in rank.exchanged_with:
             if lost.rank in mesh.ranks or not lost.alive or lost.doomed_at is None:
                 continue

@@ -136,12 +136,19 @@ class HostRelay:
     async def run(self) -> None:
         """Serve the ranks, and keep a stream to the front, until cancelled."""
         server, _ = await RankListener(address=self.address).open(self)
+        try:
+            await self.pass_on()
+        finally:
+            await server.stop(0)
+
+    async def pass_on(self) -> None:
+        """Keep a stream to the front for the ranks that attach, until cancelled."""
         beating, refusal = asyncio.create_task(self._send_beats()), ""
         try:
             while True:
                 await self._wanted.wait()
                 try:
-                    await self._pass_on()
+                    await self._dial()
                 except (ValueError, KeyError, TypeError) as error:  # nothing else sends what cannot be read
                     self._log(f"{self._channel.front}: {type(error).__name__}: {error}")
                 except grpc.RpcError as error:
@@ -157,7 +164,6 @@ class HostRelay:
                 await asyncio.sleep(REDIAL_S)
         finally:
             beating.cancel()
-            await server.stop(0)
 
     # -- Ranks --------------------------------------------------------------------------------------------------
 
@@ -264,7 +270,7 @@ class HostRelay:
 
     # -- The front ----------------------------------------------------------------------------------------------
 
-    async def _pass_on(self) -> None:
+    async def _dial(self) -> None:
         """Dial the front, and pass on until it is gone."""
         reports: asyncio.Queue[link_pb2.HostReport | None] = asyncio.Queue()
         async with self._channel.open_aio() as connection:
