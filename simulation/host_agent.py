@@ -42,6 +42,8 @@ class AgentWorld(Protocol):
     """The surroundings of a host agent."""
 
     loop: asyncio.AbstractEventLoop
+    closing: bool
+    """The run ends: what has died is not started again."""
 
     @property
     def relaying_front(self) -> RelayingFront | None:
@@ -104,14 +106,21 @@ class SimulatedHostAgent:
 
     async def die(self) -> None:
         """The process ends; another one follows."""
-        process, self.process = self.process, None
-        if process is not None:
+        if self.process is not None:
             self._world.note(f"the host agent of {self.host} ends")
-            await process.kill()
-            self._world.peer_died(process)
+            await self.end()
             self._world.loop.call_later(self._draw.uniform(*RESTART_S), self._start)
 
+    async def end(self) -> None:
+        """The process ends."""
+        process, self.process = self.process, None
+        if process is not None:
+            await process.kill()
+            self._world.peer_died(process)
+
     def _start(self) -> None:
+        if self._world.closing:
+            return
         self.process = AgentProcess(self._world, self.host, self.quality, self._draw)
         for token in sorted(self._tokens):
             self.process.relay.expect(token)

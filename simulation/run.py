@@ -158,6 +158,8 @@ async def _play(world: World, clients: list[SimulatedClient]) -> None:
             client.violated(f"the client failed: {type(error).__name__}: {error}")
     for rank in world.processes:
         rank.die("the run has ended")
+    for agent in world.agents.values():
+        await agent.end()
 
 
 async def _check_liveness(

@@ -60,7 +60,9 @@ def rank_on(client: Client, label: str) -> int:
 
 
 def test_every_rank_is_on_the_host_that_it_said(joined: Client) -> None:
-    assert [rank.host for rank in joined.status().ranks] == ["amber", "amber", "birch", "cedar"]
+    ranks = joined.status().ranks
+    assert [rank.host for rank in ranks] == ["amber", "amber", "birch", "cedar"]
+    assert [rank.relay for rank in ranks] == ["amber", "amber", "", ""]
 
 
 def test_a_joined_rank_that_is_killed_changes_no_token_and_comes_back(joined: Client, traffic: Traffic) -> None:
@@ -90,6 +92,22 @@ def test_a_joined_rank_that_hangs_is_killed_by_its_host_agent(joined: Client, tr
     traffic.during(joined, lambda: joined.kill(rank_on(joined, "amber"), "SIGSTOP"))
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the stopped process is gone")
     wait_until_whole(joined)
+
+
+def test_a_host_agent_that_hangs_is_lost_with_its_ranks_and_changes_no_token(
+    hosts: Hosts, joined: Client, traffic: Traffic
+) -> None:
+    before, agent = last_event(joined), hosts.processes["amber"]
+    relayed = {rank.id for rank in joined.status().ranks if rank.relay == "amber"}
+    traffic.during(joined, lambda: agent.send_signal(signal.SIGSTOP))
+    lost = {event.rank: event.cause for event in events_since(joined, before) if event.kind == "rank_lost"}
+    assert lost.keys() == relayed
+    assert not any(joined.status().ranks[rank].relay for rank in relayed)
+    agent.send_signal(signal.SIGCONT)
+    wait_until_whole(joined)
+    assert {rank.id for rank in joined.status().ranks if rank.relay == "amber"} == relayed
+    traffic.during(joined)
+    assert joined.status().compiles_after_ready == 0
 
 
 def test_a_host_that_vanishes_changes_no_token_and_is_taken_in_again(
