@@ -24,6 +24,7 @@ from serving.engine.page_pool import PagePool
 from serving.engine.state import EngineState
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import NO_DELAY
+from serving.executor.host_stream import HostStepWait
 from serving.executor.incarnation import Incarnation
 from serving.executor.rank_monitor import DelayEvidence
 from serving.executor.step_pipeline import StepPipeline
@@ -144,6 +145,14 @@ def _answer_of_another_step() -> list[Change]:
     return _wrapped(Incarnation, "take_pending_step", wrap)
 
 
+def _host_answers_early() -> list[Change]:
+    def end(self: HostStepWait) -> None:
+        if self._answers and not self.future.done():
+            self.future.set_result(self._answers)
+
+    return [(HostStepWait, "_end", end)]
+
+
 def _missing_not_masked() -> list[Change]:
     def wrap(adopt: Callable[..., Any]) -> Callable[..., Any]:
         async def believes(self: Adoption, plan: Plan, desired: Plan) -> list[Any]:
@@ -219,6 +228,7 @@ MUTANTS = (
         lambda: _nothing(Failover, "mark_comm_broken"),
     ),
     Mutant("answer_of_another_step", "an answer belongs to the step that it names", _answer_of_another_step),
+    Mutant("host_answers_early", "a step has ended on a host when all its ranks have answered", _host_answers_early),
     Mutant(
         "moved_without_entries",
         "a request that moves takes its KV entries along",
