@@ -84,7 +84,7 @@ class Peer(Protocol):
     dead: bool
 
     def attach_service(self, rank: int) -> AttachService | None:
-        """What a rank dials; None while nothing listens."""
+        """The service that a rank dials; None while nothing listens."""
         ...
 
     def origin(self, rank: int) -> Origin:
