@@ -97,7 +97,7 @@ def _factors(result: Accuracy, mask: np.ndarray) -> dict[str, float]:
         return figures.factor if figures else 1.0
 
     alone = np.where(result.settings.alone, result.ttft, np.nan)
-    fallback = result.left_out["model"]
+    fallback = result.left_out("model")
     tpot = max(factor(result.tpot, result.tpot), factor(fallback, fallback))
     found = {"tpot": tpot, "ttft": factor(alone, alone), "rate": factor(result.full, result.full)}
     return {"count": int(mask.sum()), **{name: round(value, 3) for name, value in found.items()}}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from planner.cli.command import CommandResult
 from planner.cli.table import table
-from planner.cost.accuracy import KINDS, Accuracy, ErrorFigures, accuracy_of, error_figures
+from planner.cost.accuracy import KINDS, PAIRS, Accuracy, ErrorFigures, accuracy_of, error_figures
 from planner.cost.engine_fit import ALONE
 from planner.cost.measurements import read_measurements
 from planner.errors import InputError
@@ -21,17 +22,27 @@ HEAD = ["", "settings", "bias", "factor", "in 1.25x", "in 2x"]
 
 def accuracy(options: Namespace) -> CommandResult:
     """`accuracy DATA`."""
-    measurements, left = read_measurements(options.data)
+    measurements, left = read_measurements(options.data, configs=_configs(options.config or ()))
     if not measurements:
         raise InputError(f"{options.data} has no setting that the planner expresses; rows left out: {_reasons(left)}")
     result = accuracy_of(measurements, options.engine)
-    data = accuracy_data(result, left, refit=not options.no_refit)
+    apart = () if options.no_refit else (*KINDS, PAIRS) if options.pairs else KINDS
+    data = accuracy_data(result, left, apart=apart)
     return CommandResult(data=data, text=accuracy_report(data))
 
 
-def accuracy_data(result: Accuracy, left: Counter[str], *, refit: bool = True) -> dict:
+def _configs(given: Sequence[str]) -> dict[str, str]:
+    """The texts NAME=FILE as a mapping."""
+    pairs = [each.partition("=") for each in given]
+    for name, _, file in pairs:
+        if not name or not file:
+            raise InputError(f"--config: {name!r} is not NAME=FILE, a model_path of the table and its config.json")
+    return {name: file for name, _, file in pairs}
+
+
+def accuracy_data(result: Accuracy, left: Counter[str], *, apart: Sequence[str] = KINDS) -> dict:
     """The errors as data: of all settings and by kind, with the planner's constants, and with constants fitted without
-    the kind where `refit`; the rows left out, by reason."""
+    each model, chip or whatever is kept `apart`; the rows left out, by reason."""
     alone = result.settings.alone
     data: dict = {
         "settings": len(result.measurements),
@@ -47,8 +58,10 @@ def accuracy_data(result: Accuracy, left: Counter[str], *, refit: bool = True) -
         data["tpot"][kind] = {name: _figures(result.tpot[labels == name]) for name in names}
         data["ttft"][kind] = {name: _figures(result.ttft[(labels == name) & alone]) for name in names}
         data["tokens_per_second"][kind] = {name: _figures(result.full[labels == name]) for name in names}
-        if refit and kind in KINDS and len(names) > 1:
-            errors = result.left_out[kind]
+    for kind in apart:
+        labels = result.labels(kind)
+        if len(names := sorted(set(labels))) > 1:
+            errors = result.left_out(kind)
             each = {name: _figures(errors[labels == name]) for name in names}
             data["refitted"][kind] = {"all": _figures(errors), **each}
     return data
@@ -61,7 +74,8 @@ def _figures(errors: np.ndarray) -> dict | None:
 
 def accuracy_report(data: dict) -> str:
     """The tables of errors, at most 80 columns wide."""
-    lines = [f"{data['settings']:,} measured settings; rows left out:"]
+    none = "" if data["left_out_rows"] else " none"
+    lines = [f"{data['settings']:,} measured settings; rows left out:{none}"]
     lines += [f"  {count:>5,}  {reason}"[:80] for reason, count in Counter(data["left_out_rows"]).most_common()]
     titles = {
         "tpot": "time per output token",
@@ -74,7 +88,8 @@ def accuracy_report(data: dict) -> str:
             rows += [_row(f"{kind} {name}", each) for name, each in data[quantity][kind].items() if each]
         lines += ["", title, table(HEAD, rows)]
     for kind, found in data["refitted"].items():
-        rows = [_row("all" if name == "all" else f"{kind} {name}", each) for name, each in found.items() if each]
+        before = f"{kind} " if kind in KINDS else ""
+        rows = [_row("all" if name == "all" else f"{before}{name}", each) for name, each in found.items() if each]
         title = f"time per output token, constants fitted without the {kind}"
         lines += ["", title, table(HEAD, rows)]
     lines += ["", "bias: geometric mean of predicted over measured", "factor: of the larger over the smaller of both"]

@@ -193,6 +193,13 @@ def _show(subs) -> None:
     p.add_argument("data", help="table (CSV) of measured settings, of AIConfigurator's form")
     p.add_argument("--engine", choices=engine_names()[1:], default="cuda-graph", help="constants of a step")
     p.add_argument("--no-refit", action="store_true", help="leave out the errors of constants fitted without a kind")
+    p.add_argument("--pairs", action="store_true", help="also fit constants without each pair of model and chip")
+    p.add_argument(
+        "--config",
+        action="append",
+        metavar="NAME=FILE",
+        help="config.json of the model whose model_path is NAME, for a model that no shipped configuration describes",
+    )
     p = _command(subs, "buckets", commands.buckets, "Propose buckets that leave fewer rows of a step empty.")
     p.add_argument("counts", help="counts file that a server writes, in the folder steps of its cache")
     p.add_argument("--current", help="buckets to compare with, as 2,0;8,2 (default: those of the last server)")

@@ -14,6 +14,7 @@ from planner.cost.measurements import Measurement
 from planner.inputs.engine import Engine, engine_names, read_profile
 
 KINDS = ("model", "chip", "engine")
+PAIRS = "model and chip"
 FULL = 64
 """The concurrency from which on tokens/s count as those of a server at full load."""
 
@@ -78,18 +79,18 @@ class Accuracy:
         return np.log(predict(s, self.engine).rate / np.where(loaded, measured, np.nan))
 
     def labels(self, kind: str) -> np.ndarray:
-        """The model, chip, engine, or batch (concurrency, in steps of 4) of each setting, as text."""
+        """The model, chip, engine, model and chip, or batch (concurrency, in steps of 4) of each setting, as text."""
         if kind == "batch":
             edges = 4 ** np.ceil(np.log(np.maximum(1, self.settings.concurrency)) / np.log(4)).astype(int)
             return np.array([f"up to {edge}" for edge in edges])
+        if kind == PAIRS:
+            return np.array([f"{m.model} on {m.chip}" for m in self.measurements])
         return np.array([getattr(m, kind) for m in self.measurements])
 
-    @cached_property
-    def left_out(self) -> Mapping[str, np.ndarray]:
+    def left_out(self, kind: str) -> np.ndarray:
         """Errors of the time per output token, each with constants fitted without any setting of its model (its chip,
-        its engine), by kind. nan where all settings are of one."""
-        found = {}
-        for kind in KINDS:
+        its engine, its pair of model and chip). nan where all settings are of one."""
+        if kind not in self._left_out:
             labels, errors = self.labels(kind), np.full(len(self.measurements), np.nan)
             for label in np.unique(labels):
                 inside = labels == label
@@ -98,8 +99,12 @@ class Accuracy:
                 engine = fit_engine(self.settings.only(~inside), start=self.engine)
                 held = self.settings.only(inside)
                 errors[inside] = np.log(predict(held, engine).tpot / held.tpot)
-            found[kind] = errors
-        return found
+            self._left_out[kind] = errors
+        return self._left_out[kind]
+
+    @cached_property
+    def _left_out(self) -> dict[str, np.ndarray]:
+        return {}
 
 
 def accuracy_of(measurements: Sequence[Measurement], name: str) -> Accuracy:

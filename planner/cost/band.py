@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
+from planner.cost.measured_models import measured_name
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import HERE, engine_of, read_profile
 from planner.inputs.traffic import Traffic
@@ -111,7 +112,7 @@ def band_of(workload: Workload, cluster: Cluster, shape: Shape, requests: float,
     checked = read_profile(engine.name)[1]
     limits, kinds = checked["limits"], checked["kinds"]
     beyond = _beyond(limits, workload, cluster, shape, requests, prompt)
-    chip, model = cluster.hardware.name, workload.name
+    chip, model = cluster.hardware.name, measured_name(workload.name)
     own = kinds.get(f"{chip} {model}")
     others = own is None or own["count"] < FEW
     if others:

@@ -12,55 +12,30 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Any
 
+from planner.cost.measured_models import KnownModel, find_chip, find_measured, read_configs
+from planner.cost.measured_row import Row, check_columns
 from planner.cost.throughput import requests_that_fit
 from planner.errors import InputError
-from planner.inputs.cluster import Cluster, read_cluster
-from planner.inputs.published import PublishedModel, WeightForm, find_published, published_model, workload_of
+from planner.inputs.cluster import Cluster
+from planner.inputs.published import PublishedModel, WeightForm, workload_of
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.shape import Shape
 from planner.solver.shapes import cache_pages, memory_budget, rest_bytes
 
-COLUMNS = (
-    *("backend", "backend_version", "model_path", "system", "precision", "mode", "isl", "osl", "batch_size"),
-    *("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size"),
-    *("silicon_ttft_ms", "silicon_tpot_ms", "silicon_data_source"),
-)
-
-LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
-QWEN3_32B = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "intermediate_size": 25600}
-MINIMAX_M2 = {
-    "hidden_size": 3072,
-    "num_hidden_layers": 62,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 1536,
-    "vocab_size": 200064,
+WIDE = ("bfloat16", 2.0)
+PRECISIONS = {
+    **dict.fromkeys(("", "bf16", "bfloat16", "fp16", "float16"), WIDE),
+    "fp8": ("fp8", 1.0),
+    "int8": ("int8", 1.0),
+    "fp4": ("nvfp4", 0.5625),
+    "nvfp4": ("nvfp4", 0.5625),
+    "int4": ("int4", 0.5625),
 }
-MODELS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    (r"deepseek-(r1|v3)", "deepseek-v3", "deepseek-v3", {}),
-    (r"kimi-k2", "kimi-k2", "kimi-k2", {}),
-    (r"gpt-oss-120b", "gpt-oss-120b", "gpt-oss-120b", {}),
-    (r"gpt-oss-20b", "gpt-oss-20b", "gpt-oss-20b", {}),
-    (r"qwen3-235b", "qwen3-235b-a22b", "qwen3-235b-a22b", {}),
-    (r"qwen3-30b", "qwen3-30b-a3b", "qwen3-30b-a3b", {}),
-    (r"minimax-m2", "minimax-m2", "qwen3-235b-a22b", MINIMAX_M2),
-    (r"llama-3\.1-70b", "llama-3.1-70b", "llama-3.1-8b", LLAMA_70B),
-    (r"llama-3\.1-8b", "llama-3.1-8b", "llama-3.1-8b", {}),
-    (r"qwen3-32b", "qwen3-32b", "qwen3-8b", QWEN3_32B),
-    (r"qwen3-8b", "qwen3-8b", "qwen3-8b", {}),
-    (r"mixtral-8x7b", "mixtral-8x7b", "mixtral-8x7b", {}),
-)
-"""Models of measured settings: a pattern of `model_path`, the name, the shipped configuration with matrices of this
-kind, and the sizes that differ from it. MiniMax-M2's matrices are those of a Qwen3-MoE of its sizes."""
+"""The format of weights, and bytes of a parameter, by `precision`."""
 
 DISTINCT, ROUNDS = 100, 10
 """Distinct prompts, and requests for each of the concurrency, of benchmarks whose prompts repeat (`_cached`)."""
@@ -93,31 +68,31 @@ class Measurement:
     ttft: float
 
 
-def read_measurements(path: str | Path) -> tuple[list[Measurement], Counter[str]]:
+def read_measurements(
+    path: str | Path, *, configs: Mapping[str, str] | None = None
+) -> tuple[list[Measurement], Counter[str]]:
     """The settings of a table that the planner expresses, each once, and the number of rows left out by reason.
 
-    Raises InputError for a file that is no such table.
+    `configs` has the config.json of models by their `model_path`, before the shipped ones. Raises InputError for a file that is no such table.
     """
     try:
         with open(path, newline="") as file:
             rows = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-            if missing:
-                raise InputError(f"{path} has no column {missing[0]}; it is no table of measured settings")
-            return _select(list(rows), str(path))
+            check_columns(list(rows.fieldnames or ()), str(path))
+            return _select(list(rows), str(path), read_configs(configs or {}))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text; a table of measured settings is CSV") from None
 
 
-def _select(rows: list[dict[str, str]], where: str) -> tuple[list[Measurement], Counter[str]]:
+def _select(rows: list[dict[str, str | None]], where: str, given: Mapping[str, KnownModel]) -> tuple[list[Measurement], Counter[str]]:
     found: dict[tuple, Measurement] = {}
     left: Counter[str] = Counter()
     for number, row in enumerate(rows, start=2):
         try:
-            got = _measurement(row)
-        except ValueError as error:
+            got = _measurement(Row(row), given)
+        except InputError as error:
             raise InputError(f"{where}, line {number}: {error}") from None
         if isinstance(got, str):
             left[got] += 1
@@ -130,28 +105,32 @@ def _select(rows: list[dict[str, str]], where: str) -> tuple[list[Measurement], 
     return list(found.values()), left
 
 
-def _measurement(row: Mapping[str, str]) -> Measurement | str:
+def _measurement(row: Row, given: Mapping[str, KnownModel]) -> Measurement | str:
     """The measurement of a row, or why the planner does not express it."""
-    if row["mode"] != "agg":
-        return "prompts and answers on pools of their own"
-    if (model := _model(row["model_path"])) is None:
-        return f"model {row['model_path']}"
-    if (chip := _chip(row["system"])) is None:
-        return f"chip {row['system']}"
+    if (mode := row.text("mode")) != "agg":
+        return "prompts and answers on pools of their own" if mode == "disagg" else f"mode {mode}"
+    path = row.text("model_path")
+    if (model := given.get(path) or find_measured(path)) is None:
+        return f"model {path}"
+    if (chip := find_chip(row.text("system"))) is None:
+        return f"chip {row.text('system')}"
     name, published = model
+    if (form := _form(published, row)) is None:
+        return f"precision {row.text('precision')}"
     if _may_speculate(name, row):
         return "may predict several tokens a step, which its row does not say"
     parallel = _parallelism(row)
     if isinstance(parallel, str):
         return parallel
     tensor, data, concurrency = parallel
-    traffic = Traffic(prompt=int(row["isl"]), output=int(row["osl"]), cached=_cached(row, concurrency))
-    tpot, ttft = float(row["silicon_tpot_ms"]) / 1e3, float(row["silicon_ttft_ms"] or 0) / 1e3
+    traffic = Traffic(prompt=row.count("isl"), output=row.count("osl"), cached=_cached(row, concurrency))
+    tpot, ttft = row.seconds("silicon_tpot_ms"), row.seconds("silicon_ttft_ms")
+    if not tpot:
+        return "no measured time per output token"
     if concurrency >= MANY and tpot * 1e3 < TOGETHER_MS:
         return f"concurrency of {MANY} and more that was not served together"
     if tensor > chip.per_host or published.heads % tensor:
         return "tensor groups wider than a host, or that do not divide the heads"
-    form = _form(published, row)
     workload = workload_of(replace(published, form=form), name=name, cache=_cache(form, row), cache_scales=False)
     count = tensor * data
     shape = Shape(
@@ -168,10 +147,10 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
     if fits < 1:
         return "weights and one request do not fit by the planner's count"
     return Measurement(
-        name=row.get("id", ""),
+        name=row.text("id"),
         model=name,
         chip=chip.name,
-        engine=row["backend"],
+        engine=row.text("backend"),
         workload=workload,
         cluster=cluster,
         shape=shape,
@@ -184,21 +163,20 @@ def _measurement(row: Mapping[str, str]) -> Measurement | str:
     )
 
 
-def _parallelism(row: Mapping[str, str]) -> tuple[int, int, int] | str:
+def _parallelism(row: Row) -> tuple[int, int, int] | str:
     """Ranks of a tensor group, number of tensor groups, and the concurrency, or the reason why they are not clear.
 
     Some rows name the product of two widths that are the same ranks: `tp4_ep4` on four devices as a tensor width of 16
     with experts over 4 x 4, and attention on n devices, each for itself, as a tensor width of n times n groups.
     """
-    given = row["attention_dp_size"]
-    tensor, data = int(row["tp_size"] or 1), int(given or 1)
-    inner, outer = int(row["moe_tp_size"] or 1), int(row["moe_ep_size"] or 1)
-    batch = int(row["batch_size"])
-    named = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
-    if named is None and "gtl_job_id=" in row["silicon_data_source"]:
+    tensor, data = row.count("tp_size"), row.width("attention_dp_size")
+    inner, outer = row.width("moe_tp_size"), row.width("moe_ep_size")
+    batch, source = row.count("batch_size"), row.text("silicon_data_source")
+    named = re.search(r"silicon_concurrency=(\d+)", source)
+    if named is None and "gtl_job_id=" in source:
         return "replicas behind a router, with a concurrency that its row does not say"
     concurrency = int(named[1]) if named else batch * data
-    if int(row["pp_size"] or 1) != 1:
+    if row.count("pp_size") != 1:
         return "pipelines"
     if concurrency != batch * data:
         return "a concurrency that is not its batch times its attention groups"
@@ -211,22 +189,22 @@ def _parallelism(row: Mapping[str, str]) -> tuple[int, int, int] | str:
     return tensor, data, concurrency
 
 
-def _expert_tensor(row: Mapping[str, str], ranks: int) -> int:
+def _expert_tensor(row: Row, ranks: int) -> int:
     """Ranks that share each expert; 1 where experts are whole, as in rows that name the same ranks twice
     (`_parallelism`)."""
-    inner, outer = int(row["moe_tp_size"] or 1), int(row["moe_ep_size"] or 1)
+    inner, outer = row.width("moe_tp_size"), row.width("moe_ep_size")
     return inner if inner * outer == ranks else 1
 
 
-def _may_speculate(model: str, row: Mapping[str, str]) -> bool:
+def _may_speculate(model: str, row: Row) -> bool:
     """Whether a row may be of a server that predicts several tokens a step: DeepSeek-V3 on TensorRT-LLM of builds with
     which B200s gave 0.5 to 0.65 of the time per token of the builds between them."""
-    version = row["backend_version"]
-    builds = "rc6.post3" in version or (version == "1.1.0rc2.post2" and row["system"].startswith("b200"))
-    return model == "deepseek-v3" and row["backend"] == "trtllm" and builds
+    version = row.text("backend_version")
+    builds = "rc6.post3" in version or (version == "1.1.0rc2.post2" and row.text("system").startswith("b200"))
+    return model == "deepseek-v3" and row.text("backend") == "trtllm" and builds
 
 
-def _cached(row: Mapping[str, str], concurrency: int) -> float:
+def _cached(row: Row, concurrency: int) -> float:
     """The share of prompts that are in the engine's prefix cache, since the benchmark sent them before.
 
     GenAI-Perf and AIPerf send `DISTINCT` different prompts unless a script asks for more (`--num-dataset-entries`), and
@@ -236,8 +214,8 @@ def _cached(row: Mapping[str, str], concurrency: int) -> float:
     alone, and with these shares (nothing is fitted to them) the times agree. Tables of the same source with lengths in
     powers of two are of other benchmarks, and show no repeated prompt.
     """
-    source = row["silicon_data_source"]
-    repeats = "/aic-auto-gap-analysis/" in source and "gtl_job_id=" not in source and int(row["isl"]) % 1000 == 0
+    source = row.text("silicon_data_source")
+    repeats = "/aic-auto-gap-analysis/" in source and "gtl_job_id=" not in source and row.count("isl") % 1000 == 0
     return max(0.0, 1 - DISTINCT / (ROUNDS * concurrency)) if repeats else 0.0
 
 
@@ -250,32 +228,16 @@ def _fits(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic) 
     return requests_that_fit(workload, pages, traffic) if pages else 0
 
 
-@lru_cache
-def _model(path: str) -> tuple[str, PublishedModel] | None:
-    for pattern, name, base, sizes in MODELS:
-        if re.search(pattern, path.lower()):
-            return name, published_model({**find_published(base)[1], **sizes})
-    return None
-
-
-@lru_cache
-def _chip(system: str) -> Cluster | None:
-    try:
-        return read_cluster(system.removesuffix("_sxm"))
-    except InputError:
-        return None
-
-
-def _form(model: PublishedModel, row: Mapping[str, str]) -> WeightForm:
+def _form(model: PublishedModel, row: Row) -> WeightForm | None:
     """The form of the weights: `fp4` is NVFP4 on all matrices but those of latent attention, as published for these
-    models, `int4` that of experts alone; gpt-oss has its own."""
+    models, `int4` that of experts alone; gpt-oss has its own. None for a precision that is not known."""
     if model.family == "gpt_oss":
         return model.form
-    path = row["model_path"]
-    precision = "fp8" if "FP8" in path else "fp4" if "NVFP4" in path else row["precision"]
-    name, low = {"fp8": ("fp8", 1.0), "fp4": ("nvfp4", 0.5625), "int4": ("int4", 0.5625)}.get(
-        precision, ("bfloat16", 2.0)
-    )
+    path = row.text("model_path")
+    precision = "fp8" if "FP8" in path else "fp4" if "NVFP4" in path else row.text("precision").lower()
+    if precision not in PRECISIONS:
+        return None
+    name, low = PRECISIONS[precision]
     latent = model.latent is not None
     return WeightForm(
         format=name,
@@ -287,8 +249,8 @@ def _form(model: PublishedModel, row: Mapping[str, str]) -> WeightForm:
     )
 
 
-def _cache(form: WeightForm, row: Mapping[str, str]) -> str:
+def _cache(form: WeightForm, row: Row) -> str:
     """The format of the KV cache: that which a checkpoint of ModelOpt names (`kv_cache_quant_algo`: FP8), as NVFP4 ones
     are, and all that NVIDIA publishes; 16-bit numbers otherwise. A row does not say more."""
-    of_modelopt = form.format == "nvfp4" or row["model_path"].startswith("nvidia/")
+    of_modelopt = form.format == "nvfp4" or row.text("model_path").startswith("nvidia/")
     return "fp8" if of_modelopt else "bfloat16"

@@ -121,11 +121,12 @@ def workload_of(
 
 def _kernels(model: PublishedModel, p: ParameterCounts) -> int:
     """The kernels that engines launch for one step, counted by part of a layer: norms, projections, rotation, attention
-    and its output (8), norms of queries and keys (2), the projections of latent attention (5), an indexer (6), scaling
-    of narrow inputs (2); a dense feed-forward part (3), routing, sorting and two products of experts (6), a shared
-    expert (3)."""
+    and its output (8), norms of queries and keys (2), the projections of latent attention (5), scaling of narrow inputs
+    (2); a dense feed-forward part (3), routing, sorting and two products of experts (6), a shared expert (3). An
+    indexer has 15 in SGLang: three projections, a norm, rotation and two copies, two transforms, two scalings, the
+    write to its cache, two of the weights of heads, the scores and their choice."""
     narrow = min(model.form.attention, model.form.dense) < 2
-    latent = 5 * (model.latent is not None) + 6 * (model.indexer is not None)
+    latent = 5 * (model.latent is not None) + 15 * (model.indexer is not None)
     attention = 8 + 2 * (model.qk_norm != "none") + latent + 2 * narrow
     routed = 6 + 3 * bool(p.shared)
     return model.layers * attention + (model.layers - p.moe_layers) * 3 + p.moe_layers * routed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from planner.cli.main import main
-from planner.cost.accuracy import accuracy_of, error_figures
+from planner.cost.accuracy import PAIRS, accuracy_of, error_figures
 from planner.cost.measurements import read_measurements
 from planner.inputs.engine import read_profile
 
@@ -34,7 +34,7 @@ def test_times_per_token_are_within_the_goal(result):
 @needs_data
 @pytest.mark.parametrize("kind", ["model", "chip", "engine"])
 def test_what_the_fit_has_not_seen_is_predicted_as_well(result, kind):
-    labels, errors = result.labels(kind), result.left_out[kind]
+    labels, errors = result.labels(kind), result.left_out(kind)
     for label in set(labels):
         figures = error_figures(errors[labels == label])
         assert figures is not None
@@ -42,6 +42,16 @@ def test_what_the_fit_has_not_seen_is_predicted_as_well(result, kind):
     everything = error_figures(errors)
     assert everything is not None
     assert everything.within_125 >= 0.75
+
+
+@needs_data
+def test_a_model_on_a_chip_that_the_fit_has_not_seen_together_is_predicted_as_well(result):
+    labels, errors = result.labels(PAIRS), result.left_out(PAIRS)
+    each = {label: error_figures(errors[labels == label]) for label in set(labels)}
+    everything = error_figures(errors)
+    assert everything is not None
+    assert everything.factor <= 1.20
+    assert sum(figures.factor <= 1.25 for figures in each.values()) >= 0.85 * len(each)
 
 
 @needs_data

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from planner.cost.engine_fit import EXPECTED, FITTED, fit_engine, fit_variants, predict, settings_of
-from planner.cost.measurements import COLUMNS, read_measurements
+from planner.cost.measured_row import COLUMNS
+from planner.cost.measurements import read_measurements
 from planner.cost.roofline import first_token_time, prefill_time, step_time
 from planner.cost.throughput import token_gap
 from planner.errors import InputError
@@ -138,7 +139,7 @@ def test_two_widths_of_the_same_ranks_are_one(tmp_path):
 def test_a_file_that_is_no_table_is_named(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="no column backend"):
+    with pytest.raises(InputError, match="no columns backend, .* has these"):
         read_measurements(file)
     write(file, [rows()[0] | {"isl": "many"}])
     with pytest.raises(InputError, match="line 2"):
