@@ -54,7 +54,9 @@ class CapacityModel:
             if r.group >= 0:
                 self.members.setdefault(r.group, []).append(r)
         self.expert_rank_count = len(plan.expert_ranks)
+        self.idle = [r for r in plan.ranks if r.group < 0 and r.role == "expert" and self.shape.arch != "disaggregated"]
         self.dense_group = _dense_groups(plan.ranks, self.shape.tensor, self.shape.dense)
+        self.dense_group_count = len(set(self.dense_group.values()))
         self._peak = plan.figure("peak_load", 1.0)
         self._predictions: dict[tuple, Candidate] = {}
         self._token_seconds: dict[tuple, float] = {}
@@ -180,7 +182,7 @@ def _by_roles(capacity_model: CapacityModel, dead: Collection[int], *, switch: b
         peer_bytes=rest_bytes(capacity_model.deployment.workload, shape.tensor, shape.dense) if begin else 0,
         peer_ranks=len(begin),
         redirected=len(dense_broken),
-        dense_lost=len(dense_broken) == len(set(capacity_model.dense_group.values())) > 0,
+        dense_lost=len(dense_broken) == capacity_model.dense_group_count > 0,
     )
 
 
@@ -190,12 +192,7 @@ def _regroupings(capacity_model: CapacityModel, dead: Collection[int], *, narrow
     gone = [capacity_model.place[i] for i in dead]
     broken = {r.group for r in gone if r.group >= 0}
     left = [r for g in sorted(broken) for r in capacity_model.members[g] if r.id not in dead]
-    apart = shape.arch == "disaggregated"
-    idle = [
-        r
-        for r in capacity_model.place.values()
-        if r.group < 0 and r.role == "expert" and r.id not in dead and not apart
-    ]
+    idle = [r for r in capacity_model.idle if r.id not in dead]
     expert_rank_count = capacity_model.expert_rank_count - sum(r.role in EXPERT_ROLES for r in gone)
     ranks = len(capacity_model.place) - len(gone)
     dense_broken = {capacity_model.dense_group[i] for i in dead if i in capacity_model.dense_group}
@@ -220,7 +217,7 @@ def _regroupings(capacity_model: CapacityModel, dead: Collection[int], *, narrow
             dense=dense,
             broken_groups=len(broken),
             redirected=len(dense_broken) if tensor == shape.tensor else 0,
-            dense_lost=len(dense_broken) == len(set(capacity_model.dense_group.values())) > 0,
+            dense_lost=len(dense_broken) == capacity_model.dense_group_count > 0,
             roles=roles,
             peer_bytes=more if more > 0 else weights if again else 0,
             peer_ranks=(data if more > 0 else again) * tensor,
