@@ -32,7 +32,9 @@ def check_columns(names: list[str], where: str) -> None:
     if missing := [name for name in NEEDED if name not in names]:
         columns = "columns" if len(missing) > 1 else "column"
         rest = "" if missing == list(NEEDED) else f" {', '.join(NEEDED)}"
-        raise InputError(f"{where} has no {columns} {', '.join(missing)}; a table of measured settings has{rest or ' these'}")
+        raise InputError(
+            f"{where} has no {columns} {', '.join(missing)}; a table of measured settings has{rest or ' these'}"
+        )
 
 
 class Row:

@@ -73,7 +73,8 @@ def read_measurements(
 ) -> tuple[list[Measurement], Counter[str]]:
     """The settings of a table that the planner expresses, each once, and the number of rows left out by reason.
 
-    `configs` has the config.json of models by their `model_path`, before the shipped ones. Raises InputError for a file that is no such table.
+    `configs` has the config.json of models by their `model_path`, before the shipped ones. Raises InputError for a file
+    that is no such table, and for a value that is none, with its line and column.
     """
     try:
         with open(path, newline="") as file:
@@ -86,7 +87,9 @@ def read_measurements(
         raise InputError(f"{path} is no text; a table of measured settings is CSV") from None
 
 
-def _select(rows: list[dict[str, str | None]], where: str, given: Mapping[str, KnownModel]) -> tuple[list[Measurement], Counter[str]]:
+def _select(
+    rows: list[dict[str, str | None]], where: str, given: Mapping[str, KnownModel]
+) -> tuple[list[Measurement], Counter[str]]:
     found: dict[tuple, Measurement] = {}
     left: Counter[str] = Counter()
     for number, row in enumerate(rows, start=2):

@@ -51,7 +51,8 @@ def test_a_model_on_a_chip_that_the_fit_has_not_seen_together_is_predicted_as_we
     everything = error_figures(errors)
     assert everything is not None
     assert everything.factor <= 1.20
-    assert sum(figures.factor <= 1.25 for figures in each.values()) >= 0.85 * len(each)
+    near = [figures for figures in each.values() if figures and figures.factor <= 1.25]
+    assert len(near) >= 0.85 * len(each)
 
 
 @needs_data

@@ -139,7 +139,7 @@ def test_two_widths_of_the_same_ranks_are_one(tmp_path):
 def test_a_file_that_is_no_table_is_named(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="no columns backend, .* has these"):
+    with pytest.raises(InputError, match=r"no columns backend, .* has these"):
         read_measurements(file)
     write(file, [rows()[0] | {"isl": "many"}])
     with pytest.raises(InputError, match="line 2"):

@@ -96,13 +96,17 @@ def test_systems_name_chips():
 )
 def test_a_broken_value_is_named_with_its_line_and_column(tmp_path, column, value, message):
     file = written(tmp_path / "data.csv", GOOD, GOOD | {column: value})
-    with pytest.raises(InputError, match=rf"data\.csv, line 3: column {column} is '{value}', it must be .*{message[8:]}"):
+    with pytest.raises(
+        InputError, match=rf"data\.csv, line 3: column {column} is '{value}', it must be .*{message[8:]}"
+    ):
         read_measurements(file)
 
 
 def test_columns_that_are_missing_are_all_named(tmp_path):
     short = {key: value for key, value in GOOD.items() if key not in ("isl", "silicon_tpot_ms")}
-    with pytest.raises(InputError, match="has no columns isl, silicon_tpot_ms; a table of measured settings has backend"):
+    with pytest.raises(
+        InputError, match="has no columns isl, silicon_tpot_ms; a table of measured settings has backend"
+    ):
         read_measurements(written(tmp_path / "data.csv", short))
 
 
