@@ -37,7 +37,7 @@ def check_columns(names: list[str], where: str) -> None:
         )
 
 
-class Row:
+class SettingRow:
     """The values of one row by column. Methods raise InputError, which names the column, for a value that is none."""
 
     def __init__(self, values: Mapping[str, str | None]) -> None:

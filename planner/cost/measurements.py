@@ -16,7 +16,7 @@ from math import ceil
 from pathlib import Path
 
 from planner.cost.measured_models import KnownModel, find_chip, find_measured, read_configs
-from planner.cost.measured_row import Row, check_columns
+from planner.cost.measured_row import SettingRow, check_columns
 from planner.cost.throughput import requests_that_fit
 from planner.errors import InputError
 from planner.inputs.cluster import Cluster
@@ -94,7 +94,7 @@ def _select(
     left: Counter[str] = Counter()
     for number, row in enumerate(rows, start=2):
         try:
-            got = _measurement(Row(row), given)
+            got = _measurement(SettingRow(row), given)
         except InputError as error:
             raise InputError(f"{where}, line {number}: {error}") from None
         if isinstance(got, str):
@@ -108,7 +108,7 @@ def _select(
     return list(found.values()), left
 
 
-def _measurement(row: Row, given: Mapping[str, KnownModel]) -> Measurement | str:
+def _measurement(row: SettingRow, given: Mapping[str, KnownModel]) -> Measurement | str:
     """The measurement of a row, or why the planner does not express it."""
     if (mode := row.text("mode")) != "agg":
         return "prompts and answers on pools of their own" if mode == "disagg" else f"mode {mode}"
@@ -166,7 +166,7 @@ def _measurement(row: Row, given: Mapping[str, KnownModel]) -> Measurement | str
     )
 
 
-def _parallelism(row: Row) -> tuple[int, int, int] | str:
+def _parallelism(row: SettingRow) -> tuple[int, int, int] | str:
     """Ranks of a tensor group, number of tensor groups, and the concurrency, or the reason why they are not clear.
 
     Some rows name the product of two widths that are the same ranks: `tp4_ep4` on four devices as a tensor width of 16
@@ -192,14 +192,14 @@ def _parallelism(row: Row) -> tuple[int, int, int] | str:
     return tensor, data, concurrency
 
 
-def _expert_tensor(row: Row, ranks: int) -> int:
+def _expert_tensor(row: SettingRow, ranks: int) -> int:
     """Ranks that share each expert; 1 where experts are whole, as in rows that name the same ranks twice
     (`_parallelism`)."""
     inner, outer = row.width("moe_tp_size"), row.width("moe_ep_size")
     return inner if inner * outer == ranks else 1
 
 
-def _may_speculate(model: str, row: Row) -> bool:
+def _may_speculate(model: str, row: SettingRow) -> bool:
     """Whether a row may be of a server that predicts several tokens a step: DeepSeek-V3 on TensorRT-LLM of builds with
     which B200s gave 0.5 to 0.65 of the time per token of the builds between them."""
     version = row.text("backend_version")
@@ -207,7 +207,7 @@ def _may_speculate(model: str, row: Row) -> bool:
     return model == "deepseek-v3" and row.text("backend") == "trtllm" and builds
 
 
-def _cached(row: Row, concurrency: int) -> float:
+def _cached(row: SettingRow, concurrency: int) -> float:
     """The share of prompts that are in the engine's prefix cache, since the benchmark sent them before.
 
     GenAI-Perf and AIPerf send `DISTINCT` different prompts unless a script asks for more (`--num-dataset-entries`), and
@@ -231,7 +231,7 @@ def _fits(workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic) 
     return requests_that_fit(workload, pages, traffic) if pages else 0
 
 
-def _form(model: PublishedModel, row: Row) -> WeightForm | None:
+def _form(model: PublishedModel, row: SettingRow) -> WeightForm | None:
     """The form of the weights: `fp4` is NVFP4 on all matrices but those of latent attention, as published for these
     models, `int4` that of experts alone; gpt-oss has its own. None for a precision that is not known."""
     if model.family == "gpt_oss":
@@ -252,7 +252,7 @@ def _form(model: PublishedModel, row: Row) -> WeightForm | None:
     )
 
 
-def _cache(form: WeightForm, row: Row) -> str:
+def _cache(form: WeightForm, row: SettingRow) -> str:
     """The format of the KV cache: that which a checkpoint of ModelOpt names (`kv_cache_quant_algo`: FP8), as NVFP4 ones
     are, and all that NVIDIA publishes; 16-bit numbers otherwise. A row does not say more."""
     of_modelopt = form.format == "nvfp4" or row.text("model_path").startswith("nvidia/")
