@@ -71,6 +71,8 @@ class Supervisor:
         self._selector = stack.enter_context(selectors.DefaultSelector())
         self._ranks = RankParent(run.path)
         stack.callback(self._ranks.end)
+        if settings.launcher == "local":
+            self._ranks.prepare()
         self._selector.register(self._ranks, selectors.EVENT_READ, self._ranks)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)

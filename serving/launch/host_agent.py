@@ -20,8 +20,9 @@ from typing import Protocol
 import grpc
 
 from serving.errors import MoejaxError
+from serving.launch.forkserver import Forkserver
 from serving.launch.rank_channel import ENV_RELAY, RankChannel
-from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec
+from serving.launch.rank_process import ENV_STAY, RANK_PROGRAM, ChildProcess, LaunchSpec
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.protocol.prepared_model import PreparedModel, prepare_model
 from serving.version import build
@@ -84,13 +85,19 @@ class StreamRelay(Protocol):
 
 class HostAgent:
     """The agent of one slot. Its ranks attach through `relay`, if there is one. `await run()` returns only when it is
-    cancelled, and leaves no process then."""
+    cancelled, and leaves no process of a rank then."""
 
     def __init__(
-        self, channel: RankChannel, offer: SlotOffer, log: Callable[[str], None], relay: StreamRelay | None = None
+        self,
+        channel: RankChannel,
+        offer: SlotOffer,
+        forkserver: Forkserver,
+        log: Callable[[str], None],
+        relay: StreamRelay | None = None,
     ) -> None:
         self._relay = relay
         self._channel = channel
+        self._forkserver = forkserver
         self._offer = offer
         self._log_line = log
         self._last_line = ""
@@ -197,7 +204,7 @@ class HostAgent:
             variables[ENV_RELAY] = self._relay.address
         variables |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
         spec = LaunchSpec.of(order.rank, self._channel.front, logs, self._offer.threads, order.token, variables)
-        process = ChildProcess(spec.start(), spec, lambda _: self._rank_exited(incarnation))
+        process = ChildProcess(spec.start(self._forkserver), spec, lambda _: self._rank_exited(incarnation))
         self._running = RunningRank(order, process)
         self._log(f"rank {order.rank} (pid {process.pid})")
         started = link_pb2.RankStarted(incarnation=incarnation, pid=process.pid)
@@ -259,10 +266,15 @@ async def run_agents(
     channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None], relay: StreamRelay | None = None
 ) -> None:
     """Run one agent for each slot until cancelled; ranks of all slots attach through `relay`, if there is one."""
-    with contextlib.suppress(asyncio.CancelledError):
-        async with asyncio.TaskGroup() as group:
-            for offer in offers:
-                group.create_task(HostAgent(channel, offer, log, relay).run())
+    forkserver = Forkserver(RANK_PROGRAM)
+    forkserver.prepare()
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            async with asyncio.TaskGroup() as group:
+                for offer in offers:
+                    group.create_task(HostAgent(channel, offer, forkserver, log, relay).run())
+    finally:
+        forkserver.end()
 
 
 def prepared_message(model: PreparedModel, threads: int) -> link_pb2.ModelPrepared:

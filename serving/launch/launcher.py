@@ -39,7 +39,7 @@ class Launcher:
     secret: str = ""
     cluster_module: ModuleType | None = None
     started: list[Any] = dataclasses.field(default_factory=list)
-    """The host agents that `cluster_module` started."""
+    """What ends with the server, each by its `stop`: the host agents that `cluster_module` started, or the starter."""
 
     @classmethod
     def of(
@@ -80,7 +80,8 @@ class Launcher:
     def _local(cls, settings: Settings, logs: Path, run: RunFolder | None, ranks: Collection[int] | None) -> Self:
         threads, heartbeat_s = threads_of_a_rank(settings.ranks), settings.heartbeat_s
         if run is None:
-            return cls(starter=LocalStarter(logs, threads), listener=RankListener(heartbeat_s=heartbeat_s))
+            starter = LocalStarter(logs, threads)
+            return cls(starter=starter, listener=RankListener(heartbeat_s=heartbeat_s), started=[starter])
         listener = RankListener(address=run.link, heartbeat_s=heartbeat_s)
         return cls(starter=SupervisedStarter(run.path, logs, threads, ranks), listener=listener)
 
@@ -102,7 +103,7 @@ class Launcher:
         return await self.host_pool.wait_for_slots(settings.ranks, address, timeout_s, log)
 
     async def close(self) -> None:
-        """End what the cluster manager started."""
+        """End what was started beside the ranks."""
         for each in self.started:
             await asyncio.to_thread(each.stop)
 

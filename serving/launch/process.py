@@ -1,4 +1,4 @@
-"""Processes of one machine: a child that ends with its parent, and memory that ranks share."""
+"""Processes of one machine: a child that ends with its parent, children of others, and memory that ranks share."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37
 
 
 def die_with_parent() -> None:
@@ -16,6 +16,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def adopting() -> Iterator[None]:
+    """Be the parent of descendants whose own parent ends while the context is entered."""
+    prctl, before = ctypes.CDLL(None).prctl, ctypes.c_int()
+    prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
 @contextlib.contextmanager

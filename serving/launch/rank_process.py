@@ -16,10 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
-from serving.launch.code import Code
+from serving.launch.forkserver import QUIET, Forkserver, Order
 from serving.launch.last_words import last_words
 from serving.launch.run_delay import run_delay_s
 
+RANK_PROGRAM = "serving.worker.main"
+"""The module whose `main` is a rank."""
+IMPORTS_S = 10.0
+"""Longest wait for a rank's imports in the fork server, before any rank runs: those that start at once share them."""
 FENCE_POLL_S = 0.001
 PF_EXITING = 0x4
 """A flag in /proc/PID/stat (linux/sched.h): the process has begun to exit."""
@@ -128,15 +132,18 @@ class LaunchSpec:
         os.close(descriptor)
         token = token or secrets.token_hex(16)
         link = {ENV_FRONT: front, ENV_RANK: str(rank), ENV_TOKEN: token, "NPROC": str(threads)}
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
-        return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **link, **quiet})
+        return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **link, **QUIET})
 
-    def start(self, code: Code | None = None) -> "subprocess.Popen[bytes]":
-        """Start the process as a child of this one, with `code` unless it runs that of this process."""
-        code = code or Code.own()
+    def start(self, forkserver: Forkserver, *, wait_s: float = 0.0) -> "ChildHandle":
+        """Start the process as a child of this one. It is forked where the fork server of RANK_PROGRAM is ready within
+        `wait_s` seconds, else it makes its imports itself."""
+        forked = forkserver.fork(Order(variables=self.variables, log=self.log), wait_s=wait_s)
+        if forked is not None:
+            return forked
+        code = forkserver.code
         with Path(self.log).open("wb") as out:
             return subprocess.Popen(
-                code.command("serving.worker.main"),
+                code.command(forkserver.module),
                 env={**code.environment(), **self.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -159,6 +166,14 @@ class ProcessHandle(Protocol):
         ...
 
 
+class ChildHandle(ProcessHandle, Protocol):
+    """A child of this process."""
+
+    def kill(self) -> None:
+        """Send it SIGKILL, unless it has ended."""
+        ...
+
+
 def describe_exit(code: int | None, output: str) -> str:
     """How a process ended, with its last output unless it was killed: then that says nothing."""
     how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
@@ -171,11 +186,18 @@ class LocalStarter:
     def __init__(self, folder: Path, threads: int) -> None:
         self._folder = folder
         self._threads = threads
+        self._forkserver = Forkserver(RANK_PROGRAM)
+        self._started = False
 
     def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:
         """See `RankStarter.start`."""
         spec = LaunchSpec.of(rank, front, self._folder, self._threads)
-        return ChildProcess(spec.start(), spec, on_exit)
+        wait_s, self._started = 0.0 if self._started else IMPORTS_S, True
+        return ChildProcess(spec.start(self._forkserver, wait_s=wait_s), spec, on_exit)
+
+    def stop(self) -> None:
+        """End what is left of this server when its ranks have ended."""
+        self._forkserver.end()
 
     def orphans(self) -> Mapping[int, Callable[[OnExit], RankProcess]]:
         """No ranks: children end with their parent."""

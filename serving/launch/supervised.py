@@ -11,14 +11,23 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.launch.code import Code, known_fields
-from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, OnExit, RankProcess
+from serving.launch.forkserver import Forkserver
+from serving.launch.rank_process import (
+    ENV_STAY,
+    IMPORTS_S,
+    RANK_PROGRAM,
+    ChildHandle,
+    ChildProcess,
+    LaunchSpec,
+    OnExit,
+    RankProcess,
+)
 
 SOCKET = "ranks"
 """Name of the socket in the run folder."""
@@ -28,16 +37,32 @@ _POLL_S = 0.001
 
 
 class RankParent:
-    """The supervisor's side: the parent of all ranks, in the thread that made it. Ranks run `code`, that of this
-    process unless it is set; `on_upgrade` answers what fronts ask about upgrades."""
+    """The supervisor's side: the parent of all ranks, in the thread that made it. Ranks run the code of this process
+    until `use` says otherwise; `on_upgrade` answers what fronts ask about upgrades."""
 
     def __init__(self, folder: Path) -> None:
-        self.code = Code.own()
         self.on_upgrade: Callable[[Mapping[str, Any]], Any] = lambda _: None
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(folder / SOCKET))
         self._socket.listen()
-        self._children: dict[int, tuple[LaunchSpec, subprocess.Popen[bytes]]] = {}
+        self._children: dict[int, tuple[LaunchSpec, ChildHandle]] = {}
+        self._forkserver = Forkserver(RANK_PROGRAM)
+
+    def prepare(self) -> None:
+        """Make the imports of the ranks that will be asked for."""
+        self._forkserver.prepare()
+
+    @property
+    def code(self) -> Code:
+        """The code that ranks run which start now."""
+        return self._forkserver.code
+
+    def use(self, code: Code) -> None:
+        """Have ranks run other code from now on."""
+        self._forkserver.end()
+        self._forkserver = Forkserver(RANK_PROGRAM, code)
+        if self._children:
+            self.prepare()
 
     def fileno(self) -> int:
         """A descriptor for a selector: readable when a request waits for `answer`."""
@@ -71,7 +96,7 @@ class RankParent:
             return self.on_upgrade(upgrade)
         if start is not None:
             spec = LaunchSpec(**known_fields(LaunchSpec, start))
-            process = spec.start(self.code)
+            process = spec.start(self._forkserver, wait_s=0.0 if self._children else IMPORTS_S)
             self._children[process.pid] = spec, process
             return process.pid
         if ended is not None:
@@ -88,6 +113,7 @@ class RankParent:
             process.kill()
         for _, process in self._children.values():
             process.wait()
+        self._forkserver.end()
         self._socket.close()
 
 

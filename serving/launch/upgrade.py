@@ -51,7 +51,9 @@ class ReplacedEdges(Protocol):
 class RunsCode(Protocol):
     """A part of the supervisor that starts processes with some code."""
 
-    code: Code
+    def use(self, code: Code) -> None:
+        """Start processes with other code from now on."""
+        ...
 
 
 class Upgrade:
@@ -192,7 +194,7 @@ class Upgrade:
     def _enter(self, stage: UpgradeStage) -> None:
         self._deadline = time.monotonic() + self._start_s
         if stage == "ranks":
-            self._ranks.code = self.record.code
+            self._ranks.use(self.record.code)
         self._set(stage=stage)
 
     def _fail(self, cause: str) -> None:
@@ -204,7 +206,7 @@ class Upgrade:
         log.error("the upgrade to %s is rolled back: %s", record.code.build, cause)
         self._edges.drop_successor()
         self._edges.successor_failed = ""
-        self._ranks.code = record.origin
+        self._ranks.use(record.origin)
         self._set(state="rolling_back", code=record.origin, origin=record.code, cause=cause)
         if self._standby.code.build != record.origin.build:
             self._standby.use(record.origin)

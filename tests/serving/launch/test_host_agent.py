@@ -14,10 +14,12 @@ import pytest
 import serving.launch.host_agent
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import FailureDetectorSettings
+from serving.launch.forkserver import Forkserver
 from serving.launch.host_agent import HostAgent, SlotOffer, prepared_message
 from serving.launch.host_pool import HostPool
 from serving.launch.rank_channel import RankChannel
 from serving.launch.rank_listener import RankListener
+from serving.launch.rank_process import RANK_PROGRAM
 from serving.launch.run_delay import run_delay_s
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.prepared_model import PreparedModel
@@ -82,13 +84,15 @@ async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orphan_timeou
     monkeypatch.setattr(serving.launch.host_agent, "REDIAL_S", 0.05)
     front = free_address()
     offer = SlotOffer(secret="", host="a", orphan_timeout_s=orphan_timeout_s)
-    agent = HostAgent(RankChannel(front=front, address="127.0.0.1"), offer, lambda text: None)
+    forkserver = Forkserver(RANK_PROGRAM)
+    agent = HostAgent(RankChannel(front=front, address="127.0.0.1"), offer, forkserver, lambda text: None)
     running = asyncio.create_task(agent.run())
     yield front
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
     assert agent._running is None
+    forkserver.end()
 
 
 def is_there(pid: int) -> bool:
