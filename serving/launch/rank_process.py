@@ -23,7 +23,7 @@ from serving.launch.run_delay import run_delay_s
 RANK_PROGRAM = "serving.worker.main"
 """The module whose `main` is a rank."""
 IMPORTS_S = 10.0
-"""Longest wait for a rank's imports in the fork server, before any rank runs: those that start at once share them."""
+"""Longest wait for the imports in the fork server while no rank runs: ranks that start at once share them."""
 FENCE_POLL_S = 0.001
 PF_EXITING = 0x4
 """A flag in /proc/PID/stat (linux/sched.h): the process has begun to exit."""
