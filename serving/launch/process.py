@@ -20,7 +20,7 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def adopting() -> Iterator[None]:
-    """Be the parent of descendants whose own parent ends while the context is entered."""
+    """Adopt descendants whose parent ends while the context is entered."""
     prctl, before = ctypes.CDLL(None).prctl, ctypes.c_int()
     prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
