@@ -39,7 +39,7 @@ class Launcher:
     secret: str = ""
     cluster_module: ModuleType | None = None
     started: list[Any] = dataclasses.field(default_factory=list)
-    """Things that end with the server, each by its `stop`: host agents that `cluster_module` started, or the starter."""
+    """Things that end with the server, each by its `stop`: host agents of `cluster_module`, or the starter."""
 
     @classmethod
     def of(
