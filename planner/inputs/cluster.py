@@ -250,7 +250,10 @@ def _of_kinds(name: str, devices: list[Device], preset: object, differs: Mapping
 
     def described(kind: object) -> Hardware:
         base = _read_toml(_preset(kind, where))["hardware"] if kind else {}
-        return Hardware(**{**base, **differs})
+        try:
+            return Hardware(**{**base, **differs})
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     if len(names) == 1:
         plain = tuple(replace(d, kind="") for d in devices)

@@ -55,6 +55,14 @@ def test_a_model_far_smaller_than_those_measured_says_so():
     assert not measured.beyond
 
 
+def test_models_with_the_matrices_of_a_measured_one_have_its_error():
+    cluster = read_cluster("b300:1x8")
+    first, second = (band_of(read_model(name), cluster, shape(8, 48), 16, 1024) for name in ("kimi-k2", "kimi-k2.5"))
+    assert "of this kind" in first.source()
+    assert (first.tpot, first.count) == (second.tpot, second.count)
+    assert "of this kind" in band_of(read_model("minimax-m2.5"), cluster, shape(8, 32), 16, 1024).source()
+
+
 def test_drafts_other_formats_and_other_models_say_so():
     model = read_model("qwen3-235b-a22b")
     for changed, why in (
