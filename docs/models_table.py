@@ -52,6 +52,9 @@ in prompts as in decode, so that a request that is computed again has the same b
 ([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and they are served
 with `--tensor 1` and collocated ranks.
 
+Layers with a window of MiMo-V2-Flash, Laguna and Step-3.5 have heads and a rotary embedding of their own. The cache has
+rows of one width, that of the wider kind of layer; it keeps the positions before a window too.
+
 These are known and not read yet, because the decoder lacks a part:
 
 | `model_type` | what the decoder lacks |

@@ -1,5 +1,6 @@
 """The configuration of attention that only some models have: scaled rotary frequencies, growing scores, latent
-attention, the indexer that chooses its positions, and gated delta nets and short convolutions in its place."""
+attention, the indexer that chooses its positions, heads of their own in layers with a window, and gated delta nets and
+short convolutions in the place of attention."""
 
 import dataclasses
 from typing import Literal
@@ -9,6 +10,7 @@ from planner.inputs.latent_attention import LatentAttention
 from planner.inputs.layer_states import DeltaNet, ShortConvolution
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
+from planner.inputs.windowed_attention import WindowedHeads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,16 @@ class RopeScaling:
         return dataclasses.replace(
             self, factors=self.long_factors, magnitude=self.long_magnitude, long_factors=(), long_magnitude=1.0
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowedConfig(WindowedHeads):
+    """The attention of layers with a window, where it is not that of the other layers: its heads and its rotary
+    embedding, whose fields mean what those of the same names in ModelConfig mean."""
+
+    rope_base: float = 10_000.0
+    rope_dims: int | None = None
+    rope_scaling: RopeScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

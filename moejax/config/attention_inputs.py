@@ -55,11 +55,16 @@ class AttentionInputs:
     """Queries meet the value followed by the key (`moejax.model.projections`): Hq = Hv + Hk, or less where an indexer's
     key follows."""
     index: IndexInputs | None = None
+    d_value: int | None = struct.field(pytree_node=False, default=None)
+    """Numbers of a head's value where they are not as many as a row has for each head: it may be wider than its heads
+    (`ModelConfig.cache_parts`), and keys may be of another size."""
 
     @property
     def is_plain(self) -> bool:
-        """True when there is no window, no chunk, no sink and no latent: the case that the kernels cover."""
-        return self.window is None and self.chunk is None and self.sinks is None and not self.latent
+        """True when there is no window, no chunk, no sink and no latent, and rows are as wide as their heads: the case
+        that the kernels cover."""
+        special = (self.window, self.chunk, self.sinks, self.d_value)
+        return all(each is None for each in special) and not self.latent
 
     def last_positions(self) -> Int[ArrayLike, " Z"]:
         """The highest position of each segment's queries `[Z]`."""

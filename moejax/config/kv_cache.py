@@ -91,9 +91,16 @@ def bytes_per_token(cfg: ModelConfig) -> int:
 
 def to_cache_format(cfg: ModelConfig, k: Float[ArrayLike, "*R Wk"], v: Float[ArrayLike, "*R Wv"]) -> KVCache:
     """New keys and values as the cache holds them. A part is scaled by its own numbers alone, so that a row does not
-    depend on its batch; one with numbers that are not finite has a scale that is not."""
-    rows = (_rounded(values, sizes, cfg.cache_format) for values, sizes in zip((k, v), cfg.cache_parts, strict=True))
-    return KVCache(*rows)
+    depend on its batch; one with numbers that are not finite has a scale that is not. Rows that are narrower than those
+    of the cache end in zeros."""
+    rows = zip((k, v), cfg.cache_parts, strict=True)
+    return KVCache(*(_rounded(_widened(values, sum(sizes)), sizes, cfg.cache_format) for values, sizes in rows))
+
+
+def _widened(values: Float[ArrayLike, "*R W"], width: int) -> Float[ArrayLike, "*R wide"]:
+    """Rows with zeros up to this width."""
+    missing = width - values.shape[-1]
+    return jnp.pad(values, (*((0, 0),) * (values.ndim - 1), (0, missing))) if missing else values
 
 
 def from_cache_format(rows: Any) -> Float[ArrayLike, "*R W"]:

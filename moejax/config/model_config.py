@@ -14,6 +14,7 @@ from moejax.config.attention_config import (
     RopeScaling,
     ScoreGrowth,
     ShortConvolutionConfig,
+    WindowedConfig,
 )
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
@@ -28,8 +29,12 @@ CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 LayerKind = Literal["dense", "moe", "sharded"]
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
-_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "packed": None}
+_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "d_value": None, "value_scale": 1.0}
+_LATER |= {"packed": None, "windowed": None, "gate_by_head": False, "gate_function": "sigmoid"}
+_LATER |= {"expert_limits": (), "dense_limits": ()}
 """Fields that are written only where they differ from these, which earlier releases mean."""
+_LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap")
+"""Fields of experts that are written only where they differ from their defaults."""
 
 _NESTED = {
     "moe": MoEConfig,
@@ -39,6 +44,7 @@ _NESTED = {
     "delta_net": DeltaNetConfig,
     "short_convolution": ShortConvolutionConfig,
     "rope_scaling": RopeScaling,
+    "windowed": WindowedConfig,
     "score_growth": ScoreGrowth,
 }
 
@@ -52,6 +58,8 @@ class ModelConfig:
     `cache_format` that of keys and values in the cache (`moejax.config.kv_cache`); all are chosen when a model is
     served.
 
+    `expert_limits` and `dense_limits` are those of MoEConfig for each layer, 0 for none.
+
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
     `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. With `shard_dense` the
     dense layers of a model with experts are cut into as many shards as there are experts, and ranks hold those in slots
@@ -60,13 +68,15 @@ class ModelConfig:
 
     `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, or with
     `chunked` their chunk of so many positions (Llama 4), except `full_layers`; `unrotated_layers` have no rotary
-    embedding. Scores grow as `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all`
-    heads at once (OLMoE), with `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only
-    where they are rotated (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid of the
-    layer's input, and `post_norms` norms the outputs of attention and feed-forward before they are added (both
-    Trinity). `sinks` gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries,
-    keys and values. `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are
-    Granite's.
+    embedding. With `windowed`, layers with a window have heads and a rotary embedding of their own. Values have
+    `d_value` numbers a head (`d_head` by default) and are multiplied by `value_scale`. Scores grow as
+    `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE), with
+    `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only where they are rotated
+    (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid, or as `gate_function` says by
+    a softplus, of the layer's input, one for each number or with `gate_by_head` for each head, and `post_norms`
+    norms the outputs of attention and feed-forward before they are added (both Trinity). `sinks` gives each head a
+    score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
+    `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's.
 
     With an `indexer`, latent attention sees the positions that it chooses; its keys are cached beside the others.
 
@@ -87,6 +97,8 @@ class ModelConfig:
     n_kv_heads: int
     d_head: int
     d_ff: int
+    d_value: int | None = None
+    value_scale: float = 1.0
     family: str = "moejax"
     weights: WeightFormat = "float32"
     packed: PackedForm | None = None
@@ -103,12 +115,15 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "all", "l2"] = "none"
     norm_after_rope: bool = False
     attention_gate: bool = False
+    gate_by_head: bool = False
+    gate_function: Literal["sigmoid", "softplus"] = "sigmoid"
     post_norms: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
     window: int | None = None
     full_layers: tuple[int, ...] = ()
     chunked: bool = False
+    windowed: WindowedConfig | None = None
     unrotated_layers: tuple[int, ...] = ()
     score_growth: ScoreGrowth | None = None
     attention_scale: float | None = None
@@ -125,6 +140,8 @@ class ModelConfig:
     state_layers: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     moe_every: int = 1
+    expert_limits: tuple[float, ...] = ()
+    dense_limits: tuple[float, ...] = ()
     dense_layers: tuple[int, ...] = ()
     shard_dense: bool = False
     mtp: bool = False
@@ -175,6 +192,15 @@ class ModelConfig:
             self._check_indexer(self.indexer)
         if self.delta_net or self.short_convolution or self.state_layers:
             self._check_state_layers()
+        for field in ("expert_limits", "dense_limits"):
+            limits = getattr(self, field)
+            if limits and (self.moe is None or self.mtp or len(limits) != self.n_layers or min(limits) < 0):
+                raise ConfigError(
+                    f"{field} is {list(limits)} in a model of {self.n_layers} layers; it has a number of at least 0 "
+                    "for each layer of a model with experts and without mtp."
+                )
+        if self.windowed is not None:
+            self._check_windowed()
         if self.mtp and self.cache_format != "float32":
             raise ConfigError(
                 f"cache_format is {self.cache_format} with mtp: a layer of multi-token prediction keeps float32 only "
@@ -187,6 +213,18 @@ class ModelConfig:
             )
         if self.shard_dense:
             self._check_sharded_dense()
+
+    def _check_windowed(self) -> None:
+        sees_all = [i for i, window in enumerate(self.windows) if window is None]
+        if self.window is None or self.chunked or not 0 < len(sees_all) < self.n_layers:
+            raise ConfigError(
+                f"windowed is given, but window is {self.window}, chunked is {self.chunked}, and {len(sees_all)} of "
+                f"{self.n_layers} layers see everything; it needs layers with a window and layers without."
+            )
+        if self.latent is not None or self.state_layers or self.mtp:
+            raise ConfigError("windowed is given with latent attention, states or mtp, beside which it is not served.")
+        for index in range(self.n_layers):
+            self.of_layer(index)
 
     def _check_indexer(self, indexer: IndexerConfig) -> None:
         if self.latent is None or not self.latent.d_query:
@@ -225,6 +263,8 @@ class ModelConfig:
             raise ConfigError(f"{self.n_kv_heads} key/value heads with latent attention; it has one per query head.")
         for field, off in (
             ("attention_gate", False),
+            ("d_value", None),
+            ("value_scale", 1.0),
             ("unrotated_layers", ()),
             ("qk_norm", "none"),
             ("qkv_bias", False),
@@ -274,9 +314,38 @@ class ModelConfig:
             )
         if self.weights == "int4":
             _check_groups(self, self.n_heads // tensor * self.d_head, f"shards of attention (tensor {tensor})")
-        return dataclasses.replace(
-            self, n_heads=self.n_heads // tensor, n_kv_heads=self.n_kv_heads // tensor, tensor=tensor
-        )
+        windowed = None if self.windowed is None else self._windowed_shard(self.windowed, tensor)
+        n_heads, n_kv_heads = self.n_heads // tensor, self.n_kv_heads // tensor
+        return dataclasses.replace(self, n_heads=n_heads, n_kv_heads=n_kv_heads, windowed=windowed, tensor=tensor)
+
+    def _windowed_shard(self, windowed: WindowedConfig, tensor: int) -> WindowedConfig:
+        if windowed.n_kv_heads % tensor:
+            raise ConfigError(
+                f"{windowed.n_kv_heads} key/value heads of the layers of {self.name} with a window cannot be sharded "
+                f"over {tensor} ranks. Choose a tensor that divides {windowed.n_kv_heads} and {self.n_kv_heads}."
+            )
+        heads, kv_heads = windowed.n_heads // tensor, windowed.n_kv_heads // tensor
+        return dataclasses.replace(windowed, n_heads=heads, n_kv_heads=kv_heads)
+
+    def of_layer(self, index: int) -> "ModelConfig":
+        """The configuration as layer `index` sees it: that of a model all of whose layers have this one's attention
+        (`windowed`) and limits. Fields that name layers are those of the whole model."""
+        own: dict[str, Any] = {}
+        if self.windowed is not None:
+            window = self.windows[index]
+            own = {"windowed": None, "window": window, "full_layers": ()}
+            own |= {} if window is None else vars(self.windowed)
+        if self.expert_limits or self.dense_limits:
+            assert self.moe is not None
+            routed, dense = (each[index] or None if each else None for each in (self.expert_limits, self.dense_limits))
+            own["moe"] = dataclasses.replace(self.moe, expert_limit=routed, dense_limit=dense)
+            own |= {"expert_limits": (), "dense_limits": ()}
+        return dataclasses.replace(self, **own) if own else self
+
+    @property
+    def value_size(self) -> int:
+        """Numbers of a head's value where attention is not latent."""
+        return self.d_head if self.d_value is None else self.d_value
 
     @property
     def rotated(self) -> int:
@@ -297,10 +366,14 @@ class ModelConfig:
     def cache_parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Numbers cached per position and layer, of keys and of values, by the parts that share a scale in formats that
         have scales: heads. Latent attention caches the rotated key, followed by that of the indexer, as the one and the
-        latent as the other."""
+        latent as the other. With `windowed` all layers have rows of the wider kind; those of the other kind end in
+        zeros."""
         if self.latent is not None:
             return (self.latent.d_rope, *((self.indexer.d_key,) if self.indexer else ())), (self.latent.d_latent,)
-        return (self.d_head,) * self.n_kv_heads, (self.d_head,) * self.n_kv_heads
+        kinds = (self, self.windowed) if self.windowed else (self,)
+        k = max(((kind.d_head,) * kind.n_kv_heads for kind in kinds), key=sum)
+        v = max(((kind.value_size,) * kind.n_kv_heads for kind in kinds), key=sum)
+        return k, v
 
     @property
     def cache_widths(self) -> tuple[int, int]:
@@ -360,7 +433,7 @@ class ModelConfig:
         ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
         ((("dense",), 1), (("moe",), 4))."""
         kinds = self._main_kinds
-        if self.state_layers:
+        if self.state_layers or self.windowed is not None or self.expert_limits or self.dense_limits:
             return self._mixed_segments(kinds)
         whole: tuple[LayerKind, ...] = (self._dense_kind,) * (self.moe_every - 1) + ("moe",)
 
@@ -382,10 +455,14 @@ class ModelConfig:
         return tuple(found)
 
     def _mixed_segments(self, kinds: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The segments of a model with state layers: from each layer on the pattern of kinds, of states and attention
-        whose repeats reach furthest, the shortest of these. With delta nets, as folders have them that were converted
+        """The segments of a model whose layers differ in more than their feed-forward part: from each layer on the
+        pattern of kinds, of states and attention, of windows with heads of their own and of limits, whose repeats reach
+        furthest, the shortest of these. With delta nets, as folders have them that were converted
         before there were others: the shortest pattern that all layers repeat, and the layers that are left."""
-        pairs = [(kind, i in self.state_layers) for i, kind in enumerate(kinds)]
+        is_windowed = [self.windowed is not None and window is not None for window in self.windows]
+        by_layer = [each for each in (self.expert_limits, self.dense_limits) if each]
+        limits = [tuple(each[i] for each in by_layer) for i in range(len(kinds))]
+        pairs = [(kind, i in self.state_layers, is_windowed[i], limits[i]) for i, kind in enumerate(kinds)]
         if self.delta_net is not None:
             size = next(n for n in range(1, len(pairs) + 1) if pairs[n:] == pairs[: len(pairs) - n])
             repeats, left = divmod(len(kinds), size)
@@ -416,7 +493,8 @@ class ModelConfig:
         if kind == "moe":
             return self.moe
         shards = self.moe.experts
-        return MoEConfig(experts=shards, experts_per_token=shards, d_expert=self.d_ff // shards, gate="one")
+        width, limit = self.d_ff // shards, self.moe.dense_limit
+        return MoEConfig(experts=shards, experts_per_token=shards, d_expert=width, gate="one", expert_limit=limit)
 
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
@@ -424,8 +502,9 @@ class ModelConfig:
         for name, default in _LATER.items():
             if values[name] == default:  # earlier releases do not read it, and what they wrote stays the same
                 del values[name]
-        if self.moe is not None and self.moe.sum_epsilon == RoutedExperts.sum_epsilon:
-            del values["moe"]["sum_epsilon"]
+        for name in _LATER_EXPERTS if self.moe is not None else ():
+            if values["moe"][name] == getattr(RoutedExperts, name):
+                del values["moe"][name]
         return json.dumps(values, indent=2)
 
     @classmethod
@@ -437,7 +516,10 @@ class ModelConfig:
                 values[name] = values.pop(stored)
         for key, kind in _NESTED.items():
             if values.get(key) is not None:
-                values[key] = build_config(kind, values[key], key)
+                within = values[key]
+                if kind is WindowedConfig and within["rope_scaling"] is not None:
+                    within["rope_scaling"] = build_config(RopeScaling, within["rope_scaling"], "rope_scaling")
+                values[key] = build_config(kind, within, key)
         return build_config(cls, values, "model")
 
     @classmethod

@@ -34,6 +34,8 @@ class MoEConfig(RoutedExperts):
             raise ConfigError("shared_gate is true with d_shared 0: there is no shared expert to weigh.")
         if self.swiglu_limit is not None and not self.expert_bias:
             raise ConfigError(f"swiglu_limit is {self.swiglu_limit} without expert_bias; gpt-oss has both.")
+        if self.expert_limit is not None and self.expert_bias:
+            raise ConfigError(f"expert_limit is {self.expert_limit} with expert_bias; experts have one of the two.")
         self._check_groups()
 
     def _check_groups(self) -> None:

@@ -209,7 +209,7 @@ def param_specs(cfg: ModelConfig) -> Params:
         final_norm=ParamSpec((D,), ("model",), 0),
         head=None if cfg.tied_head else ParamSpec((V, D), ("vocab", "model"), 0.02),
         segments=tuple(
-            tuple(_layer(cfg, kind, repeats, has_state(cfg, (i, j))) for j, kind in enumerate(pattern))
+            tuple(_layer(cfg, kind, repeats, (i, j)) for j, kind in enumerate(pattern))
             for i, (pattern, repeats) in enumerate(cfg.segments)
         ),
         final_norm_bias=ParamSpec((D,), ("model",), BIAS_STD) if layer_norm else None,
@@ -231,12 +231,18 @@ def without_mtp(params: Params) -> Params:
 
 def has_state(cfg: ModelConfig, position: Position) -> bool:
     """True when the layers at a position have a state in place of keys and values."""
+    return first_layer(cfg, position) in cfg.state_layers
+
+
+def first_layer(cfg: ModelConfig, position: Position) -> int:
+    """The first of the layers at a position, which are all alike (`ModelConfig.of_layer`)."""
     i, j = position
-    return sum(len(pattern) * repeats for pattern, repeats in cfg.segments[:i]) + j in cfg.state_layers
+    return sum(len(pattern) * repeats for pattern, repeats in cfg.segments[:i]) + j
 
 
-def _layer(cfg: ModelConfig, kind: LayerKind, R: int, has_state: bool) -> Layer:
-    attention = _state_layer(cfg, R) if has_state else _attention_layer(cfg, R)
+def _layer(model: ModelConfig, kind: LayerKind, R: int, position: Position) -> Layer:
+    cfg = model.of_layer(first_layer(model, position))
+    attention = _state_layer(cfg, R) if has_state(model, position) else _attention_layer(cfg, R)
     return dataclasses.replace(
         attention,
         ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
@@ -286,29 +292,31 @@ def _delta_net(cfg: ModelConfig, delta: DeltaNetConfig, R: int) -> DeltaNetWeigh
 def _attention_layer(cfg: ModelConfig, R: int) -> Layer:
     """A layer with attention, without its feed-forward part."""
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    Hv = cfg.value_size
     norm = ParamSpec((R, D), ("layer", "model"), 0)
     norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.norm == "layer" else None
     latent = cfg.latent
-    mixed = N * (H if latent is None else latent.d_value)
+    mixed = N * (Hv if latent is None else latent.d_value)
+    gates = N if cfg.gate_by_head else mixed
     normed = {"none": (0, 0), "head": (H, H), "all": (N * H, K * H), "l2": (0, 0)}[cfg.qk_norm]
     query_norm, key_norm = (ParamSpec((R, size), ("layer", "heads"), 0) if size else None for size in normed)
     return Layer(
         attention_norm=norm,
-        qkv=None if latent else ParamSpec((R, (N + 2 * K) * H, D), ("layer", "heads", "model"), 0.02),
+        qkv=None if latent else ParamSpec((R, (N + K) * H + K * Hv, D), ("layer", "heads", "model"), 0.02),
         out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
         ffn_norm=norm,
         ffn=None,
         moe=None,
         latent=_latent(cfg, latent, R) if latent else None,
         indexer=_indexer(cfg, cfg.indexer, R) if cfg.indexer else None,
-        qkv_bias=ParamSpec((R, (N + 2 * K) * H), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
+        qkv_bias=ParamSpec((R, (N + K) * H + K * Hv), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
         out_bias=ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.out_bias else None,
         query_norm=query_norm,
         key_norm=key_norm,
         sinks=ParamSpec((R, N), ("layer", "heads"), BIAS_STD) if cfg.sinks else None,
         attention_norm_bias=norm_bias,
         ffn_norm_bias=norm_bias,
-        attention_gate=ParamSpec((R, mixed, D), ("layer", "heads", "model"), 0.02) if cfg.attention_gate else None,
+        attention_gate=ParamSpec((R, gates, D), ("layer", "heads", "model"), 0.02) if cfg.attention_gate else None,
         attention_post_norm=norm if cfg.post_norms else None,
         ffn_post_norm=norm if cfg.post_norms else None,
     )

@@ -51,7 +51,7 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
     positions_ZQ, window, chunk = inputs.positions, inputs.window, inputs.chunk
     Z, Q, N, H = q_ZQNH.shape
     K = inputs.kv_heads
-    G, Hv = N // K, numbers_of(inputs.new.v).shape[-1] // K
+    G, Hv = N // K, inputs.d_value or numbers_of(inputs.new.v).shape[-1] // K
     q = (q_ZQNH * inputs.scale).reshape(Z, Q, K, G, H).transpose(0, 2, 1, 3, 4).reshape(Z, K, Q * G, H)
     positions = jnp.repeat(positions_ZQ, G, axis=1)
 
@@ -114,8 +114,10 @@ def _entries(inputs: AttentionInputs, i: ArrayLike) -> tuple[jax.Array, jax.Arra
         (inputs.new.k, inputs.new.v),
         (inputs.cache.k, inputs.cache.v),
     )
-    k, v = (from_cache_format(rows).reshape(*row_ZS.shape, K, -1) for rows in here)
-    return k, v
+    k, v = map(from_cache_format, here)
+    if inputs.d_value is not None:
+        k, v = k[..., : K * inputs.q.shape[-1]], v[..., : K * inputs.d_value]
+    return k.reshape(*row_ZS.shape, K, -1), v.reshape(*row_ZS.shape, K, -1)
 
 
 def _chosen(inputs: AttentionInputs, pages: jax.Array) -> Bool[jax.Array, "Z Q S"] | None:

@@ -97,18 +97,19 @@ def step(
             kvs, states, counts = [], [], []
             for j, stacked in enumerate(segment):
                 layer = layer_at(stacked, repeat)
-                index = first + repeat * len(pattern) + j
+                index, own = first + repeat * len(pattern) + j, cfg.of_layer(first + j)
                 if layer.has_state:
                     x_RD, state = advance_states(x_RD, layer, index, context)
                     states.append(state)
                 else:
-                    x_RD, kv = attend(x_RD, layer, index, context)
+                    x_RD, kv = attend(x_RD, layer, index, context, own)
                     kvs.append(kv)
                 wanted = rows_needed(inputs, index, cfg)
                 if layer.moe is None:
-                    x_RD = feed_forward(x_RD, layer, wanted, cfg)
+                    x_RD = feed_forward(x_RD, layer, wanted, own)
                 else:
-                    x_RD, count = routed_feed_forward(x_RD, layer, pattern[j], routes[len(counts)], wanted, shape)
+                    its = dataclasses.replace(shape, cfg=own)
+                    x_RD, count = routed_feed_forward(x_RD, layer, pattern[j], routes[len(counts)], wanted, its)
                     counts.append(count)
             return x_RD, (_stacked(kvs), _stacked(states), jnp.stack(counts) if counts else None)
 
@@ -199,17 +200,17 @@ def layer_at(layer: Layer, repeat: Int[ArrayLike, ""]) -> Layer:
 
 
 def attend(
-    x_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+    x_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext, cfg: ModelConfig
 ) -> tuple[Float[ArrayLike, "T D"], KVCache]:
-    """x plus attention, and the new keys and values `[R, width]` of layer `index`.
+    """x plus attention, and the new keys and values `[R, width]` of layer `index`. `cfg` is the configuration as that
+    layer sees it (`ModelConfig.of_layer`).
 
     R are the rows of the whole step; in a tensor group those of all its members.
     """
-    cfg = context.shape.cfg
     with jax.named_scope("attention"):
         h_TD = norm(x_TD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
         attend_normed = _attend_heads if context.group is None else _attend_in_group
-        out_TD, kv = attend_normed(h_TD, layer, index, context)
+        out_TD, kv = attend_normed(h_TD, layer, index, context, cfg)
         return add_residual(x_TD, finish_attention(out_TD, layer, cfg), cfg), kv
 
 
@@ -232,7 +233,7 @@ def _place_among(layers: tuple[int, ...], index: Int[ArrayLike, ""], cfg: ModelC
 
 
 def _attend_in_group(
-    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext, cfg: ModelConfig
 ) -> tuple[Float[ArrayLike, "T D"], KVCache]:
     """The sum of all heads' outputs for this rank's rows, and the new keys and values of this rank's heads for the rows
     of all members of the group `[members * T, width]`."""
@@ -244,7 +245,7 @@ def _attend_in_group(
     outs, kvs = [], []
     for t, inputs in enumerate(group.inputs):
         member = dataclasses.replace(inputs, page_table=inputs.page_table + t * pages)
-        out, kv = _attend_heads(rows[t], layer, index, dataclasses.replace(context, inputs=member))
+        out, kv = _attend_heads(rows[t], layer, index, dataclasses.replace(context, inputs=member), cfg)
         outs.append(out)
         kvs.append(kv)
     out, *others = group_all_to_all(jnp.stack(outs), group.tp_peers, shape.exchange)
@@ -254,14 +255,14 @@ def _attend_in_group(
 
 
 def _attend_heads(
-    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext
+    h_TD: Float[ArrayLike, "T D"], layer: Layer, index: Int[ArrayLike, ""], context: StepContext, cfg: ModelConfig
 ) -> tuple[Float[ArrayLike, "T D"], KVCache]:
     """The output of this rank's heads for normed rows, and their new keys and values `[R, width]`."""
-    cfg, bucket, inputs = context.shape.cfg, context.shape.bucket, context.inputs
+    model, bucket, inputs = context.shape.cfg, context.shape.bucket, context.inputs
     depth = _place_among(cfg.attention_layers, index, cfg) if cfg.state_layers else index
     wanted = rows_needed(inputs, index, cfg)
     q, k, v, indexed = project_qkv(h_TD, layer, index, jnp.maximum(inputs.positions, 0), cfg)
-    new = to_cache_format(cfg, k.reshape(len(k), -1), v.reshape(len(v), -1))
+    new = to_cache_format(model, k.reshape(len(k), -1), v.reshape(len(v), -1))
     if context.merge_kv is not None:
         new = context.merge_kv(new)
     window = chunk = None
@@ -293,10 +294,11 @@ def _attend_heads(
                     scale=score_scale(cfg),
                     latent=cfg.latent is not None,
                     index=None if indexed is None else _index_inputs(indexed, rows, Z, cfg),
+                    d_value=None if model.windowed is None and cfg.d_value is None else cfg.value_size,
                 )
             )
             out.append(mixed.reshape(Z * Q, *mixed.shape[2:]))
-    out_TD = project_heads(jnp.concatenate(out), h_TD, layer)
+    out_TD = project_heads(jnp.concatenate(out), h_TD, layer, cfg)
     return out_TD, new
 
 

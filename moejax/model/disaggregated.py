@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from moejax.config.axes import ArrayLike
 from moejax.config.kv_cache import KVCache
 from moejax.config.model_config import LayerKind
-from moejax.config.params import FeedForward, Params
+from moejax.config.params import FeedForward, Params, first_layer
 from moejax.config.step_inputs import StepInputs
 from moejax.config.weight_formats import slice_stacks
 from moejax.model.decoder import (
@@ -113,15 +113,16 @@ def attend_stage(
         context = StepContext(
             cache=cache, inputs=part, shape=own, merge_kv=functools.partial(_merge_kv, rows, all_rows, other_kv)
         )
-        x, kv = attend(x, layer, depth, context)
+        its = cfg.of_layer(first_layer(cfg, (place.segment, place.position)))
+        x, kv = attend(x, layer, depth, context, its)
         new_kv.append(kv)
         wanted = rows_needed(part, depth, cfg)
         if layer.moe is None:
-            x = feed_forward(x, layer, wanted, cfg)
+            x = feed_forward(x, layer, wanted, its)
         else:
             exchange = shape.exchange_of(place.kind(cfg))
-            routed = route_tokens(x, layer, routes[place.moe_depth(cfg, repeat)], wanted, exchange, cfg)
-            shared, post_norm = shared_expert(routed.h, layer), layer.ffn_post_norm
+            routed = route_tokens(x, layer, routes[place.moe_depth(cfg, repeat)], wanted, exchange, its)
+            shared, post_norm = shared_expert(routed.h, layer, its), layer.ffn_post_norm
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *new_kv) if new_kv else None
     if routed is None or exchange is None:
         return StageOutputs(pending=None, outbox=None, hidden=last_norm(x, params, cfg), new_kv=stacked, load=None)
@@ -153,7 +154,8 @@ def answer_rows(
 ) -> Float[ArrayLike, "n part"]:
     """The outbox of an expert rank: answers to the rows that it got.
 
-    `experts` leaves are the slots `[R, P, ...]` of a segment's position, whose layers are of this kind.
+    `experts` leaves are the slots `[R, P, ...]` of a segment's position, whose layers are of this kind; `shape` has the
+    configuration as they see it.
     """
     cfg, exchange = shape.step.cfg, shape.exchange_of(kind)
     T, width = shape.micro_batches[micro_batch].rows, cfg.d_model + exchange.answers

@@ -29,7 +29,7 @@ def apply_experts(
     packed = cpu.active() and isinstance(experts.down.stack, Int4)  # multiplied where they lie, not widened
     dot = row_dot if packed else row_dot_reference
     reference = functools.partial(apply_experts_reference, experts=experts, slots=slots, moe=moe, dot=dot)
-    if moe.expert_bias:
+    if moe.expert_bias or moe.expert_limit is not None:
         return reference(rows_rD, wanted_rA)
     if cpu.active():
         (layer,) = experts.down.index
@@ -86,15 +86,15 @@ def apply_expert(
 ) -> Float[ArrayLike, "r D"]:
     """The answers of one expert to all rows. `weights` are arrays or slices of that expert alone."""
     if not moe.expert_bias:
-        return swiglu(rows_rD, weights.gate_up, weights.down, dot)
+        return swiglu(rows_rD, weights.gate_up, weights.down, dot, moe.expert_limit)
     biases = read_weight(weights.gate_up_bias), read_weight(weights.down_bias)
     return biased_swiglu(rows_rD, weights.gate_up, weights.down, *biases, moe.swiglu_limit, moe.swiglu_alpha, dot)
 
 
-def apply_shared_expert(h_TD: Float[ArrayLike, "T D"], moe: MoE) -> Float[ArrayLike, "T D"]:
+def apply_shared_expert(h_TD: Float[ArrayLike, "T D"], moe: MoE, cfg: MoEConfig) -> Float[ArrayLike, "T D"]:
     """The outputs of the shared expert of a routed layer, weighted by its own gate if it has one."""
     assert moe.shared is not None
-    y_TD = swiglu(h_TD, moe.shared.gate_up, moe.shared.down)
+    y_TD = swiglu(h_TD, moe.shared.gate_up, moe.shared.down, limit=cfg.dense_limit)
     if moe.shared_gate is None:
         return y_TD
     return jax.nn.sigmoid(ordered_sum(h_TD * read_weight(moe.shared_gate)))[:, None] * y_TD

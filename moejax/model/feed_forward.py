@@ -26,7 +26,7 @@ def feed_forward(
     """x plus the dense feed-forward part of a layer."""
     assert layer.ffn is not None
     h_TD = _normed(x_TD, layer, inputs, cfg)
-    y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down)
+    y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down, limit=cfg.moe.dense_limit if cfg.moe else None)
     return add_residual(x_TD, finish_feed_forward(y_TD, layer.ffn_post_norm, cfg), cfg)
 
 
@@ -38,7 +38,8 @@ def routed_feed_forward(
     inputs: StepInputs,
     shape: StepShape,
 ) -> tuple[Float[ArrayLike, "T D"], Int[ArrayLike, " E"]]:
-    """x plus the gated sum of its experts, and the rows sent to each expert. Rows of padding go nowhere."""
+    """x plus the gated sum of its experts, and the rows sent to each expert. Rows of padding go nowhere. `shape` has
+    the configuration as the layer sees it."""
     assert layer.moe is not None
     exchange, moe = shape.exchange_of(kind), shape.cfg.experts_of(kind)
     routed = route_tokens(x_TD, layer, route_E, inputs, exchange, shape.cfg)
@@ -48,7 +49,7 @@ def routed_feed_forward(
         answers_rAD = apply_experts(rows_rD, wanted_rA, layer.moe.experts, shape.slots, moe)
     with jax.named_scope("combine"):
         experts_TD = combine(answers_rAD, routed.rank, routed.nth, routed.gates, exchange)
-    shared_TD = shared_expert(routed.h, layer)
+    shared_TD = shared_expert(routed.h, layer, shape.cfg)
     return add_expert_outputs(x_TD, experts_TD, shared_TD, layer.ffn_post_norm, shape.cfg), routed.load
 
 
@@ -101,12 +102,12 @@ def route_tokens(
     return RoutedTokens(h=h_TD, sent=sent_TD, slot=slot_TX, rank=rank_TX, nth=nth_TX, gates=gates_TX, load=load_E)
 
 
-def shared_expert(h_TD: Float[ArrayLike, "T D"], layer: Layer) -> Float[ArrayLike, "T D"] | None:
+def shared_expert(h_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T D"] | None:
     """Outputs of the layer's shared expert for normed rows; None if the layer has none."""
     if layer.moe is None or layer.moe.shared is None:
         return None
     with jax.named_scope("shared"):
-        return apply_shared_expert(h_TD, layer.moe)
+        return apply_shared_expert(h_TD, layer.moe, cfg.experts_of("moe"))
 
 
 def add_expert_outputs(

@@ -110,12 +110,20 @@ def head_dot(x_TNH: Float[ArrayLike, "T N H"], w_NFH: Weight) -> Float[ArrayLike
 
 
 def swiglu(
-    x_TD: Float[ArrayLike, "T D"], gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row_dot
+    x_TD: Float[ArrayLike, "T D"],
+    gate_up_2FD: Weight,
+    down_DF: Weight,
+    dot: Dot = row_dot,
+    limit: float | None = None,
 ) -> Float[ArrayLike, "T D"]:
-    """SwiGLU feed-forward (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+    """SwiGLU feed-forward (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`. With a `limit` it bounds `silu(gate(x))`
+    from above and `up(x)` from both sides (Step-3.5-Flash technical report, StepFun, 2026)."""
     hidden = dot(x_TD, gate_up_2FD)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return dot(jax.nn.silu(gate) * up, down_DF)
+    gate = jax.nn.silu(gate)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return dot(gate * up, down_DF)
 
 
 def biased_swiglu(

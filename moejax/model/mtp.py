@@ -144,7 +144,7 @@ def _pass(
     with jax.named_scope("mtp"):
         x_TD = layer_input(params, inputs.tokens, hidden_TD, shape)
         x_TD = jnp.where(inputs.positions[:, None] >= 0, x_TD, 0)
-        x_TD, kv = attend(x_TD, layer, index, context)
+        x_TD, kv = attend(x_TD, layer, index, context, shape.cfg)
         wanted = rows_needed(inputs, index, shape.cfg)
         if layer.moe is None:
             return feed_forward(x_TD, layer, wanted, shape.cfg), kv, jnp.zeros((0,), jnp.int32)

@@ -40,28 +40,31 @@ def project_qkv(
     positions_T: Int[ArrayLike, " T"],
     cfg: ModelConfig,
 ) -> QKV:
-    """Queries, keys and values of the normed rows of layer `index`."""
+    """Queries, keys and values of the normed rows of layer `index`, whose own configuration `cfg` is
+    (`ModelConfig.of_layer`)."""
     if cfg.latent is not None:
         assert layer.latent is not None
         return _latent_heads(h_TD, layer, layer.latent, positions_T, cfg, cfg.latent)
     T, N, K, H = len(h_TD), cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    width = (N + K) * H
     qkv = row_dot(h_TD, layer.qkv)
     if layer.qkv_bias is not None:
         qkv = qkv + layer.qkv_bias
     if cfg.qk_norm == "all":
-        q, k, v = jnp.split(qkv, (N * H, (N + K) * H), axis=1)
+        q, k, v = jnp.split(qkv, (N * H, width), axis=1)
         q, k = rms_norm(q, layer.query_norm, cfg.norm_eps), rms_norm(k, layer.key_norm, cfg.norm_eps)
         qkv = jnp.concatenate([q, k, v], axis=1)
     if cfg.clip_qkv is not None:
         qkv = jnp.clip(qkv, -cfg.clip_qkv, cfg.clip_qkv)
-    qkv = qkv.reshape(T, N + 2 * K, H)
-    qk = qkv[:, : N + K]
+    qk, v = qkv[:, :width].reshape(T, N + K, H), qkv[:, width:].reshape(T, K, cfg.value_size)
+    if cfg.value_scale != 1.0:
+        v = v * cfg.value_scale
     if cfg.qk_norm == "head" and not cfg.norm_after_rope:
         qk = _norm_heads(qk, layer, cfg)
     qk = _rotate_in_layer(qk, index, positions_T, cfg)
     if cfg.norm_after_rope:
         qk = _norm_heads(qk, layer, cfg)
-    return QKV(qk[:, :N], qk[:, N:], qkv[:, N + K :])
+    return QKV(qk[:, :N], qk[:, N:], v)
 
 
 def _norm_heads(qk_TNH: Float[ArrayLike, "T NK H"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T NK H"]:
@@ -99,16 +102,17 @@ def _grow(
 
 
 def project_heads(
-    mixed_TNH: Float[ArrayLike, "T N H"], h_TD: Float[ArrayLike, "T D"], layer: Layer
+    mixed_TNH: Float[ArrayLike, "T N H"], h_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelConfig
 ) -> Float[ArrayLike, "T D"]:
     """The output of these heads from their mixed values and the layer's normed rows `h`, without what all heads have in
     common (`finish_attention`)."""
     if layer.latent is not None:
         mixed_TNH = head_dot(mixed_TNH, layer.latent.value_up)
-    mixed_TF = mixed_TNH.reshape(len(mixed_TNH), -1)
     if layer.attention_gate is not None:
-        mixed_TF = mixed_TF * jax.nn.sigmoid(row_dot(h_TD, layer.attention_gate))
-    return row_dot(mixed_TF, layer.out)
+        function = jax.nn.sigmoid if cfg.gate_function == "sigmoid" else jax.nn.softplus
+        gates_TG = function(row_dot(h_TD, layer.attention_gate))
+        mixed_TNH = mixed_TNH * gates_TG.reshape(*mixed_TNH.shape[:2], -1)
+    return row_dot(mixed_TNH.reshape(len(mixed_TNH), -1), layer.out)
 
 
 def finish_attention(out_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T D"]:

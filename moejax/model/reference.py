@@ -82,7 +82,7 @@ def hidden_states(
         routed = pattern.count("moe")
         alive_RLE = alive_LE[first : first + repeats * routed].reshape(repeats, routed, alive_LE.shape[1])
         first += repeats * routed
-        body = partial(_pattern, cfg, pattern, capacity)
+        body = partial(_pattern, [cfg.of_layer(depth + j) for j in range(len(pattern))], pattern, capacity)
         depths_RL = depth + jnp.arange(repeats * len(pattern)).reshape(repeats, len(pattern))
         depth += repeats * len(pattern)
         x_BTD, routing = lax.scan(body, x_BTD, (layers, alive_RLE, depths_RL))
@@ -112,24 +112,29 @@ def draft_logits(
     x_BTD = row_dot(rows, mtp.project).reshape(B, T, D)
     layers = jax.tree.map(lambda leaf: leaf[0], params.segments[-1])
     alive_LE = jnp.ones((1, cfg.moe.experts if cfg.moe else 1), bool)
-    x_BTD, routing = _pattern(cfg, pattern, capacity, x_BTD, (layers, alive_LE, jnp.array([cfg.n_layers])))
+    x_BTD, routing = _pattern([cfg], pattern, capacity, x_BTD, (layers, alive_LE, jnp.array([cfg.n_layers])))
     x_TD = norm(x_BTD, mtp.norm, None, cfg.norm_eps).reshape(B * T, D)
     logits_TV = row_dot(x_TD, params.logits.weight)
     return (logits_TV if params.logits.bias is None else logits_TV + params.logits.bias).reshape(B, T, -1), routing
 
 
 def _pattern(
-    cfg: ModelConfig, pattern: tuple[str, ...], capacity: int | None, x_BTD: Float[ArrayLike, "B T D"], step: tuple
+    of_layers: list[ModelConfig],
+    pattern: tuple[str, ...],
+    capacity: int | None,
+    x_BTD: Float[ArrayLike, "B T D"],
+    step: tuple,
 ) -> tuple[jax.Array, Routing | None]:
     layers, alive_LE, depths_L = step
     routings = []
-    for j, (kind, layer) in enumerate(zip(pattern, layers, strict=True)):
+    for j, (cfg, kind, layer) in enumerate(zip(of_layers, pattern, layers, strict=True)):
         h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
         mixed_BTD = recurrence(layer, cfg, h_BTD) if layer.has_state else attention(layer, cfg, h_BTD, depths_L[j])
         x_BTD = x_BTD + cfg.residual_scale * mixed_BTD
         h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
-            y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down)
+            limit = cfg.moe.dense_limit if cfg.moe else None
+            y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down, limit=limit)
         else:
             assert cfg.moe is not None
             y_TD, routing = mixture(layer.moe, cfg.moe, h_TD, alive_LE[len(routings)], capacity)
@@ -166,7 +171,7 @@ def attention(
         scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., :T].astype(x_BTD.dtype)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v.reshape(B, T, K, -1))
-    out_TD = project_heads(mixed.reshape(B * T, N, -1), x_BTD.reshape(B * T, D), layer)
+    out_TD = project_heads(mixed.reshape(B * T, N, -1), x_BTD.reshape(B * T, D), layer, cfg)
     return finish_attention(out_TD, layer, cfg).reshape(B, T, D)
 
 
@@ -199,7 +204,7 @@ def mixture(
     chosen_TX, gates_TX = route(x_TD, moe.router, moe.bias, alive_E, cfg)
     picked_TXE = jax.nn.one_hot(chosen_TX, cfg.experts, dtype=x_TD.dtype)
     gates_TE = jnp.einsum("tx,txe->te", gates_TX, picked_TXE)
-    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe)
+    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe, cfg)
     for e in range(cfg.experts):
         weights = jax.tree.map(lambda leaf, e=e: leaf[e], moe.experts)
         if cfg.gate == "input_sigmoid":

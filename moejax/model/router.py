@@ -22,6 +22,8 @@ def route(
     so that every rank chooses alike.
     """
     logits_TE = row_dot(x_TD, router_ED).astype(jnp.float32)
+    if moe.logit_cap is not None:
+        logits_TE = moe.logit_cap * jnp.tanh(logits_TE / moe.logit_cap)
     if moe.gate == "sparsemixer":
         return _sparsemixer(jnp.where(alive_E, logits_TE + bias_E, -jnp.inf), moe)
     scores_TE = _scores(logits_TE, moe)

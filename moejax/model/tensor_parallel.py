@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from moejax.config.axes import ArrayLike
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import Layer, Params, map_layers
+from moejax.config.params import Layer, Params, first_layer, map_layers
 from moejax.config.step_inputs import Bucket, StepInputs, idle_inputs, unpack
 from moejax.model.exchange import Exchange, all_to_all
 
@@ -72,12 +72,13 @@ def tp_shard_of(params: Params, shard: int, cfg: ModelConfig) -> Params:
 
     `cfg` is that of one shard (`ModelConfig.tp_shard`). Nothing is copied but matrices of attention.
     """
-    return map_layers(params, lambda _, layer: _layer_shard(layer, shard, cfg))
+    of_layer = lambda position: cfg.of_layer(first_layer(cfg, position))  # noqa: E731
+    return map_layers(params, lambda position, layer: _layer_shard(layer, shard, of_layer(position)))
 
 
 def _layer_shard(layer: Layer, shard: int, cfg: ModelConfig) -> Layer:
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    sizes = [cfg.tensor * heads * H for heads in (N, K, K)]
+    sizes = [cfg.tensor * rows for rows in (N * H, K * H, K * cfg.value_size)]
 
     def of_heads(value: np.ndarray | None, axis: int, size: int) -> np.ndarray | None:
         return None if value is None else np.take(value, range(shard * size, (shard + 1) * size), axis)
@@ -93,9 +94,9 @@ def _layer_shard(layer: Layer, shard: int, cfg: ModelConfig) -> Layer:
         layer,
         qkv=of_qkv(layer.qkv),
         qkv_bias=of_qkv(layer.qkv_bias),
-        out=of_heads(layer.out, 2, N * H),
+        out=of_heads(layer.out, 2, N * cfg.value_size),
         sinks=of_heads(layer.sinks, 1, N),
-        attention_gate=of_heads(layer.attention_gate, 1, N * H),
+        attention_gate=of_heads(layer.attention_gate, 1, N if cfg.gate_by_head else N * cfg.value_size),
     )
 
 

@@ -1,6 +1,7 @@
 """The programs of attention ranks and expert ranks, and a step as the host runs it: one program after the other, with
 exchanges between them."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from moejax.checkpoint.manifest import expert_position
 from moejax.config.kv_cache import KVCache
 from moejax.config.mesh import JaxDevice, global_array, make_mesh
-from moejax.config.params import expert_positions, map_experts
+from moejax.config.params import expert_positions, first_layer, map_experts
 from moejax.config.step_inputs import packed_size
 from moejax.model.decoder import StepOutputs
 from moejax.model.disaggregated import PendingMicroBatch, StageInputs, StageOutputs
@@ -253,10 +254,12 @@ def answer_lowering(
     local = steps.local_shapes(roles.step, shape.entries).params.segments[place[0]][place[1]].moe.experts
     experts = jax.tree.map(lambda s: shape_on_device(me, s.shape, s.dtype), local)
     inbox, repeat = shape_on_device(me, (roles.step.ranks, roles.part)), shape_on_device(me, (), jnp.int32)
-    kind = roles.step.cfg.segments[place[0]][0][place[1]]
+    cfg = roles.step.cfg
+    kind = cfg.segments[place[0]][0][place[1]]
+    own = dataclasses.replace(roles, step=dataclasses.replace(roles.step, cfg=cfg.of_layer(first_layer(cfg, place))))
     return (
         executable_name("answer", roles, place, micro_batch),
-        lambda: steps.run_answer_rows.lower(experts, inbox, repeat, shape=roles, kind=kind, micro_batch=micro_batch),
+        lambda: steps.run_answer_rows.lower(experts, inbox, repeat, shape=own, kind=kind, micro_batch=micro_batch),
     )
 
 

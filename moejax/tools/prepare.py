@@ -175,13 +175,18 @@ def flops(cfg: ModelConfig) -> dict[str, float]:
     held, used = expert_counts(cfg)
     rest = parameter_count(cfg) - held
     looked_up = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
-    a_position = cfg.latent.d_rope + 2 * cfg.latent.d_latent if cfg.latent else 2 * cfg.d_head
     scored = cfg.indexer.heads * cfg.indexer.d_key if cfg.indexer else 0
     return {
         "expert_flops": 2.0 * used / (cfg.n_moe_layers * cfg.moe.experts_per_token) if cfg.moe else 0.0,
         "rest_flops": 2.0 * (rest - looked_up),
-        "context_flops": 2.0 * len(cfg.attention_layers) * (cfg.n_heads * a_position + scored),
+        "context_flops": 2.0 * sum(_products(cfg.of_layer(i)) + scored for i in cfg.attention_layers),
     }
+
+
+def _products(cfg: ModelConfig) -> int:
+    """Numbers of all heads that attention multiplies for one position of the context."""
+    latent = cfg.latent
+    return cfg.n_heads * (latent.d_rope + 2 * latent.d_latent if latent else cfg.d_head + cfg.value_size)
 
 
 def _build_kernels() -> None:

@@ -24,6 +24,10 @@ class RoutedExperts:
     `groups` > 1 only experts of the best `groups_used` groups can be chosen; a group counts by its best expert
     (`share`) or the sum of its two best (`sigmoid`, and `biased_share`: Mistral 4, without a bias).
 
+    With a `logit_cap` c the router's logits x become c * tanh(x / c) first (Laguna). `expert_limit` bounds the gate of
+    routed experts after its activation, and what it is multiplied with from both sides; `dense_limit` those of shared
+    experts and of dense layers (Step-3.5).
+
     `router_bias` says that the router's bias is a published parameter, not zeros. `expert_bias` gives experts biases,
     `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);
     `shared_gate` weights it by a sigmoid of its own (Qwen2-MoE).
@@ -44,4 +48,7 @@ class RoutedExperts:
     router_bias: bool = False
     expert_bias: bool = False
     swiglu_limit: float | None = None
+    expert_limit: float | None = None
+    dense_limit: float | None = None
+    logit_cap: float | None = None
     swiglu_alpha: float = 1.702

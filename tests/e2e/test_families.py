@@ -16,13 +16,26 @@ from tests.support.families.answers import ANSWER, recorded
 from tests.support.families.small import small_folder
 from tests.support.streams import Stream, Traffic, wait_until, wait_until_whole
 
-FAMILIES = ("qwen3-moe", "deepseek-v3", "gpt-oss", "llama4", "afmoe", "qwen3_next", "lfm2_moe")
+FAMILIES = (
+    "qwen3-moe",
+    "deepseek-v3",
+    "gpt-oss",
+    "llama4",
+    "afmoe",
+    "qwen3_next",
+    "lfm2_moe",
+    "mimo_v2_flash",
+    "step3p7",
+)
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, and the one with gated attention and
-norms after each part, and the two with layers whose context is a state. The first, the fifth and the last are among the
-slow tests: `test_dense_shards` serves the first too, and slots and copies of a state are the same of both kinds."""
-SLOW = ("qwen3-moe", "afmoe", "lfm2_moe")
+norms after each part, the two with layers whose context is a state, and two whose layers with a window have heads of
+their own. SLOW are among the slow tests: `test_dense_shards` serves the first too, slots and copies of a state are the
+same of both kinds, and so are caches of layers that differ."""
+SLOW = ("qwen3-moe", "afmoe", "lfm2_moe", "step3p7")
 STATES = ("qwen3_next", "lfm2_moe")
+IN_PREFILL = (*STATES, "mimo_v2_flash", "step3p7")
+"""Families whose rank is killed in prefill too."""
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES])
@@ -77,6 +90,8 @@ def test_a_family_answers_as_transformers_does_also_through_the_loss_of_its_rank
             recoveries = client.status().recoveries
             Traffic([known]).during(client, lambda: drain_who_serves(client))
             assert client.status().recoveries == recoveries, "its state moved with its pages"
+        if name in IN_PREFILL:
+            wait_until_whole(client)
             long = Stream((5 * expected.prompt)[:180], 0.0, 0, 8)
             long.run(client)
             for _ in range(5):

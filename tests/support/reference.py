@@ -26,7 +26,8 @@ def hidden(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Colle
     for (pattern, repeats), segment in zip(cfg.main_segments, params.segments, strict=False):
         for repeat in range(repeats):
             for j, _ in enumerate(pattern):
-                x = _layer(x, segment[j], repeat, cfg, masked, next(layers))
+                index = next(layers)
+                x = _layer(x, segment[j], repeat, cfg.of_layer(index), masked, index)
     return _norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps) * cfg.logit_scale
 
 
@@ -66,7 +67,7 @@ def _layer(
     x = x + cfg.residual_scale * attended
     h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
-        y = _feed_forward(h, layer.ffn, (repeat,))
+        y = _feed_forward(h, layer.ffn, (repeat,), limit=cfg.moe.dense_limit if cfg.moe else None)
     elif layer.moe.router is None:  # a sharded dense layer: the sum of its shards
         shards = range(layer.moe.experts.down.shape[1])
         y = sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
@@ -100,7 +101,9 @@ def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index
         out.append(_softmax(scores)[:, :T] @ v[:, n])
     mixed = np.concatenate(out, axis=1)
     if cfg.attention_gate:
-        mixed = mixed * _sigmoid(h @ _f64(layer.attention_gate[repeat]).T)
+        gates = h @ _f64(layer.attention_gate[repeat]).T
+        gates = _sigmoid(gates) if cfg.gate_function == "sigmoid" else np.log1p(np.exp(gates))
+        mixed = mixed * (np.repeat(gates, mixed.shape[1] // N, axis=1) if cfg.gate_by_head else gates)
     mixed = mixed @ _f64(layer.out[repeat]).T
     return mixed if layer.out_bias is None else mixed + _f64(layer.out_bias[repeat])
 
@@ -116,7 +119,7 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, i
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in ((q, layer.query_norm), (k, layer.key_norm)))
     if cfg.clip_qkv is not None:
         q, k, v = (np.clip(x, -cfg.clip_qkv, cfg.clip_qkv) for x in (q, k, v))
-    q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
+    q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, -1) * cfg.value_scale
     norms = layer.query_norm, layer.key_norm
     if cfg.qk_norm == "head" and not cfg.norm_after_rope:
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
@@ -209,7 +212,7 @@ def _chosen(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.nd
 def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked: Collection[int]) -> np.ndarray:
     out = np.zeros_like(row)
     if weights.shared is not None:
-        out = out + _feed_forward(row, weights.shared, (repeat,))
+        out = out + _feed_forward(row, weights.shared, (repeat,), limit=moe.dense_limit)
     if weights.shared_gate is not None:
         out = out * _sigmoid(_f64(weights.shared_gate[repeat])[0] @ row)
     for expert, gate in _route(row, weights, repeat, moe, masked):
@@ -225,6 +228,8 @@ def _route(
 ) -> list[tuple[int, float]]:
     """Chosen experts and their gates, before `gate_scale`."""
     logits, bias = _f64(weights.router[repeat]) @ row, _f64(weights.bias[repeat])
+    if moe.logit_cap is not None:
+        logits = moe.logit_cap * np.tanh(logits / moe.logit_cap)
     scores = {"sigmoid": _sigmoid, "biased_share": _softmax}.get(moe.gate, lambda logits: logits)(logits)
     choice = scores + bias
     choice[list(masked)] = -np.inf
@@ -258,11 +263,20 @@ def _sparsemixer(scores: np.ndarray, moe: MoEConfig) -> list[tuple[int, float]]:
     return found
 
 
-def _feed_forward(h: np.ndarray, weights: FeedForward, at: tuple[int, ...], moe: MoEConfig | None = None) -> np.ndarray:
+def _feed_forward(
+    h: np.ndarray,
+    weights: FeedForward,
+    at: tuple[int, ...],
+    moe: MoEConfig | None = None,
+    limit: float | None = None,
+) -> np.ndarray:
     hidden = h @ _f64(weights.gate_up[at]).T
     if moe is None or not moe.expert_bias:
         gate, up = np.split(hidden, 2, axis=-1)
-        return (gate * _sigmoid(gate) * up) @ _f64(weights.down[at]).T
+        gate, bound = gate * _sigmoid(gate), limit if moe is None else moe.expert_limit
+        if bound is not None:
+            gate, up = np.minimum(gate, bound), np.clip(up, -bound, bound)
+        return (gate * up) @ _f64(weights.down[at]).T
     gate, up = np.split(hidden + _f64(weights.gate_up_bias[at]), 2, axis=-1)
     gate, up = np.minimum(gate, moe.swiglu_limit), np.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
     mixed = gate * _sigmoid(moe.swiglu_alpha * gate) * (up + 1)

@@ -40,6 +40,7 @@ WITHIN = {
     "glm4v_moe": "glm4v_moe_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "mistral3": "mistral4",
+    "step3p7": "step3p5",
 }
 """The `model_type` of the decoder of families that have more than one."""
 
@@ -75,6 +76,12 @@ VARIANTS = {
     "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}),
     "attention on every second layer": ("qwen3_next", {"full_attention_interval": 2, "norm_topk_prob": False}),
     "another convolution": ("lfm2_moe", {"conv_L_cache": 5, "conv_bias": True, "tie_embedding": False}),
+    "other numbers of heads": (
+        "laguna",
+        {"layer_types": ["full_attention", *["sliding_attention"] * 2] * 2}
+        | {"num_attention_heads_per_layer": [32, 48, 48] * 2, "gating": "per-element"},
+    ),
+    "key/value heads of windows": ("mimo_v2_flash", {"num_key_value_heads": 2, "sliding_window_size": 64}),
     "another indexer": ("deepseek_v32", {"index_topk": 64, "index_head_dim": 96, "index_n_heads": 5}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }

@@ -18,12 +18,8 @@ def array_sources(cfg: ModelConfig) -> Iterator[ArraySource]:
     Raises ConfigError when `cfg` is not of a published family.
     """
     family = _family(cfg)
-    names = {
-        key: dataclasses.replace(found, names=tuple(map(family.published, found.names)))
-        for key, found in family.names(cfg).items()
-    }
     for path, spec in tensor_specs(cfg).items():
-        yield from _entries(cfg, names, path, spec)
+        yield from _entries(cfg, family, path, spec)
 
 
 def is_unused(cfg: ModelConfig, name: str) -> bool:
@@ -34,13 +30,23 @@ def is_unused(cfg: ModelConfig, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in named)
 
 
-def _entries(cfg: ModelConfig, names: NameMap, path: str, spec: ParamSpec) -> Iterator[ArraySource]:
+def _names(cfg: ModelConfig, family: ServedFamily) -> NameMap:
+    """The name map of a family, or of one of its layers, with names as they are published."""
+    return {
+        key: dataclasses.replace(found, names=tuple(map(family.published, found.names)))
+        for key, found in family.names(cfg).items()
+    }
+
+
+def _entries(cfg: ModelConfig, family: ServedFamily, path: str, spec: ParamSpec) -> Iterator[ArraySource]:
     if not path.startswith("segments."):
+        names = _names(cfg, family)
         yield _entry(names, path, path, (None, None, None), 0, spec.shape)
         return
     _, segment, position, key = path.split(".", 3)
     before = sum(len(pattern) * repeats for pattern, repeats in cfg.segments[: int(segment)])
     pattern, repeats = cfg.segments[int(segment)]
+    names = _names(cfg.of_layer(before + int(position)), family)
     for repeat in range(repeats):
         layer = before + repeat * len(pattern) + int(position)
         if not is_expert(path):

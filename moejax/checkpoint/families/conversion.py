@@ -7,11 +7,13 @@ from moejax.config.attention_config import (
     RopeScaling,
     ScoreGrowth,
     ShortConvolutionConfig,
+    WindowedConfig,
 )
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from planner.inputs.published import PublishedModel, PublishedRope
+from planner.inputs.published.model import PublishedWindowed
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -41,6 +43,9 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         n_kv_heads=model.kv_heads,
         d_head=model.head_size,
         d_ff=model.dense_width,
+        d_value=model.value_size,
+        value_scale=model.value_scale,
+        windowed=None if model.windowed is None else _windowed(model.windowed),
         norm=model.norm,
         norm_eps=model.norm_eps,
         tied_head=model.tied_head,
@@ -52,6 +57,8 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         unrotated_layers=model.unrotated_layers,
         score_growth=None if model.score_growth is None else ScoreGrowth(**vars(model.score_growth)),
         attention_gate=model.attention_gate,
+        gate_by_head=model.gate_by_head,
+        gate_function=model.gate_function,
         post_norms=model.post_norms,
         chunked=model.chunked and model.window is not None,
         clip_qkv=model.clip_qkv,
@@ -73,11 +80,19 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         state_layers=model.state_layers,
         moe=None if model.experts is None else MoEConfig(**vars(model.experts)),
         moe_every=model.sparse_step,
+        expert_limits=model.expert_limits,
+        dense_limits=model.dense_limits,
         dense_layers=model.dense_layers,
         rope_base=model.rope.theta,
         rope_dims=None if model.latent is not None or model.rope.size == model.head_size else model.rope.size,
         rope_scaling=_rope_scaling(model.rope),
     )
+
+
+def _windowed(windowed: PublishedWindowed) -> WindowedConfig:
+    rope, heads = windowed.rope, {key: value for key, value in vars(windowed).items() if key != "rope"}
+    dims = None if rope.size == windowed.d_head else rope.size
+    return WindowedConfig(**heads, rope_base=rope.theta, rope_dims=dims, rope_scaling=_rope_scaling(rope))
 
 
 def _rope_scaling(rope: PublishedRope) -> RopeScaling | None:

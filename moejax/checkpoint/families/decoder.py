@@ -11,7 +11,7 @@ ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
 def decoder_names(cfg: ModelConfig) -> dict[str, TensorNames]:
     """Names outside the routed experts. Names of leaves that `cfg` does not have are not used."""
     N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    heads = ConcatRows((N * H, K * H, K * H))
+    heads = ConcatRows((N * H, K * H, K * cfg.value_size))
     return {
         "embed": TensorNames(("model.embed_tokens.weight",)),
         "final_norm": TensorNames(("model.norm.weight",)),

@@ -23,9 +23,11 @@ from moejax.checkpoint.families.glm4_moe import DOTS1, GLM4_MOE, GLM4V_MOE, SOLA
 from moejax.checkpoint.families.gpt_oss import GPT_OSS
 from moejax.checkpoint.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from moejax.checkpoint.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moejax.checkpoint.families.laguna import LAGUNA
 from moejax.checkpoint.families.lfm2_moe import LFM2_MOE
 from moejax.checkpoint.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from moejax.checkpoint.families.llama4 import LLAMA4, LLAMA4_TEXT
+from moejax.checkpoint.families.mimo_v2 import MIMO_V2_FLASH
 from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
 from moejax.checkpoint.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4
 from moejax.checkpoint.families.mixtral import MIXTRAL
@@ -34,6 +36,7 @@ from moejax.checkpoint.families.phimoe import PHIMOE
 from moejax.checkpoint.families.qwen3_next import QWEN3_5_MOE, QWEN3_NEXT
 from moejax.checkpoint.families.qwen_moe import QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE
 from moejax.checkpoint.families.special_tokens import end_token
+from moejax.checkpoint.families.step3p5 import STEP3P5, STEP3P7
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from planner.errors import InputError
@@ -68,6 +71,10 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "ernie4_5_moe": ERNIE4_5_MOE,
     "exaone_moe": EXAONE_MOE,
     "afmoe": AFMOE,
+    "mimo_v2_flash": MIMO_V2_FLASH,
+    "laguna": LAGUNA,
+    "step3p5": STEP3P5,
+    "step3p7": STEP3P7,
     "llama4": LLAMA4,
     "llama4_text": LLAMA4_TEXT,
     "kimi_k25": KIMI_K25,

@@ -22,9 +22,11 @@ from planner.inputs.published.glm4_moe import (
 from planner.inputs.published.gpt_oss import read_gpt_oss
 from planner.inputs.published.granite_moe import read_granite_moe, read_granite_moe_shared
 from planner.inputs.published.hunyuan import read_hunyuan_v1_moe, read_hy_v3
+from planner.inputs.published.laguna import read_laguna
 from planner.inputs.published.lfm2_moe import read_lfm2_moe
 from planner.inputs.published.llama import read_llama, read_mistral, read_qwen2, read_qwen3
 from planner.inputs.published.llama4 import read_llama4
+from planner.inputs.published.mimo_v2 import read_mimo_v2_flash
 from planner.inputs.published.minimax_m2 import read_minimax_m2
 from planner.inputs.published.mistral import read_ministral3, read_mistral3, read_mistral4
 from planner.inputs.published.mixtral import read_mixtral
@@ -32,6 +34,7 @@ from planner.inputs.published.olmoe import read_olmoe
 from planner.inputs.published.phimoe import read_phimoe
 from planner.inputs.published.qwen3_next import read_qwen3_5_moe, read_qwen3_next
 from planner.inputs.published.qwen_moe import read_qwen2_moe, read_qwen3_moe, read_qwen3_vl_moe
+from planner.inputs.published.step3p5 import read_step3p5
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,27 @@ FAMILIES: dict[str, PublishedFamily] = {
         read_exaone_moe,
         "K-EXAONE: windows, no rotary embedding on the other layers",
     ),
+    "mimo_v2_flash": PublishedFamily(
+        ("MiMoV2FlashForCausalLM",),
+        read_mimo_v2_flash,
+        "windows with sinks and key/value heads of their own, values smaller than keys, DeepSeek-V3's routing",
+    ),
+    "laguna": PublishedFamily(
+        ("LagunaForCausalLM",),
+        read_laguna,
+        "windows with heads and a rotary embedding of their own, attention gated by softplus, capped router",
+    ),
+    "step3p5": PublishedFamily(
+        ("Step3p5ForCausalLM",),
+        read_step3p5,
+        "Step-3.5-Flash: windows with heads and a rotary embedding of their own, attention gated by head, bounded "
+        "activations",
+    ),
+    "step3p7": PublishedFamily(
+        ("Step3p7ForConditionalGeneration",),
+        read_step3p5,
+        "the decoder of text of Step-3.7-Flash, which is Step-3.5's",
+    ),
     "kimi_k25": PublishedFamily(
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
         reader_of_v3(groups=8, used=4, scale=2.5, dense=3),
@@ -193,18 +217,15 @@ FAMILIES: dict[str, PublishedFamily] = {
 NOT_READ = {
     "bailing_hybrid": "linear attention and latent attention, whose context is a state",
     "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
-    "gemma4": "a dense part beside the experts, and head sizes by kind of layer",
+    "gemma4": "a dense part with norms of its own beside the experts, and a GELU in both",
     "granitemoehybrid": "Mamba-2 layers, whose context is a state",
     "jamba": "Mamba layers, whose context is a state",
     "kimi_linear": "Kimi delta attention, whose context is a state",
-    "laguna": "numbers of heads by layer, and rotary embeddings of two sizes",
     "longcat_flash": "two attention parts in a layer, and experts that compute nothing",
-    "mimo_v2_flash": "numbers of key/value heads by layer, and values of another size than keys",
     "minimax_m3": "block-sparse attention",
     "minimax_m3_vl": "block-sparse attention",
     "nemotron_h": "Mamba-2 layers, whose context is a state",
     "qwen3_5": "gated delta nets without experts beside them",
-    "step3p7": "numbers of heads by layer, and rotary embeddings of two sizes",
 }
 """Architectures that people ask for and that neither planner nor server know, and what the decoder lacks."""
 

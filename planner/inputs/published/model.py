@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -12,6 +12,7 @@ from planner.inputs.published.weight_form import WeightForm
 from planner.inputs.routed_experts import RoutedExperts
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
+from planner.inputs.windowed_attention import WindowedHeads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +41,29 @@ class PublishedRope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedWindowed(WindowedHeads):
+    """The attention of layers with a window, where it is not that of the other layers."""
+
+    rope: PublishedRope
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublishedModel:
     """A decoder of attention and SwiGLU layers, some of them with routed experts. The defaults are Llama's.
 
+    `expert_limits` and `dense_limits` bound the inner activations of experts, and of shared experts and dense layers
+    (RoutedExperts), of each layer, 0 for none.
+
     With `experts`, layers `sparse_step - 1`, `2 * sparse_step - 1`, ... are routed, except `dense_layers`; the others
     are dense, of width `dense_width`. `windows` has the positions that each layer sees at most (None: all); if
-    `chunked`, a layer sees its chunk of that many positions instead of the last ones.
+    `chunked`, a layer sees its chunk of that many positions instead of the last ones. With `windowed`, layers with a
+    window have heads and a rotary embedding of their own. Values have `value_size` numbers a head (`head_size` by
+    default) and are multiplied by `value_scale`.
 
     `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
-    multiplies mixed values by a sigmoid of the layer's input, `post_norms` norms what attention and feed-forward add.
+    multiplies mixed values by a sigmoid of the layer's input, or as `gate_function` says by a softplus, one for each
+    number or with `gate_by_head` for each head; `post_norms` norms what attention and feed-forward add.
     `state_layers` have a gated delta net or a short convolution in place of attention. An `indexer` chooses the
     positions that latent attention sees. `sinks` gives each head a score that takes weight and adds nothing.
     `score_scale` multiplies attention scores (head_size ** -0.5 by default). `context` is the longest published context
@@ -65,6 +79,8 @@ class PublishedModel:
     head_size: int
     dense_width: int
     context: int
+    value_size: int | None = None
+    value_scale: float = 1.0
     rope: PublishedRope
     form: WeightForm
     stop_tokens: tuple[int, ...] = ()
@@ -80,11 +96,14 @@ class PublishedModel:
     unrotated_layers: tuple[int, ...] = ()
     score_growth: PublishedScoreGrowth | None = None
     attention_gate: bool = False
+    gate_by_head: bool = False
+    gate_function: Literal["sigmoid", "softplus"] = "sigmoid"
     post_norms: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
     windows: tuple[int | None, ...] = ()
     chunked: bool = False
+    windowed: PublishedWindowed | None = None
     score_scale: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -96,6 +115,8 @@ class PublishedModel:
     state_layers: tuple[int, ...] = ()
     experts: RoutedExperts | None = None
     sparse_step: int = 1
+    expert_limits: tuple[float, ...] = ()
+    dense_limits: tuple[float, ...] = ()
     dense_layers: tuple[int, ...] = ()
 
     @cached_property
@@ -128,12 +149,31 @@ class PublishedModel:
         return self.delta_net or self.short_convolution
 
     @property
+    def kinds_of_attention(self) -> tuple[tuple[PublishedModel, int], ...]:
+        """The kinds of layers with attention, each as a model all of whose layers are of that kind, and how many layers
+        there are of it: first the layers that see everything, with `windowed` then the layers with a window."""
+        if self.windowed is None:
+            return ((self, self.attention_layers),)
+        own, count = self.windowed, sum(window is not None for window in self.windows)
+        heads = {"heads": own.n_heads, "kv_heads": own.n_kv_heads, "head_size": own.d_head, "value_size": own.d_value}
+        windowed = replace(self, windowed=None, sinks=own.sinks, rope=own.rope, **heads)
+        return (replace(self, windowed=None), self.layers - count), (windowed, count)
+
+    @property
+    def value_numbers(self) -> int:
+        """Numbers of a head's value where attention is not latent."""
+        return self.head_size if self.value_size is None else self.value_size
+
+    @property
     def cache_elements_per_layer(self) -> int:
-        """Numbers that one layer caches per position."""
+        """Numbers that one layer caches per position; with `windowed` the larger number of the two kinds, as `moejax
+        serve` has rows of one width."""
         if self.latent is not None:
             indexed = self.indexer.d_key if self.indexer else 0
             return self.latent.d_latent + self.latent.d_rope + indexed
-        return 2 * self.kv_heads * self.head_size
+        kinds = [kind for kind, _ in self.kinds_of_attention]
+        keys = max(kind.kv_heads * kind.head_size for kind in kinds)
+        return keys + max(kind.kv_heads * kind.value_numbers for kind in kinds)
 
     @property
     def cache_parts_per_layer(self) -> int:
@@ -141,4 +181,6 @@ class PublishedModel:
         value of each head; a latent, its rotated key, and the key of an indexer."""
         if self.latent is not None:
             return 2 + (self.indexer is not None)
-        return 2 * self.kv_heads
+        kinds = [kind for kind, _ in self.kinds_of_attention]
+        keys = max(kinds, key=lambda kind: kind.kv_heads * kind.head_size)
+        return keys.kv_heads + max(kinds, key=lambda kind: kind.kv_heads * kind.value_numbers).kv_heads

@@ -57,7 +57,7 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
         expert=0,
         shared=0,
         dense=(layers - moe) * _feed_forward(d, model.dense_width, biased=model.mlp_bias),
-        attention=model.attention_layers * _attention(model) + _state_layers(model),
+        attention=sum(n * _attention(kind) for kind, n in model.kinds_of_attention) + _state_layers(model),
         router=0,
         norms=norms,
         embedding=embedding,
@@ -84,6 +84,10 @@ def cache_elements(model: PublishedModel) -> tuple[int, int]:
     """Numbers cached per token in layers that see everything, and per request in layers with a window or chunks, once
     the request is as long as those. A model of windows alone counts as if it had none: memory is planned in pages,
     which grow with a request."""
+    if model.windowed is not None:
+        (full, n), (own, _) = model.kinds_of_attention
+        in_windows = sum(window for window in model.windows if window is not None)
+        return n * full.cache_elements_per_layer, in_windows * own.cache_elements_per_layer
     each = model.cache_elements_per_layer
     windowed = [window for window in model.windows if window is not None]
     if len(windowed) == model.layers:
@@ -118,11 +122,12 @@ def _attention(model: PublishedModel) -> int:
     d, n, k, h = model.hidden_size, model.heads, model.kv_heads, model.head_size
     if model.latent is not None:
         return _latent_attention(model, model.latent)
-    count = 2 * d * n * h + 2 * d * k * h
+    v = model.value_numbers
+    count = d * (n + k) * h + d * (n + k) * v
     count += {"head": 2 * h, "all": (n + k) * h}.get(model.qk_norm, 0)
-    count += (n + 2 * k) * h if model.qkv_bias else 0
+    count += (n + k) * h + k * v if model.qkv_bias else 0
     count += d if model.out_bias else 0
-    count += d * n * h if model.attention_gate else 0
+    count += d * (n if model.gate_by_head else n * v) if model.attention_gate else 0
     return count + (n if model.sinks else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -79,11 +80,9 @@ def workload_of(
     if form.problem:
         raise InputError(form.problem)
     p = count_parameters(model)
-    (per_token, per_request), cached = cache_elements(model), cache_number_bytes(model, cache, scales=cache_scales)
     latent = model.latent
-    products = 2 * model.head_size if latent is None else 2 * latent.d_latent + latent.d_rope
-    in_prompts = products if latent is None else latent.d_plain + latent.d_rope + latent.d_value
-    scored = 0 if model.indexer is None else model.indexer.heads * model.indexer.d_key
+    (per_token, per_request), cached = cache_elements(model), cache_number_bytes(model, cache, scales=cache_scales)
+    products, in_prompts = _attention_products(model)
     dense, attention = p.dense * form.dense, p.attention * form.attention
     low = (p.embedding + p.head + p.norms + p.router) * form.base
     return Workload(
@@ -101,14 +100,14 @@ def workload_of(
         cache_bytes_per_request=round(per_request * cached),
         cache_window=(model.window or 0) if per_request else 0,
         state_bytes=4 * model.state_elements,
-        cache_splits=model.kv_heads if latent is None else 1,
+        cache_splits=math.gcd(*(kind.kv_heads for kind, _ in model.kinds_of_attention)) if latent is None else 1,
         heads=model.heads,
         hidden_bytes=model.hidden_size * 2,
         expert_flops=2.0 * p.expert,
         rest_flops=2.0 * (p.rest - (p.embedding if p.head else 0)),
         head_flops=2.0 * (p.head or p.embedding),
-        context_flops=2.0 * model.attention_layers * (model.heads * products + scored),
-        prompt_context_flops=2.0 * model.attention_layers * (model.heads * in_prompts + scored),
+        context_flops=2.0 * products,
+        prompt_context_flops=2.0 * in_prompts,
         windowed_share=sum(w is not None for w in model.windows) / model.layers if per_request else 0.0,
         lookup_bytes=round(p.embedding * form.base) if p.head else 0,
         kernels=_kernels(model, p),
@@ -117,6 +116,20 @@ def workload_of(
         total_parameters=p.total,
         active_parameters=p.active,
     )
+
+
+def _attention_products(model: PublishedModel) -> tuple[int, int]:
+    """Numbers that attention of all layers multiplies for one position of the context: while decoding, and in prompts,
+    where latent attention computes keys and values."""
+    scored = 0 if model.indexer is None else model.indexer.heads * model.indexer.d_key
+    latent = model.latent
+    if latent is not None:
+        each = 2 * latent.d_latent + latent.d_rope, latent.d_plain + latent.d_rope + latent.d_value
+        decode, prompt = (model.attention_layers * (model.heads * products + scored) for products in each)
+        return decode, prompt
+    kinds = model.kinds_of_attention
+    total = sum(n * kind.heads * (kind.head_size + kind.value_numbers) for kind, n in kinds)
+    return total, total
 
 
 def _kernels(model: PublishedModel, p: ParameterCounts) -> int:

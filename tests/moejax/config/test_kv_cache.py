@@ -25,7 +25,7 @@ from tests.support.kernel_cases import normal
 from tests.support.models import HYBRID
 
 KINDS = {"heads": CONFIGS["mixtral"], "latents": CONFIGS["deepseek-sparse"], "states": HYBRID}
-KINDS["convolutions"] = CONFIGS["lfm2"]
+KINDS |= {"convolutions": CONFIGS["lfm2"], "windowed": CONFIGS["windowed"]}
 
 
 def held_as(form: str, kind: str = "heads") -> ModelConfig:

@@ -14,6 +14,7 @@ from moejax.config.attention_config import (
     LatentConfig,
     ScoreGrowth,
     ShortConvolutionConfig,
+    WindowedConfig,
 )
 from moejax.config.model_config import ModelConfig, in_slots
 from moejax.config.moe_config import MoEConfig
@@ -152,6 +153,24 @@ CONFIGS["lfm2"] = shape(
     state_layers=(0, 1, 3),
     short_convolution=ShortConvolutionConfig(kernel=3, biased=True),
 )
+CONFIGS["windowed"] = shape(
+    "windowed",
+    {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "sigmoid", "normalised": True, "logit_cap": 1.5},
+    n_layers=4,
+    d_ff=48,
+    d_value=12,
+    value_scale=0.7,
+    qk_norm="head",
+    attention_gate=True,
+    gate_by_head=True,
+    gate_function="softplus",
+    window=20,
+    full_layers=(1, 3),
+    windowed=WindowedConfig(n_heads=6, n_kv_heads=3, d_head=24, d_value=20, sinks=True, rope_base=500.0, rope_dims=8),
+    dense_layers=(0,),
+    expert_limits=(0.0, 0.0, 0.3, 0.3),
+    dense_limits=(0.5, 0.0, 0.0, 0.4),
+)
 CONFIGS["deepseek-sparse"] = shape(
     "deepseek-sparse",
     {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "biased_share", "normalised": True}
@@ -198,7 +217,7 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
 
 BUCKET = StepBucket(8, 2)
 """Tests take four ranks and this bucket, so that its program is compiled once for each shape of model."""
-BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2"}
+BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2", "windowed"}
 BIT_BY_BIT |= {"shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 """One of each kind of attention, experts and placement; `scripts/soak` compares all, which compiles for minutes."""
 

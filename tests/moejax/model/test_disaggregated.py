@@ -6,11 +6,22 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.config.attention_config import WindowedConfig
 from moejax.config.model_config import ModelConfig
 from serving.engine.batch import StepBucket as Shape
 from tests.support.models import LEADING_DENSE, SHARDED, SHARED, lively_params
 from tests.support.roles import RoleStepper
 from tests.support.stepping import Stepper, work
+
+WINDOWED = dataclasses.replace(
+    LEADING_DENSE,
+    name="windowed",
+    window=20,
+    full_layers=(1, 3),
+    windowed=WindowedConfig(n_heads=6, n_kv_heads=3, d_head=24, sinks=True),
+    expert_limits=(0.0, 0.0, 0.3, 0.3),
+    dense_limits=(0.5, 0.0, 0.0, 0.4),
+)
 
 
 def ids(count: int, seed: int) -> list[int]:

@@ -73,7 +73,7 @@ def main() -> None:
     for name in sys.argv[1:] or ALL:
         kept[name] = dataclasses.asdict(ask(name))
         print(name, kept[name]["margin"])
-    rows = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in ALL)
+    rows = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in ALL if name in kept)
     RECORDED.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 

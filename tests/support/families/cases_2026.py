@@ -2,10 +2,12 @@
 numbers of experts, one or all of them chosen, windows shorter than the prompt, vocabularies that are no multiple of
 8."""
 
+import dataclasses
 from typing import Any
 
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, V32
+from tests.support.families.cases_windowed import LAGUNA, MIMO_V2, STEP3P7
 
 ODD_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
 WIDE_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}
@@ -412,9 +414,16 @@ _VISION: dict[str, dict[str, Any]] = {
         "projector_output_dim": 16,
         "image_size": 28,
     },
+    "step3p7": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
 }
 _TEXT_TYPES = {"kimi_k25": "deepseek_v3", "qwen3_vl_moe": "qwen3_vl_moe_text", "glm4v_moe": "glm4v_moe_text"}
-_TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+_TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text", "step3p7": "step3p5"}
 _BY_FAMILY = {
     "glm4_moe_lite": _GLM_LITE,
     "dots1": _DOTS1,
@@ -429,6 +438,9 @@ _BY_FAMILY = {
     "qwen3_vl_moe": _QWEN_VL,
     "glm4v_moe": _GLM_V,
     "afmoe": _AFMOE,
+    "mimo_v2_flash": MIMO_V2,
+    "laguna": LAGUNA,
+    "step3p7": STEP3P7,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "qwen3_next": _QWEN_NEXT,
@@ -450,6 +462,9 @@ def _case(family: str, fields: dict[str, Any]) -> Case:
 
 
 CASES_2026 = {family: _case(family, cases[0]) for family, cases in _BY_FAMILY.items()}
+CASES_2026["step3p5"] = dataclasses.replace(
+    CASES_2026["step3p7"], rewrite={"model_type": "step3p5", "architectures": ["Step3p5ForCausalLM"]}
+)
 ODD = {
     f"{family}, {which}": _case(family, fields)
     for family, cases in _BY_FAMILY.items()

@@ -230,7 +230,7 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
                 values.copy_(around_one(name, case.family) + 0.2 * torch.randn_like(values))
             elif values.ndim < 2 and "inv_freq" not in name:
                 values.copy_(0.2 * torch.randn_like(values))
-            elif values.ndim >= 2:
+            elif values.ndim >= 2 and values.is_floating_point():
                 values.copy_(torch.randn_like(values) * 1.5 / values.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     if case.family in _AS_PUBLISHED:

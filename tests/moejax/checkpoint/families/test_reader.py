@@ -132,6 +132,19 @@ def test_layers_of_lfm2_are_few_patterns_and_their_state_is_small():
     assert ModelConfig.from_json(cfg.to_json()) == cfg
 
 
+def test_layers_with_heads_of_their_own_are_few_patterns():
+    cfg = read_config(json.loads(PUBLISHED["mimo-v2-flash"].read_text()))
+    assert cfg.segments == ((("dense",), 1), (("moe",) * 6, 7), (("moe",), 4), (("moe",), 1))
+    assert cfg.cache_widths == (8 * 192, 8 * 128)
+    assert cfg.of_layer(0).n_kv_heads == 4
+    assert cfg.of_layer(1).n_kv_heads == 8
+    for name in ("mimo_v2_flash", "laguna, all", "step3p7"):
+        small = read_config(small_config(name))
+        assert ModelConfig.from_json(small.to_json()) == small
+    later = {"windowed", "d_value", "value_scale", "gate_by_head", "gate_function", "expert_limits", "dense_limits"}
+    assert not later & json.loads(read_config(MIXTRAL).to_json()).keys()
+
+
 def test_a_context_can_be_shorter_than_published_and_not_longer():
     assert read_config(MIXTRAL, max_context=100).max_context == 100
     with pytest.raises(ConfigError, match="is 32768; a context of 40000 cannot be served"):

@@ -91,6 +91,7 @@ CARDS = {
     "deepseek-v3.2": (671, 37),
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
+    "mimo-v2-flash": (309, 15),
 }
 # Cache bytes per token at two bytes a value; DeepSeek-V3 as in "Insights into DeepSeek-V3" (2025).
 CACHE = {"deepseek-v3": 70_272, "mixtral-8x7b": 131_072, "qwen3-235b-a22b": 192_512, "gpt-oss-20b": 24_576}
@@ -165,6 +166,12 @@ def test_layers_with_a_window_keep_a_bounded_cache():
     assert per_token == 12 * 2 * 8 * 64
     assert per_request == 12 * 2 * 8 * 64 * 128
     assert unwindowed_cache_elements(model("gpt-oss-20b")) == 2 * per_token
+
+
+def test_windows_with_heads_of_their_own_keep_theirs_and_a_server_has_rows_of_one_width():
+    mimo = model("mimo-v2-flash")
+    assert cache_elements(mimo) == (9 * 4 * (192 + 128), 39 * 129 * 8 * (192 + 128))
+    assert unwindowed_cache_elements(mimo) == 48 * 8 * (192 + 128)
 
 
 def test_layers_in_chunks_keep_a_chunk():

@@ -126,6 +126,77 @@ def test_windows_and_chunks_are_of_single_layers():
     assert (gpt.chunked, scout.chunked) == (False, True)
 
 
+def test_mimo_reads_the_same_with_the_fields_of_its_own_class():
+    values = find_published("mimo-v2-flash")[1]
+    own = {
+        "hybrid_layer_pattern": [int(i != 0 and (i + 1) % 6 != 0) for i in range(48)],
+        "moe_layer_freq": [0] + [1] * 47,
+        "swa_num_key_value_heads": 8,
+        "swa_rope_theta": 10_000,
+        "rope_theta": 5_000_000,
+        "partial_rotary_factor": 0.334,
+        "add_swa_attention_sink_bias": True,
+        "layernorm_epsilon": 1e-5,
+    }
+    assert published_model(values | own) == published_model(values)
+
+
+def test_step_reads_the_same_with_the_fields_of_its_own_class():
+    sizes = {"model_type": "step3p5", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 8, "sliding_window": 7, "num_nextn_predict_layers": 1}
+    full, window = "full_attention", "sliding_attention"
+    own = {
+        "layer_types": [window, full, window, window, window],
+        "num_attention_groups": 4,
+        "attention_other_setting": {"num_attention_heads": 12},
+        "rope_theta": [1e4, 5e6, 1e4, 1e4, 1e4],
+        "partial_rotary_factors": [1.0, 0.5, 1.0, 1.0, 1.0],
+        "moe_layers_enum": "1,3",
+        "moe_num_experts": 6,
+        "moe_top_k": 2,
+        "swiglu_limits": [0.0, 0.0, 0.0, 7, None],
+    }
+    transformers = {
+        "layer_types": [window, full, window, window],
+        "num_key_value_heads": 4,
+        "num_sliding_attention_heads": 12,
+        "rope_parameters": {
+            window: {"rope_type": "default", "rope_theta": 1e4},
+            full: {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+        "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "swiglu_limits": [None, 0, 0.0, 7.0],
+    }
+    assert published_model(sizes | own) == published_model(sizes | transformers)
+
+
+LAGUNA = {"model_type": "laguna", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 48}
+LAGUNA |= {"num_attention_heads": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads_per_layer": [16, 24, 16]}, "has 16, 24 for layers of sliding_attention; layers of one"),
+        ({"num_attention_heads_per_layer": [16]}, "has 1 entries, but num_hidden_layers is 3"),
+        ({"gating": "per-token"}, "gating is 'per-token'; known are True, 'per-head', 'per-element'"),
+        ({"model_type": "mimo_v2_flash", "moe_layer_freq": [1]}, "moe_layer_freq has 1 entries, but num_hidden_layers"),
+        (
+            {"model_type": "mimo_v2_flash", "hybrid_layer_pattern": [1], "layer_types": None},
+            "hybrid_layer_pattern has 1",
+        ),
+        ({"model_type": "step3p5", "sliding_window": 7, "swiglu_limits": [1.0]}, "swiglu_limits has 1 entries, but"),
+        ({"model_type": "step3p5", "sliding_window": 7, "moe_layers_enum": "1,x"}, "moe_layers_enum is '1,x'; it must"),
+        ({"model_type": "step3p5"}, "layer_types has sliding_attention, but sliding_window is missing"),
+    ],
+)
+def test_layers_of_one_kind_must_be_alike(change, message):
+    with pytest.raises(InputError, match=message):
+        published_model(LAGUNA | change)
+
+
 def test_stop_tokens_are_those_given_or_of_the_class():
     assert published_model(MIXTRAL).stop_tokens == (2,)
     assert published_model(MIXTRAL | {"eos_token_id": None}).stop_tokens == ()
