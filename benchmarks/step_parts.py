@@ -144,15 +144,15 @@ def time_layers(step: DecodeStep) -> dict[str, float]:
 
     def dense(x, layer, _):
         h = norm(x, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)
-        return x + (
-            swiglu(h, layer.ffn.gate_up, layer.ffn.down) if layer.moe is None else apply_shared_expert(h, layer.moe)
-        )
+        if layer.moe is None or cfg.moe is None:
+            return x + swiglu(h, layer.ffn.gate_up, layer.ffn.down)
+        return x + apply_shared_expert(h, layer.moe, cfg.moe)
 
     context = StepContext(cache=step.cache, inputs=step.inputs, shape=step.shape)
     shared = cfg.moe is not None and cfg.moe.d_shared
     routing_ms = time_over_layers(step, "moe", routing) if cfg.moe else 0.0
     return {
-        "attention": time_over_layers(step, "dense moe", lambda x, layer, i: attend(x, layer, i, context)[0]),
+        "attention": time_over_layers(step, "dense moe", lambda x, layer, i: attend(x, layer, i, context, cfg)[0]),
         "routing": routing_ms,
         "experts": max(0.0, time_over_layers(step, "moe", expert) - routing_ms) if cfg.moe else 0.0,
         "dense": time_over_layers(step, "dense moe" if shared else "dense", dense),

@@ -46,8 +46,9 @@ more. Its keys are cached with the others, so that replicas, transfers and resto
 engines score in float8, moejax in float32; where two positions have the same score, the earlier is chosen. Attention
 reads the whole context and leaves out what is not chosen: that is right, not yet fast.
 
-Three of four layers of Qwen3-Next, Qwen3.5 and LFM2 have a state of the request in place of keys and values of its
-positions: that of gated delta nets, or the last inputs of short convolutions. Rows are added to it one after the other
+Most layers of Qwen3-Next, Qwen3.5, LFM2, Nemotron 3, Kimi-Linear and Ling 3 have a state of the request in place of
+keys and values of its positions: that of gated delta nets, of Mamba-2 or of Kimi delta attention, or the last inputs of
+short convolutions. Rows are added to it one after the other
 in prompts as in decode, so that a request that is computed again has the same bits
 ([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and they are served
 with `--tensor 1` and collocated ranks.

@@ -1,13 +1,13 @@
 """The configuration of attention that only some models have: scaled rotary frequencies, growing scores, latent
-attention, the indexer that chooses its positions, heads of their own in layers with a window, and gated delta nets and
-short convolutions in the place of attention."""
+attention, the indexer that chooses its positions, heads of their own in layers with a window, and the layers with a
+state in the place of attention."""
 
 import dataclasses
 from typing import Literal
 
 from moejax.config.config_values import ConfigError
 from planner.inputs.latent_attention import LatentAttention
-from planner.inputs.layer_states import DeltaNet, ShortConvolution
+from planner.inputs.layer_states import DeltaNet, KimiDelta, Mamba2, ShortConvolution
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
 from planner.inputs.windowed_attention import WindowedHeads
@@ -118,3 +118,31 @@ class ShortConvolutionConfig(ShortConvolution):
             raise ConfigError(
                 f"short_convolution has kernel {self.kernel}; a convolution over time takes at least 2 inputs."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba2Config(Mamba2):
+    """A Mamba-2 layer, validated."""
+
+    def __post_init__(self) -> None:
+        for field in ("heads", "d_head", "groups", "d_state"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"mamba has {field} {getattr(self, field)}; it must be at least 1.")
+        if self.kernel < 2:
+            raise ConfigError(f"mamba has kernel {self.kernel}; a convolution over time takes at least 2 inputs.")
+        if self.heads % self.groups:
+            raise ConfigError(f"{self.heads} heads of mamba cannot share {self.groups} groups evenly.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig(KimiDelta):
+    """Kimi delta attention, validated."""
+
+    def __post_init__(self) -> None:
+        for field in ("heads", "d_head"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"kimi_delta has {field} {getattr(self, field)}; it must be at least 1.")
+        if self.kernel < 2:
+            raise ConfigError(f"kimi_delta has kernel {self.kernel}; a convolution over time takes at least 2 inputs.")
+        if self.least_log is not None and self.least_log >= 0:
+            raise ConfigError(f"kimi_delta has least_log {self.least_log}; the logarithm of a decay is below 0.")

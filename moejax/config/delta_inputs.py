@@ -1,4 +1,4 @@
-"""The arguments of the gated delta rule, one value for its implementations: reference and CPU kernel."""
+"""The arguments of the gated delta rule and of its kin, one value for the implementations: reference and CPU kernel."""
 
 from flax import struct
 from jaxtyping import Float, Int
@@ -22,8 +22,8 @@ class DeltaInputs:
     q: Float[ArrayLike, "R K Dk"]
     k: Float[ArrayLike, "R K Dk"]
     v: Float[ArrayLike, "R V Dv"]
-    decay: Float[ArrayLike, "R V"]
-    """Factor of the state before a row is added."""
+    decay: Float[ArrayLike, "R V X"]
+    """Factor of the state before a row is added: of a head (X is 1), or of each of its keys (X is Dk)."""
     rate: Float[ArrayLike, "R V"]
     """How much of a row is added, from 0 to 1; PADDING for rows that leave the state as it is."""
     states: Float[ArrayLike, "L states V Dk Dv"]
@@ -32,3 +32,6 @@ class DeltaInputs:
     source: Int[ArrayLike, " Z"]
     """Place of each segment's state in `states`, EMPTY or CHAINED."""
     decode: int = struct.field(pytree_node=False)
+    corrects: bool = struct.field(pytree_node=False, default=True)
+    """True where a row adds the difference between its value and what the state has for its key: the delta rule. False
+    where it adds its value (Mamba-2)."""

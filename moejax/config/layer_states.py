@@ -22,23 +22,19 @@ class LayerStates:
     `[L, Z, ...]`: after the last row of each segment. Leaves are arrays, shapes or partition specs."""
 
     matrix: Any
-    """The state of a delta net, `[L, states, value_heads, d_key, d_value]`; None for short convolutions."""
+    """The state of each head, `[L, states, heads, keys, values]` (`StateMixer.matrix`); None for short convolutions."""
     inputs: Any
     """The last inputs of the convolution, the oldest first, `[L, states, kernel - 1, channels]`."""
 
 
 def state_shapes(cfg: ModelConfig, states: int) -> LayerStates | None:
     """Shapes and dtypes of `states` states; None for a model without layers that have them."""
-    delta, convolution, layers = cfg.delta_net, cfg.short_convolution, len(cfg.state_layers)
-    if convolution is not None:
-        inputs = jax.ShapeDtypeStruct((layers, states, convolution.kernel - 1, cfg.d_model), jnp.float32)
-        return LayerStates(matrix=None, inputs=inputs)
-    if delta is None:
+    mixer, lead = cfg.state_mixer, (len(cfg.state_layers), states)
+    if mixer is None:
         return None
-    return LayerStates(
-        matrix=jax.ShapeDtypeStruct((layers, states, delta.value_heads, delta.d_key, delta.d_value), jnp.float32),
-        inputs=jax.ShapeDtypeStruct((layers, states, delta.kernel - 1, delta.channels), jnp.float32),
-    )
+    inputs = jax.ShapeDtypeStruct((*lead, mixer.kernel - 1, mixer.inputs(cfg.d_model)), jnp.float32)
+    matrix = mixer.matrix and jax.ShapeDtypeStruct((*lead, *mixer.matrix), jnp.float32)
+    return LayerStates(matrix=matrix, inputs=inputs)
 
 
 def state_bytes(cfg: ModelConfig) -> int:

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from moejax.config.attention_config import (
     DeltaNetConfig,
     IndexerConfig,
+    KimiDeltaConfig,
     LatentConfig,
+    Mamba2Config,
     RopeScaling,
     ScoreGrowth,
     ShortConvolutionConfig,
@@ -19,22 +21,27 @@ from moejax.config.attention_config import (
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.moe_config import MoEConfig
 from moejax.config.packed_form import GROUP, PackedForm
-from planner.inputs.routed_experts import RoutedExperts
+from planner.inputs.layer_states import StateMixer
+from planner.inputs.routed_experts import Activation, RoutedExperts
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4"]
 """Of matrices; in the last three a rank holds what is published in them as it is (`packed`), the rest in bfloat16."""
 PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4")
 CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 """Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
-LayerKind = Literal["dense", "moe", "sharded"]
+LayerKind = Literal["dense", "moe", "sharded", "bare"]
+"""Of a layer by its feed-forward part; a bare layer has none."""
 _STORED_NAMES = {"shard_dense": "divide_dense"}
 """Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
 _LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "d_value": None, "value_scale": 1.0}
 _LATER |= {"packed": None, "windowed": None, "gate_by_head": False, "gate_function": "sigmoid"}
 _LATER |= {"expert_limits": (), "dense_limits": ()}
+_LATER |= {"mamba": None, "kimi_delta": None, "bare_layers": (), "activation": "swiglu"}
 """Fields that are written only where they differ from these, which earlier releases mean."""
-_LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap")
+_LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap", "activation", "d_latent")
 """Fields of experts that are written only where they differ from their defaults."""
+STATE_MIXERS = ("delta_net", "short_convolution", "mamba", "kimi_delta")
+"""Fields with the part of layers whose context is a state, of which a model has one at most."""
 
 _NESTED = {
     "moe": MoEConfig,
@@ -43,6 +50,8 @@ _NESTED = {
     "indexer": IndexerConfig,
     "delta_net": DeltaNetConfig,
     "short_convolution": ShortConvolutionConfig,
+    "mamba": Mamba2Config,
+    "kimi_delta": KimiDeltaConfig,
     "rope_scaling": RopeScaling,
     "windowed": WindowedConfig,
     "score_growth": ScoreGrowth,
@@ -51,7 +60,7 @@ _NESTED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of attention and SwiGLU layers, some with routed experts. The defaults are Llama's.
+    """A decoder of attention and feed-forward layers, some with routed experts. The defaults are Llama's.
 
     `family` names the checkpoints that its parameters come from (`moejax.checkpoint.families`); `weights` is the weight
     format (`moejax.config.weight_formats`), with `packed` where ranks hold four bits as they are published,
@@ -61,7 +70,8 @@ class ModelConfig:
     `expert_limits` and `dense_limits` are those of MoEConfig for each layer, 0 for none.
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
-    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. With `shard_dense` the
+    `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. `bare_layers` have no
+    feed-forward part, and `activation` is that of the dense ones. With `shard_dense` the
     dense layers of a model with experts are cut into as many shards as there are experts, and ranks hold those in slots
     as they hold experts; every token uses all of them. It is chosen when a model is served
     (`moejax.checkpoint.shard_dense`).
@@ -73,15 +83,16 @@ class ModelConfig:
     `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE), with
     `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only where they are rotated
     (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid, or as `gate_function` says by
-    a softplus, of the layer's input, one for each number or with `gate_by_head` for each head, and `post_norms`
-    norms the outputs of attention and feed-forward before they are added (both Trinity). `sinks` gives each head a
-    score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
+    a softplus, of the layer's input, one for each number or with `gate_by_head` for each head (Ling 3), and
+    `post_norms` norms the outputs of attention and feed-forward before they are added (Trinity has both). `sinks`
+    gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
     `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's.
 
     With an `indexer`, latent attention sees the positions that it chooses; its keys are cached beside the others.
 
-    `state_layers` have a gated delta net or a short convolution in place of attention: their context is a state of the
-    request instead of keys and values of its positions (`moejax.config.layer_states`).
+    `state_layers` have a gated delta net, a short convolution, Mamba-2 or Kimi delta attention in place of attention:
+    their context is a state of the request instead of keys and values of its positions
+    (`moejax.config.layer_states`).
 
     With `mtp` one more layer follows, of the kind of the last: it drafts the token after the next (`moejax.model.mtp`),
     is chosen when a model is served, and `n_layers` does not count it.
@@ -137,12 +148,16 @@ class ModelConfig:
     indexer: IndexerConfig | None = None
     delta_net: DeltaNetConfig | None = None
     short_convolution: ShortConvolutionConfig | None = None
+    mamba: Mamba2Config | None = None
+    kimi_delta: KimiDeltaConfig | None = None
     state_layers: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     moe_every: int = 1
     expert_limits: tuple[float, ...] = ()
     dense_limits: tuple[float, ...] = ()
     dense_layers: tuple[int, ...] = ()
+    bare_layers: tuple[int, ...] = ()
+    activation: Activation = "swiglu"
     shard_dense: bool = False
     mtp: bool = False
     tensor: int = 1
@@ -165,7 +180,7 @@ class ModelConfig:
                 f"moe_every is {self.moe_every} in a model of {self.n_layers} layers. "
                 f"Choose between 1 and {self.n_layers}."
             )
-        for field in ("dense_layers", "full_layers", "unrotated_layers", "state_layers"):
+        for field in ("dense_layers", "bare_layers", "full_layers", "unrotated_layers", "state_layers"):
             if beyond := [i for i in getattr(self, field) if not 0 <= i < self.n_layers]:
                 raise ConfigError(f"{field} names layer {beyond[0]} in a model of {self.n_layers} layers (0 is first).")
         if self.moe is not None and "moe" not in self._main_kinds:
@@ -190,7 +205,7 @@ class ModelConfig:
             self._check_latent(self.latent)
         if self.indexer is not None:
             self._check_indexer(self.indexer)
-        if self.delta_net or self.short_convolution or self.state_layers:
+        if self.state_mixer or self.state_layers:
             self._check_state_layers()
         for field in ("expert_limits", "dense_limits"):
             limits = getattr(self, field)
@@ -235,10 +250,11 @@ class ModelConfig:
             )
 
     def _check_state_layers(self) -> None:
-        if (self.delta_net is None) == (self.short_convolution is None) or not self.state_layers:
+        given = {kind: getattr(self, kind) for kind in STATE_MIXERS if getattr(self, kind) is not None}
+        if len(given) != 1 or not self.state_layers:
             raise ConfigError(
-                f"state_layers are {list(self.state_layers)} with delta_net {self.delta_net} and short_convolution "
-                f"{self.short_convolution}; give layers and one of the two, or none of the three."
+                f"state_layers are {list(self.state_layers)} with {given or 'nothing that has a state'}; give layers "
+                f"and one of {', '.join(STATE_MIXERS)}, or nothing of these."
             )
         if len(set(self.state_layers)) == self.n_layers:
             raise ConfigError(f"all {self.n_layers} layers of {self.name} are state_layers; one must have attention.")
@@ -246,6 +262,11 @@ class ModelConfig:
     def _check_sharded_dense(self) -> None:
         if self.moe is None or "sharded" not in self.layer_kinds:
             raise ConfigError(f"shard_dense is true, but {self.name} has no dense layers beside layers with experts.")
+        if self.activation != "swiglu":
+            raise ConfigError(
+                f"shard_dense is true, but the dense layers of {self.name} have activation {self.activation!r}; only "
+                "'swiglu' is sharded. Serve it with replicated dense layers."
+            )
         if self.d_ff % self.moe.experts:
             raise ConfigError(
                 f"dense layers of width {self.d_ff} cannot be cut into {self.moe.experts} equal shards, one for each "
@@ -262,10 +283,8 @@ class ModelConfig:
         if self.n_kv_heads != self.n_heads:
             raise ConfigError(f"{self.n_kv_heads} key/value heads with latent attention; it has one per query head.")
         for field, off in (
-            ("attention_gate", False),
             ("d_value", None),
             ("value_scale", 1.0),
-            ("unrotated_layers", ()),
             ("qk_norm", "none"),
             ("qkv_bias", False),
             ("out_bias", False),
@@ -273,6 +292,14 @@ class ModelConfig:
         ):
             if getattr(self, field) != off:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; latent attention knows {off!r} only.")
+        if self.attention_gate and not self.gate_by_head:
+            raise ConfigError("gate_by_head is False with attention_gate; latent attention has gates by head only.")
+        rotated = [i for i in range(self.n_layers) if i not in (*self.unrotated_layers, *self.state_layers)]
+        if self.unrotated_layers and rotated:
+            raise ConfigError(
+                f"layer {rotated[0]} is rotated and layer {self.unrotated_layers[0]} is not; of layers with latent "
+                "attention all are rotated, or none."
+            )
 
     def with_packed(self, form: PackedForm | None) -> "ModelConfig":
         """The model with these parts as they are published, and bfloat16 where there are none."""
@@ -392,9 +419,14 @@ class ModelConfig:
         return tuple(i for i in range(self.depth) if i not in self.state_layers)
 
     @property
+    def state_mixer(self) -> StateMixer | None:
+        """The part of `state_layers` in place of attention; None in a model without them."""
+        return next((mixer for kind in STATE_MIXERS if (mixer := getattr(self, kind)) is not None), None)
+
+    @property
     def state_elements(self) -> int:
         """Numbers of a request's state, over all layers that have one."""
-        mixer = self.delta_net or self.short_convolution
+        mixer = self.state_mixer
         return len(self.state_layers) * mixer.state_elements(self.d_model) if mixer else 0
 
     @property
@@ -416,11 +448,15 @@ class ModelConfig:
 
     @property
     def _main_kinds(self) -> tuple[LayerKind, ...]:
-        plain = self._dense_kind
-        if self.moe is None:
-            return (plain,) * self.n_layers
-        routed = (i % self.moe_every == self.moe_every - 1 and i not in self.dense_layers for i in range(self.n_layers))
-        return tuple("moe" if r else plain for r in routed)
+        plain, last = self._dense_kind, self.moe_every - 1
+
+        def kind(i: int) -> LayerKind:
+            if i in self.bare_layers:
+                return "bare"
+            routed = self.moe is not None and i % self.moe_every == last and i not in self.dense_layers
+            return "moe" if routed else plain
+
+        return tuple(kind(i) for i in range(self.n_layers))
 
     @property
     def segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
@@ -548,4 +584,4 @@ def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:
 
 def in_slots(kind: LayerKind) -> bool:
     """True when the feed-forward weights of layers of this kind are held in slots."""
-    return kind != "dense"
+    return kind in ("moe", "sharded")

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from moejax.config.config_values import ConfigError
-from planner.inputs.routed_experts import RoutedExperts
+from planner.inputs.routed_experts import Activation, RoutedExperts
 
 Gate = Literal["softmax", "one", "share", "biased_share", "sigmoid", "sparsemixer", "input_sigmoid"]
 """The gates that are served."""
@@ -29,6 +29,16 @@ class MoEConfig(RoutedExperts):
             raise ConfigError(
                 f"experts_per_token is {self.experts_per_token} with gate 'input_sigmoid', which scales the input of "
                 "an expert: a row can be sent to one expert only."
+            )
+        if self.activation not in get_args(Activation):
+            known = ", ".join(map(repr, get_args(Activation)))
+            raise ConfigError(f"activation is {self.activation!r}; known are {known}.")
+        if self.activation != "swiglu" and self.expert_bias:
+            raise ConfigError(f"expert_bias is true with activation {self.activation!r}; only 'swiglu' has biases.")
+        if self.activation != "swiglu" and (self.expert_limit, self.dense_limit) != (None, None):
+            raise ConfigError(
+                f"expert_limit is {self.expert_limit} and dense_limit {self.dense_limit} with activation "
+                f"{self.activation!r}; only 'swiglu' has limits."
             )
         if self.shared_gate and not self.d_shared:
             raise ConfigError("shared_gate is true with d_shared 0: there is no shared expert to weigh.")

@@ -3,7 +3,7 @@
 import jax
 
 from moejax.config.model_config import LayerKind, ModelConfig, in_slots
-from moejax.config.params import feed_forward_specs, is_spec, param_specs
+from moejax.config.params import expert_feed_forward_specs, is_spec, param_specs
 
 
 def expert_bytes(cfg: ModelConfig, itemsize: int = 4) -> int:
@@ -21,7 +21,7 @@ def expert_counts(cfg: ModelConfig) -> tuple[int, int]:
 def expert_size(cfg: ModelConfig, kind: LayerKind) -> int:
     """Parameters of one expert of a layer of this kind."""
     moe = cfg.experts_of(kind)
-    one = feed_forward_specs(cfg, (), (), moe.d_expert, biased=moe.expert_bias)
+    one = expert_feed_forward_specs(cfg, moe, (), ())
     return sum(s.size for s in jax.tree.leaves(one, is_leaf=is_spec))
 
 

@@ -6,7 +6,6 @@ Shape suffixes are explained in `moejax.config.axes`; R here stands for the repe
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.config.attention_config import DeltaNetConfig, IndexerConfig, LatentConfig, ShortConvolutionConfig
-from moejax.config.model_config import LayerKind, ModelConfig, in_slots
+from moejax.config.attention_config import IndexerConfig, LatentConfig
+from moejax.config.model_config import STATE_MIXERS, LayerKind, ModelConfig, in_slots
+from moejax.config.moe_config import MoEConfig
+from moejax.config.param_spec import BIAS_STD, ParamSpec
+from moejax.config.state_params import ConvolutionWeights, DeltaNetWeights, KimiDeltaWeights, MambaWeights, state_specs
+from planner.inputs.routed_experts import Activation
 
 Position = tuple[int, int]
 """A layer of a segment's pattern, which stands for all of its repeats: (segment, position in the pattern)."""
@@ -23,7 +26,8 @@ Position = tuple[int, int]
 
 @struct.dataclass
 class FeedForward:
-    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`; biases `[..., 2F]`, `[..., D]` or None."""
+    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`; biases `[..., 2F]`, `[..., D]` or None. Without
+    a gate (`Activation` "relu2") `gate_up` is up alone, `[..., F, D]`."""
 
     gate_up: Any
     down: Any
@@ -37,7 +41,8 @@ class MoE:
     has its shards for experts, and no router.
 
     `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, P, ...]` in a rank, which holds
-    slots. `shared_gate [R, 1, D]` weighs the shared expert, or is None.
+    slots. `shared_gate [R, 1, D]` weighs the shared expert, or is None. With experts in a latent of size C, which D is
+    above then, `latent_in [R, C, D]` and `latent_out [R, D, C]` lead there and back.
     """
 
     router: Any
@@ -45,6 +50,8 @@ class MoE:
     shared: FeedForward | None
     experts: FeedForward
     shared_gate: Any = None
+    latent_in: Any = None
+    latent_out: Any = None
 
 
 @struct.dataclass
@@ -79,43 +86,11 @@ class IndexerWeights:
 
 
 @struct.dataclass
-class DeltaNetWeights:
-    """A gated delta net (`moejax.model.delta_net`).
-
-    `project [R, channels + values, D]` makes queries, keys and values, then the gate of the output; `rates
-    [R, 2 * value_heads, D]` how much of a value is written, then how fast the state decays, with `rate_bias` and
-    `decay [R, value_heads]`. `convolution [R, channels, kernel]` has the oldest input first. `norm [R, d_value]` is
-    that of the outputs, `out [R, D, values]` their projection.
-    """
-
-    project: Any
-    rates: Any
-    convolution: Any
-    rate_bias: Any
-    decay: Any
-    norm: Any
-    out: Any
-
-
-@struct.dataclass
-class ConvolutionWeights:
-    """A gated short convolution (`moejax.model.short_convolution`): `project [R, 3 * D, D]` makes the gate of its
-    inputs, that of its outputs, and the values; `kernel [R, D, kernel]` has the oldest input first; `out [R, D, D]`.
-    Biases `[R, 3 * D]`, `[R, D]`, `[R, D]`, or None."""
-
-    project: Any
-    kernel: Any
-    out: Any
-    project_bias: Any = None
-    kernel_bias: Any = None
-    out_bias: Any = None
-
-
-@struct.dataclass
 class Layer:
     """One decoder layer, or one position of a segment with its leaves stacked over repeats. It has either `ffn` or
-    `moe`, one of `qkv`, `latent`, `delta` and `convolution`, and biases, norms, sinks and gate as the configuration
-    says. A layer with a state (`delta`, `convolution`) has no other leaves of attention than its norm."""
+    `moe`, or neither and no norm for them, one of `qkv`, `latent`, `delta`, `convolution`, `mamba` and `kimi_delta`,
+    and biases, norms, sinks and gate as the configuration says. A layer with a state (one of the last four) has no
+    other leaves of attention than its norm."""
 
     attention_norm: Any
     qkv: Any
@@ -137,11 +112,13 @@ class Layer:
     ffn_post_norm: Any = None
     delta: DeltaNetWeights | None = None
     convolution: ConvolutionWeights | None = None
+    mamba: MambaWeights | None = None
+    kimi_delta: KimiDeltaWeights | None = None
 
     @property
     def has_state(self) -> bool:
         """True for a layer whose context is a state in place of keys and values."""
-        return self.delta is not None or self.convolution is not None
+        return any(each is not None for each in (self.delta, self.convolution, self.mamba, self.kimi_delta))
 
 
 @struct.dataclass
@@ -180,24 +157,6 @@ class Head:
 
     weight: Any
     bias: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One parameter: shape, names of its logical axes, and initial standard deviation (0: ones; `BIAS_STD`: near 0)."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float
-
-    @property
-    def size(self) -> int:
-        """Numbers in the parameter."""
-        return math.prod(self.shape)
-
-
-BIAS_STD = 1e-9
-"""Standard deviation of parameters that start at (nearly) zero."""
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -245,7 +204,8 @@ def _layer(model: ModelConfig, kind: LayerKind, R: int, position: Position) -> L
     attention = _state_layer(cfg, R) if has_state(model, position) else _attention_layer(cfg, R)
     return dataclasses.replace(
         attention,
-        ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff) if kind == "dense" else None,
+        ffn_norm=None if kind == "bare" else attention.ffn_norm,
+        ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff, cfg.activation) if kind == "dense" else None,
         moe=_moe(cfg, kind, R) if in_slots(kind) else None,
     )
 
@@ -254,39 +214,9 @@ def _state_layer(cfg: ModelConfig, R: int) -> Layer:
     """A layer with a state, without its feed-forward part."""
     norm = ParamSpec((R, cfg.d_model), ("layer", "model"), 0)
     layer = Layer(attention_norm=norm, qkv=None, out=None, ffn_norm=norm, ffn=None, moe=None)
-    if cfg.short_convolution is not None:
-        return dataclasses.replace(layer, convolution=_convolution(cfg, cfg.short_convolution, R))
-    assert cfg.delta_net is not None
-    return dataclasses.replace(layer, delta=_delta_net(cfg, cfg.delta_net, R))
-
-
-def _convolution(cfg: ModelConfig, convolution: ShortConvolutionConfig, R: int) -> ConvolutionWeights:
-    D = cfg.d_model
-    project, kernel, out = (
-        ParamSpec((R, width), ("layer", "model"), BIAS_STD) if convolution.biased else None for width in (3 * D, D, D)
-    )
-    return ConvolutionWeights(
-        project=ParamSpec((R, 3 * D, D), ("layer", "heads", "model"), 0.02),
-        kernel=ParamSpec((R, D, convolution.kernel), ("layer", "rate", "kernel"), 0.3),
-        out=ParamSpec((R, D, D), ("layer", "model", "heads"), _out_std(cfg)),
-        project_bias=project,
-        kernel_bias=kernel,
-        out_bias=out,
-    )
-
-
-def _delta_net(cfg: ModelConfig, delta: DeltaNetConfig, R: int) -> DeltaNetWeights:
-    D = cfg.d_model
-    each = ParamSpec((R, delta.value_heads), ("layer", "heads"), 0)
-    return DeltaNetWeights(
-        project=ParamSpec((R, delta.channels + delta.values, D), ("layer", "heads", "model"), 0.02),
-        rates=ParamSpec((R, 2 * delta.value_heads, D), ("layer", "rate", "model"), 0.02),
-        convolution=ParamSpec((R, delta.channels, delta.kernel), ("layer", "rate", "kernel"), 0.3),
-        rate_bias=each,
-        decay=each,
-        norm=ParamSpec((R, delta.d_value), ("layer", "head"), 0),
-        out=ParamSpec((R, D, delta.values), ("layer", "model", "heads"), _out_std(cfg)),
-    )
+    leaf = {"delta_net": "delta", "short_convolution": "convolution"}
+    kind = next(kind for kind in STATE_MIXERS if getattr(cfg, kind) is not None)
+    return dataclasses.replace(layer, **{leaf.get(kind, kind): state_specs(cfg, R, _out_std(cfg))})
 
 
 def _attention_layer(cfg: ModelConfig, R: int) -> Layer:
@@ -350,25 +280,44 @@ def _indexer(cfg: ModelConfig, indexer: IndexerConfig, R: int) -> IndexerWeights
 
 def _moe(cfg: ModelConfig, kind: LayerKind, R: int) -> MoE:
     moe, routed = cfg.experts_of(kind), kind == "moe"
-    D, E = cfg.d_model, moe.experts
+    D, E, C = cfg.d_model, moe.experts, moe.d_latent
+    shared = feed_forward_specs(cfg, (R,), ("layer",), moe.d_shared, moe.activation) if moe.d_shared else None
     return MoE(
         router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02) if routed else None,
         bias=ParamSpec((R, E), ("layer", "router"), BIAS_STD) if routed else None,
-        shared=feed_forward_specs(cfg, (R,), ("layer",), moe.d_shared) if moe.d_shared else None,
-        experts=feed_forward_specs(cfg, (R, E), ("layer", "expert"), moe.d_expert, biased=moe.expert_bias),
+        shared=shared,
+        experts=expert_feed_forward_specs(cfg, moe, (R, E), ("layer", "expert")),
         shared_gate=ParamSpec((R, 1, D), ("layer", "router", "model"), 0.02) if moe.shared_gate else None,
+        latent_in=ParamSpec((R, C, D), ("layer", "latent", "model"), 0.02) if C else None,
+        latent_out=ParamSpec((R, D, C), ("layer", "model", "latent"), _out_std(cfg)) if C else None,
     )
 
 
-def feed_forward_specs(
-    cfg: ModelConfig, lead: tuple[int, ...], names: tuple[str, ...], width: int, *, biased: bool = False
+def expert_feed_forward_specs(
+    cfg: ModelConfig, moe: MoEConfig, lead: tuple[int, ...], names: tuple[str, ...]
 ) -> FeedForward:
-    """The ParamSpecs of SwiGLU weights of this width, after the axes `lead`."""
-    D = cfg.d_model
+    """The ParamSpecs of routed experts, after the axes `lead`."""
+    size, biased = moe.d_latent or None, moe.expert_bias
+    return feed_forward_specs(cfg, lead, names, moe.d_expert, moe.activation, size=size, biased=biased)
+
+
+def feed_forward_specs(
+    cfg: ModelConfig,
+    lead: tuple[int, ...],
+    names: tuple[str, ...],
+    width: int,
+    activation: Activation,
+    *,
+    size: int | None = None,
+    biased: bool = False,
+) -> FeedForward:
+    """The ParamSpecs of a feed-forward part of this width, after the axes `lead`. It takes and gives `size` numbers
+    (those of the model by default)."""
+    D, above = size or cfg.d_model, 2 * width if activation == "swiglu" else width
     return FeedForward(
-        gate_up=ParamSpec((*lead, 2 * width, D), (*names, "ffn", "model"), 0.02),
+        gate_up=ParamSpec((*lead, above, D), (*names, "ffn", "model"), 0.02),
         down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), _out_std(cfg)),
-        gate_up_bias=ParamSpec((*lead, 2 * width), (*names, "ffn"), BIAS_STD) if biased else None,
+        gate_up_bias=ParamSpec((*lead, above), (*names, "ffn"), BIAS_STD) if biased else None,
         down_bias=ParamSpec((*lead, D), (*names, "model"), BIAS_STD) if biased else None,
     )
 

@@ -11,6 +11,8 @@ or decode rows of many steps. So a row has the same sums in all of them (docs/de
 dots over many rows would not.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +22,7 @@ from moejax.config.axes import ArrayLike
 from moejax.config.delta_inputs import CHAINED, EMPTY, PADDING, DeltaInputs
 from moejax.config.layer_states import LayerStates
 from moejax.config.model_config import ModelConfig
-from moejax.config.params import DeltaNetWeights
+from moejax.config.state_params import DeltaNetWeights
 from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.model.layers import ordered_sum, read_weight, rms_norm, row_dot
 from moejax.model.short_convolution import convolve, first_rows, last_inputs, read_inputs
@@ -51,18 +53,18 @@ def delta_net(
     old_inputs = read_inputs(states.inputs, layer, inputs)
     mixed = jax.nn.silu(convolve(channels_RC, old_inputs, read_weight(weights.convolution), inputs, bucket))
     q, k, v = jnp.split(mixed, (delta.keys, 2 * delta.keys), axis=1)
-    q = _unit(q.reshape(R, delta.key_heads, delta.d_key)) * delta.d_key**-0.5
+    q = unit_heads(q.reshape(R, delta.key_heads, delta.d_key)) * delta.d_key**-0.5
     decay = jnp.exp(-jnp.exp(weights.decay) * jax.nn.softplus(speed + weights.rate_bias))
     outputs, matrix = delta_rule(
         DeltaInputs(
             q=q,
-            k=_unit(k.reshape(R, delta.key_heads, delta.d_key)),
+            k=unit_heads(k.reshape(R, delta.key_heads, delta.d_key)),
             v=v.reshape(R, delta.value_heads, delta.d_value),
-            decay=decay,
+            decay=decay[..., None],
             rate=jnp.where(real_R[:, None], jax.nn.sigmoid(write), PADDING),
             states=states.matrix,
             layer=layer,
-            source=_sources(inputs, bucket),
+            source=state_sources(inputs, bucket),
             decode=bucket.decode,
         )
     )
@@ -84,14 +86,15 @@ def delta_rule_reference(inputs: DeltaInputs) -> tuple[Float[jax.Array, "R V Dv"
     rows = (q, k, inputs.v, inputs.decay, inputs.rate)
     held_Z = inputs.states[inputs.layer, jnp.maximum(inputs.source, 0)]
     start_Z = jnp.where((inputs.source >= 0)[:, None, None, None], held_Z, 0.0)
-    states, outputs = _advance(start_Z[:B], tuple(each[:B] for each in rows))
+    advance = functools.partial(_advance, corrects=inputs.corrects)
+    states, outputs = advance(start_Z[:B], tuple(each[:B] for each in rows))
     if len(inputs.source) == B:
         return outputs, states
 
     def tile(state: jax.Array, each: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         start, chained, *of_rows = each
         state = jnp.where(chained, state, start)
-        state, out = lax.scan(_advance, state[None], tuple(row[:, None] for row in of_rows))
+        state, out = lax.scan(advance, state[None], tuple(row[:, None] for row in of_rows))
         return state[0], (state[0], out[:, 0])
 
     tiles = [each[B:].reshape(-1, TILE, *each.shape[1:]) for each in rows]
@@ -102,25 +105,28 @@ def delta_rule_reference(inputs: DeltaInputs) -> tuple[Float[jax.Array, "R V Dv"
 
 
 def _advance(
-    state: Float[ArrayLike, "B V Dk Dv"], row: tuple[ArrayLike, ...]
+    state: Float[ArrayLike, "B V Dk Dv"], row: tuple[ArrayLike, ...], *, corrects: bool
 ) -> tuple[Float[ArrayLike, "B V Dk Dv"], Float[ArrayLike, "B V Dv"]]:
     """The states after one more row each, and the rows' outputs."""
     q, k, v, decay, rate = row
-    decayed = state * decay[..., None, None]
-    read = ordered_sum((decayed * k[..., None]).swapaxes(-1, -2))
+    decayed = state * decay[..., None]
+    read = ordered_sum((decayed * k[..., None]).swapaxes(-1, -2)) if corrects else 0.0
     change = (v - read) * rate[..., None]
-    added = decayed + k[..., None] * change[..., None, :]
+    written = k[..., None] * change[..., None, :]
+    if not corrects:  # else XLA may round one of the products or the other, by the number of rows
+        decayed, written = lax.optimization_barrier((decayed, written))
+    added = decayed + written
     real = rate >= 0
     output = jnp.where(real[..., None], ordered_sum((added * q[..., None]).swapaxes(-1, -2)), 0.0)
     return jnp.where(real[..., None, None], added, state), output
 
 
-def _unit(x_RNH: Float[ArrayLike, "R N H"]) -> Float[ArrayLike, "R N H"]:
+def unit_heads(x_RNH: Float[ArrayLike, "R N H"]) -> Float[ArrayLike, "R N H"]:
     """Each head divided by its length."""
     return x_RNH * lax.rsqrt(ordered_sum(x_RNH * x_RNH) + NORM_EPS)[..., None]
 
 
-def _sources(inputs: StepInputs, bucket: Bucket) -> Int[ArrayLike, " Z"]:
+def state_sources(inputs: StepInputs, bucket: Bucket) -> Int[ArrayLike, " Z"]:
     """Where the state of each segment begins: a place in `states`, EMPTY for a sequence that begins, CHAINED after
     the tile before of the same chunk."""
     assert inputs.state_read is not None

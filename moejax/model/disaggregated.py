@@ -122,7 +122,7 @@ def attend_stage(
         else:
             exchange = shape.exchange_of(place.kind(cfg))
             routed = route_tokens(x, layer, routes[place.moe_depth(cfg, repeat)], wanted, exchange, its)
-            shared, post_norm = shared_expert(routed.h, layer, its), layer.ffn_post_norm
+            shared, post_norm = shared_expert(routed.h, layer, its.experts_of(place.kind(cfg))), layer.ffn_post_norm
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *new_kv) if new_kv else None
     if routed is None or exchange is None:
         return StageOutputs(pending=None, outbox=None, hidden=last_norm(x, params, cfg), new_kv=stacked, load=None)

@@ -12,7 +12,15 @@ from moejax.config.int4 import Int4
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import FeedForward, MoE
 from moejax.config.weight_formats import StackSlice
-from moejax.model.layers import Dot, biased_swiglu, ordered_sum, read_weight, row_dot, row_dot_reference, swiglu
+from moejax.model.layers import (
+    Dot,
+    biased_swiglu,
+    feed_forward_of,
+    ordered_sum,
+    read_weight,
+    row_dot,
+    row_dot_reference,
+)
 from moejax.ops import cpu
 
 _MAX_TILE = 32
@@ -33,8 +41,10 @@ def apply_experts(
         return reference(rows_rD, wanted_rA)
     if cpu.active():
         (layer,) = experts.down.index
-        answers = cpu.experts(rows_rD, wanted_rA, experts.gate_up.stack, experts.down.stack, layer)
+        answers = cpu.experts(rows_rD, wanted_rA, experts.gate_up.stack, experts.down.stack, layer, moe.activation)
         return answers.astype(rows_rD.dtype)
+    if moe.activation != "swiglu":
+        return reference(rows_rD, wanted_rA)
     from moejax.ops.pallas import gpu, tpu  # not at import: a rank on a CPU does without and starts 0.25 s sooner
 
     kernels = {
@@ -86,7 +96,7 @@ def apply_expert(
 ) -> Float[ArrayLike, "r D"]:
     """The answers of one expert to all rows. `weights` are arrays or slices of that expert alone."""
     if not moe.expert_bias:
-        return swiglu(rows_rD, weights.gate_up, weights.down, dot, moe.expert_limit)
+        return feed_forward_of(rows_rD, weights.gate_up, weights.down, moe.activation, dot, moe.expert_limit)
     biases = read_weight(weights.gate_up_bias), read_weight(weights.down_bias)
     return biased_swiglu(rows_rD, weights.gate_up, weights.down, *biases, moe.swiglu_limit, moe.swiglu_alpha, dot)
 
@@ -94,7 +104,7 @@ def apply_expert(
 def apply_shared_expert(h_TD: Float[ArrayLike, "T D"], moe: MoE, cfg: MoEConfig) -> Float[ArrayLike, "T D"]:
     """The outputs of the shared expert of a routed layer, weighted by its own gate if it has one."""
     assert moe.shared is not None
-    y_TD = swiglu(h_TD, moe.shared.gate_up, moe.shared.down, limit=cfg.dense_limit)
+    y_TD = feed_forward_of(h_TD, moe.shared.gate_up, moe.shared.down, cfg.activation, limit=cfg.dense_limit)
     if moe.shared_gate is None:
         return y_TD
     return jax.nn.sigmoid(ordered_sum(h_TD * read_weight(moe.shared_gate)))[:, None] * y_TD

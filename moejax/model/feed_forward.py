@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 
 from moejax.config.axes import ArrayLike
 from moejax.config.model_config import LayerKind, ModelConfig
+from moejax.config.moe_config import MoEConfig
 from moejax.config.params import Layer
 from moejax.config.step_inputs import StepInputs
 from moejax.model.exchange import Exchange, combine, dispatch, locate
 from moejax.model.experts import apply_experts, apply_shared_expert
-from moejax.model.layers import norm, rms_norm, swiglu
+from moejax.model.layers import feed_forward_of, norm, rms_norm, row_dot
 from moejax.model.router import route
 from moejax.model.step_shape import StepShape
 
@@ -23,10 +24,12 @@ from moejax.model.step_shape import StepShape
 def feed_forward(
     x_TD: Float[ArrayLike, "T D"], layer: Layer, inputs: StepInputs, cfg: ModelConfig
 ) -> Float[ArrayLike, "T D"]:
-    """x plus the dense feed-forward part of a layer."""
-    assert layer.ffn is not None
+    """x plus the dense feed-forward part of a layer; x alone where it has none."""
+    if layer.ffn is None:
+        return x_TD
     h_TD = _normed(x_TD, layer, inputs, cfg)
-    y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down, limit=cfg.moe.dense_limit if cfg.moe else None)
+    limit = cfg.moe.dense_limit if cfg.moe else None
+    y_TD = feed_forward_of(h_TD, layer.ffn.gate_up, layer.ffn.down, cfg.activation, limit=limit)
     return add_residual(x_TD, finish_feed_forward(y_TD, layer.ffn_post_norm, cfg), cfg)
 
 
@@ -49,7 +52,9 @@ def routed_feed_forward(
         answers_rAD = apply_experts(rows_rD, wanted_rA, layer.moe.experts, shape.slots, moe)
     with jax.named_scope("combine"):
         experts_TD = combine(answers_rAD, routed.rank, routed.nth, routed.gates, exchange)
-    shared_TD = shared_expert(routed.h, layer, shape.cfg)
+    if layer.moe.latent_out is not None:
+        experts_TD = row_dot(experts_TD, layer.moe.latent_out)
+    shared_TD = shared_expert(routed.h, layer, moe)
     return add_expert_outputs(x_TD, experts_TD, shared_TD, layer.ffn_post_norm, shape.cfg), routed.load
 
 
@@ -58,8 +63,8 @@ class RoutedTokens:
     """Normed rows on their way to their experts. X experts of each row, in router order."""
 
     h: Float[ArrayLike, "T D"]
-    sent: Float[ArrayLike, "T D"]
-    """The rows as experts get them."""
+    sent: Float[ArrayLike, "T C"]
+    """The rows as experts get them, in their latent if they have one."""
     slot: Int[ArrayLike, "T X"]
     """Physical slot of each chosen expert; -1 for none."""
     rank: Int[ArrayLike, "T X"]
@@ -96,18 +101,18 @@ def route_tokens(
         slot_TX = jnp.where(real_T1, route_E[chosen_TX], -1)
         load_E = ((chosen_TX[..., None] == jnp.arange(experts)) & real_T1[..., None]).sum((0, 1))
         rank_TX, nth_TX = locate(slot_TX, exchange)
-        sent_TD = h_TD
+        sent_TD = h_TD if moe.latent_in is None else row_dot(h_TD, moe.latent_in)
         if moe.router is not None and cfg.experts_of("moe").gate == "input_sigmoid":
             sent_TD, gates_TX = h_TD * gates_TX, jnp.ones_like(gates_TX)
     return RoutedTokens(h=h_TD, sent=sent_TD, slot=slot_TX, rank=rank_TX, nth=nth_TX, gates=gates_TX, load=load_E)
 
 
-def shared_expert(h_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelConfig) -> Float[ArrayLike, "T D"] | None:
+def shared_expert(h_TD: Float[ArrayLike, "T D"], layer: Layer, moe: MoEConfig) -> Float[ArrayLike, "T D"] | None:
     """Outputs of the layer's shared expert for normed rows; None if the layer has none."""
     if layer.moe is None or layer.moe.shared is None:
         return None
     with jax.named_scope("shared"):
-        return apply_shared_expert(h_TD, layer.moe, cfg.experts_of("moe"))
+        return apply_shared_expert(h_TD, layer.moe, moe)
 
 
 def add_expert_outputs(

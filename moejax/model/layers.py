@@ -17,6 +17,7 @@ from moejax.config.axes import ArrayLike
 from moejax.config.int4 import Int4
 from moejax.config.weight_formats import Int8, StackSlice, dequantize, index_weight
 from moejax.ops import cpu
+from planner.inputs.routed_experts import Activation
 
 _LANES = 32
 """Partial sums kept side by side in `ordered_sum`."""
@@ -124,6 +125,20 @@ def swiglu(
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return dot(gate * up, down_DF)
+
+
+def feed_forward_of(
+    x_TD: Float[ArrayLike, "T D"],
+    above: Weight,
+    down_DF: Weight,
+    activation: Activation,
+    dot: Dot = row_dot,
+    limit: float | None = None,
+) -> Float[ArrayLike, "T D"]:
+    """A feed-forward part: SwiGLU, with the `limit` of `swiglu`, or `down(relu(up(x)) ** 2)` (arXiv 2109.08668)."""
+    if activation == "swiglu":
+        return swiglu(x_TD, above, down_DF, dot, limit)
+    return dot(jnp.square(jax.nn.relu(dot(x_TD, above))), down_DF)
 
 
 def biased_swiglu(

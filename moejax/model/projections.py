@@ -142,9 +142,11 @@ def _latent_heads(
     query = row_dot(low, weights.query).reshape(T, N, cfg.d_head)
     down = row_dot(h_TD, weights.down)
     value = rms_norm(down[:, :C], weights.norm, latent.norm_eps)
-    key = rotate(down[:, None, C:], positions_T, cfg)
+    key = down[:, None, C:]
+    rotated = query[..., latent.d_plain :]
+    if not cfg.unrotated_layers:
+        key, rotated = rotate(key, positions_T, cfg), rotate(rotated, positions_T, cfg)
     plain = head_dot(query[..., : latent.d_plain], weights.key_up)
-    rotated = rotate(query[..., latent.d_plain :], positions_T, cfg)
     q = _grow(jnp.concatenate([plain, rotated], axis=-1), positions_T, cfg, is_rotated=True)
     if cfg.indexer is None:
         return QKV(q, key, value[:, None])

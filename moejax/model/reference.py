@@ -24,7 +24,7 @@ from moejax.config.step_inputs import Bucket, idle_inputs, unpack
 from moejax.model.experts import apply_expert, apply_shared_expert
 from moejax.model.feed_forward import finish_feed_forward
 from moejax.model.indexer import best_positions, index_scores
-from moejax.model.layers import norm, row_dot, swiglu
+from moejax.model.layers import feed_forward_of, norm, row_dot
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.router import route
 from moejax.model.state_layers import mix_states
@@ -131,10 +131,12 @@ def _pattern(
         h_BTD = norm(x_BTD, layer.attention_norm, layer.attention_norm_bias, cfg.norm_eps)
         mixed_BTD = recurrence(layer, cfg, h_BTD) if layer.has_state else attention(layer, cfg, h_BTD, depths_L[j])
         x_BTD = x_BTD + cfg.residual_scale * mixed_BTD
+        if kind == "bare":
+            continue
         h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
         if kind == "dense":
             limit = cfg.moe.dense_limit if cfg.moe else None
-            y_TD = swiglu(h_TD, layer.ffn.gate_up, layer.ffn.down, limit=limit)
+            y_TD = feed_forward_of(h_TD, layer.ffn.gate_up, layer.ffn.down, cfg.activation, limit=limit)
         else:
             assert cfg.moe is not None
             y_TD, routing = mixture(layer.moe, cfg.moe, h_TD, alive_LE[len(routings)], capacity)
@@ -204,7 +206,12 @@ def mixture(
     chosen_TX, gates_TX = route(x_TD, moe.router, moe.bias, alive_E, cfg)
     picked_TXE = jax.nn.one_hot(chosen_TX, cfg.experts, dtype=x_TD.dtype)
     gates_TE = jnp.einsum("tx,txe->te", gates_TX, picked_TXE)
-    y_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe, cfg)
+    shared_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe, cfg)
+    probability_TE = jax.nn.softmax(row_dot(x_TD, moe.router) + moe.bias, axis=-1)
+    y_TD = shared_TD
+    if moe.latent_in is not None:
+        x_TD = row_dot(x_TD, moe.latent_in)
+        y_TD = jnp.zeros_like(x_TD)
     for e in range(cfg.experts):
         weights = jax.tree.map(lambda leaf, e=e: leaf[e], moe.experts)
         if cfg.gate == "input_sigmoid":
@@ -215,7 +222,8 @@ def mixture(
             rows = jnp.argsort(gates_TE[:, e] == 0, stable=True)[:capacity]
             part = apply_expert(x_TD[rows], weights, cfg)
             y_TD = y_TD.at[rows].add(gates_TE[rows, e, None] * part)
-    probability_TE = jax.nn.softmax(row_dot(x_TD, moe.router) + moe.bias, axis=-1)
+    if moe.latent_out is not None:
+        y_TD = shared_TD + row_dot(y_TD, moe.latent_out)
     share_E = picked_TXE.mean((0, 1))
     return y_TD, Routing(chosen_TX, cfg.experts * jnp.sum(share_E * probability_TE.mean(0)))
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from moejax.config.axes import ArrayLike
 from moejax.config.layer_states import LayerStates
-from moejax.config.params import ConvolutionWeights
+from moejax.config.state_params import ConvolutionWeights
 from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.model.layers import read_weight, row_dot
 from planner.plan.step_layout import TILE

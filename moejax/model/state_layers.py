@@ -1,4 +1,4 @@
-"""Layers whose context is a state, of either kind: delta nets and short convolutions."""
+"""Layers whose context is a state, of any kind: delta nets, short convolutions, Mamba-2 and Kimi delta attention."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.params import Layer
 from moejax.config.step_inputs import Bucket, StepInputs
 from moejax.model.delta_net import delta_net
+from moejax.model.kimi_delta import kimi_delta
+from moejax.model.mamba import mamba
 from moejax.model.short_convolution import segment_of_rows, short_convolution
 
 
@@ -26,6 +28,10 @@ def mix_states(
     last row. `layer` counts the layers of `states`."""
     if weights.convolution is not None:
         return short_convolution(h_RD, weights.convolution, states, layer, inputs, bucket)
+    if weights.mamba is not None:
+        return mamba(h_RD, weights.mamba, states, layer, inputs, bucket, cfg)
+    if weights.kimi_delta is not None:
+        return kimi_delta(h_RD, weights.kimi_delta, states, layer, inputs, bucket, cfg)
     assert weights.delta is not None
     return delta_net(h_RD, weights.delta, states, layer, inputs, bucket, cfg)
 

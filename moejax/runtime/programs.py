@@ -74,7 +74,8 @@ class ModelShape:
             return max(self.roles(bucket, ranks, slots, attention).outbox_bytes for bucket in self.buckets)
         exchanges = ((self.step(bucket, ranks, slots).exchange, bucket.rows) for bucket in self.buckets)
         packed = 4 * ranks * max(map(packed_size, self.buckets)) if self.cfg.tensor > 1 else 0
-        return max(packed, *(exchange.outbox_bytes(rows, self.cfg.d_model) for exchange, rows in exchanges))
+        width = max(self.cfg.d_model, self.cfg.moe.d_latent if self.cfg.moe else 0)
+        return max(packed, *(exchange.outbox_bytes(rows, width) for exchange, rows in exchanges))
 
 
 COMPILE_S = 300.0

@@ -19,6 +19,14 @@ class ShortConvolution:
     kernel: int
     biased: bool = False
 
+    @property
+    def matrix(self) -> None:
+        """There is no state besides the last inputs."""
+
+    def inputs(self, hidden: int) -> int:
+        """Channels of the convolution."""
+        return hidden
+
     def state_elements(self, hidden: int) -> int:
         """Numbers of a request's state in one layer."""
         return (self.kernel - 1) * hidden
@@ -55,6 +63,15 @@ class DeltaNet:
         """Channels of the convolution: queries, keys and values."""
         return 2 * self.keys + self.values
 
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Heads, keys and values of the state."""
+        return self.value_heads, self.d_key, self.d_value
+
+    def inputs(self, hidden: int) -> int:
+        """Channels of the convolution, whatever the hidden size of the model."""
+        return self.channels
+
     def state_elements(self, hidden: int) -> int:
         """Numbers of a request's state in one layer, whatever the hidden size of the model."""
         return self.values * self.d_key + (self.kernel - 1) * self.channels
@@ -63,3 +80,96 @@ class DeltaNet:
         """Parameters of one layer's delta net: projections in and out, convolution, rates of decay, norm."""
         projections = hidden * (self.channels + 2 * self.values + 2 * self.value_heads)
         return projections + self.channels * self.kernel + 2 * self.value_heads + self.d_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2:
+    """A Mamba-2 layer (arXiv 2405.21060): a request has one matrix `[d_state, d_head]` for each of `heads`, and the
+    last `kernel - 1` inputs of a convolution over time, which has a bias if `biased`. Each of `groups` serves as many
+    heads with what they write to the state and read from it (B and C in the paper)."""
+
+    heads: int
+    d_head: int
+    groups: int
+    d_state: int
+    kernel: int = 4
+    biased: bool = True
+
+    @property
+    def keys(self) -> int:
+        """Numbers that all groups write with, and as many that they read with."""
+        return self.groups * self.d_state
+
+    @property
+    def values(self) -> int:
+        """Numbers of a row's values, and of its gate."""
+        return self.heads * self.d_head
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: values, and what groups write and read with."""
+        return self.values + 2 * self.keys
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Heads, keys and values of the state."""
+        return self.heads, self.d_state, self.d_head
+
+    def inputs(self, hidden: int) -> int:
+        """Channels of the convolution, whatever the hidden size of the model."""
+        return self.channels
+
+    def state_elements(self, hidden: int) -> int:
+        """Numbers of a request's state in one layer, whatever the hidden size of the model."""
+        return self.values * self.d_state + (self.kernel - 1) * self.channels
+
+    def parameters(self, hidden: int) -> int:
+        """Parameters of one layer: projections in and out, convolution, step sizes, decay, skips, norm."""
+        projections = hidden * (2 * self.values + self.channels + self.heads)
+        return projections + self.channels * (self.kernel + self.biased) + 3 * self.heads + self.values
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDelta:
+    """Kimi delta attention (arXiv 2510.26692): a gated delta net of `heads` whose state decays by key, not by head. The
+    projections of decay and output gate go through `d_low` numbers, or are whole (0). `least_log` bounds the logarithm
+    of a decay from below (Ling 3), or is None."""
+
+    heads: int
+    d_head: int
+    kernel: int = 4
+    d_low: int = 0
+    least_log: float | None = None
+
+    @property
+    def keys(self) -> int:
+        """Numbers of a row's queries, of its keys, of its values, of its decays, and of its gate."""
+        return self.heads * self.d_head
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 3 * self.keys
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Heads, keys and values of the state."""
+        return self.heads, self.d_head, self.d_head
+
+    def inputs(self, hidden: int) -> int:
+        """Channels of the convolution, whatever the hidden size of the model."""
+        return self.channels
+
+    def state_elements(self, hidden: int) -> int:
+        """Numbers of a request's state in one layer, whatever the hidden size of the model."""
+        return self.keys * self.d_head + (self.kernel - 1) * self.channels
+
+    def parameters(self, hidden: int) -> int:
+        """Parameters of one layer: projections, convolution, decays, norm."""
+        gate = self.d_low * (hidden + self.keys) if self.d_low else hidden * self.keys
+        projections = 2 * gate + hidden * (self.channels + self.heads + self.keys)
+        return projections + self.channels * self.kernel + self.keys + self.heads + self.d_head
+
+
+StateMixer = ShortConvolution | DeltaNet | Mamba2 | KimiDelta
+"""The part of a layer in place of attention whose context is a state."""

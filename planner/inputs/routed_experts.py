@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Activation = Literal["swiglu", "relu2"]
+"""Of a feed-forward part: SwiGLU (arXiv 2002.05202), or the square of relu without a gate (arXiv 2109.08668)."""
 RouterGate = Literal["softmax", "one", "share", "biased_share", "sigmoid", "sparsemixer", "input_sigmoid"]
 
 
@@ -30,7 +32,8 @@ class RoutedExperts:
 
     `router_bias` says that the router's bias is a published parameter, not zeros. `expert_bias` gives experts biases,
     `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);
-    `shared_gate` weights it by a sigmoid of its own (Qwen2-MoE).
+    `shared_gate` weights it by a sigmoid of its own (Qwen2-MoE). `activation` is that of all of them. With `d_latent`
+    the routed experts take and give so many numbers, to which and from which two projections lead (Nemotron 3 Super).
     """
 
     experts: int
@@ -52,3 +55,5 @@ class RoutedExperts:
     dense_limit: float | None = None
     logit_cap: float | None = None
     swiglu_alpha: float = 1.702
+    activation: Activation = "swiglu"
+    d_latent: int = 0

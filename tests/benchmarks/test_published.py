@@ -14,7 +14,7 @@ def test_every_configuration_is_counted_or_has_its_reason(tmp_path: Path) -> Non
         (tmp_path / "deep" / name).mkdir(parents=True)
         (tmp_path / "deep" / name / "config.json").write_text(json.dumps(find_published(name)[1]))
     (tmp_path / "org--flat_config.json").write_text(json.dumps(find_published("olmoe-1b-7b")[1]))
-    (tmp_path / "new_config.json").write_text(json.dumps({"model_type": "kimi_linear"}))
+    (tmp_path / "new_config.json").write_text(json.dumps({"model_type": "jamba"}))
     (tmp_path / "broken_config.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("{}")
@@ -28,7 +28,7 @@ def test_every_configuration_is_counted_or_has_its_reason(tmp_path: Path) -> Non
     assert "int4" in rows["deep/kimi-k2.5"]
     assert "125 MiB" in rows["deep/mixtral-8x7b"], "131,072 bytes a token"
     assert "new_config: " in text
-    assert "the decoder lacks Kimi delta attention" in text
+    assert "the decoder lacks Mamba layers, whose context" in text
     assert "is not JSON" in text
 
 

@@ -24,16 +24,17 @@ FAMILIES = (
     "afmoe",
     "qwen3_next",
     "lfm2_moe",
+    "nemotron_h",
     "mimo_v2_flash",
     "step3p7",
 )
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, and the one with gated attention and
-norms after each part, the two with layers whose context is a state, and two whose layers with a window have heads of
-their own. SLOW are among the slow tests: `test_dense_shards` serves the first too, slots and copies of a state are the
-same of both kinds, and so are caches of layers that differ."""
+norms after each part, three with layers whose context is a state, of which the last has layers without a feed-forward
+part, and two whose layers with a window have heads of their own. SLOW are among the slow tests: `test_dense_shards`
+serves the first too, slots and copies of a state are the same of all kinds, and so are caches of layers that differ."""
 SLOW = ("qwen3-moe", "afmoe", "lfm2_moe", "step3p7")
-STATES = ("qwen3_next", "lfm2_moe")
+STATES = ("qwen3_next", "lfm2_moe", "nemotron_h")
 IN_PREFILL = (*STATES, "mimo_v2_flash", "step3p7")
 """Families whose rank is killed in prefill too."""
 

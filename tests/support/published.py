@@ -61,7 +61,7 @@ def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.
 
 def around_one(name: str, family: str) -> float:
     """The published value of a norm whose scale is 1: some families publish most of theirs less 1."""
-    less_one = ("qwen3_next", "qwen3_5_moe", "step3p5", "step3p7")
+    less_one = ("qwen3_next", "qwen3_5_moe", "qwen3_5", "step3p5", "step3p7")
     return 0.0 if family in less_one and "linear_attn" not in name else 1.0
 
 

@@ -58,16 +58,16 @@ def _layer(
     x: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, masked: Collection[int], index: int
 ) -> np.ndarray:
     h = _norm(x, layer.attention_norm[repeat], _at(layer.attention_norm_bias, repeat), cfg.norm_eps)
-    if layer.has_state:
-        attended = (_delta_net if layer.convolution is None else _short_convolution)(h, layer, repeat, cfg)
-    else:
-        attended = _attention(h, layer, repeat, cfg, index)
+    attended = mix_states(h, layer, repeat, cfg) if layer.has_state else _attention(h, layer, repeat, cfg, index)
     if cfg.post_norms:
         attended = _norm(attended, layer.attention_post_norm[repeat], None, cfg.norm_eps)
     x = x + cfg.residual_scale * attended
+    if layer.ffn_norm is None:
+        return x
     h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
-        y = _feed_forward(h, layer.ffn, (repeat,), limit=cfg.moe.dense_limit if cfg.moe else None)
+        limit = cfg.moe.dense_limit if cfg.moe else None
+        y = _feed_forward(h, layer.ffn, (repeat,), limit=limit, activation=cfg.activation)
     elif layer.moe.router is None:  # a sharded dense layer: the sum of its shards
         shards = range(layer.moe.experts.down.shape[1])
         y = sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
@@ -103,7 +103,7 @@ def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index
     if cfg.attention_gate:
         gates = h @ _f64(layer.attention_gate[repeat]).T
         gates = _sigmoid(gates) if cfg.gate_function == "sigmoid" else np.log1p(np.exp(gates))
-        mixed = mixed * (np.repeat(gates, mixed.shape[1] // N, axis=1) if cfg.gate_by_head else gates)
+        mixed = mixed * np.repeat(gates, mixed.shape[1] // gates.shape[1], axis=1)
     mixed = mixed @ _f64(layer.out[repeat]).T
     return mixed if layer.out_bias is None else mixed + _f64(layer.out_bias[repeat])
 
@@ -133,6 +133,12 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, i
     if cfg.norm_after_rope:
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
     return q, np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
+
+
+def mix_states(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    """The output of a layer with a state for a whole sequence of normed rows [T, D]."""
+    kinds = {"delta": _delta_net, "convolution": _short_convolution, "mamba": _mamba, "kimi_delta": _kimi_delta}
+    return next(mix for leaf, mix in kinds.items() if getattr(layer, leaf) is not None)(h, layer, repeat, cfg)
 
 
 def _delta_net(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
@@ -174,6 +180,52 @@ def _short_convolution(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfi
     return (after * mixed) @ _f64(w.out[repeat]).T + bias(w.out_bias)
 
 
+def _mamba(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    """Mamba-2, arXiv 2405.21060, as the recurrence of its section 2.1, with the gate before the norm of each group."""
+    sizes, w, T = cfg.mamba, layer.mamba, len(h)
+    gate, channels = np.split(h @ _f64(w.project[repeat]).T, [sizes.values], axis=1)
+    kernel = _f64(w.kernel[repeat]).T
+    padded = np.concatenate([np.zeros((sizes.kernel - 1, sizes.channels)), channels])
+    mixed = np.stack([(padded[t : t + sizes.kernel] * kernel).sum(0) for t in range(T)])
+    mixed = mixed + (0 if w.kernel_bias is None else _f64(w.kernel_bias[repeat]))
+    x, B, C = np.split(mixed * _sigmoid(mixed), [sizes.values, sizes.values + sizes.keys], axis=1)
+    x, B, C = x.reshape(T, sizes.heads, -1), B.reshape(T, sizes.groups, -1), C.reshape(T, sizes.groups, -1)
+    steps = np.log1p(np.exp(h @ _f64(w.rates[repeat]).T + _f64(w.rate_bias[repeat])))
+    out = np.zeros(x.shape)
+    for n in range(sizes.heads):
+        group, state = n // (sizes.heads // sizes.groups), np.zeros((sizes.d_head, sizes.d_state))
+        for t in range(T):
+            decay = np.exp(-np.exp(_f64(w.decay[repeat])[n]) * steps[t, n])
+            state = decay * state + steps[t, n] * np.outer(x[t, n], B[t, group])
+            out[t, n] = state @ C[t, group] + _f64(w.skip[repeat])[n] * x[t, n]
+    gated = (out.reshape(T, -1) * gate * _sigmoid(gate)).reshape(T, sizes.groups, -1)
+    mixed = _norm(gated, np.ones(gated.shape[-1]), None, cfg.norm_eps).reshape(T, -1) * _f64(w.norm[repeat])
+    return mixed @ _f64(w.out[repeat]).T
+
+
+def _kimi_delta(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.ndarray:
+    """Kimi delta attention, arXiv 2510.26692, equation 1, and the bound of Ling 3's decays."""
+    sizes, w, T = cfg.kimi_delta, layer.kimi_delta, len(h)
+    padded = np.concatenate([np.zeros((sizes.kernel - 1, sizes.channels)), h @ _f64(w.project[repeat]).T])
+    kernel = _f64(w.kernel[repeat]).T
+    x = np.stack([(padded[t : t + sizes.kernel] * kernel).sum(0) for t in range(T)])
+    q, k, v = (each.reshape(T, sizes.heads, -1) for each in np.split(x * _sigmoid(x), 3, axis=1))
+    q, k = (each / np.sqrt((each**2).sum(-1, keepdims=True) + 1e-6) for each in (q, k))
+    low, gated = (h if each is None else h @ _f64(each[repeat]).T for each in (w.forget_in, w.gate_in))
+    speed = (low @ _f64(w.forget[repeat]).T + _f64(w.rate_bias[repeat])).reshape(q.shape)
+    scale, write = np.exp(_f64(w.decay[repeat]))[:, None], _sigmoid(h @ _f64(w.rates[repeat]).T)
+    log = -scale * np.log1p(np.exp(speed)) if sizes.least_log is None else sizes.least_log * _sigmoid(scale * speed)
+    out = np.zeros(q.shape)
+    for n in range(sizes.heads):
+        state = np.zeros((sizes.d_head, sizes.d_head))
+        for t in range(T):
+            state = np.exp(log[t, n])[:, None] * state
+            state = state + write[t, n] * np.outer(k[t, n], v[t, n] - k[t, n] @ state)
+            out[t, n] = sizes.d_head**-0.5 * q[t, n] @ state
+    gate = _sigmoid(gated @ _f64(w.gate[repeat]).T)
+    return (_norm(out, w.norm[repeat], None, cfg.norm_eps).reshape(T, -1) * gate) @ _f64(w.out[repeat]).T
+
+
 def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig) -> tuple[np.ndarray, ...]:
     """The same from latents, each head's own keys and values made of them."""
     T, N, C, plain = len(h), cfg.n_heads, cfg.latent.d_latent, cfg.latent.d_plain
@@ -182,10 +234,11 @@ def _latent_heads(h: np.ndarray, weights: Latent, repeat: int, cfg: ModelConfig)
         low = h @ _f64(weights.query_down[repeat]).T
         low = _norm(low, weights.query_norm[repeat], None, cfg.latent.norm_eps)
     q = (low @ _f64(weights.query[repeat]).T).reshape(T, N, cfg.d_head)
-    q = np.concatenate([q[..., :plain], _rotate(q[..., plain:], cfg)], axis=-1)
+    turn = (lambda x: x) if cfg.unrotated_layers else lambda x: _rotate(x, cfg)
+    q = np.concatenate([q[..., :plain], turn(q[..., plain:])], axis=-1)
     down = h @ _f64(weights.down[repeat]).T
     latent = _norm(down[:, :C], weights.norm[repeat], None, cfg.latent.norm_eps)
-    rotated = np.repeat(_rotate(down[:, None, C:], cfg), N, axis=1)
+    rotated = np.repeat(turn(down[:, None, C:]), N, axis=1)
     k = np.stack([latent @ _f64(weights.key_up[repeat, n]) for n in range(N)], axis=1)
     v = np.stack([latent @ _f64(weights.value_up[repeat, n]).T for n in range(N)], axis=1)
     if (growth := cfg.score_growth) is not None and growth.all_layers:
@@ -210,17 +263,21 @@ def _chosen(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig) -> np.nd
 
 
 def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked: Collection[int]) -> np.ndarray:
-    out = np.zeros_like(row)
+    shared = np.zeros_like(row)
     if weights.shared is not None:
-        out = out + _feed_forward(row, weights.shared, (repeat,), limit=moe.dense_limit)
+        shared = _feed_forward(row, weights.shared, (repeat,), limit=moe.dense_limit, activation=moe.activation)
     if weights.shared_gate is not None:
-        out = out * _sigmoid(_f64(weights.shared_gate[repeat])[0] @ row)
+        shared = shared * _sigmoid(_f64(weights.shared_gate[repeat])[0] @ row)
+    seen = row if weights.latent_in is None else _f64(weights.latent_in[repeat]) @ row
+    out = np.zeros_like(seen)
     for expert, gate in _route(row, weights, repeat, moe, masked):
         if moe.gate == "input_sigmoid":
-            out = out + _feed_forward(gate * row, weights.experts, (repeat, expert), moe)
+            out = out + _feed_forward(gate * seen, weights.experts, (repeat, expert), moe)
         else:
-            out = out + gate * moe.gate_scale * _feed_forward(row, weights.experts, (repeat, expert), moe)
-    return out
+            out = out + gate * moe.gate_scale * _feed_forward(
+                seen, weights.experts, (repeat, expert), moe, moe.activation
+            )
+    return shared + (out if weights.latent_out is None else _f64(weights.latent_out[repeat]) @ out)
 
 
 def _route(
@@ -269,8 +326,11 @@ def _feed_forward(
     at: tuple[int, ...],
     moe: MoEConfig | None = None,
     limit: float | None = None,
+    activation: str = "swiglu",
 ) -> np.ndarray:
     hidden = h @ _f64(weights.gate_up[at]).T
+    if activation == "relu2":
+        return np.maximum(hidden, 0) ** 2 @ _f64(weights.down[at]).T
     if moe is None or not moe.expert_bias:
         gate, up = np.split(hidden, 2, axis=-1)
         gate, bound = gate * _sigmoid(gate), limit if moe is None else moe.expert_limit

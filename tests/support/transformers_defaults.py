@@ -30,6 +30,7 @@ ROUTED = {
     "qwen2_moe": {"num_experts": 16},
     "qwen3_moe": {"num_experts": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"]},
 } | {kind: {"num_local_experts": 16} for kind in ("mixtral", "gpt_oss", "llama4_text", "granitemoe", "phimoe")}
 """The sizes that it requires of families with experts."""
 
@@ -39,6 +40,7 @@ WITHIN = {
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "glm4v_moe": "glm4v_moe_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_5": "qwen3_5_text",
     "mistral3": "mistral4",
     "step3p7": "step3p5",
 }
@@ -82,6 +84,12 @@ VARIANTS = {
         | {"num_attention_heads_per_layer": [32, 48, 48] * 2, "gating": "per-element"},
     ),
     "key/value heads of windows": ("mimo_v2_flash", {"num_key_value_heads": 2, "sliding_window_size": 64}),
+    "kinds of both parts": (
+        "kimi_linear",
+        {"layer_types": ["linear_attention", "full_attention"] * 3, "mlp_layer_types": ["dense", "sparse"] * 3},
+    ),
+    "decays without a bound": ("bailing_hybrid", {"kda_safe_gate": False, "layer_group_size": 3, "head_dim": 96}),
+    "experts in a latent": ("nemotron_h", {"moe_latent_size": 40, "conv_kernel": 3, "mamba_num_heads": 24}),
     "another indexer": ("deepseek_v32", {"index_topk": 64, "index_head_dim": 96, "index_n_heads": 5}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from moejax.checkpoint.families.family import NameMap, ServedFamily
 from moejax.checkpoint.families.reader import SERVED_FAMILIES
@@ -10,6 +10,8 @@ from moejax.checkpoint.families.source import ArraySource, SourceTensor
 from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import ParamSpec, is_expert, tensor_specs
+
+Numbers = Callable[[ModelConfig, int], Mapping[str, int]]
 
 
 def array_sources(cfg: ModelConfig) -> Iterator[ArraySource]:
@@ -41,7 +43,7 @@ def _names(cfg: ModelConfig, family: ServedFamily) -> NameMap:
 def _entries(cfg: ModelConfig, family: ServedFamily, path: str, spec: ParamSpec) -> Iterator[ArraySource]:
     if not path.startswith("segments."):
         names = _names(cfg, family)
-        yield _entry(names, path, path, (None, None, None), 0, spec.shape)
+        yield _entry(names, path, path, (None, None, None), {}, 0, spec.shape)
         return
     _, segment, position, key = path.split(".", 3)
     before = sum(len(pattern) * repeats for pattern, repeats in cfg.segments[: int(segment)])
@@ -49,12 +51,13 @@ def _entries(cfg: ModelConfig, family: ServedFamily, path: str, spec: ParamSpec)
     names = _names(cfg.of_layer(before + int(position)), family)
     for repeat in range(repeats):
         layer = before + repeat * len(pattern) + int(position)
+        found = family.numbers(cfg, layer)
         if not is_expert(path):
-            yield _entry(names, path, key, (repeat, None, layer), 0, spec.shape[1:])
+            yield _entry(names, path, key, (repeat, None, layer), found, 0, spec.shape[1:])
             continue
         experts = spec.shape[1]
         for expert in range(experts):
-            yield _entry(names, path, key, (repeat, expert, layer), experts, spec.shape[2:])
+            yield _entry(names, path, key, (repeat, expert, layer), found, experts, spec.shape[2:])
 
 
 def _entry(
@@ -62,6 +65,7 @@ def _entry(
     path: str,
     key: str,
     index: tuple[int | None, int | None, int | None],
+    numbers: Mapping[str, int],
     experts: int,
     shape: tuple[int, ...],
 ) -> ArraySource:
@@ -71,7 +75,7 @@ def _entry(
     tensors = []
     for name, each in zip(found.names, shapes, strict=True):
         fused = expert is not None and "{expert}" not in name
-        full = name.format(layer=layer, expert=expert)
+        full = name.format(layer=layer, expert=expert, **numbers)
         tensors.append(SourceTensor(full, (experts, *each), expert) if fused else SourceTensor(full, each))
     return ArraySource(
         path=path,

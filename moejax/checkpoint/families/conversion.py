@@ -3,7 +3,9 @@
 from moejax.config.attention_config import (
     DeltaNetConfig,
     IndexerConfig,
+    KimiDeltaConfig,
     LatentConfig,
+    Mamba2Config,
     RopeScaling,
     ScoreGrowth,
     ShortConvolutionConfig,
@@ -77,12 +79,16 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         short_convolution=(
             None if model.short_convolution is None else ShortConvolutionConfig(**vars(model.short_convolution))
         ),
+        mamba=None if model.mamba is None else Mamba2Config(**vars(model.mamba)),
+        kimi_delta=None if model.kimi_delta is None else KimiDeltaConfig(**vars(model.kimi_delta)),
         state_layers=model.state_layers,
         moe=None if model.experts is None else MoEConfig(**vars(model.experts)),
         moe_every=model.sparse_step,
         expert_limits=model.expert_limits,
         dense_limits=model.dense_limits,
         dense_layers=model.dense_layers,
+        bare_layers=model.bare_layers,
+        activation=model.activation,
         rope_base=model.rope.theta,
         rope_dims=None if model.latent is not None or model.rope.size == model.head_size else model.rope.size,
         rope_scaling=_rope_scaling(model.rope),

@@ -10,7 +10,8 @@ from moejax.config.model_config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class TensorNames:
-    """The tensors one leaf comes from, with `{layer}` and `{expert}` to fill in, and how they become it.
+    """The tensors one leaf comes from, with `{layer}` and `{expert}` to fill in (and `ServedFamily.numbers`), and how
+    they become it.
 
     Names of a routed expert's leaf without `{expert}` are tensors with all experts on their first axis. Without names,
     checkpoints have no such tensor, and the leaf is zeros.
@@ -30,7 +31,8 @@ class ServedFamily:
 
     Tensors whose name matches one of the `unused` patterns (fnmatch) are in published checkpoints without a place in
     the decoder. In a checkpoint that has other parts beside the decoder, names of the decoder that begin with a key of
-    `moved` begin with its value instead, and tensors that match one of `beside` belong to the other parts.
+    `moved` begin with its value instead, and tensors that match one of `beside` belong to the other parts. `numbers`
+    gives further fields of names for a layer, where layers are not counted as ours are.
     """
 
     names: Callable[[ModelConfig], NameMap]
@@ -38,6 +40,7 @@ class ServedFamily:
     unused: Callable[[ModelConfig], tuple[str, ...]] = lambda cfg: ("*.rotary_emb.inv_freq",)
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    numbers: Callable[[ModelConfig, int], Mapping[str, int]] = lambda cfg, layer: {}
 
     def published(self, name: str) -> str:
         """The name of a tensor of the decoder in published checkpoints."""

@@ -72,3 +72,4 @@ QWEN3_5_MOE = ServedFamily(
     moved={"model.": "model.language_model."},
     beside=("model.visual.*",),
 )
+QWEN3_5 = QWEN3_5_MOE

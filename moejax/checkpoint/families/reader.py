@@ -23,6 +23,7 @@ from moejax.checkpoint.families.glm4_moe import DOTS1, GLM4_MOE, GLM4V_MOE, SOLA
 from moejax.checkpoint.families.gpt_oss import GPT_OSS
 from moejax.checkpoint.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from moejax.checkpoint.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moejax.checkpoint.families.kimi_linear import BAILING_HYBRID, KIMI_LINEAR
 from moejax.checkpoint.families.laguna import LAGUNA
 from moejax.checkpoint.families.lfm2_moe import LFM2_MOE
 from moejax.checkpoint.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -31,9 +32,10 @@ from moejax.checkpoint.families.mimo_v2 import MIMO_V2_FLASH
 from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
 from moejax.checkpoint.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4
 from moejax.checkpoint.families.mixtral import MIXTRAL
+from moejax.checkpoint.families.nemotron_h import NEMOTRON_H
 from moejax.checkpoint.families.olmoe import OLMOE
 from moejax.checkpoint.families.phimoe import PHIMOE
-from moejax.checkpoint.families.qwen3_next import QWEN3_5_MOE, QWEN3_NEXT
+from moejax.checkpoint.families.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from moejax.checkpoint.families.qwen_moe import QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE
 from moejax.checkpoint.families.special_tokens import end_token
 from moejax.checkpoint.families.step3p5 import STEP3P5, STEP3P7
@@ -82,7 +84,11 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "glm4v_moe": GLM4V_MOE,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe": QWEN3_5_MOE,
+    "qwen3_5": QWEN3_5,
     "lfm2_moe": LFM2_MOE,
+    "nemotron_h": NEMOTRON_H,
+    "kimi_linear": KIMI_LINEAR,
+    "bailing_hybrid": BAILING_HYBRID,
     "deepseek_v32": DEEPSEEK_V32,
     "glm_moe_dsa": GLM_MOE_DSA,
     "ministral3": MINISTRAL3,

@@ -96,15 +96,33 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class MiddleRow:
-    """`[a, 1, b]` as `[a, b]`: the weights of a convolution in which each channel is by itself."""
+    """`[a, 1, b]` as `[a, b]`: the weights of a convolution in which each channel is by itself. With `sizes` tensors of
+    so many channels below each other."""
+
+    sizes: tuple[int, ...] = ()
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """See Transform."""
-        return ((target[0], 1, *target[1:]),)
+        return tuple((size, 1, *target[1:]) for size in self.sizes or target[:1])
 
     def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """See Transform."""
-        return parts[0][:, 0]
+        return np.concatenate(parts)[:, 0] if self.sizes else parts[0][:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """A vector that is published with this shape."""
+
+    shape: tuple[int, ...]
+
+    def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """See Transform."""
+        return (self.shape,)
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        return parts[0].reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from moejax.config.delta_inputs import DeltaInputs
 from moejax.config.int4 import Int4
 from moejax.config.kv_cache import Scaled
 from moejax.config.weight_formats import Int8, is_scaled
+from planner.inputs.routed_experts import Activation
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "int4.h", "shared.cc", "spread.h"))
 CALLS = ("row_dot", "experts", "paged_attention", "delta_rule", "likeliest", "drawn", "exchange")
@@ -158,13 +159,16 @@ def experts(
     gate_up: ArrayLike | Int8 | Int4,
     down: ArrayLike | Int8 | Int4,
     layer: ArrayLike | int,
+    activation: Activation = "swiglu",
 ) -> Float[jax.Array, "r A D"]:
-    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` and `[R, S, D, F]`."""
+    """Answers `[r, A, D]` of the slots wanted (-1: zeros) of one layer of `[R, S, 2F, D]` (without a gate `[R, S, F,
+    D]`) and `[R, S, D, F]`."""
     out = jax.ShapeDtypeStruct((*wanted_rA.shape, rows_rD.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("moejax_experts", out)(
         *(rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))),
         gate_up_group=_group(gate_up),
         down_group=_group(down),
+        gated=int(activation == "swiglu"),
     )
 
 
@@ -181,7 +185,7 @@ def paged_attention(inputs: AttentionInputs) -> Float[jax.Array, "Z Q N H"]:
 
 
 def delta_rule(inputs: DeltaInputs) -> tuple[Float[jax.Array, "R V Dv"], Float[jax.Array, "Z V Dk Dv"]]:
-    """Outputs of all rows of the gated delta rule, and the states of all segments after their rows."""
+    """Outputs of all rows of the gated delta rule or its kin, and the states of all segments after their rows."""
     segments = inputs.source.shape
     outs = (
         jax.ShapeDtypeStruct(inputs.v.shape, jnp.float32),
@@ -191,6 +195,7 @@ def delta_rule(inputs: DeltaInputs) -> tuple[Float[jax.Array, "R V Dv"], Float[j
         *(inputs.q, inputs.k, inputs.v, inputs.decay, inputs.rate, inputs.states),
         *(_indices((inputs.layer,)), inputs.source.astype(jnp.int32)),
         decode=int(inputs.decode),
+        corrects=int(inputs.corrects),
     )
     return outputs, states
 

@@ -623,6 +623,13 @@ void silu_times(float* gate, const float* up, int64_t size) {
   }
 }
 
+void square_of_relu(float* x, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    float positive = std::max(x[i], 0.0f);
+    x[i] = positive * positive;
+  }
+}
+
 // One slot with rows: the rows, the values between its two matrices, and its outputs.
 template <typename W>
 struct Expert {
@@ -632,15 +639,16 @@ struct Expert {
   std::vector<float> room;
   std::vector<int16_t> gated_room;
 
-  void begin(int64_t F) {
-    room.resize(x.size() * 2 * F);
-    hidden = row_pointers(room.data(), x.size(), 2 * F);
+  void begin(int64_t above) {
+    room.resize(x.size() * above);
+    hidden = row_pointers(room.data(), x.size(), above);
   }
 };
 
 // Outputs of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
+// Between their matrices is SwiGLU, or, if they are not gated, the square of relu.
 template <typename W, typename Weights>
-void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F) {
+void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F, bool gated) {
   auto each_part = [&](int64_t columns, auto work) {
     int64_t wanted = PIECES * pool.num_threads() / std::max<int64_t>(experts.size(), 1) + 1;
     int64_t size = std::max<int64_t>(LEAST_COLUMNS, (columns / wanted + COLUMNS) / COLUMNS * COLUMNS);
@@ -650,12 +658,16 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weig
         work(experts[i / parts], i % parts * size, std::min((i % parts + 1) * size, columns));
     });
   };
-  for (Expert<W>& each : experts) each.begin(F);
+  for (Expert<W>& each : experts) each.begin(gated ? 2 * F : F);
   each_part(F, [&](Expert<W>& e, int64_t first, int64_t last) {
     Matrix<W> gate_up = weights(e.slot).first;
     dots(e.x, gate_up, D, first, last, e.hidden.data());
-    dots(e.x, gate_up, D, F + first, F + last, e.hidden.data());
-    for (float* row : e.hidden) silu_times(row + first, row + F + first, last - first);
+    if (gated) dots(e.x, gate_up, D, F + first, F + last, e.hidden.data());
+    for (float* row : e.hidden)
+      if (gated)
+        silu_times(row + first, row + F + first, last - first);
+      else
+        square_of_relu(row + first, last - first);
   });
   for (Expert<W>& e : experts) e.gated = meeting<W>(pool, {e.hidden.begin(), e.hidden.end()}, F, e.gated_room);
   each_part(D, [&](Expert<W>& e, int64_t first, int64_t last) {
@@ -669,11 +681,11 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
                    ffi::AnyBuffer gate_up_numbers, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer gate_up_more,
                    ffi::AnyBuffer down_numbers, ffi::AnyBuffer down_scale, ffi::AnyBuffer down_more,
                    ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> answers, int64_t gate_up_group,
-                   int64_t down_group) {
+                   int64_t down_group, int64_t gated) {
   Weight gate_up = {gate_up_numbers, gate_up_scale, gate_up_more, gate_up_group};
   Weight down = {down_numbers, down_scale, down_more, down_group};
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
-  int64_t S = down_numbers.dimensions()[1], F = gate_up_numbers.dimensions()[2] / 2;
+  int64_t S = down_numbers.dimensions()[1], above = gate_up_numbers.dimensions()[2], F = gated ? above / 2 : above;
   int64_t repeat = index.typed_data()[0];
   if (repeat < 0 || repeat >= down_numbers.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
   with_form(down, [&](auto number) {
@@ -706,9 +718,9 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
     }
     auto weights = [&](int64_t slot) {
       int64_t at = repeat * S + slot;
-      return std::make_pair(matrix<W>(gate_up, at, 2 * F, D), matrix<W>(down, at, D, F));
+      return std::make_pair(matrix<W>(gate_up, at, above, D), matrix<W>(down, at, D, F));
     };
-    answer<W>(pool, busy, weights, D, F);
+    answer<W>(pool, busy, weights, D, F, gated);
   });
   return ffi::Error::Success();
 }
@@ -1077,7 +1089,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("gate_up_group")
-                                  .Attr<int64_t>("down_group"));
+                                  .Attr<int64_t>("down_group")
+                                  .Attr<int64_t>("gated"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()

@@ -22,6 +22,7 @@ from planner.inputs.published.glm4_moe import (
 from planner.inputs.published.gpt_oss import read_gpt_oss
 from planner.inputs.published.granite_moe import read_granite_moe, read_granite_moe_shared
 from planner.inputs.published.hunyuan import read_hunyuan_v1_moe, read_hy_v3
+from planner.inputs.published.kimi_linear import read_bailing_hybrid, read_kimi_linear
 from planner.inputs.published.laguna import read_laguna
 from planner.inputs.published.lfm2_moe import read_lfm2_moe
 from planner.inputs.published.llama import read_llama, read_mistral, read_qwen2, read_qwen3
@@ -30,9 +31,10 @@ from planner.inputs.published.mimo_v2 import read_mimo_v2_flash
 from planner.inputs.published.minimax_m2 import read_minimax_m2
 from planner.inputs.published.mistral import read_ministral3, read_mistral3, read_mistral4
 from planner.inputs.published.mixtral import read_mixtral
+from planner.inputs.published.nemotron_h import read_nemotron_h
 from planner.inputs.published.olmoe import read_olmoe
 from planner.inputs.published.phimoe import read_phimoe
-from planner.inputs.published.qwen3_next import read_qwen3_5_moe, read_qwen3_next
+from planner.inputs.published.qwen3_next import read_qwen3_5, read_qwen3_5_moe, read_qwen3_next
 from planner.inputs.published.qwen_moe import read_qwen2_moe, read_qwen3_moe, read_qwen3_vl_moe
 from planner.inputs.published.step3p5 import read_step3p5
 
@@ -182,10 +184,28 @@ FAMILIES: dict[str, PublishedFamily] = {
         read_qwen3_5_moe,
         "Qwen3.5, 3.6, 3.8: the decoder of text, which is Qwen3-Next's",
     ),
+    "qwen3_5": PublishedFamily(
+        ("Qwen3_5ForConditionalGeneration",), read_qwen3_5, "the same without experts: Qwen3.5-27B, 9B, 4B"
+    ),
     "lfm2_moe": PublishedFamily(
         ("Lfm2MoeForCausalLM",),
         read_lfm2_moe,
         "gated short convolutions on three of four layers, whose context is a state; sigmoid routing with bias",
+    ),
+    "nemotron_h": PublishedFamily(
+        ("NemotronHForCausalLM",),
+        read_nemotron_h,
+        "Nemotron 3: Mamba-2 on most layers, whose context is a state; experts without a gate, also in a latent",
+    ),
+    "kimi_linear": PublishedFamily(
+        ("KimiLinearForCausalLM",),
+        read_kimi_linear,
+        "Kimi delta attention on three of four layers, whose context is a state; latent attention without rotation",
+    ),
+    "bailing_hybrid": PublishedFamily(
+        ("BailingMoeV3ForCausalLM", "BailingHybridForCausalLM"),
+        read_bailing_hybrid,
+        "Ling 3: Kimi delta attention on five of six layers; latent attention gated by head",
     ),
     "deepseek_v32": PublishedFamily(
         ("DeepseekV32ForCausalLM",),
@@ -215,17 +235,13 @@ FAMILIES: dict[str, PublishedFamily] = {
 """Architectures by `model_type`: that of the whole model, or of its `text_config`."""
 
 NOT_READ = {
-    "bailing_hybrid": "linear attention and latent attention, whose context is a state",
     "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
     "gemma4": "a dense part with norms of its own beside the experts, and a GELU in both",
     "granitemoehybrid": "Mamba-2 layers, whose context is a state",
     "jamba": "Mamba layers, whose context is a state",
-    "kimi_linear": "Kimi delta attention, whose context is a state",
     "longcat_flash": "two attention parts in a layer, and experts that compute nothing",
     "minimax_m3": "block-sparse attention",
     "minimax_m3_vl": "block-sparse attention",
-    "nemotron_h": "Mamba-2 layers, whose context is a state",
-    "qwen3_5": "gated delta nets without experts beside them",
 }
 """Architectures that people ask for and that neither planner nor server know, and what the decoder lacks."""
 

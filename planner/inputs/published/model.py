@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Literal
 
 from planner.inputs.latent_attention import LatentAttention
-from planner.inputs.layer_states import DeltaNet, ShortConvolution
+from planner.inputs.layer_states import DeltaNet, KimiDelta, Mamba2, ShortConvolution, StateMixer
 from planner.inputs.published.weight_form import WeightForm
-from planner.inputs.routed_experts import RoutedExperts
+from planner.inputs.routed_experts import Activation, RoutedExperts
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
 from planner.inputs.windowed_attention import WindowedHeads
@@ -64,7 +64,8 @@ class PublishedModel:
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
     multiplies mixed values by a sigmoid of the layer's input, or as `gate_function` says by a softplus, one for each
     number or with `gate_by_head` for each head; `post_norms` norms what attention and feed-forward add.
-    `state_layers` have a gated delta net or a short convolution in place of attention. An `indexer` chooses the
+    `state_layers` have a gated delta net, a short convolution, Mamba-2 or Kimi delta attention in place of attention.
+    `bare_layers` have no feed-forward part, and `activation` is that of the dense ones. An `indexer` chooses the
     positions that latent attention sees. `sinks` gives each head a score that takes weight and adds nothing.
     `score_scale` multiplies attention scores (head_size ** -0.5 by default). `context` is the longest published context
     in tokens.
@@ -112,12 +113,16 @@ class PublishedModel:
     indexer: Indexer | None = None
     delta_net: DeltaNet | None = None
     short_convolution: ShortConvolution | None = None
+    mamba: Mamba2 | None = None
+    kimi_delta: KimiDelta | None = None
     state_layers: tuple[int, ...] = ()
     experts: RoutedExperts | None = None
     sparse_step: int = 1
     expert_limits: tuple[float, ...] = ()
     dense_limits: tuple[float, ...] = ()
     dense_layers: tuple[int, ...] = ()
+    bare_layers: tuple[int, ...] = ()
+    activation: Activation = "swiglu"
 
     @cached_property
     def routed_layers(self) -> tuple[int, ...]:
@@ -125,7 +130,8 @@ class PublishedModel:
         if self.experts is None:
             return ()
         last = self.sparse_step - 1
-        return tuple(i for i in range(self.layers) if i % self.sparse_step == last and i not in self.dense_layers)
+        others = {*self.dense_layers, *self.bare_layers}
+        return tuple(i for i in range(self.layers) if i % self.sparse_step == last and i not in others)
 
     @property
     def window(self) -> int | None:
@@ -144,9 +150,9 @@ class PublishedModel:
         return len(self.state_layers) * mixer.state_elements(self.hidden_size) if mixer else 0
 
     @property
-    def state_mixer(self) -> DeltaNet | ShortConvolution | None:
+    def state_mixer(self) -> StateMixer | None:
         """The part of `state_layers` in place of attention; None in a model without them."""
-        return self.delta_net or self.short_convolution
+        return self.delta_net or self.short_convolution or self.mamba or self.kimi_delta
 
     @property
     def kinds_of_attention(self) -> tuple[tuple[PublishedModel, int], ...]:

@@ -9,6 +9,7 @@ from planner.inputs.latent_attention import LatentAttention
 from planner.inputs.published.families import CARDS_WITHOUT_EMBEDDING
 from planner.inputs.published.model import PublishedModel
 from planner.inputs.published.quantization import BYTES
+from planner.inputs.routed_experts import Activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,14 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
     """Parameter counts of a model."""
     d, layers, experts = model.hidden_size, model.layers, model.experts
     moe = len(model.routed_layers)
-    norms = ((4 if model.post_norms else 2) * layers + 1) * d * (2 if model.norm == "layer" else 1)
+    bare = len(model.bare_layers)
+    norms = ((4 if model.post_norms else 2) * layers - bare + 1) * d * (2 if model.norm == "layer" else 1)
     embedding = model.vocabulary * d
     head = 0 if model.tied_head else embedding + (model.vocabulary if model.head_bias else 0)
     counts = ParameterCounts(
         expert=0,
         shared=0,
-        dense=(layers - moe) * _feed_forward(d, model.dense_width, biased=model.mlp_bias),
+        dense=(layers - moe - bare) * _feed_forward(d, model.dense_width, model.activation, biased=model.mlp_bias),
         attention=sum(n * _attention(kind) for kind, n in model.kinds_of_attention) + _state_layers(model),
         router=0,
         norms=norms,
@@ -69,11 +71,12 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
     )
     if experts is None or not moe:
         return counts
-    shared = _feed_forward(d, experts.d_shared, biased=model.mlp_bias) if experts.d_shared else 0
+    kind, latent = experts.activation, experts.d_latent
+    shared = _feed_forward(d, experts.d_shared, kind, biased=model.mlp_bias) if experts.d_shared else 0
     return replace(
         counts,
-        expert=_feed_forward(d, experts.d_expert, biased=experts.expert_bias),
-        shared=moe * (shared + (d if experts.shared_gate else 0)),
+        expert=_feed_forward(latent or d, experts.d_expert, kind, biased=experts.expert_bias),
+        shared=moe * (shared + (d if experts.shared_gate else 0) + 2 * d * latent),
         router=moe * experts.experts * (d + (1 if experts.router_bias else 0)),
         experts=experts.experts,
         experts_per_token=experts.experts_per_token,
@@ -108,14 +111,15 @@ def cache_number_bytes(model: PublishedModel, form: str, *, scales: bool = True)
 
 
 def _state_layers(model: PublishedModel) -> int:
-    """Of all layers with a delta net or a short convolution in place of attention."""
+    """Of all layers whose context is a state."""
     mixer = model.state_mixer
     return len(model.state_layers) * mixer.parameters(model.hidden_size) if mixer else 0
 
 
-def _feed_forward(d: int, width: int, *, biased: bool) -> int:
-    """SwiGLU: gate, up and down, and their biases."""
-    return 3 * d * width + (2 * width + d if biased else 0)
+def _feed_forward(d: int, width: int, activation: Activation, *, biased: bool) -> int:
+    """Gate, unless there is none, up and down, and their biases."""
+    above = 2 if activation == "swiglu" else 1
+    return (above + 1) * d * width + (above * width + d if biased else 0)
 
 
 def _attention(model: PublishedModel) -> int:
@@ -139,5 +143,6 @@ def _latent_attention(model: PublishedModel, latent: LatentAttention) -> int:
     count = queries + d * down + latent.d_latent
     count += latent.d_latent * n * (latent.d_plain + latent.d_value) + n * latent.d_value * d
     count += low + down if model.qkv_bias else 0
+    count += d * n if model.gate_by_head else 0
     count += model.indexer.parameters(d, low) if model.indexer else 0
     return count + (d if model.out_bias else 0)

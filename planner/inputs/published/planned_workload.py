@@ -142,4 +142,5 @@ def _kernels(model: PublishedModel, p: ParameterCounts) -> int:
     latent = 5 * (model.latent is not None) + 15 * (model.indexer is not None)
     attention = 8 + 2 * (model.qk_norm != "none") + latent + 2 * narrow
     routed = 6 + 3 * bool(p.shared)
-    return model.layers * attention + (model.layers - p.moe_layers) * 3 + p.moe_layers * routed
+    dense = model.layers - p.moe_layers - len(model.bare_layers)
+    return model.layers * attention + dense * 3 + p.moe_layers * routed

@@ -30,9 +30,14 @@ def read_qwen3_5_moe(f: ConfigFields) -> dict[str, Any]:
     return _decoder(f, experts.d_expert) | {"experts": experts}
 
 
-def _decoder(f: ConfigFields, dense_width: int) -> dict[str, Any]:
+def read_qwen3_5(f: ConfigFields) -> dict[str, Any]:
+    """Qwen3.5's decoder of text without experts."""
+    return _decoder(f, f.integer("intermediate_size", 12_288), kv_heads=4)
+
+
+def _decoder(f: ConfigFields, dense_width: int, kv_heads: int = 2) -> dict[str, Any]:
     plain = read_decoder(
-        f, kv_heads=2, context=32_768, head_size=read_head_size(f, 256), partial=0.25, dense_width=dense_width
+        f, kv_heads=kv_heads, context=32_768, head_size=read_head_size(f, 256), partial=0.25, dense_width=dense_width
     )
     biased, layers = f.flag("attention_bias", False), plain["layers"]
     if f.has("layer_types"):

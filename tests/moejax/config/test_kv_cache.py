@@ -25,7 +25,8 @@ from tests.support.kernel_cases import normal
 from tests.support.models import HYBRID
 
 KINDS = {"heads": CONFIGS["mixtral"], "latents": CONFIGS["deepseek-sparse"], "states": HYBRID}
-KINDS |= {"convolutions": CONFIGS["lfm2"], "windowed": CONFIGS["windowed"]}
+KINDS |= {"convolutions": CONFIGS["lfm2"], "windowed": CONFIGS["windowed"], "Mamba-2": CONFIGS["nemotron"]}
+KINDS["states and latents"] = CONFIGS["ling"]
 
 
 def held_as(form: str, kind: str = "heads") -> ModelConfig:

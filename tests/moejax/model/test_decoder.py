@@ -11,7 +11,9 @@ import pytest
 from moejax.config.attention_config import (
     DeltaNetConfig,
     IndexerConfig,
+    KimiDeltaConfig,
     LatentConfig,
+    Mamba2Config,
     ScoreGrowth,
     ShortConvolutionConfig,
     WindowedConfig,
@@ -171,6 +173,41 @@ CONFIGS["windowed"] = shape(
     expert_limits=(0.0, 0.0, 0.3, 0.3),
     dense_limits=(0.5, 0.0, 0.0, 0.4),
 )
+CONFIGS["nemotron"] = shape(
+    "nemotron",
+    {"experts_per_token": 3, "d_expert": 24, "d_shared": 40, "gate": "sigmoid", "normalised": True, "gate_scale": 2.5}
+    | {"activation": "relu2", "d_latent": 20},
+    n_layers=5,
+    d_ff=48,
+    tied_head=False,
+    unrotated_layers=(0, 1, 2, 3, 4),
+    dense_layers=(0,),
+    bare_layers=(2,),
+    activation="relu2",
+    state_layers=(0, 2, 4),
+    mamba=Mamba2Config(heads=6, d_head=12, groups=2, d_state=20),
+)
+CONFIGS["kimi-linear"] = shape(
+    "kimi-linear",
+    {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "sigmoid", "normalised": True},
+    n_layers=4,
+    n_kv_heads=4,
+    d_head=24,
+    d_ff=48,
+    latent=LatentConfig(d_latent=40, d_rope=8, d_plain=16, d_value=12),
+    unrotated_layers=(0, 1, 2, 3),
+    dense_layers=(0,),
+    state_layers=(0, 1, 3),
+    kimi_delta=KimiDeltaConfig(heads=3, d_head=12, d_low=8),
+)
+CONFIGS["ling"] = dataclasses.replace(
+    CONFIGS["kimi-linear"],
+    name="ling-shape",
+    unrotated_layers=(),
+    attention_gate=True,
+    gate_by_head=True,
+    kimi_delta=KimiDeltaConfig(heads=4, d_head=20, kernel=3, least_log=-5.0),
+)
 CONFIGS["deepseek-sparse"] = shape(
     "deepseek-sparse",
     {"experts_per_token": 3, "d_expert": 24, "d_shared": 24, "gate": "biased_share", "normalised": True}
@@ -217,7 +254,7 @@ def prefill(model: Stepper, tokens: list[int], rank: int, bucket: StepBucket):
 
 BUCKET = StepBucket(8, 2)
 """Tests take four ranks and this bucket, so that its program is compiled once for each shape of model."""
-BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2", "windowed"}
+BIT_BY_BIT = {"mixtral", "gpt-oss", "llama4", "qwen-next", "lfm2", "windowed", "nemotron", "kimi-linear"}
 BIT_BY_BIT |= {"shared-sharded", "deepseek-sharded", "deepseek-sparse"}
 """One of each kind of attention, experts and placement; `scripts/soak` compares all, which compiles for minutes."""
 

@@ -18,10 +18,16 @@ from tests.support.stepping import Stepper, work
 
 KEYS, VALUES, D_KEY, D_VALUE, STATES = 2, 4, 12, 20, 5
 PAGES = (5, 2, 9, 11)
+KINDS = pytest.mark.parametrize(
+    ("factors", "corrects"), [(1, True), (D_KEY, True), (1, False)], ids=["delta net", "by key", "Mamba-2"]
+)
 
 
-def random_inputs(decode: int, source: list[int], rows: int = TILE, seed: int = 0) -> DeltaInputs:
-    """Inputs of segments that begin so; the last tile has so many rows that are no padding."""
+def random_inputs(
+    decode: int, source: list[int], rows: int = TILE, seed: int = 0, factors: int = 1, corrects: bool = True
+) -> DeltaInputs:
+    """Inputs of segments that begin so; the last tile has so many rows that are no padding. Of a head's state all keys
+    decay by one factor, or each by its own."""
     draw, count = np.random.default_rng(seed), decode + TILE * (len(source) - decode)
     normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)  # noqa: E731
     rate = draw.uniform(0, 1, (count, VALUES)).astype(np.float32)
@@ -31,12 +37,13 @@ def random_inputs(decode: int, source: list[int], rows: int = TILE, seed: int = 
         q=normal(count, KEYS, D_KEY),
         k=normal(count, KEYS, D_KEY) / np.float32(3),
         v=normal(count, VALUES, D_VALUE),
-        decay=draw.uniform(0.5, 1, (count, VALUES)).astype(np.float32),
+        decay=draw.uniform(0.5, 1, (count, VALUES, factors)).astype(np.float32),
         rate=rate,
         states=normal(3, STATES, VALUES, D_KEY, D_VALUE),
         layer=jnp.int32(1),
         source=np.array(source, np.int32),
         decode=decode,
+        corrects=corrects,
     )
 
 
@@ -48,18 +55,23 @@ def random_inputs(decode: int, source: list[int], rows: int = TILE, seed: int = 
         (2, [1, 1, 3, CHAINED, EMPTY, CHAINED], 1),
     ],
 )
-def test_the_kernel_gives_the_outputs_and_states_of_the_reference(decode: int, source: list[int], rows: int) -> None:
-    inputs = random_inputs(decode, source, rows)
+@KINDS
+def test_the_kernel_gives_the_outputs_and_states_of_the_reference(
+    decode: int, source: list[int], rows: int, factors: int, corrects: bool
+) -> None:
+    inputs = random_inputs(decode, source, rows, factors=factors, corrects=corrects)
     for ours, theirs in zip(jax.jit(cpu.delta_rule)(inputs), jax.jit(delta_rule_reference)(inputs), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", [cpu.delta_rule, delta_rule_reference], ids=["kernel", "reference"])
-def test_rows_of_a_tile_have_the_bits_of_rows_of_their_own(rule) -> None:
+@KINDS
+def test_rows_of_a_tile_have_the_bits_of_rows_of_their_own(rule, factors: int, corrects: bool) -> None:
     """One tile, and the same rows one after the other beside a neighbour, each from the state after the one before."""
-    tile = random_inputs(0, [2])
+    kind = {"factors": factors, "corrects": corrects}
+    tile = random_inputs(0, [2], **kind)
     outputs, states = jax.jit(rule)(tile)
-    crowd, held, run = random_inputs(2, [0, 3], seed=1), np.array(tile.states), jax.jit(rule)
+    crowd, held, run = random_inputs(2, [0, 3], seed=1, **kind), np.array(tile.states), jax.jit(rule)
     for row in range(TILE):
         beside = {
             name: np.concatenate([getattr(tile, name)[row : row + 1], getattr(crowd, name)[1:2]])

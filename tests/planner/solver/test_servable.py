@@ -19,7 +19,7 @@ from planner.solver.servable import SERVED_REQUESTS, check_servable, served_cach
 from planner.solver.shapes import memory_budget, rest_bytes
 
 
-@pytest.mark.parametrize("name", ["qwen3-next-80b-a3b", "lfm2-8b-a1b"])
+@pytest.mark.parametrize("name", ["qwen3-next-80b-a3b", "lfm2-8b-a1b", "nemotron-3-nano-30b-a3b"])
 def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory(name: str) -> None:
     _, config = find_published(name)
     model = read_model(name)

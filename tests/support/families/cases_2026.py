@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, V32
+from tests.support.families.cases_states import BAILING, KIMI_LINEAR, NEMOTRON_H
 from tests.support.families.cases_windowed import LAGUNA, MIMO_V2, STEP3P7
 
 ODD_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
@@ -336,6 +337,10 @@ _QWEN_3_5: list[dict[str, Any]] = [
     {key: value for key, value in fields.items() if key not in ("mlp_only_layers", "norm_topk_prob")}
     for fields in _QWEN_NEXT
 ]
+_QWEN_3_5_DENSE: list[dict[str, Any]] = [
+    {key: value for key, value in fields.items() if "expert" not in key and key != "moe_intermediate_size"}
+    for fields in _QWEN_3_5
+]
 _CONV = "conv"
 _LFM2: list[dict[str, Any]] = [
     ODD_HEADS
@@ -423,7 +428,9 @@ _VISION: dict[str, dict[str, Any]] = {
     },
 }
 _TEXT_TYPES = {"kimi_k25": "deepseek_v3", "qwen3_vl_moe": "qwen3_vl_moe_text", "glm4v_moe": "glm4v_moe_text"}
-_TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text", "step3p7": "step3p5"}
+_VISION["qwen3_5"] = _VISION["qwen3_5_moe"]
+_TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5": "qwen3_5_text"}
+_TEXT_TYPES |= {"step3p7": "step3p5"}
 _BY_FAMILY = {
     "glm4_moe_lite": _GLM_LITE,
     "dots1": _DOTS1,
@@ -445,7 +452,11 @@ _BY_FAMILY = {
     "llama4_text": _LLAMA4,
     "qwen3_next": _QWEN_NEXT,
     "qwen3_5_moe": _QWEN_3_5,
+    "qwen3_5": _QWEN_3_5_DENSE,
     "lfm2_moe": _LFM2,
+    "nemotron_h": NEMOTRON_H,
+    "kimi_linear": KIMI_LINEAR,
+    "bailing_hybrid": BAILING,
     "deepseek_v32": V32,
     "glm_moe_dsa": GLM_DSA,
     "ministral3": MINISTRAL3,

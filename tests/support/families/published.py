@@ -208,11 +208,11 @@ CASES = {
     ),
     **CASES_2026,
 }
-"""By name. Between them they have every branch of the decoder."""
+"""By name. Between them they have every branch of the decoder but experts in a latent."""
 
 
 ALL = CASES | ODD
-"""Also further configurations of the families of 2026, which have no branch that CASES lack."""
+"""Also further configurations of the families of 2026; those of Nemotron-H have experts in a latent."""
 
 
 def write_folder(folder: Path, case: Case, seed: int) -> Any:
@@ -271,7 +271,15 @@ def _qwen3_5(tensors: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_AS_PUBLISHED = {"kimi_k25": _kimi, "qwen3_vl_moe": _qwen_vl, "qwen3_5_moe": _qwen3_5}
+def _kimi_linear(tensors: dict[str, Any]) -> dict[str, Any]:
+    def moved(name: str) -> str:
+        dense = name.split(".block_sparse_moe.")[-1].startswith(("gate_proj", "up_proj", "down_proj"))
+        return name.replace(".block_sparse_moe.", ".mlp.") if dense else name
+
+    return {moved(name): values for name, values in tensors.items()}
+
+
+_AS_PUBLISHED = {"kimi_linear": _kimi_linear, "kimi_k25": _kimi, "qwen3_vl_moe": _qwen_vl, "qwen3_5_moe": _qwen3_5}
 """From how transformers 5.24 writes names and values of these families to how they are published."""
 
 

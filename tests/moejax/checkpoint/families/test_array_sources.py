@@ -31,10 +31,11 @@ def smallest_of_each_family() -> list[str]:
 @pytest.fixture(params=smallest_of_each_family())
 def cfg(request):
     cfg = read_config(SERVED[request.param])
+    layers = max(5, cfg.attention_layers[0] + 1)
     dense = tuple(i for i in cfg.dense_layers if i < 3)
-    states = tuple(i for i in cfg.state_layers if i < 5)
+    states, bare = (tuple(i for i in each if i < layers) for each in (cfg.state_layers, cfg.bare_layers))
     fewer = {"full_layers": (0, 2), "unrotated_layers": (), "dense_layers": dense, "state_layers": states}
-    return dataclasses.replace(cfg, n_layers=5, **fewer)
+    return dataclasses.replace(cfg, n_layers=layers, bare_layers=bare, **fewer)
 
 
 def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):

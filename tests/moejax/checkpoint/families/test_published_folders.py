@@ -42,6 +42,7 @@ TOLD = (
     "llama4",
     "afmoe",
 )
+KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
 IN_FORMS = (("deepseek-v3", "int8"), ("gpt-oss", "int8"), ("qwen2-moe", "bfloat16"))
 ROUNDING = {"bfloat16": 1e-4, "int8": 3e-2}
 """Of a step, against float32: sums in another order; with int8, rows of 16 bits in every dot, which lively weights make
@@ -116,7 +117,7 @@ FIXED = {
 
 
 def test_every_choice_that_a_configuration_has_is_made_in_more_than_one_way():
-    models = [read_config(small_config(name)) for name in CASES]
+    models = [read_config(small_config(name)) for name in ALL]
     for part in (
         models,
         *([getattr(m, p) for m in models if getattr(m, p)] for p in ("moe", "latent", "rope_scaling")),
@@ -185,9 +186,10 @@ def test_a_configuration_of_other_sizes_is_named_with_both(name, tmp_path):
     said = refused(folder)
     assert "has shape (" in said
     assert "but config.json says (" in said
-    assert re.search(r"\.safetensors: tensor [a-z_.]*model\.([a-z_]+\.)?layers\.", said)
-    layer, kinds = values["num_hidden_layers"], values.get("layer_types", [])
-    more = {"num_hidden_layers": layer + 1} | ({"layer_types": [*kinds, kinds[-1]]} if kinds else {})
+    assert re.search(r"\.safetensors: tensor [a-z_.]*(model|backbone)\.([a-z_]+\.)?layers\.", said)
+    layer = values["num_hidden_layers"]
+    more = {"num_hidden_layers": layer + 1}
+    more |= {key: [*values[key], values[key][-1]] for key in KINDS_OF_LAYERS if key in values}
     (folder / "config.json").write_text(json.dumps(small_config(name, **more)))
     assert re.search(rf"tensor [a-z_.]*layers\.{layer}\.", refused(folder))
 

@@ -12,6 +12,7 @@ from moejax.config.kv_cache import bytes_per_token
 from moejax.config.model_config import ModelConfig
 from moejax.config.parameter_counts import expert_bytes, parameter_count
 from moejax.tools.inspect import active_parameters, main
+from planner.errors import InputError
 from planner.inputs.cache_formats import CACHE_FORMATS
 from planner.inputs.published import (
     FAMILIES,
@@ -143,6 +144,96 @@ def test_layers_with_heads_of_their_own_are_few_patterns():
         assert ModelConfig.from_json(small.to_json()) == small
     later = {"windowed", "d_value", "value_scale", "gate_by_head", "gate_function", "expert_limits", "dense_limits"}
     assert not later & json.loads(read_config(MIXTRAL).to_json()).keys()
+
+
+NEMOTRON = json.loads(PUBLISHED["nemotron-3-nano-30b-a3b"].read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hybrid_override_pattern": "ME*X"}, "hybrid_override_pattern has 'X'; known are M, \\*, E, -"),
+        ({"hybrid_override_pattern": "ME*E"}, "num_hidden_layers is 52, but 4 blocks are named"),
+        ({"hybrid_override_pattern": "E" + "M" * 50 + "*"}, "block 0 is moe, but none of linear_attention or full_att"),
+        ({"hybrid_override_pattern": "MEE*" * 13}, "block 2 is moe, but none of linear_attention or full_attention"),
+        ({"hybrid_override_pattern": "ME" * 26}, "26 of 26 layers are Mamba-2; at least one must be that and one have"),
+        ({"hybrid_override_pattern": "*E" * 26}, "0 of 26 layers are Mamba-2"),
+        (
+            {"layers_block_type": ["mamba"] * 51 + ["conv"]},
+            "layers_block_type names 'conv'; known are linear_attention",
+        ),
+        ({"n_groups": 7}, "mamba_num_heads 64 is no multiple of n_groups 7"),
+        ({"conv_kernel": 1}, "conv_kernel is 1; it must be a whole number of at least 2"),
+        ({"time_step_limit": [0.0, 1.0]}, "time_step_limit is .0.0, 1.0.; step sizes with bounds are not supported"),
+        ({"moe_latent_size": 0}, "moe_latent_size is 0; it must be a whole number of at least 1"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'; only 'relu2' is served"),
+        ({"use_bias": True}, "use_bias is True; only False is served"),
+        ({"n_shared_experts": 2}, "n_shared_experts is 2; only 1 is served"),
+    ],
+)
+def test_what_nemotron_cannot_have_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(NEMOTRON | change)
+
+
+def test_blocks_of_nemotron_are_layers_of_few_patterns():
+    cfg = read_config(NEMOTRON)
+    assert (cfg.n_layers, len(cfg.state_layers), cfg.n_moe_layers) == (29, 23, 23)
+    assert cfg.layer_kinds.count("bare") == 6
+    assert len(cfg.segments) == 5
+    assert cfg.state_elements == 23 * (64 * 64 * 128 + 3 * (4096 + 2 * 8 * 128))
+    assert not {"mamba", "bare_layers", "activation", "d_latent"} & set(read_config(MIXTRAL).to_json().split('"'))
+    assert ModelConfig.from_json(cfg.to_json()) == cfg
+
+
+KIMI = json.loads(PUBLISHED["kimi-linear-48b-a3b"].read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["linear_attention"] * 27}, "all 27 layers are linear_attention; at least one must be full"),
+        ({"linear_attn_config": {"kda_layers": [1, 2], "full_attn_layers": [4]}}, "each of the layers 1 to 27 must be"),
+        (
+            {"linear_attn_config": {"short_conv_kernel_size": 1}},
+            "short_conv_kernel_size is 1; it must be a whole number",
+        ),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4, but num_experts_per_token is 8"),
+        ({"mla_use_nope": False}, "mla_use_nope is False; only True is served"),
+        (
+            {"moe_router_activation_func": "softmax"},
+            "moe_router_activation_func is 'softmax'; only 'sigmoid' is served",
+        ),
+    ],
+)
+def test_what_kimi_linear_cannot_have_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(KIMI | change)
+
+
+def test_ling_2_6_has_the_model_type_of_ling_3_and_is_refused():
+    ling = json.loads(PUBLISHED["ling-3.0-flash"].read_text())
+    earlier = ling | {"architectures": ["BailingMoeV2_5ForCausalLM"]}
+    with pytest.raises(InputError, match=r"whose lightning attention is not supported; Ling 3 .* is"):
+        published_model(earlier)
+    with pytest.raises(ConfigError, match="architectures names BailingMoeV2_5ForCausalLM, but model_type 'bailing_hyb"):
+        read_config(earlier)
+    with pytest.raises(ConfigError, match="no_kda_lora is False; only True is served"):
+        read_config(ling | {"no_kda_lora": False})
+
+
+def test_layers_of_kimi_linear_and_of_ling_are_those_that_their_fields_say():
+    cfg = read_config(KIMI)
+    assert [i for i in range(27) if i not in cfg.state_layers] == [3, 7, 11, 15, 19, 23, 26]
+    assert cfg.unrotated_layers == tuple(range(27))
+    assert cfg.state_elements == 20 * (32 * 128 * 128 + 3 * 3 * 32 * 128)
+    assert ModelConfig.from_json(cfg.to_json()) == cfg
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4}
+    ling = read_config({"model_type": "bailing_hybrid", "intermediate_size": 48} | sizes)
+    assert [i for i in range(12) if i not in ling.state_layers] == [5, 11]
+    assert (ling.gate_by_head, ling.unrotated_layers, ling.rope_base) == (True, (), 6e6)
+    assert ling.kimi_delta is not None
+    assert (ling.kimi_delta.least_log, ling.kimi_delta.d_low) == (-5.0, 0)
 
 
 def test_a_context_can_be_shorter_than_published_and_not_longer():

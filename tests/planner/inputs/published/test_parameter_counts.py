@@ -86,8 +86,12 @@ CARDS = {
     "trinity-large": (398, 13),
     "qwen3-next-80b-a3b": (80, 3),
     "qwen3.5-35b-a3b": (35, 3),
+    "qwen3.5-27b": (27, 27),
     "lfm2-8b-a1b": (8.3, 1.5),
     "lfm2-24b-a2b": (24, 2.3),
+    "nemotron-3-nano-30b-a3b": (31.6, 3.6),
+    "kimi-linear-48b-a3b": (48, 3),
+    "ling-3.0-flash": (124, 5.1),
     "deepseek-v3.2": (671, 37),
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
@@ -106,6 +110,8 @@ CARDS_WITH_MARGIN = {
     "granite-3.1-3b-a800m": 0.11,
     "qwen3-next-80b-a3b": 0.3,
     "qwen3.5-35b-a3b": 0.16,
+    "kimi-linear-48b-a3b": 0.17,
+    "ling-3.0-flash": 0.08,
 }
 """Cards whose figure is rounded down further than the others'."""
 WITHOUT_A_CARD = {"granitemoeshared", "llama4_text", "ministral3", "mistral4"}
@@ -150,6 +156,8 @@ def test_the_cards_of_gpt_oss_leave_the_embedding_out_of_the_active_parameters(n
         ("deepseek-v3", {"attention_bias": True}, 61 * (1536 + 512 + 64 + 7168)),
         ("lfm2-8b-a1b", {"conv_bias": True}, 18 * 5 * 2048),
         ("lfm2-8b-a1b", {"use_expert_bias": False}, -22 * 32),
+        ("nemotron-3-nano-30b-a3b", {"use_conv_bias": False}, -23 * (4096 + 2 * 8 * 128)),
+        ("nemotron-3-nano-30b-a3b", {"moe_latent_size": 2688}, 23 * 2 * 2688 * 2688),
     ],
 )
 def test_biases_are_counted(name, change, biases):
