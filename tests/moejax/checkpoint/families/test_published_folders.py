@@ -42,7 +42,9 @@ TOLD = (
     "llama4",
     "afmoe",
 )
-KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
+BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "num_attention_heads_per_layer", "swiglu_limits")
+BY_LAYER += ("swiglu_limits_shared",)
+"""Fields of published configurations that have an entry for each layer."""
 IN_FORMS = (("deepseek-v3", "int8"), ("gpt-oss", "int8"), ("qwen2-moe", "bfloat16"))
 ROUNDING = {"bfloat16": 1e-4, "int8": 3e-2}
 """Of a step, against float32: sums in another order; with int8, rows of 16 bits in every dot, which lively weights make
@@ -118,9 +120,10 @@ FIXED = {
 
 def test_every_choice_that_a_configuration_has_is_made_in_more_than_one_way():
     models = [read_config(small_config(name)) for name in ALL]
+    layers = [model.of_layer(i) for model in models for i in range(model.n_layers)]
     for part in (
         models,
-        *([getattr(m, p) for m in models if getattr(m, p)] for p in ("moe", "latent", "rope_scaling")),
+        *([getattr(m, p) for m in layers if getattr(m, p)] for p in ("moe", "latent", "rope_scaling")),
     ):
         for field in dataclasses.fields(part[0]):
             if field.name not in SIZES | FIXED:
@@ -189,7 +192,7 @@ def test_a_configuration_of_other_sizes_is_named_with_both(name, tmp_path):
     assert re.search(r"\.safetensors: tensor [a-z_.]*(model|backbone)\.([a-z_]+\.)?layers\.", said)
     layer = values["num_hidden_layers"]
     more = {"num_hidden_layers": layer + 1}
-    more |= {key: [*values[key], values[key][-1]] for key in KINDS_OF_LAYERS if key in values}
+    more |= {key: [*values[key], values[key][-1]] for key in BY_LAYER if key in values}
     (folder / "config.json").write_text(json.dumps(small_config(name, **more)))
     assert re.search(rf"tensor [a-z_.]*layers\.{layer}\.", refused(folder))
 

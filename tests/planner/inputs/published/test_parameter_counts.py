@@ -114,8 +114,9 @@ CARDS_WITH_MARGIN = {
     "ling-3.0-flash": 0.08,
 }
 """Cards whose figure is rounded down further than the others'."""
-WITHOUT_A_CARD = {"granitemoeshared", "llama4_text", "ministral3", "mistral4"}
-"""Families whose only published models are tests, or stand within a larger model."""
+WITHOUT_A_CARD = {"granitemoeshared", "llama4_text", "ministral3", "mistral4", "laguna", "step3p5", "step3p7"}
+"""Families whose only published models are tests, or stand within a larger model, or of which none is shipped in
+configs/models."""
 
 
 def model(name: str, **changes: object):
