@@ -1,9 +1,7 @@
 """The configuration of a model: frozen, validated, and without anything about where the model runs."""
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,43 +17,27 @@ from moejax.config.attention_config import (
     WindowedConfig,
 )
 from moejax.config.config_values import ConfigError, build_config
+from moejax.config.layer_segments import (
+    LayerKind,
+    Segments,
+    in_slots,
+    segments_of_kinds,
+    segments_of_one_pattern,
+    segments_of_patterns,
+)
+from moejax.config.model_json import read_values, written_values
 from moejax.config.moe_config import MoEConfig
 from moejax.config.packed_form import GROUP, PackedForm
 from planner.inputs.layer_states import StateMixer
-from planner.inputs.routed_experts import Activation, RoutedExperts
+from planner.inputs.routed_experts import Activation
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4"]
 """Of matrices; in the last three a rank holds what is published in them as it is (`packed`), the rest in bfloat16."""
 PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4")
 CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 """Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
-LayerKind = Literal["dense", "moe", "sharded", "bare"]
-"""Of a layer by its feed-forward part; a bare layer has none."""
-_STORED_NAMES = {"shard_dense": "divide_dense"}
-"""Fields under another name in `config.json`: folders written before a field was renamed stay readable."""
-_LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "d_value": None, "value_scale": 1.0}
-_LATER |= {"packed": None, "windowed": None, "gate_by_head": False, "gate_function": "sigmoid"}
-_LATER |= {"expert_limits": (), "dense_limits": ()}
-_LATER |= {"mamba": None, "kimi_delta": None, "bare_layers": (), "activation": "swiglu"}
-"""Fields that are written only where they differ from these, which earlier releases mean."""
-_LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap", "activation", "d_latent")
-"""Fields of experts that are written only where they differ from their defaults."""
 STATE_MIXERS = ("delta_net", "short_convolution", "mamba", "kimi_delta")
 """Fields with the part of layers whose context is a state, of which a model has one at most."""
-
-_NESTED = {
-    "moe": MoEConfig,
-    "packed": PackedForm,
-    "latent": LatentConfig,
-    "indexer": IndexerConfig,
-    "delta_net": DeltaNetConfig,
-    "short_convolution": ShortConvolutionConfig,
-    "mamba": Mamba2Config,
-    "kimi_delta": KimiDeltaConfig,
-    "rope_scaling": RopeScaling,
-    "windowed": WindowedConfig,
-    "score_growth": ScoreGrowth,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +53,9 @@ class ModelConfig:
 
     `moe_every = m` makes layers m-1, 2m-1, ... Mixture-of-Experts layers and leaves the others dense;
     `moe_every = 1` makes all of them so, except `dense_layers`; a model without `moe` is dense. `bare_layers` have no
-    feed-forward part, and `activation` is that of the dense ones. With `shard_dense` the
-    dense layers of a model with experts are cut into as many shards as there are experts, and ranks hold those in slots
-    as they hold experts; every token uses all of them. It is chosen when a model is served
-    (`moejax.checkpoint.shard_dense`).
+    feed-forward part, and `activation` is that of the dense ones. With `shard_dense` the dense layers of a model with
+    experts are cut into as many shards as there are experts, and ranks hold those in slots as they hold experts; every
+    token uses all of them. It is chosen when a model is served (`moejax.checkpoint.shard_dense`).
 
     `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, or with
     `chunked` their chunk of so many positions (Llama 4), except `full_layers`; `unrotated_layers` have no rotary
@@ -459,57 +440,23 @@ class ModelConfig:
         return tuple(kind(i) for i in range(self.n_layers))
 
     @property
-    def segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+    def segments(self) -> Segments:
         """The main segments; and the layer of multi-token prediction as one of its own, the last."""
         return self.main_segments + (((self.layer_kinds[-1:], 1),) if self.mtp else ())
 
     @property
-    def main_segments(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The layers as (pattern, repeats): one scan each. 7 layers, every third routed:
-        ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
-        ((("dense",), 1), (("moe",), 4))."""
+    def main_segments(self) -> Segments:
+        """The layers as (pattern, repeats), one scan each (`moejax.config.layer_segments`)."""
         kinds = self._main_kinds
-        if self.state_layers or self.windowed is not None or self.expert_limits or self.dense_limits:
-            return self._mixed_segments(kinds)
-        whole: tuple[LayerKind, ...] = (self._dense_kind,) * (self.moe_every - 1) + ("moe",)
-
-        def whole_at(i: int) -> bool:
-            return kinds[i : i + len(whole)] == whole
-
-        found, at = [], 0
-        while at < len(kinds):
-            end = at
-            if whole_at(at):
-                while whole_at(end):
-                    end += len(whole)
-                found.append((whole, (end - at) // len(whole)))
-            else:
-                while end < len(kinds) and kinds[end] == kinds[at] and not whole_at(end):
-                    end += 1
-                found.append(((kinds[at],), end - at))
-            at = end
-        return tuple(found)
-
-    def _mixed_segments(self, kinds: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The segments of a model whose layers differ in more than their feed-forward part: from each layer on the
-        pattern of kinds, of states and attention, of windows with heads of their own and of limits, whose repeats reach
-        furthest, the shortest of these. With delta nets, as folders have them that were converted
-        before there were others: the shortest pattern that all layers repeat, and the layers that are left."""
+        if not (self.state_layers or self.windowed is not None or self.expert_limits or self.dense_limits):
+            return segments_of_kinds(kinds, (*(self._dense_kind,) * (self.moe_every - 1), "moe"))
         is_windowed = [self.windowed is not None and window is not None for window in self.windows]
         by_layer = [each for each in (self.expert_limits, self.dense_limits) if each]
         limits = [tuple(each[i] for each in by_layer) for i in range(len(kinds))]
-        pairs = [(kind, i in self.state_layers, is_windowed[i], limits[i]) for i, kind in enumerate(kinds)]
+        layers = [(kind, i in self.state_layers, is_windowed[i], limits[i]) for i, kind in enumerate(kinds)]
         if self.delta_net is not None:
-            size = next(n for n in range(1, len(pairs) + 1) if pairs[n:] == pairs[: len(pairs) - n])
-            repeats, left = divmod(len(kinds), size)
-            return ((kinds[:size], repeats), *(((kinds[:left], 1),) if left else ()))
-        found, at = [], 0
-        while at < len(pairs):
-            counts = {size: _repeats(pairs[at:], size) for size in range(1, len(pairs) - at + 1)}
-            size = max(counts, key=lambda size: (counts[size] > 1) * size * counts[size])
-            found.append((kinds[at : at + size], counts[size]))
-            at += size * counts[size]
-        return tuple(found)
+            return segments_of_one_pattern(kinds, layers)
+        return segments_of_patterns(kinds, layers)
 
     @property
     def n_moe_layers(self) -> int:
@@ -534,29 +481,12 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """The configuration as JSON; `from_json` gives it back exactly."""
-        values = {_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
-        for name, default in _LATER.items():
-            if values[name] == default:  # earlier releases do not read it, and what they wrote stays the same
-                del values[name]
-        for name in _LATER_EXPERTS if self.moe is not None else ():
-            if values["moe"][name] == getattr(RoutedExperts, name):
-                del values["moe"][name]
-        return json.dumps(values, indent=2)
+        return json.dumps(written_values(dataclasses.asdict(self)), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
         """Read what `to_json` wrote. Raises ConfigError on an unknown or missing key."""
-        values: dict[str, Any] = json.loads(text)
-        for name, stored in _STORED_NAMES.items():
-            if stored in values:
-                values[name] = values.pop(stored)
-        for key, kind in _NESTED.items():
-            if values.get(key) is not None:
-                within = values[key]
-                if kind is WindowedConfig and within["rope_scaling"] is not None:
-                    within["rope_scaling"] = build_config(RopeScaling, within["rope_scaling"], "rope_scaling")
-                values[key] = build_config(kind, within, key)
-        return build_config(cls, values, "model")
+        return build_config(cls, read_values(json.loads(text)), "model")
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
@@ -567,12 +497,6 @@ class ModelConfig:
         return cls.from_json(path.read_text())
 
 
-def _repeats(layers: Sequence[object], size: int) -> int:
-    """How often the first `size` layers follow each other from the beginning."""
-    alike = itertools.takewhile(lambda i: layers[i] == layers[i % size], range(len(layers)))
-    return sum(1 for _ in alike) // size
-
-
 def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:
     """Raise ConfigError where the inputs of a shard end within a group of int4."""
     if width % GROUP:
@@ -580,8 +504,3 @@ def _check_groups(cfg: ModelConfig, width: int, shards: str) -> None:
             f"{shards} of {cfg.name} are {width} inputs wide, which groups of {GROUP} in int4 do not divide. "
             "Serve it with --data-type int8, or without shards."
         )
-
-
-def in_slots(kind: LayerKind) -> bool:
-    """True when the feed-forward weights of layers of this kind are held in slots."""
-    return kind in ("moe", "sharded")
