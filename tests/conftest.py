@@ -9,6 +9,7 @@ import pytest
 from moejax.runtime.distributed import CPU_FLAGS
 from tests.support import late_events, typechecker
 
+pytest.register_assert_rewrite("tests.support.step_laws")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -46,6 +47,9 @@ THOROUGH = (
     "test_compile_ahead.py",
     "test_cpu.py",
     "test_decoder.py",
+    "test_decoder_latents.py",
+    "test_decoder_states.py",
+    "test_decoder_windows.py",
     "test_disaggregated.py",
     "test_examples.py",
     "test_expert_parity.py",

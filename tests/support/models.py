@@ -10,7 +10,7 @@ from moejax.checkpoint.checkpoint import save_model
 from moejax.config.attention_config import DeltaNetConfig
 from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
-from moejax.config.params import BIAS_STD, Params, ParamSpec, init_params, is_spec, param_specs
+from moejax.config.params import BIAS_STD, Params, ParamSpec, is_spec, param_specs
 
 MIXTRAL = ModelConfig(
     name="mixtral-shape",
@@ -65,8 +65,13 @@ LEADING_DENSE = dataclasses.replace(MIXTRAL, name="leading-dense", n_layers=4, d
 
 def random_params(cfg: ModelConfig, seed: int = 0, dtype: type = np.float32) -> Params:
     """Parameters large enough that routing and attention matter."""
-    params = init_params(cfg, jax.random.key(seed))
-    return jax.tree.map(lambda a: np.asarray(a * (1 if a.ndim < 2 else 6), dtype), params)
+    generator = np.random.default_rng(seed)
+
+    def leaf(spec: ParamSpec) -> np.ndarray:
+        values = spec.std * generator.standard_normal(spec.shape) if spec.std else np.ones(spec.shape)
+        return (values * (1 if values.ndim < 2 else 6)).astype(dtype)
+
+    return jax.tree.map(leaf, param_specs(cfg), is_leaf=is_spec)
 
 
 def lively_params(cfg: ModelConfig, seed: int = 0) -> Params:

@@ -274,9 +274,8 @@ def _mixture(row: np.ndarray, weights: MoE, repeat: int, moe: MoEConfig, masked:
         if moe.gate == "input_sigmoid":
             out = out + _feed_forward(gate * seen, weights.experts, (repeat, expert), moe)
         else:
-            out = out + gate * moe.gate_scale * _feed_forward(
-                seen, weights.experts, (repeat, expert), moe, moe.activation
-            )
+            answer = _feed_forward(seen, weights.experts, (repeat, expert), moe, activation=moe.activation)
+            out = out + gate * moe.gate_scale * answer
     return shared + (out if weights.latent_out is None else _f64(weights.latent_out[repeat]) @ out)
 
 

@@ -20,7 +20,7 @@ from moejax.config.kv_cache import (
 )
 from moejax.config.model_config import CacheFormat, ModelConfig
 from planner.inputs.cache_formats import CACHE_FORMATS, SCALED_CACHE_FORMATS
-from tests.moejax.model.test_decoder import CONFIGS
+from tests.support.decoder_models import CONFIGS
 from tests.support.kernel_cases import normal
 from tests.support.models import HYBRID
 

@@ -14,7 +14,7 @@ from moejax.config.step_inputs import Bucket, StepInputs, layout
 from moejax.model.mtp import following_tokens
 from moejax.model.reference import draft_logits, hidden_states
 from serving.engine.batch import StepBucket
-from tests.moejax.model.test_decoder import CONFIGS, PAGES, tokens_of
+from tests.support.decoder_models import CONFIGS, PAGES, tokens_of
 from tests.support.models import lively_params
 from tests.support.reference import drafts
 from tests.support.stepping import Outcome, Stepper, work

@@ -9,7 +9,7 @@ import pytest
 from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import KVCache
 from serving.engine.batch import StepBucket
-from tests.moejax.model.test_decoder import CONFIGS, PAGES, TABLES, params, prefill, tokens_of
+from tests.support.decoder_models import CONFIGS, PAGES, TABLES, params, prefill, tokens_of
 from tests.support.reference import forward
 from tests.support.stepping import Stepper, work
 

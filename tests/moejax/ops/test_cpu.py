@@ -128,14 +128,15 @@ def test_a_row_dot_has_the_gradient_of_its_reference() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("width", [4, 128])
-def test_experts_answer_as_their_reference_whoever_else_asks(width, form) -> None:
-    gate_up, down = (held(normal(*shape, seed=3) / 4, form) for shape in ((2, 5, 2 * width, 48), (2, 5, 48, width)))
+@pytest.mark.parametrize(("width", "activation"), [(4, "swiglu"), (128, "swiglu"), (128, "relu2")])
+def test_experts_answer_as_their_reference_whoever_else_asks(width, activation, form) -> None:
+    above, moe = 2 * width if activation == "swiglu" else width, dataclasses.replace(MIXTRAL.moe, activation=activation)
+    gate_up, down = (held(normal(*shape, seed=3) / 4, form) for shape in ((2, 5, above, 48), (2, 5, 48, width)))
     experts = FeedForward(gate_up=StackSlice(gate_up, (1,)), down=StackSlice(down, (1,)))
     rows, wanted = normal(70, 48), np.random.default_rng(4).integers(-1, 5, (70, 2)).astype(np.int32)
-    ask = jax.jit(lambda r, w: cpu.experts(r, w, gate_up, down, jnp.int32(1)))
+    ask = jax.jit(lambda r, w: cpu.experts(r, w, gate_up, down, jnp.int32(1), activation))
     whole = np.asarray(ask(rows, wanted))
-    close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, MIXTRAL.moe), form)
+    close(whole, apply_experts_reference(jnp.asarray(rows), jnp.asarray(wanted), experts, 5, moe), form)
     assert not whole[wanted < 0].any()
     for i in (0, 33, 69):
         np.testing.assert_array_equal(ask(rows[i : i + 1], wanted[i : i + 1])[0], whole[i])

@@ -1,0 +1,55 @@
+"""Laws of the step of models with latent attention, among them one whose indexer chooses the positions."""
+
+import pytest
+
+from tests.support.decoder_models import LATENTS
+from tests.support.step_laws import (
+    check_agrees,
+    check_bits,
+    check_drafts,
+    check_narrow_is_close,
+    check_twice,
+    check_unread,
+)
+
+SLOW = ("deepseek",)
+"""Models whose rows `scripts/soak` alone compares bit by bit; the others are one of each kind of attention, experts and
+placement."""
+BIT_BY_BIT = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LATENTS]
+NARROW = (("deepseek-sparse", "int8"),)
+"""Caches narrower than float32: read by the kernel and by the reference."""
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_a_step_agrees_with_the_float64_reference(name: str) -> None:
+    check_agrees(name, 4)
+
+
+@pytest.mark.parametrize(("name", "form"), NARROW)
+def test_a_step_over_a_narrow_cache_is_close_to_the_float64_reference(name: str, form: str) -> None:
+    check_narrow_is_close(name, form)
+
+
+@pytest.mark.parametrize("name", BIT_BY_BIT)
+def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: str) -> None:
+    check_bits(name)
+
+
+@pytest.mark.parametrize(("name", "form"), NARROW)
+def test_no_bit_of_a_narrow_cache_depends_on_them(name: str, form: str) -> None:
+    check_bits(name, form)
+
+
+@pytest.mark.parametrize("name", BIT_BY_BIT)
+def test_rows_of_drafts_are_those_of_the_tokens_one_by_one_whatever_the_drafts_after_them(name: str) -> None:
+    check_drafts(name)
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_a_step_made_twice_leaves_the_cache_as_once(name: str) -> None:
+    check_twice(name)
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_rows_that_nobody_reads_end_at_their_keys_and_values_and_change_no_bit(name: str) -> None:
+    check_unread(name, 4)
