@@ -43,9 +43,9 @@ def check_bits(name: str, form: str = "float32") -> None:
     for ranks in (1, 4) if name in ("mixtral", "shared") else (4,):
         model = stepper(name, ranks, form)
         rank = ranks - 1
-        model.run(BUCKET, {rank: (work(tokens[:50], 0, PAGES),)})
-        # Token by token from here, in buckets of changing size, beside another rank's prefill.
-        for at in range(50, 70):
+        model.run(BUCKET, {rank: (work(tokens[:60], 0, PAGES),)})
+        # Token by token from here, over the end of a page, in buckets of changing size, beside another rank's prefill.
+        for at in range(60, 70):
             bucket = (StepBucket(2, 0), BUCKET)[at % 2]
             mine = (work([tokens[at]], at, PAGES),)
             crowd = {0: (work(other, 0, (0, 1)),)} if bucket.tiles and rank else {}
