@@ -6,9 +6,8 @@ import pytest
 from tests.support.decoder_models import STATES
 from tests.support.step_laws import check_agrees, check_bits, check_narrow_is_close, check_twice, check_unread
 
-SLOW = ("ling",)
-"""Models whose rows `scripts/soak` alone compares bit by bit; the others are one of each kind of attention, experts and
-placement."""
+SLOW = ("kimi-linear", "ling")
+"""Models whose rows `scripts/soak` alone compares bit by bit; `test_state_layers` holds this of every kind of layer."""
 BIT_BY_BIT = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in STATES]
 NARROW = (("qwen-next", "fp8"),)
 """Caches narrower than float32: read by the kernel and by the reference."""
