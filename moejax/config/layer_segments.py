@@ -20,19 +20,16 @@ def segments_of_kinds(kinds: Kinds, pattern: Kinds) -> Segments:
     """Repeats of the pattern, and of single kinds where it does not follow. 7 layers, every third routed:
     ((("dense", "dense", "moe"), 2), (("dense",), 1)). 5 layers, the first dense, the others routed:
     ((("dense",), 1), (("moe",), 4))."""
-
-    def whole_at(i: int) -> bool:
-        return kinds[i : i + len(pattern)] == pattern
-
-    found, at = [], 0
+    found, at, size = [], 0, len(pattern)
+    whole = [kinds[i : i + size] == pattern for i in range(len(kinds) + size)]
     while at < len(kinds):
         end = at
-        if whole_at(at):
-            while whole_at(end):
-                end += len(pattern)
-            found.append((pattern, (end - at) // len(pattern)))
+        if whole[at]:
+            while whole[end]:
+                end += size
+            found.append((pattern, (end - at) // size))
         else:
-            while end < len(kinds) and kinds[end] == kinds[at] and not whole_at(end):
+            while end < len(kinds) and kinds[end] == kinds[at] and not whole[end]:
                 end += 1
             found.append(((kinds[at],), end - at))
         at = end

@@ -9,9 +9,12 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 UNCHECKED = {
     "moejax.config.attention_config": "it refuses wrong values itself, with a message of its own",
     "moejax.config.config_values": "it reads values of any type for those that do",
+    "moejax.config.layer_segments": "it is asked for every tensor of a model, and reads kinds that `model_config` made",
     "moejax.config.model_config": "it refuses wrong values itself, with a message of its own",
     "moejax.config.moe_config": "it refuses wrong values itself, with a message of its own",
+    "moejax.config.param_spec": "it is made for every tensor of a model, whenever its tensors are listed",
     "moejax.config.params": "its trees also hold specs, shapes, and what Orbax puts in their place",
+    "moejax.config.state_params": "its trees also hold specs and shapes, as those of `params`",
 }
 
 
