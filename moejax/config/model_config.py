@@ -18,6 +18,7 @@ from moejax.config.attention_config import (
 )
 from moejax.config.config_values import ConfigError, build_config
 from moejax.config.layer_segments import (
+    Kinds,
     LayerKind,
     Segments,
     in_slots,
@@ -449,7 +450,8 @@ class ModelConfig:
         """The layers as (pattern, repeats), one scan each (`moejax.config.layer_segments`)."""
         kinds = self._main_kinds
         if not (self.state_layers or self.windowed is not None or self.expert_limits or self.dense_limits):
-            return segments_of_kinds(kinds, (*(self._dense_kind,) * (self.moe_every - 1), "moe"))
+            pattern: Kinds = (*[self._dense_kind] * (self.moe_every - 1), "moe")
+            return segments_of_kinds(kinds, pattern)
         is_windowed = [self.windowed is not None and window is not None for window in self.windows]
         by_layer = [each for each in (self.expert_limits, self.dense_limits) if each]
         limits = [tuple(each[i] for each in by_layer) for i in range(len(kinds))]

@@ -46,7 +46,7 @@ _NESTED = {
 def written_values(fields: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` has of a model's fields. Earlier releases do not read later fields, and what they wrote stays
     the same."""
-    values = {_STORED_NAMES.get(name, name): value for name, value in fields.items()}
+    values: dict[str, Any] = {_STORED_NAMES.get(name, name): value for name, value in fields.items()}
     for name, default in _LATER.items():
         if values[name] == default:
             del values[name]
