@@ -39,13 +39,13 @@ def cfg(request):
 
 
 def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):
-    filled = Counter()
+    filled, specs = Counter(), tensor_specs(cfg)
     for entry in array_sources(cfg):
         filled[entry.path] += 1
         lead = (entry.repeat,) * (entry.repeat is not None) + (entry.expert,) * (entry.expert is not None)
-        assert all(0 <= i < n for i, n in zip(lead, tensor_specs(cfg)[entry.path].shape, strict=False))
-        assert (*tensor_specs(cfg)[entry.path].shape[: len(lead)], *entry.shape) == tensor_specs(cfg)[entry.path].shape
-    for path, spec in tensor_specs(cfg).items():
+        assert all(0 <= i < n for i, n in zip(lead, specs[entry.path].shape, strict=False))
+        assert (*specs[entry.path].shape[: len(lead)], *entry.shape) == specs[entry.path].shape
+    for path, spec in specs.items():
         lead = spec.shape[: 2 if is_expert(path) else 1] if path.startswith("segments.") else ()
         assert filled[path] == np.prod(lead, dtype=int)
 
