@@ -44,7 +44,7 @@ _NESTED = {
 
 
 def written_values(fields: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` has of a model's fields. Earlier releases do not read later fields, and what they wrote stays
+    """A model's fields as `config.json` has them. Earlier releases do not read later fields, and what they wrote stays
     the same."""
     values: dict[str, Any] = {_STORED_NAMES.get(name, name): value for name, value in fields.items()}
     for name, default in _LATER.items():
