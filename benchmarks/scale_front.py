@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+import unittest.mock
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from serving.executor.failure_detector import Cause, FailureDetectorSettings
 from serving.executor.incarnation import Incarnation
 from serving.executor.mesh_key import MeshKey
 from serving.executor.rank_monitor import RankMonitor
+from serving.launch.coordinator import LOOPBACK, Coordinator
 from serving.launch.rank_listener import RankListener
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
@@ -31,6 +33,7 @@ from serving.protocol.events import EventLog
 from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.request import Request
 from serving.protocol.sampling import ResolvedSampling
+from serving.recovery import rendezvous
 from serving.recovery.failover import Failover
 from serving.text.structured_output import GrammarMatcher
 from serving.text.tokenizer import Tokenizer
@@ -44,6 +47,16 @@ MAX_TOKENS = 2 * MOST_STEPS
 ADOPTIONS = 3
 WATCHED, HEARTBEAT_S = 32, 0.05
 """Ranks, and the seconds between their heartbeats, of the front that only watches."""
+
+
+class EmptyGeneration(Coordinator):
+    """A coordination service without process ids for ranks: simulated ones enter no generation, and its process, which
+    stands in for each id with a dozen threads, would take the cores from the front with a thousand of them."""
+
+    @classmethod
+    async def start(cls, ranks: int, process_ids: int, host: str = LOOPBACK) -> Coordinator:
+        """See `Coordinator.start`."""
+        return await Coordinator.start(0, 2, host)
 
 
 class AnyNumber(Settings):
@@ -151,7 +164,8 @@ class FrontOf:
         )
         failover.plans.prepare_losses([frozenset({ranks - 1})] if ranks > 1 else [])
         try:
-            await failover.start()
+            with unittest.mock.patch.object(rendezvous, "Coordinator", EmptyGeneration):
+                await failover.start()
             limits = Limits(
                 page_size=PAGE,
                 max_context=CONTEXT,
