@@ -274,19 +274,19 @@ class _StepBuilder:
         Room means pages for its tokens so far and one more, or for all it can ever need.
         """
         limits = self.before.limits
-        need = limits.pages_needed(sequence.request)
+        need, most = limits.pages_needed(sequence.request), limits.max_decode_rows
         pages = min(limits.pages_for(sequence.length) + 1, need)
         rooms: dict[int, int] = {}
         for rank, pool in self.pools.items():
             found = pool.match(keys)
             fits = need <= pool.total and pages - len(found) <= pool.available_after_sharing(found)
-            if fits and rank not in self.before.closed_ranks and len(self.ranks[rank]) < limits.max_decode_rows:
+            if fits and rank not in self.before.closed_ranks and len(self.ranks[rank]) < most:
                 rooms[rank] = len(found)
         least = min((len(self.ranks[rank]) for rank in rooms), default=0)
 
         def order(rank: int) -> tuple[int, int, int, int]:
             busy = len(self.ranks[rank])
-            found = rooms[rank] if busy - least <= limits.max_decode_rows // 4 else 0
+            found = rooms[rank] if busy - least <= most // 4 else 0
             return -found, busy, -self.pools[rank].available, rank
 
         return min(rooms, key=order, default=None)
