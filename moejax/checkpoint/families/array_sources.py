@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 from moejax.checkpoint.families.family import NameMap, ServedFamily
@@ -11,8 +12,6 @@ from moejax.config.config_values import ConfigError
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import ParamSpec, is_expert, tensor_specs
 
-Numbers = Callable[[ModelConfig, int], Mapping[str, int]]
-
 
 def array_sources(cfg: ModelConfig) -> Iterator[ArraySource]:
     """Every array of the parameter tree of `cfg`: leaf by leaf, repeat by repeat, expert by expert.
@@ -20,8 +19,9 @@ def array_sources(cfg: ModelConfig) -> Iterator[ArraySource]:
     Raises ConfigError when `cfg` is not of a published family.
     """
     family = _family(cfg)
+    names_of = functools.cache(functools.partial(_names, family=family))  # most layers have those of another
     for path, spec in tensor_specs(cfg).items():
-        yield from _entries(cfg, family, path, spec)
+        yield from _entries(cfg, family, names_of, path, spec)
 
 
 def is_unused(cfg: ModelConfig, name: str) -> bool:
@@ -40,15 +40,16 @@ def _names(cfg: ModelConfig, family: ServedFamily) -> NameMap:
     }
 
 
-def _entries(cfg: ModelConfig, family: ServedFamily, path: str, spec: ParamSpec) -> Iterator[ArraySource]:
+def _entries(
+    cfg: ModelConfig, family: ServedFamily, names_of: Callable[[ModelConfig], NameMap], path: str, spec: ParamSpec
+) -> Iterator[ArraySource]:
     if not path.startswith("segments."):
-        names = _names(cfg, family)
-        yield _entry(names, path, path, (None, None, None), {}, 0, spec.shape)
+        yield _entry(names_of(cfg), path, path, (None, None, None), {}, 0, spec.shape)
         return
     _, segment, position, key = path.split(".", 3)
     before = sum(len(pattern) * repeats for pattern, repeats in cfg.segments[: int(segment)])
     pattern, repeats = cfg.segments[int(segment)]
-    names = _names(cfg.of_layer(before + int(position)), family)
+    names = names_of(cfg.of_layer(before + int(position)))
     for repeat in range(repeats):
         layer = before + repeat * len(pattern) + int(position)
         found = family.numbers(cfg, layer)
