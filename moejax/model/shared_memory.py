@@ -8,6 +8,7 @@ once, and a rank that waits is woken once.
 
 import ctypes
 import os
+from typing import ClassVar
 
 from moejax.ops import cpu
 
@@ -15,6 +16,8 @@ from moejax.ops import cpu
 class Arena:
     """One rank's end of the exchange of a mesh. `path` names a file in memory that all ranks of the mesh open;
     `outbox_bytes` is the most that a rank sends at once. Raises OSError."""
+
+    _in_use: ClassVar["Arena | None"] = None
 
     def __init__(self, path: str, *, ranks: int, me: int, outbox_bytes: int, timeout_s: int) -> None:
         self._library = cpu.library()
@@ -31,7 +34,9 @@ class Arena:
 
     def use(self) -> None:
         """Send all exchanges of this process through this arena from now on. Between steps only."""
-        self._library.moejax_arena_use(self._arena)
+        if Arena._in_use is not self:  # each call gives up the interpreter's lock, and would do so in every step
+            self._library.moejax_arena_use(self._arena)
+            Arena._in_use = self
 
     def abort(self) -> None:
         """Make every wait in this arena fail, now and later. From any thread."""
@@ -40,5 +45,7 @@ class Arena:
     def close(self) -> None:
         """Unmap the memory. Between steps only; nothing else may be called afterwards."""
         arena, self._arena = self._arena, None
+        if Arena._in_use is self:
+            Arena._in_use = None
         if arena is not None:
             self._library.moejax_arena_close(arena)
