@@ -12,6 +12,7 @@ from moejax.checkpoint.families import array_sources, is_unused, read_config
 from moejax.checkpoint.families.latent import PairedHeads
 from moejax.checkpoint.families.source import PickedRows, PlusOne
 from moejax.config.config_values import ConfigError
+from moejax.config.model_config import ModelConfig
 from moejax.config.params import is_expert, tensor_specs
 from planner.inputs.published import published_model
 from tests.moejax.checkpoint.families.test_reader import SERVED
@@ -28,9 +29,9 @@ def smallest_of_each_family() -> list[str]:
     return [name for _, name in found.values()]
 
 
-@pytest.fixture(params=smallest_of_each_family())
-def cfg(request):
-    cfg = read_config(SERVED[request.param])
+def first_layers(name: str) -> ModelConfig:
+    """The first layers of a published model: the others are like them."""
+    cfg = read_config(SERVED[name])
     layers = max(5, cfg.attention_layers[0] + 1)
     dense = tuple(i for i in cfg.dense_layers if i < 3)
     states, bare = (tuple(i for i in each if i < layers) for each in (cfg.state_layers, cfg.bare_layers))
@@ -38,13 +39,19 @@ def cfg(request):
     return dataclasses.replace(cfg, n_layers=layers, bare_layers=bare, **fewer)
 
 
+@pytest.fixture(params=smallest_of_each_family())
+def cfg(request):
+    return first_layers(request.param)
+
+
 def test_every_array_of_the_tree_comes_from_somewhere_once(cfg):
     filled, specs = Counter(), tensor_specs(cfg)
     for entry in array_sources(cfg):
         filled[entry.path] += 1
         lead = (entry.repeat,) * (entry.repeat is not None) + (entry.expert,) * (entry.expert is not None)
-        assert all(0 <= i < n for i, n in zip(lead, specs[entry.path].shape, strict=False))
-        assert (*specs[entry.path].shape[: len(lead)], *entry.shape) == specs[entry.path].shape
+        whole = specs[entry.path].shape
+        assert all(0 <= i < n for i, n in zip(lead, whole, strict=False))
+        assert (*whole[: len(lead)], *entry.shape) == whole
     for path, spec in specs.items():
         lead = spec.shape[: 2 if is_expert(path) else 1] if path.startswith("segments.") else ()
         assert filled[path] == np.prod(lead, dtype=int)
@@ -70,7 +77,7 @@ def test_transforms_keep_every_number_of_their_tensors(cfg):
     ],
 )
 def test_a_decoder_beside_other_parts_is_found_and_they_are_left(name, layers, head, beside):
-    cfg = read_config(SERVED[name])
+    cfg = first_layers(name)
     names = {tensor.name for entry in array_sources(cfg) for tensor in entry.tensors}
     assert head in names
     assert f"{layers}{cfg.n_layers - 1}.input_layernorm.weight" in names
