@@ -50,9 +50,10 @@ def written_values(fields: dict[str, Any]) -> dict[str, Any]:
     for name, default in _LATER.items():
         if values[name] == default:
             del values[name]
-    for name in _LATER_EXPERTS if values["moe"] is not None else ():
-        if values["moe"][name] == getattr(RoutedExperts, name):
-            del values["moe"][name]
+    experts: dict[str, Any] = values["moe"] or {}
+    for name in _LATER_EXPERTS:
+        if name in experts and experts[name] == getattr(RoutedExperts, name):
+            del experts[name]
     return values
 
 
