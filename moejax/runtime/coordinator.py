@@ -2,7 +2,7 @@
 
     python -m moejax.runtime.coordinator RANKS PROCESSES HOST
 
-prints its port, then serves there until its standard input closes.
+prints its port, then serves there. It ends when its standard input closes, also before it serves.
 
 The first RANKS of the PROCESSES process ids are ranks that enter at once and wait for one another; this process stands
 in for the others. Where RANKS is 0 it stands in for all before it prints its port, so that each rank can enter under an
@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 from moejax.runtime.distributed import host_coordination_service, stand_in
 
@@ -21,6 +22,8 @@ def main() -> None:
     """Serve one generation."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front gets it too, drains first and then ends this process
+    ending = threading.Thread(target=_end_with_input, daemon=True)
+    ending.start()
     ranks, processes, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with socket.socket() as probe:
         probe.bind((host, 0))
@@ -31,6 +34,11 @@ def main() -> None:
     for thread in () if ranks else standing_in:
         thread.join()
     print(port, flush=True)
+    ending.join()
+
+
+def _end_with_input() -> None:
+    """End this process when its front closes its standard input, or is gone."""
     sys.stdin.read()
     os._exit(0)  # after an orderly shutdown the runtime of every rank would end that rank
 

@@ -1,5 +1,6 @@
 """The process of the coordination service: its address as ranks are given it, and its end."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +42,14 @@ async def test_one_that_does_not_start_is_an_error_with_its_code(program: Path) 
     write(program, "exit 3")
     with pytest.raises(StartError, match="the coordinator did not start: it ended with code 3"):
         await Coordinator.start(3, 8)
+
+
+def test_it_ends_with_its_front_also_before_it_serves():
+    command = [sys.executable, "-m", "moejax.runtime.coordinator", "1", "3", "127.0.0.1"]  # rank 0 never comes
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    assert process.stdout.read() == b""
+    assert process.wait() == 0
+    process.stdout.close()
