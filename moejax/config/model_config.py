@@ -450,8 +450,8 @@ class ModelConfig:
         """The layers as (pattern, repeats), one scan each (`moejax.config.layer_segments`)."""
         kinds = self._main_kinds
         if not (self.state_layers or self.windowed is not None or self.expert_limits or self.dense_limits):
-            pattern: Kinds = (*[self._dense_kind] * (self.moe_every - 1), "moe")
-            return segments_of_kinds(kinds, pattern)
+            before: Kinds = (self._dense_kind,) * (self.moe_every - 1)
+            return segments_of_kinds(kinds, (*before, "moe"))
         is_windowed = [self.windowed is not None and window is not None for window in self.windows]
         by_layer = [each for each in (self.expert_limits, self.dense_limits) if each]
         limits = [tuple(each[i] for each in by_layer) for i in range(len(kinds))]
