@@ -100,7 +100,7 @@ def architectures_report(
             gain = f"{times:.2f}" + (f" ({times / unsure:.2f}-{times * unsure:.2f})" if unsure > 1 else "")
         note = "chosen" if arch == best else ""
         if isinstance(each, PooledDesign):
-            note = ", ".join(filter(None, (note, each.deployment.service)))
+            note = ", ".join(filter(None, (note, each.deployment.only_planned)))
         names = ("tokens_per_second", "tokens_per_second_per_user", "ttft_s")
         rate, user, ttft = (range_text(ranges[name]) for name in names)
         rows.append([arch, rate, gain, user, ttft, note])

@@ -44,15 +44,20 @@ class PooledDeployment:
         return {**{f"prefill {i}": pool for i, pool in enumerate(self.prefill)}, "decode": self.decode}
 
     @property
+    def only_planned(self) -> str:
+        """PLANNED_ONLY where this version does not serve the plan, else nothing."""
+        return PLANNED_ONLY if any(dict(p.plan.axes).get("tensor", 1) > 1 for p in self.pools().values()) else ""
+
+    @property
     def service(self) -> str:
-        """The command that serves the plan, or that this version only plans it: pools are served on one host, with all
-        attention heads on each rank."""
-        pools = self.pools().values()
-        hosts = {rank.host for pool in pools for rank in pool.plan.ranks}
-        if len(hosts) > 1 or any(dict(pool.plan.axes).get("tensor", 1) > 1 for pool in pools):
-            return PLANNED_ONLY
+        """The command that serves the plan, or that this version only plans it: pools are served with all attention
+        heads on each rank."""
+        if self.only_planned:
+            return self.only_planned
+        hosts = {rank.host for pool in self.pools().values() for rank in pool.plan.ranks}
         prefill, decode = sum(len(pool.plan.ranks) for pool in self.prefill), len(self.decode.plan.ranks)
-        return f"served by `moejax serve --arch {POOLS} --prefill {prefill} --decode {decode}`"
+        join = " --launcher join" if len(hosts) > 1 else ""
+        return f"served by `moejax serve --arch {POOLS} --prefill {prefill} --decode {decode}{join}`"
 
     def figure(self, name: str) -> float:
         """The value of one of the figures. KeyError when there is none of this name."""

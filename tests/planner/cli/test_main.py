@@ -289,7 +289,7 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
         "prefill: ",
         "decode: ",
         "transfer: ",
-        "planned, not served by this version",
+        "served by `moejax serve --arch pd",
         "gain",
         "splits compared",
     ):
@@ -377,7 +377,7 @@ def test_a_report_is_one_page_with_every_rank_in_both_maps(capsys, tmp_path, arc
     assert all(page.count(f"rank {rank}, host") == 2 for rank in range(12))
     for part in ("Where everything is", "Memory of a device", "A step", "What each loss costs", "simulated days"):
         assert part in page
-    assert ("planned, not served by this version" in page) == (arch == "pd")
+    assert ("served by `moejax serve --arch pd" in page) == (arch == "pd")
     bands = page.count("[outside of what was measured: ")
     assert bands or arch == "collocated"
     assert page.count("pools for prompts and decode; error factor") == (bands if arch == "pd" else 0)

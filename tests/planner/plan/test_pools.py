@@ -32,13 +32,21 @@ def test_a_plan_file_is_read_as_it_was_written(pooled, tmp_path):
         read_deployment(tmp_path / "pools.json")
 
 
-def test_pools_of_one_host_are_served_as_the_plan_says(pooled):
-    assert pooled.service == "planned, not served by this version"
-    alone = design_pools(read_model("olmoe-1b-7b"), read_cluster("h100:1x4"), tensor=1).deployment
-    flags = re.fullmatch(r"served by `moejax serve --arch pd --prefill (\d+) --decode (\d+)`", alone.service)
+@pytest.mark.parametrize(("hosts", "launcher"), [(1, "local"), (2, "join")])
+def test_pools_are_served_as_the_plan_says(hosts, launcher):
+    whole = design_pools(read_model("olmoe-1b-7b"), read_cluster(f"h100:{hosts}x4"), tensor=1).deployment
+    flags = re.fullmatch(
+        r"served by `moejax serve --arch pd --prefill (\d+) --decode (\d+)(?: --launcher (\w+))?`", whole.service
+    )
     assert flags is not None
+    assert (flags[3] or "local") == launcher
     settings = Settings(arch="pd", prefill=int(flags[1]), decode=int(flags[2]))
-    assert settings.ranks == sum(len(pool.plan.ranks) for pool in alone.pools().values())
+    assert settings.ranks == sum(len(pool.plan.ranks) for pool in whole.pools().values())
+
+
+def test_pools_of_tensor_groups_are_planned_alone():
+    grouped = design_pools(read_model("olmoe-1b-7b"), read_cluster("h100:1x4"), tensor=2).deployment
+    assert grouped.service == "planned, not served by this version"
 
 
 def test_no_pool_can_be_served_alone(pooled):
