@@ -310,7 +310,7 @@ class HandRank:
         assert self.routes is not None
         self.index.add(part.full)
         tokens, logprobs = self.cache.step(arrays, {})
-        drafts = self.configured.drafts if self.configured is not None else 0
+        drafts = self.configured.drafts if self.configured is not None and not part.skip_drafts else 0
         guesses = self.cache.guesses(arrays, tokens, drafts).tobytes() if drafts else b""
         write = arrays["write"]
         wrote = write[write != DROPPED]

@@ -126,6 +126,8 @@ def step(
         new = new.replace(states=jax.tree.map(lambda *layers: jnp.concatenate(layers), *new_states))
     load = jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
     finite_R, group_inputs = is_finite(new, shape.bucket), None
+    if cfg.mtp:
+        new, load = _with_idle_layer(new), load if cfg.moe is None else _with_idle_layer(load)
     if group is not None:
         finite_R, group_inputs = finite_in_group(finite_R, group, shape.exchange), group.packed
     return StepOutputs(
@@ -134,6 +136,11 @@ def step(
         expert_load=load,
         group_inputs=group_inputs,
     )
+
+
+def _with_idle_layer(of_layers: Any) -> Any:
+    """The arrays `[L, ...]` with zeros for the layer that drafts: its entries and counts in a step without it."""
+    return jax.tree.map(lambda each: jnp.concatenate([each, jnp.zeros_like(each[:1])]), of_layers)
 
 
 def _stacked(layers: list[Any]) -> Any:

@@ -79,8 +79,8 @@ def draft(
         load = load + more
         made_B = jnp.where(ahead.positions >= 0, guess(params, x_ZD), NO_GUESS)
         guesses.append(jnp.concatenate([made_B, jnp.full((shape.bucket.tiles,), NO_GUESS, made_B.dtype)]))
-    new = jax.tree.map(lambda main, one: jnp.concatenate([main, finite(one)[None]]), outputs.new_kv, kv)
-    loads = outputs.expert_load if cfg.moe is None else jnp.concatenate([outputs.expert_load, load[None]])
+    new = jax.tree.map(lambda step, one: step.at[-1].set(finite(one)), outputs.new_kv, kv)
+    loads = outputs.expert_load if cfg.moe is None else outputs.expert_load.at[-1].set(load)
     return DraftOutputs(drafts=jnp.stack(guesses, axis=1), new_kv=new, expert_load=loads)
 
 

@@ -1,6 +1,5 @@
 """Every `jax.jit` of a rank, made at import. The docstrings say which arguments are donated."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -145,11 +144,11 @@ def run_draft(
 
 def draft_shapes(shape: StepShape) -> StepOutputs:
     """The shape of one rank's shard of the outputs that `run_draft` takes."""
-    main = dataclasses.replace(shape.cfg, mtp=False)
+    cfg = shape.cfg
     return StepOutputs(
-        hidden=jax.ShapeDtypeStruct((shape.bucket.rows, main.d_model), jnp.float32),
-        new_kv=cache_shapes(main, shape.bucket.rows),
-        expert_load=jax.ShapeDtypeStruct((main.n_moe_layers, main.moe.experts if main.moe else 0), jnp.int32),
+        hidden=jax.ShapeDtypeStruct((shape.bucket.rows, cfg.d_model), jnp.float32),
+        new_kv=cache_shapes(cfg, shape.bucket.rows),
+        expert_load=jax.ShapeDtypeStruct((cfg.n_moe_layers, cfg.moe.experts if cfg.moe else 0), jnp.int32),
     )
 
 

@@ -10,7 +10,7 @@ SUMMED = (
     *("running", "waiting", "recoveries", "steps", "step_ms", "rank_ms", "program_ms", "preemptions"),
     *("prefix_queries", "prefix_hits", "compiles_after_ready", "experts_loaded", "restored"),
     *("experts_rebuilt", "tokens_restored", "tokens_recomputed", "rows", "rows_filled"),
-    *("drafts", "drafted", "accepted", "suspects", "convicted"),
+    *("drafts", "drafted", "accepted", "draft_passes_skipped", "suspects", "convicted"),
 )
 """Fields of a status that add up over the pools. What belongs to the whole server is the same in both."""
 

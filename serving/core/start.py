@@ -77,7 +77,7 @@ async def start_loop(
     return Loop(
         settings,
         parts.info,
-        Limits.of(settings, parts.model.max_context, states=parts.model.state_bytes > 0),
+        Limits.of(settings, parts.model.max_context, states=parts.model.state_bytes > 0, layers=parts.model.layers),
         executor,
         failover,
         GrammarMatcher(parts.tokenizer, parts.info.vocab_size, parts.info.stop_tokens),

@@ -86,6 +86,7 @@ class StatusReport:
             drafts=state.drafts,
             drafted=state.drafted,
             accepted=state.accepted,
+            draft_passes_skipped=state.draft_passes_skipped,
             compiles_after_ready=step_stats.compiles_after_start,
             started_at=self._started_at,
             paused=maintenance.paused,

@@ -94,6 +94,8 @@ class Batch:
     """The step runs while experts are masked."""
     weights_version: str = "0"
     """The label of the weights that compute it."""
+    skip_drafts: bool = False
+    """The model's layer of multi-token prediction, if it has one, does not run after the step."""
 
     @property
     def required_bucket(self) -> StepBucket:

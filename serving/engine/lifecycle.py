@@ -41,7 +41,7 @@ def submit(state: EngineState, request: Request, *, retry_after_s: float = QUEUE
             "in the queue are left for others. Try again later.",
             retry_after_s=retry_after_s,
         )
-    waiting = {**state.waiting, request.id: Sequence(request, state.arrivals)}
+    waiting = {**state.waiting, request.id: Sequence(request, state.arrivals, drafting=state.first_drafting)}
     shares = state.counters.on_arrival(request.owner, owners)
     return dataclasses.replace(state, waiting=waiting, arrivals=state.arrivals + 1, counters=shares)
 
@@ -58,7 +58,7 @@ def resubmit(
         _check_request(state, request)
     except MoejaxError as error:
         return state, ((request.id, error),)
-    sequence = Sequence(request, state.arrivals, generated, cached_tokens, scored)
+    sequence = Sequence(request, state.arrivals, generated, cached_tokens, scored, drafting=state.first_drafting)
     owners = collections.Counter(other.request.owner for other in state.waiting.values())
     shares = state.counters.on_arrival(request.owner, owners)
     waiting = {**state.waiting, request.id: sequence}

@@ -5,14 +5,15 @@ from typing import Self
 
 from serving.config import Settings
 from serving.engine.batch import StepBucket
+from serving.engine.speculation import PASS_LAYERS
 from serving.protocol.request import FinishReason, Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """The sizes of an engine, in tokens; `max_queue` in requests. Requests that leave it open are drafted for if
-    `speculate`, by the model itself if `model_drafts`; a request gets `draft_tokens` drafts in a step, None: as many as
-    were right so far."""
+    `speculate`, by the model itself if `model_drafts`, which makes so many for each after a step, for
+    `draft_cost` of its time; a request gets `draft_tokens` drafts in a step, None: as many as were right so far."""
 
     page_size: int
     max_context: int
@@ -22,15 +23,16 @@ class Limits:
     prefix_caching: bool = True
     speculate: bool = False
     draft_tokens: int | None = None
-    model_drafts: bool = False
+    model_drafts: int = 0
+    draft_cost: float = 0.0
     states: bool = False
     """Requests have states on their rank: the model has layers whose context is a state. No prefix is shared then,
     since a state is that of a whole sequence."""
 
     @classmethod
-    def of(cls, settings: Settings, max_context: int, *, states: bool = False) -> Self:
+    def of(cls, settings: Settings, max_context: int, *, states: bool = False, layers: int = 0) -> Self:
         """The sizes that the settings want, for contexts of at most `max_context` tokens, and for a model with or
-        without `states`."""
+        without `states`; `layers` has it in all, with the one that drafts."""
         return cls(
             page_size=settings.page_size,
             max_context=max_context,
@@ -40,7 +42,8 @@ class Limits:
             prefix_caching=settings.prefix_caching and not states,
             speculate=settings.speculate != "off",
             draft_tokens=settings.draft_tokens,
-            model_drafts=settings.speculate == "mtp",
+            model_drafts=settings.model_drafts,
+            draft_cost=settings.model_drafts * PASS_LAYERS / (layers - 1) if layers > 1 else 0.0,
             states=states,
         )
 

@@ -19,6 +19,7 @@ from planner.cost.buckets import covering_bucket
 from planner.plan.step_layout import TILE
 from serving.engine.batch import Batch, ScheduledRequest, required_bucket
 from serving.engine.canaries import others, preempted_for
+from serving.engine.draft_passes import plan_drafts
 from serving.engine.draft_rows import add_drafts
 from serving.engine.fairness import AdmissionOrder
 from serving.engine.page_pool import PageKey, hash_pages
@@ -72,7 +73,7 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
     suspicion = state.suspicion if state.canaries else state.suspicion.after_turn(turn)
     successor = dataclasses.replace(builder.with_step(), suspicion=suspicion)
     batch = Batch(successor.step, state.epoch, covering_bucket(limits.buckets, required_bucket(work.values())), work)
-    return look_ahead(successor, batch, drafted.drafts), batch
+    return plan_drafts(look_ahead(successor, batch, drafted.drafts), batch)
 
 
 def reserve_for_restore(state: EngineState, *, at_once: bool = False) -> EngineState:

@@ -7,7 +7,7 @@ computed, never which (docs/decisions/0022). Pure: no clock, and the same drafts
 
 How many drafts a request gets depends on how often its drafts were right, by the length of the match that made them,
 and on the load: one more row is worth its cost while the chance that its token is kept is above the share that a row
-has of the step.
+has of the step. By the same rule the front decides after which steps the model drafts at all.
 """
 
 import dataclasses
@@ -35,6 +35,14 @@ MEMORY = 8
 """Drafts after which an earlier one counts 1/e for the rate of right ones."""
 MAX_WAIT = 8
 """Most steps without a look-up after look-ups that were in vain."""
+PASS_LAYERS = 1.2
+"""Layers of the model that take as long as a guess of its layer that drafts for each request, with the head."""
+PROBE_SHARE = 0.02
+"""Share of the time of steps that may go into passes of the layer that drafts which are not known to be worth it."""
+MOST_PROBES = 4.0
+"""Most such passes that are saved up."""
+POOLED_MEMORY = 16
+"""Guesses of the model, of all requests, after which an earlier one counts 1/e for the rate of a new request."""
 MODEL_CLASS = len(MATCH_CLASSES)
 """The class of drafts that the model made."""
 FIRST_RATES = (0.3, 0.6, 0.9, 0.7)
@@ -148,6 +156,35 @@ def _occurrences(history: bytes, ending: bytes) -> Iterable[int]:
         before = at + len(ending) - 1
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DraftPasses:
+    """When the model's layer that drafts runs. `rate` is that of right guesses of all requests, with which a new one
+    begins. `saved` are passes that may be made although the rates known so far do not promise enough: so a rate
+    recovers when the text changes, and it is known when the load sinks."""
+
+    rate: float = FIRST_RATES[MODEL_CLASS]
+    saved: float = MOST_PROBES
+
+    def judged(self, hits: Iterable[bool]) -> "DraftPasses":
+        """The same after a step that sampled tokens which the model had guessed, right or not."""
+        rate = self.rate
+        for hit in hits:
+            rate += (hit - rate) / POOLED_MEMORY
+        return dataclasses.replace(self, rate=rate)
+
+    def skipped(self, cost: float) -> "DraftPasses":
+        """The same after a step without a pass, which would have taken `cost` of the step."""
+        return dataclasses.replace(self, saved=min(MOST_PROBES, self.saved + PROBE_SHARE / max(cost, PROBE_SHARE)))
+
+    def probed(self) -> "DraftPasses":
+        """The same after a pass that was saved up."""
+        return dataclasses.replace(self, saved=self.saved - 1)
+
+    def first_drafting(self) -> Drafting:
+        """What a new request begins with."""
+        return Drafting(rates=(*FIRST_RATES[:MODEL_CLASS], self.rate))
+
+
 class DraftChance(NamedTuple):
     """A request that may get drafts: its rank, the chance that its first draft is right, and that each further one is,
     and the most drafts there is room for."""
@@ -157,17 +194,19 @@ class DraftChance(NamedTuple):
     room: int
 
 
-def worth_waiting(rates: Iterable[float], *, most: int, rows: int, requests: int, fixed: int | None) -> bool:
+def worth_waiting(
+    rates: Iterable[float], *, most: int, rows: int, requests: int, fixed: int | None, cost: float = 0.0
+) -> bool:
     """Whether the next step, of `rows` rows without drafts of so many requests, should wait for the model's guesses:
-    they promise more tokens than are lost because it is not made while this step runs. `rates` are those of the
-    requests that get guesses, at `most` so many each."""
+    they promise more tokens than are lost because it is not made while this step runs, and because making them takes
+    `cost` of a step. `rates` are those of the requests that get guesses, at `most` so many each."""
     least, promised = rows / (FREE_ROWS + rows), 0.0
     for rate in rates:
         if fixed is not None:
             return True
         chances = (rate**nth for nth in range(1, most + 1))
         promised += sum(chance - least for chance in chances if chance >= least)
-    return promised >= PAUSE_COST * requests > 0
+    return promised >= (PAUSE_COST + cost) * requests > 0
 
 
 def choose_counts(

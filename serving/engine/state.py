@@ -26,6 +26,7 @@ from serving.engine.limits import Limits
 from serving.engine.page_pool import PageKey, PagePool, hash_pages
 from serving.engine.poison import Suspicion
 from serving.engine.sequence import Sequence
+from serving.engine.speculation import NOTHING_DRAFTED, Drafting, DraftPasses
 from serving.errors import MoejaxError
 from serving.protocol.request import Finished, Scored, Token
 
@@ -65,6 +66,10 @@ class EngineState:
     """Tokens of these drafts."""
     accepted: int = 0
     """Of these, tokens that were sent."""
+    draft_passes: DraftPasses = dataclasses.field(default_factory=DraftPasses)
+    """When the model's layer that drafts runs."""
+    draft_passes_skipped: int = 0
+    """Steps that are done after which it did not run, of a server whose model drafts."""
     admitted: int = 0
     """Requests that were given their first rank so far."""
     closed_ranks: frozenset[int] = frozenset()
@@ -91,6 +96,11 @@ class EngineState:
     def with_suspicion(self, suspicion: Suspicion) -> "EngineState":
         """The same requests under another suspicion."""
         return dataclasses.replace(self, suspicion=suspicion)
+
+    @property
+    def first_drafting(self) -> Drafting:
+        """The experience with drafts that a new request begins with."""
+        return self.draft_passes.first_drafting() if self.limits.model_drafts else NOTHING_DRAFTED
 
     def find(self, request_id: str) -> Sequence | None:
         """The open request of that id."""

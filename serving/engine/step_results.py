@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from serving.engine.batch import PLACEHOLDER_TOKEN, Batch, ScheduledRequest, StepResult
+from serving.engine.draft_passes import guesses_worth_waiting
 from serving.engine.fairness import GENERATED_WEIGHT
 from serving.engine.limits import Limits
 from serving.engine.sequence import InFlightStep, Sequence
-from serving.engine.speculation import MODEL_CLASS, Draft, worth_waiting
+from serving.engine.speculation import Draft
 from serving.engine.state import EngineState, Output, remove_requests, seal_full_pages
 from serving.errors import NoTokenAllowed
 from serving.protocol.request import Finished, FinishReason, Scored, Token
@@ -26,11 +27,14 @@ def apply(
     running, pools, outputs, ended = dict(state.running), dict(state.pools), [], []
     costs: dict[str, float] = {}
     drafts = drafted = accepted = 0
+    hits: list[bool] = []
     for work in (work for part in batch.scheduled.values() for work in part):
         sequence = running.get(work.request_id)
         if sequence is None or next((each.step for each in sequence.in_flight), None) != batch.step:
             continue
         result = results.get(work.request_id)
+        if work.samples and result is not None and sequence.drafting.guesses:
+            hits.append(sequence.drafting.guesses[0] == result.token)
         sequence, items, end = _advanced(state.limits, sequence, work, result, batch)
         outputs += ((work.request_id, item) for item in items)
         accepted += sum(isinstance(item, Token) and item.drafted for item in items)
@@ -53,6 +57,8 @@ def apply(
         drafts=state.drafts + drafts,
         drafted=state.drafted + drafted,
         accepted=state.accepted + accepted,
+        draft_passes=state.draft_passes.judged(hits),
+        draft_passes_skipped=state.draft_passes_skipped + batch.skip_drafts,
     )
     state = remove_requests(state, ended) if ended else state
     if state.suspicion.incidents:
@@ -95,19 +101,7 @@ def can_look_ahead(state: EngineState) -> bool:
         for sequence in in_flight
     ):
         return False
-    return not (state.limits.model_drafts and _guesses_worth_waiting(state.limits, in_flight))
-
-
-def _guesses_worth_waiting(limits: Limits, sequences: list[Sequence]) -> bool:
-    """Whether the step after the one in flight should have the model's guesses for these requests, which get a token in
-    it."""
-    going_on = [each for each in sequences if not each.ending]
-    guessed = [each for each in going_on if limits.speculates(each.request) and not each.drafting.stopped]
-    rates = [each.drafting.rates[MODEL_CLASS] for each in guessed]
-    most = max((len(each.drafting.guesses) for each in guessed), default=0)
-    return worth_waiting(
-        rates, most=max(most, 1), rows=len(going_on), requests=len(going_on), fixed=limits.draft_tokens
-    )
+    return not guesses_worth_waiting(state.limits, [each for each in in_flight if not each.ending])
 
 
 def _no_token_allowed(sequence: Sequence, made: int) -> NoTokenAllowed:

@@ -155,6 +155,11 @@ class RankExecutor:
                 hosts[each.host_stream] = [rank]
         return own, hosts
 
+    def link_version(self, ranks: Iterable[int]) -> int:
+        """The newest version of the link protocol that all these ranks and the front speak."""
+        known = (self._ranks.get(rank) for rank in ranks)
+        return min((each.link_version for each in known if each is not None), default=LINK.newest)
+
     async def step(
         self, parts: Mapping[int, link_pb2.Step], hosts: Mapping[HostStream, tuple[list[int], link_pb2.HostStep]]
     ) -> StepAnswers:
@@ -268,11 +273,12 @@ class RankExecutor:
         if each is None or not hmac.compare_digest(each.process.token, hello.token):
             return "this token was not given to a rank"
         theirs = VersionRange(hello.oldest, hello.newest) if hello.HasField("newest") else VersionRange(1, 1)
-        if LINK.common_with(theirs) is None:
+        version = LINK.common_with(theirs)
+        if version is None:
             text = f"rank {each.rank} speaks version {theirs} of the link protocol, and the front version {LINK}"
             self.declare(each.rank, Cause("error", text), clock.now())
             return text
-        each.build = hello.build
+        each.build, each.link_version = hello.build, version
         return each
 
     async def _read_reports(self, each: Incarnation, reports: AsyncIterator[link_pb2.Report]) -> None:

@@ -65,6 +65,7 @@ def host_step(
         tiles=batch.bucket.tiles,
         page_size=limits.page_size,
         max_pages=limits.max_pages,
+        skip_drafts=batch.skip_drafts,
     )
     for index, rank in enumerate(ranks):
         work = batch.scheduled.get(rank, ())
@@ -118,7 +119,8 @@ def read_host_step(message: link_pb2.HostStep, links: Sequence[int]) -> Batch:
     counts = np.frombuffer(message.counts, np.int32).tolist()
     scheduled = {link: tuple(next(requests) for _ in range(n)) for link, n in zip(links, counts, strict=True)}
     bucket = StepBucket(message.decode, message.tiles)
-    return Batch(message.step, message.epoch, bucket, {link: work for link, work in scheduled.items() if work})
+    scheduled = {link: work for link, work in scheduled.items() if work}
+    return Batch(message.step, message.epoch, bucket, scheduled, skip_drafts=message.skip_drafts)
 
 
 def _read(words: list[int], numbers: list[list[float]], names: Iterable[str]) -> Iterator[ScheduledRequest]:

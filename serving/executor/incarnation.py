@@ -62,6 +62,8 @@ class Incarnation:
         self.step_times: collections.deque[float] = collections.deque(maxlen=200)
         self.build = ""
         """The code that it runs, once it has attached."""
+        self.link_version = 1
+        """The version of the link protocol that it and the front speak, once it has attached."""
         self.in_plan = False
         """It was part of the last step."""
         self.compiles = 0

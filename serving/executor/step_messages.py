@@ -38,7 +38,7 @@ def rank_step(
     before: Batch | None = None,
 ) -> link_pb2.Step:
     """`step_message` without logits processing and scores."""
-    message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket)
+    message = link_pb2.Step(epoch=epoch, step=batch.step, bucket=bucket, skip_drafts=batch.skip_drafts)
     if before is not None:
         message.after = before.step
     if not batch.scheduled.get(rank):

@@ -18,6 +18,7 @@ from serving.executor.prefix_index import PrefixUpdates
 from serving.executor.step_messages import step_message
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
+from serving.protocol.versions import SKIPS_DRAFTS
 
 LOOP_TURNS = 3
 """Turns of the event loop to yield, so that gRPC sends the step and readers of the step before run."""
@@ -75,6 +76,9 @@ class StepPipeline:
     def send(self, batch: Batch, began: float, *, epoch: int, ranks: Iterable[int], state: EngineState) -> None:
         """Send a step that was scheduled at `began` to all `ranks`; `state` is that after scheduling it."""
         before = self._steps[-1].batch if self._steps else None
+        ranks = list(ranks)
+        if batch.skip_drafts and self._executor.link_version(ranks) < SKIPS_DRAFTS:
+            batch = dataclasses.replace(batch, skip_drafts=False)  # ranks of both versions must do the same
         own, by_host = self._executor.by_host(ranks)
         parts = {rank: self._part(batch, rank, epoch, before, state) for rank in own}
         hosts = {

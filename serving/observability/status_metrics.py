@@ -123,6 +123,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ),
     ("moejax_steps", "Steps that have ended.", lambda s: s.steps),
     (
+        "moejax_draft_passes_skipped",
+        "Steps after which the model's layer of multi-token prediction did not run.",
+        lambda s: s.draft_passes_skipped,
+    ),
+    (
         "moejax_step_seconds",
         "Seconds spent on steps, from scheduling to delivery of the tokens.",
         lambda s: s.step_ms / 1e3,

@@ -164,6 +164,9 @@ class Status:
     """Tokens of these drafts."""
     accepted: int = 0
     """Of these, tokens that were right and were sent."""
+    draft_passes_skipped: int = 0
+    """With speculate "mtp", steps after which the model's layer that drafts did not run, since its guesses were not
+    worth the wait."""
     suspects: int = 0
     """Requests that run alone, because ranks failed while they ran."""
     convicted: int = 0

@@ -30,8 +30,11 @@ class VersionRange:
         return str(self.newest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
 
-LINK = VersionRange(1, 1)
-"""Messages between the front and ranks, and the exchange between ranks."""
+LINK = VersionRange(1, 2)
+"""Messages between the front and ranks, and the exchange between ranks. Version 2 has steps after which the layer of
+multi-token prediction does not run; while a rank speaks version 1 only, it runs after all of them."""
+SKIPS_DRAFTS = 2
+"""The version of LINK that has `Step.skip_drafts`."""
 HOST = VersionRange(1, 1)
 """Messages between the front and host agents that pass on those of their ranks."""
 EDGE = VersionRange(1, 1)

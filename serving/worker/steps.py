@@ -62,7 +62,7 @@ class RankSteps:
             outputs = self._run(plan, command, arguments)
             non_finite_rows = self._non_finite_rows(outputs, inputs, command.bucket)
             if non_finite_rows or (command.after and self._last.tokens is None):
-                self._take_part_in_drafts(arguments, outputs, command.bucket, plan.mesh)
+                self._take_part_in_drafts(arguments, outputs, command, plan.mesh)
                 return self._failed_by_rows(command, non_finite_rows)
             answers, committed = self._finish(outputs, arguments, inputs, packed, command, plan.mesh)
             self._note(command, answers, committed)
@@ -242,32 +242,38 @@ class RankSteps:
         same, since the other ranks wait for it there. Raises OwnFailure."""
         try:
             sampled = self._sample(local, outputs.hidden.addressable_data(0), packed, command)
-            if self._state.model.shape.cfg.mtp:  # tokens that could not be sampled would keep this rank from drafting
+            if self._drafts(command):  # tokens that could not be sampled would keep this rank from drafting
                 jax.block_until_ready(sampled)
         except OWN_ERRORS as error:
-            self._take_part_in_drafts(arguments, outputs, command.bucket, mesh)
+            self._take_part_in_drafts(arguments, outputs, command, mesh)
             raise OwnFailure(error) from error
-        return sampled, *self._draft(arguments, outputs, sampled[0], command.bucket, mesh)
+        return sampled, *self._draft(arguments, outputs, sampled[0], command, mesh)
 
     def _draft(
-        self, arguments: Any, outputs: StepOutputs, tokens: jax.Array, bucket: int, mesh: MeshKey
+        self, arguments: Any, outputs: StepOutputs, tokens: jax.Array, command: link_pb2.Step, mesh: MeshKey
     ) -> tuple[jax.Array | None, StepOutputs]:
         """This rank's drafts `[Z, n]` after the sampled tokens, and the step's outputs with those of the layer that
-        drafts; None and the outputs as they are for a model without it."""
+        drafts; None and the outputs as they are for a model without it, and in a step that skips it."""
         programs = self._meshes.programs(mesh)
-        if not self._state.model.shape.cfg.mtp or not isinstance(programs, MeshPrograms):
+        if not self._drafts(command) or not isinstance(programs, MeshPrograms):
             return None, outputs
-        made = programs.draft(bucket)(arguments, outputs, tokens)
+        made = programs.draft(command.bucket)(arguments, outputs, tokens)
         outputs = dataclasses.replace(outputs, new_kv=made.new_kv, expert_load=made.expert_load)
         return made.drafts.addressable_data(0), outputs
 
-    def _take_part_in_drafts(self, arguments: Any, outputs: StepOutputs | None, bucket: int, mesh: MeshKey) -> None:
+    def _drafts(self, command: link_pb2.Step) -> bool:
+        """Whether the model's layer that drafts runs after a step: on all ranks, or on none."""
+        return self._state.model.shape.cfg.mtp and not command.skip_drafts
+
+    def _take_part_in_drafts(
+        self, arguments: Any, outputs: StepOutputs | None, command: link_pb2.Step, mesh: MeshKey
+    ) -> None:
         """Draft after a step that failed on this rank alone: the other ranks draft, and need its part of the
         exchange."""
-        if outputs is not None:
-            tokens = np.zeros(self._state.model.shape.buckets[bucket].segments, np.int32)
+        if outputs is not None and self._drafts(command):
+            tokens = np.zeros(self._state.model.shape.buckets[command.bucket].segments, np.int32)
             jax.block_until_ready(
-                self._draft(arguments, outputs, jax.device_put(tokens, self._state.device), bucket, mesh)
+                self._draft(arguments, outputs, jax.device_put(tokens, self._state.device), command, mesh)
             )
 
     def _sample(

@@ -15,6 +15,7 @@ import pytest
 from serving.api.client import Client
 from serving.errors import Unreachable
 from serving.protocol.status import Status
+from serving.protocol.versions import PROTOCOLS
 from serving.version import build
 from tests.support.checkouts import copy_checkout
 from tests.support.processes import ROOT, Supervised, supervised
@@ -199,7 +200,8 @@ def test_a_version_that_does_not_start_or_answers_otherwise_is_rolled_back(
 def test_code_that_speaks_another_protocol_is_refused_with_both_numbers(
     protocol: str, server: Supervised, traffic: Traffic, tmp_path: Path
 ) -> None:
-    change = (f"{protocol} = VersionRange(1, 1)", f"{protocol} = VersionRange(7, 8)")
+    ours = PROTOCOLS[protocol.lower()]
+    change = (f"{protocol} = VersionRange({ours.oldest}, {ours.newest})", f"{protocol} = VersionRange(7, 8)")
     other = copy_checkout(tmp_path / "other", **{"serving.protocol.versions": change})
     with Client(server.address) as client:
         before = client.status()
@@ -207,7 +209,7 @@ def test_code_that_speaks_another_protocol_is_refused_with_both_numbers(
             post(server, "/fault_tolerance/apply", {"action": "upgrade", "path": str(other)})
         text = refused.value.read().decode()
         assert refused.value.code == 400
-        assert f"version 7 to 8 of the {protocol.lower()} protocol, and this process version 1" in text
+        assert f"version 7 to 8 of the {protocol.lower()} protocol, and this process version {ours}" in text
         after = client.status()
         assert (after.front_pid, after.upgrade) == (before.front_pid, before.upgrade)
 

@@ -27,8 +27,6 @@ from simulation.hand_model import HandCache, allowed_by, alone, logprob_of, scor
 
 CONTEXT = small_limits().max_context
 """Positions of the context under `small_limits`."""
-GUESSES = 2
-"""Guesses of the fake model after each token, where it has a layer for them."""
 
 
 @dataclasses.dataclass
@@ -80,8 +78,8 @@ class FakeEngine:
         tokens, logprobs = self.ranks[rank].step(arrays, logits_adjustments(batch, rank, allowed_by))
         scores = [self.ranks[rank].scores(arrays, tile) for tile in scored_tiles(batch, rank)]
         top = tokens[:, None], logprobs[:, None]
-        drafting = self.state.limits.model_drafts
-        guesses = self.ranks[rank].guesses(arrays, tokens, GUESSES) if drafting else None
+        drafts = 0 if batch.skip_drafts else self.state.limits.model_drafts
+        guesses = self.ranks[rank].guesses(arrays, tokens, drafts) if drafts else None
         results = collect_results(batch, rank, tokens, logprobs, top, scores, guesses)
         self.ranks[rank].commit(arrays)
         self.made |= {request_id: result.token for request_id, result in results.items()}

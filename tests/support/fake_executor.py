@@ -19,6 +19,7 @@ from serving.executor.incarnation import Loss
 from serving.executor.kv_replica import NotReplicated
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol.versions import LINK
 from simulation.hand_rank import HandRank, HandStore, check_step
 
 
@@ -189,6 +190,9 @@ class FakeExecutor:
             self.masked_in_plans |= {(int(layer), int(e)) for layer, e in np.argwhere(each.routes < 0)}
         self._send(rank, each.take_messages())
         return link_pb2.Done(**fields)
+
+    def link_version(self, ranks: Iterable[int]) -> int:
+        return LINK.newest
 
     def by_host(self, ranks: Iterable[int]) -> tuple[list[int], dict[Any, Any]]:
         return list(ranks), {}

@@ -18,7 +18,7 @@ PROMPT = (7, 3, 9, 1, 5)
 
 
 def guessing(pages=(16, 16), **limits) -> FakeEngine:
-    return small_engine(pages, **{"speculate": True, "model_drafts": True} | limits)
+    return small_engine(pages, **{"speculate": True, "model_drafts": 2} | limits)
 
 
 @pytest.mark.parametrize("fixed", [None, 1, 2])

@@ -20,14 +20,21 @@ class Links:
 
     def __init__(self) -> None:
         self.sent: list[int] = []
+        self.skipped: list[bool] = []
+        self.version = 2
         self.answer = asyncio.Event()
 
     def by_host(self, ranks: Iterable[int]) -> tuple[list[int], dict[Any, list[int]]]:
         return list(ranks), {}
 
+    def link_version(self, ranks: Iterable[int]) -> int:
+        assert list(ranks) == [0]
+        return self.version
+
     async def step(self, parts: dict[int, link_pb2.Step], hosts: dict[Any, Any]) -> StepAnswers:
         assert not hosts
         self.sent.append(parts[0].step)
+        self.skipped.append(parts[0].skip_drafts)
         await self.answer.wait()
         return StepAnswers({rank: link_pb2.StepDone(step=part.step) for rank, part in parts.items()})
 
@@ -37,8 +44,8 @@ def flown(executor: Links, loop: asyncio.AbstractEventLoop) -> tuple[StepPipelin
     flights: Any = StepPipeline(settings, executor, lambda guide, generated: None)  # type: ignore[arg-type]
     state = EngineState.start(small_limits(), {0: 8})
 
-    def send(step: int) -> None:
-        batch = Batch(step, 0, BUCKET, {0: ()})
+    def send(step: int, *, skip_drafts: bool = False) -> None:
+        batch = Batch(step, 0, BUCKET, {0: ()}, skip_drafts=skip_drafts)
         flights.send(batch, loop.time(), epoch=0, ranks=(0,), state=state)
 
     return flights, send
@@ -53,6 +60,19 @@ def test_a_step_is_on_its_way_before_the_next_is_made() -> None:
         await flights.wait_half()
         assert executor.sent == [1]
         flights.discard()
+
+    asyncio.run(run())
+
+
+def test_all_ranks_draft_after_a_step_while_one_does_not_know_that_it_can_be_skipped() -> None:
+    async def run() -> None:
+        executor = Links()
+        flights, send = flown(executor, asyncio.get_running_loop())
+        for step, executor.version in enumerate((2, 1), 1):
+            send(step, skip_drafts=True)
+            await flights.wait_half()
+            flights.discard()
+        assert executor.skipped == [True, False]
 
     asyncio.run(run())
 

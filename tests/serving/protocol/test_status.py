@@ -40,7 +40,7 @@ NOT_ON_THE_DASHBOARD = {
             ),
             *("started_at", "experts_loaded", "degraded", "restored", "journal", "protection", "protected_bytes"),
             *("experts_rebuilt", "parity_groups", "parity_wanted", "parity_bytes", "tokens_restored"),
-            *("tokens_recomputed", "rows", "rows_filled", "weights_switches"),
+            *("tokens_recomputed", "rows", "rows_filled", "weights_switches", "draft_passes_skipped"),
         ),
         METRICS,
     )
@@ -55,7 +55,7 @@ NOT_IN_THE_TABLE = {
         (
             *("draining", "chaos", "tokens", "step_ms", "rank_ms", "program_ms", "preemptions", "prefix_queries"),
             *("prefix_hits", "started_at", "page_size", "expert_load", "paused", "operable", "degraded", "restored"),
-            "journal",
+            *("journal", "draft_passes_skipped"),
         ),
         JSON,
     ),

@@ -29,7 +29,7 @@ class HostCommand(_message.Message):
     def __init__(self, links: _Optional[_Iterable[int]] = ..., command: _Optional[_Union[Command, _Mapping]] = ..., step: _Optional[_Union[HostStep, _Mapping]] = ..., accepted: bool = ..., closed: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HostStep(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "after", "decode", "tiles", "page_size", "max_pages", "counts", "requests", "words", "numbers", "extras")
+    __slots__ = ("epoch", "step", "bucket", "after", "decode", "tiles", "page_size", "max_pages", "counts", "requests", "words", "numbers", "extras", "skip_drafts")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class HostStep(_message.Message):
     WORDS_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    SKIP_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     bucket: int
@@ -56,7 +57,8 @@ class HostStep(_message.Message):
     words: bytes
     numbers: bytes
     extras: _containers.RepeatedCompositeFieldContainer[StepExtras]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., after: _Optional[int] = ..., decode: _Optional[int] = ..., tiles: _Optional[int] = ..., page_size: _Optional[int] = ..., max_pages: _Optional[int] = ..., counts: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., words: _Optional[bytes] = ..., numbers: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[StepExtras, _Mapping]]] = ...) -> None: ...
+    skip_drafts: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., after: _Optional[int] = ..., decode: _Optional[int] = ..., tiles: _Optional[int] = ..., page_size: _Optional[int] = ..., max_pages: _Optional[int] = ..., counts: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., words: _Optional[bytes] = ..., numbers: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[StepExtras, _Mapping]]] = ..., skip_drafts: bool = ...) -> None: ...
 
 class StepExtras(_message.Message):
     __slots__ = ("index", "adjustments", "targets", "full")
@@ -439,7 +441,7 @@ class Damage(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., slot: _Optional[int] = ..., nan: bool = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "step", "bucket", "inputs", "adjustments", "targets", "full", "after", "sources")
+    __slots__ = ("epoch", "step", "bucket", "inputs", "adjustments", "targets", "full", "after", "sources", "skip_drafts")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
@@ -449,6 +451,7 @@ class Step(_message.Message):
     FULL_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    SKIP_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     bucket: int
@@ -458,7 +461,8 @@ class Step(_message.Message):
     full: FullPages
     after: int
     sources: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    skip_drafts: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ..., skip_drafts: bool = ...) -> None: ...
 
 class FullPages(_message.Message):
     __slots__ = ("pages", "keys")

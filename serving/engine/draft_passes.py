@@ -1,0 +1,66 @@
+"""After which steps the model's layer of multi-token prediction runs (docs/decisions/0022). Pure, as all of the engine.
+
+A pass takes a share of the step, on every rank. It is made when its guesses are worth waiting for, by the rule that
+also decides how many drafts a step takes; else only now and then, so that the rates of right guesses stay known.
+"""
+
+import dataclasses
+
+from serving.engine.batch import Batch
+from serving.engine.limits import Limits
+from serving.engine.sequence import Sequence
+from serving.engine.speculation import MODEL_CLASS, worth_waiting
+from serving.engine.state import EngineState
+
+
+def plan_drafts(state: EngineState, batch: Batch) -> tuple[EngineState, Batch]:
+    """The state with this step in flight and the step, after it is decided whether the model drafts then.
+
+    It does if guesses of the tokens after this step are worth waiting for; or, in a step with prompts, if guesses for
+    all open requests would be once they decode, since the layer needs its entries of prompts. Else it does if they
+    would be worth waiting for if all were right, and a pass is saved up.
+    """
+    limits = state.limits
+    if not limits.model_drafts:
+        return state, batch
+    work = {item.request_id: item for part in batch.scheduled.values() for item in part}
+    here = [state.running[request_id] for request_id in work]
+    soon = [each for each in here if work[each.id].samples and not each.ending]
+    prompts = [each for each in here if work[each.id].tiles]
+    later = []
+    if any(_drafts(limits, each) for each in prompts):
+        others = (each for each in (*state.running.values(), *state.waiting.values()) if each not in prompts)
+        later = [*prompts, *(each for each in others if not each.ending)]
+    most = limits.model_drafts
+    if guesses_worth_waiting(limits, soon) or _worth_waiting(limits, later, most=most):
+        return state, batch
+    passes = state.draft_passes
+    if passes.saved >= 1 and _worth_waiting(limits, soon, most=most, rate=1.0):
+        return dataclasses.replace(state, draft_passes=passes.probed()), batch
+    passes = passes.skipped(limits.draft_cost)
+    return dataclasses.replace(state, draft_passes=passes), dataclasses.replace(batch, skip_drafts=True)
+
+
+def guesses_worth_waiting(limits: Limits, sequences: list[Sequence]) -> bool:
+    """Whether the next step should wait for the model's guesses for these requests, which get a token in this one."""
+    decoded = any(each.known_tokens for each in sequences)
+    return _worth_waiting(limits, sequences, most=limits.model_drafts if decoded else 1)
+
+
+def _worth_waiting(limits: Limits, sequences: list[Sequence], *, most: int, rate: float | None = None) -> bool:
+    """Whether a step of decode rows of these requests should wait for at most so many guesses for each; with `rate` as
+    if so many were right."""
+    rates = [each.drafting.rates[MODEL_CLASS] if rate is None else rate for each in sequences if _drafts(limits, each)]
+    return worth_waiting(
+        rates,
+        most=most,
+        rows=len(sequences),
+        requests=len(sequences),
+        fixed=limits.draft_tokens,
+        cost=limits.draft_cost,
+    )
+
+
+def _drafts(limits: Limits, sequence: Sequence) -> bool:
+    """Whether the model drafts for a request."""
+    return bool(limits.model_drafts) and limits.speculates(sequence.request) and not sequence.drafting.stopped
