@@ -174,7 +174,9 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
         "disaggregated": ["--attention", str(half), "--experts", str(arguments.ranks - half)],
         "pd": ["--prefill", str(half), "--decode", str(arguments.ranks - half)],
     }
-    return ["--arch", arguments.arch, *sides[arguments.arch], "--speculate", arguments.speculate]
+    # By itself a small model would not draft for many streams; with a number of drafts it does in every step.
+    drafts = ["--draft-tokens", "2"] if arguments.speculate == "mtp" else []
+    return ["--arch", arguments.arch, *sides[arguments.arch], "--speculate", arguments.speculate, *drafts]
 
 
 def parse() -> argparse.Namespace:

@@ -31,34 +31,43 @@ def plan_drafts(state: EngineState, batch: Batch) -> tuple[EngineState, Batch]:
     if any(_drafts(limits, each) for each in prompts):
         others = (each for each in (*state.running.values(), *state.waiting.values()) if each not in prompts)
         later = [*prompts, *(each for each in others if not each.ending)]
-    most = limits.model_drafts
-    if guesses_worth_waiting(limits, soon) or _worth_waiting(limits, later, most=most):
-        return state, batch
-    passes = state.draft_passes
-    if passes.saved >= 1 and _worth_waiting(limits, soon, most=most, rate=1.0):
-        return dataclasses.replace(state, draft_passes=passes.probed()), batch
-    passes = passes.skipped(limits.draft_cost)
-    return dataclasses.replace(state, draft_passes=passes), dataclasses.replace(batch, skip_drafts=True)
-
-
-def guesses_worth_waiting(limits: Limits, sequences: list[Sequence]) -> bool:
-    """Whether the next step should wait for the model's guesses for these requests, which get a token in this one."""
-    decoded = any(each.known_tokens for each in sequences)
-    return _worth_waiting(limits, sequences, most=limits.model_drafts if decoded else 1)
-
-
-def _worth_waiting(limits: Limits, sequences: list[Sequence], *, most: int, rate: float | None = None) -> bool:
-    """Whether a step of decode rows of these requests should wait for at most so many guesses for each; with `rate` as
-    if so many were right."""
-    rates = [each.drafting.rates[MODEL_CLASS] if rate is None else rate for each in sequences if _drafts(limits, each)]
-    return worth_waiting(
-        rates,
-        most=most,
-        rows=len(sequences),
-        requests=len(sequences),
-        fixed=limits.draft_tokens,
-        cost=limits.draft_cost,
+    running, passes, cost = _going_on(state), state.draft_passes, limits.draft_cost
+    worth = _worth_waiting(limits, soon, rows=running, most=_most(limits, soon), cost=cost)
+    worth = worth or _worth_waiting(limits, later, rows=len(later), most=limits.model_drafts, cost=cost)
+    hopeful = _worth_waiting(limits, soon, rows=running, most=limits.model_drafts, cost=cost, rate=1.0)
+    if worth or (hopeful and passes.saved >= 1):
+        return dataclasses.replace(state, draft_passes=passes.ran(probe=not worth)), batch
+    return (
+        dataclasses.replace(state, draft_passes=passes.skipped(cost)),
+        dataclasses.replace(batch, skip_drafts=True),
     )
+
+
+def should_wait(state: EngineState, sequences: list[Sequence]) -> bool:
+    """Whether the next step should wait for the model's guesses for these requests, which get a token in the step in
+    flight: the model drafts after it, and they are worth the delay."""
+    limits, rows = state.limits, _going_on(state)
+    most = _most(limits, sequences)
+    return state.draft_passes.made and _worth_waiting(limits, sequences, rows=rows, most=most, cost=0.0)
+
+
+def _going_on(state: EngineState) -> int:
+    """Number of requests with a rank that are not in their last step."""
+    return sum(not each.ending for each in state.running.values())
+
+
+def _most(limits: Limits, sequences: list[Sequence]) -> int:
+    """Guesses that a step makes for each of these requests: one after a prompt."""
+    return limits.model_drafts if any(each.known_tokens for each in sequences) else 1
+
+
+def _worth_waiting(
+    limits: Limits, sequences: list[Sequence], *, rows: int, most: int, cost: float, rate: float | None = None
+) -> bool:
+    """Whether a step of so many rows should wait for at most `most` guesses for each of these requests, which take
+    `cost` of a step; with `rate` as if so many were right."""
+    rates = [each.drafting.rates[MODEL_CLASS] if rate is None else rate for each in sequences if _drafts(limits, each)]
+    return worth_waiting(rates, most=most, rows=rows, requests=rows, fixed=limits.draft_tokens, cost=cost)
 
 
 def _drafts(limits: Limits, sequence: Sequence) -> bool:

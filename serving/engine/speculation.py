@@ -164,6 +164,8 @@ class DraftPasses:
 
     rate: float = FIRST_RATES[MODEL_CLASS]
     saved: float = MOST_PROBES
+    made: bool = True
+    """The step that was scheduled last has a pass."""
 
     def judged(self, hits: Iterable[bool]) -> "DraftPasses":
         """The same after a step that sampled tokens which the model had guessed, right or not."""
@@ -174,11 +176,12 @@ class DraftPasses:
 
     def skipped(self, cost: float) -> "DraftPasses":
         """The same after a step without a pass, which would have taken `cost` of the step."""
-        return dataclasses.replace(self, saved=min(MOST_PROBES, self.saved + PROBE_SHARE / max(cost, PROBE_SHARE)))
+        saved = min(MOST_PROBES, self.saved + PROBE_SHARE / max(cost, PROBE_SHARE))
+        return dataclasses.replace(self, saved=saved, made=False)
 
-    def probed(self) -> "DraftPasses":
-        """The same after a pass that was saved up."""
-        return dataclasses.replace(self, saved=self.saved - 1)
+    def ran(self, *, probe: bool) -> "DraftPasses":
+        """The same after a step with a pass: with `probe` one that was saved up."""
+        return dataclasses.replace(self, saved=self.saved - probe, made=True)
 
     def first_drafting(self) -> Drafting:
         """What a new request begins with."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from serving.engine.batch import PLACEHOLDER_TOKEN, Batch, ScheduledRequest, StepResult
-from serving.engine.draft_passes import guesses_worth_waiting
+from serving.engine.draft_passes import should_wait
 from serving.engine.fairness import GENERATED_WEIGHT
 from serving.engine.limits import Limits
 from serving.engine.sequence import InFlightStep, Sequence
@@ -101,7 +101,7 @@ def can_look_ahead(state: EngineState) -> bool:
         for sequence in in_flight
     ):
         return False
-    return not guesses_worth_waiting(state.limits, [each for each in in_flight if not each.ending])
+    return not should_wait(state, [each for each in in_flight if not each.ending])
 
 
 def _no_token_allowed(sequence: Sequence, made: int) -> NoTokenAllowed:

@@ -16,8 +16,12 @@ from tests.support.drafts import accepted, answers, parts
 from tests.support.processes import Supervised, supervised
 from tests.support.streams import kill, wait_until, wait_until_whole
 
-MTP = ("--ranks", "2", "--speculate", "mtp", "--kv-cache-type", "float32", "--edges", "0", "--chaos")
-"""The cache of a layer that drafts has no other type."""
+MTP = (
+    *("--ranks", "2", "--speculate", "mtp", "--draft-tokens", "2"),
+    *("--kv-cache-type", "float32", "--edges", "0", "--chaos"),
+)
+"""The cache of a layer that drafts has no other type. With a number of drafts the layer runs after every step of a
+request that is drafted for, and is skipped where none is."""
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,12 @@ def plain(server: Supervised) -> list[tuple[object, ...]]:
     """The answers without drafts."""
     with Client(server.address) as client:
         wait_until_whole(client)
+        before = client.status()
         outputs = answers(client, speculate=False)
         assert accepted(outputs) == 0
+        after = client.status()
+        assert after.draft_passes_skipped - before.draft_passes_skipped == after.steps - before.steps > 0
+        assert after.compiles_after_ready == 0
         return parts(outputs)
 
 

@@ -80,7 +80,14 @@ class Stepper:
         """States of a rank."""
         return STATE_COPIES * SLOTS_OF_STATES if self.cfg.state_layers else 0
 
-    def run(self, bucket: Shape, work: dict[int, tuple[ScheduledRequest, ...]], *, all_read: bool = True) -> Outcome:
+    def run(
+        self,
+        bucket: Shape,
+        work: dict[int, tuple[ScheduledRequest, ...]],
+        *,
+        all_read: bool = True,
+        skip_drafts: bool = False,
+    ) -> Outcome:
         """One step and its commit. Unless `all_read`, rows have a hidden state where the server reads it."""
         work = {rank: tuple(self._with_states(rank, each) for each in part) for rank, part in work.items()}
         batch = Batch(0, 0, bucket, {rank: work.get(rank, ()) for rank in range(self.ranks)})
@@ -101,7 +108,7 @@ class Stepper:
             return tokens, logprobs
 
         drafts = None
-        if self.cfg.mtp:
+        if self.cfg.mtp and not skip_drafts:
             chosen = jax.device_put(sampled()[0], self._on(steps.SHARDED))
             made = steps.run_draft(arguments, outputs, chosen, shape=shape, mesh=self.mesh, drafts=self.drafts)
             outputs = dataclasses.replace(outputs, new_kv=made.new_kv, expert_load=made.expert_load)

@@ -99,6 +99,11 @@ def test_no_bit_of_the_model_changes_and_no_entry_is_not_a_number(name: str) -> 
             jax.tree.map(lambda a, b, n=layers: np.testing.assert_array_equal(a, b[:n]), one.new_kv, other.new_kv)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other.new_kv))
             assert (other.drafts < CONFIGS[name].vocab_size).all()
+            skipped = model.run(bucket, {1: (part,)}, all_read=False, skip_drafts=True)
+            assert plain.segment(one, bucket, 1, at) == model.segment(skipped, bucket, 1, at)
+            jax.tree.map(lambda a, b, n=layers: np.testing.assert_array_equal(a, b[:n]), one.new_kv, skipped.new_kv)
+            assert not any(leaf[layers:].any() for leaf in jax.tree.leaves(skipped.new_kv)), "the layer's are zeros"
+            assert skipped.expert_load.shape == other.expert_load.shape
         plain = Stepper(CONFIGS[name], without_mtp(params(name)), 2, 4, np.arange(8))
 
 

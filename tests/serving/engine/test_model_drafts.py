@@ -56,11 +56,12 @@ def test_a_request_may_choose_for_itself():
         )
     ),
     fixed=st.sampled_from((None, 1, 5)),
+    cost=st.sampled_from((0.0, 0.6)),
     lost=st.integers(0, 20),
     ahead=st.booleans(),
 )
-def test_streams_are_those_without_guesses_through_a_loss(seeds, length, extras, fixed, lost, ahead):
-    s = guessing((12, 12), draft_tokens=fixed)
+def test_streams_are_those_without_guesses_through_a_loss(seeds, length, extras, fixed, cost, lost, ahead):
+    s = guessing((12, 12), draft_tokens=fixed, draft_cost=cost)
     for number, seed in enumerate(seeds):
         s.submit(
             small_request(f"{number}", tuple((seed + i) % 5 for i in range(length)), seed=seed, max_tokens=30, **extras)

@@ -138,6 +138,30 @@ def test_a_rank_that_fails_alone_takes_part_in_every_exchange_of_its_step_and_of
     assert (cached(rank) == before) == made_ahead
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_a_step_that_skips_drafts_no_rank_runs_their_layer_nor_waits_there_for_others(
+    monkeypatch: pytest.MonkeyPatch, rank: RankWorker, fails: bool
+) -> None:
+    programs, model = DraftingPrograms(), rank.state.model
+    rank.meshes._meshes[KEY] = programs
+    shape = dataclasses.replace(model.shape, cfg=dataclasses.replace(model.shape.cfg, mtp=True))
+    rank.state.configured = dataclasses.replace(model, shape=shape)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the device has no memory for it")
+
+    if fails:
+        monkeypatch.setattr(type(rank.steps), "_sample", fail)
+    report = run(rank, step(1, work([11], 5, (2,)), skip_drafts=True))
+    assert report.HasField("step_failed") == fails
+    assert not report.step_done.drafts
+    sources = np.zeros(4, np.int32).tobytes()
+    run(rank, step(2, work([7], 6, (2,)), after=1, sources=sources, skip_drafts=True))
+    assert programs.drafted == 0
+    run(rank, step(3, work([7], 7, (2,))))
+    assert programs.drafted == 1
+
+
 @pytest.mark.parametrize("epoch", [EPOCH - 1, EPOCH + 1])
 def test_a_step_of_another_epoch_is_refused_and_leaves_no_trace(rank: RankWorker, epoch: int) -> None:
     before = cached(rank)
