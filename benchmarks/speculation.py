@@ -5,7 +5,7 @@
 
 A server is started for each way to draft, all before the first request: `ngram`, and with `--drafts ngram,mtp` the
 model's own layer too (`tiny` has one). Plain requests go to the first, which is not `mtp`: a server with that layer
-pays for it in every step. Three kinds of text: `repeating` (a sentence over and over, greedy), `code` (a file of
+pays for it. Three kinds of text: `repeating` (a sentence over and over, greedy), `code` (a file of
 Python, and its beginning again, greedy) and `prose` (drawn at temperature 1, so that it repeats nothing). Each round
 sends all requests of a kind at once, first plain and then with drafts or the other way round, after their prompts were
 put into the prefix caches.

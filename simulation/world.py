@@ -120,7 +120,9 @@ class World:
 
         if agent is not None:
             agent.expect(token)
-        hand = HandRank(rank, self.store, self.limits.buckets, max_pages=self.limits.max_pages, layers=PREPARED.layers)
+        hand = HandRank(
+            rank, self.store, self.limits.buckets, max_pages=self.limits.max_pages, layers=PREPARED.moe_layers
+        )
         each = SimulatedRank(
             self,
             hand,

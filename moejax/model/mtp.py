@@ -3,10 +3,11 @@
     h_i of the main model, token t_i+1 -> project [norm(embed(t_i+1)), norm(h_i)] -> layer -> norm -> head -> guess of
     t_i+2
 
-It runs in every step, over the same mesh, once the step has sampled: each row takes the token that follows it, a token
-of the prompt or the one that was sampled there. Its keys and values are the last layer of the cache, at the row's
-position. Further guesses take the guess before for the token and the layer's own normed output for the hidden state, as
-SGLang and TensorRT-LLM do, and write nothing: the next steps compute these positions with the tokens that were sampled.
+It runs after a step that asks for it, over the same mesh, once the step has sampled: each row takes the token that
+follows it, a token of the prompt or the one that was sampled there. Its keys and values are the last layer of the
+cache, at the row's position; zeros where it did not run. Further guesses take the guess before for the token and the
+layer's own normed output for the hidden state, as SGLang and TensorRT-LLM do, and write nothing: the next steps compute
+these positions with the tokens that were sampled.
 
 A guess may be wrong and changes no token (docs/decisions/0022). So entries of a prompt that a step cuts off, or that
 other requests share, may be of another next token, and where the layer gives no number its entries are zeros.

@@ -9,7 +9,7 @@ from serving.errors import InvalidRequest
 
 MODEL_DRAFTS = 2
 """Tokens that a layer of multi-token prediction drafts unless the settings say how many. Each is one more pass over
-that layer in every step."""
+that layer in a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class SchedulingSettings(SettingsGroup):
 
     @property
     def model_drafts(self) -> int:
-        """Tokens that the model's own layer drafts for each request in every step; 0 unless it drafts."""
+        """Tokens that the model's own layer drafts for each request in a step; 0 unless it drafts."""
         return (self.draft_tokens or MODEL_DRAFTS) if self.speculate == "mtp" else 0
 
     def check(self) -> None:
