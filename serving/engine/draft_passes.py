@@ -9,7 +9,7 @@ import dataclasses
 from serving.engine.batch import Batch
 from serving.engine.limits import Limits
 from serving.engine.sequence import Sequence
-from serving.engine.speculation import MODEL_CLASS, worth_waiting
+from serving.engine.speculation import MODEL_CLASS, may_be_worth, worth_waiting
 from serving.engine.state import EngineState
 
 
@@ -27,20 +27,32 @@ def plan_drafts(state: EngineState, batch: Batch) -> tuple[EngineState, Batch]:
     here = [state.running[request_id] for request_id in work]
     soon = [each for each in here if work[each.id].samples and not each.ending]
     prompts = [each for each in here if work[each.id].tiles]
-    later = []
-    if any(_drafts(limits, each) for each in prompts):
-        others = (each for each in (*state.running.values(), *state.waiting.values()) if each not in prompts)
-        later = [*prompts, *(each for each in others if not each.ending)]
-    running, passes, cost = _going_on(state), state.draft_passes, limits.draft_cost
+    running, passes, cost, probe = _going_on(state), state.draft_passes, limits.draft_cost, False
     worth = _worth_waiting(limits, soon, rows=running, most=_most(limits, soon), cost=cost)
-    worth = worth or _worth_waiting(limits, later, rows=len(later), most=limits.model_drafts, cost=cost)
-    hopeful = _worth_waiting(limits, soon, rows=running, most=limits.model_drafts, cost=cost, rate=1.0)
-    if worth or (hopeful and passes.saved >= 1):
-        return dataclasses.replace(state, draft_passes=passes.ran(probe=not worth)), batch
+    worth = worth or (any(_drafts(limits, each) for each in prompts) and _worth_after_prompts(state, prompts))
+    if not worth and passes.saved >= 1:
+        probe = _worth_waiting(limits, soon, rows=running, most=limits.model_drafts, cost=cost, rate=1.0)
+    if worth or probe:
+        return dataclasses.replace(state, draft_passes=passes.ran(probe=probe)), batch
     return (
         dataclasses.replace(state, draft_passes=passes.skipped(cost)),
         dataclasses.replace(batch, skip_drafts=True),
     )
+
+
+def _worth_after_prompts(state: EngineState, prompts: list[Sequence]) -> bool:
+    """Whether guesses for all open requests would be worth waiting for once they decode. `prompts` are those of which
+    this step computes a part, which counts for the prefix cache also where it is the last step."""
+    limits, requests = state.limits, len(state.running) + len(state.waiting)
+    most, cost = limits.model_drafts, limits.draft_cost
+    if limits.draft_tokens is None and not may_be_worth(
+        requests, most=most, rows=requests, requests=requests, cost=cost
+    ):
+        return False  # most likely under load, where there are many to look at
+    here = {each.id for each in prompts}
+    others = (*state.running.values(), *state.waiting.values())
+    later = [*prompts, *(each for each in others if each.id not in here and not each.ending)]
+    return _worth_waiting(limits, later, rows=len(later), most=most, cost=cost)
 
 
 def should_wait(state: EngineState, sequences: list[Sequence]) -> bool:

@@ -105,6 +105,8 @@ def _look_ups(
         for sequence in ranks[rank] if free[rank] > 0 else ():
             if sequence.id not in decoding or sequence.drafting.stopped or not limits.speculates(sequence.request):
                 continue
+            if limits.model_drafts and not sequence.drafting.guesses:
+                continue
             sampling, made = sequence.request.sampling, len(sequence.generated)
             if sampling.needs_logits_processing(made + 1) and not sampling.needs_logits_processing(made):
                 continue  # the first penalty is of the token after this one

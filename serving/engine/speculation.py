@@ -94,6 +94,8 @@ class Drafting:
     def guessed(self, draft: Draft | None, sampled: tuple[int, ...], guesses: tuple[int, ...]) -> "Drafting":
         """The same after a step that sampled these tokens, with the model's guesses of those after them. Its guesses of
         the sampled ones are judged, whether the step took them (`draft`) or not."""
+        if not (self.guesses or guesses or self.wait or self.pause):
+            return self
         taken = 0 if draft is None else draft.taken
         judged = self
         if self.guesses and sampled:
@@ -197,13 +199,20 @@ class DraftChance(NamedTuple):
     room: int
 
 
+def may_be_worth(guessed: int, *, most: int, rows: int, requests: int, cost: float) -> bool:
+    """Whether `worth_waiting` can hold for guesses for `guessed` requests: it does if all of them are right."""
+    return guessed * most * (1 - rows / (FREE_ROWS + rows)) >= (PAUSE_COST + cost) * requests
+
+
 def worth_waiting(
     rates: Iterable[float], *, most: int, rows: int, requests: int, fixed: int | None, cost: float = 0.0
 ) -> bool:
     """Whether the next step, of `rows` rows without drafts of so many requests, should wait for the model's guesses:
     they promise more tokens than are lost because it is not made while this step runs, and because making them takes
     `cost` of a step. `rates` are those of the requests that get guesses, at `most` so many each."""
-    least, promised = rows / (FREE_ROWS + rows), 0.0
+    least, promised, rates = rows / (FREE_ROWS + rows), 0.0, tuple(rates)
+    if fixed is None and not may_be_worth(len(rates), most=most, rows=rows, requests=requests, cost=cost):
+        return False
     for rate in rates:
         if fixed is not None:
             return True
