@@ -1,4 +1,4 @@
-"""The model drafts after a step while its guesses are worth it, else now and then, and never if none could be taken."""
+"""The model drafts after a step while its guesses are worth it, else rarely, and never if none could be taken."""
 
 import dataclasses
 from typing import Any
