@@ -1,8 +1,8 @@
 """After which steps the model's layer of multi-token prediction runs (docs/decisions/0022). Pure, as all of the engine.
 
 A pass takes a share of the step, on every rank. It is made when its guesses are worth waiting for, by the rule that
-also decides how many drafts a step takes; else only as often as
-2 % of the time of steps allow, so that the rates of right guesses stay known.
+also decides how many drafts a step takes; else only in as many steps as take a small share of the time, so that the
+rates of right guesses stay known.
 """
 
 import dataclasses

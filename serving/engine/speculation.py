@@ -186,7 +186,7 @@ class DraftPasses:
         return dataclasses.replace(self, saved=self.saved - probe, made=True)
 
     def first_drafting(self) -> Drafting:
-        """What a new request begins with."""
+        """The experience with drafts that a new request begins with."""
         return Drafting(rates=(*FIRST_RATES[:MODEL_CLASS], self.rate))
 
 
