@@ -54,11 +54,11 @@ def executor(*left: int) -> RankExecutor:
     return RankExecutor(health, lambda loss: None, Starter(*left))  # pyright: ignore[reportArgumentType]
 
 
-async def attach(address: str, token: str) -> grpc.StatusCode | None:
+async def attach(address: str, token: str, *, newest: int = LINK.newest) -> grpc.StatusCode | None:
     """Attach with a token until the front accepts it. Returns how it refuses."""
     channel = RankChannel(front=address, address="127.0.0.1").open_aio()
     call: Any = link_pb2_grpc.RankLinkStub(channel).Attach()
-    hello = link_pb2.Hello(pid=1, token=token, oldest=LINK.oldest, newest=LINK.newest)
+    hello = link_pb2.Hello(pid=1, token=token, oldest=LINK.oldest, newest=newest)
     await call.write(link_pb2.Report(hello=hello))
     try:
         async with asyncio.timeout(20):
@@ -85,5 +85,6 @@ async def test_each_rank_reaches_the_pool_that_knows_it_though_it_dials_before_t
     assert await attach(first.address, "rank 2") == grpc.StatusCode.UNAUTHENTICATED
     await second.close()
     first.spawn(3)
-    assert await attach(first.address, "rank 3") is None, "one pool that stops does not close the port"
+    assert await attach(first.address, "rank 3", newest=1) is None, "one pool that stops does not close the port"
+    assert [first.link_version(ranks) for ranks in ([0], [3], [0, 3])] == [LINK.newest, 1, 1]
     await first.close()
