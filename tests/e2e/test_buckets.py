@@ -33,7 +33,7 @@ def padding(status: Status) -> float:
 def served() -> tuple[Status, list[tuple[int, ...]], str]:
     """A server's status at its end, the tokens of some requests, and what it said."""
     said: list[str] = []
-    settings = {"model": str(TINY), "ranks": 2, "buckets": "auto", "restart": False}
+    settings = {"model": str(TINY), "ranks": 1, "buckets": "auto", "restart": False}
     with Server(**settings, log=said.append) as server, Client(server) as client:
         answers = [
             client.generate(prompt, max_tokens=40, seed=seed, ignore_eos=True) for seed, prompt in enumerate(PROMPTS)
