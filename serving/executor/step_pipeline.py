@@ -119,7 +119,7 @@ class StepPipeline:
         self._steps.clear()
 
     def _part(self, batch: Batch, rank: int, epoch: int, before: Batch | None, state: EngineState) -> link_pb2.Step:
-        limits, pool = state.limits, state.pools.get(rank)
+        limits = state.limits
         part = step_message(
             batch,
             rank,
@@ -130,20 +130,20 @@ class StepPipeline:
             masks=self._masks,
             before=before,
         )
-        full = self._updates.update_for(rank, pool.keys) if pool is not None else None
-        if full is not None:
+        if (full := self._full_pages(rank, state)) is not None:
             part.full.CopyFrom(full)
         return part
+
+    def _full_pages(self, rank: int, state: EngineState) -> link_pb2.FullPages | None:
+        """The change of a rank's full pages since its last step, if there is one."""
+        pool = state.pools.get(rank)
+        return self._updates.update_for(rank, pool.keys) if pool is not None else None
 
     def _host_part(
         self, batch: Batch, ranks: list[int], epoch: int, before: Batch | None, state: EngineState
     ) -> link_pb2.HostStep:
-        full: dict[int, link_pb2.FullPages] = {}
-        for rank in ranks:
-            pool = state.pools.get(rank)
-            pages = self._updates.update_for(rank, pool.keys) if pool is not None else None
-            if pages is not None:
-                full[rank] = pages
+        found = ((rank, self._full_pages(rank, state)) for rank in ranks)
+        full = {rank: pages for rank, pages in found if pages is not None}
         return host_step(
             batch,
             ranks,

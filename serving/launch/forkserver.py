@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from typing import Self
 
@@ -27,7 +26,6 @@ from serving.launch.process import adopting, die_with_parent
 ANSWER_S = 1.0
 """Seconds to wait for a fork; then the fork server is held to be stuck."""
 _MESSAGE_BYTES = 1 << 17
-_POLL_S = 0.001
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}  # else NumPy starts threads when it is imported
 
@@ -118,21 +116,24 @@ class AdoptedProcess:
 
     def poll(self) -> int | None:
         """See `ProcessHandle.poll`."""
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
+        return self._reap(os.WNOHANG)
 
     def wait(self) -> int:
         """See `ProcessHandle.wait`."""
-        while (code := self.poll()) is None:
-            time.sleep(_POLL_S)
+        code = self._reap(0)
+        assert code is not None, "waitpid without WNOHANG returns when the process has ended"
         return code
 
     def kill(self) -> None:
         """Send it SIGKILL, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+    def _reap(self, options: int) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
 
 def _fork_on_order(orders: socket.socket) -> Order | None:

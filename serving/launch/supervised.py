@@ -52,11 +52,6 @@ class RankParent:
         """Make the imports of the ranks that will be asked for."""
         self._forkserver.prepare()
 
-    @property
-    def code(self) -> Code:
-        """The code that ranks run which start now."""
-        return self._forkserver.code
-
     def use(self, code: Code) -> None:
         """Have ranks run other code from now on."""
         self._forkserver.end()

@@ -44,6 +44,14 @@ def processes_of(group: int) -> list[str]:
     return found.stdout.splitlines()
 
 
+def has_ended(pid: int) -> bool:
+    """True for a process that is gone, or that only waits for its parent to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith(("Z", "X"))
+    except OSError:
+        return True
+
+
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     """Lines of standard error up to the one that matches."""
     assert process.stderr is not None

@@ -12,6 +12,7 @@ import pytest
 from serving.launch.forkserver import AdoptedProcess, Forkserver, Order
 from serving.launch.rank_process import LaunchSpec
 from tests.support import forked_program
+from tests.support.processes import has_ended
 from tests.support.streams import wait_until
 
 WAIT_S = 60.0
@@ -37,13 +38,6 @@ def forked(server: Forkserver, log: Path, **variables: str) -> AdoptedProcess:
     process = server.fork(Order(variables=variables, log=str(log)), wait_s=WAIT_S)
     assert process is not None
     return process
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -89,10 +83,10 @@ def test_the_fork_server_and_what_it_forked_end_with_their_owner(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / "log"], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     pids = [int(pid) for pid in owner.stdout.readline().split()]
-    assert all(map(is_there, pids))
+    assert not any(map(has_ended, pids))
     (tmp_path / "log").touch()
     wait_until(lambda: (tmp_path / "log").read_text() != "", "it runs")
     owner.kill()
     owner.wait()
-    wait_until(lambda: not any(map(is_there, pids)), "both have ended")
+    wait_until(lambda: all(map(has_ended, pids)), "both have ended")
     owner.stdout.close()

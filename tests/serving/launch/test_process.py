@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from serving.launch.process import shared_file
+from tests.support.processes import has_ended
 from tests.support.waiting import until
 
 PARENT = """
@@ -24,14 +25,6 @@ die_with_parent()
 print("ready", flush=True)
 time.sleep(600)
 """
-
-
-def has_ended(pid: int) -> bool:
-    """True for a process that is gone, or that only waits for its parent to ask how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith(("Z", "X"))
-    except OSError:
-        return True
 
 
 @pytest.mark.anyio
