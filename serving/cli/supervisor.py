@@ -14,6 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,24 @@ from serving.launch.upgrade import Upgrade
 from serving.observability import logs
 from serving.observability.metrics import FOLDER as METRICS_FOLDER
 
-MAX_RESTARTS, RESTART_WINDOW_S = 5, 120.0
-"""After more deaths than this within so many seconds, no front is started again."""
+FREE_RESTARTS, RESTART_WINDOW_S = 5, 120.0
+"""The next front serves at once, unless more fronts than this have died within so many seconds: then it waits."""
+MAX_PAUSE_S = 30.0
+"""Most seconds that a front waits to serve."""
 _POLL_S = 0.5
 """Seconds between two checks if the front serves."""
+_STOP_POLL_S = 0.1
+"""Seconds between two checks, in a pause, if the server is to end."""
 _MAX_TEMPORARY_PATH = 70
 """Longest path of a folder for Unix sockets: with the name of the socket, the kernel accepts up to 107 bytes."""
+
+
+def pause_before_front_s(died: Iterable[float], now: float) -> float:
+    """Seconds until the next front serves, after fronts that died at these times on the monotonic clock: none after a
+    few, then 1, 2, 4 and so on. A server that fronts die in again and again takes no processor from its neighbours, and
+    still serves as soon as the cause is gone."""
+    beyond = sum(now - at < RESTART_WINDOW_S for at in died) - FREE_RESTARTS
+    return 0.0 if beyond <= 0 else min(2.0 ** (beyond - 1), MAX_PAUSE_S)
 
 
 def supervise(settings: Settings) -> int:
@@ -96,25 +109,41 @@ class Supervisor:
 
     def serve(self) -> int:
         """Run one front after the other. Returns the exit status of the last one."""
-        deaths: collections.deque[float] = collections.deque(maxlen=MAX_RESTARTS)
+        died: collections.deque[float] = collections.deque(maxlen=100)
+        failed_starts = 0
         while True:
             if self._upgrade is not None:
                 self._upgrade.on_front_started()
             front = self._front = self._standby.serve()
             code = self._wait_for(front)
-            now = time.monotonic()
-            often = len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTART_WINDOW_S
             if self._edge_code is not None:
                 return self._edge_code
             if self._upgrade is not None and self._upgrade.on_front_ended(front, code):
-                time.sleep(0.0 if self._stopping else self._upgrade.pause_s)
+                self._sleep(self._upgrade.pause_s)
                 if not self._stopping:
                     continue
-            if self._stopping or code == 0 or often or not self._run.was_ready(front.pid):
+            by_itself = code > 0 and not self._run.was_ready(front.pid)
+            failed_starts = failed_starts + 1 if by_itself else 0
+            # Before the server has served, a front that ends has logged why it cannot start.
+            if self._stopping or code == 0 or not self._run.ports or failed_starts > FREE_RESTARTS:
                 return 128 - code if code < 0 else code
-            deaths.append(now)
+            now = time.monotonic()
+            died.append(now)
+            pause_s = pause_before_front_s(died, now)
             how = f"signal {-code}" if code < 0 else f"code {code}"
-            logs.SERVER.error("the front ended with %s; the standby front takes over, and its requests continue", how)
+            when = f" in {pause_s:g} s, since fronts die often" if pause_s else ""
+            logs.SERVER.error(
+                "the front ended with %s; the standby front takes over%s, and its requests continue", how, when
+            )
+            self._sleep(pause_s)
+            if self._stopping:
+                return 128 - code if code < 0 else code
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait so long, or until the server is to end."""
+        end = time.monotonic() + seconds
+        while not self._stopping and (rest := end - time.monotonic()) > 0:
+            time.sleep(min(rest, _STOP_POLL_S))
 
     def _stop(self, number: int, _frame: Any) -> None:
         self._stopping = True

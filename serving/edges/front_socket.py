@@ -153,6 +153,9 @@ class FrontSocket:
     # -- Messages -----------------------------------------------------------------------------------------------
 
     def _on_frame(self, connection: Connection, frame: bytes) -> None:
+        if self._closing and connection not in self._edges:
+            connection.abort()  # an edge that comes while this front ends would wait for what nobody sends
+            return
         edge = self._edges.setdefault(connection, Edge(connection))
         message = messages.decode_from_edge(frame)
         match message:

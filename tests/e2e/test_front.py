@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +141,35 @@ def test_a_response_goes_on_after_the_number_of_the_last_event_that_came(server:
     assert [event["sequence_number"] for event in events] == [event["sequence_number"] for event in undisturbed]
     assert [event.get("delta") for event in events] == [event.get("delta") for event in undisturbed]
     assert events[-1]["type"] == undisturbed[-1]["type"]
+
+
+def test_fronts_that_die_one_after_the_other_also_before_they_serve_do_not_end_the_server(
+    server: Supervised, known: Traffic
+) -> None:
+    killed: set[int] = set()
+
+    def kill_all() -> None:
+        while len(killed) < 3 or "since fronts die often" not in server.said:
+            for pid in _fronts_of(server) - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.02)
+
+    with Client(server.address) as client:
+        wait_until_whole(client)
+        known.during(client, kill_all, after=0.2)
+        wait_until_whole(client)
+
+
+def _fronts_of(server: Supervised) -> set[int]:
+    """Process ids of the front and the standby front."""
+    found = subprocess.run(
+        ["pgrep", "--parent", str(server.process.pid), "--full", "serving.cli.front"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return set(map(int, found.stdout.split()))
 
 
 def _frames(lines: "Iterator[bytes]") -> "Iterator[dict[str, str]]":
