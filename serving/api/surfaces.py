@@ -23,7 +23,7 @@ class Ports:
 
 
 LINGER_S = 2.0
-"""Seconds in which clients of an edge that is replaced can send a request over a connection that they have kept."""
+"""Seconds after a request in which clients of an edge that is replaced can send another one over its connection."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ def add_drafts(
     rank. A request that is suspected of breaking ranks has none. They are for models whose whole context is in pages:
     a state that a layer has taken further cannot be taken back.
     """
+    if not any(limits.speculates(sequence.request) for sequences in ranks.values() for sequence in sequences):
+        return DraftedStep(ranks, pools, work, {})
     free = _free_rows(limits, work)
     drafting = dict(_look_ups(limits, suspicion, ranks, work, free))
     if not drafting:

@@ -57,7 +57,8 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
         tiles = limits.max_tiles
     elif not (state.decode_first and builder.decoding):
         builder.admit()
-        if builder.decoding >= builder.prefilling_or_waiting:
+        decoding = builder.decoding
+        if decoding >= builder.prefilling_or_waiting(decoding):
             tiles = builder.tiles_beside_decode
         else:
             tiles = builder.tiles_of_first_prompt if serial_prefill else limits.max_tiles
@@ -137,11 +138,10 @@ class _StepBuilder:
         """Decode rows of the rank that has most."""
         return max((sum(map(_decodes, sequences)) for sequences in self.running.values()), default=0)
 
-    @property
-    def prefilling_or_waiting(self) -> int:
-        """Number of requests that do not decode yet."""
+    def prefilling_or_waiting(self, decoding: int) -> int:
+        """Number of requests that do not decode yet, beside the ones that do."""
         ending = sum(sequence.ending for sequences in self.ranks.values() for sequence in sequences)
-        return sum(map(len, self.running.values())) - ending - self.decoding + len(self.waiting)
+        return sum(map(len, self.running.values())) - ending - decoding + len(self.waiting)
 
     def allocate_decode_pages(self, rank: int) -> None:
         """Allocate a page to every sequence whose next decode row starts one: the oldest first, at the youngest's

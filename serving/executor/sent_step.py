@@ -62,11 +62,13 @@ class SentStep:
 
     def forget(self) -> None:
         """Wait for its answers no more."""
-        for future in self._own.values():
-            future.cancel()
-        for stream, waiting in self._hosts.items():
-            waiting.future.cancel()
+        for stream in self._hosts:
             stream.pending_steps.pop(self._step, None)
+        futures = [*self._own.values(), *(waiting.future for waiting in self._hosts.values())]
+        if all(future.done() and not future.cancelled() and future.exception() is None for future in futures):
+            return  # each rank that has answered waits for this step no more
+        for future in futures:
+            future.cancel()
         for each in self._ranks:
             each.pending_steps.pop(self._step, None)
             each.step_sent_at = each.step_sent_at if each.pending_steps else None

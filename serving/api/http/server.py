@@ -10,6 +10,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -78,22 +79,29 @@ class HttpServer:
     async def stop(self, grace_s: float | None = None, *, linger_s: float = 0.0) -> None:
         """Refuse new requests, end the event streams, and cancel the other requests after `grace_s` seconds.
 
-        Connections that are open can have further requests for `linger_s` seconds, each of which is answered with
-        `Connection: close`: a client that sends one just then would find its connection closed under it."""
+        Connections that are open can have further requests, each of which is answered with `Connection: close`, and are
+        closed `linger_s` seconds after the last one has ended: a client that sends one just then would find its
+        connection closed under it."""
         self._shutdown.begin()
         if linger_s:
-            await self._linger(linger_s)
+            await self._linger(linger_s, time.monotonic() + (grace_s or 0.0))
         self._server.config.timeout_graceful_shutdown = max(1, math.ceil(grace_s or 0))
         self._server.should_exit = True
         await self._task
 
-    async def _linger(self, linger_s: float) -> None:
-        state, until = self._server.server_state, time.monotonic() + linger_s
+    async def _linger(self, linger_s: float, until: float) -> None:
+        state, idle_since = self._server.server_state, dict[Any, float]()
         for server in self._server.servers:
             server.close()
         state.default_headers.append(CLOSE)
         self._server.config.encoded_headers.append(CLOSE)  # of which uvicorn makes the default ones each second
-        while state.connections and time.monotonic() < until:
+        while state.connections and (now := time.monotonic()) < until:
+            for connection in list(state.connections):
+                cycle = getattr(connection, "cycle", None)
+                if cycle is not None and not cycle.response_complete:
+                    idle_since.pop(connection, None)
+                elif now - idle_since.setdefault(connection, now) >= linger_s:
+                    connection.shutdown()
             await asyncio.sleep(0.02)
 
 

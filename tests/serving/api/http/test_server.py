@@ -463,6 +463,31 @@ async def test_a_kept_connection_of_a_server_that_stops_can_have_one_more_reques
     writer.close()
 
 
+async def test_so_can_the_connection_of_a_stream_that_ends_long_after_the_server_began_to_stop(backend, processor):
+    """Its headers were sent before, and say that the connection is kept."""
+    server, backend.delay_s = await start_http(processor), 0.002
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    body = json.dumps({"prompt": "a", "max_tokens": 99, "stream": True}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+    writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    headers = await reader.readuntil(b"\r\n\r\n")
+    backend.may_answer.clear()
+    assert b"connection: close" not in headers.lower()
+    linger_s = 0.5
+    stopping = asyncio.create_task(server.stop(60, linger_s=linger_s))
+    await asyncio.sleep(2 * linger_s)
+    backend.may_answer.set()
+    async with asyncio.timeout(15):
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        await asyncio.sleep(linger_s / 5)
+        writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        rest = await reader.read()
+        await stopping
+    assert b"200 OK" in rest
+    assert b"connection: close" in rest.lower()
+    writer.close()
+
+
 async def test_an_accepted_connection_sends_each_event_at_once(processor):
     server = await start_http(processor)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
