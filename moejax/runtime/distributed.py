@@ -26,8 +26,8 @@ CPU_FLAGS = (
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_backend_optimization_level=1",
 )
-"""About half of the processor time of a first start's compiles, and steps as fast: on this repository's programs, whose heavy
-parts are kernels of their own. What the environment's XLA_FLAGS say comes after these, so it prevails."""
+"""About half of the processor time of a first start's compiles, and steps as fast: on this repository's programs, whose
+heavy parts are kernels of their own. What the environment's XLA_FLAGS say comes after these, so it prevails."""
 _GPU_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=false",
     "--xla_gpu_nccl_async_execution=true",
