@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.checkpoint import load_params, save_model
 from moejax.checkpoint.manifest import content_hash
 from moejax.checkpoint.mtp_head import join_head
 from moejax.config.config_values import ConfigError
@@ -34,7 +33,7 @@ from moejax.tools.train import (
     train_tokenizer,
 )
 from planner.inputs.shipped import shipped
-from tests.support.models import MIXTRAL
+from tests.support.models import MIXTRAL, random_params
 
 SHORT = TrainingConfig(
     learning_rate=1e-2,
@@ -47,6 +46,7 @@ SHORT = TrainingConfig(
     phases=(TrainingPhase(steps=8, batch=4, sequence=16), TrainingPhase(steps=4, batch=2, sequence=32)),
 )
 MODEL = dataclasses.replace(MIXTRAL, n_layers=1, moe=dataclasses.replace(MIXTRAL.moe, experts=2, experts_per_token=1))
+HELD_OUT = ("python.txt", "wordnet.txt")
 STREAMS = [np.arange(500, dtype=np.int32) % n for n in (5, 7)]
 
 
@@ -71,10 +71,12 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
 
 
 def test_a_layer_that_drafts_is_trained_beside_a_model_that_stays_as_it_is(tmp_path, capsys):
-    folder, head = tmp_path / "tiny", tmp_path / "tiny" / "mtp"
-    shutil.copytree(ensure_model("tiny"), folder, ignore=shutil.ignore_patterns("mtp"))
+    folder, head = tmp_path / "small", tmp_path / "small" / "mtp"
+    texts = tuple((shipped("models/tiny") / "held_out" / name).read_text("utf-8")[:3000] for name in HELD_OUT)
+    tokenizer, cfg = train_tokenizer([Domain("both", texts, texts)], 300), dataclasses.replace(MODEL, vocab_size=300)
+    tokenizer_json = tokenizer.to_str()
+    save_model(folder, cfg, random_params(cfg), tokenizer_json=tokenizer_json, chat_template="{{ messages }}")
     before, params = content_hash(folder), load_params(folder)
-    texts = tuple((folder / "held_out" / name).read_text("utf-8")[:6000] for name in ("python.txt", "wordnet.txt"))
     short = dataclasses.replace(SHORT, phases=(TrainingPhase(steps=4, batch=2, sequence=16),))
     train_mtp(folder, short, [Domain("both", texts * 2, texts)])
     assert "of drafts are the model's own likeliest token" in capsys.readouterr().out
@@ -88,7 +90,8 @@ def test_a_layer_that_drafts_is_trained_beside_a_model_that_stays_as_it_is(tmp_p
     whole = load_params(joined, cfg)
     assert cfg.mtp
     jax.tree.map(np.testing.assert_array_equal, without_mtp(whole), params)
-    assert sum(file.stat().st_size for file in head.rglob("*")) < 2_200_000  # in the repository
+    drawn = init_params(cfg, jax.random.key(short.seed)).mtp
+    assert np.abs(drawn.project - whole.mtp.project).max() > 5e-3, "the layer has learnt"
 
 
 def test_a_layer_that_drafts_is_trained_in_the_folder_of_a_model_without_one(tmp_path, capsys):
@@ -107,6 +110,8 @@ def test_the_shipped_layer_guesses_better_than_the_token_before_it():
     text = (shipped("models/tiny") / "held_out" / "python.txt").read_text("utf-8")
     tokens = jnp.asarray([tokenizer.encode(text).ids[:256]])
     assert agreement(params, cfg, tokens) > 0.35
+    head = shipped("models/tiny") / "mtp"
+    assert sum(file.stat().st_size for file in head.rglob("*")) < 2_200_000  # in the repository
 
 
 def test_training_learns(tmp_path):
