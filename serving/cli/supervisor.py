@@ -5,7 +5,6 @@ else, so that little can go wrong in it. The files that they share are in a fold
 removed when the server ends.
 """
 
-import collections
 import contextlib
 import os
 import selectors
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,10 @@ from serving.launch.upgrade import Upgrade
 from serving.observability import logs
 from serving.observability.metrics import FOLDER as METRICS_FOLDER
 
-FREE_RESTARTS, RESTART_WINDOW_S = 5, 120.0
-"""The next front serves at once, unless more fronts than this have died within so many seconds: then it waits."""
+STEADY_S = 5.0
+"""A front that serves for less counts as short-lived."""
+FREE_RESTARTS = 5
+"""After so many short-lived fronts in a row the next one still serves at once, after more it waits."""
 MAX_PAUSE_S = 30.0
 """Most seconds that a front waits to serve."""
 _POLL_S = 0.5
@@ -44,11 +44,11 @@ _MAX_TEMPORARY_PATH = 70
 """Longest path of a folder for Unix sockets: with the name of the socket, the kernel accepts up to 107 bytes."""
 
 
-def pause_before_front_s(died: Iterable[float], now: float) -> float:
-    """Seconds until the next front serves, after fronts that died at these times on the monotonic clock: none after a
-    few, then 1, 2, 4 and so on. A server that fronts die in again and again takes no processor from its neighbours, and
-    still serves as soon as the cause is gone."""
-    beyond = sum(now - at < RESTART_WINDOW_S for at in died) - FREE_RESTARTS
+def pause_before_front_s(short_lived: int) -> float:
+    """Seconds until the next front serves, after so many short-lived ones in a row: none after a few, then 1, 2, 4 and
+    so on. A server that fronts die in at once takes no processor from its neighbours, and still serves as soon as the
+    cause is gone."""
+    beyond = short_lived - FREE_RESTARTS
     return 0.0 if beyond <= 0 else min(2.0 ** (beyond - 1), MAX_PAUSE_S)
 
 
@@ -109,12 +109,12 @@ class Supervisor:
 
     def serve(self) -> int:
         """Run one front after the other. Returns the exit status of the last one."""
-        died: collections.deque[float] = collections.deque(maxlen=100)
-        failed_starts = 0
+        short_lived = failed_starts = 0
         while True:
             if self._upgrade is not None:
                 self._upgrade.on_front_started()
-            front = self._front = self._standby.serve()
+            began, front = time.monotonic(), self._standby.serve()
+            self._front = front
             code = self._wait_for(front)
             if self._edge_code is not None:
                 return self._edge_code
@@ -127,11 +127,10 @@ class Supervisor:
             # Before the server has served, a front that ends has logged why it cannot start.
             if self._stopping or code == 0 or not self._run.ports or failed_starts > FREE_RESTARTS:
                 return 128 - code if code < 0 else code
-            now = time.monotonic()
-            died.append(now)
-            pause_s = pause_before_front_s(died, now)
+            short_lived = short_lived + 1 if time.monotonic() - began < STEADY_S else 0
+            pause_s = pause_before_front_s(short_lived)
             how = f"signal {-code}" if code < 0 else f"code {code}"
-            when = f" in {pause_s:g} s, since fronts die often" if pause_s else ""
+            when = f" in {pause_s:g} s, since fronts die at once" if pause_s else ""
             logs.SERVER.error(
                 "the front ended with %s; the standby front takes over%s, and its requests continue", how, when
             )

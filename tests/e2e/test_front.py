@@ -149,7 +149,7 @@ def test_fronts_that_die_one_after_the_other_also_before_they_serve_do_not_end_t
     killed: set[int] = set()
 
     def kill_all() -> None:
-        while len(killed) < 3 or "since fronts die often" not in server.said:
+        while len(killed) < 3 or "since fronts die at once" not in server.said:
             for pid in _fronts_of(server) - killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
