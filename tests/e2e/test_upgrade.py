@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from tests.support.streams import Traffic, wait_until, wait_until_whole
 
 STREAMS = 5
 """Enough for both kinds, at either edge."""
+PAUSE_S = 0.4
+"""Between two streams of a client: others are open then, and the processes that start have a part of the processors."""
 LIMIT_S = 240.0
 
 
@@ -80,6 +83,7 @@ class Load:
                 if had != has:
                     self._wrong.append((place, had, has))
                 self.done += 1
+                time.sleep(PAUSE_S)
 
 
 def completion(server: Supervised) -> str:
