@@ -111,7 +111,7 @@ def test_no_request_of_the_document_makes_the_server_fail(open_server: Server, c
     operations = [found.ok() for found in schema.get_all_operations()]
     operations = [each for each in operations if not each.path.endswith("/events")]  # a stream without an end
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(data=st.data())
     def fuzz(data: st.DataObject) -> None:
         case = data.draw(st.sampled_from(operations)).as_strategy()
@@ -126,7 +126,7 @@ def test_no_bytes_make_the_server_fail(open_server: Server, client: Client) -> N
     with grpc.insecure_channel(open_server.address) as channel:
         generate = channel.unary_stream("/moejax.v1.Inference/Generate")
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(BYTES_OF_A_REQUEST)
         def fuzz(request: bytes) -> None:
             call = generate(request, timeout=60)
