@@ -97,6 +97,7 @@ class App:
             request_log = _open_request_log(settings, run)
             stack.callback(request_log.close)
             weights_record = _weights_record(settings, model, run)
+            weights_record.remove_unneeded()
             weights = await _weights_in_force(settings, model, weights_record.load(), log)
             info = model.info()
             tokenizer.check_begin_tokens(info.vocab_size)
@@ -237,11 +238,11 @@ async def _prepared(settings: Settings, log: Log, run: RunFolder | None) -> Prep
 
 
 def _weights_record(settings: Settings, model: PreparedModel, run: RunFolder | None) -> WeightsRecord:
-    """The record of the weights in force, in the folder that outlives this front, if there is one."""
-    if run is not None:
-        return WeightsRecord(run.path, model.content)
-    folder = settings.journal if settings.journal not in (None, "off") else None
-    return WeightsRecord(None if folder is None else Path(folder), model.content)
+    """The record of the weights in force, in the folder that outlives the server, or else this front, if there is
+    one."""
+    if settings.journal not in (None, "off"):
+        return WeightsRecord(Path(settings.journal), model.content)
+    return WeightsRecord(None if run is None else run.path, model.content)
 
 
 async def _weights_in_force(

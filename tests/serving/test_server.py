@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from serving.app import _weights_record
+from serving.config import Settings
 from serving.errors import StartError
-from serving.launch.weights_record import WeightsRecord
+from serving.launch.run_folder import RunFolder
+from serving.launch.weights_record import FILE, WeightsRecord
 from serving.protocol.prepared_model import prepare_model
 from serving.protocol.weights import WeightsVersion
 from serving.server import Server
+from simulation.hand_model import PREPARED
 from tests.support.joining import JoinFiles, free_address
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -51,6 +55,18 @@ def test_a_recorded_version_is_refused_where_ranks_on_other_hosts_do_not_have_it
     server = Server(model=str(TINY), ranks=2, journal=str(tmp_path), **settings)
     with pytest.raises(StartError, match=r"version two is in force .* other hosts .*--model /models/two"), server:
         pytest.fail("its ranks would have other weights")
+
+
+def test_the_record_of_the_weights_lies_with_the_journal_also_under_a_supervisor(tmp_path: Path) -> None:
+    run, version = RunFolder(tmp_path / "run"), WeightsVersion(1, "two", "/models/two")
+    for settings, folder in (
+        (Settings(journal=str(tmp_path / "journal")), tmp_path / "journal"),
+        (Settings(), run.path),
+        (Settings(journal="off"), run.path),
+    ):
+        _weights_record(settings, PREPARED, run).save(version)
+        assert WeightsRecord(folder, PREPARED.content).load() == version
+        (folder / FILE).unlink()
 
 
 def test_a_server_that_runs_is_not_entered_again_and_can_be_started_again() -> None:
