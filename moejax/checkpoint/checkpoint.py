@@ -73,7 +73,8 @@ def tokenizer_config(cfg: ModelConfig, tokenizer_json: str) -> str:
 
 
 def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np.float32) -> Params:
-    """Read all parameters of a model folder as NumPy arrays of `dtype`, experts in logical order.
+    """Read all parameters of a model folder as NumPy arrays of `dtype` (None: as they are stored), experts in logical
+    order.
 
     Raises CheckpointError, naming file and tensor, when one is missing, has another shape than the
     configuration says, is truncated, or holds other numbers than were written.
@@ -91,7 +92,7 @@ def load_params(folder: Path, cfg: ModelConfig | None = None, *, dtype: Any = np
             raise CheckpointError(
                 f"{folder / PARAMS}: tensor {name} is corrupt: {what} differ from {FILE}. Make the model again."
             )
-    return jax.tree.map(lambda a: a.astype(dtype, copy=False), params)
+    return params if dtype is None else jax.tree.map(lambda a: a.astype(dtype, copy=False), params)
 
 
 def write_params(path: Path, params: Any) -> None:

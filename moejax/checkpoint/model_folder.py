@@ -6,6 +6,7 @@ without it.
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -17,8 +18,21 @@ from moejax.checkpoint.manifest import CheckpointError, content_hash
 RECIPE = 3
 """Part of the folder name of models that are made here. Raise it when a recipe changes, so that they are made again."""
 PARAMS = "params"
+CHANGED = "changed-tensors.json"
+"""File of a folder that was made of another one and some changed tensors (`moejax.tools.changed_tensors`): the name of
+the model."""
+MADE = "made"
+"""Its folder of all that is made of it, such as its conversion, which goes with it."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 """Patterns of the files that a tokenizer is in; `serving.text.tokenizer_formats` reads the first that is there."""
+
+
+def changed_name(folder: Path) -> str:
+    """The model's name in a folder of changed tensors; empty in any other."""
+    try:
+        return json.loads((folder / CHANGED).read_text())["name"]
+    except FileNotFoundError:
+        return ""
 
 
 @contextlib.contextmanager

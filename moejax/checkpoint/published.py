@@ -18,7 +18,7 @@ import numpy as np
 from moejax.checkpoint.families import WITHOUT_MTP, array_sources, is_unused, read_config
 from moejax.checkpoint.families.source import ArraySource, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
-from moejax.checkpoint.model_folder import TOKENIZERS
+from moejax.checkpoint.model_folder import TOKENIZERS, changed_name
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.int4 import Int4, Planes, from_published
 from moejax.config.model_config import ModelConfig
@@ -42,8 +42,11 @@ TOKENIZER_FILES = (
 
 
 def published_name(source: Path) -> str:
-    """The name of a published folder; in the cache of the Hugging Face hub, that of its repository."""
+    """The name of a published folder; in the cache of the Hugging Face hub, that of its repository. A folder of changed
+    tensors has that of the folder it was made of."""
     source = source.resolve()
+    if name := changed_name(source):
+        return name
     hub = source.parent.parent.name
     return hub.split("--")[-1] if source.parent.name == "snapshots" and hub.startswith("models--") else source.name
 

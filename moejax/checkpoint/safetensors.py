@@ -7,7 +7,7 @@ Quantised matrices go by the names that they have without quantisation and are d
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -60,16 +60,26 @@ class SafetensorsFolder:
 
     @classmethod
     def open(cls, folder: Path) -> "SafetensorsFolder":
-        """Read the headers of all files. Raises CheckpointError naming the file that is missing or cut short, and for a
+        """Read the headers of all files. Where there is an index, a tensor that several files have is that of the file
+        which the index names. Raises CheckpointError naming the file that is missing or cut short, and for a
         quantisation that is not read."""
         folder = Path(folder)
         stored: dict[str, StoredTensor] = {}
-        for file in _files(folder):
+        places = _index(folder)
+        files = _files(folder) if places is None else _indexed_files(folder, places)
+        for file in files:
             for name, each in _header(file).items():
+                if places is not None and places.get(name, file.name) != file.name:
+                    continue
                 if name in stored:
                     raise CheckpointError(f"tensor {name} is in {stored[name].file} and in {file}; one must go.")
                 stored[name] = each
         return cls(folder, stored)
+
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The tensors as they are in the files, by their names there."""
+        return self._stored
 
     @property
     def bytes(self) -> int:
@@ -169,21 +179,31 @@ def is_safetensors_folder(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The files of a folder without an index."""
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise _no_safetensors(folder)
+    # A second copy of the weights in the form of the model's authors, under other names, as Mistral publishes it.
+    return [file for file in files if not file.name.startswith("consolidated")] or files
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, as the index of a folder says; None without an index."""
     index = folder / INDEX
     if not index.is_file():
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise _no_safetensors(folder)
-        # A second copy of the weights in the form of the model's authors, under other names, as Mistral publishes it.
-        return [file for file in files if not file.name.startswith("consolidated")] or files
+        return None
     try:
-        files = sorted({folder / name for name in json.loads(index.read_text("utf-8-sig"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return dict(json.loads(index.read_text("utf-8-sig"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def _indexed_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
+    files = [folder / name for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {index.name} lists {len(files)} files. Fetch it again.")
+            raise CheckpointError(f"{file} is missing; {INDEX} lists {len(files)} files. Fetch it again.")
     return files
 
 

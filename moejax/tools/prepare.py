@@ -18,7 +18,7 @@ from moejax.checkpoint.families import read_config
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import content_hash
 from moejax.checkpoint.published import check_mtp_packed, packed_form, published_name
-from moejax.checkpoint.published_store import PublishedStore
+from moejax.checkpoint.published_store import SOURCE, PublishedStore
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
@@ -80,7 +80,8 @@ def prepare(
         read_config(Path(name), mtp=mtp).tp_shard(int(tensor))
     wanted = weights
     weights = PUBLISHED if weights in PACKED_FORMATS else weights
-    folder, store = _open(name, weights, how, mtp=mtp)
+    folder = prepared_folder(name, weights, how, mtp=mtp)
+    store = PublishedStore.open(folder) if (folder / SOURCE).is_file() else HostStore.create(folder)
     if like:
         check_same_dtypes(folder, Path(like))
     cfg = _held_config(name, store, weights, how, int(tensor))
@@ -125,16 +126,14 @@ def prepare(
     }
 
 
-def _open(name: str, weights: str, how: str, *, mtp: bool) -> tuple[Path, HostStore | PublishedStore]:
-    """The folder of a model in our form, or of the checksums of a published one, made now if need be, and its store."""
-    keeps = weights == PUBLISHED and how != "sharded" and _keeps_form(name, mtp=mtp)
+def prepared_folder(name: str, weights: str, how: str, *, mtp: bool) -> Path:
+    """The folder of a model in our form, or of the checksums of a published one, made now if need be. Arguments as for
+    `prepare`."""
+    keeps = weights in (PUBLISHED, *PACKED_FORMATS) and how != "sharded" and _keeps_form(name, mtp=mtp)
     if (how == "in-place" or keeps) and is_published(Path(name)):
-        folder = ensure_checksums(Path(name), mtp=mtp)
-        return folder, PublishedStore.open(folder)
+        return ensure_checksums(Path(name), mtp=mtp)
     folder = ensure_model(name, mtp=mtp)
-    if how == "sharded":
-        folder = ensure_sharded_dense(folder)
-    return folder, HostStore.create(folder)
+    return ensure_sharded_dense(folder) if how == "sharded" else folder
 
 
 def _held_config(name: str, store: HostStore | PublishedStore, weights: str, how: str, tensor: int) -> ModelConfig:

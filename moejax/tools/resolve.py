@@ -12,7 +12,7 @@ from moejax.checkpoint.convert import convert, progress
 from moejax.checkpoint.download import cache_folder
 from moejax.checkpoint.families import WITHOUT_MTP, read_config
 from moejax.checkpoint.manifest import CheckpointError, content_hash
-from moejax.checkpoint.model_folder import PARAMS, RECIPE, checked_folder, exclusive
+from moejax.checkpoint.model_folder import CHANGED, MADE, PARAMS, RECIPE, checked_folder, exclusive
 from moejax.checkpoint.mtp_head import HEAD, join_head
 from moejax.checkpoint.published import fingerprint, published_name
 from moejax.checkpoint.published_store import record_checksums
@@ -87,7 +87,7 @@ def ensure_mtp(folder: Path) -> Path:
     head = folder / HEAD
     if not head.is_dir():
         raise CheckpointError(f"{cfg.name} has no layer of multi-token prediction: {head} is not there. {WITHOUT_MTP}")
-    joined = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-mtp-{content_hash(head)}"
+    joined = _place_of_made(folder) / f"{cfg.name}-{content_hash(folder)}-mtp-{content_hash(head)}"
     with exclusive(joined):
         if not joined.is_dir():
             join_head(folder, head, joined)
@@ -99,7 +99,7 @@ def ensure_converted(published: Path, *, mtp: bool = False) -> Path:
     changes."""
     name = published_name(published)
     cfg = read_config(published, name=name, mtp=mtp)
-    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}"
+    folder = _place_of_made(published) / f"{name}-{fingerprint(published, cfg, None)}"
     if not folder.is_dir():
         with progress(f"Converting {name}, once") as on_progress:
             convert(published, folder, name=name, on_progress=on_progress, mtp=mtp)
@@ -111,7 +111,7 @@ def ensure_checksums(published: Path, *, mtp: bool = False) -> Path:
     cache or made there; made again when one of its files changes."""
     name = published_name(published)
     cfg = read_config(published, name=name, mtp=mtp)
-    folder = cache_folder() / "models" / f"{name}-{fingerprint(published, cfg, None)}-as-published"
+    folder = _place_of_made(published) / f"{name}-{fingerprint(published, cfg, None)}-as-published"
     if not folder.is_dir():
         with progress(f"Noting the checksums of {name}, once") as on_progress:
             record_checksums(published, folder, name=name, on_progress=on_progress, mtp=mtp)
@@ -136,8 +136,14 @@ def ensure_sharded_dense(folder: Path) -> Path:
     cfg = ModelConfig.load(folder)
     if sharded_dense_config(cfg) is None:
         return folder
-    sharded = cache_folder() / "models" / f"{cfg.name}-{content_hash(folder)}-divided-recipe{RECIPE}"
+    sharded = _place_of_made(folder) / f"{cfg.name}-{content_hash(folder)}-divided-recipe{RECIPE}"
     if not sharded.is_dir():
         with progress(f"Dividing the dense layers of {cfg.name}, once") as on_progress:
             shard_dense(folder, sharded, on_progress)
     return checked_folder(sharded)
+
+
+def _place_of_made(source: Path) -> Path:
+    """Where the folders that are made of a folder lie: in the cache, those of a folder of changed tensors in itself."""
+    changed = next((each for each in (source, *source.parents) if (each / CHANGED).is_file()), None)
+    return cache_folder() / "models" if changed is None else changed / MADE
