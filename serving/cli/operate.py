@@ -7,6 +7,7 @@ import click
 from serving.api.client import Client
 from serving.cli.monitor import past_events
 from serving.cli.options import client_options, example
+from serving.cli.tensor_file import read_tensors
 from serving.protocol.backend import FAULTS
 from serving.protocol.events import EventKind
 from serving.protocol.instructions import ACTIONS, Action
@@ -20,6 +21,17 @@ from serving.protocol.weights import RUNNING, Running
 @click.option("--to", type=int, help="Scale until this many ranks serve, instead of RANKS.")
 @click.option("--replace", is_flag=True, help="With drain: start a new process for each drained rank.")
 @click.option("--model", default="", help="With weights: the folder of the new weights, on the server.")
+@click.option(
+    "--tensors",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With weights, instead of --model: a safetensors file on this machine, whose tensors replace those of the "
+    "weights in force.",
+)
+@click.option(
+    "--base-version",
+    default="",
+    help="With --tensors: the version that they change; whichever is in force unless given.",
+)
 @click.option("--version", default="", help="With weights: their label in answers; their number unless given.")
 @click.option(
     "--running",
@@ -42,6 +54,7 @@ from serving.protocol.weights import RUNNING, Running
     "moejax apply scale_down --to 2",
     "moejax apply pause",
     "moejax apply weights --model checkpoints/step-200 --version step-200",
+    "moejax apply weights --tensors changed.safetensors --version step-201",
 )
 def apply(
     client: Client,
@@ -51,6 +64,8 @@ def apply(
     to: int | None,
     replace: bool,
     model: str,
+    tensors: Path | None,
+    base_version: str,
     version: str,
     running: Running,
     timeout_s: float,
@@ -67,8 +82,18 @@ def apply(
     scale_up    start ranks that were kept out
     rebalance   move experts so that no rank has more of the traffic than others
     weights     serve the weights in --model, without a restart: the same
-                configuration, vocabulary and number formats
+                configuration, vocabulary and number formats; or the weights
+                in force with the tensors in --tensors
     """
+    if tensors is not None:
+        if action != "weights" or model:
+            raise click.UsageError("--tensors goes with weights, and without --model.")
+        changes, labels = read_tensors(tensors), {"version": version, "base_version": base_version}
+        serving = client.apply_tensors(changes, **labels, running=running, timeout_s=timeout_s)
+        _show_applied(client, action, serving)
+        return
+    if base_version:
+        raise click.UsageError("--base-version goes with --tensors.")
     model = str(Path(model).resolve()) if model and Path(model).exists() else model
     serving = client.apply(
         action,
@@ -81,6 +106,10 @@ def apply(
         version=version,
         running=running,
     )
+    _show_applied(client, action, serving)
+
+
+def _show_applied(client: Client, action: Action, serving: list[int]) -> None:
     click.echo(f"ranks that serve: {' '.join(map(str, serving))}")
     if action == "weights":
         click.echo(f"weights in force: version {client.status().weights_version}")

@@ -1,5 +1,7 @@
 """Instructions to a running server: kill a rank, carry out a planned change, take in a device error."""
 
+from pathlib import Path
+
 import numpy as np
 
 from planner.plan.plan import Plan
@@ -10,6 +12,7 @@ from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.backend import CUT_LINKS, FAULTS, SIGNALS
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
 from serving.protocol.prepared_model import ModelInfo
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 from serving.recovery.failover import Failover
 from serving.recovery.maintenance import Maintenance
 from serving.recovery.rebalancing import Rebalancing
@@ -58,6 +61,15 @@ class Control:
             await self._rebalancing.run()
         else:
             await self._maintenance.apply(instruction, self._host_of_rank())
+        return self._failover.plan_ranks
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """See `serving.protocol.backend.Backend.begin_tensors`."""
+        return await self._maintenance.weights.begin_tensors(update)
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        """See `serving.protocol.backend.Backend.apply_tensors`."""
+        await self._maintenance.weights.apply_tensors(update, Path(folder))
         return self._failover.plan_ranks
 
     def report(self, error: DeviceError) -> ErrorResponse:

@@ -31,6 +31,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import EdgeStatus, LossForecast, Status
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 from serving.recovery.due import BESIDE_A_STEP, URGENT, DueWork
 from serving.recovery.failover import Failover
 from serving.text.structured_output import GrammarMatcher
@@ -279,12 +280,25 @@ class Loop:
                 )
             await self.upgrades.begin(instruction)
             return self.failover.plan_ranks
-        if instruction.action != "retry" and self.upgrades is not None and self.upgrades.busy:
-            raise Conflict(
-                f"an upgrade is under way, which {instruction.action} would cross. Wait for it (`moejax status`), then "
-                "try again."
-            )
+        if instruction.action != "retry":
+            self._check_not_upgrading(instruction.action)
         return await self._control.apply(instruction)
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """See `serving.protocol.backend.Backend.begin_tensors`."""
+        self._check_not_upgrading("weights")
+        return await self._control.begin_tensors(update)
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        """See `serving.protocol.backend.Backend.apply_tensors`."""
+        self._check_not_upgrading("weights")
+        return await self._control.apply_tensors(update, folder)
+
+    def _check_not_upgrading(self, action: str) -> None:
+        if self.upgrades is not None and self.upgrades.busy:
+            raise Conflict(
+                f"an upgrade is under way, which {action} would cross. Wait for it (`moejax status`), then try again."
+            )
 
     def report(self, error: DeviceError) -> ErrorResponse:
         """See `serving.protocol.backend.Backend.report`."""

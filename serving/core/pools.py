@@ -29,6 +29,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import EdgeStatus, LossForecast, Status
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.loss_forecast import measured_recovery
@@ -254,11 +255,7 @@ class Pools:
                 param="action",
             )
         if instruction.action == "weights":
-            raise InvalidRequest(
-                "action is 'weights' with arch 'pd': both pools would have to switch between two steps, which they do "
-                "not yet. Restart the server with the new --model.",
-                param="action",
-            )
+            raise _no_new_weights()
         concerned = self.loops
         if instruction.action in OF_ONE_POOL and instruction.to is None and not (instruction.ranks or instruction.host):
             raise InvalidRequest(
@@ -282,6 +279,14 @@ class Pools:
         await asyncio.gather(*(each.apply(instruction) for each in concerned))
         return tuple(rank for each in self.loops for rank in each.failover.plan_ranks)
 
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """See `serving.protocol.backend.Backend.begin_tensors`. Raises InvalidRequest."""
+        raise _no_new_weights()
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        """See `serving.protocol.backend.Backend.apply_tensors`. Raises InvalidRequest."""
+        raise _no_new_weights()
+
     def report(self, error: DeviceError) -> ErrorResponse:
         """See `serving.protocol.backend.Backend.report`."""
         return self._of(error.rank).report(error)
@@ -293,3 +298,11 @@ class Pools:
                 return each
         known = [each for loop in self.loops for each in loop.failover.plans.base.rank_ids]
         raise UnknownRequest(f"there is no rank {rank}; ranks are {known}.", param="rank")
+
+
+def _no_new_weights() -> InvalidRequest:
+    return InvalidRequest(
+        "action is 'weights' with arch 'pd': both pools would have to switch between two steps, which they do not yet. "
+        "Restart the server with the new --model.",
+        param="action",
+    )

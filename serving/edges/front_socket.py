@@ -31,7 +31,7 @@ from serving.protocol.versions import EDGE
 CLOSE_S = 2.0
 """Most seconds that a front which stops waits for its edges to take what they lack."""
 
-INSTRUCTIONS = ("kill", "apply", "report")
+INSTRUCTIONS = ("kill", "apply", "begin_tensors", "apply_tensors", "report")
 """The methods that change the server. An edge on another host, whose port is open to clients, may not ask for them."""
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Scored, Token
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 from serving.protocol.versions import EDGE, VersionRange
 
 VERSION = EDGE.newest
@@ -217,6 +218,8 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "deployment": (tuple[()], str | None),
     "kill": (tuple[int, str, str], None),
     "apply": (tuple[Instruction], tuple[int, ...]),
+    "begin_tensors": (tuple[TensorUpdate], TensorTarget),
+    "apply_tensors": (tuple[TensorUpdate, str], tuple[int, ...]),
     "report": (tuple[DeviceError], ErrorResponse),
 }
 """The methods of a backend that an edge forwards: the types of their arguments and of their answer."""

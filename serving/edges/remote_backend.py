@@ -30,10 +30,11 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 
 WAIT_S = 20.0
 """Most seconds for which a question, such as the status, waits for the next front."""
-NOT_REPEATED = ("kill", "apply", "report")
+NOT_REPEATED = ("kill", "apply", "begin_tensors", "apply_tensors", "report")
 """Instructions: they are not sent a second time, because the front that died may have carried them out."""
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,14 @@ class RemoteBackend:
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.protocol.backend.Backend.apply`."""
         return await self._ask("apply", instruction)
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """See `serving.protocol.backend.Backend.begin_tensors`."""
+        return await self._ask("begin_tensors", update)
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        """See `serving.protocol.backend.Backend.apply_tensors`."""
+        return await self._ask("apply_tensors", update, folder)
 
     async def report(self, error: DeviceError) -> ErrorResponse:
         """See `serving.protocol.backend.Backend.report`."""

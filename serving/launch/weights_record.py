@@ -1,17 +1,21 @@
 """The record of the weights in force, in a file that outlives the front: a switch is decided once it is written.
 
-It stands in the run folder of a supervised front, else in the folder of the journal. It is void when the server is
-started with another model.
+It stands in the folder of the journal that the settings name, else in the run folder of a supervised front. It is void
+when the server is started with another model.
 """
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from serving.errors import StartError
+from serving.launch.version_folders import VersionFolders
 from serving.protocol.weights import FIRST_WEIGHTS, WeightsVersion
 
 FILE = "weights.json"
+VERSIONS = "weights"
+"""Folder beside it of the versions that were made of changed tensors."""
 
 
 class WeightsRecord:
@@ -21,6 +25,8 @@ class WeightsRecord:
     def __init__(self, folder: Path | None, base: str) -> None:
         self._path = None if folder is None else folder / FILE
         self._base = base
+        self.versions = VersionFolders(None if folder is None else folder / VERSIONS)
+        """The folders of versions that were made of changed tensors."""
 
     def load(self) -> WeightsVersion:
         """The version in force; that of number 0 without a record. Raises StartError when the file is not readable."""
@@ -39,6 +45,16 @@ class WeightsRecord:
         """Replace the record. Returns when the disk has it. Raises OSError; see then which one it `has`."""
         if self._path is not None:
             write_whole(self._path, json.dumps({"base": self._base, "version": version.to_json()}).encode())
+
+    def remove_unneeded(self, needed: Collection[str] = ()) -> None:
+        """Remove the folders of versions but these and the recorded one, whichever model it is of."""
+        recorded = ""
+        if self._path is not None and self._path.is_file():
+            try:
+                recorded = str(json.loads(self._path.read_text())["version"]["model"])
+            except (OSError, ValueError, TypeError, KeyError):
+                return  # nobody knows which one is needed
+        self.versions.remove_unneeded({*needed, recorded})
 
     def has(self, version: WeightsVersion) -> bool:
         """Whether the next front would have this version in force."""

@@ -11,6 +11,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 
 SIGNALS = ("SIGKILL", "SIGSTOP")
 SIGNALS_TO_WEIGHTS = ("NAN", "BITFLIP")
@@ -108,6 +109,16 @@ class Backend(Protocol):
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """Carry out a planned change; returns the ranks that serve when it is done. The caller has been checked
         (`serving.protocol.instructions.permit`). Raises InvalidRequest and NoCapacity."""
+        ...
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """The weights that are to be changed by tensors, and where on this machine the tensors are to be received. The
+        caller has been checked. Raises InvalidRequest, NoCapacity and Conflict."""
+        ...
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        """Change the weights in force by the tensors that a process of this machine has received in `folder`; returns
+        the ranks that serve when the new ones are in force. Raises as `begin_tensors`."""
         ...
 
     def report(self, error: DeviceError) -> ErrorResponse | Awaitable[ErrorResponse]:

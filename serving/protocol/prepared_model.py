@@ -11,6 +11,7 @@ from planner.inputs.workload import Workload
 from serving.errors import InvalidRequest, StartError
 from serving.protocol.sampling import SamplingDefaults
 
+PREPARE = "moejax.tools.prepare"
 JSON_KEYS = {"divided_layers": "sharded_layers"}
 """Fields that have another name in JSON, where fronts of 0.1.0 read them."""
 
@@ -182,7 +183,7 @@ async def prepare_model(
     Raises StartError with its cause.
     """
     flags, how = ("--mtp",) if mtp else (), "in-place" if in_place else dense
-    code, out, _ = await _run_prepare(*flags, model, weights, how, str(tensor), kv_cache_type)
+    code, out, _ = await run_tool(PREPARE, *flags, model, weights, how, str(tensor), kv_cache_type)
     if code != 0:
         raise StartError(f"the model {model!r} could not be prepared; the lines above give the cause.")
     return PreparedModel.from_json(out)
@@ -200,19 +201,23 @@ async def prepare_weights(
     """As `prepare_model`, for other weights of a model that is served. Raises InvalidRequest with the cause: before
     anything is converted or copied when the configurations differ, or their tokenizers."""
     given = (model, like.weights, "in-place" if in_place else dense, str(tensor), like.cache_format, like.folder)
-    code, out, said = await _run_prepare(*(("--mtp",) if mtp else ()), *given, show=False)
+    code, out, said = await run_tool(PREPARE, *(("--mtp",) if mtp else ()), *given, show=False)
     if code != 0:
-        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-        cause = lines[-1] if lines else f"the process that prepares it ended with {code}"
+        cause = last_line(said) or f"the process that prepares it ended with {code}"
         raise InvalidRequest(f"{model} cannot replace the weights of {like.name}: {cause}", param="model")
     return PreparedModel.from_json(out)
 
 
-async def _run_prepare(*arguments: str, show: bool = True) -> tuple[int, bytes, bytes]:
-    """Run `python -m moejax.tools.prepare`. Returns its code, its output and, unless it is shown, its standard
-    error."""
+def last_line(said: bytes) -> str:
+    """The last line of a standard error, where a tool says what failed; empty when there is none."""
+    return next((line.strip() for line in reversed(said.decode(errors="replace").splitlines()) if line.strip()), "")
+
+
+async def run_tool(module: str, *arguments: str, show: bool = True) -> tuple[int, bytes, bytes]:
+    """Run a module of `moejax.tools` in a process of its own. Returns its code, its output and, unless it is shown, its
+    standard error."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "moejax.tools.prepare", *arguments),
+        *(sys.executable, "-m", module, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=None if show else asyncio.subprocess.PIPE,

@@ -228,10 +228,12 @@ class Failover:
             self.mark_comm_broken()
 
     async def close(self) -> None:
-        """Stop the coordination service and the background tasks; free the KV replicas."""
+        """Stop the coordination service and the background tasks; free the KV replicas, and the folders of weights that
+        nothing after this front needs."""
         self.generations.stop_preparing()
         await self._rendezvous.close()
         self.kv_replicas.close()
+        self.weights_record.versions.close()
 
     async def _switch_to(self, plan: Plan, phases: PhaseTimes) -> None:
         with phases.measure("adopt"):

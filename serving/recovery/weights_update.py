@@ -25,7 +25,9 @@ from serving.protocol import clock
 from serving.protocol.events import EventKind, EventLog
 from serving.protocol.instructions import Instruction
 from serving.protocol.prepared_model import prepare_weights
+from serving.protocol.tensors import TensorTarget, TensorUpdate
 from serving.protocol.weights import WeightsVersion
+from serving.recovery.changed_tensors import ChangedTensors
 from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import free_bytes
 from serving.recovery.membership import INCOMING, RankState
@@ -60,6 +62,7 @@ class WeightsUpdate:
         self._first = server.failover.membership.weights.number
         self._contents = {server.failover.membership.weights.label: server.failover.membership.weights.content}
         """The contents of the weights that have had each label, as far as this front knows."""
+        self._changed = ChangedTensors(server.settings, server.failover)
         self.next_label = ""
         """The label of weights that are being brought in; empty when none are."""
 
@@ -72,11 +75,30 @@ class WeightsUpdate:
         """Bring the weights of a folder in; returns when they are in force. Raises InvalidRequest for weights that are
         not those of the served model, or cannot be read; Conflict while another update runs; NoCapacity without the
         memory for it. The former weights stay then, and no rank has more in its memory than before."""
+        await self._bring_in(instruction)
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        """The weights that an update by changed tensors is for, and where these are to be received. Raises as `apply`
+        does, and Conflict when the update changes other weights than those in force."""
+        weights = self._changed.check_base(update)
+        self._check_memory(self._version_of(update.instruction("changed tensors")).label)
+        return await self._changed.target(weights)
+
+    async def apply_tensors(self, update: TensorUpdate, changes: Path) -> None:
+        """As `apply`, with the weights in force and the tensors in the folder `changes`."""
+        self._changed.check_base(update)
+        await self._bring_in(update.instruction("changed tensors"), changes)
+        self._changed.on_applied()
+
+    async def _bring_in(self, instruction: Instruction, changes: Path | None = None) -> None:
         server, failover = self._server, self._server.failover
+        before = failover.membership.weights.model
         version = self._version_of(instruction)
         self.next_label = version.label
         try:
             self._check_memory(version.label)
+            if changes is not None:
+                version = await self._changed.make_folder(version, changes)
             version, unused = await self._prepare(version)
             text = f"version {version.label}, from {version.model}{unused_note(unused)}"
             server.events.emit(EventKind.WEIGHTS_LOADING, failover.epoch, message=text)
@@ -94,6 +116,7 @@ class WeightsUpdate:
                 await asyncio.sleep(POLL_S)
         finally:
             self.next_label = ""
+            await self._changed.remove_unneeded(before)
 
     def _version_of(self, instruction: Instruction) -> WeightsVersion:
         """The version that an instruction asks for, which is not prepared yet."""

@@ -6,8 +6,10 @@ Log-probabilities are -0.5, the epoch is the one when the token is made.
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
+from pathlib import Path
 
 from planner import Cluster, Workload, solve
 from planner.plan.deployment import Deployment
@@ -17,6 +19,7 @@ from serving.protocol.instructions import DeviceError, ErrorResponse, Instructio
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
+from serving.protocol.tensors import DATA, TENSORS, TensorTarget, TensorUpdate
 
 MODEL = ModelInfo(
     name="fake",
@@ -70,6 +73,11 @@ class FakeBackend:
         self.killed: list[tuple[int, str]] = []
         self.applied: list[Instruction] = []
         self.reported: list[DeviceError] = []
+        self.tensors: TensorTarget | None = None
+        """The tensors that can be changed."""
+        self.updates: list[TensorUpdate] = []
+        self.changed: dict[str, bytes] = {}
+        """The bytes of changed tensors."""
         self.operable = False
         self._ranks = ranks
         self._running: dict[str, asyncio.Event] = {}
@@ -319,6 +327,18 @@ class FakeBackend:
         workload = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1000)
         cluster = Cluster.local(self._ranks)
         return Deployment(plan=solve(workload, cluster, alive=alive), workload=workload, cluster=cluster)
+
+    async def begin_tensors(self, update: TensorUpdate) -> TensorTarget:
+        assert self.tensors is not None
+        return self.tensors
+
+    async def apply_tensors(self, update: TensorUpdate, folder: str) -> tuple[int, ...]:
+        data = (Path(folder) / DATA).read_bytes()
+        for name, (_, _, start) in json.loads((Path(folder) / TENSORS).read_text()).items():
+            assert self.tensors is not None
+            self.changed[name] = data[start : start + self.tensors.tensors[name].bytes]
+        self.updates.append(update)
+        return tuple(range(self._ranks))
 
     def what_if(self) -> tuple[LossForecast, ...]:
         lost = (r for r in range(self._ranks) if r not in self.dead)

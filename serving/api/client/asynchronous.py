@@ -1,8 +1,9 @@
 """The client for asyncio."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc.aio
 
@@ -11,12 +12,15 @@ from serving.api.client.completion import CompletionOutput, completion_outputs
 from serving.api.client.options import GenerateOptions
 from serving.api.client.prompts import ChatTurn, PromptLike, read_chat
 from serving.api.client.streams import AsyncStream, raise_moejax_errors
+from serving.api.client.tensors import TensorParts
 from serving.api.grpc.resilience_messages import event_from_proto
 from serving.auth.tls import ClientTls
+from serving.errors import MoejaxError
 from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.tensors import TensorUpdate
 from serving.protocol.weights import Running
 
 T = TypeVar("T")
@@ -136,6 +140,25 @@ class AsyncClient(ClientBase):
             python=python,
         )
         return await self._call(self._apply_call(instruction))
+
+    async def apply_tensors(
+        self,
+        tensors: Iterable[tuple[str, Any]],
+        *,
+        version: str = "",
+        base_version: str = "",
+        running: Running = "switch",
+        timeout_s: float = 30.0,
+    ) -> list[int]:
+        """Change tensors of the weights in force; see `Client.apply_tensors`. The iterable is read in its loop."""
+        update = TensorUpdate(version=version, base_version=base_version, running=running, timeout_s=timeout_s)
+        parts = TensorParts(update, tensors)
+        try:
+            return await self._call(self._tensors_call(parts))
+        except (MoejaxError, asyncio.CancelledError):  # gRPC cancels a call whose iterable raises
+            if parts.error is not None:
+                raise parts.error from None
+            raise
 
     async def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:
         """Report an error of a rank's device; see `Client.report`."""

@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from serving.api.client.options import GenerateOptions, sampling_params
 from serving.api.client.prompts import PromptLike, read_prompt, read_tokens
 from serving.api.client.streams import ResumableCall
+from serving.api.client.tensors import TensorParts
 from serving.api.grpc.inference_messages import (
     model_from_proto,
     request_to_proto,
@@ -148,6 +149,9 @@ class ClientBase:
     def _apply_call(self, instruction: Instruction) -> UnaryCall[list[int]]:
         request = instruction_to_proto(instruction)
         return UnaryCall(self._resilience.Apply, request, lambda response: list(response.serving))
+
+    def _tensors_call(self, parts: TensorParts) -> UnaryCall[list[int]]:
+        return UnaryCall(self._resilience.ApplyTensors, parts, lambda response: list(response.serving))
 
     def _report_call(self, rank: int, level: int, code: str, message: str) -> UnaryCall[str]:
         request = resilience_pb2.ReportRequest(rank=rank, level=level, code=code, message=message)

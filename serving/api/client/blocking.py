@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
@@ -11,12 +11,15 @@ from serving.api.client.completion import CompletionOutput, completion_outputs
 from serving.api.client.options import GenerateOptions
 from serving.api.client.prompts import ChatTurn, PromptLike, read_chat
 from serving.api.client.streams import Stream, raise_moejax_errors
+from serving.api.client.tensors import TensorParts
 from serving.api.grpc.resilience_messages import event_from_proto
 from serving.auth.tls import ClientTls
+from serving.errors import MoejaxError
 from serving.protocol.events import Event
 from serving.protocol.instructions import Action, Instruction
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import LossForecast, Status
+from serving.protocol.tensors import TensorUpdate
 from serving.protocol.weights import Running
 
 T = TypeVar("T")
@@ -151,6 +154,31 @@ class Client(ClientBase):
             python=python,
         )
         return self._call(self._apply_call(instruction))
+
+    def apply_tensors(
+        self,
+        tensors: Iterable[tuple[str, Any]],
+        *,
+        version: str = "",
+        base_version: str = "",
+        running: Running = "switch",
+        timeout_s: float = 30.0,
+    ) -> list[int]:
+        """Change tensors of the weights in force, as a trainer does after a step. `tensors` are (name, array): the
+        names that they have in the folder of the served model, in its number formats and shapes. Tensors that are not
+        among them stay as they are. `version` labels the new weights (their number unless given), `base_version` is the
+        label of the weights that are changed (whichever are in force unless given); `running` and `timeout_s` as for
+        `apply`. Returns the ranks that serve when the new weights are in force. Raises InvalidRequest, Conflict or
+        NoCapacity, and whatever the iterable raises: the former weights are in force then, and nothing is kept.
+        """
+        update = TensorUpdate(version=version, base_version=base_version, running=running, timeout_s=timeout_s)
+        parts = TensorParts(update, tensors)
+        try:
+            return self._call(self._tensors_call(parts))
+        except MoejaxError:
+            if parts.error is not None:
+                raise parts.error from None
+            raise
 
     def report(self, rank: int, level: int, code: str = "", message: str = "") -> str:
         """Report an error of a rank's device, of level 1 to 6. Returns the action that the server takes."""

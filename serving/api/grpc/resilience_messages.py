@@ -7,6 +7,7 @@ from serving.proto.moejax.v1 import resilience_pb2
 from serving.protocol.events import Event, severity_of
 from serving.protocol.instructions import Instruction
 from serving.protocol.status import EdgeStatus, LossCost, LossForecast, PoolStatus, RankStatus, Status
+from serving.protocol.tensors import TensorUpdate
 
 
 def status_to_proto(status: Status) -> resilience_pb2.Status:
@@ -92,6 +93,22 @@ def instruction_to_proto(instruction: Instruction) -> resilience_pb2.ApplyReques
     """The message of an instruction."""
     values = {f.name: getattr(instruction, f.name) for f in dataclasses.fields(instruction)}
     return resilience_pb2.ApplyRequest(**{k: v for k, v in values.items() if v is not None})
+
+
+def tensor_update_to_proto(update: TensorUpdate) -> resilience_pb2.TensorUpdate:
+    """The message of an update by changed tensors."""
+    return resilience_pb2.TensorUpdate(**dataclasses.asdict(update))
+
+
+def tensor_update_from_proto(message: resilience_pb2.TensorUpdate) -> TensorUpdate:
+    """The inverse of `tensor_update_to_proto`. Raises InvalidRequest."""
+    given: dict[str, Any] = {"timeout_s": message.timeout_s} if message.HasField("timeout_s") else {}
+    return TensorUpdate(
+        version=message.version,
+        base_version=message.base_version,
+        running=message.running or "switch",  # type: ignore[arg-type] - checked by TensorUpdate
+        **given,
+    )
 
 
 def instruction_from_proto(message: resilience_pb2.ApplyRequest) -> Instruction:

@@ -1,13 +1,18 @@
 """The service moejax.v1.Resilience: the state of the server, its events, and planned changes."""
 
 import contextlib
+import dataclasses
 import re
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from serving.api.grpc import resilience_messages as messages
 from serving.api.grpc.errors import abort_on_error
+from serving.api.grpc.tensor_receiver import receive_tensors
 from serving.api.shutdown import Shutdown
 from serving.auth.api_keys import CALLER
+from serving.errors import InvalidRequest
+from serving.launch.version_folders import incoming_folder
 from serving.proto.moejax.v1 import resilience_pb2, resilience_pb2_grpc
 from serving.protocol.backend import Backend, answered
 from serving.protocol.instructions import DeviceError, check_may_operate
@@ -47,11 +52,22 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
         """Make a planned change. Only for callers that may operate the server."""
         async with abort_on_error(context):
             await self._permit(context)
-            serving = await self._backend.apply(messages.instruction_from_proto(request))
-            status = await answered(self._backend.status())
-            return resilience_pb2.ApplyResponse(
-                serving=serving, epoch=status.epoch, weights_version=status.weights_version
-            )
+            return await self._applied(await self._backend.apply(messages.instruction_from_proto(request)))
+
+    async def ApplyTensors(self, requests: AsyncIterator[resilience_pb2.TensorPart], context: Any) -> Any:
+        """Change tensors of the weights in force. Only for callers that may operate the server."""
+        async with abort_on_error(context):
+            await self._permit(context)
+            first = await anext(requests, None)
+            if first is None or first.WhichOneof("part") != "update":
+                raise InvalidRequest("the first message must have update, which says what is changed.", param="update")
+            update = messages.tensor_update_from_proto(first.update)
+            target = await self._backend.begin_tensors(update)
+            async with incoming_folder(target.folder) as folder:
+                await receive_tensors(requests, target, folder)
+                update = dataclasses.replace(update, base_version=target.base_version)
+                serving = await self._backend.apply_tensors(update, str(folder))
+            return await self._applied(serving)
 
     async def Report(self, request: resilience_pb2.ReportRequest, context: Any) -> resilience_pb2.ReportResponse:
         """Take the report of a device's error. Only for callers that may operate the server."""
@@ -61,6 +77,10 @@ class ResilienceService(resilience_pb2_grpc.ResilienceServicer):
             error = DeviceError.from_json({name: getattr(request, name) for name in names})
             response = await answered(self._backend.report(error))
             return resilience_pb2.ReportResponse(action=response.value)
+
+    async def _applied(self, serving: Iterable[int]) -> resilience_pb2.ApplyResponse:
+        status = await answered(self._backend.status())
+        return resilience_pb2.ApplyResponse(serving=serving, epoch=status.epoch, weights_version=status.weights_version)
 
     async def _permit(self, context: Any) -> None:
         status = await answered(self._backend.status())

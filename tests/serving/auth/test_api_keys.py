@@ -154,9 +154,11 @@ async def test_what_changes_a_server_over_grpc_takes_an_admin_key(file, method):
     path = f"/{method.containing_service.full_name}/{method.name}"
     async with serve(backend, limits=limits_of(file)) as server, grpc.aio.insecure_channel(server.address) as channel:
         kind = channel.unary_stream if method.server_streaming else channel.unary_unary
+        kind = channel.stream_unary if method.client_streaming else kind
         timeout_s = 0.3 if method.name == "Watch" else 60  # it ends only by its deadline
         metadata = (("authorization", f"Bearer {secret}"),)
-        call = kind(path)(request.SerializeToString(), metadata=metadata, timeout=timeout_s)
+        sent = request.SerializeToString()
+        call = kind(path)([sent] if method.client_streaming else sent, metadata=metadata, timeout=timeout_s)
         code = await call.code()
     looks = method.name in ("GetStatus", "Watch", "WhatIf")
     assert (code is grpc.StatusCode.PERMISSION_DENIED) == (not looks)

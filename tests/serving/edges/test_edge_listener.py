@@ -28,6 +28,7 @@ from serving.protocol import clock
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, Instruction
 from serving.protocol.request import Call, Finished, Request
+from serving.protocol.tensors import TensorUpdate
 from serving.protocol.versions import EDGE
 from simulation.hand_model import PREPARED
 from tests.serving.edges.fronts import SERVED, Front, seen
@@ -139,6 +140,8 @@ async def test_an_edge_on_another_host_is_served_and_no_moment_of_one_clock_is_r
         for asked in (
             backend.kill(0),
             backend.apply(Instruction(action="pause")),
+            backend.begin_tensors(TensorUpdate()),
+            backend.apply_tensors(TensorUpdate(), str(tmp_path)),
             backend.report(DeviceError(rank=0, level=5)),
         ):
             with pytest.raises(NotPermitted, match="another host"):

@@ -432,6 +432,42 @@ class ApplyResponse(_message.Message):
     weights_version: str
     def __init__(self, serving: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., weights_version: _Optional[str] = ...) -> None: ...
 
+class TensorPart(_message.Message):
+    __slots__ = ("update", "tensor", "data", "crc32", "end")
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    update: TensorUpdate
+    tensor: Tensor
+    data: bytes
+    crc32: int
+    end: int
+    def __init__(self, update: _Optional[_Union[TensorUpdate, _Mapping]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
+
+class TensorUpdate(_message.Message):
+    __slots__ = ("version", "base_version", "running", "timeout_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    base_version: str
+    running: str
+    timeout_s: float
+    def __init__(self, version: _Optional[str] = ..., base_version: _Optional[str] = ..., running: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class ReportRequest(_message.Message):
     __slots__ = ("rank", "level", "code", "message")
     RANK_FIELD_NUMBER: _ClassVar[int]

@@ -54,6 +54,11 @@ class ResilienceStub(object):
                 request_serializer=moejax_dot_v1_dot_resilience__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.ApplyTensors = channel.stream_unary(
+                '/moejax.v1.Resilience/ApplyTensors',
+                request_serializer=moejax_dot_v1_dot_resilience__pb2.TensorPart.SerializeToString,
+                response_deserializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
+                _registered_method=True)
         self.Report = channel.unary_unary(
                 '/moejax.v1.Resilience/Report',
                 request_serializer=moejax_dot_v1_dot_resilience__pb2.ReportRequest.SerializeToString,
@@ -96,6 +101,14 @@ class ResilienceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApplyTensors(self, request_iterator, context):
+        """New weights as changed tensors: a TensorUpdate, then of each tensor its Tensor, its bytes and their checksum, then
+        the end. Returns when they are in force. Permitted as Apply is. Anything else than that leaves the former weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Report(self, request, context):
         """An error that a device reported to its plugin. Permitted as Apply is.
         """
@@ -132,6 +145,11 @@ def add_ResilienceServicer_to_server(servicer, server):
             'Apply': grpc.unary_unary_rpc_method_handler(
                     servicer.Apply,
                     request_deserializer=moejax_dot_v1_dot_resilience__pb2.ApplyRequest.FromString,
+                    response_serializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.SerializeToString,
+            ),
+            'ApplyTensors': grpc.stream_unary_rpc_method_handler(
+                    servicer.ApplyTensors,
+                    request_deserializer=moejax_dot_v1_dot_resilience__pb2.TensorPart.FromString,
                     response_serializer=moejax_dot_v1_dot_resilience__pb2.ApplyResponse.SerializeToString,
             ),
             'Report': grpc.unary_unary_rpc_method_handler(
@@ -252,6 +270,33 @@ class Resilience(object):
             target,
             '/moejax.v1.Resilience/Apply',
             moejax_dot_v1_dot_resilience__pb2.ApplyRequest.SerializeToString,
+            moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyTensors(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/moejax.v1.Resilience/ApplyTensors',
+            moejax_dot_v1_dot_resilience__pb2.TensorPart.SerializeToString,
             moejax_dot_v1_dot_resilience__pb2.ApplyResponse.FromString,
             options,
             channel_credentials,
