@@ -53,8 +53,11 @@ in prompts as in decode, so that a request that is computed again has the same b
 ([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and they are served
 with `--tensor 1` and collocated ranks.
 
-Layers with a window of MiMo-V2-Flash, Laguna and Step-3.5 have heads and a rotary embedding of their own. The cache has
-rows of one width, that of the wider kind of layer; it keeps the positions before a window too.
+Layers with a window of MiMo-V2-Flash, Laguna, Step-3.5 and Gemma 4 have heads and a rotary embedding of their own. The
+cache has rows of one width, that of the wider kind of layer; it keeps the positions before a window too.
+
+Of Gemma 4 the model with experts (26B-A4B) and the dense 31B are served. E2B and E4B, which have inputs of each layer
+by token and layers that share keys and values, are refused by the field that says so.
 
 These are known and not read yet, because the decoder lacks a part:
 

@@ -3,7 +3,7 @@ attention, the indexer that chooses its positions, heads of their own in layers 
 state in the place of attention."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from moejax.config.config_values import ConfigError
 from planner.inputs.latent_attention import LatentAttention
@@ -11,6 +11,9 @@ from planner.inputs.layer_states import DeltaNet, KimiDelta, Mamba2, ShortConvol
 from planner.inputs.score_growth import PublishedScoreGrowth
 from planner.inputs.sparse_attention import Indexer
 from planner.inputs.windowed_attention import WindowedHeads
+
+RopeScalingKind = Literal["linear", "llama3", "yarn", "longrope", "proportional"]
+ROPE_SCALINGS = get_args(RopeScalingKind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +23,12 @@ class RopeScaling:
     `linear`: divided by `factor`. `llama3` (Llama 3.1): by wavelength against `original_context`, between
     `low_frequency` and `high_frequency`. `yarn` (arXiv 2309.00071): by rotations within `original_context`, between
     `beta_slow` and `beta_fast`; with `truncate` their dimensions are whole numbers. `longrope` (arXiv 2402.13753): each
-    divided by its own of `factors`, or of `long_factors` where the context is longer than `original_context`. Rotated
+    divided by its own of `factors`, or of `long_factors` where the context is longer than `original_context`.
+    `proportional` (Gemma 4): as `linear`, of the first `pairs` pairs of numbers; the others are not rotated. Rotated
     vectors are multiplied by `magnitude`, with `long_factors` by `long_magnitude`.
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: RopeScalingKind
     factor: float = 1.0
     original_context: int = 0
     low_frequency: float = 1.0
@@ -36,10 +40,11 @@ class RopeScaling:
     long_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
     long_magnitude: float = 1.0
+    pairs: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3", "yarn", "longrope"):
-            raise ConfigError(f"rope scaling is {self.kind!r}; known are 'linear', 'llama3', 'yarn' and 'longrope'.")
+        if self.kind not in ROPE_SCALINGS:
+            raise ConfigError(f"rope scaling is {self.kind!r}; known are {', '.join(map(repr, ROPE_SCALINGS))}.")
         if self.kind in ("llama3", "yarn") and self.original_context < 1:
             raise ConfigError(f"rope scaling {self.kind!r} needs original_context; it is {self.original_context}.")
         if self.factor <= 0 or any(f <= 0 for f in self.factors + self.long_factors):

@@ -61,14 +61,19 @@ class ModelConfig:
     `rope_dims` of each head are rotated (all by default). Layers see the last `window` positions only, or with
     `chunked` their chunk of so many positions (Llama 4), except `full_layers`; `unrotated_layers` have no rotary
     embedding. With `windowed`, layers with a window have heads and a rotary embedding of their own. Values have
-    `d_value` numbers a head (`d_head` by default) and are multiplied by `value_scale`. Scores grow as
-    `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3) or `all` heads at once (OLMoE), with
-    `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights and only where they are rotated
-    (Llama 4). `attention_gate` multiplies the mixed values of all heads by a sigmoid, or as `gate_function` says by
+    `d_value` numbers a head (`d_head` by default) and are multiplied by `value_scale`; with `value_norm` they are
+    normed by head without weights, and with `keys_as_values` those of layers that see everything are the keys before
+    norm and rotation (Gemma 4). Scores grow as `score_growth` says. `qk_norm` norms queries and keys by `head` (Qwen3)
+    or `all` heads at once (OLMoE), with `norm_after_rope` after they are rotated (Hunyuan), or by `l2`, without weights
+    and only where they are rotated (Llama 4).
+
+    `attention_gate` multiplies the mixed values of all heads by a sigmoid, or as `gate_function` says by
     a softplus, of the layer's input, one for each number or with `gate_by_head` for each head (Ling 3), and
     `post_norms` norms the outputs of attention and feed-forward before they are added (Trinity has both). `sinks`
     gives each head a score that takes weight and adds nothing (gpt-oss). `clip_qkv` bounds queries, keys and values.
-    `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's.
+    `attention_scale` multiplies the scores (d_head ** -0.5 by default); the other scales are Granite's. With
+    `layer_scales` the output of each layer is multiplied by a number of its own, and with a `logit_cap` c logits x
+    become c * tanh(x / c) (Gemma 4).
 
     With an `indexer`, latent attention sees the positions that it chooses; its keys are cached beside the others.
 
@@ -92,6 +97,8 @@ class ModelConfig:
     d_ff: int
     d_value: int | None = None
     value_scale: float = 1.0
+    value_norm: bool = False
+    keys_as_values: bool = False
     family: str = "moejax"
     weights: WeightFormat = "float32"
     packed: PackedForm | None = None
@@ -123,6 +130,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_cap: float | None = None
+    layer_scales: bool = False
     max_context: int = 2048
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -198,6 +207,8 @@ class ModelConfig:
                 )
         if self.windowed is not None:
             self._check_windowed()
+        if self.keys_as_values:
+            self._check_keys_as_values()
         if self.mtp and self.cache_format != "float32":
             raise ConfigError(
                 f"cache_format is {self.cache_format} with mtp: a layer of multi-token prediction keeps float32 only "
@@ -222,6 +233,14 @@ class ModelConfig:
             raise ConfigError("windowed is given with latent attention, states or mtp, beside which it is not served.")
         for index in range(self.n_layers):
             self.of_layer(index)
+
+    def _check_keys_as_values(self) -> None:
+        if self.value_size != self.d_head or self.qkv_bias or (self.window is not None and self.windowed is None):
+            raise ConfigError(
+                f"keys_as_values is true with d_value {self.value_size}, d_head {self.d_head}, "
+                f"qkv_bias {self.qkv_bias}, window {self.window} and windowed {self.windowed}: values are of the size "
+                "of keys then, projections have no biases, and layers with a window have attention of their own."
+            )
 
     def _check_indexer(self, indexer: IndexerConfig) -> None:
         if self.latent is None or not self.latent.d_query:
@@ -267,6 +286,8 @@ class ModelConfig:
         for field, off in (
             ("d_value", None),
             ("value_scale", 1.0),
+            ("value_norm", False),
+            ("keys_as_values", False),
             ("qk_norm", "none"),
             ("qkv_bias", False),
             ("out_bias", False),
@@ -343,7 +364,7 @@ class ModelConfig:
         if self.windowed is not None:
             window = self.windows[index]
             own = {"windowed": None, "window": window, "full_layers": ()}
-            own |= {} if window is None else vars(self.windowed)
+            own |= {} if window is None else {"keys_as_values": False} | vars(self.windowed)
         if self.expert_limits or self.dense_limits:
             assert self.moe is not None
             routed, dense = (each[index] or None if each else None for each in (self.expert_limits, self.dense_limits))

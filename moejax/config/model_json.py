@@ -23,10 +23,14 @@ _STORED_NAMES = {"shard_dense": "divide_dense"}
 _LATER = {"cache_format": "float32", "mtp": False, "short_convolution": None, "d_value": None, "value_scale": 1.0}
 _LATER |= {"packed": None, "windowed": None, "gate_by_head": False, "gate_function": "sigmoid"}
 _LATER |= {"expert_limits": (), "dense_limits": ()}
+_LATER |= {"value_norm": False, "keys_as_values": False, "layer_scales": False, "logit_cap": None}
 _LATER |= {"mamba": None, "kimi_delta": None, "bare_layers": (), "activation": "swiglu"}
 """Fields that are written only where they differ from these, which earlier releases mean."""
 _LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap", "activation", "d_latent")
+_LATER_EXPERTS += ("own_norms", "expert_scales")
 """Fields of experts that are written only where they differ from their defaults."""
+_LATER_SCALING = {"pairs": 0}
+"""Fields of scaled rotary embeddings that are written only where they differ from these."""
 
 _NESTED = {
     "moe": MoEConfig,
@@ -54,6 +58,10 @@ def written_values(fields: dict[str, Any]) -> dict[str, Any]:
     for name in _LATER_EXPERTS:
         if name in experts and experts[name] == getattr(RoutedExperts, name):
             del experts[name]
+    for scaling in (values["rope_scaling"], (values.get("windowed") or {}).get("rope_scaling")):
+        for name, default in _LATER_SCALING.items():
+            if scaling and scaling[name] == default:
+                del scaling[name]
     return values
 
 

@@ -40,6 +40,11 @@ class MoEConfig(RoutedExperts):
                 f"expert_limit is {self.expert_limit} and dense_limit {self.dense_limit} with activation "
                 f"{self.activation!r}; only 'swiglu' has limits."
             )
+        if self.own_norms and (not self.d_shared or self.gate == "input_sigmoid" or self.d_latent):
+            raise ConfigError(
+                f"own_norms is true with d_shared {self.d_shared}, gate {self.gate!r} and d_latent {self.d_latent}; it "
+                "needs a shared expert, and experts that take normed rows as they are."
+            )
         if self.shared_gate and not self.d_shared:
             raise ConfigError("shared_gate is true with d_shared 0: there is no shared expert to weigh.")
         if self.swiglu_limit is not None and not self.expert_bias:

@@ -18,7 +18,7 @@ from moejax.config.model_config import STATE_MIXERS, LayerKind, ModelConfig, in_
 from moejax.config.moe_config import MoEConfig
 from moejax.config.param_spec import BIAS_STD, ParamSpec
 from moejax.config.state_params import ConvolutionWeights, DeltaNetWeights, KimiDeltaWeights, MambaWeights, state_specs
-from planner.inputs.routed_experts import Activation
+from planner.inputs.routed_experts import Activation, is_gated
 
 Position = tuple[int, int]
 """A layer of a segment's pattern, which stands for all of its repeats: (segment, position in the pattern)."""
@@ -26,8 +26,8 @@ Position = tuple[int, int]
 
 @struct.dataclass
 class FeedForward:
-    """SwiGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`; biases `[..., 2F]`, `[..., D]` or None. Without
-    a gate (`Activation` "relu2") `gate_up` is up alone, `[..., F, D]`."""
+    """SwiGLU or GEGLU weights: gate above up `[..., 2F, D]`, down `[..., D, F]`; biases `[..., 2F]`, `[..., D]` or
+    None. Without a gate (`Activation` "relu2") `gate_up` is up alone, `[..., F, D]`."""
 
     gate_up: Any
     down: Any
@@ -43,6 +43,10 @@ class MoE:
     `experts` leaves are `[R, E, 2F, D]`, `[R, E, D, F]` in a checkpoint, and `[R, P, ...]` in a rank, which holds
     slots. `shared_gate [R, 1, D]` weighs the shared expert, or is None. With experts in a latent of size C, which D is
     above then, `latent_in [R, C, D]` and `latent_out [R, D, C]` lead there and back.
+
+    With norms of their own (`MoEConfig.own_norms`) `router_norm` is that of the rows that the router takes,
+    `shared_norm` and `shared_post_norm` those before and after the shared expert, `post_norm` that of the sum of the
+    routed ones, each `[R, D]`. `expert_scale [R, E]` multiplies the gates of each expert.
     """
 
     router: Any
@@ -52,6 +56,11 @@ class MoE:
     shared_gate: Any = None
     latent_in: Any = None
     latent_out: Any = None
+    router_norm: Any = None
+    shared_norm: Any = None
+    shared_post_norm: Any = None
+    post_norm: Any = None
+    expert_scale: Any = None
 
 
 @struct.dataclass
@@ -90,7 +99,7 @@ class Layer:
     """One decoder layer, or one position of a segment with its leaves stacked over repeats. It has either `ffn` or
     `moe`, or neither and no norm for them, one of `qkv`, `latent`, `delta`, `convolution`, `mamba` and `kimi_delta`,
     and biases, norms, sinks and gate as the configuration says. A layer with a state (one of the last four) has no
-    other leaves of attention than its norm."""
+    other leaves of attention than its norm. `scale [R, 1]` multiplies the output of the layer."""
 
     attention_norm: Any
     qkv: Any
@@ -110,6 +119,7 @@ class Layer:
     attention_gate: Any = None
     attention_post_norm: Any = None
     ffn_post_norm: Any = None
+    scale: Any = None
     delta: DeltaNetWeights | None = None
     convolution: ConvolutionWeights | None = None
     mamba: MambaWeights | None = None
@@ -144,19 +154,23 @@ class Params:
     final_norm_bias: Any = None
     head_bias: Any = None
     mtp: MTPWeights | None = None
+    logit_cap: float | None = struct.field(pytree_node=False, default=None)
 
     @property
     def logits(self) -> "Head":
         """The head, or the embedding in its place."""
-        return Head(weight=self.embed if self.head is None else self.head, bias=self.head_bias)
+        weight = self.embed if self.head is None else self.head
+        return Head(weight=weight, bias=self.head_bias, cap=self.logit_cap)
 
 
 @struct.dataclass
 class Head:
-    """The language-model head, from hidden rows to logits: a weight `[V, D]`, and a bias `[V]` or None."""
+    """The language-model head, from hidden rows to logits: a weight `[V, D]`, a bias `[V]` or None, and the cap of
+    logits (`ModelConfig.logit_cap`)."""
 
     weight: Any
     bias: Any = None
+    cap: float | None = struct.field(pytree_node=False, default=None)
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -174,6 +188,7 @@ def param_specs(cfg: ModelConfig) -> Params:
         final_norm_bias=ParamSpec((D,), ("model",), BIAS_STD) if layer_norm else None,
         head_bias=ParamSpec((V,), ("vocab",), BIAS_STD) if cfg.head_bias else None,
         mtp=_mtp(D) if cfg.mtp else None,
+        logit_cap=cfg.logit_cap,
     )
 
 
@@ -207,6 +222,7 @@ def _layer(model: ModelConfig, kind: LayerKind, R: int, position: Position) -> L
         ffn_norm=None if kind == "bare" else attention.ffn_norm,
         ffn=feed_forward_specs(cfg, (R,), ("layer",), cfg.d_ff, cfg.activation) if kind == "dense" else None,
         moe=_moe(cfg, kind, R) if in_slots(kind) else None,
+        scale=ParamSpec((R, 1), ("layer", "rate"), 0) if cfg.layer_scales else None,
     )
 
 
@@ -227,19 +243,19 @@ def _attention_layer(cfg: ModelConfig, R: int) -> Layer:
     norm_bias = ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.norm == "layer" else None
     latent = cfg.latent
     mixed = N * (Hv if latent is None else latent.d_value)
-    gates = N if cfg.gate_by_head else mixed
+    gates, values = N if cfg.gate_by_head else mixed, 0 if cfg.keys_as_values else K * Hv
     normed = {"none": (0, 0), "head": (H, H), "all": (N * H, K * H), "l2": (0, 0)}[cfg.qk_norm]
     query_norm, key_norm = (ParamSpec((R, size), ("layer", "heads"), 0) if size else None for size in normed)
     return Layer(
         attention_norm=norm,
-        qkv=None if latent else ParamSpec((R, (N + K) * H + K * Hv, D), ("layer", "heads", "model"), 0.02),
+        qkv=None if latent else ParamSpec((R, (N + K) * H + values, D), ("layer", "heads", "model"), 0.02),
         out=ParamSpec((R, D, mixed), ("layer", "model", "heads"), _out_std(cfg)),
         ffn_norm=norm,
         ffn=None,
         moe=None,
         latent=_latent(cfg, latent, R) if latent else None,
         indexer=_indexer(cfg, cfg.indexer, R) if cfg.indexer else None,
-        qkv_bias=ParamSpec((R, (N + K) * H + K * Hv), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
+        qkv_bias=ParamSpec((R, (N + K) * H + values), ("layer", "heads"), BIAS_STD) if cfg.qkv_bias else None,
         out_bias=ParamSpec((R, D), ("layer", "model"), BIAS_STD) if cfg.out_bias else None,
         query_norm=query_norm,
         key_norm=key_norm,
@@ -282,6 +298,7 @@ def _moe(cfg: ModelConfig, kind: LayerKind, R: int) -> MoE:
     moe, routed = cfg.experts_of(kind), kind == "moe"
     D, E, C = cfg.d_model, moe.experts, moe.d_latent
     shared = feed_forward_specs(cfg, (R,), ("layer",), moe.d_shared, moe.activation) if moe.d_shared else None
+    own_norm = ParamSpec((R, D), ("layer", "model"), 0) if moe.own_norms else None
     return MoE(
         router=ParamSpec((R, E, D), ("layer", "router", "model"), 0.02) if routed else None,
         bias=ParamSpec((R, E), ("layer", "router"), BIAS_STD) if routed else None,
@@ -290,6 +307,11 @@ def _moe(cfg: ModelConfig, kind: LayerKind, R: int) -> MoE:
         shared_gate=ParamSpec((R, 1, D), ("layer", "router", "model"), 0.02) if moe.shared_gate else None,
         latent_in=ParamSpec((R, C, D), ("layer", "latent", "model"), 0.02) if C else None,
         latent_out=ParamSpec((R, D, C), ("layer", "model", "latent"), _out_std(cfg)) if C else None,
+        router_norm=own_norm,
+        shared_norm=own_norm,
+        shared_post_norm=own_norm,
+        post_norm=own_norm,
+        expert_scale=ParamSpec((R, E), ("layer", "router"), 0) if moe.expert_scales else None,
     )
 
 
@@ -313,7 +335,7 @@ def feed_forward_specs(
 ) -> FeedForward:
     """The ParamSpecs of a feed-forward part of this width, after the axes `lead`. It takes and gives `size` numbers
     (those of the model by default)."""
-    D, above = size or cfg.d_model, 2 * width if activation == "swiglu" else width
+    D, above = size or cfg.d_model, 2 * width if is_gated(activation) else width
     return FeedForward(
         gate_up=ParamSpec((*lead, above, D), (*names, "ffn", "model"), 0.02),
         down=ParamSpec((*lead, D, width), (*names, "model", "ffn"), _out_std(cfg)),

@@ -35,7 +35,7 @@ from moejax.model.decoder import (
 )
 from moejax.model.exchange import gated_sum, pack_outbox, unpack_inbox
 from moejax.model.experts import apply_experts
-from moejax.model.feed_forward import add_expert_outputs, feed_forward, route_tokens, shared_expert
+from moejax.model.feed_forward import LayerEnd, add_expert_outputs, feed_forward, route_tokens, shared_expert
 from moejax.model.stages import MicroBatch, RolesShape, Stage
 
 
@@ -53,8 +53,8 @@ class PendingMicroBatch:
     """Which of the row's answers from that rank it is `[T, X]`."""
     gates: Any
     """Gate of each answer `[T, X]`."""
-    post_norm: Any = None
-    """Scale of the norm of the layer's output `[D]`, or None."""
+    end: LayerEnd
+    """Norms and scale of the layer's output."""
 
 
 @struct.dataclass
@@ -104,7 +104,7 @@ def attend_stage(
     part = _select_inputs(inputs, rows, segments)
     x = embed(params, part, cfg) if stage.after is None else _add_answers(stage_inputs, stage.after, shape, micro_batch)
     new_kv, routed, all_rows = [], None, shape.step.bucket.rows
-    shared, exchange, post_norm = None, None, None
+    shared, exchange, end = None, None, None
     for n, place in enumerate(stage.layers):
         repeat = stage_inputs.repeat + place.repeat if place.relative else jnp.int32(place.repeat)
         depth = place.depth(cfg, repeat)
@@ -122,9 +122,9 @@ def attend_stage(
         else:
             exchange = shape.exchange_of(place.kind(cfg))
             routed = route_tokens(x, layer, routes[place.moe_depth(cfg, repeat)], wanted, exchange, its)
-            shared, post_norm = shared_expert(routed.h, layer, its.experts_of(place.kind(cfg))), layer.ffn_post_norm
+            shared, end = shared_expert(routed.h, layer, place.kind(cfg), its), LayerEnd.of(layer)
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *new_kv) if new_kv else None
-    if routed is None or exchange is None:
+    if routed is None or exchange is None or end is None:
         return StageOutputs(pending=None, outbox=None, hidden=last_norm(x, params, cfg), new_kv=stacked, load=None)
     sent = pack_outbox(routed.sent, routed.slot, routed.rank, routed.nth, exchange)
     return StageOutputs(
@@ -134,7 +134,7 @@ def attend_stage(
             rank=routed.rank,
             nth=routed.nth,
             gates=routed.gates,
-            post_norm=post_norm,
+            end=end,
         ),
         outbox=_pad_outbox(sent, shape.attention, shape),
         hidden=None,
@@ -217,7 +217,7 @@ def _add_answers(
     size = T * exchange.answers * cfg.d_model
     back = stage_inputs.inbox[shape.attention :, :size].reshape(-1, T, exchange.answers, cfg.d_model)
     experts_TD = gated_sum(back, pending.rank, pending.nth, pending.gates)
-    return add_expert_outputs(pending.x, experts_TD, pending.shared_expert, pending.post_norm, cfg)
+    return add_expert_outputs(pending.x, experts_TD, pending.shared_expert, pending.end, cfg)
 
 
 def _pad_outbox(parts_m: Shaped[ArrayLike, "m ..."], first: int, shape: RolesShape) -> Float[ArrayLike, "n part"]:

@@ -99,6 +99,13 @@ def norm(
     return rms_norm(x_TD, scale_D, eps) if bias_D is None else layer_norm(x_TD, scale_D, bias_D, eps)
 
 
+def rounded(products_TD: Float[ArrayLike, "*T D"]) -> Float[ArrayLike, "*T D"]:
+    """The same numbers, rounded before they are added to others. XLA leaves one product of a sum unrounded where it
+    fuses the two, and which one, and whether it does, depends on the program; behind a select there is none to fuse.
+    What is not finite becomes not-a-number."""
+    return jnp.where(jnp.isfinite(products_TD), products_TD, jnp.nan)
+
+
 def head_dot(x_TNH: Float[ArrayLike, "T N H"], w_NFH: Weight) -> Float[ArrayLike, "T N F"]:
     """Each head by its own weight `[out, in]`: `[T, N, F]`. One head after the other, so that `row_dot` applies."""
 
@@ -127,6 +134,14 @@ def swiglu(
     return dot(gate * up, down_DF)
 
 
+def geglu(
+    x_TD: Float[ArrayLike, "T D"], gate_up_2FD: Weight, down_DF: Weight, dot: Dot = row_dot
+) -> Float[ArrayLike, "T D"]:
+    """GEGLU feed-forward (arXiv 2002.05202): `down(gelu(gate(x)) * up(x))`, GELU with its tanh (arXiv 1606.08415)."""
+    gate, up = jnp.split(dot(x_TD, gate_up_2FD), 2, axis=-1)
+    return dot(jax.nn.gelu(gate, approximate=True) * up, down_DF)
+
+
 def feed_forward_of(
     x_TD: Float[ArrayLike, "T D"],
     above: Weight,
@@ -135,9 +150,12 @@ def feed_forward_of(
     dot: Dot = row_dot,
     limit: float | None = None,
 ) -> Float[ArrayLike, "T D"]:
-    """A feed-forward part: SwiGLU, with the `limit` of `swiglu`, or `down(relu(up(x)) ** 2)` (arXiv 2109.08668)."""
+    """A feed-forward part: SwiGLU, with the `limit` of `swiglu`, GEGLU, or `down(relu(up(x)) ** 2)` (arXiv
+    2109.08668)."""
     if activation == "swiglu":
         return swiglu(x_TD, above, down_DF, dot, limit)
+    if activation == "geglu":
+        return geglu(x_TD, above, down_DF, dot)
     return dot(jnp.square(jax.nn.relu(dot(x_TD, above))), down_DF)
 
 

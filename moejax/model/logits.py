@@ -1,4 +1,4 @@
-"""Logits processing: penalties, biases, and the tokens that a grammar allows.
+"""The head, and logits processing: penalties, biases, and the tokens that a grammar allows.
 
 The front sends a few numbers per row. `dense_adjustments` makes arrays of them on the rank's host, `adjust_logits`
 applies them on the device. Rows without adjustments keep every bit of their logits.
@@ -13,6 +13,8 @@ from flax import struct
 from jaxtyping import Bool, Float, UInt32
 
 from moejax.config.axes import ArrayLike
+from moejax.config.params import Head
+from moejax.model.layers import row_dot
 
 MASK_BITS = 32
 """Tokens of one word of a bit mask: token t is bit t % 32 of word t // 32."""
@@ -63,6 +65,14 @@ def dense_adjustments(rows: Mapping[int, RowAdjustment], segments: int, vocab_si
             allowed[segment, : row.allowed.size] = row.allowed[:width]
             allowed[segment, row.allowed.size :] = 0
     return LogitsAdjustments(add=add, seen=seen, allowed=allowed, repetition=repetition)
+
+
+def head_logits(head: Head, hidden_TD: Float[ArrayLike, "T D"]) -> Float[ArrayLike, "T V"]:
+    """Logits of hidden rows, after the last norm."""
+    logits_TV = row_dot(hidden_TD, head.weight)
+    if head.bias is not None:
+        logits_TV = logits_TV + head.bias
+    return logits_TV if head.cap is None else head.cap * jnp.tanh(logits_TV / head.cap)
 
 
 def adjust_logits(logits_ZV: Float[ArrayLike, "Z V"], adjustments: LogitsAdjustments) -> Float[ArrayLike, "Z V"]:

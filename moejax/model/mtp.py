@@ -24,12 +24,13 @@ from jaxtyping import Bool, Float, Int
 
 from moejax.config.axes import ArrayLike
 from moejax.config.kv_cache import KVCache
-from moejax.config.params import Head, Layer, Params
+from moejax.config.params import Layer, Params
 from moejax.config.step_inputs import StepInputs
 from moejax.config.weight_formats import look_up
 from moejax.model.decoder import StepContext, StepOutputs, attend, layer_at, rows_needed
 from moejax.model.feed_forward import feed_forward, routed_feed_forward
 from moejax.model.layers import rms_norm, row_dot
+from moejax.model.logits import head_logits
 from moejax.model.step_shape import StepShape
 from planner.inputs.workload import MAX_DRAFTS
 from planner.plan.step_layout import TILE
@@ -122,10 +123,7 @@ def _head_rows(params: Params, x_TD: Float[ArrayLike, "T D"], shape: StepShape) 
 
 def guess(params: Params, hidden_TD: Float[ArrayLike, "T D"]) -> Int[ArrayLike, " T"]:
     """The likeliest token after these rows."""
-    head: Head = params.logits
-    logits_TV = row_dot(hidden_TD, head.weight)
-    logits_TV = logits_TV if head.bias is None else logits_TV + head.bias
-    return jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
+    return jnp.argmax(head_logits(params.logits, hidden_TD), axis=-1).astype(jnp.int32)
 
 
 def finite(x: Float[ArrayLike, "R width"]) -> Float[ArrayLike, "R width"]:

@@ -16,7 +16,7 @@ from moejax.config.axes import ArrayLike
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import Latent, Layer
 from moejax.model.indexer import IndexRows, index_rows
-from moejax.model.layers import head_dot, rms_norm, row_dot
+from moejax.model.layers import head_dot, rms_norm, rounded, row_dot
 from moejax.model.rope import rotate
 
 
@@ -56,7 +56,10 @@ def project_qkv(
         qkv = jnp.concatenate([q, k, v], axis=1)
     if cfg.clip_qkv is not None:
         qkv = jnp.clip(qkv, -cfg.clip_qkv, cfg.clip_qkv)
-    qk, v = qkv[:, :width].reshape(T, N + K, H), qkv[:, width:].reshape(T, K, cfg.value_size)
+    qk = qkv[:, :width].reshape(T, N + K, H)
+    v = qk[:, N:] if cfg.keys_as_values else qkv[:, width:].reshape(T, K, cfg.value_size)
+    if cfg.value_norm:
+        v = rms_norm(v, jnp.ones(cfg.value_size), cfg.norm_eps)
     if cfg.value_scale != 1.0:
         v = v * cfg.value_scale
     if cfg.qk_norm == "head" and not cfg.norm_after_rope:
@@ -119,7 +122,9 @@ def finish_attention(out_TD: Float[ArrayLike, "T D"], layer: Layer, cfg: ModelCo
     """The output of all heads with the bias of the output projection, normed if the model does so."""
     if layer.out_bias is not None:
         out_TD = out_TD + layer.out_bias
-    return out_TD if layer.attention_post_norm is None else rms_norm(out_TD, layer.attention_post_norm, cfg.norm_eps)
+    if layer.attention_post_norm is None:
+        return out_TD
+    return rounded(rms_norm(out_TD, layer.attention_post_norm, cfg.norm_eps))
 
 
 def score_scale(cfg: ModelConfig) -> float:

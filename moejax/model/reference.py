@@ -21,10 +21,19 @@ from moejax.config.model_config import ModelConfig
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import Layer, MoE, Params
 from moejax.config.step_inputs import Bucket, idle_inputs, unpack
-from moejax.model.experts import apply_expert, apply_shared_expert
-from moejax.model.feed_forward import finish_feed_forward
+from moejax.model.experts import apply_expert
+from moejax.model.feed_forward import (
+    LayerEnd,
+    PartRows,
+    add_expert_outputs,
+    add_residual,
+    finish_feed_forward,
+    finish_layer,
+    shared_expert,
+)
 from moejax.model.indexer import best_positions, index_scores
 from moejax.model.layers import feed_forward_of, norm, row_dot
+from moejax.model.logits import head_logits
 from moejax.model.projections import finish_attention, project_heads, project_qkv, score_scale
 from moejax.model.router import route
 from moejax.model.state_layers import mix_states
@@ -57,11 +66,7 @@ def forward(
         raise ConfigError(f"the dense layers of {cfg.name} are sharded; give the model from which it was made.")
     B, T = tokens_BT.shape
     x_BTD, routing = hidden_states(params, cfg, tokens_BT, alive_LE=alive_LE, capacity=capacity)
-    head = params.logits
-    logits_BTV = row_dot(x_BTD.reshape(B * T, -1), head.weight).reshape(B, T, -1)
-    if head.bias is not None:
-        logits_BTV = logits_BTV + head.bias
-    return logits_BTV, routing
+    return head_logits(params.logits, x_BTD.reshape(B * T, -1)).reshape(B, T, -1), routing
 
 
 def hidden_states(
@@ -114,8 +119,7 @@ def draft_logits(
     alive_LE = jnp.ones((1, cfg.moe.experts if cfg.moe else 1), bool)
     x_BTD, routing = _pattern([cfg], pattern, capacity, x_BTD, (layers, alive_LE, jnp.array([cfg.n_layers])))
     x_TD = norm(x_BTD, mtp.norm, None, cfg.norm_eps).reshape(B * T, D)
-    logits_TV = row_dot(x_TD, params.logits.weight)
-    return (logits_TV if params.logits.bias is None else logits_TV + params.logits.bias).reshape(B, T, -1), routing
+    return head_logits(params.logits, x_TD).reshape(B, T, -1), routing
 
 
 def _pattern(
@@ -133,16 +137,19 @@ def _pattern(
         x_BTD = x_BTD + cfg.residual_scale * mixed_BTD
         if kind == "bare":
             continue
-        h_TD = norm(x_BTD, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps).reshape(-1, cfg.d_model)
+        x_TD = x_BTD.reshape(-1, cfg.d_model)
+        rows = PartRows.of(x_TD, layer, cfg)
         if kind == "dense":
             limit = cfg.moe.dense_limit if cfg.moe else None
-            y_TD = feed_forward_of(h_TD, layer.ffn.gate_up, layer.ffn.down, cfg.activation, limit=limit)
-        else:
-            assert cfg.moe is not None
-            y_TD, routing = mixture(layer.moe, cfg.moe, h_TD, alive_LE[len(routings)], capacity)
-            routings.append(routing)
-        y_TD = finish_feed_forward(y_TD, layer.ffn_post_norm, cfg)
-        x_BTD = x_BTD + cfg.residual_scale * y_TD.reshape(x_BTD.shape)
+            y_TD = feed_forward_of(rows.experts, layer.ffn.gate_up, layer.ffn.down, cfg.activation, limit=limit)
+            x_TD = add_residual(x_TD, finish_feed_forward(y_TD, layer.ffn_post_norm, cfg), cfg)
+            x_BTD = finish_layer(x_TD, layer.scale).reshape(x_BTD.shape)
+            continue
+        assert cfg.moe is not None
+        y_TD, routing = mixture(layer.moe, cfg.moe, rows, alive_LE[len(routings)], capacity)
+        routings.append(routing)
+        shared_TD = shared_expert(rows.shared, layer, "moe", cfg)
+        x_BTD = add_expert_outputs(x_TD, y_TD, shared_TD, LayerEnd.of(layer), cfg).reshape(x_BTD.shape)
     return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *routings) if routings else None
 
 
@@ -195,23 +202,21 @@ def recurrence(layer: Layer, cfg: ModelConfig, x_BTD: Float[ArrayLike, "B T D"])
 
 
 def mixture(
-    moe: MoE, cfg: MoEConfig, x_TD: Float[ArrayLike, "T D"], alive_E: Bool[ArrayLike, " E"], capacity: int | None = None
+    moe: MoE, cfg: MoEConfig, rows: PartRows, alive_E: Bool[ArrayLike, " E"], capacity: int | None = None
 ) -> tuple[Float[jax.Array, "T D"], Routing]:
-    """The routed feed-forward of `x_TD`, and the router's choices (chosen `[T, X]`, balance a scalar).
+    """The sum of the routed experts, and the router's choices (chosen `[T, X]`, balance a scalar).
 
     The balance loss is Switch Transformer's (arXiv 2101.03961, eq. 4): E times the sum over experts of the
     share of choices and the mean probability; 1 when all are used alike.
     """
-    T = len(x_TD)
-    chosen_TX, gates_TX = route(x_TD, moe.router, moe.bias, alive_E, cfg)
+    T, x_TD = len(rows.experts), rows.experts
+    chosen_TX, gates_TX = route(rows.router, moe.router, moe.bias, alive_E, cfg, moe.expert_scale)
     picked_TXE = jax.nn.one_hot(chosen_TX, cfg.experts, dtype=x_TD.dtype)
     gates_TE = jnp.einsum("tx,txe->te", gates_TX, picked_TXE)
-    shared_TD = jnp.zeros_like(x_TD) if moe.shared is None else apply_shared_expert(x_TD, moe, cfg)
-    probability_TE = jax.nn.softmax(row_dot(x_TD, moe.router) + moe.bias, axis=-1)
-    y_TD = shared_TD
+    probability_TE = jax.nn.softmax(row_dot(rows.router, moe.router) + moe.bias, axis=-1)
     if moe.latent_in is not None:
         x_TD = row_dot(x_TD, moe.latent_in)
-        y_TD = jnp.zeros_like(x_TD)
+    y_TD = jnp.zeros_like(x_TD)
     for e in range(cfg.experts):
         weights = jax.tree.map(lambda leaf, e=e: leaf[e], moe.experts)
         if cfg.gate == "input_sigmoid":
@@ -219,11 +224,11 @@ def mixture(
         elif capacity is None or capacity >= T:
             y_TD = y_TD + gates_TE[:, e, None] * apply_expert(x_TD, weights, cfg)
         else:
-            rows = jnp.argsort(gates_TE[:, e] == 0, stable=True)[:capacity]
-            part = apply_expert(x_TD[rows], weights, cfg)
-            y_TD = y_TD.at[rows].add(gates_TE[rows, e, None] * part)
+            first = jnp.argsort(gates_TE[:, e] == 0, stable=True)[:capacity]
+            part = apply_expert(x_TD[first], weights, cfg)
+            y_TD = y_TD.at[first].add(gates_TE[first, e, None] * part)
     if moe.latent_out is not None:
-        y_TD = shared_TD + row_dot(y_TD, moe.latent_out)
+        y_TD = row_dot(y_TD, moe.latent_out)
     share_E = picked_TXE.mean((0, 1))
     return y_TD, Routing(chosen_TX, cfg.experts * jnp.sum(share_E * probability_TE.mean(0)))
 

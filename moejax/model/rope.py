@@ -54,6 +54,8 @@ def scaled_frequencies(base: float, dims: int, scaling: RopeScaling) -> Float[np
     plain = base ** (-np.arange(0, dims, 2) / dims)
     if scaling.kind == "linear":
         return plain / scaling.factor
+    if scaling.kind == "proportional":
+        return np.where(np.arange(len(plain)) < scaling.pairs, plain / scaling.factor, 0.0)
     if scaling.kind == "longrope":
         return plain / np.array(scaling.factors)
     if scaling.kind == "llama3":

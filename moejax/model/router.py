@@ -15,13 +15,22 @@ def route(
     bias_E: Float[ArrayLike, " E"],
     alive_E: Bool[ArrayLike, " E"],
     moe: MoEConfig,
+    scale_E: Float[ArrayLike, " E"] | None = None,
 ) -> tuple[Int[ArrayLike, "T X"], Float[ArrayLike, "T X"]]:
-    """The chosen experts in router order and their gates, as `moe.gate` says (see MoEConfig).
+    """The chosen experts in router order and their gates, as `moe.gate` says (see MoEConfig), multiplied by the numbers
+    `scale_E` of the experts if there are any.
 
     `alive_E` is False for masked experts: the next best expert takes over. Ties go to the expert of the lower number,
     so that every rank chooses alike.
     """
-    logits_TE = row_dot(x_TD, router_ED).astype(jnp.float32)
+    chosen_TX, gates_TX = _choose(row_dot(x_TD, router_ED).astype(jnp.float32), bias_E, alive_E, moe)
+    return chosen_TX, gates_TX if scale_E is None else gates_TX * scale_E[chosen_TX]
+
+
+def _choose(
+    logits_TE: Float[ArrayLike, "T E"], bias_E: Float[ArrayLike, " E"], alive_E: Bool[ArrayLike, " E"], moe: MoEConfig
+) -> tuple[Int[ArrayLike, "T X"], Float[ArrayLike, "T X"]]:
+    """The chosen experts and their gates."""
     if moe.logit_cap is not None:
         logits_TE = moe.logit_cap * jnp.tanh(logits_TE / moe.logit_cap)
     if moe.gate == "sparsemixer":

@@ -17,6 +17,7 @@ from moejax.config.params import expert_positions, first_layer, map_experts
 from moejax.config.step_inputs import packed_size
 from moejax.model.decoder import StepOutputs
 from moejax.model.disaggregated import PendingMicroBatch, StageInputs, StageOutputs
+from moejax.model.feed_forward import LayerEnd
 from moejax.model.stages import MicroBatch, RolesShape, Stage, stages
 from moejax.runtime import steps
 from moejax.runtime.executables import ExecutableStore, executable_name
@@ -230,7 +231,11 @@ def stage_lowering(
         rank=shape_on_device(me, (T, X), jnp.int32),
         nth=shape_on_device(me, (T, X), jnp.int32),
         gates=shape_on_device(me, (T, X)),
-        post_norm=shape_on_device(me, (D,)) if cfg.post_norms else None,
+        end=LayerEnd(
+            experts_norm=shape_on_device(me, (D,)) if moe.own_norms else None,
+            post_norm=shape_on_device(me, (D,)) if cfg.post_norms else None,
+            scale=shape_on_device(me, (1,)) if cfg.layer_scales else None,
+        ),
     )
     rows = cache_on_device(me, cfg, bucket.rows)
     count = len(stage.layers)

@@ -19,8 +19,7 @@ from moejax.model import decoder
 from moejax.model.decoder import StepOutputs
 from moejax.model.disaggregated import StageInputs, StageOutputs, answer_rows, attend_stage, gather_outputs
 from moejax.model.exchange import Exchange, all_to_all
-from moejax.model.layers import row_dot
-from moejax.model.logits import LogitsAdjustments
+from moejax.model.logits import LogitsAdjustments, head_logits
 from moejax.model.mtp import DraftOutputs, draft
 from moejax.model.sampling import sample, sample_adjusted, score
 from moejax.model.stages import RolesShape, Stage
@@ -152,18 +151,13 @@ def draft_shapes(shape: StepShape) -> StepOutputs:
     )
 
 
-def _logits(head: Head, hidden_TD: Float[ArrayLike, "T D"]) -> Float[jax.Array, "T V"]:
-    logits_TV = row_dot(hidden_TD, head.weight)
-    return logits_TV if head.bias is None else logits_TV + head.bias
-
-
 @functools.partial(jax.jit, static_argnames=("bucket",))
 def run_sample(
     head: Head, hidden_RD: Float[ArrayLike, "R D"], packed: Int[ArrayLike, " packed"], *, bucket: Bucket
 ) -> tuple[Int[jax.Array, " Z"], Float[jax.Array, " Z"]]:
     """Next tokens `[Z]` of a step's segments and their log-probabilities `[Z]`, from this rank's own rows."""
     inputs = unpack(packed, bucket)
-    return sample(_logits(head, hidden_RD[inputs.sample_row]), inputs)
+    return sample(head_logits(head, hidden_RD[inputs.sample_row]), inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("bucket",))
@@ -177,7 +171,7 @@ def run_sample_adjusted(
 ) -> tuple[Int[jax.Array, " Z"], Float[jax.Array, " Z"], Int[jax.Array, "Z top"], Float[jax.Array, "Z top"]]:
     """`run_sample` with logits adjustments, and the likeliest tokens: for steps that ask for either."""
     inputs = unpack(packed, bucket)
-    return sample_adjusted(_logits(head, hidden_RD[inputs.sample_row]), inputs, adjustments)
+    return sample_adjusted(head_logits(head, hidden_RD[inputs.sample_row]), inputs, adjustments)
 
 
 @jax.jit
@@ -187,7 +181,7 @@ def run_score(
     """Log-probabilities of given tokens after the rows of one tile, and the likeliest tokens in their place; see
     `sampling.score`."""
     tile = jax.lax.dynamic_slice_in_dim(hidden_RD, first_row, TILE)
-    return score(_logits(head, tile), targets)
+    return score(head_logits(head, tile), targets)
 
 
 @functools.partial(jax.jit, static_argnames=("bucket",), donate_argnames=("cache",))

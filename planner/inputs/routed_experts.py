@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["swiglu", "relu2"]
-"""Of a feed-forward part: SwiGLU (arXiv 2002.05202), or the square of relu without a gate (arXiv 2109.08668)."""
+Activation = Literal["swiglu", "geglu", "relu2"]
+"""Of a feed-forward part: SwiGLU or GEGLU, whose GELU is that of tanh (arXiv 2002.05202 and 1606.08415), or the square
+of relu without a gate (arXiv 2109.08668)."""
 RouterGate = Literal["softmax", "one", "share", "biased_share", "sigmoid", "sparsemixer", "input_sigmoid"]
 
 
@@ -34,6 +35,10 @@ class RoutedExperts:
     `swiglu_limit` bounds their SwiGLU as gpt-oss does. `d_shared` is the width of the shared expert (0 without one);
     `shared_gate` weights it by a sigmoid of its own (Qwen2-MoE). `activation` is that of all of them. With `d_latent`
     the routed experts take and give so many numbers, to which and from which two projections lead (Nemotron 3 Super).
+
+    With `own_norms` the shared expert has norms of its own before and after it, the sum of the routed ones has one
+    after it, and the router takes rows that are normed for it and divided by the root of their size. With
+    `expert_scales` the weight of each chosen expert is multiplied by a number of that expert (Gemma 4 has both).
     """
 
     experts: int
@@ -57,3 +62,10 @@ class RoutedExperts:
     swiglu_alpha: float = 1.702
     activation: Activation = "swiglu"
     d_latent: int = 0
+    own_norms: bool = False
+    expert_scales: bool = False
+
+
+def is_gated(activation: Activation) -> bool:
+    """True for a feed-forward part with two matrices above, the gate and what it multiplies."""
+    return activation != "relu2"

@@ -12,6 +12,7 @@ from moejax.config.attention_config import (
     KimiDeltaConfig,
     LatentConfig,
     Mamba2Config,
+    RopeScaling,
     ScoreGrowth,
     ShortConvolutionConfig,
     WindowedConfig,
@@ -169,6 +170,29 @@ CONFIGS["windowed"] = shape(
     dense_layers=(0,),
     expert_limits=(0.0, 0.0, 0.3),
     dense_limits=(0.5, 0.0, 0.4),
+)
+CONFIGS["gemma4"] = shape(
+    "gemma4",
+    {"experts_per_token": 3, "d_expert": 24, "d_shared": 40, "activation": "geglu"}
+    | {"own_norms": True, "expert_scales": True},
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=40,
+    d_ff=40,
+    value_norm=True,
+    keys_as_values=True,
+    qk_norm="head",
+    post_norms=True,
+    layer_scales=True,
+    logit_cap=5.0,
+    embed_scale=8.0,
+    attention_scale=1.0,
+    window=20,
+    full_layers=(2,),
+    windowed=WindowedConfig(n_heads=4, n_kv_heads=2, d_head=24, rope_base=500.0),
+    rope_scaling=RopeScaling(kind="proportional", factor=2.0, pairs=5),
+    activation="geglu",
 )
 CONFIGS["nemotron"] = shape(
     "nemotron",

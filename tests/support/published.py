@@ -53,10 +53,15 @@ def random_tensors(cfg: ModelConfig, dtype: Any, seed: int = 0) -> dict[str, np.
     shapes = {t.name: t.shape for entry in array_sources(cfg) for t in entry.tensors}
     return {
         name: (draw.normal(size=shape) / math.sqrt(shape[-1]) * (3 if len(shape) > 1 else 1)).astype(dtype)
-        if "norm" not in name
+        if "norm" not in name and not is_factor(name)
         else (around_one(name, cfg.family) + 0.2 * draw.normal(size=shape)).astype(dtype)
         for name, shape in shapes.items()
     }
+
+
+def is_factor(name: str) -> bool:
+    """True for numbers, beside the scales of norms, that multiply others and are 1 before a training."""
+    return name.endswith(("layer_scalar", "router.scale", "router.per_expert_scale"))
 
 
 def around_one(name: str, family: str) -> float:

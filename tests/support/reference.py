@@ -20,7 +20,7 @@ def forward(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Coll
 
 def hidden(params: Params, cfg: ModelConfig, tokens: list[int], *, masked: Collection[int] = ()) -> np.ndarray:
     """The rows that the head takes [T, D]."""
-    assert cfg.rope_scaling is None
+    assert cfg.rope_scaling is None or cfg.rope_scaling.kind == "proportional"
     x = _f64(params.embed)[np.array(tokens)] * cfg.embed_scale
     layers = iter(range(cfg.n_layers))
     for (pattern, repeats), segment in zip(cfg.main_segments, params.segments, strict=False):
@@ -51,7 +51,8 @@ def drafts(params: Params, cfg: ModelConfig, tokens: list[int], after: int, coun
 def _head(rows: np.ndarray, params: Params) -> np.ndarray:
     head = params.embed if params.head is None else params.head
     logits = rows @ _f64(head).T
-    return logits if params.head_bias is None else logits + _f64(params.head_bias)
+    logits = logits if params.head_bias is None else logits + _f64(params.head_bias)
+    return logits if params.logit_cap is None else params.logit_cap * np.tanh(logits / params.logit_cap)
 
 
 def _layer(
@@ -64,6 +65,7 @@ def _layer(
     x = x + cfg.residual_scale * attended
     if layer.ffn_norm is None:
         return x
+    own = cfg.moe is not None and cfg.moe.own_norms
     h = _norm(x, layer.ffn_norm[repeat], _at(layer.ffn_norm_bias, repeat), cfg.norm_eps)
     if layer.moe is None:
         limit = cfg.moe.dense_limit if cfg.moe else None
@@ -71,11 +73,29 @@ def _layer(
     elif layer.moe.router is None:  # a sharded dense layer: the sum of its shards
         shards = range(layer.moe.experts.down.shape[1])
         y = sum(_feed_forward(h, layer.moe.experts, (repeat, shard)) for shard in shards)
+    elif own:  # two parts between norms of their own, and a router with a third (Gemma 4)
+        y = _parts_with_norms(x, h, layer.moe, repeat, cfg, masked)
     else:
         y = np.stack([_mixture(row, layer.moe, repeat, cfg.moe, masked) for row in h])
     if cfg.post_norms:
         y = _norm(y, layer.ffn_post_norm[repeat], None, cfg.norm_eps)
-    return x + cfg.residual_scale * y
+    x = x + cfg.residual_scale * y
+    return x * _f64(layer.scale[repeat]) if cfg.layer_scales else x
+
+
+def _parts_with_norms(
+    x: np.ndarray, h: np.ndarray, weights: MoE, repeat: int, cfg: ModelConfig, masked: Collection[int]
+) -> np.ndarray:
+    moe, routed = cfg.moe, np.zeros_like(x)
+    seen = _norm(x, weights.router_norm[repeat], None, cfg.norm_eps) / np.sqrt(cfg.d_model)
+    for t, row in enumerate(seen):
+        for expert, gate in _route(row, weights, repeat, moe, masked):
+            gate = gate * _f64(weights.expert_scale[repeat])[expert]
+            routed[t] += gate * _feed_forward(h[t], weights.experts, (repeat, expert), moe, activation=moe.activation)
+    before = _norm(x, weights.shared_norm[repeat], None, cfg.norm_eps)
+    shared = _feed_forward(before, weights.shared, (repeat,), activation=moe.activation)
+    after = _norm(shared, weights.shared_post_norm[repeat], None, cfg.norm_eps)
+    return after + _norm(routed, weights.post_norm[repeat], None, cfg.norm_eps)
 
 
 def _attention(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, index: int) -> np.ndarray:
@@ -119,7 +139,10 @@ def _grouped_heads(h: np.ndarray, layer: Layer, repeat: int, cfg: ModelConfig, i
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in ((q, layer.query_norm), (k, layer.key_norm)))
     if cfg.clip_qkv is not None:
         q, k, v = (np.clip(x, -cfg.clip_qkv, cfg.clip_qkv) for x in (q, k, v))
+    v = k if cfg.keys_as_values else v
     q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, -1) * cfg.value_scale
+    if cfg.value_norm:
+        v = _norm(v, np.ones(v.shape[-1]), None, cfg.norm_eps)
     norms = layer.query_norm, layer.key_norm
     if cfg.qk_norm == "head" and not cfg.norm_after_rope:
         q, k = (_norm(x, s[repeat], None, cfg.norm_eps) for x, s in zip((q, k), norms, strict=True))
@@ -332,6 +355,9 @@ def _feed_forward(
         return np.maximum(hidden, 0) ** 2 @ _f64(weights.down[at]).T
     if moe is None or not moe.expert_bias:
         gate, up = np.split(hidden, 2, axis=-1)
+        if activation == "geglu":
+            gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            return (gelu * up) @ _f64(weights.down[at]).T
         gate, bound = gate * _sigmoid(gate), limit if moe is None else moe.expert_limit
         if bound is not None:
             gate, up = np.minimum(gate, bound), np.clip(up, -bound, bound)
@@ -353,7 +379,10 @@ def _rotate(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
     """The first dimensions of [T, heads, H] turned by position."""
     dims = cfg.latent.d_rope if cfg.latent else cfg.rope_dims or cfg.d_head
     half = dims // 2
-    angle = (np.arange(len(x))[:, None] * cfg.rope_base ** (-np.arange(half) / half))[:, None]
+    speed = cfg.rope_base ** (-np.arange(half) / half)
+    if cfg.rope_scaling is not None:  # proportional: the other pairs stay
+        speed = np.where(np.arange(half) < cfg.rope_scaling.pairs, speed / cfg.rope_scaling.factor, 0)
+    angle = (np.arange(len(x))[:, None] * speed)[:, None]
     a, b = x[..., :half], x[..., half:dims]
     turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
     return np.concatenate([*turned, x[..., dims:]], axis=-1)

@@ -128,7 +128,8 @@ class Stepper:
         """Logits of some rows of a rank, [rows, V]."""
         at = rank * bucket.rows + first
         head = self.params.logits
-        return outputs.hidden[at : at + count] @ head.weight.T + (0 if head.bias is None else head.bias)
+        logits = outputs.hidden[at : at + count] @ head.weight.T + (0 if head.bias is None else head.bias)
+        return logits if head.cap is None else head.cap * np.tanh(logits / head.cap)
 
     def rows(self, outputs: Outcome, bucket: Shape, rank: int, first: int, count: int) -> np.ndarray:
         """New keys and values of some rows of a rank, next to each other [L, rows, widths]; of formats with scales the

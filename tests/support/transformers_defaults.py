@@ -32,6 +32,8 @@ ROUTED = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"]},
 } | {kind: {"num_local_experts": 16} for kind in ("mixtral", "gpt_oss", "llama4_text", "granitemoe", "phimoe")}
+_GEMMA4 = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 16, "top_k_experts": 2}
+ROUTED |= {kind: _GEMMA4 | {"moe_intermediate_size": 24} for kind in ("gemma4", "gemma4_text")}
 """The sizes that it requires of families with experts."""
 
 WITHIN = {
@@ -43,6 +45,7 @@ WITHIN = {
     "qwen3_5": "qwen3_5_text",
     "mistral3": "mistral4",
     "step3p7": "step3p5",
+    "gemma4": "gemma4_text",
 }
 """The `model_type` of the decoder of families that have more than one."""
 
@@ -90,6 +93,11 @@ VARIANTS = {
     ),
     "decays without a bound": ("bailing_hybrid", {"kda_safe_gate": False, "layer_group_size": 3, "head_dim": 96}),
     "experts in a latent": ("nemotron_h", {"moe_latent_size": 40, "conv_kernel": 3, "mamba_num_heads": 24}),
+    "keys for values": (
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 2, "global_head_dim": 96, "head_dim": 40},
+    ),
+    "no experts beside the dense part": ("gemma4_text", {"enable_moe_block": False, "sliding_window": 64}),
     "another indexer": ("deepseek_v32", {"index_topk": 64, "index_head_dim": 96, "index_n_heads": 5}),
     "no stop token": ("llama", {"eos_token_id": None}),
 }

@@ -1,6 +1,7 @@
 """From a published model, as `planner.inputs.published` reads it, to the ModelConfig that serves it."""
 
 from moejax.config.attention_config import (
+    ROPE_SCALINGS,
     DeltaNetConfig,
     IndexerConfig,
     KimiDeltaConfig,
@@ -17,7 +18,7 @@ from moejax.config.moe_config import MoEConfig
 from planner.inputs.published import PublishedModel, PublishedRope
 from planner.inputs.published.model import PublishedWindowed
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", *ROPE_SCALINGS)
 
 
 def serving_config(model: PublishedModel, *, name: str, max_context: int | None = None) -> ModelConfig:
@@ -47,6 +48,8 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         d_ff=model.dense_width,
         d_value=model.value_size,
         value_scale=model.value_scale,
+        value_norm=model.value_norm,
+        keys_as_values=model.keys_as_values,
         windowed=None if model.windowed is None else _windowed(model.windowed),
         norm=model.norm,
         norm_eps=model.norm_eps,
@@ -71,6 +74,8 @@ def serving_config(model: PublishedModel, *, name: str, max_context: int | None 
         embed_scale=model.embed_scale,
         residual_scale=model.residual_scale,
         logit_scale=model.logit_scale,
+        logit_cap=model.logit_cap,
+        layer_scales=model.layer_scales,
         max_context=context,
         stop_tokens=model.stop_tokens,
         latent=None if model.latent is None else LatentConfig(**vars(model.latent)),
@@ -109,6 +114,8 @@ def _rope_scaling(rope: PublishedRope) -> RopeScaling | None:
         return None
     if rope.kind == "linear":
         return RopeScaling(kind="linear", factor=rope.factor)
+    if rope.kind == "proportional":
+        return RopeScaling(kind="proportional", factor=rope.factor, pairs=rope.pairs)
     if rope.kind == "llama3":
         return RopeScaling(
             kind="llama3",

@@ -19,6 +19,7 @@ from moejax.checkpoint.families.deepseek import (
 from moejax.checkpoint.families.ernie4_5_moe import ERNIE4_5_MOE
 from moejax.checkpoint.families.exaone_moe import EXAONE_MOE
 from moejax.checkpoint.families.family import ServedFamily
+from moejax.checkpoint.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from moejax.checkpoint.families.glm4_moe import DOTS1, GLM4_MOE, GLM4V_MOE, SOLAR_OPEN
 from moejax.checkpoint.families.gpt_oss import GPT_OSS
 from moejax.checkpoint.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
@@ -94,6 +95,8 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "ministral3": MINISTRAL3,
     "mistral4": MISTRAL4,
     "mistral3": MISTRAL3,
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4_TEXT,
 }
 """The families of `planner.inputs.published` that are served, by `model_type`."""
 

@@ -34,6 +34,8 @@ from planner.inputs.routed_experts import Activation
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "int4.h", "shared.cc", "spread.h"))
 CALLS = ("row_dot", "experts", "paged_attention", "delta_rule", "likeliest", "drawn", "exchange")
 TARGETS = tuple(f"moejax_{call}" for call in CALLS)
+ACTIVATIONS: dict[Activation, int] = {"relu2": 0, "swiglu": 1, "geglu": 2}
+"""The numbers that `cpu.cc` has for what is between the two matrices of an expert."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 
 _library: ctypes.CDLL | None = None
@@ -168,7 +170,7 @@ def experts(
         *(rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))),
         gate_up_group=_group(gate_up),
         down_group=_group(down),
-        gated=int(activation == "swiglu"),
+        activation=ACTIVATIONS[activation],
     )
 
 

@@ -608,17 +608,24 @@ ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   return ffi::Error::Success();
 }
 
-void silu_times(float* gate, const float* up, int64_t size) {
+// What is between the two matrices of an expert, numbered as ACTIVATIONS in __init__.py are.
+enum class Activation : int64_t { SQUARE_OF_RELU, SWIGLU, GEGLU };
+
+// SiLU of the gate times `up`; with `gelu` GELU, as x * sigmoid(2u) = x * (1 + tanh(u)) / 2.
+template <bool gelu>
+void gate_times(float* gate, const float* up, int64_t size) {
+  constexpr float ROOT = 0.7978845608028654f, CUBE = 0.044715f;  // sqrt(2 / pi)
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
-    Vector g = load(gate + i);
-    store(gate + i, g / (exponential(-g) + 1.0f) * load(up + i));
+    Vector g = load(gate + i), slope = g;
+    if (gelu) slope = (g + g * g * g * CUBE) * (2.0f * ROOT);
+    store(gate + i, g / (exponential(-slope) + 1.0f) * load(up + i));
   }
   if (i < size) {
     float g[LANES] = {}, u[LANES] = {};
     std::copy(gate + i, gate + size, g);
     std::copy(up + i, up + size, u);
-    silu_times(g, u, LANES);
+    gate_times<gelu>(g, u, LANES);
     std::copy(g, g + (size - i), gate + i);
   }
 }
@@ -646,9 +653,10 @@ struct Expert {
 };
 
 // Outputs of the experts, in two rounds of (expert, part of its columns), so that threads share even a single one.
-// Between their matrices is SwiGLU, or, if they are not gated, the square of relu.
 template <typename W, typename Weights>
-void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F, bool gated) {
+void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weights, int64_t D, int64_t F,
+            Activation activation) {
+  bool gated = activation != Activation::SQUARE_OF_RELU;
   auto each_part = [&](int64_t columns, auto work) {
     int64_t wanted = PIECES * pool.num_threads() / std::max<int64_t>(experts.size(), 1) + 1;
     int64_t size = std::max<int64_t>(LEAST_COLUMNS, (columns / wanted + COLUMNS) / COLUMNS * COLUMNS);
@@ -664,8 +672,10 @@ void answer(ffi::ThreadPool& pool, std::vector<Expert<W>>& experts, Weights weig
     dots(e.x, gate_up, D, first, last, e.hidden.data());
     if (gated) dots(e.x, gate_up, D, F + first, F + last, e.hidden.data());
     for (float* row : e.hidden)
-      if (gated)
-        silu_times(row + first, row + F + first, last - first);
+      if (activation == Activation::SWIGLU)
+        gate_times<false>(row + first, row + F + first, last - first);
+      else if (activation == Activation::GEGLU)
+        gate_times<true>(row + first, row + F + first, last - first);
       else
         square_of_relu(row + first, last - first);
   });
@@ -681,11 +691,13 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
                    ffi::AnyBuffer gate_up_numbers, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer gate_up_more,
                    ffi::AnyBuffer down_numbers, ffi::AnyBuffer down_scale, ffi::AnyBuffer down_more,
                    ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> answers, int64_t gate_up_group,
-                   int64_t down_group, int64_t gated) {
+                   int64_t down_group, int64_t activation) {
   Weight gate_up = {gate_up_numbers, gate_up_scale, gate_up_more, gate_up_group};
   Weight down = {down_numbers, down_scale, down_more, down_group};
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
-  int64_t S = down_numbers.dimensions()[1], above = gate_up_numbers.dimensions()[2], F = gated ? above / 2 : above;
+  int64_t S = down_numbers.dimensions()[1], above = gate_up_numbers.dimensions()[2];
+  auto between = static_cast<Activation>(activation);
+  int64_t F = between == Activation::SQUARE_OF_RELU ? above : above / 2;
   int64_t repeat = index.typed_data()[0];
   if (repeat < 0 || repeat >= down_numbers.dimensions()[0]) return ffi::Error::InvalidArgument("experts: no such layer");
   with_form(down, [&](auto number) {
@@ -720,7 +732,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
       int64_t at = repeat * S + slot;
       return std::make_pair(matrix<W>(gate_up, at, above, D), matrix<W>(down, at, D, F));
     };
-    answer<W>(pool, busy, weights, D, F, gated);
+    answer<W>(pool, busy, weights, D, F, between);
   });
   return ffi::Error::Success();
 }
@@ -1090,7 +1102,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("gate_up_group")
                                   .Attr<int64_t>("down_group")
-                                  .Attr<int64_t>("gated"));
+                                  .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()

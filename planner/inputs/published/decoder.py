@@ -104,7 +104,7 @@ def layers_of_kind(f: ConfigFields, key: str, kind: str, other: str) -> tuple[in
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 
 def read_experts(

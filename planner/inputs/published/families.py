@@ -12,6 +12,7 @@ from planner.inputs.published.deepseek import read_deepseek_v2, read_deepseek_v3
 from planner.inputs.published.dots1 import read_dots1
 from planner.inputs.published.ernie4_5_moe import read_ernie4_5_moe
 from planner.inputs.published.exaone_moe import read_exaone_moe
+from planner.inputs.published.gemma4 import read_gemma4
 from planner.inputs.published.glm4_moe import (
     read_glm4_moe,
     read_glm4_moe_lite,
@@ -231,12 +232,17 @@ FAMILIES: dict[str, PublishedFamily] = {
     "glm4v_moe": PublishedFamily(
         ("Glm4vMoeForConditionalGeneration",), read_glm4v_moe, "the decoder of text of GLM-4.5V and 4.6V"
     ),
+    "gemma4": PublishedFamily(
+        ("Gemma4ForConditionalGeneration",),
+        read_gemma4,
+        "Gemma 4 26B-A4B and 31B, the decoder of text: windows with heads of their own, a dense part beside experts",
+    ),
+    "gemma4_text": PublishedFamily(("Gemma4ForCausalLM",), read_gemma4, "the same, published by itself"),
 }
 """Architectures by `model_type`: that of the whole model, or of its `text_config`."""
 
 NOT_READ = {
     "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
-    "gemma4": "a dense part with norms of its own beside the experts, and a GELU in both",
     "granitemoehybrid": "Mamba-2 layers, whose context is a state",
     "jamba": "Mamba layers, whose context is a state",
     "longcat_flash": "two attention parts in a layer, and experts that compute nothing",

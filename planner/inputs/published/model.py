@@ -19,9 +19,11 @@ from planner.inputs.windowed_attention import WindowedHeads
 class PublishedRope:
     """Rotary position embedding: base `theta`, `size` rotated numbers of each head, and how frequencies are scaled.
 
-    `kind` is the `rope_type`: `default`, `linear`, `llama3`, `yarn`, `longrope`, or one that is not read further.
+    `kind` is the `rope_type`: `default`, `linear`, `llama3`, `yarn`, `longrope`, `proportional`, or one that is not
+    read further.
     `magnitude` multiplies rotated vectors (`long_magnitude`: beyond `original_context`, where LongRoPE divides
-    frequencies by `long_factors` instead of `short_factors`).
+    frequencies by `long_factors` instead of `short_factors`). With `proportional` only the first `pairs` pairs of
+    numbers are rotated (Gemma 4).
     """
 
     theta: float
@@ -38,6 +40,7 @@ class PublishedRope:
     long_magnitude: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,8 @@ class PublishedModel:
     are dense, of width `dense_width`. `windows` has the positions that each layer sees at most (None: all); if
     `chunked`, a layer sees its chunk of that many positions instead of the last ones. With `windowed`, layers with a
     window have heads and a rotary embedding of their own. Values have `value_size` numbers a head (`head_size` by
-    default) and are multiplied by `value_scale`.
+    default) and are multiplied by `value_scale`; with `value_norm` they are normed by head without weights, and with
+    `keys_as_values` those of layers that see everything are the keys before norm and rotation (Gemma 4).
 
     `unrotated_layers` have no rotary embedding (NoPE, arXiv 2305.19466). `qk_norm` norms queries and keys by `head`,
     over `all` heads, or by `l2` without weights; with `norm_after_rope` after they are rotated. `attention_gate`
@@ -67,8 +71,9 @@ class PublishedModel:
     `state_layers` have a gated delta net, a short convolution, Mamba-2 or Kimi delta attention in place of attention.
     `bare_layers` have no feed-forward part, and `activation` is that of the dense ones. An `indexer` chooses the
     positions that latent attention sees. `sinks` gives each head a score that takes weight and adds nothing.
-    `score_scale` multiplies attention scores (head_size ** -0.5 by default). `context` is the longest published context
-    in tokens.
+    `score_scale` multiplies attention scores (head_size ** -0.5 by default). With `layer_scales` the output of each
+    layer is multiplied by a number of its own. With a `logit_cap` c logits x become c * tanh(x / c). `context` is the
+    longest published context in tokens.
     """
 
     family: str
@@ -82,6 +87,8 @@ class PublishedModel:
     context: int
     value_size: int | None = None
     value_scale: float = 1.0
+    value_norm: bool = False
+    keys_as_values: bool = False
     rope: PublishedRope
     form: WeightForm
     stop_tokens: tuple[int, ...] = ()
@@ -109,6 +116,8 @@ class PublishedModel:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_cap: float | None = None
+    layer_scales: bool = False
     latent: LatentAttention | None = None
     indexer: Indexer | None = None
     delta_net: DeltaNet | None = None
@@ -162,7 +171,7 @@ class PublishedModel:
             return ((self, self.attention_layers),)
         own, count = self.windowed, sum(window is not None for window in self.windows)
         heads = {"heads": own.n_heads, "kv_heads": own.n_kv_heads, "head_size": own.d_head, "value_size": own.d_value}
-        windowed = replace(self, windowed=None, sinks=own.sinks, rope=own.rope, **heads)
+        windowed = replace(self, windowed=None, sinks=own.sinks, rope=own.rope, keys_as_values=False, **heads)
         return (replace(self, windowed=None), self.layers - count), (windowed, count)
 
     @property

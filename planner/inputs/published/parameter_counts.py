@@ -9,7 +9,7 @@ from planner.inputs.latent_attention import LatentAttention
 from planner.inputs.published.families import CARDS_WITHOUT_EMBEDDING
 from planner.inputs.published.model import PublishedModel
 from planner.inputs.published.quantization import BYTES
-from planner.inputs.routed_experts import Activation
+from planner.inputs.routed_experts import Activation, is_gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
     moe = len(model.routed_layers)
     bare = len(model.bare_layers)
     norms = ((4 if model.post_norms else 2) * layers - bare + 1) * d * (2 if model.norm == "layer" else 1)
+    norms += layers if model.layer_scales else 0
     embedding = model.vocabulary * d
     head = 0 if model.tied_head else embedding + (model.vocabulary if model.head_bias else 0)
     counts = ParameterCounts(
@@ -72,12 +73,14 @@ def count_parameters(model: PublishedModel) -> ParameterCounts:
     if experts is None or not moe:
         return counts
     kind, latent = experts.activation, experts.d_latent
+    of_expert = d + experts.router_bias + experts.expert_scales
     shared = _feed_forward(d, experts.d_shared, kind, biased=model.mlp_bias) if experts.d_shared else 0
     return replace(
         counts,
         expert=_feed_forward(latent or d, experts.d_expert, kind, biased=experts.expert_bias),
         shared=moe * (shared + (d if experts.shared_gate else 0) + 2 * d * latent),
-        router=moe * experts.experts * (d + (1 if experts.router_bias else 0)),
+        router=moe * (experts.experts * of_expert + (d if experts.own_norms else 0)),
+        norms=norms + (3 * moe * d if experts.own_norms else 0),
         experts=experts.experts,
         experts_per_token=experts.experts_per_token,
     )
@@ -118,7 +121,7 @@ def _state_layers(model: PublishedModel) -> int:
 
 def _feed_forward(d: int, width: int, activation: Activation, *, biased: bool) -> int:
     """Gate, unless there is none, up and down, and their biases."""
-    above = 2 if activation == "swiglu" else 1
+    above = 2 if is_gated(activation) else 1
     return (above + 1) * d * width + (above * width + d if biased else 0)
 
 
@@ -127,7 +130,7 @@ def _attention(model: PublishedModel) -> int:
     if model.latent is not None:
         return _latent_attention(model, model.latent)
     v = model.value_numbers
-    count = d * (n + k) * h + d * (n + k) * v
+    count = d * (n + k) * h + d * n * v + (0 if model.keys_as_values else d * k * v)
     count += {"head": 2 * h, "all": (n + k) * h}.get(model.qk_norm, 0)
     count += (n + k) * h + k * v if model.qkv_bias else 0
     count += d if model.out_bias else 0

@@ -18,8 +18,11 @@ def read_rope(f: ConfigFields, head_size: int, *, partial: float, base: float, c
     """
     new = f.nested("rope_parameters")
     base = _either(f, new, "rope_theta", base)
-    size = int(head_size * _either(f, new, "partial_rotary_factor", partial))
-    scaling = new or f.nested("rope_scaling")
+    share = _either(f, new, "partial_rotary_factor", partial)
+    size, scaling = int(head_size * share), new or f.nested("rope_scaling")
+    if scaling is not None and rope_scaling_kind(scaling) == "proportional":
+        factor, pairs = _positive(scaling, "factor", 1.0), int(share * head_size // 2)
+        return PublishedRope(theta=base, size=head_size, kind="proportional", factor=factor, pairs=pairs)
     return PublishedRope(theta=base, size=size, **({} if scaling is None else _scaling(scaling, f, size, context)))
 
 

@@ -9,6 +9,7 @@ import pytest
 from moejax.config.attention_config import WindowedConfig
 from moejax.config.model_config import ModelConfig
 from serving.engine.batch import StepBucket as Shape
+from tests.support.decoder_models import CONFIGS
 from tests.support.models import LEADING_DENSE, SHARDED, SHARED, lively_params
 from tests.support.roles import RoleStepper
 from tests.support.stepping import Stepper, work
@@ -30,7 +31,12 @@ def ids(count: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("cfg", "attention", "experts"),
-    [(SHARED, 2, 2), (dataclasses.replace(LEADING_DENSE, cache_format="int8"), 1, 3), (SHARDED, 1, 2)],
+    [
+        (SHARED, 2, 2),
+        (dataclasses.replace(LEADING_DENSE, cache_format="int8"), 1, 3),
+        (SHARDED, 1, 2),
+        (CONFIGS["gemma4"], 1, 2),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 @pytest.mark.parametrize("all_read", [True, False])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.model.layers import ordered_sum, rms_norm, row_dot, swiglu
+from moejax.model.layers import geglu, ordered_sum, rms_norm, row_dot, swiglu
 
 # (out, in) of the weights of tiny and of smollm2-moe: qkv, out, gate-up, down, shared, router, head.
 TINY = [(256, 128), (128, 128), (512, 128), (128, 256), (8, 128), (2048, 128)]
@@ -51,6 +51,13 @@ def test_rms_norm_leaves_a_mean_square_of_one():
     y = np.asarray(rms_norm(x, jnp.ones(128), 1e-5))
     np.testing.assert_allclose(np.square(y).mean(-1), 1, rtol=1e-4)
     np.testing.assert_allclose(rms_norm(x, jnp.full(128, 3.0), 1e-5), 3 * y, rtol=1e-6)
+
+
+def test_geglu_is_down_of_gelu_of_gate_times_up():
+    x, gate_up, down = normal(4, 16), normal(24, 16, seed=1), normal(16, 12, seed=2)
+    gate, up = np.split(x.astype(np.float64) @ gate_up.T, 2, axis=1)
+    gelu = gate / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    np.testing.assert_allclose(geglu(x, gate_up, down), (gelu * up) @ down.T, rtol=1e-4, atol=1e-4)
 
 
 def test_swiglu_is_down_of_silu_of_gate_times_up():

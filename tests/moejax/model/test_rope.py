@@ -42,6 +42,16 @@ def test_what_is_not_rotated_stays():
     assert (out[..., :16] != q[..., :16]).any()
 
 
+def test_a_part_of_the_pairs_of_whole_heads_is_rotated():
+    scaling, q = RopeScaling(kind="proportional", factor=2.0, pairs=5), heads(0)
+    partial = dataclasses.replace(CFG, rope_scaling=scaling)
+    np.testing.assert_allclose(frequencies(partial)[:5], np.asarray(frequencies(CFG))[:5] / 2, rtol=1e-6)
+    out = np.asarray(rotate(q, jnp.array([7]), partial))
+    turned = (np.arange(64) % 32) < 5  # the two numbers of a pair are half a head apart
+    np.testing.assert_array_equal(out[..., ~turned], q[..., ~turned])
+    assert (out[..., turned] != q[..., turned]).all()
+
+
 @pytest.mark.parametrize("kind", SCALED)
 def test_stretched_frequencies_lie_between_the_plain_and_the_slowest(kind):
     plain, factor = np.asarray(frequencies(CFG)), 8.0 if kind != "linear" else 4.0

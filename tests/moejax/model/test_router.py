@@ -89,6 +89,15 @@ def test_shares_are_of_all_alive_and_sigmoids_are_normalised_and_scaled():
     np.testing.assert_allclose(gates[0], 2.5 * sigmoid / sigmoid.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("gate", ["softmax", "sparsemixer"])
+def test_a_gate_is_multiplied_by_the_number_of_its_expert(gate):
+    moe = MoEConfig(experts=4, experts_per_token=2, d_expert=4, gate=gate, jitter=0.1)
+    ask = (jnp.zeros((1, 4)), jnp.zeros((4, 4)), jnp.array([-5.0, 1.0, 2.0, 1.5]), jnp.ones(4, bool), moe)
+    (chosen, plain), (same, scaled) = route(*ask), route(*ask, jnp.array([7.0, 5.0, 3.0, 2.0]))
+    assert chosen.tolist() == same.tolist() == [[2, 3]]
+    np.testing.assert_allclose(scaled, plain * np.array([[3.0, 2.0]]), rtol=1e-6)
+
+
 def test_sparsemixer_weighs_a_choice_against_those_near_it():
     moe = MoEConfig(experts=4, experts_per_token=2, d_expert=4, gate="sparsemixer", jitter=0.1)
     scores = jnp.array([2.0, 1.9, 1.0, -5.0])

@@ -13,7 +13,7 @@ from tests.support.decoder_models import CONFIGS, PAGES, TABLES, params, prefill
 from tests.support.reference import forward
 from tests.support.stepping import Stepper, work
 
-NAMES = (pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss", "phi")
+NAMES = (pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss", "phi", "gemma4")
 
 
 def grouped(name: str, ranks: int, *groups: tuple[int, ...]) -> Stepper:

@@ -10,6 +10,8 @@ import pytest
 from moejax.config.config_values import ConfigError
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import MoE
+from moejax.model.experts import apply_shared_expert
+from moejax.model.feed_forward import PartRows
 from moejax.model.layers import swiglu
 from moejax.model.reference import mixture
 from moejax.tools.distil import (
@@ -51,7 +53,8 @@ def layer():
 
 def error(layer: MoE, moe: MoEConfig, dense, x: np.ndarray) -> float:
     wanted = swiglu(x, dense.gate_up, dense.down)
-    made, _ = mixture(layer, moe, x, np.ones(moe.experts, bool))
+    routed, _ = mixture(layer, moe, PartRows(x, x, x), np.ones(moe.experts, bool))
+    made = routed + apply_shared_expert(x, layer, moe)
     return float(np.square(np.asarray(made - wanted)).mean() / np.square(np.asarray(wanted)).mean())
 
 

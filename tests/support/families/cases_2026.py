@@ -8,7 +8,7 @@ from typing import Any
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, V32
 from tests.support.families.cases_states import BAILING, KIMI_LINEAR, NEMOTRON_H
-from tests.support.families.cases_windowed import LAGUNA, MIMO_V2, STEP3P7
+from tests.support.families.cases_windowed import GEMMA4, GEMMA4_TEXT, LAGUNA, MIMO_V2, STEP3P7
 
 ODD_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
 WIDE_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}
@@ -419,6 +419,15 @@ _VISION: dict[str, dict[str, Any]] = {
         "projector_output_dim": 16,
         "image_size": 28,
     },
+    "gemma4": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "position_embedding_size": 8,
+    },
     "step3p7": {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -430,7 +439,7 @@ _VISION: dict[str, dict[str, Any]] = {
 _TEXT_TYPES = {"kimi_k25": "deepseek_v3", "qwen3_vl_moe": "qwen3_vl_moe_text", "glm4v_moe": "glm4v_moe_text"}
 _VISION["qwen3_5"] = _VISION["qwen3_5_moe"]
 _TEXT_TYPES |= {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5": "qwen3_5_text"}
-_TEXT_TYPES |= {"step3p7": "step3p5"}
+_TEXT_TYPES |= {"step3p7": "step3p5", "gemma4": "gemma4_text"}
 _BY_FAMILY = {
     "glm4_moe_lite": _GLM_LITE,
     "dots1": _DOTS1,
@@ -448,6 +457,8 @@ _BY_FAMILY = {
     "mimo_v2_flash": MIMO_V2,
     "laguna": LAGUNA,
     "step3p7": STEP3P7,
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4_TEXT,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "qwen3_next": _QWEN_NEXT,

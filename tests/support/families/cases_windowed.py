@@ -107,6 +107,60 @@ LAGUNA: list[dict[str, Any]] = [
         "tie_word_embeddings": True,
     },
 ]
+_GEMMA4 = {"enable_moe_block": True, "hidden_size_per_layer_input": 0, "moe_intermediate_size": 24, "pad_token_id": 0}
+GEMMA4: list[dict[str, Any]] = [
+    _GEMMA4
+    | {
+        "num_hidden_layers": 6,
+        "head_dim": 24,
+        "global_head_dim": 40,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "use_bidirectional_attention": "vision",
+        "sliding_window": 20,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "top_k_experts": 2,
+        "final_logit_softcapping": 10.0,
+        "tie_word_embeddings": True,
+    },
+    _GEMMA4
+    | {
+        "vocab_size": 277,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 20,
+        "global_head_dim": 28,
+        "layer_types": [WINDOW, FULL, FULL],
+        "sliding_window": 7,
+        "num_experts": 6,
+        "num_experts_per_tok": 6,
+        "top_k_experts": 6,
+        "moe_intermediate_size": 20,
+        **by_kind(
+            {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.8},
+        ),
+    },
+    _GEMMA4
+    | {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 20,
+        "global_head_dim": 12,
+        "attention_k_eq_v": True,
+        "layer_types": [WINDOW, WINDOW, FULL],
+        "sliding_window": 16,
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "top_k_experts": 1,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+        **by_kind({}, {"rope_type": "default", "rope_theta": 500_000.0}),
+    },
+]
+_DENSE = {"enable_moe_block": False, "num_experts": None, "top_k_experts": None}
+GEMMA4_TEXT: list[dict[str, Any]] = [GEMMA4[2], GEMMA4[0] | _DENSE, GEMMA4[1] | _DENSE]
 STEP3P7: list[dict[str, Any]] = [
     {
         "num_hidden_layers": 6,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_2026 import CASES_2026, ODD
-from tests.support.published import around_one
+from tests.support.published import around_one, is_factor
 
 
 def _long(which: str) -> dict[str, Any]:
@@ -226,7 +226,9 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
     model = reference_class(case).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name and name.endswith("weight"):
+            if name.endswith("embed_scale"):
+                continue  # a constant, which no checkpoint has
+            if ("norm" in name and name.endswith("weight")) or is_factor(name):
                 values.copy_(around_one(name, case.family) + 0.2 * torch.randn_like(values))
             elif values.ndim < 2 and "inv_freq" not in name:
                 values.copy_(0.2 * torch.randn_like(values))

@@ -86,6 +86,21 @@ def test_a_decoder_beside_other_parts_is_found_and_they_are_left(name, layers, h
     assert not any(is_unused(cfg, each) for each in names)
 
 
+def test_gemma_4_publishes_keys_as_values_and_its_dense_part_has_the_first_norms():
+    cfg = first_layers("gemma-4-26b-a4b")
+    layer, entries = "model.language_model.layers.2.", [e for e in array_sources(cfg) if e.layer == 2]
+    qkv = next(e for e in entries if e.path.endswith(".qkv"))
+    assert [(t.name, t.shape) for t in qkv.tensors] == [
+        (f"{layer}self_attn.q_proj.weight", (16 * 512, 2816)),
+        (f"{layer}self_attn.k_proj.weight", (2 * 512, 2816)),
+    ]
+    norms = {e.path.split(".", 3)[-1]: e.tensors[0].name for e in entries if e.tensors}
+    assert norms["moe.shared_norm"] == f"{layer}pre_feedforward_layernorm.weight"
+    assert norms["ffn_norm"] == f"{layer}pre_feedforward_layernorm_2.weight"
+    assert norms["ffn_post_norm"] == f"{layer}post_feedforward_layernorm.weight"
+    assert is_unused(cfg, "model.vision_tower.patch_embedder.input_proj.weight")
+
+
 def test_paired_heads_are_turned_and_values_are_not():
     heads = PairedHeads(heads=2, kv_heads=1, size=4)
     q, k, v = (np.arange(n)[:, None] + 100 * i for i, n in enumerate((8, 4, 4)))

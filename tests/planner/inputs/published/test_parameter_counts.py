@@ -96,6 +96,7 @@ CARDS = {
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
     "mimo-v2-flash": (309, 15),
+    "gemma-4-26b-a4b": (25.2, 3.8),
 }
 # Cache bytes per token at two bytes a value; DeepSeek-V3 as in "Insights into DeepSeek-V3" (2025).
 CACHE = {"deepseek-v3": 70_272, "mixtral-8x7b": 131_072, "qwen3-235b-a22b": 192_512, "gpt-oss-20b": 24_576}
@@ -115,6 +116,7 @@ CARDS_WITH_MARGIN = {
 }
 """Cards whose figure is rounded down further than the others'."""
 WITHOUT_A_CARD = {"granitemoeshared", "llama4_text", "ministral3", "mistral4", "laguna", "step3p5", "step3p7"}
+WITHOUT_A_CARD |= {"gemma4_text"}
 """Families whose only published models are tests, or stand within a larger model, or of which none is shipped in
 configs/models."""
 
@@ -181,6 +183,15 @@ def test_windows_with_heads_of_their_own_keep_theirs_and_a_server_has_rows_of_on
     mimo = model("mimo-v2-flash")
     assert cache_elements(mimo) == (9 * 4 * (192 + 128), 39 * 129 * 8 * (192 + 128))
     assert unwindowed_cache_elements(mimo) == 48 * 8 * (192 + 128)
+
+
+def test_layers_whose_values_are_keys_have_no_matrix_of_values_and_cache_both():
+    gemma = model("gemma-4-26b-a4b")
+    assert cache_elements(gemma) == (5 * 2 * 2 * 512, 25 * 1024 * 2 * 8 * 256)
+    values = find_published("gemma-4-26b-a4b")[1]
+    apart = values | {"text_config": values["text_config"] | {"attention_k_eq_v": False}}
+    others = 5 * (2 * 8 - 2) * 512 * 2816  # eight heads of keys, as layers with a window have, and eight of values
+    assert count_parameters(published_model(apart)).total == count_parameters(gemma).total + others
 
 
 def test_layers_in_chunks_keep_a_chunk():

@@ -112,7 +112,7 @@ def test_a_decoder_within_a_larger_model_is_of_the_family_of_the_whole():
 
 
 @pytest.mark.parametrize(
-    "values", [{"model_type": kind} for kind in NOT_READ] + [{"text_config": {"model_type": "gemma4_text"}}]
+    "values", [{"model_type": kind} for kind in NOT_READ] + [{"text_config": {"model_type": "minimax_m3_text"}}]
 )
 def test_a_family_that_is_known_and_not_read_says_what_is_lacking(values):
     with pytest.raises(InputError, match=r"not supported yet; the decoder lacks ."):
@@ -195,6 +195,41 @@ LAGUNA |= {"num_attention_heads": 16, "layer_types": ["sliding_attention", "slid
 def test_layers_of_one_kind_must_be_alike(change, message):
     with pytest.raises(InputError, match=message):
         published_model(LAGUNA | change)
+
+
+GEMMA = find_published("gemma-4-26b-a4b")[1]["text_config"]
+
+
+def test_gemma_4_has_two_kinds_of_attention_however_it_is_spelt():
+    model = published_model(GEMMA)
+    assert model.windows == ((1024,) * 5 + (None,)) * 5
+    assert (model.head_size, model.kv_heads, model.keys_as_values, model.rope.kind) == (512, 2, True, "proportional")
+    assert (model.rope.size, model.rope.pairs, model.logit_cap) == (512, 64, 30.0)
+    own = model.windowed
+    assert (own.n_kv_heads, own.d_head, own.rope.theta, own.rope.kind) == (8, 256, 10_000.0, "default")
+    assert model.experts.d_shared == 2112
+    by_layer = {f"{i:02}": {"head_dim": 512, "num_key_value_heads": 2} for i in range(5, 30, 6)}
+    without = {key: value for key, value in GEMMA.items() if "global" not in key and key != "rope_parameters"}
+    assert published_model(without | {"per_layer_config": by_layer}) == model
+    assert published_model(GEMMA | {"layer_types": ["sliding_attention"] * 30}).windows[-2:] == (1024, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input is 256: inputs of each layer by token"),
+        ({"num_kv_shared_layers": 10}, "num_kv_shared_layers is 10: layers that take keys and values from a layer"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all': an encoder"),
+        ({"per_layer_config": {"3": {"head_dim": 64}}}, "layer 3 has a window and heads of its own"),
+        (
+            {"per_layer_config": {"05": {"head_dim": 64}}},
+            "everything have 8 heads of 64, 8 heads of 256",
+        ),
+    ],
+)
+def test_what_the_small_models_of_gemma_4_have_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        published_model(GEMMA | change)
 
 
 def test_stop_tokens_are_those_given_or_of_the_class():
