@@ -31,12 +31,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("cfg", "attention", "experts"),
-    [
-        (SHARED, 2, 2),
-        (dataclasses.replace(LEADING_DENSE, cache_format="int8"), 1, 3),
-        (SHARDED, 1, 2),
-        (CONFIGS["gemma4"], 1, 2),
-    ],
+    [(SHARED, 2, 2), (dataclasses.replace(LEADING_DENSE, cache_format="int8"), 1, 3), (SHARDED, 1, 2)],
     ids=lambda value: getattr(value, "name", value),
 )
 @pytest.mark.parametrize("all_read", [True, False])
@@ -65,3 +60,15 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
                 np.testing.assert_array_equal(np.asarray(mine), all_rows[:, rows])
         total = sum(np.asarray(each.expert_load) for each in made)
         np.testing.assert_array_equal(total, wanted.expert_load.reshape(attention, -1, count).sum(0))
+
+
+def test_stages_round_what_norms_and_layers_scale_as_whole_steps_do() -> None:
+    cfg, pages, prompt = CONFIGS["gemma4"], (1, 2, 3), ids(70, 0)
+    params, table = lively_params(cfg), np.resize(np.arange(8), 10)
+    apart, together = RoleStepper(cfg, params, 1, 5, table), Stepper(cfg, params, 1, 8, np.arange(8))
+    for bucket, item in (
+        (Shape(3, 4), work(prompt[:67], 0, pages)),
+        (Shape(2, 0), work(prompt[67:68], 67, pages)),
+    ):
+        made, wanted = (each.run(bucket, {0: (item,)}) for each in (apart, together))
+        np.testing.assert_array_equal(np.asarray(made[0].hidden), wanted.hidden)
