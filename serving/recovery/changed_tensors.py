@@ -62,7 +62,7 @@ class ChangedTensors:
         `before` while a rank is being started that may read them."""
         membership, record = self._failover.membership, self._failover.weights_record
         needed = {membership.weights.model, membership.next_weights.model}
-        if any(membership.is_incoming(rank) for rank in membership.states):
+        if any(membership.is_incoming(rank) for rank in self._failover.plans.base.rank_ids):
             needed.add(before)
         if record.versions.exist:
             await asyncio.to_thread(record.remove_unneeded, needed)

@@ -16,6 +16,7 @@ from serving.launch.weights_record import VERSIONS, WeightsRecord
 from serving.protocol.instructions import Instruction
 from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.tensors import BaseWeights, TensorType, TensorUpdate
+from serving.recovery.membership import Membership
 from simulation.hand_model import PREPARED
 from tests.serving.recovery.test_weights_update import serving_streams
 from tests.support.recovery_machine import Machine
@@ -113,6 +114,38 @@ def test_a_folder_is_removed_once_whole_weights_are_in_force(tool: Tool, tmp_pat
         assert other.is_dir()
 
     asyncio.run(main())
+
+
+def test_a_folder_stays_while_a_rank_is_being_started_that_may_read_it(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with server(tmp_path) as m:
+            await send(m, "one", TensorUpdate())
+            one = Path(m.failover.membership.weights.model)
+            with monkeypatch.context() as patch:
+                patch.setattr(Membership, "is_incoming", lambda *_: True)
+                await send(m, "two", TensorUpdate())
+            two = Path(m.failover.membership.weights.model)
+            assert folders(tmp_path) == sorted((one, two))
+            await m.loop.begin_tensors(TensorUpdate())
+            assert folders(tmp_path) == [two]
+
+    asyncio.run(main())
+
+
+def test_without_a_record_the_folder_lasts_as_long_as_the_server(tool: Tool) -> None:
+    async def main() -> Path:
+        async with serving_streams() as (m, _):
+            await send(m, "one", TensorUpdate())
+            await send(m, "two", TensorUpdate())
+            folder = Path(m.failover.membership.weights.model)
+            assert (folder / "model").read_text() == "two"
+            assert list(folder.parent.iterdir()) == [folder]
+        return folder
+
+    folder = asyncio.run(main())
+    assert not folder.parent.exists()
 
 
 def test_a_change_of_other_weights_than_those_in_force_is_refused_with_both(tool: Tool, tmp_path: Path) -> None:
