@@ -36,7 +36,7 @@ from clients.tool import Tool
 from serving.api.client import AsyncClient
 
 WINDOW_S = 4.0
-"""The pause of a kill is looked for within so many seconds after it."""
+"""The pause of a kill is the longest within so many seconds after it."""
 GRACE_S = 120.0
 
 

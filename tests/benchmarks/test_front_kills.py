@@ -1,4 +1,4 @@
-"""What `benchmarks.front_kills` makes of the streams that its clients saw."""
+"""The figures that `benchmarks.front_kills` makes of streams as its clients saw them."""
 
 from benchmarks.front_kills import Seen, longest_gap, pauses, summary
 
