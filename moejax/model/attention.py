@@ -4,6 +4,8 @@ One page at a time with a running maximum (arXiv 2205.14135), in page order. So 
 length of other contexts, nor on which positions were cached and which are new.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,8 +47,11 @@ def _by_platform(inputs: AttentionInputs) -> jax.Array:
 def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q N Hv"]:
     """`paged_attention` by XLA, for all inputs.
 
-    One page of all segments at a time. Cost grows with the longest sequence of the batch, its result does not.
+    One page of all segments at a time. Cost grows with the longest sequence of the batch, its result does not. XLA:CPU
+    would add up in another order for a single segment, which is doubled.
     """
+    if inputs.q.shape[0] == 1:
+        return paged_attention_reference(_doubled(inputs))[:1]
     q_ZQNH, page_size = inputs.q, inputs.page_size
     positions_ZQ, window, chunk = inputs.positions, inputs.window, inputs.chunk
     Z, Q, N, H = q_ZQNH.shape
@@ -97,6 +102,18 @@ def paged_attention_reference(inputs: AttentionInputs) -> Float[jax.Array, "Z Q 
     _, total, out = lax.fori_loop(first, pages, page, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return out.reshape(Z, K, Q, G, Hv).transpose(0, 2, 1, 3, 4).reshape(Z, Q, N, Hv)
+
+
+def _doubled(inputs: AttentionInputs) -> AttentionInputs:
+    """The inputs with each segment twice."""
+    by_segment = ("q", "page_table", "cached", "new_base", "positions")
+    twice = {name: jnp.concatenate([getattr(inputs, name)] * 2) for name in by_segment}
+    index = inputs.index
+    if index is not None:
+        index = dataclasses.replace(
+            index, q=jnp.concatenate([index.q] * 2), weights=jnp.concatenate([index.weights] * 2)
+        )
+    return dataclasses.replace(inputs, index=index, **twice)
 
 
 def _entries(inputs: AttentionInputs, i: ArrayLike) -> tuple[jax.Array, jax.Array]:

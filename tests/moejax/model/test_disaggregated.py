@@ -62,13 +62,19 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
         np.testing.assert_array_equal(total, wanted.expert_load.reshape(attention, -1, count).sum(0))
 
 
-def test_stages_round_what_norms_and_layers_scale_as_whole_steps_do() -> None:
-    cfg, pages, prompt = CONFIGS["gemma4"], (1, 2, 3), ids(70, 0)
-    params, table = lively_params(cfg), np.resize(np.arange(8), 10)
-    apart, together = RoleStepper(cfg, params, 1, 5, table), Stepper(cfg, params, 1, 8, np.arange(8))
+@pytest.mark.parametrize("name", ["gemma4", "gpt-oss"])
+def test_stages_round_as_whole_steps_do(name: str) -> None:
+    """Where norms and layers scale (gemma4), and in a micro-batch with one segment that decodes: that of the last
+    draft."""
+    cfg, pages, prompt = CONFIGS[name], (1, 2, 3), ids(70, 0)
+    count = cfg.moe.experts
+    params, table = lively_params(cfg), np.resize(np.arange(count), count + 2)
+    apart, together = RoleStepper(cfg, params, 1, count + 2, table), Stepper(cfg, params, 1, count, np.arange(count))
+    drafted = dataclasses.replace(work(prompt[68:69], 68, pages), drafts=(5, 6))
     for bucket, item in (
         (Shape(3, 4), work(prompt[:67], 0, pages)),
         (Shape(2, 0), work(prompt[67:68], 67, pages)),
+        (Shape(3, 4), drafted),
     ):
         made, wanted = (each.run(bucket, {0: (item,)}) for each in (apart, together))
         np.testing.assert_array_equal(np.asarray(made[0].hidden), wanted.hidden)
