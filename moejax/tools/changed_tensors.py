@@ -31,7 +31,7 @@ from moejax.checkpoint.published import published_name
 from moejax.checkpoint.safetensors import DTYPES, INDEX, SafetensorsFolder
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import named_tensors
-from moejax.tools.prepare import BESIDE_STEPS, MTP, prepared_folder
+from moejax.tools.prepare import BESIDE_STEPS, MTP, exit_status, prepared_folder
 from moejax.tools.resolve import ensure_model, is_published, published_place
 
 CHANGES = "changed.safetensors"
@@ -155,17 +155,16 @@ def main() -> int:
     """Do what the command line says; the exit status is 1 with one line of cause when that cannot be."""
     os.nice(BESIDE_STEPS)
     model, weights, how, content, *places = (each for each in sys.argv[1:] if each != MTP)
-    try:
+
+    def work() -> None:
         base = base_folder(model, weights, how, content, mtp=MTP in sys.argv)
         if places:
             changes, target = map(Path, places)
             change(base, changes, target)
         else:
             print(json.dumps(tensor_types(base)))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from moejax.checkpoint.download import cache_folder
@@ -202,9 +203,18 @@ def main() -> int:
     given = [each for each in sys.argv[1:] if each != MTP]
     if len(given) > len(("MODEL", "FORMAT", "HOW", "TENSOR", "CACHE")):
         os.nice(BESIDE_STEPS)
-    try:
+
+    def work() -> None:
         _build_kernels()
         print(json.dumps(prepare(*given, mtp=MTP in sys.argv)))
+
+    return exit_status(work)
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """The exit status of a process that does this for a server: 1, with one line of cause, when it cannot be done."""
+    try:
+        work()
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
