@@ -14,7 +14,7 @@ from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls
 from serving.config import Settings, listed
 from serving.core.bucket_counts import BucketCounts, resolve_buckets
-from serving.core.journal import Journal
+from serving.core.call_history import JournalFollower
 from serving.core.loop import Loop
 from serving.core.pools import Pools, start_pools
 from serving.core.request_log import RequestLog
@@ -73,11 +73,17 @@ class App:
         return 0 if self._edge_listener is None else self._edge_listener.port
 
     @classmethod
-    async def start(cls, settings: Settings, log: Log = no_log, run: RunFolder | None = None) -> Self:
+    async def start(
+        cls,
+        settings: Settings,
+        log: Log = no_log,
+        run: RunFolder | None = None,
+        follower: JournalFollower | None = None,
+    ) -> Self:
         """Start a server, and return when it can serve its first request and every planned loss is prepared for.
 
-        `run` is the folder of a supervised front. Raises StartError naming the process and the cause; nothing keeps
-        running then.
+        `run` is the folder of a supervised front, `follower` has followed the journal of the front before. Raises
+        StartError naming the process and the cause; nothing keeps running then.
         """
         raise_file_limit()
         limits, tls = CallLimits.of(settings), ServerTls.of(settings)  # their errors come before the slow part
@@ -94,7 +100,7 @@ class App:
         saved_counts = BucketCounts.for_server(settings, model)
         settings = resolve_buckets(settings, saved_counts, log, run)
         async with contextlib.AsyncExitStack() as stack, _ends_at_once_in_an_upgrade(run):
-            request_log = _open_request_log(settings, run)
+            request_log = _open_request_log(settings, run, follower)
             stack.callback(request_log.close)
             weights_record = _weights_record(settings, model, run)
             weights_record.remove_unneeded()
@@ -279,13 +285,23 @@ async def _weights_in_force(
     return dataclasses.replace(version, store=prepared.store)
 
 
-def _open_request_log(settings: Settings, run: RunFolder | None) -> RequestLog:
+def journal_folder(settings: Settings, run: RunFolder | None) -> Path | None:
+    """The folder of the journal; None without one."""
+    if settings.journal == "off":
+        return None
+    if settings.journal is not None:
+        return Path(settings.journal)
+    return None if run is None else run.journal
+
+
+def _open_request_log(settings: Settings, run: RunFolder | None, follower: JournalFollower | None) -> RequestLog:
     """The calls that a front before this one left, and a journal for the next, as the settings want it."""
-    if settings.journal == "off" or (settings.journal is None and run is None):
+    folder = journal_folder(settings, run)
+    if folder is None:
         return RequestLog(None)
-    folder = run.journal if run is not None and settings.journal is None else Path(settings.journal or "")
-    journal, records = Journal.open(folder)
-    return RequestLog(journal, records, retention_s=settings.resume_s)
+    if follower is not None and follower.folder != folder:
+        follower = None
+    return RequestLog.open(folder, retention_s=settings.resume_s, follower=follower)
 
 
 def _last_sequence(run: RunFolder | None) -> int:

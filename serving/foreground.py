@@ -5,21 +5,23 @@ import signal
 
 from serving.app import App, Log
 from serving.config import Settings
+from serving.core.call_history import JournalFollower
 from serving.errors import MoejaxError
 from serving.launch.run_folder import RunFolder
 from serving.observability import logs
 from serving.protocol.backend import Backend
 
 
-def serve(settings: Settings, run: RunFolder | None = None) -> int:
-    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status. `run` is the folder of a supervised front."""
+def serve(settings: Settings, run: RunFolder | None = None, follower: JournalFollower | None = None) -> int:
+    """Serve until SIGINT or SIGTERM, then drain. Returns the exit status. `run` is the folder of a supervised front,
+    `follower` has followed the journal of the front before."""
     try:
-        return asyncio.run(_serve(settings, run))
+        return asyncio.run(_serve(settings, run, follower))
     except KeyboardInterrupt:
         return 130
 
 
-async def _serve(settings: Settings, run: RunFolder | None) -> int:
+async def _serve(settings: Settings, run: RunFolder | None, follower: JournalFollower | None) -> int:
     logs.configure(settings.log_format, settings.log_level)
     for note in settings.deprecations:
         logs.SERVER.warning("%s", note)
@@ -37,7 +39,7 @@ async def _serve(settings: Settings, run: RunFolder | None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping)
     try:
-        app = await App.start(settings, log, run)
+        app = await App.start(settings, log, run, follower)
     except asyncio.CancelledError:
         log("stopped before it was ready")
         return 130
@@ -45,9 +47,9 @@ async def _serve(settings: Settings, run: RunFolder | None) -> int:
         logs.SERVER.error(str(error) or f"not ready within {settings.start_timeout_s:.0f} s")
         return 1
     _announce(app, log)
-    follower = asyncio.create_task(_log_events(app.loop))
+    logging = asyncio.create_task(_log_events(app.loop))
     await stop.wait()
-    follower.cancel()
+    logging.cancel()
     running = app.loop.status().running + app.loop.status().waiting
     log(f"draining {running} requests for up to {settings.grace_s:.0f} s" if running else "stopping")
     await app.stop()

@@ -99,7 +99,7 @@ def _resumed_one_short() -> list[Change]:
 
 
 def _call_not_journaled() -> list[Change]:
-    return [(RequestLog, "record_accepted", lambda self, request_id: self._recorded.add(request_id))]
+    return [(RequestLog, "record_accepted", lambda self, request_id: self._history.recorded.add(request_id))]
 
 
 def _stale_epoch_sent() -> list[Change]:

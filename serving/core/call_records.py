@@ -6,7 +6,7 @@ the wall clock, which the next front and this one have in common.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from serving import errors
@@ -46,9 +46,11 @@ def encode_call(call: Call, clock_offset_s: float) -> bytes:
     return _encode({"call": dataclasses.asdict(call) | {"requests": requests}})
 
 
-def encode_items(items: Iterable[tuple[str, StreamItem]]) -> bytes:
-    """The record of items, each with the id of its request."""
-    return _encode({"told": [[request_id, *_item_json(item)] for request_id, item in items]})
+def encode_items(items: Iterable[tuple[str, StreamItem]], at: float | None = None) -> bytes:
+    """The record of items, each with the id of its request. `at` is the time of those that end an answer, in seconds of
+    the wall clock."""
+    record: dict[str, Any] = {"told": [[request_id, *_item_json(item)] for request_id, item in items]}
+    return _encode(record if at is None else record | {"at": at})
 
 
 def encode_incidents(incidents: Iterable[Incident]) -> bytes:
@@ -56,31 +58,42 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
     return _encode({"incidents": [[each.weight, dict(each.until), each.ranks] for each in incidents]})
 
 
-def decode_incidents(record: bytes) -> tuple[Incident, ...] | None:
-    """The incidents of a record; None if it is another kind of record."""
-    found = json.loads(record).get("incidents")
-    if found is None:
-        return None
-    return tuple(Incident(weight, until, tuple(ranks)) for weight, until, ranks in found)
-
-
-_FORGOTTEN = b'{"forgotten":'
-
-
 def encode_forgotten(call_id: str) -> bytes:
     """The record that a call is forgotten."""
     return _encode({"forgotten": call_id})
 
 
-def forgotten_call(record: bytes) -> str | None:
-    """The id of the call that a record says is forgotten; None for other records."""
-    return json.loads(record)["forgotten"] if record.startswith(_FORGOTTEN) else None
+def encode_compacted(size: int) -> bytes:
+    """The record that what stands before it, of so many bytes, was all that was known: what a compaction wrote."""
+    return _encode({"compacted": size})
 
 
-def decode(record: bytes, clock_offset_s: float) -> tuple[Call | None, list[tuple[str, StreamItem]]]:
-    """The call of a record, if it is one, and its items with the ids of their requests. Raises UnreadableCall for one
-    of newer code that needs more than this code knows."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a record says; most say one thing of these."""
+
+    call: Call | None = None
+    items: Sequence[tuple[str, StreamItem]] = ()
+    """Items with the ids of their requests."""
+    at: float | None = None
+    """When the items that end an answer were recorded, in seconds of the wall clock."""
+    incidents: tuple[Incident, ...] | None = None
+    """All incidents that no cleared request explains, in place of earlier ones."""
+    forgotten: str | None = None
+    """The id of a call that is forgotten."""
+    compacted: int | None = None
+    """Bytes of what a compaction wrote, which stands before this record."""
+
+
+def decode(record: bytes, clock_offset_s: float) -> Record:
+    """What a record says. Raises UnreadableCall for a call of newer code that needs more than this code knows."""
     value: Mapping[str, Any] = json.loads(record)
+    if "forgotten" in value:
+        return Record(forgotten=value["forgotten"])
+    if "compacted" in value:
+        return Record(compacted=value["compacted"])
+    if (incidents := value.get("incidents")) is not None:
+        return Record(incidents=tuple(Incident(weight, until, tuple(ranks)) for weight, until, ranks in incidents))
     call = None
     if "call" in value:
         fields: dict[str, Any] = dict(value["call"])
@@ -89,7 +102,8 @@ def decode(record: bytes, clock_offset_s: float) -> tuple[Call | None, list[tupl
         fields["requests"] = tuple(_request_value(request, clock_offset_s) for request in fields["requests"])
         fields["stop"] = tuple(fields["stop"])
         call = Call(**fields)
-    return call, [(request_id, _item_value(kind, parts)) for request_id, kind, parts in value.get("told", ())]
+    items = [(request_id, _item_value(kind, parts)) for request_id, kind, parts in value.get("told", ())]
+    return Record(call=call, items=items, at=value.get("at"))
 
 
 _KNOWN: Mapping[type, frozenset[str]] = {

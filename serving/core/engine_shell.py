@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 
 from serving.config import Settings
 from serving.core.admission import Admission
+from serving.core.call_history import scored_count
 from serving.core.canary import Canary
 from serving.core.output_streams import OutputStreams
-from serving.core.request_log import RequestLog, scored_count, token_ids
+from serving.core.request_log import RequestLog, token_ids
 from serving.core.step_stats import StepStats
 from serving.core.suspects import Suspects
 from serving.engine import migration

@@ -18,6 +18,7 @@ from serving.errors import StartError
 
 MAGIC = b"moejax journal 1\n"
 _HEAD = struct.Struct("<II")
+_FILE = "requests.journal"
 
 
 def frame(record: bytes) -> bytes:
@@ -25,11 +26,12 @@ def frame(record: bytes) -> bytes:
     return _HEAD.pack(len(record), zlib.crc32(record)) + record
 
 
-def read_records(data: bytes) -> tuple[list[bytes], int]:
-    """The intact records in the bytes of a file, and the number of bytes up to the end of the last one."""
-    if not data.startswith(MAGIC):
+def read_records(data: bytes, *, begin: bool = True) -> tuple[list[bytes], int]:
+    """The intact records in bytes of a file, and the number of bytes up to the end of the last one. Without `begin` the
+    bytes are those after a record."""
+    if begin and not data.startswith(MAGIC):
         return [], 0
-    records, at = [], len(MAGIC)
+    records, at = list[bytes](), len(MAGIC) if begin else 0
     while at + _HEAD.size <= len(data):
         length, checksum = _HEAD.unpack_from(data, at)
         end = at + _HEAD.size + length
@@ -41,11 +43,72 @@ def read_records(data: bytes) -> tuple[list[bytes], int]:
     return records, at
 
 
+class JournalReader:
+    """Reads the records of a folder's journal, also while another process appends to it.
+
+    When the file was replaced, or has become shorter, its records are read from its begin: they say all that is known.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _FILE
+        self._file = -1  # kept open: so that no later file gets the number of its inode
+        self.offset = 0
+        """Bytes up to the end of the last record that was read."""
+        self.size = 0
+        """Bytes in the file when it was read last."""
+        self.begins = 0
+        """How often it has begun at the file's begin; a change means that records read before count no more."""
+
+    def read(self, limit: int | None = None) -> list[bytes]:
+        """The intact records after those that were read: among the next `limit` bytes, or all if those hold none.
+        Raises OSError."""
+        if not self._open():
+            return []
+        size = self.size - self.offset
+        records = self._read(size if limit is None else min(size, limit))
+        if not records and limit is not None and limit < size:
+            records = self._read(size)
+        return records
+
+    def close(self) -> None:
+        """Close the file; the next `read` begins at its begin."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._restart()
+
+    def _restart(self) -> None:
+        self.offset = self.size = 0
+        self.begins += 1
+
+    def _open(self) -> bool:
+        """Have the present file open. False without one."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            self.close()
+            return False
+        if self._file < 0 or not os.path.samestat(found, os.fstat(self._file)):
+            self.close()
+            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(self._file).st_size
+        if size < self.offset:
+            self._restart()
+        self.size = size
+        return True
+
+    def _read(self, size: int) -> list[bytes]:
+        """The intact records among the next bytes."""
+        records, end = read_records(os.pread(self._file, size, self.offset), begin=not self.offset)
+        self.offset += end
+        return records
+
+
 class Journal:
     """The journal in one folder. A lock keeps other processes out while it is open."""
 
     def __init__(self, folder: Path, lock: int) -> None:
-        self._path = folder / "requests.journal"
+        self._path = folder / _FILE
         self._lock = lock
         self._file = -1
         self.size = 0
@@ -54,9 +117,10 @@ class Journal:
         """True when something was appended since the last `sync`."""
 
     @classmethod
-    def open(cls, folder: Path) -> tuple[Self, list[bytes]]:
-        """Open the journal of a folder; returns it and its records. Only the owner can read folder and file. Raises
-        StartError when they cannot be opened, or when another server has them open."""
+    def open(cls, folder: Path, reader: JournalReader | None = None) -> tuple[Self, list[bytes]]:
+        """Open the journal of a folder; returns it and its records, without those that `reader` has read already since
+        its last begin. Only the owner can read folder and file. Raises StartError when they cannot be opened, or when
+        another server has them open."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -65,9 +129,12 @@ class Journal:
             raise StartError(f"the journal cannot be kept in {folder}: {error.strerror}.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal = cls(folder, lock)
-            data = journal._path.read_bytes() if journal._path.exists() else b""
-            records, journal.size = read_records(data)
+            journal, reader = cls(folder, lock), reader or JournalReader(folder)
+            records = reader.read()
+            if reader.offset < reader.size:  # the end is damaged, or a reader that followed was led to a wrong place
+                reader.close()
+                records = reader.read()
+            journal.size = reader.offset
             if not journal.size:
                 journal.replace([])
             else:

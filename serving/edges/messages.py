@@ -238,7 +238,7 @@ def call_record(call: Call, since: float = 0.0) -> bytes:
 
 def call_of_record(record: bytes, since: float = 0.0) -> Call:
     """The inverse of `call_record`; `since` is 0, or the time at which the record came."""
-    call, _ = decode(record, -since)
+    call = decode(record, -since).call
     assert call is not None, "the record is that of a call"
     return call
 

@@ -272,7 +272,7 @@ async def test_a_call_closed_on_a_connection_that_was_dead_already_is_closed_at_
         connection.abort()
         task.cancel()
         log = front.loop.engine.request_log
-        await until(lambda: front.socket._edges and log._items[request.id][-1] == Finished("cancelled"))
+        await until(lambda: front.socket._edges and log.items(request.id)[-1] == Finished("cancelled"))
         listener.close()
     await front.stop()
 

@@ -142,7 +142,7 @@ async def test_fronts_may_die_at_any_time(
                 await task
                 check(request, items)
             log = front.loop.engine.request_log
-            assert {call.id for call in log._calls.values()} == reading.keys(), "each call is recorded once"
+            assert {call.id for call in log._history.calls.values()} == reading.keys(), "each call is recorded once"
             assert (await one.status()).failed == 0
     finally:
         await front.stop()
