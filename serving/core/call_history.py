@@ -1,4 +1,4 @@
-"""What is known of calls and of their answers, as the records of a journal say it.
+"""The history of calls and of their answers, as the records of a journal say it.
 
 Records may stand in any order and more than once: a record that says what is known already changes nothing.
 """

@@ -47,8 +47,8 @@ def encode_call(call: Call, clock_offset_s: float) -> bytes:
 
 
 def encode_items(items: Iterable[tuple[str, StreamItem]], at: float | None = None) -> bytes:
-    """The record of items, each with the id of its request. `at` is the time of those that end an answer, in seconds of
-    the wall clock."""
+    """The record of items, each with the id of its request. `at` is the time of the ends among them, in seconds of the
+    wall clock."""
     record: dict[str, Any] = {"told": [[request_id, *_item_json(item)] for request_id, item in items]}
     return _encode(record if at is None else record | {"at": at})
 
@@ -70,7 +70,7 @@ def encode_compacted(size: int) -> bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a record says; most say one thing of these."""
+    """A record of the journal, which has one or two of these."""
 
     call: Call | None = None
     items: Sequence[tuple[str, StreamItem]] = ()
@@ -86,7 +86,7 @@ class Record:
 
 
 def decode(record: bytes, clock_offset_s: float) -> Record:
-    """What a record says. Raises UnreadableCall for a call of newer code that needs more than this code knows."""
+    """Decode a record. Raises UnreadableCall for a call of newer code that needs more than this code knows."""
     value: Mapping[str, Any] = json.loads(record)
     if "forgotten" in value:
         return Record(forgotten=value["forgotten"])

@@ -1,4 +1,4 @@
-"""What a standby front has read of a journal is what reading all of it gives."""
+"""A standby front that has read a journal piece by piece knows the same as one that reads all of it."""
 
 import os
 import tempfile
