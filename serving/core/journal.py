@@ -46,7 +46,7 @@ def read_records(data: bytes, *, begin: bool = True) -> tuple[list[bytes], int]:
 class JournalReader:
     """Reads the records of a folder's journal, also while another process appends to it.
 
-    When the file was replaced, or has become shorter, its records are read from its begin: they say all that is known.
+    When the file was replaced, or has become shorter, its records are read from its begin: they have all that is known.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class JournalReader:
         """How often it has begun at the file's begin; a change means that records read before count no more."""
 
     def read(self, limit: int | None = None) -> list[bytes]:
-        """The intact records after those that were read: among the next `limit` bytes, or all if those hold none.
+        """The intact records that have not been read yet: among the next `limit` bytes, or all if those hold none.
         Raises OSError."""
         if not self._open():
             return []
