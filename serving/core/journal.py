@@ -118,7 +118,7 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, reader: JournalReader | None = None) -> tuple[Self, list[bytes]]:
-        """Open the journal of a folder; returns it and its records, without those that `reader` has read already since
+        """Open the journal of a folder; returns it and its records, without what `reader` has read already since
         its last begin. Only the owner can read folder and file. Raises StartError when they cannot be opened, or when
         another server has them open."""
         try:
