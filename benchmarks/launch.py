@@ -58,9 +58,13 @@ class Launched:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.address = self._announced(limit_s)
-        with Client(self.address) as client:
-            client.generate("Once", temperature=0, max_tokens=1, ignore_eos=True)
+        try:
+            self.address = self._announced(limit_s)
+            with Client(self.address) as client:
+                client.generate("Once", temperature=0, max_tokens=1, ignore_eos=True)
+        except BaseException:  # also SystemExit, of a signal while it starts
+            self.stop()
+            raise
         self.first_token_s = time.monotonic() - self.launched_at
 
     @property
@@ -106,7 +110,6 @@ class Launched:
                 return found[1]
             if ended or time.monotonic() - self.launched_at > limit_s:
                 output = self.output()[-2000:]
-                self.stop()
                 how = "ended before it was ready" if ended else f"was not ready after {limit_s:.0f} s"
                 raise StartFailed(f"the server {how}:\n{output}")
             time.sleep(_POLL_S)

@@ -10,22 +10,25 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO
 
-from serving.errors import InvalidRequest, NoCapacity
+from serving.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from serving.proto.moejax.v1 import resilience_pb2
 from serving.protocol.tensors import DATA, TENSORS, TensorTarget, TensorType
 
 AT_ONCE = 64 << 10
 """Bytes up to which a part is written by the event loop itself."""
+STALL_S = 60.0
+"""Most seconds from one part to the next."""
 
 
 async def receive_tensors(parts: AsyncIterator[resilience_pb2.TensorPart], target: TensorTarget, folder: Path) -> None:
     """Write the tensors of a stream to a folder. Raises InvalidRequest for a tensor that the target has not, or has
     with another format or shape, for bytes that are missing, too many or other than their checksum says, for a second
-    tensor of one name and a stream without its end; NoCapacity when the folder cannot be written."""
+    tensor of one name and a stream without its end; DeadlineExceeded for a sender that hangs; NoCapacity when the
+    folder cannot be written."""
     try:
         with (folder / DATA).open("wb") as file:
             received = TensorReceiver(target, file)
-            async for part in parts:
+            async for part in without_stall(parts):
                 if len(part.data) <= AT_ONCE:
                     received.take(part)
                 else:
@@ -34,6 +37,22 @@ async def receive_tensors(parts: AsyncIterator[resilience_pb2.TensorPart], targe
         (folder / TENSORS).write_text(json.dumps(described))
     except OSError as error:
         raise NoCapacity(f"the tensors cannot be kept on the server's disk: {error}") from None
+
+
+async def without_stall(parts: AsyncIterator[resilience_pb2.TensorPart]) -> AsyncIterator[resilience_pb2.TensorPart]:
+    """The parts. Raises DeadlineExceeded when the next one does not come within STALL_S seconds: a sender that hangs
+    would keep its bytes on the server's disk for ever."""
+    while True:
+        try:
+            async with asyncio.timeout(STALL_S):
+                part = await anext(parts, None)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no part of the tensors came for {STALL_S:g} s. Begin once more; nothing was changed."
+            ) from None
+        if part is None:
+            return
+        yield part
 
 
 class TensorReceiver:

@@ -1,5 +1,6 @@
 """Changed tensors arrive whole and as their sender had them, or are refused by name, and nothing is kept."""
 
+import asyncio
 import dataclasses
 import errno
 import zlib
@@ -119,6 +120,23 @@ async def test_a_sender_that_breaks_off_leaves_nothing(backend, target, tmp_path
         assert await call.code() is grpc.StatusCode.CANCELLED
         await until(lambda: not any(tmp_path.iterdir()))
     assert backend.updates == []
+
+
+async def test_a_sender_that_hangs_is_sent_away_and_leaves_nothing(backend, target, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.api.grpc.tensor_receiver.STALL_S", 0.05)
+    ends = asyncio.Event()
+
+    async def parts() -> AsyncIterator[TensorPart]:
+        for part in WHOLE:
+            yield part
+        await ends.wait()
+
+    async with connected(backend) as (_, channel):
+        call = resilience_pb2_grpc.ResilienceStub(channel).ApplyTensors(parts())
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no part of the tensors came for 0.05 s" in (await call.details() or "")
+        assert (backend.updates, list(tmp_path.iterdir())) == ([], [])
+        ends.set()
 
 
 async def test_a_full_disk_is_no_capacity_and_nothing_is_kept(backend, target, tmp_path, monkeypatch):
