@@ -14,7 +14,8 @@ _HEAD = """\
 # Models
 
 `moejax serve --model FOLDER` serves a published model from its folder: `config.json`, safetensors in one file or in
-several with an index, and a tokenizer.
+several with an index, and a tokenizer; or in Mistral's own format `params.json`, `consolidated*.safetensors` and
+`tekken.json`.
 
 ```bash
 moejax models                                                     # the families
@@ -58,6 +59,12 @@ cache has rows of one width, that of the wider kind of layer; it keeps the posit
 
 Of Gemma 4 the model with experts (26B-A4B) and the dense 31B are served. E2B and E4B, which have inputs of each layer
 by token and layers that share keys and values, are refused by the field that says so.
+
+Of Mistral's own format (`mistral_format`, a name that only moejax has) fields are read as vLLM reads them with
+`--config-format mistral`: YaRN with `apply_scale` false leaves scores as they are, gates are shares of a softmax over
+the chosen experts, FP8 has a scale for each tensor. A folder that also has `config.json` and `model*.safetensors` is
+read by these. Every text begins with `<s>` where no `tokenizer_config.json` says otherwise; conversations need a
+`chat_template.jinja` beside, or `--chat-template`.
 
 These are known and not read yet, because the decoder lacks a part:
 
@@ -154,7 +161,8 @@ special tokens of `tokenizer_config.json` and `special_tokens_map.json`; truncat
 training saved in `tokenizer.json` never act. An answer stops at the `eos_token_id` of `config.json` and
 `generation_config.json` and at the tokenizer's `eos_token`. A text that names a token beyond the model's vocabulary
 is refused. JSON files and templates may begin with a byte-order mark. Of the weights, `model.safetensors` or the
-files of its index are read; `consolidated.*` beside them is not. Chat templates, tool calls and reasoning:
+files of its index are read; `consolidated.*` beside them is not. Where the extra `tekken` is not installed, a
+`tokenizer.json` beside `tekken.json` is used instead. Chat templates, tool calls and reasoning:
 [conversations](conversations.md).
 """  # noqa: E501
 

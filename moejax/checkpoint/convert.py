@@ -215,7 +215,9 @@ def progress(text: str) -> Iterator[ProgressCallback]:
 def main(arguments: list[str] | None = None) -> int:
     """`moejax convert`: exit status 1 and one line with the cause when the conversion fails."""
     parser = argparse.ArgumentParser(prog="moejax convert", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of config.json and safetensors")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="folder of config.json or params.json, and safetensors"
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="model folder to write; an older one is replaced")
     parser.add_argument("--dtype", choices=DTYPES, help="how weights are stored (default: as published)")
     parser.add_argument("--name", help="the model's name (default: that of SRC)")

@@ -72,7 +72,7 @@ def check_tensors(cfg: ModelConfig, weights: SafetensorsFolder) -> None:
         if not is_unused(cfg, name) and not weights.is_void_bias(name):
             raise CheckpointError(
                 f"{weights.file(name)}: tensor {name} of shape {weights.shape(name)} has no place in the model that "
-                f"config.json describes ({cfg.family}, {cfg.n_layers} layers). The two belong to different models."
+                f"{weights.config} describes ({cfg.family}, {cfg.n_layers} layers). The two belong to different models."
             )
 
 

@@ -20,10 +20,13 @@ from moejax.checkpoint.quantized.detection import is_unused, parts_of
 from moejax.config.int4 import Planes
 from moejax.config.packed_form import PackedForm
 from planner.errors import InputError
+from planner.inputs.published.mistral_format import FILE, config_file
 from planner.inputs.published.quantization import Quantization, Scheme, read_quantization
 from planner.inputs.published.reader import decoder_fields, read_config_values
 
 INDEX = "model.safetensors.index.json"
+OWN_INDEX = "consolidated.safetensors.index.json"
+"""Of Mistral's own format."""
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -51,6 +54,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, stored: dict[str, StoredTensor]) -> None:
         self.folder = folder
+        self.config = config_file(folder).name
+        """Name of the file that describes the model."""
         self._stored = stored
         scheme_of, wide = _quantization(folder)
         self._quantized: dict[str, QuantizedTensor] = find_quantized(stored, scheme_of, wide, self._numbers)
@@ -65,8 +70,9 @@ class SafetensorsFolder:
         quantisation that is not read."""
         folder = Path(folder)
         stored: dict[str, StoredTensor] = {}
-        places = _index(folder)
-        files = _files(folder) if places is None else _indexed_files(folder, places)
+        index = _index_file(folder)
+        places = None if index is None else _places(index)
+        files = _files(folder) if index is None or places is None else _indexed_files(index, places)
         for file in files:
             for name, each in _header(file).items():
                 if places is not None and places.get(name, file.name) != file.name:
@@ -142,7 +148,7 @@ class SafetensorsFolder:
         found = self.shape(name)
         if found != shape:
             raise CheckpointError(
-                f"{self.file(name)}: tensor {name} has shape {found}, but config.json says {shape} "
+                f"{self.file(name)}: tensor {name} has shape {found}, but {self.config} says {shape} "
                 f"(it makes {purpose}). The two belong to different models."
             )
         self.dtype(name)
@@ -180,30 +186,37 @@ def is_safetensors_folder(folder: Path) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """The files of a folder without an index."""
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if config_file(folder).name == FILE:
+        files = sorted(folder.glob("consolidated*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    else:
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        # A second copy of the weights in the form of the model's authors, under other names, as Mistral publishes it.
+        files = [file for file in files if not file.name.startswith("consolidated")] or files
     if not files:
         raise _no_safetensors(folder)
-    # A second copy of the weights in the form of the model's authors, under other names, as Mistral publishes it.
-    return [file for file in files if not file.name.startswith("consolidated")] or files
+    return files
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor, as the index of a folder says; None without an index."""
-    index = folder / INDEX
-    if not index.is_file():
-        return None
+def _index_file(folder: Path) -> Path | None:
+    """The index of a folder; None where there is none."""
+    names = (OWN_INDEX, INDEX) if config_file(folder).name == FILE else (INDEX,)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says."""
     try:
         return dict(json.loads(index.read_text("utf-8-sig"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}.") from error
 
 
-def _indexed_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
-    files = [folder / name for name in sorted(set(places.values()))]
+def _indexed_files(index: Path, places: Mapping[str, str]) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {INDEX} lists {len(files)} files. Fetch it again.")
+            raise CheckpointError(f"{file} is missing; {index.name} lists {len(files)} files. Fetch it again.")
     return files
 
 
@@ -244,7 +257,7 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 def _quantization(folder: Path) -> tuple[Callable[[str], Scheme | None], np.dtype]:
     """The scheme of each module, and the number format of the model, as config.json says."""
     try:
-        _, fields = decoder_fields(read_config_values(folder), str(folder / "config.json"))
+        _, fields = decoder_fields(read_config_values(folder), str(config_file(folder)))
     except InputError:
         return Quantization().covering, BFLOAT16  # read_config says what is wrong with config.json
     dtype = fields.values.get("torch_dtype") or fields.values.get("dtype")

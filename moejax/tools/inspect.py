@@ -63,7 +63,7 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
     """
     path = published_place(Path(model))
     if path.is_file():
-        cfg, folder = read_config(path, name=path.stem if path.stem != "config" else None), None
+        cfg, folder = read_config(path, name=path.stem if path.stem not in ("config", "params") else None), None
     elif is_published(path):
         cfg, folder = read_config(path, name=published_name(path)), path
     else:

@@ -19,6 +19,8 @@ from moejax.checkpoint.published_store import record_checksums
 from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
 from moejax.config.model_config import ModelConfig
 from moejax.tools.random_model import build_random, load_random
+from planner.inputs.published.mistral_format import FILE as MISTRAL_FILE
+from planner.inputs.published.mistral_format import config_file
 from planner.inputs.shipped import shipped
 
 
@@ -68,10 +70,13 @@ def is_gguf(path: Path) -> bool:
 
 
 def is_published(folder: Path) -> bool:
-    """True for a folder as models are published: config.json names a `model_type`, and nothing of ours is there."""
-    path = folder / "config.json"
+    """True for a folder as models are published: config.json names a `model_type` or params.json is there, and nothing
+    of ours is."""
+    path = config_file(folder)
     if not path.is_file() or (folder / PARAMS).exists():
         return False
+    if path.name == MISTRAL_FILE:
+        return True
     try:
         return "model_type" in json.loads(path.read_text("utf-8-sig"))
     except (ValueError, TypeError):

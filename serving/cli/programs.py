@@ -32,7 +32,7 @@ def models() -> None:
     """List the models that --model knows by name, and the families that are served from a published folder."""
     for name, text in KNOWN_MODELS.items():
         click.echo(f"{name:<14} {text}")
-    click.echo("\nFamilies, from a folder of config.json and safetensors:")
+    click.echo("\nFamilies, from a folder of config.json and safetensors (mistral_format: params.json):")
     command = [sys.executable, "-m", "moejax.tools.inspect", "--families"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     click.echo(ended.stdout, nl=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from planner.errors import PlannerError
 from planner.inputs.published import DRAFTS_SERVED, draft_layers, published_model, read_config_values, workload_of
+from planner.inputs.published.mistral_format import config_file
 from planner.inputs.workload import Workload
 from serving.config import Settings
 from serving.errors import InvalidRequest
@@ -46,7 +47,7 @@ def _check_mtp(name: str, config: Mapping[str, Any]) -> None:
 def _published_workload(folder: Path) -> tuple[Workload, Mapping[str, Any]] | None:
     """The planner's reading of a published folder, and its configuration; None for any other folder, and where it
     cannot read it."""
-    if not (folder / "config.json").is_file():
+    if not config_file(folder).is_file():
         return None
     try:
         values = read_config_values(folder)

@@ -28,14 +28,17 @@ FAMILIES = (
     "kimi_linear",
     "mimo_v2_flash",
     "step3p7",
+    "qwen3_5_moe",
+    "mistral_format",
 )
 """One with grouped-query attention, one with latent attention, the one with sinks, windows and biased experts, the one
 with chunks and scaled inputs of experts, whose decoder stands beside other parts, one with gated attention and norms
 after each part, one of each kind of layers whose context is a state (Nemotron-H has layers without a feed-forward part
-too), and two whose layers with a window have heads of their own. SLOW are among the slow tests: `test_dense_shards`
-serves the first too, slots and copies of a state are the same of all kinds, and so are caches of layers that differ."""
-SLOW = ("qwen3-moe", "afmoe", "qwen3_next", "lfm2_moe", "kimi_linear", "mimo_v2_flash", "step3p7")
-STATES = ("qwen3_next", "lfm2_moe", "nemotron_h", "kimi_linear")
+too; the decoder of Qwen3.5 stands beside other parts), two whose layers with a window have heads of their own, and the
+one whose folder has no config.json. SLOW are among the slow tests: `test_dense_shards` serves the first too, slots and
+copies of a state are the same of all kinds, and so are caches of layers that differ."""
+SLOW = ("qwen3-moe", "afmoe", "qwen3_next", "lfm2_moe", "kimi_linear", "mimo_v2_flash", "step3p7", "qwen3_5_moe")
+STATES = ("qwen3_next", "qwen3_5_moe", "lfm2_moe", "nemotron_h", "kimi_linear")
 IN_PREFILL = (*STATES, "mimo_v2_flash", "step3p7")
 """Families whose rank is killed in prefill too."""
 

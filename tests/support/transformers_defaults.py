@@ -49,7 +49,7 @@ WITHIN = {
 }
 """The `model_type` of the decoder of families that have more than one."""
 
-UNKNOWN_TO_TRANSFORMERS = ("kimi_k2",)
+UNKNOWN_TO_TRANSFORMERS = ("kimi_k2", "mistral_format")
 
 IRRELEVANT = (
     *("transformers_version", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),

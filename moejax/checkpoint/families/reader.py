@@ -1,4 +1,5 @@
-"""Reads the config.json of a model to serve: a ModelConfig, or an error that names the field."""
+"""Reads the config.json of a model to serve, or its params.json in Mistral's own format: a ModelConfig, or an error
+that names the field."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from moejax.checkpoint.families.llama4 import LLAMA4, LLAMA4_TEXT
 from moejax.checkpoint.families.mimo_v2 import MIMO_V2_FLASH
 from moejax.checkpoint.families.minimax_m2 import MINIMAX_M2
 from moejax.checkpoint.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4
+from moejax.checkpoint.families.mistral_format import MISTRAL_FORMAT
 from moejax.checkpoint.families.mixtral import MIXTRAL
 from moejax.checkpoint.families.nemotron_h import NEMOTRON_H
 from moejax.checkpoint.families.olmoe import OLMOE
@@ -46,6 +48,7 @@ from planner.errors import InputError
 from planner.inputs.published import DRAFTS_SERVED, FAMILIES, draft_layers, published_model, read_config_values
 from planner.inputs.published.config_fields import ConfigFields
 from planner.inputs.published.decoder import read_stop_tokens
+from planner.inputs.published.mistral_format import BEGIN, FAMILY, config_file
 from planner.inputs.published.reader import decoder_fields, read_json_object
 
 SERVED_FAMILIES: dict[str, ServedFamily] = {
@@ -95,6 +98,7 @@ SERVED_FAMILIES: dict[str, ServedFamily] = {
     "ministral3": MINISTRAL3,
     "mistral4": MISTRAL4,
     "mistral3": MISTRAL3,
+    FAMILY: MISTRAL_FORMAT,
     "gemma4": GEMMA4,
     "gemma4_text": GEMMA4_TEXT,
 }
@@ -113,7 +117,7 @@ def read_config(
     max_context: int | None = None,
     mtp: bool = False,
 ) -> ModelConfig:
-    """The model that a config.json describes: `source` is its folder, its path, or its values.
+    """The model that a config.json or params.json describes: `source` is its folder, its path, or its values.
 
     `name` is the folder's unless given. `max_context` serves a shorter context than the published one. From a folder,
     the stop tokens of generation_config.json and the begin and end tokens of the tokenizer's files are read too. With
@@ -126,7 +130,7 @@ def read_config(
             values: Mapping[str, Any] = source
         else:
             path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
+            path = config_file(path) if path.is_dir() else path
             where, folder = str(path), path.parent
             values = read_config_values(path)
         f = _served_fields(values, where)
@@ -183,8 +187,11 @@ def _stop_tokens(folder: Path, stop: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _bos_token(folder: Path, f: ConfigFields) -> int | None:
-    """`bos_token_id` if the tokenizer puts it in front of every text; most do not."""
+    """`bos_token_id` if the tokenizer puts it in front of every text; most do not. In Mistral's own format it does,
+    unless the tokenizer's files say otherwise."""
     path = folder / "tokenizer_config.json"
+    if f.values.get("model_type") == FAMILY and not path.is_file():
+        return BEGIN
     if not f.has("bos_token_id") or not path.is_file():
         return None
     return f.integer("bos_token_id", least=0) if read_json_object(path).get("add_bos_token") else None

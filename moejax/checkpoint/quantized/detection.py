@@ -17,6 +17,8 @@ UNUSED = tuple(
     for end in ("_scale", "_zero_point", "_global_scale", "_scale_ub", "_cache_scaling_factor")
 )
 """Ends of the names of scales of activations and of the KV cache, which moejax holds in wider formats."""
+OWN_SCALE, OWN_INPUT_SCALE = "qscale_weight", "qscale_act"
+"""Names of scales of weights and of activations in Mistral's own format, in place of `weight`."""
 NARROW = ("I8", "U8")
 """Number formats of matrices, beside FP8, whose scales stand beside them."""
 
@@ -27,7 +29,7 @@ Stored = Mapping[str, StoredTensor]
 
 def is_unused(name: str) -> bool:
     """True for a scale of activations or of the KV cache."""
-    return name.endswith(UNUSED)
+    return name.endswith((*UNUSED, f".{OWN_INPUT_SCALE}"))
 
 
 def find_quantized(
@@ -59,9 +61,14 @@ def _parts(stored: Stored, numbers: StoredTensor, **roles: str) -> dict[str, Sto
     return {"numbers": numbers} | {role: stored[name] for role, name in roles.items() if name in stored}
 
 
+def _scale_names(name: str) -> tuple[str, ...]:
+    """The names that the scales of a tensor may have."""
+    return f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}{OWN_SCALE}"
+
+
 def _is_scaled(stored: Stored, tensor: StoredTensor) -> bool:
     """True for numbers of eight bits whose scales stand beside them, and for FP8 in any case."""
-    has_scale = any(f"{tensor.name}{end}" in stored for end in ("_scale_inv", "_scale"))
+    has_scale = any(name in stored for name in _scale_names(tensor.name))
     is_narrow = tensor.dtype.startswith("F8") or (tensor.dtype in NARROW and has_scale)
     return is_narrow and len(tensor.shape) > 1 and not _is_part(stored, tensor.name)
 
@@ -122,8 +129,9 @@ def _scaled(stored: Stored, tensor: StoredTensor, scheme_of: SchemeOf, wide: np.
         form = "nvfp4" if "global" in parts or (scheme is not None and scheme.format == "nvfp4") else "mxfp4"
         group = scheme.group if scheme is not None and scheme.group else {"nvfp4": 16, "mxfp4": 32}[form]
         return Fp4Tensor(name, form, parts, wide, group)
-    inverse = f"{name}_scale_inv"
-    parts = _parts(stored, tensor, scale=inverse if inverse in stored else f"{name}_scale", zero=f"{name}_zero_point")
+    scales = [each for each in _scale_names(name) if each in stored]
+    roles = {"scale": scales[0]} if scales else {}
+    parts = _parts(stored, tensor, **roles, zero=f"{name}_zero_point")
     form = "int8" if tensor.dtype == "I8" else "fp8"
     return ScaledTensor(name, form, parts, wide, scheme or Scheme(format=form, bytes=1.0))
 

@@ -31,6 +31,7 @@ from planner.inputs.published.llama4 import read_llama4
 from planner.inputs.published.mimo_v2 import read_mimo_v2_flash
 from planner.inputs.published.minimax_m2 import read_minimax_m2
 from planner.inputs.published.mistral import read_ministral3, read_mistral3, read_mistral4
+from planner.inputs.published.mistral_format import FAMILY, read_mistral_format
 from planner.inputs.published.mixtral import read_mixtral
 from planner.inputs.published.nemotron_h import read_nemotron_h
 from planner.inputs.published.olmoe import read_olmoe
@@ -228,6 +229,11 @@ FAMILIES: dict[str, PublishedFamily] = {
         ("Mistral3ForConditionalGeneration",),
         read_mistral3,
         "the decoder of text of Mistral Small 3 and 4 and of Ministral 3",
+    ),
+    FAMILY: PublishedFamily(
+        ("MistralLarge3ForCausalLM",),
+        read_mistral_format,
+        "Mistral's own format, params.json and consolidated.safetensors: Large 3 and Small 4, dense models, Mixtral",
     ),
     "glm4v_moe": PublishedFamily(
         ("Glm4vMoeForConditionalGeneration",), read_glm4v_moe, "the decoder of text of GLM-4.5V and 4.6V"

@@ -1,4 +1,5 @@
-"""Reads a published config.json: the one reader of planner and server, without JAX.
+"""Reads a published config.json, or the params.json of Mistral's own format: the one reader of planner and server,
+without JAX.
 
 Architectures stand in `planner.inputs.published.families`. Values are the same as in `transformers`: a field that is
 absent has the default of its class.
@@ -14,6 +15,7 @@ from typing import Any
 from planner.errors import InputError, unknown_key, unknown_value
 from planner.inputs.published.config_fields import ConfigFields
 from planner.inputs.published.families import FAMILIES, NOT_READ
+from planner.inputs.published.mistral_format import FILE, config_file, params_values
 from planner.inputs.published.model import PublishedModel
 from planner.inputs.published.weight_form import read_weight_form, uniform_form
 from planner.inputs.shipped import shipped
@@ -72,16 +74,19 @@ def find_published(text: str) -> tuple[str, dict[str, Any]]:
         known = sorted(p.stem for p in MODELS.glob("*.json"))
         raise unknown_value(text, known, "neither a file nor one of the models")
     config = read_config_values(path)
-    folder = path if path.is_dir() else path.parent if path.name == "config.json" else None
+    folder = path if path.is_dir() else path.parent if path.name in ("config.json", FILE) else None
     return (folder.resolve().name if folder is not None else path.stem), config
 
 
 def read_config_values(path: str | Path) -> dict[str, Any]:
-    """The values of the config.json at `path`, or in the folder `path`. What modelopt writes beside it, in
-    hf_quant_config.json, stands as `quantization_config` if the configuration has none."""
+    """The values of the config.json at `path`, or in the folder `path`, or those of its params.json. What modelopt
+    writes beside a config.json, in hf_quant_config.json, stands as `quantization_config` if the configuration has
+    none."""
     path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
+    path = config_file(path) if path.is_dir() else path
     values = read_json_object(path)
+    if path.name == FILE:
+        return params_values(values)
     beside = path.with_name(QUANTIZATION_FILE)
     if path.name == "config.json" and beside.is_file() and not _decoder_values(values).get("quantization_config"):
         quantization = read_json_object(beside).get("quantization")

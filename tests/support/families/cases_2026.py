@@ -5,8 +5,9 @@ numbers of experts, one or all of them chosen, windows shorter than the prompt, 
 import dataclasses
 from typing import Any
 
+from planner.inputs.published.mistral_format import FAMILY
 from tests.support.families.case import LATENT, YARN, Case
-from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, V32
+from tests.support.families.cases_growing import GLM_DSA, MINISTRAL3, MISTRAL3, MISTRAL4, MISTRAL_FORMAT, V32
 from tests.support.families.cases_states import BAILING, KIMI_LINEAR, NEMOTRON_H
 from tests.support.families.cases_windowed import GEMMA4, GEMMA4_TEXT, LAGUNA, MIMO_V2, STEP3P7
 
@@ -493,3 +494,6 @@ ODD = {
     for which, fields in zip(("all", "one"), cases[1:], strict=True)
 }
 """The same families with all experts chosen, and with one."""
+_OWN = {name: Case(kind, fields, rewrite={"model_type": FAMILY}) for name, (kind, fields) in MISTRAL_FORMAT.items()}
+CASES_2026[FAMILY] = _OWN.pop(FAMILY)
+ODD |= _OWN

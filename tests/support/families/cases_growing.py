@@ -87,6 +87,62 @@ MISTRAL4: list[dict[str, Any]] = [
         "rope_parameters": _GROWN | {"factor": 2.0},
     },
 ]
+_PLAIN_YARN = {key: value for key, value in _GROWN.items() if not key.startswith("mscale")}
+MISTRAL_FORMAT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral_format": (
+        "mistral4",
+        _LATENT
+        | {
+            "rms_norm_eps": 1e-6,
+            "q_lora_rank": 32,
+            "n_routed_experts": 5,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7,
+            "rope_parameters": _PLAIN_YARN | {"attention_factor": 1.0},
+        },
+    ),
+    "mistral_format, all": (
+        "mistral4",
+        _LATENT
+        | {
+            "vocab_size": 277,
+            "rms_norm_eps": 1e-6,
+            "q_lora_rank": 20,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.0,
+            "v_head_dim": 20,
+            "rope_parameters": _GROWN | {"llama_4_scaling_beta": 0.1},
+        },
+    ),
+    "mistral_format, one": (
+        "mixtral",
+        {
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 1,
+            "head_dim": 20,
+            "sliding_window": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "mistral_format, dense": (
+        "ministral3",
+        {
+            "vocab_size": 277,
+            "rms_norm_eps": 1e-5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": _PLAIN_YARN,
+        },
+    ),
+}
+"""By name, the `model_type` in transformers and the fields of models that are then written in Mistral's own format. In
+that of `attention_factor` YaRN does not scale scores."""
 MISTRAL3: list[dict[str, Any]] = [
     MINISTRAL3[0] | {"model_type": "ministral3"},
     MISTRAL4[1] | {"model_type": "mistral4"},

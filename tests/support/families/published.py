@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from planner.inputs.published.mistral_format import FAMILY
 from tests.support.families.case import LATENT, YARN, Case
 from tests.support.families.cases_2026 import CASES_2026, ODD
+from tests.support.families.mistral_format import in_own_format
 from tests.support.published import around_one, is_factor
 
 
@@ -235,6 +237,9 @@ def write_folder(folder: Path, case: Case, seed: int) -> Any:
             elif values.ndim >= 2 and values.is_floating_point():
                 values.copy_(torch.randn_like(values) * 1.5 / values.shape[-1] ** 0.5)
     model.save_pretrained(folder)
+    if case.family == FAMILY:
+        in_own_format(folder, case.decoder)
+        return decoder_of(model)
     if case.family in _AS_PUBLISHED:
         _rewrite(folder, _AS_PUBLISHED[case.family])
     if case.rewrite:

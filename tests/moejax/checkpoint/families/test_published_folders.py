@@ -3,7 +3,6 @@ weights; broken ones are named before anything is written."""
 
 import dataclasses
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -22,9 +21,11 @@ from moejax.config.params import is_spec, named_tensors, param_specs
 from moejax.config.weight_formats import Int8, dequantize, to_weight_format
 from moejax.model.reference import logits
 from moejax.tools.inspect import describe
+from planner.inputs.published.mistral_format import config_file
 from serving.engine.batch import StepBucket
 from tests.parity.programs import load_folder
 from tests.support.families.answers import PROMPT, recorded
+from tests.support.families.mistral_format import write_config
 from tests.support.families.published import ALL, CASES
 from tests.support.families.small import small_config, small_folder
 from tests.support.stepping import Stepper, work
@@ -168,13 +169,14 @@ def test_a_broken_folder_is_named_by_file_tensor_and_both_shapes(name, tmp_path)
     folder = tmp_path / "hf"
     small_folder(folder, name)
     tensor, shape, file = last_tensor(folder)
+    described = config_file(folder).name
     whole, tensors = file.read_bytes(), load_file(file)
     save_file({key: array for key, array in tensors.items() if key != tensor}, file)
     said = refused(folder)
     assert f"tensor {tensor} of shape {shape} is missing" in said
     save_file(tensors | {tensor: np.zeros((*shape[:-1], shape[-1] + 1), np.float32)}, file)
     said = refused(folder)
-    assert f"{file}: tensor {tensor} has shape {(*shape[:-1], shape[-1] + 1)}, but config.json says {shape}" in said
+    assert f"{file}: tensor {tensor} has shape {(*shape[:-1], shape[-1] + 1)}, but {described} says {shape}" in said
     file.write_bytes(whole[:-1])
     assert f"{file} is no whole safetensors file" in refused(folder)
 
@@ -185,15 +187,15 @@ def test_a_configuration_of_other_sizes_is_named_with_both(name, tmp_path):
     small_folder(folder, name)
     values = CASES[name].decoder
     width = "moe_intermediate_size" if "moe_intermediate_size" in values else "intermediate_size"
-    (folder / "config.json").write_text(json.dumps(small_config(name, **{width: values[width] + 8})))
+    write_config(folder, small_config(name, **{width: values[width] + 8}))
     said = refused(folder)
     assert "has shape (" in said
-    assert "but config.json says (" in said
-    assert re.search(r"\.safetensors: tensor [a-z_.]*(model|backbone)\.([a-z_]+\.)?layers\.", said)
+    assert f"but {config_file(folder).name} says (" in said
+    assert re.search(r"\.safetensors: tensor ([a-z_.]*(model|backbone)\.([a-z_]+\.)?)?layers\.", said)
     layer = values["num_hidden_layers"]
     more = {"num_hidden_layers": layer + 1}
     more |= {key: [*values[key], values[key][-1]] for key in BY_LAYER if key in values}
-    (folder / "config.json").write_text(json.dumps(small_config(name, **more)))
+    write_config(folder, small_config(name, **more))
     assert re.search(rf"tensor [a-z_.]*layers\.{layer}\.", refused(folder))
 
 

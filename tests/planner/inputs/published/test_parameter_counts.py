@@ -95,6 +95,7 @@ CARDS = {
     "deepseek-v3.2": (671, 37),
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
+    "mistral-large-3": (673, 39),
     "mimo-v2-flash": (309, 15),
     "gemma-4-26b-a4b": (25.2, 3.8),
 }
