@@ -35,6 +35,7 @@ from moejax.config.weight_formats import is_matrix
 from moejax.ops import cpu
 from moejax.runtime.compiled_cost import read_cost
 from moejax.runtime.programs import ModelShape, mesh_lowerings
+from planner.inputs.layer_states import SNAPSHOTS_PER_REQUEST
 
 Problem = Mapping[str, Any]
 
@@ -50,7 +51,13 @@ def compile_problem(problem: Problem) -> dict[str, Any]:
     devices = topology_devices(problem["topology"])
     pages = -(-problem["longest"] // problem["page_tokens"])
     bucket = Bucket(decode=problem["rows"], tiles=0, max_pages=pages, states=bool(cfg.state_layers))
-    shape = ModelShape(cfg=cfg, buckets=(bucket,), page_size=problem["page_tokens"], pages=problem["pages"])
+    shape = ModelShape(
+        cfg=cfg,
+        buckets=(bucket,),
+        page_size=problem["page_tokens"],
+        pages=problem["pages"],
+        snapshots=SNAPSHOTS_PER_REQUEST * bucket.decode,
+    )
     rows = [compile_mesh(shape, devices, mesh) for mesh in problem["meshes"]]
     return {"meshes": rows, "weights": cfg.weights, "cache_bytes_per_token": bytes_per_token(cfg)}
 

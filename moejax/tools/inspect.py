@@ -43,7 +43,7 @@ from moejax.tools.rank_format import (
 from moejax.tools.resolve import ensure_model, is_published, published_place
 from planner.errors import NoFeasiblePlan
 from planner.inputs.cluster import Cluster
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import SNAPSHOTS_PER_REQUEST, STATE_COPIES
 from planner.inputs.published import CARDS_WITHOUT_EMBEDDING, FAMILIES, NOT_READ
 from planner.inputs.workload import Workload
 from planner.solver.problem import Problem
@@ -227,7 +227,8 @@ def _report(found: Values) -> str:
     if found["state_bytes"]:
         layers = len(found["config"]["state_layers"])
         each = _size(found["state_bytes"])
-        rows.append(("states", f"{each} of {layers} layers, {STATE_COPIES} for each request (float32)"))
+        many = f"{STATE_COPIES} for each request and {SNAPSHOTS_PER_REQUEST} more for prefix caching"
+        rows.append(("states", f"{each} of {layers} layers, {many} (float32)"))
     rows.append((f"on {plan['ranks']} ranks", _plan_text(plan, found["config"]["weights"])))
     if found["note"]:
         rows.append(("note", found["note"]))

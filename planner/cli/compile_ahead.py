@@ -19,7 +19,7 @@ from typing import Any
 from planner.cost.roofline import step_time
 from planner.cost.throughput import Candidate, assess
 from planner.errors import InputError, NoFeasiblePlan, PlannerError
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import STATES_PER_REQUEST
 from planner.plan.deployment import Deployment
 from planner.plan.plan import Figure
 from planner.plan.shape import Shape
@@ -119,7 +119,7 @@ def _mesh_to_compile(deployment: Deployment, best: Candidate, name: str, devices
     shape = Shape(arch="collocated", tensor=1, dense=dense, slots=slots, roles=roles, groups=tuple(range(n)))
     requests = best.requests_per_group
     step = step_time(d.workload, d.cluster, shape, requests, d.traffic.context)
-    states = STATE_COPIES * d.workload.state_bytes
+    states = STATES_PER_REQUEST * d.workload.state_bytes
     cache = requests * (d.traffic.longest * d.workload.cache_bytes_per_token + states)
     return MeshToCompile(
         name=name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from planner.cost.roofline import CHUNK, StepTime, first_token_time, prefill_time, step_time
 from planner.inputs.cluster import Cluster
 from planner.inputs.engine import Engine, engine_of
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import STATES_PER_REQUEST
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.shape import Shape
@@ -153,7 +153,7 @@ def free_pages(workload: Workload, cluster: Cluster, shape: Shape) -> int:
 
 def cache_in_use(workload: Workload, shape: Shape, traffic: Traffic, requests: int) -> tuple[str, int]:
     """The use of a rank's memory, (name, bytes), by the cache of `requests` requests of its group at their longest."""
-    each = traffic.longest * workload.cache_bytes_per_token + STATE_COPIES * workload.state_bytes
+    each = traffic.longest * workload.cache_bytes_per_token + STATES_PER_REQUEST * workload.state_bytes
     return "cache in use", requests * each // min(shape.tensor, workload.cache_splits)
 
 

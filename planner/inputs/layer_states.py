@@ -8,6 +8,11 @@ from dataclasses import dataclass
 STATE_COPIES = 3
 """States of a request on its rank. A step reads one and its commit writes the next, so that the one it read is there
 until two more steps were committed; two steps may be in flight (docs/decisions/0021)."""
+SNAPSHOTS_PER_REQUEST = 1
+"""Snapshots of states that a rank keeps for prefix caching, for each request that it can run, unless `moejax serve` is
+given another number (docs/decisions/0031)."""
+STATES_PER_REQUEST = STATE_COPIES + SNAPSHOTS_PER_REQUEST
+"""States for which a rank has memory, for each request that it can run."""
 
 
 @dataclass(frozen=True, kw_only=True)

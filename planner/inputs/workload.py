@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from planner.errors import InputError
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import STATES_PER_REQUEST
 
 MAX_DRAFTS = 15
 """Most drafts by look-up that a request has in a step of `moejax serve`."""
@@ -24,7 +24,7 @@ class Workload:
     `cache_bytes_per_request` is what layers with a sliding window (or chunks) of `cache_window` tokens keep, once a
     request is as long as that; `cache_splits` is how many tensor ranks the cache can be sharded over (1 for a latent
     cache, the kv heads otherwise). `state_bytes` is one state of a request, where layers have a state in place of keys
-    and values; a rank holds STATE_COPIES for each request that it can run. `dense_bytes` and
+    and values; a rank holds STATES_PER_REQUEST for each request that it can run. `dense_bytes` and
     `attention_bytes` are the parts of `rest_bytes` that dense and tensor groups shard, `lookup_bytes` the part of which
     a step reads single rows only (the embeddings, where the head is another matrix).
 
@@ -147,8 +147,9 @@ class Workload:
         return context * self.cache_bytes_per_token + filled * self.cache_bytes_per_request + self.state_bytes
 
     def room_bytes(self, context: float) -> float:
-        """Bytes that a rank needs to run a request of `context` tokens: its cache, with all copies of its state."""
-        return self.cache_bytes(context) + (STATE_COPIES - 1) * self.state_bytes
+        """Bytes that a rank needs to run a request of `context` tokens: its cache, with all copies of its state and its
+        share of the snapshots."""
+        return self.cache_bytes(context) + (STATES_PER_REQUEST - 1) * self.state_bytes
 
     def seen(self, context: float) -> float:
         """Tokens that a token with `context` before it attends to, on average over the layers."""

@@ -6,7 +6,7 @@ from math import ceil
 
 from planner.errors import InputError
 from planner.inputs.cache_formats import CACHE_FORMATS
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import STATES_PER_REQUEST
 from planner.inputs.published import (
     BYTES,
     DRAFTS_SERVED,
@@ -47,7 +47,7 @@ def served_pages(deployment: Deployment) -> int:
 
     `moejax serve` stores the whole context of layers with a window too, and shards only attention over tensor groups.
     A rank of a tensor group also holds the same number of pages of each other member, for its shard of the heads. A
-    rank of a model whose layers have a state holds those of all requests that it can run.
+    rank of a model whose layers have a state holds those of all requests that it can run, and snapshots.
     """
     d, w, tensor = deployment, deployment.workload, tensor_width(deployment)
     if not w.cache_bytes_per_token:
@@ -56,7 +56,7 @@ def served_pages(deployment: Deployment) -> int:
     room = d.plan.pages_per_rank * w.page_bytes / tensor
     if tensor > 1:
         room -= _served_rest_bytes(d) - rest_bytes(w, tensor, d.shape.dense)
-    room -= STATE_COPIES * w.state_bytes * SERVED_REQUESTS
+    room -= STATES_PER_REQUEST * w.state_bytes * SERVED_REQUESTS
     return int(room / (w.page_tokens * whole))
 
 

@@ -7,7 +7,7 @@ import pytest
 from planner.cost.design import design
 from planner.errors import InputError
 from planner.inputs.cluster import read_cluster
-from planner.inputs.layer_states import STATE_COPIES
+from planner.inputs.layer_states import STATES_PER_REQUEST
 from planner.inputs.published import (
     cache_number_bytes,
     find_published,
@@ -27,7 +27,7 @@ def test_weights_pages_and_states_of_a_model_with_states_fit_in_memory(name: str
     check_servable(d)
     weights = rest_bytes(model, 1, 1) + d.plan.slots_per_rank * model.slot_bytes
     entry = 2 * unwindowed_cache_elements(published_model(config, weights="bfloat16"))
-    states = STATE_COPIES * SERVED_REQUESTS * model.state_bytes
+    states = STATES_PER_REQUEST * SERVED_REQUESTS * model.state_bytes
     budget = memory_budget(d.cluster)
     assert budget is not None
     assert 0.99 * budget < weights + served_pages(d) * model.page_tokens * entry + states <= budget
