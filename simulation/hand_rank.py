@@ -16,6 +16,7 @@ from serving.executor.kv_replica import entry_indices
 from serving.executor.mesh_key import MeshKey
 from serving.executor.prefix_index import PrefixIndex
 from serving.proto.moejax.v1 import link_pb2
+from serving.protocol.versions import LINK
 from serving.worker.kv_replicator import KVReplicator, restored_rows
 from simulation.hand_model import HandCache
 
@@ -94,7 +95,11 @@ class HandRank:
     def hello(self, token: str = "", pid: int = 0) -> link_pb2.Hello:
         """The first message to a front."""
         return link_pb2.Hello(
-            pid=pid, token=token, cache_copy=self.replicator.path if self.replicator is not None else ""
+            pid=pid,
+            token=token,
+            cache_copy=self.replicator.path if self.replicator is not None else "",
+            oldest=LINK.oldest,
+            newest=LINK.newest,
         )
 
     # -- Commands -----------------------------------------------------------------------------------------------
@@ -315,6 +320,8 @@ class HandRank:
         write = arrays["write"]
         wrote = write[write != DROPPED]
         self.index.invalidate(wrote // self._page_size)
+        if "state_write" in arrays:
+            self.index.invalidate_snapshots(arrays["state_write"])
         self.cache.commit(arrays)
         self.uncopied, self.last, self.chosen = (part.step, wrote), part.step, tokens
         layers, experts = self.routes.shape

@@ -161,6 +161,7 @@ def draw(seed: int, mode: Mode) -> Scenario:
     states = "arch" not in settings and random.Random(f"states/{mode}/{seed}").random() < 0.25
     if states:
         settings["kv_replication"] = "off"
+        settings["state_snapshots"] = random.Random(f"snapshots/{mode}/{seed}").choice((None, 0, 1, 3, 9))
     elif "arch" not in settings:
         settings |= _draw_pools(random.Random(f"pools/{mode}/{seed}"), settings["ranks"])
     by_model = settings["speculate"] == "ngram" and settings.get("arch") != "disaggregated" and not states

@@ -40,6 +40,8 @@ class ModelShape:
     """The ranks are processes of one machine and exchange through memory that they share."""
     drafts: int = 1
     """Tokens that a layer of multi-token prediction drafts for each request in a step, if the model has one."""
+    snapshots: int = 0
+    """States that a rank keeps for later requests, if the model has layers with states."""
 
     @property
     def entries(self) -> int:
@@ -48,9 +50,11 @@ class ModelShape:
 
     @property
     def states(self) -> int:
-        """States of requests in a rank's cache: STATE_COPIES for each of the most requests that it runs, or 0 for a
-        model without layers that have them."""
-        return STATE_COPIES * max(bucket.decode for bucket in self.buckets) if self.cfg.state_layers else 0
+        """States in a rank's cache: STATE_COPIES for each of the most requests that it runs, then the snapshots; 0 for
+        a model without layers that have them."""
+        if not self.cfg.state_layers:
+            return 0
+        return STATE_COPIES * max(bucket.decode for bucket in self.buckets) + self.snapshots
 
     def step(self, bucket: Bucket, ranks: int, slots: int) -> StepShape:
         """The static shape of one step program."""

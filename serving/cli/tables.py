@@ -147,14 +147,17 @@ def _shapes(status: Status) -> str:
 
 
 def _ranks(ranks: Sequence[RankStatus], build: str) -> Table:
-    """The ranks; whose stream each is on where host agents pass streams on; and their builds while one runs other code
-    than the front, of `build`."""
+    """The ranks; their snapshots of states, if they keep some; whose stream each is on where host agents pass streams
+    on; and their builds while one runs other code than the front, of `build`."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     several = len({rank.host for rank in ranks}) > 1
     mixed = any(rank.build not in ("", build) for rank in ranks)
     relayed = any(rank.relay for rank in ranks)
+    snapshots = any(rank.snapshots for rank in ranks)
     for column in ("rank", "state", "role", "pid", "requests", "cache", "step ms"):
         table.add_column(column, justify="left" if column in ("state", "role") else "right", no_wrap=True)
+    if snapshots:
+        table.add_column("snapshots", justify="right", no_wrap=True)
     if several:
         table.add_column("host", no_wrap=True)
     if relayed:
@@ -172,6 +175,7 @@ def _ranks(ranks: Sequence[RankStatus], build: str) -> Table:
             str(rank.running),
             cache,
             f"{rank.step_ms:.1f}",
+            *([f"{rank.snapshots_used}/{rank.snapshots}"] if snapshots else []),
             *([rank.host] if several else []),
             *([rank.relay or "its own"] if relayed else []),
             *([rank.build] if mixed else []),

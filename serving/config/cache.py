@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from planner.inputs.cache_formats import CACHE_FORMATS
 from serving.config.field import SettingsGroup, setting
+from serving.errors import InvalidRequest
 
 KV_REPLICATION = ("auto", "memory", "stream", "off")
 KV_CACHE_TYPES = ("auto", *CACHE_FORMATS)
@@ -30,6 +31,12 @@ class CacheSettings(SettingsGroup):
         choices=KV_CACHE_TYPES,
     )
     prefix_caching: bool = setting(True, "Keep the pages of ended prompts for later prompts that begin the same.")
+    state_snapshots: int | None = setting(
+        None,
+        "Snapshots of states that each rank keeps for prefix caching, of a model with layers whose context is a state. "
+        "A prompt begins after the part that it has in common with an earlier one, up to a snapshot. Default: one for "
+        "each request that a rank can run.",
+    )
     kv_replication: str = setting(
         "auto",
         "Where replicas of the KV cache are kept, which recover it when its rank dies: memory that ranks of this "
@@ -38,3 +45,11 @@ class CacheSettings(SettingsGroup):
         "stream if ranks are on other hosts with arch pd, else off.",
         choices=KV_REPLICATION,
     )
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a negative number of snapshots."""
+        if self.state_snapshots is not None and self.state_snapshots < 0:
+            raise InvalidRequest(
+                f"state_snapshots is {self.state_snapshots}. Choose 0 (no prefix is shared then) or more.",
+                param="state_snapshots",
+            )

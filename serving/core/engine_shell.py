@@ -194,10 +194,14 @@ class EngineShell:
         attending = failover.plan.attention_rank_ids if failover.plan is not None else ()
         pages = dict.fromkeys(attending, failover.plans.base.pages_per_rank)
         masked = failover.plan.masked if failover.plan is not None else ()
-        known = failover.take_over.take_known_pages()
-        weights = failover.membership.weights.number
         state, outputs = adopt(
-            self.state, pages, epoch=max(failover.epoch, 0), masked=masked, known=known, weights=weights
+            self.state,
+            pages,
+            epoch=max(failover.epoch, 0),
+            masked=masked,
+            known=failover.take_over.take_known_pages(),
+            known_snapshots=failover.take_over.take_known_snapshots(),
+            weights=failover.membership.weights.number,
         )
         self.pipeline.forget_sent_pages()
         processes = {rank: self.executor.get(rank) for rank in failover.plan_ranks}

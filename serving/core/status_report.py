@@ -207,4 +207,6 @@ class StatusReport:
             loss=self._current_loss_costs().get(rank) if serving else None,
             build=process.build if process is not None else "",
             relay=process.relay if process is not None else "",
+            snapshots=engine.state.limits.snapshots if pool else 0,
+            snapshots_used=len(pool.snapshots.places) if pool else 0,
         )

@@ -156,13 +156,14 @@ function ranks(now) {
       box.append(tile);
     }
     const used = rank.pages ? Math.round((100 * rank.pages_used) / rank.pages) : 0;
+    const kept = rank.snapshots ? ` · ${rank.snapshots_used}/${rank.snapshots} snapshots` : "";
     tile.className = `rank ${rank.state}`;
     tile.querySelector(".state").textContent = rank.state;
     tile.title = [rank.build, rank.last_failure].filter(Boolean).join("; ");
     const agent = rank.relay && "through its host agent";
     tile.querySelector(".place").textContent = [rank.role, rank.host, rank.rack, agent].filter(Boolean).join(" · ");
     tile.querySelector(".pid").textContent = rank.pid === null ? "no process" : `pid ${rank.pid} · ${rank.step_ms.toFixed(0)} ms`;
-    tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%`;
+    tile.querySelector(".use").textContent = rank.role === "expert" ? "experts only" : `${rank.running} req · cache ${used}%${kept}`;
     tile.querySelector(".bar i").style.width = `${used}%`;
     tile.querySelector(".price").textContent = price(rank);
     tile.querySelector(".buttons").hidden = !now.chaos;

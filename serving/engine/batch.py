@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.plan.step_layout import DROPPED, TILE
+from serving.engine.snapshots import SnapshotWrite
 from serving.protocol.request import LogitsParams
 from serving.protocol.sampling import ResolvedSampling, TopLogprobs
 
@@ -57,7 +58,8 @@ class ScheduledRequest:
     `targets` are the tokens to score after each of `tokens`, -1 for none; empty when nothing is scored.
     `logits_params` are set where choosing the next token takes more than temperature and filters. The seed enters the
     program modulo 2**32. `drafts` are guesses of the tokens after a single token, each a row of its own. `states` are
-    the places of the states that the step reads and writes, if requests have any.
+    the places of the states that the step reads and writes, if requests have any. `snapshots` are written
+    besides: each after a tile, or after its last row and then in place of the state that it writes.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class ScheduledRequest:
     logits_params: LogitsParams | None = None
     drafts: tuple[int, ...] = ()
     states: tuple[int, int] | None = None
+    snapshots: tuple[SnapshotWrite, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -182,7 +185,8 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
     A segment that does not sample is greedy and reads its own first row.
 
     Where requests have states also int32 [Z]: `state_read` (place of the state that the segment's chunk begins with)
-    and `state_write` (where the state after the segment goes; DROPPED where a chunk goes on, and for padding).
+    and `state_write` (where the state after the segment goes; DROPPED where a chunk goes on without a snapshot, and for
+    padding).
     """
     bucket, scheduled = batch.bucket, batch.scheduled[rank]
     arrays = _padding(bucket, max_pages, states=any(item.states for item in scheduled))
@@ -195,6 +199,8 @@ def prepare_inputs(batch: Batch, rank: int, *, page_size: int, max_pages: int) -
         arrays["page_table"][segment:stop, : len(item.pages)] = item.pages
         if item.states:
             arrays["state_read"][segment:stop], arrays["state_write"][placed.last] = item.states
+            for position, place, _ in item.snapshots:
+                arrays["state_write"][segment + (position - item.start - 1) // TILE] = place
         if item.tiles:
             count = len(item.tokens)
             at = np.arange(item.start, item.start + count)

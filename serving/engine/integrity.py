@@ -1,6 +1,7 @@
 """A check that a state conserves pages, decode rows and requests. Tests run it after every transition."""
 
 from serving.engine.page_pool import check_pages
+from serving.engine.sequence import Sequence
 from serving.engine.state import EngineState
 
 
@@ -48,7 +49,23 @@ def check_integrity(state: EngineState, before: EngineState | None = None) -> No
         assert len(set(slots)) == len(slots), f"rank {rank} has two sequences in one slot of states: {slots}"
         beyond = [slot for slot in slots if slot is None or slot >= most]
         assert not beyond, f"rank {rank} has sequences in slots {beyond}, and {most} slots of states"
+        _check_snapshots(state, rank, here)
         for sequence in here:
             for page in sequence.pages[sequence.committed // state.limits.page_size :]:
                 assert pool.ref_counts[page] == 1, f"{sequence.id} will write on page {page}, which others read"
                 assert page not in pool.keys, f"{sequence.id} will write on page {page}, which is sealed"
+
+
+def _check_snapshots(state: EngineState, rank: int, here: list[Sequence]) -> None:
+    """Raise AssertionError unless each place for snapshots has one use: a snapshot that is known, or one that a step in
+    flight writes, beside reads of it."""
+    places, known = state.limits.snapshot_places, [*state.pools[rank].snapshots.places.values()]
+    written = [write.place for each in here for step in each.in_flight for write in step.snapshots]
+    used = [*known, *written]
+    assert len(set(used)) == len(used), f"rank {rank} has two uses of one place: snapshots {known}, written {written}"
+    foreign = set(used).union(*(each.held_places for each in here)).difference(places)
+    assert not foreign, f"rank {rank} uses {foreign} for snapshots, whose places are {places}"
+    for sequence in here:
+        reads = {sequence.snapshot, *(each.snapshot for each in sequence.in_flight)} - {None}
+        own = {write.place for each in sequence.in_flight for write in each.snapshots}
+        assert not reads & set(written) - own, f"{sequence.id} reads {reads}, and others write {written}"

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Self
 
+from planner.inputs.layer_states import SNAPSHOTS_PER_REQUEST, STATE_COPIES
 from serving.config import Settings
 from serving.engine.batch import StepBucket
 from serving.engine.speculation import PASS_LAYERS
@@ -26,8 +27,9 @@ class Limits:
     model_drafts: int = 0
     draft_cost: float = 0.0
     states: bool = False
-    """Requests have states on their rank: the model has layers whose context is a state. No prefix is shared then,
-    since a state is that of a whole sequence."""
+    """Requests have states on their rank: the model has layers whose context is a state."""
+    snapshots: int = 0
+    """Most snapshots of states that a rank keeps: with states, a prefix is shared up to one of them."""
 
     @classmethod
     def of(cls, settings: Settings, max_context: int, *, states: bool = False, layers: int = 0) -> Self:
@@ -39,12 +41,13 @@ class Limits:
             max_queue=settings.max_queue,
             buckets=tuple(StepBucket(*bucket) for bucket in settings.buckets),
             tiles_while_decoding=settings.tiles_while_decoding,
-            prefix_caching=settings.prefix_caching and not states,
+            prefix_caching=settings.prefix_caching,
             speculate=settings.speculate != "off",
             draft_tokens=settings.draft_tokens,
             model_drafts=settings.model_drafts,
             draft_cost=settings.model_drafts * PASS_LAYERS / (layers - 1) if layers > 1 else 0.0,
             states=states,
+            snapshots=snapshots_per_rank(settings) if states else 0,
         )
 
     def __post_init__(self) -> None:
@@ -70,6 +73,12 @@ class Limits:
     def max_tiles(self) -> int:
         """Prefill tiles of the largest bucket."""
         return max((bucket.tiles for bucket in self.buckets), default=0)
+
+    @property
+    def snapshot_places(self) -> range:
+        """The places of snapshots in a rank's cache: they follow the states of all requests that it can run."""
+        first = STATE_COPIES * self.max_decode_rows
+        return range(first, first + self.snapshots)
 
     @property
     def max_pages(self) -> int:
@@ -99,3 +108,12 @@ class Limits:
         """Why a request that has generated this many tokens ends, None when it goes on."""
         full = generated >= request.sampling.max_tokens or len(request.prompt) + generated >= self.max_context
         return "length" if full else None
+
+
+def snapshots_per_rank(settings: Settings) -> int:
+    """Snapshots of states that a rank keeps, of a model with layers that have states: as set; else
+    SNAPSHOTS_PER_REQUEST for each request that it can run. None without prefix caching."""
+    if not settings.prefix_caching:
+        return 0
+    usual = SNAPSHOTS_PER_REQUEST * max(decode for decode, _ in settings.buckets)
+    return usual if settings.state_snapshots is None else settings.state_snapshots

@@ -52,7 +52,9 @@ def place_elsewhere(state: EngineState, request_id: str) -> Sequence | None:
     _, pages = state.pools[target].alloc(len(sequence.pages))
     others = (other for other in state.running.values() if other.rank == target)
     slot = free_slot(others, states=state.limits.states)
-    return dataclasses.replace(sequence, rank=target, pages=pages, slot=slot)
+    return dataclasses.replace(
+        sequence, rank=target, pages=pages, slot=slot, snapshot=None, answer_snapshot=None, branch=0
+    )
 
 
 def free_places(state: EngineState, after: Sequence) -> EngineState:

@@ -3,6 +3,9 @@
 The key of a full page is a digest of every token up to its end, so equal prefixes have equal keys. Several sequences
 may hold a page whose key is known. When the last of them releases it, the page keeps its content until its room is
 needed; the page released first is evicted first.
+
+With layers whose context is a state a prefix can be shared up to a page behind which there is a snapshot of the state
+(serving/engine/snapshots.py). A page that is evicted takes its snapshot with it.
 """
 
 import collections
@@ -11,6 +14,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from serving.engine.snapshots import Snapshots
 
 PageKey = bytes
 KEY_BYTES = 16
@@ -22,7 +27,8 @@ class PagePool:
     allocated), `evictable` (held by nobody, with content; the first is the next to be evicted) or `ref_counts` (page
     -> number of holders).
 
-    `keys` has the keys of held and evictable pages, where they are known; `index` is its inverse.
+    `keys` has the keys of held and evictable pages, where they are known; `index` is its inverse. `snapshots` are those
+    of the states after such pages.
     """
 
     total: int
@@ -31,6 +37,7 @@ class PagePool:
     ref_counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
     keys: Mapping[int, PageKey] = dataclasses.field(default_factory=dict)
     index: Mapping[PageKey, int] = dataclasses.field(default_factory=dict)
+    snapshots: Snapshots = dataclasses.field(default_factory=Snapshots)
 
     @classmethod
     def empty(cls, total: int) -> "PagePool":
@@ -40,8 +47,11 @@ class PagePool:
         return cls(total, tuple(range(total - 1, -1, -1)))
 
     @classmethod
-    def with_cached_pages(cls, total: int, keys: Mapping[int, PageKey]) -> "PagePool":
-        """A pool in which pages with known keys are evictable; the first of `keys` are evicted last."""
+    def with_cached_pages(
+        cls, total: int, keys: Mapping[int, PageKey], snapshots: Mapping[int, PageKey] | None = None
+    ) -> "PagePool":
+        """A pool in which pages with known keys are evictable; the first of `keys` are evicted last. `snapshots` are
+        the states after such pages, {place: key}."""
         index = {key: page for page, key in reversed(list(keys.items())) if page < total}
         keys = {page: key for key, page in index.items()}
         return dataclasses.replace(
@@ -49,6 +59,7 @@ class PagePool:
             evictable=tuple(keys),
             keys=keys,
             index=index,
+            snapshots=Snapshots({key: place for place, key in (snapshots or {}).items() if key in index}),
         )
 
     @property
@@ -66,14 +77,14 @@ class PagePool:
         """Number of leading pages that include every held or evictable one."""
         return max((*self.ref_counts, *self.evictable), default=-1) + 1
 
-    def match(self, keys: Iterable[PageKey]) -> tuple[int, ...]:
-        """The pages of the longest prefix of `keys` that is in the pool."""
+    def match(self, keys: Iterable[PageKey], *, states: bool = False) -> tuple[int, ...]:
+        """The pages of the longest prefix of `keys` that is in the pool, and with `states` ends at a snapshot."""
         pages = []
         for key in keys:
             if (page := self.index.get(key)) is None:
                 break
             pages.append(page)
-        return tuple(pages)
+        return tuple(pages[: self.snapshots.last_of(map(self.keys.__getitem__, pages))] if states else pages)
 
     def available_after_sharing(self, pages: Sequence[int]) -> int:
         """Number of pages that nobody would hold if a sequence held these."""
@@ -99,12 +110,13 @@ class PagePool:
         pages = (*reversed(self.free[left:]), *evicted)
         holders = dict(self.ref_counts)
         holders.update(dict.fromkeys(pages, 1))
-        keys, index = self.keys, self.index
+        keys, index, snapshots = self.keys, self.index, self.snapshots
         if evicted:
             gone = set(evicted)
+            snapshots = snapshots.without({keys[page] for page in evicted})
             keys = {page: key for page, key in keys.items() if page not in gone}
             index = {key: page for key, page in index.items() if page not in gone}
-        return PagePool(self.total, self.free[:left], evictable, holders, keys, index), pages
+        return PagePool(self.total, self.free[:left], evictable, holders, keys, index, snapshots), pages
 
     def take(self, pages: Sequence[int]) -> "PagePool":
         """Hold free pages, to write on. The caller checks that they are free."""
@@ -158,6 +170,7 @@ def check_pages(pool: PagePool, held: Iterable[int]) -> None:
     assert {key: page for page, key in pool.keys.items()} == dict(pool.index), "a key does not lead to its page"
     assert pool.keys.keys() >= set(pool.evictable), "an evictable page has no key"
     assert not pool.keys.keys() & set(pool.free), "a page is free and has content"
+    assert pool.index.keys() >= pool.snapshots.places.keys(), "a snapshot has no page"
 
 
 def _why_not_conserved(pool: PagePool, pages: list[int]) -> str:

@@ -45,13 +45,15 @@ def adopt(
     fresh: Collection[int] = (),
     masked: Iterable[tuple[int, int]] = (),
     known: Mapping[int, Mapping[int, PageKey]] | None = None,
+    known_snapshots: Mapping[int, Mapping[int, PageKey]] | None = None,
     weights: int = 0,
 ) -> tuple[EngineState, tuple[Output, ...]]:
     """Take up the ranks of a new epoch and their numbers of pages. A rank of the previous epoch keeps its cache and
     its requests.
 
     A rank's cache is empty when the rank is new, in `fresh`, or has another number of pages than before; a new rank
-    that has served before has the pages in `known`, with their keys. A request that no rank can hold any more ends
+    that has served before has the pages in `known`, with their keys, and the snapshots of states in `known_snapshots`,
+    {place: key}. A request that no rank can hold any more ends
     with NoCapacity; without any rank all requests wait. A prefix is found only by requests that run with the same
     experts `masked`, (layer, expert), and with the weights of the same number, as the request that computed it. With
     other `weights` than before no cache holds anything: every open request is computed again, and requests that were
@@ -64,9 +66,9 @@ def adopt(
     state = lose(state, emptied)
     if other_weights:
         state = dataclasses.replace(invalidate_caches(state), held=False)
-    known = known or {}
+    known, snapshots = known or {}, known_snapshots or {}
     pools = {
-        rank: state.pools.get(rank) or PagePool.with_cached_pages(count, known.get(rank, {}))
+        rank: state.pools.get(rank) or PagePool.with_cached_pages(count, known.get(rank, {}), snapshots.get(rank, {}))
         for rank, count in pages.items()
     }
     state = dataclasses.replace(state, pools=pools, epoch=epoch, decode_first=decode_first)

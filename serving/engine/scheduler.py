@@ -8,7 +8,8 @@ one bucket. A rank that runs out of pages preempts its youngest sequence. Decode
 
 Requests are admitted strictly in order (serving/engine/fairness.py), so none starves. A request goes to the rank that
 has most of its prefix in the cache, unless that rank has much more to do than another. Of several requests with the
-same prompt the first computes it; the others wait, and share its pages. A request with recoverable KV gets a rank
+same prompt the first computes it; the others wait, and share its pages. With layers whose context is a state a prefix
+is shared up to a snapshot (serving/engine/snapshots.py). A request with recoverable KV gets a rank
 from `reserve_for_restore`, and runs once its entries are restored.
 """
 
@@ -25,6 +26,7 @@ from serving.engine.fairness import AdmissionOrder
 from serving.engine.page_pool import PageKey, hash_pages
 from serving.engine.poison import Turn
 from serving.engine.sequence import Sequence, free_slot
+from serving.engine.snapshot_steps import add_snapshots
 from serving.engine.state import EngineState, requeue
 from serving.engine.step_results import look_ahead
 from serving.protocol.request import LogitsParams
@@ -71,6 +73,8 @@ def _schedule(state: EngineState, turn: Turn, *, serial_prefill: bool) -> tuple[
         return builder.with_placed() if goes_on_elsewhere and not state.canaries else state, None
     drafted = add_drafts(limits, state.suspicion, builder.ranks, builder.pools, work)
     builder.ranks, builder.pools, work = drafted.ranks, drafted.pools, drafted.work
+    if limits.snapshots:
+        builder.pools, work = add_snapshots(limits, builder.ranks, builder.pools, work)
     suspicion = state.suspicion if state.canaries else state.suspicion.after_turn(turn)
     successor = dataclasses.replace(builder.with_step(), suspicion=suspicion)
     batch = Batch(successor.step, state.epoch, covering_bucket(limits.buckets, required_bucket(work.values())), work)
@@ -184,19 +188,12 @@ class _StepBuilder:
             if rank is None:
                 break
             del self.waiting[sequence.id]
-            pool = self.pools[rank]
-            found = pool.match(keys)
-            self.pools[rank], pages = pool.share(found).alloc(limits.pages_for(sequence.length) - len(found))
-            computed = len(found) * limits.page_size
-            placed = sequence.placed_on(
-                rank, found + pages, computed=computed, page_keys=keys[: len(found)], slot=self.free_slot(rank)
-            )
-            self.ranks[rank].append(placed)
-            order.admit(sequence, sequence.length - computed)
+            placed = self.place(sequence, rank, keys)
+            order.admit(sequence, placed.pending)
             if not sequence.started:
                 self.admitted += 1
                 self.queried += len(sequence.request.prompt)
-                self.cached_tokens += computed
+                self.cached_tokens += placed.computed
         self.counters = order.counters
         for sequences in self.ranks.values():
             if len(sequences) > 1:
@@ -234,17 +231,33 @@ class _StepBuilder:
             rank = self.choose_rank(sequence, keys)
             if rank is None:
                 break
-            found = self.pools[rank].match(keys)
             del self.waiting[sequence.id]
-            need = self.before.limits.pages_for(sequence.length) - len(found)
-            self.pools[rank], pages = self.pools[rank].share(found).alloc(need)
-            page_keys = None if recoverable.page_keys is None else keys[: len(found)]
-            computed = len(found) * self.before.limits.page_size
-            placed = sequence.placed_on(
-                rank, found + pages, computed=computed, page_keys=page_keys, slot=self.free_slot(rank)
-            )
-            self.ranks[rank].append(placed)
+            self.place(sequence, rank, keys, shared=recoverable.page_keys is not None)
             self.ranks[rank].sort(key=_arrival)
+
+    def place(self, sequence: Sequence, rank: int, keys: tuple[PageKey, ...], *, shared: bool = True) -> Sequence:
+        """Give a sequence a rank that has room. It shares the pages there that have the first of these keys, and
+        begins after them; with states, from the snapshot behind them. Others share its own pages if `shared`."""
+        limits, pool = self.before.limits, self.pools[rank]
+        found, branch, snapshot = pool.match(keys, states=limits.states), 0, None
+        if limits.snapshots:
+            branch = len(pool.match(keys)) * limits.page_size
+        if limits.states and found:
+            key = keys[len(found) - 1]
+            pool = dataclasses.replace(pool, snapshots=pool.snapshots.used(key))
+            snapshot = pool.snapshots.places[key]
+        self.pools[rank], pages = pool.share(found).alloc(limits.pages_for(sequence.length) - len(found))
+        placed = sequence.placed_on(
+            rank,
+            found + pages,
+            computed=len(found) * limits.page_size,
+            page_keys=keys[: len(found)] if shared else None,
+            slot=self.free_slot(rank),
+            snapshot=snapshot,
+            branch=branch,
+        )
+        self.ranks[rank].append(placed)
+        return placed
 
     def free_slot(self, rank: int) -> int | None:
         """A slot for the states of one more sequence of a rank; None when requests have no states."""
@@ -279,7 +292,7 @@ class _StepBuilder:
         pages = min(limits.pages_for(sequence.length) + 1, need)
         rooms: dict[int, int] = {}
         for rank, pool in self.pools.items():
-            found = pool.match(keys)
+            found = pool.match(keys, states=limits.states)
             fits = need <= pool.total and pages - len(found) <= pool.available_after_sharing(found)
             if fits and rank not in self.before.closed_ranks and len(self.ranks[rank]) < most:
                 rooms[rank] = len(found)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from planner.inputs.layer_states import STATE_COPIES
 from serving.engine.page_pool import PageKey
+from serving.engine.snapshots import SnapshotWrite
 from serving.engine.speculation import NOTHING_DRAFTED, Draft, Drafting
 from serving.protocol.request import Request, RequestPhase
 
@@ -26,13 +27,16 @@ class RecoverableKV:
 @dataclasses.dataclass(frozen=True, slots=True)
 class InFlightStep:
     """The part of a step in flight for one request: it computes positions from `start` on, may sample a token, and
-    may be the last step that the request needs. `draft` guesses that token and those after it."""
+    may be the last step that the request needs. `draft` guesses that token and those after it. The step reads the state
+    at the place `snapshot`, if that is set, and takes `snapshots`."""
 
     step: int
     start: int
     samples: bool
     last: bool
     draft: Draft | None = None
+    snapshot: int | None = None
+    snapshots: tuple[SnapshotWrite, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +52,10 @@ class Sequence:
     first step.
 
     With a model whose requests have states, `slot` is the request's place among those of its rank, and `turns` counts
-    the steps there that it was in, those in flight too: each reads one state of the slot and writes the next.
+    the steps there that it was in, those in flight too: each reads one state of the slot and writes the next. The next
+    step reads the state at the place `snapshot` instead, if that is set: the request begins from it, or the step before
+    has written it. `answer_snapshot` is the key of the last snapshot behind the prompt. Up to `branch` the cache had
+    its pages when it got its rank; a snapshot is wanted there.
     """
 
     request: Request
@@ -65,6 +72,9 @@ class Sequence:
     drafting: Drafting = NOTHING_DRAFTED
     slot: int | None = None
     turns: int = 0
+    snapshot: int | None = None
+    answer_snapshot: PageKey | None = None
+    branch: int = 0
 
     @property
     def id(self) -> str:
@@ -110,6 +120,7 @@ class Sequence:
             computed=self.committed,
             in_flight=(),
             turns=self.turns - len(self.in_flight),
+            snapshot=self.in_flight[0].snapshot,
         )
 
     @property
@@ -148,7 +159,15 @@ class Sequence:
         if self.slot is None:
             return None
         first = self.slot * STATE_COPIES
-        return first + self.turns % STATE_COPIES, first + (self.turns + 1) % STATE_COPIES
+        own = first + self.turns % STATE_COPIES
+        return own if self.snapshot is None else self.snapshot, first + (self.turns + 1) % STATE_COPIES
+
+    @property
+    def held_places(self) -> set[int]:
+        """The places of snapshots that its next step and those in flight read and write."""
+        read = (self.snapshot, *(each.snapshot for each in self.in_flight))
+        written = (write.place for each in self.in_flight for write in each.snapshots)
+        return {place for place in (*read, *written) if place is not None}
 
     def placed_on(
         self,
@@ -158,18 +177,37 @@ class Sequence:
         computed: int = 0,
         page_keys: tuple[PageKey, ...] | None = (),
         slot: int | None = None,
+        snapshot: int | None = None,
+        branch: int = 0,
     ) -> "Sequence":
         """The sequence on a rank whose cache has its first `computed` positions, in full pages, and where its states
-        are in `slot`."""
+        are in `slot`. The state after these positions is at the place `snapshot`."""
         reused = computed if self.cached_tokens is None else self.cached_tokens
         return dataclasses.replace(
-            self, rank=rank, cached_tokens=reused, computed=computed, pages=pages, page_keys=page_keys, slot=slot
+            self,
+            rank=rank,
+            cached_tokens=reused,
+            computed=computed,
+            pages=pages,
+            page_keys=page_keys,
+            slot=slot,
+            snapshot=snapshot,
+            branch=branch,
         )
 
     def preempted(self) -> "Sequence":
         """The sequence without a rank: prompt + generated tokens, to be computed again unless they are restored."""
         return dataclasses.replace(
-            self.without_in_flight(), rank=None, computed=0, pages=(), page_keys=(), slot=None, turns=0
+            self.without_in_flight(),
+            rank=None,
+            computed=0,
+            pages=(),
+            page_keys=(),
+            slot=None,
+            turns=0,
+            snapshot=None,
+            answer_snapshot=None,
+            branch=0,
         )
 
     def restarted(self) -> "Sequence":

@@ -8,6 +8,7 @@ from serving.engine.draft_passes import should_wait
 from serving.engine.fairness import GENERATED_WEIGHT
 from serving.engine.limits import Limits
 from serving.engine.sequence import InFlightStep, Sequence
+from serving.engine.snapshot_steps import keep_snapshots
 from serving.engine.speculation import Draft
 from serving.engine.state import EngineState, Output, remove_requests, seal_full_pages
 from serving.errors import NoTokenAllowed
@@ -44,7 +45,11 @@ def apply(
         owner, cost = sequence.request.owner, made * GENERATED_WEIGHT / sequence.request.share
         costs[owner] = costs.get(owner, 0.0) + cost
         assert sequence.rank is not None
-        running[work.request_id], pools[sequence.rank] = seal_full_pages(state, sequence, pools[sequence.rank])
+        rank = sequence.rank
+        sequence, pool = seal_full_pages(state, sequence, pools[rank])
+        if work.snapshots:
+            sequence, pool = keep_snapshots(sequence, work.snapshots, pool, state.limits.page_size)
+        running[work.request_id], pools[rank] = sequence, pool
         if end is not None:
             outputs.append((work.request_id, end))
             ended.append(work.request_id)
@@ -76,15 +81,23 @@ def look_ahead(state: EngineState, batch: Batch, drafts: Mapping[str, Draft]) ->
         samples = work.samples and sequence.request.sampling.max_tokens > 0
         generated = (*sequence.generated, PLACEHOLDER_TOKEN) if samples else sequence.generated
         full = state.limits.length_reason(sequence.request, len(generated)) is not None
+        end = work.start + len(work.tokens)
         running[work.request_id] = dataclasses.replace(
             sequence,
             generated=generated,
-            computed=work.start + len(work.tokens),
+            computed=end,
             turns=sequence.turns + 1,
+            snapshot=next((each.place for each in work.snapshots if each.position == end), None),
             in_flight=(
                 *sequence.in_flight,
                 InFlightStep(
-                    batch.step, work.start, samples, last=work.samples and full, draft=drafts.get(work.request_id)
+                    batch.step,
+                    work.start,
+                    samples,
+                    last=work.samples and full,
+                    draft=drafts.get(work.request_id),
+                    snapshot=sequence.snapshot,
+                    snapshots=work.snapshots,
                 ),
             ),
         )

@@ -15,6 +15,7 @@ import numpy as np
 from serving.engine.batch import Batch, ScheduledRequest, StepBucket, StepResult, layout
 from serving.engine.limits import Limits
 from serving.engine.logits import MaskFunction
+from serving.engine.snapshots import SnapshotWrite
 from serving.executor.step_messages import add_adjustments, rank_step, step_results
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.sampling import ResolvedSampling
@@ -76,8 +77,9 @@ def host_step(
             _write(item, words, numbers)
             special = special or item.logits_params is not None or bool(item.targets)
         pages = full.get(rank) if full else None
-        if special or pages is not None:
-            extras = message.extras.add(index=index)
+        taken = [(at, position, place) for at, item in enumerate(work) for position, place, _ in item.snapshots]
+        if special or pages is not None or taken:
+            extras = message.extras.add(index=index, snapshots=np.array(taken, np.int32).tobytes())
             if special:
                 add_adjustments(extras, batch, rank, masks)
             if pages is not None:
@@ -118,6 +120,10 @@ def read_host_step(message: link_pb2.HostStep, links: Sequence[int]) -> Batch:
     requests = _read(words, numbers.reshape(-1, NUMBERS).tolist(), message.requests)
     counts = np.frombuffer(message.counts, np.int32).tolist()
     scheduled = {link: tuple(next(requests) for _ in range(n)) for link, n in zip(links, counts, strict=True)}
+    for extras in message.extras:
+        if extras.snapshots:
+            link = links[extras.index]
+            scheduled[link] = _with_snapshots(scheduled[link], extras.snapshots)
     bucket = StepBucket(message.decode, message.tiles)
     scheduled = {link: work for link, work in scheduled.items() if work}
     return Batch(message.step, message.epoch, bucket, scheduled, skip_drafts=message.skip_drafts)
@@ -145,6 +151,16 @@ def _read(words: list[int], numbers: list[list[float]], names: Iterable[str]) ->
             drafts=parts[2],
             states=None if read < 0 else (read, write),
         )
+
+
+def _with_snapshots(work: tuple[ScheduledRequest, ...], given: bytes) -> tuple[ScheduledRequest, ...]:
+    """A rank's work with the snapshots that it takes."""
+    taken: dict[int, list[SnapshotWrite]] = {}
+    for at, position, place in np.frombuffer(given, np.int32).reshape(-1, 3).tolist():
+        taken.setdefault(at, []).append(SnapshotWrite(position, place))
+    return tuple(
+        dataclasses.replace(item, snapshots=tuple(taken[at])) if at in taken else item for at, item in enumerate(work)
+    )
 
 
 def steps_of_ranks(

@@ -135,9 +135,9 @@ class StepPipeline:
         return part
 
     def _full_pages(self, rank: int, state: EngineState) -> link_pb2.FullPages | None:
-        """The change of a rank's full pages since its last step, if there is one."""
+        """The change of a rank's full pages and snapshots since its last step, if there is one."""
         pool = state.pools.get(rank)
-        return self._updates.update_for(rank, pool.keys) if pool is not None else None
+        return self._updates.update_for(rank, pool.keys, pool.snapshots.places) if pool is not None else None
 
     def _host_part(
         self, batch: Batch, ranks: list[int], epoch: int, before: Batch | None, state: EngineState

@@ -309,8 +309,20 @@ def _by_rank(status: Status) -> Iterator[Metric]:
         "Predicted stall of the streams on other ranks if the rank died now.",
         labels=["rank"],
     )
+    snapshots = GaugeMetricFamily(
+        "moejax_rank_state_snapshots",
+        "Snapshots of states that the rank has for prefix caching, of models whose layers have states.",
+        labels=["rank"],
+    )
+    most = GaugeMetricFamily(
+        "moejax_rank_state_snapshots_max", "Most snapshots of states that the rank keeps.", labels=["rank"]
+    )
     for rank in status.ranks:
         label = [str(rank.id)]
+        has, at_most = rank.snapshots_used, rank.snapshots
+        if at_most:
+            snapshots.add_metric(label, has)
+            most.add_metric(label, at_most)
         up.add_metric(label, rank.state == "serving")
         compiles.add_metric(label, rank.compiles)
         step.add_metric(label, rank.step_ms / 1e3)
@@ -318,7 +330,7 @@ def _by_rank(status: Status) -> Iterator[Metric]:
         level.add_metric(label, rank.level)
         if rank.loss is not None:
             stall.add_metric(label, rank.loss.stall_ms / 1e3)
-    yield from (up, compiles, step, slowness, level, stall)
+    yield from (up, compiles, step, slowness, level, stall, snapshots, most)
 
 
 def _experts(status: Status) -> Iterator[Metric]:

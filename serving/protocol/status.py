@@ -45,6 +45,9 @@ class RankStatus:
     """The version and a digest of the sources that it runs; empty before it has attached."""
     relay: str = ""
     """The host whose agent passes on its stream; empty while it has a stream of its own."""
+    snapshots: int = 0
+    """Most snapshots of states that it keeps for prefix caching; 0 of a model without layers that have states."""
+    snapshots_used: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

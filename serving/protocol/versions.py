@@ -30,13 +30,17 @@ class VersionRange:
         return str(self.newest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
 
-LINK = VersionRange(1, 2)
+LINK = VersionRange(1, 3)
 """Messages between the front and ranks, and the exchange between ranks. Version 2 has steps after which the layer of
-multi-token prediction does not run; while a rank speaks version 1 only, it runs after all of them."""
+multi-token prediction does not run; while a rank speaks version 1 only, it runs after all of them. Version 3 has
+snapshots of states; a rank of an older version cannot be part of a server that keeps some."""
 SKIPS_DRAFTS = 2
 """The version of LINK that has `Step.skip_drafts`."""
-HOST = VersionRange(1, 1)
-"""Messages between the front and host agents that pass on those of their ranks."""
+KEEPS_SNAPSHOTS = 3
+"""The version of LINK that has `Configure.snapshots`."""
+HOST = VersionRange(1, 2)
+"""Messages between the front and host agents that pass on those of their ranks. Version 2 has snapshots of states; the
+ranks of an agent of version 1 speak a version of LINK without."""
 EDGE = VersionRange(1, 1)
 """Messages between edges and the front."""
 JOURNAL = VersionRange(1, 1)

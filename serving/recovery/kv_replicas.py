@@ -31,10 +31,10 @@ AUTO_MEMORY_SHARE = 0.25
 themselves are as large, replicas of lost ranks come on top, and so do the weights."""
 
 STATES_NOT_KEPT = (
-    "{name} has layers whose context is a state: no replica of it and no prefix of ended prompts is kept, and nothing "
-    "is drafted. Requests of a lost rank are computed again from their tokens; a drain moves their states."
+    "{name} has layers whose context is a state: no replica of it is kept, and nothing is drafted. Requests of a lost "
+    "rank are computed again from their tokens; a drain moves their states."
 )
-"""The line for whoever serves a model of which a part of the cache cannot be replicated or shared."""
+"""The line for whoever serves a model of which a part of the cache cannot be replicated."""
 
 
 @dataclasses.dataclass

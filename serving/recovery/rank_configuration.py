@@ -1,10 +1,13 @@
 """Configures a rank that has attached: its model, the shape of its KV cache, and its KV replica."""
 
 from serving.config import Settings
+from serving.engine.limits import snapshots_per_rank
 from serving.executor.executor import RankExecutor
 from serving.executor.mesh_key import MeshKey
+from serving.executor.rank_errors import CommandFailed
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol.prepared_model import PreparedModel
+from serving.protocol.versions import KEEPS_SNAPSHOTS
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.mesh_pool import COLLECTIVE_TIMEOUT_S
 from serving.recovery.plan_catalog import PlanCatalog
@@ -42,6 +45,13 @@ class RankConfiguration:
         if host_paths is not None and host_paths.host != self._plans.device_of(rank).host:
             self._plans.move(rank, host_paths)
         message = self._message(rank)
+        if message.snapshots and self._executor.link_version([rank]) < KEEPS_SNAPSHOTS:
+            raise CommandFailed(
+                rank,
+                "configure",
+                f"it runs code that keeps no snapshots of states, and the front wants {message.snapshots}: start the "
+                "agent of its host with the code of the front, or the server with --state-snapshots 0",
+            )
         reopened = self._kv_replicas.reopen(rank, hello.cache_copy)
         if reopened is not None:
             message.MergeFrom(reopened)
@@ -70,6 +80,7 @@ class RankConfiguration:
             one_machine=self._single_host,
             experts_only=not MeshKey.of(base).has_attention(rank),
             drafts=settings.model_drafts,
+            snapshots=snapshots_per_rank(settings) if model.state_bytes else 0,
         )
         if settings.tensor > 1:
             message.tensor = settings.tensor

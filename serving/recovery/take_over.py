@@ -7,7 +7,7 @@ from serving.engine.page_pool import PageKey
 from serving.errors import NoCapacity
 from serving.executor.executor import RankExecutor
 from serving.executor.failure_detector import Cause
-from serving.executor.prefix_index import read_pages
+from serving.executor.prefix_index import read_pages, read_snapshots
 from serving.executor.rank_errors import CommandFailed, RankLost
 from serving.proto.moejax.v1 import link_pb2
 from serving.protocol import clock
@@ -47,6 +47,7 @@ class TakeOver:
         self._log = log
         self._keeps_pages = keeps_pages
         self._known_pages: dict[int, dict[int, PageKey]] = {}
+        self._known_snapshots: dict[int, dict[int, PageKey]] = {}
         self.ranks_taken_over = 0
         """How many ranks an earlier front had started."""
 
@@ -69,7 +70,9 @@ class TakeOver:
             try:
                 await (self._generations.activate(served) if goes_on else self._generations.start(served, pages))
                 self.ranks_taken_over = len(served)
-                self._known_pages = {rank: known[rank] for rank in served if self._keeps_pages(rank)}
+                kept = [rank for rank in served if self._keeps_pages(rank)]
+                self._known_pages = {rank: known[rank] for rank in kept}
+                self._known_snapshots = {rank: read_snapshots(served[rank].full) for rank in kept}
                 return True
             except (RankLost, CommandFailed, TimeoutError) as error:
                 self._log(str(error) or "the ranks did not come together in time")
@@ -91,6 +94,11 @@ class TakeOver:
     def take_known_pages(self) -> dict[int, dict[int, PageKey]]:
         """The full pages that ranks of an earlier front still hold, {rank: {page: key}}; empty after the first call."""
         taken, self._known_pages = self._known_pages, {}
+        return taken
+
+    def take_known_snapshots(self) -> dict[int, dict[int, PageKey]]:
+        """The snapshots of states that these ranks hold, {rank: {place: key}}; empty after the first call."""
+        taken, self._known_snapshots = self._known_snapshots, {}
         return taken
 
     def _is_lost(self, rank: int) -> bool:

@@ -187,6 +187,7 @@ class RankWorker:
             pages=command.pages,
             shared_memory=command.one_machine and cpu.active(),
             drafts=max(1, command.drafts),
+            snapshots=command.snapshots,
         )
         executables = ExecutableStore(Path(command.executables))
         store = open_store(Path(command.store), held=shape.cfg.packed)

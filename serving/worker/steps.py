@@ -221,8 +221,11 @@ class RankSteps:
     ) -> CommittedStep:
         """Write the new entries of a step to the cache."""
         model = self._state.model
-        wrote = written_rows(inputs, model.shape.buckets[command.bucket])
+        bucket = model.shape.buckets[command.bucket]
+        wrote = written_rows(inputs, bucket)
         self._state.prefix_index.invalidate(wrote.entries // model.shape.page_size)
+        if bucket.states:
+            self._state.prefix_index.invalidate_snapshots(host_field(inputs, bucket, "state_write"))
         new = jax.tree.map(lambda a: a.addressable_data(0), outputs.new_kv)
         where = packed if outputs.group_inputs is None else outputs.group_inputs.addressable_data(0)
         _, commit = local.after_step(command.bucket)

@@ -8,9 +8,10 @@ import numpy as np
 
 from moejax.config.model_config import in_slots
 from serving.engine.batch import ScheduledRequest, StepBucket, layout
+from serving.engine.snapshots import SnapshotWrite
 from tests.support.decoder_models import BUCKET, CONFIGS, PAGES, params, prefill, stepper, tokens_of
 from tests.support.reference import forward
-from tests.support.stepping import work
+from tests.support.stepping import PAGE, work
 
 SLACK = 0.25
 """The error of a row's logits, relative to the largest, in the median row. These weights are random and large, so that
@@ -52,6 +53,33 @@ def check_bits(name: str, form: str = "float32") -> None:
             out = model.run(bucket, {rank: mine, **crowd})
             np.testing.assert_array_equal(model.rows(out, bucket, rank, 0, 1)[:, 0], kv[:, at])
         assert model.segment(out, bucket, rank, 0) == sampled
+
+
+def check_snapshots(name: str) -> None:
+    """A request that begins from the snapshot of another one's state, which a tile of a prompt or a decode row left,
+    has the bits of one that computes everything."""
+    tokens, bucket, rank = tokens_of(66), BUCKET, 3
+    other = {0: (work(tokens_of(50, seed=1), 0, (0, 1)),)}
+    alone, model = stepper(name, 4), stepper(name, 4)
+    out = alone.run(bucket, {rank: (work(tokens[:64], 0, PAGES),)})
+    kv = alone.rows(out, bucket, rank, bucket.decode, 64)
+    expected = [alone.run(bucket, {rank: (work([tokens[at]], at, PAGES),)}) for at in (64, 65)]
+    in_prompt, in_decode = model.states - 1, model.states - 2
+    first = work(tokens[:50], 0, (5, 2), states=(0, 1), snapshots=(SnapshotWrite(PAGE, in_prompt),))
+    model.run(bucket, {rank: (first,), **other})
+    rest = work(tokens[PAGE:63], PAGE, (5, 3, 4), states=(in_prompt, 4))
+    out = model.run(bucket, {rank: (rest,), **other})
+    np.testing.assert_array_equal(model.rows(out, bucket, rank, bucket.decode, 63 - PAGE), kv[:, PAGE:63])
+    last = work([tokens[63]], 63, (5, 3, 4), states=(4, 5), snapshots=(SnapshotWrite(64, in_decode),))
+    model.run(bucket, {rank: (last,), **other})
+    for pages, own in (((5, 3, 4), 3), ((5, 3, 6), 6)):  # the same request, and another one with its prefix
+        for nth, (read, write) in enumerate(((in_decode, own), (own, own + 1))):
+            item = work([tokens[64 + nth]], 64 + nth, pages, states=(read, write))
+            out = model.run(bucket, {rank: (item,)})
+            np.testing.assert_array_equal(
+                model.rows(out, bucket, rank, 0, 1), alone.rows(expected[nth], bucket, rank, 0, 1)
+            )
+            assert model.segment(out, bucket, rank, 0) == alone.segment(expected[nth], bucket, rank, 0)
 
 
 def check_drafts(name: str) -> None:

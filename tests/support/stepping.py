@@ -138,8 +138,9 @@ class Stepper:
         return np.concatenate([a[:, at : at + count].astype(np.float32) for a in leaves], axis=-1)
 
     def _with_states(self, rank: int, item: ScheduledRequest) -> ScheduledRequest:
-        """The work with its states, in a slot for each rank and page table; from the same start the same states."""
-        if not self.states:
+        """The work with its states, in a slot for each rank and page table; from the same start the same states. Work
+        that says where its states are has those."""
+        if not self.states or item.states is not None:
             return item
         starts = self._turns.setdefault((rank, item.pages), [])
         starts[:] = [start for start in starts if start < item.start]
@@ -215,7 +216,8 @@ def packed_parts(batch: Batch, bucket: Bucket, *, all_read: bool) -> list[np.nda
 
 def work(tokens: list[int], start: int, pages: tuple[int, ...], **fields: Any) -> ScheduledRequest:
     """Work on these tokens at positions from `start`, sampling the next one greedily unless `fields` say otherwise."""
-    own = {name: fields.pop(name) for name in ("samples", "targets", "logits_params") if name in fields}
+    names = ("samples", "targets", "logits_params", "states", "snapshots")
+    own = {name: fields.pop(name) for name in names if name in fields}
     sampling = ResolvedSampling(**{"max_tokens": 1, "seed": 0, "temperature": 0.0} | fields)
     values: dict[str, Any] = {"samples": True} | own
     return ScheduledRequest(request_id="r", start=start, tokens=tuple(tokens), pages=pages, sampling=sampling, **values)

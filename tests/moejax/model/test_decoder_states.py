@@ -4,7 +4,14 @@ right."""
 import pytest
 
 from tests.support.decoder_models import STATES
-from tests.support.step_laws import check_agrees, check_bits, check_narrow_is_close, check_twice, check_unread
+from tests.support.step_laws import (
+    check_agrees,
+    check_bits,
+    check_narrow_is_close,
+    check_snapshots,
+    check_twice,
+    check_unread,
+)
 
 SLOW = ("kimi-linear", "ling")
 """Models whose rows `scripts/soak` alone compares bit by bit; `test_state_layers` holds this of every kind of layer."""
@@ -31,6 +38,11 @@ def test_no_bit_depends_on_ranks_buckets_neighbours_or_on_what_was_cached(name: 
 @pytest.mark.parametrize(("name", "form"), NARROW)
 def test_no_bit_of_a_narrow_cache_depends_on_them(name: str, form: str) -> None:
     check_bits(name, form)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_request_that_begins_from_a_snapshot_has_the_bits_of_one_that_computes_everything(name: str) -> None:
+    check_snapshots(name)
 
 
 @pytest.mark.parametrize("name", STATES)

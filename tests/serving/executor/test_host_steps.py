@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engine.batch import PLACEHOLDER_TOKEN, Batch, ScheduledRequest, StepBucket
+from serving.engine.snapshots import SnapshotWrite
 from serving.executor.host_steps import (
     HostAnswer,
     host_results,
@@ -28,9 +29,9 @@ MESSAGE = {"epoch": 4, "bucket": 1}
 
 
 @st.composite
-def scheduled(draw: st.DrawFn, name: str, *, tiles: bool) -> ScheduledRequest:
+def scheduled(draw: st.DrawFn, name: str, *, tiles: bool, states: bool) -> ScheduledRequest:
     start, count = draw(st.integers(0, 60)), draw(st.integers(2, 32)) if tiles else 1
-    drafts = () if tiles else tuple(draw(st.lists(st.integers(0, 99), max_size=1)))
+    drafts = () if tiles or states else tuple(draw(st.lists(st.integers(0, 99), max_size=1)))
     sampling = ResolvedSampling(
         max_tokens=9,
         seed=draw(st.integers(0, 2**64 - 1)),
@@ -51,15 +52,17 @@ def scheduled(draw: st.DrawFn, name: str, *, tiles: bool) -> ScheduledRequest:
         if draw(st.booleans())
         else (),
         drafts=drafts,
+        states=(draw(st.integers(0, 20)), draw(st.integers(0, 20))) if states else None,
+        snapshots=(SnapshotWrite(start + count, draw(st.integers(30, 40))),) if states and draw(st.booleans()) else (),
     )
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
-    parts = {}
+    parts, states = {}, draw(st.booleans())
     for rank in LINKS:
-        rows = [draw(scheduled(f"{rank}-{i}", tiles=False)) for i in range(draw(st.integers(0, 2)))]
-        tiles = [draw(scheduled(f"{rank}-t{i}", tiles=True)) for i in range(draw(st.integers(0, 2)))]
+        rows = [draw(scheduled(f"{rank}-{i}", tiles=False, states=states)) for i in range(draw(st.integers(0, 2)))]
+        tiles = [draw(scheduled(f"{rank}-t{i}", tiles=True, states=states)) for i in range(draw(st.integers(0, 2)))]
         parts[rank] = (*rows, *tiles)
     return Batch(step=6, epoch=4, bucket=BUCKET, scheduled=parts)
 
@@ -74,6 +77,7 @@ def after(batch: Batch) -> Batch:
                 tokens=(PLACEHOLDER_TOKEN if item.samples else 5,),
                 drafts=(),
                 targets=(),
+                snapshots=(),
             )
             for item in work
         )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.engine.page_pool import KEY_BYTES, PagePool, check_pages, hash_pages
-from serving.executor.prefix_index import PrefixIndex, PrefixUpdates, read_pages
+from serving.executor.prefix_index import PrefixIndex, PrefixUpdates, read_pages, read_snapshots
 from serving.proto.moejax.v1 import link_pb2
 
 TOTAL = 6
@@ -93,3 +93,30 @@ def test_a_message_that_names_no_page_changes_nothing() -> None:
     rank = PrefixIndex()
     rank.add(link_pb2.FullPages())
     assert read_pages(rank.message()) == {}
+
+
+def test_a_snapshot_is_known_until_its_place_is_written_again() -> None:
+    rank, news = PrefixIndex(), PrefixUpdates()
+    pages, snapshots = {0: key(0), 3: key(1)}, {key(0): 12, key(1): 13}
+    full = news.update_for(0, pages, snapshots)
+    assert full is not None
+    assert news.update_for(0, pages, snapshots) is None
+    rank.add(full)
+    assert (read_pages(rank.message()), read_snapshots(rank.message())) == (pages, {12: key(0), 13: key(1)})
+    rank.invalidate_snapshots(np.array([12, 1 << 30, 0]))
+    assert read_snapshots(rank.message()) == {13: key(1)}
+    more = news.update_for(0, pages, {key(1): 13, key(0): 14})
+    assert more is not None
+    assert (read_pages(more), read_snapshots(more)) == ({}, {14: key(0)})
+    rank.add(more)
+    rank.truncate(2)
+    assert read_snapshots(rank.message()) == {14: key(0)}, "the page of the other one is not kept"
+    news.reset()
+    assert news.update_for(0, pages, snapshots) == full
+
+
+def test_a_rank_with_known_pages_has_the_snapshots_behind_them() -> None:
+    pool = PagePool.with_cached_pages(4, {0: key(0), 2: key(1)}, {12: key(1), 13: key(5)})
+    assert pool.snapshots.places == {key(1): 12}
+    assert pool.match([key(0), key(1)], states=True) == (0, 2)
+    assert pool.match([key(0)], states=True) == ()

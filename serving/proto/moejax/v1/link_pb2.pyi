@@ -61,16 +61,18 @@ class HostStep(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., after: _Optional[int] = ..., decode: _Optional[int] = ..., tiles: _Optional[int] = ..., page_size: _Optional[int] = ..., max_pages: _Optional[int] = ..., counts: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., words: _Optional[bytes] = ..., numbers: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[StepExtras, _Mapping]]] = ..., skip_drafts: bool = ...) -> None: ...
 
 class StepExtras(_message.Message):
-    __slots__ = ("index", "adjustments", "targets", "full")
+    __slots__ = ("index", "adjustments", "targets", "full", "snapshots")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADJUSTMENTS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     index: int
     adjustments: _containers.RepeatedCompositeFieldContainer[RowAdjustment]
     targets: _containers.RepeatedCompositeFieldContainer[TileTargets]
     full: FullPages
-    def __init__(self, index: _Optional[int] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ...) -> None: ...
+    snapshots: bytes
+    def __init__(self, index: _Optional[int] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., snapshots: _Optional[bytes] = ...) -> None: ...
 
 class HostReport(_message.Message):
     __slots__ = ("hello", "items", "beats", "expert_load")
@@ -181,7 +183,7 @@ class Command(_message.Message):
     def __init__(self, id: _Optional[int] = ..., configure: _Optional[_Union[Configure, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., compile: _Optional[_Union[Compile, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., read_cache: _Optional[_Union[ReadCache, _Mapping]] = ..., write_cache: _Optional[_Union[WriteCache, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., damage: _Optional[_Union[Damage, _Mapping]] = ..., seat: _Optional[_Union[Seat, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., restore_cache: _Optional[_Union[RestoreCache, _Mapping]] = ..., read_weights: _Optional[_Union[ReadWeights, _Mapping]] = ..., write_weights: _Optional[_Union[WriteWeights, _Mapping]] = ..., keep_parity: _Optional[_Union[KeepParity, _Mapping]] = ..., stage_weights: _Optional[_Union[StageWeights, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard", "weights", "drafts")
+    __slots__ = ("model_config", "store", "executables", "page_size", "pages", "max_pages", "buckets", "collective_timeout_s", "one_machine", "experts_only", "cache_copy", "tell_copies", "tensor", "shard", "weights", "drafts", "snapshots")
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +200,7 @@ class Configure(_message.Message):
     SHARD_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     model_config: str
     store: str
     executables: str
@@ -214,7 +217,8 @@ class Configure(_message.Message):
     shard: int
     weights: int
     drafts: int
-    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ..., weights: _Optional[int] = ..., drafts: _Optional[int] = ...) -> None: ...
+    snapshots: int
+    def __init__(self, model_config: _Optional[str] = ..., store: _Optional[str] = ..., executables: _Optional[str] = ..., page_size: _Optional[int] = ..., pages: _Optional[int] = ..., max_pages: _Optional[int] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., collective_timeout_s: _Optional[int] = ..., one_machine: bool = ..., experts_only: bool = ..., cache_copy: _Optional[str] = ..., tell_copies: bool = ..., tensor: _Optional[int] = ..., shard: _Optional[int] = ..., weights: _Optional[int] = ..., drafts: _Optional[int] = ..., snapshots: _Optional[int] = ...) -> None: ...
 
 class WeightsVersion(_message.Message):
     __slots__ = ("number", "store")
@@ -465,12 +469,16 @@ class Step(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., bucket: _Optional[int] = ..., inputs: _Optional[bytes] = ..., adjustments: _Optional[_Iterable[_Union[RowAdjustment, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[TileTargets, _Mapping]]] = ..., full: _Optional[_Union[FullPages, _Mapping]] = ..., after: _Optional[int] = ..., sources: _Optional[bytes] = ..., skip_drafts: bool = ...) -> None: ...
 
 class FullPages(_message.Message):
-    __slots__ = ("pages", "keys")
+    __slots__ = ("pages", "keys", "snapshots", "snapshot_keys")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_KEYS_FIELD_NUMBER: _ClassVar[int]
     pages: bytes
     keys: bytes
-    def __init__(self, pages: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    snapshots: bytes
+    snapshot_keys: bytes
+    def __init__(self, pages: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., snapshots: _Optional[bytes] = ..., snapshot_keys: _Optional[bytes] = ...) -> None: ...
 
 class RowAdjustment(_message.Message):
     __slots__ = ("segment", "tokens", "add", "seen", "repetition", "allowed")

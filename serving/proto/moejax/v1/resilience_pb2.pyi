@@ -237,7 +237,7 @@ class LossCost(_message.Message):
     def __init__(self, survivable: bool = ..., prepared: bool = ..., stall_ms: _Optional[float] = ..., experts_to_load: _Optional[int] = ..., traffic: _Optional[float] = ..., measured: bool = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack", "last_failure", "build", "relay")
+    __slots__ = ("id", "pid", "host", "state", "slots", "pages", "pages_used", "running", "compiles", "step_ms", "loss", "slowness", "level", "role", "rack", "last_failure", "build", "relay", "snapshots", "snapshots_used")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +256,8 @@ class Rank(_message.Message):
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_USED_FIELD_NUMBER: _ClassVar[int]
     id: int
     pid: int
     host: str
@@ -274,7 +276,9 @@ class Rank(_message.Message):
     last_failure: str
     build: str
     relay: str
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ..., last_failure: _Optional[str] = ..., build: _Optional[str] = ..., relay: _Optional[str] = ...) -> None: ...
+    snapshots: int
+    snapshots_used: int
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., state: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., running: _Optional[int] = ..., compiles: _Optional[int] = ..., step_ms: _Optional[float] = ..., loss: _Optional[_Union[LossCost, _Mapping]] = ..., slowness: _Optional[float] = ..., level: _Optional[int] = ..., role: _Optional[str] = ..., rack: _Optional[str] = ..., last_failure: _Optional[str] = ..., build: _Optional[str] = ..., relay: _Optional[str] = ..., snapshots: _Optional[int] = ..., snapshots_used: _Optional[int] = ...) -> None: ...
 
 class Slots(_message.Message):
     __slots__ = ("experts",)
