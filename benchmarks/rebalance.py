@@ -1,15 +1,17 @@
-"""The balance of experts under a skewed load: `python -m benchmarks.rebalance`.
+"""The balance of experts under a skewed load: `python -m benchmarks.rebalance [--topics one|zipf]`.
 
-Streams on one topic run without a pause. The share of the hottest rank and the tokens per second are measured before,
+Streams run without a pause, all on one topic, or each answer on a topic that is drawn: the k-th of them with a weight
+of 1 / k^1.2 (Zipf). The share of the hottest rank and the tokens per second are measured before,
 while and after `moejax apply rebalance` moves experts, and the longest time between two tokens of a stream while they
 move.
 """
 
 import asyncio
+import random
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,25 @@ from benchmarks.streams import Ask, Trace, play, until, whole
 from serving.api.client import AsyncClient
 from serving.errors import DeadlineExceeded
 
-TOPIC = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n"
+TOPICS = (
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n",
+    "The treaty was signed in 1648, and ended a war of thirty years. The princes of the empire ",
+    "Boil the water with some salt, add the rice, and stir until it is soft. Then chop the onion and ",
+    "Let x be a real number with x > 0. Then the integral of 1 / x from 1 to x equals ",
+    "Il etait une fois une petite fille qui vivait dans une maison au bord de la foret. Un jour, ",
+    "The heart has four chambers. Blood from the veins enters the right atrium, flows through ",
+    "SELECT name, count(*) FROM orders JOIN customers ON orders.customer = customers.id WHERE ",
+    "Dear Sir or Madam, thank you for your letter of the third of May. We regret that ",
+)
+ZIPF = 1.2
+
+
+def prompts(topics: str, seed: int) -> Iterator[str]:
+    """The prompts of a stream, one for each answer."""
+    shares = [1.0] if topics == "one" else [1 / rank**ZIPF for rank in range(1, len(TOPICS) + 1)]
+    draws = random.Random(seed)
+    while True:
+        yield from draws.choices(TOPICS[: len(shares)], shares)
 
 
 async def rebalanced(client: AsyncClient) -> list[str]:
@@ -50,20 +70,20 @@ def longest_gap_ms(traces: Sequence[Trace], begin: float, end: float) -> float:
     return max(gaps, default=0.0)
 
 
-async def measure(address: str, streams: int, seconds: float) -> dict[str, Any]:
+async def measure(address: str, streams: int, seconds: float, topics: str) -> dict[str, Any]:
     """Run the load, have experts moved in the middle, and measure both halves."""
     async with AsyncClient(address) as client:
         await until(client, whole)
         going, traces = True, list[Trace]()
 
         async def run(number: int) -> None:
-            turn = 0
-            while going:
-                ask = Ask(TOPIC, 0.8, 1000 * number + turn, 64)
+            for turn, prompt in enumerate(prompts(topics, number)):
+                if not going:
+                    return
+                ask = Ask(prompt, 0.8, 1000 * number + turn, 64)
                 trace = Trace(ask, time.monotonic())
                 traces.append(trace)
                 await play(client, ask, trace)
-                turn += 1
 
         tasks = [asyncio.create_task(run(number)) for number in range(streams)]
         await asyncio.sleep(2.0)  # until all streams decode
@@ -89,6 +109,7 @@ async def measure(address: str, streams: int, seconds: float) -> dict[str, Any]:
         "hottest share predicted": shares[0],
         "hottest share measured after": float(re.findall(r"\d+\.\d+", second)[-1]),
         "tokens/s before": round(rate(traces, begin, asked), 1),
+        "tokens/s while experts move": round(rate(traces, asked, moved), 1),
         "tokens/s after": round(rate(traces, moved, end), 1),
         "move, ms": round(1e3 * (moved - asked)),
         "usual gap, ms": round(statistics.median(usual), 1),
@@ -104,12 +125,13 @@ def main() -> None:
     options = parser("benchmarks.rebalance", __doc__)
     options.add_argument("--model", default="smollm2-moe")
     options.add_argument("--ranks", type=int, default=4)
+    options.add_argument("--topics", choices=("one", "zipf"), default="one")
     options.add_argument("--streams", type=int, default=8)
     options.add_argument("--seconds", type=float, default=30.0, help="of each half")
     options.add_argument("--json", type=Path, help="write the figures to this file")
     given = options.parse_args()
     with launched(given.model, given.ranks) as server:
-        result = asyncio.run(measure(server.address, given.streams, given.seconds))
+        result = asyncio.run(measure(server.address, given.streams, given.seconds, given.topics))
     for name, value in result.items():
         print(f"{name}: {value}")
     write_json(given.json, result)

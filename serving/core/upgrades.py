@@ -186,7 +186,10 @@ class Upgrades:
         """Follow the record, and do this front's part, until the server ends."""
         while True:
             try:
+                known = self.record
                 record = await asyncio.to_thread(UpgradeRecord.load, self._run.path)
+                if self.record is not known:  # `begin` or a report has read a later one meanwhile
+                    continue
                 self._take(record)
                 if record is not None and record.active and record.stage == "ranks" and self._replacing is None:
                     self._replacing = asyncio.create_task(self._replace_ranks(record))

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def on_a_server(act: Callable[[Machine, Upgrades], Awaitable[None]], folder: Pat
         return m
 
     return asyncio.run(play())
+
+
+def returning(value: Any) -> Callable[..., Awaitable[Any]]:
+    """A coroutine function that returns a value."""
+
+    async def give(*_: Any) -> Any:
+        return value
+
+    return give
 
 
 @pytest.fixture
@@ -135,6 +145,47 @@ def test_a_record_that_cannot_be_read_does_not_end_the_following(
             await asyncio.sleep(0.001)
         following.cancel()
 
+    on_a_server(act, tmp_path)
+
+
+def test_a_record_that_was_read_before_the_upgrade_began_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, reading, go_on = write(tmp_path, "done", ""), threading.Event(), threading.Event()
+    load = UpgradeRecord.load
+
+    def slow(folder: Path) -> UpgradeRecord | None:
+        if threading.current_thread() is not threading.main_thread() and not go_on.is_set():
+            found = load(folder)
+            reading.set()
+            go_on.wait(LIMIT_S)
+            return found
+        return load(folder)
+
+    def begin(folder: Path, upgrade: dict[str, Any]) -> dict[str, Any]:
+        del upgrade
+        dataclasses.replace(old, number=2, state="running", stage="front").save(folder)
+        return {}
+
+    async def act(m: Machine, upgrades: Upgrades) -> None:
+        monkeypatch.setattr(module, "request_supervisor", begin)
+        monkeypatch.setattr(upgrades, "_code_of", returning(NEW))
+        monkeypatch.setattr(upgrades, "_record_answers", returning(None))
+        following = asyncio.create_task(upgrades.follow())
+        await asyncio.to_thread(reading.wait, LIMIT_S)
+        try:
+            await upgrades.begin(Instruction(action="upgrade", path="/new"))
+        finally:
+            go_on.set()
+        assert upgrades.record is not None
+        states = {upgrades.record.state}
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+            states.add(upgrades.record.state)
+        following.cancel()
+        assert states == {"running"}
+
+    monkeypatch.setattr(UpgradeRecord, "load", slow)
     on_a_server(act, tmp_path)
 
 
