@@ -7,6 +7,7 @@ folder of its owner alone, and files of others are refused.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -176,13 +177,17 @@ def compiled_sources() -> list[Path]:
     return sorted(file for each in found for file in (each.rglob("*.py") if each.is_dir() else (each,)))
 
 
+@functools.cache
 def _source_digest() -> str:
+    """The digest of the sources when it was first asked for, soon after their import: a rank names hundreds of
+    executables, and its code stays what it was when files change."""
     digest = hashlib.sha256()
     for file in compiled_sources():
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
+@functools.cache
 def _cpu_flags() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):

@@ -227,8 +227,13 @@ def exchange(x: Shaped[ArrayLike, "n ..."]) -> Shaped[jax.Array, "n ..."]:
 def fingerprint() -> str:
     """A digest of the kernels' sources, for the names of executables that call them; empty while they are not
     active."""
+    return _sources_digest() if active() else ""
+
+
+@functools.cache
+def _sources_digest() -> str:
     sources = (*SOURCES, Path(__file__))
-    return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest() if active() else ""
+    return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest()
 
 
 def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
