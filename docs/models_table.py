@@ -127,7 +127,11 @@ Ranks multiply these bits where they lie ([how](decisions/0020-int4-weights-have
 and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder
 is read in place: a conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16
 there; and with `--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are
-ordered groups (GPTQ with `desc_act`), groups that are no multiple of 32 (NVFP4: 16), and scales in float32.
+ordered groups (GPTQ with `desc_act`), groups that are no multiple of 32 (NVFP4: 16), scales in float32, and of latent
+attention the half of `kv_b_proj` that takes queries to the latent, across which groups lie.
+
+New weights of such a server (`moejax apply weights`) come in the same form, with the same scales and groups; others are
+refused before anything is loaded, with both forms. Parity of experts (`--parity`) is made of these bits as they are.
 
 Where ranks hold more bytes than are published, the server says both at the start: "is published in int4, 595.2 GiB;
 ranks hold its weights in bfloat16, ...", and so does `moejax inspect --data-type published`. Of a folder in our own

@@ -48,6 +48,8 @@ from moejax.config.params import Params, is_expert, tensor_specs
 
 SOURCE = "published.json"
 """File that names the published folder of the checksums beside it, with its fingerprint."""
+RECORD = 2
+"""Version of what lies beside it. Raise it when the bits that ranks hold change, so that checksums are taken again."""
 PACKED = "packed"
 """Its field with the form in which ranks can hold matrices as they are published; null where there is none."""
 PACKED_CHECKSUMS = "packed_checksums"
@@ -128,8 +130,7 @@ class PublishedStore(ChecksummedWeights):
         if fingerprint(source, read_config(source, name=cfg.name, mtp=cfg.mtp), None) != about["fingerprint"]:
             raise CheckpointError(f"{source} has changed since its checksums were recorded in {folder}. Start again.")
         store = cls(folder, cfg, manifest, SafetensorsFolder.open(source))
-        packed = about.get(PACKED)
-        store.packed = build_config(PackedForm, packed, PACKED) if packed is not None else None
+        store.packed = recorded_form(folder)
         if held is not None:
             store._hold(held, about[PACKED_CHECKSUMS])
         return store
@@ -220,6 +221,14 @@ class PublishedStore(ChecksummedWeights):
             assert entry.repeat is not None
             return entry.repeat * shape[1] + entry.expert
         return entry.repeat or 0
+
+
+def recorded_form(folder: Path) -> PackedForm | None:
+    """The form in which ranks can hold the model of the checksums in a folder; None where there is none, and for a
+    folder without checksums of a published one."""
+    path = Path(folder) / SOURCE
+    packed = json.loads(path.read_text()).get(PACKED) if path.is_file() else None
+    return None if packed is None else build_config(PackedForm, packed, PACKED)
 
 
 def open_store(folder: Path, *, held: PackedForm | None = None) -> HostStore | PublishedStore:

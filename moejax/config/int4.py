@@ -4,7 +4,8 @@
 group of 32 at -8 or 8 steps). `from_published` holds what is published in few bits as it is, in the same bits and with
 the same scales (`moejax.config.packed_form`): integers less a zero point, or FP4 E2M1.
 
-Scales in float16 are stored 256-fold, so that those from 3e-8 to 255 are held exactly.
+Scales in float16 of `quantize` are stored 256-fold, so that those from 3e-8 to 255 are held exactly. Published ones are
+held in their own bits, as uint16.
 
 Numbers lie in groups of 32, whatever shares a scale. Four of these lie in 32 words of 16 bits, in the order in which
 the CPU kernel multiplies them side by side (`moejax/ops/cpu/int4.h`): of group g, number 8 * k + 2 * t + p is nibble k,
@@ -33,7 +34,7 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 """The sixteen numbers of FP4 E2M1 (OCP Microscaling 1.0, 5.3.3)."""
 _MIDDLE = 8
 """The unsigned integer of four bits that is held as zero."""
-_SCALES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "e8m0": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn}
+_SCALES = {"float16": np.uint16, "bfloat16": ml_dtypes.bfloat16, "e8m0": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn}
 _BIAS = 127
 
 
@@ -42,9 +43,9 @@ class Int4:
     """A stack of matrices of four bits `[..., F, D]`: `numbers [..., F, 16 * ceil(D / 64)]` of uint16, four numbers
     each, and `scale [..., F, groups]`. `columns` is D, `group` the columns that share a scale.
 
-    Scales of float16, 256-fold, and of bfloat16 are those of integers, whose zero points `more [..., F, groups]` of
-    int8 has, counted from 8 on, if there are some. Exponents of two (uint8) and float8_e4m3fn are scales of FP4; of the
-    latter `more [..., F]` of float32 has the factor of each row.
+    Scales of float16, 256-fold, of bfloat16, and of uint16, the bits of float16, are those of integers, whose zero
+    points `more [..., F, groups]` of int8 has, counted from 8 on, if there are some. Exponents of two (uint8) and
+    float8_e4m3fn are scales of FP4; of the latter `more [..., F]` of float32 has the factor of each row.
     """
 
     numbers: Any
@@ -84,7 +85,7 @@ def shape_of(shape: tuple[int, ...], form: PackedForm | None = None) -> Int4:
 
 def from_published(planes: Planes, form: PackedForm) -> Int4 | None:
     """Published numbers `[..., F, D]` as they are held; None where scales or zero points are not those of groups in the
-    order of the inputs, and where float16, 256-fold, does not hold a scale."""
+    order of the inputs."""
     columns = planes.codes.shape[-1]
     scale, zero = _by_group(planes.scale, form.group or columns), None
     if planes.zero is not None:
@@ -102,12 +103,6 @@ def from_published(planes: Planes, form: PackedForm) -> Int4 | None:
         more = zero.astype(np.int8) - np.int8(_MIDDLE)
     elif zero is not None and (zero != _MIDDLE).any():
         return None
-    if form.scale == "float16":
-        with np.errstate(over="ignore"):
-            stored = (scale.astype(np.float32) / np.float32(_UNIT)).astype(np.float16)
-        if not np.array_equal(stored.astype(np.float32) * np.float32(_UNIT), scale.astype(np.float32)):
-            return None
-        scale = stored
     codes = planes.codes if form.is_fp4 else planes.codes ^ np.uint8(_MIDDLE)  # signed, in four bits
     *lead, _ = codes.shape
     if missing := -columns % _PAIR:
@@ -210,6 +205,8 @@ def _plain_scale(weight: Int4) -> Float[jax.Array, "*F groups"]:
     scale = jnp.asarray(weight.scale)
     if scale.dtype == jnp.uint8:
         return jnp.ldexp(jnp.float32(1), scale.astype(jnp.int32) - _BIAS)
+    if scale.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(scale, jnp.float16).astype(jnp.float32)
     plain = scale.astype(jnp.float32)
     if scale.dtype == jnp.float8_e4m3fn:
         return plain * jnp.asarray(weight.more)[..., None]

@@ -30,6 +30,11 @@ class PackedForm:
         if self.group % least:
             raise ConfigError(f"group is {self.group}; with scales in {self.scale} it is a multiple of {least}.")
 
+    def __str__(self) -> str:
+        numbers, zeros = "FP4" if self.is_fp4 else "integers", ", zero points" if self.zeros else ""
+        many = f"{self.group} inputs" if self.group else "all inputs"
+        return f"{numbers} with {self.scale} scales of {many}{zeros} ({', '.join(self.parts)})"
+
     @property
     def is_fp4(self) -> bool:
         """True for numbers of FP4 E2M1, False for integers."""

@@ -19,12 +19,13 @@ from moejax.checkpoint.families import read_config
 from moejax.checkpoint.host_store import HostStore
 from moejax.checkpoint.manifest import content_hash
 from moejax.checkpoint.published import check_mtp_packed, packed_form, published_name
-from moejax.checkpoint.published_store import SOURCE, PublishedStore
+from moejax.checkpoint.published_store import SOURCE, PublishedStore, recorded_form
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.layer_states import state_bytes
 from moejax.config.model_config import PACKED_FORMATS, ModelConfig
+from moejax.config.packed_form import PackedForm
 from moejax.config.parameter_counts import expert_counts, parameter_count
 from moejax.config.weight_formats import bytes_per_expert, weight_bytes
 from moejax.ops import cpu
@@ -83,15 +84,13 @@ def prepare(
     weights = PUBLISHED if weights in PACKED_FORMATS else weights
     folder = prepared_folder(name, weights, how, mtp=mtp)
     store = PublishedStore.open(folder) if (folder / SOURCE).is_file() else HostStore.create(folder)
-    if like:
-        check_same_dtypes(folder, Path(like))
     cfg = _held_config(name, store, weights, how, int(tensor))
     cfg = dataclasses.replace(cfg, cache_format="float32" if cache == AUTO else cache, mtp=mtp)
-    if wanted in PACKED_FORMATS and cfg.weights != wanted:
-        raise ConfigError(
-            f"{name} is held in {cfg.weights} as it is published, and the model that is served in {wanted}. Publish "
-            "the weights in the same form."
-        )
+    if wanted in PACKED_FORMATS:
+        served = recorded_form(Path(like)) if like else None
+        _check_form(name, cfg, wanted, served=_without_shards(served, int(tensor)))
+    if like:
+        check_same_dtypes(folder, Path(like))
     cfg.tp_shard(int(tensor))
     moe = cfg.moe
     return {
@@ -146,14 +145,31 @@ def _held_config(name: str, store: HostStore | PublishedStore, weights: str, how
     elif as_published:
         form = store.packed if isinstance(store, PublishedStore) else None
         weights = format_as_stored(store.cfg, store.dtypes, published)
-    if form is not None and tensor > 1:
-        form = form.without("heads")  # shards of heads end within groups
+    form = _without_shards(form, tensor)
     cfg = dataclasses.replace(store.cfg, weights=weights) if form is None else store.cfg.with_packed(form)
     own = as_published and published is None and not isinstance(store, PublishedStore)
     sharded = how == "sharded" and as_published
     if note := stored_note(cfg, store.dtypes) if own else widening_note(cfg, published, sharded=sharded):
         print(note, file=sys.stderr)
     return cfg
+
+
+def _without_shards(form: PackedForm | None, tensor: int) -> PackedForm | None:
+    """The form of matrices that are not sharded over tensor groups: shards of heads end within groups."""
+    return form.without("heads") if form is not None and tensor > 1 else form
+
+
+def _check_form(name: str, cfg: ModelConfig, weights: str, *, served: PackedForm | None) -> None:
+    """Raise ConfigError unless ranks can hold a model in the format `weights`, in the form of the `served` one if that
+    is known."""
+    way_out = f"Publish the weights in the same form, or start a server with them: moejax serve --model {name}."
+    if cfg.weights != weights:
+        raise ConfigError(
+            f"{name} is held in {cfg.weights} as it is published, and the model that is served in {weights}. {way_out}"
+        )
+    if served is not None and cfg.packed is not None and (found := cfg.packed.of(served.parts)) != served:
+        held = found or cfg.packed
+        raise ConfigError(f"{name} can be held as {held}, and the served model is {served}. {way_out}")
 
 
 def _keeps_form(name: str, *, mtp: bool) -> bool:

@@ -79,7 +79,7 @@ def widening_note(cfg: ModelConfig, published: Workload | None, *, sharded: bool
         return f"{note} Without --dense sharded, --data-type {PUBLISHED} keeps matrices in {published.weight_format}."
     return (
         f"{note} As they are, ranks hold matrices of one form with groups in the order of the inputs and of a multiple "
-        f"of {GROUP} of them (NVFP4: {GROUP // 2}), with scales in 16 bits up to 255."
+        f"of {GROUP} of them (NVFP4: {GROUP // 2}), with scales in 16 bits."
     )
 
 

@@ -15,7 +15,7 @@ from moejax.checkpoint.manifest import CheckpointError, content_hash
 from moejax.checkpoint.model_folder import CHANGED, MADE, PARAMS, RECIPE, checked_folder, exclusive
 from moejax.checkpoint.mtp_head import HEAD, join_head
 from moejax.checkpoint.published import fingerprint, published_name
-from moejax.checkpoint.published_store import record_checksums
+from moejax.checkpoint.published_store import RECORD, record_checksums
 from moejax.checkpoint.shard_dense import shard_dense, sharded_dense_config
 from moejax.config.model_config import ModelConfig
 from moejax.tools.random_model import build_random, load_random
@@ -116,7 +116,7 @@ def ensure_checksums(published: Path, *, mtp: bool = False) -> Path:
     cache or made there; made again when one of its files changes."""
     name = published_name(published)
     cfg = read_config(published, name=name, mtp=mtp)
-    folder = _place_of_made(published) / f"{name}-{fingerprint(published, cfg, None)}-as-published"
+    folder = _place_of_made(published) / f"{name}-{fingerprint(published, cfg, None)}-as-published-{RECORD}"
     if not folder.is_dir():
         with progress(f"Noting the checksums of {name}, once") as on_progress:
             record_checksums(published, folder, name=name, on_progress=on_progress, mtp=mtp)

@@ -12,24 +12,22 @@ import pytest
 from moejax.checkpoint.checkpoint import load_params
 from moejax.checkpoint.download import cache_folder
 from moejax.config.model_config import ModelConfig
-from moejax.model.reference import greedy, logits
+from moejax.model.reference import greedy
 from moejax.tools.resolve import ensure_model
 from serving.api.client import Client
-from serving.errors import StartError
+from serving.errors import InvalidRequest, StartError
 from serving.server import Server
 from serving.text.tokenizer import Tokenizer
 from tests.e2e.conftest import ONE_BUCKET
 from tests.support.published import MIXTRAL, published_folder
 from tests.support.quantized_folders import quantized_folders
+from tests.support.reference_answers import CLOSE, LENGTH, folder_answer
 from tests.support.streams import Stream, Traffic, kill, wait_until_whole
 
 LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "num_experts_per_tok")} | {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
 }
-
-CLOSE = 0.03
-"""Nats between the two likeliest tokens that rows of 16 bits may turn around."""
 
 
 @pytest.fixture
@@ -54,36 +52,36 @@ def test_a_published_folder_is_served_as_it_is(folder: Path) -> None:
 
 
 @pytest.fixture
-def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    folder = tmp_path / f"mixtral-{request.param}"
-    yield folder, quantized_folders(folder, request.param, exactly=True)
-    for converted in (cache_folder() / "models").glob(f"{folder.name}-*"):
+def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[tuple[Path, Path]]]:
+    """A model in a packed form, and other weights of it, each with the folder of the same numbers in plain form."""
+    folders = [tmp_path / f"mixtral-{request.param}", tmp_path / f"mixtral-{request.param}-new"]
+    yield [(at, quantized_folders(at, request.param, wide=np.float32, seed=2 * i)) for i, at in enumerate(folders)]
+    for converted in (cache_folder() / "models").glob(f"{folders[0].name}-*"):
         shutil.rmtree(converted)
 
 
 @pytest.mark.parametrize(("packed", "held"), [("nvfp4", "nvfp4"), ("awq", "published-int4")], indirect=["packed"])
-def test_packed_weights_are_served_as_published_and_a_killed_rank_changes_no_token(
-    packed: tuple[Path, Path], held: str, capfd: pytest.CaptureFixture[str]
+def test_packed_weights_are_served_as_published_and_replaced_and_a_killed_rank_changes_no_token(
+    packed: list[tuple[Path, Path]], held: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder, plain = packed
-    ours = ensure_model(plain)
-    cfg = ModelConfig.load(ours)
-    prompt = list(Tokenizer.load(ours, bos_token=cfg.bos_token, stop_tokens=cfg.stop_tokens).encode("To be"))
-    params = load_params(ours)
-    expected = greedy(params, cfg, prompt, 48)
-    scores = np.sort(np.asarray(logits(params, cfg, np.array([prompt + expected])))[0, len(prompt) - 1 : -1])
-    clear = int(np.append(scores[:, -1] - scores[:, -2] < CLOSE, True).argmax())  # tokens before the first close one
+    (folder, plain), (new, new_plain) = packed
     asked = {"model": str(folder), "data_type": "published", "chaos": True}
     with Server(**asked, ranks=2, buckets=ONE_BUCKET) as server, Client(server) as client:
         assert f"ranks hold its weights in {held}," in capfd.readouterr().err
-        known = Stream(prompt, 0.0, 0, 48)
-        known.run(client)
-        assert known.tokens[:clear] == expected[:clear]
-        assert clear > 10
-        Traffic([known]).during(client)
-        Traffic([known, known]).during(client, kill(client, 1))
-        wait_until_whole(client)
-        Traffic([known]).during(client)  # also on the rank that came back
+        for each in (plain, new_plain):
+            prompt, expected, _ = folder_answer(each, CLOSE)
+            known = Stream(prompt, 0.0, 0, LENGTH)
+            known.run(client)
+            assert known.tokens[: len(expected)] == expected
+            Traffic([known]).during(client)
+            Traffic([known, known]).during(client, kill(client, 1))
+            wait_until_whole(client)
+            Traffic([known]).during(client)  # also on the rank that came back
+            if each == plain:
+                with pytest.raises(InvalidRequest, match=f"is held in .*float.* as it is published, .* in {held}"):
+                    client.apply("weights", model=str(new_plain), version="wide")
+                client.apply("weights", model=str(new), version="new")
+        assert (client.status().weights_version, client.status().compiles_after_ready) == ("new", 0)
 
 
 @pytest.fixture

@@ -543,8 +543,8 @@ void row_dot(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, Matrix<W> w, int64
          [&](int64_t first, int64_t last) { dots(met, w, D, first, last, out.data()); });
 }
 
-// The form of scales of groups, and what its numbers are multiplied with: those of float16 are stored 256-fold, and
-// numbers of FP4 are taken twice.
+// The form of scales of groups, and what its numbers are multiplied with: those of float16 are stored 256-fold, but for
+// published ones, whose bits are integers here, and numbers of FP4 are taken twice.
 inline std::pair<ScaleForm, float> scale_form(ffi::DataType type) {
   switch (type) {
     case ffi::U8:
@@ -553,6 +553,8 @@ inline std::pair<ScaleForm, float> scale_form(ffi::DataType type) {
       return {ScaleForm::FLOAT8, 0.5f};
     case ffi::BF16:
       return {ScaleForm::BFLOAT16, 1.0f};
+    case ffi::U16:
+      return {ScaleForm::HALF, 1.0f};
     default:
       return {ScaleForm::HALF, 1.0f / 256};
   }

@@ -2,6 +2,7 @@
 for, and distinguishes missing weights from damaged ones."""
 
 import dataclasses
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from moejax.tools.resolve import ensure_checksums
 from tests.support.families.published import CASES
 from tests.support.families.small import small_config, small_folder
 from tests.support.published import published_folder, write_shards
-from tests.support.quantized_folders import quantized_folders
+from tests.support.quantized_folders import CONFIGS, narrow, quantized_folders
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
 BUFFER = 4096
@@ -61,7 +62,7 @@ def same(ours: PublishedStore, converted: HostStore) -> None:
 
 @pytest.mark.parametrize("form", ["int4-32", "nvfp4", "mxfp4", "awq"])
 def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
-    plain = quantized_folders(tmp_path / "hf", form, exactly=True)
+    plain = quantized_folders(tmp_path / "hf", form, wide=np.float32)
     held = noted(tmp_path / "hf").packed
     assert held is not None
     assert len(held.parts) == 4  # attention and experts, two matrices each
@@ -80,6 +81,28 @@ def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, common, there.non_expert_params())
     shapes = jax.tree.map(lambda spec: weight_shape(cfg, spec), param_specs(cfg).segments[0][0].qkv)
     assert jax.tree.structure(shapes) == jax.tree.structure(store.non_expert_params().segments[0][0].qkv)
+
+
+def test_of_latent_attention_all_is_held_but_the_half_that_groups_lie_across(tmp_path):
+    sizes = {"hidden_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32, "moe_intermediate_size": 32, "v_head_dim": 16}
+    values = small_config("deepseek-v3", **sizes, intermediate_size=96)
+    stored, wide = {}, {}
+    for name, array in published_folder(tmp_path / "hf", values).items():
+        parts, wide[name] = narrow("int4-32", array) if "_proj" in name else ({}, array)
+        stored |= {name.replace("weight", key): part for key, part in parts.items()} or {name: array}
+    published_folder(tmp_path / "plain", values)
+    write_shards(tmp_path / "plain", wide, 2)
+    write_shards(tmp_path / "hf", stored, 2)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"quantization_config": CONFIGS["int4-32"]}))
+    held = noted(tmp_path / "hf").packed
+    store = open_store(tmp_path / "noted", held=held)
+    convert(tmp_path / "plain", tmp_path / "out", name="model", on_progress=quiet)
+    common = store.non_expert_params()
+    packed = [key for key, leaf in vars(common.segments[0][0].latent).items() if isinstance(leaf, Int4)]
+    assert packed == ["query", "query_down", "down", "value_up"]
+    numbers = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf), np.float32), common, is_leaf=is_scaled)
+    plain = HostStore.open(tmp_path / "out").non_expert_params()
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2**-8), numbers, plain)
 
 
 def test_a_packed_expert_that_is_damaged_is_not_taken(tmp_path):

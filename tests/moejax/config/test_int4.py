@@ -50,8 +50,15 @@ def test_scales_that_are_not_those_of_groups_in_order_are_not_held(form):
     zero[:, 40:] = 9
     if form != "mxfp4" and form != "nvfp4":
         assert int4.from_published(published._replace(zero=zero), PACKED[form]) is None
-    huge = published._replace(scale=np.full((3, 128), 256, np.float16))
-    assert form != "awq" or int4.from_published(huge, PACKED[form]) is None
+
+
+def test_every_published_scale_of_16_bits_is_held():
+    published = planes((3, 128), PACKED["awq"])
+    largest, least = np.finfo(np.float16).max, np.finfo(np.float16).smallest_subnormal
+    for scale in (256, largest, -largest, least, 0.1):
+        scaled = published._replace(scale=np.full((3, 128), scale, np.float16))
+        held = int4.from_published(scaled, PACKED["awq"])
+        np.testing.assert_array_equal(np.asarray(int4.dequantize(held)), published_numbers(scaled))
 
 
 @pytest.mark.parametrize("wrong", [2100.0, -1e4, np.inf, np.nan])

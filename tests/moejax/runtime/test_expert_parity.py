@@ -9,31 +9,47 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.checkpoint.host_store import HostStore
+from moejax.checkpoint.published_store import open_store, record_checksums, recorded_form
+from moejax.config.model_config import PACKED_FORMATS, ModelConfig
 from moejax.config.step_inputs import Bucket
 from moejax.runtime.expert_parity import HostExpertBuffer, ParityError, WeightsKey
 from moejax.runtime.live_weights import LiveArrays
 from moejax.runtime.programs import ModelShape
 from tests.support.models import MIXTRAL, SHARED, model_folder
+from tests.support.quantized_folders import quantized_folders
 
 CASES = [(MIXTRAL, "float32"), (SHARED, "float32"), (MIXTRAL, "bfloat16"), (MIXTRAL, "int8"), (MIXTRAL, "int4")]
+PACKED = ["awq", "nvfp4", "mxfp4"]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(
+    params=[*CASES, *PACKED], ids=lambda case: case if isinstance(case, str) else f"{case[0].name}-{case[1]}"
+)
 def rank(request, tmp_path):
     """Makes ranks of one model, each with some experts of every layer in its slots. `rank.lose_store` does that."""
-    cfg, form = request.param
-    model_folder(tmp_path / "m", cfg)
-    cfg = dataclasses.replace(cfg, weights=form)
+    if isinstance(request.param, str):
+        quantized_folders(tmp_path / "hf", request.param)
+        record_checksums(tmp_path / "hf", tmp_path / "m", name="m", on_progress=quiet)
+        held = recorded_form(tmp_path / "m")
+        cfg, lost = ModelConfig.load(tmp_path / "m").with_packed(held), tmp_path / "hf"
+        assert cfg.weights in PACKED_FORMATS
+    else:
+        cfg, form = request.param
+        model_folder(tmp_path / "m", cfg)
+        held, cfg, lost = None, dataclasses.replace(cfg, weights=form), tmp_path / "m" / "params"
     shape = ModelShape(cfg=cfg, buckets=(Bucket(decode=2, tiles=0, max_pages=2),), page_size=8, pages=2)
 
     def make(*experts: int) -> tuple[LiveArrays, HostExpertBuffer]:
-        arrays = LiveArrays(shape, HostStore.open(tmp_path / "m"))
+        arrays = LiveArrays(shape, open_store(tmp_path / "m", held=held))
         arrays.enter_device(jax.devices()[0])
         fill(arrays, *experts)
         return arrays, HostExpertBuffer(arrays)
 
-    make.lose_store = lambda: shutil.rmtree(tmp_path / "m" / "params")
+    make.lose_store = lambda: shutil.rmtree(lost)
     return make
 
 

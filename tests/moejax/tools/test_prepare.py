@@ -96,3 +96,25 @@ def test_matrices_published_in_int4_stay_so_unless_another_type_is_asked_for(pla
     numbers = 3 * 64 * 96
     padded = numbers + 64 * 32  # 96 inputs of down are one and a half pairs of groups
     assert (narrow["expert_bytes"], wide["expert_bytes"]) == (padded / 2 + numbers / 16, 2 * numbers)
+
+
+def test_new_weights_of_a_packed_model_are_of_its_form(place):
+    plain = quantized_folders(place, "int4-32")
+    served = prepare(str(place), "published")
+
+    def bring_in(form: str) -> dict[str, object]:
+        other = place.with_name(f"as-published-{form}") if form else plain
+        if form:
+            quantized_folders(other, form, seed=1)
+        return prepare(str(other), "published-int4", "replicated", "1", "float32", str(served["folder"]))
+
+    same = bring_in("int4-32")
+    both = [json.loads(str(each["config"])) | {"name": ""} for each in (same, served)]
+    assert both[0] == both[1]
+    assert same["content"] != served["content"]
+    with pytest.raises(ConfigError, match=r"with float16 scales of 32 inputs, zero .* with bfloat16 scales of 32 "):
+        bring_in("awq")
+    with pytest.raises(ConfigError, match=r"is held in bfloat16 .* in published-int4\. Publish .*moejax serve --model"):
+        bring_in("")
+    with pytest.raises(ConfigError, match=r"of all inputs \(.*, and the served model is .* of 32 inputs \(.*moejax"):
+        bring_in("int4-rows")
