@@ -23,7 +23,8 @@ class StartFailed(RuntimeError):
 
 
 class Launched:
-    """A running `moejax serve`. `launched_at` is a time of the monotonic clock; `first_token_s` is counted from it."""
+    """A running `moejax serve`. `launched_at` is a time of the monotonic clock; `ready_s`, when the server said that it
+    is ready, and `first_token_s` are counted from it."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Launched:
         )
         try:
             self.address = self._announced(limit_s)
+            self.ready_s = time.monotonic() - self.launched_at
             with Client(self.address) as client:
                 client.generate("Once", temperature=0, max_tokens=1, ignore_eos=True)
         except BaseException:  # also SystemExit, of a signal while it starts
