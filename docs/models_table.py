@@ -51,8 +51,9 @@ Most layers of Qwen3-Next, Qwen3.5, LFM2, Nemotron 3, Kimi-Linear and Ling 3 hav
 keys and values of its positions: that of gated delta nets, of Mamba-2 or of Kimi delta attention, or the last inputs of
 short convolutions. Rows are added to it one after the other
 in prompts as in decode, so that a request that is computed again has the same bits
-([0021](decisions/0021-states-of-layers.md)). Of such models no KV replica and no prefix is kept, and they are served
-with `--tensor 1` and collocated ranks.
+([0021](decisions/0021-states-of-layers.md)). A prompt begins behind what it has in common
+with an earlier one, up to a snapshot of the state ([0031](decisions/0031-snapshots-of-states.md)). Of such models no KV
+replica is kept, and they are served with `--tensor 1` and collocated ranks.
 
 Layers with a window of MiMo-V2-Flash, Laguna, Step-3.5 and Gemma 4 have heads and a rotary embedding of their own. The
 cache has rows of one width, that of the wider kind of layer; it keeps the positions before a window too.
