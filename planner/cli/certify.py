@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 from math import ceil, inf
 
-from planner.cli.command import CommandResult, read_words, with_store, write_text
+from planner.cli.command import CommandResult, read_losses, read_words, with_store, write_text
 from planner.cli.table import table, terminal_width
 from planner.cost.band import range_text
 from planner.errors import InputError, NoFeasiblePlan
@@ -14,39 +14,37 @@ from planner.failures.certificate import LossesOfASize, Terms, Verdict, certify,
 from planner.failures.certificate_file import Certificate, certificate, read_certificate, read_key
 from planner.failures.loss_bands import LossBands, range_cells
 from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel
-from planner.inputs.recovery_times import read_recovery_times
-from planner.plan.deployment import Deployment, read_deployment, read_fault_tolerance
+from planner.failures.pool_losses import PoolLossModel
+from planner.plan.deployment import read_fault_tolerance
+from planner.plan.pools import PooledDeployment, read_any_deployment
 
 
 def run(options: Namespace) -> CommandResult:
     """`certify PLAN`: makes a certificate, or with --check reads one."""
-    deployment = with_store(read_deployment(options.plan), options.store)
     if options.check:
-        return _checked(deployment, read_certificate(options.check), options)
+        return _checked(read_certificate(options.check), options)
     if not options.slo:
         raise InputError("--slo is missing; give the service levels, as --slo tpot_ms=50,stall_ms=500")
     if not 0 < options.load <= 1:
         raise InputError(f"--load is {options.load}; it is a share of the requests of the plan, above 0 and up to 1")
-    survive = read_fault_tolerance(options.survive) if options.survive else deployment.survive
+    levels = read_service_levels(options.slo)
     refused = read_words(options.without, OPTIONAL_MEANS, "--without")
-    losses = LossModel(
-        deployment,
-        read_recovery_times(options.measured) if options.measured else None,
-        [m for m in MEANS if m not in refused and m != "mask"],
-        one_front=not options.without_front,
-    )
-    whole = losses.capacity_model.whole
+    means = [m for m in MEANS if m not in refused and m != "mask"]
+    losses = read_losses(options, means, one_front=not options.without_front)
+    one = losses.decode if isinstance(losses, PoolLossModel) else losses
+    survive = read_fault_tolerance(options.survive) if options.survive else one.deployment.survive
+    whole = one.capacity_model.whole
     most = whole.requests_per_group * whole.shape.data
     if not most:
         raise NoFeasiblePlan(f"the plan runs no request, so there is nothing to certify: {whole.reason}")
-    terms = Terms(survive=survive, levels=read_service_levels(options.slo), requests=ceil(options.load * most))
+    terms = Terms(survive=survive, levels=levels, requests=ceil(options.load * most))
     verdict = certify(losses, terms)
     made = certificate(losses, terms, verdict, one_front=not options.without_front)
     if options.key:
         made = made.signed(read_key(options.key))
     write_text(options.out, made.to_json())
-    bands = LossBands(losses)
-    lines = [*_heading(terms, most), *_verdict_lines(verdict), bands.source()]
+    source = losses.source() if isinstance(losses, PoolLossModel) else LossBands(losses).source()
+    lines = [*_heading(terms, most), *_verdict_lines(verdict), source]
     if not verdict.holds:
         lines.append(_way_out(losses, terms, most))
     if options.out:
@@ -95,7 +93,7 @@ def _row(size: LossesOfASize) -> list[str]:
     return [f"{size.lost} {size.kind}", f"{size.losses:,}", f"{size.priced:,}", *figures, capacity, kept]
 
 
-def _way_out(losses: LossModel, terms: Terms, most: int) -> str:
+def _way_out(losses: LossModel | PoolLossModel, terms: Terms, most: int) -> str:
     """The largest load with which the certificate holds; empty where no load helps."""
     low, high = 0, terms.requests - 1
     while low < high:
@@ -107,11 +105,14 @@ def _way_out(losses: LossModel, terms: Terms, most: int) -> str:
     return f"it holds with {low:,} requests: --load {int(1e4 * low / most) / 1e4:g}"
 
 
-def _checked(deployment: Deployment, given: Certificate, options: Namespace) -> CommandResult:
+def _checked(given: Certificate, options: Namespace) -> CommandResult:
     """The report on a certificate: its signature, the plan it is of, and its verdict."""
+    found = read_any_deployment(options.plan)
     if options.key:
         given.check(read_key(options.key))
-    other = given.differences(deployment)
+    pooled = isinstance(found, PooledDeployment)
+    store = options.store
+    other = given.differences(found.each(lambda d: with_store(d, store)) if pooled else with_store(found, store))
     lines = ["signed with this key" if options.key else "signature not checked (--key FILE)"]
     lines.append(f"of another {', '.join(other)}" if other else "of this plan, model, cluster and loads")
     lines.append("holds" if given.holds else "does not hold")

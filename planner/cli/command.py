@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from planner.errors import InputError, unknown_key
+from planner.failures.loss_model import LossModel
+from planner.failures.pool_losses import PoolLossModel
+from planner.inputs.recovery_times import read_recovery_times
 from planner.plan.deployment import Deployment
+from planner.plan.pools import PooledDeployment, read_any_deployment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,17 @@ def with_store(deployment: Deployment, store: str | None) -> Deployment:
         return deployment
     cluster = deployment.cluster
     return replace(deployment, cluster=replace(cluster, hardware=replace(cluster.hardware, store=store)))
+
+
+def read_losses(options: Namespace, means: Collection[str], *, one_front: bool = True) -> LossModel | PoolLossModel:
+    """The losses of the plan file `options.plan`, of pools or not, with the `--store` and the phases (`--measured`)
+    that the options give, and the `means` of recovery allowed."""
+    found = read_any_deployment(options.plan)
+    times = read_recovery_times(options.measured) if options.measured else None
+    if isinstance(found, PooledDeployment):
+        pooled = found.each(lambda pool: with_store(pool, options.store))
+        return PoolLossModel(pooled, times, means, one_front=one_front)
+    return LossModel(with_store(found, options.store), times, means, one_front=one_front)
 
 
 def read_words(text: str, known: tuple[str, ...], where: str) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from planner.cli import explain as explanations
-from planner.cli.command import CommandResult, pictures, read_words, with_store, write_text
+from planner.cli.command import CommandResult, pictures, read_losses, read_words, write_text
 from planner.cli.compile_ahead import aot_figures, compile_ahead
 from planner.cli.kubernetes import export as export_plan
 from planner.cli.loss_report import degrade_report, pace_line, preparation_report, simulate_report
@@ -21,13 +20,13 @@ from planner.cost.calibration import calibrate, read_steps
 from planner.cost.front import pace_of
 from planner.cost.mixed import assess_kinds, placement_speeds
 from planner.errors import InputError
-from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands
+from planner.failures.loss_bands import LossBands
 from planner.failures.loss_forecast import check_gate, forecast_losses, summarise, worst_by_kind
-from planner.failures.loss_model import MEANS, OPTIONAL_MEANS, LossModel, LossOutcome
-from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
+from planner.failures.loss_model import MEANS, OPTIONAL_MEANS
+from planner.failures.pool_losses import PoolLossModel, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.timeline import timeline
-from planner.inputs.recovery_times import RecoveryTimes, read_recovery_times
+from planner.inputs.recovery_times import read_recovery_times
 from planner.plan.deployment import READ_POOLS, Deployment, read_deployment
 from planner.plan.expert_loads import read_loads
 from planner.plan.plan import Plan
@@ -42,13 +41,12 @@ from planner.solver.solve import solve as solve_problem
 
 def degrade(options: Namespace) -> CommandResult:
     """`degrade PLAN`."""
-    found = read_any_deployment(options.plan)
     refused = read_words(options.without, OPTIONAL_MEANS, "--without")
     means = [m for m in MEANS if m not in refused and (m != "mask" or options.mask)]
-    if isinstance(found, PooledDeployment):
-        return _degrade_pools(found, means, options)
-    deployment = with_store(found, options.store)
-    losses = LossModel(deployment, read_recovery_times(options.measured) if options.measured else None, means)
+    losses = read_losses(options, means)
+    if isinstance(losses, PoolLossModel):
+        return _degrade_pools(losses, options)
+    deployment = losses.deployment
     recovery, kept = (
         losses.recovery.times,
         pace_of(deployment.workload, losses.capacity_model.whole, deployment.cluster),
@@ -86,33 +84,21 @@ def degrade(options: Namespace) -> CommandResult:
     return CommandResult(data=data, text="\n".join(lines), good=not broken and (survivable or bool(options.gate)))
 
 
-def _degrade_pools(pooled: PooledDeployment, means: Sequence[str], options: Namespace) -> CommandResult:
+def _degrade_pools(losses: PoolLossModel, options: Namespace) -> CommandResult:
     """The losses of a plan of pools; pairs are left out."""
-    pooled = replace(
-        pooled,
-        prefill=tuple(with_store(each, options.store) for each in pooled.prefill),
-        decode=with_store(pooled.decode, options.store),
-    )
-    recovery = read_recovery_times(options.measured) if options.measured else None
-    kinds = [kind for kind in options.kinds.split(",") if kind in POOL_KINDS]
-    outcomes = forecast_pool_losses(pooled, recovery, means, kinds=kinds)
-    bands = pool_loss_bands(pooled, recovery)
-
-    def ranges(outcome: LossOutcome) -> Ranges:
-        return bands[outcome.kind.split("_")[0]].of(outcome)
-
-    summary = summarise(outcomes, ranges)
+    kinds = [kind for kind in options.kinds.split(",") if kind and kind != "pair"]
+    outcomes = forecast_pool_losses(losses, kinds=kinds)
+    summary = summarise(outcomes, losses.ranges)
     broken = check_gate(options.gate, summary) if options.gate else []
-    source = (recovery or RecoveryTimes()).source
     lines = [
-        degrade_report(summary, 0, source, bands["decode"].source(), width=terminal_width()),
-        f"pools for prompts and decode: {pooled.service}",
+        degrade_report(summary, 0, losses.recovery.times.source, losses.source(), width=terminal_width()),
+        f"pools for prompts and decode: {losses.deployment.service}",
     ]
     lines += [f"gate does not hold: {b}" for b in broken]
     data = {
         "summary": summary,
-        "losses": [{**o.to_dict(), "ranges": ranges(o)} for o in outcomes],
-        "band": {name: each.to_dict() for name, each in bands.items()},
+        "losses": [{**o.to_dict(), "ranges": losses.ranges(o)} for o in outcomes],
+        "band": {name: each.to_dict() for name, each in losses.bands.items()},
         "gate_broken": broken,
     }
     survivable = all(row["survivable"] == row["cases"] for row in summary if row["kind"].endswith("_rank"))

@@ -16,10 +16,10 @@ from planner.cost.band import deployment_band, range_text
 from planner.cost.mixed import assess_kinds
 from planner.cost.throughput import Candidate
 from planner.cost.trade_off import decode_speed, pareto
-from planner.failures.loss_bands import LossBands, Ranges, pool_loss_bands, range_cells
+from planner.failures.loss_bands import LossBands, Ranges, range_cells
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
-from planner.failures.pool_losses import POOL_KINDS, forecast_pool_losses
+from planner.failures.pool_losses import POOL_KINDS, PoolLossModel, forecast_pool_losses
 from planner.failures.simulate import simulate
 from planner.failures.timeline import timeline
 from planner.plan.deployment import Deployment
@@ -40,8 +40,8 @@ def report(options: Namespace) -> CommandResult:
     sections = [_head(found, pools), _topology(pools), _memory(pools), _steps(pools)]
     ranges: Callable[[LossOutcome], Ranges]
     if isinstance(found, PooledDeployment):
-        outcomes, bands = forecast_pool_losses(found), pool_loss_bands(found)
-        ranges = lambda o: bands[o.kind.split("_")[0]].of(o)  # noqa: E731
+        of_pools = PoolLossModel(found)
+        outcomes, ranges = forecast_pool_losses(of_pools), of_pools.ranges
     else:
         losses = LossModel(found)
         outcomes, ranges = forecast_losses(losses, kinds=POOL_KINDS)[0], LossBands(losses).of
@@ -240,7 +240,8 @@ def _losses(
         return _shade(of_rank[rank], low, high, ranges(of_rank[rank]))
 
     def domain(pool: str, kind: str, name: str) -> tuple[str, str] | None:
-        outcome = of_domain.get((f"{pool.split(' ')[0]}_{kind}" if pool else kind, name))
+        kinds = (f"{pool.split(' ')[0]}_{kind}", f"both_{kind}") if pool else (kind,)
+        outcome = next((found for each in kinds if (found := of_domain.get((each, name)))), None)
         return None if outcome is None else _shade(outcome, low, high, ranges(outcome))
 
     key = (f"{exp(low) * 1e3:,.0f}", f"{exp(high) * 1e3:,.0f} ms")

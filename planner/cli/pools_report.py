@@ -11,9 +11,9 @@ from planner.cost.band import Band, range_text
 from planner.cost.design import Design
 from planner.cost.pools import PooledDesign
 from planner.cost.throughput import Candidate
-from planner.failures.loss_bands import pool_loss_bands, range_cells
+from planner.failures.loss_bands import range_cells
 from planner.failures.loss_forecast import summarise
-from planner.failures.pool_losses import forecast_pool_losses
+from planner.failures.pool_losses import PoolLossModel, forecast_pool_losses
 
 
 def pools_report(found: PooledDesign, *, splits: int = 6, width: int | None = None) -> str:
@@ -49,15 +49,15 @@ def pools_report(found: PooledDesign, *, splits: int = 6, width: int | None = No
                 f"memory of {what}{smallest(design.deployment.cluster)}",
                 *memory_bars(design.deployment, uses),
             ]
-    bands = pool_loss_bands(pooled)
+    losses = PoolLossModel(pooled)
     lines += ["", "what a loss costs (streams; prompts or its own requests; requests/s left)"]
-    for row in summarise(forecast_pool_losses(pooled), lambda o: bands[o.kind.split("_")[0]].of(o)):
+    for row in summarise(forecast_pool_losses(losses), losses.ranges):
         stall, own, capacity = range_cells(row["worst_ranges"])
         lines.append(
             f"  {row['kind'].replace('_', ' ')}: {row['survivable']}/{row['cases']} survivable, at worst "
             f"{stall} ms; {own} ms; {capacity}"
         )
-    lines.append(f"  {bands['decode'].source()}")
+    lines.append(f"  {losses.source()}")
     rows = [
         [
             f"{count} x {size} + {rest}",

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 
-from planner.cost.band import Band
+from planner.cost.band import Band, deployment_band
 from planner.cost.design import Design, best_candidate, design
+from planner.cost.mixed import assess_kinds
 from planner.cost.roofline import first_token_time
 from planner.cost.throughput import Candidate, cache_transfer_seconds
 from planner.errors import InputError, NoFeasiblePlan
 from planner.inputs.cluster import Cluster, Device
 from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
+from planner.plan.deployment import Deployment
 from planner.plan.plan import Figure
 from planner.plan.pools import PooledDeployment
 
@@ -133,6 +136,48 @@ def design_pools(workload: Workload, cluster: Cluster, *, traffic: Traffic | Non
     )
 
 
+def pool_rates(
+    workload: Workload, cluster: Cluster, traffic: Traffic, prompts: Candidate, instances: int, decode: Candidate
+) -> PoolRates:
+    """The rates of `instances` instances that compute `prompts` beside one that does `decode`."""
+    lanes = min(prompts.shape.tensor, decode.shape.tensor, workload.cache_splits)
+    sent = cache_transfer_seconds(workload, cluster, traffic.prompt, lanes=lanes)
+    step = decode.step.total if decode.step else 0.0
+    alone = prompts.ttft_seconds - cache_transfer_seconds(workload, cluster, traffic.prompt)
+    ports = min(instances * len(prompts.shape.roles), len(decode.shape.roles))
+    return PoolRates(
+        prompts=instances * prompts.tokens_per_second / traffic.output,
+        decode=decode.tokens_per_second / traffic.output,
+        network=cache_network_rate(workload, cluster, traffic, ports),
+        ttft=first_token_time(workload, cluster, alone + sent, step),
+        tpot=1 / decode.tokens_per_second_per_user if decode.tokens_per_second_per_user else inf,
+        transfer_bytes=workload.cache_bytes(traffic.prompt),
+        transfer_seconds=sent,
+    )
+
+
+def cache_network_rate(workload: Workload, cluster: Cluster, traffic: Traffic, ports: int) -> float:
+    """Requests/s whose KV caches fill `ports` network ports."""
+    return ports * cluster.hardware.network_bandwidth / workload.cache_bytes(traffic.prompt)
+
+
+def with_figures(pooled: PooledDeployment) -> PooledDeployment:
+    """The plan with the predictions for all pools together, as those of a plan in force are; without where a side has
+    no room for a request."""
+    d, instances = pooled.decode, len(pooled.prefill)
+    decode, prompts = (_assessed(each) for each in (d, pooled.prefill[0]))
+    if decode.reason or prompts.reason:
+        return pooled
+    rates = pool_rates(d.workload, d.cluster, d.traffic, prompts, instances, decode)
+    devices = sum(len(each.plan.ranks) for each in pooled.pools().values())
+    band = deployment_band(d, d.shape, decode.requests_per_group)
+    return replace(pooled, figures=_figures(rates, d.traffic, devices, band))
+
+
+def _assessed(d: Deployment) -> Candidate:
+    return assess_kinds(d.workload, d.cluster, d.shape, d.traffic, peak=d.plan.figure("peak_load", 1.0), work=d.work)
+
+
 def _units(cluster: Cluster) -> list[tuple[Device, ...]]:
     """The devices of each host; each device for itself where there is one host."""
     hosts: dict[str, list[Device]] = {}
@@ -183,22 +228,7 @@ class _Splits:
 
     def rates(self, prompts: Candidate, instances: int, decode: Candidate) -> PoolRates:
         """The rates of `instances` prefill instances beside one for decode."""
-        w, traffic = self.workload, self.traffic
-        lanes = min(prompts.shape.tensor, decode.shape.tensor, w.cache_splits)
-        sent = cache_transfer_seconds(w, self.cluster, traffic.prompt, lanes=lanes)
-        size = w.cache_bytes(traffic.prompt)
-        ports = min(instances * len(prompts.shape.roles), len(decode.shape.roles))
-        step = decode.step.total if decode.step else 0.0
-        alone = prompts.ttft_seconds - cache_transfer_seconds(w, self.cluster, traffic.prompt)
-        return PoolRates(
-            prompts=instances * prompts.tokens_per_second / traffic.output,
-            decode=decode.tokens_per_second / traffic.output,
-            network=ports * self.cluster.hardware.network_bandwidth / size,
-            ttft=first_token_time(w, self.cluster, alone + sent, step),
-            tpot=1 / decode.tokens_per_second_per_user,
-            transfer_bytes=size,
-            transfer_seconds=sent,
-        )
+        return pool_rates(self.workload, self.cluster, self.traffic, prompts, instances, decode)
 
     def all(self) -> Iterator[tuple[int, int, int, PoolRates]]:
         """For each size of a prefill instance, the numbers of instances around that at which both sides are as fast."""

@@ -1,8 +1,8 @@
 """Certificates: whether every loss that a plan must survive keeps its service levels, or the smallest that does not.
 
 Losses are taken by their number of units: each rank, each host, and so on up to those asked for. Where they are few,
-each is priced (`LossModel.outcome`). Where they are many, one loss of each type is priced as if it took no expert with
-it (`loss_types`), weights are added for the most experts that any loss of this size can take (`lost_copies`,
+each is priced. Where they are many, one loss of each type is priced as if it took no expert with it (`loss_types`),
+weights are added for the most experts that any loss of this size can take (`lost_copies`,
 `LossModel.weights_at_most`), and losses that may take more experts than the service levels leave time for are priced
 one by one. The bound is proven: losses of a type leave the same mesh, so they differ in the time of weights alone,
 which grows with the experts lost.
@@ -16,13 +16,14 @@ from itertools import combinations, islice
 from math import comb, inf
 from typing import Any
 
-from planner.cost.band import own_range
 from planner.errors import InputError
-from planner.failures.loss_bands import LossBands, Ranges
+from planner.failures.certified_losses import CertifiedLosses
+from planner.failures.certified_mesh import CertifiedMesh
+from planner.failures.certified_pools import CertifiedPools
+from planner.failures.loss_bands import Ranges, worst_ranges
 from planner.failures.loss_model import LossModel, LossOutcome
-from planner.failures.loss_types import LossTypes
-from planner.failures.lost_copies import LostCopies
-from planner.failures.survivors import Survivors, survivors
+from planner.failures.loss_types import examples
+from planner.failures.pool_losses import PoolLossModel
 from planner.inputs.traffic import read_pairs
 from planner.plan.deployment import FaultTolerance
 
@@ -131,22 +132,24 @@ class Verdict:
         return {"holds": self.holds, "missed": self.missed, "unsure": self.unsure, "sizes": rows}
 
 
-def certify(losses: LossModel, terms: Terms, *, each: int = EACH, most_priced: int = MOST_PRICED) -> Verdict:
+def certify(
+    losses: LossModel | PoolLossModel, terms: Terms, *, each: int = EACH, most_priced: int = MOST_PRICED
+) -> Verdict:
     """Whether every loss that `terms` name keeps their service levels.
 
-    Losses of ranks, of hosts and of racks are each taken by themselves, as `solve --survive` does. Sizes with more than
-    `each` losses are proven by the bound where it can; at most `most_priced` losses of a size are priced besides.
+    Losses of ranks, of hosts and of racks are each taken by themselves, as `solve --survive` does, of pools in all
+    combinations over both sides. Sizes with more than `each` losses are proven by the bound where it can; at most
+    `most_priced` losses of a size are priced besides.
     """
-    return _Certification(losses, terms, each, most_priced).run()
+    of = CertifiedPools(losses) if isinstance(losses, PoolLossModel) else CertifiedMesh(losses)
+    return _Certification(of, terms, each, most_priced).run()
 
 
 class _Certification:
-    """One run: the loss model, the terms, and what both say of the ranks left of a loss."""
+    """One run: the losses, the terms, and what both say of the ranks left of a loss."""
 
-    def __init__(self, losses: LossModel, terms: Terms, each: int, most_priced: int) -> None:
+    def __init__(self, losses: CertifiedLosses, terms: Terms, each: int, most_priced: int) -> None:
         self.losses, self.terms, self.each, self.most_priced = losses, terms, each, most_priced
-        self.capacity_model, self.plan = losses.capacity_model, losses.deployment.plan
-        self.types, self.bands = LossTypes(self.capacity_model), LossBands(losses)
 
     def run(self) -> Verdict:
         """Check size after size; stop where a loss fails and no later size has a smaller one."""
@@ -167,127 +170,90 @@ class _Certification:
                 return f"{size.lost} {size.kind}: {missed}"
         return ""
 
-    def _sizes(self) -> list[tuple[int, str, int, list[tuple[int, ...]]]]:
+    def _sizes(self) -> list[tuple[int, str, int, _Units]]:
         """Each kind and number of units to lose, with the units, by the fewest ranks that such a loss takes."""
-        alive, found = set(self.plan.rank_ids), []
-        survive = self.terms.survive
+        found, survive = [], self.terms.survive
         for kind, most in (("rank", survive.ranks), ("host", survive.hosts), ("rack", survive.racks)):
-            domains = self.losses.deployment.cluster.domains(kind).values()
-            units = [ids for each in domains if (ids := tuple(i for i in each if i in alive))]
-            sizes = sorted(map(len, units))
-            found += [(sum(sizes[:lost]), kind, lost, units) for lost in range(1, min(most, len(units)) + 1)]
+            units = _Units(self.losses.domains(kind))
+            sizes = sorted(map(len, units.ranks))
+            found += [(sum(sizes[:lost]), kind, lost, units) for lost in range(1, min(most, len(sizes)) + 1)]
         return sorted(found, key=lambda each: each[0])
 
     def _missed_whole(self) -> str:
         """The service levels that the plan misses before any loss; empty when it keeps all."""
-        nobody = survivors(self.losses.deployment, (), self.capacity_model, self.losses.means)
-        tpot = self._tpot_ms(nobody, self.capacity_model.shape.slots)["mid"]
+        tpot = self.losses.whole_tpot(self.terms.requests)["mid"]
         figures = {"tpot_ms": tpot, "stall_ms": 0.0, "moved_stall_ms": 0.0, "capacity": 1.0}
         missed = self.terms.levels.missed(figures)
         return f"before any loss: {missed}" if missed else ""
 
-    def _check(self, kind: str, lost: int, units: list[tuple[int, ...]]) -> LossesOfASize:
+    def _check(self, kind: str, lost: int, units: _Units) -> LossesOfASize:
         """All losses of `lost` of the `units`."""
-        count = comb(len(units), lost)
-        every = combinations(range(len(units)), lost)
-        if count <= self.each or not self.types.exact:
+        count = comb(len(units.ranks), lost)
+        every = combinations(range(len(units.ranks)), lost)
+        if count <= self.each or not self.losses.exact:
             return self._priced(kind, lost, count, units, every)
-        chosen = self.types.examples(units, lost)
-        examples = [_ranks(units, each) for each in chosen]
-        refused = [each for each, dead in zip(chosen, examples, strict=True) if self._bound(dead, 0) is None]
+        chosen = examples(units.ranks, lost, self.losses.type_of)
+        dead_of = [units.dead(each) for each in chosen]
+        refused = [each for each, dead in zip(chosen, dead_of, strict=True) if self._bound(dead, 0) is None]
         if refused:
             found = self._priced(kind, lost, count, units, refused)
             return found if found.failing else self._priced(kind, lost, count, units, every)
-        copies = LostCopies(self.plan, units, lost)
-        kept = _largest(copies.most(), lambda few: all(self._bound(dead, few) for dead in examples))
-        bounds = [bound for dead in examples if (bound := self._bound(dead, kept))]
+        copies = self.losses.copies(units.ranks, lost)
+        kept = _largest(copies.most(), lambda few: all(self._bound(dead, few) for dead in dead_of))
+        bounds = [bound for dead in dead_of if (bound := self._bound(dead, kept))]
         above = copies.sets_above(kept) if kept < copies.most() else ()
         found = self._priced(kind, lost, count, units, above)
-        ranges = _worst([*bounds, found.ranges])
+        ranges = worst_ranges([*bounds, found.ranges])
         return replace(found, worst=_mid(ranges), ranges=ranges)
 
     def _priced(
-        self, kind: str, lost: int, count: int, units: list[tuple[int, ...]], sets: Iterable[tuple[int, ...]]
+        self, kind: str, lost: int, count: int, units: _Units, sets: Iterable[tuple[int, ...]]
     ) -> LossesOfASize:
         """Losses priced one by one, those of the fewest ranks first, up to the first that fails."""
         chosen = list(islice(sets, self.most_priced + 1))
         more, chosen = len(chosen) > self.most_priced, chosen[: self.most_priced]
-        chosen.sort(key=lambda each: sum(len(units[at]) for at in each))
+        chosen.sort(key=lambda each: sum(len(units.ranks[at]) for at in each))
         rows: list[Ranges] = []
         for at, each in enumerate(chosen):
-            outcome = self.losses.outcome(_ranks(units, each), kind=kind, name=_name(self.losses, kind, units, each))
-            ranges, missed = self._figures(outcome)
-            rows.append(ranges)
+            name = ",".join(self.losses.label(units.names[one], units.ranks[one]) for one in each)
+            outcome, ranges = self.losses.priced(units.dead(each), kind, name, self.terms.requests)
+            missed = self.terms.levels.missed(_mid(ranges)) if outcome.survivable else outcome.reason
+            rows.append(ranges if outcome.survivable else UNSURVIVABLE)
             if missed:
-                worst = _worst(rows)
+                worst = worst_ranges(rows)
                 head = {"kind": kind, "lost": lost, "losses": count, "priced": at + 1}
                 return LossesOfASize(**head, worst=_mid(worst), ranges=worst, failing=outcome, missed=missed)
-        worst, head = _worst(rows), {"kind": kind, "lost": lost, "losses": count, "priced": len(chosen)}
+        worst, head = worst_ranges(rows), {"kind": kind, "lost": lost, "losses": count, "priced": len(chosen)}
         return LossesOfASize(**head, worst=_mid(worst), ranges=worst, unfinished=more)
 
-    def _figures(self, outcome: LossOutcome) -> tuple[Ranges, str]:
-        """The figures of a loss that was priced, as ranges, and the service levels that it misses."""
-        if not outcome.survivable:
-            return {name: dict.fromkeys(ENDS, value) for name, value in UNSURVIVABLE.items()}, outcome.reason
-        left = survivors(self.losses.deployment, frozenset(outcome.dead), self.capacity_model, self.losses.means)
-        slots, _ = self.losses.slots_after(left)
-        ranges = {"tpot_ms": self._tpot_ms(left, slots), **self.bands.of(outcome)}
-        return ranges, self.terms.levels.missed(_mid(ranges))
-
     def _bound(self, dead: tuple[int, ...], lost: int) -> Ranges | None:
-        """Bounds on the figures, and on the ends of their ranges, of every loss of this type that takes at most `lost`
-        pairs; None when they miss the service levels, or when such a loss may not be survivable."""
-        left = survivors(self.losses.deployment, frozenset(dead), self.capacity_model, self.losses.means)
-        slots, reason = self.losses.slots_after(left)
-        if reason or (lost and "store" not in self.losses.means):
-            return None
-        after = self.capacity_model.predict(left, slots)
-        if not after.tokens_per_second:
-            return None
-        weights = self.losses.weights_at_most(left, lost, len(dead))
-        phases = self.losses.phases(left, after, weights)
-        moved = sum(phases.values()) + self.losses.recompute(left, after)[1]
-        capacity = self.capacity_model.capacity(left, slots)
-        ranges = {"tpot_ms": self._tpot_ms(left, slots), **self.bands.around(phases, moved, capacity)}
-        return None if self.terms.levels.missed(_mid(ranges)) else ranges
-
-    def _tpot_ms(self, left: Survivors, slots: int) -> dict[str, float]:
-        """Milliseconds between two tokens, the ranks' or the front's, whichever are more: {low, mid, high}."""
-        seconds = self.capacity_model.token_seconds(left, slots, self.terms.requests)
-        front = own_range(self.losses.recovery.front.step_seconds(left.ranks, self.terms.requests))
-        ranks = self.bands.band.around(seconds, "tpot")
-        return {end: 1e3 * max(ranks[end], front[end]) for end in ENDS}
+        """Bounds on the figures of every loss of the type of `dead` that takes at most `lost` pairs; None when they
+        miss the service levels, or when such a loss may not be survivable."""
+        ranges = self.losses.bound(dead, lost, self.terms.requests)
+        return None if ranges is None or self.terms.levels.missed(_mid(ranges)) else ranges
 
 
-ENDS = ("low", "mid", "high")
-UNSURVIVABLE = {"tpot_ms": inf, "stall_ms": inf, "moved_stall_ms": inf, "capacity": 0.0}
+class _Units:
+    """The ranks, hosts or racks of which some are lost."""
+
+    def __init__(self, domains: Mapping[str, tuple[int, ...]]) -> None:
+        self.names, self.ranks = list(domains), list(domains.values())
+
+    def dead(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """The ranks of the chosen units."""
+        return tuple(sorted(rank for at in chosen for rank in self.ranks[at]))
 
 
-def _worst(rows: Iterable[Ranges]) -> dict[str, dict[str, float]]:
-    """The worst of each figure, and of each end of its range."""
-    rows = [row for row in rows if row]
-    if not rows:
-        return {}
-    pick = {name: min if name == "capacity" else max for name in UNSURVIVABLE}
-    return {name: {end: worse(row[name][end] for row in rows) for end in ENDS} for name, worse in pick.items()}
+ENDS: tuple[str, ...] = ("low", "mid", "high")
+UNSURVIVABLE: Ranges = {
+    **{name: dict.fromkeys(ENDS, inf) for name in ("tpot_ms", "stall_ms", "moved_stall_ms")},
+    "capacity": dict.fromkeys(ENDS, 0.0),
+}
 
 
 def _mid(ranges: Ranges) -> dict[str, float]:
     """The figures themselves."""
     return {name: each["mid"] for name, each in ranges.items()}
-
-
-def _ranks(units: Sequence[Sequence[int]], chosen: Iterable[int]) -> tuple[int, ...]:
-    """The ranks of the chosen units."""
-    return tuple(sorted(rank for at in chosen for rank in units[at]))
-
-
-def _name(losses: LossModel, kind: str, units: Sequence[Sequence[int]], chosen: Iterable[int]) -> str:
-    """The names of the chosen units."""
-    place = losses.capacity_model.place
-    if kind == "rank":
-        return ",".join(str(units[at][0]) for at in chosen)
-    return ",".join(str(getattr(place[units[at][0]], kind)) for at in chosen)
 
 
 def _largest(most: int, keeps: Callable[[int], bool]) -> int:

@@ -19,8 +19,10 @@ from planner.cost.front import constants_of
 from planner.errors import InputError
 from planner.failures.certificate import ServiceLevels, Terms, Verdict
 from planner.failures.loss_model import LossModel
+from planner.failures.pool_losses import PoolLossModel
 from planner.inputs.traffic import Traffic
 from planner.plan.deployment import Deployment, FaultTolerance
+from planner.plan.pools import PooledDeployment
 
 FORM = 1
 """Version of the file."""
@@ -60,7 +62,7 @@ class Certificate:
         if not hmac.compare_digest(self.signature, _sign(self, key)):
             raise InputError("the signature of the certificate is not of this key, or its content was changed")
 
-    def differences(self, deployment: Deployment) -> list[str]:
+    def differences(self, deployment: Deployment | PooledDeployment) -> list[str]:
         """The parts of a deployment that are not as they were certified, of plan, model, cluster and loads."""
         now = deployment_hashes(deployment)
         return [name for name, value in now.items() if self.hashes.get(name) != value]
@@ -93,12 +95,12 @@ class Certificate:
             raise InputError(f"no certificate: {type(error).__name__} {error}") from None
 
 
-def certificate(losses: LossModel, terms: Terms, verdict: Verdict, *, one_front: bool) -> Certificate:
+def certificate(losses: LossModel | PoolLossModel, terms: Terms, verdict: Verdict, *, one_front: bool) -> Certificate:
     """The certificate, not signed, of a verdict on the deployment of `losses`."""
     deployment, recovery = losses.deployment, losses.recovery
     return Certificate(
         terms=terms,
-        traffic=deployment.traffic,
+        traffic=_pools(deployment)[-1].traffic,
         means=tuple(sorted(losses.means)),
         one_front=one_front,
         hashes=deployment_hashes(deployment)
@@ -107,15 +109,25 @@ def certificate(losses: LossModel, terms: Terms, verdict: Verdict, *, one_front:
     )
 
 
-def deployment_hashes(deployment: Deployment) -> dict[str, str]:
-    """SHA-256 of a deployment's plan (without its epoch and its predictions), model, cluster and expert loads."""
-    plan = replace(deployment.plan, epoch=0, cost=())
-    return {
-        "plan": _hash(json.loads(plan.to_json())),
-        "model": _hash(asdict(deployment.workload)),
-        "cluster": _hash(asdict(deployment.cluster)),
-        "loads": _hash(deployment.loads),
+def deployment_hashes(deployment: Deployment | PooledDeployment) -> dict[str, str]:
+    """SHA-256 of a deployment's plan (without its epoch and its predictions), model, cluster and expert loads; of all
+    pools where there are several."""
+    pools = _pools(deployment)
+    found = {
+        "plan": [json.loads(replace(d.plan, epoch=0, cost=()).to_json()) for d in pools],
+        "model": [asdict(d.workload) for d in pools],
+        "cluster": [asdict(d.cluster) for d in pools],
+        "loads": [d.loads for d in pools],
     }
+    return {
+        name: _hash(each if name != "model" and isinstance(deployment, PooledDeployment) else each[-1])
+        for name, each in found.items()
+    }
+
+
+def _pools(deployment: Deployment | PooledDeployment) -> tuple[Deployment, ...]:
+    """The deployments of one mesh each; that for decode is the last one."""
+    return tuple(deployment.pools().values()) if isinstance(deployment, PooledDeployment) else (deployment,)
 
 
 def read_certificate(path: str | Path) -> Certificate:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.cost.band import OWN, UNCHECKED, deployment_band, range_text
 from planner.failures.loss_model import LossModel, LossOutcome
-from planner.inputs.recovery_times import RecoveryTimes
-from planner.plan.pools import PooledDeployment
 
 FIXED = ("detect", "abort", "adopt", "restart", "rejoin")
 Ranges = Mapping[str, Mapping[str, float]]
@@ -31,6 +29,7 @@ class LossBands:
         first = self.band.tpot if times.first_step is None else fixed
         self.factors = {**dict.fromkeys(FIXED, fixed), "messages": OWN, "weights": UNCHECKED, "step": first}
         self.again = max(UNCHECKED, self.band.ttft) if d.work != "all" else self.band.ttft
+        self.factors["prompts"] = self.again
 
     def of(self, outcome: LossOutcome) -> dict[str, dict[str, float]]:
         """`stall_ms`, `moved_stall_ms` and `capacity` as {low, mid, high}; empty for a loss that is not survivable."""
@@ -67,15 +66,17 @@ class LossBands:
 
     def to_dict(self) -> dict[str, Any]:
         """The factors for JSON."""
-        factors = {**self.factors, "prompts": self.again, "lost_capacity": self.band.rate}
+        factors = {**self.factors, "lost_capacity": self.band.rate}
         return {**self.band.to_dict(), "phase_factors": factors}
 
 
-def pool_loss_bands(pooled: PooledDeployment, recovery: RecoveryTimes | None = None) -> dict[str, LossBands]:
-    """The ranges by the first word of the kind of a loss of pools ("prefill", "decode"), with the phases of `recovery`
-    if they are given."""
-    pools = {"prefill": pooled.prefill[0], "decode": pooled.decode}
-    return {name: LossBands(LossModel(pool, recovery)) for name, pool in pools.items()}
+def worst_ranges(rows: Iterable[Ranges]) -> dict[str, dict[str, float]]:
+    """The worst of each figure of `rows`, and of each end of its range: the least capacity, the most of all others."""
+    rows = [row for row in rows if row]
+    return {
+        name: {end: (min if name == "capacity" else max)(row[name][end] for row in rows) for end in rows[0][name]}
+        for name in (rows[0] if rows else ())
+    }
 
 
 def _range(low: float, mid: float, high: float) -> dict[str, float]:

@@ -288,10 +288,12 @@ class LossModel:
         return ((after != rows) & (after >= 0)).sum(axis=(0, 2))
 
     def recompute(self, left: Survivors, after: Candidate) -> tuple[int, float]:
-        """Cache tokens of broken groups to recompute, and seconds until the last of their requests streams again."""
+        """Cache tokens of broken groups to recompute, and seconds until the last of their requests streams again. In a
+        pool for prompts, a step computes several of each group."""
         whole, traffic = self.capacity_model.whole, self.deployment.traffic
         requests = left.broken_groups * whole.requests_per_group
-        rounds = -(-requests // max(1, left.data)) * self.recomputed
+        at_once = max(1, after.requests_per_group) if self.deployment.work == "prompts" else 1
+        rounds = -(-requests // max(1, left.data * at_once)) * self.recomputed
         return int(requests * traffic.context * self.recomputed), rounds * (after.ttft_seconds or whole.ttft_seconds)
 
     def _traffic(self, lost: np.ndarray) -> float:

@@ -10,21 +10,21 @@ types of k units are found by adding each unit to one loss of each type of k - 1
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 from planner.failures.survivors import CapacityModel
 
 
 class LossTypes:
-    """The types of the losses of one plan."""
+    """The types of the losses of one plan. Plans with `kinds` in common give hosts alike the same number."""
 
-    def __init__(self, capacity_model: CapacityModel) -> None:
+    def __init__(self, capacity_model: CapacityModel, kinds: dict[Hashable, int] | None = None) -> None:
         self._places = capacity_model.place
         self._dense = capacity_model.dense_group
         hosts: dict[str, list[int]] = {}
         for rank, place in self._places.items():
             hosts.setdefault(place.host, []).append(rank)
-        kinds: dict[Hashable, int] = {}
+        kinds = {} if kinds is None else kinds
         self._kind = {host: kinds.setdefault(self._inside(ranks), len(kinds)) for host, ranks in hosts.items()}
         spread: dict[int, set[int]] = {}
         for rank, place in self._places.items():
@@ -41,19 +41,6 @@ class LossTypes:
         roles = tuple(self._places[rank].role for rank in sorted(dead))
         return (roles if len(set(roles)) > 1 else (roles[:1], len(roles)), frozenset(inside.items()))
 
-    def examples(self, units: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
-        """One set of `count` units, as positions in `units`, of each type that such sets have."""
-        found: list[tuple[int, ...]] = [()]
-        for _ in range(count):
-            grown: dict[Hashable, tuple[int, ...]] = {}
-            for chosen in found:
-                dead = [rank for at in chosen for rank in units[at]]
-                for at in range(len(units)):
-                    if at not in chosen:
-                        grown.setdefault(self.of((*dead, *units[at])), (*chosen, at))
-            found = list(grown.values())
-        return found
-
     def _inside(self, ranks: Collection[int]) -> Hashable:
         """The ranks of one host by dense group, tensor group and role, whichever groups of the host they are in."""
         groups: dict[tuple[int, int], Counter[str]] = {}
@@ -64,3 +51,19 @@ class LossTypes:
         for (wide, _), roles in groups.items():
             dense.setdefault(wide, Counter())[frozenset(roles.items())] += 1
         return frozenset(Counter(frozenset(each.items()) for each in dense.values()).items())
+
+
+def examples(
+    units: Sequence[Sequence[int]], count: int, type_of: Callable[[Collection[int]], Hashable]
+) -> list[tuple[int, ...]]:
+    """One set of `count` units, as positions in `units`, of each type (`type_of`) that such sets have."""
+    found: list[tuple[int, ...]] = [()]
+    for _ in range(count):
+        grown: dict[Hashable, tuple[int, ...]] = {}
+        for chosen in found:
+            dead = [rank for at in chosen for rank in units[at]]
+            for at in range(len(units)):
+                if at not in chosen:
+                    grown.setdefault(type_of((*dead, *units[at])), (*chosen, at))
+        found = list(grown.values())
+    return found

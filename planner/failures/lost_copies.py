@@ -16,16 +16,21 @@ from planner.plan.plan import Plan
 
 
 class LostCopies:
-    """The pairs lost with sets of `count` of the `units`, each a collection of ranks of the plan, disjoint."""
+    """The pairs lost with sets of `count` of the `units`, each a collection of ranks of the plans, disjoint. The pairs
+    of each plan count for themselves."""
 
-    def __init__(self, plan: Plan, units: Sequence[Sequence[int]], count: int) -> None:
+    def __init__(self, plans: Sequence[Plan], units: Sequence[Sequence[int]], count: int) -> None:
         self.units, self.count = len(units), count
         unit_of = {rank: at for at, unit in enumerate(units) for rank in unit}
-        owner = np.array([unit_of.get(rank, self.units) for rank in plan.expert_rank_ids], np.int64)
-        table = plan.slots_by_rank().astype(np.int64)
-        layers = np.arange(len(table))[:, None, None]
-        keys = (layers * plan.experts + table) * (self.units + 1) + owner[None, :, None]
-        keys = np.unique(keys[table >= 0])
+        before, found = 0, []
+        for plan in plans:
+            owner = np.array([unit_of.get(rank, self.units) for rank in plan.expert_rank_ids], np.int64)
+            table = plan.slots_by_rank().astype(np.int64)
+            layers = np.arange(len(table))[:, None, None]
+            codes = (before + layers * plan.experts + table) * (self.units + 1) + owner[None, :, None]
+            found.append(codes[table >= 0])
+            before += len(table) * plan.experts
+        keys = np.unique(np.concatenate(found))
         pair, unit = keys // (self.units + 1), keys % (self.units + 1)
         _, first, holders = np.unique(pair, return_index=True, return_counts=True)
         spread = np.repeat(holders, holders)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner.errors import InputError
@@ -42,6 +42,10 @@ class PooledDeployment:
     def pools(self) -> dict[str, Deployment]:
         """All pools by name: "prefill 0" and on, and "decode"."""
         return {**{f"prefill {i}": pool for i, pool in enumerate(self.prefill)}, "decode": self.decode}
+
+    def each(self, change: Callable[[Deployment], Deployment]) -> PooledDeployment:
+        """The same pools with `change` made to each."""
+        return replace(self, prefill=tuple(map(change, self.prefill)), decode=change(self.decode))
 
     @property
     def only_planned(self) -> str:

@@ -308,7 +308,6 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
     assert json.loads(text(capsys, "export", plan, "--to", "json"))["decode"]["work"] == "decode"
     for argv in (
         ["export", plan, "--to", "k8s"],
-        ["certify", plan],
         ["simulate", plan],
         ["explain", plan, "rank", "0"],
     ):

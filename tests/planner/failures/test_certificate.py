@@ -17,7 +17,7 @@ from planner.failures.certificate import ServiceLevels, Terms, Verdict, certify,
 from planner.failures.certificate_file import Certificate, certificate, read_key
 from planner.failures.loss_bands import LossBands
 from planner.failures.loss_model import MEANS, LossModel
-from planner.failures.loss_types import LossTypes
+from planner.failures.loss_types import LossTypes, examples
 from planner.failures.lost_copies import LostCopies
 from planner.failures.survivors import CapacityModel, survivors
 from planner.inputs.cluster import read_cluster
@@ -146,8 +146,8 @@ def test_losses_of_one_type_leave_the_same_mesh_and_no_weights_take_longer_than_
             lost = losses.lost_pairs(dead)
             assert outcome.phases["weights"] <= losses.weights_at_most(left, lost, count) * (1 + 1e-9)
     units = [(rank,) for rank in d.plan.rank_ids]
-    examples = {types.of([units[at][0] for at in chosen]) for chosen in types.examples(units, count)}
-    assert examples == set(seen)
+    found = {types.of([units[at][0] for at in chosen]) for chosen in examples(units, count, types.of)}
+    assert found == set(seen)
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,7 +157,7 @@ def test_no_set_takes_more_last_copies_than_the_bound_and_none_above_a_number_is
     losses = LossModel(Deployment(plan=plan, workload=case.workload, cluster=case.cluster))
     units = list(case.cluster.domains(kind).values())
     assume(count <= len(units))
-    copies = LostCopies(plan, units, count)
+    copies = LostCopies([plan], units, count)
     lost = {
         chosen: losses.lost_pairs([rank for at in chosen for rank in units[at]])
         for chosen in combinations(range(len(units)), count)

@@ -7,9 +7,9 @@ import pytest
 from planner.cost.band import OWN, UNCHECKED
 from planner.cost.design import design
 from planner.cost.pools import design_pools
-from planner.failures.loss_bands import LossBands, pool_loss_bands, range_cells
+from planner.failures.loss_bands import LossBands, range_cells
 from planner.failures.loss_model import LossModel
-from planner.failures.pool_losses import forecast_pool_losses
+from planner.failures.pool_losses import PoolLossModel, forecast_pool_losses
 from planner.inputs.cluster import read_cluster
 from planner.inputs.published import read_model
 from planner.inputs.recovery_times import RecoveryTimes
@@ -55,11 +55,11 @@ def test_a_loss_that_is_not_survivable_has_no_range(deployment):
 
 def test_losses_of_pools_are_outside_of_what_was_measured():
     pooled = design_pools(read_model("qwen3-30b-a3b"), read_cluster("h100:4x2")).deployment
-    for name, each in pool_loss_bands(pooled, RecoveryTimes(source="measured", first_step=0.2)).items():
+    losses = PoolLossModel(pooled)
+    for name, each in PoolLossModel(pooled, RecoveryTimes(source="measured", first_step=0.2)).bands.items():
         assert each.measured
-        assert each.factors["detect"] == OWN < pool_loss_bands(pooled)[name].factors["detect"]
-    bands = pool_loss_bands(pooled)
-    assert all("pools" in each.source() for each in bands.values())
-    for outcome in forecast_pool_losses(pooled, kinds=["rank"]):
-        ranges = bands[outcome.kind.split("_")[0]].of(outcome)
+        assert each.factors["detect"] == OWN < losses.bands[name].factors["detect"]
+    assert all("pools" in each.source() for each in losses.bands.values())
+    for outcome in forecast_pool_losses(losses, kinds=["rank"]):
+        ranges = losses.ranges(outcome)
         assert ranges["moved_stall_ms"]["high"] >= 1.5 * ranges["moved_stall_ms"]["mid"]

@@ -1,0 +1,85 @@
+"""What is left of the pools of a plan after a loss, and what the loss costs on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
+
+from planner.cost.band import own_range
+from planner.failures.loss_bands import LossBands, worst_ranges
+from planner.failures.loss_model import LossModel, LossOutcome
+from planner.failures.survivors import Survivors
+
+ENDS: tuple[str, ...] = ("low", "mid", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolLeft:
+    """One pool after a loss: the ranks left with their slots, and its rate in requests/s, 0 where it serves no more.
+
+    `phases` are the seconds that its streams wait, none where it lost no rank. `requests` of broken groups have to be
+    computed again; computed by the pool itself, the last of them takes `again` seconds. `ttft` is the seconds of its
+    prompts.
+    """
+
+    losses: LossModel
+    left: Survivors
+    slots: int
+    rate: float
+    reason: str = ""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    requests: float = 0.0
+    again: float = 0.0
+    ttft: float = 0.0
+    outcome: LossOutcome | None = None
+
+    @property
+    def serves(self) -> bool:
+        """True while it does work."""
+        return self.rate > 0
+
+    @property
+    def stall(self) -> float:
+        """Seconds that its streams wait."""
+        return sum(self.phases.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a loss costs on one side: the seconds by phase that running streams wait, the seconds that those of dead
+    ranks wait in all, and the share of the requests/s that this side has left."""
+
+    bands: LossBands
+    phases: Mapping[str, float]
+    moved_stall: float
+    capacity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolsLeft:
+    """All pools after a loss; `streams` are those that decode now, `shares` what each side costs, and `reason` why no
+    side can do the work of both, empty where the loss is survivable. `switched` ranks do the work of both sides."""
+
+    streams: tuple[PoolLeft, ...] = ()
+    shares: tuple[Share, ...] = ()
+    switched: int = 0
+    reason: str = ""
+
+    @property
+    def ranges(self) -> dict[str, dict[str, float]]:
+        """`stall_ms`, `moved_stall_ms` and `capacity` as {low, mid, high}; empty for a loss that is not survivable."""
+        return worst_ranges(each.bands.around(each.phases, each.moved_stall, each.capacity) for each in self.shares)
+
+    def tpot_ms(self, requests: int) -> dict[str, float]:
+        """Milliseconds between two tokens while `requests` run, shared out by tensor groups: the ranks' or the front's,
+        whichever are more, in the slowest pool: {low, mid, high}."""
+        groups = sum(each.left.data for each in self.streams)
+        found: dict[str, float] = dict.fromkeys(ENDS, 0.0)
+        for each in self.streams:
+            own = ceil(requests * each.left.data / groups)
+            seconds = each.losses.capacity_model.token_seconds(each.left, each.slots, own)
+            front = own_range(each.losses.recovery.front.step_seconds(each.left.ranks, own))
+            ranks = self.shares[0].bands.band.around(seconds, "tpot")
+            found = {end: max(found[end], 1e3 * ranks[end], 1e3 * front[end]) for end in ENDS}
+        return found
