@@ -1,4 +1,4 @@
-"""What a certificate asks of the losses of a plan, whether it has one mesh or pools."""
+"""The losses of a plan as a certificate asks for them, whether the plan has one mesh or pools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from planner.failures.lost_copies import LostCopies
 
 
 class CertifiedLosses(Protocol):
-    """What a certificate asks of the losses of a plan: of one mesh (`certified_mesh`) or of pools (`certified_pools`).
+    """The losses of a plan, as a certificate asks for them: of one mesh (`certified_mesh`) or of pools (`certified_pools`).
 
     Ranges are {low, mid, high} by the names of ServiceLevels. Losses of one type leave the same meshes.
     """

@@ -72,6 +72,6 @@ class CertifiedPools:
 
 
 def _instance(pool: LossModel, types: LossTypes) -> Hashable:
-    """What the meshes left of losses in a pool depend on: pools with equal ones are alike."""
+    """The facts that the meshes left of losses in a pool depend on: pools with equal ones are alike."""
     d = pool.deployment
     return d.work, d.shape, d.plan.figure("peak_load", 1.0), d.cluster.hardware, types.of(d.plan.rank_ids)

@@ -1,4 +1,4 @@
-"""What is left of the pools of a plan after a loss, and what the loss costs on either side."""
+"""The pools of a plan after a loss, and its cost on either side."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PoolLeft:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a loss costs on one side: the seconds by phase that running streams wait, the seconds that those of dead
+    """The cost of a loss on one side: the seconds by phase that running streams wait, the seconds that streams of dead
     ranks wait in all, and the share of the requests/s that this side has left."""
 
     bands: LossBands
@@ -58,7 +58,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolsLeft:
-    """All pools after a loss; `streams` are those that decode now, `shares` what each side costs, and `reason` why no
+    """All pools after a loss; `streams` are the pools that decode now, `shares` what each side costs, and `reason` why no
     side can do the work of both, empty where the loss is survivable. `switched` ranks do the work of both sides."""
 
     streams: tuple[PoolLeft, ...] = ()

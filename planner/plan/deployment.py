@@ -53,7 +53,7 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
 
 
 PLANNED_ONLY = "planned, not served by this version"
-READ_POOLS = "`degrade`, `report` and `export --to json` read it, and say how it is served. Solve with another --arch."
+READ_POOLS = "`degrade`, `certify`, `report` and `export --to json` read it. Solve with another --arch."
 WORKS = ("all", "prompts", "decode")
 
 

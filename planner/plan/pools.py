@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner.errors import InputError
-from planner.plan.deployment import PLANNED_ONLY, Deployment, read_deployment
+from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.plan.plan import Figure
 
 POOLS = "pd"
@@ -90,15 +90,24 @@ class PooledDeployment:
             raise InputError(f"not a plan of pools: {type(error).__name__} {error}") from None
 
 
-def read_any_deployment(path: str | Path) -> Deployment | PooledDeployment:
-    """The deployment in a plan file, of pools or not. Raises InputError when the file cannot be read or is none."""
+AnyDeployment = Deployment | PooledDeployment
+"""A plan with everything it was made for: of one mesh, or of pools."""
+
+
+def any_deployment(text: str) -> AnyDeployment:
+    """The deployment written by `to_json`, of pools or not. Raises InputError for any other text."""
     try:
-        text = Path(path).read_text()
         data = json.loads(text)
-    except OSError as error:
-        raise InputError(f"cannot read plan file {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"not a plan file: {error}") from None
     if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
         return PooledDeployment.from_json(text)
-    return read_deployment(path)
+    return Deployment.from_json(text)
+
+
+def read_any_deployment(path: str | Path) -> AnyDeployment:
+    """The deployment in a plan file, of pools or not. Raises InputError when the file cannot be read or is none."""
+    try:
+        return any_deployment(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read plan file {path}: {error}") from None

@@ -136,8 +136,15 @@ class MeshSettings(SettingsGroup):
             object.__setattr__(self, rest, self.ranks - sum(sides.values()))
 
     def for_pool(self, ranks: int) -> Self:
-        """The settings of the mesh of one pool of so many ranks."""
+        """The settings of the mesh of one pool of so many ranks. A certificate is of both."""
         survive = min(self.survive, ranks - 1)
         return dataclasses.replace(
-            self, arch="collocated", prefill=None, decode=None, ranks=ranks, hosts=1, survive=survive
+            self,
+            arch="collocated",
+            prefill=None,
+            decode=None,
+            ranks=ranks,
+            hosts=1,
+            survive=survive,
+            certificate=None,
         )

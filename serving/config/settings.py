@@ -154,7 +154,6 @@ class Settings(
                 "auto",
             ),
             "parity": (self.parity > 0, "it is made in one mesh, and each pool has its own", "0"),
-            "certificate": (self.certificate is not None, "certificates are about one mesh", "nothing"),
         }
         for name, (given, why, instead) in refused.items():
             if given:

@@ -15,10 +15,12 @@ from pathlib import Path
 from planner.cost.pools import design_pools
 from planner.errors import PlannerError
 from planner.inputs.cluster import Cluster
-from planner.plan.deployment import Deployment, FaultTolerance
+from planner.plan.deployment import FaultTolerance
+from planner.plan.pools import AnyDeployment
 from serving.config import Settings
 from serving.core.hand_over import HandOver
 from serving.core.loop import Loop
+from serving.core.pool_plans import in_force, joint_deployment
 from serving.core.pool_status import joint_forecasts, joint_status
 from serving.core.start import ServerParts, start_loop
 from serving.core.step_stats import StepStats
@@ -30,6 +32,7 @@ from serving.protocol.prepared_model import PreparedModel
 from serving.protocol.request import Call, Finished, Request, Scored, Token
 from serving.protocol.status import EdgeStatus, LossForecast, Status
 from serving.protocol.tensors import TensorTarget, TensorUpdate
+from serving.recovery.certificate_watch import CertificateWatch
 from serving.recovery.failover import Failover
 from serving.recovery.kv_replicas import KVReplicas
 from serving.recovery.loss_forecast import measured_recovery
@@ -68,7 +71,7 @@ async def start_pools(stack: contextlib.AsyncExitStack, parts: ServerParts) -> "
     prefill = await start_loop(stack, parts, pool="prefill", kv_replicas=replicas)
     streams = prefill.engine.output_streams
     decode = await start_loop(stack, parts, pool="decode", kv_replicas=replicas, output_streams=streams)
-    return Pools(prefill, decode)
+    return Pools(prefill, decode, CertificateWatch(settings))
 
 
 def with_pool_sizes(settings: Settings, model: PreparedModel) -> Settings:
@@ -87,12 +90,13 @@ def with_pool_sizes(settings: Settings, model: PreparedModel) -> Settings:
 class Pools:
     """The two loops of one server as one backend."""
 
-    def __init__(self, prefill: Loop, decode: Loop) -> None:
+    def __init__(self, prefill: Loop, decode: Loop, certificate: CertificateWatch) -> None:
         self.prefill = prefill
         self.decode = decode
         self.model = prefill.model
         self.grammar_matcher = prefill.grammar_matcher
         self.hand_over = HandOver(prefill.engine, decode.engine)
+        self._certificate = certificate
         self.connected_edges: Callable[[], tuple[EdgeStatus, ...]] = tuple
         """The status of the edges that are connected."""
         for each, other in ((prefill, decode), (decode, prefill)):
@@ -217,7 +221,14 @@ class Pools:
     def status(self) -> Status:
         """See `serving.protocol.backend.Backend.status`."""
         both, edges = (self.prefill.status(), self.decode.status()), self.connected_edges()
-        return joint_status(*both, self.hand_over, edges, ended=self._ended is not None)
+        key = tuple((each.epoch, bool(each.axes), each.recoveries) for each in both)
+        certificate = self._certificate.state(key, lambda: in_force(*self.loops))
+        return dataclasses.replace(
+            joint_status(*both, self.hand_over, edges, ended=self._ended is not None),
+            certificate=certificate.state,
+            certificate_reason=certificate.reason,
+            certificate_repair=certificate.repair,
+        )
 
     def watch(self, after: int = 0) -> AsyncIterator[Event]:
         """See `serving.protocol.backend.Backend.watch`."""
@@ -242,9 +253,9 @@ class Pools:
             take_over_ms=1e3 * (times.detect + times.abort + (times.first_step or 0.0)),
         )
 
-    def deployment(self) -> Deployment | None:
-        """See `serving.protocol.backend.Backend.deployment`. That of the decode pool, or of the other if it is lost."""
-        return self.decode.deployment() or self.prefill.deployment()
+    def deployment(self) -> AnyDeployment | None:
+        """See `serving.protocol.backend.Backend.deployment`. Of one pool while the other is lost."""
+        return joint_deployment(self.prefill, self.decode)
 
     async def apply(self, instruction: Instruction) -> tuple[int, ...]:
         """See `serving.protocol.backend.Backend.apply`."""

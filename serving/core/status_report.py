@@ -1,5 +1,6 @@
 """Builds the server's status, loss forecasts and deployment description from its parts."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from serving.launch.upgrade_record import UpgradeRecord
 from serving.protocol import clock
 from serving.protocol.prepared_model import ModelInfo
 from serving.protocol.status import EdgeStatus, LossCost, LossForecast, RankStatus, Status
-from serving.recovery.certificate_watch import CertificateState, CertificateWatch
+from serving.recovery.certificate_watch import CertificateState, CertificateWatch, InForce
 from serving.recovery.loss_forecast import current_traffic, loss_costs, loss_forecasts, measured_recovery
 from serving.recovery.membership import RankState
 from serving.version import build
@@ -165,7 +166,19 @@ class StatusReport:
         """The state of the server's certificate, checked again when the plan in force has changed."""
         failover = self._engine.failover
         key = (failover.epoch, failover.plan is None, self._recovery_report.recoveries)
-        return self._certificate.state(key, self.deployment, failover.plans.base, failover.plans.of)
+        return self._certificate.state(key, self._in_force)
+
+    def _in_force(self) -> InForce | None:
+        """The plan in force, and what it would be with lost ranks back; None without a plan."""
+        now, plans = self.deployment(), self._engine.failover.plans
+        if now is None:
+            return None
+        alive = now.plan.rank_ids
+        return InForce(
+            deployment=now,
+            lost=tuple(rank for rank in plans.base.rank_ids if rank not in alive),
+            with_back=lambda back: dataclasses.replace(now, plan=plans.of((*alive, *back))),
+        )
 
     def _current_loss_costs(self) -> dict[int, LossCost]:
         """By rank, the cost of its loss; computed again when the plan or what is prepared has changed."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from planner.plan.deployment import Deployment
+from planner.plan.pools import any_deployment
 from serving import errors
 from serving.core.call_records import decode, encode_call
 from serving.edges.served_model import ServedModel
@@ -281,7 +281,7 @@ RECORDED: dict[str, tuple[Callable[[Any, float], Any], Callable[[Any, float], An
     "find_call": (call_record, call_of_record),
     "deployment": (
         lambda deployment, _: None if deployment is None else deployment.to_json(),
-        lambda text, _: None if text is None else Deployment.from_json(text),
+        lambda text, _: None if text is None else any_deployment(text),
     ),
 }
 """Answers that travel in a form of their own: how it is made, and read, with `since` as in `call_record`."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import msgspec
 
-from planner.plan.deployment import Deployment
+from planner.plan.pools import AnyDeployment
 from serving.edges import messages
 from serving.edges.absence import Absence
 from serving.edges.connection import Connection
@@ -185,7 +185,7 @@ class RemoteBackend:
         """See `serving.protocol.backend.Backend.what_if`."""
         return await self._ask("what_if")
 
-    async def deployment(self) -> Deployment | None:
+    async def deployment(self) -> AnyDeployment | None:
         """See `serving.protocol.backend.Backend.deployment`."""
         return await self._ask("deployment")
 

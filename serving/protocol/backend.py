@@ -4,7 +4,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Collection
 from typing import Protocol, TypeVar, cast
 
-from planner.plan.deployment import Deployment
+from planner.plan.pools import AnyDeployment
 from serving.errors import MoejaxError
 from serving.protocol.events import Event
 from serving.protocol.instructions import DeviceError, ErrorResponse, Instruction
@@ -102,7 +102,7 @@ class Backend(Protocol):
         """The predicted cost of losing each rank, and each host of several."""
         ...
 
-    def deployment(self) -> Deployment | Awaitable[Deployment | None] | None:
+    def deployment(self) -> AnyDeployment | Awaitable[AnyDeployment | None] | None:
         """The plan in force with its model, cluster, measured loads and traffic; None while no rank is alive."""
         ...
 

@@ -12,8 +12,8 @@ from planner.errors import InputError, PlannerError
 from planner.failures.certificate import certify
 from planner.failures.certificate_file import Certificate, read_certificate, read_key
 from planner.failures.loss_model import SERVED_MEANS, LossModel
-from planner.plan.deployment import Deployment
-from planner.plan.plan import Plan
+from planner.failures.pool_losses import PoolLossModel
+from planner.plan.pools import AnyDeployment, PooledDeployment
 from serving.config import RecoverySettings
 from serving.errors import InvalidRequest, NoCapacity
 
@@ -34,42 +34,49 @@ class CertificateState:
     repair: str = ""
 
 
-def check(
-    certificate: Certificate, deployment: Deployment, base: Plan, plan_of: Callable[[Collection[int]], Plan]
-) -> CertificateState:
-    """The state of a certificate on the plan in force of `deployment`. `base` is the plan of all ranks, `plan_of` the
-    plan for some of them."""
-    if "model" in certificate.differences(deployment):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InForce:
+    """The plan in force, the ranks it has lost, and `with_back`: the plan in force when some of them are back. That
+    raises NoCapacity where there is none."""
+
+    deployment: AnyDeployment
+    lost: tuple[int, ...]
+    with_back: Callable[[Collection[int]], AnyDeployment]
+
+
+def check(certificate: Certificate, now: InForce) -> CertificateState:
+    """The state of a certificate on the plan in force."""
+    if "model" in certificate.differences(now.deployment):
         return CertificateState(state=BROKEN, reason="it is of another model")
-    reason = _missed(certificate, deployment)
+    reason = _missed(certificate, now.deployment)
     if not reason:
         return CertificateState(state=HOLDS)
-    lost = [rank for rank in base.rank_ids if rank not in deployment.plan.rank_ids]
-    return CertificateState(state=BROKEN, reason=reason, repair=_repair(certificate, deployment, lost, plan_of))
+    return CertificateState(state=BROKEN, reason=reason, repair=_repair(certificate, now))
 
 
-def _repair(
-    certificate: Certificate, deployment: Deployment, lost: list[int], plan_of: Callable[[Collection[int]], Plan]
-) -> str:
+def _repair(certificate: Certificate, now: InForce) -> str:
     """The fewest lost ranks, one or all, with which it holds again; empty where it would not hold with all."""
-    alone = [(rank,) for rank in lost[:MOST_REPAIRS]] if len(lost) > 1 else []
-    for back in (*alone, tuple(lost)):
+    alone = [(rank,) for rank in now.lost[:MOST_REPAIRS]] if len(now.lost) > 1 else []
+    for back in (*alone, now.lost):
         try:
-            plan = plan_of((*deployment.plan.rank_ids, *back))
+            then = now.with_back(back)
         except NoCapacity:
             continue
-        if back and not _missed(certificate, dataclasses.replace(deployment, plan=plan)):
+        if back and not _missed(certificate, then):
             return f"rank{'s' if len(back) > 1 else ''} {', '.join(map(str, back))} back"
     return ""
 
 
-def _missed(certificate: Certificate, deployment: Deployment) -> str:
+def _missed(certificate: Certificate, deployment: AnyDeployment) -> str:
     """The first loss that misses the service levels of a certificate, and how; empty when none does."""
     means = [means for means in certificate.means if means in SERVED_MEANS]
+    front, traffic = certificate.one_front, certificate.traffic
     try:
-        losses = LossModel(
-            dataclasses.replace(deployment, traffic=certificate.traffic), None, means, one_front=certificate.one_front
-        )
+        if isinstance(deployment, PooledDeployment):
+            pooled = deployment.each(lambda pool: dataclasses.replace(pool, traffic=traffic))
+            losses = PoolLossModel(pooled, None, means, one_front=front)
+        else:
+            losses = LossModel(dataclasses.replace(deployment, traffic=traffic), None, means, one_front=front)
         verdict = certify(losses, certificate.terms, each=EACH, most_priced=MOST_PRICED)
     except PlannerError as error:
         return str(error)
@@ -109,22 +116,16 @@ class CertificateWatch:
             self._certificate = None
             self._state = CertificateState(state=BROKEN, reason=str(error))
 
-    def state(
-        self,
-        key: Hashable,
-        deployment: Callable[[], Deployment | None],
-        base: Plan,
-        plan_of: Callable[[Collection[int]], Plan],
-    ) -> CertificateState:
+    def state(self, key: Hashable, in_force: Callable[[], InForce | None]) -> CertificateState:
         """The state that was found last. Begins another check where `key`, which stands for the plan in force and all
-        that was measured, is another than the last one's; `deployment` is asked for only then."""
+        that was measured, is another than the last one's; `in_force` is asked for only then."""
         idle = self._task is None or self._task.done()
         if self._certificate is not None and idle and key != self._key:
-            self._key, now = key, deployment()
+            self._key, now = key, in_force()
             if now is None:
                 self._state = CertificateState(state=BROKEN, reason="no rank is alive", repair="any rank back")
             else:
-                work = asyncio.to_thread(check, self._certificate, now, base, plan_of)
+                work = asyncio.to_thread(check, self._certificate, now)
                 self._task = asyncio.get_running_loop().create_task(self._take(work))
         return self._state
 

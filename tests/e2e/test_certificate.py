@@ -5,6 +5,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from planner.cli.main import main as plan
+from planner.plan.pools import PooledDeployment, read_any_deployment
 from serving.api.client import Client
 from serving.cli.main import main as cli
 from serving.server import Server
@@ -15,11 +16,11 @@ SETTINGS = {"survive": 1, "slots_per_rank": 4, "restart": False, "buckets": FEW_
 """Sixteen slots for eight experts: one rank may be lost, and another after it, but not a third."""
 
 
-def certified(plan_file: Path, folder: Path) -> dict[str, str]:
+def certified(plan_file: Path, folder: Path, without: str = "regrow") -> dict[str, str]:
     """The settings of a server with a certificate of the plan, made by the planner, and its key."""
     key, file = folder / "key", folder / "certificate.json"
     key.write_text("0123456789abcdef")
-    terms = ["--survive", "ranks=1", "--slo", "capacity=0.2", "--load", "0.1", "--without", "regrow"]
+    terms = ["--survive", "ranks=1", "--slo", "capacity=0.2", "--load", "0.1", "--without", without]
     assert plan(["certify", str(plan_file), *terms, "--key", str(key), "--out", str(file)]) == 0
     assert plan(["certify", str(plan_file), "--check", str(file), "--key", str(key)]) == 0
     return {"certificate": str(file), "certificate_key": str(key)}
@@ -55,6 +56,34 @@ def test_a_loss_within_the_certificate_keeps_it_one_beyond_breaks_it_and_the_rep
         known.during(client)
         assert client.status().failed == 0
         assert client.status().compiles_after_ready == 0
+
+
+def test_a_server_of_pools_says_whether_the_next_loss_of_either_side_keeps_the_levels(tmp_path: Path) -> None:
+    pools = {
+        "model": str(TINY),
+        "arch": "pd",
+        "prefill": 2,
+        "decode": 2,
+        "chaos": True,
+        **SETTINGS,
+        "slots_per_rank": 8,
+    }
+    plan_file = tmp_path / "plan.json"
+    with Server(**pools) as server, Client(server) as client:
+        plan_file.write_text(client.plan())
+    assert isinstance(read_any_deployment(plan_file), PooledDeployment)
+    signed = certified(plan_file, tmp_path, without="regrow,switch")
+    with Server(**pools, **signed) as server, Client(server) as client:
+
+        def certificate() -> str:
+            return client.status().certificate
+
+        wait_until(lambda: certificate() == "holds", "the certificate holds")
+        client.kill(3)
+        wait_until(lambda: certificate() == "does not hold", "the decode pool has one rank, and roles do not switch")
+        assert client.status().certificate_repair == "rank 3 back"
+        client.apply("scale_up", 3)
+        wait_until(lambda: certificate() == "holds", "the repair restores it")
 
 
 def serving(client: Client) -> list[int]:

@@ -95,6 +95,25 @@ def test_certify_holds_or_names_the_smallest_loss_and_signs(capsys, plan_file, t
     assert main(["certify", plan_file, "--slo", "stall_ms=1", "--load", "2"]) == 2
 
 
+def test_certify_takes_plans_of_pools(capsys, tmp_path):
+    plan, file, key = (str(tmp_path / name) for name in ("pools.json", "certificate.json", "key"))
+    (tmp_path / "key").write_text("0123456789abcdef")
+    assert main(["solve", "qwen3-30b-a3b", "h100:4x2", "--arch", "pd", "--out", plan]) == 0
+    capsys.readouterr()
+    terms = ["--survive", "ranks=2,hosts=1", "--load", "0.5", "--without-front", "--key", key, "--out", file]
+    made = data(capsys, "certify", plan, "--slo", "stall_ms=60000,capacity=0.01", *terms)
+    assert made["holds"]
+    sizes = made["verdict"]["sizes"]
+    assert {(size["kind"], size["lost"]) for size in sizes} == {("rank", 1), ("rank", 2), ("host", 1)}
+    assert sum(size["losses"] for size in sizes) == 8 + 28 + 4
+    assert all(size["ranges"]["capacity"]["low"] <= size["worst"]["capacity"] for size in sizes)
+    assert data(capsys, "certify", plan, "--check", file, "--key", key)["differences"] == []
+    shown = text(capsys, "certify", plan, "--slo", "stall_ms=1", "--without-front", code=1)
+    assert re.search(r"the smallest loss that misses it is rank \d+ \(decode\): stall_ms", shown)
+    shown = text(capsys, "certify", plan, "--slo", "capacity=0.999", "--survive", "hosts=3", code=1)
+    assert "does not hold" in shown
+
+
 def test_degrade_counts_losses_and_gates(capsys, plan_file):
     shown = text(capsys, "degrade", plan_file)
     assert re.search(

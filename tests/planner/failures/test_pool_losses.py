@@ -23,7 +23,7 @@ def losses():
 
 
 def ranks_of(losses: PoolLossModel) -> tuple[list[int], list[int]]:
-    """The ranks that compute prompts, and those that decode."""
+    """The ranks that compute prompts, and the ranks that decode."""
     decode = list(losses.decode.deployment.plan.rank_ids)
     return [rank for rank in losses.pool_of if rank not in decode], decode
 

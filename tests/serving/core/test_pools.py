@@ -5,12 +5,19 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 import serving.recovery.rendezvous
+from planner.failures.certificate import ServiceLevels, Terms, certify
+from planner.failures.certificate_file import certificate
+from planner.failures.loss_model import SERVED_MEANS
+from planner.failures.pool_losses import PoolLossModel
+from planner.plan.deployment import Deployment, FaultTolerance
+from planner.plan.pools import PooledDeployment, any_deployment
 from serving.cli.tables import _ranges_of
 from serving.config import Settings
 from serving.core.pool_status import joint_forecasts, joint_status
@@ -20,6 +27,7 @@ from serving.errors import InvalidRequest, MoejaxError
 from serving.protocol.events import EventKind
 from serving.protocol.instructions import Instruction
 from serving.protocol.status import LossCost, LossForecast, RankStatus, Status
+from serving.recovery.certificate_watch import CertificateWatch
 from simulation.hand_model import small_request
 from tests.support.fake_backend import FakeBackend
 from tests.support.fake_executor import FakeCoordinator
@@ -54,7 +62,6 @@ def status(rank: int, **fields: Any) -> Status:
     [
         ("kv_replication", "off"),
         ("parity", 1),
-        ("certificate", "file"),
         ("tensor", 2),
     ],
 )
@@ -123,15 +130,16 @@ def test_a_forecast_has_the_ends_of_its_figures_as_the_table_shows_them() -> Non
 
 
 @contextlib.asynccontextmanager
-async def two_pools() -> AsyncIterator[Pools]:
+async def two_pools(certificate: str | None = None, **changes: Any) -> AsyncIterator[Pools]:
     """A server of two pools on fake ranks, which serves."""
-    settings = Settings(**{**vars(SETTINGS), **POOL})
+    settings = Settings(**{**vars(SETTINGS), **POOL, **changes})
+    watch = CertificateWatch(dataclasses.replace(settings, certificate=certificate))
     prefill = Machine(settings)
     decode = Machine(settings, beside=prefill)
     both = (prefill, decode)
     for each in both:
         await each.failover.start()
-    pools = Pools(prefill.loop, decode.loop)
+    pools = Pools(prefill.loop, decode.loop, watch)
     pools.start()
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -195,3 +203,61 @@ def test_operations_are_about_ranks_of_one_pool_and_a_drain_is_one_event(monkeyp
         return collections.Counter(str(event.kind) for event in pools.prefill.events.retained())
 
     assert asyncio.run(play())[EventKind.DRAINING] == 1
+
+
+async def settled(pools: Pools, state: str) -> Status:
+    """The status once its certificate has this state."""
+    while (status := pools.status()).certificate != state:
+        await asyncio.sleep(0.001)
+    return status
+
+
+def certified(d: PooledDeployment) -> str:
+    """A certificate of the plan: any rank may be lost, and roles do not switch for it."""
+    losses = PoolLossModel(d, means=[means for means in SERVED_MEANS if means not in ("regrow", "mask", "switch")])
+    terms = Terms(survive=FaultTolerance(ranks=1), levels=ServiceLevels(stall_ms=1e6), requests=2)
+    verdict = certify(losses, terms)
+    assert verdict.holds
+    return certificate(losses, terms, verdict, one_front=True).to_json()
+
+
+def test_the_plan_of_both_pools_is_certified_and_the_status_says_whether_it_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+    file = tmp_path / "certificate.json"
+
+    async def play() -> None:
+        async with two_pools() as pools:
+            assert pools.status().certificate == ""
+            d = any_deployment(cast(Any, pools.deployment()).to_json())
+            assert isinstance(d, PooledDeployment)
+            assert [pool.work for pool in d.pools().values()] == ["prompts", "decode"]
+            assert [pool.plan.rank_ids for pool in d.pools().values()] == [(0, 1), (2, 3)]
+            assert d.figure("requests_per_second") > 0
+            file.write_text(certified(d))
+        async with two_pools(str(file), restart=False) as pools:
+            await settled(pools, "holds")
+            for loop, rank in ((pools.decode, 3), (pools.prefill, 0)):
+                await loop.apply(Instruction(action="scale_down", ranks=(rank,)))
+                broken = await settled(pools, "does not hold")
+                assert "roles do not switch" in broken.certificate_reason
+                assert broken.certificate_repair == f"rank {rank} back"
+                await loop.apply(Instruction(action="scale_up", ranks=(rank,)))
+                whole = await settled(pools, "holds")
+                assert (whole.certificate_reason, whole.certificate_repair) == ("", "")
+
+    asyncio.run(play())
+
+
+def test_the_plan_in_force_is_that_of_the_pool_which_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+
+    async def play() -> None:
+        async with two_pools(restart=False) as pools:
+            monkeypatch.setattr(pools.decode, "deployment", lambda: None)
+            found = pools.deployment()
+            assert isinstance(found, Deployment)
+            assert (found.work, found.plan.rank_ids) == ("all", (0, 1))
+
+    asyncio.run(play())

@@ -19,7 +19,7 @@ from serving.config import Settings
 from serving.errors import InvalidRequest
 from serving.protocol.instructions import Instruction
 from serving.protocol.status import Status
-from serving.recovery.certificate_watch import CertificateWatch, check, read_signed
+from serving.recovery.certificate_watch import CertificateWatch, InForce, check, read_signed
 from tests.support.recovery_machine import LIMIT_S, SETTINGS, Machine
 
 MODEL = Workload(moe_layers=2, experts=8, experts_per_token=2, expert_bytes=1 << 20, rest_bytes=1 << 20, layers=4)
@@ -38,6 +38,14 @@ def deployment(*lost: int) -> Deployment:
     return Deployment(plan=plan, workload=MODEL, cluster=CLUSTER)
 
 
+def in_force(*lost: int) -> InForce:
+    """The plan without these ranks, as a server has it."""
+    now = deployment(*lost)
+    return InForce(
+        deployment=now, lost=lost, with_back=lambda back: replace(now, plan=plan_of((*now.plan.rank_ids, *back)))
+    )
+
+
 def made(d: Deployment, ranks: int = 1, stall_ms: float = 1e6, means=MEANS):
     losses = LossModel(d, means=means)
     terms = Terms(survive=FaultTolerance(ranks=ranks), levels=ServiceLevels(stall_ms=stall_ms), requests=8)
@@ -46,7 +54,7 @@ def made(d: Deployment, ranks: int = 1, stall_ms: float = 1e6, means=MEANS):
 
 @pytest.mark.parametrize("lost", [(), (1,), (1, 4), (0, 5)])
 def test_it_holds_while_the_ranks_left_can_lose_what_it_names(lost):
-    found = check(made(deployment()), deployment(*lost), BASE, plan_of)
+    found = check(made(deployment()), in_force(*lost))
     assert (found.state == "holds") == (len(lost) + 1 <= 2)
     if found.state != "holds":
         assert "8 experts do not fit in 6 slots" in found.reason
@@ -55,18 +63,18 @@ def test_it_holds_while_the_ranks_left_can_lose_what_it_names(lost):
 @pytest.mark.parametrize(("ranks", "lost"), [(1, (1, 4)), (2, (3,)), (2, (0, 5))])
 def test_it_holds_again_with_the_ranks_that_the_repair_names_and_with_no_fewer(ranks, lost):
     certified = made(deployment(), ranks)
-    found = check(certified, deployment(*lost), BASE, plan_of)
+    found = check(certified, in_force(*lost))
     assert found.state == "does not hold"
     words = found.repair.removesuffix(" back").removeprefix("ranks ").removeprefix("rank ")
     back = {int(rank) for rank in words.split(", ")}
-    assert check(certified, deployment(*(set(lost) - back)), BASE, plan_of).state == "holds"
+    assert check(certified, in_force(*(set(lost) - back))).state == "holds"
     assert len(back) == len(lost) - (2 - ranks)
 
 
 def test_another_model_or_levels_that_were_never_kept_have_no_repair():
-    other = replace(deployment(), workload=replace(MODEL, heads=4))
-    assert check(made(deployment()), other, BASE, plan_of).reason == "it is of another model"
-    found = check(made(deployment(), stall_ms=1.0), deployment(1), BASE, plan_of)
+    other = replace(in_force(), deployment=replace(deployment(), workload=replace(MODEL, heads=4)))
+    assert check(made(deployment()), other).reason == "it is of another model"
+    found = check(made(deployment(), stall_ms=1.0), in_force(1))
     assert (found.state, found.repair) == ("does not hold", "")
     assert "stall_ms" in found.reason
 
@@ -85,7 +93,7 @@ def test_a_certificate_that_cannot_be_trusted_stops_the_start_and_does_not_hold_
         read_signed(settings)
     with pytest.raises(InvalidRequest, match="no certificate"):
         asyncio.run(App.start(settings))
-    found = CertificateWatch(settings).state(1, deployment, BASE, plan_of)
+    found = CertificateWatch(settings).state(1, in_force)
     assert found.state == "does not hold"
     assert "no certificate" in found.reason
 
