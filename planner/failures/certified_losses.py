@@ -11,7 +11,7 @@ from planner.failures.lost_copies import LostCopies
 
 
 class CertifiedLosses(Protocol):
-    """The losses of a plan, as a certificate asks for them: of one mesh (`certified_mesh`) or of pools (`certified_pools`).
+    """The losses of a plan: of one mesh (`certified_mesh`) or of pools (`certified_pools`).
 
     Ranges are {low, mid, high} by the names of ServiceLevels. Losses of one type leave the same meshes.
     """

@@ -58,8 +58,8 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolsLeft:
-    """All pools after a loss; `streams` are the pools that decode now, `shares` what each side costs, and `reason` why no
-    side can do the work of both, empty where the loss is survivable. `switched` ranks do the work of both sides."""
+    """All pools after a loss: the pools that decode now (`streams`), the cost on either side (`shares`), and the
+    `reason` why no side can do the work of both, empty where the loss is survivable. `switched` ranks do that work."""
 
     streams: tuple[PoolLeft, ...] = ()
     shares: tuple[Share, ...] = ()
