@@ -115,7 +115,9 @@ def _checked(given: Certificate, options: Namespace) -> CommandResult:
     other = given.differences(found.each(lambda d: with_store(d, store)) if pooled else with_store(found, store))
     lines = ["signed with this key" if options.key else "signature not checked (--key FILE)"]
     lines.append(f"of another {', '.join(other)}" if other else "of this plan, model, cluster and loads")
-    lines.append("holds" if given.holds else "does not hold")
+    lines.append(
+        ("holds" if given.holds else "does not hold") + (" for what it was made of, not for this" if other else "")
+    )
     data = _data(given) | {"differences": other}
     return CommandResult(data=data, text="\n".join(lines), good=given.holds and not other)
 

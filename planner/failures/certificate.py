@@ -31,6 +31,8 @@ EACH = 4096
 """Losses of one size up to which each is priced."""
 MOST_PRICED = 50_000
 """Losses of one size that are priced one by one beyond what the bound proves."""
+MOST_TYPES = 256
+"""Types of losses of one size up to which the bound is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class ServiceLevels:
         for name, value in given.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < inf:
                 raise InputError(f"--slo {name} is {value!r}; it must be a number above 0")
+            if name == "capacity" and value > 1:
+                raise InputError(f"--slo capacity is {value!r}; it is the share of the tokens/s left, up to 1")
 
     def missed(self, figures: Mapping[str, float]) -> str:
         """The levels that `figures` do not keep, each with both values; empty when they keep all."""
@@ -152,14 +156,19 @@ class _Certification:
         self.losses, self.terms, self.each, self.most_priced = losses, terms, each, most_priced
 
     def run(self) -> Verdict:
-        """Check size after size; stop where a loss fails and no later size has a smaller one."""
-        missed, done, smallest = self._missed_whole(), [], inf
+        """Check size after size. Stop where a loss fails and no later size has a smaller one; leave a kind at the size
+        that has more losses than can be checked."""
+        missed, done, smallest, unfinished = self._missed_whole(), [], inf, set()
         for least, kind, lost, units in self._sizes():
             if missed or least >= smallest:
                 break
+            if kind in unfinished:  # larger losses of the kind are more still
+                continue
             done.append(self._check(kind, lost, units))
             if done[-1].failing:
                 smallest = min(smallest, len(done[-1].failing.dead))
+            if done[-1].unfinished:
+                unfinished.add(kind)
         return Verdict(sizes=tuple(done), missed=missed, unsure="" if missed else self._unsure(done))
 
     def _unsure(self, done: Sequence[LossesOfASize]) -> str:
@@ -192,7 +201,9 @@ class _Certification:
         every = combinations(range(len(units.ranks)), lost)
         if count <= self.each or not self.losses.exact:
             return self._priced(kind, lost, count, units, every)
-        chosen = examples(units.ranks, lost, self.losses.type_of)
+        chosen = examples(units.ranks, lost, self.losses.type_of, MOST_TYPES)
+        if chosen is None:
+            return self._priced(kind, lost, count, units, every, most=MOST_TYPES)
         dead_of = [units.dead(each) for each in chosen]
         refused = [each for each, dead in zip(chosen, dead_of, strict=True) if self._bound(dead, 0) is None]
         if refused:
@@ -207,11 +218,19 @@ class _Certification:
         return replace(found, worst=_mid(ranges), ranges=ranges)
 
     def _priced(
-        self, kind: str, lost: int, count: int, units: _Units, sets: Iterable[tuple[int, ...]]
+        self,
+        kind: str,
+        lost: int,
+        count: int,
+        units: _Units,
+        sets: Iterable[tuple[int, ...]],
+        most: int | None = None,
     ) -> LossesOfASize:
-        """Losses priced one by one, those of the fewest ranks first, up to the first that fails."""
-        chosen = list(islice(sets, self.most_priced + 1))
-        more, chosen = len(chosen) > self.most_priced, chosen[: self.most_priced]
+        """Losses priced one by one, those of the fewest ranks first, up to the first that fails; `most` of them, or as
+        many as may be priced."""
+        most = self.most_priced if most is None else most
+        chosen = list(islice(sets, most + 1))
+        more, chosen = len(chosen) > most, chosen[:most]
         chosen.sort(key=lambda each: sum(len(units.ranks[at]) for at in each))
         rows: list[Ranges] = []
         for at, each in enumerate(chosen):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
+from math import inf
 
 from planner.failures.survivors import CapacityModel
 
@@ -54,9 +55,10 @@ class LossTypes:
 
 
 def examples(
-    units: Sequence[Sequence[int]], count: int, type_of: Callable[[Collection[int]], Hashable]
-) -> list[tuple[int, ...]]:
-    """One set of `count` units, as positions in `units`, of each type (`type_of`) that such sets have."""
+    units: Sequence[Sequence[int]], count: int, type_of: Callable[[Collection[int]], Hashable], most: float = inf
+) -> list[tuple[int, ...]] | None:
+    """One set of `count` units, as positions in `units`, of each type (`type_of`) that such sets have; None where there
+    are more than `most` types."""
     found: list[tuple[int, ...]] = [()]
     for _ in range(count):
         grown: dict[Hashable, tuple[int, ...]] = {}
@@ -66,4 +68,6 @@ def examples(
                 if at not in chosen:
                     grown.setdefault(type_of((*dead, *units[at])), (*chosen, at))
         found = list(grown.values())
+        if len(found) > most:
+            return None
     return found

@@ -59,12 +59,15 @@ def read_traffic(text: str | None) -> Traffic:
 
 
 def read_pairs(text: str, known: dict[str, type], where: str) -> dict:
-    """`a=1,b=2` as a dictionary of numbers; InputError on an unknown key or a value that is no number."""
+    """`a=1,b=2` as a dictionary of numbers; InputError on an unknown key, one given twice, or a value that is no
+    number."""
     result = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = part.partition("=")
         if key not in known:
             raise unknown_key(key, known, where)
+        if key in result:
+            raise InputError(f"{where}: {key} is given twice, as {result[key]:g} and in {part!r}. Leave one out.")
         try:
             number = known[key](value)
             number = number if isfinite(number) else None

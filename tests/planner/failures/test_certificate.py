@@ -146,7 +146,7 @@ def test_losses_of_one_type_leave_the_same_mesh_and_no_weights_take_longer_than_
             lost = losses.lost_pairs(dead)
             assert outcome.phases["weights"] <= losses.weights_at_most(left, lost, count) * (1 + 1e-9)
     units = [(rank,) for rank in d.plan.rank_ids]
-    found = {types.of([units[at][0] for at in chosen]) for chosen in examples(units, count, types.of)}
+    found = {types.of([units[at][0] for at in chosen]) for chosen in examples(units, count, types.of) or ()}
     assert found == set(seen)
 
 
@@ -223,7 +223,7 @@ def test_another_plan_model_cluster_or_load_is_said_by_name():
     assert made.differences(replace(d, cluster=replace(d.cluster, name="other"))) == ["cluster"]
 
 
-@pytest.mark.parametrize("text", ["", "tpot=1", "tpot_ms=-1", "stall_ms=0"])
+@pytest.mark.parametrize("text", ["", "tpot=1", "tpot_ms=-1", "stall_ms=0", "capacity=1.5", "tpot_ms=50,tpot_ms=60"])
 def test_service_levels_that_ask_for_nothing_or_the_impossible_are_refused(text):
     with pytest.raises(InputError, match="--slo"):
         read_service_levels(text)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import planner.failures.certificate
 from planner import NoFeasiblePlan, solve
 from planner.cost.pools import design_pools
 from planner.failures.certificate import ServiceLevels, Terms, certify
@@ -142,6 +143,18 @@ def test_a_certificate_of_pools_names_what_of_them_is_another(served):
     slots = (plan.slots[0][::-1], *plan.slots[1:])
     moved = replace(pooled, decode=replace(pooled.decode, plan=replace(plan, slots=slots)))
     assert again.differences(moved) == ["plan"]
+
+
+def test_losses_of_more_types_than_can_be_bounded_are_not_proven_and_larger_ones_are_left_out(served, monkeypatch):
+    monkeypatch.setattr(planner.failures.certificate, "MOST_TYPES", 1)
+    terms = Terms(survive=FaultTolerance(ranks=8, hosts=1), levels=ServiceLevels(stall_ms=1e6), requests=8)
+    verdict = certify(served, terms, each=0)
+    assert not verdict.holds
+    assert verdict.failing is None
+    assert [(size.kind, size.lost, size.unfinished) for size in verdict.sizes] == [
+        ("rank", 1, True),
+        ("host", 1, True),
+    ]
 
 
 def test_a_loss_that_fails_is_named_with_its_side(served):
