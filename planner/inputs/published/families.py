@@ -249,7 +249,7 @@ FAMILIES: dict[str, PublishedFamily] = {
 
 NOT_READ = {
     "deepseek_v4": "compressed sparse attention, hyper-connections and hash routing",
-    "granitemoehybrid": "Mamba-2 layers, whose context is a state",
+    "granitemoehybrid": "Mamba-2 layers as Granite 4 has them (those of Nemotron are served)",
     "jamba": "Mamba layers, whose context is a state",
     "longcat_flash": "two attention parts in a layer, and experts that compute nothing",
     "minimax_m3": "block-sparse attention",
