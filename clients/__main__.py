@@ -20,7 +20,9 @@ NAMES = ", ".join(tool.key for tool in tools())
 
 
 @click.command()
-@click.option("--only", help=f"Names of tools, divided by commas; the rows of the others are kept. There are {NAMES}.")
+@click.option(
+    "--only", help=f"Names of tools, separated by commas; the rows of the others are kept. There are {NAMES}."
+)
 @click.option("--model", default=str(TINY), show_default=False, help="Model to serve. Default: models/tiny.")
 @click.option("--ranks", default=2, show_default=True, help="Number of ranks.")
 @click.option(

@@ -26,7 +26,8 @@ _file = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="MOEJAX_RANK_TOKENS",
     required=True,
-    help="The token file that `moejax serve --rank-tokens` reads. Also the variable MOEJAX_RANK_TOKENS.",
+    help="The token file that `moejax serve` reads: --rank-tokens for ranks, --edge-tokens for edges. Also the "
+    "variable MOEJAX_RANK_TOKENS.",
 )
 
 
@@ -117,7 +118,7 @@ def _own_address(front: str) -> str:
             time.sleep(1.0)
 
 
-@click.group(short_help="Add, list and remove join tokens of hosts.")
+@click.group(short_help="Add, list and remove join tokens of hosts and edges.")
 @example("moejax tokens add pods --file tokens.json > token", "moejax serve --launcher join --rank-tokens tokens.json")
 def tokens() -> None:
     """Add, list and remove join tokens, with which other hosts join a server.

@@ -25,7 +25,9 @@ def keys() -> None:
 
 @keys.command("add")
 @click.argument("name")
-@click.option("--admin", is_flag=True, help="The key may also change the server: kill, drain, scale, pause.")
+@click.option(
+    "--admin", is_flag=True, help="The key may also change the server: kill, drain, scale, pause, weights, upgrade."
+)
 @click.option(
     "--share", type=float, default=1.0, help="Share of a busy server, relative to other keys.", show_default=True
 )

@@ -14,7 +14,7 @@ from serving.protocol.instructions import ACTIONS, Action
 from serving.protocol.weights import RUNNING, Running
 
 
-@click.command(short_help="Drain ranks, scale, pause, retry, or bring new weights in.")
+@click.command(short_help="Drain ranks, scale, pause, retry, move experts, or load new weights.")
 @click.argument("action", type=click.Choice([each for each in ACTIONS if each != "upgrade"]))
 @click.argument("ranks", nargs=-1, type=click.IntRange(min=0))
 @click.option("--host", default="", help="Act on all ranks of this host instead of RANKS.")

@@ -35,7 +35,7 @@ SILENCE_S = 60.0
 @client_options
 @example("moejax upgrade --path ~/moejax-0.3", "moejax upgrade --python /opt/moejax-0.3/bin/python")
 def upgrade(client: Client, path: str, python: str, timeout_s: float) -> None:
-    """Replace front, edges and ranks of a server by such that run new code, one after the other, under load.
+    """Replace front, edges and ranks of a server by processes that run new code, one after the other, under load.
 
     The server must have been started with --operate or --chaos, and with edges. Each new process has to answer as the
     one before it did. A version that cannot start, or answers otherwise, is rolled back: the exit status is 1 then.

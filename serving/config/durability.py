@@ -20,7 +20,8 @@ class DurabilitySettings(SettingsGroup):
     )
     journal_sync_s: float = setting(
         1.0,
-        "Most seconds until the disk has what was written to the journal: what the death of the machine can lose.",
+        "Most seconds until the disk has a record of the journal; the death of the machine can lose records of so many "
+        "seconds.",
         at_least=0.0,
     )
     resume_s: float = setting(

@@ -15,7 +15,7 @@ class HttpSettings(SettingsGroup):
 
     served_model_name: str | None = setting(
         None,
-        "Names under which clients know the model, divided by commas; responses and metrics have the first one. "
+        "Names under which clients know the model, separated by commas; responses and metrics have the first one. "
         "Default: the model's own name.",
     )
     strict_fields: bool = setting(
@@ -23,8 +23,8 @@ class HttpSettings(SettingsGroup):
     )
     allowed_origins: str | None = setting(
         None,
-        "Sites whose pages may call the API from a browser (CORS), divided by commas; * is every site. "
-        "Without it none may, and never those under /fault_tolerance/.",
+        "Sites whose pages may call the API from a browser (CORS), separated by commas; * is every site. "
+        "Default: none. Paths under /fault_tolerance/ are closed to all of them.",
     )
     root_path: str = setting(
         "", "Path under which a proxy serves this server, such as /moejax; it is taken off the path of a request."
@@ -41,5 +41,5 @@ class HttpSettings(SettingsGroup):
 
 
 def listed(text: str | None) -> tuple[str, ...]:
-    """The parts of a setting that are divided by commas."""
+    """The parts of a setting that are separated by commas."""
     return tuple(name for part in (text or "").split(",") if (name := part.strip()))

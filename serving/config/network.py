@@ -32,8 +32,8 @@ class NetworkSettings(SettingsGroup):
     )
     edge_tokens: str | None = setting(
         None,
-        "File of join tokens that let edges on other hosts in (`moejax tokens add` makes one). Give them tokens of "
-        "their own: a token of ranks is worth more.",
+        "File of join tokens that let edges on other hosts in (`moejax tokens add` makes one). Do not give them the "
+        "tokens of ranks: a rank sees all prompts and answers.",
     )
     vllm_grpc: bool = setting(
         False, "Serve vllm.grpc.engine.VllmEngine on the gRPC port too (needs the extra moejax[vllm])."

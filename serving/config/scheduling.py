@@ -41,8 +41,9 @@ class SchedulingSettings(SettingsGroup):
     )
     draft_tokens: int | None = setting(
         None,
-        "Drafts of a request in each step, 1 to 15. Default: as many as its earlier drafts and the load make worth "
-        "while; at most 2 with mtp, whose layer runs while that is worth it; with a number in every step.",
+        "Drafts of a request in each step, 1 to 15. Default: as many as its earlier drafts and the load make "
+        "worth while, at most 2 with mtp. The layer of mtp runs only after steps where its drafts are worth the wait, "
+        "and after every step if a number is given.",
     )
     max_queue: int = setting(1024, "Most requests that may wait; the server refuses further ones at once.", more_than=0)
     max_prompt_tokens: int | None = setting(

@@ -29,7 +29,11 @@ class SecuritySettings(SettingsGroup):
         60.0, "Most seconds that a client may take to send its body, or to read what waits for it.", more_than=0
     )
     chaos: bool = setting(False, "Let clients kill ranks and damage weights, for tests and demonstrations.")
-    operate: bool = setting(False, "Let callers on this machine drain ranks, scale, pause, and report device errors.")
+    operate: bool = setting(
+        False,
+        "Let callers on this machine change the server: drain and scale ranks, pause, move experts, bring in new "
+        "weights, upgrade, and report device errors.",
+    )
 
     def check(self) -> None:
         """Check fields of this group against each other. Raises InvalidRequest."""

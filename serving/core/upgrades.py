@@ -116,8 +116,8 @@ class Upgrades:
         ranks = self._wanted_ranks()
         if not failover.single_host:
             raise InvalidRequest(
-                "an upgrade replaces ranks that the front starts itself; this server has ranks on other hosts. Replace "
-                "their hosts one after the other (docs/runbook.md).",
+                "an upgrade replaces ranks that the front starts itself; this server has ranks on other hosts. Start a "
+                "server with the new version beside it, or restart it with its hosts (docs/runbook.md).",
                 param="action",
             )
         missing = [rank for rank in ranks if failover.membership.state(rank) is not RankState.SERVING]

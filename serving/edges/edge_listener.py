@@ -107,7 +107,7 @@ class EdgeListener:
             return
         if why is not None:
             log.warning("%s (%s) may not be an edge: %s", hello.host, peer, why)
-            connection.send(messages.Refused(text=f"the front lets this edge not in: {why}."))
+            connection.send(messages.Refused(text=f"the front does not let this edge in: {why}."))
             connection.close()
             return
         connection.max_frame_bytes = MAX_FRAME_BYTES

@@ -155,9 +155,9 @@ class EdgeProcesses:
     # -- Other code ---------------------------------------------------------------------------------------------
 
     def replace_next(self, code: Code, drain_s: float) -> bool:
-        """Do the next part of replacing the edges, one after the other, by such that run `code`: start the successor of
-        one, drain the edge once clients can connect to its successor, and end it when its streams have not ended within
-        `drain_s` seconds. False when nothing is left to do."""
+        """Do the next part of replacing the edges, one after the other, by edges that run `code`: start the successor
+        of one, drain the edge once clients can connect to its successor, and end it when its streams have not ended
+        within `drain_s` seconds. False when nothing is left to do."""
         self.code = code
         now = time.monotonic()
         for edge in self._draining:

@@ -77,7 +77,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("moejax_draining", "1 while the server ends and accepts no new requests.", lambda s: s.draining),
     (
         "moejax_upgrading",
-        "1 while processes are replaced by such that run other code.",
+        "1 while an upgrade replaces processes, or is rolled back.",
         lambda s: s.upgrade in ("running", "rolling_back"),
     ),
     ("moejax_paused", "1 while an operator has paused the server.", lambda s: s.paused),

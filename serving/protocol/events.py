@@ -96,7 +96,7 @@ class EventKind(enum.StrEnum):
     """A rank could not leave."""
 
     UPGRADING = "upgrading"
-    """The processes are being replaced by such that run other code, and which of them."""
+    """An upgrade replaces the processes named by processes that run other code."""
     UPGRADED = "upgraded", Severity.GOOD
     """All processes run the new code."""
     CANARY_FAILED = "canary_failed", Severity.BAD

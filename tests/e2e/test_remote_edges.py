@@ -174,7 +174,10 @@ def test_a_wrong_token_or_another_model_ends_the_edge_with_one_line(
     wrong = files.write_token("wrong", "mjr_wrong")
     (tmp_path / "tokenizer.json").write_text("{}")
     for more, text in (
-        (["--token-file", str(wrong)], "error: the front lets this edge not in: this is no join token of this server."),
+        (
+            ["--token-file", str(wrong)],
+            "error: the front does not let this edge in: this is no join token of this server.",
+        ),
         (["--model", str(tmp_path)], f"error: {tmp_path} holds another tokenizer"),
     ):
         done = subprocess.run(command(files, server, *more), cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -394,7 +394,7 @@ async def test_nothing_is_obeyed_before_a_hello_and_garbage_harms_nobody(
         wrong = messages.encode(messages.Hello(version=1, pid=1, token="mjr_wrong"))
         guessing = await Stranger.connect(listener.port)
         guessing.writer.write(framed(wrong, hello, hello))
-        refused = messages.Refused(text="the front lets this edge not in: this is no join token of this server.")
+        refused = messages.Refused(text="the front does not let this edge in: this is no join token of this server.")
         assert await guessing.reader.read() == framed(messages.encode(refused)), "one guess for each connection"
         assert not front.socket._edges
         monkeypatch.setattr(edge_listener, "HELLO_S", 0.05)
