@@ -58,7 +58,7 @@ class Seen:
 
 def longest_gap(times: Sequence[float], since: float, until: float) -> float | None:
     """The longest time between two pieces of text, in seconds, of the gaps that touch a span; None for a stream that
-    has no piece before it or none after its begin."""
+    has no piece before it or none after its beginning."""
     gaps = [b - a for a, b in itertools.pairwise(times) if b > since and a < until]
     return max(gaps, default=None) if times and times[0] < since < times[-1] else None
 

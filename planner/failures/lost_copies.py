@@ -45,7 +45,7 @@ class LostCopies:
         self._left, self._right = codes // self.units, codes % self.units
 
     def most(self) -> int:
-        """No set of `count` units takes the last copy of more pairs."""
+        """The most pairs whose last copy a set of `count` units can take: exact for one unit or two, else a bound."""
         if self.count > self.units:
             return 0
         if self.count == 2:

@@ -34,7 +34,7 @@ class Background:
         self.tasks.append(asyncio.create_task(work))
 
     def start(self, *, keeps_log: bool) -> None:
-        """Begin all that the settings ask for; the maintenance of the journal with `keeps_log` alone."""
+        """Begin the tasks that the settings ask for; the maintenance of the journal only with `keeps_log`."""
         engine, failover, settings = self._engine, self._engine.failover, self._engine.settings
         if engine.request_log.enabled and keeps_log:
             self.begin(maintain_journal(engine.request_log, self._on_journal_change, settings.journal_sync_s))

@@ -63,8 +63,8 @@ class CallHistory:
             self.forget_call(call_id)
 
     def add_item(self, request_id: str, item: StreamItem, at: float | None = None) -> bool:
-        """Add an item, of the time `at` of the clock, now without one. False when it is known already, or its request
-        is not."""
+        """Add an item that was recorded at the time `at` of the clock (default: now). Returns False when the item is
+        known already, or its request is not."""
         items = self.items.get(request_id)
         if items is None or has_ended(items):
             return False
@@ -83,7 +83,8 @@ class CallHistory:
         return all(has_ended(self.items[request.id]) for request in self.calls[call_id].requests)
 
     def replay(self, records: Iterable[bytes]) -> None:
-        """Add what records say. A call that this code cannot read is left out, with a warning in the log."""
+        """Add the calls and items of records. A call that this code cannot read is left out, with a warning in the
+        log."""
         for each in records:
             try:
                 record = decode(each, self.clock_offset_s)
@@ -104,14 +105,15 @@ class CallHistory:
                 self.add_item(request_id, item, at)
 
     def go_on(self) -> None:
-        """Count the time in which no front ran for nothing: the call that ended last has ended now."""
+        """Leave out the time in which no front ran: all ends are moved forward until the last of them is now, so that
+        clients can resume ended calls for as long as if the front had not died."""
         missed = self.clock() - max(self.ended_at.values(), default=self.clock())
         self.ended_at = {call: at + missed for call, at in self.ended_at.items()}
 
 
 class JournalFollower:
-    """The history in a folder's journal, kept up to date while another process writes it: a standby front has it at
-    hand when it takes over. Ended calls are dropped after `retention_s` seconds."""
+    """Reads the history in a folder's journal while another process, the front that serves, writes it: the standby
+    front then knows it when it takes over. Ended calls are dropped after `retention_s` seconds."""
 
     def __init__(self, folder: Path, retention_s: float) -> None:
         self.folder = folder
@@ -121,14 +123,15 @@ class JournalFollower:
         self._retention_s = retention_s
 
     def read(self) -> bool:
-        """Read a piece of what is new. Whether there may be more. Raises OSError."""
+        """Read the next READ_BYTES of the journal. Returns whether it may have more. Raises OSError."""
         records = self.reader.read(READ_BYTES)
         history = self.extended(records)
         history.forget_ended_before(history.clock() - self._retention_s)
         return bool(records)
 
     def extended(self, records: Iterable[bytes]) -> CallHistory:
-        """The history with the records that the reader has just read."""
+        """The history after `records`, which `reader` has just read. It begins empty when the reader has started again
+        at the beginning of the file."""
         if self.reader.begins != self._begins:
             self._history, self._begins = CallHistory(), self.reader.begins
         self._history.replay(records)

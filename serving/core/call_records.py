@@ -47,8 +47,8 @@ def encode_call(call: Call, clock_offset_s: float) -> bytes:
 
 
 def encode_items(items: Iterable[tuple[str, StreamItem]], at: float | None = None) -> bytes:
-    """The record of items, each with the id of its request. `at` is the time of the ends among them, in seconds of the
-    wall clock."""
+    """The record of items, each with the id of its request. `at` is when items that end an answer were recorded, in
+    seconds of the wall clock."""
     record: dict[str, Any] = {"told": [[request_id, *_item_json(item)] for request_id, item in items]}
     return _encode(record if at is None else record | {"at": at})
 
@@ -64,13 +64,13 @@ def encode_forgotten(call_id: str) -> bytes:
 
 
 def encode_compacted(size: int) -> bytes:
-    """The record that what stands before it, of so many bytes, was all that was known: what a compaction wrote."""
+    """The record at the end of what a compaction wrote: the `size` bytes before it hold all calls known then."""
     return _encode({"compacted": size})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """A record of the journal, which has one or two of these."""
+    """A decoded record of the journal. Only the fields that it has are set: one, or two."""
 
     call: Call | None = None
     items: Sequence[tuple[str, StreamItem]] = ()

@@ -179,7 +179,7 @@ class EngineShell:
         self.apply_plan(())
 
     def pages_used(self) -> dict[int, int]:
-        """By rank, the number of pages from the first that hold every page in use or kept for prefix caching."""
+        """By rank, the number of leading pages of its cache that include all pages in use or kept as prefixes."""
         return {rank: pool.extent for rank, pool in self.state.pools.items()}
 
     def apply_plan(self, fresh: Iterable[int], recoverable: Mapping[str, RecoverableKV] | None = None) -> None:

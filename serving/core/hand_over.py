@@ -73,7 +73,8 @@ class HandOver:
         self._share_counters()
 
     def count_arrivals(self) -> None:
-        """Have the next request of either pool come after all requests of both."""
+        """Give both pools the same count of arrivals, the higher one, so that the next request of either pool comes
+        after all requests of both."""
         arrivals = max(each.state.arrivals for each in (self._prefill, self._decode))
         for each in (self._prefill, self._decode):
             each.state = dataclasses.replace(each.state, arrivals=arrivals)

@@ -46,7 +46,8 @@ def read_records(data: bytes, *, begin: bool = True) -> tuple[list[bytes], int]:
 class JournalReader:
     """Reads the records of a folder's journal, also while another process appends to it.
 
-    When the file was replaced, or has become shorter, its records are read from its begin: they have all that is known.
+    When the file was replaced, or has become shorter, it is read again from its beginning: a new file repeats all calls
+    that are still known.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,11 +58,12 @@ class JournalReader:
         self.size = 0
         """Bytes in the file when it was read last."""
         self.begins = 0
-        """How often it has begun at the file's begin; a change means that records read before count no more."""
+        """How often the reader has started at the beginning of the file. After a change, records read before no longer
+        count."""
 
     def read(self, limit: int | None = None) -> list[bytes]:
-        """The intact records that have not been read yet: among the next `limit` bytes, or all if those hold none.
-        Raises OSError."""
+        """The intact records that have not been read yet. With `limit`, those in the next so many bytes; all of them
+        where these bytes hold no whole record. Raises OSError."""
         if not self._open():
             return []
         size = self.size - self.offset
@@ -71,7 +73,7 @@ class JournalReader:
         return records
 
     def close(self) -> None:
-        """Close the file; the next `read` begins at its begin."""
+        """Close the file; the next `read` starts at its beginning."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -118,9 +120,9 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, reader: JournalReader | None = None) -> tuple[Self, list[bytes]]:
-        """Open the journal of a folder; returns it and its records, without what `reader` has read already since
-        its last begin. Only the owner can read folder and file. Raises StartError when they cannot be opened, or when
-        another server has them open."""
+        """Open the journal of a folder; returns it and its records, without those that `reader` has read since it last
+        started at the beginning. Only the owner can read folder and file. Raises StartError when they cannot be opened,
+        or when another server has them open."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)

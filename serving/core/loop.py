@@ -196,7 +196,7 @@ class Loop:
         self.events.emit(EventKind.EDGE_STARTED, self.failover.epoch, message=f"{edge}")
 
     def edge_lost(self, edge: EdgeStatus, announced: bool) -> None:
-        """An edge has gone, and has left its open calls; `announced`: on request, as it said before."""
+        """An edge has gone, and has left its open calls behind; `announced`: it had said that it ends, on request."""
         replaced = not edge.host and self.upgrades is not None and self.upgrades.active
         kind = EventKind.EDGE_LOST
         if not edge.calls and (replaced or announced):

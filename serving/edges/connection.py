@@ -61,8 +61,8 @@ class Connection(asyncio.Protocol):
         self._unsent += (len(frame).to_bytes(_LENGTH_BYTES, "big"), frame)
 
     def grant_unsent(self) -> None:
-        """Let the messages of this turn of the event loop wait beside MAX_BUFFERED_BYTES: they are all that an edge
-        attaches with, and a connection that ends over it would be made again, and end again."""
+        """Do not count the messages of this turn of the event loop against MAX_BUFFERED_BYTES: with them an edge
+        attaches all of its calls. If these ended the connection, so would those of the next connection."""
         self._granted += sum(map(len, self._unsent))
 
     def close(self) -> None:

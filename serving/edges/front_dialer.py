@@ -45,7 +45,7 @@ class FrontDialer(Protocol):
         ...
 
     def since(self) -> float:
-        """The time less which deadlines are sent (`messages.call_record`)."""
+        """The time that is subtracted from deadlines before they are sent (`messages.call_record`)."""
         ...
 
 

@@ -58,7 +58,7 @@ class Edge:
 
     @property
     def since(self) -> float:
-        """The time less which deadlines are sent to it and come from it (`messages.call_record`)."""
+        """The time that is subtracted from deadlines which are sent to it or come from it (`messages.call_record`)."""
         return clock.now() if self.host else 0.0
 
     @property

@@ -231,8 +231,8 @@ decode_from_front: Callable[[bytes], FromFront] = msgspec.msgpack.Decoder(FromFr
 
 
 def call_record(call: Call, since: float = 0.0) -> bytes:
-    """The record of a call. Deadlines are sent less `since`: 0 on one machine, whose monotonic clock edges and front
-    share; between hosts the time at which the record is sent, so that the seconds that are left travel."""
+    """The record of a call. `since` is subtracted from its deadlines: 0 on one machine, where edges and front share the
+    monotonic clock; between hosts the time at which the record is sent, so that seconds left are sent."""
     return encode_call(call, -since)
 
 

@@ -80,7 +80,8 @@ class RemoteBackend:
         self._send(messages.Serving())
 
     def leave(self) -> None:
-        """This edge is to end: no more clients can connect. A front on another host learns it, and the next ones."""
+        """This edge is to end: no more clients can connect. Where fronts are on another host, the present front and the
+        next ones are sent a message that says so."""
         self._leaving = True
         if self._front.remote:
             self._send(messages.EdgeEnding())

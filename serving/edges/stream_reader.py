@@ -54,7 +54,7 @@ class StreamReader:
     def push(
         self, message: messages.TokenItem | messages.ScoredItem | messages.FinishedItem | messages.EventItem
     ) -> bool:
-        """Take an item, or leave it where it has come before. False when others are missing before it."""
+        """Add an item; one that has come before is dropped. Returns False when items before it are missing."""
         match message:
             case messages.TokenItem():
                 return self._push_token(message.token)
@@ -104,7 +104,7 @@ class StreamReader:
 
 
 def after_position(scored: Scored, known: int) -> Scored | None:
-    """The part of scores that somebody lacks who has those of `known` prompt tokens; None when nothing is left."""
+    """The part of `scored` after the first `known` prompt tokens; None when nothing is left."""
     skip = max(known + 1 - scored.position, 0)
     if skip >= len(scored.logprobs):
         return None

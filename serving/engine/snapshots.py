@@ -21,14 +21,16 @@ SPACING_PAGES = 8
 
 
 class Boundary(NamedTuple):
-    """A page boundary at which a step has a state: its position, and whether only a free place is taken for it."""
+    """A page boundary at which a step has a state: the number of tokens before it, and whether the snapshot is
+    `optional`, that is taken only where a place is free."""
 
     position: int
     optional: bool
 
 
 class SnapshotWrite(NamedTuple):
-    """A state that a step writes to a place for snapshots: that after all tokens before `position`."""
+    """A state that a step writes to a place for snapshots: the state after all tokens before `position`. `optional` is
+    that of its Boundary."""
 
     position: int
     place: int
@@ -43,11 +45,12 @@ class Snapshots:
     places: Mapping[bytes, int] = dataclasses.field(default_factory=dict)
 
     def last_of(self, keys: Iterable[bytes]) -> int:
-        """The number of leading pages, of those with these keys, up to the last one with a snapshot."""
+        """The number of leading pages that a request with these page keys can skip: those up to the last page behind
+        which there is a snapshot."""
         return max((at for at, key in enumerate(keys, 1) if key in self.places), default=0)
 
     def used(self, key: bytes) -> "Snapshots":
-        """The snapshot of that key is dropped last."""
+        """The same snapshots, after that of `key` was used: it is dropped last."""
         return Snapshots({**self._others(key), key: self.places[key]})
 
     def add(self, key: bytes, place: int, *, first: bool = False) -> "Snapshots":
@@ -57,7 +60,7 @@ class Snapshots:
         return Snapshots({key: place, **self.places} if first else {**self.places, key: place})
 
     def without(self, keys: Collection[bytes]) -> "Snapshots":
-        """The snapshots but those of these keys."""
+        """The snapshots without those of `keys`."""
         if self.places.keys().isdisjoint(keys):
             return self
         return Snapshots({key: place for key, place in self.places.items() if key not in keys})
