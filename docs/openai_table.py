@@ -36,8 +36,8 @@ With `--strict-fields` an unknown field is refused too, and the error names the 
 
 The bodies are [msgspec](https://jcristharif.com/msgspec/) models (`serving/api/http/bodies/`), from which the check of
 types, these tables and `/openapi.json` are made; ranges are checked in `serving/text/validation.py`, alike for every
-API. Of the two libraries that were measured, it writes an event about seven times as fast as pydantic, and as
-dictionaries with `json` (`python -m benchmarks.bodies`).
+API. msgspec writes an event about seven times as fast as pydantic does, or as `json` writes dictionaries
+(`python -m benchmarks.bodies`).
 
 ## Streams
 A stream is one `data:` line for each event, then `data: [DONE]`. A client that wants to go on after its connection, or
@@ -68,7 +68,7 @@ Other errors have the name of their class as code, such as `InvalidRequest` or `
 ## Names, sites and paths
 `--served-model-name a,b` gives the model other names: clients may use each of them, and responses and metrics have the
 first. `--allowed-origins https://chat.example,https://lab.example` lets the pages of these sites call the API from a
-browser (CORS), `*` those of every site; nothing under `/fault_tolerance/` that changes the server is ever open to them.
+browser (CORS), `*` those of every site; paths under `/fault_tolerance/` are never open to them.
 `--root-path /moejax` is for a proxy that serves this server under a path.
 """
 _SECTIONS: tuple[tuple[str, str, tuple[type[msgspec.Struct], ...]], ...] = (

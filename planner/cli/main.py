@@ -145,7 +145,7 @@ def _certify(subs) -> None:
     p.add_argument("--slo", help="tpot_ms=50,stall_ms=500,moved_stall_ms=3000,capacity=0.9")
     p.add_argument("--load", type=float, default=1.0, help="share of the plan's requests that run (default: 1)")
     p.add_argument("--without", default="", help=f"means of recovery to leave out, of {', '.join(OPTIONAL_MEANS)}")
-    p.add_argument("--without-front", action="store_true", help="leave out the work of the front, as if it were many")
+    p.add_argument("--without-front", action="store_true", help="leave out the work of the front")
     p.add_argument("--store", choices=STORES, help="where lost experts are read from (default: as the cluster says)")
     p.add_argument("--measured", help="JSON of benchmarks.recovery: phases as measured")
     p.add_argument("--key", metavar="FILE", help="key to sign with, or with --check to check with")
@@ -192,7 +192,9 @@ def _show(subs) -> None:
     p = _command(subs, "accuracy", accuracy, "Compare predictions with measured settings of other engines.")
     p.add_argument("data", help="table (CSV) of measured settings, of AIConfigurator's form")
     p.add_argument("--engine", choices=engine_names()[1:], default="cuda-graph", help="constants of a step")
-    p.add_argument("--no-refit", action="store_true", help="leave out the errors of constants fitted without a kind")
+    p.add_argument(
+        "--no-refit", action="store_true", help="do not fit constants again without each model, chip, engine"
+    )
     p.add_argument("--pairs", action="store_true", help="also fit constants without each pair of model and chip")
     p.add_argument(
         "--config",
