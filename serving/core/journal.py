@@ -120,7 +120,7 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, reader: JournalReader | None = None) -> tuple[Self, list[bytes]]:
-        """Open the journal of a folder; returns it and its records, without those that `reader` has read since it last
+        """Open the journal of a folder; returns it and its records, without all that `reader` read since it last
         started at the beginning. Only the owner can read folder and file. Raises StartError when they cannot be opened,
         or when another server has them open."""
         try:
