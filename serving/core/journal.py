@@ -101,8 +101,12 @@ class JournalReader:
 
     def _read(self, size: int) -> list[bytes]:
         """The intact records among the next bytes."""
-        records, end = read_records(os.pread(self._file, size, self.offset), begin=not self.offset)
-        self.offset += end
+        parts, at, end = list[bytes](), self.offset, self.offset + size
+        while at < end and (part := os.pread(self._file, end - at, at)):  # one call reads 2 GiB at most
+            parts.append(part)
+            at += len(part)
+        records, read = read_records(b"".join(parts), begin=not self.offset)
+        self.offset += read
         return records
 
 

@@ -97,6 +97,18 @@ def test_a_file_in_the_journals_place_is_read_from_its_begin(tmp_path: Path) -> 
     assert reader.read() == []
 
 
+def test_a_file_that_one_call_does_not_read_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, _ = Journal.open(tmp_path)
+    journal.append([b"one", b"two", b"three"])
+    journal.close()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 7), at))
+    again, records = Journal.open(tmp_path)
+    assert records == [b"one", b"two", b"three"]
+    assert again.size == (tmp_path / "requests.journal").stat().st_size
+    again.close()
+
+
 def test_a_front_that_takes_over_knows_what_was_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "MIN_COMPACTION_BYTES", 1)
     log = RequestLog.open(tmp_path, retention_s=60.0)
