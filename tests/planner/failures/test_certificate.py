@@ -25,6 +25,7 @@ from planner.inputs.published import read_model
 from planner.inputs.traffic import Traffic
 from planner.plan.deployment import Deployment, FaultTolerance
 from tests.support.strategies import cases
+from tests.support.unions import unions
 
 PATIENT = Traffic(prompt=64, output=64, tpot_ms=1e6, ttft_ms=1e9)
 
@@ -63,8 +64,7 @@ def every_loss(d: Deployment, survive: FaultTolerance) -> set[tuple[int, ...]]:
     found = set()
     for kind, most in (("rank", survive.ranks), ("host", survive.hosts)):
         units = [ids for ids in d.cluster.domains(kind).values() if set(ids) <= set(d.plan.rank_ids)]
-        for count in range(1, min(most, len(units)) + 1):
-            found |= {tuple(sorted(sum(chosen, ()))) for chosen in combinations(units, count)}
+        found |= unions(units, most)
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
@@ -22,6 +21,7 @@ from planner.inputs.traffic import Traffic
 from planner.plan.deployment import Deployment, FaultTolerance
 from planner.plan.pools import PooledDeployment
 from tests.support.strategies import cases
+from tests.support.unions import unions
 
 TRAFFIC = Traffic(prompt=64, output=64, tpot_ms=1e6, ttft_ms=1e9)
 
@@ -66,8 +66,7 @@ def every_loss(losses: PoolLossModel, survive: FaultTolerance) -> set[tuple[int,
             hosts[rank.host] = (*hosts.get(rank.host, ()), rank.id)
     ranks = [(rank,) for ids in hosts.values() for rank in ids]
     for units, most in ((ranks, survive.ranks), (list(hosts.values()), survive.hosts)):
-        for count in range(1, min(most, len(units)) + 1):
-            found |= {tuple(sorted(sum(chosen, ()))) for chosen in combinations(units, count)}
+        found |= unions(units, most)
     return found
 
 
