@@ -104,6 +104,7 @@ class Pools:
             suspected = other.engine
             each.engine.suspects.elsewhere = lambda of=suspected: of.state.suspicion.incidents
             each.engine.drop_elsewhere = suspected.drop
+        decode.engine.restoration.prompts_go_elsewhere = lambda: prefill.failover.plan is not None
         prefill.engine.output_streams.on_abandoned = self._cancel
 
     @property

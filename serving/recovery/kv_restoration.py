@@ -6,7 +6,7 @@ begins again: its recoverable entries stay in the replica until all of them are 
 
 import asyncio
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,9 @@ class KVRestoration:
         self._server = server
         self.replicas = replicas
         self.costs = RestoreCosts.guess(replicas.entry_bytes)
+        self.prompts_go_elsewhere: Callable[[], bool] = lambda: False
+        """Whether another pool computes what this one does not restore: its queue and its steps are in no cost that is
+        measured here, so all that a replica has is restored."""
         self.restored = 0
         self.recomputed = 0
         self.received = 0
@@ -97,6 +100,8 @@ class KVRestoration:
         return found, again
 
     def _should_restore(self, sequence: Sequence, recoverable: RecoverableKV, dead: set[int]) -> bool:
+        if self.prompts_go_elsewhere():
+            return True
         state = self._server.state
         pools = [pool for rank, pool in state.pools.items() if rank not in dead]
         others = any(other.rank not in dead for other in state.running.values())

@@ -161,6 +161,25 @@ async def read(pools: Pools, request_id: str) -> list[Any]:
     return items
 
 
+def test_the_decode_pool_restores_without_a_look_at_costs_while_prompts_go_to_the_other_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving.recovery.rendezvous, "Coordinator", FakeCoordinator)
+
+    async def play() -> list[bool]:
+        async with two_pools(restart=False) as pools:
+            restorations = [each.engine.restoration for each in pools.loops]
+            seen = [each.prompts_go_elsewhere() for each in restorations]
+            plan = pools.prefill.failover.plan
+            for each in plan.ranks if plan else ():
+                cast(Any, pools.prefill.engine.executor).kill(each.id)
+            while pools.prefill.failover.plan is not None:
+                await asyncio.sleep(0)
+            return [*seen, *(each.prompts_go_elsewhere() for each in restorations)]
+
+    assert asyncio.run(play()) == [False, True, False, False]
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_loop_that_ends_by_itself_ends_every_request_once_and_the_server_is_not_ready(
     monkeypatch: pytest.MonkeyPatch, which: int

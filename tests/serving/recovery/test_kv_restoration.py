@@ -77,6 +77,20 @@ def test_where_it_would_be_slower_everything_is_computed_again(monkeypatch):
     assert all(what != "restore_cache" for _, what in m.executor.log)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_pool_whose_prompts_go_elsewhere_restores_whatever_its_own_steps_seem_to_cost(elsewhere, monkeypatch):
+    """It measures no prompts: to it, computing one seems to cost nothing."""
+    monkeypatch.setattr(KVRestoration, "record_step", lambda *_: None)
+    costs = RestoreCosts(step=LinearFit.guess(0.0, 0.0, 64), piece=LinearFit.guess(1.0, 0.0, 256))
+
+    def spoil(m: Machine) -> None:
+        m.loop.engine.restoration.costs = costs
+        m.loop.engine.restoration.prompts_go_elsewhere = lambda: elsewhere
+
+    m, _ = asyncio.run(lose_one(spoil))
+    assert (m.loop.status().tokens_restored > 0) == elsewhere
+
+
 @pytest.mark.parametrize(
     ("piece_s", "step_s", "victims", "before"),
     [(1e-3, 0.1, (1,), False), (1e-3, 0.1, (1, 2), True), (0.02, 0.01, (1, 2), False), (1.0, 10.0, (1, 2), False)],
