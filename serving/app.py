@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Self
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.api.surfaces import Ports, open_surfaces, raise_file_limit
 from serving.auth.limits import CallLimits
 from serving.auth.tls import ServerTls

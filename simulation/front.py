@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.config import Settings
 from serving.core.engine_shell import EngineShell
 from serving.core.journal import Journal

@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.config import Settings
 from serving.protocol.prepared_model import PreparedModel
 from simulation.hand_model import PREPARED, VOCAB

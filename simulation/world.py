@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.core.start import pool_ranks
 from serving.engine.limits import Limits
 from serving.executor.incarnation import Loss

@@ -27,7 +27,7 @@ from planner.inputs.traffic import read_pairs, read_traffic
 from planner.inputs.workload import Workload
 from planner.plan.deployment import read_deployment, read_fault_tolerance
 from planner.plan.expert_loads import read_loads, zipf_loads
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from planner.solver.shapes import ARCHITECTURES
 
 AUTO = "auto"

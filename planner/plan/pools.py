@@ -10,9 +10,7 @@ from pathlib import Path
 from planner.errors import InputError
 from planner.plan.deployment import PLANNED_ONLY, Deployment
 from planner.plan.plan import Figure
-
-POOLS = "pd"
-"""The architecture of a plan of pools, beside those of one mesh."""
+from planner.plan.shape import POOLS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+POOLS = "pd"
+"""The architecture of a plan of pools (`planner.plan.pools`), beside those of one mesh."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from serving.api.client import Client, GenerateOptions
-from serving.cli.options import INTERRUPTED, client_options, example, sampling_options
-from serving.cli.tables import printable
+from serving.cli.client_options import client_options
+from serving.cli.options import INTERRUPTED, example, sampling_options
+from serving.cli.printable import printable
 from serving.cli.turns import Turns, WrappedText
 from serving.core.prompts import Prompt
 from serving.text.tokenizer import Message

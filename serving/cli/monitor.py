@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import click
 
 from serving.api.client import Client
-from serving.cli.options import INTERRUPTED, client_options, example
+from serving.cli.client_options import client_options
+from serving.cli.options import INTERRUPTED, example
 from serving.cli.tables import console, event_line, loss_forecast_view, status_view
 from serving.errors import DeadlineExceeded, NoCapacity
 from serving.protocol.events import Event

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from serving.api.client import Client
+from serving.cli.client_options import client_options
 from serving.cli.monitor import past_events
-from serving.cli.options import client_options, example
+from serving.cli.options import example
 from serving.cli.tensor_file import read_tensors
 from serving.protocol.backend import FAULTS
 from serving.protocol.events import EventKind

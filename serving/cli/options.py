@@ -1,4 +1,4 @@
-"""Options that several commands share: the settings of a server, the connection to one, and sampling."""
+"""Options that several commands share: the settings of a server, and sampling."""
 
 import dataclasses
 import functools
@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from serving.api.client import DEFAULT_ADDRESS, Client
-from serving.auth.tls import ClientTls
 from serving.config import ALIAS_VALUES, ALIASES, GROUPS, RENAMED, RENAMED_VALUES, Settings
 
 Command = Callable[..., Any]
@@ -121,45 +119,6 @@ class _SettingChoice(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The word as it was given."""
         return value if value in self._hidden else super().convert(value, param, ctx)
-
-
-def client_options(function: Command) -> Command:
-    """Options for the connection to a running server. The command gets a `client`."""
-
-    @functools.wraps(function)
-    def call(
-        server: str,
-        api_key: str | None,
-        ca: Path | None,
-        client_cert: Path | None,
-        client_key: Path | None,
-        **given: Any,
-    ) -> Any:
-        secure = ca is not None or client_cert is not None or client_key is not None
-        tls = ClientTls(ca=ca, cert=client_cert, key=client_key) if secure else None
-        with Client(server, api_key=api_key, tls=tls) as client:
-            return function(client=client, **given)
-
-    pem = click.Path(exists=True, dir_okay=False, path_type=Path)
-    wrapped: Command = call
-    for option in (
-        click.option("--client-key", type=pem, envvar="MOEJAX_CLIENT_KEY", help="Private key of --client-cert (PEM)."),
-        click.option(
-            "--client-cert", type=pem, envvar="MOEJAX_CLIENT_CERT", help="Certificate that this client presents (PEM)."
-        ),
-        click.option("--ca", type=pem, envvar="MOEJAX_CA", help="Use TLS and trust this certificate authority (PEM)."),
-        click.option("--api-key", envvar="MOEJAX_API_KEY", metavar="KEY", help="API key, if the server requires one."),
-        click.option(
-            "--server",
-            default=DEFAULT_ADDRESS,
-            show_default=True,
-            envvar="MOEJAX_SERVER",
-            metavar="HOST:PORT",
-            help="gRPC address of a running server.",
-        ),
-    ):
-        wrapped = option(wrapped)
-    return wrapped
 
 
 def sampling_options(function: Command) -> Command:

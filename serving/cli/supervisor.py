@@ -28,7 +28,7 @@ from serving.launch.standby import Standby
 from serving.launch.supervised import RankParent
 from serving.launch.upgrade import Upgrade
 from serving.observability import logs
-from serving.observability.metrics import FOLDER as METRICS_FOLDER
+from serving.observability.metrics_folder import FOLDER as METRICS_FOLDER
 
 STEADY_S = 5.0
 """A front that serves for less counts as short-lived."""

@@ -236,8 +236,3 @@ def event_line(event: Event) -> Text:
     if event.phases:
         line.append("  " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in event.phases.items()), "dim")
     return line
-
-
-def printable(text: str) -> str:
-    """The text with control characters replaced, except new line and tab, so that it cannot control the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 0x9F else "\ufffd" for c in text)

@@ -6,7 +6,7 @@ import shutil
 
 import click
 
-from serving.cli.tables import printable
+from serving.cli.printable import printable
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  input() can then edit its line, and has those before it

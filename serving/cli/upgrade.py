@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from serving.api.client import Client
-from serving.cli.options import client_options, example
-from serving.cli.tables import printable
+from serving.cli.client_options import client_options
+from serving.cli.options import example
+from serving.cli.printable import printable
 from serving.errors import DeadlineExceeded, InvalidRequest, Unreachable
 from serving.protocol.status import Status
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, Self
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from planner.solver.roles import SWITCHES
 from planner.solver.shapes import ARCHITECTURES
 from serving.config.field import SettingsGroup, setting

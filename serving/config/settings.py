@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.config.cache import CacheSettings
 from serving.config.detection import DetectionSettings
 from serving.config.durability import DurabilitySettings

@@ -14,6 +14,7 @@ from prometheus_client import multiprocess
 
 from serving.auth.api_keys import CALLER
 from serving.observability.logs import REQUESTS
+from serving.observability.metrics_folder import FOLDER
 from serving.observability.status_metrics import StatusCollector
 from serving.observability.tracing import TRACEPARENT, Tracer
 from serving.protocol.backend import Backend
@@ -35,11 +36,6 @@ _REQUEST = (
 )  # fmt: skip
 _TOKENS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5)
 _PHASE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable by which `prometheus_client` adds up the metrics of several processes, also of ended ones, in
-the files of a folder. It must be set before that package is imported."""
 
 
 class Metrics:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from planner.plan.pools import POOLS
+from planner.plan.shape import POOLS
 from serving.config import Settings
 from serving.engine.batch import Batch
 from serving.engine.kv_restore import replicated_entries, written_since

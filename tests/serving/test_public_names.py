@@ -42,13 +42,24 @@ def test_packages_of_public_names_are_there_without_an_import_of_their_own():
     assert subprocess.check_output([sys.executable, "-c", used], text=True).split() == ["QueueFull", "Settings"]
 
 
+def modules_of(statements: str) -> set[str]:
+    """The modules that an interpreter has imported after some statements."""
+    command = [sys.executable, "-c", f"import sys; {statements}; print(*sys.modules, file=sys.stderr)"]
+    return {*subprocess.run(command, check=True, capture_output=True, text=True).stderr.split()}
+
+
 def test_the_process_of_a_rank_imports_no_client_and_no_surface():
-    imported = "import sys, serving.worker.main; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", imported], check=True, capture_output=True, text=True
-    ).stdout.split()
+    modules = modules_of("import serving.worker.main")
     assert "serving.worker.rank" in modules
-    assert not {"serving.app", "serving.server", "serving.api", "serving.core", "starlette", "tokenizers"} & {*modules}
+    assert not {"serving.app", "serving.server", "serving.api", "serving.core", "starlette", "tokenizers"} & modules
+
+
+def test_the_supervisor_imports_nothing_that_only_the_processes_which_it_starts_need():
+    serve = "from serving.cli.main import main; main(['serve', '--show-settings'], standalone_mode=False)"
+    modules = modules_of(serve)
+    assert "serving.cli.supervisor" in modules
+    unneeded = {"serving.app", "serving.api", "serving.core", "serving.observability.metrics", "numpy", "rich"}
+    assert not unneeded & modules
 
 
 def test_every_error_of_the_server_can_be_caught_by_name():

@@ -15,7 +15,8 @@ from planner.plan.deployment import read_deployment
 from serving.auth.api_keys import ApiKeyFile
 from serving.auth.limits import CallLimits
 from serving.cli import main, serve
-from serving.cli.tables import event_line, printable
+from serving.cli.printable import printable
+from serving.cli.tables import event_line
 from serving.config import Settings
 from serving.protocol.events import Event
 from serving.protocol.sampling import SamplingDefaults
