@@ -10,8 +10,8 @@ ranks compute prompts, and losses hit both pools, so that one is sometimes lost 
 With --rebalance experts are moved again and again, and ranks die in the middle of that.
 
 Printed every ten kills, and at the end: `lost` requests that ended in an error, `changed` ones with other tokens than
-recorded, and `compiles` of ranks after they were ready. All must be 0; else it exits with 1, as where ranks are not
-back within five minutes. A run that is stopped with SIGINT or SIGTERM reports what it has so far.
+recorded, `compiles` of ranks after they were ready, and which `errors` there were. All must be 0; else it exits with 1,
+as where ranks are not back within five minutes. A run that is stopped with SIGINT or SIGTERM reports what it has so far.
 """
 
 import argparse
@@ -132,6 +132,8 @@ class Kills:
             "changed": self.known.changed(so_far),
             "compiles": self.killer.compiles,
         }
+        errors = collections.Counter(each.error for each in traces if each.error is not None)
+        figures |= {"errors": dict(errors)} if errors else {}
         return figures | ({"moves": dict(self.moves)} if self.moves else {})
 
     async def _keep_moving(self) -> None:

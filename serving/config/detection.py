@@ -32,8 +32,8 @@ class DetectionSettings(SettingsGroup):
     )
     starved_factor: float = setting(
         2.0,
-        "Most times the limits above for a rank whose process is ready to run and waits for a processor; 1 gives "
-        "it no longer than others.",
+        "Most times the limits above for a rank whose process is ready to run and waits for a processor, and as "
+        "much again where the front itself stood still; 1 gives it no longer than others.",
         at_least=1.0,
     )
     slow_factor: float = setting(

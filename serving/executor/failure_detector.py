@@ -137,7 +137,8 @@ def late_or_dead(
     together are excused: late heartbeats of all mean that the machine stalls, a late step of all that one rank holds up
     the others (see `all_late`). They are excused until all are overdue by `all_late_limit_s`; for ever if they are late
     with commands: what they read is slow then, and not they. A rank whose process
-    waits for a processor is given as much longer, up to `starved_factor` times its limit.
+    waits for a processor is given as much longer, up to `starved_factor` times its limit; and so it is again for the time
+    in which the front itself stood still and could hear nobody.
     """
     seen, moment = list(observations), now - front_lag_s
     found: dict[int, Cause] = {}
@@ -233,7 +234,8 @@ def _stopped(o: Observation, moment: float, settings: FailureDetectorSettings) -
 
 
 def _lateness(took_s: float, limit_s: float, delay: Delay, settings: FailureDetectorSettings) -> Lateness:
-    extended_s = min(limit_s + delay.seconds, settings.starved_factor * limit_s)
+    most_s = (settings.starved_factor - 1) * limit_s
+    extended_s = limit_s + min(delay.process_s, most_s) + min(delay.front_s, most_s)
     return Lateness(took_s, limit_s, extended_s, delay)
 
 

@@ -118,7 +118,7 @@ class PlanCatalog:
         """The plan for these ranks. Raises NoCapacity, which says what is missing."""
         alive = tuple(sorted(alive))
         if not alive:
-            raise NoCapacity("no rank is alive. Requests wait until one is back.")
+            raise NoCapacity("no rank is alive. Accepted requests wait until one is back.")
         if alive == self.base.rank_ids:
             return self.base
         plan = self.in_lattice(alive)
