@@ -137,8 +137,8 @@ def late_or_dead(
     together are excused: late heartbeats of all mean that the machine stalls, a late step of all that one rank holds up
     the others (see `all_late`). They are excused until all are overdue by `all_late_limit_s`; for ever if they are late
     with commands: what they read is slow then, and not they. A rank whose process
-    waits for a processor is given as much longer, up to `starved_factor` times its limit; and so it is again for the time
-    in which the front itself stood still and could hear nobody.
+    waits for a processor is given as much longer, up to `starved_factor` times its limit; and so it is again for the
+    time in which the front itself stood still and could hear nobody.
     """
     seen, moment = list(observations), now - front_lag_s
     found: dict[int, Cause] = {}
