@@ -6,6 +6,7 @@ one that relies on it.
 
 import importlib
 import os
+import platform
 import re
 import socket
 import sys
@@ -21,14 +22,16 @@ HEARTBEAT_TIMEOUT_S = 10**8
 ENTER_S = 1.0
 """Seconds after the end of its coordination service that a rank has to have entered it."""
 _EXCHANGE_FAILURES = re.compile(r"gloo|nccl|the exchange (was aborted|waited too long)", re.IGNORECASE)
+_UNFUSED_FLAGS = ("--xla_cpu_max_isa=AVX", "--xla_backend_optimization_level=1")
+"""Instructions without fused products and sums, which LLVM at this level fuses in one program and not in another
+(docs/decisions/0001), and the level."""
 CPU_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
+    *(_UNFUSED_FLAGS if platform.machine() in ("x86_64", "AMD64") else ()),
 )
-"""A third less processor time for a first start's compiles, and steps as fast: on this repository's programs, whose
-heavy parts are kernels of their own. What the environment's XLA_FLAGS say comes after these, so it prevails. Level 1 of
-`--xla_backend_optimization_level` would save a quarter more, and is not equal in every bit: LLVM then fuses a product
-and a sum in one program and not in another (docs/decisions/0001)."""
+"""Half the processor time for a first start's compiles, and steps as fast: on this repository's programs, whose heavy
+parts are kernels of their own. What the environment's XLA_FLAGS say comes after these, so it prevails."""
 _GPU_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=false",
     "--xla_gpu_nccl_async_execution=true",
@@ -77,13 +80,14 @@ def stand_in(address: str, process_ids: Iterable[int], processes: int) -> list[t
 
 def configure_process(collective_timeout_s: int, address: str = "127.0.0.1") -> None:
     """Settings a rank process needs before JAX makes its backend. Other ranks reach this one at `address`."""
+    cuda = "cuda" in os.environ.get("JAX_PLATFORMS", "")
     flags = [
-        *CPU_FLAGS,
+        *(() if cuda else CPU_FLAGS),
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_cpu_collective_timeout_seconds={collective_timeout_s}",
         "--xla_cpu_multi_thread_eigen=false",
     ]
-    if "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+    if cuda:
         flags += _GPU_FLAGS
         os.environ.setdefault("XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE", "1")
         os.environ.setdefault("XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT", "1")

@@ -62,7 +62,7 @@ def test_roles_make_what_collocated_ranks_make(cfg: ModelConfig, attention: int,
         np.testing.assert_array_equal(total, wanted.expert_load.reshape(attention, -1, count).sum(0))
 
 
-@pytest.mark.parametrize("name", ["gemma4", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma4", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_stages_round_as_whole_steps_do(name: str) -> None:
     """Where norms and layers scale (gemma4), and in a micro-batch with one segment that decodes: that of the last
     draft."""

@@ -20,6 +20,7 @@ from tests.support.reference import drafts
 from tests.support.stepping import Outcome, Stepper, work
 
 NAMES = ("mixtral", "deepseek")
+LONG = (pytest.param("mixtral", marks=pytest.mark.slow), "deepseek")
 """Grouped heads; and latent attention, with groups of experts and a shared one."""
 BUCKET = StepBucket(4, 2)
 
@@ -59,7 +60,7 @@ def generate(model: Stepper, rank: int, prompt: list[int], count: int) -> tuple[
     return tokens, guesses
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LONG)
 def test_guesses_are_those_of_the_published_formula_on_any_number_of_ranks(name: str) -> None:
     prompt = tokens_of(61)
     tokens, guesses = generate(stepper(name, 2), 1, prompt, 5)  # over the end of a page
@@ -83,7 +84,7 @@ def test_guesses_after_rows_of_drafts_are_those_one_by_one(name: str) -> None:
     assert drafted(out, 0, 0) == guesses[4]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LONG)
 def test_no_bit_of_the_model_changes_and_no_entry_is_not_a_number(name: str) -> None:
     plain = Stepper(CONFIGS[name], without_mtp(params(name)), 2, 4, np.arange(8))
     broken = dataclasses.replace(params(name), mtp=jax.tree.map(lambda a: a * np.nan, params(name).mtp))
