@@ -1,4 +1,6 @@
-"""The process of an edge, started as `python -m serving.cli.edge FD`: FD is the descriptor of HTTP's socket.
+"""The process of an edge, forked after its imports or started as `python -m serving.cli.edge FD`.
+
+FD is the descriptor of HTTP's socket.
 
 It serves until its standard input ends. Signals to the whole process group leave it alone, because it is needed until
 the front has drained.

@@ -1,6 +1,6 @@
-"""The process of a supervised front, started as `python -m serving.cli.front`.
+"""The process of a supervised front, forked after its imports or started as `python -m serving.cli.front`.
 
-It makes all imports, waits for a line on its standard input, and serves then. While it waits it follows the journal of
+It waits for a line on its standard input, and serves then. While it waits it follows the journal of
 the front that serves: so that it need not read all of it when it takes over.
 """
 

@@ -10,7 +10,6 @@ import os
 import selectors
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,11 @@ from serving.auth.tls import ServerTls
 from serving.config import Settings
 from serving.errors import StartError
 from serving.launch import upgrade
-from serving.launch.code import Code
-from serving.launch.edge_processes import EdgeProcesses, SharedPorts
+from serving.launch.child import ChildHandle
+from serving.launch.edge_processes import EDGE_PROGRAM, EdgeProcesses, SharedPorts
+from serving.launch.forkserver import Forkserver
 from serving.launch.run_folder import RunFolder
-from serving.launch.standby import Standby
+from serving.launch.standby import FRONT_PROGRAM, Standby
 from serving.launch.supervised import RankParent
 from serving.launch.upgrade import Upgrade
 from serving.observability import logs
@@ -74,8 +74,9 @@ class Supervisor:
 
     def __init__(self, settings: Settings, run: RunFolder, stack: contextlib.ExitStack) -> None:
         self._run = run
-        self._front: subprocess.Popen[bytes] | None = None
-        self._stopping = False
+        self._front: ChildHandle | None = None
+        self._stopped_by = 0
+        """The signal upon which the server ends; 0 while it is to serve."""
         self._edge_code: int | None = None
         """How an edge ended before any front was ready: the server cannot start."""
         self._edges: EdgeProcesses | None = None
@@ -98,10 +99,13 @@ class Supervisor:
             run.metrics.mkdir()
             os.environ[METRICS_FOLDER] = str(run.metrics)
         run.settings.write_text(settings.to_toml())
-        self._standby = Standby(run, Code.own())
+        forkserver = Forkserver(FRONT_PROGRAM, EDGE_PROGRAM)
+        stack.callback(forkserver.end)
+        forkserver.prepare()  # not before: `prometheus_client` reads METRICS_FOLDER when it is imported
+        self._standby = Standby(run, forkserver)
         stack.callback(self._standby.end)
         if settings.edges:
-            self._edges = EdgeProcesses(settings, run, ports, self._selector)
+            self._edges = EdgeProcesses(settings, run, ports, self._selector, forkserver)
             stack.callback(self._edges.end)
             start_s = settings.start_timeout_s
             self._upgrade = Upgrade(run, self._standby, self._edges, self._ranks, start_s=start_s)
@@ -113,6 +117,9 @@ class Supervisor:
         while True:
             if self._upgrade is not None:
                 self._upgrade.on_front_started()
+            self._standby.prepare_now()
+            if self._stopping:  # while no front had it
+                return 128 + self._stopped_by
             began, front = time.monotonic(), self._standby.serve()
             self._front = front
             code = self._wait_for(front)
@@ -138,6 +145,10 @@ class Supervisor:
             if self._stopping:
                 return 128 - code if code < 0 else code
 
+    @property
+    def _stopping(self) -> bool:
+        return self._stopped_by != 0
+
     def _sleep(self, seconds: float) -> None:
         """Wait so long, or until the server is to end."""
         end = time.monotonic() + seconds
@@ -145,11 +156,11 @@ class Supervisor:
             time.sleep(min(rest, _STOP_POLL_S))
 
     def _stop(self, number: int, _frame: Any) -> None:
-        self._stopping = True
+        self._stopped_by = number
         if self._front is not None:
             self._front.send_signal(number)
 
-    def _wait_for(self, front: "subprocess.Popen[bytes]") -> int:
+    def _wait_for(self, front: ChildHandle) -> int:
         """Answer the requests of the front until it ends, start the standby front once it serves, and edges that have
         ended. The front's return code."""
         ended, pause = os.pidfd_open(front.pid), _POLL_S
@@ -157,7 +168,8 @@ class Supervisor:
         try:
             while True:
                 upgrading = self._upgrade is not None and self._upgrade.active and not self._stopping
-                waits = (pause, self._edges and self._edges.pause_s, upgrade.POLL_S if upgrading else None)
+                polls = upgrading or self._standby.pending
+                waits = (pause, self._edges and self._edges.pause_s, upgrade.POLL_S if polls else None)
                 pauses = [each for each in waits if each is not None]
                 ready = self._selector.select(min(pauses, default=None))
                 for key, _ in ready:
@@ -172,6 +184,8 @@ class Supervisor:
                     self._edges.start_due()
                 if upgrading and self._upgrade is not None:
                     self._upgrade.step(front)
+                if self._standby.pending:
+                    self._standby.prepare()
                 if pause is not None and self._run.was_ready(front.pid):
                     self._standby.prepare()
                     pause = None
@@ -179,8 +193,8 @@ class Supervisor:
             self._selector.unregister(ended)
             os.close(ended)
 
-    def _on_edge_ended(self, code: int, front: "subprocess.Popen[bytes]") -> None:
+    def _on_edge_ended(self, code: int, front: ChildHandle) -> None:
         """An edge that ends by itself before any front is ready has logged what is wrong: the server does not start."""
         if code > 0 and not self._run.ports:
             self._edge_code = code
-            front.terminate()
+            front.send_signal(signal.SIGTERM)

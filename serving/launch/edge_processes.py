@@ -10,17 +10,21 @@ import dataclasses
 import logging
 import math
 import os
+import select
 import selectors
 import socket
-import subprocess
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from serving.config import Settings
 from serving.errors import StartError
+from serving.launch.child import ChildHandle
 from serving.launch.code import Code
+from serving.launch.forkserver import IMPORTS_S, Forkserver, Order
 from serving.launch.run_folder import ENV_RUN, RunFolder
 
+EDGE_PROGRAM = "serving.cli.edge"
+"""The module whose `main` is an edge."""
 PAUSES_S = (0.0, 0.2, 1.0, 5.0)
 """Seconds until an edge that died is started again: the first time, and when it dies again and again."""
 STEADY_S = 60.0
@@ -57,10 +61,11 @@ class SharedPorts:
 
 @dataclasses.dataclass
 class EdgeProcess:
-    """An edge that runs the code of a `build`. `deaths` of its place, in a row, came before it. One that drains is
-    ended at `until`, on the monotonic clock."""
+    """An edge that runs the code of a `build`, with the other end of its standard input. `deaths` of its place, in a
+    row, came before it. One that drains is ended at `until`, on the monotonic clock."""
 
-    process: subprocess.Popen[bytes]
+    process: ChildHandle
+    input: BinaryIO
     ended: int
     started_at: float
     deaths: int
@@ -69,15 +74,14 @@ class EdgeProcess:
 
     def send(self, line: str) -> None:
         """Write a line to its standard input."""
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it has just died, which is noticed by its descriptor
-            self.process.stdin.write(f"{line}\n".encode())
-            self.process.stdin.flush()
+            self.input.write(f"{line}\n".encode())
 
 
 class EdgeProcesses:
     """Keeps `settings.edges` edges running, in the thread that made it. `selector` gets a descriptor for each, which is
-    readable once the edge has ended, with this object as its data. Edges that are started run `code`."""
+    readable once the edge has ended, with this object as its data. Edges are forked by a fork server that has
+    EDGE_PROGRAM, and run its code until `replace_next` says otherwise."""
 
     def __init__(
         self,
@@ -85,9 +89,9 @@ class EdgeProcesses:
         run: RunFolder,
         ports: SharedPorts,
         selector: selectors.BaseSelector,
-        code: Code | None = None,
+        forkserver: Forkserver,
     ) -> None:
-        self.code = code or Code.own()
+        self.code = forkserver.code
         self.successor_failed = ""
         """How the successor of an edge ended before clients could connect to it; empty unless one did."""
         self._successor: tuple[int, EdgeProcess] | None = None
@@ -95,10 +99,11 @@ class EdgeProcesses:
         self._run = run
         self._ports = ports
         self._selector = selector
+        self._forkserver = forkserver
         self._edges: dict[int, EdgeProcess] = {}
         self._due: dict[int, tuple[float, int]] = {}
         for place in range(settings.edges):
-            self._start(place, deaths=0)
+            self._edges[place] = self._spawn(deaths=0, wait_s=IMPORTS_S)
 
     @property
     def pause_s(self) -> float | None:
@@ -116,7 +121,7 @@ class EdgeProcesses:
         for place, (at, deaths) in list(self._due.items()):
             if at <= now:
                 del self._due[place]
-                self._start(place, deaths)
+                self._edges[place] = self._spawn(deaths)
 
     def on_ended(self, descriptor: Any, *, was_ready: bool) -> int:
         """An edge has ended. It is started again; `was_ready`: the server has served before. Returns its exit code."""
@@ -142,13 +147,10 @@ class EdgeProcesses:
         if self._successor is not None:
             edges.append(self._successor[1])
         for edge in edges:
-            assert edge.process.stdin is not None
-            with contextlib.suppress(OSError):
-                edge.process.stdin.close()
+            edge.input.close()
         deadline = time.monotonic() + END_S
         for edge in edges:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                edge.process.wait(max(deadline - time.monotonic(), 0.01))
+            select.select([edge.ended], [], [], max(deadline - time.monotonic(), 0.01))
             edge.process.kill()
             self._forget(edge)
 
@@ -203,24 +205,18 @@ class EdgeProcesses:
                 return self._forget(edge)
         return None
 
-    def _start(self, place: int, deaths: int) -> None:
-        self._edges[place] = self._spawn(deaths)
-
-    def _spawn(self, deaths: int) -> EdgeProcess:
-        descriptor = self._ports.http.fileno()
-        process = subprocess.Popen(
-            self.code.command("serving.cli.edge", str(descriptor)),
-            env=self.code.environment() | {ENV_RUN: str(self._run.path)},
-            stdin=subprocess.PIPE,
-            pass_fds=(descriptor,),
-        )
+    def _spawn(self, deaths: int, wait_s: float = 0.0) -> EdgeProcess:
+        variables, passed = {ENV_RUN: str(self._run.path)}, (self._ports.http.fileno(),)
+        order = Order(module=EDGE_PROGRAM, variables=variables, passed=passed)
+        process, writing = self._forkserver.start_with_input(order, code=self.code, wait_s=wait_s)
         ended = os.pidfd_open(process.pid)
         self._selector.register(ended, selectors.EVENT_READ, self)
-        return EdgeProcess(process, ended, time.monotonic(), deaths, self.code.build)
+        return EdgeProcess(process, writing, ended, time.monotonic(), deaths, self.code.build)
 
     def _forget(self, edge: EdgeProcess) -> int:
         self._selector.unregister(edge.ended)
         os.close(edge.ended)
+        edge.input.close()
         code = edge.process.wait()
         self._run.forget(edge.process.pid)
         return code

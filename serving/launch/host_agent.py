@@ -22,7 +22,7 @@ import grpc
 from serving.errors import MoejaxError
 from serving.launch.forkserver import Forkserver
 from serving.launch.rank_channel import ENV_RELAY, RankChannel
-from serving.launch.rank_process import ENV_STAY, RANK_PROGRAM, ChildProcess, LaunchSpec
+from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, rank_forkserver
 from serving.proto.moejax.v1 import link_pb2, link_pb2_grpc
 from serving.protocol.prepared_model import PreparedModel, prepare_model
 from serving.version import build
@@ -266,7 +266,7 @@ async def run_agents(
     channel: RankChannel, offers: Sequence[SlotOffer], log: Callable[[str], None], relay: StreamRelay | None = None
 ) -> None:
     """Run one agent for each slot until cancelled; ranks of all slots attach through `relay`, if there is one."""
-    forkserver = Forkserver(RANK_PROGRAM)
+    forkserver = rank_forkserver()
     forkserver.prepare()
     try:
         with contextlib.suppress(asyncio.CancelledError):

@@ -10,20 +10,20 @@ import dataclasses
 import os
 import secrets
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
-from serving.launch.forkserver import QUIET, Forkserver, Order
+from serving.launch.child import ChildHandle, ProcessHandle
+from serving.launch.forkserver import IMPORTS_S, Forkserver, Order
 from serving.launch.last_words import last_words
 from serving.launch.run_delay import run_delay_s
 
 RANK_PROGRAM = "serving.worker.main"
 """The module whose `main` is a rank."""
-IMPORTS_S = 10.0
-"""Longest wait for the imports in the fork server while no rank runs: ranks that start at once share them."""
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE"}
+"""Environment variables that keep a rank from writing about JAX and gRPC."""
 FENCE_POLL_S = 0.001
 PF_EXITING = 0x4
 """A flag in /proc/PID/stat (linux/sched.h): the process has begun to exit."""
@@ -134,44 +134,14 @@ class LaunchSpec:
         link = {ENV_FRONT: front, ENV_RANK: str(rank), ENV_TOKEN: token, "NPROC": str(threads)}
         return cls(rank=rank, token=token, log=log, variables={**(variables or {}), **link, **QUIET})
 
-    def start(self, forkserver: Forkserver, *, wait_s: float = 0.0) -> "ChildHandle":
-        """Start the process as a child of this one. It is forked where the fork server of RANK_PROGRAM is ready within
-        `wait_s` seconds, else it makes its imports itself."""
-        forked = forkserver.fork(Order(variables=self.variables, log=self.log), wait_s=wait_s)
-        if forked is not None:
-            return forked
-        code = forkserver.code
-        with Path(self.log).open("wb") as out:
-            return subprocess.Popen(
-                code.command(forkserver.module),
-                env={**code.environment(), **self.variables},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+    def start(self, forkserver: Forkserver, *, wait_s: float = 0.0) -> ChildHandle:
+        """Start the process as a child of this one, by the fork server of RANK_PROGRAM; see `Forkserver.start`."""
+        return forkserver.start(Order(variables=self.variables, log=self.log), wait_s=wait_s)
 
 
-class ProcessHandle(Protocol):
-    """A process as its parent can query it; `subprocess.Popen` is one."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def poll(self) -> int | None:
-        """Its exit code, or minus the signal that ended it; None while it runs."""
-        ...
-
-    def wait(self) -> int:
-        """As `poll`, after waiting for its end."""
-        ...
-
-
-class ChildHandle(ProcessHandle, Protocol):
-    """A child of this process."""
-
-    def kill(self) -> None:
-        """Send it SIGKILL, unless it has ended."""
-        ...
+def rank_forkserver() -> Forkserver:
+    """A fork server of RANK_PROGRAM."""
+    return Forkserver(RANK_PROGRAM, variables=QUIET)
 
 
 def describe_exit(code: int | None, output: str) -> str:
@@ -186,7 +156,7 @@ class LocalStarter:
     def __init__(self, folder: Path, threads: int) -> None:
         self._folder = folder
         self._threads = threads
-        self._forkserver = Forkserver(RANK_PROGRAM)
+        self._forkserver = rank_forkserver()
         self._started = False
 
     def start(self, rank: int, front: str, on_exit: OnExit) -> RankProcess:

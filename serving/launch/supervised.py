@@ -16,18 +16,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from serving.launch.child import ChildHandle
 from serving.launch.code import Code, known_fields
-from serving.launch.forkserver import Forkserver
-from serving.launch.rank_process import (
-    ENV_STAY,
-    IMPORTS_S,
-    RANK_PROGRAM,
-    ChildHandle,
-    ChildProcess,
-    LaunchSpec,
-    OnExit,
-    RankProcess,
-)
+from serving.launch.forkserver import IMPORTS_S
+from serving.launch.rank_process import ENV_STAY, ChildProcess, LaunchSpec, OnExit, RankProcess, rank_forkserver
 
 SOCKET = "ranks"
 """Name of the socket in the run folder."""
@@ -46,7 +38,7 @@ class RankParent:
         self._socket.bind(str(folder / SOCKET))
         self._socket.listen()
         self._children: dict[int, tuple[LaunchSpec, ChildHandle]] = {}
-        self._forkserver = Forkserver(RANK_PROGRAM)
+        self._forkserver = rank_forkserver()
 
     def prepare(self) -> None:
         """Make the imports of the ranks that will be asked for."""
@@ -54,8 +46,7 @@ class RankParent:
 
     def use(self, code: Code) -> None:
         """Have ranks run other code from now on."""
-        self._forkserver.end()
-        self._forkserver = Forkserver(RANK_PROGRAM, code)
+        self._forkserver.use(code)
         if self._children:
             self.prepare()
 
@@ -145,7 +136,7 @@ class SupervisedStarter:
 
 
 class SupervisedProcess:
-    """A child of the supervisor; see `serving.launch.rank_process.ProcessHandle`."""
+    """A child of the supervisor; see `serving.launch.child.ProcessHandle`."""
 
     def __init__(self, pid: int, request: Callable[..., Any]) -> None:
         self.pid = pid

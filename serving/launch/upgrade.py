@@ -8,11 +8,11 @@ start, or does not answer as the old one did, is not used; the server goes back 
 import dataclasses
 import logging
 import math
-import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from serving.launch.child import ChildHandle
 from serving.launch.code import Code
 from serving.launch.run_folder import RunFolder
 from serving.launch.standby import Standby
@@ -118,7 +118,7 @@ class Upgrade:
         self._front_build = self._standby.code.build
         self._front_deadline = time.monotonic() + self._start_s
 
-    def on_front_ended(self, front: "subprocess.Popen[bytes]", code: int) -> bool:
+    def on_front_ended(self, front: ChildHandle, code: int) -> bool:
         """A front has ended. Returns whether the upgrade explains it, so that another front follows."""
         was_ready = self._run.has_noted("ready", front.pid)
         self._run.forget(front.pid)
@@ -144,7 +144,7 @@ class Upgrade:
             log.error("a front ended with code %s before it served; another one is tried", code)
         return not was_ready
 
-    def step(self, front: "subprocess.Popen[bytes]") -> None:
+    def step(self, front: ChildHandle) -> None:
         """Do what is to be done next. `front` is the process that serves, or is about to."""
         if time.monotonic() > self._front_deadline:
             self._front_deadline = math.inf
@@ -157,7 +157,7 @@ class Upgrade:
         elif self.record.stage == "edges":
             self._replace_edges()
 
-    def _replace_front(self, front: "subprocess.Popen[bytes]") -> None:
+    def _replace_front(self, front: ChildHandle) -> None:
         record, standby = self.record, self._standby
         if self._front_build == record.code.build:
             if self._run.has_noted("ready", front.pid):

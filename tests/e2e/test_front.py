@@ -164,7 +164,7 @@ def test_fronts_that_die_one_after_the_other_also_before_they_serve_do_not_end_t
 def _fronts_of(server: Supervised) -> set[int]:
     """Process ids of the front and the standby front."""
     found = subprocess.run(
-        ["pgrep", "--parent", str(server.process.pid), "--full", "serving.cli.front"],
+        ["pgrep", "--parent", str(server.process.pid), "--full", "python.* -m serving.cli.front"],
         capture_output=True,
         text=True,
         check=False,

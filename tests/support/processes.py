@@ -15,6 +15,8 @@ from tests.support.streams import pid_of, wait_until
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--model", str(ROOT / "models" / "tiny"), "--buckets", "8,0;8,2", "--grpc-port", "0")
+_START_STACK = 28 - 3
+"""Place of the address of the stack among the fields of /proc/PID/stat from the state on, see proc(5)."""
 SMALL += ("--kv-cache-type", "bfloat16")
 """The tiny model with few compiles, and a cache that is narrow also while fronts, edges and versions change."""
 
@@ -42,6 +44,17 @@ def processes_of(group: int) -> list[str]:
     """Command lines of the processes left in a session."""
     found = subprocess.run(["ps", "-s", str(group), "-o", "args="], capture_output=True, text=True, check=False)
     return found.stdout.splitlines()
+
+
+def command_line(pid: int) -> list[str]:
+    """The arguments of a process as `ps` shows them."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
+
+
+def stack_of(pid: int) -> str:
+    """The address of a process's stack: that of the process which it is forked from. An interpreter that starts gets
+    one of its own."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[_START_STACK]
 
 
 def has_ended(pid: int) -> bool:

@@ -10,8 +10,11 @@ import pytest
 
 from serving.config import Settings
 from serving.errors import StartError
-from serving.launch.edge_processes import EdgeProcesses, SharedPorts
+from serving.launch.edge_processes import EDGE_PROGRAM, EdgeProcesses, SharedPorts
+from serving.launch.forkserver import Forkserver
 from serving.launch.run_folder import RunFolder
+from tests.support.processes import has_ended, stack_of
+from tests.support.streams import wait_until
 
 FREE = Settings(grpc_port=0, http_port=0, edges=2)
 
@@ -48,16 +51,25 @@ def test_a_port_that_is_taken_is_refused_with_its_flag(name: str) -> None:
             SharedPorts(settings)
 
 
+@pytest.mark.parametrize("fork_server_dies", [False, True])
 def test_an_edge_that_dies_is_started_again_and_all_end_when_the_supervisor_does(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, fork_server_dies: bool
 ) -> None:
     run, ports = RunFolder(Path(tmp_path_factory.mktemp("run"))), SharedPorts(FREE)
     run.settings.write_text(ports.in_settings(FREE).to_toml())
     with selectors.DefaultSelector() as selector:
-        edges = EdgeProcesses(FREE, run, ports, selector)
+        forkserver = Forkserver(EDGE_PROGRAM)
+        edges = EdgeProcesses(FREE, run, ports, selector, forkserver)
+        assert forkserver._process is not None
+        server = forkserver._process.pid
+        forked = stack_of(server)
         try:
             pids = {edge.process.pid for edge in edges._edges.values()}
             assert len(pids) == 2
+            assert {stack_of(pid) for pid in pids} == {forked}
+            if fork_server_dies:
+                os.kill(server, signal.SIGKILL)
+                wait_until(lambda: has_ended(server), "the fork server has ended")
             victim = min(pids)
             os.kill(victim, signal.SIGKILL)
             (key,) = (key for key, _ in selector.select(60))
@@ -69,8 +81,10 @@ def test_an_edge_that_dies_is_started_again_and_all_end_when_the_supervisor_does
             now = {edge.process.pid for edge in edges._edges.values()}
             assert len(now) == 2
             assert now & pids == pids - {victim}
+            assert ({stack_of(pid) for pid in now} == {forked}) != fork_server_dies
         finally:
             edges.end()
+            forkserver.end()
         assert not any(Path(f"/proc/{pid}").exists() for pid in now)
         assert not selector.get_map()
     ports.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving.launch.code import Code
+from serving.launch.forkserver import Forkserver
 from serving.launch.run_folder import RunFolder
 from serving.launch.standby import Standby
 from serving.launch.upgrade import Upgrade
@@ -75,7 +76,8 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.run = RunFolder(folder)
-        self.standby, self.edges, self.ranks = HandStandby(self.run, OLD), Edges(), HandStandby(self.run, OLD)
+        unused = Forkserver()
+        self.standby, self.edges, self.ranks = HandStandby(self.run, unused), Edges(), HandStandby(self.run, unused)
         self.upgrade = Upgrade(self.run, self.standby, self.edges, self.ranks, start_s=60.0)
         self.front, self.pids = Front(1), 1
         self.build = OLD.build
