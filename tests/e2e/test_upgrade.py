@@ -19,7 +19,7 @@ from serving.protocol.status import Status
 from serving.protocol.versions import PROTOCOLS
 from serving.version import build
 from tests.support.checkouts import copy_checkout
-from tests.support.processes import ROOT, Supervised, supervised
+from tests.support.processes import ROOT, Supervised, stack_of, supervised
 from tests.support.streams import Traffic, wait_until, wait_until_whole
 
 STREAMS = 5
@@ -102,6 +102,13 @@ def post(server: Supervised, path: str, body: dict[str, Any]) -> Any:
     return urllib.request.urlopen(request, timeout=120)
 
 
+def fork_server_of(server: Supervised) -> int:
+    """The process that fronts and edges are forked from: one, whatever the code was before."""
+    command = ["pgrep", "--parent", str(server.process.pid), "--full", "forkserver serving.cli.front"]
+    (pid,) = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return int(pid)
+
+
 def upgrade(server: Supervised, path: Path) -> "subprocess.CompletedProcess[str]":
     """`moejax upgrade`."""
     command = [sys.executable, "-m", "serving", "upgrade", "--path", str(path), "--server", server.address]
@@ -137,6 +144,8 @@ def test_an_upgrade_and_the_way_back_lose_and_change_no_token(
         assert new.front_pid != before.front_pid
         assert not {edge.pid for edge in new.edges} & {edge.pid for edge in before.edges}
         assert not {rank.pid for rank in new.ranks} & {rank.pid for rank in before.ranks}
+        forked = {stack_of(pid) for pid in (new.front_pid, *(edge.pid for edge in new.edges))}
+        assert forked == {stack_of(fork_server_of(server))}, "they have the imports of the new code, made once"
         assert (new.failed, new.compiles_after_ready) == (0, 0)
 
         with Load(server, traffic):
