@@ -11,7 +11,8 @@ With --rebalance experts are moved again and again, and ranks die in the middle 
 
 Printed every ten kills, and at the end: `lost` requests that ended in an error, `changed` ones with other tokens than
 recorded, `compiles` of ranks after they were ready, and which `errors` there were. All must be 0; else it exits
-with 1, as where ranks are not back within five minutes. A run that is stopped with SIGINT or SIGTERM reports what it has so far.
+with 1, as where ranks are not back within five minutes. A run that is stopped with SIGINT or SIGTERM reports what it
+has so far.
 """
 
 import argparse

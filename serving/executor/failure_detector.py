@@ -138,7 +138,7 @@ def late_or_dead(
     the others (see `all_late`). They are excused until all are overdue by `all_late_limit_s`; for ever if they are late
     with commands: what they read is slow then, and not they. A rank whose process
     waits for a processor is given as much longer, up to `starved_factor` times its limit; and so it is again for the
-    time in which the front itself stood still and could hear nobody.
+    time in which the front itself stood still and could receive nothing.
     """
     seen, moment = list(observations), now - front_lag_s
     found: dict[int, Cause] = {}
