@@ -21,6 +21,8 @@ from planner.inputs.traffic import Traffic
 from planner.inputs.workload import Workload
 from planner.plan.shape import Shape
 from planner.solver.shapes import slots_per_rank
+from serving.executor.rank_monitor import MANY_POLLS, MANY_RANKS, POLL_S
+from serving.launch.rank_listener import HEARTBEAT_S
 
 SIZES = (4, 8, 32, 128, 320, 1000, 3200, 10000)
 BIG, LOCAL = "deepseek-v3", "tiny"
@@ -99,6 +101,10 @@ def front_of(measured: dict[str, list[dict[str, float]]], idle: dict[str, float]
         adopt=CostCurve(fixed=adopt[0], each=adopt[1], pair=adopt[2]),
         beat=idle["beat_ms"] / 1e3,
         look=idle["look_ms"] / 1e3,
+        beat_s=HEARTBEAT_S,
+        look_s=POLL_S,
+        look_many_s=MANY_POLLS * POLL_S,
+        many_ranks=MANY_RANKS,
     )
 
 
@@ -124,7 +130,9 @@ def described(front: FrontCost) -> str:
         f"  adopt    {d.fixed * 1e3:.2f} + {d.each * 1e3:.3f} n + {d.pair * 1e6:.2f} n^2 / 1000\n"
         f"  a heartbeat {front.beat * 1e3:.3f}, every {front.beat_s * 1e3:.0f} ms; "
         f"a look at a rank {front.look * 1e3:.4f}, every {front.look_s * 1e3:.0f} ms: "
-        f"{front.watch_share(1):.3%} of a core for each rank"
+        f"{front.watch_share(1):.3%} of a core for each rank\n"
+        f"  above {front.many_ranks} ranks a look every {front.look_many_s * 1e3:.0f} ms: "
+        f"{front.watch_share(front.many_ranks + 1) / (front.many_ranks + 1):.3%} of a core for each rank"
     )
 
 

@@ -41,7 +41,8 @@ class FrontCost:
     """Seconds of the front's core: for a step (and `row` for each token of it), for messages to all ranks to abort, to
     prepare a mesh and to adopt a plan, for receiving one heartbeat (`beat`), and for one check of a rank (`look`).
 
-    A rank sends a heartbeat every `beat_s`, and is checked every `look_s`.
+    A rank sends a heartbeat every `beat_s`, and is checked every `look_s`; each of more than `many_ranks` every
+    `look_many_s`. The intervals are those of the front that was measured; without constants it watches nothing.
     """
 
     step: CostCurve = CostCurve()
@@ -51,8 +52,10 @@ class FrontCost:
     adopt: CostCurve = CostCurve()
     beat: float = 0.0
     look: float = 0.0
-    beat_s: float = 0.05
-    look_s: float = 0.01
+    beat_s: float = inf
+    look_s: float = inf
+    look_many_s: float = inf
+    many_ranks: int = 0
 
     @classmethod
     def measured(cls, workload: Workload) -> FrontCost:
@@ -73,7 +76,8 @@ class FrontCost:
 
     def watch_share(self, n: int) -> float:
         """The share of the core that watching `n` ranks takes, without any step."""
-        return n * (self.beat / self.beat_s + self.look / self.look_s)
+        look_s = self.look_s if n <= self.many_ranks else self.look_many_s
+        return n * (self.beat / self.beat_s + self.look / look_s)
 
     def busy(self, n: int, work: float) -> float:
         """Seconds that `work` takes while the core also watches `n` ranks; infinite when watching takes all of it."""

@@ -20,6 +20,9 @@ from planner.inputs.cluster import read_cluster
 from planner.inputs.published import read_model
 from planner.inputs.traffic import Traffic
 from planner.plan.shape import Shape
+from serving.config import Settings
+from serving.executor import rank_monitor
+from serving.executor.rank_monitor import POLL_S
 
 ROOT = Path(__file__).parents[3]
 LARGE = read_model("deepseek-v3")
@@ -55,6 +58,16 @@ def test_the_constants_are_those_of_the_measurements_that_docs_scale_shows():
     assert texts(made) == texts(shipped)
     assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)  # processors sum in other orders
     assert f"measured {made['measured']}" in (ROOT / "docs" / "scale.md").read_text()
+
+
+def test_ranks_are_watched_as_often_as_the_server_looks_at_them():
+    for front in (FrontCost.measured(LARGE), *(from_constants(each.constants) for each in measured_fronts())):
+        few, many = front.many_ranks, front.many_ranks + 1
+        assert (few, front.beat_s) == (rank_monitor.MANY_RANKS, Settings.heartbeat_s)
+        looks = [front.watch_share(n) / n - front.beat / front.beat_s for n in (1, few, many, 10 * many)]
+        often, seldom = (front.look / seconds for seconds in (POLL_S, rank_monitor.MANY_POLLS * POLL_S))
+        assert looks == pytest.approx([often, often, seldom, seldom])
+    assert FrontCost().watch_share(1000) == 0
 
 
 def test_a_model_that_was_measured_has_its_own_constants():
