@@ -2,7 +2,8 @@
 
 PlannerError
 ├── InputError        a file, an option or a value of the caller is wrong   INVALID_ARGUMENT
-│   └── InvalidPlan   a plan contradicts itself                               INVALID_ARGUMENT
+│   ├── InvalidPlan   a plan contradicts itself                               INVALID_ARGUMENT
+│   └── UnknownKey    a name in a file or an option that is none              INVALID_ARGUMENT
 └── NoFeasiblePlan    the input is right, but the ranks alive cannot hold the model  UNAVAILABLE
 
 `status` is the gRPC status code a server answers with when the error reaches it.
@@ -30,18 +31,22 @@ class InvalidPlan(InputError):
     """A plan whose parts contradict each other."""
 
 
+class UnknownKey(InputError):
+    """A name in a file or an option that the planner does not know."""
+
+
 class NoFeasiblePlan(PlannerError):
     """The ranks alive cannot hold the model; the text says what is missing."""
 
     status = "UNAVAILABLE"
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> InputError:
-    """An InputError for `key`, naming the nearest of the `known` keys."""
+def unknown_key(key: str, known: Iterable[str], where: str) -> UnknownKey:
+    """The error for `key`, naming the nearest of the `known` keys."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
-    return InputError(f"unknown key {key!r} in {where}. {hint}")
+    return UnknownKey(f"unknown key {key!r} in {where}. {hint}")
 
 
 def unknown_value(value: str, known: Iterable[str], what: str) -> InputError:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from planner.errors import InputError
+from planner.inputs.file_kinds import FileKind
 from planner.plan.step_layout import TILE
 
 HEDGE = 0.01
@@ -24,6 +25,11 @@ SEARCHED = 3e8
 """Comparisons up to which the search is exhaustive."""
 FORM = 1
 """Version of the counts file."""
+COUNTS = FileKind(
+    no="no counts of steps",
+    way_out="Give a file that a server writes, in the folder steps of its cache (docs/buckets.md).",
+    form=FORM,
+)
 
 BucketSize = tuple[int, int]
 B = TypeVar("B", bound=BucketSize)
@@ -81,26 +87,18 @@ class StepCounts:
     @classmethod
     def from_json(cls, text: str) -> StepCounts:
         """The counts written by `to_json`. Raises InputError for any other text."""
+        values = COUNTS.parse_object(text, "form", "wanted")
         try:
-            values: dict[str, Any] = json.loads(text)
-            if values["form"] != FORM:
-                raise ValueError(f"its form is {values['form']!r}, not {FORM}")
             wanted = {(a, t): StepDemand(*want) for a, t, *want in map(_numbers, values["wanted"])}
             served, chosen = (tuple((a, t) for a, t in map(_numbers, values[name])) for name in ("served", "chosen"))
             return cls(wanted, served, chosen, dict(values["about"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"no counts of steps: {error}") from None
+            raise COUNTS.wrong(error) from None
 
 
 def read_counts(path: str) -> StepCounts:
     """The counts in a file. Raises InputError when it cannot be read or is no file of counts."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return StepCounts.from_json(file.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    except InputError as error:
-        raise InputError(f"{path} holds {error}") from None
+    return COUNTS.read(path, StepCounts.from_json)
 
 
 def rows_of(bucket: BucketSize) -> int:

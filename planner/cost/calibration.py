@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,12 @@ import numpy as np
 from planner.cost.roofline import step_time
 from planner.errors import InputError
 from planner.inputs.cluster import Cluster
+from planner.inputs.file_kinds import FileKind
 from planner.plan.deployment import Deployment
+
+RESULT = FileKind(
+    no="no result of benchmarks.throughput", way_out="Give the file of `python -m benchmarks.throughput --json FILE`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +46,23 @@ class Calibration:
 
 def read_steps(path: str | Path) -> list[tuple[int, float]]:
     """(concurrency, seconds per token) from `python -m benchmarks.throughput --json FILE`."""
+    runs = RESULT.read(path, _steps)
+    if len(runs) < 2 or min(seconds for _, seconds in runs) <= 0:
+        raise InputError(f"{path} has {len(runs)} runs with a positive itl_ms; two at least are needed")
+    return runs
+
+
+def _steps(text: str) -> list[tuple[int, float]]:
+    """The same of the text of such a result."""
+    data, runs = RESULT.parse_object(text, "runs"), []
     try:
-        data = json.loads(Path(path).read_text())
-        runs = []
         for run in data["runs"]:
             if run.get("surface", "grpc") != "grpc":  # the same steps once more, seen through HTTP
                 continue
             itl = run["itl_ms"]
             runs.append((int(run["concurrency"]), float(itl["median"] if isinstance(itl, dict) else itl) / 1e3))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no result of benchmarks.throughput: {type(error).__name__} {error}") from None
-    if len(runs) < 2 or min(seconds for _, seconds in runs) <= 0:
-        raise InputError(f"{path} has {len(runs)} runs with a positive itl_ms; two at least are needed")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RESULT.wrong(error) from None
     return runs
 
 

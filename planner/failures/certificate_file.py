@@ -20,12 +20,14 @@ from planner.errors import InputError
 from planner.failures.certificate import ServiceLevels, Terms, Verdict
 from planner.failures.loss_model import LossModel
 from planner.failures.pool_losses import PoolLossModel
+from planner.inputs.file_kinds import FileKind
 from planner.inputs.traffic import Traffic
 from planner.plan.deployment import Deployment, FaultTolerance
 from planner.plan.pools import PooledDeployment
 
 FORM = 1
 """Version of the file."""
+CERTIFICATE = FileKind(no="no certificate", way_out="Give the file of `moejax plan certify --out FILE`.", form=FORM)
 LEAST_KEY = 16
 """Fewest bytes of a key."""
 
@@ -74,10 +76,10 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """The certificate written by `to_json`. InputError for any other text."""
+        data = CERTIFICATE.parse_object(text, "form", "sha256", "slo", "verdict")
         try:
-            data = json.loads(text)
-            if data["form"] != FORM:
-                raise ValueError(f"its form is {data['form']!r}, not {FORM}")
+            if not isinstance(data["verdict"]["holds"], bool):
+                raise TypeError(f"the verdict holds is {data['verdict']['holds']!r}, it must be true or false")
             return cls(
                 terms=Terms(
                     survive=FaultTolerance(**data["survive"]),
@@ -88,11 +90,11 @@ class Certificate:
                 means=tuple(map(str, data["means"])),
                 one_front=bool(data["one_front"]),
                 hashes={str(name): str(value) for name, value in data["sha256"].items()},
-                verdict=data["verdict"] if isinstance(data["verdict"]["holds"], bool) else {},
+                verdict=data["verdict"],
                 signature=str(data["signature"]),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"no certificate: {type(error).__name__} {error}") from None
+            raise CERTIFICATE.wrong(error) from None
 
 
 def certificate(losses: LossModel | PoolLossModel, terms: Terms, verdict: Verdict, *, one_front: bool) -> Certificate:
@@ -132,12 +134,7 @@ def _pools(deployment: Deployment | PooledDeployment) -> tuple[Deployment, ...]:
 
 def read_certificate(path: str | Path) -> Certificate:
     """The certificate in a file. InputError when it cannot be read or is none."""
-    try:
-        return Certificate.from_json(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read certificate {path}: {error}") from None
-    except InputError as error:
-        raise InputError(f"{path} holds {error}") from None
+    return CERTIFICATE.read(path, Certificate.from_json)
 
 
 def read_key(path: str | Path) -> bytes:

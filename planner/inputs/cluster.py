@@ -206,8 +206,10 @@ def read_cluster(text: str) -> Cluster:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read cluster {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML, as a cluster file is: {error}") from None
 
 
 def cluster_from(data: Mapping[str, Any], where: str) -> Cluster:

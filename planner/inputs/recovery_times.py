@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from statistics import median
 
 from planner.errors import InputError
+from planner.inputs.file_kinds import FileKind
+
+RESULT = FileKind(
+    no="no result of benchmarks.recovery", way_out="Give the file of `python -m benchmarks.recovery --json FILE`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,13 @@ def read_recovery_times(path: str | Path) -> RecoveryTimes:
     The stall of survivors' streams beyond detection and adoption counts as abort, with the messages and the first step
     in it. InputError for any other file.
     """
+    return RESULT.read(path, _recovery_times)
+
+
+def _recovery_times(text: str) -> RecoveryTimes:
+    """The phases in the text of such a result."""
+    data = RESULT.parse_object(text, "summary")
     try:
-        data = json.loads(Path(path).read_text())
         summary = data["summary"]
         kills = data.get("kills") or data.get("runs") or []
         detect = _milliseconds(summary["detect_ms"])
@@ -66,10 +75,8 @@ def read_recovery_times(path: str | Path) -> RecoveryTimes:
             ranks=max(0, int(data.get("ranks", 1)) - 1),
             source="measured",
         )
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no result of benchmarks.recovery: {type(error).__name__} {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RESULT.wrong(error) from None
 
 
 def _milliseconds(value: object) -> float:

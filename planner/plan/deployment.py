@@ -12,6 +12,7 @@ import numpy as np
 
 from planner.errors import InputError, unknown_key
 from planner.inputs.cluster import Cluster, Device, Hardware
+from planner.inputs.file_kinds import FileKind, described
 from planner.inputs.recovery_times import RecoveryTimes
 from planner.inputs.traffic import Traffic, read_pairs
 from planner.inputs.workload import Workload
@@ -55,6 +56,9 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
 PLANNED_ONLY = "planned, not served by this version"
 READ_POOLS = "`degrade`, `certify`, `report` and `export --to json` read it. Solve with another --arch."
 WORKS = ("all", "prompts", "decode")
+PLAN_FILE = FileKind(
+    no="not a plan file", way_out="Give the file of `moejax plan solve --out FILE`, or of `moejax status --plan`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +113,13 @@ class Deployment:
 
         Raises InputError when the text is no plan file, naming the key or the value that is wrong.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"not a plan file: {error}") from None
+        data = PLAN_FILE.parse(text)
         if isinstance(data, dict) and "deployment" in data:
             data = data["deployment"]
         if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
             raise InputError(f"this is a plan of pools for prompts and for decode, not of one mesh; {READ_POOLS}")
         if not isinstance(data, dict) or not {"plan", "workload", "cluster"} <= set(data):
-            raise InputError("not a plan file: it needs plan, workload and cluster, as `solve --out FILE` writes")
+            raise PLAN_FILE.error(f"it is {described(data)}")
         for key in data:
             if key not in cls.__dataclass_fields__:
                 raise unknown_key(key, cls.__dataclass_fields__, "plan file")
@@ -140,10 +141,8 @@ class Deployment:
                 recovery=_build(RecoveryTimes, data["recovery"]) if data.get("recovery") else None,
                 work=data.get("work", "all"),
             )
-        except InputError:
-            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"not a plan file: {type(error).__name__} {error}") from None
+            raise PLAN_FILE.wrong(error) from None
 
 
 def _build(kind: type, table: Mapping[str, Any]) -> Any:
@@ -172,8 +171,4 @@ def shape_of(plan: Plan) -> Shape:
 
 def read_deployment(path: str | Path) -> Deployment:
     """The deployment in a plan file. Raises InputError when the file cannot be read or is none."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise InputError(f"cannot read plan file {path}: {error.strerror}") from None
-    return Deployment.from_json(text)
+    return PLAN_FILE.read(path, Deployment.from_json)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
 from planner.errors import InputError
+from planner.inputs.file_kinds import FileKind, described
 from planner.inputs.workload import Workload
+
+LOADS = FileKind(
+    no="no loads of experts", way_out="Give JSON: a list of rows [moe_layers][experts], alone or as loads in an object."
+)
 
 
 def load_shares(loads: np.ndarray | None, workload: Workload) -> np.ndarray:
@@ -42,13 +46,10 @@ def checked_loads(loads: object, workload: Workload, *, where: str = "") -> np.n
 
 def read_loads(path: str | Path, workload: Workload) -> tuple[tuple[float, ...], ...]:
     """Measured loads from JSON: a list of rows, one per MoE layer, alone or under the key "loads"."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"cannot read loads {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    data = LOADS.read(path, LOADS.parse)
     rows = data.get("loads") if isinstance(data, dict) else data
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: {LOADS.error(f'it is {described(data)}')}")
     return tuple(tuple(map(float, row)) for row in checked_loads(rows, workload, where=f"{path}: "))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planner.errors import InputError
-from planner.plan.deployment import PLANNED_ONLY, Deployment
+from planner.errors import InputError, unknown_key
+from planner.plan.deployment import PLAN_FILE, PLANNED_ONLY, Deployment
 from planner.plan.plan import Figure
 from planner.plan.shape import POOLS
 
@@ -77,15 +77,16 @@ class PooledDeployment:
     @classmethod
     def from_json(cls, text: str) -> PooledDeployment:
         """The plan written by `to_json`. Raises InputError for any other text."""
+        data = PLAN_FILE.parse_object(text, "prefill", "decode")
+        for key in data:
+            if key not in cls.__dataclass_fields__:
+                raise unknown_key(key, cls.__dataclass_fields__, "plan of pools")
         try:
-            data = json.loads(text)
             prefill = tuple(Deployment.from_json(json.dumps(each)) for each in data["prefill"])
             figures = tuple(Figure(**each) for each in data.get("figures", ()))
             return cls(prefill=prefill, decode=Deployment.from_json(json.dumps(data["decode"])), figures=figures)
-        except InputError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"not a plan of pools: {type(error).__name__} {error}") from None
+            raise PLAN_FILE.wrong(error) from None
 
 
 AnyDeployment = Deployment | PooledDeployment
@@ -93,19 +94,18 @@ AnyDeployment = Deployment | PooledDeployment
 
 
 def any_deployment(text: str) -> AnyDeployment:
-    """The deployment written by `to_json`, of pools or not. Raises InputError for any other text."""
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"not a plan file: {error}") from None
+    """The deployment written by `to_json`, of pools or not, alone or as "deployment" in a larger object.
+
+    Raises InputError for any other text.
+    """
+    data = PLAN_FILE.parse(text)
+    if isinstance(data, dict) and isinstance(data.get("deployment"), dict):
+        data = data["deployment"]
     if isinstance(data, dict) and {"prefill", "decode"} <= set(data):
-        return PooledDeployment.from_json(text)
+        return PooledDeployment.from_json(json.dumps(data))
     return Deployment.from_json(text)
 
 
 def read_any_deployment(path: str | Path) -> AnyDeployment:
     """The deployment in a plan file, of pools or not. Raises InputError when the file cannot be read or is none."""
-    try:
-        return any_deployment(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read plan file {path}: {error}") from None
+    return PLAN_FILE.read(path, any_deployment)

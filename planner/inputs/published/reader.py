@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, unknown_key, unknown_value
+from planner.inputs.file_kinds import described
 from planner.inputs.published.config_fields import ConfigFields
 from planner.inputs.published.families import FAMILIES, NOT_READ
 from planner.inputs.published.mistral_format import FILE, config_file, params_values
@@ -41,7 +42,7 @@ def published_model(
     if not any("model_type" in each for each in (values, _decoder_values(values))):
         raise InputError(
             f"{where} has neither model_type, as a config.json has, nor moe_layers, as a JSON of the fields of "
-            "planner.Workload has; it is one of both."
+            f"planner.Workload has; it is {described(dict(values))}."
         )
     if kind not in FAMILIES:
         raise unknown_key(kind, FAMILIES, f"{where} (model_type)")

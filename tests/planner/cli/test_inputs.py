@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from planner.cli.main import main
 from planner.cost.design import design
 from planner.errors import NoFeasiblePlan, PlannerError
+from planner.failures.certificate_file import Certificate
 from planner.inputs.cluster import cluster_from, read_cluster
 from planner.inputs.published import MODELS, read_config_values, read_model, workload_from
 from planner.inputs.traffic import Traffic
@@ -160,3 +161,84 @@ def test_a_plan_serves_the_requests_that_are_asked_for_or_is_none(rps):
     elif rps < most * (1 - 1e-9):
         chosen = design(model, cluster, traffic=traffic).chosen
         assert chosen.tokens_per_second / 50 >= rps * (1 - 1e-9)
+
+
+CERTIFICATE = {"form": 1, "sha256": {}, "slo": {"stall_ms": 1}, "verdict": {"holds": True}}
+FILES = {
+    "an empty file": ("", "it is empty"),
+    "no JSON": ("hello", "it is not JSON"),
+    "a deep list": ("[" * 100_000, "it is not JSON"),
+    "a list": ("[1, 2]", "it is a list of 2 values"),
+    "another object": ('{"a": 1}', "it is an object with the keys a"),
+    "null": ("null", "it is the JSON value null"),
+    "bytes": (b"\xff\xfe\x00", "it is no text"),
+    "a folder": (None, "Is a directory"),
+    "a plan alone": (json.dumps(PLAN["plan"]), "it is a plan alone"),
+    "a config": ('{"model_type": "mixtral"}', "it is a model's config.json"),
+    "a plan": (json.dumps(PLAN), "it is a plan file"),
+    "a certificate": (json.dumps(CERTIFICATE), "it is a certificate"),
+    "a certificate of a newer version": (json.dumps(CERTIFICATE | {"form": 2}), "it is a certificate"),
+}
+"""The content of files (None: a folder), and what an error says of them where another file is wanted."""
+PLANS = {
+    "degrade": ("degrade", "FILE"),
+    "certify": ("certify", "FILE", "--slo", "stall_ms=500"),
+    "simulate": ("simulate", "FILE"),
+    "diff": ("diff", "FILE", "PLAN"),
+    "diff with": ("diff", "PLAN", "FILE"),
+    "rebalance": ("rebalance", "FILE", "PLAN"),
+    "verify": ("verify", "FILE", "--measured", "FILE"),
+    "export": ("export", "FILE", "--to", "k8s"),
+    "report": ("report", "FILE", "--html", "/dev/null"),
+    "explain": ("explain", "FILE", "rank", "0"),
+    "cluster": ("solve", "olmoe-1b-7b", "FILE"),
+}
+OTHERS = {
+    "certificate": ("certify", "PLAN", "--check", "FILE"),
+    "recovery": ("degrade", "PLAN", "--measured", "FILE"),
+    "throughput": ("verify", "PLAN", "--measured", "FILE"),
+    "counts": ("buckets", "FILE"),
+    "loads": ("solve", "olmoe-1b-7b", "h100:1x4", "--loads", "FILE"),
+}
+READS = {"plan": {"a plan"}, "certificate": {"a certificate"}, "loads": {"a plan", "a list"}}
+"""The files of FILES that are what is wanted, by what that is: loads stand in plan files, too."""
+
+
+@pytest.mark.parametrize("command", [*PLANS, *OTHERS])
+def test_a_file_of_another_kind_is_named_as_what_it_is_with_the_way_out(command, plan_file, tmp_path, capsys):
+    good = READS.get(command, READS["plan"] if command in PLANS else set())
+    for name, (content, said) in FILES.items():
+        if name in good:
+            continue
+        file = tmp_path / f"{name.replace(' ', '_')}.json"
+        file.mkdir() if content is None else file.write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+        words = {"FILE": str(file), "PLAN": plan_file}
+        assert main([words.get(word, word) for word in (PLANS | OTHERS)[command]]) == 2
+        shown = capsys.readouterr().err
+        assert len(shown.splitlines()) == 1
+        if command != "cluster" or content is not None:  # a folder is no name of a cluster
+            newer = command == "certificate" and "newer" in name
+            said = "its form is 2, and this version reads form 1; a newer version wrote it" if newer else said
+            assert all(part in shown for part in (str(file), said, "Give "))
+
+
+@pytest.mark.parametrize("where", [(), ("plan",), ("workload",), ("traffic",)])
+def test_a_plan_of_a_newer_version_is_said_to_be_one(where, tmp_path, capsys):
+    data = copy.deepcopy(PLAN)
+    inside = data
+    for key in where:
+        inside = inside[key]
+    inside["colour"] = 1
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert main(["degrade", str(tmp_path / "plan.json")]) == 2
+    shown = capsys.readouterr().err
+    assert "unknown key 'colour'" in shown
+    assert "A newer version may have written it" in shown
+
+
+@given(spoilt(CERTIFICATE | {"requests": 1, "traffic": {}, "means": [], "one_front": True, "survive": {"ranks": 1}}))
+def test_a_spoilt_certificate_is_a_certificate_or_an_error(data):
+    with contextlib.suppress(PlannerError):
+        assert Certificate.from_json(json.dumps(data | {"signature": ""})).holds in (True, False)

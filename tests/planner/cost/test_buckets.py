@@ -158,7 +158,7 @@ def test_anything_else_is_no_counts(text, tmp_path):
         StepCounts.from_json(text)
     file = tmp_path / "counts.json"
     file.write_text(text)
-    with pytest.raises(InputError, match=r"counts\.json holds no counts"):
+    with pytest.raises(InputError, match=r"counts\.json: no counts"):
         read_counts(str(file))
     with pytest.raises(InputError, match="cannot read"):
         read_counts(str(tmp_path / "none.json"))

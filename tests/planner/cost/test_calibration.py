@@ -55,7 +55,7 @@ def test_the_hardware_behind_the_figures_is_found_again(latency, efficiency):
 def test_a_file_that_is_no_throughput_result_is_named(tmp_path):
     file = tmp_path / "x.json"
     for content, message in (
-        ("{}", "no result of benchmarks.throughput: KeyError 'runs'"),
+        ("{}", "no result of benchmarks.throughput: it is an empty object"),
         ('{"runs": [{"concurrency": 1, "itl_ms": {"median": 5}}]}', "has 1 runs"),
         ("nonsense", "no result of"),
     ):
