@@ -1,5 +1,5 @@
-"""The models and chips of measured settings: the shipped configuration that a row's `model_path` names, the preset that
-its `system` names."""
+"""The models, chips and engines of measured settings: the shipped configuration that a row's `model_path` names, the
+preset that its `system` names, and one spelling of each engine."""
 
 from __future__ import annotations
 
@@ -75,6 +75,11 @@ SIZES: Mapping[str, tuple[str, dict[str, int]]] = {
 """Models that no shipped configuration describes: one with matrices of this kind, and the sizes that differ."""
 
 
+ENGINES = {"tensorrtllm": "trtllm", "sgl": "sglang"}
+"""Names of engines, without case, blanks and hyphens, beside the one under which their errors stand."""
+NOT_GIVEN = "not given"
+"""The name of what a row leaves empty."""
+
 KnownModel = tuple[str, PublishedModel]
 """The name of a model in the tables of errors, and its configuration."""
 
@@ -107,6 +112,12 @@ def find_measured(path: str) -> KnownModel | None:
     base, sizes = SIZES.get(name, (name, {}))
     values: dict[str, Any] = {**find_published(base)[1], **sizes}
     return name, published_model(values, name)
+
+
+def engine_name(backend: str) -> str:
+    """The name under which the errors of the engine of a row stand, however its `backend` spells it."""
+    text = re.sub(r"[\s_-]+", "", backend.lower())
+    return ENGINES.get(text, text) or NOT_GIVEN
 
 
 @lru_cache

@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-from planner.cost.measured_models import KnownModel, find_chip, find_measured, read_configs
+from planner.cost.measured_models import (
+    NOT_GIVEN,
+    KnownModel,
+    engine_name,
+    find_chip,
+    find_measured,
+    read_configs,
+)
 from planner.cost.measured_row import SettingRow, check_columns
 from planner.cost.throughput import requests_that_fit
 from planner.errors import InputError
@@ -110,13 +117,13 @@ def _select(
 
 def _measurement(row: SettingRow, given: Mapping[str, KnownModel]) -> Measurement | str:
     """The measurement of a row, or why the planner does not express it."""
-    if (mode := row.text("mode")) != "agg":
+    if (mode := row.text("mode").lower()) != "agg":
         return "prompts and answers on pools of their own" if mode == "disagg" else f"mode {mode}"
     path = row.text("model_path")
     if (model := given.get(path) or find_measured(path)) is None:
-        return f"model {path}"
+        return f"model {path or NOT_GIVEN}"
     if (chip := find_chip(row.text("system"))) is None:
-        return f"chip {row.text('system')}"
+        return f"chip {row.text('system') or NOT_GIVEN}"
     name, published = model
     if (form := _form(published, row)) is None:
         return f"precision {row.text('precision')}"
@@ -153,7 +160,7 @@ def _measurement(row: SettingRow, given: Mapping[str, KnownModel]) -> Measuremen
         name=row.text("id"),
         model=name,
         chip=chip.name,
-        engine=row.text("backend"),
+        engine=engine_name(row.text("backend")),
         workload=workload,
         cluster=cluster,
         shape=shape,
@@ -204,7 +211,7 @@ def _may_speculate(model: str, row: SettingRow) -> bool:
     which B200s gave 0.5 to 0.65 of the time per token of the builds between them."""
     version = row.text("backend_version")
     builds = "rc6.post3" in version or (version == "1.1.0rc2.post2" and row.text("system").startswith("b200"))
-    return model == "deepseek-v3" and row.text("backend") == "trtllm" and builds
+    return model == "deepseek-v3" and engine_name(row.text("backend")) == "trtllm" and builds
 
 
 def _cached(row: SettingRow, concurrency: int) -> float:

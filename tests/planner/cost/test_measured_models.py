@@ -7,7 +7,7 @@ import csv
 import pytest
 
 from planner.cli.main import main
-from planner.cost.measured_models import SAME, SIZES, find_chip, find_measured, measured_name
+from planner.cost.measured_models import SAME, SIZES, engine_name, find_chip, find_measured, measured_name
 from planner.cost.measured_row import NEEDED
 from planner.cost.measurements import read_measurements
 from planner.errors import InputError
@@ -129,3 +129,19 @@ def test_a_configuration_can_be_given_for_a_model_that_is_not_known(tmp_path, ca
     assert "model qwen3-235b-a22b" in capsys.readouterr().out
     assert main(["accuracy", file, "--config", "acme/new"]) == 2
     assert "is not NAME=FILE" in capsys.readouterr().err
+
+
+def test_an_engine_has_one_name_however_it_is_spelled_and_an_empty_one_is_said(tmp_path, capsys):
+    spelled = ["vllm", "VLLM", " vLLM ", "TRTLLM", "TensorRT-LLM", "trt_llm", "SGLang", "", "acme"]
+    rows = [GOOD | {"backend": name, "batch_size": str(at + 1)} for at, name in enumerate(spelled)]
+    rows += [GOOD | {"model_path": ""}, GOOD | {"system": " "}, GOOD | {"mode": "AGG", "batch_size": "99"}]
+    rows = [{"mode": "agg", **row} for row in rows]
+    file = written(tmp_path / "data.csv", *rows)
+    measured, left = read_measurements(file)
+    names = ["vllm"] * 3 + ["trtllm"] * 3 + ["sglang", "not given", "acme", engine_name(GOOD["backend"])]
+    assert [m.engine for m in measured] == names
+    assert left == {"model not given": 1, "chip not given": 1}
+    assert main(["accuracy", file, "--no-refit"]) == 0
+    shown = capsys.readouterr().out
+    assert "engine not given" in shown
+    assert all(line.split()[1:2] for line in shown.splitlines() if line.startswith(("model", "engine", "chip")))
