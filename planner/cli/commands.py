@@ -7,8 +7,9 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 
 from planner.cli import explain as explanations
-from planner.cli.command import CommandResult, pictures, read_losses, read_words, write_text
+from planner.cli.command import CommandResult, pictures, read_losses, read_words, with_store, write_text
 from planner.cli.compile_ahead import aot_figures, compile_ahead
+from planner.cli.diff import transfer_to
 from planner.cli.kubernetes import export as export_plan
 from planner.cli.loss_report import degrade_report, pace_line, preparation_report, simulate_report
 from planner.cli.report import buckets_report, share_of, transfer_report
@@ -27,16 +28,11 @@ from planner.failures.pool_losses import PoolLossModel, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.timeline import timeline
 from planner.inputs.recovery_times import read_recovery_times
-from planner.plan.deployment import READ_POOLS, Deployment, read_deployment
+from planner.plan.deployment import READ_POOLS, read_deployment
 from planner.plan.expert_loads import read_loads
-from planner.plan.plan import Plan
 from planner.plan.pools import PooledDeployment, read_any_deployment
-from planner.plan.transfer import Transfer, transfer
 from planner.solver.lattice import preparations
-from planner.solver.problem import Problem
 from planner.solver.rebalance import rebalance as rebalance_plan
-from planner.solver.shapes import without_memory_limit
-from planner.solver.solve import solve as solve_problem
 
 
 def degrade(options: Namespace) -> CommandResult:
@@ -107,9 +103,13 @@ def _degrade_pools(losses: PoolLossModel, options: Namespace) -> CommandResult:
 
 def simulate(options: Namespace) -> CommandResult:
     """`simulate PLAN`."""
-    deployment = read_deployment(options.plan)
+    found = read_any_deployment(options.plan)
+    if isinstance(found, PooledDeployment):
+        found = found.each(lambda pool: with_store(pool, options.store))
+    else:
+        found = with_store(found, options.store)
     events = timeline(
-        deployment,
+        found,
         days=options.days,
         mtbf_hours=options.mtbf,
         host_mtbf_hours=options.host_mtbf,
@@ -117,38 +117,16 @@ def simulate(options: Namespace) -> CommandResult:
         seed=options.seed,
     )
     accounts = run_policies(
-        deployment,
+        found,
         events,
         days=options.days,
         policies=tuple(options.policies.split(",")) if options.policies else None,
         recovery=read_recovery_times(options.measured) if options.measured else None,
         spares=options.spares,
-        seed=options.seed,
+        without=read_words(options.without, OPTIONAL_MEANS, "--without"),
     )
     data = {"days": options.days, "seed": options.seed, "policies": [a.to_dict() for a in accounts]}
     return CommandResult(data=data, text=simulate_report(accounts, options.days, width=terminal_width()))
-
-
-def diff(options: Namespace) -> CommandResult:
-    """`diff PLAN_A PLAN_B`."""
-    a, b = read_deployment(options.plan_a), read_deployment(options.plan_b)
-    moved = _transfer(b, a.plan, b.plan)
-    return CommandResult(data=moved.to_dict(), text=transfer_report(moved))
-
-
-def _transfer(deployment: Deployment, old: Plan, new: Plan) -> Transfer:
-    """The transfer between two plans of a deployment, compared with a fresh placement on the ranks of `new`."""
-    d = deployment
-    problem = Problem(
-        workload=d.workload,
-        cluster=without_memory_limit(d.cluster),
-        alive=new.rank_ids,
-        slots_per_rank=new.slots_per_rank,
-        roles={r.id: r.role for r in new.ranks},
-        loads=d.load_array(),
-    )
-    naive = solve_problem(problem)
-    return transfer(old, new, expert_bytes=d.workload.expert_bytes, hardware=d.cluster.hardware, naive=naive)
 
 
 def rebalance(options: Namespace) -> CommandResult:
@@ -162,7 +140,7 @@ def rebalance(options: Namespace) -> CommandResult:
     done = rebalance_plan(d.plan, d.load_array(), mode=options.mode, moves_per_layer=options.moves, speed=speed)
     after = replace(deployment, plan=done.plan)
     write_text(options.out, after.to_json())
-    moved = _transfer(after, deployment.plan, done.plan)
+    moved = transfer_to(after, deployment.plan)
     head = (
         f"hottest rank {done.before.max():.3f} -> {done.after.max():.3f} x {share_of(d.cluster)} on the worst layer, "
         f"{done.before.mean():.3f} -> {done.after.mean():.3f} on average"
@@ -226,7 +204,7 @@ def export(options: Namespace) -> CommandResult:
 
 def explain(options: Namespace) -> CommandResult:
     """`explain PLAN WHAT`."""
-    data, text = explanations.explain(read_deployment(options.plan), " ".join(options.what))
+    data, text = explanations.explain(read_any_deployment(options.plan), " ".join(options.what))
     return CommandResult(data=data, text=text)
 
 

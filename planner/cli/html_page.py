@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from math import floor, log10
@@ -25,6 +26,8 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 overflow-x:auto}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}
 .fact b{display:block;font-size:20px;white-space:nowrap}.fact span{color:var(--soft);font-size:13px}
+code{font:13px ui-monospace,Menlo,Consolas,monospace;color:var(--ink);overflow-wrap:anywhere}
+h3{font-size:14px;margin:18px 0 4px}svg+table{margin-top:14px}
 table{border-collapse:collapse;font-size:13.5px}th,td{padding:3px 14px 3px 0;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--line)}
 svg{display:block;max-width:100%;min-width:680px;height:auto}
@@ -50,7 +53,12 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 def section(title: str, text: str, *content: str) -> str:
     """A card with a heading, a sentence and its content."""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(content)}</section>"
+    return f"<section><h2>{escape(title)}</h2><p>{prose(text)}</p>{''.join(content)}</section>"
+
+
+def prose(text: str) -> str:
+    """A text for the page, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
-from itertools import pairwise
 from math import exp, log
 
 from planner.cli.command import CommandResult, write_text
-from planner.cli.html_page import curve, facts, html_table, label, level, page, rect, scale, section, stacked_bars, svg
+from planner.cli.html_months import months
+from planner.cli.html_page import (
+    facts,
+    html_table,
+    label,
+    level,
+    page,
+    prose,
+    rect,
+    scale,
+    section,
+    stacked_bars,
+    svg,
+)
+from planner.cli.html_trade_off import assessed, trade_off
 from planner.cli.report import smallest
-from planner.cost.band import deployment_band, range_text
-from planner.cost.mixed import assess_kinds
-from planner.cost.throughput import Candidate
-from planner.cost.trade_off import decode_speed, pareto
+from planner.cost.band import deployment_band
 from planner.failures.loss_bands import LossBands, Ranges, range_cells
 from planner.failures.loss_forecast import forecast_losses, summarise
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.pool_losses import POOL_KINDS, PoolLossModel, forecast_pool_losses
-from planner.failures.simulate import simulate
-from planner.failures.timeline import timeline
 from planner.plan.deployment import Deployment
 from planner.plan.plan import EXPERT_ROLES
 from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.solver.balance import relative_rank_loads
-from planner.solver.shapes import memory_budget, mesh_shapes
+from planner.solver.shapes import memory_budget
 
-DAYS = 180.0
 WIDTH = 960.0
 MOST_ROWS = 16
 
@@ -45,9 +51,7 @@ def report(options: Namespace) -> CommandResult:
     else:
         losses = LossModel(found)
         outcomes, ranges = forecast_losses(losses, kinds=POOL_KINDS)[0], LossBands(losses).of
-        sections.append(_trade_off(found))
-    sections.append(_losses(pools, outcomes, ranges))
-    sections += [_months(name, pool, options) for name, pool in pools.items() if pool.work != "prompts"]
+    sections += [trade_off(_kinds(pools)), _losses(pools, outcomes, ranges), months(found, options.seed)]
     title = f"{next(iter(pools.values())).workload.name} on {next(iter(pools.values())).cluster.name}"
     write_text(options.html, page(title, sections))
     return CommandResult(
@@ -55,14 +59,10 @@ def report(options: Namespace) -> CommandResult:
     )
 
 
-def _assessed(d: Deployment) -> Candidate:
-    return assess_kinds(d.workload, d.cluster, d.shape, d.traffic, peak=d.plan.figure("peak_load", 1.0), work=d.work)
-
-
 def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) -> str:
     """The figures of the whole plan, each as a range."""
     first = pools["decode"] if isinstance(found, PooledDeployment) else found
-    best = _assessed(first)
+    best = assessed(first)
     rate, user, ttft = best.tokens_per_second, best.tokens_per_second_per_user, best.ttft_seconds
     if isinstance(found, PooledDeployment):
         rate, ttft = found.figure("tokens_per_second"), found.figure("ttft")
@@ -78,8 +78,8 @@ def _head(found: Deployment | PooledDeployment, pools: dict[str, Deployment]) ->
         f"{name}: {pool.shape.describe()}" if name else pool.shape.describe() for name, pool in pools.items()
     )
     note = f" Pools for prompts and decode are {found.service}." if isinstance(found, PooledDeployment) else ""
-    title = f"<h1>{escape(f'{first.workload.name} on {first.cluster.name}')}</h1><p>{meshes}.{note} {band.source()}</p>"
-    return title + f"<section>{facts(rows)}</section>"
+    title = f"<h1>{escape(f'{first.workload.name} on {first.cluster.name}')}</h1>"
+    return f"{title}<p>{prose(f'{meshes}.{note} {band.source()}')}</p><section>{facts(rows)}</section>"
 
 
 def _grid(
@@ -150,7 +150,7 @@ def _memory(pools: dict[str, Deployment]) -> str:
     rows, limit = [], 0.0
     for name, d in _kinds(pools).items():
         limit = (memory_budget(d.cluster) or 0) / 1e9
-        for device, uses in _assessed(d).memory_by_device().items():
+        for device, uses in assessed(d).memory_by_device().items():
             parts, begin = [], 0.0
             for use, size in uses:
                 parts.append((use, begin, size / 1e9))
@@ -170,7 +170,7 @@ def _steps(pools: dict[str, Deployment]) -> str:
     """The parts of a step one below the other, each beginning where the one before ends."""
     drawn = []
     for name, d in _kinds(pools).items():
-        step = _assessed(d).step
+        step = assessed(d).step
         if step is None:
             continue
         rows, begin = [], 0.0
@@ -180,33 +180,14 @@ def _steps(pools: dict[str, Deployment]) -> str:
         if begin - step.total > 1e-6:
             rows.append(("hidden by overlap", [("hidden by overlap", step.total * 1e3, (begin - step.total) * 1e3)]))
         rows.append(("the step", [("the step", 0.0, step.total * 1e3)]))
-        band = deployment_band(d, d.shape, _assessed(d).requests_per_group)
+        band = deployment_band(d, d.shape, assessed(d).requests_per_group)
         took = band.text(step.total * 1e3, "tpot", "ms")
-        drawn.append(f"<p>{name or 'all ranks'}: {took} {escape(band.source())}</p>" + stacked_bars(rows, "ms"))
+        said = prose(f"{name or 'all ranks'}: {took} {band.source()}")
+        drawn.append(f"<p>{said}</p>" + stacked_bars(rows, "ms"))
     return section(
         "A step",
         "Milliseconds of the busiest rank by part, as a waterfall; each part is off by the factor of the step.",
         *drawn,
-    )
-
-
-def _trade_off(d: Deployment) -> str:
-    """Speed of a device against speed for a user, over shapes and batches, with the band of both."""
-    shapes = list(
-        mesh_shapes(d.workload, d.cluster, d.cluster.devices, arch=d.shape.arch, lost=d.survive.most_lost(d.cluster))
-    )
-    front = pareto(d.workload, d.cluster, shapes, d.traffic, peak=d.plan.figure("peak_load", 1.0))
-    best = _assessed(d)
-    band = deployment_band(d, d.shape, best.requests_per_group)
-    points = [(p["per_user"], p["per_device"]) for p in front]
-    low, high = ([(x / f, y / f) for x, y in points] for f in (band.tpot, 1 / band.tpot))
-    mark = None
-    if best.step:
-        own = decode_speed(d.shape, best.requests_per_group, best.step, d.workload.kept)
-        mark = own["per_user"], own["per_device"]
-    drawn = curve(points, low, high, "tokens/s a user", "tokens/s a device", mark)
-    return section(
-        "What speed for a user costs", f"Decode alone, over shapes and batches; the band is {band.source()}", drawn
     )
 
 
@@ -260,46 +241,3 @@ def _losses(
         "deeper where its own requests wait longer, red where it is not survivable. All are estimates."
     )
     return section("What each loss costs", text, drawn, title, html_table(head, rows) if rows else "")
-
-
-def _months(name: str, d: Deployment, options: Namespace) -> str:
-    """Simulated months: the devices that are down over time, the throughput left, and the policies side by side."""
-    events = timeline(d, days=DAYS, seed=options.seed)
-    results = simulate(d, events, days=DAYS, seed=options.seed)
-    ranks, down, points = len(d.plan.ranks), Counter(), [(0.0, 0)]
-    for event in events:
-        for rank in event.ids:
-            down[rank] += -1 if event.up else 1
-        points.append((event.hour / 24, sum(1 for count in down.values() if count > 0)))
-    points.append((DAYS, points[-1][1]))
-    most = max(1, *(count for _, count in points))
-    drawn, floor = [], 128.0
-    for (day, count), (until, _) in pairwise(points):
-        height = 112 * count / most
-        text = f"day {day:.1f} to {until:.1f}: {count} of {ranks:,} devices down"
-        wide = max(1.2 if count else 0.0, (until - day) / DAYS * 900)
-        drawn.append(rect(40 + day / DAYS * 900, floor - height, wide, height, "p5", text))
-    drawn.append(f'<line x1="40" x2="940" y1="{floor}" y2="{floor}" class="axis"/>')
-    drawn += [label(34, 22, f"{most}", anchor="end", kind="soft"), label(44, 20, "devices down", kind="soft")]
-    for month in range(int(DAYS) // 30 + 1):
-        x = 40 + month * 30 / DAYS * 900
-        drawn.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}" class="axis"/>')
-        drawn.append(label(x, floor + 24, f"day {month * 30}", anchor="end" if x > 920 else "middle", kind="soft"))
-    head = ["policy", "availability", "goodput lost", "outage, h", "masked, h", "reduced, h", "stall, s"]
-    rows = [
-        [r.policy, _shares(*r.availability_range), f"{r.goodput_lost:.3%}"]
-        + [f"{x:,.1f}" for x in (r.outage_hours, r.degraded_hours, r.reduced_hours)]
-        + [range_text({"low": r.stall_low, "high": r.stall_high})]
-        for r in results
-    ]
-    where = f" of the ranks for {name}" if name else ""
-    text = f"Devices down{where} at the cluster's failure rates, and what the months cost under each policy [estimate]."
-    return section(
-        f"{DAYS:.0f} simulated days", text, svg(WIDTH, 156, drawn, "devices down", narrow=True), html_table(head, rows)
-    )
-
-
-def _shares(low: float, high: float) -> str:
-    """Two shares near one as text, once where they look alike."""
-    ends = dict.fromkeys(f"{100 * share:.4f}" for share in (low, high))
-    return "-".join(ends) + "%"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
+from math import ceil, inf, log10
 from typing import Any
 
 from planner.cli.table import table
@@ -14,6 +14,9 @@ from planner.failures.loss_bands import LossBands, range_cells
 from planner.failures.loss_model import LossOutcome
 from planner.failures.simulate import PolicyResult
 from planner.solver.lattice import Preparation
+
+LONG = 100_000
+"""Seconds of stalls from which on they are hours."""
 
 
 def degrade_report(summary: Sequence[dict], sampled: int, phases: str, source: str, *, width: int | None = None) -> str:
@@ -133,30 +136,53 @@ def stall_line(outcome: LossOutcome, bands: LossBands) -> str:
 
 
 def simulate_report(accounts: Sequence[PolicyResult], days: float, *, width: int | None = None) -> str:
-    """A table of policies side by side."""
-    head = [
-        "policy",
-        "availability",
-        "goodput lost",
-        "outage h",
-        "masked h",
-        "reduced h",
-        "stall s",
-        "tokens again, M",
-    ]
-    rows = [
+    """A table of policies side by side; of a plan of pools one for the whole plan and one for either side."""
+    sides: dict[str, list[PolicyResult]] = {}
+    for each in accounts:
+        sides.setdefault(each.side, []).append(each)
+    texts = []
+    for side, rows in sides.items():
+        first = rows[0]
+        title = f"{side}: " if len(sides) > 1 else ""
+        title += f"{days:g} days [estimate], {first.failures} failures, at most {first.most_dead} devices down at once"
+        texts.append("\n".join([title, _policies_table(rows, width), *_policies_notes(rows)]))
+    return "\n\n".join(texts)
+
+
+def _policies_table(rows: Sequence[PolicyResult], width: int | None) -> str:
+    """The policies of one side, figures as ranges."""
+    long = max(each.stall_high for each in rows) >= LONG
+    unit, seconds = ("h", 3600) if long else ("s", 1)
+    head = ["policy", "availability", "goodput lost", "outage h", "masked h", "reduced h", f"stall {unit}"]
+    cells = [
         [
             a.policy,
-            "-".join(dict.fromkeys(f"{100 * share:.4f}" for share in a.availability_range)) + "%",
-            f"{a.goodput_lost:.3%}",
+            share_range(*a.availability_range),
+            share_range(a.goodput_low, a.goodput_high),
             f"{a.outage_hours:,.1f}",
             f"{a.degraded_hours:,.1f}",
             f"{a.reduced_hours:,.1f}",
-            range_text({"low": a.stall_low, "high": a.stall_high}),
-            f"{a.tokens_recomputed / 1e6:,.1f}",
+            range_text({"low": a.stall_low / seconds, "high": a.stall_high / seconds}),
         ]
-        for a in accounts
+        for a in rows
     ]
-    first = accounts[0]
-    title = f"{days:g} days [estimate], {first.failures} failures, at most {first.most_dead} devices down at once"
-    return f"{title}\n{table(head, rows, width=width)}"
+    return table(head, cells, width=width)
+
+
+def _policies_notes(rows: Sequence[PolicyResult]) -> list[str]:
+    """The tokens that are computed again under each policy, and the hours in which roles had switched."""
+    again = ", ".join(f"{a.policy} {a.tokens_recomputed / 1e6:,.1f}" for a in rows)
+    notes = [f"million tokens computed again: {again}"]
+    if any(a.switched_hours for a in rows):
+        hours = ", ".join(f"{a.policy} {a.switched_hours:,.1f} h" for a in rows if a.switched_hours)
+        notes.append(f"one side does the work of both: {hours}")
+    return notes
+
+
+def share_range(low: float, high: float) -> str:
+    """Two shares as "99.95-99.98%", with two digits of what the farther one lacks of 0 % or 100 %; once where
+    both look alike."""
+    near = min((min(share, 1 - share) for share in (low, high) if 0 < share < 1), default=1.0)
+    digits = min(6, max(1, ceil(-log10(near)) - 1))
+    ends = dict.fromkeys(f"{100 * share:.{digits}f}" for share in (low, high))
+    return "-".join(ends) + "%"

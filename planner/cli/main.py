@@ -9,6 +9,7 @@ import sys
 
 from planner.cli import certify, commands
 from planner.cli.accuracy import accuracy
+from planner.cli.diff import diff
 from planner.cli.html_report import report
 from planner.cli.kubernetes import FORMATS
 from planner.cli.solve import ARCHS, solve
@@ -164,12 +165,14 @@ def _simulate(subs) -> None:
         "--policies", help="policies to compare, of restart,mask,copy,spare,switch (default: all that apply)"
     )
     p.add_argument("--spares", type=int, help="standby ranks under the policy spare (default: 1 %% of the ranks)")
+    p.add_argument("--without", default="", help=f"means of recovery to leave out, of {', '.join(OPTIONAL_MEANS)}")
+    p.add_argument("--store", choices=STORES, help="where lost experts are read from (default: as the cluster says)")
     p.add_argument("--seed", type=int, default=0, help="random seed of the failures")
     p.add_argument("--measured", help="JSON of benchmarks.recovery: phases as measured")
 
 
 def _change(subs) -> None:
-    p = _command(subs, "diff", commands.diff, "List the moves between two plans.")
+    p = _command(subs, "diff", diff, "List the moves between two plans.")
     p.add_argument("plan_a", help="plan file")
     p.add_argument("plan_b", help="plan file of the same model")
     p = _command(subs, "rebalance", commands.rebalance, "Move experts towards measured loads.")

@@ -234,15 +234,15 @@ def assess_kinds(
 
 
 def decode_steps(
-    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0
+    workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, *, peak: float = 1.0, work: str = "all"
 ) -> Iterator[tuple[int, StepTime]]:
     """The requests of a group (their mean, where devices are of several kinds) and a step of them, for growing numbers
     up to the most that memory and `traffic` allow."""
-    best = assess_kinds(workload, cluster, shape, traffic, peak=peak)
+    best = assess_kinds(workload, cluster, shape, traffic, peak=peak, work=work)
     if best.step is None:
         return
     most = best.requests_per_group
-    groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work="all")
+    groups = _Groups(workload=workload, cluster=cluster, shape=shape, traffic=traffic, peak=peak, work=work)
     for requests in (2**i for i in range((most - 1).bit_length())):
         if best.requests_by_kind:
             split = {kind: max(1, round(n * requests / most)) for kind, n in best.requests_by_kind}

@@ -183,7 +183,8 @@ def _exchange(
     wire = w.hidden_bytes * (1 + _dispatched(w))
     sent = tokens / shape.tensor * w.experts_per_token
     inside = min(per_host, shape.expert_rank_count) / shape.expert_rank_count if shape.arch == "collocated" else 0.0
-    if len(shape.roles) <= per_host:
+    active = shape.expert_rank_count + (shape.data * shape.tensor if shape.arch == "disaggregated" else 0)
+    if active <= per_host:  # ranks that stand by send nothing
         inside = 1.0
     moved = max(sent, routed)
     linked, networked = moved * inside, moved * (1 - inside)

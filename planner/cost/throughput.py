@@ -175,7 +175,7 @@ def assess_prompts(
     sent = cache_transfer_seconds(workload, cluster, traffic.prompt)
     best = None
     for count in sorted({min(fits, max(1, CHUNK * times // int(traffic.prompt))) for times in (1, 2, 4)}):
-        step, seconds = _prompts_time(workload, cluster, shape, traffic, count, peak)
+        step, seconds = prompts_time(workload, cluster, shape, traffic, count, peak)
         ttft = seconds + sent
         rate = count * shape.data / seconds * traffic.output
         if ttft * 1e3 <= traffic.ttft_ms and (best is None or rate > best.tokens_per_second):
@@ -197,12 +197,12 @@ def assess_prompts(
             )
     if best is not None:
         return best
-    _, seconds = _prompts_time(workload, cluster, shape, traffic, 1, peak)
+    _, seconds = prompts_time(workload, cluster, shape, traffic, 1, peak)
     late = f"a prompt and its transfer take {(seconds + sent) * 1e3:.0f} ms, asked {traffic.ttft_ms:g} ms"
     return Candidate(shape=shape, reason=late)
 
 
-def _prompts_time(
+def prompts_time(
     workload: Workload, cluster: Cluster, shape: Shape, traffic: Traffic, count: int, peak: float
 ) -> tuple[StepTime, float]:
     """The (last) step of `count` prompts of every group, and the seconds of all of its steps: prompts longer than CHUNK

@@ -9,7 +9,7 @@ from planner.failures.loss_bands import LossBands, Ranges
 from planner.failures.loss_model import LossModel, LossOutcome
 from planner.failures.loss_types import LossTypes
 from planner.failures.lost_copies import LostCopies
-from planner.failures.survivors import Survivors, survivors
+from planner.failures.survivors import Survivors
 
 
 class CertifiedMesh:
@@ -70,7 +70,7 @@ class CertifiedMesh:
         return {"tpot_ms": self._tpot_ms(left, slots, requests), **self.bands.around(phases, moved, capacity)}
 
     def _left(self, dead: Collection[int]) -> Survivors:
-        return survivors(self.losses.deployment, frozenset(dead), self.capacity_model, self.losses.means)
+        return self.losses.left(dead)
 
     def _tpot_ms(self, left: Survivors, slots: int, requests: int) -> dict[str, float]:
         """Milliseconds between two tokens, the ranks' or the front's, whichever are more: {low, mid, high}."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -11,11 +12,11 @@ from planner.cost.front import FrontCost
 from planner.cost.recovery_model import RecoveryModel, store_seconds
 from planner.cost.remaining_score import remaining_score
 from planner.cost.throughput import Candidate
+from planner.failures.held_experts import HeldExperts
 from planner.failures.survivors import CapacityModel, Survivors, survivors
 from planner.inputs.recovery_times import RecoveryTimes
 from planner.plan.deployment import Deployment
 from planner.plan.plan import EXPERT_ROLES
-from planner.solver.backfill import place_lost_experts
 from planner.solver.parity_groups import HostParityGroup
 from planner.solver.shapes import most_slots
 
@@ -93,9 +94,7 @@ class LossModel:
         self.recomputed = recomputed
         self.capacity_model = CapacityModel(deployment)
         self.loads = deployment.load_array()
-        self.table = plan.slots_by_rank()
-        self.copies = plan.copies()
-        self.position = {rank: at for at, rank in enumerate(plan.expert_rank_ids)}
+        self.placed = self.held = HeldExperts.of(plan)
         self.groups: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         for g in plan.parity:
             for expert in g.members:
@@ -103,14 +102,27 @@ class LossModel:
         for g in host_groups:
             self.groups |= {(g.layer, expert): (g.rank, g.members) for expert in g.members}
 
-    def outcome(self, dead: Collection[int], *, kind: str = "rank", name: str = "") -> LossOutcome:
-        """The outcome when exactly the ranks `dead` of the plan die at once."""
+    def holding(self, held: HeldExperts) -> LossModel:
+        """The same model while ranks hold these experts, as after an earlier loss."""
+        other = copy(self)
+        other.held = held
+        return other
+
+    def left(self, dead: Collection[int]) -> Survivors:
+        """The ranks left without `dead`, by the means allowed."""
+        return survivors(self.deployment, frozenset(dead), self.capacity_model, self.means)
+
+    def outcome(
+        self, dead: Collection[int], *, kind: str = "rank", name: str = "", since: Survivors | None = None
+    ) -> LossOutcome:
+        """The outcome when exactly the ranks `dead` of the plan die at once; with `since`, the ranks left of an earlier
+        loss of some of them, when the others die."""
         dead = tuple(sorted(dead))
-        deployment, plan = self.deployment, self.deployment.plan
+        plan = self.deployment.plan
         head = {"kind": kind, "name": name or ",".join(map(str, dead)), "dead": dead}
-        left = survivors(deployment, frozenset(dead), self.capacity_model, self.means)
-        gone = [self.position[r] for r in dead if r in self.position]
-        lost, touched = self._lost(gone)
+        left = self.left(dead)
+        new = left if since is None else left.since(since)
+        lost, touched = self.held.lost(dead)
         slots, reason = self.slots_after(left)
         if reason and ("mask" not in self.means or not (left.data and left.expert_rank_count)):
             return LossOutcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(lost))
@@ -126,15 +138,15 @@ class LossModel:
                 reason = f"{masked} (layer, expert) pairs have no copy, parity group or store"
                 return LossOutcome(**head, survivable=False, reason=reason, traffic_lost=self._traffic(missing))
         means |= {"parity": rebuilt, "store": max(0, store), "mask": masked}
-        means |= {"switch": len(left.switched), "spare": len(left.spares)}
+        means |= {"switch": len(new.switched), "spare": len(new.spares)}
         means |= {"narrow": int(left.tensor < self.capacity_model.shape.tensor)}
-        means |= {"regrow": int(slots > plan.slots_per_rank), "peer": int(left.peer_bytes > 0)}
-        means["redirect"] = 0 if left.dense_lost else left.redirected
+        means |= {"regrow": int(slots > plan.slots_per_rank), "peer": int(new.peer_bytes > 0)}
+        means["redirect"] = 0 if left.dense_lost else new.redirected
         load = lost & ~self._masked_of(missing, masked)
-        weights, moved = self._weights(load, left, frozenset(dead), parity_bytes)
+        weights, moved = self._weights(load, new, dead, slots, parity_bytes)
         after = self.capacity_model.predict(left, slots)
         phases = self.phases(left, after, weights)
-        tokens, moved_stall = self.recompute(left, after)
+        tokens, moved_stall = self.recompute(new, after)
         share = masked / max(1, plan.moe_layers * plan.experts)
         return LossOutcome(
             **head,
@@ -153,30 +165,32 @@ class LossModel:
 
     def lost_pairs(self, dead: Collection[int]) -> int:
         """The number of (layer, expert) pairs whose last copy a loss takes."""
-        return int(self._lost([self.position[rank] for rank in dead if rank in self.position])[0].sum())
+        return int(self.held.lost(dead)[0].sum())
+
+    def expert_ranks(self, left: Survivors, dead: Collection[int]) -> list[int]:
+        """The ids of the ranks left that hold experts, in the order of the plan."""
+        gone, roles = frozenset(dead), left.roles
+        return [
+            r.id for r in self.deployment.plan.ranks if r.id not in gone and roles.get(r.id, r.role) in EXPERT_ROLES
+        ]
+
+    def after(self, dead: Collection[int], left: Survivors) -> HeldExperts:
+        """The experts that the ranks left hold once the lost ones that are not masked are loaded. Where the experts do
+        not fit, or may not be loaded, the ranks hold what they held."""
+        slots, reason = self.slots_after(left)
+        held = self.held.on(self.expert_ranks(left, dead), slots)
+        if reason:
+            return held
+        missing = held.missing(self.placed)
+        if "store" not in self.means:
+            missing &= ~self._parity(missing, dead)[1]
+        return held.filled(missing, self.loads)
 
     def phases(self, left: Survivors, after: Candidate, weights: float) -> dict[str, float]:
         """Seconds of each phase of the recovery; `after` is the prediction for the ranks left."""
         requests = self.capacity_model.whole.requests_per_group * left.data
         ranks_step = after.step.total if after.step else 0.0
         return self.recovery.phases(left.ranks, weights=weights, requests=requests, ranks_step=ranks_step)
-
-    def _lost(self, gone: list[int]) -> tuple[np.ndarray, int]:
-        """The pairs without a copy left, bool [layers, experts], and the number of pairs that the dead ranks held."""
-        lost = np.zeros(self.copies.shape, bool)
-        if not gone or not lost.size:
-            return lost, 0
-        layers = len(self.table)
-        flat = self.table[:, gone].reshape(layers, -1)
-        if flat.shape[1] == 1:
-            rows = np.flatnonzero(flat[:, 0] >= 0)
-            experts = flat[rows, 0]
-            lost[rows, experts] = self.copies[rows, experts] == 1
-            return lost, len(rows)
-        away = np.zeros((layers, self.copies.shape[1] + 1), np.int32)
-        np.add.at(away, (np.arange(layers)[:, None], flat), 1)
-        away = away[:, :-1]
-        return (away > 0) & (away == self.copies), int((away > 0).sum())
 
     def slots_after(self, left: Survivors) -> tuple[int, str]:
         """Slots per rank afterwards (more when buffers may grow), and the reason when the experts do not fit."""
@@ -221,7 +235,9 @@ class LossModel:
             chosen[pairs[order, 0], pairs[order, 1]] = True
         return chosen
 
-    def _weights(self, lost: np.ndarray, left: Survivors, dead: frozenset[int], parity_bytes: int) -> tuple[float, int]:
+    def _weights(
+        self, lost: np.ndarray, left: Survivors, dead: Collection[int], slots: int, parity_bytes: int
+    ) -> tuple[float, int]:
         """Seconds until the rank and the host with most to load have their weights, and the bytes loaded by all."""
         plan, workload = self.deployment.plan, self.deployment.workload
         hardware = self.deployment.cluster.hardware
@@ -232,18 +248,18 @@ class LossModel:
         moved = left.peer_bytes * left.peer_ranks + count * workload.expert_bytes + parity_bytes
         if not count:
             return peers, moved
-        alive = [r for r in plan.ranks if r.id not in dead]
-        expert_ranks = [r for r in alive if left.roles.get(r.id, r.role) in EXPERT_ROLES]
-        fills = self._fills(lost, [self.position.get(r.id, -1) for r in expert_ranks])
+        ranks = self.expert_ranks(left, dead)
+        fills = self._fills(lost, ranks, slots)
         by_host: dict[str, int] = {}
-        for rank, fill in zip(expert_ranks, fills, strict=True):
-            by_host[rank.host] = by_host.get(rank.host, 0) + int(fill)
+        for rank, fill in zip(ranks, fills, strict=True):
+            host = self.capacity_model.place[rank].host
+            by_host[host] = by_host.get(host, 0) + int(fill)
         busiest, host = (
             int(fills.max()) * workload.expert_bytes,
             max(by_host.values()) * workload.expert_bytes,
         )
         store = store_seconds(hardware, busiest, host, count * workload.expert_bytes)
-        spread = parity_bytes / max(1, len(expert_ranks)) / hardware.network_bandwidth
+        spread = parity_bytes / max(1, len(ranks)) / hardware.network_bandwidth
         if left.switched:
             store = max(store, plan.slots_per_rank * workload.slot_bytes / hardware.host_to_device_bandwidth)
         return peers + store + spread, moved
@@ -276,16 +292,13 @@ class LossModel:
         parity = lost * members * workload.expert_bytes / max(1, left.expert_rank_count)
         return seconds + store + parity / hardware.network_bandwidth
 
-    def _fills(self, lost: np.ndarray, positions: list[int]) -> np.ndarray:
-        """Experts that each expert rank loads, int [ranks]; `positions` are rows of the table, -1 for new ranks."""
-        at = np.array(positions)
-        rows = np.where((at >= 0)[None, :, None], self.table[:, np.maximum(at, 0)], -1)
-        room = len(at) * rows.shape[2]
-        if room < self.deployment.plan.experts:
-            each, more = divmod(int(lost.sum()), len(at))
-            return each + (np.arange(len(at)) < more)
-        after = place_lost_experts(rows, lost, self.loads)
-        return ((after != rows) & (after >= 0)).sum(axis=(0, 2))
+    def _fills(self, lost: np.ndarray, ranks: Sequence[int], slots: int) -> np.ndarray:
+        """The experts that each of the ranks left loads, int [ranks]; evenly where they have too few slots for all."""
+        if len(ranks) * slots < self.deployment.plan.experts:
+            each, more = divmod(int(lost.sum()), len(ranks))
+            return each + (np.arange(len(ranks)) < more)
+        held = self.held.on(ranks, slots)
+        return held.filled(lost, self.loads).loaded_since(held)
 
     def recompute(self, left: Survivors, after: Candidate) -> tuple[int, float]:
         """Cache tokens of broken groups to recompute, and seconds until the last of their requests streams again. In a

@@ -7,7 +7,7 @@ roles switch: the other side computes prompts and decodes until ranks are back (
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from math import ceil
@@ -18,8 +18,7 @@ from planner.cost.recovery_model import RecoveryModel
 from planner.errors import unknown_key
 from planner.failures.loss_bands import LossBands, Ranges
 from planner.failures.loss_model import MEANS, LossModel, LossOutcome
-from planner.failures.pools_left import PoolLeft, PoolsLeft, Share
-from planner.failures.survivors import survivors
+from planner.failures.pools_left import PoolLeft, PoolsLeft, Share, pool_left
 from planner.inputs.recovery_times import RecoveryTimes
 from planner.plan.pools import PooledDeployment
 
@@ -72,8 +71,8 @@ class PoolLossModel:
         return {"prefill": LossBands(self.pools[0]), "decode": LossBands(self.decode)}
 
     @cached_property
-    def _switched(self) -> tuple[LossModel, ...]:
-        """Each pool as one that computes prompts and decodes."""
+    def switched(self) -> tuple[LossModel, ...]:
+        """The loss models of all pools, each as one that computes prompts and decodes."""
         return tuple(LossModel(replace(each.deployment, work="all"), **self._given) for each in self.pools)
 
     def source(self) -> str:
@@ -134,7 +133,12 @@ class PoolLossModel:
         """The pools after the loss of `dead`. With `lost`, the worst of all losses that leave the same meshes and take
         the last copy of at most as many (layer, expert) pairs of each pool."""
         gone = dict(self.by_pool(dead))
-        pools = [self._pool_after(at, gone.get(at, ()), lost, False) for at in range(len(self.pools))]
+        return self.together(lambda at, switched: self._pool_after(at, gone.get(at, ()), lost, switched))
+
+    def together(self, pool: Callable[[int, bool], PoolLeft]) -> PoolsLeft:
+        """All pools, of which `pool` gives each by its position in `pools` as it is left: with its own work, or (True)
+        with the work of both sides."""
+        pools = [pool(at, False) for at in range(len(self.pools))]
         prefill, decode = pools[:-1], pools[-1]
         serving = [each for each in prefill if each.serves]
         if decode.serves and serving:
@@ -146,7 +150,7 @@ class PoolLossModel:
             side, lost_one = ("decode", decode) if serving else ("prefill", prefill[0])
             return PoolsLeft(reason=f"no rank is left for {side}, and roles do not switch: {lost_one.reason}")
         at = [at for at, each in enumerate(pools) if each.serves]
-        alone = [self._pool_after(i, gone.get(i, ()), lost, True) for i in at]
+        alone = [pool(i, True) for i in at]
         if not all(each.serves for each in alone):
             reason = next(each.reason for each in alone if not each.serves)
             return PoolsLeft(reason=f"the side that is left cannot compute prompts and decode: {reason}")
@@ -225,37 +229,21 @@ class PoolLossModel:
     def _pool_after_loss(self, at: int, dead: tuple[int, ...], lost: int | None, switched: bool) -> PoolLeft:
         """One pool after the loss of its ranks `dead`; `switched` where it does the work of both sides. `lost` as for
         `_after`."""
-        losses = (self._switched if switched else self.pools)[at]
-        model, traffic = losses.capacity_model, losses.deployment.traffic
-        left = survivors(losses.deployment, frozenset(dead), model, losses.means)
+        losses = (self.switched if switched else self.pools)[at]
+        left = losses.left(dead)
         slots, reason = losses.slots_after(left)
         outcome = losses.outcome(dead) if dead and lost is None else None
         if outcome is not None and not outcome.survivable:
             reason = outcome.reason
         elif outcome is not None:
             reason = ""
-        after = model.whole if reason else model.predict(left, slots)
-        reason = reason or ("" if after.tokens_per_second else after.reason or "it has no room for a request")
-        everything = model.whole.requests_per_group * model.shape.data
-        if reason:
-            none: dict[str, Any] = {"rate": 0.0, "reason": reason, "requests": everything, "outcome": outcome}
-            return PoolLeft(losses=losses, left=left, slots=slots, **none)
+        after = None if reason else losses.capacity_model.predict(left, slots)
         phases: Mapping[str, float] = {}
         if outcome is not None:
             phases = outcome.phases
-        elif dead:
+        elif dead and after is not None:
             phases = losses.phases(left, after, losses.weights_at_most(left, lost or 0, len(dead)))
-        return PoolLeft(
-            losses=losses,
-            left=left,
-            slots=slots,
-            rate=after.tokens_per_second / traffic.output,
-            phases=phases,
-            requests=left.broken_groups * model.whole.requests_per_group * losses.recomputed,
-            again=losses.recompute(left, after)[1],
-            ttft=after.ttft_seconds,
-            outcome=outcome,
-        )
+        return pool_left(losses, left, reason=reason, phases=phases, outcome=outcome)
 
 
 def _total(phases: Mapping[str, float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 from planner.cost.band import own_range
 from planner.failures.loss_bands import LossBands, worst_ranges
@@ -83,3 +84,33 @@ class PoolsLeft:
             ranks = self.shares[0].bands.band.around(seconds, "tpot")
             found = {end: max(found[end], 1e3 * ranks[end], 1e3 * front[end]) for end in ENDS}
         return found
+
+
+def pool_left(
+    losses: LossModel,
+    left: Survivors,
+    *,
+    reason: str = "",
+    phases: Mapping[str, float] | None = None,
+    outcome: LossOutcome | None = None,
+) -> PoolLeft:
+    """The pool whose losses `losses` prices with these ranks left. With a `reason` it serves no more; `phases` are the
+    seconds that its streams wait, of its `outcome` where that is known."""
+    model, slots = losses.capacity_model, losses.slots_after(left)[0]
+    after = model.whole if reason else model.predict(left, slots)
+    reason = reason or ("" if after.tokens_per_second else after.reason or "it has no room for a request")
+    if reason:
+        everything = model.whole.requests_per_group * model.shape.data
+        none: dict[str, Any] = {"rate": 0.0, "reason": reason, "requests": everything, "outcome": outcome}
+        return PoolLeft(losses=losses, left=left, slots=slots, **none)
+    return PoolLeft(
+        losses=losses,
+        left=left,
+        slots=slots,
+        rate=after.tokens_per_second / losses.deployment.traffic.output,
+        phases=phases or {},
+        requests=left.broken_groups * model.whole.requests_per_group * losses.recomputed,
+        again=losses.recompute(left, after)[1],
+        ttft=after.ttft_seconds,
+        outcome=outcome,
+    )

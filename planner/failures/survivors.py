@@ -39,6 +39,22 @@ class Survivors:
     redirected: int = 0
     dense_lost: bool = False
 
+    def since(self, before: Survivors) -> Survivors:
+        """These ranks with what is new since `before`, the ranks left of an earlier loss: groups broken, roles switched
+        and weights loaded from peers."""
+        same = (self.tensor, self.peer_ranks, self.peer_bytes) == (before.tensor, before.peer_ranks, before.peer_bytes)
+        peers = self.peer_ranks if self.tensor != before.tensor else self.peer_ranks - before.peer_ranks
+        return replace(
+            self,
+            broken_groups=max(0, self.broken_groups - before.broken_groups),
+            redirected=max(0, self.redirected - before.redirected),
+            dense_lost=self.dense_lost and not before.dense_lost,
+            switched=tuple(rank for rank in self.switched if rank not in before.switched),
+            spares=tuple(rank for rank in self.spares if rank not in before.spares),
+            peer_bytes=0 if same else self.peer_bytes,
+            peer_ranks=max(0, peers),
+        )
+
 
 class CapacityModel:
     """Predicts the throughput of the ranks left of one deployment; caches the predictions of shapes."""

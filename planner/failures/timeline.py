@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.errors import InputError
-from planner.plan.deployment import Deployment
+from planner.plan.pools import AnyDeployment, PooledDeployment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class FailureEvent:
 
 
 def timeline(
-    deployment: Deployment,
+    deployment: AnyDeployment,
     *,
     days: float,
     mtbf_hours: float | None = None,
@@ -28,8 +28,10 @@ def timeline(
     repair_hours: float | None = None,
     seed: int = 0,
 ) -> list[FailureEvent]:
-    """Failures and repairs in order of time over `days`, of single devices and of whole hosts."""
-    hardware = deployment.cluster.hardware
+    """Failures and repairs in order of time over `days`, of the single ranks of a plan and of whole hosts, which may
+    have ranks of several pools."""
+    pools = tuple(deployment.pools().values()) if isinstance(deployment, PooledDeployment) else (deployment,)
+    hardware = pools[0].cluster.hardware
     device = hardware.device_mtbf_hours if mtbf_hours is None else mtbf_hours
     host = hardware.host_mtbf_hours if host_mtbf_hours is None else host_mtbf_hours
     repair = hardware.repair_hours if repair_hours is None else repair_hours
@@ -40,10 +42,13 @@ def timeline(
         raise InputError(f"--seed is {seed}; it must be at least 0")
     rng = np.random.default_rng(seed)
     hours = days * 24
-    hosts = [ids for ids in deployment.cluster.domains("host").values() if len(ids) > 1]
-    ids = deployment.cluster.ids
+    ranks = sorted((r.id, r.host) for pool in pools for r in pool.plan.ranks)
+    hosts: dict[str, list[int]] = {}
+    for rank, name in ranks:
+        hosts.setdefault(name, []).append(rank)
+    singles, whole = [(rank,) for rank, _ in ranks], [tuple(ids) for ids in hosts.values() if len(ids) > 1]
     events = []
-    for units, mtbf in (([(i,) for i in ids], device), (hosts, host)):
+    for units, mtbf in ((singles, device), (whole, host)):
         count = rng.poisson(len(units) * hours / mtbf)
         for start, unit in zip(rng.uniform(0, hours, count), rng.integers(0, max(1, len(units)), count), strict=True):
             end = start + rng.exponential(repair)

@@ -35,7 +35,7 @@ MOST_KEYS = 6
 
 
 def described(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """A JSON value in words: which file it is, if a known one."""
     if isinstance(value, dict):
         found = next((name for keys, name in KNOWN if keys <= set(value)), None)
         if found or not value:
@@ -88,8 +88,8 @@ class FileKind:
         return data
 
     def read(self, path: str | Path, make: Callable[[str], T]) -> T:
-        """What `make` makes of the text in a file. Its errors name the file, and so does one for a file that cannot be
-        read."""
+        """The value that `make` gives of the text in a file. Its errors name the file, and so does one for a file that
+        cannot be read."""
         what = self.no.split(" ", 1)[1].removeprefix("a ")
         try:
             text = Path(path).read_text(encoding="utf-8-sig")

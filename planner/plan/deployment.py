@@ -54,7 +54,10 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
 
 
 PLANNED_ONLY = "planned, not served by this version"
-READ_POOLS = "`degrade`, `certify`, `report` and `export --to json` read it. Solve with another --arch."
+READ_POOLS = (
+    "`degrade`, `certify`, `simulate`, `diff`, `explain`, `report` and `export --to json` read it. "
+    "Solve with another --arch."
+)
 WORKS = ("all", "prompts", "decode")
 PLAN_FILE = FileKind(
     no="not a plan file", way_out="Give the file of `moejax plan solve --out FILE`, or of `moejax status --plan`."

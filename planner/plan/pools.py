@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from planner.errors import InputError, unknown_key
 from planner.plan.deployment import PLAN_FILE, PLANNED_ONLY, Deployment
-from planner.plan.plan import Figure
+from planner.plan.plan import Figure, Plan, as_tuples
 from planner.plan.shape import POOLS
 
 
@@ -40,6 +42,28 @@ class PooledDeployment:
     def pools(self) -> dict[str, Deployment]:
         """All pools by name: "prefill 0" and on, and "decode"."""
         return {**{f"prefill {i}": pool for i, pool in enumerate(self.prefill)}, "decode": self.decode}
+
+    @property
+    def whole(self) -> Plan:
+        """All ranks with their experts as one plan, in which every pool has its own copies: for what asks only who
+        holds what. Pools of fewer slots have empty ones."""
+        plans = [pool.plan for pool, _ in self._pools()]
+        slots = max(plan.slots_per_rank for plan in plans)
+        rows: dict[int, np.ndarray] = {}
+        for plan in plans:
+            table = plan.slots_by_rank()
+            for at, rank in enumerate(plan.expert_rank_ids):
+                row = np.full((len(table), slots), -1, np.int32)
+                row[:, : plan.slots_per_rank] = table[:, at]
+                rows[rank] = row
+        table = np.concatenate([rows[rank] for rank in sorted(rows)], axis=1)
+        return Plan(
+            epoch=max(plan.epoch for plan in plans),
+            ranks=tuple(sorted((rank for plan in plans for rank in plan.ranks), key=lambda rank: rank.id)),
+            slots_per_rank=slots,
+            slots=as_tuples(table),
+            experts=plans[0].experts,
+        )
 
     def each(self, change: Callable[[Deployment], Deployment]) -> PooledDeployment:
         """The same pools with `change` made to each."""

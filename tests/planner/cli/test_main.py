@@ -13,6 +13,7 @@ from planner.cli.main import main
 from planner.cost.band import OWN, range_text
 from planner.cost.buckets import StepCounts, StepDemand, read_buckets
 from planner.plan.deployment import Deployment
+from planner.plan.pools import PooledDeployment
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +326,39 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
     assert all(each["phase_factors"]["detect"] == OWN for each in bands.values())
     assert "prefill_rank losses" in text(capsys, "degrade", plan, "--gate", "decode_rank.survivable>=1.0")
     assert json.loads(text(capsys, "export", plan, "--to", "json"))["decode"]["work"] == "decode"
-    for argv in (
-        ["export", plan, "--to", "k8s"],
-        ["simulate", plan],
-        ["explain", plan, "rank", "0"],
-    ):
-        assert main(argv) == 2
-        assert "a plan of pools" in capsys.readouterr().err
+    assert main(["export", plan, "--to", "k8s"]) == 2
+    assert "a plan of pools" in capsys.readouterr().err
+
+
+def test_plans_of_pools_are_simulated_explained_and_compared(capsys, tmp_path):
+    plan, one = str(tmp_path / "pools.json"), str(tmp_path / "plan.json")
+    assert main(["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", plan]) == 0
+    assert main(["solve", "qwen3-30b-a3b", "h100:3x4", "--out", one]) == 0
+    found = data(capsys, "simulate", plan, "--days", "300", "--mtbf", "3000", "--seed", "3")["policies"]
+    assert {each["side"] for each in found} == {"together", "prefill", "decode"}
+    for each in found:
+        for name, ends in each["ranges"].items():
+            assert ends["low"] <= ends["mid"] <= ends["high"], name
+    shown = text(capsys, "simulate", plan, "--days", "300", "--mtbf", "3000", "--seed", "3")
+    for side in ("together: 300 days", "prefill: 300 days", "decode: 300 days"):
+        assert side in shown
+    pools = PooledDeployment.from_json((tmp_path / "pools.json").read_text())
+    for name, pool in pools.pools().items():
+        rank = pool.plan.rank_ids[0]
+        facts = data(capsys, "explain", plan, "rank", str(rank))
+        assert (facts["pool"], facts["rank"]) == (name, rank)
+        said = " ".join(text(capsys, "explain", plan, "rank", str(rank)).split())
+        assert f"in the pool {name}, which {'decodes' if name == 'decode' else 'computes prompts'}" in said
+        assert "if it dies: survivable" in said
+    layers = data(capsys, "explain", plan, "expert", "5", "layer", "2")["pools"]
+    for name, pool in pools.pools().items():
+        assert set(layers[name][0]["ranks"]) <= set(pool.plan.rank_ids)
+    assert main(["explain", plan, "rank", "99"]) == 2
+    assert data(capsys, "diff", plan, plan)["moves"] == 0
+    apart = data(capsys, "diff", one, plan)
+    assert sum(each["moves"] for each in apart["pools"].values()) == apart["moves"] > 0
+    assert data(capsys, "diff", plan, one)["moves"] > 0
+    assert "decode: " in text(capsys, "diff", one, plan)
 
 
 def test_drafts_of_a_layer_are_settings_of_the_server_for_models_whose_layer_it_runs(capsys, tmp_path):
@@ -395,7 +422,12 @@ def test_a_report_is_one_page_with_every_rank_in_both_maps(capsys, tmp_path, arc
     assert all(page.count(f"rank {rank}, host") == 2 for rank in range(12))
     for part in ("Where everything is", "Memory of a device", "A step", "What each loss costs", "simulated days"):
         assert part in page
-    assert ("served by `moejax serve --arch pd" in page) == (arch == "pd")
+    assert ("served by <code>moejax serve --arch pd" in page) == (arch == "pd")
+    assert "`" not in page
+    assert page.count("What speed for a user costs") == 1
+    assert page.count("a device against") == (2 if arch == "pd" else 1), "a trade-off for either side"
+    for side in ("both sides together", "the ranks for prompts", "the ranks for decode"):
+        assert (side in page) == (arch == "pd")
     bands = page.count("[outside of what was measured: ")
     assert bands or arch == "collocated"
     assert page.count("pools for prompts and decode; error factor") == (bands if arch == "pd" else 0)
