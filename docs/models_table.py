@@ -91,11 +91,11 @@ compare the weights with checksums, and both distinguish missing weights from da
 | published as | converted or read as | held by ranks (`--data-type`) |
 |---|---|---|
 | float32, bfloat16, float16 | the same type | float32, bfloat16, int8 with one scale for each output, or int4 with one for each group of 32 inputs |
-| FP8 with a scale for each block, tensor, output or group (DeepSeek, compressed-tensors, modelopt, MXFP8; also powers of two for scales) | the number format of the model or of 16-bit scales | the same choice |
-| int8 with a scale for each output or group, also with zero points (compressed-tensors) | the same | the same choice |
+| FP8 with a scale for each block, tensor, output or group (DeepSeek, compressed-tensors, modelopt, MXFP8; also powers of two for scales) | the number format of the model or of 16-bit scales | the same choice; with `published` as it is |
+| int8 with a scale for each output or group, also with zero points (compressed-tensors) | the same | the same choice; with `published` as it is |
 | MXFP4 (gpt-oss, compressed-tensors, quark) | bfloat16, exactly | the same choice; with `published` as it is |
 | NVFP4 (modelopt, compressed-tensors) | the number format of the model | the same choice; with `published` as it is |
-| int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice; int4 with `published` as it is |
+| int4 and int8 packed into words: compressed-tensors (`pack-quantized`), AWQ, GPTQ; groups, zero points, ordered groups | the number format of the scales | the same choice; with `published` as it is |
 
 A GGUF file (`--model model.gguf`) is read as the folder that it was made of: config.json, tensors by their published
 names, tokenizer and chat template, written once into the cache. Architectures: `llama` (with experts Mixtral), `olmoe`,
@@ -115,21 +115,25 @@ pickled `.bin` files) is refused with an error that names it and what is read in
 `--data-type auto`, the default, is the type that a model's own configuration names (`weights` in our config.json: int8
 for `smollm2-moe`), and float32 for all others.
 
-`--data-type published` keeps weights of four bits as they are published, and takes the narrowest type that represents
-all others: bfloat16 for bfloat16 and for other quantised forms, float32 for float32 and float16.
+`--data-type published` keeps weights of four and eight bits as they are published, and takes the narrowest type that
+represents all others: bfloat16 for bfloat16 and for other quantised forms, float32 for float32 and float16.
 
 | form | bits of a weight, in the file and in a rank | kept as it is |
 |---|---|---|
 | MXFP4 | 4.25 | 4 bits of FP4 E2M1, an exponent of two for each group of 32 |
 | NVFP4 | 4.5 | 4 bits of FP4 E2M1, an FP8 scale for each group of 16; a factor for each output, which the file has once for each tensor |
 | int4 of `pack-quantized`, AWQ and GPTQ: groups of a multiple of 32, or whole rows | 4 + (16 + 4) / group; in a rank zero points have 8 bits | integers, bfloat16 or float16 scales, zero points |
+| FP8 E4M3: blocks, tensors, outputs, groups of inputs (MXFP8) | 8 + those of the scale (32 / 128 ** 2 in blocks of 128 x 128, 8 / 32 in MXFP8) | 8 bits of FP8 E4M3, scales as they are; of tensors and outputs in a rank a float32 for each output |
+| int8 of compressed-tensors and GPTQ: outputs, tensors, groups of inputs | 8 + (16 + 8) / group | integers, scales, zero points |
 
-Ranks multiply these bits where they lie ([how](decisions/0020-int4-weights-have-exact-groups.md)): experts, attention
-and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder
+Ranks multiply four bits where they lie ([how](decisions/0020-int4-weights-have-exact-groups.md)), and eight bits as the
+float32 numbers that they stand for, widened a few rows at a time
+([how](decisions/0033-published-eight-bits-are-widened-in-the-tile.md)): experts, attention and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder
 is read in place: a conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16
 there; and with `--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are
-ordered groups (GPTQ with `desc_act`), groups that are no multiple of 32 (NVFP4: 16), scales in float32, and of latent
-attention the half of `kv_b_proj` that takes queries to the latent, across which groups lie.
+ordered groups (GPTQ with `desc_act`), of latent attention the half of `kv_b_proj` that takes queries to the latent where
+groups lie across it (blocks need not), of four bits groups that are no multiple of 32 (NVFP4: 16) and scales in
+float32, and FP8 E5M2.
 
 New weights of such a server (`moejax apply weights`) come in the same form, with the same scales and groups; others are
 refused before anything is loaded, with both forms. Parity of experts (`--parity`) is made of these bits as they are.
@@ -141,10 +145,8 @@ form it says how that is stored. `moejax plan` counts the bytes of the published
 `--data-type int4` rounds any model to int4, except embedding and head, which it holds in int8; of a small model that
 costs 6 to 9 % more bits per byte ([results](results/README.md)), and converted int4 is rounded once more.
 
-FP8 and int8 are widened when they are read. moejax computes in narrow form with four bits and with its own int8, which
-its CPU kernels read directly (`moejax/ops/cpu/`); they do not multiply float8 yet. Int8 rounds each row to 254 steps of
-its largest number, so that a row of MXFP4 whose groups have very different scales loses its smallest numbers; bfloat16
-represents MXFP4 exactly.
+`--data-type int8` rounds each row to 254 steps of its largest number, so that a row of MXFP4 whose groups have very
+different scales loses its smallest numbers; bfloat16 represents MXFP4 exactly.
 
 ## Errors before anything is served
 

@@ -67,7 +67,8 @@ class ChecksummedWeights:
 
 
 def params_without_experts(cfg: ModelConfig, arrays: Mapping[str, Any]) -> Params:
-    """The parameter tree of these arrays, or Int4, by name; leaves that are not among them, the experts', are None."""
+    """The parameter tree of these arrays, or `Quantized` ones, by name; leaves that are not among them, the experts',
+    are None."""
 
     def leaf(path: Any, _: Any) -> Any:
         return arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))

@@ -5,6 +5,7 @@ Everything is checked against the configuration before any weight is read.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -16,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.families import WITHOUT_MTP, array_sources, is_unused, read_config
-from moejax.checkpoint.families.source import ArraySource, PlusOne
+from moejax.checkpoint.families.source import ArraySource, OfRows, PlusOne
 from moejax.checkpoint.manifest import CheckpointError, Manifest, TensorRecord
 from moejax.checkpoint.model_folder import TOKENIZERS, changed_name
 from moejax.checkpoint.safetensors import SafetensorsFolder
-from moejax.config.int4 import Int4, Planes, from_published
+from moejax.config.eight_bit import spread_over_columns
+from moejax.config.int4 import Planes
 from moejax.config.model_config import ModelConfig
 from moejax.config.packed_form import PackedForm, part_of
 from moejax.config.params import tensor_specs
-from moejax.config.weight_formats import is_matrix
+from moejax.config.weight_formats import Quantized, from_published, is_matrix
 
 FORMAT_VERSION = 1
 """Version of the converted form; changing it invalidates drafts and cached conversions."""
@@ -132,10 +134,12 @@ def read_array(entry: ArraySource, weights: SafetensorsFolder, dtype: np.dtype) 
     return array
 
 
-def read_packed(entry: ArraySource, weights: SafetensorsFolder, form: PackedForm) -> Int4 | None:
+def read_packed(entry: ArraySource, weights: SafetensorsFolder, form: PackedForm) -> Quantized | None:
     """One matrix of the parameter tree in the bits in which it is published; None where it is not in this form after
-    all (`moejax.config.int4.from_published`)."""
+    all (`moejax.config.weight_formats.from_published`)."""
     found = [weights.read_planes(tensor.name, tensor.index) for tensor in entry.tensors]
+    if not isinstance(entry.transform, OfRows):
+        found = [spread_over_columns(each) for each in found]
     zeros = [each.zero for each in found if each.zero is not None]
     factors = [each.factor for each in found if each.factor is not None]
     moved = Planes(
@@ -148,19 +152,24 @@ def read_packed(entry: ArraySource, weights: SafetensorsFolder, form: PackedForm
 
 
 def packed_form(cfg: ModelConfig, weights: SafetensorsFolder) -> PackedForm | None:
-    """The form of four bits that ranks can hold matrices in as they are published, as far as the headers show: that of
-    the experts, or of most matrices. None where there is none.
+    """The form of four or eight bits that ranks can hold matrices in as they are published, as far as the headers show:
+    that of the experts, or of most matrices. None where there is none.
 
     Of each part all layers have it. The two matrices of experts have it both or not at all.
     """
     specs, forms = tensor_specs(cfg), collections.defaultdict[str, set[PackedForm | None]](set)
     sizes: dict[str, int] = collections.defaultdict(int)
+    rows: dict[str, int] = {}
     for entry in array_sources(cfg):
         spec = specs[entry.path]
         if is_matrix(spec) and "vocab" not in spec.axes:
             part = part_of(spec.axes)
-            forms[part] |= {weights.packed(tensor.name) for tensor in entry.tensors} or {None}
+            found = {_form_of(entry, tensor.name, weights) for tensor in entry.tensors} or {None}
+            forms[part] |= found
             sizes[part] += math.prod(entry.shape)
+            for form in found:
+                if form is not None and form.rows > 1:
+                    rows[part] = min(rows.get(part, form.rows), _rows_alike(entry, form.rows))
     alike = {part: next(iter(found)) for part, found in forms.items() if len(found) == 1}
     experts = [part for part in forms if "expert" in part.split()]
     if len({alike.get(part) for part in experts}) > 1:
@@ -169,7 +178,32 @@ def packed_form(cfg: ModelConfig, weights: SafetensorsFolder) -> PackedForm | No
     if not known:
         return None
     most = max(known, key=lambda part: (part in experts, sizes[part]))
-    return dataclasses.replace(known[most], parts=tuple(sorted(p for p in known if known[p] == known[most])))
+    parts = tuple(sorted(part for part in known if known[part] == known[most]))
+    return dataclasses.replace(known[most], parts=parts, rows=min(rows.get(part, 1) for part in parts))
+
+
+def _form_of(entry: ArraySource, name: str, weights: SafetensorsFolder) -> PackedForm | None:
+    """The form of a tensor as the matrix of the parameter tree has it: transforms that do not move whole rows turn
+    it."""
+    form = weights.packed(name)
+    return form if form is None or isinstance(entry.transform, OfRows) else form.turned
+
+
+@functools.lru_cache(maxsize=1024)
+def _alike(transform: OfRows, tensor_rows: tuple[int, ...], rows: int) -> int:
+    blocks = [i * max(tensor_rows) + np.arange(count)[:, None] // rows for i, count in enumerate(tensor_rows)]
+    moved = transform(blocks)
+    while not np.array_equal(np.repeat(moved[..., ::rows, :], rows, axis=-2)[..., : moved.shape[-2], :], moved):
+        rows //= 2
+    return rows
+
+
+def _rows_alike(entry: ArraySource, rows: int) -> int:
+    """How many outputs share their scales in a matrix of the parameter tree, made of tensors of which `rows` outputs at
+    a time do: fewer where the pieces that the matrix is put together of end within them."""
+    if not isinstance(entry.transform, OfRows):
+        return rows
+    return _alike(entry.transform, tuple(tensor.shape[-2] for tensor in entry.tensors), rows)
 
 
 def check_mtp_packed(source: Path) -> None:
@@ -181,8 +215,8 @@ def check_mtp_packed(source: Path) -> None:
     before, after = (form is not None and form != form.without("expert") for form in forms)
     if before and not after:
         raise CheckpointError(
-            f"{cfg.name} has its experts in four bits, and those of its layer of multi-token prediction in another "
-            f"form: with that layer none can be held as published. {WITHOUT_MTP}"
+            f"{cfg.name} has its experts the form of {forms[0]}, and those of its layer of multi-token prediction in "
+            f"another: with that layer none can be held as published. {WITHOUT_MTP}"
         )
 
 

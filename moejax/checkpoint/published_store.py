@@ -41,14 +41,14 @@ from moejax.checkpoint.published import (
 )
 from moejax.checkpoint.safetensors import SafetensorsFolder
 from moejax.config.config_values import build_config
-from moejax.config.int4 import Int4, shape_of
 from moejax.config.model_config import ModelConfig
 from moejax.config.packed_form import PackedForm, part_of
 from moejax.config.params import Params, is_expert, tensor_specs
+from moejax.config.weight_formats import Quantized, packed_shape
 
 SOURCE = "published.json"
 """File that names the published folder of the checksums beside it, with its fingerprint."""
-RECORD = 2
+RECORD = 3
 """Version of what lies beside it. Raise it when the bits that ranks hold change, so that checksums are taken again."""
 PACKED = "packed"
 """Its field with the form in which ranks can hold matrices as they are published; null where there is none."""
@@ -150,7 +150,7 @@ class PublishedStore(ChecksummedWeights):
                 continue
             if repeat is None:
                 read = self._read(entry)
-                arrays[path] = read if isinstance(read, Int4) else aligned_array(read, np.dtype(dtype))
+                arrays[path] = read if isinstance(read, Quantized) else aligned_array(read, np.dtype(dtype))
                 continue
             if path not in arrays:
                 arrays[path] = self._room(path, np.dtype(dtype))
@@ -160,15 +160,16 @@ class PublishedStore(ChecksummedWeights):
     def _room(self, path: str, dtype: np.dtype) -> Any:
         """Space for all repeats of a tensor."""
         spec = self._specs[path]
-        if part_of(spec.axes) not in self._parts:
+        if self.packed is None or part_of(spec.axes) not in self._parts:
             return aligned_array(np.empty(spec.shape, dtype), dtype)
         return jax.tree.map(
-            lambda s: aligned_array(np.empty(s.shape, s.dtype), np.dtype(s.dtype)), shape_of(spec.shape, self.packed)
+            lambda s: aligned_array(np.empty(s.shape, s.dtype), np.dtype(s.dtype)),
+            packed_shape(spec.shape, self.packed),
         )
 
     def read_experts(self, wanted: Iterable[Expert], dtype: Any = np.float32) -> dict[Expert, tuple[Any, ...]]:
         """As `HostStore.read_experts`, one after the other: only their bytes. Matrices that are held as published are
-        Int4."""
+        `Quantized`."""
         found: dict[Expert, tuple[Any, ...]] = {}
         failed: dict[Expert, StoreError] = {}
         for expert in wanted:
@@ -189,11 +190,11 @@ class PublishedStore(ChecksummedWeights):
             raise StoreMissing(f"{self.cfg.name} has no expert {expert[1]} in MoE layer {expert[0]}: it has {experts}.")
         return [self._entries[name, repeat, expert[1]] for name in names if name in self._manifest.tensors]
 
-    def _read_as(self, entry: ArraySource, dtype: Any) -> np.ndarray | Int4:
+    def _read_as(self, entry: ArraySource, dtype: Any) -> np.ndarray | Quantized:
         found = self._read(entry)
-        return found if isinstance(found, Int4) else found.astype(dtype, copy=False)
+        return found if isinstance(found, Quantized) else found.astype(dtype, copy=False)
 
-    def _read(self, entry: ArraySource) -> np.ndarray | Int4:
+    def _read(self, entry: ArraySource) -> np.ndarray | Quantized:
         """One array as it is stored, or is held as published, compared with its checksum."""
         files = sorted({str(self._weights.file(each.name)) for each in entry.tensors})
         label = f"{entry.path} (repeat {entry.repeat}, expert {entry.expert})"
@@ -241,7 +242,7 @@ def open_store(folder: Path, *, held: PackedForm | None = None) -> HostStore | P
     return HostStore.open(folder)
 
 
-def _packed_checksum(weight: Int4) -> int:
+def _packed_checksum(weight: Quantized) -> int:
     """One checksum of all arrays of a matrix."""
     found = 0
     for leaf in jax.tree.leaves(weight):

@@ -57,13 +57,15 @@ class Int4:
 
 class Planes(NamedTuple):
     """Published numbers and what scales each of them, as arrays of the shape of the matrix, so that what moves numbers
-    moves all of them: `codes` of four bits, `scale` as it is published, `zero` (of integers) and `factor` (of NVFP4),
-    or None."""
+    moves all of them: `codes` of four bits, or the bits of FP8 (uint8) and int8, `scale` as it is published, `zero` (of
+    integers) and `factor` (of NVFP4), or None. Of eight bits, scales and zero points may be those of each row and
+    `group` of columns instead (0: of all columns)."""
 
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None = None
     factor: np.ndarray | None = None
+    group: int = 0
 
 
 def shape_of(shape: tuple[int, ...], form: PackedForm | None = None) -> Int4:

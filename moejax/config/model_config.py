@@ -32,9 +32,11 @@ from moejax.config.packed_form import GROUP, PackedForm
 from planner.inputs.layer_states import StateMixer
 from planner.inputs.routed_experts import Activation
 
-WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4"]
-"""Of matrices; in the last three a rank holds what is published in them as it is (`packed`), the rest in bfloat16."""
-PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4")
+WeightFormat = Literal[
+    "float32", "bfloat16", "int8", "int4", "published-int4", "mxfp4", "nvfp4", "fp8", "published-int8"
+]
+"""Of matrices; in the last five a rank holds what is published in them as it is (`packed`), the rest in bfloat16."""
+PACKED_FORMATS = ("published-int4", "mxfp4", "nvfp4", "fp8", "published-int8")
 CacheFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 """Of keys and values in the cache (`moejax.config.kv_cache`); int8 and fp8 with a scale for each head."""
 STATE_MIXERS = ("delta_net", "short_convolution", "mamba", "kimi_delta")
@@ -46,7 +48,7 @@ class ModelConfig:
     """A decoder of attention and feed-forward layers, some with routed experts. The defaults are Llama's.
 
     `family` names the checkpoints that its parameters come from (`moejax.checkpoint.families`); `weights` is the weight
-    format (`moejax.config.weight_formats`), with `packed` where ranks hold four bits as they are published,
+    format (`moejax.config.weight_formats`), with `packed` where ranks hold matrices as they are published,
     `cache_format` that of keys and values in the cache (`moejax.config.kv_cache`); all are chosen when a model is
     served.
 
@@ -308,7 +310,8 @@ class ModelConfig:
         """The model with these parts as they are published, and bfloat16 where there are none."""
         if form is None:
             return dataclasses.replace(self, weights="bfloat16", packed=None)
-        name = {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(form.scale, "published-int4")
+        by_scale = {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(form.scale, "published-int4")
+        name = {"fp8": "fp8", "int8": "published-int8"}.get(form.numbers, by_scale)
         return dataclasses.replace(self, weights=name, packed=form)
 
     def tp_shard(self, tensor: int) -> "ModelConfig":

@@ -29,6 +29,8 @@ _LATER |= {"mamba": None, "kimi_delta": None, "bare_layers": (), "activation": "
 _LATER_EXPERTS = ("sum_epsilon", "expert_limit", "dense_limit", "logit_cap", "activation", "d_latent")
 _LATER_EXPERTS += ("own_norms", "expert_scales")
 """Fields of experts that are written only where they differ from their defaults."""
+_LATER_PACKED = {"numbers": "4-bit", "rows": 1}
+"""Fields of a published form that are written only where they differ from these."""
 _LATER_SCALING = {"pairs": 0}
 """Fields of scaled rotary embeddings that are written only where they differ from these."""
 
@@ -58,6 +60,10 @@ def written_values(fields: dict[str, Any]) -> dict[str, Any]:
     for name in _LATER_EXPERTS:
         if name in experts and experts[name] == getattr(RoutedExperts, name):
             del experts[name]
+    packed: dict[str, Any] = values.get("packed") or {}
+    for name, default in _LATER_PACKED.items():
+        if name in packed and packed[name] == default:
+            del packed[name]
     for scaling in (values["rope_scaling"], (values.get("windowed") or {}).get("rope_scaling")):
         for name, default in _LATER_SCALING.items():
             if scaling and scaling[name] == default:

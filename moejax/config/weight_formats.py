@@ -1,11 +1,13 @@
 """Weight formats: float32, bfloat16, int8 with a scale for each output, int4 with a scale for each group of 32, or the
-four bits that a model is published in (`moejax.config.packed_form`).
+four or eight bits that a model is published in (`moejax.config.packed_form`).
 
 Only matrices are stored in the narrow formats: activations, sums, norms, biases and routers are always float32. In
 int4, the embedding and the head are int8 (docs/decisions/0020). On a CPU, rows are rounded to 16 bits before they
-multiply int8 or four bits (docs/decisions/0012).
+multiply int8 or four bits (docs/decisions/0012); published FP8 and int8 are widened for products of float32
+(docs/decisions/0033).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,20 +17,24 @@ import numpy as np
 from flax import struct
 from jaxtyping import Float, Int
 
-from moejax.config import int4
+from moejax.config import eight_bit, int4
 from moejax.config.axes import ArrayLike
-from moejax.config.int4 import Int4
+from moejax.config.eight_bit import EightBit, Int8
+from moejax.config.int4 import Int4, Planes
 from moejax.config.model_config import ModelConfig
-from moejax.config.packed_form import part_of
+from moejax.config.packed_form import PackedForm, part_of
 from moejax.config.params import FeedForward, ParamSpec, Position, expert_specs, is_expert, is_spec, tensor_specs
 
-
-@struct.dataclass
-class Int8:
-    """A stack of int8 matrices: `numbers [..., F, D]`, each row multiplied by its `scale [..., F]`."""
-
-    numbers: Any
-    scale: Any
+USUAL = {
+    "mxfp4": PackedForm(scale="e8m0", group=32),
+    "nvfp4": PackedForm(scale="e4m3", group=16),
+    "int4": PackedForm(scale="bfloat16", group=32),
+    "fp8": PackedForm(numbers="fp8", scale="float32", group=128, rows=128),
+    "int8": PackedForm(numbers="int8", scale="float32", group=0),
+}
+"""The usual form of what is published in a format, where there is a configuration and no weights."""
+Quantized = Int8 | EightBit | Int4
+"""A matrix in few bits, whose numbers and scales are arrays of their own."""
 
 
 def is_matrix(spec: ParamSpec) -> bool:
@@ -49,16 +55,36 @@ def format_of(cfg: ModelConfig, spec: ParamSpec) -> str:
 
 
 def weight_shape(cfg: ModelConfig, spec: ParamSpec) -> Any:
-    """Shape and dtype of a parameter in the format of `cfg`: a ShapeDtypeStruct, or an Int8 or Int4 of two."""
+    """Shape and dtype of a parameter in the format of `cfg`: a ShapeDtypeStruct, or a `Quantized` of several."""
     match format_of(cfg, spec):
         case "int4":
             return int4.shape_of(spec.shape)
         case "packed":
-            return int4.shape_of(spec.shape, cfg.packed)
+            assert cfg.packed is not None, "ModelConfig checks it"
+            return packed_shape(spec.shape, cfg.packed)
         case "int8":
             return Int8(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(spec.shape[:-1], jnp.float32))
         case plain:
             return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(plain))
+
+
+def packed_shape(shape: tuple[int, ...], form: PackedForm) -> Quantized:
+    """Shapes of a matrix `[..., F, D]` in a published form."""
+    return eight_bit.shape_of(shape, form) if form.is_eight_bit else int4.shape_of(shape, form)
+
+
+def usual_form(cfg: ModelConfig, name: str) -> PackedForm | None:
+    """The usual form of experts that are published in this format, or of the matrices of a model without experts; None
+    for a format that is widened."""
+    matrices = [spec.axes for spec in tensor_specs(cfg).values() if is_matrix(spec) and "vocab" not in spec.axes]
+    parts = {part_of(axes) for axes in matrices if "expert" in axes} or {part_of(axes) for axes in matrices}
+    return dataclasses.replace(USUAL[name], parts=tuple(sorted(parts))) if name in USUAL else None
+
+
+def from_published(planes: Planes, form: PackedForm) -> Quantized | None:
+    """Published numbers `[..., F, D]` as ranks hold them; None where scales or zero points are not those of groups, or
+    blocks, in the order of the inputs."""
+    return eight_bit.from_published(planes, form) if form.is_eight_bit else int4.from_published(planes, form)
 
 
 def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward:
@@ -68,10 +94,10 @@ def slot_shapes(cfg: ModelConfig, position: Position, slots: int) -> FeedForward
     return jax.tree.map(lambda spec: jax.tree.map(slot, weight_shape(cfg, spec)), experts, is_leaf=is_spec)
 
 
-def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray | Int4) -> Any:
+def to_weight_format(cfg: ModelConfig, spec: ParamSpec, values: np.ndarray | Quantized) -> Any:
     """Convert float32 values of a parameter, or of a part of its leading axes, to the format of `cfg`. What is packed
     stays as it was published. Raises ValueError for float32 values that were to be packed."""
-    if isinstance(values, Int4):
+    if isinstance(values, Quantized):
         return values
     match format_of(cfg, spec):
         case "float32":
@@ -114,15 +140,15 @@ def look_up(weight: Any, index: Int[ArrayLike, "..."]) -> Float[ArrayLike, "... 
 
 
 def dequantize(weight: Any) -> Any:
-    """The weight as one array: float32 if it is stored as int8 or in four bits, otherwise unchanged."""
+    """The weight as one array: float32 if it is stored in eight or four bits, otherwise unchanged."""
     if isinstance(weight, Int4):
         return int4.dequantize(weight)
-    return weight.numbers.astype(jnp.float32) * weight.scale[..., None] if isinstance(weight, Int8) else weight
+    return eight_bit.dequantize(weight) if isinstance(weight, (Int8, EightBit)) else weight
 
 
 @struct.dataclass
 class StackSlice:
-    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, which may be an `Int8` or `Int4`. A kernel can
+    """`stack[index]`, not yet read: one matrix of a stack `[..., F, D]`, which may be `Quantized`. A kernel can
     multiply by it without copying it out. `index` has a number for each leading axis that is fixed."""
 
     stack: Any
@@ -138,8 +164,8 @@ class StackSlice:
 
 
 def is_scaled(leaf: Any) -> bool:
-    """True for an `Int8` or `Int4`: as `is_leaf`, it keeps the two arrays of a weight together."""
-    return isinstance(leaf, (Int8, Int4))
+    """True for a `Quantized`: as `is_leaf`, it keeps the arrays of a weight together."""
+    return isinstance(leaf, Quantized)
 
 
 def slice_stacks(weights: Any, *index: Any) -> Any:

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from moejax.config.axes import ArrayLike
+from moejax.config.eight_bit import EightBit
 from moejax.config.int4 import Int4
 from moejax.config.moe_config import MoEConfig
 from moejax.config.params import FeedForward, MoE
@@ -34,7 +35,7 @@ def apply_experts(
 
     `experts` leaves are `StackSlice` `[P, ...]` of a layer, so that no layer's weights are copied out.
     """
-    packed = cpu.active() and isinstance(experts.down.stack, Int4)  # multiplied where they lie, not widened
+    packed = cpu.active() and isinstance(experts.down.stack, (EightBit, Int4))  # multiplied where they lie, not widened
     dot = row_dot if packed else row_dot_reference
     reference = functools.partial(apply_experts_reference, experts=experts, slots=slots, moe=moe, dot=dot)
     if moe.expert_bias or moe.expert_limit is not None:

@@ -14,8 +14,7 @@ from jax import lax
 from jaxtyping import Float
 
 from moejax.config.axes import ArrayLike
-from moejax.config.int4 import Int4
-from moejax.config.weight_formats import Int8, StackSlice, dequantize, index_weight
+from moejax.config.weight_formats import Quantized, StackSlice, dequantize, index_weight
 from moejax.ops import cpu
 from planner.inputs.routed_experts import Activation
 
@@ -23,7 +22,7 @@ _LANES = 32
 """Partial sums kept side by side in `ordered_sum`."""
 
 
-Weight = ArrayLike | Int8 | Int4 | StackSlice
+Weight = ArrayLike | Quantized | StackSlice
 Dot = Callable[[ArrayLike, Weight], ArrayLike]
 """`row_dot` or `row_dot_reference`."""
 
@@ -38,7 +37,7 @@ def row_dot(x_TD: Float[ArrayLike, "T D"], w_FD: Weight) -> Float[ArrayLike, "T 
     stack, index = (w_FD.stack, w_FD.index) if isinstance(w_FD, StackSlice) else (w_FD, ())
     if cpu.active():
         return cpu.row_dot(x_TD, stack, index).astype(x_TD.dtype)
-    if not isinstance(stack, (Int8, Int4)) and stack.dtype == jnp.float32:
+    if not isinstance(stack, Quantized) and stack.dtype == jnp.float32:
         return row_dot_reference(x_TD, w_FD)
     from moejax.ops.pallas import gpu  # not at import: a rank on a CPU does without and starts 0.25 s sooner
 

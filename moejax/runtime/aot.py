@@ -24,14 +24,12 @@ from jax.experimental import topologies
 
 from moejax.checkpoint.families import read_config
 from moejax.checkpoint.shard_dense import sharded_dense_config
-from moejax.config.config_values import ConfigError, build_config
+from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.mesh import JaxDevice
 from moejax.config.model_config import ModelConfig
-from moejax.config.packed_form import PackedForm, part_of
-from moejax.config.params import tensor_specs
 from moejax.config.step_inputs import Bucket
-from moejax.config.weight_formats import is_matrix
+from moejax.config.weight_formats import usual_form
 from moejax.ops import cpu
 from moejax.runtime.compiled_cost import read_cost
 from moejax.runtime.programs import ModelShape, mesh_lowerings
@@ -75,14 +73,7 @@ def problem_config(problem: Problem) -> ModelConfig:
     cfg = dataclasses.replace(cfg, cache_format=problem["cache"], max_context=context)
     if problem["weights"] != "published":
         return dataclasses.replace(cfg, weights=problem["weights"])
-    return cfg.with_packed(_experts_form(cfg, problem["published"]))
-
-
-def _experts_form(cfg: ModelConfig, name: str) -> PackedForm:
-    """The usual form of experts that are published so; int4 has a bfloat16 scale for each 32 inputs."""
-    parts = {part_of(spec.axes) for spec in tensor_specs(cfg).values() if "expert" in spec.axes and is_matrix(spec)}
-    scale, group = {"mxfp4": ("e8m0", 32), "nvfp4": ("e4m3", 16)}.get(name, ("bfloat16", 32))
-    return build_config(PackedForm, {"scale": scale, "group": group, "parts": sorted(parts)}, "packed")
+    return cfg.with_packed(usual_form(cfg, problem["published"]))
 
 
 def topology_devices(topology: str) -> Sequence[JaxDevice]:

@@ -7,16 +7,15 @@ import jax
 import numpy as np
 
 from moejax.checkpoint.checksums import aligned_array
-from moejax.config.int4 import Int4
 from moejax.config.model_config import ModelConfig
 from moejax.config.params import FeedForward, ParamSpec, Position, expert_positions, is_spec
-from moejax.config.weight_formats import slot_shapes, to_weight_format
+from moejax.config.weight_formats import Quantized, slot_shapes, to_weight_format
 
 
 def to_host_weights(cfg: ModelConfig, specs: Any, values: Any) -> Any:
     """Convert a tree of parameters, in float32 or as they are published, to the rank's weight format; None stays."""
 
-    def leaf(spec: ParamSpec, value: np.ndarray | Int4 | None) -> Any:
+    def leaf(spec: ParamSpec, value: np.ndarray | Quantized | None) -> Any:
         return None if value is None else jax.tree.map(_aligned, to_weight_format(cfg, spec, value))
 
     return jax.tree.map(leaf, specs, values, is_leaf=is_spec)

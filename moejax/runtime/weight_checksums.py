@@ -20,8 +20,8 @@ class WeightSource(Protocol):
         ...
 
     def read_experts(self, wanted: list[tuple[int, int]]) -> Mapping[tuple[int, int], tuple[Any, ...]]:
-        """The parts of each (MoE layer, expert): gate_up `[2F, D]`, down `[D, F]`, their biases if it has any; Int4 for
-        matrices that are held as they are published. Raises StoreError."""
+        """The parts of each (MoE layer, expert): gate_up `[2F, D]`, down `[D, F]`, their biases if it has any;
+        `Quantized` for matrices that are held as they are published. Raises StoreError."""
         ...
 
     def is_intact(self, expert: tuple[int, int], *parts: np.ndarray) -> bool:

@@ -30,8 +30,9 @@ from moejax.config.config_values import ConfigError
 from moejax.config.kv_cache import bytes_per_token
 from moejax.config.layer_states import state_bytes
 from moejax.config.model_config import ModelConfig, WeightFormat
+from moejax.config.packed_form import PackedForm
 from moejax.config.parameter_counts import expert_counts, parameter_count
-from moejax.config.weight_formats import bytes_per_expert, weight_bytes
+from moejax.config.weight_formats import bytes_per_expert, usual_form, weight_bytes
 from moejax.tools.rank_format import (
     AUTO,
     PUBLISHED,
@@ -72,9 +73,8 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
     if weights != AUTO:
         form = _published_format(path, folder, cfg) if weights == PUBLISHED else weights
         cfg = dataclasses.replace(cfg, weights=form)
-        if weights == PUBLISHED and folder is not None and is_published(folder):
-            packed = packed_form(cfg, SafetensorsFolder.open(folder))
-            cfg = cfg if packed is None else cfg.with_packed(packed)
+        packed = _packed_form(path, folder, cfg) if weights == PUBLISHED else None
+        cfg = cfg if packed is None else cfg.with_packed(packed)
     return {
         "name": cfg.name,
         "family": cfg.family,
@@ -92,6 +92,14 @@ def describe(model: str, ranks: int = RANKS, weights: str = AUTO) -> Values:
         "plan": first_plan(cfg, ranks),
         "note": _format_note(path, folder, cfg) if weights == PUBLISHED else "",
     }
+
+
+def _packed_form(path: Path, folder: Path | None, cfg: ModelConfig) -> PackedForm | None:
+    """The form in which ranks hold matrices as they are published; of a configuration alone the usual one."""
+    if folder is None:
+        published = published_workload(path)
+        return None if published is None else usual_form(cfg, published.weight_format)
+    return packed_form(cfg, SafetensorsFolder.open(folder)) if is_published(folder) else None
 
 
 def _published_format(path: Path, folder: Path | None, cfg: ModelConfig) -> WeightFormat:

@@ -18,8 +18,14 @@ PUBLISHED = "published"
 AUTO = "auto"
 """The value of `--data-type` that asks for what the model's own configuration says (`ModelConfig.weights`)."""
 PLAIN = ("float32", "bfloat16", "float16")
-KEPT = ("int4", "mxfp4", "nvfp4")
+KEPT = ("int4", "mxfp4", "nvfp4", "fp8", "int8")
 """Published forms that ranks hold as they are."""
+AS_THEY_ARE = "As they are, ranks hold matrices that all layers have in one form, with"
+EIGHT_BIT = {
+    "fp8": "numbers in E4M3 and scales of tensors, outputs, blocks, or groups of inputs",
+    "int8": "scales of tensors, outputs, or groups of inputs in their order",
+}
+"""The forms of eight bits of `KEPT`."""
 NOTED = 1.05
 """Ranks that hold more than this times the published bytes are worth a note."""
 
@@ -62,7 +68,7 @@ def published_workload(folder: Path) -> Workload | None:
 
 def widening_note(cfg: ModelConfig, published: Workload | None, *, sharded: bool = False) -> str:
     """In which form the weights of a model are published and in which ranks hold them, with the bytes of both, and for
-    four bits why they are widened; empty unless ranks hold more. With `sharded`, dense layers were cut."""
+    few bits why they are widened; empty unless ranks hold more. With `sharded`, dense layers were cut."""
     if published is None:
         return ""
     lies = published.moe_layers * published.experts * published.expert_bytes + published.rest_bytes
@@ -77,9 +83,11 @@ def widening_note(cfg: ModelConfig, published: Workload | None, *, sharded: bool
         return note
     if sharded:
         return f"{note} Without --dense sharded, --data-type {PUBLISHED} keeps matrices in {published.weight_format}."
+    if published.weight_format in EIGHT_BIT:
+        return f"{note} {AS_THEY_ARE} {EIGHT_BIT[published.weight_format]}."
     return (
-        f"{note} As they are, ranks hold matrices of one form with groups in the order of the inputs and of a multiple "
-        f"of {GROUP} of them (NVFP4: {GROUP // 2}), with scales in 16 bits."
+        f"{note} {AS_THEY_ARE} groups in the order of the inputs and of a multiple of {GROUP} of them (NVFP4: "
+        f"{GROUP // 2}), with scales in 16 bits."
     )
 
 

@@ -20,7 +20,7 @@ from planner.solver.shapes import memory_budget, rest_bytes
 
 NORMS_ALL_HEADS = ("olmoe",)
 SERVED_WEIGHT_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
-KEPT_FORMATS = ("int4", "mxfp4", "nvfp4")
+KEPT_FORMATS = ("int4", "mxfp4", "nvfp4", "fp8", "int8")
 """Forms that `moejax serve` holds as they are published."""
 SERVED_REQUESTS = 32
 """The most requests that a rank of `moejax serve` runs with its default buckets."""
@@ -28,7 +28,7 @@ SERVED_REQUESTS = 32
 
 def served_weight_format(deployment: Deployment) -> str:
     """The weight format of `moejax serve` nearest to that of the plan: the value of `--data-type`, which is `published`
-    for a model that is published in four bits. `--data-type int4` would round the other matrices too."""
+    for a model that is published in four or eight bits. `--data-type int4` or `int8` would round it once more."""
     if _keeps_form(deployment):
         return "published"
     return SERVED_WEIGHT_FORMATS.get(deployment.workload.weight_format, "int8")

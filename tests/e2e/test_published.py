@@ -21,7 +21,7 @@ from serving.text.tokenizer import Tokenizer
 from tests.e2e.conftest import ONE_BUCKET
 from tests.support.published import MIXTRAL, published_folder
 from tests.support.quantized_folders import quantized_folders
-from tests.support.reference_answers import CLOSE, LENGTH, folder_answer
+from tests.support.reference_answers import CLOSE, LENGTH, WIDE_CLOSE, folder_answer
 from tests.support.streams import Stream, Traffic, kill, wait_until_whole
 
 LLAMA = {key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "num_experts_per_tok")} | {
@@ -60,7 +60,17 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[tupl
         shutil.rmtree(converted)
 
 
-@pytest.mark.parametrize(("packed", "held"), [("nvfp4", "nvfp4"), ("awq", "published-int4")], indirect=["packed"])
+@pytest.mark.parametrize(
+    ("packed", "held"),
+    [
+        ("nvfp4", "nvfp4"),
+        ("awq", "published-int4"),
+        ("fp8-block", "fp8"),
+        pytest.param("fp8-channel", "fp8", marks=pytest.mark.slow),
+        ("int8", "published-int8"),
+    ],
+    indirect=["packed"],
+)
 def test_packed_weights_are_served_as_published_and_replaced_and_a_killed_rank_changes_no_token(
     packed: list[tuple[Path, Path]], held: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,7 +79,7 @@ def test_packed_weights_are_served_as_published_and_replaced_and_a_killed_rank_c
     with Server(**asked, ranks=2, buckets=ONE_BUCKET) as server, Client(server) as client:
         assert f"ranks hold its weights in {held}," in capfd.readouterr().err
         for each in (plain, new_plain):
-            prompt, expected, _ = folder_answer(each, CLOSE)
+            prompt, expected, _ = folder_answer(each, WIDE_CLOSE if "8" in held else CLOSE)
             known = Stream(prompt, 0.0, 0, LENGTH)
             known.run(client)
             assert known.tokens[: len(expected)] == expected

@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.gpu import attention_case as paged
 from moejax.config.attention_inputs import AttentionInputs
-from moejax.config.int4 import FP4, Planes, from_published
+from moejax.config.int4 import FP4, Planes
 from moejax.config.kv_cache import KVCache, to_cache_format
 from moejax.config.packed_form import PackedForm
 from moejax.config.params import ParamSpec
-from moejax.config.weight_formats import to_weight_format
+from moejax.config.weight_formats import from_published, to_weight_format
 from tests.support.models import MIXTRAL
 
 
@@ -31,13 +31,23 @@ PACKED = {
     "int4 by rows": PackedForm(scale="bfloat16", group=0),
 }
 """Forms of four bits as they are published, by the names that tests have for them."""
+EIGHT_BIT = {
+    "fp8 by blocks": PackedForm(numbers="fp8", scale="float32", group=48, rows=16),
+    "fp8 by bfloat16 blocks": PackedForm(numbers="fp8", scale="bfloat16", group=32, rows=3),
+    "fp8 by exponents": PackedForm(numbers="fp8", scale="e8m0", group=32),
+    "fp8 by rows": PackedForm(numbers="fp8", scale="float32", group=0),
+    "int8 by rows": PackedForm(numbers="int8", scale="float32", group=0),
+    "int8 by rows, zero points": PackedForm(numbers="int8", scale="float32", group=0, zeros=True),
+    "int8 by groups": PackedForm(numbers="int8", scale="float16", group=20, zeros=True),
+}
+"""Forms of eight bits, likewise."""
+PUBLISHED = PACKED | EIGHT_BIT
 
 
 def held(values: np.ndarray, form: str) -> Any:
-    """A matrix `[..., F, D]` in a weight format, on the device; in a published form of four bits random numbers of its
-    shape."""
-    if form in PACKED:
-        packed = from_published(planes(values.shape, PACKED[form]), PACKED[form])
+    """A matrix `[..., F, D]` in a weight format, on the device; in a published form random numbers of its shape."""
+    if form in PUBLISHED:
+        packed = from_published(planes(values.shape, PUBLISHED[form]), PUBLISHED[form])
         assert packed is not None
         return jax.tree.map(jnp.asarray, packed)
     spec = ParamSpec(values.shape, ("layer", "expert", "ffn", "model"), 1.0)
@@ -51,6 +61,8 @@ def planes(shape: tuple[int, ...], form: PackedForm, seed: int = 0) -> Planes:
     group = form.group or columns
     groups = (*lead, -(-columns // group))
     spread = lambda each: np.repeat(each, group, axis=-1)[..., :columns]  # noqa: E731
+    if form.is_eight_bit:
+        return _eight_bit_planes(draw, shape, form)
     scale: np.ndarray = draw.uniform(0.002, 0.02, groups)
     if form.scale == "e8m0":
         scale = draw.integers(117, 122, groups).astype(np.uint8)
@@ -67,8 +79,33 @@ def planes(shape: tuple[int, ...], form: PackedForm, seed: int = 0) -> Planes:
     )
 
 
-def published_numbers(planes: Planes) -> np.ndarray:
-    """The numbers of a published form, by its formula, in float32."""
+def _eight_bit_planes(draw: np.random.Generator, shape: tuple[int, ...], form: PackedForm) -> Planes:
+    *lead, rows, columns = shape
+    group = form.group or columns
+    blocks = (*lead, -(-rows // form.rows), -(-columns // group))
+
+    def spread(each: np.ndarray) -> np.ndarray:
+        return np.repeat(np.repeat(each, form.rows, axis=-2)[..., :rows, :], group, axis=-1)[..., :columns]
+
+    if form.scale == "e8m0":
+        scale = draw.integers(114, 120, blocks).astype(np.uint8)
+    else:
+        dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[form.scale]
+        scale = draw.uniform(0.001, 0.01, blocks).astype(dtype)
+    zero = spread(draw.integers(-127, 128, blocks).astype(np.int16)) if form.zeros else None
+    if form.numbers == "int8":
+        return Planes(draw.integers(-128, 128, shape).astype(np.int8), spread(scale), zero)
+    bits = draw.integers(0, 256, shape).astype(np.uint8)
+    return Planes(np.where(bits & 127 == 127, np.uint8(0), bits), spread(scale))  # without what is no number
+
+
+def published_numbers(planes: Planes, form: PackedForm | None = None) -> np.ndarray:
+    """The numbers of a published form, by its formula, in float32; `form` is that of eight bits."""
+    if form is not None and form.is_eight_bit:
+        numbers = planes.codes.view(ml_dtypes.float8_e4m3fn) if form.numbers == "fp8" else planes.codes
+        exponents = planes.scale.dtype == np.uint8
+        scale = np.exp2(planes.scale.astype(np.float32) - 127) if exponents else planes.scale.astype(np.float32)
+        return (numbers.astype(np.float32) - (0 if planes.zero is None else planes.zero.astype(np.float32))) * scale
     if planes.scale.dtype == np.uint8:
         return FP4[planes.codes] * np.exp2(planes.scale.astype(np.float32) - 127)
     scale = planes.scale.astype(np.float32)

@@ -41,6 +41,7 @@ CONFIGS = {
     "fp8-block": {"quant_method": "fp8", "weight_block_size": list(BLOCK)},
     "fp8-tensor": {"quant_method": "fp8"},
     "fp8-channel": _compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+    "fp8-exponents": _compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32),
 }
 SMALL = ("int4", "nvfp4")
 """Forms whose groups divide the usual sizes."""
@@ -94,9 +95,17 @@ def _fp8_channel(w: np.ndarray) -> Narrow:
 
 
 def _fp8_block(w: np.ndarray) -> Narrow:
-    rows, columns = (n // size for n, size in zip(w.shape, BLOCK, strict=True))
-    scale = (np.abs(w.reshape(rows, BLOCK[0], columns, BLOCK[1])).max((1, 3)) / 448).astype(np.float32)
-    return _scaled(w, scale, np.kron(scale, np.ones(BLOCK, np.float32)), key="weight_scale_inv")
+    rows, columns = (-(-n // size) for n, size in zip(w.shape, BLOCK, strict=True))
+    filled = np.pad(w, [(0, n * size - m) for n, size, m in zip((rows, columns), BLOCK, w.shape, strict=True)])
+    scale = (np.abs(filled.reshape(rows, BLOCK[0], columns, BLOCK[1])).max((1, 3)) / 448).astype(np.float32)
+    spread = np.kron(scale, np.ones(BLOCK, np.float32))[: len(w), : w.shape[1]]
+    return _scaled(w, scale, spread, key="weight_scale_inv")
+
+
+def _fp8_exponents(w: np.ndarray) -> Narrow:
+    exponent = np.ceil(np.log2(np.abs(w.reshape(len(w), -1, 32)).max(-1) / 448)).astype(np.int64)
+    spread = np.repeat(np.exp2(exponent.astype(np.float32)), 32, axis=-1)
+    return _scaled(w, (exponent + 127).astype(np.uint8), spread)
 
 
 def _int8(w: np.ndarray) -> Narrow:
@@ -183,4 +192,5 @@ _NARROW = {
     "fp8-block": _fp8_block,
     "fp8-tensor": _fp8_tensor,
     "fp8-channel": _fp8_channel,
+    "fp8-exponents": _fp8_exponents,
 }

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moejax.checkpoint.families.source import OfRows
+
 
 @dataclasses.dataclass(frozen=True)
-class PairsToHalves:
+class PairsToHalves(OfRows):
     """Rows of each of `heads`, whose last `rotated` rows lie in pairs, or with `leading` the first: all first ones of
     the pairs, then all second. Also numbers of vectors."""
 
@@ -29,7 +31,7 @@ class PairsToHalves:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairedHeads:
+class PairedHeads(OfRows):
     """Queries, keys and values below each other. The numbers that are rotated against each other, which are all of a
     head, lie in pairs in queries and keys, as in PairsToHalves."""
 
@@ -68,7 +70,7 @@ class KeyUp:
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueUp:
+class ValueUp(OfRows):
     """Each head's value rows of `[heads * (d_plain + d_value), d_latent]`: `[heads, d_value, d_latent]`."""
 
     heads: int

@@ -21,8 +21,16 @@ class Transform(Protocol):
         ...
 
 
+class OfRows:
+    """Base of the transforms that move whole rows: they apply in the same way to one number for each row."""
+
+    def __call__(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """See Transform."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(OfRows):
     """The tensor as it is."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -38,7 +46,7 @@ IDENTITY = Identity()
 
 
 @dataclasses.dataclass(frozen=True)
-class ConcatRows:
+class ConcatRows(OfRows):
     """Tensors below each other, of these many rows: queries, keys and values."""
 
     sizes: tuple[int, ...]
@@ -53,7 +61,7 @@ class ConcatRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConcatHalves:
+class ConcatHalves(OfRows):
     """Two tensors of equal shape below each other: gate above up."""
 
     def shapes(self, target: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -126,7 +134,7 @@ class Flattened:
 
 
 @dataclasses.dataclass(frozen=True)
-class PickedRows:
+class PickedRows(OfRows):
     """Rows of a tensor that lies group by group, each of which has as many rows of every kind as `sizes` says: all rows
     of the first kind of `picked`, then all of the next. Further tensors, with the numbers of rows in `below`, follow
     whole."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from moejax.checkpoint.manifest import CheckpointError
 from moejax.config.int4 import Planes
-from moejax.config.packed_form import GROUP, PackedForm
+from moejax.config.packed_form import GROUP, NumberType, PackedForm, ScaleType
 
 Shape = tuple[int, ...]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -134,6 +134,26 @@ def packed_integers(scale: StoredTensor | None, group: int, *, zeros: bool) -> P
     if scale is None or scale.dtype not in ("F16", "BF16") or group % GROUP:
         return None
     return PackedForm(scale="float16" if scale.dtype == "F16" else "bfloat16", group=group, zeros=zeros)
+
+
+_EIGHT_BIT_SCALES: dict[str, ScaleType] = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U8": "e8m0",
+    "F8_E8M0": "e8m0",
+}
+
+
+def packed_bytes(
+    numbers: NumberType, scale: StoredTensor, group: int, *, rows: int = 1, zeros: bool = False
+) -> PackedForm | None:
+    """The form of numbers of eight bits with these scales, of so many rows and inputs (0: whole rows, whose scales are
+    held in float32)."""
+    held = _EIGHT_BIT_SCALES.get(scale.dtype)
+    if held is None:
+        return None
+    return PackedForm(numbers=numbers, scale=held if group else "float32", group=group, rows=rows, zeros=zeros)
 
 
 def spread(values: np.ndarray, group: int, columns: int) -> np.ndarray:

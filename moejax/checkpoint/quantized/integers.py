@@ -10,12 +10,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moejax.checkpoint.quantized.form import Needed, QuantizedTensor, Shape, packed_integers, row_chunks
+from moejax.checkpoint.quantized.form import (
+    Needed,
+    QuantizedTensor,
+    Shape,
+    StoredTensor,
+    packed_bytes,
+    packed_integers,
+    row_chunks,
+)
 from moejax.config.int4 import Planes
 from moejax.config.packed_form import PackedForm
 from planner.inputs.published.quantization import Scheme
 
 WORD = 32
+_MIDDLE = 128
+"""The unsigned integer of eight bits that is held as zero."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each four bits of a word hold, from the lowest."""
 
@@ -32,9 +42,7 @@ class PackedTensor(QuantizedTensor):
     @property
     def packed(self) -> PackedForm | None:
         """See QuantizedTensor."""
-        if self.scheme.bits != 4:
-            return None
-        return packed_integers(self.parts.get("scale"), self.scheme.group, zeros="zero" in self.parts)
+        return _form(self.parts.get("scale"), self.scheme, zeros="zero" in self.parts)
 
     def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
         """See QuantizedTensor."""
@@ -43,7 +51,9 @@ class PackedTensor(QuantizedTensor):
         scale = scale if scale.ndim == 2 else np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
         index = parts["index"] if "index" in parts and (parts["index"] >= 0).all() else None
         at = np.arange(columns) // (self.scheme.group or columns) if index is None else index
-        codes = unpack(parts["numbers"], 4, columns)
+        codes = unpack(parts["numbers"], self.scheme.bits, columns)
+        if self.scheme.bits == 8:
+            return Planes(_signed(codes), scale[:, at], None if zero is None else zero.astype(np.int16)[:, at])
         return Planes(codes, scale[:, at], None if zero is None else (zero + 8).astype(np.uint8)[:, at])
 
     @property
@@ -104,9 +114,7 @@ class OutputsLastTensor(QuantizedTensor):
     @property
     def packed(self) -> PackedForm | None:
         """See QuantizedTensor. Whether zero points are all in the middle, and groups in order, numbers alone show."""
-        if self.scheme.bits != 4:
-            return None
-        return packed_integers(self.parts.get("scale"), self.scheme.group, zeros=not self.scheme.plain)
+        return _form(self.parts.get("scale"), self.scheme, zeros=not self.scheme.plain)
 
     def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
         """See QuantizedTensor."""
@@ -116,7 +124,10 @@ class OutputsLastTensor(QuantizedTensor):
         if self._awq:
             codes = self._along_outputs(parts["numbers"]).T
         else:
-            codes = unpack(np.ascontiguousarray(parts["numbers"].T), 4, inputs)
+            codes = unpack(np.ascontiguousarray(parts["numbers"].T), self.scheme.bits, inputs)
+        if self.scheme.bits == 8:
+            middle = self._along_outputs(parts["zero"]).astype(np.int16) + self.scheme.zero_offset - _MIDDLE
+            return Planes(_signed(np.ascontiguousarray(codes)), parts["scale"][index].T, middle[index].T)
         return Planes(np.ascontiguousarray(codes), parts["scale"][index].T, zero[index].T)
 
     @property
@@ -171,6 +182,20 @@ class OutputsLastTensor(QuantizedTensor):
         for place, output in enumerate(AWQ_ORDER):
             ordered[:, output :: len(AWQ_ORDER)] = found[:, place :: len(AWQ_ORDER)]
         return ordered
+
+
+def _form(scale: StoredTensor | None, scheme: Scheme, *, zeros: bool) -> PackedForm | None:
+    """The form of integers of four or eight bits."""
+    if scheme.bits == 4:
+        return packed_integers(scale, scheme.group, zeros=zeros)
+    if scheme.bits == 8 and scale is not None:
+        return packed_bytes("int8", scale, scheme.group, zeros=zeros)
+    return None
+
+
+def _signed(codes: np.ndarray) -> np.ndarray:
+    """Unsigned integers of eight bits less `_MIDDLE`, as int8."""
+    return (codes ^ np.uint8(_MIDDLE)).view(np.int8)
 
 
 def _by_group(scale: np.ndarray, rows: int) -> np.ndarray:

@@ -9,11 +9,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moejax.checkpoint.quantized.form import Needed, QuantizedTensor, Shape, row_chunks, widen_scale
+from moejax.checkpoint.quantized.form import (
+    Needed,
+    QuantizedTensor,
+    Shape,
+    packed_bytes,
+    row_chunks,
+    widen_scale,
+)
+from moejax.config.int4 import Planes
+from moejax.config.packed_form import NumberType, PackedForm
 from planner.inputs.published.quantization import Scheme
 
 BLOCK = (128, 128)
 """Of FP8 weights whose configuration does not say it."""
+NUMBERS: dict[str, NumberType] = {"F8_E4M3": "fp8", "I8": "int8"}
+"""Numbers that ranks hold as they are published, by their names in safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +42,36 @@ class ScaledTensor(QuantizedTensor):
         """See QuantizedTensor."""
         scale = self.parts.get("scale")
         name = f"{self.name}_scale_inv" if scale is None else scale.name
-        shapes = self._shapes(is_inverse=name.endswith("_inv"))
+        shapes = self._shapes(name)
         found = [("scale", Needed(name, shapes))]
         if zero := self.parts.get("zero"):
             found.append(("zero", Needed(zero.name, shapes if scale is None else (scale.shape,))))
         return found
+
+    @property
+    def packed(self) -> PackedForm | None:
+        """See QuantizedTensor."""
+        numbers = NUMBERS.get(self.parts["numbers"].dtype)
+        if numbers is None or "scale" not in self.parts:
+            return None
+        scale, blocks = self.parts["scale"], self._has_blocks(self.parts["scale"].name)
+        group = self._block[1] if blocks or self.scheme.group else 0
+        rows = self._block[0] if blocks else 1
+        return packed_bytes(numbers, scale, group, rows=rows, zeros="zero" in self.parts)
+
+    def planes(self, parts: Mapping[str, np.ndarray]) -> Planes:
+        """See QuantizedTensor. Scales and zero points have a number for each row and group."""
+        numbers = parts["numbers"]
+        codes = numbers if numbers.dtype == np.int8 else numbers.view(np.uint8)
+        zero = self._by_each_row(parts["zero"].astype(np.int16), numbers.shape) if "zero" in parts else None
+        scale = self._by_each_row(parts["scale"], numbers.shape)
+        return Planes(codes, scale, zero, group=0 if scale.shape[-1] == 1 else self._block[1])
+
+    def _by_each_row(self, scale: np.ndarray, shape: Shape) -> np.ndarray:
+        """Scales `[..., rows, groups]`, of one group where all columns share them."""
+        by_row, (rows, columns) = self._by_row(scale, shape), shape[-2:]
+        size = self._sizes(rows, columns, by_row.shape)[0]
+        return np.repeat(by_row, size, axis=-2)[..., :rows, :]
 
     def decode(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         """See QuantizedTensor."""
@@ -79,12 +115,17 @@ class ScaledTensor(QuantizedTensor):
             return 1, self.scheme.group
         return self.scheme.block or BLOCK
 
-    def _shapes(self, *, is_inverse: bool) -> tuple[Shape, ...]:
-        """The shapes that scales may have: as the configuration says, or, where it says nothing, of any kind."""
+    def _has_blocks(self, name: str) -> bool:
+        """Whether scales of this name are those of blocks."""
+        return self.scheme.block is not None or name.endswith("_inv")
+
+    def _shapes(self, name: str) -> tuple[Shape, ...]:
+        """The shapes that scales of this name may have: as the configuration says, or, where it says nothing, of any
+        kind."""
         *lead, rows, columns = self.shape
         block = self._block
         blocks = (*lead, -(-rows // block[0]), -(-columns // block[1]))
-        if self.scheme.block is not None or is_inverse:
+        if self._has_blocks(name):
             return blocks, (*lead, blocks[-2], 1, blocks[-1], 1)
         if self.scheme.group:
             return (blocks,)

@@ -26,12 +26,15 @@ from jaxtyping import Float, Int, Shaped, UInt32
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import ArrayLike
 from moejax.config.delta_inputs import DeltaInputs
+from moejax.config.eight_bit import EightBit
 from moejax.config.int4 import Int4
 from moejax.config.kv_cache import Scaled
-from moejax.config.weight_formats import Int8, is_scaled
+from moejax.config.weight_formats import Quantized, is_scaled
 from planner.inputs.routed_experts import Activation
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "int4.h", "shared.cc", "spread.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu.cc", "delta.cc", "eight_bit.h", "int4.h", "shared.cc", "spread.h")
+)
 CALLS = ("row_dot", "experts", "paged_attention", "delta_rule", "likeliest", "drawn", "exchange")
 TARGETS = tuple(f"moejax_{call}" for call in CALLS)
 ACTIVATIONS: dict[Activation, int] = {"relu2": 0, "swiglu": 1, "geglu": 2}
@@ -121,10 +124,10 @@ def load(folder: Path | None = None) -> None:
 
 
 def row_dot(
-    x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8 | Int4, index: tuple[ArrayLike | int, ...]
+    x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Quantized, index: tuple[ArrayLike | int, ...]
 ) -> Float[jax.Array, "T F"]:
-    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16, Int8 or Int4.
-    Differentiable unless Int8 or Int4."""
+    """`x @ stack[index].T` `[T, F]` in float32, for a stack `[..., F, D]` of float32, bfloat16, or
+    `Quantized`. Differentiable unless that."""
     if is_scaled(stack):
         return _row_dot_by(x_TD, stack, _indices(index))
     return _row_dot(x_TD.astype(jnp.float32), stack, _indices(index))
@@ -135,11 +138,11 @@ def _row_dot(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike, index: ArrayLike) 
     return _row_dot_by(x_TD, stack, index)
 
 
-def _row_dot_by(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Int8 | Int4, index: ArrayLike) -> jax.Array:
+def _row_dot_by(x_TD: Float[ArrayLike, "T D"], stack: ArrayLike | Quantized, index: ArrayLike) -> jax.Array:
     parts = _parts(stack)
     out = jax.ShapeDtypeStruct((x_TD.shape[0], parts[0].shape[-2]), jnp.float32)
     call = jax.ffi.ffi_call("moejax_row_dot", out)
-    return call(x_TD.astype(jnp.float32), *parts, index, group=_group(stack))
+    return call(x_TD.astype(jnp.float32), *parts, index, group=_group(stack), rows=_rows_of_a_scale(stack))
 
 
 def _row_dot_forward(x_TD, stack, index):
@@ -158,8 +161,8 @@ _row_dot.defvjp(_row_dot_forward, _row_dot_backward)
 def experts(
     rows_rD: Float[ArrayLike, "r D"],
     wanted_rA: Int[ArrayLike, "r A"],
-    gate_up: ArrayLike | Int8 | Int4,
-    down: ArrayLike | Int8 | Int4,
+    gate_up: ArrayLike | Quantized,
+    down: ArrayLike | Quantized,
     layer: ArrayLike | int,
     activation: Activation = "swiglu",
 ) -> Float[jax.Array, "r A D"]:
@@ -170,6 +173,8 @@ def experts(
         *(rows_rD.astype(jnp.float32), wanted_rA, *_parts(gate_up), *_parts(down), _indices((layer,))),
         gate_up_group=_group(gate_up),
         down_group=_group(down),
+        gate_up_rows=_rows_of_a_scale(gate_up),
+        down_rows=_rows_of_a_scale(down),
         activation=ACTIVATIONS[activation],
     )
 
@@ -236,17 +241,25 @@ def _sources_digest() -> str:
     return hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest()
 
 
-def _parts(weight: ArrayLike | Int8 | Int4) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
-    """A weight's numbers, its scale, and the zero points or factors of four bits, each empty unless there are some."""
+def _parts(weight: ArrayLike | Quantized) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+    """A weight's numbers, its scale, and zero points, or the factors of NVFP4, each empty unless there are some."""
     none = jnp.zeros((0,), jnp.float32)
-    if isinstance(weight, Int4):
-        return weight.numbers, weight.scale, none if weight.more is None else weight.more
-    return (weight.numbers, weight.scale, none) if isinstance(weight, Int8) else (weight, none, none)
+    if not isinstance(weight, Quantized):
+        return weight, none, none
+    more = weight.more if isinstance(weight, Int4) else weight.zero if isinstance(weight, EightBit) else None
+    return weight.numbers, weight.scale, none if more is None else more
 
 
-def _group(weight: ArrayLike | Int8 | Int4) -> int:
-    """Columns of a weight of four bits that share a scale."""
+def _group(weight: ArrayLike | Quantized) -> int:
+    """Columns of a weight that share a scale, where these are those of groups."""
+    if isinstance(weight, EightBit):
+        return weight.group or weight.numbers.shape[-1]
     return weight.group if isinstance(weight, Int4) else 0
+
+
+def _rows_of_a_scale(weight: ArrayLike | Quantized) -> int:
+    """Rows of a weight that share a scale."""
+    return weight.rows if isinstance(weight, EightBit) else 1
 
 
 def _rows(rows: ArrayLike | Scaled) -> tuple[ArrayLike, ArrayLike]:

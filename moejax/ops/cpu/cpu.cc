@@ -3,8 +3,8 @@
 // One rule throughout: every number of a result is summed in an order that depends on its own row alone, never on the
 // number of rows or on the other rows (docs/decisions/0001). So each number has one accumulator of LANES partial sums,
 // run over the contracted axis from the front and added up by `total`, whichever tile of rows computes it.
-// Weights are read where they are stored, once per call, as float32, bfloat16, int8 with a scale for each output, or
-// four bits with a scale for each group (int4.h).
+// Weights are read where they are stored, once per call, as float32, bfloat16, int8 with a scale for each output, four
+// bits with a scale for each group (int4.h), or published eight bits (eight_bit.h), a tile of which is widened at a time.
 //
 // Rows that multiply int8 or int4 weights are rounded to integers of 16 bits with a scale for each row: the error is at
 // most a 65,000th of the row's largest number, a 256th of the error of int8 weights. Processors multiply twice as many
@@ -25,6 +25,7 @@
 #include <immintrin.h>
 #endif
 
+#include "eight_bit.h"
 #include "int4.h"
 #include "spread.h"
 #include "xla/ffi/api/ffi.h"
@@ -330,10 +331,13 @@ inline void ahead(const W* first, const W* last) {
 template <typename W>
 constexpr bool NIBBLES = std::is_same_v<W, Nibbles> || std::is_same_v<W, Fp4>;
 
-// A matrix [F, D], row after row, each multiplied by its `scale` if there is one; nibbles have those of groups.
+template <typename W>
+constexpr bool WIDENED = std::is_same_v<W, Float8> || std::is_same_v<W, Grouped8>;
+
+// A matrix [F, D], row after row, each multiplied by its `scale` if there is one, or by those of groups.
 template <typename W>
 struct Matrix {
-  using Scale = std::conditional_t<NIBBLES<W>, Groups, const float*>;
+  using Scale = std::conditional_t<NIBBLES<W> || WIDENED<W>, Groups, const float*>;
   const W* numbers;
   Scale scale;
 };
@@ -341,7 +345,7 @@ struct Matrix {
 // A weight as a call has it: numbers, scales, and factors of rows or zero points, each empty unless there are some.
 struct Weight {
   ffi::AnyBuffer numbers, scale, more;
-  int64_t group;
+  int64_t group, rows;
 };
 
 // True for weights that multiply rows of integers.
@@ -433,7 +437,7 @@ template <typename W>
 void nibble_dots(const std::vector<Row<W>>& rows, const Matrix<W>& matrix, int64_t D, int64_t first, int64_t last,
                  float* const* y) {
   int64_t size = rows.size(), width = pairs(D) * PAIR_WORDS, most = rows_at_once<int16_t>(quads(D) * QUAD);
-  int64_t bytes = matrix.scale.count * (matrix.scale.form <= ScaleForm::BFLOAT16 ? 2 : 1);
+  int64_t bytes = matrix.scale.count * scale_bytes(matrix.scale.form);
   auto scales = static_cast<const uint8_t*>(matrix.scale.scale);
   GroupRoom room;
   room.scales.resize(COLUMNS * 4 * SETS<W> * quads(D));
@@ -447,6 +451,33 @@ void nibble_dots(const std::vector<Row<W>>& rows, const Matrix<W>& matrix, int64
       nibble_columns<COLUMNS, W>(rows.data() + t, some, matrix, D, f, y + t, room);
     }
     for (; f < last; ++f) nibble_columns<1, W>(rows.data() + t, some, matrix, D, f, y + t, room);
+  }
+}
+
+// Weights of a tile are widened first: the products and sums are those of float32.
+template <typename W>
+void widened_dots(const std::vector<Row<W>>& rows, const Matrix<W>& matrix, int64_t D, int64_t first, int64_t last,
+                  float* const* y) {
+  const W* w = matrix.numbers;
+  std::vector<float> wide(COLUMNS * D), scales(matrix.scale.count);
+  std::vector<const float*> x;
+  for (const Row<W>& row : rows) x.push_back(row.x);
+  const float* four[COLUMNS];
+  for (int64_t n = 0; n < COLUMNS; ++n) four[n] = wide.data() + n * D;
+  int64_t size = rows.size(), most = rows_at_once<float>(D);
+  for (int64_t t = 0; t < size; t += most) {
+    int64_t some = std::min(most, size - t);
+    for (int64_t f = first; f < last; f += COLUMNS) {
+      int64_t columns = std::min(COLUMNS, last - f);
+      ahead(w + (f + AHEAD) * D, w + std::min(f + AHEAD + COLUMNS, last) * D);
+      for (int64_t n = 0; n < columns; ++n)
+        widen_row(w + (f + n) * D, matrix.scale, f + n, D, scales.data(), wide.data() + n * D);
+      if (columns == COLUMNS) {
+        tile_rows<COLUMNS>(x.data() + t, four, some, D, y + t, f);
+      } else {
+        for (int64_t n = 0; n < columns; ++n) tile_rows<1>(x.data() + t, four + n, some, D, y + t, f + n);
+      }
+    }
   }
 }
 
@@ -480,6 +511,8 @@ template <typename W>
 void dots(const std::vector<Row<W>>& rows, Matrix<W> matrix, int64_t D, int64_t first, int64_t last, float* const* y) {
   if constexpr (NIBBLES<W>)
     nibble_dots<W>(rows, matrix, D, first, last, y);
+  else if constexpr (WIDENED<W>)
+    widened_dots<W>(rows, matrix, D, first, last, y);
   else
     plain_dots<W>(rows, matrix, D, first, last, y);
 }
@@ -560,13 +593,27 @@ inline std::pair<ScaleForm, float> scale_form(ffi::DataType type) {
   }
 }
 
+// The form of scales of eight bits.
+inline ScaleForm wide_scale_form(ffi::DataType type) {
+  switch (type) {
+    case ffi::U8:
+      return ScaleForm::EXPONENT;
+    case ffi::BF16:
+      return ScaleForm::BFLOAT16;
+    case ffi::F16:
+      return ScaleForm::HALF;
+    default:
+      return ScaleForm::FLOAT;
+  }
+}
+
 // The matrix number `at` of a stack of F x D numbers each, with its scales if there are some.
 template <typename W>
 Matrix<W> matrix(const Weight& weight, int64_t at, int64_t F, int64_t D) {
   auto numbers = static_cast<const W*>(weight.numbers.untyped_data());
   if constexpr (NIBBLES<W>) {
     auto [form, unit] = scale_form(weight.scale.element_type());
-    int64_t count = weight.scale.dimensions().back(), bytes = form <= ScaleForm::BFLOAT16 ? 2 : 1;
+    int64_t count = weight.scale.dimensions().back(), bytes = scale_bytes(form);
     auto first = static_cast<const uint8_t*>(weight.scale.untyped_data()) + at * F * count * bytes;
     bool more = weight.more.element_count() > 0, zeros = more && weight.more.element_type() == ffi::S8;
     auto factors = static_cast<const float*>(weight.more.untyped_data()) + at * F;
@@ -574,6 +621,14 @@ Matrix<W> matrix(const Weight& weight, int64_t at, int64_t F, int64_t D) {
     Groups groups = {first, form, unit, count, weight.group, more && !zeros ? factors : nullptr,
                      zeros ? points : nullptr};
     return {numbers + at * F * pairs(D) * PAIR_WORDS, groups};
+  } else if constexpr (WIDENED<W>) {
+    ScaleForm form = wide_scale_form(weight.scale.element_type());
+    int64_t count = weight.scale.dimensions().back(), first = at * ((F + weight.rows - 1) / weight.rows) * count;
+    bool zeros = weight.more.element_count() > 0;
+    auto points = static_cast<const int8_t*>(weight.more.untyped_data()) + first;
+    Groups groups = {static_cast<const uint8_t*>(weight.scale.untyped_data()) + first * scale_bytes(form),
+                     form, 1.0f, count, weight.group, nullptr, zeros ? points : nullptr, weight.rows};
+    return {numbers + at * F * D, groups};
   } else {
     auto scale = reinterpret_cast<const float*>(weight.scale.untyped_data());
     return {numbers + at * F * D, weight.scale.element_count() > 0 ? scale + at * F : nullptr};
@@ -587,7 +642,10 @@ void with_form(const Weight& weight, Form in_form) {
     case ffi::BF16:
       return in_form(bfloat16{});
     case ffi::S8:
+      if (weight.scale.dimensions().size() == weight.numbers.dimensions().size()) return in_form(Grouped8{});
       return in_form(int8_t{});
+    case ffi::U8:
+      return in_form(Float8{});
     case ffi::U16:
       if (scale_form(weight.scale.element_type()).first >= ScaleForm::EXPONENT) return in_form(Fp4{});
       return in_form(Nibbles{});
@@ -597,8 +655,9 @@ void with_form(const Weight& weight, Form in_form) {
 }
 
 ffi::Error RowDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer numbers, ffi::AnyBuffer scale,
-                  ffi::AnyBuffer more, ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y, int64_t group) {
-  Weight weight = {numbers, scale, more, group};
+                  ffi::AnyBuffer more, ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> y, int64_t group,
+                  int64_t rows) {
+  Weight weight = {numbers, scale, more, group, rows};
   auto stack = numbers.dimensions();
   int64_t D = x.dimensions().back(), F = stack[stack.size() - 2];
   int64_t at = place(stack, ffi::Span<const int32_t>(index.typed_data(), index.element_count()));
@@ -693,9 +752,9 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
                    ffi::AnyBuffer gate_up_numbers, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer gate_up_more,
                    ffi::AnyBuffer down_numbers, ffi::AnyBuffer down_scale, ffi::AnyBuffer down_more,
                    ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> answers, int64_t gate_up_group,
-                   int64_t down_group, int64_t activation) {
-  Weight gate_up = {gate_up_numbers, gate_up_scale, gate_up_more, gate_up_group};
-  Weight down = {down_numbers, down_scale, down_more, down_group};
+                   int64_t down_group, int64_t gate_up_rows, int64_t down_rows, int64_t activation) {
+  Weight gate_up = {gate_up_numbers, gate_up_scale, gate_up_more, gate_up_group, gate_up_rows};
+  Weight down = {down_numbers, down_scale, down_more, down_group, down_rows};
   int64_t D = rows.dimensions()[1], A = wanted.dimensions()[1], items = wanted.element_count();
   int64_t S = down_numbers.dimensions()[1], above = gate_up_numbers.dimensions()[2];
   auto between = static_cast<Activation>(activation);
@@ -740,46 +799,12 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer
 }
 
 // Numbers of keys and values in the cache, as `moejax.config.kv_cache` holds them: bits of fp8 are e4m3.
-struct Float8 {
-  uint8_t bits;
-};
+using ::widened;
+using ::widened_one;
 
 inline Vector widened(const bfloat16* p) { return load(p); }
 
-inline Vector widened(const int8_t* p) {
-#ifdef __AVX2__
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  Vector wide;
-  for (int i = 0; i < LANES; ++i) wide[i] = p[i];
-  return wide;
-#endif
-}
-
 inline float widened_one(bfloat16 x) { return single(&x); }
-
-inline float widened_one(int8_t x) { return x; }
-
-inline float widened_one(Float8 x) {
-  int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-  float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
-  return x.bits & 128 ? -size : size;
-}
-
-// As a number of 16 bits with the same exponent, which is 2^8 too small. Unlike those of 32 bits, its smallest numbers
-// are not flushed to zero.
-inline Vector widened(const Float8* p) {
-#if defined(__AVX2__) && defined(__F16C__)
-  __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
-  __m128i size = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)), 7);
-  return _mm256_cvtph_ps(_mm_or_si128(sign, size)) * 256.0f;
-#else
-  Vector wide;
-  for (int i = 0; i < LANES; ++i) wide[i] = widened_one(p[i]);
-  return wide;
-#endif
-}
 
 template <typename T>
 void widen(const T* from, int64_t size, float* to) {
@@ -1087,7 +1112,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_row_dot, RowDot,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("group"));
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("rows"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                               ffi::Ffi::Bind()
@@ -1104,6 +1130,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_experts, Experts,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("gate_up_group")
                                   .Attr<int64_t>("down_group")
+                                  .Attr<int64_t>("gate_up_rows")
+                                  .Attr<int64_t>("down_rows")
                                   .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_paged_attention, PagedAttention,

@@ -41,10 +41,15 @@ constexpr int SETS<Fp4> = 2;
 // Twice the numbers of FP4 E2M1 (OCP Microscaling 1.0, 5.3.3).
 alignas(16) constexpr int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-enum class ScaleForm { HALF, BFLOAT16, EXPONENT, FLOAT8 };
+enum class ScaleForm { HALF, BFLOAT16, EXPONENT, FLOAT8, FLOAT };
+
+inline int64_t scale_bytes(ScaleForm form) {
+  return form == ScaleForm::FLOAT ? 4 : form <= ScaleForm::BFLOAT16 ? 2 : 1;
+}
 
 // Scales of the groups of a matrix, `count` a row, as they are stored: `unit` times the form's number, times the row's
-// factor. `group` is that of a scale, in columns. Zero points are those of integers from -8 on.
+// factor. `group` is that of a scale, in columns. Zero points are those of integers from -8 on. Of eight bits, `rows`
+// rows share their scales and zero points.
 struct Groups {
   const void* scale;
   ScaleForm form;
@@ -52,6 +57,7 @@ struct Groups {
   int64_t count, group;
   const float* factor;  // of each row, or none
   const int8_t* zeros;  // `count` a row, or none
+  int64_t rows = 1;
 };
 
 typedef float NibbleSums __attribute__((vector_size(32)));  // partial sums of a number of a result
@@ -128,6 +134,9 @@ inline void plain_scales(const Groups& groups, int64_t row, float* scales) {
       break;
     case ScaleForm::FLOAT8:
       for (int64_t i = 0; i < count; ++i) scales[i] = float8_numbers()[bytes[i]];
+      break;
+    case ScaleForm::FLOAT:
+      std::memcpy(scales, static_cast<const float*>(groups.scale) + row * count, count * sizeof *scales);
   }
   if (groups.factor != nullptr)
     for (int64_t i = 0; i < count; ++i) scales[i] *= groups.factor[row];

@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.axes import MASKED_SCORE, ArrayLike
+from moejax.config.eight_bit import EightBit, Int8
 from moejax.config.int4 import Int4
 from moejax.config.kv_cache import numbers_of
-from moejax.config.weight_formats import Int8, StackSlice, index_weight
+from moejax.config.weight_formats import StackSlice, index_weight
 from moejax.ops.pallas.grouping import group_by_slot
 from moejax.ops.pallas.queries import GroupedQueries
 
@@ -42,8 +43,9 @@ _MAX_QUERY_ROWS = 64
 
 
 def supports_experts(gate_up: StackSlice, down: StackSlice) -> bool:
-    """True when `experts` covers these weights: not int4, and their sizes, F and D, are multiples of 16."""
-    if isinstance(gate_up.stack, Int4) or isinstance(down.stack, Int4):
+    """True when `experts` covers these weights: not int4 or `EightBit`, and their sizes, F and D, are multiples of
+    16."""
+    if any(isinstance(each.stack, (EightBit, Int4)) for each in (gate_up, down)):
         return False
     sizes = [size for weight in (gate_up, down) for size in jax.tree.leaves(weight.stack)[0].shape[-2:]]
     return all(size % _MIN_TILE == 0 for size in sizes)
@@ -149,7 +151,7 @@ def _multiply(
 
 def supports_row_dot(stack: Any) -> bool:
     """True when `row_dot` covers a stack `[..., F, D]`: bfloat16 or int8, F and D multiples of 16."""
-    if isinstance(stack, Int4):
+    if isinstance(stack, (EightBit, Int4)):
         return False
     numbers = jax.tree.leaves(stack)[0]
     narrow = isinstance(stack, Int8) or numbers.dtype == jnp.bfloat16

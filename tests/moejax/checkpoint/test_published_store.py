@@ -18,6 +18,7 @@ from moejax.checkpoint.host_store import HostStore, StoreCorrupt, StoreMissing
 from moejax.checkpoint.manifest import CheckpointError, expert_position
 from moejax.checkpoint.published_store import SOURCE, PublishedStore, open_store, record_checksums
 from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.eight_bit import EightBit
 from moejax.config.int4 import Int4
 from moejax.config.params import FeedForward, expert_specs, param_specs
 from moejax.config.weight_formats import dequantize, is_scaled, weight_shape
@@ -26,7 +27,7 @@ from moejax.tools.resolve import ensure_checksums
 from tests.support.families.published import CASES
 from tests.support.families.small import small_config, small_folder
 from tests.support.published import published_folder, write_shards
-from tests.support.quantized_folders import CONFIGS, narrow, quantized_folders
+from tests.support.quantized_folders import CONFIGS, LARGE, narrow, quantized_folders
 
 EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
 BUFFER = 4096
@@ -60,8 +61,10 @@ def same(ours: PublishedStore, converted: HostStore) -> None:
     assert not ours.corrupt_tensors(ours.non_expert_params())
 
 
-@pytest.mark.parametrize("form", ["int4-32", "nvfp4", "mxfp4", "awq"])
-def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
+@pytest.mark.parametrize(
+    "form", ["int4-32", "nvfp4", "mxfp4", "awq", "fp8-block", "fp8-tensor", "fp8-channel", "fp8-exponents", "int8"]
+)
+def test_matrices_are_held_as_they_are_published(form, tmp_path):
     plain = quantized_folders(tmp_path / "hf", form, wide=np.float32)
     held = noted(tmp_path / "hf").packed
     assert held is not None
@@ -75,7 +78,7 @@ def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
         specs = expert_specs(cfg, expert_position(cfg, expert[0])[:2])
         kept = to_host_weights(cfg, specs, FeedForward(*read[expert]))
         for part, name in enumerate(("gate_up", "down")):
-            assert isinstance(getattr(kept, name), Int4)
+            assert isinstance(getattr(kept, name), EightBit if "8" in form else Int4)
             np.testing.assert_array_equal(dequantize(getattr(kept, name)), numbers[expert][part])
     common = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf)), store.non_expert_params(), is_leaf=is_scaled)
     jax.tree.map(np.testing.assert_array_equal, common, there.non_expert_params())
@@ -83,26 +86,43 @@ def test_matrices_of_four_bits_are_held_as_they_are_published(form, tmp_path):
     assert jax.tree.structure(shapes) == jax.tree.structure(store.non_expert_params().segments[0][0].qkv)
 
 
-def test_of_latent_attention_all_is_held_but_the_half_that_groups_lie_across(tmp_path):
+@pytest.mark.parametrize(("form", "rest"), [("int4-32", []), ("fp8-block", ["key_up"]), ("fp8-channel", [])])
+def test_of_latent_attention_all_is_held_but_the_half_that_groups_lie_across(form, rest, tmp_path):
+    """Of blocks none do, where heads are as many blocks."""
     sizes = {"hidden_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32, "moe_intermediate_size": 32, "v_head_dim": 16}
+    sizes |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16} if form == "fp8-block" else {}
     values = small_config("deepseek-v3", **sizes, intermediate_size=96)
     stored, wide = {}, {}
     for name, array in published_folder(tmp_path / "hf", values).items():
-        parts, wide[name] = narrow("int4-32", array) if "_proj" in name else ({}, array)
+        parts, wide[name] = narrow(form, array) if "_proj" in name else ({}, array)
         stored |= {name.replace("weight", key): part for key, part in parts.items()} or {name: array}
     published_folder(tmp_path / "plain", values)
     write_shards(tmp_path / "plain", wide, 2)
     write_shards(tmp_path / "hf", stored, 2)
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"quantization_config": CONFIGS["int4-32"]}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"quantization_config": CONFIGS[form]}))
     held = noted(tmp_path / "hf").packed
     store = open_store(tmp_path / "noted", held=held)
     convert(tmp_path / "plain", tmp_path / "out", name="model", on_progress=quiet)
     common = store.non_expert_params()
-    packed = [key for key, leaf in vars(common.segments[0][0].latent).items() if isinstance(leaf, Int4)]
-    assert packed == ["query", "query_down", "down", "value_up"]
+    packed = {key for key, leaf in vars(common.segments[0][0].latent).items() if is_scaled(leaf)}
+    assert packed == {"query", "query_down", "down", "value_up", *rest}
     numbers = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf), np.float32), common, is_leaf=is_scaled)
     plain = HostStore.open(tmp_path / "out").non_expert_params()
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2**-8), numbers, plain)
+
+
+def test_blocks_of_pieces_that_end_within_them_are_held_by_fewer_rows(tmp_path):
+    """Keys have 8 rows, which stand between queries and values in one matrix."""
+    sizes = LARGE | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+    plain = quantized_folders(tmp_path / "hf", "fp8-block", wide=np.float32, sizes=sizes)
+    held = noted(tmp_path / "hf").packed
+    assert held is not None
+    assert (held.rows, held.group, len(held.parts)) == (8, 16, 4)
+    store = open_store(tmp_path / "noted", held=held)
+    convert(plain, tmp_path / "out", name="model", on_progress=quiet)
+    numbers = jax.tree.map(lambda leaf: np.asarray(dequantize(leaf)), store.non_expert_params(), is_leaf=is_scaled)
+    plainly = HostStore.open(tmp_path / "out").non_expert_params()
+    jax.tree.map(np.testing.assert_array_equal, numbers, plainly)
 
 
 def test_a_packed_expert_that_is_damaged_is_not_taken(tmp_path):

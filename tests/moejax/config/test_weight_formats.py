@@ -104,6 +104,12 @@ def test_bytes_are_those_of_the_form():
         (PackedForm(scale="bfloat16", group=32), 4 + 16 / 32),
         (PackedForm(scale="float16", group=128, zeros=True), 4 + (16 + 4) / 128),
         (PackedForm(scale="float16", group=32, zeros=True), 4 + (16 + 4) / 32),
+        (PackedForm(numbers="fp8", scale="float32", group=128, rows=128), 8 + 32 / 128**2),
+        (PackedForm(numbers="fp8", scale="float32", group=128, rows=64), 8 + 32 / 128**2),
+        (PackedForm(numbers="fp8", scale="e8m0", group=32), 8 + 8 / 32),
+        (PackedForm(numbers="fp8", scale="float32", group=0), 8),
+        (PackedForm(numbers="int8", scale="float32", group=0), 8),
+        (PackedForm(numbers="int8", scale="bfloat16", group=128, zeros=True), 8 + (16 + 8) / 128),
     ],
 )
 def test_ranks_hold_published_forms_in_at_most_a_twentieth_more_than_files_have(form, bits):

@@ -18,19 +18,28 @@ from moejax.config import int4
 from moejax.config.attention_inputs import AttentionInputs
 from moejax.config.kv_cache import Scaled, numbers_of
 from moejax.config.params import FeedForward
-from moejax.config.weight_formats import Int8, StackSlice, dequantize
+from moejax.config.weight_formats import Int8, StackSlice, dequantize, from_published
 from moejax.model.attention import paged_attention_reference
 from moejax.model.experts import apply_experts_reference
 from moejax.model.layers import row_dot_reference
 from moejax.model.sampling import draw_tokens_reference
 from moejax.ops import cpu
 from planner.inputs.cache_formats import CACHE_FORMATS
-from tests.support.kernel_cases import PACKED, attention_case, held, last_query_alone, normal, planes, published_numbers
+from tests.support.kernel_cases import (
+    EIGHT_BIT,
+    PACKED,
+    attention_case,
+    held,
+    last_query_alone,
+    normal,
+    planes,
+    published_numbers,
+)
 from tests.support.models import MIXTRAL
 
 pytestmark = pytest.mark.skipif(not cpu.active(), reason="no C++ compiler on this machine")
-FORMS = ["float32", "bfloat16", "int8", "int4", *PACKED]
-ROUNDING = {"float32": 2e-5, "bfloat16": 2e-5} | dict.fromkeys(FORMS[2:], 1e-4)
+FORMS = ["float32", "bfloat16", *EIGHT_BIT, "int8", "int4", *PACKED]
+ROUNDING = dict.fromkeys(FORMS, 2e-5) | dict.fromkeys(["int8", "int4", *PACKED], 1e-4)
 """Relative to the largest number: float32 sums of up to 1536 products in two orders; with int8 and four bits, rows of
 16 bits, two in turn for experts."""
 
@@ -41,9 +50,9 @@ def close(a, b, form: str = "float32") -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="flags of g++ for x86")
 @pytest.mark.parametrize("processor", ["x86-64", "ivybridge", "haswell"])
-def test_int4_compiles_for_processors_of_every_age(processor, tmp_path) -> None:
+def test_narrow_weights_compile_for_processors_of_every_age(processor, tmp_path) -> None:
     flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
-    header = next(source for source in cpu.SOURCES if source.name == "int4.h")
+    header = next(source for source in cpu.SOURCES if source.name == "eight_bit.h")  # includes int4.h
     (tmp_path / "one.cc").write_text(f'#include "{header}"\n')
     command = ["g++", *flags, f"-march={processor}", "-fsyntax-only", str(tmp_path / "one.cc")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -93,6 +102,20 @@ def test_dots_of_integers_with_packed_weights_are_exact(form, columns) -> None:
     rows[:, 5] = 32767  # integers of 16 bits as they are
     answer = cpu.row_dot(rows, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], packed), (0,))
     np.testing.assert_array_equal(answer, rows @ published_numbers(published).T)
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT)
+def test_a_widened_weight_is_the_published_number_in_every_bit(form) -> None:
+    """By rows of one number each, so that a dot is a weight."""
+    published = planes((37, 83), EIGHT_BIT[form])
+    if EIGHT_BIT[form].numbers == "fp8":
+        published.codes.reshape(-1)[:256] = np.arange(256)  # of all numbers there are
+    weight = from_published(published, EIGHT_BIT[form])
+    answer = cpu.row_dot(np.eye(83, dtype=np.float32), jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weight), (0,))
+    numbers = published_numbers(published, EIGHT_BIT[form]).T
+    for row, expected in zip(np.asarray(answer).T, numbers.T, strict=True):
+        finite = np.isfinite(expected).all()  # what is no number spoils the sums of its row
+        np.testing.assert_array_equal(row, expected if finite else np.nan)
 
 
 @pytest.mark.parametrize("columns", [32, 37, 576])

@@ -19,7 +19,7 @@ from tests.support.models import MIXTRAL, SHARED, model_folder
 from tests.support.quantized_folders import quantized_folders
 
 CASES = [(MIXTRAL, "float32"), (SHARED, "float32"), (MIXTRAL, "bfloat16"), (MIXTRAL, "int8"), (MIXTRAL, "int4")]
-PACKED = ["awq", "nvfp4", "mxfp4"]
+PACKED = ["awq", "nvfp4", "mxfp4", "fp8-block", "int8"]
 
 
 def quiet(done: int, total: int) -> None:

@@ -7,17 +7,31 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.checkpoint.checkpoint import load_params
+from moejax.checkpoint.convert import convert
 from moejax.checkpoint.host_store import HostStore, StoreError
+from moejax.checkpoint.published_store import open_store, record_checksums, recorded_form
+from moejax.checkpoint.safetensors import SafetensorsFolder
+from moejax.config.model_config import ModelConfig
 from moejax.config.parameter_counts import expert_bytes
-from moejax.config.params import expert_positions
+from moejax.config.params import Params, expert_positions, replace_experts
 from moejax.config.step_inputs import Bucket
+from moejax.config.weight_formats import weight_bytes
 from moejax.model.tensor_parallel import tp_shard_of
 from moejax.runtime import live_weights, steps
 from moejax.runtime.live_weights import LiveArrays
 from moejax.runtime.programs import ModelShape
+from serving.engine.batch import ScheduledRequest, StepBucket
+from serving.protocol.sampling import ResolvedSampling
 from tests.support.models import HYBRID, MIXTRAL, SHARED, model_folder
+from tests.support.quantized_folders import quantized_folders
+from tests.support.stepping import Stepper
 
 SLOTS = 3
+EIGHT_BIT = ("fp8-block", "fp8-tensor", "fp8-channel", "fp8-exponents", "int8")
+"""Published forms of eight bits."""
+NATS = 1e-3
+"""Between what a rank computes of weights in a published form and the reference of the numbers they stand for."""
 
 
 @pytest.fixture(scope="module", params=[MIXTRAL, SHARED], ids=lambda c: c.name)
@@ -205,3 +219,43 @@ def test_weights_that_cannot_be_read_are_not_staged_and_change_nothing(model):
     with pytest.raises(StoreError, match="the store is gone"):
         arrays.stage(Unreadable.open(folder))
     assert_holds(arrays, params, slots)
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT)
+def test_a_rank_holds_the_bytes_of_the_files_and_computes_with_the_numbers_they_stand_for(tmp_path, form):
+    sizes = {"hidden_size": 128, "intermediate_size": 192}
+    plain = quantized_folders(tmp_path / "hf", form, wide=np.float32, sizes=sizes)
+    record_checksums(tmp_path / "hf", tmp_path / "noted", name="m", on_progress=lambda *_: None)
+    form_held = recorded_form(tmp_path / "noted")
+    cfg = ModelConfig.load(tmp_path / "noted").with_packed(form_held)
+    arrays = LiveArrays(
+        ModelShape(cfg=cfg, buckets=(), page_size=8, pages=2), open_store(tmp_path / "noted", held=form_held)
+    )
+    device, experts = jax.devices()[0], cfg.moe.experts
+    arrays.enter_device(device)
+    arrays.fill(np.tile(np.arange(experts, dtype=np.int32), (cfg.n_moe_layers, 1)), None, device)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((arrays.weights, arrays.experts)))
+    assert 1 <= held / SafetensorsFolder.open(tmp_path / "hf").bytes <= 1.05
+    assert held == weight_bytes(cfg, experts=True) + weight_bytes(cfg, experts=False)
+    params = replace_experts(arrays.weights, lambda position, _: arrays.experts[position])
+    convert(plain, tmp_path / "plain", name="m", on_progress=lambda *_: None)
+    wide = load_params(tmp_path / "plain")
+    bucket, rows = StepBucket(2, 1), 20
+    one = ScheduledRequest(
+        request_id="a",
+        start=0,
+        tokens=tuple(range(3, 3 + rows)),
+        pages=(0,),
+        samples=True,
+        sampling=ResolvedSampling(max_tokens=1, seed=0, temperature=0.0),
+    )
+
+    def scores(cfg: ModelConfig, params: Params) -> np.ndarray:
+        stepper = Stepper(cfg, jax.tree.map(np.asarray, params), 1, experts, np.arange(experts))
+        logits = stepper.logits(stepper.run(bucket, {0: (one,)}), bucket, 0, bucket.decode, rows)
+        return np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
+
+    reference = scores(dataclasses.replace(cfg, weights="float32", packed=None), wide)
+    found = scores(cfg, params)
+    assert np.abs(found - reference).max() < NATS
+    assert np.ptp(reference) > 100 * NATS

@@ -98,6 +98,23 @@ def test_matrices_published_in_int4_stay_so_unless_another_type_is_asked_for(pla
     assert (narrow["expert_bytes"], wide["expert_bytes"]) == (padded / 2 + numbers / 16, 2 * numbers)
 
 
+@pytest.mark.parametrize(("form", "held"), [("fp8-block", "fp8"), ("int8", "published-int8")])
+def test_matrices_published_in_eight_bits_stay_so_and_new_weights_are_of_their_form(place, form, held, capfd):
+    plain = quantized_folders(place, form)
+    narrow = prepare(str(place), "published")
+    assert "ranks hold" not in capfd.readouterr().err
+    wide = prepare(str(place), "bfloat16")
+    assert narrow["weights"] == describe(str(place), weights="published")["config"]["weights"] == held
+    numbers = 3 * 64 * 96
+    assert wide["expert_bytes"] == 2 * numbers
+    assert 1 < narrow["expert_bytes"] / numbers < 1.06  # scales in float32 of rows of 64 numbers
+    assert narrow["rest_bytes"] < wide["rest_bytes"]
+    new = (held, "replicated", "1", "float32", str(narrow["folder"]))
+    assert prepare(str(place), *new)["content"] == narrow["content"]
+    with pytest.raises(ConfigError, match=rf"is held in bfloat16 .* in {held}\. Publish .*moejax serve --model"):
+        prepare(str(plain), *new)
+
+
 def test_new_weights_of_a_packed_model_are_of_its_form(place):
     plain = quantized_folders(place, "int4-32")
     served = prepare(str(place), "published")

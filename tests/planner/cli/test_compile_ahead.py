@@ -112,7 +112,7 @@ def test_the_problem_has_the_sizes_of_the_plan(model):
     assert asked["pages"] * w.page_tokens >= requests * d.traffic.longest
     assert {m["slots"] for m in asked["meshes"]} == {d.plan.slots_per_rank}
     assert [len(m["devices"]) for m in asked["meshes"]] == [8, 7]
-    assert asked["weights"] == ("int8" if w.weight_format == "fp8" else "bfloat16")
+    assert asked["weights"] == ("published" if w.weight_format == "fp8" else "bfloat16")
 
 
 def test_a_plan_that_moejax_does_not_run_is_refused_with_the_way_out():

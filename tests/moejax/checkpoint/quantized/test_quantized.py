@@ -17,7 +17,8 @@ from moejax.checkpoint.quantized.form import row_chunks
 from moejax.checkpoint.quantized.fp4 import FP4
 from moejax.checkpoint.quantized.integers import unpack
 from moejax.checkpoint.safetensors import SafetensorsFolder
-from moejax.config.int4 import dequantize, from_published
+from moejax.config.eight_bit import EightBit
+from moejax.config.weight_formats import dequantize, from_published
 from tests.parity import quantized
 from tests.parity.quantized import Answer, recorded
 
@@ -45,7 +46,7 @@ def test_each_form_is_widened_as_its_own_tool_widens_it(tmp_path, name):
     np.testing.assert_array_equal(found.astype(np.float32), answer.numbers)
 
 
-def test_numbers_of_four_bits_are_those_of_the_tools_as_they_are_held(tmp_path):
+def test_numbers_are_those_of_the_tools_as_they_are_held(tmp_path):
     held = set()
     for name, answer in ANSWERS.items():
         folder = opened(tmp_path, answer.stored, answer.config)
@@ -56,20 +57,25 @@ def test_numbers_of_four_bits_are_those_of_the_tools_as_they_are_held(tmp_path):
             rounding = 0 if form.scale != "e4m3" else 2**-8  # of the tool: a scale times the factor in bfloat16
             rounded = numbers.astype(folder.dtype("w.weight")).astype(np.float32)
             np.testing.assert_allclose(rounded, answer.numbers, rtol=rounding)
-            held.add(name.split(",")[0])
-    assert held == {"int4 groups of 32", "int4 channel", "nvfp4", "mxfp4"}
+            held.add(name)
+            eight = isinstance(packed, EightBit)
+            assert eight == form.is_eight_bit == ("8" in name.split(",")[0].split(" ")[0])
+            assert not eight or packed.numbers.nbytes == answer.numbers.size
+    widened = ("awq", "int4 groups of 8,", "int4 channel, float32", "int4 groups of 32, float32")
+    assert held == {name for name in ANSWERS if not name.startswith(widened)}
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_gptq_is_held_as_it_is_where_its_groups_are_in_order(tmp_path, ordered):
+def test_gptq_is_held_as_it_is_where_its_groups_are_in_order(tmp_path, ordered, bits):
     draw = np.random.default_rng(3)
     inputs, outputs, size = 96, 8, 32
-    q, zeros = (draw.integers(0, 16, (n, outputs), dtype=np.uint8) for n in (inputs, inputs // size))
+    q, zeros = (draw.integers(0, 2**bits - 1, (n, outputs), dtype=np.uint8) for n in (inputs, inputs // size))
     scales = draw.uniform(0.01, 0.1, zeros.shape).astype(np.float16)
     groups = np.arange(inputs, dtype=np.int32) // size
     groups = draw.permutation(groups) if ordered else groups
-    stored = {"w.qweight": np.ascontiguousarray(pack(q.T, 4).T), "w.qzeros": pack(zeros, 4), "w.scales": scales}
-    config = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": False, "desc_act": ordered}
+    stored = {"w.qweight": np.ascontiguousarray(pack(q.T, bits).T), "w.qzeros": pack(zeros, bits), "w.scales": scales}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": False, "desc_act": ordered}
     folder = opened(tmp_path, stored | {"w.g_idx": groups}, config)
     packed = from_published(folder.read_planes("w.weight"), folder.packed("w.weight"))
     assert (packed is None) == ordered
