@@ -59,6 +59,10 @@ def _fp8_tensor(draw: np.random.Generator, out: int, inputs: int) -> Parts:
     return {"weight": _fp8(draw, out, inputs), "weight_scale": _scales(draw, (), np.float32)}
 
 
+def _mxfp8(draw: np.random.Generator, out: int, inputs: int) -> Parts:
+    return {"weight": _fp8(draw, out, inputs), "weight_scale": draw.integers(116, 120, (out, inputs // 32), np.uint8)}
+
+
 def _int8(draw: np.random.Generator, out: int, inputs: int) -> Parts:
     return {"weight": _bytes(draw, out, inputs).view(np.int8), "weight_scale": _scales(draw, (out, 1), BFLOAT16)}
 
@@ -100,6 +104,7 @@ FORMS: dict[str, Written] = {
     "bfloat16": (None, _bfloat16),
     "fp8 block": ({"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}, _fp8_block),
     "fp8 tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, _fp8_tensor),
+    "mxfp8": (_compressed("mxfp8-quantized", num_bits=8, type="float", group_size=32), _mxfp8),
     "int8": (_compressed("int-quantized", num_bits=8, type="int", strategy="channel"), _int8),
     "mxfp4": (_compressed("mxfp4-pack-quantized", num_bits=4, type="float", group_size=32), _mxfp4),
     "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, _nvfp4),

@@ -128,12 +128,12 @@ represents all others: bfloat16 for bfloat16 and for other quantised forms, floa
 
 Ranks multiply four bits where they lie ([how](decisions/0020-int4-weights-have-exact-groups.md)), and eight bits as the
 float32 numbers that they stand for, widened a few rows at a time
-([how](decisions/0033-published-eight-bits-are-widened-in-the-tile.md)): experts, attention and dense layers, each where all layers have it in the form that most experts have; the rest is bfloat16. Such a folder
-is read in place: a conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16
-there; and with `--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are
-ordered groups (GPTQ with `desc_act`), of latent attention the half of `kv_b_proj` that takes queries to the latent where
-groups lie across it (blocks need not), of four bits groups that are no multiple of 32 (NVFP4: 16) and scales in
-float32, and FP8 E5M2.
+([how](decisions/0033-published-eight-bits-are-widened-in-the-tile.md)): experts, attention and dense layers, each where
+all layers have it in the form that most experts have; the rest is bfloat16. Such a folder is read in place: a
+conversion would widen it. Shards of heads (`--tensor`) end within groups, so attention is bfloat16 there; and with
+`--dense sharded` everything is. Every matrix is checked when its checksum is recorded. Widened are ordered groups (GPTQ
+with `desc_act`), of latent attention the half of `kv_b_proj` that takes queries to the latent where groups lie across
+it (blocks need not), of four bits groups that are no multiple of 32 (NVFP4: 16) and scales in float32, and FP8 E5M2.
 
 New weights of such a server (`moejax apply weights`) come in the same form, with the same scales and groups; others are
 refused before anything is loaded, with both forms. Parity of experts (`--parity`) is made of these bits as they are.
