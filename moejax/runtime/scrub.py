@@ -37,7 +37,9 @@ def corrupt_slot(
     weights = jax.tree.map(np.array, arrays.expert(layer, slot))
     numbers = jax.tree.leaves(weights.down)[-1]  # of int8 the scale: the rest cannot be not-a-number
     first = numbers.reshape(-1)[:1]
-    if nan:
+    if nan and np.issubdtype(first.dtype, np.integer):
+        first.view(np.uint8)[:] = 255  # of exponents of two (E8M0) what is no number
+    elif nan:
         first[:] = np.nan
     else:
         first.view(np.uint8)[-2:] ^= np.uint8(1 << 6)
