@@ -215,8 +215,8 @@ def check_mtp_packed(source: Path) -> None:
     before, after = (form is not None and form != form.without("expert") for form in forms)
     if before and not after:
         raise CheckpointError(
-            f"{cfg.name} has its experts as {forms[0]}, and those of its layer of multi-token prediction in another form: "
-            f"with that layer none can be held as published. {WITHOUT_MTP} Or take another --data-type, such as "
+            f"{cfg.name} has its experts as {forms[0]}, and those of its layer of multi-token prediction in another "
+            f"form: with that layer none can be held as published. {WITHOUT_MTP} Or take another --data-type, such as "
             "bfloat16."
         )
 

@@ -68,7 +68,6 @@ def test_scales_of_groups_are_those_of_their_columns(form):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"numbers": "fp6"}, "numbers is 'fp6'; known are '4-bit', 'fp8', 'int8'"),
         ({"scale": "e4m3"}, "scale is 'e4m3'; known for fp8 are 'float32'"),
         ({"rows": 0}, "rows is 0 and group 32"),
         ({"numbers": "4-bit"}, "scale is 'float32'; known for 4-bit are 'float16'"),
