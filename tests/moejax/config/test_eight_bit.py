@@ -53,7 +53,7 @@ def test_zero_points_that_eight_bits_do_not_hold_are_not_held():
 
 @pytest.mark.parametrize("form", EIGHT_BIT)
 def test_scales_of_groups_are_those_of_their_columns(form):
-    """What transforms that move columns take."""
+    """Transforms that move columns take the latter."""
     whole, group = planes((37, 120), EIGHT_BIT[form]), EIGHT_BIT[form].group
     first = slice(None, None, group or 120)
     by_group = whole._replace(
