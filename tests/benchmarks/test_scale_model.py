@@ -38,6 +38,10 @@ FRONT = FrontCost(
     adopt=CostCurve(fixed=1e-3, each=2e-4, pair=1e-8),
     beat=3e-5,
     look=5e-6,
+    beat_s=0.05,
+    look_s=0.01,
+    look_many_s=0.05,
+    many_ranks=10_000,
 )
 lines = st.builds(CostCurve, fixed=st.floats(0, 1), each=st.floats(0, 1), pair=st.floats(0, 1))
 ranks = st.integers(2, 300)
