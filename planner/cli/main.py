@@ -25,8 +25,13 @@ DONE, INFEASIBLE, WRONG = 0, 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 feasible; 1 infeasible, or a gate does not hold; 2 wrong input."""
-    options = parser().parse_args(argv)
+    """Run one command and return its exit code: 0 feasible; 1 infeasible, or a gate does not hold; 2 wrong input.
+    Without arguments the commands are listed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser().print_help()
+        return DONE
+    options = parser().parse_args(arguments)
     try:
         answer = options.run(options)
     except PlannerError as error:

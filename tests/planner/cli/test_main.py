@@ -49,6 +49,11 @@ def test_solve_says_the_plan_and_why_the_others_lost(capsys):
     assert all(low <= value <= high for low, value, high in ranges.values())
 
 
+def test_without_arguments_the_commands_are_listed(capsys):
+    shown = text(capsys)
+    assert all(name in shown for name in ("solve", "degrade", "certify", "simulate", "report"))
+
+
 def test_what_does_not_fit_is_exit_code_1_and_wrong_input_2(capsys):
     assert main(["solve", "deepseek-v3", "h100"]) == 1
     assert "Add ranks" in capsys.readouterr().err
