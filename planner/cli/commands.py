@@ -28,7 +28,7 @@ from planner.failures.pool_losses import PoolLossModel, forecast_pool_losses
 from planner.failures.simulate import simulate as run_policies
 from planner.failures.timeline import timeline
 from planner.inputs.recovery_times import read_recovery_times
-from planner.plan.deployment import READ_POOLS, read_deployment
+from planner.plan.deployment import read_deployment
 from planner.plan.expert_loads import read_loads
 from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.solver.lattice import preparations
@@ -191,14 +191,7 @@ def buckets(options: Namespace) -> CommandResult:
 
 def export(options: Namespace) -> CommandResult:
     """`export PLAN --to FORMAT`."""
-    found = read_any_deployment(options.plan)
-    if isinstance(found, PooledDeployment) and options.to == "json":
-        return CommandResult(data={"to": "json", "text": found.to_json()}, text=found.to_json(), verbatim=True)
-    if isinstance(found, PooledDeployment):
-        raise InputError(
-            f"--to {options.to}: a plan of pools for prompts and for decode is {found.service}; {READ_POOLS}"
-        )
-    text = export_plan(found, options.to, image=options.image, name=options.name)
+    text = export_plan(read_any_deployment(options.plan), options.to, image=options.image, name=options.name)
     return CommandResult(data={"to": options.to, "text": text}, text=text.rstrip("\n"), verbatim=True)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from planner.cli.kubernetes_hosts import kubernetes_hosts
 from planner.cli.kubernetes_parts import (
     PROBES,
@@ -20,6 +23,8 @@ from planner.cli.kubernetes_parts import (
 )
 from planner.errors import InputError
 from planner.plan.deployment import Deployment
+from planner.plan.pools import AnyDeployment, PooledDeployment
+from planner.plan.shape import POOLS
 from planner.solver.servable import (
     check_servable,
     served_cache_format,
@@ -32,18 +37,49 @@ from planner.solver.servable import (
 FORMATS = ("k8s", "env", "json")
 
 
-def export(deployment: Deployment, to: str, *, image: str = "moejax:latest", name: str = "moejax") -> str:
+def export(found: AnyDeployment, to: str, *, image: str = "moejax:latest", name: str = "moejax") -> str:
     """The plan as text in one of FORMATS. Raises InputError for a plan that no server of this version can serve."""
     if to not in FORMATS:
         raise InputError(f"--to {to!r} is none of {', '.join(FORMATS)}")
     if to == "json":
-        return deployment.plan.to_json() + "\n"
-    check_servable(deployment)
+        return (found if isinstance(found, PooledDeployment) else found.plan).to_json() + "\n"
+    deployment, chosen = _served(found)
     if to == "env":
-        return environment(deployment)
+        return environment(deployment, chosen)
     if len({place.host for place in deployment.plan.ranks}) > 1:
-        return kubernetes_hosts(deployment, settings(deployment), image=image, name=name)
-    return kubernetes(deployment, image=image, name=name)
+        return kubernetes_hosts(deployment, chosen, image=image, name=name)
+    return kubernetes(deployment, chosen, image=image, name=name)
+
+
+def _served(found: AnyDeployment) -> tuple[Deployment, dict[str, int | str]]:
+    """All ranks of a plan as one server has them, and the settings of that server. Raises InputError as `export`."""
+    if not isinstance(found, PooledDeployment):
+        check_servable(found)
+        return found, settings(found)
+    for pool in found.pools().values():
+        check_servable(replace(pool, work="all"))
+        if pool.shape.arch != "collocated" or pool.workload.state_bytes:
+            why = "of a model with layers whose context is a state" if pool.workload.state_bytes else "that attend only"
+            raise InputError(f"the plan has pools with ranks {why}, which `moejax serve --arch {POOLS}` does not have.")
+    return replace(found.decode, plan=found.whole, work="all"), pool_settings(found)
+
+
+def pool_settings(found: PooledDeployment) -> dict[str, int | str]:
+    """The settings with which `moejax serve` makes this plan of pools. All instances for prompts become one pool; where
+    pools differ in their slots, the server chooses the slots of each."""
+    instances = [settings(pool) for pool in found.pools().values()]
+    *prompts, decode = (len(pool.plan.ranks) for pool in found.pools().values())
+    chosen = {
+        **instances[-1],
+        "ranks": sum(prompts) + decode,
+        "arch": POOLS,
+        "prefill": sum(prompts),
+        "decode": decode,
+        "pages_per_rank": min(int(each["pages_per_rank"]) for each in instances),
+    }
+    if len(instances) > 2 or instances[0].get("slots_per_rank") != chosen.get("slots_per_rank"):
+        chosen.pop("slots_per_rank", None)
+    return chosen
 
 
 def settings(deployment: Deployment) -> dict[str, int | str]:
@@ -77,10 +113,10 @@ def _drafts(deployment: Deployment) -> dict[str, int | str]:
     return {"speculate": "mtp" if w.draft_layers else "ngram", "draft_tokens": w.drafts} if w.drafts else {}
 
 
-def environment(deployment: Deployment) -> str:
+def environment(deployment: Deployment, chosen: Mapping[str, int | str]) -> str:
     """Environment variables of `moejax serve`, for systemd, `docker run --env-file` or a shell."""
     lines = [f"# {deployment.workload.name} on {deployment.cluster.name}, epoch {deployment.plan.epoch}"]
-    lines += [f"MOEJAX_{key.upper()}={value}" for key, value in settings(deployment).items()]
+    lines += [f"MOEJAX_{key.upper()}={value}" for key, value in chosen.items()]
     hosts = len({place.host for place in deployment.plan.ranks})
     if hosts > 1:
         lines += [
@@ -91,7 +127,7 @@ def environment(deployment: Deployment) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kubernetes(deployment: Deployment, *, image: str, name: str) -> str:
+def kubernetes(deployment: Deployment, chosen: Mapping[str, int | str], *, image: str, name: str) -> str:
     """A LeaderWorkerSet of two servers, each one pod with its ranks and their devices, a Service, and a
     PodDisruptionBudget that keeps one of them.
 
@@ -99,7 +135,7 @@ def kubernetes(deployment: Deployment, *, image: str, name: str) -> str:
     whether the front answers (`/live`), and the readiness probe whether a request can be served (`/health`).
     """
     plan, hardware = deployment.plan, deployment.cluster.hardware
-    arguments = serve_arguments(deployment.workload.name, settings(deployment))
+    arguments = serve_arguments(deployment.workload.name, chosen)
     lines = [
         "# Keys first: moejax keys add NAME --file keys.json; "
         f"kubectl create secret generic {name}-keys --from-file=keys.json",

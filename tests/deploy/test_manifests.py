@@ -12,6 +12,7 @@ import yaml
 import planner.cli.main
 from planner.cli import kubernetes, kubernetes_parts
 from planner.plan.deployment import read_deployment
+from planner.plan.pools import PooledDeployment, read_any_deployment
 from planner.solver.servable import SERVED_REQUESTS
 from serving.api.http.server import application
 from serving.cli import keys, local, main
@@ -113,6 +114,22 @@ def test_experts_published_in_int4_are_exported_as_they_are_published(weights, e
     assert (settings.data_type, settings.in_place) == expected
     of_pod = given(kubernetes_parts.serve_arguments("kimi-k2.5", kubernetes.settings(read_deployment(path))))
     assert (of_pod.data_type, of_pod.in_place) == expected
+
+
+def test_a_plan_of_pools_is_exported_as_settings_of_one_server(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert planner.cli.main.main(["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", path]) == 0
+    capsys.readouterr()
+    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    variables = dict(line.split("=", 1) for line in lines)
+    assert variables.pop("MOEJAX_LAUNCHER") == "join"  # takes settings of its own
+    settings = Settings.load(None, variables)
+    assert (settings.arch, (settings.prefill or 0) + (settings.decode or 0)) == ("pd", settings.ranks)
+    found = read_any_deployment(path)
+    assert isinstance(found, PooledDeployment)
+    of_pod = given(kubernetes_parts.serve_arguments("qwen3-30b-a3b", kubernetes.pool_settings(found)))
+    assert (of_pod.prefill, of_pod.decode) == (settings.prefill, settings.decode)
 
 
 def test_the_planner_leaves_room_for_the_states_of_the_requests_that_a_server_runs():

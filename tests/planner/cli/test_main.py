@@ -331,8 +331,26 @@ def test_pools_are_found_compared_and_never_exported_for_a_server(capsys, tmp_pa
     assert all(each["phase_factors"]["detect"] == OWN for each in bands.values())
     assert "prefill_rank losses" in text(capsys, "degrade", plan, "--gate", "decode_rank.survivable>=1.0")
     assert json.loads(text(capsys, "export", plan, "--to", "json"))["decode"]["work"] == "decode"
-    assert main(["export", plan, "--to", "k8s"]) == 2
-    assert "a plan of pools" in capsys.readouterr().err
+
+
+def test_a_plan_of_pools_is_exported_as_one_server(capsys, tmp_path):
+    plan = str(tmp_path / "plan.json")
+    assert main(["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", plan]) == 0
+    found = json.loads(text(capsys, "export", plan, "--to", "json"))
+    prefill, decode = (
+        sum(len(each["plan"]["ranks"]) for each in found["prefill"]),
+        len(found["decode"]["plan"]["ranks"]),
+    )
+    env = text(capsys, "export", plan, "--to", "env").splitlines()
+    assert {"MOEJAX_ARCH=pd", f"MOEJAX_PREFILL={prefill}", f"MOEJAX_DECODE={decode}", "MOEJAX_RANKS=12"} <= set(env)
+    manifest = text(capsys, "export", plan, "--to", "k8s", "--name", "moe")
+    assert f"--prefill={prefill}" in manifest
+    assert "size: 4" in manifest, "the front and three hosts"
+    states = str(tmp_path / "states.json")
+    assert main(["solve", "qwen3-next-80b-a3b", "h100:2x8", "--arch", "pd", "--out", states]) == 0
+    capsys.readouterr()
+    assert main(["export", states, "--to", "k8s"]) == 2
+    assert "whose context is a state" in capsys.readouterr().err
 
 
 def test_plans_of_pools_are_simulated_explained_and_compared(capsys, tmp_path):

@@ -106,7 +106,7 @@ def test_tensor_groups_are_exported_with_the_cache_that_their_unsharded_weights_
     check_servable(d)
     chosen = settings(d)
     assert chosen["tensor"] == 2
-    assert "MOEJAX_TENSOR=2" in environment(d)
+    assert "MOEJAX_TENSOR=2" in environment(d, settings(d))
     a_rank = model.rest_bytes - model.attention_bytes // 2 + d.plan.slots_per_rank * model.slot_bytes
     cache = 2 * model.page_bytes // 2 * served_pages(d)  # of two members, half of the heads each
     planned = d.cluster.hardware.memory_bytes or 0
