@@ -150,7 +150,9 @@ class EdgeProcesses:
             edge.input.close()
         deadline = time.monotonic() + END_S
         for edge in edges:
-            select.select([edge.ended], [], [], max(deadline - time.monotonic(), 0.01))
+            ended = select.poll()  # `select` takes no descriptor above 1,023
+            ended.register(edge.ended, select.POLLIN)
+            ended.poll(1e3 * max(deadline - time.monotonic(), 0.01))
             edge.process.kill()
             self._forget(edge)
 

@@ -1,13 +1,16 @@
 """Edges as children of the supervisor: they share its ports, are started again when they die, and end with it."""
 
+import contextlib
 import os
 import selectors
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from serving.api.surfaces import raise_file_limit
 from serving.config import Settings
 from serving.errors import StartError
 from serving.launch.edge_processes import EDGE_PROGRAM, EdgeProcesses, SharedPorts
@@ -51,6 +54,17 @@ def test_a_port_that_is_taken_is_refused_with_its_flag(name: str) -> None:
             SharedPorts(settings)
 
 
+@pytest.fixture
+def _many_open_files() -> Iterator[None]:
+    """Descriptors above those that `select` takes are the next ones."""
+    raise_file_limit()
+    with contextlib.ExitStack() as stack:
+        while stack.enter_context(Path(os.devnull).open()).fileno() < 1024:
+            pass
+        yield
+
+
+@pytest.mark.usefixtures("_many_open_files")
 @pytest.mark.parametrize("fork_server_dies", [False, True])
 def test_an_edge_that_dies_is_started_again_and_all_end_when_the_supervisor_does(
     tmp_path_factory: pytest.TempPathFactory, fork_server_dies: bool
