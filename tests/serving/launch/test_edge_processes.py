@@ -56,7 +56,7 @@ def test_a_port_that_is_taken_is_refused_with_its_flag(name: str) -> None:
 
 @pytest.fixture
 def _many_open_files() -> Iterator[None]:
-    """Descriptors above those that `select` takes are the next ones."""
+    """The next descriptors are above what `select` takes."""
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         while stack.enter_context(Path(os.devnull).open()).fileno() < 1024:
