@@ -74,25 +74,28 @@ def test_a_pod_that_is_to_end_gets_nothing_more_and_has_the_time_to_finish_what_
     assert float(seconds) + Settings().grace_s + END_S < found["terminationGracePeriodSeconds"]
 
 
-def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # noqa: F811
+def exported(path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The variables that the export of a plan file has."""
     capsys.readouterr()
-    assert planner.cli.main.main(["export", plan_file, "--to", "env"]) == 0
+    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
-    settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_an_exported_environment_is_one_the_server_takes(plan_file, capsys):  # noqa: F811
+    variables = exported(plan_file, capsys)
+    settings = Settings.load(None, variables)
     assert (settings.ranks, settings.data_type) == (8, "bfloat16")
     planned = read_deployment(plan_file).plan.pages_per_rank
     assert (settings.pages_per_rank, settings.kv_cache_type) == (planned, "bfloat16")
-    assert len(lines) == 7
+    assert len(variables) == 7
 
 
 def test_a_plan_of_attention_and_expert_ranks_is_exported_as_one_the_server_makes(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
     words = ["solve", "olmoe-1b-7b", "h100", "--arch", "disaggregated", "--tensor", "1", "--out", path]
     assert planner.cli.main.main(words) == 0
-    capsys.readouterr()
-    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
-    settings = Settings.load(None, dict(line.split("=", 1) for line in lines))
+    settings = Settings.load(None, exported(path, capsys))
     plan = read_deployment(path).plan
     assert (settings.arch, settings.attention) == ("disaggregated", len(plan.attention_rank_ids))
     assert (settings.attention or 0) + (settings.experts or 0) == settings.ranks == 8
@@ -105,10 +108,7 @@ def test_experts_published_in_int4_are_exported_as_they_are_published(weights, e
     path = str(tmp_path / "plan.json")
     words = ["solve", "kimi-k2.5", "h200:8x8", "--tensor", "1", "--dense", "1", *weights, "--out", path]
     assert planner.cli.main.main(words) == 0
-    capsys.readouterr()
-    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
-    variables = dict(line.split("=", 1) for line in lines)
+    variables = exported(path, capsys)
     assert variables.pop("MOEJAX_LAUNCHER") == "join"  # takes settings of its own
     settings = Settings.load(None, variables)
     assert (settings.data_type, settings.in_place) == expected
@@ -119,10 +119,7 @@ def test_experts_published_in_int4_are_exported_as_they_are_published(weights, e
 def test_a_plan_of_pools_is_exported_as_settings_of_one_server(capsys, tmp_path):
     path = str(tmp_path / "plan.json")
     assert planner.cli.main.main(["solve", "qwen3-30b-a3b", "h100:3x4", "--arch", "pd", "--out", path]) == 0
-    capsys.readouterr()
-    assert planner.cli.main.main(["export", path, "--to", "env"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
-    variables = dict(line.split("=", 1) for line in lines)
+    variables = exported(path, capsys)
     assert variables.pop("MOEJAX_LAUNCHER") == "join"  # takes settings of its own
     settings = Settings.load(None, variables)
     assert (settings.arch, (settings.prefill or 0) + (settings.decode or 0)) == ("pd", settings.ranks)
