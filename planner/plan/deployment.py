@@ -55,8 +55,7 @@ def read_fault_tolerance(text: str | None) -> FaultTolerance:
 
 PLANNED_ONLY = "planned, not served by this version"
 READ_POOLS = (
-    "`degrade`, `certify`, `simulate`, `diff`, `explain`, `report` and `export --to json` read it. "
-    "Solve with another --arch."
+    "`degrade`, `certify`, `simulate`, `diff`, `explain`, `report` and `export` read it. Solve with another --arch."
 )
 WORKS = ("all", "prompts", "decode")
 PLAN_FILE = FileKind(
